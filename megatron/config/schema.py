@@ -1,0 +1,284 @@
+"""What a run is: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
+
+Each field is written with `option(default, help, ...)`. `config/cli.py` derives everything a user types from it:
+the field `tensor_model_parallel_size` of `LayoutConfig` is the flag `--tensor-model-parallel-size` and the TOML key
+`tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the
+setting. `None` means "derived": `config/rules.py` fills it in, so code that runs a model only sees resolved values.
+
+Imports no torch: a configuration can be read, checked and printed anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = "",
+    off: str | None = None,
+    aliases: tuple[str, ...] = (),
+    choices: tuple[str, ...] | None = None,
+    nargs: str | None = None,
+    values: Mapping[str, Any] | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A dataclass field that knows its flag.
+
+    flag: the spelling, where it is not the field's name with dashes; None for a field that no flag sets.
+    off: for a bool that is on by default, the flag that turns it off.
+    aliases: other spellings of the same flag. values: further flags that take no argument and set this field to a
+    value (`--use-rotary-position-embeddings` sets `position_embedding_type` to "rope").
+    choices: the legal strings. nargs: argparse's, for a field that takes several values.
+    """
+    return field(
+        default=default,
+        metadata=dict(
+            help=help, flag=flag, off=off, aliases=aliases, choices=choices, nargs=nargs, values=values or {}, metavar=metavar
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Together with the weights this is all that inference and export need."""
+
+    num_layers: int | None = option(None, "transformer layers", aliases=("--encoder-num-layers",))
+    hidden_size: int | None = option(None, "width of the residual stream")
+    ffn_hidden_size: int | None = option(None, "width of the MLP; default 4 x hidden, with --swiglu 2/3 of that in steps of 64")
+    num_attention_heads: int | None = option(None, "query heads")
+    num_query_groups: int | None = option(None, "key-value heads (grouped-query attention); default one per query head")
+    kv_channels: int | None = option(None, "width of one head; default hidden / heads")
+    max_position_embeddings: int | None = option(None, "longest sequence the model can see")
+    position_embedding_type: str = option(
+        "learned_absolute",
+        "how positions enter: a learned table, rotary (RoPE, arXiv 2104.09864), or not at all",
+        choices=("learned_absolute", "rope", "none"),
+        values={"--use-rotary-position-embeddings": "rope", "--no-position-embedding": "none"},
+    )
+    rotary_percent: float = option(1.0, "share of each head that RoPE turns")
+    rotary_base: float = option(10000.0, "base of the RoPE frequencies", aliases=("--rope-theta",))
+    normalization: str = option("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
+    layernorm_epsilon: float = option(1e-5, "added to the variance", aliases=("--norm-epsilon",))
+    apply_layernorm_1p: bool = option(False, "store the norm's weight as gamma - 1, so that weight decay pulls it to 1")
+    add_norm_bias: bool = option(True, "a bias in every LayerNorm", off="--disable-norm-bias")
+    add_bias_linear: bool = option(True, "a bias in every linear layer", off="--disable-bias-linear")
+    activation: str = option(
+        "gelu",
+        "of the MLP: gelu (tanh approximation, as Megatron's fused kernel and GPT-2), gelu-exact (erf), squared-relu, swiglu",
+        choices=("gelu", "gelu-exact", "squared-relu", "swiglu"),
+        values={"--openai-gelu": "gelu", "--squared-relu": "squared-relu", "--swiglu": "swiglu"},
+    )
+    untie_embeddings_and_output_weights: bool = option(False, "give the output layer its own matrix")
+    apply_residual_connection_post_layernorm: bool = option(False, "take the residual from the norm's output")
+    attention_dropout: float = option(0.1, "dropout probability of the attention weights")
+    hidden_dropout: float = option(0.1, "dropout probability of embedding, attention and MLP output")
+    fused_attention_dropout: bool = option(
+        False,
+        "let the fused attention kernel draw the attention dropout: faster, but the mask then depends on the layout",
+    )
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    init_method_xavier_uniform: bool = option(False, "initial weights from Xavier's uniform distribution")
+    make_vocab_size_divisible_by: int = option(128, "each tensor-parallel rank's share of the vocabulary is padded to a multiple of this")
+    vocab_size: int | None = option(None, "true size of the vocabulary, from the tokenizer", flag=None)
+
+    # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
+
+    def size(self, name: str) -> int:
+        """The resolved integer field `name`; ValueError while it is still open."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"ModelConfig.{name} is not resolved yet")
+        return int(value)
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """How the ranks are arranged. Data parallelism takes what the other axes leave of the world."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer (tp); keep them within a node")
+    pipeline_model_parallel_size: int = option(1, "ranks that share the depth (pp)")
+    context_parallel_size: int = option(1, "ranks that share each sequence (cp)")
+    sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
+    pipeline_schedule: str | None = option(None, "order of work in the pipeline; default 1f1b, or interleaved with virtual stages")
+    num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of one virtual stage (interleaved schedules)")
+    distributed_backend: str | None = option(
+        None, "communication library; default nccl with one GPU per rank, else gloo", choices=("nccl", "gloo")
+    )
+    distributed_timeout_minutes: float = option(10.0, "a collective that takes longer is a failure")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Text to token ids."""
+
+    tokenizer_type: str | None = option(
+        None,
+        "how text becomes tokens",
+        choices=(
+            "GPT2BPETokenizer",
+            "BertWordPieceLowerCase",
+            "BertWordPieceCase",
+            "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
+            "HuggingFaceTokenizer",
+            "ByteTokenizer",
+            "NullTokenizer",
+        ),
+    )
+    vocab_file: str | None = option(None, "vocab.json of GPT-2 BPE, vocab.txt of BERT")
+    merge_file: str | None = option(None, "merges.txt of GPT-2 BPE")
+    tokenizer_model: str | None = option(None, "SentencePiece model; or a tokenizer.json or its directory")
+    vocab_size: int | None = option(None, "number of ids, for NullTokenizer only")
+    vocab_extra_ids: int = option(0, "additional <extra_id_N> tokens")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From indexed datasets to micro-batches."""
+
+    data_path: tuple[str, ...] = option((), "PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", nargs="*")
+    train_data_path: tuple[str, ...] = option((), "the same, for training alone", nargs="*")
+    valid_data_path: tuple[str, ...] = option((), "the same, for validation alone", nargs="*")
+    test_data_path: tuple[str, ...] = option((), "the same, for testing alone", nargs="*")
+    split: str = option("969,30,1", "shares of training, validation and test documents")
+    data_cache_path: str | None = option(None, "directory for built sample indices; default `cache` beside the data")
+    seq_length: int | None = option(None, "tokens per sample", aliases=("--encoder-seq-length",))
+    num_workers: int = option(2, "batches that are read ahead; 0 reads in the training loop")
+    dataloader_type: str = option("single", "single: in dataset order; cyclic: reshuffled each epoch", choices=("single", "cyclic"))
+    reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
+    reset_attention_mask: bool = option(False, "no attention across an end of document")
+    eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much is trained, in which portions."""
+
+    micro_batch_size: int | None = option(None, "samples per rank and forward pass")
+    global_batch_size: int | None = option(None, "samples per step over all ranks; default micro batch x data-parallel size")
+    rampup_batch_size: tuple[int, ...] = option(
+        (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
+    )
+    train_iters: int | None = option(None, "steps to train")
+    train_samples: int | None = option(None, "samples to train, instead of steps")
+    exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this")
+    exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes")
+    seed: int = option(1234, "the one seed: weights, sample order and dropout all follow from it")
+    loss_average: str = option(
+        "token",
+        "token: mean over all tokens of the global batch that count; micro-batch: Megatron-LM's mean of micro-batch means",
+        choices=("token", "micro-batch"),
+        values={"--calculate-per-token-loss": "token"},
+    )
+    compile: bool = option(False, "compile the transformer layers with torch.compile")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=("adam", "sgd"))
+    lr: float | None = option(None, "peak learning rate")
+    min_lr: float = option(0.0, "floor of the learning rate")
+    lr_decay_style: str = option("linear", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root"))
+    lr_decay_iters: int | None = option(None, "steps until --min-lr; default --train-iters")
+    lr_decay_samples: int | None = option(None, "samples until --min-lr; default --train-samples")
+    lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up")
+    lr_warmup_iters: int = option(0, "steps of linear warm-up")
+    lr_warmup_samples: int = option(0, "samples of linear warm-up")
+    weight_decay: float = option(0.01, "decoupled decay of all matrices; never of biases and norms")
+    start_weight_decay: float | None = option(None, "weight decay at the start, with a --weight-decay-incr-style")
+    end_weight_decay: float | None = option(None, "weight decay at the end, with a --weight-decay-incr-style")
+    weight_decay_incr_style: str = option("constant", "shape of the weight decay over time", choices=("constant", "linear", "cosine"))
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    sgd_momentum: float = option(0.9, "momentum of sgd")
+    override_opt_param_scheduler: bool = option(
+        False, "on resume take the schedule from the command line", aliases=("--override-lr-scheduler",),
+        flag="--override-opt_param-scheduler",
+    )
+    use_checkpoint_opt_param_scheduler: bool = option(
+        False, "on resume take the schedule from the checkpoint", aliases=("--use-checkpoint-lr-scheduler",),
+        flag="--use-checkpoint-opt_param-scheduler",
+    )
+    on_nonfinite: str = option("skip", "what a NaN or Inf gradient does", choices=("skip", "abort"))
+    max_consecutive_skips: int = option(50, "stop after this many skipped steps in a row")
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats. Main weights and optimizer state are always fp32."""
+
+    bf16: bool = option(False, "compute in bfloat16")
+    accumulate_allreduce_grads_in_fp32: bool = option(False, "gradients in fp32 (always so with --bf16)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where a run's state is kept, and where it comes from."""
+
+    save: str | None = option(None, "directory that checkpoints go to")
+    save_interval: int | None = option(None, "steps between checkpoints")
+    load: str | None = option(None, "directory of checkpoints to start from: SAVE of another run, or one iter_ directory")
+    load_iteration: int | None = option(None, "which iteration of --load; default the latest", aliases=("--ckpt-step",))
+    auto_resume: bool = option(False, "go on from the newest complete checkpoint of --save, or start fresh and say so")
+    finetune: bool = option(False, "take only the weights of --load: iteration 0, new optimizer, data from the start")
+    no_load_optim: bool = option(False, "start with a new optimizer state")
+    no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")
+    use_checkpoint_args: bool = option(False, "take the model's shape from the checkpoint")
+    keep_last: int | None = option(None, "how many of the newest checkpoints stay; default all")
+    keep_every: int | None = option(None, "checkpoints at multiples of this stay for ever")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    eval_iters: int = option(100, "steps of one evaluation")
+    eval_interval: int = option(1000, "training steps between evaluations")
+    skip_train: bool = option(False, "only evaluate")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells."""
+
+    log_interval: int = option(100, "steps between console and metrics lines")
+    metrics_path: str | None = option(None, "JSON lines, one object a line; default metrics.jsonl in --save")
+    tensorboard_dir: str | None = option(None, "directory for TensorBoard")
+    tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
+    tensorboard_queue_size: int = option(1000, "points held before they are written")
+    log_params_norm: bool = option(False, "also log the norm of the parameters")
+    log_num_zeros_in_grad: bool = option(False, "also log the number of zeros in the gradient")
+    log_learning_rate_to_tensorboard: bool = option(
+        True, "learning rate to TensorBoard", off="--no-log-learnig-rate-to-tensorboard", aliases=("--no-log-learning-rate-to-tensorboard",)
+    )
+    log_loss_scale_to_tensorboard: bool = option(True, "loss scale to TensorBoard", off="--no-log-loss-scale-to-tensorboard")
+    log_batch_size_to_tensorboard: bool = option(False, "batch size to TensorBoard")
+    log_world_size_to_tensorboard: bool = option(False, "world size to TensorBoard")
+    log_memory_to_tensorboard: bool = option(False, "memory use to TensorBoard")
+    log_validation_ppl_to_tensorboard: bool = option(False, "validation perplexity to TensorBoard")
+    peak_tflops: float | None = option(None, "dense peak of one device in TFLOP/s, for MFU; default from the device's name")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Sections are the tables of a TOML file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

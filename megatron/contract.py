@@ -1,0 +1,62 @@
+"""The types that floors share: what the data hands to the pipeline, and what a model's last stage hands back.
+
+Tensors of a batch are batch-first, `[micro_batch, seq]`, as the dataset makes them; hidden states inside the model are
+sequence-first, `[seq, micro_batch, hidden]`, so that a sequence-parallel shard is contiguous (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as one rank sees it; equal on all ranks of a tensor-parallel group.
+
+    tokens, labels: int64 `[micro_batch, seq]`; the label of a position is the token that follows it.
+    loss_mask: fp32 `[micro_batch, seq]`, 1 where the loss counts, else 0.
+    positions: int64 `[micro_batch, seq]`, the position each token is embedded at (restarts with --reset-position-ids).
+    samples: int64 `[micro_batch]`, the number of each sample in the training order: with the seed it names the random
+        numbers of that sample, so dropout does not depend on the layout.
+    documents: int64 `[micro_batch, seq]`, equal within a document, where attention must not cross documents; else None.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    samples: Tensor
+    documents: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; asynchronous from pinned memory."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+
+    def pin(self) -> Batch:
+        """The same batch in pinned host memory."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: None if v is None else v.pin_memory() for k, v in held.items()})
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sum of the token losses that count, and how many count: both additive over micro-batches and ranks.
+
+    sum: fp32 scalar with a graph. tokens: fp32 scalar without one.
+    """
+
+    sum: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class StagePart:
+    """The slice of a model that one pipeline stage owns: layers by global number, embedding, head."""
+
+    layers: range
+    embedding: bool
+    head: bool

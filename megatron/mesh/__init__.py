@@ -1,0 +1,1 @@
+"""Where every rank stands: the grid, its groups, and starting torch.distributed."""

@@ -1,0 +1,58 @@
+"""Rank <-> coordinate, and the groups along axes. Pure arithmetic: any world size, on a laptop.
+
+The order is Megatron-LM's, tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp, so that the ranks
+which talk most are neighbours on a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the four axes."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.shape)
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands on each axis. ValueError for a rank outside the grid."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside the grid of {self.world_size} ranks")
+        position = {}
+        for axis, size in zip(reversed(AXES), reversed(self.shape), strict=True):
+            rank, position[axis] = divmod(rank, size)
+        return position
+
+    def rank(self, **position: int) -> int:
+        """The rank at a coordinate; axes left out are at 0."""
+        rank = 0
+        for axis, size in zip(AXES, self.shape, strict=True):
+            rank = rank * size + position.get(axis, 0)
+        return rank
+
+    def groups(self, *axes: str) -> Iterator[list[int]]:
+        """Every group of ranks that differ only along `axes`, in one fixed order."""
+        fixed = [a for a in AXES if a not in axes]
+        moving = [a for a in AXES if a in axes]
+        for here in product(*(range(getattr(self, a)) for a in fixed)):
+            yield [
+                self.rank(**dict(zip(fixed, here, strict=True)), **dict(zip(moving, there, strict=True)))
+                for there in product(*(range(getattr(self, a)) for a in moving))
+            ]

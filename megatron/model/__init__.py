@@ -1,0 +1,1 @@
+"""The models. They know one axis, tensor parallelism, and read like a textbook."""

@@ -1,0 +1,1 @@
+"""From gradients to updated weights: buffers, norm, learning rate, optimizer."""

@@ -1,0 +1,1 @@
+"""One tensor on several ranks: collectives, parallel layers, random streams, and what a parameter knows about itself."""

@@ -1,0 +1,115 @@
+"""What a parameter knows about itself.
+
+Initialisation, gradient reduction, the norm, weight decay, checkpoints and the Hugging Face export all read this one
+record; none keeps its own special cases. A parameter has a global identity, its name and whole shape, which is the
+same in every layout, and each rank holds one rectangle of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a tensor: where it starts and how far it reaches, per dimension."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+
+    @property
+    def empty(self) -> bool:
+        return 0 in self.shape
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Part:
+        return cls((0,) * len(shape), shape)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """Identity of one parameter.
+
+    name: global, e.g. `layers.7.attention.qkv.weight`; layers counted over the whole model.
+    shape: of the whole parameter, without padding.
+    part: the rectangle this rank holds. The local tensor can be longer in dimension 0: the surplus is padding (of the
+        vocabulary), always zero, and no part of the parameter.
+    split_over: axes whose ranks hold different rectangles.
+    sum_grad_over: axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
+        must be summed (data parallelism aside, which holds for every parameter).
+    decay: whether weight decay applies.
+    init: the rule of `model/init.py` that draws it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    split_over: frozenset[str] = frozenset()
+    sum_grad_over: frozenset[str] = frozenset()
+    decay: bool = True
+    init: str = "normal"
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The view of a local tensor that holds `part`, i.e. without padding."""
+        return tensor[tuple(slice(0, n) for n in self.part.shape)]
+
+
+def describe(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
+    """Attach `spec` to `parameter`; the layer that makes a parameter calls this once."""
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def spec_of(parameter: Tensor) -> ParamSpec:
+    """The record attached by `describe`. AttributeError when there is none."""
+    spec: ParamSpec = parameter.spec  # type: ignore[attr-defined]
+    return spec
+
+
+def name_parameters(module: nn.Module) -> None:
+    """Write the global names into the specs: a module tree's own paths, since layers are keyed by global number."""
+    for name, parameter in module.named_parameters():
+        describe(parameter, replace(spec_of(parameter), name=name))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rectangle of one named tensor, as a checkpoint sees it.
+
+    data: the local tensor of exactly `part.shape`, a view of the live state: reading it saves, writing it loads.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    split_over: frozenset[str]
+    data: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+
+class Checkpointable(Protocol):
+    """State that is saved and loaded: tensors as shards with global names, and small JSON values."""
+
+    def shards(self) -> Iterator[Shard]:
+        """Every tensor of the state that this rank holds, also those that other ranks hold as well."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """JSON values, equal on all ranks."""
+        ...
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        """Take back what `scalars` gave; called after the shards were filled."""
+        ...

@@ -1,0 +1,1 @@
+"""The order of work: schedules and the executor that runs them."""

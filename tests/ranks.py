@@ -1,0 +1,129 @@
+"""Run a function on several gloo processes that stay alive across tests.
+
+    results = on_ranks(4, function, *args)      # results[r] = function(*args) on rank r
+
+`function` is looked up by module and name in each process, so it must stand at the top of a module. Inside it,
+torch.distributed is initialised with that many ranks and one thread each. The first failure is raised here, with its rank
+and traceback; a failed pool is thrown away, since its ranks may wait in a collective for ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing as mp
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240.0
+
+
+def _serve(rank: int, world: int, port: int, path: list[str], pipe: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+    )
+    sys.path[:] = path
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if task is None:
+            dist.destroy_process_group()
+            return
+        function, args = task
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException as error:  # whatever it is, the test must see it
+            pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class Pool:
+    """`world` processes in one process group."""
+
+    def __init__(self, world: int) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.pipes, self.processes = [], []
+        path = [str(Path(__file__).parent), *sys.path]
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, path, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        deadline = time.monotonic() + TIMEOUT_S
+        results: dict[int, Any] = {}
+        while len(results) < len(self.pipes):
+            for rank, pipe in enumerate(self.pipes):
+                if rank in results or not pipe.poll(0.005):
+                    continue
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, f"rank {rank}: the process died"
+                if not ok:
+                    self.kill()
+                    raise AssertionError(value)
+                results[rank] = value
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"ranks {sorted(set(range(len(self.pipes))) - set(results))} gave no answer in {TIMEOUT_S} s")
+        return [results[r] for r in range(len(self.pipes))]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            try:
+                pipe.send(None)
+            except (BrokenPipeError, OSError):
+                pass
+        for process in self.processes:
+            process.join(5)
+        self.kill()
+
+
+class Pools:
+    """One live pool per world size."""
+
+    def __init__(self) -> None:
+        self.live: dict[int, Pool] = {}
+        atexit.register(self.close)
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        pool = self.live.get(world) or Pool(world)
+        self.live[world] = pool
+        try:
+            return pool.run(function, args)
+        except BaseException:
+            self.live.pop(world, None)
+            pool.kill()
+            raise
+
+    def close(self) -> None:
+        for pool in self.live.values():
+            pool.close()
+        self.live.clear()
+
+
+on_ranks = Pools().run
