@@ -1,0 +1,132 @@
+"""Self-attention: queries, keys and values in one projection, the core attention, the output projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.mesh.mesh import Axis
+from megatron.model.rotary import Rotary
+from megatron.parallel.linear import ColumnLinear, RowLinear
+from megatron.parallel.random import DropoutKeys, drop
+
+
+class Cache:
+    """Keys and values of the tokens generated so far, for every layer: `[batch, groups, positions, head_dim]`."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; returns all of them. Memory grows by doubling."""
+        start, end = self.length, self.length + key.shape[2]
+        held = self._held.get(layer)
+        if held is None or held[0].shape[2] < end:
+            room = (*key.shape[:2], max(64, 2 * end), key.shape[3])
+            grown = key.new_empty(room), value.new_empty(room)
+            if held is not None:
+                for new, old in zip(grown, held, strict=True):
+                    new[:, :, :start] = old[:, :, :start]
+            held = self._held[layer] = grown
+        held[0][:, :, start:end] = key
+        held[1][:, :, start:end] = value
+        return held[0][:, :, :end], held[1][:, :, :end]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Who may not see whom, and which attention weights are dropped.
+
+    allowed: bool `[batch, 1, seq, keys]`, or None where plain causality says all.
+    probability: of attention dropout; keys, None outside training: the random identity of the tokens.
+    fused: leave the dropout to the attention kernel's own generator.
+    """
+
+    allowed: Tensor | None = None
+    probability: float = 0.0
+    keys: DropoutKeys | None = None
+    fused: bool = False
+
+
+class Attend(Protocol):
+    """Core attention: softmax(q k^T / sqrt(d)) v on this rank's heads. The model is handed one."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, layer: int, heads: range) -> Tensor:
+        """q: `[batch, heads, seq, head_dim]`; k, v: `[batch, groups, keys, head_dim]`; the result is like q.
+
+        layer and heads (global numbers) name the random numbers of the dropout.
+        """
+        ...
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, layer: int, heads: range) -> Tensor:
+    """Each token sees itself and what came before; the queries are the last of the keys' positions."""
+    if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if masks.keys is None or masks.probability == 0.0 or masks.fused:
+        square = q.shape[2] == k.shape[2]
+        allowed = masks.allowed
+        if allowed is None and not square and q.shape[2] > 1:
+            allowed = _causal(q.shape[2], k.shape[2], q.device)
+        probability = 0.0 if masks.keys is None else masks.probability
+        causal = allowed is None and square
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=probability, is_causal=causal)
+    # Dropped weights are a function of their global place, which no fused kernel can draw: the plain form.
+    allowed = masks.allowed if masks.allowed is not None else _causal(q.shape[2], k.shape[2], q.device)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    return drop(weights, masks.keys.attention(layer, heads), masks.probability) @ v
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+class Attention(nn.Module):
+    """`[seq, batch, hidden] -> [seq, batch, hidden]`.
+
+    The fused weight's rows are ordered `[groups, heads per group + 2, head_dim]`: the queries of a key-value head, its
+    key, its value. So a slice of rows is a number of whole groups, for any tensor-parallel size that divides them.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool) -> None:
+        super().__init__()
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        groups, self.head_dim = config.size("num_query_groups"), config.size("kv_channels")
+        if groups % tp.size or heads % groups:
+            raise ValueError(f"{heads} heads in {groups} groups do not divide over {tp.size} tensor-parallel ranks")
+        self.layer, self.attend = layer, attend
+        self.groups, self.per_group = groups // tp.size, heads // groups
+        local = self.groups * self.per_group
+        self.heads = range(tp.rank * local, (tp.rank + 1) * local)
+        bias = config.add_bias_linear
+        rows = (heads + 2 * groups) * self.head_dim
+        self.qkv = ColumnLinear(hidden, rows, tp, bias=bias, sequence_parallel=sequence_parallel)
+        self.dense = RowLinear(
+            heads * self.head_dim, hidden, tp, bias=bias, sequence_parallel=sequence_parallel, init="output"
+        )
+
+    def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: Cache | None) -> Tensor:
+        mixed = self.qkv(x)
+        seq, batch = mixed.shape[:2]
+        mixed = mixed.view(seq, batch, self.groups, self.per_group + 2, self.head_dim)
+        if self.per_group == 1:
+            q, k, v = mixed.unbind(3)  # [seq, batch, heads, head_dim]
+        else:
+            q, k, v = mixed.split([self.per_group, 1, 1], dim=3)
+            q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+        if rotary is not None:
+            q, k = rotary.turn(q), rotary.turn(k)
+        q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [batch, heads, seq, head_dim]
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        y: Tensor = self.attend(q, k, v, masks, self.layer, self.heads)
+        y = y.permute(2, 0, 1, 3).reshape(seq, batch, len(self.heads) * self.head_dim)
+        projected: Tensor = self.dense(y)
+        return projected

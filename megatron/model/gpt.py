@@ -1,0 +1,157 @@
+"""GPT: embedding, layers, final norm, output layer; the whole model, or the slice of it that one stage owns.
+
+By default GPT-2's form (pre-norm, GELU, learned positions, tied output layer). RMSNorm, SwiGLU, rotary positions,
+grouped queries, no biases and an untied output layer are options; together they are the Llama family's form.
+Hidden states are `[seq, batch, hidden]`, under sequence parallelism `[seq / tp, batch, hidden]` between parallel layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.contract import Batch, Loss, StagePart
+from megatron.mesh.mesh import Axis
+from megatron.model.attention import Attend, Cache, Masks, causal_attention
+from megatron.model.block import Block, hidden_dropout
+from megatron.model.norm import Norm
+from megatron.model.rotary import Rotary
+from megatron.parallel.collectives import gather_from
+from megatron.parallel.cross_entropy import vocab_cross_entropy
+from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
+from megatron.parallel.linear import column_products, replicated
+from megatron.parallel.random import DropoutKeys
+from megatron.parallel.spec import describe, name_parameters
+
+
+class Embedding(nn.Module):
+    """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word plus learned position, then dropout."""
+
+    def __init__(self, config: ModelConfig, shard: VocabShard, tp: Axis, *, sequence_parallel: bool) -> None:
+        super().__init__()
+        hidden = config.size("hidden_size")
+        self.tp, self.sequence_parallel, self.probability = tp, sequence_parallel, config.hidden_dropout
+        self.word = VocabEmbedding(shard, hidden, tp, sequence_parallel=sequence_parallel)
+        self.position: nn.Module | None = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position = nn.Module()
+            shape = (config.size("max_position_embeddings"), hidden)
+            spec = replicated(shape, sequence_parallel, decay=True, init="normal")
+            self.position.weight = describe(nn.Parameter(torch.empty(shape)), spec)
+
+    def forward(self, tokens: Tensor, positions: Tensor, keys: DropoutKeys | None) -> Tensor:
+        x: Tensor = self.word(tokens.t())
+        if self.position is not None:
+            seen = positions.t()
+            if self.sequence_parallel:  # each rank adds the positions of its own slice
+                seen = seen[local_columns(seen.shape[0], self.tp)]
+            x = x + nn.functional.embedding(seen, self.position.get_parameter("weight"))
+        return hidden_dropout(x, keys, -1, "embedding", self.probability)
+
+
+class GPT(nn.Module):
+    """The part of a GPT that `part` names. Parameters have global names, and are uninitialised until `initialize`.
+
+    tp: the tensor-parallel axis. seed: of the dropout masks. attend: the core attention, plain unless given.
+    The configuration must be resolved, with vocab_size set.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        part: StagePart,
+        tp: Axis,
+        *,
+        sequence_parallel: bool = False,
+        seed: int = 0,
+        attend: Attend = causal_attention,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.config, self.part, self.tp, self.seed = config, part, tp, seed
+        self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
+        self.shard = VocabShard.of(config.size("vocab_size"), tp, config.make_vocab_size_divisible_by)
+        with torch.device(device):
+            self.embedding = None
+            if part.embedding:
+                self.embedding = Embedding(config, self.shard, tp, sequence_parallel=sequence_parallel)
+            self.layers = nn.ModuleDict(
+                {str(i): Block(config, i, tp, attend, sequence_parallel=sequence_parallel) for i in part.layers}
+            )
+            self.final_norm: Norm | None = None
+            self.head: nn.Module | None = None
+            if part.head:
+                self.final_norm = Norm(config, sequence_parallel=sequence_parallel)
+                if config.untie_embeddings_and_output_weights:
+                    self.head = nn.Module()
+                    self.head.weight = vocab_parameter(self.shard, config.size("hidden_size"))
+        self.to(dtype)
+        name_parameters(self)
+
+    def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
+        """Hidden states in (None on the first stage); hidden states out, or the loss where the head is."""
+        x = self.hidden(x, batch)
+        if not self.part.head:
+            return x
+        labels, mask = batch.labels.t().reshape(-1), batch.loss_mask.t().reshape(-1)
+        losses = vocab_cross_entropy(self._logits(x).flatten(0, 1), labels, self.shard, self.tp)
+        return Loss((losses * mask).sum(), mask.sum())
+
+    def hidden(self, x: Tensor | None, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Through embedding, layers and final norm, as far as this part has them."""
+        keys = self._random(batch)
+        if self.embedding is not None:
+            x = self.embedding(batch.tokens, batch.positions, keys)
+        if x is None:
+            raise ValueError("a stage without the embedding needs hidden states")
+        config = self.config
+        rotary = None
+        if config.position_embedding_type == "rope":
+            rotary = Rotary.at(batch.positions, config.size("kv_channels"), config.rotary_percent, config.rotary_base)
+        masks = Masks(self._allowed(batch), config.attention_dropout, keys, config.fused_attention_dropout)
+        for block in self.layers.values():
+            x = block(x, masks, keys, rotary, cache)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Whole model, evaluation: fp32 `[seq, batch, vocab]` on every tensor-parallel rank, padding left out.
+
+        With a cache, `batch` holds only the new tokens, at their true positions.
+        """
+        x = self._logits(self.hidden(None, batch, cache))
+        if cache is not None:
+            cache.length += batch.tokens.shape[1]
+        return gather_from(x, self.tp, -1)[..., : self.shard.vocab].float()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """`[seq, batch, held]`: this rank's columns of the vocabulary, padding included."""
+        if self.head is not None:
+            weight = self.head.get_parameter("weight")
+        elif self.embedding is not None:
+            weight = self.embedding.word.weight
+        else:
+            raise ValueError("a tied output layer needs the embedding on its own stage")
+        return column_products(x, self.tp, self.sequence_parallel, [weight], [None])[0]
+
+    def _random(self, batch: Batch) -> DropoutKeys | None:
+        """The tokens' random identities; None where nothing is dropped."""
+        if not self.training or max(self.config.hidden_dropout, self.config.attention_dropout) == 0.0:
+            return None
+        seq = batch.tokens.shape[1]
+        local = local_columns(seq, self.tp) if self.sequence_parallel else slice(0, seq)
+        return DropoutKeys.of(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), local)
+
+    def _allowed(self, batch: Batch) -> Tensor | None:
+        """Causal within documents, bool `[batch, 1, seq, seq]`; None where plain causality says all."""
+        if batch.documents is None:
+            return None
+        same = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)
+        return same.tril().unsqueeze(1)
+
+
+def local_columns(seq: int, tp: Axis) -> slice:
+    """The positions that a rank holds under sequence parallelism."""
+    share = seq // tp.size
+    return slice(tp.rank * share, (tp.rank + 1) * share)

@@ -1,0 +1,62 @@
+"""The embedding table cut over the vocabulary (arXiv 1909.08053, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.mesh.mesh import Axis
+from megatron.parallel.collectives import reduce_from, scatter_sum
+from megatron.parallel.spec import ParamSpec, Part, describe
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows of a vocabulary that one rank holds: `held` rows of which the first `used` are true tokens.
+
+    The rest is padding: it makes all ranks' shares equal and well aligned for matrix units. Padding never takes part in
+    a softmax, a checkpoint or a sample.
+    """
+
+    vocab: int
+    start: int
+    held: int
+    used: int
+
+    @classmethod
+    def of(cls, vocab: int, tp: Axis, divisible_by: int) -> VocabShard:
+        """Each rank's share is the smallest multiple of `divisible_by` that fits, Megatron-LM's rule."""
+        step = divisible_by * tp.size
+        held = -(-vocab // step) * divisible_by
+        start = tp.rank * held
+        return cls(vocab, min(start, vocab), held, max(0, min(held, vocab - start)))
+
+
+def vocab_parameter(shard: VocabShard, hidden: int) -> nn.Parameter:
+    """A `[held, hidden]` matrix whose rows are tokens: the embedding, or an untied output layer."""
+    part = Part((shard.start, 0), (shard.used, hidden))
+    spec = ParamSpec("", (shard.vocab, hidden), part, frozenset({"tp"}))
+    return describe(nn.Parameter(torch.empty(shard.held, hidden)), spec)
+
+
+class VocabEmbedding(nn.Module):
+    """Token ids `[...]`, the same on every rank -> `[..., hidden]`.
+
+    sequence_parallel: the result is this rank's slice of dimension 0.
+    """
+
+    def __init__(self, shard: VocabShard, hidden: int, tp: Axis, *, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        self.shard, self.tp, self.sequence_parallel = shard, tp, sequence_parallel and tp.size > 1
+        self.weight = vocab_parameter(shard, hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        elsewhere = (tokens < self.shard.start) | (tokens >= self.shard.start + self.shard.used)
+        rows = F.embedding((tokens - self.shard.start).masked_fill(elsewhere, 0), self.weight)
+        mine = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return scatter_sum(mine, self.tp, 0) if self.sequence_parallel else reduce_from(mine, self.tp)

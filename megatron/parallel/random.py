@@ -1,0 +1,94 @@
+"""Random numbers that no layout shows in.
+
+*Weights*: every parameter is drawn whole, on the CPU, from a generator seeded with (seed, its global name); a rank then
+keeps its rectangle.
+
+*Dropout*: a mask bit is a hash of (seed, sample number, position in the sample, layer, site, feature). No generator has
+a state, so any rank can compute any piece of any mask: a sequence-parallel slice, one head's attention weights, or the
+same mask again in a recomputed forward. Sample numbers count over the whole run, so a resumed run draws what the
+uninterrupted one draws. The hash is the 32-bit finaliser known as lowbias32, on int32 tensors that wrap around.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MULTIPLY_1 = 0x7FEB352D
+_MULTIPLY_2 = 0x846CA68B - (1 << 32)  # as a signed 32-bit number
+
+
+def derive_seed(seed: int, *path: str | int) -> int:
+    """A 63-bit seed for the thing that `path` names; independent of those of other paths."""
+    digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _key(seed: int, *path: str | int) -> int:
+    """A signed 32-bit key."""
+    return (derive_seed(seed, *path) & 0xFFFFFFFF) - (1 << 31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int32; overwrites `x`, which must be fresh."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MULTIPLY_1
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _MULTIPLY_2
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def _low32(x: Tensor) -> Tensor:
+    """The low 32 bits of int64, as int32."""
+    x = x & 0xFFFFFFFF
+    return (x - ((x >> 31) << 32)).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class DropoutKeys:
+    """The random identity of each token of a micro-batch, from which every mask follows.
+
+    whole: int32 `[seq, micro_batch]` for all positions. local: the slice this rank holds between the parallel layers,
+    `whole` itself without sequence parallelism.
+    """
+
+    seed: int
+    whole: Tensor
+    local: Tensor
+
+    @classmethod
+    def of(cls, seed: int, samples: Tensor, columns: Tensor, local: slice) -> DropoutKeys:
+        """samples: int64 `[micro_batch]`, sample numbers. columns: int64 `[seq]`, positions within the sample."""
+        low = _mix(_low32(samples) ^ _key(seed, "sample"))
+        sample = _mix(low + _low32(samples >> 32))
+        column = _mix(_low32(columns) ^ _key(seed, "column"))
+        whole = _mix(sample.unsqueeze(0) + column.unsqueeze(1))
+        return cls(seed, whole, whole[local])
+
+    def features(self, layer: int, site: str, width: int) -> Tensor:
+        """Uniform int32 `[seq_local, micro_batch, width]`: one number for each feature of each local token."""
+        rows = _mix(self.local ^ _key(self.seed, "site", layer, site))
+        return _mix(rows.unsqueeze(-1) + self._lane("feature", width))
+
+    def attention(self, layer: int, heads: range) -> Tensor:
+        """Uniform int32 `[micro_batch, heads, seq, seq]`: one number for each attention weight of these global heads."""
+        keys = torch.tensor([_key(self.seed, "head", layer, h) for h in heads], dtype=torch.int32, device=self.whole.device)
+        rows = _mix(self.whole.t().unsqueeze(1) ^ keys.view(1, -1, 1))  # [micro_batch, heads, seq]
+        return _mix(rows.unsqueeze(-1) + self._lane("weight", self.whole.shape[0]))
+
+    def _lane(self, kind: str, width: int) -> Tensor:
+        count = torch.arange(width, dtype=torch.int32, device=self.whole.device)
+        return _mix(count ^ _key(self.seed, kind))
+
+
+def drop(x: Tensor, numbers: Tensor, probability: float) -> Tensor:
+    """Dropout: zero where the number falls below `probability`, else scaled by 1 / (1 - probability).
+
+    numbers: int32 of x's shape, uniform. Only a byte an element is kept for the backward.
+    """
+    threshold = round(probability * (1 << 32)) - (1 << 31)
+    return torch.where(numbers >= threshold, x * (1.0 / (1.0 - probability)), 0.0)
