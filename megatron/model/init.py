@@ -7,14 +7,14 @@ that end in the residual stream, L the layers of the whole model; zeros for bias
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.parallel.random import derive_seed
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import ParamSpec, spec_of
 
 Rule = Callable[[Tensor, torch.Generator], object]
 
@@ -40,15 +40,19 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model`: draw it whole from (seed, its global name), keep this rank's part.
+def fill(places: Iterable[tuple[ParamSpec, Tensor]], config: ModelConfig, seed: int) -> None:
+    """Initial weights into local tensors: each drawn whole from (seed, its global name), of which the part is kept.
 
     The draw is on the CPU in fp32, so the weights are the same on every device and layout. Padding is zero.
     """
     table = rules(config)
-    for parameter in model.parameters():
-        spec = spec_of(parameter)
+    for spec, place in places:
         whole = torch.empty(spec.shape)
         table[spec.init](whole, torch.Generator().manual_seed(derive_seed(seed, "weights", spec.name)))
-        parameter.zero_()
-        spec.local(parameter).copy_(whole[spec.part.slices])
+        place.zero_()
+        spec.local(place).copy_(whole[spec.part.slices])
+
+
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Initial weights into a model's own parameters, rounded to their dtype."""
+    fill(((spec_of(p), p) for p in model.parameters()), config, seed)

@@ -1,0 +1,221 @@
+"""How large a GPT is and how much it computes: parameters, FLOPs and bytes, whole and per rank. Pure arithmetic.
+
+The parameters are listed by the same names and shapes that `model/gpt.py` builds, so that the counts are those of a real
+build. Arguments: `model` is resolved; `vocab` the true number of tokens; `tp` the tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+from megatron.config.schema import ModelConfig
+
+ALIGN = 64  # elements: each parameter starts on a 256-byte line of the flat buffers of `optim/buffers.py`
+
+
+class Stage(Protocol):
+    """What of a model one pipeline stage owns; `contract.StagePart` is one."""
+
+    @property
+    def layers(self) -> range: ...
+    @property
+    def embedding(self) -> bool: ...
+    @property
+    def head(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The stage that owns everything: `layers` transformer layers, embedding and output layer."""
+
+    layers: range
+    embedding: bool = True
+    head: bool = True
+
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """A parameter: global name, whole shape, and whether tensor parallelism cuts it (dimension `cut`; None: a copy each)."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: int | None = None
+    vocabulary: bool = False
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+    def local(self, model: ModelConfig, tp: int) -> int:
+        """Elements that each rank holds; of a vocabulary with the padding."""
+        if self.vocabulary:
+            return padded_vocabulary(model, self.shape[0], tp) // tp * self.shape[1]
+        return self.count if self.cut is None else self.count // tp
+
+
+def padded_vocabulary(model: ModelConfig, vocab: int, tp: int) -> int:
+    """Megatron-LM's rule: the smallest multiple of make_vocab_size_divisible_by x tp that holds `vocab` tokens."""
+    step = model.make_vocab_size_divisible_by * tp
+    return -(-vocab // step) * step
+
+
+def parameter_list(model: ModelConfig, vocab: int, stage: Stage | None = None) -> Iterator[ParameterSize]:
+    """Every parameter of a stage; of the whole model by default. A tied output layer on a stage without the embedding
+    holds a copy of it, under the embedding's name."""
+    hidden = model.size("hidden_size")
+    stage = stage or Whole(range(model.size("num_layers")))
+    if stage.embedding:
+        yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
+        if model.position_embedding_type == "learned_absolute":
+            yield ParameterSize("embedding.position.weight", (model.size("max_position_embeddings"), hidden))
+    for layer in stage.layers:
+        yield from _layer(model, f"layers.{layer}")
+    if stage.head:
+        yield from _norm(model, "final_norm")
+        if model.untie_embeddings_and_output_weights:
+            yield ParameterSize("head.weight", (vocab, hidden), 0, vocabulary=True)
+        elif not stage.embedding:
+            yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
+
+
+def _layer(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
+    hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
+    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
+    yield from _norm(model, f"{name}.input_norm")
+    yield from _linear(model, f"{name}.attention.qkv", (heads + 2 * groups) * kv, hidden, cut=0)
+    yield from _linear(model, f"{name}.attention.dense", hidden, heads * kv, cut=1)
+    yield from _norm(model, f"{name}.mlp_norm")
+    for part in ("gate", "up") if model.activation == "swiglu" else ("up",):
+        yield from _linear(model, f"{name}.mlp.{part}", ffn, hidden, cut=0)
+    yield from _linear(model, f"{name}.mlp.down", hidden, ffn, cut=1)
+
+
+def _linear(model: ModelConfig, name: str, rows: int, columns: int, *, cut: int) -> Iterator[ParameterSize]:
+    yield ParameterSize(f"{name}.weight", (rows, columns), cut)
+    if model.add_bias_linear:  # cut with the rows; a copy each where the columns are cut
+        yield ParameterSize(f"{name}.bias", (rows,), 0 if cut == 0 else None)
+
+
+def _norm(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
+    yield ParameterSize(f"{name}.weight", (model.size("hidden_size"),))
+    if model.add_norm_bias and model.normalization == "LayerNorm":
+        yield ParameterSize(f"{name}.bias", (model.size("hidden_size"),))
+
+
+def parameters(model: ModelConfig, vocab: int, stage: Stage | None = None) -> int:
+    """Parameters of a stage, or of the whole model; without padding, whatever the layout."""
+    return sum(p.count for p in parameter_list(model, vocab, stage))
+
+
+def parameters_per_rank(model: ModelConfig, vocab: int, tp: int, stage: Stage | None = None) -> int:
+    """Elements that each tensor-parallel rank of a stage holds, with its share of the vocabulary's padding."""
+    return sum(p.local(model, tp) for p in parameter_list(model, vocab, stage))
+
+
+def forward_flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
+    """FLOPs of one token's forward pass, matrix products alone, a multiplication and an addition being 2.
+
+    Per layer, with h hidden, a heads and g groups of width d, f the MLP's width, s the sequence:
+
+        2 h (a + 2g) d    queries, keys, values
+        2 s a d           scores, and as much again for the weighted sum of the values
+        2 a d h           output projection
+        2 h f  x 2        up and down; x 3 with the gate of SwiGLU
+
+    and 2 h vocab for the logits. With a d = h and f = 4 h this is 24 h^2 + 4 s h per layer, the formula of arXiv
+    2104.04473. Attention counts whole rows, as the field does, although causality needs only half of them.
+    """
+    hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
+    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
+    attention = 2 * hidden * (heads + 2 * groups) * kv + 2 * 2 * seq * heads * kv + 2 * heads * kv * hidden
+    mlp = 2 * hidden * ffn * (3 if model.activation == "swiglu" else 2)
+    return model.size("num_layers") * (attention + mlp) + 2 * hidden * vocab
+
+
+def flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
+    """FLOPs of training on one token: the backward pass has two products for each one of the forward pass."""
+    return 3 * forward_flops_per_token(model, vocab, seq)
+
+
+def flops_per_iteration(model: ModelConfig, vocab: int, seq: int, global_batch: int) -> int:
+    """FLOPs of one step over all ranks."""
+    return flops_per_token(model, vocab, seq) * seq * global_batch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank. activations is an estimate; the others are exact for `optim/buffers.py`.
+
+    weights: as the model computes with them, and fp32 main weights where those are bf16.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def memory_per_rank(
+    model: ModelConfig,
+    vocab: int,
+    *,
+    tp: int,
+    seq: int,
+    micro_batch: int,
+    bf16: bool,
+    sequence_parallel: bool = False,
+    optimizer: str = "adam",
+    stage: Stage | None = None,
+    in_flight: int = 1,
+) -> Memory:
+    """What one rank of a stage holds at its fullest; `in_flight` micro-batches wait for their backward pass."""
+    held = sum(-(-p.local(model, tp) // ALIGN) * ALIGN for p in parameter_list(model, vocab, stage))
+    return Memory(
+        weights=held * (2 + 4 if bf16 else 4),
+        gradients=held * 4,
+        optimizer=held * (8 if optimizer == "adam" else 4),
+        activations=activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, in_flight),
+    )
+
+
+def activation_bytes(
+    model: ModelConfig,
+    vocab: int,
+    tp: int,
+    seq: int,
+    micro_batch: int,
+    bf16: bool,
+    sequence_parallel: bool,
+    stage: Stage | None = None,
+    in_flight: int = 1,
+) -> int:
+    """Activations that the backward pass needs, by the count of arXiv 2205.05198, section 4, without recomputation.
+
+    For 16 bit, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of
+    it over t under sequence parallelism. The a s term falls away where a fused kernel does the attention. The output
+    layer's logits are counted with their fp32 copy.
+    """
+    hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
+    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
+    stage = stage or Whole(range(model.size("num_layers")))
+    element = 2 if bf16 else 4
+    shared = tp if sequence_parallel else 1  # what norms and dropout hold is cut only then
+    mask = 1 if model.hidden_dropout > 0 else 0
+    between = (4 * element + 2 * mask) * hidden / shared  # inputs of two norms and of two linear layers, two masks
+    inside = element * ((2 * heads + 2 * groups) * kv + ffn * (3 if model.activation == "swiglu" else 2)) / tp
+    if model.attention_dropout > 0 and not model.fused_attention_dropout:
+        inside += (2 * element + 1) * heads * seq / tp  # softmax, its mask, what is left
+    layers = len(stage.layers) * (between + inside) * in_flight
+    ends = 0.0
+    if stage.embedding:
+        ends += mask * hidden / shared * in_flight
+    if stage.head:
+        ends += 2 * element * hidden / shared + (element + 4) * padded_vocabulary(model, vocab, tp) / tp
+    return int(seq * micro_batch * (layers + ends))

@@ -1,0 +1,53 @@
+"""The norm of the whole model's gradients: every parameter counted once, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.mesh.mesh import Mesh
+from megatron.optim.buffers import FlatBuffer
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.spec import ParamSpec, spec_of
+
+
+def counted_here(spec: ParamSpec, mesh: Mesh) -> bool:
+    """Whether this rank is the one that counts its copy of a parameter.
+
+    A parameter split over tp is counted on every tp rank, a part each; another one on the first tp rank alone.
+    """
+    return "tp" in spec.split_over or mesh.tp.first
+
+
+def counted(buffers: Sequence[FlatBuffer], flats: Iterable[Tensor], mesh: Mesh) -> list[Tensor]:
+    """The parameters' views in the buffers' flat tensors that this rank counts."""
+    return [
+        view
+        for buffer, flat in zip(buffers, flats, strict=True)
+        for p, view in zip(buffer.parameters, buffer.views(flat), strict=True)
+        if counted_here(spec_of(p), mesh)
+    ]
+
+
+def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
+    """L2 norm over all ranks that hold different parameters, fp32 scalar, equal on every rank.
+
+    tensors: what this rank counts; already reduced over data-parallel ranks, which count the same.
+    """
+    device = mesh_device(tensors)
+    local = torch.nn.utils.get_total_norm(tensors) if tensors else torch.zeros((), device=device)
+    return all_reduce(local.square(), mesh.tp_pp).sqrt()
+
+
+def count_zeros(tensors: Sequence[Tensor], mesh: Mesh) -> int:
+    """Number of exact zeros over all ranks' different parameters."""
+    zeros = torch.zeros((), dtype=torch.int64, device=mesh_device(tensors))
+    for tensor in tensors:
+        zeros += tensor.numel() - tensor.count_nonzero()
+    return int(all_reduce(zeros, mesh.tp_pp).item())
+
+
+def mesh_device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")

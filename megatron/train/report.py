@@ -1,0 +1,94 @@
+"""What a step and an evaluation tell: plain records that every sink reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Dense peaks of the matrix units in bf16, TFLOP/s, from the makers' data sheets; the longest matching name counts.
+PEAKS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "V100": 125.0,
+    "B200": 2250.0,
+}
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step. lm_loss: mean over the global batch; None where no token counted. nan: the loss was not a number."""
+
+    lm_loss: float
+    grad_norm: float
+    skipped: bool
+    nan: bool
+    samples: int
+    tokens: int
+    zeros: int | None = None
+    params_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown."""
+
+    iteration: int
+    lm_loss: float | None
+    grad_norm: float | None
+    learning_rate: float
+    loss_scale: float
+    skipped_iterations: int
+    nan_iterations: int
+    consumed_samples: int
+    consumed_tokens: int
+    iteration_time_ms: float | None
+    tokens_per_second: float | None
+    tflops_per_gpu: float | None
+    mfu: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class LogContext:
+    """What a log line says beside its metrics."""
+
+    global_batch_size: int
+    train_iters: int
+    world_size: int
+    zeros: int | None
+    params_norm: float | None
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss over the tokens of one evaluation. ppl is exact: infinite where exp overflows."""
+
+    iteration: int
+    split: str
+    lm_loss: float
+    consumed_samples: int
+
+    @property
+    def ppl(self) -> float:
+        try:
+            return math.exp(self.lm_loss)
+        except OverflowError:
+            return math.inf
+
+
+def peak_tflops(device: torch.device, given: float | None) -> float | None:
+    """Dense peak of one device in TFLOP/s: as given, else from the device's name, else unknown."""
+    if given is not None or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    known = [peak for part, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
+    return known[0] if known else None

@@ -1,0 +1,189 @@
+"""Where reports go: console, JSON lines, TensorBoard. Each a few lines; one rank holds them, the others hold none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.config.schema import LogConfig
+from megatron.train.report import Evaluation, LogContext, Metrics
+
+
+class Sink:
+    """Takes reports; a sink overrides what it cares for."""
+
+    def step(self, metrics: Metrics, context: LogContext) -> None:
+        """After every step, with that step's own values."""
+
+    def line(self, metrics: Metrics, context: LogContext) -> None:
+        """Every --log-interval steps, with the averages since the last line."""
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        """After an evaluation; `title` says which."""
+
+    def close(self) -> None:
+        """At the end of the run."""
+
+
+class Console(Sink):
+    """Megatron-LM's lines, with throughput and time left at the end."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.out = out
+
+    def line(self, metrics: Metrics, context: LogContext) -> None:
+        stamp = datetime.now().strftime("[%Y-%m-%d %H:%M:%S]")
+        print(f"{stamp}{console_line(metrics, context)}", file=self.out, flush=True)
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        text = f" validation loss at {title} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {result.ppl:.6E} | "
+        rule = "-" * (len(text) + 1)
+        print(f"{rule}\n{text}\n{rule}", file=self.out, flush=True)
+
+
+def console_line(metrics: Metrics, context: LogContext) -> str:
+    """The training line, from ` iteration` on."""
+    parts = [
+        f" iteration {metrics.iteration:8d}/{context.train_iters:8d}",
+        f"consumed samples: {metrics.consumed_samples:12d}",
+    ]
+    if metrics.iteration_time_ms is not None:
+        parts.append(f"elapsed time per iteration (ms): {metrics.iteration_time_ms:.1f}")
+    parts += [f"learning rate: {metrics.learning_rate:.3E}", f"global batch size: {context.global_batch_size:5d}"]
+    if metrics.lm_loss is not None:
+        parts.append(f"lm loss: {metrics.lm_loss:.6E}")
+    parts.append(f"loss scale: {metrics.loss_scale:.1f}")
+    if metrics.grad_norm is not None:
+        parts.append(f"grad norm: {metrics.grad_norm:.3f}")
+    if context.zeros is not None:
+        parts.append(f"num zeros: {context.zeros:.1f}")
+    if context.params_norm is not None:
+        parts.append(f"params norm: {context.params_norm:.3f}")
+    parts += [
+        f"number of skipped iterations: {metrics.skipped_iterations:3d}",
+        f"number of nan iterations: {metrics.nan_iterations:3d}",
+    ]
+    if metrics.tokens_per_second is not None:
+        parts.append(f"tokens per second: {metrics.tokens_per_second:.1f}")
+    if metrics.tflops_per_gpu is not None:
+        parts.append(f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_gpu:.3f}")
+    if metrics.mfu is not None:
+        parts.append(f"MFU: {100 * metrics.mfu:.1f}%")
+    if context.eta_seconds is not None:
+        parts.append(f"ETA: {timedelta(seconds=round(context.eta_seconds))}")
+    return " | ".join(parts) + " |"
+
+
+class JsonLines(Sink):
+    """`metrics.jsonl`: one object a line, flushed, so that a killed run loses none.
+
+    resume_at: the iteration the run goes on from; lines beyond it, which an earlier run wrote and this one will write
+    again, are dropped, so that each iteration stands there once.
+    """
+
+    def __init__(self, path: Path, resume_at: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [text for text in _lines(path) if _iteration(text) <= resume_at] if resume_at else []
+        fresh = path.with_name(path.name + ".tmp")
+        fresh.write_text("".join(f"{text}\n" for text in kept))
+        fresh.replace(path)
+        self._file = path.open("a")
+
+    def line(self, metrics: Metrics, context: LogContext) -> None:
+        self._write(asdict(metrics))
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        self._write(
+            {"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl}
+        )
+
+    def _write(self, values: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity: null says unknown.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _iteration(text: str) -> float:
+    try:
+        return float(json.loads(text)["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line torn by a kill
+
+
+class TensorBoard(Sink):
+    """Megatron-LM's tags, each also over samples."""
+
+    def __init__(self, config: LogConfig, resume_at: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.config = config
+        # Points of an earlier run beyond the resumed iteration are hidden by TensorBoard.
+        self._writer: Any = SummaryWriter(
+            config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=resume_at + 1 if resume_at else None
+        )
+
+    def step(self, metrics: Metrics, context: LogContext) -> None:
+        if metrics.iteration % self.config.tensorboard_log_interval:
+            return
+        values: list[tuple[str, float | None]] = [
+            ("lm loss", metrics.lm_loss),
+            ("grad-norm", metrics.grad_norm),
+            ("num-zeros", context.zeros),
+            ("params-norm", context.params_norm),
+        ]
+        if self.config.log_learning_rate_to_tensorboard:
+            values.append(("learning-rate", metrics.learning_rate))
+        if self.config.log_loss_scale_to_tensorboard:
+            values.append(("loss-scale", metrics.loss_scale))
+        if self.config.log_batch_size_to_tensorboard:
+            values.append(("batch-size", context.global_batch_size))
+        if self.config.log_world_size_to_tensorboard:
+            values.append(("world-size", context.world_size))
+        for tag, value in values:
+            if value is not None:
+                self._writer.add_scalar(tag, value, metrics.iteration)
+                self._writer.add_scalar(f"{tag} vs samples", value, metrics.consumed_samples)
+        if metrics.iteration_time_ms is not None:
+            self._writer.add_scalar("iteration-time", metrics.iteration_time_ms / 1000, metrics.iteration)
+        if metrics.tflops_per_gpu is not None:
+            self._writer.add_scalar("throughput", metrics.tflops_per_gpu, metrics.iteration)
+        if self.config.log_memory_to_tensorboard and metrics.peak_memory_bytes is not None:
+            self._writer.add_scalar("mem-max-allocated-bytes", metrics.peak_memory_bytes, metrics.iteration)
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        tag = "lm loss validation" if result.split == "validation" else f"lm loss {result.split}"
+        values = [(tag, result.lm_loss)]
+        if self.config.log_validation_ppl_to_tensorboard:
+            values.append((f"{tag} ppl", result.ppl))
+        for name, value in values:
+            self._writer.add_scalar(name, value, result.iteration)
+            self._writer.add_scalar(f"{name} vs samples", value, result.consumed_samples)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int) -> Sequence[Sink]:
+    """The sinks that the configuration asks for. A TensorBoard that is not installed is said, and done without."""
+    sinks: list[Sink] = [Console(out)]
+    if config.metrics_path is not None:
+        sinks.append(JsonLines(Path(config.metrics_path), resume_at))
+    if config.tensorboard_dir is not None:
+        try:
+            sinks.append(TensorBoard(config, resume_at))
+        except ImportError:
+            print("TensorBoard is not installed, going on without it: pip install tensorboard", file=out, flush=True)
+    return sinks

@@ -1,0 +1,45 @@
+"""Where a run stands: a handful of counters, from which the data position, the schedule and all random numbers follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron.parallel.spec import Shard
+
+
+@dataclass
+class TrainState:
+    """Saved with every checkpoint; equal on all ranks.
+
+    consumed_samples: training samples taken, those of skipped steps included; the data position.
+    consumed_valid_samples: validation samples taken, which goes on from evaluation to evaluation.
+    scheduled_samples: samples of the updates made; what the learning rate follows, so a skipped step is not counted.
+    consecutive_skips: skipped steps since the last update.
+    window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_valid_samples: int = 0
+    consumed_tokens: int = 0
+    scheduled_samples: int = 0
+    consecutive_skips: int = 0
+    window_loss: float = 0.0
+    window_steps: int = 0
+    window_skipped: int = 0
+    window_nan: int = 0
+
+    # A part of a checkpoint (parallel/spec.py: Checkpointable) that has no tensors.
+
+    def shards(self) -> Iterator[Shard]:
+        return iter(())
+
+    def scalars(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        for field in fields(self):
+            if field.name in values:
+                setattr(self, field.name, values[field.name])

@@ -1,0 +1,81 @@
+"""One training step: the only place where data, pipeline and optimizer meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron.config.schema import BatchConfig
+from megatron.contract import Batch, Loss
+from megatron.mesh.mesh import Mesh
+from megatron.optim.lr import Schedule
+from megatron.optim.optimizer import Optimizer
+from megatron.parallel.collectives import all_reduce
+from megatron.pipeline.executor import Executor, StepOutput
+from megatron.train.report import StepReport
+from megatron.train.state import TrainState
+
+
+def objective(batch: BatchConfig, seq_length: int, dp: int) -> Callable[[Loss, int], Tensor]:
+    """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step.
+
+    token: the mean over all tokens of the global batch that count. How many do is known only when all ranks have seen
+    their data, so the sum is divided by how many there can be, and `train_step` corrects the gradients by the ratio;
+    it is 1 unless the data masks some. micro-batch: the mean of the micro-batches' means.
+    """
+    micro_batch_size = batch.micro_batch_size or 1
+
+    def of_tokens(loss: Loss, micro_batches: int) -> Tensor:
+        return loss.sum * (1.0 / (micro_batches * micro_batch_size * dp * seq_length))
+
+    def of_micro_batches(loss: Loss, micro_batches: int) -> Tensor:
+        return loss.sum / loss.tokens.clamp(min=1.0) * (1.0 / (micro_batches * dp))
+
+    return of_tokens if batch.loss_average == "token" else of_micro_batches
+
+
+class Step:
+    """Bound to the parts it joins; `__call__` is the step."""
+
+    def __init__(
+        self, pipeline: Executor, optimizer: Optimizer, schedule: Schedule, mesh: Mesh, batch: BatchConfig, seq_length: int
+    ) -> None:
+        self.pipeline, self.optimizer, self.schedule, self.mesh = pipeline, optimizer, schedule, mesh
+        self.batch, self.seq_length = batch, seq_length
+
+    def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
+        """Forward, backward and update over this rank's micro-batches of the step. Collective."""
+        self.optimizer.zero()
+        output = self.pipeline.step(batches)
+        loss, tokens, means = totals(output, self.mesh)
+        samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
+        possible = samples * self.seq_length
+        by_token = self.batch.loss_average == "token"
+        update = self.optimizer.step(
+            lr=self.schedule.rate(state.scheduled_samples),
+            weight_decay=self.schedule.weight_decay(state.scheduled_samples),
+            scale=possible / tokens if by_token and tokens > 0 else 1.0,
+        )
+        mean = loss / max(tokens, 1.0) if by_token else means / (len(batches) * self.mesh.dp.size)
+        return StepReport(
+            lm_loss=mean,
+            grad_norm=update.grad_norm,
+            skipped=update.skipped,
+            nan=math.isnan(mean),
+            samples=samples,
+            tokens=possible,
+            zeros=update.zeros,
+            params_norm=update.params_norm,
+        )
+
+
+def totals(output: StepOutput, mesh: Mesh) -> tuple[float, float, float]:
+    """Loss sum, token count and sum of means over all data-parallel ranks and stages, on every rank."""
+    local = torch.stack([output.loss, output.tokens, output.means])
+    for axis in (mesh.dp_cp, mesh.pp):
+        local = all_reduce(local, axis)
+    loss, tokens, means = local.tolist()
+    return loss, tokens, means

@@ -1,0 +1,11 @@
+"""Pretrain a GPT: `torchrun --nproc_per_node N pretrain_gpt.py --flags`, or plain `python` for one process.
+
+The recipe is `megatron/train/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do.
+"""
+
+import sys
+
+from megatron.train.program import pretrain
+
+if __name__ == "__main__":
+    sys.exit(pretrain(sys.argv[1:], program="pretrain_gpt.py", defaults={"tokenizer.tokenizer_type": "GPT2BPETokenizer"}))

@@ -1,0 +1,163 @@
+"""The one process that every layout is compared with: the same few steps of training, on any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.config.resolve import resolve
+from megatron.config.schema import (
+    BatchConfig,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RunConfig,
+)
+from megatron.contract import Batch
+from megatron.mesh.launch import Job, Place
+from megatron.parallel.spec import spec_of
+from megatron.train.loop import advance
+from megatron.train.run import Run, build
+
+SEQ = 16
+GPT2 = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    max_position_embeddings=SEQ,
+    vocab_size=127,  # prime: no tensor-parallel size divides it
+    make_vocab_size_divisible_by=8,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+LLAMA = replace(
+    GPT2,
+    num_query_groups=2,
+    activation="swiglu",
+    normalization="RMSNorm",
+    position_embedding_type="rope",
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+)
+
+
+def dropping(model: ModelConfig) -> ModelConfig:
+    return replace(model, hidden_dropout=0.1, attention_dropout=0.1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how. masked: a third of the tokens do not count, unevenly over samples."""
+
+    model: ModelConfig = GPT2
+    tp: int = 1
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    global_batch: int = 4
+    masked: bool = False
+    bf16: bool = False
+    optim: OptimConfig = OptimConfig(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+    loss_average: str = "token"
+
+    def config(self, world: int, steps: int) -> RunConfig:
+        return resolve(
+            RunConfig(
+                model=self.model,
+                layout=LayoutConfig(tensor_model_parallel_size=self.tp, sequence_parallel=self.sequence_parallel),
+                data=DataConfig(seq_length=SEQ),
+                batch=BatchConfig(
+                    micro_batch_size=self.micro_batch,
+                    global_batch_size=self.global_batch,
+                    train_iters=steps,
+                    seed=5,
+                    loss_average=self.loss_average,
+                ),
+                optim=self.optim,
+                precision=PrecisionConfig(bf16=self.bf16),
+            ),
+            world,
+        )
+
+
+def sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
+    """Tokens `[SEQ + 1]` and loss mask `[SEQ]` of one sample: learnable, a function of its number alone."""
+    generator = torch.Generator().manual_seed(number)
+    start = int(torch.randint(0, vocab, (1,), generator=generator))
+    tokens = (start + torch.arange(SEQ + 1)) % 12 * (vocab // 12)
+    mask = (torch.rand(SEQ, generator=generator) < 0.05 * (1 + number % 13)).float() if masked else torch.ones(SEQ)
+    return tokens, mask
+
+
+def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_size: int) -> list[Batch]:
+    """This rank's share of the step that follows `consumed` samples, as the loader deals it out."""
+    batches = []
+    block = setting.micro_batch * dp_size
+    for j in range(setting.global_batch // block):
+        first = consumed + j * block + dp_rank * setting.micro_batch
+        numbers = range(first, first + setting.micro_batch)
+        drawn = [sample(n, vocab, setting.masked) for n in numbers]
+        tokens = torch.stack([t for t, _ in drawn])
+        positions = torch.arange(SEQ).expand(len(drawn), SEQ)
+        mask = torch.stack([m for _, m in drawn])
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, torch.tensor(numbers)))
+    return batches
+
+
+def start(setting: Setting, steps: int) -> Run:
+    """A built run on the processes at hand."""
+    initialized = dist.is_initialized()
+    world = dist.get_world_size() if initialized else 1
+    place = Place(dist.get_rank() if initialized else 0, world)
+    return build(setting.config(world, steps), Job(place, torch.device("cpu"), "gloo" if initialized else None))
+
+
+def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, float]]:
+    """Train; (loss, gradient norm) of each step."""
+    curve = []
+    for _ in range(steps):
+        vocab = run.config.model.size("vocab_size")
+        batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
+        report = run.step(batches, run.state)
+        advance(run, report)
+        curve.append((report.lm_loss, report.grad_norm))
+    return curve
+
+
+Pieces = dict[str, tuple[tuple[slice, ...], Tensor]]
+
+
+def pieces(run: Run) -> Pieces:
+    """This rank's main weights: global name -> (where they belong, values)."""
+    return {s.name: (s.part.slices, s.data.detach().clone()) for s in run.weights.shards()}
+
+
+def gradients(run: Run) -> Pieces:
+    """This rank's gradients after the last step."""
+    found: Pieces = {}
+    for buffer in run.optimizer.buffers:
+        for p, view in zip(buffer.parameters, buffer.views(buffer.grads), strict=True):
+            spec = spec_of(p)
+            found[spec.name] = (spec.part.slices, spec.local(view).clone())
+    return found
+
+
+def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, float]], Pieces, Pieces]:
+    """Curve of `steps` steps, initial and final weights; what tests run on ranks and in one process."""
+    run = start(setting, steps)
+    initial = pieces(run)
+    return go(run, setting, steps), initial, pieces(run)
+
+
+def mismatch(whole: Pieces, part: Pieces) -> float:
+    """Largest difference of a rank's pieces from the reference's, relative to each tensor's largest value."""
+    worst = 0.0
+    for name, (where, values) in part.items():
+        expected = whole[name][1][where]
+        if expected.numel():
+            worst = max(worst, float((values - expected).abs().max() / whole[name][1].abs().max().clamp(min=1e-3)))
+    return worst
