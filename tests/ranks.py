@@ -10,6 +10,7 @@ and traceback; a failed pool is thrown away, since its ranks may wait in a colle
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing as mp
 import os
 import socket
@@ -24,9 +25,8 @@ TIMEOUT_S = 240.0
 
 
 def _serve(rank: int, world: int, port: int, path: list[str], pipe: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
-    )
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
     sys.path[:] = path
     import torch
     import torch.distributed as dist
@@ -85,7 +85,8 @@ class Pool:
                 results[rank] = value
             if time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError(f"ranks {sorted(set(range(len(self.pipes))) - set(results))} gave no answer in {TIMEOUT_S} s")
+                silent = sorted(set(range(len(self.pipes))) - set(results))
+                raise AssertionError(f"ranks {silent} gave no answer in {TIMEOUT_S} s")
         return [results[r] for r in range(len(self.pipes))]
 
     def kill(self) -> None:
@@ -94,10 +95,8 @@ class Pool:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            try:
+            with contextlib.suppress(OSError):
                 pipe.send(None)
-            except (BrokenPipeError, OSError):
-                pass
         for process in self.processes:
             process.join(5)
         self.kill()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,9 @@ class Setting:
     global_batch: int = 4
     masked: bool = False
     bf16: bool = False
-    optim: OptimConfig = OptimConfig(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+    )
     loss_average: str = "token"
 
     def config(self, world: int, steps: int) -> RunConfig:

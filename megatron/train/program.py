@@ -17,7 +17,6 @@ from typing import Any, TextIO
 from megatron.checkpoint.layout import CheckpointError, find, read_config
 from megatron.checkpoint.save import save
 from megatron.config.cli import HelpAsked, Parsed, explain, parse, to_json
-from megatron.config.dryrun import dry_run
 from megatron.config.errors import ConfigError
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.data.batch import GPTBatches
@@ -26,6 +25,7 @@ from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.dryrun import dry_run
 from megatron.mesh.launch import Job, Place, job
 from megatron.model.size import flops_per_token, padded_vocabulary
 from megatron.train.errors import TrainingError
@@ -48,7 +48,7 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config)
         if parsed.dry_run:
-            return dry_run(parsed, build_tokenizer(parsed.config.tokenizer).vocab_size, sys.stdout) if first else 0
+            return dry_run(parsed, program) if first else 0
         config, tokenizer, source, datasets = prepare(parsed)
     except HelpAsked as answer:
         return _tell(str(answer), first)
@@ -167,7 +167,7 @@ def open_loaders(run: Run, datasets: Datasets, tokenizer: Tokenizer) -> tuple[Lo
             return None
         return Loader(
             dataset,
-            GPTBatches.of(data, tokenizer.vocab_size, end_of_document(tokenizer)),
+            GPTBatches.of(data, tokenizer.vocab_size, tokenizer.special.get("eod")),
             dp.rank,
             dp.size,
             batch.micro_batch_size or 1,
@@ -185,14 +185,6 @@ def open_loaders(run: Run, datasets: Datasets, tokenizer: Tokenizer) -> tuple[Lo
         at(validation, run.state.consumed_valid_samples, "validation"),
         at(test, 0, "test"),
     )
-
-
-def end_of_document(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a document, where the tokenizer has one."""
-    try:
-        return tokenizer.eod
-    except DataError:
-        return None
 
 
 def sample_flops(config: RunConfig) -> float:
