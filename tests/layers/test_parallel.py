@@ -1,0 +1,216 @@
+"""Collectives, parallel layers, vocabulary padding: on several ranks what the plain layers are on one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import on_ranks
+
+from megatron.mesh.grid import Grid
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.parallel import collectives
+from megatron.parallel.cross_entropy import vocab_cross_entropy
+from megatron.parallel.embedding import VocabEmbedding, VocabShard
+from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
+from megatron.parallel.spec import spec_of
+
+
+def tp_axis() -> Axis:
+    if not dist.is_initialized():
+        return Axis.alone("tp")
+    return Mesh.build(Grid(tp=dist.get_world_size()), dist.get_rank()).tp
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter as its part of one whole tensor, the same on all layouts."""
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            spec = spec_of(parameter)
+            whole = torch.randn(spec.shape, generator=torch.Generator().manual_seed(number))
+            parameter.zero_()
+            spec.local(parameter).copy_(whole[spec.part.slices])
+    return module
+
+
+def draw(*shape: int, seed: int = 99) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Collectives.
+
+
+def every_pair(dim: int):
+    """Each differentiable collective, forward and backward, against what it should be."""
+    axis = tp_axis()
+    shape = (8, 8, 8)
+    wholes = [draw(*shape, seed=r) for r in range(axis.size)]
+    mine = collectives.own_slice(wholes[0], axis, dim)
+    outputs = {}
+    for name, x in {
+        "copy_to": wholes[axis.rank],
+        "reduce_from": wholes[axis.rank],
+        "split_to": wholes[0],
+        "gather_from": mine,
+        "scatter_sum": wholes[axis.rank],
+        "gather_sum": mine,
+    }.items():
+        x = x.clone().requires_grad_()
+        before = x.detach().clone()
+        arguments = (x, axis) if name in ("copy_to", "reduce_from") else (x, axis, dim)
+        y = getattr(collectives, name)(*arguments)
+        weight = draw(*y.shape, seed=1000 + (axis.rank if name in ("copy_to", "gather_sum") else 0))
+        (y * weight).sum().backward()
+        assert torch.equal(x.detach(), before), f"{name} changed its argument"
+        outputs[name] = (y.detach(), x.grad)
+    return outputs
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+@pytest.mark.parametrize("world", [2, 4])
+def test_conjugate_pairs(world, dim):
+    wholes = [draw(8, 8, 8, seed=r) for r in range(world)]
+    total = torch.stack(wholes).sum(0)
+    weights = [draw(8, 8, 8, seed=1000 + r) for r in range(world)]
+    share = 8 // world
+    for rank, out in enumerate(on_ranks(world, every_pair, dim)):
+
+        def part(x, rank=rank):
+            return x.narrow(dim, rank * share, share)
+
+        small = draw(*part(total).shape, seed=1000)
+        expected = {
+            "copy_to": (wholes[rank], torch.stack(weights).sum(0)),
+            "reduce_from": (total, weights[0]),
+            "split_to": (part(wholes[0]), torch.cat([small] * world, dim)),
+            "gather_from": (wholes[0], part(weights[0])),
+            "scatter_sum": (part(total), torch.cat([small] * world, dim)),
+            "gather_sum": (wholes[0], part(torch.stack(weights).sum(0))),
+        }
+        for name, (forward, backward) in expected.items():
+            torch.testing.assert_close(out[name][0], forward, msg=lambda m, n=name: f"{n} forward: {m}")
+            torch.testing.assert_close(out[name][1], backward, msg=lambda m, n=name: f"{n} backward: {m}")
+
+
+# Linear layers.
+
+
+def mlp(sequence_parallel: bool, two: bool):
+    """Column then row, as in a layer; output, input gradient and parameter gradients as their parts."""
+    tp = tp_axis()
+    layers = torch.nn.ModuleDict(
+        {
+            "up": ColumnLinear(12, 16, tp, bias=True, sequence_parallel=sequence_parallel),
+            "gate": ColumnLinear(12, 16, tp, bias=False, sequence_parallel=sequence_parallel),
+            "down": RowLinear(16, 12, tp, bias=True, sequence_parallel=sequence_parallel),
+        }
+    )
+    filled(layers.double())  # so that only the order of sums differs, far below the tolerance
+    x = draw(8, 3, 12).double()
+    x = (collectives.own_slice(x, tp) if sequence_parallel else x).clone().requires_grad_()
+    if two:
+        gate, up = column_linears(x, [layers["gate"], layers["up"]])
+        y = layers["down"](gate * up)
+    else:
+        y = layers["down"](layers["up"](x).square())
+    weight = draw(8, 3, 12, seed=7).double()
+    (y * (collectives.own_slice(weight, tp) if sequence_parallel else weight)).sum().backward()
+    grads = {}
+    for name, parameter in layers.named_parameters():
+        if parameter.grad is None:
+            continue
+        spec, grad = spec_of(parameter), parameter.grad
+        for _ in spec.sum_grad_over:
+            grad = collectives.all_reduce(grad.clone(), tp)
+        grads[name] = (spec.part.slices, grad)
+    return y.detach(), x.grad, grads
+
+
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("world", [2, 4])
+def test_column_and_row_are_the_whole_layers(world, sequence_parallel, two):
+    y, grad_x, grads = mlp(False, two)
+    ranks = on_ranks(world, mlp, sequence_parallel, two)
+    if sequence_parallel:
+        ranks = [(torch.cat([r[0] for r in ranks]), torch.cat([r[1] for r in ranks]), r[2]) for r in ranks]
+    for got_y, got_x, got in ranks:
+        torch.testing.assert_close(got_y, y)
+        torch.testing.assert_close(got_x, grad_x)
+        assert set(got) == set(grads)
+        for name, (where, grad) in got.items():
+            torch.testing.assert_close(grad, grads[name][1][where], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_size_one_is_the_plain_layer_bit_for_bit():
+    alone, x = Axis.alone("tp"), draw(4, 2, 12)
+    column = filled(ColumnLinear(12, 16, alone, bias=True, sequence_parallel=True))
+    row = filled(RowLinear(12, 16, alone, bias=True, sequence_parallel=True))
+    for layer in (column, row):
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    table = filled(VocabEmbedding(VocabShard.of(100, alone, 64), 12, alone))
+    tokens = torch.randint(0, 100, (4, 5))
+    assert torch.equal(table(tokens), F.embedding(tokens, table.weight))
+    logits, labels = draw(6, 128), torch.randint(0, 100, (6,))
+    plain = F.cross_entropy(logits[:, :100], labels, reduction="none")
+    assert torch.equal(vocab_cross_entropy(logits, labels, VocabShard.of(100, alone, 64), alone), plain)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    two = Axis("tp", 2, 0, (0, 1))
+    with pytest.raises(ValueError, match="15 output features do not divide over 2"):
+        ColumnLinear(8, 15, two, bias=False)
+    with pytest.raises(ValueError, match="15 input features do not divide over 2"):
+        RowLinear(15, 8, two, bias=False)
+
+
+# Vocabulary.
+
+
+@pytest.mark.parametrize(("size", "held"), [(1, 50304), (2, 25216), (8, 6400)])
+def test_padding_is_megatrons(size, held):
+    vocab, divisor = 50257, 128
+    shards = [VocabShard.of(vocab, Axis("tp", size, r, tuple(range(size))), divisor) for r in range(size)]
+    assert {s.held for s in shards} == {held}
+    assert sum(s.used for s in shards) == vocab
+    assert [s.start for s in shards[1:]] == [s.start + s.used for s in shards[:-1]]
+
+
+def vocabulary(vocab: int, divisor: int, sequence_parallel: bool):
+    """Embedding and cross-entropy over a cut vocabulary: embedding output, loss, gradients of table and logits."""
+    tp = tp_axis()
+    shard = VocabShard.of(vocab, tp, divisor)
+    table = filled(VocabEmbedding(shard, 6, tp, sequence_parallel=sequence_parallel))
+    tokens = torch.randint(0, vocab, (8, 2), generator=torch.Generator().manual_seed(3))
+    x = table(tokens)
+    weight = draw(8, 2, 6)
+    (x * (collectives.own_slice(weight, tp) if sequence_parallel else weight)).sum().backward()
+    whole = draw(10, vocab)
+    logits = torch.full((10, shard.held), 50.0)  # padding that would win every softmax if it were counted
+    logits[:, : shard.used] = whole[:, shard.start : shard.start + shard.used]
+    logits.requires_grad_()
+    labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
+    loss = vocab_cross_entropy(logits, labels, shard, tp)
+    (loss * torch.arange(10)).sum().backward()
+    assert torch.equal(logits.grad[:, shard.used :], torch.zeros(10, shard.held - shard.used))
+    assert torch.equal(table.weight.grad[shard.used :], torch.zeros(shard.held - shard.used, 6))
+    rows = slice(shard.start, shard.start + shard.used)
+    return x.detach(), loss.detach(), rows, table.weight.grad[: shard.used], logits.grad[:, : shard.used]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("world", "vocab", "divisor"), [(2, 127, 8), (4, 127, 8), (4, 5, 4)])
+def test_a_cut_vocabulary_gives_the_unpadded_loss(world, vocab, divisor, sequence_parallel):
+    x, loss, _, table_grad, logits_grad = vocabulary(vocab, divisor, False)
+    labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(loss, F.cross_entropy(draw(10, vocab), labels, reduction="none"))
+    ranks = on_ranks(world, vocabulary, vocab, divisor, sequence_parallel)
+    if sequence_parallel:
+        torch.testing.assert_close(torch.cat([r[0] for r in ranks]), x)
+    for got_x, got_loss, rows, got_table, got_logits in ranks:
+        if not sequence_parallel:
+            torch.testing.assert_close(got_x, x)
+        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got_table, table_grad[rows])
+        torch.testing.assert_close(got_logits, logits_grad[:, rows])

@@ -1,0 +1,91 @@
+"""Dropout masks as functions of the token's place, and initial weights as functions of the name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from reference import GPT2, LLAMA
+
+from megatron.config.resolve import resolve
+from megatron.config.schema import RunConfig
+from megatron.contract import StagePart
+from megatron.mesh.mesh import Axis
+from megatron.model.gpt import GPT
+from megatron.model.init import initialize
+from megatron.parallel.random import DropoutKeys, derive_seed, drop
+from megatron.parallel.spec import spec_of
+
+
+def keys(samples=(3, 4, 2**40 + 3), seq: int = 64, local: slice = slice(None), seed: int = 1) -> DropoutKeys:
+    return DropoutKeys.of(seed, torch.tensor(samples), torch.arange(seq), local)
+
+
+def test_masks_are_uniform_and_independent():
+    numbers = keys().features(5, "mlp", 256).double() / 2**32  # in [-1/2, 1/2)
+    count = numbers.numel()
+    assert abs(numbers.mean()) < 4 / math.sqrt(12 * count)
+    assert abs(numbers.var() - 1 / 12) < 0.001
+    assert numbers.unique().numel() > 0.99 * count
+    others = {
+        "layer": keys().features(6, "mlp", 256),
+        "site": keys().features(5, "attention", 256),
+        "seed": keys(seed=2).features(5, "mlp", 256),
+        "sample": keys(samples=(7, 8, 9)).features(5, "mlp", 256),
+    }
+    for name, other in others.items():
+        correlation = torch.corrcoef(torch.stack([numbers.flatten(), other.double().flatten() / 2**32]))[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(count), name
+    for dim in range(3):  # neighbours in sequence, batch and feature
+        a, b = numbers.narrow(dim, 0, numbers.shape[dim] - 1), numbers.narrow(dim, 1, numbers.shape[dim] - 1)
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 5 / math.sqrt(count), dim
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
+def test_drop_keeps_the_mean(probability):
+    x = torch.ones(64, 3, 256, requires_grad=True)
+    y = drop(x, keys().features(0, "mlp", 256), probability)
+    assert abs((y == 0).double().mean() - probability) < 0.01
+    assert abs(y.mean() - 1) < 0.03
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_any_piece_of_a_mask_is_that_piece_of_the_whole():
+    whole = keys()
+    shard = keys(local=slice(16, 32))
+    assert torch.equal(shard.features(2, "mlp", 32), whole.features(2, "mlp", 32)[16:32])
+    assert torch.equal(whole.attention(2, range(2, 4)), whole.attention(2, range(8))[:, 2:4])
+    one = keys(samples=(4,))  # another micro-batch that holds the second sample
+    assert torch.equal(one.features(2, "mlp", 32)[:, 0], whole.features(2, "mlp", 32)[:, 1])
+
+
+def test_large_sample_numbers_are_told_apart():
+    """Samples 3 and 2^40 + 3 share their low 32 bits."""
+    numbers = keys().features(0, "mlp", 64)
+    assert not torch.equal(numbers[:, 0], numbers[:, 2])
+
+
+def test_seeds_of_different_things_differ():
+    assert len({derive_seed(1, "weights", name) for name in "abc"} | {derive_seed(2, "weights", "a")}) == 4
+    assert all(0 <= derive_seed(s, "x") < 2**63 for s in range(100))
+
+
+@pytest.mark.parametrize("model", [GPT2, LLAMA])
+def test_initial_weights_have_megatrons_spread(model):
+    config = resolve(RunConfig(model=model)).model
+    gpt = GPT(config, StagePart(range(2), True, True), Axis.alone("tp"))
+    initialize(gpt, config, 7)
+    for name, p in gpt.named_parameters():
+        spec, values = spec_of(p), spec_of(p).local(p).detach()
+        assert spec.name == name
+        if name.endswith("bias"):
+            assert not values.any() and not spec.decay
+        elif p.dim() == 1:
+            assert torch.equal(values, torch.ones_like(values)) and not spec.decay
+        else:
+            scale = 0.02 / math.sqrt(2 * 2) if "dense" in name or "down" in name else 0.02
+            assert abs(values.std() / scale - 1) < 6 / math.sqrt(2 * values.numel()), name
+            assert spec.decay
+    assert not gpt.embedding.word.weight[127:].any(), "padding is zero"

@@ -1,0 +1,57 @@
+"""Which process this is, under torchrun, srun and plain python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.mesh.launch import Place, choose, expand_hosts
+
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+}
+
+
+def test_torchrun():
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    assert Place.of(environ | SLURM) == Place(5, 8, 1, 4, "torchrun", "h", 1)
+
+
+def test_srun():
+    place = Place.of(SLURM)
+    assert (place.rank, place.world_size, place.local_rank, place.local_size, place.address) == (3, 4, 1, 2, "node07")
+    assert place.source == "srun" and 20000 <= place.port < 32000
+    assert Place.of(SLURM | {"SLURM_STEP_ID": "1"}).port != place.port
+
+
+def test_a_batch_script_is_one_process():
+    """Outside of srun a batch script has SLURM_PROCID and SLURM_NTASKS too; waiting for the others would be for ever."""
+    assert Place.of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}) == Place()
+
+
+def test_plain_python():
+    assert Place.of({}) == Place()
+
+
+def test_a_broken_variable_is_named():
+    with pytest.raises(ValueError, match="WORLD_SIZE is 'many', not a number"):
+        Place.of({"RANK": "0", "WORLD_SIZE": "many"})
+
+
+def test_host_lists():
+    assert expand_hosts("n[1-3,07],head,gpu[2]-ib") == ["n1", "n2", "n3", "n07", "head", "gpu2-ib"]
+
+
+def test_device_and_backend():
+    assert choose(Place(), None, 0) == (torch.device("cpu"), "gloo")
+    assert choose(Place(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
+    assert choose(Place(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
+    assert choose(Place(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
+    with pytest.raises(ValueError, match="needs one GPU per process; this host has 0 for 2"):
+        choose(Place(1, 2, 1, 2), "nccl", 0)

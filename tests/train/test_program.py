@@ -1,0 +1,181 @@
+"""The program as a user runs it, in one process: what it writes, how it resumes, how it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron.train.loop import Exit
+from megatron.train.program import pretrain
+
+ROOT = Path(__file__).parents[2]
+DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
+KEYS = {
+    "iteration", "lm_loss", "grad_norm", "learning_rate", "loss_scale", "skipped_iterations", "nan_iterations",
+    "consumed_samples", "consumed_tokens", "iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu",
+    "peak_memory_bytes",
+}  # fmt: skip
+LINE = re.compile(
+    r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| "
+    r"elapsed time per iteration \(ms\): [\d.]+ \| learning rate: [\d.E+-]+ \| global batch size: +(\d+) \| "
+    r"lm loss: ([\d.E+-]+) \| loss scale: 1\.0 \| grad norm: [\d.]+ \| number of skipped iterations: +0 \| "
+    r"number of nan iterations: +0 \| tokens per second: [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| ETA: \d:\d\d:\d\d \|$"
+)
+
+
+def run(flags) -> int:
+    return pretrain([*map(str, flags)], program="pretrain_gpt.py", defaults=DEFAULTS)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    times = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "shard_00000.safetensors")
+
+
+def test_a_run_writes_what_the_contract_says(flags, tmp_path, capsys):
+    assert run([*flags, "--tensorboard-dir", tmp_path / "tb"]) == Exit.FINISHED
+    out = capsys.readouterr().out
+    lines = [match for match in map(LINE.match, out.splitlines()) if match]
+    assert [int(m[1]) for m in lines] == list(range(1, 13))
+    assert out.startswith("starting fresh")
+    title = r"-+\n validation loss at iteration 5 \| lm loss value: ([\d.E+]+) \| lm loss PPL: [\d.E+]+ \| \n-+\n"
+    assert re.search(title, out)
+    written = metrics(tmp_path / "run")
+    training = [line for line in written if "split" not in line]
+    assert all(set(line) == KEYS for line in training)
+    assert training[-1]["lm_loss"] < 0.8 * training[0]["lm_loss"]
+    assert training[-1]["consumed_samples"] == 48 and training[-1]["consumed_tokens"] == 48 * 32
+    assert [f"{line['lm_loss']:.6E}" for line in training] == [m[5] for m in lines]
+    held_out = [line for line in written if "split" in line]
+    assert [(line["iteration"], line["split"]) for line in held_out] == [
+        (5, "validation"), (10, "validation"), (12, "validation"), (12, "test"),
+    ]  # fmt: skip
+    assert all(set(line) == {"iteration", "split", "lm_loss", "ppl"} for line in held_out)
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text().strip() == "12"
+    assert list((tmp_path / "tb").iterdir())
+
+
+def test_tensorboard_has_megatrons_tags(flags, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    extra = ["--log-validation-ppl-to-tensorboard", "--log-params-norm", "--log-num-zeros-in-grad"]
+    assert run([*flags, "--tensorboard-dir", tmp_path / "tb", *extra]) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    tags = {"lm loss", "learning-rate", "loss-scale", "grad-norm", "params-norm", "num-zeros", "lm loss validation"}
+    tags |= {f"{tag} vs samples" for tag in tags} | {"iteration-time", "lm loss validation ppl"}
+    assert tags <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("lm loss")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_a_resumed_run_is_the_uninterrupted_run(flags, tmp_path, stop):
+    assert run(flags) == Exit.FINISHED
+    whole = tmp_path / "run"
+    split = [flag if flag != str(whole) else str(tmp_path / "split") for flag in flags]
+    assert run([*split, "--auto-resume", "--log-interval", "3", "--exit-interval", stop]) == Exit.STOPPED
+    assert run([*split, "--auto-resume", "--log-interval", "3"]) == Exit.FINISHED
+    final, expected = tensors(tmp_path / "split" / "iter_0000012"), tensors(whole / "iter_0000012")
+    assert set(final) == set(expected) and all(torch.equal(final[name], expected[name]) for name in final)
+    resumed = [line for line in timeless(metrics(tmp_path / "split")) if "split" not in line]
+    assert [line["iteration"] for line in resumed] == [3, 6, 9, 12]
+    uninterrupted = {line["iteration"]: line for line in timeless(metrics(whole)) if "split" not in line}
+    for line in resumed:
+        window = [uninterrupted[i]["lm_loss"] for i in range(line["iteration"] - 2, line["iteration"] + 1)]
+        assert line.pop("lm_loss") == pytest.approx(sum(window) / 3, rel=1e-12)
+        expected_line = dict(uninterrupted[line["iteration"]])
+        del expected_line["lm_loss"]
+        assert line == expected_line
+    evaluations = [line for line in metrics(tmp_path / "split") if "split" in line]
+    assert evaluations == [line for line in metrics(whole) if "split" in line]
+
+
+def test_loading_weights_only(flags, tmp_path, capsys):
+    assert run(flags) == 0
+    tuned = [flag if flag != str(tmp_path / "run") else str(tmp_path / "tuned") for flag in flags]
+    assert run([*tuned, "--load", tmp_path / "run", "--finetune", "--lr", "1e-30"]) == 0
+    assert "weights only" in capsys.readouterr().out
+    old, new = tensors(tmp_path / "run" / "iter_0000012"), tensors(tmp_path / "tuned" / "iter_0000012")
+    for name, values in new.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(values, old[name], rtol=1e-6, atol=1e-6)
+    assert not torch.equal(old["optimizer.exp_avg.final_norm.weight"], new["optimizer.exp_avg.final_norm.weight"])
+
+
+def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
+    """The checkpoint's schedule counts, unless it is overridden; either way it is said."""
+    assert run([*flags, "--exit-interval", "4"]) == Exit.STOPPED
+    root = ["--load", str(tmp_path / "run")]
+
+    def rate(*extra: object) -> float:
+        here = [flag if flag != str(tmp_path / "run") else str(tmp_path / "again") for flag in flags]
+        assert run([*here, *root, "--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", *extra]) == 0
+        return next(line for line in metrics(tmp_path / "again") if line["iteration"] == 5)["learning_rate"]
+
+    assert rate() == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
+    assert "schedule, peak: 0.01 in the checkpoint, 0.005 asked for; the checkpoint's counts" in capsys.readouterr().out
+    assert rate("--override-opt_param-scheduler") == pytest.approx(5e-3 * (1 - (5 - 2) / 10))
+    assert "0.005 asked for; this run's counts" in capsys.readouterr().out
+
+
+def test_another_model_than_the_checkpoints_is_refused(flags, tmp_path, capsys):
+    assert run([*flags, "--train-iters", "3"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        run([*flags, "--load", tmp_path / "run", "--hidden-size", "48", "--num-layers", "3"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "`--hidden-size 48`" in error and "`--num-layers 3`" in error and "32" in error
+
+
+def test_a_nonfinite_gradient_skips_or_aborts(flags, tmp_path, capsys):
+    """A learning rate of 1e30 makes the second step's loss infinite or NaN."""
+    wild = [*flags, "--lr", "1e30", "--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--clip-grad", "0"]
+    assert run([*wild, "--on-nonfinite", "abort"]) == 1
+    assert "the gradient is not finite" in capsys.readouterr().err
+    assert run([*wild, "--max-consecutive-skips", "3"]) == 1
+    assert "as in the 2 steps before; --max-consecutive-skips stops here" in capsys.readouterr().err
+    last = [line for line in metrics(tmp_path / "run") if "split" not in line][-1]
+    assert last["skipped_iterations"] == 1 and last["lm_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--load", "/nowhere"], "/nowhere"),
+        (["--data-path", "/nowhere/text"], "/nowhere/text"),
+        (["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", "/nowhere.json", "--merge-file", "/no.txt"], "/nowhere.json"),
+        (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
+        (["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere"], "/nowhere"),
+        (["--split", "100,0,0", "--eval-iters", "-1"], "--eval-iters -1"),
+    ],
+)
+def test_what_is_wrong_is_said_once_without_a_traceback(flags, change, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sys.exit(run([*flags, *change]))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and "error: " in error
+
+
+def test_five_mistakes_at_once_in_seconds(flags):
+    """In a process of its own: the answer comes before torch is of any use."""
+    wrong = ["--num-layers", "x", "--hiden-size", "3", "--lr", "-1", "--num-attention-heads", "5", "--clip-grad", "-1"]
+    command = [sys.executable, ROOT / "pretrain_gpt.py", *flags, *wrong]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not done.stdout
+    for word in ("--num-layers", "--hiden-size", "--hidden-size", "--lr", "--num-attention-heads", "--clip-grad"):
+        assert word in done.stderr
