@@ -1,0 +1,216 @@
+"""The command line of a run: flags, `--help`, a TOML file, and one answer that holds every mistake.
+
+    parsed = parse_or_exit(sys.argv[1:], program="pretrain_gpt.py", world_size=world)
+    run(parsed.config)
+
+A setting comes from the first of: the flag, the file of `--config`, `--preset`, the checkpoint (with
+--use-checkpoint-args), the program's own defaults, the schema. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import megatron
+from megatron.config import file_rules
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.legacy import LEGACY
+from megatron.config.options import Option, by_name, options, sections
+from megatron.config.presets import PRESETS
+from megatron.config.reading import Reading, read_arguments, read_toml
+from megatron.config.rules import Case, examine
+from megatron.config.saved import from_json, to_json, to_toml
+from megatron.config.schema import CheckpointConfig, RunConfig
+
+__all__ = ["Parsed", "explain", "from_json", "help_text", "parse", "parse_or_exit", "to_json", "to_toml"]
+
+ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A legal run.
+
+    config: every derived setting filled in (`rules.resolve`), apart from `model.vocab_size`, which the tokenizer knows.
+    dry_run: only check and print. world_size: number of ranks. given: `section.field` of what the user set, by flag or
+    file. notes: lines to print once, on what was understood differently from how it was typed.
+    """
+
+    config: RunConfig
+    dry_run: bool
+    world_size: int
+    given: frozenset[str]
+    notes: tuple[str, ...]
+
+
+class HelpAsked(Exception):
+    """Not a mistake: the answer to `--help` and `--version`, as text."""
+
+
+def parse(
+    argv: Sequence[str],
+    *,
+    program: str,
+    defaults: Mapping[str, Any] | None = None,
+    world_size: int = 1,
+    saved: ReadSaved | None = None,
+    files: bool = True,
+) -> Parsed:
+    """The run that a command line means.
+
+    defaults: the program's own, `section.field` -> value. saved: reads the configuration of the checkpoint to load, as
+    `to_json` wrote it, for --use-checkpoint-args; may raise ConfigError, OSError or ValueError. files: whether to look at
+    the disk. ConfigError with all mistakes at once; HelpAsked for `--help` and `--version`.
+    """
+    if strange := set(defaults or {}) - set(by_name()):
+        raise ValueError(f"defaults that are no `section.field` of a run: {sorted(strange)}")
+    flags = read_arguments(argv)
+    if flags.values.get("command.help"):
+        raise HelpAsked(help_text(program))
+    if flags.values.get("command.version"):
+        raise HelpAsked(f"megatron {megatron.__version__}\n")
+    path = flags.values.get("command.config")
+    file = read_toml(path) if path is not None else Reading()
+    chosen = {**file.values, **flags.values}
+    preset = {f"model.{key}": value for key, value in PRESETS.get(chosen.get("command.preset", ""), {}).items()}
+    problems = [*flags.problems, *file.problems]
+    bad = (flags.bad | file.bad) - {"command.config", "command.preset", "command.world_size"}
+    checkpoint: dict[str, Any] = {}
+    if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
+        checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved)
+        problems += wrong
+        if not checkpoint:  # one cause, one message: say nothing of the sizes that it would have given
+            bad |= {name for name in by_name() if name.startswith("model.") and name not in chosen}
+    config = _assemble({**(defaults or {}), **checkpoint, **preset, **chosen})
+    dry_run = bool(chosen.get("command.dry_run"))
+    if (wanted := chosen.get("command.world_size")) is not None:
+        if not dry_run:
+            problems.append(Problem(f"`--world-size {wanted}`", "goes with --dry-run; a run takes it from its launcher"))
+        elif wanted < 1:
+            problems.append(Problem(f"`--world-size {wanted}`", "must be greater than 0"))
+        else:
+            world_size = wanted
+    case, broken = examine(config, world_size, bad, planning=dry_run)
+    problems += broken
+    if files:
+        problems += file_rules.check_files(case)
+    if problems:
+        raise ConfigError(problems)
+    given = frozenset(name for name in chosen if not name.startswith("command."))
+    notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
+    return Parsed(case.resolved, dry_run, world_size, given, tuple(dict.fromkeys(notes)))
+
+
+def parse_or_exit(
+    argv: Sequence[str],
+    *,
+    program: str,
+    defaults: Mapping[str, Any] | None = None,
+    world_size: int = 1,
+    saved: ReadSaved | None = None,
+    rank: int | None = None,
+) -> Parsed:
+    """`parse`, where a mistake ends the process with status 2, said once: by rank 0 (default: of the environment).
+
+    Call it before any process group forms.
+    """
+    try:
+        return parse(argv, program=program, defaults=defaults, world_size=world_size, saved=saved)
+    except HelpAsked as answer:
+        if _first(rank):
+            sys.stdout.write(str(answer))
+        sys.exit(0)
+    except ConfigError as error:
+        explain(error, program, rank)
+
+
+def explain(error: ConfigError, program: str, rank: int | None = None) -> NoReturn:
+    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints."""
+    if _first(rank):
+        lines = [f"error: {problem}" for problem in error.problems]
+        count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+        closing = f"{program}: {count} in the configuration; nothing was started. --help lists all flags."
+        print(*lines, closing, sep="\n", file=sys.stderr)
+    sys.exit(2)
+
+
+def _first(rank: int | None) -> bool:
+    """Whether this process speaks for all; a launcher's environment says which one it is."""
+    if rank is not None:
+        return rank == 0
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _assemble(values: Mapping[str, Any]) -> RunConfig:
+    """The schema's defaults with `section.field` values put in."""
+    built = {}
+    for section, config in sections().items():
+        own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
+        built[section] = config(**own)
+    return RunConfig(**built)
+
+
+def _checkpoint_model(config: RunConfig, saved: ReadSaved) -> tuple[dict[str, Any], list[Problem]]:
+    """The model's settings of the checkpoint of --load; nothing where `file_rules.load` has something to say of it."""
+    if config.checkpoint.load is None or list(file_rules.load(Case(config, config, 1, 1))):
+        return {}, []
+    try:
+        model = from_json(saved(config.checkpoint)).model
+    except ConfigError as error:
+        return {}, list(error.problems)
+    except (OSError, ValueError) as error:
+        return {}, [Problem("`--use-checkpoint-args`", f"cannot read the checkpoint's configuration: {error}")]
+    names = [f.name for f in dataclasses.fields(model) if f"model.{f.name}" in by_name()]  # not the tokenizer's size
+    return {f"model.{name}": getattr(model, name) for name in names}, []
+
+
+def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
+    """What was asked for and has no effect in this combination."""
+    notes = []
+    if typed.layout.sequence_parallel and not resolved.layout.sequence_parallel:
+        notes.append("--sequence-parallel changes nothing: --tensor-model-parallel-size is 1")
+    if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
+        notes.append("--save-interval changes nothing: nothing is saved without --save")
+    return notes
+
+
+def help_text(program: str) -> str:
+    """Every flag by section, with its default and its legal values."""
+    lines = [f"usage: {program} [--config run.toml] [--flag value ...]", "", "The command:"]
+    known = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
+    for section, doc in known.items():
+        if section != "command":
+            lines += ["", f"[{section}] {doc}"]
+        for option in options():
+            if option.section == section:
+                lines += _describe(option)
+    quiet = sorted(row.flag for row in LEGACY.values() if not row.refused)
+    lines += ["", "Accepted, and without effect (each says why when it is used):"]
+    lines += textwrap.wrap(", ".join(quiet), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines += ["", "In a TOML file the names in brackets are tables, and keys are the flags without their dashes."]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(option: Option) -> list[str]:
+    kind = option.metavar or {int: "N", float: "X", str: "TEXT", bool: ""}[option.kind]
+    argument = f" {kind} ..." if option.many else f" {kind}" if kind else ""
+    facts = []
+    if option.choices:
+        facts.append("one of " + ", ".join(option.choices))
+    if option.kind is not bool and option.default not in (None, ()):
+        facts.append(f"default {option.default}")
+    facts += [f"{flag} means {value}" for flag, value in option.constants.items()]
+    if option.aliases:
+        facts.append("also " + ", ".join(option.aliases))
+    text = ("turns off: " if option.off else "") + option.help + (f" ({'; '.join(facts)})" if facts else "")
+    head = f"  {option.flag}{argument}"
+    wrapped = textwrap.wrap(text, 82, break_on_hyphens=False)
+    if len(head) > 36:
+        return [head, *(" " * 38 + line for line in wrapped)]
+    return [f"{head:<38}{wrapped[0]}", *(" " * 38 + line for line in wrapped[1:])]

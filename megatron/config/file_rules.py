@@ -1,0 +1,150 @@
+"""The rules that look at the disk: data, tokenizer files, and the directories of checkpoints.
+
+A run never begins with something missing: what is named must be there, and what will be written must be writable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.config.errors import Problem
+from megatron.config.options import say
+from megatron.config.rules import TOKENIZER_FILES, Case, Rule, prefixes
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"  # written last into a checkpoint
+
+
+def _near(path: Path, names: list[str] | None = None) -> str:
+    """`; near it: ...` for a path that is not there; the folder to blame when that is missing as well."""
+    folder = path.parent
+    if names is None:
+        if not folder.is_dir():
+            while not folder.is_dir():
+                path, folder = folder, folder.parent
+            return f"; {folder} has no {path.name}" + _near(path)
+        try:
+            names = [entry.name for entry in os.scandir(folder)]
+        except OSError as error:
+            return f"; {folder} cannot be read: {error.strerror}"
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    return f"; near it: {', '.join(str(folder / name) for name in close)}" if close else ""
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a file cannot be read; None when it can."""
+    if path.is_dir():
+        return "is a directory, not a file"
+    if not path.exists():
+        return f"does not exist{_near(path)}"
+    if not os.access(path, os.R_OK):
+        return "cannot be read: permission denied"
+    return None if path.stat().st_size else "is empty"
+
+
+def tokenizer_files(c: Case) -> Iterator[Problem]:
+    """The files of the chosen tokenizer are there."""
+    kind = c["tokenizer.tokenizer_type"]
+    for name in TOKENIZER_FILES.get(kind, ()):
+        if c[name] is None:
+            continue
+        path = Path(c[name])
+        if kind == "HuggingFaceTokenizer" and path.is_dir():
+            path = path / "tokenizer.json"
+        if wrong := _unreadable(path):
+            where = "" if str(path) == c[name] else f"{path} "
+            yield Problem(say(name, c[name]), where + wrong)
+
+
+def datasets(c: Case) -> Iterator[Problem]:
+    """Every prefix has its .bin and .idx."""
+    for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
+        for prefix in prefixes(c[name]) or ():
+            yield from _dataset(say(name, (prefix,)), prefix)
+
+
+def _dataset(what: str, prefix: str) -> Iterator[Problem]:
+    if prefix.endswith((".bin", ".idx")):
+        prefix = prefix[:-4]
+    files = [Path(prefix + ending) for ending in (".bin", ".idx")]
+    wrong = [(path, why) for path in files if (why := _unreadable(path))]
+    if len(wrong) == 2 and not any(path.exists() for path in files):
+        folder = files[0].parent
+        names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if folder.is_dir() else None
+        path = Path(prefix)
+        yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{_near(path, names)}")
+        return
+    for path, why in wrong:
+        yield Problem(what, f"is no dataset: {path} {why.split(';')[0]}")
+
+
+def iterations(root: Path) -> list[int]:
+    """The iterations that a directory of checkpoints holds, in order."""
+    found = (re.fullmatch(r"iter_(\d+)", entry.name) for entry in os.scandir(root) if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def load(c: Case) -> Iterator[Problem]:
+    """--load names a directory with a checkpoint in it, and the wanted iteration is there."""
+    if c["checkpoint.load"] is None:
+        return
+    root, wanted = Path(c["checkpoint.load"]), c["checkpoint.load_iteration"]
+    what = say("checkpoint.load", c["checkpoint.load"])
+    fresh = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"
+    if not root.is_dir():
+        rule = f"does not exist{_near(root)}" if not root.exists() else "is a file; a checkpoint is a directory"
+        yield Problem(what, rule + fresh)
+        return
+    try:
+        empty, present = next(os.scandir(root), None) is None, iterations(root)
+        latest = (root / TRACKER).read_text(encoding="utf-8").strip() if (root / TRACKER).exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        yield Problem(what, f"cannot be read: {error}")
+        return
+    listed = ", ".join(map(str, present[-8:])) or "none"
+    chosen = wanted if wanted is not None else int(latest) if latest is not None and latest.isdecimal() else None
+    if empty:
+        yield Problem(what, "is an empty directory" + fresh)
+    elif (root / MANIFEST).exists():  # one checkpoint itself
+        own = re.fullmatch(r"iter_(\d+)", root.resolve().name)
+        if own and wanted is not None and wanted != int(own[1]):
+            yield Problem(f"{what} and {say('checkpoint.load_iteration', wanted)}", "name different iterations")
+    elif wanted is not None and wanted not in present:
+        yield Problem(say("checkpoint.load_iteration", wanted), f"is not in {root}", listed)
+    elif not present:
+        yield Problem(what, f"holds no checkpoint: neither {MANIFEST} nor an iter_ directory" + fresh)
+    elif chosen not in present:
+        state = f"has no {TRACKER}" if latest is None else f"is broken: {TRACKER} says `{latest[:40]}`, which is not there"
+        yield Problem(what, f"{state}; choose with --load-iteration", listed)
+    elif not (unfinished := root / f"iter_{chosen:07d}" / MANIFEST).exists():
+        yield Problem(what, f"is not finished: {unfinished} does not exist; choose another with --load-iteration", listed)
+
+
+def writable(c: Case) -> Iterator[Problem]:
+    """What a run will write can be written."""
+    metrics = c["log.metrics_path"]
+    folders = {"checkpoint.save": c["checkpoint.save"], "log.tensorboard_dir": c["log.tensorboard_dir"]}
+    if metrics is not None and c.typed.log.metrics_path is not None:
+        folders["log.metrics_path"] = str(Path(metrics).absolute().parent)
+    for name, folder in folders.items():
+        if folder is None:
+            continue
+        path = Path(folder).absolute()
+        while not path.exists():
+            path = path.parent
+        if not path.is_dir():
+            yield Problem(say(name, c[name]), f"cannot be written: {path} is a file, not a directory")
+        elif not os.access(path, os.W_OK | os.X_OK):
+            yield Problem(say(name, c[name]), f"cannot be written: permission denied in {path}")
+
+
+FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, load, writable)
+
+
+def check_files(case: Case) -> list[Problem]:
+    """Everything that is wrong with what `case` names on the disk."""
+    return [p for rule in FILE_RULES for p in rule(case)]

@@ -1,0 +1,84 @@
+"""Fills in every setting that follows from others. The values are Megatron-LM's, so its scripts mean the same here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.config.batch_size import iterations_for
+from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig
+
+
+def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
+    """What the other axes leave of the world; None where they do not divide it."""
+    model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
+    return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
+
+
+def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
+    """`config` with every derived setting filled in. Resolving twice changes nothing.
+
+    A setting stays open where what it follows from is missing or does not fit; `rules.check` says why.
+    """
+    batch = _batch(config.batch, data_parallel_size(config.layout, world_size))
+    layout, log = config.layout, config.log
+    virtual = layout.num_layers_per_virtual_pipeline_stage is not None
+    return replace(
+        config,
+        model=_model(config.model, config.data.seq_length),
+        layout=replace(
+            layout,
+            sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
+            pipeline_schedule=layout.pipeline_schedule or ("interleaved" if virtual else "1f1b"),
+        ),
+        batch=batch,
+        optim=_optim(config.optim, batch),
+        precision=replace(
+            config.precision,
+            accumulate_allreduce_grads_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32 or config.precision.bf16,
+        ),
+        log=replace(log, metrics_path=log.metrics_path or _metrics(config.checkpoint.save)),
+    )
+
+
+def _model(model: ModelConfig, seq_length: int | None) -> ModelConfig:
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    ffn, kv, positions = model.ffn_hidden_size, model.kv_channels, model.max_position_embeddings
+    if ffn is None and hidden is not None:
+        # SwiGLU has three matrices where the others have two: two thirds of the width keep the number of parameters.
+        ffn = max(64, int((4 * hidden * 2 / 3) / 64) * 64) if model.activation == "swiglu" else 4 * hidden
+    if kv is None and hidden is not None and heads and hidden % heads == 0:
+        kv = hidden // heads
+    if positions is None and model.position_embedding_type != "learned_absolute":
+        positions = seq_length
+    groups = heads if model.num_query_groups is None else model.num_query_groups
+    return replace(model, ffn_hidden_size=ffn, kv_channels=kv, num_query_groups=groups, max_position_embeddings=positions)
+
+
+def _batch(batch: BatchConfig, dp: int | None) -> BatchConfig:
+    if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
+        batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
+    size, ramp = batch.global_batch_size, batch.rampup_batch_size
+    sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
+    if batch.train_iters is None and batch.train_samples is not None and sound:
+        batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
+    return batch
+
+
+def _optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:
+    decay_iters, decay_samples = optim.lr_decay_iters, optim.lr_decay_samples
+    if batch.train_samples is not None:
+        decay_samples = batch.train_samples if decay_samples is None else decay_samples
+    elif decay_iters is None:
+        decay_iters = batch.train_iters
+    start, end = optim.start_weight_decay, optim.end_weight_decay
+    if optim.weight_decay_incr_style == "constant":
+        start = optim.weight_decay if start is None else start
+        end = optim.weight_decay if end is None else end
+    return replace(
+        optim, lr_decay_iters=decay_iters, lr_decay_samples=decay_samples, start_weight_decay=start, end_weight_decay=end
+    )
+
+
+def _metrics(save: str | None) -> str | None:
+    return None if save is None else str(Path(save) / "metrics.jsonl")

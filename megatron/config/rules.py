@@ -1,0 +1,361 @@
+"""What makes a configuration legal: one short function per rule, in a list. None of them touches the disk.
+
+A rule looks at a `Case` and answers with its problems. It keeps silent about settings that are missing or out of their
+range, since other rules speak of those, so that each mistake is reported once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from megatron.config.batch_size import ramp_sizes
+from megatron.config.errors import Problem
+from megatron.config.options import by_name, say
+from megatron.config.ranges import out_of_range
+from megatron.config.resolve import data_parallel_size, resolve
+from megatron.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration under examination.
+
+    typed: as the user gave it. resolved: with the derived settings. world: number of ranks. dp: data-parallel ranks,
+    None where the layout does not fit the world. bad: fields that already have a problem. planning: a dry run, which may
+    leave out what a run reads from disk.
+    """
+
+    typed: RunConfig
+    resolved: RunConfig
+    world: int
+    dp: int | None
+    bad: frozenset[str] = frozenset()
+    planning: bool = False
+
+    def say(self, *names: str) -> str:
+        """The settings as flags with their resolved values: `--a 1` and `--b 2`."""
+        parts = [say(name, self[name]) for name in names]
+        return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+    def __getitem__(self, name: str) -> Any:
+        section, _, key = name.partition(".")
+        return getattr(getattr(self.resolved, section), key)
+
+    def given(self, name: str) -> bool:
+        """Whether the setting differs from the schema's default, as the user gave it."""
+        section, _, key = name.partition(".")
+        return bool(getattr(getattr(self.typed, section), key) != by_name()[name].default)
+
+    @property
+    def iterations_chosen(self) -> bool:
+        """Whether --train-iters was set to something else than what follows from --train-samples."""
+        chosen = self.typed.batch.train_iters
+        without = dataclasses.replace(self.typed, batch=dataclasses.replace(self.typed.batch, train_iters=None))
+        return chosen is not None and chosen != resolve(without, self.world).batch.train_iters
+
+
+Rule = Callable[[Case], Iterator[Problem]]
+
+
+def divisors(n: int, limit: int = 8) -> str:
+    """The divisors of n as text, the smallest `limit` of them."""
+    found = [d for d in range(1, n + 1) if n % d == 0] if n <= 65536 else []
+    return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")
+
+
+def required(c: Case) -> Iterator[Problem]:
+    """A run needs its sizes, its length and its learning rate."""
+    names = ["model.num_layers", "model.hidden_size", "model.num_attention_heads", "data.seq_length", "batch.micro_batch_size"]
+    if c["model.position_embedding_type"] == "learned_absolute":
+        names.append("model.max_position_embeddings")
+    if not c["eval.skip_train"]:
+        names.append("optim.lr")
+        if c["batch.train_samples"] is None and "batch.train_samples" not in c.bad and "batch.train_iters" not in c.bad:
+            names.append("batch.train_iters")
+    if c["tokenizer.tokenizer_type"] is None:
+        names.append("tokenizer.tokenizer_type")
+    for name in names:
+        if c[name] is None and name not in c.bad and not (name == "batch.train_iters" and c.given("batch.train_samples")):
+            other = " (or `--train-samples`)" if name == "batch.train_iters" else ""
+            yield Problem(f"`{by_name()[name].flag}`{other}", "is missing, and has no default")
+
+
+def head_width(c: Case) -> Iterator[Problem]:
+    """Heads share the hidden size evenly, unless --kv-channels says otherwise."""
+    hidden, heads = c["model.hidden_size"], c["model.num_attention_heads"]
+    if c["model.kv_channels"] is None and hidden and heads and hidden % heads and "model.kv_channels" not in c.bad:
+        yield Problem(c.say("model.hidden_size"), f"is not divisible by `--num-attention-heads {heads}`", divisors(hidden, 32))
+
+
+def query_groups(c: Case) -> Iterator[Problem]:
+    """Each group of queries has the same number of heads."""
+    heads, groups = c["model.num_attention_heads"], c["model.num_query_groups"]
+    if heads and groups and heads % groups:
+        rule = f"is not divisible by `--num-query-groups {groups}`"
+        yield Problem(c.say("model.num_attention_heads"), rule, divisors(heads))
+
+
+def tensor_split(c: Case) -> Iterator[Problem]:
+    """Heads, groups and MLP width split evenly over tensor parallelism; with it the sequence, where that is split."""
+    tp = c["layout.tensor_model_parallel_size"]
+    names = ["model.num_attention_heads", "model.ffn_hidden_size"]
+    if c.given("model.num_query_groups"):
+        names.append("model.num_query_groups")
+    if c["layout.sequence_parallel"]:
+        names.append("data.seq_length")
+    for name in names:
+        if c[name] and c[name] % tp:
+            why = " under `--sequence-parallel`" if name == "data.seq_length" else ""
+            rule = f"is not divisible by `--tensor-model-parallel-size {tp}`{why}"
+            yield Problem(c.say(name), rule, divisors(c[name]))
+
+
+def rotary_width(c: Case) -> Iterator[Problem]:
+    """RoPE turns pairs of numbers."""
+    kv, percent = c["model.kv_channels"], c["model.rotary_percent"]
+    if c["model.position_embedding_type"] == "rope" and kv and (int(kv * percent) < 2 or int(kv * percent) % 2):
+        rule = f"turns {int(kv * percent)} of the {kv} channels of a head, which must be an even number of at least 2"
+        yield Problem(c.say("model.rotary_percent"), rule)
+
+
+def positions(c: Case) -> Iterator[Problem]:
+    """The model must see a whole sample."""
+    most, length = c["model.max_position_embeddings"], c["data.seq_length"]
+    if most and length and most < length:
+        yield Problem(c.say("model.max_position_embeddings"), f"is less than `--seq-length {length}`", f"{length} or more")
+
+
+def world_size(c: Case) -> Iterator[Problem]:
+    """The axes other than data parallelism divide the world."""
+    names = ["layout.tensor_model_parallel_size", "layout.pipeline_model_parallel_size", "layout.context_parallel_size"]
+    if c.dp is None and c.world > 0 and not c.bad & set(names):
+        sizes = [name for name in names if c[name] != 1]
+        size = c[names[0]] * c[names[1]] * c[names[2]]
+        of = f" = {size}" if len(sizes) > 1 else ""
+        yield Problem(f"world size {c.world}", f"is not divisible by {c.say(*sizes)}{of}", f"multiples of {size}")
+
+
+def global_batch(c: Case) -> Iterator[Problem]:
+    """Every rank does the same number of micro-batches in a step."""
+    micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
+    if micro and size and c.dp and size % (micro * c.dp):
+        rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
+        yield Problem(c.say("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
+
+
+def ramp_up(c: Case) -> Iterator[Problem]:
+    """START INCREMENT SAMPLES: whole steps from START to the global batch size, each of whole micro-batches."""
+    ramp, size, micro = c["batch.rampup_batch_size"], c["batch.global_batch_size"], c["batch.micro_batch_size"]
+    if not ramp or "batch.rampup_batch_size" in c.bad:
+        return
+    what = c.say("batch.rampup_batch_size")
+    if len(ramp) != 3 or min(ramp) <= 0:
+        yield Problem(what, "must be three numbers above 0: START INCREMENT SAMPLES")
+        return
+    if c.iterations_chosen:
+        yield Problem(f"{what} and {c.say('batch.train_iters')}", "exclude each other; use --train-samples with a ramp-up")
+    if size is None or "batch.global_batch_size" in c.bad:
+        return
+    if not c.given("batch.global_batch_size"):
+        yield Problem(what, "needs `--global-batch-size`, the size at its end")
+    elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
+        yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
+    elif micro and c.dp and (uneven := [s for s in ramp_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
+        sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
+        rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"
+        yield Problem(what, rule, f"START and INCREMENT multiples of {micro * c.dp}")
+    elif c["batch.train_samples"] is not None and c["batch.train_samples"] < ramp[2]:
+        yield Problem(what, f"does not end within `--train-samples {c['batch.train_samples']}`")
+
+
+def some_training(c: Case) -> Iterator[Problem]:
+    """The samples make at least one step."""
+    samples, size = c["batch.train_samples"], c["batch.global_batch_size"]
+    if samples and size and not c["batch.rampup_batch_size"] and samples < size:
+        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {size} samples")
+
+
+def one_unit(c: Case) -> Iterator[Problem]:
+    """A run is measured in iterations or in samples, and so is its schedule."""
+    typed = c.typed
+    if c.iterations_chosen and typed.batch.train_samples is not None:
+        yield Problem(c.say("batch.train_iters", "batch.train_samples"), "exclude each other; give one of them")
+        return
+    families = {
+        "batch.train_iters": ("optim.lr_decay_samples", "optim.lr_warmup_samples"),
+        "batch.train_samples": ("optim.lr_decay_iters", "optim.lr_warmup_iters"),
+    }
+    unit = "batch.train_samples" if typed.batch.train_samples is not None else "batch.train_iters"
+    for name in families[unit]:
+        if c[unit] is not None and c.given(name):
+            yield Problem(c.say(name), f"cannot go with `{by_name()[unit].flag}`: iterations and samples do not mix")
+
+
+def warm_up(c: Case) -> Iterator[Problem]:
+    """Warm-up is given once, and ends before the decay does."""
+    explicit = [n for n in ("optim.lr_warmup_iters", "optim.lr_warmup_samples") if c.given(n) and n not in c.bad]
+    if c["optim.lr_warmup_fraction"] is not None and explicit:
+        yield Problem(c.say("optim.lr_warmup_fraction", *explicit), "exclude each other; give one of them")
+    for unit in ("iters", "samples"):
+        warm, decay = c[f"optim.lr_warmup_{unit}"], c[f"optim.lr_decay_{unit}"]
+        if warm and decay and warm >= decay:
+            rule = f"is not less than `--lr-decay-{unit} {decay}`, where the decay ends"
+            yield Problem(c.say(f"optim.lr_warmup_{unit}"), rule, f"0 to {decay - 1}")
+
+
+def learning_rates(c: Case) -> Iterator[Problem]:
+    """The floor is not above the peak."""
+    lr, low = c["optim.lr"], c["optim.min_lr"]
+    if lr is not None and low > lr:
+        yield Problem(c.say("optim.min_lr"), f"is greater than `--lr {lr}`", f"0 to {lr}")
+
+
+def weight_decay_growth(c: Case) -> Iterator[Problem]:
+    """Start and end of the weight decay go with a style that changes it."""
+    names = ("optim.start_weight_decay", "optim.end_weight_decay")
+    typed = [getattr(c.typed.optim, name.split(".")[1]) for name in names]
+    style = f"`--weight-decay-incr-style {c['optim.weight_decay_incr_style']}`"
+    if c["optim.weight_decay_incr_style"] != "constant":
+        missing = [by_name()[n].flag for n, v in zip(names, typed, strict=True) if v is None and n not in c.bad]
+        if missing:
+            yield Problem(style, f"needs {' and '.join(f'`{flag}`' for flag in missing)}")
+    elif any(v is not None and v != c["optim.weight_decay"] for v in typed):
+        spoken = c.say(*(n for n, v in zip(names, typed, strict=True) if v is not None))
+        yield Problem(spoken, f"cannot go with {style}", "--weight-decay-incr-style linear or cosine")
+
+
+def companions(c: Case) -> Iterator[Problem]:
+    """Settings that mean nothing without another."""
+    needs = {
+        "checkpoint.save": "checkpoint.save_interval",
+        "checkpoint.auto_resume": "checkpoint.save",
+        "checkpoint.keep_last": "checkpoint.save",
+        "checkpoint.keep_every": "checkpoint.save",
+        "checkpoint.finetune": "checkpoint.load",
+        "checkpoint.load_iteration": "checkpoint.load",
+        "checkpoint.use_checkpoint_args": "checkpoint.load",
+    }
+    for name, other in needs.items():
+        if c.given(name) and c[other] is None and other not in c.bad:
+            yield Problem(c.say(name), f"needs `{by_name()[other].flag}`")
+
+
+def schedule_on_resume(c: Case) -> Iterator[Problem]:
+    """The schedule comes from one place."""
+    if c["optim.override_opt_param_scheduler"] and c["optim.use_checkpoint_opt_param_scheduler"]:
+        both = c.say("optim.override_opt_param_scheduler", "optim.use_checkpoint_opt_param_scheduler")
+        yield Problem(both, "exclude each other; give one of them")
+
+
+def split(c: Case) -> Iterator[Problem]:
+    """Up to three shares, not negative, not all zero."""
+    try:
+        shares = [float(part) for part in c["data.split"].replace("/", ",").split(",")]
+    except ValueError:
+        shares = []
+    if not (1 <= len(shares) <= 3 and all(0 <= s < float("inf") for s in shares) and sum(shares) > 0):
+        yield Problem(c.say("data.split"), "is not up to three shares of training, validation and test", "e.g. 969,30,1")
+
+
+def data_paths(c: Case) -> Iterator[Problem]:
+    """Data comes from one set of flags, each PREFIX or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
+    if c["data.data_path"] and own:
+        yield Problem(f"`--data-path` and `{by_name()[own[0]].flag}`", "exclude each other: one mixes, the other does not")
+    elif not c["data.data_path"] and not own and not c.planning and "data.data_path" not in c.bad:
+        yield Problem("`--data-path`", "is missing, and has no default")
+    for name in ("data.data_path", *own):
+        words = c[name]
+        if prefixes(words) is None:
+            rule = "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
+            yield Problem(c.say(name), rule)
+        elif light := [w for w in words[::2] if len(words) > 1 and (weight := _number(w)) is not None and not 0 < weight < inf]:
+            yield Problem(c.say(name), f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead")
+
+
+def prefixes(words: Sequence[str]) -> list[str] | None:
+    """The dataset prefixes of a --data-path; None where it is neither prefixes alone nor a weight before each."""
+    weights = [_number(word) is not None for word in words[::2]]
+    if len(words) % 2 or not any(weights):
+        return None if len(words) > 1 and any(_number(word) is not None for word in words) else list(words)
+    return list(words[1::2]) if all(weights) else None
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+TOKENIZER_FILES = {
+    "GPT2BPETokenizer": ("tokenizer.vocab_file", "tokenizer.merge_file"),
+    "BertWordPieceLowerCase": ("tokenizer.vocab_file",),
+    "BertWordPieceCase": ("tokenizer.vocab_file",),
+    "SentencePieceTokenizer": ("tokenizer.tokenizer_model",),
+    "GPTSentencePieceTokenizer": ("tokenizer.tokenizer_model",),
+    "HuggingFaceTokenizer": ("tokenizer.tokenizer_model",),
+}
+
+
+def tokenizer(c: Case) -> Iterator[Problem]:
+    """Each tokenizer needs its files, and only NullTokenizer its size."""
+    kind = c["tokenizer.tokenizer_type"]
+    if kind == "NullTokenizer" and c["tokenizer.vocab_size"] is None and "tokenizer.vocab_size" not in c.bad:
+        yield Problem(c.say("tokenizer.tokenizer_type"), "needs `--vocab-size`, the number of ids")
+    if c.planning:
+        return
+    for name in TOKENIZER_FILES.get(kind, ()):
+        if c[name] is None:
+            yield Problem(c.say("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
+
+
+def no_pipeline_yet(c: Case) -> Iterator[Problem]:
+    """Pipeline parallelism comes with a later version."""
+    for name, plain in (
+        ("layout.pipeline_model_parallel_size", 1),
+        ("layout.num_layers_per_virtual_pipeline_stage", None),
+        ("layout.pipeline_schedule", "1f1b"),
+    ):
+        derived = name == "layout.pipeline_schedule" and not c.given(name)
+        if c[name] != plain and not derived and name not in c.bad:
+            legal = f"{by_name()[name].flag} {plain}, or leave it out" if plain else "leave it out"
+            yield Problem(c.say(name), "is not available yet: pipeline parallelism is not built", legal)
+
+
+def no_context_yet(c: Case) -> Iterator[Problem]:
+    """Context parallelism comes with a later version."""
+    if c["layout.context_parallel_size"] > 1:
+        yield Problem(c.say("layout.context_parallel_size"), "is not available yet: context parallelism is not built", "1")
+
+
+RULES: tuple[Rule, ...] = (
+    required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, ramp_up,
+    some_training, one_unit, warm_up, learning_rates, weight_decay_growth, companions, schedule_on_resume, split, data_paths,
+    tokenizer, no_pipeline_yet, no_context_yet,
+)  # fmt: skip
+
+
+def examine(config: RunConfig, world: int, bad: Collection[str] = (), planning: bool = False) -> tuple[Case, list[Problem]]:
+    """The case that file rules go on with, and the problems of all rules that need no disk.
+
+    bad: `section.field` of values that could not be read, which have been reported.
+    """
+    problems = list(out_of_range(config))
+    unfit = {name for name, _ in problems} | set(bad)
+    for name in unfit:  # back to the default, so that no other rule stumbles over the same mistake
+        section, _, key = name.partition(".")
+        part = dataclasses.replace(getattr(config, section), **{key: by_name()[name].default})
+        config = dataclasses.replace(config, **{section: part})
+    dp = data_parallel_size(config.layout, world)
+    case = Case(config, resolve(config, world), world, dp, frozenset(unfit), planning)
+    return case, [p for _, p in problems] + [p for rule in RULES for p in rule(case)]
+
+
+def check(config: RunConfig, world_size: int = 1) -> list[Problem]:
+    """Everything that is wrong with `config` on `world_size` ranks, apart from files; empty when it is legal."""
+    return examine(config, world_size)[1]

@@ -1,0 +1,69 @@
+"""A run's configuration as JSON, which lies in every checkpoint, and as TOML, which people edit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.options import by_name, sections
+from megatron.config.schema import RunConfig
+
+
+def to_json(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Sections and fields as values that `json.dumps` takes; `ModelConfig(**to_json(config)["model"])` works."""
+    return {
+        name: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        for name, fields in dataclasses.asdict(config).items()
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> RunConfig:
+    """The configuration that `to_json` gave. Sections and fields that are absent take their defaults.
+
+    ConfigError naming every section and field that this version does not know, and every value of a wrong type.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError([Problem("the saved configuration", "is not a JSON object")])
+    problems: list[Problem] = []
+    built: dict[str, Any] = {}
+    for name, values in data.items():
+        if name not in sections() or not isinstance(values, Mapping):
+            problems.append(Problem(f"section `{name}` of the saved configuration", "is not known to this version"))
+            continue
+        defaults = {f.name: f.default for f in dataclasses.fields(sections()[name])}
+        taken = {}
+        for key, value in values.items():
+            if key not in defaults:
+                problems.append(Problem(f"`{name}.{key}` of the saved configuration", "is not known to this version"))
+                continue
+            option = by_name().get(f"{name}.{key}")
+            try:
+                taken[key] = value if value is None or option is None else option.accept(value)
+            except ValueError as error:
+                problems.append(Problem(f"`{name}.{key} = {value!r}` of the saved configuration", str(error)))
+        built[name] = sections()[name](**taken)
+    if problems:
+        raise ConfigError(problems)
+    return RunConfig(**built)
+
+
+def to_toml(config: RunConfig) -> str:
+    """A file for `--config` that gives this run; settings that are still open are left out."""
+    lines: list[str] = []
+    for section, values in to_json(config).items():
+        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
+        for key, value in values.items():
+            if value is not None and f"{section}.{key}" in by_name():
+                lines.append(f"{key.replace('_', '-')} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,0 +1,312 @@
+"""The command line: what it understands, and that it tells all mistakes at once."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.config.cli import HelpAsked, Parsed, from_json, help_text, parse, parse_or_exit, to_json, to_toml
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.legacy import LEGACY
+from megatron.config.options import options, plain, sections, spellings
+from megatron.config.presets import PRESETS
+from megatron.config.schema import ModelConfig, RunConfig
+
+FLAGS_OF_2306 = (Path(__file__).parent / "megatron_2306_flags.txt").read_text().split()
+BASE = shlex.split(
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
+    "--micro-batch-size 2 --train-iters 10 --lr 1e-3 --tokenizer-type ByteTokenizer --data-path data"
+)
+
+
+def read(*extra: str, **options_: Any) -> Parsed:
+    return parse([*BASE, *extra], program="test", files=False, **options_)
+
+
+def mistakes(*argv: str, **options_: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(list(argv), program="test", **{"files": False, **options_})
+    return [str(p) for p in caught.value.problems]
+
+
+def test_flags_set_their_fields() -> None:
+    parsed = read("--num-layers", "3", "--bf16", "--lr=2e-4", "--disable-bias-linear", "--swiglu", "--split", "90,10")
+    c = parsed.config
+    assert (c.model.num_layers, c.precision.bf16, c.optim.lr, c.data.split) == (3, True, 2e-4, "90,10")
+    assert (c.model.add_bias_linear, c.model.activation) == (False, "swiglu")
+    assert c.data.data_path == ("data",)
+    assert "model.num_layers" in parsed.given and "model.kv_channels" not in parsed.given
+
+
+@pytest.mark.parametrize("option", [o for o in options() if o.section != "command"], ids=lambda o: o.name)
+def test_every_option_can_be_typed_and_written_to_a_file(option: Any, tmp_path: Path) -> None:
+    from megatron.config.reading import read_arguments, read_toml
+
+    other = {int: 7, float: 0.25, str: (option.choices or ("word",))[-1], bool: not option.default}[option.kind]
+    words = [option.flag] if option.kind is bool else [option.flag, str(other)]
+    by_flag = read_arguments(words)
+    value = (other,) if option.many else other
+    assert (by_flag.values, by_flag.problems) == ({option.name: value}, [])
+    changed = RunConfig(**{option.section: sections()[option.section](**{option.field: value})})
+    (tmp_path / "run.toml").write_text(to_toml(changed))
+    from_file = read_toml(str(tmp_path / "run.toml"))
+    assert from_file.values[option.name] == value and from_file.problems == []
+    assert from_json(to_json(changed)) == changed != RunConfig()
+
+
+def test_parsing_habits_of_megatron_scripts() -> None:
+    assert read("--eval-it", "5").config.eval.eval_iters == 5
+    assert read("--lr", "1", "--lr", "2").config.optim.lr == 2.0
+    assert read("--local_rank", "3", "--local-rank=2").config == read().config
+    assert read("--num_workers", "0").config.data.num_workers == 0
+    assert read("--override-lr-scheduler").config.optim.override_opt_param_scheduler
+    assert read("--override-opt_param-scheduler").config.optim.override_opt_param_scheduler
+    assert read("--data-path", "0.3", "a", "0.7", "b").config.data.data_path == ("0.3", "a", "0.7", "b")
+    ramp = ("--rampup-batch-size", "2", "2", "100", "--global-batch-size", "8", "--train-samples", "1000")
+    without_iterations = [w for w in BASE if w not in ("--train-iters", "10")]
+    assert parse([*without_iterations, *ramp], program="t", files=False).config.batch.rampup_batch_size == (2, 2, 100)
+    assert mistakes(*BASE, "--seed", "-1") == ["`--seed -1` must be 0 or greater"]  # a value, not a flag
+
+
+def test_a_prefix_is_noted_and_an_ambiguous_one_refused() -> None:
+    assert "--eval-it is read as --eval-iters" in read("--eval-it", "5").notes
+    assert mistakes(*BASE, "--num-l", "5") == ["`--num-l` could be --num-layers, --num-layers-per-virtual-pipeline-stage"]
+
+
+def test_every_flag_of_megatron_is_known() -> None:
+    assert len(FLAGS_OF_2306) == 223
+    assert [f for f in FLAGS_OF_2306 if plain(f) not in spellings() and plain(f) not in LEGACY] == []
+
+
+def test_no_flag_is_both_in_the_schema_and_in_the_legacy_table() -> None:
+    both = [flag for flag in LEGACY if flag in spellings()]
+    assert not both, f"these flags have a field now: take their rows out of config/legacy.py: {both}"
+
+
+@pytest.mark.parametrize("flag", sorted(LEGACY))
+def test_each_legacy_flag_has_one_line(flag: str) -> None:
+    row = LEGACY[flag]
+    words = [row.flag] + {"0": [], "1": [row.legal[0] if row.legal else "1"], "*": ["1", "2"]}[row.takes]
+    if row.refused:
+        (line,) = mistakes(*BASE, *words)
+        assert line == f"`{row.flag}` {row.text}"
+    else:
+        parsed = read(*words)
+        (line,) = parsed.notes
+        assert line.startswith(row.flag) and "changes nothing: " in line and parsed.config == read().config
+    if row.legal:
+        assert "is not available" in mistakes(*BASE, row.flag, "lazy")[0]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--batch-size 4", "--micro-batch-size"),
+        ("--warmup 1", "--lr-warmup-fraction"),
+        ("--model-parallel-size 2", "--tensor-model-parallel-size"),
+        ("--checkpoint-activations", "--recompute-granularity"),
+    ],
+)
+def test_removed_flags_name_their_replacement(old: str, new: str) -> None:
+    (line,) = mistakes(*BASE, *old.split())
+    assert f"is now {new}" in line
+
+
+def test_all_mistakes_at_once_and_each_once() -> None:
+    lines = mistakes(
+        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--fp16", "stray",
+        "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
+    )  # fmt: skip
+    assert sorted(lines) == sorted(
+        [
+            "`--num-layers abc` is not an integer",
+            "`--nmu-workers` is not a known flag; did you mean --num-workers or --num-layers?",
+            "`stray` belongs to no flag",
+            "`--fp16` is not available yet; use --bf16, or leave it out for fp32",
+            "`--optimizer lamb` is not known; legal: adam, sgd",
+            "`--lr nan` is not a finite number",
+            "`--sequence-parallel=yes` takes no value",
+            "`--save` needs a value after it",
+            "`--hidden-dropout 1.5` must be at least 0 and less than 1",
+            "`--max-position-embeddings 8` is less than `--seq-length 1024`; legal: 1024 or more",
+        ]
+    )
+
+
+def test_an_unknown_flag_names_the_nearest() -> None:
+    (line,) = mistakes(*BASE, "--hiden-size", "4")
+    assert line.startswith("`--hiden-size` is not a known flag; did you mean --hidden-size or ")
+    assert mistakes(*BASE, "--unheard=4") == ["`--unheard` is not a known flag; the nearest is --seed"]
+
+
+def test_two_spellings_that_disagree() -> None:
+    assert mistakes(*BASE, "--swiglu", "--squared-relu") == [
+        "`--swiglu` and `--squared-relu` set the same thing to different values"
+    ]
+    assert "`--num-layers` and `--encoder-num-layers`" in mistakes(*BASE, "--encoder-num-layers", "5")[0]
+    assert read("--encoder-num-layers", "2").config.model.num_layers == 2
+
+
+def test_the_process_prints_all_mistakes_fast_and_without_a_traceback(tmp_path: Path) -> None:
+    program = (
+        "import sys; from megatron.config.cli import parse_or_exit; parse_or_exit(sys.argv[1:], program='pretrain_gpt.py')"
+    )
+    five = ["--num-layers", "x", "--lr", "y", "--unheard-of", "1", "--warmup", "3", "--load", str(tmp_path / "gone")]
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program, *BASE, *five], capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 3
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for word in ("--num-layers x", "--lr y", "--unheard-of", "--warmup", "gone"):
+        assert sum(word in line for line in errors) == 1, done.stderr
+    quiet = subprocess.run(
+        [sys.executable, "-c", program, *five], capture_output=True, text=True, check=False, env={"RANK": "1", "PATH": ""}
+    )
+    assert (quiet.returncode, quiet.stderr) == (2, "")
+
+
+def test_importing_the_command_line_imports_no_torch() -> None:
+    code = "import sys, megatron.config.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_names_every_flag_with_default_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text("pretrain_gpt.py")
+    for spelling in spellings().values():
+        assert spelling.flag in text
+    for row in LEGACY.values():
+        assert row.refused or row.flag in text
+    for section in sections():
+        assert f"[{section}]" in text
+    assert "default 0.1" in text and "one of adam, sgd" in text
+    with pytest.raises(SystemExit) as done:
+        parse_or_exit(["--help", "--nonsense"], program="pretrain_gpt.py")
+    assert done.value.code == 0 and capsys.readouterr().out == text
+    with pytest.raises(HelpAsked, match=r"megatron \d"):
+        parse(["--version"], program="x")
+
+
+def test_order_of_precedence(tmp_path: Path) -> None:
+    def saved(_: object) -> dict[str, Any]:
+        return to_json(RunConfig(model=ModelConfig(num_layers=11, hidden_size=64, num_attention_heads=8, rotary_percent=0.5)))
+
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "manifest.json").write_text("{}")
+    file = tmp_path / "run.toml"
+    file.write_text("[model]\nnum_layers = 4\n[eval]\neval-iters = 3\n[data]\nsplit = '8,1,1'\n")
+    sizes = shlex.split("--num-layers 2 --hidden-size 16 --num-attention-heads 4")
+    argv = [*BASE[len(sizes) :], "--use-checkpoint-args", "--load", str(tmp_path / "iter_0000001")]
+    defaults = {"eval.eval_iters": 9, "log.log_interval": 5, "model.num_layers": 8}
+
+    def run(*extra: str) -> RunConfig:
+        return parse([*argv, *extra], program="t", saved=saved, defaults=defaults, files=False).config
+
+    assert run().model.num_layers == 11
+    assert run("--config", str(file)).model.num_layers == 4
+    assert run("--config", str(file), "--num-layers", "5").model.num_layers == 5
+    assert run("--config", str(file), "--num-layers", "5").model.hidden_size == 64
+    assert (run().eval.eval_iters, run("--config", str(file)).eval.eval_iters) == (9, 3)
+    assert run().log.log_interval == 5 and run("--log-interval", "6").log.log_interval == 6
+    preset = run("--preset", "gpt2-345m", "--num-layers", "5").model
+    assert (preset.num_layers, preset.hidden_size, preset.num_attention_heads) == (5, 1024, 16)
+    with pytest.raises(ValueError, match=r"no\.such"):
+        parse([], program="t", defaults={"no.such": 1})
+
+
+def test_an_unreadable_checkpoint_is_one_mistake(tmp_path: Path) -> None:
+    def saved(_: object) -> dict[str, Any]:
+        raise ConfigError([Problem("`--load x`", "is broken")])
+
+    (tmp_path / "iter_0000001").mkdir()
+    (tmp_path / "iter_0000001" / "manifest.json").write_text("{}")
+    rest = shlex.split(
+        "--seq-length 8 --micro-batch-size 2 --train-iters 10 --lr 1 --tokenizer-type ByteTokenizer --data-path d"
+    )
+    load = str(tmp_path / "iter_0000001")
+    assert mistakes(*rest, "--use-checkpoint-args", "--load", load, saved=saved) == ["`--load x` is broken"]
+    # A --load with nothing there is the file rules' to report, and the sizes it would have given are not asked for.
+    assert mistakes(*rest, "--use-checkpoint-args", "--load", "/no/such", saved=saved, files=True)[0].startswith(
+        "`--data-path d`"
+    )
+
+
+def test_toml_and_json_round_trips(tmp_path: Path) -> None:
+    config = read("--swiglu", "--disable-bias-linear", "--data-path", "0.5", 'a "quoted" päth\\', "0.5", "b").config
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert parse(["--config", str(file)], program="t", files=False).config == config
+    assert from_json(to_json(config)) == config
+    assert ModelConfig(**to_json(config)["model"]) == config.model
+
+
+def test_json_of_another_version_names_what_is_unknown() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json({"model": {"num_layers": 2, "flux": 1}, "nets": {}, "optim": {"lr": "fast"}})
+    text = str(caught.value)
+    assert "`model.flux`" in text and "`nets`" in text and "`optim.lr = 'fast'`" in text and "num_layers" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[model]\nnum-layer = 2",
+            "`num-layer` under [model] in FILE is not a known key; did you mean num-layers or encoder-num-layers?",
+        ),
+        ("[model]\nseq-length = 2", "`seq-length` under [model] in FILE is not a known key; it belongs under [data]"),
+        ("seq-length = 2", "`seq-length` before the first table in FILE is not a known key; it belongs under [data]"),
+        ("[modle]\nx = 2", "`[modle]` in FILE is not a table of a run; did you mean model?; legal: model, layout"),
+        ("[model]\nnum-layers = 'two'", "`num-layers = 'two'` in FILE is not an integer"),
+        ("[model]\nnum-layers = 2.5", "`num-layers = 2.5` in FILE is not an integer"),
+        ("[model]\nnum-layers = true", "`num-layers = true` in FILE cannot be true or false"),
+        ("[optim]\nlr = nan", "`lr = nan` in FILE is not a finite number"),
+        ("[precision]\nbf16 = 1", "`bf16 = 1` in FILE must be true or false"),
+        ("[precision]\nfp16 = true", "`fp16 in FILE` is not available yet"),
+        ("[model]\nactivation = 'tanh'", "`activation = 'tanh'` in FILE is not known; legal: gelu, gelu-exact"),
+        ("[model]\nswiglu = true\nactivation = 'gelu'", "`swiglu` and `activation` set the same thing"),
+        ("[model\n", "`FILE` is not valid TOML: "),
+        ("preset = 'gpt5'", "`preset = 'gpt5'` in FILE is not known; legal: gpt2-125m"),
+    ],
+)
+def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    lines = mistakes(*BASE, "--config", str(file))
+    assert len(lines) == 1 and lines[0].startswith(message.replace("FILE", str(file))), lines
+
+
+def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("preset = 'llama-7b'\n[model]\ndisable-bias-linear = true\nswiglu = true\n[data]\ndata_path = 'one'\n")
+    config = read("--config", str(file)).config
+    assert config.model.normalization == "RMSNorm" and config.data.data_path == ("data",)
+    assert mistakes("--config", str(tmp_path / "no.toml"))[0].endswith("cannot be read: No such file or directory")
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in mistakes(*BASE, "--config", str(file))[0]
+
+
+def test_presets_are_fields_of_the_model() -> None:
+    for name, preset in PRESETS.items():
+        assert set(preset) <= {f.name for f in fields(ModelConfig)}
+        assert ModelConfig(**preset).num_layers == preset["num_layers"], name
+
+
+def test_world_size_belongs_to_the_dry_run() -> None:
+    assert "goes with --dry-run" in mistakes(*BASE, "--world-size", "8")[0]
+    assert read("--dry-run", "--world-size", "8").config.batch.global_batch_size == 16
+    assert read("--dry-run").dry_run and not read().dry_run
+    assert read(world_size=3).config.batch.global_batch_size == 6
+    assert "must be greater than 0" in mistakes(*BASE, "--dry-run", "--world-size", "0")[0]
+
+
+def test_remarks() -> None:
+    assert any("--sequence-parallel changes nothing" in n for n in read("--sequence-parallel").notes)
+    assert any("without --save" in n for n in read("--save-interval", "5").notes)
+    assert read().notes == ()

@@ -1,0 +1,146 @@
+"""The rules that look at the disk: what is named must be there, and what will be written must be writable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from legal_run import argv, problems
+
+from megatron.config.cli import parse
+from megatron.config.errors import ConfigError
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    for name in ("good.bin", "good.idx", "half.bin", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "empty.bin").write_text("")
+    (tmp_path / "empty.idx").write_text("x")
+    for folder in (
+        "run/iter_0000010",
+        "run/iter_0000020",
+        "torn/iter_0000010",
+        "nothing",
+        "other",
+        "half/iter_0000003",
+        "lost/iter_0000007",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("20\n")
+    (tmp_path / "torn/latest_checkpointed_iteration.txt").write_text("30")
+    (tmp_path / "half/latest_checkpointed_iteration.txt").write_text("3")
+    (tmp_path / "other/readme").write_text("x")
+    for folder in ("run/iter_0000010", "run/iter_0000020", "torn/iter_0000010", "lost/iter_0000007"):
+        (tmp_path / folder / "manifest.json").write_text("{}")
+    return tmp_path
+
+
+def on_disk(disk: Path, change: str) -> list[str]:
+    return [line.replace(f"{disk}/", "") for line in problems(change.replace("@", f"{disk}/"), files=True)]
+
+
+FRESH = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--data-path @goood", "`--data-path goood` names no dataset: goood.bin and goood.idx do not exist; near it: good"),
+        ("--data-path @half", "`--data-path half` is no dataset: half.idx does not exist"),
+        ("--data-path @empty", "`--data-path empty` is no dataset: empty.bin is empty"),
+        ("--data-path 1 @good 1 @half", "`--data-path half` is no dataset: half.idx does not exist"),
+        (
+            "--data-path @gone/x",
+            "`--data-path gone/x` names no dataset: gone/x.bin and gone/x.idx do not exist; DISK has no gone",
+        ),
+        (
+            "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.jso --merge-file @merges.txt",
+            "`--vocab-file vocab.jso` does not exist; near it: vocab.json",
+        ),
+        (
+            "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.json --merge-file @empty.bin",
+            "`--merge-file empty.bin` is empty",
+        ),
+        (
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model @other",
+            "`--tokenizer-model other` other/tokenizer.json does not exist",
+        ),
+        ("--load @rum", "`--load rum` does not exist; near it: run" + FRESH),
+        ("--load @good.bin", "`--load good.bin` is a file; a checkpoint is a directory" + FRESH),
+        ("--load @nothing", "`--load nothing` is an empty directory" + FRESH),
+        ("--load @half/iter_0000003", "`--load half/iter_0000003` is an empty directory" + FRESH),
+        (
+            "--load @half",
+            "`--load half` is not finished: half/iter_0000003/manifest.json does not exist; "
+            "choose another with --load-iteration; legal: 3",
+        ),
+        (
+            "--load @lost",
+            "`--load lost` has no latest_checkpointed_iteration.txt; choose with --load-iteration; legal: 7",
+        ),
+        (
+            "--load @other",
+            "`--load other` holds no checkpoint: neither manifest.json nor an iter_ directory" + FRESH,
+        ),
+        ("--load @run --load-iteration 15", "`--load-iteration 15` is not in run; legal: 10, 20"),
+        (
+            "--load @torn",
+            "`--load torn` is broken: latest_checkpointed_iteration.txt says `30`, which is not there; "
+            "choose with --load-iteration; legal: 10",
+        ),
+        (
+            "--load @run/iter_0000010 --load-iteration 20",
+            "`--load run/iter_0000010` and `--load-iteration 20` name different iterations",
+        ),
+        ("--save @good.bin/x --save-interval 1", "`--save good.bin/x` cannot be written: good.bin is a file, not a directory"),
+        ("--tensorboard-dir @good.bin", "`--tensorboard-dir good.bin` cannot be written: good.bin is a file, not a directory"),
+        ("--metrics-path @good.bin/m", "`--metrics-path good.bin/m` cannot be written: good.bin is a file, not a directory"),
+    ],
+)
+def test_wrong_files(change: str, message: str, disk: Path) -> None:
+    change = change if "--data-path" in change else f"--data-path @good {change}"
+    assert on_disk(disk, change) == [message.replace("DISK", str(disk))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "",
+        "--load @run",
+        "--load @run --load-iteration 10",
+        "--load @run/iter_0000010",
+        "--load @torn --load-iteration 10",
+        "--save @new/deep --save-interval 1 --tensorboard-dir @new/tb",
+        "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.json --merge-file @merges.txt",
+        "--data-path @good.bin",
+    ],
+)
+def test_right_files_are_silent(change: str, disk: Path) -> None:
+    assert on_disk(disk, change if "--data-path" in change else f"--data-path @good {change}".strip()) == []
+
+
+def test_what_may_not_be_read_or_written(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.access
+    locked = {str(disk / "vocab.json"): os.R_OK, str(disk / "nothing"): os.W_OK}
+
+    def access(path: Any, mode: int) -> bool:
+        return not locked.get(str(path), 0) & mode and real(path, mode)
+
+    monkeypatch.setattr(os, "access", access)
+    tokenizer = "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.json --merge-file @merges.txt"
+    assert on_disk(disk, f"--data-path @good {tokenizer}") == ["`--vocab-file vocab.json` cannot be read: permission denied"]
+    assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
+        "`--save nothing/run` cannot be written: permission denied in nothing"
+    ]
+
+
+def test_a_dry_run_may_leave_out_what_lies_on_the_disk() -> None:
+    words = argv("--no:data-path --tokenizer-type GPT2BPETokenizer")
+    with pytest.raises(ConfigError):
+        parse(words, program="t")
+    assert parse([*words, "--dry-run"], program="t").dry_run
+    with pytest.raises(ConfigError, match="names no dataset"):
+        parse([*words, "--dry-run", "--data-path", "/no/such"], program="t")

@@ -1,0 +1,69 @@
+"""What follows from what: derived settings have Megatron-LM's values."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+from legal_run import argv, problems
+
+from megatron.config.batch_size import global_batch_size_at, iterations_for, micro_batches, ramp_sizes
+from megatron.config.cli import parse
+from megatron.config.presets import PRESETS
+from megatron.config.rules import check, resolve
+from megatron.config.schema import BatchConfig, RunConfig
+
+
+def resolved(change: str, world: int = 1) -> RunConfig:
+    return parse(argv(change), program="t", world_size=world, files=False).config
+
+
+def test_derived_values() -> None:
+    c = resolved("", 4)
+    assert (c.model.ffn_hidden_size, c.model.kv_channels, c.model.num_query_groups) == (64, 4, 4)
+    assert (c.batch.global_batch_size, c.optim.lr_decay_iters, c.layout.pipeline_schedule) == (8, 10, "1f1b")
+    assert (c.optim.start_weight_decay, c.optim.end_weight_decay) == (0.01, 0.01)
+    assert c.log.metrics_path is None and resolved("--save d --save-interval 1").log.metrics_path == os.path.join(
+        "d", "metrics.jsonl"
+    )
+    assert resolved("--bf16").precision.accumulate_allreduce_grads_in_fp32
+    assert resolved("--position-embedding-type rope --no:max-position-embeddings").model.max_position_embeddings == 8
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(4096, 10880), (1024, 2688), (5120, 13632), (16, 64)])
+def test_swiglu_width(hidden: int, width: int) -> None:
+    assert resolved(f"--swiglu --hidden-size {hidden}").model.ffn_hidden_size == width
+    assert resolved(f"--swiglu --hidden-size {hidden} --ffn-hidden-size 96").model.ffn_hidden_size == 96
+
+
+def test_iterations_follow_from_samples() -> None:
+    c = resolved("--train-samples 1003 --no:train-iters --global-batch-size 10")
+    assert (c.batch.train_iters, c.optim.lr_decay_samples, c.optim.lr_decay_iters) == (100, 1003, None)
+
+
+def test_resolving_twice_changes_nothing_and_stays_legal() -> None:
+    for change in ("", "--train-samples 100 --no:train-iters", "--swiglu --bf16 --save d --save-interval 2"):
+        c = resolved(change)
+        assert resolve(c) == c and check(c) == []
+
+
+def test_ramp_up_arithmetic() -> None:
+    # 16 to 48 in two steps of 16 over 320 samples: each size lasts 160 samples.
+    batch = BatchConfig(micro_batch_size=2, global_batch_size=48, rampup_batch_size=(16, 16, 320))
+    assert [global_batch_size_at(batch, n) for n in (0, 159, 160, 319, 320, 321, 10**9)] == [16, 16, 32, 32, 48, 48, 48]
+    assert ramp_sizes(batch) == [16, 32, 48] and ramp_sizes(replace(batch, rampup_batch_size=())) == [48]
+    assert micro_batches(batch, 4, 0) == 2 and micro_batches(batch, 4, 320) == 6
+    # 10 steps of 16 reach 160, 5 of 32 reach 320, which is still within the ramp: one of 48, then 632 // 48 = 13.
+    assert iterations_for(batch, 1000) == 10 + 5 + 1 + 13
+    assert iterations_for(replace(batch, rampup_batch_size=()), 1000) == 20
+    level = replace(batch, rampup_batch_size=(48, 16, 320))
+    assert global_batch_size_at(level, 5) == 48
+    with pytest.raises(ValueError, match="not resolved"):
+        global_batch_size_at(BatchConfig(), 0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_legal(name: str) -> None:
+    sizes = ("num-layers", "hidden-size", "num-attention-heads", "max-position-embeddings")
+    assert problems(" ".join(f"--no:{s}" for s in sizes) + f" --preset {name} --tensor-model-parallel-size 4", 4) == []

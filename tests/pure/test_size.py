@@ -1,0 +1,151 @@
+"""Sizes: equal to a real build, and to sums done by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.config.presets import PRESETS
+from megatron.config.rules import resolve
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.contract import StagePart
+from megatron.mesh.mesh import Axis
+from megatron.model.gpt import GPT
+from megatron.model.size import (
+    ALIGN,
+    activation_bytes,
+    flops_per_iteration,
+    flops_per_token,
+    forward_flops_per_token,
+    memory_per_rank,
+    padded_vocabulary,
+    parameter_list,
+    parameters,
+    parameters_per_rank,
+)
+from megatron.optim import buffers
+from megatron.parallel.spec import spec_of
+
+VOCAB = 127
+PLAIN = ModelConfig(
+    num_layers=3, hidden_size=24, num_attention_heads=4, max_position_embeddings=10, make_vocab_size_divisible_by=8
+)
+FORMS = {
+    "gpt2": PLAIN,
+    "llama": replace(
+        PLAIN,
+        position_embedding_type="rope",
+        normalization="RMSNorm",
+        activation="swiglu",
+        add_bias_linear=False,
+        untie_embeddings_and_output_weights=True,
+        num_query_groups=2,
+    ),
+    "no norm bias": replace(PLAIN, add_norm_bias=False, kv_channels=10, ffn_hidden_size=40, position_embedding_type="none"),
+    "swiglu with biases": replace(PLAIN, activation="swiglu", untie_embeddings_and_output_weights=True),
+}
+
+
+def complete(model: ModelConfig) -> ModelConfig:
+    return replace(resolve(RunConfig(model=model)).model, vocab_size=VOCAB)
+
+
+# A tied output layer on a stage of its own is not built yet.
+STAGES = [
+    (form, part)
+    for form, model in FORMS.items()
+    for part in (StagePart(range(3), True, True), StagePart(range(1), True, False), StagePart(range(1, 3), False, True))
+    if part.embedding or model.untie_embeddings_and_output_weights
+]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("form", "part"), STAGES)
+def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: int) -> None:
+    model = complete(FORMS[form])
+    built = GPT(model, part, Axis("tp", tp, tp - 1, tuple(range(tp))), dtype=torch.float32)
+    real = {spec_of(p).name: (spec_of(p).shape, p.numel()) for p in built.parameters()}
+    listed = list(parameter_list(model, VOCAB, part))
+    assert {p.name: (p.shape, p.local(model, tp)) for p in listed} == real
+    assert parameters_per_rank(model, VOCAB, tp, part) == sum(p.numel() for p in built.parameters())
+    assert parameters(model, VOCAB, part) == sum(torch.Size(shape).numel() for shape, _ in real.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
+    model = complete(FORMS[form])
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    built = GPT(model, StagePart(range(3), True, True), Axis("tp", 2, 0, (0, 1)), dtype=dtype)
+    flat = buffers.flat_buffers(built.parameters())
+    memory = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16)
+    held = {t.data_ptr(): t.nbytes for buffer in flat for t in (buffer.weights, buffer.main)}
+    assert memory.weights == sum(held.values())
+    assert memory.gradients == sum(buffer.grads.nbytes for buffer in flat)
+    assert memory.optimizer == 2 * sum(buffer.grads.nbytes for buffer in flat)  # two moments in fp32
+    assert buffers.ALIGN == ALIGN
+    sgd = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16, optimizer="sgd")
+    assert sgd.optimizer * 2 == memory.optimizer
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
+    model = complete(PLAIN)
+    last = list(parameter_list(model, VOCAB, StagePart(range(2, 3), False, True)))
+    assert [p.name for p in last if p.vocabulary] == ["embedding.word.weight"]
+    first = parameters(model, VOCAB, StagePart(range(2), True, False))
+    assert first + parameters(model, VOCAB, StagePart(range(2, 3), False, True)) == parameters(model, VOCAB) + VOCAB * 24
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab", "count"),
+    [
+        ("gpt2-125m", 50257, 124_439_808),  # as Hugging Face counts gpt2
+        ("gpt2-345m", 50257, 354_823_168),  # and gpt2-medium
+        ("llama-7b", 32000, 6_738_415_616),  # and Llama-2-7b
+    ],
+)
+def test_known_models(name: str, vocab: int, count: int) -> None:
+    assert parameters(complete(ModelConfig(**PRESETS[name])), vocab) == count
+
+
+@pytest.mark.parametrize(("tp", "padded"), [(1, 50304), (2, 50432), (8, 51200)])
+def test_padded_vocabulary(tp: int, padded: int) -> None:
+    assert padded_vocabulary(ModelConfig(), 50257, tp) == padded
+
+
+def test_flops_by_hand() -> None:
+    # GPT: 2 layers, h = 8, 2 heads of 4, f = 12, s = 5, vocabulary 11, one token forward.
+    custom = complete(replace(PLAIN, num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12))
+    layer = 2 * 8 * 24 + 2 * 5 * 8 + 2 * 5 * 8 + 2 * 8 * 8 + 2 * 8 * 12 + 2 * 12 * 8  # qkv, scores, sum, dense, up, down
+    assert layer == 1056
+    assert forward_flops_per_token(custom, 11, 5) == 2 * layer + 2 * 8 * 11 == 2288
+    assert flops_per_token(custom, 11, 5) == 6864
+    assert flops_per_iteration(custom, 11, 5, 3) == 6864 * 15
+    # Grouped queries and SwiGLU: 4 heads of 4 in 2 groups, h = 16, f = 24.
+    llama = complete(replace(FORMS["llama"], num_layers=1, hidden_size=16, num_attention_heads=4, ffn_hidden_size=24))
+    assert forward_flops_per_token(llama, 11, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
+
+
+def test_flops_are_the_published_formula() -> None:
+    # arXiv 2104.04473 without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12 l h)
+    model, s, vocab, batch = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 51200, 512
+    layers, h = 72, 3072
+    published = 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (12 * layers * h))
+    assert flops_per_iteration(model, vocab, s, batch) == pytest.approx(published, rel=1e-12)
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
+def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool) -> None:
+    # arXiv 2205.05198, equations 1 to 4, for 16 bit.
+    model, s, b = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 4
+    h, a, layers = 3072, 32, 72
+    per_layer = s * b * h * ((34 + 5 * a * s / h) / tp if sequence_parallel else 10 + 24 / tp + 5 * a * s / (h * tp))
+    stage = StagePart(range(layers), False, False)
+    assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage) == int(layers * per_layer)
+    fused = replace(model, fused_attention_dropout=True)
+    kept = activation_bytes(fused, 50257, tp, s, b, True, sequence_parallel, stage)
+    assert layers * per_layer - kept == layers * s * b * 5 * a * s / tp
+    assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight=3) == 3 * int(layers * per_layer)
