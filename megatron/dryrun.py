@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron.config.batch_size import micro_batches, ramp_sizes
 from megatron.config.cli import Parsed, explain
+from megatron.config.compare import different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
@@ -26,29 +27,6 @@ from megatron.model import size
 
 GPT2_VOCABULARY = 50257
 DRAWN = 8  # micro-batches of the schedule that are written out
-
-# What a checkpoint fixes: a run that loads it must agree.
-SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "max_position_embeddings",
-    "position_embedding_type",
-    "rotary_percent",
-    "rotary_base",
-    "normalization",
-    "layernorm_epsilon",
-    "apply_layernorm_1p",
-    "add_norm_bias",
-    "add_bias_linear",
-    "activation",
-    "untie_embeddings_and_output_weights",
-    "apply_residual_connection_post_layernorm",
-)
-
 
 @dataclass(frozen=True)
 class Found:
@@ -123,11 +101,7 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     except ConfigError as error:
         problems.extend(error.problems)
         return []
-    for field in SHAPE:
-        wanted, there = getattr(config.model, field), getattr(held, field)
-        if wanted != there:
-            rule = f"does not fit {what}, which has {field} {there}"
-            problems.append(Problem(f"{field} {wanted}", rule, f"{there}, or --use-checkpoint-args"))
+    problems.extend(different_model(held, config.model, str(directory)))
     return [f"checkpoint {directory}: complete"]
 
 

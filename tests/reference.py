@@ -19,7 +19,8 @@ from megatron.config.schema import (
     RunConfig,
 )
 from megatron.contract import Batch
-from megatron.mesh.launch import Job, Place
+from megatron.mesh.launch import Job
+from megatron.mesh.place import Place
 from megatron.parallel.spec import spec_of
 from megatron.train.loop import advance
 from megatron.train.run import Run, build

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most probable tokens; 0 is all")
-    parser.add_argument("--top-p", type=float, default=0.0, help="choose among the tokens that reach this probability; 0 is all")
+    parser.add_argument("--top-p", type=float, default=0.0, help="choose among the fewest tokens of this probability; 0 is all")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
     parser.add_argument("--device", help="default cuda where there is one, else cpu")

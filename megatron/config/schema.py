@@ -83,7 +83,9 @@ class ModelConfig:
     )
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
     init_method_xavier_uniform: bool = option(False, "initial weights from Xavier's uniform distribution")
-    make_vocab_size_divisible_by: int = option(128, "each tensor-parallel rank's share of the vocabulary is padded to a multiple of this")
+    make_vocab_size_divisible_by: int = option(
+        128, "each tensor-parallel rank's share of the vocabulary is padded to a multiple of this"
+    )
     vocab_size: int | None = option(None, "true size of the vocabulary, from the tokenizer", flag=None)
 
     # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
@@ -104,7 +106,9 @@ class LayoutConfig:
     pipeline_model_parallel_size: int = option(1, "ranks that share the depth (pp)")
     context_parallel_size: int = option(1, "ranks that share each sequence (cp)")
     sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
-    pipeline_schedule: str | None = option(None, "order of work in the pipeline; default 1f1b, or interleaved with virtual stages")
+    pipeline_schedule: str | None = option(
+        None, "order of work in the pipeline; default 1f1b, or interleaved with virtual stages"
+    )
     num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of one virtual stage (interleaved schedules)")
     distributed_backend: str | None = option(
         None, "communication library; default nccl with one GPU per rank, else gloo", choices=("nccl", "gloo")
@@ -149,7 +153,9 @@ class DataConfig:
     data_cache_path: str | None = option(None, "directory for built sample indices; default `cache` beside the data")
     seq_length: int | None = option(None, "tokens per sample", aliases=("--encoder-seq-length",))
     num_workers: int = option(2, "batches that are read ahead; 0 reads in the training loop")
-    dataloader_type: str = option("single", "single: in dataset order; cyclic: reshuffled each epoch", choices=("single", "cyclic"))
+    dataloader_type: str = option(
+        "single", "single: in dataset order; cyclic: reshuffled each epoch", choices=("single", "cyclic")
+    )
     reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
     reset_attention_mask: bool = option(False, "no attention across an end of document")
     eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
@@ -185,7 +191,9 @@ class OptimConfig:
     optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=("adam", "sgd"))
     lr: float | None = option(None, "peak learning rate")
     min_lr: float = option(0.0, "floor of the learning rate")
-    lr_decay_style: str = option("linear", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root"))
+    lr_decay_style: str = option(
+        "linear", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root")
+    )
     lr_decay_iters: int | None = option(None, "steps until --min-lr; default --train-iters")
     lr_decay_samples: int | None = option(None, "samples until --min-lr; default --train-samples")
     lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up")
@@ -194,18 +202,24 @@ class OptimConfig:
     weight_decay: float = option(0.01, "decoupled decay of all matrices; never of biases and norms")
     start_weight_decay: float | None = option(None, "weight decay at the start, with a --weight-decay-incr-style")
     end_weight_decay: float | None = option(None, "weight decay at the end, with a --weight-decay-incr-style")
-    weight_decay_incr_style: str = option("constant", "shape of the weight decay over time", choices=("constant", "linear", "cosine"))
+    weight_decay_incr_style: str = option(
+        "constant", "shape of the weight decay over time", choices=("constant", "linear", "cosine")
+    )
     clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
     sgd_momentum: float = option(0.9, "momentum of sgd")
     override_opt_param_scheduler: bool = option(
-        False, "on resume take the schedule from the command line", aliases=("--override-lr-scheduler",),
+        False,
+        "on resume take the schedule from the command line",
+        aliases=("--override-lr-scheduler",),
         flag="--override-opt_param-scheduler",
     )
     use_checkpoint_opt_param_scheduler: bool = option(
-        False, "on resume take the schedule from the checkpoint", aliases=("--use-checkpoint-lr-scheduler",),
+        False,
+        "on resume take the schedule from the checkpoint",
+        aliases=("--use-checkpoint-lr-scheduler",),
         flag="--use-checkpoint-opt_param-scheduler",
     )
     on_nonfinite: str = option("skip", "what a NaN or Inf gradient does", choices=("skip", "abort"))
@@ -258,7 +272,10 @@ class LogConfig:
     log_params_norm: bool = option(False, "also log the norm of the parameters")
     log_num_zeros_in_grad: bool = option(False, "also log the number of zeros in the gradient")
     log_learning_rate_to_tensorboard: bool = option(
-        True, "learning rate to TensorBoard", off="--no-log-learnig-rate-to-tensorboard", aliases=("--no-log-learning-rate-to-tensorboard",)
+        True,
+        "learning rate to TensorBoard",
+        off="--no-log-learnig-rate-to-tensorboard",
+        aliases=("--no-log-learning-rate-to-tensorboard",),
     )
     log_loss_scale_to_tensorboard: bool = option(True, "loss scale to TensorBoard", off="--no-log-loss-scale-to-tensorboard")
     log_batch_size_to_tensorboard: bool = option(False, "batch size to TensorBoard")

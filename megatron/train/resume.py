@@ -8,21 +8,13 @@ from pathlib import Path
 
 from megatron.checkpoint.layout import find, newest_complete, read_config
 from megatron.checkpoint.load import load
-from megatron.config.errors import ConfigError, Problem
+from megatron.config.compare import different_model
+from megatron.config.errors import ConfigError
 from megatron.config.saved import from_json
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.optim.lr import Schedule
 from megatron.train.run import Run
 
-# Settings of the model that change no shape and no meaning of a weight: a resumed run may choose them anew.
-FREE = {
-    "attention_dropout",
-    "hidden_dropout",
-    "fused_attention_dropout",
-    "init_method_std",
-    "init_method_xavier_uniform",
-    "make_vocab_size_divisible_by",
-}
 # Settings about this start of the run rather than about the run.
 UNIMPORTANT = {"checkpoint", "log", "tokenizer", "layout"}
 
@@ -69,15 +61,7 @@ def check_model(source: Source, config: RunConfig) -> None:
     """ConfigError with every setting in which the checkpoint holds another model than the run asks for."""
     if source.saved is None:
         return
-    problems = [
-        Problem(
-            f"`--{field.name.replace('_', '-')}` is {getattr(config.model, field.name)} here",
-            f"but the checkpoint {source.directory} was made with {getattr(source.saved.model, field.name)}; "
-            "give the checkpoint's value, or take them all with --use-checkpoint-args",
-        )
-        for field in fields(config.model)
-        if field.name not in FREE and getattr(config.model, field.name) != getattr(source.saved.model, field.name)
-    ]
+    problems = different_model(source.saved.model, config.model, str(source.directory))
     if problems:
         raise ConfigError(problems)
 

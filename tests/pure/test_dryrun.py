@@ -14,10 +14,11 @@ import pytest
 
 from megatron.checkpoint.save import save
 from megatron.config.cli import parse, to_json
+from megatron.config.compare import FREE
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter
-from megatron.dryrun import SHAPE, dry_run, inspect
+from megatron.dryrun import dry_run, inspect
 from megatron.mesh.mesh import Mesh
 
 SMALL = shlex.split(
@@ -112,16 +113,17 @@ def test_a_checkpoint_is_opened_and_its_shape_compared(tmp_path: Path, capsys: p
     directory = save(tmp_path, 7, {}, Mesh.single(), config=to_json(config))
     assert f"checkpoint {directory}: complete" in output([*argv, "--load", str(tmp_path)], capsys)
     assert mistakes([*argv, "--load", str(tmp_path), "--swiglu", "--num-layers", "3"]) == [
-        f"num_layers 3 does not fit `--load {tmp_path}`, which has num_layers 2; legal: 2, or --use-checkpoint-args",
-        f"activation swiglu does not fit `--load {tmp_path}`, which has activation gelu; legal: gelu, or --use-checkpoint-args",
+        f"`--num-layers 3` does not fit {directory}, which was made with 2; legal: 2; --use-checkpoint-args takes them all",
+        f"`--activation swiglu` does not fit {directory}, which was made with gelu; "
+        "legal: gelu; --use-checkpoint-args takes them all",
     ]
     (directory / "manifest.json").write_text("torn")
     (line,) = mistakes([*argv, "--load", str(tmp_path)])
     assert line.startswith(f"`--load {tmp_path}` cannot be loaded: ") and "manifest.json" in line
 
 
-def test_the_shape_is_made_of_model_fields() -> None:
-    assert set(SHAPE) <= set(to_json(RunConfig())["model"])
+def test_what_a_loading_run_may_choose_is_made_of_model_fields() -> None:
+    assert set(FREE) < set(to_json(RunConfig())["model"])
 
 
 def test_the_process_needs_no_torch_and_exits_with_2_on_mistakes(data: str) -> None:

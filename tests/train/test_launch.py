@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.mesh.launch import Place, choose, expand_hosts
+from megatron.mesh.launch import choose
+from megatron.mesh.place import Place, expand_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -19,8 +20,8 @@ SLURM = {
 
 
 def test_torchrun():
-    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    assert Place.of(environ | SLURM) == Place(5, 8, 1, 4, "torchrun", "h", 1)
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert Place.of(environ | {"MASTER_ADDR": "h", "MASTER_PORT": "1"} | SLURM) == Place(5, 8, 1, 4, "torchrun", "h", 1)
 
 
 def test_srun():

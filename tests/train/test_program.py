@@ -26,7 +26,8 @@ LINE = re.compile(
     r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +(\d+)/ +(\d+) \| consumed samples: +(\d+) \| "
     r"elapsed time per iteration \(ms\): [\d.]+ \| learning rate: [\d.E+-]+ \| global batch size: +(\d+) \| "
     r"lm loss: ([\d.E+-]+) \| loss scale: 1\.0 \| grad norm: [\d.]+ \| number of skipped iterations: +0 \| "
-    r"number of nan iterations: +0 \| tokens per second: [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| ETA: \d:\d\d:\d\d \|$"
+    r"number of nan iterations: +0 \| tokens per second: [\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| "
+    r"ETA: \d:\d\d:\d\d \|$"
 )
 
 

@@ -1,0 +1,37 @@
+"""Whether a checkpoint holds the model that a run asks for."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from megatron.config.errors import Problem
+from megatron.config.options import say
+from megatron.config.schema import ModelConfig
+
+# Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
+FREE = {
+    "attention_dropout",
+    "hidden_dropout",
+    "fused_attention_dropout",
+    "init_method_std",
+    "init_method_xavier_uniform",
+    "make_vocab_size_divisible_by",
+}
+
+
+def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list[Problem]:
+    """One problem for each setting in which the model in a checkpoint differs from the wanted one.
+
+    source: names the checkpoint. A vocabulary that is not known yet is not compared.
+    """
+    problems = []
+    for field in fields(ModelConfig):
+        there, here = getattr(held, field.name), getattr(wanted, field.name)
+        if field.name in FREE or there == here or (field.name == "vocab_size" and here is None):
+            continue
+        if field.name == "vocab_size":
+            problems.append(Problem(f"the tokenizer's {here} tokens", f"do not fit {source}, which was trained with {there}"))
+            continue
+        rule = f"does not fit {source}, which was made with {there}"
+        problems.append(Problem(say(f"model.{field.name}", here), rule, f"{there}; --use-checkpoint-args takes them all"))
+    return problems

@@ -1,0 +1,114 @@
+"""The slice algebra, against numpy: any tiling into any other, and who writes what."""
+
+import random
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from megatron.checkpoint.shards import assign, copies, fault, overlap
+
+
+class Part(NamedTuple):
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def tiling(rng: random.Random, shape: tuple[int, ...], cuts: int) -> list[Part]:
+    """Disjoint rectangles that cover `shape`, cut at random places; not a grid."""
+    parts = [Part((0,) * len(shape), shape)]
+    for _ in range(cuts):
+        i = rng.randrange(len(parts))
+        start, size = parts[i]
+        d = rng.randrange(len(shape))
+        if size[d] < 2:
+            continue
+        at = rng.randrange(1, size[d])
+        low = tuple(at if k == d else n for k, n in enumerate(size))
+        high = tuple(size[d] - at if k == d else n for k, n in enumerate(size))
+        parts[i : i + 1] = [Part(start, low), Part(tuple(a + at * (k == d) for k, a in enumerate(start)), high)]
+    rng.shuffle(parts)
+    return parts
+
+
+def cut(array: np.ndarray, part: Part) -> np.ndarray:
+    return array[tuple(slice(a, a + n) for a, n in zip(part.start, part.shape, strict=True))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_tiling_fills_any_other(seed):
+    rng = random.Random(seed)
+    shape = tuple(rng.randrange(1, 12) for _ in range(rng.randrange(1, 4)))
+    whole = np.arange(prod(shape)).reshape(shape)
+    saved, wanted = tiling(rng, shape, rng.randrange(12)), tiling(rng, shape, rng.randrange(12))
+    assert fault(shape, saved) is None and fault(shape, wanted) is None
+    held = [cut(whole, p) for p in saved]
+    for part in wanted:
+        target = np.full(part.shape, -1)
+        for copy in copies(part, saved):
+            assert (target[copy.target] == -1).all()  # nothing is copied twice
+            target[copy.target] = held[copy.piece][copy.source]
+        np.testing.assert_array_equal(target, cut(whole, part))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_spoilt_tiling_is_found(seed):
+    rng = random.Random(seed)
+    shape = (9, 7)
+    saved = tiling(rng, shape, 8)
+    i = rng.randrange(len(saved))
+    start, size = saved[i]
+    assert "hold" in fault(shape, saved[:i] + saved[i + 1 :])
+    assert "overlap" in fault(shape, [*saved, Part(start, (1, 1))])
+    assert "outside" in fault(shape, [*saved[:i], Part(start, (size[0] + 9, size[1])), *saved[i + 1 :]])
+    assert "outside" in fault(shape, [*saved[:i], Part((-1, 0), (1, 1)), *saved[i + 1 :]])
+    assert "dimensions" in fault(shape, [Part((0,), (9,))])
+    with pytest.raises(ValueError, match="do not cover"):
+        copies(Part((0, 0), shape), saved[:i] + saved[i + 1 :])
+
+
+def test_a_scalar_is_one_piece():
+    scalar = Part((), ())
+    assert fault((), [scalar]) is None
+    assert [c.elements for c in copies(scalar, [scalar])] == [1]
+    assert "overlap" in fault((), [scalar, scalar])
+
+
+def test_touching_rectangles_do_not_overlap():
+    assert overlap(0, Part((0, 0), (4, 4)), Part((4, 0), (4, 4))) is None
+    assert overlap(0, Part((0, 0), (4, 4)), Part((3, 3), (4, 4))).elements == 1
+
+
+def test_a_thousand_row_slices_are_cheap():
+    rows = [Part((i, 0), (1, 8)) for i in range(5000)]
+    assert fault((5000, 8), rows) is None
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (4, 1), (1, 16), (8, 16)])
+def test_writers_are_holders_and_share_evenly(tp, dp):
+    rng = random.Random(tp * 100 + dp)
+    sizes, holders = [], []
+    for _ in range(200):
+        size = rng.randrange(1, 1000)
+        if rng.random() < 0.5:  # cut over tp, equal over dp
+            for t in range(tp):
+                sizes.append(size)
+                holders.append([d * tp + t for d in range(dp)])
+        else:  # equal everywhere
+            sizes.append(size)
+            holders.append(list(range(tp * dp)))
+    writers = assign(sizes, holders)
+    assert all(w in h for w, h in zip(writers, holders, strict=True))
+    load = [sum(s for s, w in zip(sizes, writers, strict=True) if w == r) for r in range(tp * dp)]
+    assert max(load) - min(load) <= max(sizes)
+    assert writers == assign(sizes, [list(reversed(h)) for h in holders]), "the order of the holders must not matter"
+
+
+def test_a_piece_with_one_holder_counts_in_that_holders_load():
+    assert assign([100, 10, 10], [[0], [0, 1], [0, 1]]) == [0, 1, 1]
+
+
+def test_the_heaviest_pieces_are_given_first():
+    writers = assign([1, 1, 1, 1, 4], [[0, 1]] * 5)
+    assert writers[:4] == [1] * 4 and writers[4] == 0
