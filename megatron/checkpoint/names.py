@@ -1,0 +1,292 @@
+"""Names and forms of the same weights in Hugging Face's model families: one table per family, read in both directions.
+
+A row says which of our tensors is which of theirs, and how the one becomes the other. `config.json` and what a family cannot
+express stand beside its table. To add a family, write one more table and its two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.config.schema import ModelConfig
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one tensor of ours is written as theirs, and read back."""
+
+    write: Callable[[Tensor, ModelConfig], Tensors]
+    read: Callable[[Tensors, ModelConfig], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `{n}` stands for the layer's number.
+
+    zeros: the shape of ours, where the family has the tensor in any case and zeros mean that it is not there. Without it
+    the row applies only to models that have the tensor.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    form: Form
+    zeros: Callable[[ModelConfig], tuple[int, ...]] | None = None
+
+    def at(self, n: int) -> Row:
+        return replace(self, ours=self.ours.format(n=n), theirs=tuple(t.format(n=n) for t in self.theirs))
+
+
+@dataclass(frozen=True)
+class Family:
+    """architecture: the class in transformers. obstacles: what of a configuration it cannot express, in words."""
+
+    architecture: str
+    rows: tuple[Row, ...]
+    obstacles: Callable[[ModelConfig], list[str]]
+    config: Callable[[ModelConfig], dict[str, Any]]
+
+    def table(self, config: ModelConfig) -> Iterator[Row]:
+        """The rows with the layers' numbers put in."""
+        for row in self.rows:
+            if "{n}" in row.ours:
+                yield from (row.at(n) for n in range(config.size("num_layers")))
+            else:
+                yield row
+
+
+def _as_it_is(tensor: Tensor, config: ModelConfig) -> Tensors:
+    return (tensor,)
+
+
+def _back_as_it_is(tensors: Tensors, config: ModelConfig) -> Tensor:
+    return tensors[0]
+
+
+def _turned(tensor: Tensor, config: ModelConfig) -> Tensors:
+    return (tensor.t(),)
+
+
+def _turned_back(tensors: Tensors, config: ModelConfig) -> Tensor:
+    return tensors[0].t()
+
+
+def _gamma(tensor: Tensor, config: ModelConfig) -> Tensors:
+    """The norm's true weight: with apply_layernorm_1p what is stored is gamma - 1."""
+    return (tensor + 1 if config.apply_layernorm_1p else tensor,)
+
+
+def _gamma_back(tensors: Tensors, config: ModelConfig) -> Tensor:
+    return tensors[0] - 1 if config.apply_layernorm_1p else tensors[0]
+
+
+def split_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
+    """Rows `[groups, heads per group + 2, head]` -> queries of all heads, keys of all groups, values of all groups."""
+    groups, head = config.size("num_query_groups"), config.size("kv_channels")
+    per_group = config.size("num_attention_heads") // groups
+    rows = tensor.reshape(groups, per_group + 2, head, *tensor.shape[1:])
+    return rows[:, :per_group].flatten(0, 2), rows[:, per_group].flatten(0, 1), rows[:, per_group + 1].flatten(0, 1)
+
+
+def join_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
+    """The inverse of `split_qkv`."""
+    groups, head = config.size("num_query_groups"), config.size("kv_channels")
+    parts = [t.reshape(groups, -1, head, *t.shape[1:]) for t in tensors]
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
+def _qkv_in_one(tensor: Tensor, config: ModelConfig) -> Tensors:
+    """All queries, all keys, all values in one; a matrix as GPT-2's Conv1D has it, input first."""
+    whole = torch.cat(split_qkv(tensor, config))
+    return (whole.t() if whole.dim() == 2 else whole,)
+
+
+def _qkv_from_one(tensors: Tensors, config: ModelConfig) -> Tensor:
+    whole = tensors[0].t() if tensors[0].dim() == 2 else tensors[0]
+    head = config.size("kv_channels")
+    q, k = config.size("num_attention_heads") * head, config.size("num_query_groups") * head
+    return join_qkv((whole[:q], whole[q : q + k], whole[q + k :]), config)
+
+
+SAME = Form(_as_it_is, _back_as_it_is)
+CONV1D = Form(_turned, _turned_back)  # GPT-2's linear layers keep [in, out]
+GAMMA = Form(_gamma, _gamma_back)
+QKV_IN_ONE = Form(_qkv_in_one, _qkv_from_one)
+QKV_IN_THREE = Form(split_qkv, join_qkv)
+
+
+def _hidden(config: ModelConfig) -> tuple[int, ...]:
+    return (config.size("hidden_size"),)
+
+
+def _ffn(config: ModelConfig) -> tuple[int, ...]:
+    return (config.size("ffn_hidden_size"),)
+
+
+def _qkv(config: ModelConfig) -> tuple[int, ...]:
+    return ((config.size("num_attention_heads") + 2 * config.size("num_query_groups")) * config.size("kv_channels"),)
+
+
+def _positions(config: ModelConfig) -> tuple[int, ...]:
+    return (config.size("max_position_embeddings"), config.size("hidden_size"))
+
+
+def _shared_obstacles(config: ModelConfig) -> list[str]:
+    if config.apply_residual_connection_post_layernorm:
+        return ["the residual is taken from the norm's output (--apply-residual-connection-post-layernorm)"]
+    return []
+
+
+GPT2_ACTIVATIONS = {"gelu": "gelu_new", "gelu-exact": "gelu", "squared-relu": "relu2"}
+
+
+def _gpt2_obstacles(config: ModelConfig) -> list[str]:
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    found = _shared_obstacles(config)
+    if config.normalization != "LayerNorm":
+        found.append(f"--normalization {config.normalization}: it has LayerNorm")
+    if config.position_embedding_type == "rope":
+        found.append("--position-embedding-type rope: it has learned positions")
+    if config.activation not in GPT2_ACTIVATIONS:
+        found.append(f"--{config.activation}: its MLP has no gate")
+    if config.size("num_query_groups") != heads:
+        found.append(f"--num-query-groups {config.num_query_groups}: it has one key-value head per query head")
+    if config.size("kv_channels") * heads != hidden:
+        found.append(f"--kv-channels {config.kv_channels}: its heads are hidden / heads = {hidden / heads:g} wide")
+    return found
+
+
+def _gpt2_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.size("vocab_size"),
+        "n_positions": config.size("max_position_embeddings"),
+        "n_embd": config.size("hidden_size"),
+        "n_layer": config.size("num_layers"),
+        "n_head": config.size("num_attention_heads"),
+        "n_inner": config.size("ffn_hidden_size"),
+        "activation_function": GPT2_ACTIVATIONS[config.activation],
+        "resid_pdrop": config.hidden_dropout,
+        "embd_pdrop": config.hidden_dropout,
+        "attn_pdrop": config.attention_dropout,
+        "layer_norm_epsilon": config.layernorm_epsilon,
+    }
+
+
+GPT2 = Family(
+    "GPT2LMHeadModel",
+    (
+        Row("embedding.word.weight", ("transformer.wte.weight",), SAME),
+        Row("embedding.position.weight", ("transformer.wpe.weight",), SAME, zeros=_positions),
+        Row("layers.{n}.input_norm.weight", ("transformer.h.{n}.ln_1.weight",), GAMMA),
+        Row("layers.{n}.input_norm.bias", ("transformer.h.{n}.ln_1.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.attention.qkv.weight", ("transformer.h.{n}.attn.c_attn.weight",), QKV_IN_ONE),
+        Row("layers.{n}.attention.qkv.bias", ("transformer.h.{n}.attn.c_attn.bias",), QKV_IN_ONE, zeros=_qkv),
+        Row("layers.{n}.attention.dense.weight", ("transformer.h.{n}.attn.c_proj.weight",), CONV1D),
+        Row("layers.{n}.attention.dense.bias", ("transformer.h.{n}.attn.c_proj.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.mlp_norm.weight", ("transformer.h.{n}.ln_2.weight",), GAMMA),
+        Row("layers.{n}.mlp_norm.bias", ("transformer.h.{n}.ln_2.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.mlp.up.weight", ("transformer.h.{n}.mlp.c_fc.weight",), CONV1D),
+        Row("layers.{n}.mlp.up.bias", ("transformer.h.{n}.mlp.c_fc.bias",), SAME, zeros=_ffn),
+        Row("layers.{n}.mlp.down.weight", ("transformer.h.{n}.mlp.c_proj.weight",), CONV1D),
+        Row("layers.{n}.mlp.down.bias", ("transformer.h.{n}.mlp.c_proj.bias",), SAME, zeros=_hidden),
+        Row("final_norm.weight", ("transformer.ln_f.weight",), GAMMA),
+        Row("final_norm.bias", ("transformer.ln_f.bias",), SAME, zeros=_hidden),
+        Row("head.weight", ("lm_head.weight",), SAME),
+    ),
+    _gpt2_obstacles,
+    _gpt2_config,
+)
+
+
+def _llama_obstacles(config: ModelConfig) -> list[str]:
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    found = _shared_obstacles(config)
+    if config.normalization != "RMSNorm":
+        found.append(f"--normalization {config.normalization}: it has RMSNorm")
+    if config.position_embedding_type != "rope":
+        found.append(f"--position-embedding-type {config.position_embedding_type}: it has rope")
+    elif config.rotary_percent != 1.0:
+        found.append(f"--rotary-percent {config.rotary_percent:g}: it turns the whole head")
+    if config.activation != "swiglu":
+        found.append(f"the activation {config.activation}: it has --swiglu")
+    if hidden % heads:
+        found.append(f"--hidden-size {hidden}: transformers wants a multiple of the {heads} heads")
+    return found
+
+
+def _llama_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": config.size("vocab_size"),
+        "max_position_embeddings": config.size("max_position_embeddings"),
+        "hidden_size": config.size("hidden_size"),
+        "intermediate_size": config.size("ffn_hidden_size"),
+        "num_hidden_layers": config.size("num_layers"),
+        "num_attention_heads": config.size("num_attention_heads"),
+        "num_key_value_heads": config.size("num_query_groups"),
+        "head_dim": config.size("kv_channels"),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.layernorm_epsilon,
+        "attention_bias": config.add_bias_linear,
+        "mlp_bias": config.add_bias_linear,
+        "attention_dropout": config.attention_dropout,
+        # Transformers 4 reads the first, Transformers 5 the second.
+        "rope_theta": config.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+    }
+
+
+def _projections(kind: str) -> tuple[str, ...]:
+    return tuple(f"model.layers.{{n}}.self_attn.{x}_proj.{kind}" for x in "qkv")
+
+
+LLAMA = Family(
+    "LlamaForCausalLM",
+    (
+        Row("embedding.word.weight", ("model.embed_tokens.weight",), SAME),
+        Row("layers.{n}.input_norm.weight", ("model.layers.{n}.input_layernorm.weight",), GAMMA),
+        Row("layers.{n}.attention.qkv.weight", _projections("weight"), QKV_IN_THREE),
+        Row("layers.{n}.attention.qkv.bias", _projections("bias"), QKV_IN_THREE),
+        Row("layers.{n}.attention.dense.weight", ("model.layers.{n}.self_attn.o_proj.weight",), SAME),
+        Row("layers.{n}.attention.dense.bias", ("model.layers.{n}.self_attn.o_proj.bias",), SAME),
+        Row("layers.{n}.mlp_norm.weight", ("model.layers.{n}.post_attention_layernorm.weight",), GAMMA),
+        Row("layers.{n}.mlp.gate.weight", ("model.layers.{n}.mlp.gate_proj.weight",), SAME),
+        Row("layers.{n}.mlp.gate.bias", ("model.layers.{n}.mlp.gate_proj.bias",), SAME),
+        Row("layers.{n}.mlp.up.weight", ("model.layers.{n}.mlp.up_proj.weight",), SAME),
+        Row("layers.{n}.mlp.up.bias", ("model.layers.{n}.mlp.up_proj.bias",), SAME),
+        Row("layers.{n}.mlp.down.weight", ("model.layers.{n}.mlp.down_proj.weight",), SAME),
+        Row("layers.{n}.mlp.down.bias", ("model.layers.{n}.mlp.down_proj.bias",), SAME),
+        Row("final_norm.weight", ("model.norm.weight",), GAMMA),
+        Row("head.weight", ("lm_head.weight",), SAME),
+    ),
+    _llama_obstacles,
+    _llama_config,
+)
+
+FAMILIES = (GPT2, LLAMA)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that can express `config`. ValueError with everything that stands in the way, when none can."""
+    reasons = {family.architecture: family.obstacles(config) for family in FAMILIES}
+    for family in FAMILIES:
+        if not reasons[family.architecture]:
+            return family
+    listed = "; ".join(f"{name} cannot express {', '.join(why)}" for name, why in reasons.items())
+    raise ValueError(f"no Hugging Face family has this architecture: {listed}")
+
+
+def rounded(ours: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as they come back after they were written in `dtype`: what an export in half precision is compared with."""
+    rows = {row.ours: row for row in family_of(config).table(config)}
+    return {
+        name: rows[name].form.read(tuple(t.to(dtype).to(tensor.dtype) for t in rows[name].form.write(tensor, config)), config)
+        for name, tensor in ours.items()
+    }

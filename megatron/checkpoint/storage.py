@@ -1,0 +1,137 @@
+"""The few things a checkpoint does to a file system, each durable when it returns, and safetensors files in a stream.
+
+One object stands between the checkpoint and the disk, so that a test can fail or die at every single step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The codes of the safetensors format.
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
+
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of a file, as written."""
+
+    bytes: int
+    sha256: str
+
+
+class Storage:
+    """A local or mounted POSIX file system. OSError passes through."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create `path` and its parents; no error when it is there."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
+        """Write a file and wait until the disk has it."""
+        digest, size = hashlib.sha256(), 0
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return FileRecord(size, digest.hexdigest())
+
+    def sync(self, path: Path) -> None:
+        """Wait until the disk has a file's bytes, or a directory's entries."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give `source` the name `target`, atomically, replacing a file of that name."""
+        os.replace(source, target)
+        self.sync(target.parent)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file or a whole directory; no error when it is not there."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def record_of(path: Path) -> FileRecord:
+    """Size and sha256 of a file that exists. OSError when it cannot be read."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileRecord(size, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a safetensors file to be. `data` is called when its turn comes, so one tensor is held at a time."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def safetensors(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, one tensor after the other (format: huggingface/safetensors, README).
+
+    Written here, not by the package, because that one wants all tensors in memory at once. The widest types come first,
+    and the header is padded, so that every tensor is aligned. ValueError when `data` gives another shape or type.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    ordered = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
+    for entry in ordered:
+        end = offset + entry.bytes
+        header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for entry in ordered:
+        tensor = entry.data().detach()
+        if tensor.shape != entry.shape or tensor.dtype != entry.dtype:
+            got = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"{entry.key} was announced as {entry.shape} {entry.dtype}, got {got}")
+        if entry.bytes:
+            raw: np.ndarray[tuple[int], np.dtype[np.uint8]] = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            yield raw.data

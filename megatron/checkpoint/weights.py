@@ -1,0 +1,34 @@
+"""A module's parameters as one part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.parallel.spec import Shard, spec_of
+
+
+class ModuleWeights:
+    """The `Checkpointable` of one or several modules (a rank's stages) whose parameters know their ParamSpec."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.parameters = [p for module in modules for p in module.parameters()]
+
+    def shards(self) -> Iterator[Shard]:
+        for parameter in self.parameters:
+            spec = spec_of(parameter)
+            yield Shard(spec.name, spec.shape, spec.part, spec.split_over, spec.local(parameter.detach()))
+
+    def scalars(self) -> dict[str, Any]:
+        return {}
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        """Called when the shards are filled: what is no part of the parameter, its padding, becomes zero."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                spec = spec_of(parameter)
+                if parameter.dim() and parameter.shape[0] > spec.part.shape[0]:
+                    parameter[spec.part.shape[0] :] = 0

@@ -1,0 +1,169 @@
+"""A checkpoint as a Hugging Face directory that proves itself: it appears under its name only once transformers has opened it
+and computed the same logits as this framework."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.hf import export_hf, model_config
+from megatron.checkpoint.layout import find
+from megatron.checkpoint.names import rounded
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.contract import Batch
+from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.model.gpt import GPT
+from megatron.restore import open_model, open_tokenizer
+
+TOLERANCE = 1e-4
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning, 1 + 1 was 2; isn't it still?",
+    "def f(x):\n    return x ** 2\n",
+)
+
+
+class ExportError(Exception):
+    """The export was written and does not hold what it should, or could not be tried."""
+
+
+class BadOutput(Exception):
+    """The place to write to is taken."""
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write `output` from a checkpoint of any layout; returns the iter_ directory it was made from.
+
+    dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
+    models on fixed prompts. overwrite: replace what is there.
+    BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
+    and then what was written is `output` with `.failed` behind its name.
+    """
+    directory = find(checkpoint, iteration)
+    if output.exists() and not output.is_dir():
+        raise BadOutput(f"{output}: a file is in the way")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise BadOutput(f"{output}: it is not empty; choose another place, or pass --overwrite")
+    if verify:
+        _transformers()
+    temporary = output.with_name(f".{output.name}.tmp")
+    _remove(temporary)
+    try:
+        tokenizer = open_tokenizer(directory)
+        special = dict(tokenizer.special) if tokenizer else {}
+        ids = {"eos": special.get("eod"), "bos": special.get("bos", special.get("eod")), "pad": special.get("pad")}
+        say(f"writing {directory} as a Hugging Face directory")
+        written = export_hf(directory, temporary, dtype, special={k: v for k, v in ids.items() if v is not None})
+        if tokenizer is None or isinstance(tokenizer, NullTokenizer):
+            what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
+            say(f"no tokenizer files: {what}")
+            tokenizer = None
+        else:
+            config = model_config(directory)
+            tokenizer.hf_files(temporary, config.size("max_position_embeddings"))
+        if verify:
+            try:
+                difference, positions = prove(directory, temporary, tokenizer, written)
+            except ExportError as error:
+                failed = output.with_name(output.name + ".failed")
+                _remove(failed)
+                os.replace(temporary, failed)
+                raise ExportError(f"{error}. What was written is {failed}") from error
+            say(f"transformers opens it; logits differ by at most {difference:.2e} (fp32, {positions} positions)")
+        else:
+            say("not verified (--no-verify)")
+        _remove(output)
+        os.replace(temporary, output)
+    finally:
+        _remove(temporary)
+    return directory
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+
+
+def _transformers() -> Any:
+    """The package, told to stay offline and silent."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError(
+            "transformers is not installed, so the export cannot be verified: pip install transformers, or pass --no-verify"
+        ) from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
+
+
+def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> tuple[float, int]:
+    """Open `exported` with transformers and compare it with the checkpoint; the largest difference of logits, the positions.
+
+    Both models compute in fp32 from the weights in the type that was written. ExportError when the directory does not open
+    cleanly, when the tokenizers disagree, or when logits differ by more than TOLERANCE.
+    """
+    transformers = _transformers()
+    try:
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+            str(exported), local_files_only=True, output_loading_info=True
+        )
+        words = transformers.AutoTokenizer.from_pretrained(str(exported), local_files_only=True) if tokenizer else None
+    except Exception as error:  # whatever transformers trips over is what the user must hear
+        raise ExportError(f"transformers cannot open it: {type(error).__name__}: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ExportError(f"transformers finds {kind.replace('_', ' ')}: {', '.join(map(str, sorted(info[kind])[:20]))}")
+    ours = open_model(directory, dtype=torch.float32)
+    theirs = theirs.float().eval()
+    weights = {shard.name: shard.data for shard in ModuleWeights(ours.model).shards()}
+    for name, value in rounded(weights, ours.config, written).items():
+        weights[name].copy_(value)
+    prompts = [_numbers(ours.model)]
+    for text in PROMPTS:
+        if tokenizer is None or words is None:
+            continue
+        ids = tokenizer.tokenize(text)
+        if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
+            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
+        prompts.append(ids[: ours.config.size("max_position_embeddings")])
+    worst, positions = 0.0, 0
+    for ids in filter(None, prompts):
+        difference = logit_difference(ours.model, theirs, torch.tensor([ids]))
+        if not difference <= TOLERANCE:  # also when it is NaN
+            raise ExportError(f"the logits differ by {difference:.2e}, more than {TOLERANCE:g}")
+        worst, positions = max(worst, difference), positions + len(ids)
+    return worst, positions
+
+
+def _numbers(model: GPT) -> list[int]:
+    """A prompt that goes through the vocabulary from end to end, as long as the model sees and at most 256 tokens."""
+    vocab = model.config.size("vocab_size")
+    length = min(256, model.config.size("max_position_embeddings"))
+    return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
+
+
+def logit_difference(ours: GPT, theirs: Any, tokens: torch.Tensor) -> float:
+    """Largest absolute difference of the two models' logits on `[batch, seq]` token ids."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    batch = Batch(tokens, tokens, torch.ones(tokens.shape), positions, torch.zeros(len(tokens), dtype=torch.int64))
+    with torch.no_grad():
+        here, there = ours.logits(batch).transpose(0, 1), theirs(input_ids=tokens).logits
+    if here.shape != there.shape:
+        raise ExportError(f"the logits have shape {tuple(here.shape)} here, {tuple(there.shape)} there")
+    return float((here - there).abs().max())

@@ -1,0 +1,60 @@
+"""Small models with weights that hide nothing: every bias, norm and matrix differs from its initial value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.save import save
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.saved import to_json
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.contract import StagePart
+from megatron.mesh.grid import Grid
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.model.gpt import GPT
+from megatron.model.init import initialize
+from megatron.parallel.random import derive_seed
+from megatron.parallel.spec import spec_of
+
+BASE: dict[str, Any] = dict(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=72,
+    num_attention_heads=4,
+    num_query_groups=4,
+    kv_channels=8,
+    max_position_embeddings=48,
+    vocab_size=127,
+)
+LLAMA: dict[str, Any] = dict(
+    BASE,
+    normalization="RMSNorm",
+    position_embedding_type="rope",
+    activation="swiglu",
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+)
+
+
+def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> GPT:
+    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), tp, dtype=dtype)
+    initialize(model, config, 7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spec = spec_of(parameter)
+            noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(derive_seed(3, spec.name)))
+            spec.local(parameter).add_(noise[spec.part.slices] * 0.2)
+    return model
+
+
+def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype, tokenizer: Any) -> None:
+    """Runs on every rank of tp."""
+    import torch.distributed as dist
+
+    config = ModelConfig(**settings)
+    mesh = Mesh.build(Grid(tp=tp), dist.get_rank() if tp > 1 else 0)
+    parts = {"model": ModuleWeights(build(config, mesh.tp, dtype))}
+    save(Path(root), 10, parts, mesh, config=to_json(RunConfig(model=config)), assets=tokenizer and tokenizer.save)

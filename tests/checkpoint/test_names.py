@@ -1,0 +1,85 @@
+"""The tables of names, in both directions."""
+
+import pytest
+import torch
+from models import BASE, build
+from models import LLAMA as LLAMA_SETTINGS
+
+from megatron.checkpoint.names import GPT2, LLAMA, family_of, join_qkv, rounded, split_qkv
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.schema import ModelConfig
+from megatron.mesh.mesh import Axis
+
+
+def test_qkv_rows_are_what_the_layer_says():
+    """Row (group, slot, channel) holds that number: queries of the group, then its key, then its value."""
+    config = ModelConfig(**{**BASE, "num_query_groups": 2})
+    rows = torch.tensor([[g, s, d] for g in range(2) for s in range(4) for d in range(8)])
+    q, k, v = split_qkv(rows, config)
+    assert q.tolist() == [[g, s, d] for g in range(2) for s in range(2) for d in range(8)]
+    assert k.tolist() == [[g, 2, d] for g in range(2) for d in range(8)]
+    assert v.tolist() == [[g, 3, d] for g in range(2) for d in range(8)]
+    assert torch.equal(join_qkv((q, k, v), config), rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        BASE,
+        {**BASE, "apply_layernorm_1p": True},
+        LLAMA_SETTINGS,
+        {**LLAMA_SETTINGS, "num_query_groups": 2, "add_bias_linear": True},
+    ],
+)
+def test_reading_undoes_writing(settings):
+    config = ModelConfig(**settings)
+    family = family_of(config)
+    weights = {s.name: s.data for s in ModuleWeights(build(config, Axis.alone("tp"))).shards()}
+    rows = {row.ours: row for row in family.table(config)}
+    theirs = set()
+    for name, tensor in weights.items():
+        written = rows[name].form.write(tensor, config)
+        assert len(written) == len(rows[name].theirs)
+        theirs |= set(rows[name].theirs)
+        torch.testing.assert_close(rows[name].form.read(written, config), tensor, rtol=0, atol=1e-6)
+    assert len(theirs) == sum(len(rows[n].theirs) for n in weights), "two of our tensors became the same one"
+    for name, value in rounded(weights, config, torch.bfloat16).items():
+        torch.testing.assert_close(value, weights[name], rtol=0.01, atol=0.01)
+        assert not torch.equal(value, weights[name])
+
+
+def test_the_family_follows_from_the_configuration():
+    assert family_of(ModelConfig(**BASE)) is GPT2
+    assert family_of(ModelConfig(**LLAMA_SETTINGS)) is LLAMA
+
+
+@pytest.mark.parametrize(
+    ("change", "gpt2", "llama"),
+    [
+        (dict(position_embedding_type="rope"), "learned positions", "normalization LayerNorm"),
+        (dict(num_query_groups=2), "num-query-groups 2", "rope"),
+        (dict(kv_channels=16), "kv-channels 16", "the activation gelu"),
+        (dict(activation="swiglu"), "no gate", "position-embedding-type learned_absolute"),
+        (dict(LLAMA_SETTINGS, rotary_percent=0.5), "normalization RMSNorm", "rotary-percent 0.5"),
+        (dict(LLAMA_SETTINGS, num_attention_heads=5, num_query_groups=5), "learned positions", "multiple of the 5 heads"),
+        (dict(apply_residual_connection_post_layernorm=True), "residual", "residual"),
+    ],
+)
+def test_what_no_family_can_express_is_listed(change, gpt2, llama):
+    with pytest.raises(ValueError, match="no Hugging Face family has this architecture") as failure:
+        family_of(ModelConfig(**{**BASE, **change}))
+    first, second = str(failure.value).split("; Llama")
+    assert gpt2 in first and llama in second
+
+
+def test_a_module_gives_its_parameters_without_padding_and_gets_zeros_there():
+    model = build(ModelConfig(**BASE), Axis.alone("tp"))
+    weights, word = ModuleWeights(model), model.embedding.word.weight
+    before = word.detach().clone()
+    with torch.no_grad():
+        word[127] = 9.0
+    shard = next(s for s in weights.shards() if s.name == "embedding.word.weight")
+    assert word.shape == (128, 32) and shard.data.shape == shard.part.shape == shard.shape == (127, 32)
+    assert shard.data.data_ptr() == word.data_ptr(), "a view of the live state"
+    weights.load_scalars({})
+    assert not word[127].any() and torch.equal(word[:127], before[:127])

@@ -1,0 +1,53 @@
+"""The streaming safetensors writer, against the package that reads it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron.checkpoint.storage import DTYPES, Entry, Storage, record_of, safetensors
+
+
+def entry(key, tensor):
+    return Entry(key, tensor.dtype, tuple(tensor.shape), tensor.detach)
+
+
+def test_every_type_and_shape_comes_back(tmp_path):
+    """Odd numbers of narrow elements come between wide ones: each must still start at a multiple of its own width."""
+    tensors = {f"{i}{DTYPES[d]}": (torch.randn(3, 5) * 9).to(d) for i, d in enumerate(DTYPES)}
+    tensors |= {"scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "view": torch.arange(12.0).reshape(3, 4).t()[1:, :2]}
+    record = Storage().write(tmp_path / "x", safetensors([entry(k, t) for k, t in tensors.items()], {"format": "pt"}))
+    assert record == record_of(tmp_path / "x") and record.bytes == (tmp_path / "x").stat().st_size
+    loaded = load_file(tmp_path / "x")
+    assert loaded.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype == tensor.dtype and loaded[key].shape == tensor.shape
+        assert torch.equal(loaded[key].view(torch.uint8), tensor.contiguous().view(torch.uint8)) if tensor.dim() else True
+    raw = (tmp_path / "x").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    for key, about in json.loads(raw[8 : 8 + size]).items():
+        if key != "__metadata__":
+            assert (8 + size + about["data_offsets"][0]) % tensors[key].itemsize == 0, key
+
+
+def test_a_tensor_is_asked_for_when_its_turn_comes(tmp_path):
+    asked = []
+
+    def give(i):
+        asked.append(i)
+        return torch.full((4,), float(i))
+
+    stream = safetensors([Entry(str(i), torch.float32, (4,), lambda i=i: give(i)) for i in range(3)])
+    next(stream), next(stream)
+    assert asked == []
+    next(stream)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    "announced", [Entry("w", torch.float32, (3,), lambda: torch.zeros(4)), Entry("w", torch.int8, (4,), lambda: torch.zeros(4))]
+)
+def test_a_tensor_that_is_not_as_announced(announced):
+    with pytest.raises(ValueError, match="w was announced as"):
+        list(safetensors([announced]))

@@ -1,0 +1,62 @@
+"""A checkpoint of any layout -> a Hugging Face directory, compared with this framework's own logits before it says done.
+
+    python tools/export_hf.py --load runs/gpt --output runs/gpt-hf
+
+Needs no GPU and no torchrun. Exit status: 0 done; 1 the result does not hold what it should (it stays as OUTPUT.failed), or
+transformers is missing; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Hugging Face directory to make")
+    parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not open the result with transformers")
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
+
+    import torch
+
+    from megatron.checkpoint.layout import CheckpointError
+    from megatron.data.errors import DataError
+    from megatron.export import BadOutput, ExportError, export
+
+    try:
+        source = export(
+            given.load,
+            given.output,
+            iteration=given.load_iteration,
+            dtype=getattr(torch, DTYPES[given.dtype]) if given.dtype else None,
+            verify=given.verify,
+            overwrite=given.overwrite,
+        )
+    except (BadOutput, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ExportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"exported {source} to {given.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What is in a checkpoint: its iteration, configuration, scalars, tensors and files.
+
+    python tools/inspect_checkpoint.py runs/gpt [--json]
+
+Exit status: 0; 2 there is no readable checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """Everything but the tensors' values, as JSON."""
+    manifest = read_manifest(directory)
+    return {
+        "directory": str(directory),
+        "iteration": manifest.iteration,
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+        "parameters": sum(prod(t.shape) for name, t in manifest.tensors.items() if name.startswith("model.")),
+        "config": read_config(directory),
+        "state": read_state(directory),
+        "tensors": {
+            name: {"dtype": t.dtype, "shape": list(t.shape), "pieces": len(t.pieces)} for name, t in manifest.tensors.items()
+        },
+        "files": {name: {"bytes": r.bytes, "sha256": r.sha256} for name, r in manifest.files.items()},
+    }
+
+
+def table(about: dict[str, Any], others: list[int]) -> list[str]:
+    """The same for people."""
+    lines = [
+        f"{about['directory']}: iteration {about['iteration']}, {about['parameters']:,} parameters, {about['bytes']:,} bytes",
+        f"iterations beside it: {', '.join(map(str, others)) or 'none'}",
+        "",
+    ]
+    for section, values in about["config"].items():
+        listed = values.items() if isinstance(values, dict) else [("", values)]
+        set_ones = ", ".join(f"{k} {v}" for k, v in listed if v not in (None, [], ""))
+        lines.append(f"config {section}: {set_ones}")
+    lines += [f"state {part}: {json.dumps(values)}" for part, values in about["state"].items()]
+    lines.append("")
+    width = max(map(len, about["tensors"]), default=0)
+    for name, t in about["tensors"].items():
+        pieces = "" if t["pieces"] == 1 else f"  in {t['pieces']} pieces"
+        lines.append(f"{name:{width}}  {t['dtype']:4}  {' x '.join(map(str, t['shape'])) or 'scalar'}{pieces}")
+    lines.append("")
+    lines += [f"{r['bytes']:>16,}  {name}" for name, r in about["files"].items()]
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    try:
+        directory = find(given.directory, given.load_iteration)
+        about = describe(directory)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    beside = [n for n in iterations(directory.parent) if n != about["iteration"]]
+    try:
+        print(json.dumps(about, indent=1) if given.json else "\n".join(table(about, beside)))
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.stderr.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Compare every byte of a checkpoint with its manifest.
+
+    python tools/verify_checkpoint.py runs/gpt                  the latest
+    python tools/verify_checkpoint.py runs/gpt/iter_0000100     this one
+
+Exit status: 0 whole; 1 damaged, with the file named; 2 there is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
+    given = parser.parse_args()
+    try:
+        directory = find(given.directory, given.load_iteration)
+        manifest = verify(directory)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, NoCheckpoint) else 1
+    size = sum(record.bytes for record in manifest.files.values())
+    print(
+        f"{directory}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, {size:,} bytes, all as the manifest says"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
