@@ -127,6 +127,7 @@ def test_more_tokens_than_32_bits() -> None:
     """Positions beyond 2**31 tokens stay exact."""
     lengths = np.full(5, 2**30 - 7, dtype=np.int32)
     index = build_sample_index(lengths, np.arange(5, dtype=np.int32), 2**20, 1, 10000)
+    assert len(index.documents) == 10 and len(index.shuffle) == (10 * (2**30 - 7) - 1) // 2**20
     last_place, last_token = index.samples[-1].tolist()
     assert last_place * (2**30 - 7) + last_token == (len(index.samples) - 1) * 2**20 > 2**33
 

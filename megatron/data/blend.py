@@ -1,0 +1,104 @@
+"""Several datasets drawn from by weight, in Megatron-Core 0.16's order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.errors import DataError
+from megatron.data.gpt import Sample, SampleSource
+
+SURPLUS = 0.005  # each dataset is built with this share of samples more than its weight asks for
+
+
+def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
+    """The prefixes and weights of `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`; weights are None for the first form."""
+    words = [word.strip() for word in words]
+    weights = [as_number(word) for word in words[::2]]
+    given = [weight for weight in weights if weight is not None]
+    if len(words) % 2 or not given:
+        if len(given) == len(words) or (len(given) > 1 and len(words) > 1):
+            raise DataError(f"{flag} {' '.join(words)}: give WEIGHT PREFIX pairs or prefixes alone")
+        return list(words), None
+    if len(given) != len(weights):
+        raise DataError(f"{flag} {' '.join(words)}: give a weight before every prefix, or before none")
+    if min(given) <= 0 or not math.isfinite(sum(given)):
+        raise DataError(f"{flag}: weights must be positive numbers, not {' '.join(map(str, given))}")
+    return list(words[1::2]), given
+
+
+def as_number(word: str) -> float | None:
+    """The number a word spells, or None."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def normalise(weights: Sequence[float]) -> list[float]:
+    """Weights that add up to 1, in numpy's order of summation."""
+    array = np.array(weights, dtype=np.float64)
+    scaled: list[float] = (array / np.sum(array)).tolist()
+    return scaled
+
+
+def samples_per_dataset(weights: Sequence[float], samples: int, surplus: float = 0.0) -> list[int]:
+    """How many of `samples` each dataset gives, rounded up, with a surplus on top."""
+    return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in weights]
+
+
+def blend_order(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """For each of `size` samples the dataset it comes from and its number there.
+
+    Each sample comes from the dataset that lacks most at that point: the largest `weight * n - drawn`, the first of equals.
+    """
+    if len(weights) == 1:
+        return np.zeros(size, dtype=np.int16), np.arange(size, dtype=np.int64)
+    order = np.empty(size, dtype=np.int16)
+    share = np.array(weights, dtype=np.float64)
+    drawn, lack = np.zeros(len(weights)), np.empty(len(weights))
+    multiply, subtract = np.multiply, np.subtract
+    for n in range(size):
+        multiply(share, max(n, 1), out=lack)
+        subtract(lack, drawn, out=lack)
+        chosen = lack.argmax()
+        order[n] = chosen
+        drawn[chosen] += 1.0
+    numbers = np.empty(size, dtype=np.int64)
+    for dataset in range(len(weights)):
+        mine = order == dataset
+        numbers[mine] = np.arange(np.count_nonzero(mine))
+    return order, numbers
+
+
+class BlendedDataset:
+    """One numbered set of samples out of several: sample i is sample `numbers[i]` of dataset `order[i]`.
+
+    Raises DataError if a dataset has fewer samples than the order draws from it.
+    """
+
+    def __init__(self, datasets: Sequence[SampleSource], order: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
+        self.datasets, self.order, self.numbers = datasets, order, numbers
+        for number, (dataset, wanted) in enumerate(zip(datasets, draws(order, len(datasets)), strict=True)):
+            if wanted > len(dataset):
+                raise DataError(f"blend: {wanted} samples wanted from dataset {number + 1}, which has {len(dataset)}")
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        return self.datasets[int(self.order[number])][int(self.numbers[number])]
+
+    def locate(self, number: int, position: int) -> str:
+        """Where token `position` of a sample lies, in words."""
+        return self.datasets[int(self.order[number])].locate(int(self.numbers[number]), position)
+
+
+def draws(order: NDArray[np.int16], datasets: int) -> list[int]:
+    """How many samples an order draws from each dataset."""
+    return [int(count) for count in np.bincount(order, minlength=datasets)]

@@ -1,0 +1,130 @@
+"""The training, validation and test datasets of a run, from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.config.schema import DataConfig
+from megatron.data.blend import SURPLUS, BlendedDataset, blend_order, draws, normalise, parse_blend, samples_per_dataset
+from megatron.data.errors import DataError
+from megatron.data.gpt import SPLITS, GPTDataset, SampleSource, parse_split, split_range
+from megatron.data.index_cache import Arrays, IndexCache
+from megatron.data.indexed import IndexedDataset, allow_open_files
+from megatron.data.tokenizer import Tokenizer
+
+MOST_DATASETS = 32766  # their numbers are int16
+
+
+class Builder:
+    """Builds the datasets of one run. Opens each indexed dataset once, and checks it against the tokenizer."""
+
+    def __init__(self, data: DataConfig, seed: int, tokenizer: Tokenizer | None) -> None:
+        if data.seq_length is None:
+            raise DataError("--seq-length is missing: the number of tokens of a sample")
+        self.seq_length, self.seed, self.tokenizer = data.seq_length, seed, tokenizer
+        self.cache = IndexCache(data.data_cache_path)
+        self.opened: dict[str, IndexedDataset] = {}
+
+    def open(self, prefix: str) -> IndexedDataset:
+        """The indexed dataset at a prefix. DataError if its sidecar says that another tokenizer made it."""
+        if prefix not in self.opened:
+            dataset = IndexedDataset(prefix)
+            if self.tokenizer is not None:
+                check_tokenizer(dataset, self.tokenizer)
+            self.opened[prefix] = dataset
+        return self.opened[prefix]
+
+    def one(self, prefix: str, share: tuple[float, float], wanted: int | None, split: str) -> GPTDataset:
+        """The samples of one dataset's share."""
+        indexed = self.open(prefix)
+        sequences = split_range(share, len(indexed))
+        return GPTDataset(indexed, sequences, self.seq_length, self.seed, wanted, split=split, cache=self.cache)
+
+    def blend(
+        self, prefixes: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float], wanted: int, split: str
+    ) -> SampleSource:
+        """The samples of several datasets: by weight, or without weights one epoch of each, in proportion to its size."""
+        if len(prefixes) > MOST_DATASETS:
+            raise DataError(f"{len(prefixes)} datasets in one blend; at most {MOST_DATASETS} are possible")
+        allow_open_files(len(self.opened) + len(prefixes) + 512)
+        if weights is None:
+            whole = [self.one(prefix, share, None, split) for prefix in prefixes]
+            empty = [prefix for prefix, dataset in zip(prefixes, whole, strict=True) if not len(dataset)]
+            if empty:
+                raise DataError(f"{empty[0]}: the {split} split is shorter than one sample of {self.seq_length} tokens")
+            have = sum(map(len, whole))
+            if have < wanted:
+                raise DataError(
+                    f"{wanted} {split} samples wanted, but one epoch of these datasets has {have}; "
+                    "give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to read them more than once"
+                )
+            return BlendedDataset(whole, *self.order(prefixes[0], [len(dataset) for dataset in whole], wanted))
+        weights = normalise(weights)
+        order, numbers = self.order(prefixes[0], weights, sum(samples_per_dataset(weights, wanted)))
+        drawn = draws(order, len(weights))
+        surplus = SURPLUS
+        while True:
+            parts = [
+                self.one(prefix, share, count, split)
+                for prefix, count in zip(prefixes, samples_per_dataset(weights, wanted, surplus), strict=True)
+            ]
+            # Rounding can make the order draw more than was built. Then more is built: it must end, since a surplus of
+            # 1 doubles every dataset.
+            if all(len(part) >= count for part, count in zip(parts, drawn, strict=True)):
+                return BlendedDataset(parts, order, numbers)
+            surplus *= 2
+
+    def order(self, prefix: str, weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """`blend_order` of the normalised weights, kept in the cache beside the first dataset."""
+
+        def build() -> Arrays:
+            order, numbers = blend_order(normalise(weights), size)
+            return dict(order=order, numbers=numbers)
+
+        arrays = self.cache.get(prefix, dict(weights=list(weights), size=size), build)
+        return arrays["order"], arrays["numbers"]
+
+
+def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """DataError if the dataset's sidecar names another tokenizer than this one. Without a sidecar all is well."""
+    meta = dataset.meta()
+    if meta.get("tokenizer_digest") not in (None, tokenizer.digest()):
+        raise DataError(
+            f"{dataset.prefix} was made with {meta.get('tokenizer_type')} ({meta.get('tokenizer_digest')}, "
+            f"{meta.get('vocab_size')} ids), but this run uses {tokenizer.kind} ({tokenizer.digest()}, "
+            f"{tokenizer.vocab_size} ids); use the same tokenizer files, or preprocess the text again"
+        )
+
+
+def build_datasets(
+    data: DataConfig, seed: int, counts: tuple[int, int, int], tokenizer: Tokenizer | None = None
+) -> tuple[SampleSource | None, SampleSource | None, SampleSource | None]:
+    """The (training, validation, test) datasets with at least `counts` samples each; None where none are wanted or given.
+
+    The order of samples is Megatron-Core 0.16's for the same data, settings and counts. tokenizer: if given, checked
+    against the datasets' sidecars. Raises DataError for missing or wrong files, and for a split that is too small.
+    """
+    separate = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    if data.data_path and any(separate):
+        raise DataError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path")
+    if not data.data_path and not any(separate):
+        raise DataError("no data: give --data-path PREFIX")
+    builder = Builder(data, seed, tokenizer)
+    built: list[SampleSource | None] = []
+    shares = parse_split(data.split) if data.data_path else [(0.0, 1.0)] * 3
+    for number, (split, share, wanted) in enumerate(zip(SPLITS, shares, counts, strict=True)):
+        flag = "--data-path" if data.data_path else ("--train-data-path", "--valid-data-path", "--test-data-path")[number]
+        words = data.data_path or separate[number]
+        if share is None or not words or wanted <= 0:
+            built.append(None)
+            continue
+        prefixes, weights = parse_blend(words, flag)
+        # A single weighted prefix is still a blend under --data-path: it has the surplus, and so another order.
+        alone = len(prefixes) == 1 and (weights is None or not data.data_path)
+        built.append(
+            builder.one(prefixes[0], share, wanted, split) if alone else builder.blend(prefixes, weights, share, wanted, split)
+        )
+    return built[0], built[1], built[2]

@@ -1,0 +1,11 @@
+"""What data errors look like to a user."""
+
+from __future__ import annotations
+
+
+class DataError(Exception):
+    """Wrong or missing data or tokenizer files.
+
+    The message says what is wrong and what to do; it is shown as it is, without a traceback, and the program exits with
+    status 2.
+    """

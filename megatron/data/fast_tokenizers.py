@@ -1,0 +1,147 @@
+"""The tokenizers that the `tokenizers` package runs: GPT-2 BPE, BERT WordPiece, and any tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from megatron.data.errors import DataError
+from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
+
+# The names that an end of document goes by in files that do not say which token it is.
+USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<EOD>", "[EOS]")
+
+
+class FastTokenizer(Tokenizer):
+    """One that the `tokenizers` package runs."""
+
+    def __init__(self, backend: Backend, special: Mapping[str, int], assets: Mapping[str, bytes], extra_ids: int = 0) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend, self.special, self.assets, self.extra_ids = backend, special, assets, extra_ids
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def piece(self, number: int) -> str:
+        return str(self._backend.id_to_token(number) or "")
+
+    def backend(self) -> Backend:
+        return self._backend
+
+
+class GPT2BPETokenizer(FastTokenizer):
+    """GPT-2's byte-level BPE from vocab.json and merges.txt; `<|endoftext|>` ends a document, and is known in text too."""
+
+    kind = "GPT2BPETokenizer"
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        assets = {"vocab.json": read(vocab_file, "--vocab-file"), "merges.txt": read(merge_file, "--merge-file")}
+        try:
+            vocab = json.loads(assets["vocab.json"])
+            lines = assets["merges.txt"].decode("utf-8").split("\n")
+            pairs = (line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version"))
+            merges = [(left, right) for left, right in pairs]
+            backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            raise DataError(f"{vocab_file} and {merge_file} are not vocab.json and merges.txt of GPT-2 BPE: {error}") from error
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        special = {}
+        if END_OF_TEXT in vocab:
+            backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+            special = dict.fromkeys(("eod", "bos", "eos", "unk"), int(vocab[END_OF_TEXT]))
+        super().__init__(backend, special, assets)
+
+
+class BertWordPieceTokenizer(FastTokenizer):
+    """BERT's WordPiece from vocab.txt, plus `[BOS]`, `[EOS]` and `<extra_id_N>` at the end, as Megatron-LM adds them."""
+
+    lower_case: ClassVar[bool]
+
+    def __init__(self, vocab_file: str, extra_ids: int) -> None:
+        assets = {"vocab.txt": read(vocab_file, "--vocab-file")}
+        try:
+            words = assets["vocab.txt"].decode("utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{vocab_file} is not a vocab.txt of BERT: {error}") from error
+        vocab = {word.rstrip("\r"): number for number, word in enumerate(words[:-1] if words[-1] == "" else words)}
+        missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if t not in vocab]
+        if missing:
+            raise DataError(f"{vocab_file} is not a vocab.txt of BERT: it lacks {', '.join(missing)}")
+        added = [t for t in ("[BOS]", "[EOS]", *(f"<extra_id_{i}>" for i in range(extra_ids))) if t not in vocab]
+        vocab |= {token: len(vocab) + i for i, token in enumerate(added)}
+        backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=self.lower_case)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        cls, sep = vocab["[CLS]"], vocab["[SEP]"]
+        backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+        names = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *added)
+        backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in names])
+        special = {role: vocab[f"[{role.upper()}]"] for role in ("unk", "cls", "sep", "pad", "mask", "bos", "eos")}
+        super().__init__(backend, special, assets, extra_ids)
+
+
+class BertWordPieceLowerCase(BertWordPieceTokenizer):
+    kind, lower_case = "BertWordPieceLowerCase", True
+
+
+class BertWordPieceCase(BertWordPieceTokenizer):
+    kind, lower_case = "BertWordPieceCase", False
+
+
+class HuggingFaceTokenizer(FastTokenizer):
+    """Any tokenizer.json; what lies beside it (tokenizer_config.json, special_tokens_map.json) names the special tokens."""
+
+    kind = "HuggingFaceTokenizer"
+
+    def __init__(self, path: str) -> None:
+        file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
+        data = read(str(file), "--tokenizer-model")
+        try:
+            backend = Backend.from_str(data.decode("utf-8"))
+        except Exception as error:  # `tokenizers` raises plain Exceptions
+            raise DataError(f"{file} is not a tokenizer.json: {error}") from error
+        about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
+        assets = {"tokenizer.json": data, **{n: p.read_bytes() for n, p in about.items() if p.is_file()}}
+        self._config: dict[str, Any] = {}
+        for name, place in about.items():
+            try:
+                self._config |= json.loads(assets.get(name, b"{}"))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{place} is not a JSON object: {error}") from error
+        special: dict[str, int] = {}
+        for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+            entry = self._config.get(f"{role}_token")
+            number = backend.token_to_id(str(entry["content"] if isinstance(entry, dict) else entry)) if entry else None
+            if number is not None:
+                special[role] = number
+        ends = [special.get("eos"), *map(backend.token_to_id, USUAL_ENDS)]
+        end = next((number for number in ends if number is not None), None)
+        super().__init__(backend, special if end is None else {**special, "eod": end}, assets)
+
+    def identity(self) -> dict[str, Any]:
+        # The files beside tokenizer.json matter only through the special tokens that they name.
+        identity = super().identity()
+        return {**identity, "files": {"tokenizer.json": identity["files"]["tokenizer.json"]}}
+
+    def hf_extras(self) -> dict[str, Any]:
+        return {key: self._config[key] for key in ("chat_template",) if key in self._config}

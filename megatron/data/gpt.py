@@ -1,0 +1,129 @@
+"""GPT samples: `seq_length + 1` consecutive tokens that run on across documents."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.errors import DataError
+from megatron.data.index_cache import Arrays, IndexCache
+from megatron.data.indexed import IndexedDataset
+from megatron.data.sample_index import SampleIndex, build_sample_index
+
+SPLITS = ("training", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample. tokens: int64 `[seq_length + 1]`; all but the last are inputs, all but the first are labels."""
+
+    tokens: NDArray[np.int64]
+
+
+class SampleSource(Protocol):
+    """A numbered set of samples, and where in the files a token of one lies."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Sample: ...
+
+    def locate(self, number: int, position: int) -> str: ...
+
+
+class GPTDataset:
+    """Samples of `seq_length + 1` tokens from the sequences `[first, last)` of an indexed dataset, in training order.
+
+    `dataset[i]` is sample i of the order that the index fixes. wanted: at least so many samples, or None for one epoch.
+    cache: where the index is kept. Raises DataError when the sequences hold no tokens.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        sequences: range,
+        seq_length: int,
+        seed: int,
+        wanted: int | None,
+        *,
+        split: str = "training",
+        cache: IndexCache | None = None,
+    ) -> None:
+        self.indexed, self.seq_length = indexed, seq_length
+
+        def build() -> Arrays:
+            numbers = np.arange(sequences.start, sequences.stop, dtype=np.int32)
+            return asdict(build_sample_index(indexed.lengths, numbers, seq_length, seed, wanted))
+
+        key: dict[str, object] = dict(
+            sequences=[sequences.start, sequences.stop], seq_length=seq_length, seed=seed, wanted=wanted
+        )
+        try:
+            # An empty split goes past the cache: it cannot be built, and should not wait to say so.
+            arrays = build() if cache is None or not sequences else cache.get(indexed.prefix, key, build, indexed.idx_path)
+        except DataError as error:
+            raise DataError(
+                f"{indexed.prefix}: the {split} split holds {len(sequences)} of {len(indexed)} documents, with no tokens "
+                f"to make {'any' if wanted is None else wanted} samples of {seq_length} tokens from; give it a larger share "
+                "with --split, more data, or ask for no samples (--eval-iters 0)"
+            ) from error
+        self.index = SampleIndex(**arrays)
+
+    def __len__(self) -> int:
+        return len(self.index.shuffle)
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(f"sample {number} of {len(self)}")
+        cut = int(self.index.shuffle[number])
+        (place, start), (last, stop) = self.index.samples[cut].tolist(), self.index.samples[cut + 1].tolist()
+        documents = self.index.documents[place : last + 1].tolist()
+        tokens = np.empty(self.seq_length + 1, dtype=np.int64)
+        filled = 0
+        for i, document in enumerate(documents):
+            part = self.indexed.get(document, start if i == 0 else 0, stop + 1 if i == last - place else None)
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+        if filled != len(tokens):
+            raise DataError(
+                f"{self.indexed.prefix}: its index cache is damaged (sample {number} has {filled} tokens); delete it"
+            )
+        return Sample(tokens)
+
+    def locate(self, number: int, position: int) -> str:
+        """Where token `position` of a sample lies, in words: file, document, token."""
+        place, start = self.index.samples[int(self.index.shuffle[number])].tolist()
+        while True:
+            sequence = int(self.index.documents[place])
+            rest = int(self.indexed.lengths[sequence]) - start
+            if position < rest:
+                document = int(np.searchsorted(self.indexed.documents, sequence, side="right")) - 1
+                return f"{self.indexed.bin_path}, document {document}, token {start + position}"
+            place, start, position = place + 1, 0, position - rest
+
+
+def parse_split(split: str) -> list[tuple[float, float] | None]:
+    """Begin and end share of the training, validation and test split, None for one without any ("969,30,1").
+
+    The arithmetic is Megatron-Core 0.16's to the last bit, since the borders are rounded to whole documents.
+    """
+    try:
+        shares = [float(s) for s in re.split(r"[,/\s]+", split.strip().strip(","))]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise DataError(f"--split {split}: give up to three shares, of training, validation and test, as in 969,30,1")
+    weights = np.array(shares + [0.0] * (3 - len(shares)), dtype=np.float64)
+    borders: list[float] = [0.0]
+    for weight in (weights / np.sum(weights)).tolist():
+        borders.append(borders[-1] + weight)
+    return [None if end <= begin else (begin, end) for begin, end in itertools.pairwise(borders)]
+
+
+def split_range(share: tuple[float, float], sequences: int) -> range:
+    """The sequences of one share; borders are rounded half to even."""
+    return range(round(share[0] * float(sequences)), round(share[1] * float(sequences)))

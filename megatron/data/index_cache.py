@@ -1,0 +1,132 @@
+"""Built sample indices on disk, so that one process builds what all others map into memory.
+
+An index lives in `DIRECTORY/<dataset>/<settings and version of the file>/` and appears by one rename, whole or not at all. A
+builder holds a lock that the kernel releases when it dies, whatever the cause; the others wait for it, but never for ever:
+who waited too long builds in memory. So does everybody when the directory cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAP_FROM = 100_000  # numbers; smaller indices are read
+VERSION = 1  # of the sample order and of these files
+Arrays = dict[str, NDArray[Any]]
+
+
+class IndexCache:
+    """Index arrays kept in one directory; None: `cache` beside each dataset. patience: seconds to wait for a builder."""
+
+    def __init__(self, directory: str | None = None, patience: float = 600.0) -> None:
+        self.directory, self.patience = directory, patience
+
+    def get(self, prefix: str, key: dict[str, object], build: Callable[[], Arrays], source: str | None = None) -> Arrays:
+        """The arrays that `build` makes for a dataset with these settings: from the cache, or built and put there.
+
+        prefix: the dataset, for its place and for messages. source: a file whose size and time of change are part of
+        the key, so that a replaced file is noticed.
+        """
+        log = logging.getLogger(__name__)
+        folder = Path(self.directory) if self.directory else Path(prefix).parent / "cache"
+        about: dict[str, object] = {"version": VERSION, **key}
+        stamp: dict[str, object] = {}
+        if source is not None:
+            stat = os.stat(source)
+            about["source"] = os.path.realpath(source)
+            stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        folder /= digest({"source": about.get("source")})
+        place = folder / digest({**about, **stamp})
+        found = load(place)
+        if found is not None:
+            log.info("%s: index from cache %s", prefix, place)
+            return found
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder / f".{place.name}.lock", self.patience):
+                found = load(place)  # again: it may have come just now
+                if found is not None:
+                    log.info("%s: index from cache %s, built by another process", prefix, place)
+                    return found
+                if any(differs(other, stamp) for other in folder.glob("*/about.json")):
+                    log.warning("%s changed since an index of it was built; building anew", source)
+                arrays = build()
+                publish(arrays, place, {**about, **stamp})
+                return load(place) or arrays
+        except OSError as error:
+            log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
+            return build()
+
+
+def digest(value: dict[str, object]) -> str:
+    """16 hexadecimal digits that name a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load(place: Path) -> Arrays | None:
+    """The arrays in this directory, memory-mapped; None if they are not all there or cannot be read."""
+    try:
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        # A memory map holds a file open, which a blend of thousands cannot afford for small arrays.
+        size = sum(math.prod(shape) for shape in about["arrays"].values())
+        mode: Literal["r"] | None = "r" if size > MAP_FROM else None
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in about["arrays"]}
+        return arrays if {name: list(a.shape) for name, a in arrays.items()} == about["arrays"] else None
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        return None
+
+
+def differs(about: Path, stamp: dict[str, object]) -> bool:
+    """Whether an index was built from a file of another size or time of change."""
+    try:
+        then = json.loads(about.read_text(encoding="utf-8"))
+        return any(then[name] != value for name, value in stamp.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
+    """Write arrays beside their place, then rename them there."""
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    for left_over in place.parent.glob(f"{place.name}.*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        (temporary / "about.json").write_text(json.dumps({**about, "arrays": shapes}, indent=1) + "\n", encoding="utf-8")
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        if place.exists():
+            shutil.rmtree(place)  # it is there, yet could not be loaded
+        os.rename(temporary, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(path: Path, patience: float) -> Iterator[None]:
+    """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `patience` seconds."""
+    with open(path, "a") as file:
+        start = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - start > patience:
+                    raise TimeoutError(f"another process has been building {path.name} for {patience:.0f} s") from None
+                time.sleep(0.05)
+        yield

@@ -1,0 +1,288 @@
+"""Indexed datasets: token sequences in `PREFIX.bin`, where each begins and ends in `PREFIX.idx`.
+
+The format is Megatron-LM's memory-mapped one, byte for byte. All numbers are little endian:
+
+    .idx  9 bytes  magic        uint64  version, 1        uint8  number format of a token
+          uint64   n, sequences                           uint64 m, documents + 1
+          int32[n] tokens of each sequence                int64[n] byte offset of each sequence in .bin
+          int64[m] the sequence at which each document starts: first 0, last n
+    .bin  the tokens of all sequences, one after the other
+
+A document is one sequence, or one per sentence. `PREFIX.meta.json` beside them is ours and optional: it says which
+tokenizer made the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODES: Mapping[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+COPY_BYTES = 1 << 24
+MAP_FROM = 1 << 20  # bytes; smaller indices are read
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The number format for a vocabulary of this size, by Megatron-LM's rule: uint16 below 65500, else int32."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, as far as the system lets it: each dataset keeps one open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard))
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix, without a `.bin` or `.idx` that was typed along; DataError if one of the two files is missing."""
+    if prefix.endswith((".bin", ".idx")):
+        prefix = prefix[:-4]
+    missing = [prefix + end for end in (".idx", ".bin") if not os.path.isfile(prefix + end)]
+    if missing:
+        folder = os.path.dirname(prefix) or "."
+        near = sorted(p.name[:-4] for p in Path(folder).glob("*.idx"))[:5] if os.path.isdir(folder) else []
+        hint = f" (datasets in {folder}: {', '.join(near)})" if near else ""
+        raise DataError(f"no dataset {prefix}: {' and '.join(missing)} not found{hint}; make it with tools/preprocess_data.py")
+    return prefix
+
+
+class IndexedDataset:
+    """A dataset on disk, memory-mapped: `dataset[i]` is sequence i, int array `[tokens]`.
+
+    lengths: int32 `[n]`, tokens of each sequence. offsets: int64 `[n]`, bytes. documents: int64 `[m]`, the sequence at
+    which each document starts. Raises DataError for files that are missing, truncated, foreign or inconsistent.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = check_prefix(prefix)
+        self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
+        try:
+            self._open()
+        except OSError as error:
+            raise DataError(f"cannot read dataset {self.prefix}: {error}") from error
+
+    def _open(self) -> None:
+        size = os.path.getsize(self.idx_path)
+        with open(self.idx_path, "rb") as file:
+            head = file.read(HEADER.size)
+        if head.startswith(LEGACY_MAGIC):
+            raise self._bad("it has the old lazy/cached format; preprocess the text again")
+        if not head.startswith(MAGIC):
+            raise self._bad("not an index of an indexed dataset (wrong first bytes)")
+        if len(head) < HEADER.size:
+            raise self._bad(f"truncated: {size} bytes, the header alone has {HEADER.size}")
+        _, version, code, n, m = HEADER.unpack(head)
+        if version != 1:
+            raise self._bad(f"version {version}, only version 1 is known")
+        if code not in CODES:
+            raise self._bad(f"token format code {code} is none of {', '.join(map(str, CODES))} (whole numbers)")
+        want = HEADER.size + 12 * n + 8 * m
+        if size not in (want, want + n):  # + n: the modes that multimodal datasets append
+            reason = "truncated" if size < want else "too long"
+            raise self._bad(f"{reason}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {want}")
+        self.dtype = CODES[code]
+        # A memory map holds a file open, which a blend of thousands cannot afford for small indices.
+        index = (
+            np.memmap(self.idx_path, mode="r", dtype=np.uint8)
+            if size > MAP_FROM
+            else np.fromfile(self.idx_path, dtype=np.uint8)
+        )
+        if len(index) != size:
+            raise self._bad("it is being written to")
+        bounds = np.cumsum([HEADER.size, 4 * n, 8 * n, 8 * m])
+        self.lengths: NDArray[np.int32] = index[bounds[0] : bounds[1]].view("<i4")
+        self.offsets: NDArray[np.int64] = index[bounds[1] : bounds[2]].view("<i8")
+        self.documents: NDArray[np.int64] = index[bounds[2] : bounds[3]].view("<i8")
+        self._check(n, m)
+
+    def _check(self, n: int, m: int) -> None:
+        """Every number of the index against the files, so that no later read can leave them."""
+        have = os.path.getsize(self.bin_path)
+        if n and int(self.lengths.min()) < 0:
+            raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
+        end = 0
+        for start in range(0, n, COPY_BYTES):
+            offsets = self.offsets[start : start + COPY_BYTES]
+            ends = offsets + self.lengths[start : start + COPY_BYTES].astype(np.int64) * self.dtype.itemsize
+            wrong = offsets != np.concatenate(([end], ends[:-1]))
+            if wrong.any():
+                raise self._bad(f"sequence {start + int(wrong.argmax())} does not begin where the one before it ends")
+            end = int(ends[-1])
+        if end > have:
+            raise DataError(f"{self.bin_path}: truncated: {have} bytes, its index needs {end}; make the dataset again")
+        if m < 1 or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
+            raise self._bad(f"its documents do not run from sequence 0 to {n}")
+        if bool((np.diff(self.documents) < 0).any()):
+            raise self._bad("its documents are not in order")
+        self.tokens: NDArray[Any] = (
+            np.memmap(self.bin_path, mode="r", dtype=self.dtype, shape=(end // self.dtype.itemsize,))
+            if end
+            else np.empty(0, self.dtype)
+        )
+
+    def _bad(self, reason: str) -> DataError:
+        return DataError(f"{self.idx_path}: {reason}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        return self.get(number)
+
+    def get(self, number: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Tokens `start` to `stop` (default: the end) of one sequence, as a view of the memory map."""
+        first = int(self.offsets[number]) // self.dtype.itemsize
+        length = int(self.lengths[number])
+        return self.tokens[first + start : first + (length if stop is None else min(stop, length))]
+
+    @property
+    def document_count(self) -> int:
+        return len(self.documents) - 1
+
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens)
+
+    def meta(self) -> dict[str, Any]:
+        """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
+        path = self.prefix + ".meta.json"
+        try:
+            meta = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); delete it to go on without it") from error
+        if not isinstance(meta, dict):
+            raise DataError(f"{path}: not a JSON object; delete it to go on without it")
+        return meta
+
+
+class IndexedWriter:
+    """Writes a dataset under temporary names; `finish` puts it in place, anything else leaves nothing behind.
+
+    with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
+        writer.add_document(tokens, [len(tokens)])
+        writer.finish(meta)
+    """
+
+    def __init__(self, prefix: str, dtype: np.dtype[Any]) -> None:
+        self.prefix, self.dtype = prefix, np.dtype(dtype)
+        self.lengths, self.documents = array("i"), array("q", [0])
+        self.token_count = 0
+        self._limits = np.iinfo(self.dtype)
+        self._temporary = {end: f"{prefix}{end}.{os.getpid()}.tmp" for end in (".bin", ".idx", ".meta.json")}
+        try:
+            os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
+            self._file = open(self._temporary[".bin"], "wb", buffering=1 << 20)  # noqa: SIM115 - closed by finish or abort
+        except OSError as error:
+            raise DataError(f"cannot write {prefix}.bin: {error}") from error
+
+    def add_document(self, tokens: NDArray[Any], lengths: list[int] | NDArray[Any]) -> None:
+        """Append one document: all its tokens, and how many of them each of its sequences has (no sequence: `[]`)."""
+        self.add_documents(tokens, lengths, [len(lengths)])
+
+    def add_documents(
+        self, tokens: NDArray[Any], lengths: list[int] | NDArray[Any], sequences: list[int] | NDArray[Any]
+    ) -> None:
+        """Append many: their tokens, the length of each sequence, and the number of sequences of each document."""
+        if len(tokens) and not (self._limits.min <= int(tokens.min()) and int(tokens.max()) <= self._limits.max):
+            raise DataError(
+                f"{self.prefix}: a token id is outside of {self.dtype.name}: {int(tokens.min())} to {int(tokens.max())}"
+            )
+        sizes = np.asarray(lengths, dtype=np.int64)
+        counts = np.asarray(sequences, dtype=np.int64)
+        if int(sizes.sum()) != len(tokens) or int(counts.sum()) != len(sizes):
+            raise ValueError("lengths must add up to the tokens, and sequences to the lengths")
+        if len(sizes) and int(sizes.max()) > np.iinfo(np.int32).max:
+            raise DataError(
+                f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows {np.iinfo(np.int32).max}"
+            )
+        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self.documents.frombytes((len(self.lengths) + np.cumsum(counts)).astype(np.int64).tobytes())
+        self.lengths.frombytes(sizes.astype(np.int32).tobytes())
+        self.token_count += len(tokens)
+
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Append all documents of another dataset of the same number format."""
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.prefix} holds {dataset.dtype.name} tokens, {self.prefix} {self.dtype.name}: not the same vocabulary"
+            )
+        for start in range(0, dataset.token_count, COPY_BYTES):
+            self._file.write(np.ascontiguousarray(dataset.tokens[start : start + COPY_BYTES]).data)
+        self.documents.frombytes((len(self.lengths) + dataset.documents[1:]).astype(np.int64).tobytes())
+        self.lengths.frombytes(np.asarray(dataset.lengths, dtype=np.int32).tobytes())
+        self.token_count += dataset.token_count
+
+    def finish(self, meta: Mapping[str, Any] | None = None) -> None:
+        """Write index and sidecar, then put all in place; DataError if the disk refuses."""
+        try:
+            self._file.close()
+            with open(self._temporary[".idx"], "wb") as file:
+                self._write_index(file)
+            if meta is not None:
+                counts = dict(
+                    dtype=self.dtype.name,
+                    documents=len(self.documents) - 1,
+                    sequences=len(self.lengths),
+                    tokens=self.token_count,
+                )
+                Path(self._temporary[".meta.json"]).write_text(
+                    json.dumps({**meta, **counts}, indent=1) + "\n", encoding="utf-8"
+                )
+            # The old index goes first: whenever this stops, no index is left that does not belong to the .bin beside it.
+            for end in (".idx", ".meta.json"):
+                Path(self.prefix + end).unlink(missing_ok=True)
+            for end in (".bin", ".meta.json", ".idx") if meta is not None else (".bin", ".idx"):
+                os.replace(self._temporary[end], self.prefix + end)
+        except OSError as error:
+            self.abort()
+            raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
+
+    def _write_index(self, file: Any) -> None:
+        code = next(code for code, dtype in CODES.items() if dtype == self.dtype)
+        lengths = np.frombuffer(self.lengths, dtype=np.int32)
+        file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self.documents)))
+        file.write(lengths.astype("<i4", copy=False).data)
+        start = 0
+        for first in range(0, len(lengths), COPY_BYTES):
+            block = lengths[first : first + COPY_BYTES].astype(np.int64) * self.dtype.itemsize
+            ends = start + np.cumsum(block)
+            file.write((ends - block).astype("<i8", copy=False).data)
+            start = int(ends[-1])
+        file.write(np.frombuffer(self.documents, dtype=np.int64).astype("<i8", copy=False).data)
+
+    def abort(self) -> None:
+        """Remove what was written so far."""
+        self._file.close()
+        for path in self._temporary.values():
+            Path(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abort()

@@ -1,0 +1,155 @@
+"""The micro-batches of one data-parallel rank, in order.
+
+The whole state is one integer: how many samples all ranks together have been handed. Sample number n of the training
+order is therefore the same for every layout. With d data-parallel ranks and micro-batches of b samples, micro-batch j of
+rank r holds the samples from `consumed + (j * d + r) * b` on. Blocks of d * b samples do not depend on the global batch
+size, so it may change from step to step while batches are read ahead.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from megatron.contract import Batch
+from megatron.data.errors import DataError
+from megatron.data.gpt import SampleSource
+
+MakeBatch = Callable[[SampleSource, Sequence[int], Sequence[int]], Batch]
+
+
+class Loader:
+    """Hands out this rank's micro-batches.
+
+    make_batch: called with the dataset, the numbers of the samples in it, and their numbers in the training order
+    (`GPTBatches`). consumed: samples that all ranks have had already. read_ahead: micro-batches that a thread prepares
+    before they are asked for; 0 prepares them on request. cyclic: reshuffle the dataset for each epoch and never run out;
+    otherwise samples come in the dataset's order, once. pin_memory: hand out batches in pinned memory.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        make_batch: MakeBatch,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch_size: int,
+        consumed: int = 0,
+        *,
+        read_ahead: int = 2,
+        cyclic: bool = False,
+        seed: int = 1234,
+        pin_memory: bool = False,
+        name: str = "training",
+    ) -> None:
+        if not 0 <= dp_rank < dp_size or micro_batch_size < 1 or consumed < 0:
+            raise ValueError(f"rank {dp_rank} of {dp_size}, micro-batches of {micro_batch_size}, {consumed} consumed")
+        self.dataset, self.consumed, self.name, self.cyclic = dataset, consumed, name, cyclic
+        self.block = dp_size * micro_batch_size
+        first = consumed + dp_rank * micro_batch_size
+        shuffle = seed if cyclic else None
+        self._source = micro_batches(dataset, make_batch, first, micro_batch_size, self.block, shuffle, pin_memory)
+        self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
+        self._failure: Exception | None = None
+        if self._ahead is not None:
+            weakref.finalize(self, self._ahead.stop)
+
+    def next_batches(self, global_batch_size: int) -> list[Batch]:
+        """This rank's micro-batches of one step that takes `global_batch_size` samples over all ranks.
+
+        Raises ValueError if that is no multiple of micro-batch x data-parallel size, and DataError when the dataset has not
+        so many samples left or holds a wrong token; `consumed` then stays as it was.
+        """
+        if global_batch_size < 1 or global_batch_size % self.block:
+            raise ValueError(f"global batch {global_batch_size}: no multiple of micro-batch x data-parallel size, {self.block}")
+        if self._failure is not None:
+            raise self._failure
+        if not self.cyclic and self.consumed + global_batch_size > len(self.dataset):
+            raise DataError(
+                f"out of {self.name} data: {self.consumed} samples are used and the next step takes {global_batch_size}, "
+                f"but the dataset was built with {len(self.dataset)}"
+            )
+        count = global_batch_size // self.block
+        try:
+            batches = [next(self._source) if self._ahead is None else self._ahead.get() for _ in range(count)]
+        except Exception as error:
+            self._failure = error
+            raise
+        self.consumed += global_batch_size
+        return batches
+
+    def close(self) -> None:
+        """Stop reading ahead. Not needed, but it frees the thread at once."""
+        if self._ahead is not None:
+            self._ahead.stop()
+
+
+def micro_batches(
+    dataset: SampleSource, make_batch: MakeBatch, first: int, size: int, stride: int, seed: int | None, pin: bool
+) -> Iterator[Batch]:
+    """One rank's micro-batches from sample `first` on. seed: of the reshuffling; None for the dataset's own order."""
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    total = len(dataset)
+    if total == 0:
+        raise DataError("the dataset has no samples")
+    while seed is not None or first + size <= total:
+        names = range(first, first + size)
+        numbers: list[int] = []
+        for name in names:
+            if seed is not None and name // total != epoch:
+                epoch = name // total
+                order = np.random.default_rng([seed, epoch]).permutation(total)
+            numbers.append(name if seed is None else int(order[name % total]))
+        batch = make_batch(dataset, numbers, names)
+        yield batch.pin() if pin else batch
+        first += stride
+    raise DataError(f"out of data: the dataset has {total} samples")
+
+
+class ReadAhead:
+    """Draws from an iterator in a thread of its own, up to `depth` items early; its exceptions surface in `get`."""
+
+    def __init__(self, source: Iterator[Batch], depth: int) -> None:
+        self._items: queue.Queue[Batch | Exception] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        # The thread knows the queue and the event, not this object, so that a forgotten loader can be collected.
+        args = (source, self._items, self._stopped)
+        self._thread = threading.Thread(target=fill, args=args, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def get(self) -> Batch:
+        """The next item; raises what the iterator raised in its place."""
+        if self._stopped.is_set():
+            raise ValueError("the loader is closed")
+        item = self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._stopped.set()
+
+
+def fill(source: Iterator[Batch], items: queue.Queue[Batch | Exception], stopped: threading.Event) -> None:
+    """Move items from source to queue until either it ends or `stopped` is set."""
+
+    def put(item: Batch | Exception) -> None:
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    try:
+        for batch in source:
+            put(batch)
+            if stopped.is_set():
+                return
+    except Exception as error:  # the caller is told, whatever it is
+        put(error)

@@ -1,0 +1,47 @@
+"""Several indexed datasets joined to one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.data.errors import DataError
+from megatron.data.indexed import IndexedDataset, IndexedWriter
+
+
+def find_datasets(inputs: Sequence[str]) -> list[str]:
+    """The prefixes that these prefixes and directories stand for, a directory's in sorted order."""
+    prefixes: list[str] = []
+    for name in inputs:
+        if os.path.isdir(name):
+            found = sorted(str(path)[:-4] for path in Path(name).glob("*.idx"))
+            if not found:
+                raise DataError(f"--input {name}: no .idx file in this directory")
+            prefixes += found
+        else:
+            prefixes.append(name[:-4] if name.endswith((".bin", ".idx")) else name)
+    return prefixes
+
+
+def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
+    """Write the documents of all datasets, in this order, to a new one.
+
+    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), or if the
+    output is one of them.
+    """
+    same = [prefix for prefix in prefixes if os.path.realpath(prefix) == os.path.realpath(output_prefix)]
+    if same:
+        raise DataError(f"--output-prefix {output_prefix} is one of the inputs")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    metas = [dataset.meta() for dataset in datasets]
+    known = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
+    if len(known) > 1:
+        kinds = "; ".join(f"{prefixes[n]} with {metas[n].get('tokenizer_type')} ({digest})" for digest, n in known.items())
+        raise DataError(f"these datasets were made by different tokenizers: {kinds}")
+    with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
+        for dataset in datasets:
+            writer.add_dataset(dataset)
+        # The sidecar of the result claims a tokenizer only if that of every part does.
+        writer.finish(metas[0] if all(meta.get("tokenizer_digest") for meta in metas) else None)
+    return IndexedDataset(output_prefix)

@@ -1,0 +1,209 @@
+"""SentencePiece models, and their form as a tokenizer.json."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+
+from megatron.data.errors import DataError
+from megatron.data.tokenizer_base import Tokenizer, read
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+UNIGRAM, BPE = 1, 2  # kinds of model
+USER_DEFINED = 4  # kind of piece
+
+
+class GPTSentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model as it is; its `</s>` ends a document."""
+
+    kind = "GPTSentencePieceTokenizer"
+
+    def __init__(self, model_file: str) -> None:
+        self.assets = {"tokenizer.model": read(model_file, "--tokenizer-model")}
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
+            self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._model.get_piece_size())]
+        except Exception as error:  # the package raises several kinds
+            raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
+        own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}
+        self.special = {role: number for role, number in own.items() if number >= 0}
+        if "eos" in self.special:
+            self.special = {**self.special, "eod": self.special["eos"]}
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._pieces)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._model.encode_as_ids(text))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return str(self._model.decode_ids(list(ids)))
+
+    def piece(self, number: int) -> str:
+        return self._pieces[number]
+
+    def added_tokens(self) -> list[str]:
+        """Tokens that are found in text before the model sees it."""
+        return []
+
+    def backend(self) -> Backend:
+        scores = [float(self._model.get_score(i)) for i in range(self._model.get_piece_size())]
+        return convert(self.assets["tokenizer.model"], self._model, self._pieces, scores, self.added_tokens())
+
+
+class SentencePieceTokenizer(GPTSentencePieceTokenizer):
+    """A SentencePiece model with `<CLS>`, `<SEP>`, `<EOD>`, `<MASK>` and `<extra_id_N>`, added as Megatron-LM adds them.
+
+    What the model has already keeps its id. All of these are known in text.
+    """
+
+    kind = "SentencePieceTokenizer"
+
+    def __init__(self, model_file: str, extra_ids: int) -> None:
+        super().__init__(model_file)
+        self.extra_ids = extra_ids
+        names = {"cls": "<CLS>", "sep": "<SEP>", "eod": "<EOD>", "mask": "<MASK>"}
+        names |= {r: self._pieces[self.special[r]] if r in self.special else f"<{r.upper()}>" for r in ("pad", "bos", "eos")}
+        ids = {piece: number for number, piece in enumerate(self._pieces)}
+        self._known: dict[str, int] = {}
+        for name in (*names.values(), *(f"<extra_id_{i}>" for i in range(extra_ids))):
+            if name not in ids:
+                ids[name] = len(self._pieces)
+                self._pieces.append(name)
+            self._known[name] = ids[name]
+        self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
+
+    def added_tokens(self) -> list[str]:
+        return list(self._known)
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """The text in parts, each a known token or free of them."""
+        while text:
+            found = {name: text.find(name) for name in self._known}
+            first = min((name for name in found if found[name] >= 0), key=lambda name: found[name], default=None)
+            if first is None:
+                yield text
+                return
+            if found[first]:
+                yield text[: found[first]]
+            yield first
+            text = text[found[first] + len(first) :]
+
+    def tokenize(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._cut(text):
+            ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        names = {number: name for name, number in self._known.items()}
+        parts: list[str] = []
+        plain: list[int] = []
+        for number in ids:
+            if number in names:
+                parts += [str(self._model.decode_ids(plain)), names[number] + " "]
+                plain = []
+            else:
+                plain.append(number)
+        return "".join([*parts, str(self._model.decode_ids(plain))])
+
+
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The (number, value) pairs of a serialised protocol buffer: ints for varints, bytes for the rest."""
+    stream = io.BytesIO(message)
+
+    def varint() -> int:
+        value = shift = 0
+        while True:
+            byte = stream.read(1)
+            if not byte:
+                raise DataError("the SentencePiece model is truncated")
+            value |= (byte[0] & 0x7F) << shift
+            shift += 7
+            if byte[0] < 0x80:
+                return value
+
+    while stream.tell() < len(message):
+        key = varint()
+        match key & 7:
+            case 0:
+                yield key >> 3, varint()
+            case 1:
+                yield key >> 3, stream.read(8)
+            case 2:
+                yield key >> 3, stream.read(varint())
+            case 5:
+                yield key >> 3, stream.read(4)
+            case wire:
+                raise DataError(f"the SentencePiece model has a field of unknown form {wire}")
+
+
+def convert(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
+    """A SentencePiece model as a tokenizer of the `tokenizers` package.
+
+    proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read. added: tokens of
+    `pieces` that are cut from the text first. Raises DataError for a word or character model. The two break ties
+    differently where a unigram model scores two orders of the same pieces alike (`** ****` or `**** **`).
+    """
+    parts = dict(fields(proto))
+    trainer, norm = dict(fields(parts.get(2, b""))), dict(fields(parts.get(3, b"")))
+    if trainer.get(24, 0):
+        raise DataError("this SentencePiece model writes spaces as suffixes, which tokenizer.json cannot express")
+    kind, byte_fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
+    vocab = {piece: number for number, piece in enumerate(pieces[: len(scores)])}
+    unknown = int(model.unk_id())
+    if kind == UNIGRAM:
+        core: Any = models.Unigram(list(zip(pieces, scores, strict=False)), unk_id=unknown, byte_fallback=byte_fallback)
+    elif kind == BPE:
+        core = models.BPE(
+            vocab=vocab,
+            merges=list(merges(vocab, scores)),
+            unk_token=pieces[unknown],
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
+    else:
+        raise DataError("only unigram and BPE models of SentencePiece can be written as a tokenizer.json")
+    backend = Backend(core)
+    steps: list[Any] = []
+    if norm.get(2):
+        steps.append(normalizers.Precompiled(norm[2]))
+    if norm.get(4, 1):  # remove_extra_whitespaces
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    prefix = bool(norm.get(3, 1))  # add_dummy_prefix
+    steps += [normalizers.Prepend(SPACE)] if prefix else []
+    steps.append(normalizers.Replace(" ", SPACE))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+        ]
+    )
+    entries = [dict(fields(value)) for field, value in fields(proto) if field == 1]
+    in_text = [pieces[i] for i, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
+    backend.add_tokens([AddedToken(piece, normalized=False) for piece in in_text])
+    control = [pieces[i] for i in range(len(scores)) if model.is_control(i) or i == unknown]
+    names = [*dict.fromkeys([*control, *added])]
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    return backend
+
+
+def merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
+    """The merges of a BPE model, which SentencePiece leaves implicit: best score of the result first."""
+    order: list[tuple[float, int, int, str, str]] = []
+    for piece, number in vocab.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocab and right in vocab:
+                order.append((-scores[number], vocab[left], vocab[right], left, right))
+    for *_, left, right in sorted(order):
+        yield left, right

@@ -1,0 +1,154 @@
+"""Text to token ids and back, for each `--tokenizer-type`.
+
+tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
+tokenizer.tokenize("text")          -> list of ids below tokenizer.vocab_size
+tokenizer.save(directory)           load_tokenizer(directory) needs no other file
+tokenizer.hf_files(directory, 1024) what AutoTokenizer.from_pretrained(directory) opens
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from megatron.config.schema import TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.data.fast_tokenizers import BertWordPieceCase, BertWordPieceLowerCase, GPT2BPETokenizer, HuggingFaceTokenizer
+from megatron.data.sentence_piece import GPTSentencePieceTokenizer, SentencePieceTokenizer
+from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read
+
+__all__ = ["ByteTokenizer", "NullTokenizer", "Tokenizer", "build_tokenizer", "load_tokenizer"]
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of the text in UTF-8, 256 ends a document. Needs no file."""
+
+    kind = "ByteTokenizer"
+
+    def __init__(self) -> None:
+        self.special, self.assets = {"eod": 256}, {}
+
+    @property
+    def vocab_size(self) -> int:
+        return 257
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids).decode("utf-8", errors="replace")
+
+    def piece(self, number: int) -> str:
+        return END_OF_TEXT if number == 256 else byte_symbols()[number]
+
+    def backend(self) -> Backend:
+        backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+        return backend
+
+
+class NullTokenizer(Tokenizer):
+    """The text is numbers already, separated by white space; one more id ends a document."""
+
+    kind = "NullTokenizer"
+
+    def __init__(self, vocab_size: int) -> None:
+        self._numbers = vocab_size
+        self.special, self.assets = {"eod": vocab_size}, {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._numbers + 1
+
+    def tokenize(self, text: str) -> list[int]:
+        try:
+            ids = [int(word) for word in text.split()]
+        except ValueError as error:
+            raise DataError(f"NullTokenizer reads whole numbers separated by spaces: {error}") from error
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise DataError(f"NullTokenizer: an id of {min(ids)} to {max(ids)} is outside of --vocab-size {self._numbers}")
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def piece(self, number: int) -> str:
+        return str(number)
+
+    def backend(self) -> Backend:
+        backend = Backend(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self._numbers)))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return backend
+
+    def hf_files(self, directory: str | os.PathLike[str], max_length: int) -> None:
+        raise DataError("NullTokenizer has no text, so there is nothing that Hugging Face could open")
+
+
+def byte_symbols() -> list[str]:
+    """The 256 characters by which byte-level BPE writes the bytes (GPT-2): printable ones stand for themselves."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = (chr(256 + i) for i in range(256))
+    return [chr(byte) if byte in printable else next(others) for byte in range(256)]
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that these settings name; DataError if a file is missing, unreadable or of another kind."""
+    kind = config.tokenizer_type
+    if kind is None:
+        raise DataError("no tokenizer: give --tokenizer-type (ByteTokenizer needs no file)")
+
+    def needed(flag: str, value: Any) -> Any:
+        if value is None:
+            raise DataError(f"--tokenizer-type {kind} needs {flag}")
+        return value
+
+    match kind:
+        case "ByteTokenizer":
+            return ByteTokenizer()
+        case "NullTokenizer":
+            return NullTokenizer(needed("--vocab-size", config.vocab_size))
+        case "GPT2BPETokenizer":
+            return GPT2BPETokenizer(needed("--vocab-file", config.vocab_file), needed("--merge-file", config.merge_file))
+        case "BertWordPieceLowerCase":
+            return BertWordPieceLowerCase(needed("--vocab-file", config.vocab_file), config.vocab_extra_ids)
+        case "BertWordPieceCase":
+            return BertWordPieceCase(needed("--vocab-file", config.vocab_file), config.vocab_extra_ids)
+        case "HuggingFaceTokenizer":
+            return HuggingFaceTokenizer(needed("--tokenizer-model", config.tokenizer_model))
+        case "SentencePieceTokenizer" | "GPTSentencePieceTokenizer":
+            model = needed("--tokenizer-model", config.tokenizer_model)
+            if kind == "GPTSentencePieceTokenizer":
+                return GPTSentencePieceTokenizer(model)
+            return SentencePieceTokenizer(model, config.vocab_extra_ids)
+    raise DataError(f"unknown --tokenizer-type {kind}")
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
+    folder = Path(directory)
+    try:
+        about = json.loads(read(str(folder / SAVED), "tokenizer"))
+        kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder / SAVED} is damaged: {error}") from error
+    model = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
+    config = TokenizerConfig(
+        tokenizer_type=kind,
+        vocab_file=str(folder / ("vocab.json" if kind == "GPT2BPETokenizer" else "vocab.txt")),
+        merge_file=str(folder / "merges.txt"),
+        tokenizer_model=str(folder / model),
+        vocab_size=size - 1,
+        vocab_extra_ids=extra,
+    )
+    tokenizer = build_tokenizer(config)
+    if tokenizer.digest() != digest:
+        raise DataError(f"the tokenizer in {folder} was changed after it was saved ({digest} then, {tokenizer.digest()} now)")
+    return tokenizer

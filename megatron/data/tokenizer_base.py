@@ -1,0 +1,136 @@
+"""What every tokenizer can do, and how one is saved and handed to Hugging Face."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tokenizers import Tokenizer as Backend
+
+from megatron.data.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+SAVED = "megatron_tokenizer.json"
+
+
+class Tokenizer(ABC):
+    """What training, preprocessing, export and generation ask of a tokenizer.
+
+    kind: its `--tokenizer-type`. special: ids by role, of eod, bos, eos, unk, cls, sep, pad, mask: those it has.
+    assets: the files it was made of, by the name they are saved under.
+    """
+
+    kind: ClassVar[str]
+    special: Mapping[str, int]
+    assets: Mapping[str, bytes]
+    extra_ids: int = 0
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, with nothing added before or after it."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of these ids; special tokens appear by name."""
+
+    @abstractmethod
+    def piece(self, number: int) -> str:
+        """The vocabulary entry with this id."""
+
+    @abstractmethod
+    def backend(self) -> Backend:
+        """The same tokenizer as the `tokenizers` package writes it to a tokenizer.json."""
+
+    def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """`tokenize` of each."""
+        return [self.tokenize(text) for text in texts]
+
+    def token(self, role: str) -> int:
+        """The id with this role; DataError if the tokenizer has none."""
+        if role not in self.special:
+            have = ", ".join(sorted(self.special)) or "none"
+            raise DataError(f"{self.kind} has no {role} token (it has: {have}); use another --tokenizer-type or vocabulary")
+        return self.special[role]
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document; DataError if there is none."""
+        return self.token("eod")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two tokenizers give the same ids, as JSON."""
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.assets.items())}
+        about = dict(type=self.kind, vocab_size=self.vocab_size, extra_ids=self.extra_ids)
+        return {**about, "special": dict(self.special), "files": files}
+
+    def digest(self) -> str:
+        """A name for this tokenizer: 16 hexadecimal digits, equal for equal files, type and extra ids."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files and a small JSON about them, for `load_tokenizer`."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.assets.items():
+            (folder / name).write_bytes(data)
+        about = {**self.identity(), "digest": self.digest()}
+        (folder / SAVED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def hf_files(self, directory: str | os.PathLike[str], max_length: int) -> None:
+        """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids, offline.
+
+        max_length: the model's longest sequence, in tokens. Raises DataError if the written form gives other ids.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        backend = self.backend()
+        for text in PROBES:
+            if backend.encode(text, add_special_tokens=False).ids != self.tokenize(text):
+                raise DataError(f"this {self.kind} has no exact Hugging Face form: it splits {text!r} differently")
+        roles = {
+            "eos": "eod",
+            **{role: role for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask") if role in self.special},
+        }
+        tokens = {f"{role}_token": self.piece(self.special[named]) for role, named in roles.items() if named in self.special}
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": max_length,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=False) + "\n", encoding="utf-8")
+        for name, content in {
+            "tokenizer_config": {**about, **tokens, **self.hf_extras()},
+            "special_tokens_map": tokens,
+        }.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def hf_extras(self) -> dict[str, Any]:
+        """Further entries of tokenizer_config.json."""
+        return {}
+
+
+# Text on which an exported tokenizer must agree with ours: case, digits, runs of white space, code, other scripts.
+PROBES = (
+    "Hello world",
+    "The quick brown fox, 1234567890 times; isn't it?",
+    "  two  spaces\tand a tab\nnew line\n\n",
+    "def f(x):\n    return x ** 2  # café, naïve, 東京, Привет, 🙂",
+)
+
+
+def read(path: str, flag: str) -> bytes:
+    """The content of a tokenizer file; DataError naming the flag it came from."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{flag} {path}: {error.strerror or error}") from error

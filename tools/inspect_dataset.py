@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""Show what an indexed dataset holds: documents, tokens, text, and the training samples made of it, in order."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron.config.schema import DataConfig, TokenizerConfig
+from megatron.data.blend import parse_blend
+from megatron.data.build import build_datasets, check_tokenizer
+from megatron.data.errors import DataError
+from megatron.data.indexed import IndexedDataset
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("prefix", nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
+    p.add_argument("--samples", type=int, default=0, help="also the first N training samples, as a run with --train-samples N")
+    p.add_argument("--split", default=DataConfig().split, help="shares of training, validation and test documents")
+    p.add_argument("--seq-length", type=int, help="tokens per sample")
+    p.add_argument("--seed", type=int, default=1234, help="the run's seed")
+    p.add_argument("--data-cache-path", help="directory for built sample indices")
+    p.add_argument("--documents", type=int, default=3, help="how many documents to decode")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_tokenizer_flags(p)
+    return p
+
+
+def describe(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int) -> dict[str, Any]:
+    """The dataset's counts, sidecar, and its first documents as ids and, with a tokenizer, as text."""
+    first = []
+    for number in range(min(documents, dataset.document_count)):
+        begin, end = dataset.documents[number : number + 2].tolist()
+        ids = [int(i) for sequence in range(begin, end) for i in dataset[sequence]]
+        first.append({"tokens": len(ids), "ids": ids[:64], **({"text": tokenizer.detokenize(ids[:256])} if tokenizer else {})})
+    lengths = dataset.lengths
+    return dict(
+        prefix=dataset.prefix,
+        documents=dataset.document_count,
+        sequences=len(dataset),
+        tokens=dataset.token_count,
+        dtype=dataset.dtype.name,
+        shortest_sequence=int(lengths.min()) if len(lengths) else None,
+        longest_sequence=int(lengths.max()) if len(lengths) else None,
+        meta=dataset.meta() or None,
+        first_documents=first,
+    )
+
+
+def recorded_tokenizer(dataset: IndexedDataset) -> Tokenizer | None:
+    """The tokenizer that the sidecar names, if its files are still there and the same."""
+    meta = dataset.meta()
+    try:
+        tokenizer = build_tokenizer(TokenizerConfig(**meta["tokenizer"]))
+    except (KeyError, TypeError, DataError):
+        return None
+    return tokenizer if tokenizer.digest() == meta.get("tokenizer_digest") else None
+
+
+def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[list[int]]:
+    """The ids of the first `--samples` training samples."""
+    if args.seq_length is None or args.seq_length < 1:
+        raise DataError("--samples needs --seq-length, the tokens of a sample")
+    data = DataConfig(
+        data_path=tuple(args.prefix), split=args.split, seq_length=args.seq_length, data_cache_path=args.data_cache_path
+    )
+    training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer)
+    if training is None:
+        raise DataError(f"--split {args.split} gives the training split nothing")
+    return [training[number].tokens.tolist() for number in range(args.samples)]
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report for people."""
+    for dataset in report["datasets"]:
+        print(f"{dataset['prefix']}: {dataset['documents']} documents, {dataset['sequences']} sequences, "
+              f"{dataset['tokens']} tokens of {dataset['dtype']}")  # fmt: skip
+        if dataset["meta"]:
+            print(f"  made by {dataset['meta'].get('tokenizer_type')}, {dataset['meta'].get('vocab_size')} ids")
+        for number, document in enumerate(dataset["first_documents"]):
+            shown = repr(document["text"]) if "text" in document else " ".join(map(str, document["ids"]))
+            print(f"  document {number}, {document['tokens']} tokens: {shown[:200]}")
+    for number, ids in enumerate(report.get("samples", [])):
+        print(f"sample {number}: {' '.join(map(str, ids))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    prefixes, _ = parse_blend(args.prefix, "PREFIX")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
+    if tokenizer is not None:
+        for dataset in datasets:
+            check_tokenizer(dataset, tokenizer)
+    report: dict[str, Any] = {"datasets": [describe(dataset, tokenizer, args.documents) for dataset in datasets]}
+    if len(datasets) == 1:
+        report = {**report["datasets"][0], **report}
+    if args.samples > 0:
+        report["samples"] = training_samples(args, tokenizer)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        show(report)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)

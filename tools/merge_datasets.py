@@ -1,0 +1,29 @@
+#!/usr/bin/env python
+"""Join indexed datasets, in the order given, into one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron.data.errors import DataError
+from megatron.data.merge import find_datasets, merge
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.add_argument("--input", required=True, nargs="+", metavar="DIR_OR_PREFIX", help="prefixes, or a directory for all in it")
+    p.add_argument("--output-prefix", required=True, help="path of the output, without its ending")
+    args = p.parse_args(argv)
+    prefixes = find_datasets(args.input)
+    joined = merge(prefixes, args.output_prefix)
+    print(f"{args.output_prefix}: {len(prefixes)} datasets, {joined.document_count} documents, {joined.token_count} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

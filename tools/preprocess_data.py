@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""JSON lines to indexed datasets: PREFIX_text_document.bin and .idx, in Megatron-LM's format."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from megatron.config.schema import TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.data.preprocess import Settings, Totals, preprocess
+from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--input", required=True, nargs="+", metavar="FILE", help="JSON lines, plain, .gz or .zst; globs too")
+    p.add_argument("--output-prefix", required=True, help="path of the output, without its ending")
+    p.add_argument(
+        "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
+    )
+    add_tokenizer_flags(p)
+    p.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
+    p.add_argument("--split-sentences", action="store_true", help="one sequence per sentence, as BERT needs it")
+    p.add_argument("--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between them")
+    p.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same for any number")
+    p.add_argument(
+        "--on-bad-line", choices=("error", "skip"), default="error", help="skip: count it, and write it to PREFIX.bad.jsonl"
+    )
+    p.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
+    p.add_argument("--partitions", type=int, default=1, help="accepted for Megatron-LM's scripts; only 1")
+    p.add_argument("--dataset-impl", choices=("mmap",), default="mmap", help="accepted for Megatron-LM's scripts")
+    p.add_argument("--lang", default="english", help="accepted for Megatron-LM's scripts; the sentence rules are for English")
+    return p
+
+
+class Progress:
+    """A line that is rewritten on a terminal, plain lines elsewhere."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval, self.next, self.on_terminal = max(interval, 1), max(interval, 1), sys.stderr.isatty()
+
+    def __call__(self, totals: Totals) -> None:
+        if totals.documents < self.next:
+            return
+        self.next = totals.documents - totals.documents % self.interval + self.interval
+        rate, mb = totals.documents / max(totals.seconds, 1e-9), totals.size / max(totals.seconds, 1e-9) / 1e6
+        line = f"Processed {totals.documents} documents ({rate:.1f} docs/s, {mb:.2f} MB/s)."
+        print(
+            f"\r{line}\033[K" if self.on_terminal else line, end="" if self.on_terminal else "\n", file=sys.stderr, flush=True
+        )
+
+    def end(self) -> None:
+        if self.on_terminal:
+            print(file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.partitions != 1:
+        raise DataError("--partitions: only 1; use --workers, which needs no partitions")
+    if args.workers < 1:
+        raise DataError(f"--workers {args.workers}: at least 1")
+    config: TokenizerConfig = tokenizer_config(args)
+    settings = Settings(
+        tokenizer=config,
+        keys=tuple(args.json_keys),
+        append_eod=args.append_eod,
+        split_sentences=args.split_sentences,
+        keep_newlines=args.keep_newlines,
+        skip_bad_lines=args.on_bad_line == "skip",
+    )
+    progress = Progress(args.log_interval)
+    try:
+        totals = preprocess(args.input, args.output_prefix, settings, args.workers, progress)
+    finally:
+        progress.end()
+    for prefix in totals.prefixes:
+        print(f"wrote {prefix}.bin, {prefix}.idx")
+    counts = f"{totals.documents} documents, {totals.tokens} tokens, {totals.empty} empty, {totals.bad} bad lines"
+    print(f"{counts}, {totals.seconds:.1f} s")
+    if not args.append_eod and not args.split_sentences:
+        print(
+            f"warning: no end of document after these {totals.documents} documents; for GPT add --append-eod", file=sys.stderr
+        )
+    return 0
+
+
+def stop(number: int, _: object) -> None:
+    """A request to stop unwinds like an interrupt, so that temporary files go."""
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        sys.exit(main())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
