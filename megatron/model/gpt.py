@@ -17,8 +17,8 @@ from megatron.model.attention import Attend, Cache, Masks, causal_attention
 from megatron.model.block import Block, hidden_dropout
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
-from megatron.parallel.collectives import gather_from
-from megatron.parallel.cross_entropy import vocab_cross_entropy
+from megatron.parallel.collectives import copy_to, gather_from, gather_sum
+from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products, replicated
 from megatron.parallel.random import DropoutKeys
@@ -96,8 +96,8 @@ class GPT(nn.Module):
         if not self.part.head:
             return x
         labels, mask = batch.labels.t().reshape(-1), batch.loss_mask.t().reshape(-1)
-        losses = vocab_cross_entropy(self._logits(x).flatten(0, 1), labels, self.shard, self.tp)
-        return Loss((losses * mask).sum(), mask.sum())
+        x = gather_sum(x, self.tp, 0) if self.sequence_parallel else copy_to(x, self.tp)
+        return Loss(head_loss(x.flatten(0, 1), self._output_weight(), labels, mask, self.shard, self.tp), mask.sum())
 
     def hidden(self, x: Tensor | None, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Through embedding, layers and final norm, as far as this part has them."""
@@ -120,20 +120,19 @@ class GPT(nn.Module):
 
         With a cache, `batch` holds only the new tokens, at their true positions.
         """
-        x = self._logits(self.hidden(None, batch, cache))
+        x = self.hidden(None, batch, cache)
         if cache is not None:
             cache.length += batch.tokens.shape[1]
-        return gather_from(x, self.tp, -1)[..., : self.shard.vocab].float()
+        columns = column_products(x, self.tp, self.sequence_parallel, [self._output_weight()], [None])[0]
+        return gather_from(columns, self.tp, -1)[..., : self.shard.vocab].float()
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """`[seq, batch, held]`: this rank's columns of the vocabulary, padding included."""
+    def _output_weight(self) -> nn.Parameter:
+        """`[held, hidden]`: this rank's rows of the output layer."""
         if self.head is not None:
-            weight = self.head.get_parameter("weight")
-        elif self.embedding is not None:
-            weight = self.embedding.word.weight
-        else:
-            raise ValueError("a tied output layer needs the embedding on its own stage")
-        return column_products(x, self.tp, self.sequence_parallel, [weight], [None])[0]
+            return self.head.get_parameter("weight")
+        if self.embedding is not None:
+            return self.embedding.word.weight
+        raise ValueError("a tied output layer needs the embedding on its own stage")
 
     def _random(self, batch: Batch) -> DropoutKeys | None:
         """The tokens' random identities; None where nothing is dropped."""

@@ -1,7 +1,10 @@
-"""Cross-entropy over a vocabulary that is cut over the tensor-parallel axis, without gathering the logits.
+"""The output layer and its cross-entropy in one, over a vocabulary that may be cut over the tensor-parallel axis.
 
-Three numbers per token are reduced instead (1909.08053): the maximum, the sum of exponentials, the label's logit.
-Padding columns are left out, so the loss is that of the unpadded vocabulary.
+Logits are the largest activation of a language model, and only the loss wants them. So a few tokens at a time their
+logits are computed, turned into losses and at once into gradients, and forgotten: the memory is that of one chunk, which
+on a CPU stays in its cache. Over a cut vocabulary three numbers a token are reduced instead of gathering the logits
+(1909.08053): the maximum, the sum of exponentials, the label's logit. Padding rows get the logit minus infinity, so the
+loss is that of the unpadded vocabulary.
 """
 
 from __future__ import annotations
@@ -9,55 +12,79 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import VocabShard
 
-
-class _VocabCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> Tensor:
-        x = logits[:, : shard.used].float()  # [tokens, used]
-        # A rank may hold padding alone.
-        top = x.amax(dim=-1) if shard.used else x.new_full((x.shape[0],), -torch.inf)
-        top = all_reduce(top, tp, "max")
-        x = x - top.unsqueeze(-1)
-        elsewhere = (labels < shard.start) | (labels >= shard.start + shard.used)
-        local = (labels - shard.start).masked_fill(elsewhere, 0)
-        if shard.used:
-            at_label = x.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        else:
-            at_label = torch.zeros_like(top)
-        exps = x.exp_()
-        sums = torch.stack([exps.sum(dim=-1), at_label])
-        total, at_label = all_reduce(sums, tp)
-        ctx.save_for_backward(exps.div_(total.unsqueeze(-1)), local, elsewhere)
-        ctx.held, ctx.dtype = shard.held, logits.dtype
-        loss: Tensor = total.log() - at_label
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        softmax, local, elsewhere = ctx.saved_tensors
-        grad = grads[0].unsqueeze(-1)
-        result = softmax.new_zeros(softmax.shape[0], ctx.held, dtype=ctx.dtype)
-        used = result[:, : softmax.shape[1]]
-        used.copy_(softmax * grad)
-        if softmax.shape[1]:
-            used.scatter_add_(-1, local.unsqueeze(-1), (-grad).masked_fill(elsewhere.unsqueeze(-1), 0.0).to(ctx.dtype))
-        return result, None, None, None
+# Logits of one chunk: what stays in a CPU's cache (8 MB in fp32), and enough rows to fill a GPU (0.5 GB).
+CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
-def vocab_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> Tensor:
-    """Loss of each token, fp32 `[tokens]`.
+def token_losses(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Losses fp32 `[tokens]`, and their gradients by the logits, fp32 `[tokens, held]`.
 
-    logits: `[tokens, held]`, this rank's columns. labels: int64 `[tokens]`, the same on all ranks, each in the
-    vocabulary. At size 1 this is `torch.nn.functional.cross_entropy` of the true columns, bit for bit.
+    logits: `[tokens, held]`, this rank's columns; overwritten. labels: int64 `[tokens]`, the same on every rank.
     """
+    logits[:, shard.used :] = -torch.inf
+    x = logits.float()
+    elsewhere = (labels < shard.start) | (labels >= shard.start + shard.used)
+    local = (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1)
     if tp.size == 1:
-        return F.cross_entropy(logits[:, : shard.used].float(), labels, reduction="none")
-    loss: Tensor = _VocabCrossEntropy.apply(logits, labels, shard, tp)  # type: ignore[no-untyped-call]
+        x = x.log_softmax(dim=-1)
+        losses, probabilities = -x.gather(-1, local).squeeze(-1), x.exp_()
+    else:
+        x = x - all_reduce(x.amax(dim=-1), tp, "max").unsqueeze(-1)
+        at_label = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
+        exponentials = x.exp_()
+        total, at_label = all_reduce(torch.stack([exponentials.sum(dim=-1), at_label]), tp)
+        losses, probabilities = total.log() - at_label, exponentials.div_(total.unsqueeze(-1))
+    probabilities.scatter_add_(-1, local, elsewhere.to(x.dtype).unsqueeze(-1) - 1.0)
+    return losses, probabilities
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients are made along with the loss: that of the sum is each token's own, times what comes from above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total = x.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        for first in range(0, x.shape[0], rows):
+            chunk = slice(first, first + rows)
+            losses, grads = token_losses(x[chunk] @ weight.t(), labels[chunk], shard, tp)
+            total += losses @ mask[chunk]
+            if grad_x is not None and grad_weight is not None:
+                grads = grads.mul_(mask[chunk].unsqueeze(-1)).to(x.dtype)
+                torch.mm(grads, weight, out=grad_x[chunk])
+                if x.dtype == torch.float32:
+                    grad_weight.addmm_(grads.t(), x[chunk])
+                else:  # the chunks' sum in fp32, their products in the compute dtype
+                    grad_weight += grads.t() @ x[chunk]
+        if grad_x is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * above[0].to(grad_x.dtype), grad_weight * above[0].to(grad_weight.dtype), *[None] * 5
+
+
+def head_loss(
+    x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int | None = None
+) -> Tensor:
+    """Sum over tokens of mask x cross-entropy of the logits `x weight^T`; fp32 scalar, equal on every rank of tp.
+
+    x: `[tokens, hidden]`, whole on every rank; the gradient it gets is this rank's part of a sum over tp. weight:
+    `[held, hidden]`, this rank's rows. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
+    rows: tokens of a chunk, the same on every rank; default what suits the device.
+    """
+    rows = rows or max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
+    loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows)  # type: ignore[no-untyped-call]
     return loss

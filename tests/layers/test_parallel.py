@@ -11,7 +11,7 @@ from ranks import on_ranks
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel import collectives
-from megatron.parallel.cross_entropy import vocab_cross_entropy
+from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard
 from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
 from megatron.parallel.spec import spec_of
@@ -152,9 +152,6 @@ def test_size_one_is_the_plain_layer_bit_for_bit():
     table = filled(VocabEmbedding(VocabShard.of(100, alone, 64), 12, alone))
     tokens = torch.randint(0, 100, (4, 5))
     assert torch.equal(table(tokens), F.embedding(tokens, table.weight))
-    logits, labels = draw(6, 128), torch.randint(0, 100, (6,))
-    plain = F.cross_entropy(logits[:, :100], labels, reduction="none")
-    assert torch.equal(vocab_cross_entropy(logits, labels, VocabShard.of(100, alone, 64), alone), plain)
 
 
 def test_sizes_that_do_not_divide_are_refused():
@@ -177,8 +174,8 @@ def test_padding_is_megatrons(size, held):
     assert [s.start for s in shards[1:]] == [s.start + s.used for s in shards[:-1]]
 
 
-def vocabulary(vocab: int, divisor: int, sequence_parallel: bool):
-    """Embedding and cross-entropy over a cut vocabulary: embedding output, loss, gradients of table and logits."""
+def vocabulary(vocab: int, divisor: int, sequence_parallel: bool, rows: int):
+    """Embedding and loss over a cut vocabulary, `rows` tokens a chunk: outputs, gradients of table, input and head."""
     tp = tp_axis()
     shard = VocabShard.of(vocab, tp, divisor)
     table = filled(VocabEmbedding(shard, 6, tp, sequence_parallel=sequence_parallel))
@@ -186,31 +183,46 @@ def vocabulary(vocab: int, divisor: int, sequence_parallel: bool):
     x = table(tokens)
     weight = draw(8, 2, 6)
     (x * (collectives.own_slice(weight, tp) if sequence_parallel else weight)).sum().backward()
-    whole = draw(10, vocab)
-    logits = torch.full((10, shard.held), 50.0)  # padding that would win every softmax if it were counted
-    logits[:, : shard.used] = whole[:, shard.start : shard.start + shard.used]
-    logits.requires_grad_()
+    head = torch.full((shard.held, 6), 50.0)  # padding that would win every softmax if it were counted
+    head[: shard.used] = draw(vocab, 6)[shard.start : shard.start + shard.used]
+    hidden, head = draw(10, 6, seed=8).requires_grad_(), head.requires_grad_()
     labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
-    loss = vocab_cross_entropy(logits, labels, shard, tp)
-    (loss * torch.arange(10)).sum().backward()
-    assert torch.equal(logits.grad[:, shard.used :], torch.zeros(10, shard.held - shard.used))
-    assert torch.equal(table.weight.grad[shard.used :], torch.zeros(shard.held - shard.used, 6))
-    rows = slice(shard.start, shard.start + shard.used)
-    return x.detach(), loss.detach(), rows, table.weight.grad[: shard.used], logits.grad[:, : shard.used]
+    loss = head_loss(collectives.copy_to(hidden, tp), head, labels, MASK, shard, tp, rows)
+    (loss * 3.0).backward()
+    assert not head.grad[shard.used :].any() and not table.weight.grad[shard.used :].any()
+    part = slice(shard.start, shard.start + shard.used)
+    return x.detach(), loss.detach(), part, table.weight.grad[: shard.used], hidden.grad, head.grad[: shard.used]
+
+
+MASK = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0, 2.0])
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize(("world", "vocab", "divisor"), [(2, 127, 8), (4, 127, 8), (4, 5, 4)])
-def test_a_cut_vocabulary_gives_the_unpadded_loss(world, vocab, divisor, sequence_parallel):
-    x, loss, _, table_grad, logits_grad = vocabulary(vocab, divisor, False)
+@pytest.mark.parametrize(("world", "vocab", "divisor", "rows"), [(2, 127, 8, 3), (4, 127, 8, 10), (4, 5, 4, 1)])
+def test_a_cut_vocabulary_gives_the_unpadded_loss(world, vocab, divisor, rows, sequence_parallel):
+    """Also on ranks that hold padding alone, and for any chunk; the reference is torch's own loss of whole logits."""
+    hidden, head = draw(10, 6, seed=8).requires_grad_(), draw(vocab, 6).requires_grad_()
     labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(loss, F.cross_entropy(draw(10, vocab), labels, reduction="none"))
-    ranks = on_ranks(world, vocabulary, vocab, divisor, sequence_parallel)
+    plain = (F.cross_entropy(hidden @ head.t(), labels, reduction="none") * MASK).sum()
+    (plain * 3.0).backward()
+    x, alone, _, table_grad, alone_hidden, alone_head = vocabulary(vocab, divisor, False, rows)
+    ranks = on_ranks(world, vocabulary, vocab, divisor, sequence_parallel, rows)
     if sequence_parallel:
         torch.testing.assert_close(torch.cat([r[0] for r in ranks]), x)
-    for got_x, got_loss, rows, got_table, got_logits in ranks:
+    for got_x, loss, part, got_table, got_hidden, got_head in [
+        *ranks,
+        (x, alone, slice(0, vocab), table_grad, alone_hidden, alone_head),
+    ]:
         if not sequence_parallel:
             torch.testing.assert_close(got_x, x)
-        torch.testing.assert_close(got_loss, loss, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(got_table, table_grad[rows])
-        torch.testing.assert_close(got_logits, logits_grad[:, rows])
+        torch.testing.assert_close(loss, plain.detach(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got_table, table_grad[part])
+        torch.testing.assert_close(got_hidden, hidden.grad)
+        torch.testing.assert_close(got_head, head.grad[part])
+
+
+def test_a_loss_without_gradients_makes_none():
+    alone = Axis.alone("tp")
+    with torch.no_grad():
+        loss = head_loss(draw(10, 6), draw(8, 6), torch.arange(10) % 8, MASK, VocabShard.of(8, alone, 8), alone)
+    assert not loss.requires_grad and loss > 0
