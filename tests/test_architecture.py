@@ -34,6 +34,7 @@ TOP = {"train", "generate", "restore", "export", "dryrun"}  # floor 6: may impor
 PURE = [
     "config",
     "mesh/grid.py",
+    "mesh/place.py",
     "model/size.py",
     "data/sample_index.py",
     "data/indexed.py",

@@ -1,0 +1,22 @@
+# VENV=.venv (default) is created and filled; VENV=other names another environment; VENV=system uses the Python at hand
+# and installs only what it lacks, never torch. PYTHON names the interpreter that creates the environment.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
+
+.PHONY: install quickstart test bench lint
+install:
+	@$(PYTHON) tools/install.py --venv $(VENV)
+
+quickstart: install
+	@$(RUN) examples/quickstart/run.py
+
+test: install
+	$(RUN) -m pytest
+
+bench: install
+	$(RUN) benchmarks/train.py
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy

@@ -1,0 +1,64 @@
+"""What is measured: the dimensions, the layouts and who takes part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dims:
+    """A GPT-2-shaped model and its micro-batch. Widths in features, seq in tokens."""
+
+    layers: int
+    width: int
+    heads: int
+    seq: int
+    vocab: int
+    micro_batch: int
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward matmuls of one token, with attention over the whole sequence and the output layer:
+        72 L h^2 (1 + s / 6h + V / 12hL), as in arXiv 2104.04473, section 5.1, without recomputation.
+        """
+        h, depth = self.width, self.layers
+        return 72 * depth * h * h * (1 + self.seq / (6 * h) + self.vocab / (12 * h * depth))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: every contender trains the same dimensions, in the same processes, in turns."""
+
+    title: str
+    dims: Dims
+    contenders: tuple[str, ...]
+    device: str = "cpu"
+    dp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    threads: int = 1  # of each rank, on a CPU
+    steps: int = 5  # in one round
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.dp * self.dims.micro_batch * self.dims.seq
+
+
+SMALL = Dims(layers=4, width=256, heads=8, seq=256, vocab=8192, micro_batch=4)
+ONE = ("ours", "transformers", "plain-torch")
+GPU = ("ours", "transformers")
+
+CASES = {
+    "small": Case("4 layers, width 256, fp32, 2 threads", SMALL, ONE, threads=2),
+    "gpt2": Case("GPT-2 small, sequence 512, fp32, 2 threads", Dims(12, 768, 12, 512, 50257, 2), ONE, threads=2, steps=1),
+    "dp2": Case("2 data-parallel ranks", SMALL, ("ours", "transformers-ddp", "ours-ddp"), dp=2),
+    "tp2": Case("2 tensor-parallel ranks", SMALL, ("ours", "dtensor"), tp=2),
+    "tp2-sp": Case("2 tensor- and sequence-parallel ranks", SMALL, ("ours", "dtensor"), tp=2, sequence_parallel=True),
+    "gpu-gpt2": Case("GPT-2 small, bf16", Dims(12, 768, 12, 1024, 50257, 32), GPU, device="cuda", steps=20),
+    "gpu-345m": Case("GPT-2 345M, bf16", Dims(24, 1024, 16, 1024, 50257, 16), GPU, device="cuda", steps=10),
+    "gpu-1.2b": Case("GPT 1.2B, bf16", Dims(40, 1536, 16, 1024, 50257, 8), GPU, device="cuda", steps=5),
+}

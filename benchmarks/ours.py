@@ -1,0 +1,79 @@
+"""Our side: a run built from Python as the entry script builds it, and our model in other people's data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from baselines import CLIP, LR, Step, training_step
+from cases import Case, Dims
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from megatron.config.resolve import resolve
+from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, OptimConfig, PrecisionConfig, RunConfig
+from megatron.contract import Batch, StagePart
+from megatron.mesh.launch import Job
+from megatron.mesh.mesh import Axis
+from megatron.model.gpt import GPT
+from megatron.model.init import initialize
+from megatron.train.run import build
+
+
+def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
+    rows, seq = tokens.shape
+    return Batch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=torch.ones(rows, seq, device=tokens.device),
+        positions=torch.arange(seq, device=tokens.device).expand(rows, seq),
+        samples=torch.arange(rows, device=tokens.device),
+    )
+
+
+def config_of(case: Case) -> RunConfig:
+    """The run that a command line with the same numbers would give."""
+    dims, gpu = case.dims, case.device == "cuda"
+    config = RunConfig(
+        model=ModelConfig(
+            num_layers=dims.layers,
+            hidden_size=dims.width,
+            num_attention_heads=dims.heads,
+            max_position_embeddings=dims.seq,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            vocab_size=dims.vocab,
+        ),
+        layout=LayoutConfig(tensor_model_parallel_size=case.tp, sequence_parallel=case.sequence_parallel),
+        data=DataConfig(seq_length=dims.seq),
+        batch=BatchConfig(
+            micro_batch_size=dims.micro_batch, global_batch_size=dims.micro_batch * case.dp, train_iters=10**6, compile=gpu
+        ),
+        optim=OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=CLIP),
+        precision=PrecisionConfig(bf16=gpu),
+    )
+    return resolve(config, case.ranks)
+
+
+def ours(case: Case, job: Job) -> Step:
+    """The framework whole: its mesh, model, executor and optimizer."""
+    run = build(config_of(case), job)
+    return lambda tokens, labels: run.step([batch_of(tokens, labels)], run.state).lm_loss
+
+
+class MeanLoss(nn.Module):
+    """Our GPT as a module that returns the mean loss, for wrappers that know nothing of it."""
+
+    def __init__(self, dims: Dims, config: ModelConfig) -> None:
+        super().__init__()
+        self.gpt = GPT(config, StagePart(range(dims.layers), embedding=True, head=True), Axis.alone("tp"))
+        initialize(self.gpt, config, seed=1234)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        loss = self.gpt(None, batch_of(tokens, labels))
+        mean: Tensor = loss.sum / loss.tokens
+        return mean
+
+
+def ours_in_ddp(case: Case, job: Job) -> Step:
+    """Our model with torch's DistributedDataParallel and AdamW."""
+    model = DistributedDataParallel(MeanLoss(case.dims, config_of(case).model).to(job.device))
+    return training_step(model, model, bf16=False)

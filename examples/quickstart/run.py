@@ -1,0 +1,114 @@
+"""From text to a model in Hugging Face, on a CPU, in a few minutes: what `make quickstart` runs.
+
+Each step is one command that anybody can type; this script prints it, runs it and stops at the first that fails. All that
+comes out lies in runs/quickstart/, which every run begins anew.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs
+PROMPT = "The statement"
+LOSS_SHARE = 0.7  # the last loss must be below this share of the first
+
+MODEL = "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
+MODEL += " --attention-dropout 0 --hidden-dropout 0"
+BATCH = "--micro-batch-size 8 --global-batch-size 16 --train-iters 500"
+OPTIM = "--lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 40 --weight-decay 0.1 --adam-beta2 0.95"
+PERIODS = "--log-interval 5 --eval-interval 100 --eval-iters 4 --save-interval 250"
+
+
+class StepError(Exception):
+    """A step failed; the message says which, and what it ran."""
+
+
+def run(title: str, *command: str, **environment: str) -> None:
+    """Print and run one command in ROOT. StepError when it exits with anything but 0."""
+    shown = " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)])
+    print(f"\n== {title}\n$ {shown}", flush=True)
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise StepError(f"{title} failed with exit status {done.returncode}; the command was\n  {shown}")
+    print(f"   ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def check_loss(metrics: Path) -> str:
+    """The first and the last training loss in words. StepError when training did not bring it down."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [r["lm_loss"] for r in records if "split" not in r and r.get("lm_loss") is not None]
+    if not losses:
+        raise StepError(f"{metrics} holds no training loss")
+    words = f"loss {losses[0]:.2f} -> {losses[-1]:.2f}"
+    if not losses[-1] <= LOSS_SHARE * losses[0]:  # also true for NaN
+        raise StepError(f"{words}: training did not bring it below {LOSS_SHARE:.0%} of the first")
+    return words
+
+
+def main() -> int:
+    started = time.monotonic()
+    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launch = [str(Path(python).with_name("torchrun"))] if torchrun.exists() else [python, "-m", "torch.distributed.run"]
+    corpus, tokenizer, data = (str(OUT / name) for name in ("corpus.jsonl", "tokenizer", "corpus"))
+    save, hf, curve = (str(OUT / name) for name in ("checkpoints", "hf", "loss.svg"))
+    metrics = f"{save}/metrics.jsonl"
+    with_tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+    shutil.rmtree(ROOT / OUT, ignore_errors=True)
+    (ROOT / OUT).mkdir(parents=True)
+    try:
+        run("corpus: text that comes with Python", python, "examples/quickstart/corpus.py", corpus)
+        run(
+            "tokenizer: byte-level BPE",
+            *(python, "tools/train_tokenizer.py", "--input", corpus, "--vocab-size", "2048", "--output", tokenizer),
+        )
+        run(
+            "indexed dataset",
+            *(python, "tools/preprocess_data.py", "--input", corpus, "--output-prefix", data),
+            *(*with_tokenizer, "--append-eod", "--workers", "2"),
+        )
+        run(
+            "training: tensor parallel 2 x data parallel 2, on 4 processes",
+            *(*launch, "--nproc_per_node", "4", "pretrain_gpt.py", "--tensor-model-parallel-size", "2"),
+            *(*shlex.split(f"{MODEL} {BATCH} {OPTIM} {PERIODS}"), *with_tokenizer),
+            *("--data-path", f"{data}_text_document", "--split", "90,5,5", "--save", save),
+            OMP_NUM_THREADS="1",
+        )
+        words = check_loss(ROOT / metrics)
+        run("loss curve", python, "tools/plot_metrics.py", metrics, "--output", curve, "--title", "Quickstart GPT")
+        run("export to Hugging Face", python, "tools/export_hf.py", "--load", save, "--output", hf)
+        run(
+            "text from the checkpoint",
+            *(python, "tools/generate.py", "--load", save, "--prompt", PROMPT),
+            *("--max-new-tokens", "60", "--temperature", "0.8", "--top-k", "40", "--seed", "1"),
+        )
+        run("text from transformers", python, "examples/quickstart/open_in_transformers.py", hf, "--prompt", PROMPT)
+    except StepError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    print(f"\nDone in {time.monotonic() - started:.0f} s: {words}. Made:")
+    made = {
+        corpus: "the text",
+        tokenizer: "its tokenizer",
+        f"{data}_text_document.bin": "the tokens, with .idx beside them",
+        save: "checkpoints and metrics.jsonl",
+        curve: "the loss curve",
+        hf: "the Hugging Face directory",
+    }
+    for path, what in made.items():
+        print(f"  {path:42} {what}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Cut a text into training and validation documents, and make the tokenizer whose tokens are its characters.
+
+    python examples/tiny_shakespeare_char/prepare.py input.txt runs/tiny_shakespeare_char
+
+Writes train.jsonl (the first 90 % of the characters), valid.jsonl (the rest) and tokenizer.json; ids follow the sorted
+characters.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+
+def character_tokenizer(text: str) -> Tokenizer:
+    """One token for each distinct character of `text`."""
+    vocabulary = {character: number for number, character in enumerate(sorted(set(text)))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="\x00"))  # not in it: an unseen character is an error
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="a plain text file in UTF-8")
+    parser.add_argument("output", type=Path, help="directory to write to")
+    arguments = parser.parse_args()
+    try:
+        text = arguments.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"error: cannot read {arguments.text}: {error}", file=sys.stderr)
+        return 2
+    cut = int(0.9 * len(text))
+    if not text[:cut]:
+        print(f"error: {arguments.text} is too short to be cut into two", file=sys.stderr)
+        return 2
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    character_tokenizer(text).save(str(arguments.output / "tokenizer.json"))
+    for name, part in (("train", text[:cut]), ("valid", text[cut:])):
+        (arguments.output / f"{name}.jsonl").write_text(json.dumps({"text": part}) + "\n", encoding="utf-8")
+        print(f"{arguments.output / name}.jsonl: {len(part):,} characters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What the documents say is so: their commands run, their links lead somewhere, their numbers are pyproject's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+DOCUMENTS += sorted(p for folder in ("examples", "benchmarks") for p in (ROOT / folder).rglob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return [body for tag, body in FENCE.findall(document.read_text(encoding="utf-8")) if tag == language]
+
+
+def commands(block: str) -> list[str]:
+    joined = block.replace("\\\n", " ")
+    return [" ".join(line.split()) for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+EVERY = [(d.relative_to(ROOT).as_posix(), b) for d in DOCUMENTS for b in blocks(d, "sh")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The repository as a fresh clone's user sees it, with nothing of theirs in it."""
+    for name in ("pretrain_gpt.py", "tools", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("document", "block"), EVERY, ids=[f"{d}-{i}" for i, (d, _) in enumerate(EVERY)])
+def test_shell_blocks_run(document: str, block: str, checkout: Path) -> None:
+    """Every `sh` block runs as it stands, except that `make` would run this suite again: its targets must exist."""
+    lines = commands(block)
+    made = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert set(made) <= make_targets()
+    if len(made) == len(lines):
+        return
+    programs = Path(sys.executable).parent
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=checkout,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{document}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_there_are_blocks_to_run() -> None:
+    readme = "\n".join(blocks(ROOT / "README.md", "sh"))
+    assert "pretrain_gpt.py" in readme
+    assert "make test" in readme
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    missing = [link for link in links if link and "://" not in link and not (document.parent / link).exists()]
+    assert not missing, missing
+
+
+def test_files_named_in_documents_exist() -> None:
+    """`a/b.py` in backquotes is a path of the repository, or of the package."""
+    wrong = []
+    for document in DOCUMENTS:
+        for name in re.findall(r"`([\w./]+/[\w.]+\.(?:py|toml|md|sh))`", document.read_text(encoding="utf-8")):
+            if not any((base / name).exists() for base in (ROOT, ROOT / "megatron", document.parent)):
+                wrong.append(f"{document.name}: {name}")
+    assert not wrong, wrong
+
+
+def test_versions_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Python {project['requires-python']} " in readme
+    (torch,) = (r for r in project["dependencies"] if r.startswith("torch"))
+    assert torch.replace("torch", "torch ", 1) in readme
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert f"pip install torch=={pins['torch']}" in readme
+    listed = [*project["dependencies"], *(r for e in project["optional-dependencies"].values() for r in e)]
+    direct = {re.split(r"[^\w-]", r)[0] for r in listed} - {project["name"]}
+    assert direct <= pins.keys(), f"constraints.txt lacks {direct - pins.keys()}"
+
+
+def test_the_tree_is_true() -> None:
+    """The tree in ARCHITECTURE.md names every file of the package and the tools, and no other."""
+    block = next(b for b in blocks(ROOT / "ARCHITECTURE.md", "") if "\nmegatron/" in b)
+    named: set[str] = set()
+    folders: list[str] = []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, _, about = line.strip().partition(" ")
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            assert about.strip(), f"{name} has no words"
+            named.add("".join(folders) + name)
+    here = {p.relative_to(ROOT).as_posix() for d in ("megatron", "tools") for p in (ROOT / d).rglob("*.py")}
+    here = {p for p in here if not p.endswith("__init__.py")} | {p.name for p in ROOT.glob("*.py")}
+    assert here - named == set(), "add these to the tree in ARCHITECTURE.md"
+    assert named - here == set(), "these are in the tree of ARCHITECTURE.md but not there"
+
+
+def test_every_tool_explains_itself() -> None:
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    command = {tool: [sys.executable, str(tool), "--help"] for tool in tools}
+    with ThreadPoolExecutor(4) as pool:
+        run = partial(subprocess.run, capture_output=True, text=True, cwd="/", check=False)
+        answers = dict(zip(tools, pool.map(run, command.values()), strict=True))
+    for tool, done in answers.items():
+        assert done.returncode == 0, f"{tool.name}: {done.stderr}"
+        assert "usage" in done.stdout.lower(), tool.name
+
+
+def test_scripts_are_sound() -> None:
+    scripts = [ROOT / ".ci" / "run", *(ROOT / "examples").rglob("*.sh")]
+    for script in scripts:
+        assert os.access(script, os.X_OK), f"{script} is not executable"
+        assert "set -euo pipefail" in script.read_text(encoding="utf-8"), script
+        subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert (
+        shutil.which("make") is None
+        or "pytest" in subprocess.run(["make", "-n", "test"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )

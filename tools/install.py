@@ -1,0 +1,128 @@
+"""Install the package and what its tests need: into a new environment, or what is missing into the Python at hand.
+
+    python3 tools/install.py --venv .venv      create the environment, install the versions of constraints.txt
+    python3 tools/install.py --venv system     the Python that runs this: add only what it lacks, never torch
+
+Runs before anything is installed, so it uses the standard library alone, and no syntax newer than its own version test.
+When nothing changed since the last time it returns at once.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST = (3, 11)
+
+
+class InstallError(Exception):
+    """What stands in the way, in words; exit 1."""
+
+
+def pip(python, *arguments):
+    """Run pip quietly; its own output is shown when it fails."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode:
+        raise InstallError("{}\n{}\n`{}` failed".format(done.stdout, done.stderr, " ".join(command)).strip())
+
+
+def has_pip(python):
+    """Whether `python` is there and can install; a half-made environment cannot."""
+    command = [str(python), "-m", "pip", "--version"]
+    return python.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def stamp_of(python_version):
+    """Changes whenever an installation would come out differently."""
+    digest = hashlib.sha256(f"{python_version} {ROOT}".encode())
+    for name in ("pyproject.toml", "constraints.txt", "tools/install.py"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def install_in_venv(venv):
+    """Create `venv` if need be and install everything into it."""
+    python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    stamp = venv / "megatron-installed"
+    wanted = stamp_of(sys.version)
+    if python.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return
+    if not has_pip(python):
+        say(f"creating {venv}")
+        done = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            advice = "cannot create an environment (on Debian and Ubuntu: install python3-venv)"
+            raise InstallError(f"{done.stdout}{done.stderr}\n{sys.executable} {advice}")
+    # torch first, at its exact version: a resolver that may choose takes a build of several gigabytes.
+    say("installing torch (the large download)")
+    pip(python, "install", "-c", "constraints.txt", "torch", "setuptools")
+    say("installing megatron and its other needs")
+    pip(python, "install", "-c", "constraints.txt", "-e", ".[dev]")
+    stamp.write_text(wanted)
+
+
+def name_of(requirement):
+    """The bare, normalised name of `tokenizers>=0.20`, `megatron[hf]`, …"""
+    name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def install_in_place():
+    """Add to the running Python what it lacks. Everything it has keeps its version."""
+    import tomllib  # neither is there in the old versions that main() has ruled out by now
+    from importlib import metadata
+
+    present = {name_of(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    if "torch" not in present:
+        raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave VENV= away")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *(r for group in extras.values() for r in group)]
+    missing = [r for r in listed if name_of(r) != project["name"] and name_of(r) not in present]
+    if missing:
+        say("installing " + ", ".join(sorted({name_of(r) for r in missing})))
+        pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
+        kept = [pin for pin in pins if name_of(pin) not in present]
+        kept += [f"{name}=={version}" for name, version in sorted(present.items()) if name != project["name"]]
+        with tempfile.TemporaryDirectory() as folder:
+            constraints = Path(folder) / "constraints.txt"
+            constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
+            pip(sys.executable, "install", "-c", constraints, *missing)
+    if project["name"] not in present:
+        say("installing megatron")
+        pip(sys.executable, "install", "--no-deps", "-e", ".")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", default=".venv", help="directory of the environment, or `system`")
+    venv = parser.parse_args().venv
+    if sys.version_info < OLDEST:
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(
+            f"error: Python 3.11 or newer is needed, {sys.executable} is {found}; name another: make PYTHON=python3.12 ...",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        if venv == "system":
+            install_in_place()
+        else:
+            install_in_venv(Path(venv) if Path(venv).is_absolute() else ROOT / venv)
+    except InstallError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

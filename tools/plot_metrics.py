@@ -1,0 +1,145 @@
+"""Draw the loss curve of a metrics file as SVG.
+
+    python tools/plot_metrics.py runs/quickstart/checkpoints/metrics.jsonl --output loss.svg
+
+Reads the JSON lines that training appends: lines with an `iteration` and an `lm_loss` are training, those with a `split` as
+well are evaluations. Needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from html import escape
+from pathlib import Path
+
+WIDTH, HEIGHT = 760, 440
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
+INK, FAINT, TRAIN, VALIDATION = "#1f2933", "#d9dee4", "#2b6cb0", "#d9480f"
+Points = list[tuple[float, float]]
+
+
+class MetricsError(Exception):
+    """The file cannot be drawn; the message says why."""
+
+
+def read(path: Path) -> tuple[Points, Points]:
+    """Training and validation points, (iteration, loss), each sorted by iteration.
+
+    A later line for the same iteration replaces the earlier one (a run that was resumed). MetricsError for a file that is
+    missing, not JSON lines, or without a single training loss.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+    train: dict[float, float] = {}
+    validation: dict[float, float] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise MetricsError(f"{path}:{number} is not a JSON object: {error.msg}") from error
+        if not isinstance(record, dict):
+            raise MetricsError(f"{path}:{number} is not a JSON object")
+        iteration, loss = record.get("iteration"), record.get("lm_loss")
+        if not isinstance(iteration, int | float) or not isinstance(loss, int | float) or not math.isfinite(loss):
+            continue
+        if "split" not in record:
+            train[iteration] = loss
+        elif record["split"] == "validation":
+            validation[iteration] = loss
+    if not train:
+        raise MetricsError(f"{path} holds no training loss (no line with `iteration` and `lm_loss`)")
+    return sorted(train.items()), sorted(validation.items())
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that lie in [low, high], about `about` of them."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def draw(train: Points, validation: Points, title: str) -> str:
+    """The curve as the text of an SVG file."""
+    everything = train + validation
+    x_low, x_high = 0.0, max(x for x, _ in everything)
+    y_low, y_high = min(y for _, y in everything), max(y for _, y in everything)
+    margin = 0.06 * (y_high - y_low) or 0.5
+    y_low, y_high = max(0.0, y_low - margin), y_high + margin
+
+    def at_x(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * ((x - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
+
+    def at_y(y: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_low) / (y_high - y_low)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{'M' if i == 0 else 'L'}{at_x(x):.1f} {at_y(y):.1f}" for i, (x, y) in enumerate(points))
+
+    def words(x: float, y: float, text: str, **attributes: str) -> str:
+        more = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in attributes.items())
+        return f'<text x="{x:.1f}" y="{y:.1f}" fill="{INK}"{more}>{escape(text)}</text>'
+
+    def line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+        return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"/>'
+
+    def dot(x: float, y: float, color: str) -> str:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>'
+
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="system-ui, sans-serif" font-size="12" role="img">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        words(LEFT, 26, title, font_size="15"),
+    ]
+    for y in ticks(y_low, y_high, 6):
+        out += [line(LEFT, at_y(y), right, at_y(y), FAINT), words(LEFT - 8, at_y(y) + 4, f"{y:g}", text_anchor="end")]
+    for x in ticks(x_low, x_high, 8):
+        out += [line(at_x(x), bottom, at_x(x), bottom + 5, INK), words(at_x(x), bottom + 20, f"{x:g}", text_anchor="middle")]
+    out.append(line(LEFT, bottom, right, bottom, INK))
+    out.append(words((LEFT + right) / 2, HEIGHT - 12, "iteration", text_anchor="middle"))
+    middle = (TOP + bottom) / 2
+    out.append(words(18, middle, "loss (nats per token)", text_anchor="middle", transform=f"rotate(-90 18 {middle:.1f})"))
+    curves = [("training", train, TRAIN, ""), ("validation", validation, VALIDATION, ' stroke-dasharray="5 3"')]
+    for row, (name, points, color, dashes) in enumerate(curve for curve in curves if curve[1]):
+        out.append(f'<path d="{path(points)}" fill="none" stroke="{color}" stroke-width="1.6"{dashes}/>')
+        if dashes or len(points) == 1:
+            out += [dot(at_x(x), at_y(y), color) for x, y in points]
+        y = TOP + 18 + 20 * row
+        out += [dot(right - 168, y - 4, color), words(right - 156, y, f"{name}, last {points[-1][1]:.3f}")]
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", type=Path, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=Path, required=True, help="SVG file to write")
+    parser.add_argument("--title", default="Loss", help="heading of the picture")
+    arguments = parser.parse_args()
+    try:
+        train, validation = read(arguments.metrics)
+        arguments.output.write_text(draw(train, validation, arguments.title), encoding="utf-8")
+    except MetricsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {arguments.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    print(f"{arguments.output}: {len(train)} training and {len(validation)} validation points")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
