@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron.mesh.host_memory import keep_freed_memory
 from megatron.mesh.place import Place
 
 
@@ -52,8 +53,10 @@ def job(place: Place, backend: str | None = None, timeout_minutes: float = 10.0)
     device, backend = choose(Place(place.rank, place.world_size) if shown_alone else place, backend, gpus)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+    else:
+        keep_freed_memory()
+        if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     ours = place.world_size > 1 and not dist.is_initialized()
     if ours:
         dist.init_process_group(

@@ -18,8 +18,9 @@ from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import VocabShard
 
-# Logits of one chunk: what stays in a CPU's cache (8 MB in fp32), and enough rows to fill a GPU (0.5 GB).
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 27}
+# Logits of one chunk: what stays in a CPU's cache (16 MB in fp32), and enough rows to fill a GPU (0.5 GB).
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+FEWEST_ROWS = 256  # below this the weight's gradient is read and written more often than it is worth
 
 
 def token_losses(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> tuple[Tensor, Tensor]:
@@ -54,26 +55,33 @@ class _HeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
+        room = x.new_empty(min(rows, x.shape[0]), shard.held)
         for first in range(0, x.shape[0], rows):
             chunk = slice(first, first + rows)
-            losses, grads = token_losses(x[chunk] @ weight.t(), labels[chunk], shard, tp)
+            logits = torch.mm(x[chunk], weight.t(), out=room[: x.shape[0] - first])
+            losses, grads = token_losses(logits, labels[chunk], shard, tp)
             total += losses @ mask[chunk]
             if grad_x is not None and grad_weight is not None:
-                grads = grads.mul_(mask[chunk].unsqueeze(-1)).to(x.dtype)
-                torch.mm(grads, weight, out=grad_x[chunk])
-                if x.dtype == torch.float32:
-                    grad_weight.addmm_(grads.t(), x[chunk])
+                # The mask's rows go to the narrow factors, which are much smaller than the logits' gradients.
+                grads, counts = grads.to(x.dtype), mask[chunk].unsqueeze(-1).to(x.dtype)
+                torch.mm(grads, weight, out=grad_x[chunk]).mul_(counts)
+                counted = x[chunk] * counts
+                if first == 0:
+                    grad_weight.copy_(grads.t() @ counted)
+                elif x.dtype == torch.float32:
+                    grad_weight.addmm_(grads.t(), counted)
                 else:  # the chunks' sum in fp32, their products in the compute dtype
-                    grad_weight += grads.t() @ x[chunk]
+                    grad_weight += grads.t() @ counted
         if grad_x is not None and grad_weight is not None:
             ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        # In place, since nobody else has them; autograd itself refuses a second backward over changed tensors.
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * above[0].to(grad_x.dtype), grad_weight * above[0].to(grad_weight.dtype), *[None] * 5
+        return grad_x.mul_(above[0]), grad_weight.mul_(above[0]), *[None] * 5
 
 
 def head_loss(
@@ -85,6 +93,6 @@ def head_loss(
     `[held, hidden]`, this rank's rows. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
     rows: tokens of a chunk, the same on every rank; default what suits the device.
     """
-    rows = rows or max(1, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
+    rows = rows or max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
     loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows)  # type: ignore[no-untyped-call]
     return loss
