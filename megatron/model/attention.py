@@ -13,7 +13,7 @@ from megatron.config.schema import ModelConfig
 from megatron.mesh.mesh import Axis
 from megatron.model.rotary import Rotary
 from megatron.parallel.linear import ColumnLinear, RowLinear
-from megatron.parallel.random import DropoutKeys, drop
+from megatron.parallel.random import DropoutKeys, drop, head_keys
 
 
 class Cache:
@@ -57,15 +57,15 @@ class Masks:
 class Attend(Protocol):
     """Core attention: softmax(q k^T / sqrt(d)) v on this rank's heads. The model is handed one."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, layer: int, heads: range) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
         """q: `[batch, heads, seq, head_dim]`; k, v: `[batch, groups, keys, head_dim]`; the result is like q.
 
-        layer and heads (global numbers) name the random numbers of the dropout.
+        heads: int32 `[heads]`, the keys of the dropout's random numbers.
         """
         ...
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, layer: int, heads: range) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
     """Each token sees itself and what came before; the queries are the last of the keys' positions."""
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -81,7 +81,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, layer: int, 
     allowed = masks.allowed if masks.allowed is not None else _causal(q.shape[2], k.shape[2], q.device)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-    return drop(weights, masks.keys.attention(layer, heads), masks.probability) @ v
+    return drop(weights, masks.keys.attention(heads), masks.probability) @ v
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -95,7 +95,9 @@ class Attention(nn.Module):
     key, its value. So a slice of rows is a number of whole groups, for any tensor-parallel size that divides them.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool, seed: int
+    ) -> None:
         super().__init__()
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         groups, self.head_dim = config.size("num_query_groups"), config.size("kv_channels")
@@ -104,7 +106,9 @@ class Attention(nn.Module):
         self.layer, self.attend = layer, attend
         self.groups, self.per_group = groups // tp.size, heads // groups
         local = self.groups * self.per_group
-        self.heads = range(tp.rank * local, (tp.rank + 1) * local)
+        self.heads = local
+        keys = head_keys(seed, layer, range(tp.rank * local, (tp.rank + 1) * local))
+        self.register_buffer("keys", keys, persistent=False)
         bias = config.add_bias_linear
         rows = (heads + 2 * groups) * self.head_dim
         self.qkv = ColumnLinear(hidden, rows, tp, bias=bias, sequence_parallel=sequence_parallel)
@@ -126,7 +130,7 @@ class Attention(nn.Module):
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [batch, heads, seq, head_dim]
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        y: Tensor = self.attend(q, k, v, masks, self.layer, self.heads)
-        y = y.permute(2, 0, 1, 3).reshape(seq, batch, len(self.heads) * self.head_dim)
+        y: Tensor = self.attend(q, k, v, masks, self.get_buffer("keys"))
+        y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)
         projected: Tensor = self.dense(y)
         return projected

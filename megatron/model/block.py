@@ -10,14 +10,22 @@ from megatron.model.attention import Attend, Attention, Cache, Masks
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
-from megatron.parallel.random import DropoutKeys, drop
+from megatron.parallel.random import DropoutKeys, drop, site_key
 
 
-def hidden_dropout(x: Tensor, keys: DropoutKeys | None, layer: int, site: str, probability: float) -> Tensor:
-    """Dropout of the residual stream; `keys` is None outside training."""
-    if keys is None or probability == 0.0:
-        return x
-    return drop(x, keys.features(layer, site, x.shape[-1]), probability)
+class HiddenDropout(nn.Module):
+    """Dropout of the residual stream at one place of the model."""
+
+    def __init__(self, seed: int, layer: int, site: str, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+        self.register_buffer("key", site_key(seed, layer, site), persistent=False)
+
+    def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
+        """keys: the random identity of x's tokens; None outside training."""
+        if keys is None or self.probability == 0.0:
+            return x
+        return drop(x, keys.features(self.get_buffer("key"), x.shape[-1]), self.probability)
 
 
 class Block(nn.Module):
@@ -26,23 +34,24 @@ class Block(nn.Module):
     apply_residual_connection_post_layernorm takes the residual from the norm's output, as the original BERT does.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool, seed: int
+    ) -> None:
         super().__init__()
-        self.layer, self.probability = layer, config.hidden_dropout
         self.residual_from_norm = config.apply_residual_connection_post_layernorm
         self.input_norm = Norm(config, sequence_parallel=sequence_parallel)
-        self.attention = Attention(config, layer, tp, attend, sequence_parallel=sequence_parallel)
+        self.attention = Attention(config, layer, tp, attend, sequence_parallel=sequence_parallel, seed=seed)
+        self.after_attention = HiddenDropout(seed, layer, "attention", config.hidden_dropout)
         self.mlp_norm = Norm(config, sequence_parallel=sequence_parallel)
         self.mlp = MLP(config, tp, sequence_parallel=sequence_parallel)
+        self.after_mlp = HiddenDropout(seed, layer, "mlp", config.hidden_dropout)
 
     def forward(
         self, x: Tensor, masks: Masks, keys: DropoutKeys | None, rotary: Rotary | None = None, cache: Cache | None = None
     ) -> Tensor:
         normed = self.input_norm(x)
         attended = self.attention(normed, masks, rotary, cache)
-        x = (normed if self.residual_from_norm else x) + self._drop(attended, keys, "attention")
+        x = (normed if self.residual_from_norm else x) + self.after_attention(attended, keys)
         normed = self.mlp_norm(x)
-        return (normed if self.residual_from_norm else x) + self._drop(self.mlp(normed), keys, "mlp")
-
-    def _drop(self, x: Tensor, keys: DropoutKeys | None, site: str) -> Tensor:
-        return hidden_dropout(x, keys, self.layer, site, self.probability)
+        y: Tensor = (normed if self.residual_from_norm else x) + self.after_mlp(self.mlp(normed), keys)
+        return y

@@ -14,7 +14,7 @@ from megatron.config.schema import ModelConfig
 from megatron.contract import Batch, Loss, StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.attention import Attend, Cache, Masks, causal_attention
-from megatron.model.block import Block, hidden_dropout
+from megatron.model.block import Block, HiddenDropout
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.collectives import copy_to, gather_from, gather_sum
@@ -28,10 +28,11 @@ from megatron.parallel.spec import describe, name_parameters
 class Embedding(nn.Module):
     """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word plus learned position, then dropout."""
 
-    def __init__(self, config: ModelConfig, shard: VocabShard, tp: Axis, *, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, shard: VocabShard, tp: Axis, *, sequence_parallel: bool, seed: int) -> None:
         super().__init__()
         hidden = config.size("hidden_size")
-        self.tp, self.sequence_parallel, self.probability = tp, sequence_parallel, config.hidden_dropout
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.dropout = HiddenDropout(seed, -1, "embedding", config.hidden_dropout)
         self.word = VocabEmbedding(shard, hidden, tp, sequence_parallel=sequence_parallel)
         self.position: nn.Module | None = None
         if config.position_embedding_type == "learned_absolute":
@@ -47,7 +48,8 @@ class Embedding(nn.Module):
             if self.sequence_parallel:  # each rank adds the positions of its own slice
                 seen = seen[local_columns(seen.shape[0], self.tp)]
             x = x + nn.functional.embedding(seen, self.position.get_parameter("weight"))
-        return hidden_dropout(x, keys, -1, "embedding", self.probability)
+        dropped: Tensor = self.dropout(x, keys)
+        return dropped
 
 
 class GPT(nn.Module):
@@ -76,9 +78,9 @@ class GPT(nn.Module):
         with torch.device(device):
             self.embedding = None
             if part.embedding:
-                self.embedding = Embedding(config, self.shard, tp, sequence_parallel=sequence_parallel)
+                self.embedding = Embedding(config, self.shard, tp, sequence_parallel=sequence_parallel, seed=seed)
             self.layers = nn.ModuleDict(
-                {str(i): Block(config, i, tp, attend, sequence_parallel=sequence_parallel) for i in part.layers}
+                {str(i): Block(config, i, tp, attend, sequence_parallel=sequence_parallel, seed=seed) for i in part.layers}
             )
             self.final_norm: Norm | None = None
             self.head: nn.Module | None = None

@@ -48,17 +48,29 @@ def _low32(x: Tensor) -> Tensor:
     return (x - ((x >> 31) << 32)).to(torch.int32)
 
 
+def site_key(seed: int, layer: int, site: str) -> Tensor:
+    """The key of one place of dropout in the residual stream, int32 scalar. A module holds it as a buffer, so that the
+    layers of a model differ in data and not in code, and are compiled once."""
+    return torch.tensor(_key(seed, "site", layer, site), dtype=torch.int32)
+
+
+def head_keys(seed: int, layer: int, heads: range) -> Tensor:
+    """The keys of a layer's attention heads, by their global numbers: int32 `[heads]`."""
+    return torch.tensor([_key(seed, "head", layer, head) for head in heads], dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class DropoutKeys:
-    """The random identity of each token of a micro-batch, from which every mask follows.
+    """The random identity of each token of a micro-batch, from which with a place's key every mask follows.
 
     whole: int32 `[seq, micro_batch]` for all positions. local: the slice this rank holds between the parallel layers,
-    `whole` itself without sequence parallelism.
+    `whole` itself without sequence parallelism. feature, weight: keys of the two kinds of mask.
     """
 
-    seed: int
     whole: Tensor
     local: Tensor
+    feature: int
+    weight: int
 
     @classmethod
     def of(cls, seed: int, samples: Tensor, columns: Tensor, local: slice) -> DropoutKeys:
@@ -67,22 +79,22 @@ class DropoutKeys:
         sample = _mix(low + _low32(samples >> 32))
         column = _mix(_low32(columns) ^ _key(seed, "column"))
         whole = _mix(sample.unsqueeze(0) + column.unsqueeze(1))
-        return cls(seed, whole, whole[local])
+        return cls(whole, whole[local], _key(seed, "feature"), _key(seed, "weight"))
 
-    def features(self, layer: int, site: str, width: int) -> Tensor:
-        """Uniform int32 `[seq_local, micro_batch, width]`: one number for each feature of each local token."""
-        rows = _mix(self.local ^ _key(self.seed, "site", layer, site))
-        return _mix(rows.unsqueeze(-1) + self._lane("feature", width))
+    def features(self, site: Tensor, width: int) -> Tensor:
+        """Uniform int32 `[seq_local, micro_batch, width]`: one number for each feature of each local token.
 
-    def attention(self, layer: int, heads: range) -> Tensor:
-        """Uniform int32 `[micro_batch, heads, seq, seq]`: one number for each attention weight of these global heads."""
-        keys = torch.tensor([_key(self.seed, "head", layer, h) for h in heads], dtype=torch.int32, device=self.whole.device)
-        rows = _mix(self.whole.t().unsqueeze(1) ^ keys.view(1, -1, 1))  # [micro_batch, heads, seq]
-        return _mix(rows.unsqueeze(-1) + self._lane("weight", self.whole.shape[0]))
+        site: of `site_key`.
+        """
+        return _mix(_mix(self.local ^ site).unsqueeze(-1) + self._lane(self.feature, width))
 
-    def _lane(self, kind: str, width: int) -> Tensor:
-        count = torch.arange(width, dtype=torch.int32, device=self.whole.device)
-        return _mix(count ^ _key(self.seed, kind))
+    def attention(self, heads: Tensor) -> Tensor:
+        """Uniform int32 `[micro_batch, heads, seq, seq]`: one number for each attention weight. heads: of `head_keys`."""
+        rows = _mix(self.whole.t().unsqueeze(1) ^ heads.view(1, -1, 1))  # [micro_batch, heads, seq]
+        return _mix(rows.unsqueeze(-1) + self._lane(self.weight, self.whole.shape[0]))
+
+    def _lane(self, key: int, width: int) -> Tensor:
+        return _mix(torch.arange(width, dtype=torch.int32, device=self.whole.device) ^ key)
 
 
 def drop(x: Tensor, numbers: Tensor, probability: float) -> Tensor:

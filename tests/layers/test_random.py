@@ -14,7 +14,7 @@ from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
-from megatron.parallel.random import DropoutKeys, derive_seed, drop
+from megatron.parallel.random import DropoutKeys, derive_seed, drop, head_keys, site_key
 from megatron.parallel.spec import spec_of
 
 
@@ -22,17 +22,21 @@ def keys(samples=(3, 4, 2**40 + 3), seq: int = 64, local: slice = slice(None), s
     return DropoutKeys.of(seed, torch.tensor(samples), torch.arange(seq), local)
 
 
+def numbers_at(layer: int, site: str) -> torch.Tensor:
+    return keys().features(site_key(1, layer, site), 256)
+
+
 def test_masks_are_uniform_and_independent():
-    numbers = keys().features(5, "mlp", 256).double() / 2**32  # in [-1/2, 1/2)
+    numbers = numbers_at(5, "mlp").double() / 2**32  # in [-1/2, 1/2)
     count = numbers.numel()
     assert abs(numbers.mean()) < 4 / math.sqrt(12 * count)
     assert abs(numbers.var() - 1 / 12) < 0.001
     assert numbers.unique().numel() > 0.99 * count
     others = {
-        "layer": keys().features(6, "mlp", 256),
-        "site": keys().features(5, "attention", 256),
-        "seed": keys(seed=2).features(5, "mlp", 256),
-        "sample": keys(samples=(7, 8, 9)).features(5, "mlp", 256),
+        "layer": numbers_at(6, "mlp"),
+        "site": numbers_at(5, "attention"),
+        "seed": keys(seed=2).features(site_key(2, 5, "mlp"), 256),
+        "sample": keys(samples=(7, 8, 9)).features(site_key(1, 5, "mlp"), 256),
     }
     for name, other in others.items():
         correlation = torch.corrcoef(torch.stack([numbers.flatten(), other.double().flatten() / 2**32]))[0, 1]
@@ -45,7 +49,7 @@ def test_masks_are_uniform_and_independent():
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
 def test_drop_keeps_the_mean(probability):
     x = torch.ones(64, 3, 256, requires_grad=True)
-    y = drop(x, keys().features(0, "mlp", 256), probability)
+    y = drop(x, numbers_at(0, "mlp"), probability)
     assert abs((y == 0).double().mean() - probability) < 0.01
     assert abs(y.mean() - 1) < 0.03
     y.sum().backward()
@@ -54,16 +58,16 @@ def test_drop_keeps_the_mean(probability):
 
 def test_any_piece_of_a_mask_is_that_piece_of_the_whole():
     whole = keys()
-    shard = keys(local=slice(16, 32))
-    assert torch.equal(shard.features(2, "mlp", 32), whole.features(2, "mlp", 32)[16:32])
-    assert torch.equal(whole.attention(2, range(2, 4)), whole.attention(2, range(8))[:, 2:4])
+    shard, site = keys(local=slice(16, 32)), site_key(1, 2, "mlp")
+    assert torch.equal(shard.features(site, 32), whole.features(site, 32)[16:32])
+    assert torch.equal(whole.attention(head_keys(1, 2, range(2, 4))), whole.attention(head_keys(1, 2, range(8)))[:, 2:4])
     one = keys(samples=(4,))  # another micro-batch that holds the second sample
-    assert torch.equal(one.features(2, "mlp", 32)[:, 0], whole.features(2, "mlp", 32)[:, 1])
+    assert torch.equal(one.features(site, 32)[:, 0], whole.features(site, 32)[:, 1])
 
 
 def test_large_sample_numbers_are_told_apart():
     """Samples 3 and 2^40 + 3 share their low 32 bits."""
-    numbers = keys().features(0, "mlp", 64)
+    numbers = numbers_at(0, "mlp")
     assert not torch.equal(numbers[:, 0], numbers[:, 2])
 
 
