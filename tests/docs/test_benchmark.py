@@ -1,13 +1,22 @@
-"""The benchmark compares like with like: at one small size, every contender learns the same text at the same pace."""
+"""The benchmark compares like with like: at one small size, every contender learns the same text at the same pace.
+
+What is said of its processes is said of the real ones: who has no turn computes nothing, and a failure ends them all.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from ranks import on_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -17,33 +26,105 @@ from cases import CASES, Case, Dims
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
-from megatron.mesh.launch import job
-from megatron.mesh.place import Place
 from megatron.model.size import flops_per_token
 
 TINY = Dims(layers=2, width=32, heads=4, seq=16, vocab=96, micro_batch=4)
+SMALL = replace(CASES["small"], dims=TINY, steps=6, threads=1)
 
 
-def losses_of(case: Case) -> dict[str, list[float]]:
-    """The losses of one round of six steps, on this rank."""
-    place = Place.of(os.environ) if case.ranks > 1 else Place()
-    with job(place) as started:
-        steps = {name: benchmark.CONTENDERS[name](case, started) for name in case.contenders}
-        found = benchmark.take_turns(case, steps, 2, started)
-    losses: dict[str, list[float]] = found["losses"]
-    assert all(speed > 0 for speeds in found["tokens_per_second"].values() for speed in speeds)
-    return losses
+def check_equal_work(losses: dict[str, list[float]]) -> None:
+    """Of each contender: the loss of its first step and of its last."""
+    for contender, (first, *_, last) in losses.items():
+        assert first == pytest.approx(4.56, abs=0.1), f"{contender} does not begin at ln 96"
+        assert last < first - 0.002, f"{contender} does not learn"
+        assert last - first == pytest.approx(losses["ours"][-1] - losses["ours"][0], rel=0.5), contender
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.device == "cpu" and name != "gpt2"])
+def losses_here(case: Case, contender: str) -> list[float]:
+    """Twelve steps of a contender on this rank, whose process group is there already and stays."""
+    place = {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": str(case.ranks)}
+    there, stays = patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group")
+    with patch.dict(os.environ, place), there, stays, benchmark.CONTENDERS[contender](case) as step:
+        text = benchmark.text_of(case, dist.get_rank())
+        return [benchmark.turn(step, text, steps, "cpu").loss for steps in (1, 6, 6)]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.device == "cpu" and case.ranks > 1])
 def test_contenders_do_equal_work(name: str) -> None:
-    case = replace(CASES[name], dims=TINY, steps=6)
-    losses = losses_of(case) if case.ranks == 1 else on_ranks(case.ranks, losses_of, case)[0]
-    assert set(losses) == set(case.contenders)
-    for contender, values in losses.items():
-        assert values[0] == pytest.approx(4.56, abs=0.1), f"{contender} does not begin at ln 96"
-        assert values[-1] < values[0] - 0.002, f"{contender} does not learn"
-        assert values[-1] - values[0] == pytest.approx(losses["ours"][-1] - losses["ours"][0], rel=0.5), contender
+    case = replace(CASES[name], dims=TINY)
+    check_equal_work({contender: on_ranks(case.ranks, losses_here, case, contender)[0] for contender in case.contenders})
+
+
+def stat(process: Path) -> list[str]:
+    """proc(5)'s fields of a process from the third on: its state."""
+    return (process / "stat").read_text().rpartition(")")[2].split()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has used, all its threads together."""
+    fields = stat(Path(f"/proc/{pid}"))
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def running_in(session: int) -> list[str]:
+    """Processes of a session, without the dead that nobody has asked about."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile
+            fields = stat(process)
+            if int(fields[3]) == session and fields[0] != "Z":
+                found.append(process.name)
+    return found
+
+
+def test_one_contender_works_at_a_time() -> None:
+    with benchmark.Contest(SMALL) as contest:
+        losses = {contender: [contest.warm_up(contender).loss] for contender in SMALL.contenders}
+        used: dict[tuple[str, str], float] = {}
+        for active in SMALL.contenders:
+            before = {rank.contender: cpu_seconds(rank.process.pid) for rank in contest.ranks}
+            for _ in range(8):
+                answer = contest.turn(active)
+                assert 0 < answer.seconds < 60
+                losses[active].append(answer.loss)
+            used |= {(active, r.contender): cpu_seconds(r.process.pid) - before[r.contender] for r in contest.ranks}
+    assert set(losses) == {"ours", "transformers-stock", "transformers", "plain-torch"}
+    check_equal_work(losses)
+    for (active, contender), seconds in used.items():
+        assert seconds >= 0.05 if contender == active else seconds <= 0.02, f"{contender} used {seconds} s in {active}'s turns"
+    assert [rank.process.exitcode for rank in contest.ranks] == [0] * 4
+
+
+def test_an_error_ends_the_contest_in_its_own_words() -> None:
+    torn = replace(SMALL, contenders=("plain-torch",), dims=replace(TINY, heads=5))
+    with pytest.raises(benchmark.Failure, match=r"(?s)rank 0 of plain-torch failed\nTraceback.*RuntimeError.*unflatten"):
+        benchmark.take_turns(torn, 1)
+
+
+def test_a_dead_rank_ends_the_contest() -> None:
+    case = replace(CASES["dp2"], dims=TINY, contenders=("ours-ddp",))
+    contest = benchmark.Contest(case)
+    with pytest.raises(benchmark.Failure, match=r"rank [01] of ours-ddp (ended .* exit code -9|failed)"), contest:
+        contest.warm_up("ours-ddp")
+        contest.ranks[1].process.kill()
+        contest.turn("ours-ddp")
+    assert all(rank.process.exitcode == -signal.SIGKILL for rank in contest.ranks)
+
+
+def test_an_interrupt_leaves_no_process_behind() -> None:
+    command = [sys.executable, benchmark.__file__, "--cases", "small"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as conductor:
+        children = Path(f"/proc/{conductor.pid}/task/{conductor.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(children.read_text().split()) < 5 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(running_in(conductor.pid)) >= 5, "no contender was started"
+        os.killpg(conductor.pid, signal.SIGINT)  # to all of them, as a terminal does
+        _, said = conductor.communicate(timeout=60)
+    assert (conductor.returncode, said) == (130, "error: interrupted\n")
+    while (left := running_in(conductor.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)  # multiprocessing's tracker of resources ends a moment after the conductor
+    assert not left
 
 
 def test_the_table_names_ratios_and_losses() -> None:
