@@ -1,14 +1,17 @@
-"""The other side of each comparison, each as its own users would write it and with its fast options on.
+"""The other side of each comparison, each as its own users would write it.
 
-Everybody trains the same dimensions with AdamW (fused), gradient clipping at 1.0 and no dropout. On a GPU the weights are
-fp32 under bf16 autocast and the model is compiled. A contender is a function `step(tokens, labels) -> loss` that does one
-whole optimizer step; tokens and labels are int64 `[micro_batch, seq]` of this rank.
+Everybody trains the same dimensions with AdamW, gradient clipping at 1.0 and no dropout. All but the stock one have their
+fast options on: fused AdamW, and on a GPU fp32 weights under bf16 autocast, compiled. A contender sets up its process and
+gives a function `step(tokens, labels) -> loss` that does one whole optimizer step; tokens and labels are int64
+`[micro_batch, seq]` of this rank.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +21,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron.mesh.launch import Job
-
 Step = Callable[[Tensor, Tensor], float]
+Contender = Callable[[Case], AbstractContextManager[Step]]
 LR = 1e-4
 CLIP = 1.0
+
+
+@contextmanager
+def process(case: Case) -> Iterator[torch.device]:
+    """torch set up as a script under torchrun does it; gives the device. Nothing of this framework, so nothing it tunes."""
+    gpu = case.device == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(case.threads)
+    if case.ranks > 1:
+        dist.init_process_group("nccl" if gpu else "gloo")
+    yield device
+    if case.ranks > 1:
+        dist.destroy_process_group()
 
 
 def training_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, bf16: bool) -> Step:
@@ -50,8 +67,8 @@ def training_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
     return step
 
 
-def transformers_model(dims: Dims) -> nn.Module:
-    """Hugging Face's GPT2LMHeadModel, on torch's scaled_dot_product_attention."""
+def transformers_model(dims: Dims, **options: Any) -> nn.Module:
+    """Hugging Face's GPT2LMHeadModel without dropout, else with its defaults unless `options` of its config say otherwise."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
@@ -66,23 +83,39 @@ def transformers_model(dims: Dims) -> nn.Module:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="sdpa",
+        **options,
     )
     model: nn.Module = GPT2LMHeadModel(config)
     return model.train()
 
 
-def transformers(case: Case, job: Job, *, ddp: bool = False) -> Step:
-    """GPT2LMHeadModel with its own loss; `ddp` wraps it in DistributedDataParallel. It shifts the labels itself."""
-    model = transformers_model(case.dims).to(job.device)
-    on_gpu = job.device.type == "cuda"
-    called: nn.Module = DistributedDataParallel(model) if ddp else model
-    if on_gpu:
-        called = torch.compile(called)  # type: ignore[assignment]
-    return training_step(model, lambda tokens, _: called(input_ids=tokens, labels=tokens).loss, bf16=on_gpu)
+@contextmanager
+def transformers_stock(case: Case) -> Iterator[Step]:
+    """GPT2LMHeadModel as it comes, in the loop that most people write, in fp32. It shifts the labels itself."""
+    with process(case) as device:
+        model = transformers_model(case.dims).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+
+        def step(tokens: Tensor, _: Tensor) -> float:
+            optimizer.zero_grad()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            return float(loss.detach())
+
+        yield step
+
+
+@contextmanager
+def transformers(case: Case, *, ddp: bool = False) -> Iterator[Step]:
+    """GPT2LMHeadModel with its fast options; `ddp` wraps it in DistributedDataParallel. It shifts the labels itself."""
+    with process(case) as device:
+        model = transformers_model(case.dims, use_cache=False, attn_implementation="sdpa").to(device)
+        called: nn.Module = DistributedDataParallel(model) if ddp else model
+        if device.type == "cuda":
+            called = torch.compile(called)  # type: ignore[assignment]
+        yield training_step(model, lambda tokens, _: called(input_ids=tokens, labels=tokens).loss, bf16=device.type == "cuda")
 
 
 class PlainAttention(nn.Module):
@@ -153,16 +186,18 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
 
 
-def plain(case: Case, job: Job) -> Step:
+@contextmanager
+def plain(case: Case) -> Iterator[Step]:
     """A plain torch loop: the bar that any framework should reach."""
-    model = PlainGPT(case.dims).to(job.device)
-    on_gpu = job.device.type == "cuda"
-    called: nn.Module = torch.compile(model) if on_gpu else model  # type: ignore[assignment]
-    return training_step(model, called, bf16=on_gpu)
+    with process(case) as device:
+        model = PlainGPT(case.dims).to(device)
+        on_gpu = device.type == "cuda"
+        called: nn.Module = torch.compile(model) if on_gpu else model  # type: ignore[assignment]
+        yield training_step(model, called, bf16=on_gpu)
 
 
-def dtensor(case: Case, job: Job) -> Step:
-    """PlainGPT cut by torch's own tensor parallelism, with its vocabulary-parallel embedding and loss."""
+def parallelized(case: Case, device: torch.device) -> PlainGPT:
+    """PlainGPT cut by torch's own tensor parallelism, with its vocabulary-parallel embedding; the logits stay cut."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -171,12 +206,11 @@ def dtensor(case: Case, job: Job) -> Step:
         PrepareModuleOutput,
         RowwiseParallel,
         SequenceParallel,
-        loss_parallel,
         parallelize_module,
     )
 
-    mesh = init_device_mesh(job.device.type, (case.tp,))
-    model = PlainGPT(case.dims).to(job.device)
+    mesh = init_device_mesh(device.type, (case.tp,))
+    model = PlainGPT(case.dims).to(device)
     for parameter in model.parameters():  # every rank starts from rank 0's weights
         dist.broadcast(parameter.data, 0)
     between = Shard(1) if case.sequence_parallel else Replicate()  # of the activations between the parallel layers
@@ -198,15 +232,25 @@ def dtensor(case: Case, job: Job) -> Step:
     }
     parallelize_module(model, mesh, {**outer, **enter})
     model.tie()
+    return model
 
-    def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = model(tokens, labels)
-        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
-    step = training_step(model, loss_of, bf16=False)
+@contextmanager
+def dtensor(case: Case) -> Iterator[Step]:
+    """torch's own tensor parallelism, with its vocabulary-parallel loss."""
+    from torch.distributed.tensor.parallel import loss_parallel
 
-    def parallel_step(tokens: Tensor, labels: Tensor) -> float:
-        with loss_parallel():
-            return step(tokens, labels)
+    with process(case) as device:
+        model = parallelized(case, device)
 
-    return parallel_step
+        def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+            loss: Tensor = model(tokens, labels)
+            return loss.full_tensor() if isinstance(loss, DTensor) else loss
+
+        step = training_step(model, loss_of, bf16=False)
+
+        def parallel_step(tokens: Tensor, labels: Tensor) -> float:
+            with loss_parallel():
+                return step(tokens, labels)
+
+        yield parallel_step

@@ -27,7 +27,7 @@ class Dims:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: every contender trains the same dimensions, in the same processes, in turns."""
+    """One comparison: every contender trains the same dimensions, in processes of its own, in turns."""
 
     title: str
     dims: Dims
@@ -49,7 +49,7 @@ class Case:
 
 
 SMALL = Dims(layers=4, width=256, heads=8, seq=256, vocab=8192, micro_batch=4)
-ONE = ("ours", "transformers", "plain-torch")
+ONE = ("ours", "transformers-stock", "transformers", "plain-torch")
 GPU = ("ours", "transformers")
 
 CASES = {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from baselines import CLIP, LR, Step, training_step
 from cases import Case, Dims
@@ -11,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, OptimConfig, PrecisionConfig, RunConfig
 from megatron.contract import Batch, StagePart
-from megatron.mesh.launch import Job
+from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Axis
+from megatron.mesh.place import Place
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.train.run import build
@@ -53,10 +58,20 @@ def config_of(case: Case) -> RunConfig:
     return resolve(config, case.ranks)
 
 
-def ours(case: Case, job: Job) -> Step:
+@contextmanager
+def process(case: Case) -> Iterator[Job]:
+    """A process as the entry script sets it up."""
+    with job(Place.of(os.environ)) as started:
+        torch.set_num_threads(case.threads)
+        yield started
+
+
+@contextmanager
+def ours(case: Case) -> Iterator[Step]:
     """The framework whole: its mesh, model, executor and optimizer."""
-    run = build(config_of(case), job)
-    return lambda tokens, labels: run.step([batch_of(tokens, labels)], run.state).lm_loss
+    with process(case) as started:
+        run = build(config_of(case), started)
+        yield lambda tokens, labels: run.step([batch_of(tokens, labels)], run.state).lm_loss
 
 
 class MeanLoss(nn.Module):
@@ -73,7 +88,9 @@ class MeanLoss(nn.Module):
         return mean
 
 
-def ours_in_ddp(case: Case, job: Job) -> Step:
+@contextmanager
+def ours_in_ddp(case: Case) -> Iterator[Step]:
     """Our model with torch's DistributedDataParallel and AdamW."""
-    model = DistributedDataParallel(MeanLoss(case.dims, config_of(case).model).to(job.device))
-    return training_step(model, model, bf16=False)
+    with process(case) as started:
+        model = DistributedDataParallel(MeanLoss(case.dims, config_of(case).model).to(started.device))
+        yield training_step(model, model, bf16=False)

@@ -3,24 +3,29 @@
     python benchmarks/train.py                                   all cases of the device at hand
     python benchmarks/train.py --cases small dp2 --rounds 9 --json results.json
 
-All contenders of a case live in the same processes and take turns, round by round, so that a slow minute of the machine
-falls on all of them. A figure is the median over rounds, a ratio the median of the ratios within each round; the ranges are
-the smallest and the largest. Every contender's loss is printed too: equal work must bring equal losses.
+Every contender of a case has processes of its own, so that none gets what another sets up for itself. They take turns, round
+by round, so that a slow minute of the machine falls on all of them; who has no turn waits and computes nothing. A figure is
+the median over rounds, a ratio the median of the ratios within each round; the ranges are the smallest and the largest. Every
+contender's loss is printed too: equal work must bring equal losses.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing as mp
 import os
+import signal
 import socket
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+import traceback
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +33,14 @@ import baselines
 import ours
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases import CASES, Case
 
-from megatron.mesh.launch import Job, job
-from megatron.mesh.place import Place
 from megatron.train.report import peak_tflops
 
-CONTENDERS: dict[str, Callable[[Case, Job], baselines.Step]] = {
+CONTENDERS: dict[str, baselines.Contender] = {
     "ours": ours.ours,
     "ours-ddp": ours.ours_in_ddp,
+    "transformers-stock": baselines.transformers_stock,
     "transformers": baselines.transformers,
     "transformers-ddp": partial(baselines.transformers, ddp=True),
     "plain-torch": baselines.plain,
@@ -45,61 +48,154 @@ CONTENDERS: dict[str, Callable[[Case, Job], baselines.Step]] = {
 }
 
 
-def settle(device: torch.device) -> None:
+@dataclass(frozen=True)
+class Answer:
+    """What a rank says after a turn: seconds of the whole turn, loss of its last step; or an error and nothing else."""
+
+    seconds: float = 0.0
+    loss: float = 0.0
+    error: str = ""
+
+
+class Failure(Exception):
+    """A rank of a contender failed; says which one and how."""
+
+
+def settle(device: str) -> None:
     """Wait until all work of all ranks is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
     if dist.is_initialized():
         dist.barrier()
 
 
-def measure(rank: int, name: str, rounds: int, port: int, output: str) -> None:
-    """One rank of one case; rank 0 writes what was measured."""
-    case = CASES[name]
+def text_of(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of a rank. Tensor-parallel ranks share their data, data-parallel ranks do not."""
+    dims, draw = case.dims, torch.Generator().manual_seed(rank // case.tp)
+    text = torch.randint(dims.vocab, (dims.micro_batch, dims.seq + 1), generator=draw).to(case.device)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: int, device: str) -> Answer:
+    """Several optimizer steps on the same text, timed."""
+    settle(device)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        loss = step(*text)
+    settle(device)
+    return Answer(time.perf_counter() - begun, loss)
+
+
+def serve(contender: str, case: Case, rank: int, pipe: Connection) -> None:
+    """One rank of one contender: the first message is a port and asks to build and warm up, each True asks for a turn."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with job(Place.of(os.environ)) as started:
-        torch.set_num_threads(case.threads)
-        torch.manual_seed(1234)
-        steps = {contender: CONTENDERS[contender](case, started) for contender in case.contenders}
-        result = take_turns(case, steps, rounds, started)
-        if rank == 0:
-            Path(output).write_text(json.dumps(result), encoding="utf-8")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(pipe.recv()))
+    with ExitStack() as stack:
+        try:
+            torch.manual_seed(1234)
+            step = stack.enter_context(CONTENDERS[contender](case))
+            text = text_of(case, rank)
+            pipe.send(turn(step, text, 1, case.device))
+            while pipe.recv():
+                pipe.send(turn(step, text, case.steps, case.device))
+        except (Exception, SystemExit) as error:
+            # Said before the process group is left, since that makes the other ranks fail too.
+            pipe.send(Answer(error="".join(traceback.format_exception(error))))
 
 
-def take_turns(case: Case, steps: dict[str, baselines.Step], rounds: int, started: Job) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Rank:
+    """A rank as the conductor sees it."""
+
+    contender: str
+    rank: int
+    process: BaseProcess
+    pipe: Connection
+
+    def tell(self, message: object) -> None:
+        with suppress(BrokenPipeError):  # it ended before its time, and whoever waits for its answer finds out
+            self.pipe.send(message)
+
+
+class Contest:
+    """The processes of one case. Leaving it ends them: in peace after the last turn, by force after an exception."""
+
+    def __init__(self, case: Case) -> None:
+        self.ranks: list[Rank] = []
+        context = mp.get_context("spawn")
+        # Ctrl-C reaches every process of a terminal. Those here inherit that they ignore it: the conductor ends them.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for contender in case.contenders:
+                for rank in range(case.ranks):
+                    here, there = context.Pipe()
+                    process = context.Process(target=serve, args=(contender, case, rank, there), daemon=True)
+                    process.start()
+                    there.close()
+                    self.ranks.append(Rank(contender, rank, process, here))
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __enter__(self) -> Contest:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for rank in self.ranks:
+            if kind is None:
+                rank.tell(False)
+            else:
+                rank.process.kill()
+        for rank in self.ranks:
+            rank.process.join(30)
+            rank.process.kill()
+            rank.process.join()
+
+    def warm_up(self, contender: str) -> Answer:
+        """Build the contender and do one step, while no other works: compilation times candidates too."""
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port: int = listener.getsockname()[1]
+        return self.ask(contender, port)
+
+    def turn(self, contender: str) -> Answer:
+        """One turn, from the first rank's start to the last rank's end. Raises Failure when any rank of anybody fails."""
+        return self.ask(contender, True)
+
+    def ask(self, contender: str, message: object) -> Answer:
+        asked = [rank for rank in self.ranks if rank.contender == contender]
+        for rank in asked:
+            rank.tell(message)
+        answers: dict[int, Answer] = {}
+        by_pipe = {rank.pipe: rank for rank in self.ranks}
+        while len(answers) < len(asked):
+            for rank in [by_pipe[pipe] for pipe in wait(list(by_pipe)) if isinstance(pipe, Connection)]:
+                who = f"rank {rank.rank} of {rank.contender}"
+                try:
+                    answer: Answer = rank.pipe.recv()
+                except (EOFError, OSError):
+                    rank.process.join(5)
+                    raise Failure(f"{who} ended without an answer, exit code {rank.process.exitcode}") from None
+                if answer.error:
+                    raise Failure(f"{who} failed\n{answer.error}")
+                answers[rank.rank] = answer
+        return answers[0]
+
+
+def take_turns(case: Case, rounds: int) -> dict[str, Any]:
     """Tokens per second over all ranks, and the loss, of every contender in every round."""
-    device, dims = started.device, case.dims
-    # Tensor-parallel ranks share their data, data-parallel ranks do not.
-    draw = torch.Generator().manual_seed(started.place.rank // case.tp)
-    text = torch.randint(dims.vocab, (dims.micro_batch, dims.seq + 1), generator=draw).to(device)
-    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].contiguous()
-    losses = {contender: [step(tokens, labels)] for contender, step in steps.items()}  # also the warm-up, and compilation
-    speeds: dict[str, list[float]] = {contender: [] for contender in steps}
-    order = list(steps)
-    for turn in range(rounds):
-        for contender in order[turn % len(order) :] + order[: turn % len(order)]:
-            settle(device)
-            begun = time.perf_counter()
-            for _ in range(case.steps):
-                loss = steps[contender](tokens, labels)
-            settle(device)
-            speeds[contender].append(case.steps * case.tokens_per_step / (time.perf_counter() - begun))
-            losses[contender].append(loss)
+    order = list(case.contenders)
+    speeds: dict[str, list[float]] = {contender: [] for contender in order}
+    with Contest(case) as contest:
+        losses = {contender: [contest.warm_up(contender).loss] for contender in order}
+        for first in range(rounds):
+            first %= len(order)
+            for contender in order[first:] + order[:first]:
+                answer = contest.turn(contender)
+                speeds[contender].append(case.steps * case.tokens_per_step / answer.seconds)
+                losses[contender].append(answer.loss)
+    device = torch.device(case.device)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {case.threads} thread(s) a rank"
     return {"chip": chip, "peak_tflops": peak_tflops(device, None), "tokens_per_second": speeds, "losses": losses}
-
-
-def run_case(name: str, rounds: int) -> dict[str, Any]:
-    """Measure one case in fresh processes."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        mp.spawn(measure, args=(name, rounds, port, str(output)), nprocs=CASES[name].ranks)
-        result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
-    return {"case": name, **asdict(CASES[name]), **result}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -111,11 +207,11 @@ def table(result: dict[str, Any]) -> str:
     case, speeds = CASES[result["case"]], result["tokens_per_second"]
     peak = result["peak_tflops"]
     lines = [f"{result['case']}: {case.title} ({result['chip']})"]
-    lines.append(f"  {'':18}{'tokens/s':>10}  {'range':>19}   {'ours is':>8}  {'range':>13}   {'loss':>15}")
+    lines.append(f"  {'':20}{'tokens/s':>10}  {'range':>19}   {'ours is':>8}  {'range':>13}   {'loss':>15}")
     for name, values in speeds.items():
         middle, low, high = spread(values)
         first, last = result["losses"][name][0], result["losses"][name][-1]
-        line = f"  {name:18}{middle:10,.0f}  {f'{low:,.0f} - {high:,.0f}':>19}"
+        line = f"  {name:20}{middle:10,.0f}  {f'{low:,.0f} - {high:,.0f}':>19}"
         if name == "ours":
             line += " " * 27
         else:
@@ -143,9 +239,18 @@ def main() -> int:
     elsewhere = [name for name in arguments.cases if CASES[name].device == "cuda" and device != "cuda"]
     if elsewhere:
         parser.error(f"these cases need a GPU, and torch sees none: {' '.join(elsewhere)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
     results = []
     for name in arguments.cases:
-        results.append(run_case(name, arguments.rounds))
+        try:
+            measured = take_turns(CASES[name], arguments.rounds)
+        except Failure as failure:
+            print(f"error: case {name}: {failure}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            return 130
+        results.append({"case": name, **asdict(CASES[name]), **measured})
         print(table(results[-1]) + "\n", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
