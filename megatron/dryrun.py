@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config.batch_size import micro_batches, ramp_sizes
+from megatron.config.batch_size import micro_batch_count, ramp_sizes
 from megatron.config.cli import Parsed, explain
 from megatron.config.compare import different_model
 from megatron.config.errors import ConfigError, Problem
@@ -157,7 +157,7 @@ def _batches(config: RunConfig, grid: Grid, vocab: int) -> Iterator[str]:
     if len(sizes) > 1:
         shown = ", ".join(map(str, sizes[:6])) + (", ..." if len(sizes) > 6 else "")
         yield f"global batch grows over {batch.rampup_batch_size[2]:,} samples: {shown} to {full}"
-    count = micro_batches(batch, grid.dp, 0)
+    count = micro_batch_count(batch, grid.dp, 0)
     final = full // ((batch.micro_batch_size or 1) * grid.dp)
     yield f"global batch {full} = micro-batch {batch.micro_batch_size} x {final} micro-batches x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:

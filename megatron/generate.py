@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,27 +30,52 @@ class Sampling:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0.0:
-            raise ValueError(f"--temperature {self.temperature} is negative; legal: 0 (greedy) and above")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise ValueError(f"--temperature {self.temperature} is no temperature; legal: 0 (greedy) and above, finite")
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k} is negative; legal: 0 (all) and above")
         if not 0.0 <= self.top_p <= 1.0:
             raise ValueError(f"--top-p {self.top_p} is no probability; legal: 0 to 1")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token from fp32 logits `[vocab]`; on the CPU, so that a seed gives the same text on every device."""
-        logits = logits.float().cpu()
+        """The next token from logits `[vocab]`; on the CPU, so that a seed gives the same text on every device.
+
+        Of equal logits the lower token counts as the more probable. ValueError for logits that are not finite.
+        """
+        logits = logits.cpu()
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
         if self.temperature == 0.0:
             return int(logits.argmax())
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.numel():
-            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], -torch.inf)
-        probabilities = logits.softmax(dim=-1)
+        # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
+        ordered, order = logits.sort(descending=True, stable=True)
+        kept = ordered[: self.top_k or None].double()
+        probabilities = ((kept - kept[0]) / self.temperature).softmax(dim=-1)
         if 0.0 < self.top_p < 1.0:
-            ordered, order = probabilities.sort(descending=True)
-            beyond = ordered.cumsum(0) - ordered >= self.top_p  # reached without this token
-            probabilities = probabilities.index_fill(0, order[beyond], 0.0)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+            before = probabilities.cumsum(0) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def device_of(name: str | None, gpus: int) -> torch.device:
+    """The device to generate on: `cpu`, `cuda` or `cuda:N`; by default a GPU where there is one.
+
+    gpus: how many this machine has. ValueError for another name, and for a GPU that is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    if (match := re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)) is None:
+        raise ValueError(f"--device {name} is not known; legal: cpu, cuda, cuda:N")
+    if name != "cpu" and int(match[1] or 0) >= gpus:
+        raise ValueError(f"--device {name} is not there: PyTorch finds {gpus} GPUs on this machine; --device cpu needs none")
+    return torch.device(name)
+
+
+def room_after(model: GPT, prompt: Sequence[int]) -> int | None:
+    """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
+    if model.config.position_embedding_type != "learned_absolute":
+        return None
+    return model.config.size("max_position_embeddings") - len(prompt)
 
 
 @torch.no_grad()
@@ -67,11 +94,11 @@ def generate(
     prompt: token ids, at least one. use_cache=False computes everything again for each token: the reference for the
     cache. ValueError for an empty prompt, and for one that leaves no position free.
     """
-    last = model.config.size("max_position_embeddings")
-    bounded = model.config.position_embedding_type == "learned_absolute"
+    room = room_after(model, prompt)
     if not prompt:
-        raise ValueError("the prompt is empty: generation needs at least one token")
-    if bounded and len(prompt) >= last:
+        raise ValueError("the prompt becomes no tokens: generation needs at least one to go on from")
+    if room is not None and room < 1:
+        last = len(prompt) + room
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
     if outside := [token for token in prompt if not 0 <= token < model.shard.vocab]:
         raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {model.shard.vocab}")
@@ -79,8 +106,7 @@ def generate(
     generator = torch.Generator().manual_seed(derive_seed(seed, "generate"))
     model.eval()
     tokens, cache = list(prompt), Cache() if use_cache else None
-    room = min(max_new_tokens, last - len(prompt)) if bounded else max_new_tokens
-    for _ in range(room):
+    for _ in range(max_new_tokens if room is None else min(max_new_tokens, room)):
         seen = cache.length if cache is not None else 0
         logits = model.logits(batch_of(tokens[seen:], seen, device), cache)[-1, 0]
         token = sampling.choose(logits, generator)

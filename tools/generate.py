@@ -13,7 +13,7 @@ import torch
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, generate
+from megatron.generate import Sampling, device_of, generate, room_after
 from megatron.restore import open_model
 
 
@@ -28,10 +28,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top-p", type=float, default=0.0, help="choose among the fewest tokens of this probability; 0 is all")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
-    parser.add_argument("--device", help="default cuda where there is one, else cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
+        device = device_of(args.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
@@ -53,6 +53,13 @@ def main(argv: list[str]) -> int:
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    room = room_after(opened.model, prompt)
+    if room is not None and len(tokens) == room < args.max_new_tokens:
+        print(
+            f"note: --max-new-tokens {args.max_new_tokens} was cut to {room}: the model ends at position "
+            f"{len(prompt) + room}, and the prompt takes {len(prompt)}",
+            file=sys.stderr,
+        )
     print(opened.tokenizer.detokenize([*prompt, *tokens]))
     return 0
 

@@ -22,7 +22,7 @@ def global_batch_size_at(batch: BatchConfig, consumed_samples: int) -> int:
     return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
 
 
-def micro_batches(batch: BatchConfig, dp: int, consumed_samples: int) -> int:
+def micro_batch_count(batch: BatchConfig, dp: int, consumed_samples: int) -> int:
     """Micro-batches of each rank in the step that follows `consumed_samples`, with `dp` data-parallel ranks."""
     return global_batch_size_at(batch, consumed_samples) // (_micro(batch) * dp)
 

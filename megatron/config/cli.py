@@ -1,7 +1,9 @@
 """The command line of a run: flags, `--help`, a TOML file, and one answer that holds every mistake.
 
-    parsed = parse_or_exit(sys.argv[1:], program="pretrain_gpt.py", world_size=world)
-    run(parsed.config)
+    try:
+        parsed = parse(sys.argv[1:], program="pretrain_gpt.py", world_size=world)
+    except ConfigError as error:
+        explain(error, "pretrain_gpt.py")  # and exit
 
 A setting comes from the first of: the flag, the file of `--config`, `--preset`, the checkpoint (with
 --use-checkpoint-args), the program's own defaults, the schema. Imports no torch.
@@ -28,7 +30,7 @@ from megatron.config.rules import Case, examine
 from megatron.config.saved import from_json, to_json, to_toml
 from megatron.config.schema import CheckpointConfig, RunConfig
 
-__all__ = ["Parsed", "explain", "from_json", "help_text", "parse", "parse_or_exit", "to_json", "to_toml"]
+__all__ = ["Parsed", "explain", "from_json", "help_text", "parse", "to_json", "to_toml"]
 
 ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
 
@@ -105,29 +107,6 @@ def parse(
     given = frozenset(name for name in chosen if not name.startswith("command."))
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
     return Parsed(case.resolved, dry_run, world_size, given, tuple(dict.fromkeys(notes)))
-
-
-def parse_or_exit(
-    argv: Sequence[str],
-    *,
-    program: str,
-    defaults: Mapping[str, Any] | None = None,
-    world_size: int = 1,
-    saved: ReadSaved | None = None,
-    rank: int | None = None,
-) -> Parsed:
-    """`parse`, where a mistake ends the process with status 2, said once: by rank 0 (default: of the environment).
-
-    Call it before any process group forms.
-    """
-    try:
-        return parse(argv, program=program, defaults=defaults, world_size=world_size, saved=saved)
-    except HelpAsked as answer:
-        if _first(rank):
-            sys.stdout.write(str(answer))
-        sys.exit(0)
-    except ConfigError as error:
-        explain(error, program, rank)
 
 
 def explain(error: ConfigError, program: str, rank: int | None = None) -> NoReturn:

@@ -130,6 +130,8 @@ def writable(c: Case) -> Iterator[Problem]:
     folders = {"checkpoint.save": c["checkpoint.save"], "log.tensorboard_dir": c["log.tensorboard_dir"]}
     if metrics is not None and c.typed.log.metrics_path is not None:
         folders["log.metrics_path"] = str(Path(metrics).absolute().parent)
+    if metrics is not None and Path(metrics).is_dir():
+        yield Problem(say("log.metrics_path", metrics), "cannot be written: it is a directory, not a file")
     for name, folder in folders.items():
         if folder is None:
             continue

@@ -42,6 +42,7 @@ CHANGES_NOTHING = """
 --no-persist-layer-norm 0 there is one LayerNorm
 --no-query-key-layer-scaling 0 scores are never scaled by the layer's number, which cancels out anyway
 --apply-query-key-layer-scaling 0 it cancels out; scores never overflow here
+--accumulate-allreduce-grads-in-fp32 0 gradients are always accumulated and reduced in fp32
 --attention-softmax-in-fp32 0 the softmax always accumulates in fp32
 --onnx-safe 1 there is no ONNX path
 --no-async-tensor-model-parallel-allreduce 0 the overlap never changes a result

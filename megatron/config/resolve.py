@@ -33,10 +33,6 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         ),
         batch=batch,
         optim=_optim(config.optim, batch),
-        precision=replace(
-            config.precision,
-            accumulate_allreduce_grads_in_fp32=config.precision.accumulate_allreduce_grads_in_fp32 or config.precision.bf16,
-        ),
         log=replace(log, metrics_path=log.metrics_path or _metrics(config.checkpoint.save)),
     )
 

@@ -181,7 +181,7 @@ class BatchConfig:
         choices=("token", "micro-batch"),
         values={"--calculate-per-token-loss": "token"},
     )
-    compile: bool = option(False, "compile the transformer layers with torch.compile")
+    compile: bool = option(False, "compile the transformer layers with torch.compile; pays off at tensor-parallel size 1")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,9 @@ class OptimConfig:
     lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up")
     lr_warmup_iters: int = option(0, "steps of linear warm-up")
     lr_warmup_samples: int = option(0, "samples of linear warm-up")
-    weight_decay: float = option(0.01, "decoupled decay of all matrices; never of biases and norms")
+    weight_decay: float = option(
+        0.01, "of matrices, not of biases and norms; decoupled with adam, part of the gradient with sgd"
+    )
     start_weight_decay: float | None = option(None, "weight decay at the start, with a --weight-decay-incr-style")
     end_weight_decay: float | None = option(None, "weight decay at the end, with a --weight-decay-incr-style")
     weight_decay_incr_style: str = option(
@@ -228,10 +230,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats. Main weights and optimizer state are always fp32."""
+    """Number formats. Main weights, accumulated gradients and optimizer state are always fp32."""
 
     bf16: bool = option(False, "compute in bfloat16")
-    accumulate_allreduce_grads_in_fp32: bool = option(False, "gradients in fp32 (always so with --bf16)")
 
 
 @dataclass(frozen=True)

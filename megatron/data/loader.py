@@ -131,8 +131,10 @@ class ReadAhead:
         return item
 
     def stop(self) -> None:
-        """Let the thread end."""
+        """Let the thread end, and wait until it has: one that is inside torch must not outlive the interpreter."""
         self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
 
 
 def fill(source: Iterator[Batch], items: queue.Queue[Batch | Exception], stopped: threading.Event) -> None:

@@ -22,6 +22,7 @@ class Job:
     place: Place
     device: torch.device
     backend: str | None
+    timeout: timedelta | None = None
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +47,11 @@ def choose(place: Place, backend: str | None, gpus: int) -> tuple[torch.device, 
 
 @contextmanager
 def job(place: Place, backend: str | None = None, timeout_minutes: float = 10.0) -> Iterator[Job]:
-    """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays."""
+    """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
+
+    For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
     # SLURM may show each task only its own GPU, which is then device 0.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     shown_alone = place.source == "srun" and gpus == 1 and place.local_size > 1
@@ -64,11 +69,11 @@ def job(place: Place, backend: str | None = None, timeout_minutes: float = 10.0)
             init_method=f"tcp://{place.address}:{place.port}" if place.source == "srun" else "env://",
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
     try:
-        yield Job(place, device, backend if place.world_size > 1 else None)
+        yield Job(place, device, backend if place.world_size > 1 else None, timeout)
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -48,8 +49,10 @@ class Mesh:
     world: Axis
 
     @classmethod
-    def build(cls, grid: Grid, rank: int) -> Mesh:
+    def build(cls, grid: Grid, rank: int, timeout: timedelta | None = None) -> Mesh:
         """Collective: every rank calls this, and creates every group in the same order.
+
+        timeout: a collective that takes longer is a failure; default torch's own.
 
         ValueError when the running job has another number of ranks than the grid.
         """
@@ -70,7 +73,7 @@ class Mesh:
             for members in grid.groups(*along):
                 ranks = tuple(members)
                 if ranks not in known:
-                    known[ranks] = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+                    known[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
                 if rank in ranks:
                     axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, known[ranks])
         return cls(grid, rank, **axes)

@@ -14,6 +14,9 @@ from typing import Protocol
 from megatron.config.schema import ModelConfig
 
 ALIGN = 64  # elements: each parameter starts on a 256-byte line of the flat buffers of `optim/buffers.py`
+# Of the chunks in which `parallel/cross_entropy.py` works through the logits, on a GPU; a CPU's are no larger.
+CHUNK = 1 << 27  # logits
+FEWEST_ROWS = 256  # tokens, however many logits they have
 
 
 class Stage(Protocol):
@@ -200,7 +203,7 @@ def activation_bytes(
 
     For 16 bit, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of
     it over t under sequence parallelism. The a s term falls away where a fused kernel does the attention. The output
-    layer's logits are counted with their fp32 copy.
+    layer and the loss are counted at their fullest, for the one micro-batch that they are at: `head_loss_bytes`.
     """
     hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
     heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
@@ -217,5 +220,19 @@ def activation_bytes(
     if stage.embedding:
         ends += mask * hidden / shared * in_flight
     if stage.head:
-        ends += 2 * element * hidden / shared + (element + 4) * padded_vocabulary(model, vocab, tp) / tp
-    return int(seq * micro_batch * (layers + ends))
+        ends += element * hidden / shared  # input of the final norm
+    loss = head_loss_bytes(seq * micro_batch, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16) if stage.head else 0
+    return int(seq * micro_batch * (layers + ends)) + loss
+
+
+def head_loss_bytes(tokens: int, hidden: int, held: int, bf16: bool) -> int:
+    """What output layer and loss hold at their fullest, with `held` rows of the vocabulary on each rank.
+
+    They never hold the logits of all tokens, but make gradients chunk by chunk. So there are the input and its gradient,
+    tokens x hidden each; the weight's gradient, held x hidden in fp32, and a product or a copy of it in the compute dtype;
+    and of one chunk the logits, in bf16 also their fp32 copy, and the fp32 probabilities.
+    """
+    element = 2 if bf16 else 4
+    rows = min(tokens, max(FEWEST_ROWS, CHUNK // held))
+    chunk = rows * held * (element + (4 if bf16 else 0) + 4)
+    return 2 * element * tokens * hidden + (4 + element) * held * hidden + chunk

@@ -22,9 +22,9 @@ def counted_here(spec: ParamSpec, mesh: Mesh) -> bool:
 
 
 def counted(buffers: Sequence[FlatBuffer], flats: Iterable[Tensor], mesh: Mesh) -> list[Tensor]:
-    """The parameters' views in the buffers' flat tensors that this rank counts."""
+    """The parameters' views in the buffers' flat tensors that this rank counts, without padding."""
     return [
-        view
+        spec_of(p).local(view)
         for buffer, flat in zip(buffers, flats, strict=True)
         for p, view in zip(buffer.parameters, buffer.views(flat), strict=True)
         if counted_here(spec_of(p), mesh)
@@ -36,18 +36,10 @@ def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
 
     tensors: what this rank counts; already reduced over data-parallel ranks, which count the same.
     """
-    device = mesh_device(tensors)
-    local = torch.nn.utils.get_total_norm(tensors) if tensors else torch.zeros((), device=device)
-    return all_reduce(local.square(), mesh.tp_pp).sqrt()
+    return all_reduce(torch.nn.utils.get_total_norm(tensors).square(), mesh.tp_pp).sqrt()
 
 
 def count_zeros(tensors: Sequence[Tensor], mesh: Mesh) -> int:
     """Number of exact zeros over all ranks' different parameters."""
-    zeros = torch.zeros((), dtype=torch.int64, device=mesh_device(tensors))
-    for tensor in tensors:
-        zeros += tensor.numel() - tensor.count_nonzero()
+    zeros = torch.stack([tensor.numel() - tensor.count_nonzero() for tensor in tensors]).sum()
     return int(all_reduce(zeros, mesh.tp_pp).item())
-
-
-def mesh_device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")

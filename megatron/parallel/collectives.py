@@ -111,16 +111,6 @@ def own_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     return x.narrow(dim, axis.rank * share, share)
 
 
-def broadcast(x: Tensor, axis: Axis, source: int = 0) -> Tensor:
-    """Overwrite `x` with that of the rank at position `source` of the axis."""
-    if axis.size > 1:
-        host = x.cpu() if _needs_host(x, axis) else x
-        dist.broadcast(host, axis.ranks[source], group=axis.group)
-        if host is not x:
-            x.copy_(host)
-    return x
-
-
 class _Mapped(torch.autograd.Function):
     """One function forward, its conjugate backward."""
 

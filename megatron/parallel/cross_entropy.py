@@ -50,9 +50,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int, wanted: bool
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if wanted else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
@@ -81,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since nobody else has them; autograd itself refuses a second backward over changed tensors.
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(above[0]), grad_weight.mul_(above[0]), *[None] * 5
+        return grad_x.mul_(above[0]), grad_weight.mul_(above[0]), *[None] * 6
 
 
 def head_loss(
@@ -94,5 +93,6 @@ def head_loss(
     rows: tokens of a chunk, the same on every rank; default what suits the device.
     """
     rows = rows or max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
-    loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows)  # type: ignore[no-untyped-call]
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
     return loss

@@ -12,13 +12,15 @@ from megatron.pipeline.executor import Executor
 from megatron.train.step import totals
 
 
-class Batches(Protocol):
-    """A stream of micro-batches, `data.loader.Loader`."""
+class Loader(Protocol):
+    """A stream of this rank's micro-batches, `data.loader.Loader`."""
 
     def next_batches(self, global_batch_size: int) -> list[Batch]: ...
 
+    def close(self) -> None: ...
 
-def evaluate(pipeline: Executor, loader: Batches, mesh: Mesh, *, steps: int, global_batch_size: int) -> float:
+
+def evaluate(pipeline: Executor, loader: Loader, mesh: Mesh, *, steps: int, global_batch_size: int) -> float:
     """Mean loss of the tokens that count over `steps` global batches; dropout off, no gradients. Collective."""
     loss = tokens = 0.0
     for _ in range(steps):

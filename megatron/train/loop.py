@@ -7,47 +7,42 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
 
 import torch
 
 from megatron.config.batch_size import global_batch_size_at
-from megatron.contract import Batch
 from megatron.parallel.collectives import all_reduce
 from megatron.train.errors import TrainingError
-from megatron.train.evaluate import evaluate
+from megatron.train.evaluate import Loader, evaluate
 from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
 from megatron.train.run import Run
 from megatron.train.sinks import Sink
 
 
 class Exit(IntEnum):
-    """Exit statuses of a run. stopped: on request, with a complete checkpoint; start again to go on."""
+    """How training ended, as an exit status. stopped: on request; with a checkpoint, start again to go on."""
 
     FINISHED = 0
     STOPPED = 75
 
 
-class Loader(Protocol):
-    """A stream of this rank's micro-batches, `data.loader.Loader`."""
-
-    def next_batches(self, global_batch_size: int) -> list[Batch]: ...
-
-
 @dataclass
 class Surroundings:
-    """What the loop uses beside the run. Loaders are None where there is nothing to read; sinks are the first rank's.
+    """What the loop uses beside the run; sinks are the first rank's.
 
-    flops: of one sample, forward and backward, for the whole model. save: writes a checkpoint of the current state.
+    train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
+    that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
+    the whole model. save: writes a checkpoint of the current state. began: when the program started, `time.monotonic()`.
     """
 
     train: Loader | None
-    valid: Loader | None
-    test: Loader | None
+    valid: Callable[[], Loader] | None
+    test: Callable[[], Loader] | None
     sinks: Sequence[Sink]
     save: Callable[[], None] | None
     flops: float
     peak_tflops: float | None
+    began: float
 
 
 def train(run: Run, around: Surroundings) -> Exit:
@@ -56,7 +51,6 @@ def train(run: Run, around: Surroundings) -> Exit:
     total = config.batch.train_iters or 0
     saved_at = state.iteration
     clock = Clock(run, around)
-    began = time.monotonic()
     while state.iteration < total and around.train is not None:
         size = global_batch_size_at(config.batch, state.consumed_samples)
         report = run.step(around.train.next_batches(size), state)
@@ -66,13 +60,13 @@ def train(run: Run, around: Surroundings) -> Exit:
         if iteration < total and due(iteration, config.eval.eval_interval) and around.valid is not None:
             with clock.paused():
                 held_out(run, around, around.valid, "validation", f"iteration {iteration}")
-        stopping = iteration < total and stop_asked(run, began)
+        stopping = iteration < total and stop_asked(run, around.began)
         if around.save is not None and (stopping or due(iteration, config.checkpoint.save_interval)):
             with clock.paused():
                 around.save()
             saved_at = iteration
         if stopping:
-            return Exit.STOPPED if around.save is not None else Exit.FINISHED
+            return Exit.STOPPED
     if around.save is not None and saved_at != state.iteration:
         around.save()
     return Exit.FINISHED
@@ -118,12 +112,14 @@ def stop_asked(run: Run, began: float) -> bool:
     return bool(all_reduce(torch.tensor(float(late), device=run.job.device), run.mesh.world, "max").item())
 
 
-def held_out(run: Run, around: Surroundings, loader: Loader, split: str, title: str) -> Evaluation:
+def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], split: str, title: str) -> Evaluation:
     """Evaluate one split and tell the sinks. Collective. Training goes on as if this had not been."""
     size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
-    loss = evaluate(run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size)
-    if split == "validation":
-        run.state.consumed_valid_samples += steps * size
+    loader = samples()
+    try:
+        loss = evaluate(run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size)
+    finally:
+        loader.close()
     result = Evaluation(run.state.iteration, split, loss, run.state.consumed_samples)
     for sink in around.sinks:
         sink.evaluation(result, title)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -29,28 +29,42 @@ from megatron.model.size import flops_per_token, padded_vocabulary
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Exit, Surroundings, held_out, train
 from megatron.train.report import peak_tflops
-from megatron.train.resume import Source, check_model, choose_schedule, differences, find_source, restore
-from megatron.train.run import Run, build
+from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore
+from megatron.train.run import Run, build, sample_counts
 from megatron.train.sinks import open_sinks
 
-Datasets = tuple[SampleSource | None, SampleSource | None, SampleSource | None]
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a rank finds out for itself, before any other is needed. datasets: training, validation, test."""
+
+    config: RunConfig
+    notes: tuple[str, ...]
+    tokenizer: Tokenizer
+    source: Source
+    datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
+    batches: GPTBatches
 
 
-def start(parsed: Parsed, place: Place, program: str) -> int:
-    """Prepare, then run the job; the exit status of the contract."""
+def start(parsed: Parsed, place: Place, program: str, began: float) -> int:
+    """Prepare, then run the job; the exit status of the contract. began: of the program, `time.monotonic()`."""
+    first = place.rank == 0
     try:
-        config, tokenizer, source, datasets = prepare(parsed)
+        prepared = prepare(parsed)
     except ConfigError as error:
         explain(error, program, place.rank)
     except (DataError, CheckpointError) as error:
-        return fail(f"error: {error}", 2, place.rank == 0)
+        return fail(f"error: {error}", 2, first)
+    layout = prepared.config.layout
     try:
-        with job(place, config.layout.distributed_backend, config.layout.distributed_timeout_minutes) as started:
-            return run_job(parsed, config, tokenizer, source, datasets, started)
-    except (TrainingError, CheckpointError, DataError) as error:
+        with job(place, layout.distributed_backend, layout.distributed_timeout_minutes) as started:
+            return run_job(prepared, started, began)
+    except (TrainingError, CheckpointError) as error:  # the same on all ranks
+        return fail(f"error: {error}", 1, first)
+    except DataError as error:
         return fail(f"error: rank {place.rank}: {error}", 1)
     except KeyboardInterrupt:
-        return fail("interrupted", 130, place.rank == 0)
+        return fail("interrupted", 130, first)
     except Exception as error:
         return fail(f"{traceback.format_exc()}error: rank {place.rank}: {type(error).__name__}: {error}", 1)
 
@@ -62,54 +76,57 @@ def fail(message: str, status: int, speak: bool = True) -> int:
     return status
 
 
-def prepare(parsed: Parsed) -> tuple[RunConfig, Tokenizer, Source, Datasets]:
-    """What needs no other rank: tokenizer, checkpoint to start from, datasets. Each rank does it for itself."""
+def prepare(parsed: Parsed) -> Prepared:
+    """Tokenizer, checkpoint to start from, datasets. ConfigError, DataError or CheckpointError says what is wrong."""
     config = parsed.config
     tokenizer = build_tokenizer(config.tokenizer)
     config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     source = find_source(config.checkpoint)
-    check_model(source, config)
-    return config, tokenizer, source, build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer)
+    check_source(source, config)
+    batches = GPTBatches.of(config.data, tokenizer.vocab_size, tokenizer.special.get("eod"))
+    datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer)
+    if datasets[0] is None and not config.eval.skip_train:
+        raise DataError(
+            "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
+        )
+    return Prepared(config, parsed.notes, tokenizer, source, datasets, batches)
 
 
-def sample_counts(config: RunConfig) -> tuple[int, int, int]:
-    """Samples that training, all validations and the test will read; Megatron-LM's rule."""
-    size, steps = config.batch.global_batch_size or 1, config.batch.train_iters or 0
-    evaluation = config.eval.eval_iters * size
-    rounds = steps // config.eval.eval_interval + 1
-    training = config.batch.train_samples if config.batch.train_samples is not None else steps * size
-    return training, rounds * evaluation, evaluation
-
-
-def run_job(
-    parsed: Parsed, config: RunConfig, tokenizer: Tokenizer, source: Source, datasets: Datasets, started: Job
-) -> int:
+def run_job(prepared: Prepared, started: Job, began: float) -> int:
     """Build the run, restore it, train, evaluate. Collective."""
+    config, source = prepared.config, prepared.source
     out = sys.stdout if started.is_main else None
-    announce(parsed, config, source, started, out)
+    announce(prepared, started, out)
     run = build(config, started, schedule=choose_schedule(source, config))
     restore(source, run)
     say(out, f"> parameters: {sum(p.numel() for p in run.model.parameters())} on this rank, with padding")
-    loaders = open_loaders(run, datasets, tokenizer)
-    resume_at = run.state.iteration
+    if source.progress and not config.eval.skip_train and run.state.iteration >= (config.batch.train_iters or 0):
+        say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
+        return Exit.FINISHED
+    training, validation, test = openers(run, prepared)
+    # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
+    own = source.progress and source.directory is not None and source.directory.parent == Path(config.checkpoint.save or "")
     around = Surroundings(
-        *loaders,
-        sinks=open_sinks(config.log, out, resume_at=resume_at) if out is not None else [],
-        save=saver(run, tokenizer, out) if config.checkpoint.save is not None else None,
+        None if training is None or config.eval.skip_train else training(),
+        validation,
+        test,
+        sinks=open_sinks(config.log, out, resume_at=run.state.iteration if own else None) if out is not None else [],
+        save=saver(run, prepared.tokenizer, out) if config.checkpoint.save is not None else None,
         flops=sample_flops(config),
         peak_tflops=peak_tflops(started.device, config.log.peak_tflops),
+        began=began,
     )
     try:
-        status = Exit.FINISHED if config.eval.skip_train else train(run, around)
+        status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
             final_evaluations(run, around)
     finally:
-        for loader in loaders:
-            if loader is not None:
-                loader.close()
+        if around.train is not None:
+            around.train.close()
         for sink in around.sinks:
             sink.close()
-    return int(status)
+    # Without a checkpoint there is nothing to go on from, so the stop is the end.
+    return status if around.save is not None else Exit.FINISHED
 
 
 def say(out: TextIO | None, *lines: str) -> None:
@@ -118,8 +135,9 @@ def say(out: TextIO | None, *lines: str) -> None:
             print(line, file=out, flush=True)
 
 
-def announce(parsed: Parsed, config: RunConfig, source: Source, started: Job, out: TextIO | None) -> None:
+def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     """The first lines of a run: where its state comes from, what it runs on, how it is laid out."""
+    config, source = prepared.config, prepared.source
     layout, vocab = config.layout, config.model.size("vocab_size")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocabulary(config.model, vocab, tp)
@@ -127,7 +145,7 @@ def announce(parsed: Parsed, config: RunConfig, source: Source, started: Job, ou
         out,
         *source.lines,
         *differences(source, config),
-        *parsed.notes,
+        *prepared.notes,
         started.describe(),
         f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
@@ -135,16 +153,19 @@ def announce(parsed: Parsed, config: RunConfig, source: Source, started: Job, ou
     )
 
 
-def open_loaders(run: Run, datasets: Datasets, tokenizer: Tokenizer) -> tuple[Loader | None, Loader | None, Loader | None]:
-    """Loaders of the three splits, at the run's position."""
+Opener = Callable[[], Loader] | None
+
+
+def openers(run: Run, prepared: Prepared) -> tuple[Opener, Opener, Opener]:
+    """What opens each split: training at the run's position, the held-out ones at their beginning."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 
-    def at(dataset: SampleSource | None, consumed: int, name: str, *, cyclic: bool = False) -> Loader | None:
+    def of(dataset: SampleSource | None, name: str, consumed: int = 0, *, cyclic: bool = False) -> Opener:
         if dataset is None:
             return None
-        return Loader(
+        return lambda: Loader(
             dataset,
-            GPTBatches.of(data, tokenizer.vocab_size, tokenizer.special.get("eod")),
+            prepared.batches,
             dp.rank,
             dp.size,
             batch.micro_batch_size or 1,
@@ -156,11 +177,11 @@ def open_loaders(run: Run, datasets: Datasets, tokenizer: Tokenizer) -> tuple[Lo
             name=name,
         )
 
-    training, validation, test = datasets
+    training, validation, test = prepared.datasets
     return (
-        at(training, run.state.consumed_samples, "training", cyclic=data.dataloader_type == "cyclic"),
-        at(validation, run.state.consumed_valid_samples, "validation"),
-        at(test, 0, "test"),
+        of(training, "training", run.state.consumed_samples, cyclic=data.dataloader_type == "cyclic"),
+        of(validation, "validation"),
+        of(test, "test"),
     )
 
 
@@ -194,7 +215,7 @@ def saver(run: Run, tokenizer: Tokenizer, out: TextIO | None) -> Callable[[], No
 
 def final_evaluations(run: Run, around: Surroundings) -> None:
     """Validation and test loss of the finished model."""
-    samples = run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)
-    for loader, split in ((around.valid, "validation"), (around.test, "test")):
-        if loader is not None:
-            held_out(run, around, loader, split, f"iteration {run.state.iteration} on {samples}-sample draw from {split} set")
+    size = run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)
+    for samples, split in ((around.valid, "validation"), (around.test, "test")):
+        if samples is not None:
+            held_out(run, around, samples, split, f"iteration {run.state.iteration} on {size}-sample draw from {split} set")

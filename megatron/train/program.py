@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
 
     defaults: the program's own, `section.field` -> value. SystemExit with status 2 for a wrong configuration.
     """
+    began = time.monotonic()
     try:
         place = Place.of(os.environ)
     except ValueError as error:
@@ -40,7 +42,7 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
         return dry_run(parsed, program) if first else 0
     from megatron.train.pretraining import start
 
-    return start(parsed, place, program)
+    return start(parsed, place, program, began)
 
 
 def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. lm_loss: mean over the global batch; None where no token counted. nan: the loss was not a number."""
+    """One step. lm_loss: mean over the global batch, 0 where no token counted. nan: the loss was not a number."""
 
     lm_loss: float
     grad_norm: float

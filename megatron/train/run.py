@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -59,7 +59,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
-    mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank)
+    mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout)
     model = GPT(
         config.model,
         StagePart(range(config.model.size("num_layers")), embedding=True, head=True),
@@ -86,5 +86,17 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     )
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
     pipeline = Executor(model, objective(config.batch, seq_length, mesh.dp.size), job.device)
-    step = Step(pipeline, optimizer, schedule or Schedule.of(config.optim, config.batch), mesh, config.batch, seq_length)
-    return Run(config, job, mesh, model, Weights(buffers), optimizer, pipeline, step, TrainState())
+    schedule = schedule or Schedule.of(config.optim, config.batch)
+    step = Step(pipeline, optimizer, schedule, mesh, config.batch, seq_length)
+    if config.model.fused_attention_dropout and config.model.attention_dropout > 0.0:
+        step.torch_random = job.device
+    state = TrainState(schedule=asdict(schedule))
+    return Run(config, job, mesh, model, Weights(buffers), optimizer, pipeline, step, state)
+
+
+def sample_counts(config: RunConfig) -> tuple[int, int, int]:
+    """Samples that training, each validation and the test will read."""
+    size, steps = config.batch.global_batch_size or 1, config.batch.train_iters or 0
+    evaluation = config.eval.eval_iters * size
+    training = config.batch.train_samples if config.batch.train_samples is not None else steps * size
+    return training, evaluation, evaluation

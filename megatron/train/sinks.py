@@ -82,25 +82,24 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
 class JsonLines(Sink):
     """`metrics.jsonl`: one object a line, flushed, so that a killed run loses none.
 
-    resume_at: the iteration the run goes on from; lines beyond it, which an earlier run wrote and this one will write
-    again, are dropped, so that each iteration stands there once.
+    resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
+    one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
     """
 
-    def __init__(self, path: Path, resume_at: int) -> None:
+    def __init__(self, path: Path, resume_at: int | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [text for text in _lines(path) if _iteration(text) <= resume_at] if resume_at else []
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_text("".join(f"{text}\n" for text in kept))
-        fresh.replace(path)
+        if resume_at is not None:
+            kept = [text for text in _lines(path) if _iteration(text) <= resume_at]
+            fresh = path.with_name(path.name + ".tmp")
+            fresh.write_text("".join(f"{text}\n" for text in kept))
+            fresh.replace(path)
         self._file = path.open("a")
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         self._write(asdict(metrics))
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        self._write(
-            {"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl}
-        )
+        self._write({"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl})
 
     def _write(self, values: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity: null says unknown.
@@ -126,13 +125,15 @@ def _iteration(text: str) -> float:
 class TensorBoard(Sink):
     """Megatron-LM's tags, each also over samples."""
 
-    def __init__(self, config: LogConfig, resume_at: int) -> None:
+    def __init__(self, config: LogConfig, resume_at: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.config = config
         # Points of an earlier run beyond the resumed iteration are hidden by TensorBoard.
         self._writer: Any = SummaryWriter(
-            config.tensorboard_dir, max_queue=config.tensorboard_queue_size, purge_step=resume_at + 1 if resume_at else None
+            config.tensorboard_dir,
+            max_queue=config.tensorboard_queue_size,
+            purge_step=None if resume_at is None else resume_at + 1,
         )
 
     def step(self, metrics: Metrics, context: LogContext) -> None:
@@ -176,7 +177,7 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int) -> Sequence[Sink]:
+def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int | None) -> Sequence[Sink]:
     """The sinks that the configuration asks for. A TensorBoard that is not installed is said, and done without."""
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:

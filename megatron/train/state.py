@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron.parallel.spec import Shard
@@ -14,18 +14,20 @@ class TrainState:
     """Saved with every checkpoint; equal on all ranks.
 
     consumed_samples: training samples taken, those of skipped steps included; the data position.
-    consumed_valid_samples: validation samples taken, which goes on from evaluation to evaluation.
     scheduled_samples: samples of the updates made; what the learning rate follows, so a skipped step is not counted.
     consecutive_skips: skipped steps since the last update.
+    schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
+    training_samples: how many the training set was built for; the order of samples depends on it.
     window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
-    consumed_valid_samples: int = 0
     consumed_tokens: int = 0
     scheduled_samples: int = 0
     consecutive_skips: int = 0
+    schedule: dict[str, Any] = field(default_factory=dict)
+    training_samples: int = 0
     window_loss: float = 0.0
     window_steps: int = 0
     window_skipped: int = 0
@@ -40,6 +42,6 @@ class TrainState:
         return asdict(self)
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        for field in fields(self):
-            if field.name in values:
-                setattr(self, field.name, values[field.name])
+        for each in fields(self):
+            if each.name in values:
+                setattr(self, each.name, values[each.name])

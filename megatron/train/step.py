@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel.collectives import all_reduce
+from megatron.parallel.random import derive_seed
 from megatron.pipeline.executor import Executor, StepOutput
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
@@ -38,18 +40,23 @@ def objective(batch: BatchConfig, seq_length: int, dp: int) -> Callable[[Loss, i
 
 
 class Step:
-    """Bound to the parts it joins; `__call__` is the step."""
+    """Bound to the parts it joins; `__call__` is the step.
+
+    torch_random: the device whose own generator draws numbers, with --fused-attention-dropout; else None.
+    """
 
     def __init__(
         self, pipeline: Executor, optimizer: Optimizer, schedule: Schedule, mesh: Mesh, batch: BatchConfig, seq_length: int
     ) -> None:
         self.pipeline, self.optimizer, self.schedule, self.mesh = pipeline, optimizer, schedule, mesh
         self.batch, self.seq_length = batch, seq_length
+        self.torch_random: torch.device | None = None
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
         """Forward, backward and update over this rank's micro-batches of the step. Collective."""
         self.optimizer.zero()
-        output = self.pipeline.step(batches)
+        with self._seeded(state.iteration):
+            output = self.pipeline.step(batches)
         loss, tokens, means = totals(output, self.mesh)
         samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
         possible = samples * self.seq_length
@@ -70,6 +77,17 @@ class Step:
             zeros=update.zeros,
             params_norm=update.params_norm,
         )
+
+    @contextmanager
+    def _seeded(self, iteration: int) -> Iterator[None]:
+        """A kernel that draws its own numbers draws the same ones in a resumed run, and others on every rank."""
+        device, mesh = self.torch_random, self.mesh
+        if device is None:
+            yield
+            return
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.batch.seed, "kernel", iteration, mesh.dp.rank, mesh.tp.rank))
+            yield
 
 
 def totals(output: StepOutput, mesh: Mesh) -> tuple[float, float, float]:

@@ -223,6 +223,8 @@ def test_a_cut_vocabulary_gives_the_unpadded_loss(world, vocab, divisor, rows, s
 
 def test_a_loss_without_gradients_makes_none():
     alone = Axis.alone("tp")
-    with torch.no_grad():
-        loss = head_loss(draw(10, 6), draw(8, 6), torch.arange(10) % 8, MASK, VocabShard.of(8, alone, 8), alone)
+    x, weight, shard = draw(10, 6).requires_grad_(), torch.nn.Parameter(draw(8, 6)), VocabShard.of(8, alone, 8)
+    with torch.no_grad(), torch.profiler.profile() as trace:
+        loss = head_loss(x, weight, torch.arange(10) % 8, MASK, shard, alone)
     assert not loss.requires_grad and loss > 0
+    assert sum(event.count for event in trace.key_averages() if event.key == "aten::mm") == 1, "the logits alone"

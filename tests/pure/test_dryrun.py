@@ -128,8 +128,8 @@ def test_what_a_loading_run_may_choose_is_made_of_model_fields() -> None:
 
 def test_the_process_needs_no_torch_and_exits_with_2_on_mistakes(data: str) -> None:
     program = (
-        "import sys\nfrom megatron.config.cli import parse_or_exit\nfrom megatron.dryrun import dry_run\n"
-        "status = dry_run(parse_or_exit(sys.argv[1:], program='p'), 'p')\nsys.exit(77 if 'torch' in sys.modules else status)"
+        "import sys\nfrom megatron.train.program import pretrain\n"
+        "status = pretrain(sys.argv[1:], program='p', defaults={})\nsys.exit(77 if 'torch' in sys.modules else status)"
     )
     argv = [sys.executable, "-c", program, *SMALL, "--tokenizer-type", "ByteTokenizer", "--data-path", data]
     assert subprocess.run(argv, capture_output=True, check=False).returncode == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.batch_size import global_batch_size_at, iterations_for, micro_batches, ramp_sizes
+from megatron.config.batch_size import global_batch_size_at, iterations_for, micro_batch_count, ramp_sizes
 from megatron.config.cli import parse
 from megatron.config.presets import PRESETS
 from megatron.config.rules import check, resolve
@@ -27,7 +27,6 @@ def test_derived_values() -> None:
     assert c.log.metrics_path is None and resolved("--save d --save-interval 1").log.metrics_path == os.path.join(
         "d", "metrics.jsonl"
     )
-    assert resolved("--bf16").precision.accumulate_allreduce_grads_in_fp32
     assert resolved("--position-embedding-type rope --no:max-position-embeddings").model.max_position_embeddings == 8
 
 
@@ -53,7 +52,7 @@ def test_ramp_up_arithmetic() -> None:
     batch = BatchConfig(micro_batch_size=2, global_batch_size=48, rampup_batch_size=(16, 16, 320))
     assert [global_batch_size_at(batch, n) for n in (0, 159, 160, 319, 320, 321, 10**9)] == [16, 16, 32, 32, 48, 48, 48]
     assert ramp_sizes(batch) == [16, 32, 48] and ramp_sizes(replace(batch, rampup_batch_size=())) == [48]
-    assert micro_batches(batch, 4, 0) == 2 and micro_batches(batch, 4, 320) == 6
+    assert micro_batch_count(batch, 4, 0) == 2 and micro_batch_count(batch, 4, 320) == 6
     # 10 steps of 16 reach 160, 5 of 32 reach 320, which is still within the ramp: one of 48, then 632 // 48 = 13.
     assert iterations_for(batch, 1000) == 10 + 5 + 1 + 13
     assert iterations_for(replace(batch, rampup_batch_size=()), 1000) == 20

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.size import (
     ALIGN,
+    CHUNK,
+    FEWEST_ROWS,
     activation_bytes,
     flops_per_iteration,
     flops_per_token,
     forward_flops_per_token,
+    head_loss_bytes,
     memory_per_rank,
     padded_vocabulary,
     parameter_list,
@@ -26,6 +31,8 @@ from megatron.model.size import (
     parameters_per_rank,
 )
 from megatron.optim import buffers
+from megatron.parallel import cross_entropy
+from megatron.parallel.embedding import VocabShard
 from megatron.parallel.spec import spec_of
 
 VOCAB = 127
@@ -149,3 +156,42 @@ def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool)
     kept = activation_bytes(fused, 50257, tp, s, b, True, sequence_parallel, stage)
     assert layers * per_layer - kept == layers * s * b * 5 * a * s / tp
     assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight=3) == 3 * int(layers * per_layer)
+
+
+def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
+    # Tokens in chunks of 2^27 // 25216 = 5322; on each of 2 ranks 50432 / 2 = 25216 rows; bf16.
+    model, tokens, hidden, held = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
+    loss = 2 * 2 * tokens * hidden + (4 + 2) * held * hidden + (2 + 4 + 4) * (2**27 // held) * held
+    assert head_loss_bytes(tokens, hidden, held, True) == loss
+    alone = StagePart(range(0), False, True)
+    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone) == loss + 2 * tokens * hidden
+    assert activation_bytes(model, 50257, 2, 1024, 16, True, True, alone) == loss + 2 * tokens * hidden // 2
+    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=3) == loss + 2 * tokens * hidden
+    # A vocabulary that fills a chunk in a few rows still gets the fewest; a short batch gets no more rows than tokens.
+    chunk = 8 * FEWEST_ROWS * 2**20
+    assert head_loss_bytes(1000, 1, 2**20, False) == 8 * 1000 + 8 * 2**20 + chunk
+    assert head_loss_bytes(10, 1, 100, False) == 8 * 10 + 8 * 100 + 8 * 10 * 100
+
+
+def test_the_chunks_are_those_of_the_loss() -> None:
+    assert CHUNK == cross_entropy.CHUNK["cuda"] == max(cross_entropy.CHUNK.values())
+    assert FEWEST_ROWS == cross_entropy.FEWEST_ROWS
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the allocator's own record of four chunks; the input is there before the record begins."""
+    tokens, hidden, held = 4 * FEWEST_ROWS, 256, 2048
+    monkeypatch.setattr("megatron.model.size.CHUNK", 0)
+    dtype, axis = torch.bfloat16 if bf16 else torch.float32, Axis.alone("tp")
+    x, weight = (torch.randn(rows, hidden).to(dtype).requires_grad_() for rows in (tokens, held))
+    labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        shard = VocabShard.of(held, axis, 1)
+        cross_entropy.head_loss(x, weight, labels, mask, shard, axis, FEWEST_ROWS).backward()
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    record = [e["args"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]
+    before = record[0]["Total Allocated"] - record[0]["Bytes"]
+    peak = max(entry["Total Allocated"] for entry in record) - before
+    assert peak == pytest.approx(head_loss_bytes(tokens, hidden, held, bf16) - x.nbytes, rel=0.05)

@@ -125,12 +125,71 @@ def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
     def rate(*extra: object) -> float:
         here = [flag if flag != str(tmp_path / "run") else str(tmp_path / "again") for flag in flags]
         assert run([*here, *root, "--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", *extra]) == 0
-        return next(line for line in metrics(tmp_path / "again") if line["iteration"] == 5)["learning_rate"]
+        return [line for line in metrics(tmp_path / "again") if line["iteration"] == 5 and "split" not in line][-1][
+            "learning_rate"
+        ]
 
     assert rate() == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
     assert "schedule, peak: 0.01 in the checkpoint, 0.005 asked for; the checkpoint's counts" in capsys.readouterr().out
     assert rate("--override-opt_param-scheduler") == pytest.approx(5e-3 * (1 - (5 - 2) / 10))
     assert "0.005 asked for; this run's counts" in capsys.readouterr().out
+
+
+def test_the_schedule_outlives_a_second_resume(flags, tmp_path):
+    """The checkpoints of a resumed run hold the schedule that was followed, not the one that was typed."""
+    longer = [*flags, "--auto-resume", "--train-iters", "24"]
+    assert run([*flags, "--exit-interval", "4"]) == Exit.STOPPED
+    assert run([*longer, "--exit-interval", "8"]) == Exit.STOPPED
+    assert run(longer) == Exit.FINISHED
+    rates = {line["iteration"]: line["learning_rate"] for line in metrics(tmp_path / "run") if "split" not in line}
+    assert [rates[i] for i in (6, 8, 10)] == pytest.approx([6e-3, 4e-3, 2e-3]) and rates[20] == 0.0
+
+
+def test_metrics_are_appended_and_a_finished_run_stays_finished(flags, tmp_path, capsys):
+    assert run(flags) == 0
+    before = metrics(tmp_path / "run")
+    assert run([*flags, "--auto-resume"]) == 0
+    assert "nothing is left to train" in capsys.readouterr().out and metrics(tmp_path / "run") == before
+    assert run([*flags, "--train-iters", "3"]) == 0
+    assert metrics(tmp_path / "run")[: len(before)] == before and len(metrics(tmp_path / "run")) > len(before)
+
+
+def test_every_evaluation_sees_the_same_samples(flags, tmp_path):
+    still = [*flags, "--lr", "1e-30", "--eval-interval", "4"]
+    assert run(still) == 0
+    losses = [line["lm_loss"] for line in metrics(tmp_path / "run") if line.get("split") == "validation"]
+    assert len(losses) == 3 and max(losses) - min(losses) < 1e-5
+    assert run([*still, "--skip-train", "--load", tmp_path / "run"]) == 0
+    assert metrics(tmp_path / "run")[-2]["lm_loss"] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_ramp_up_and_reshuffling_resume_exactly(flags, tmp_path):
+    counted_in_steps = {"--train-iters", "--lr-warmup-iters"}
+    kept = [flag for name, flag in zip(["", *flags], flags, strict=False) if not {name, flag} & counted_in_steps]
+    ramp = [*kept, "--rampup-batch-size", "2", "2", "8", "--train-samples", "40", "--dataloader-type", "cyclic"]
+    assert run(ramp) == 0
+    whole = {line["iteration"]: line for line in timeless(metrics(tmp_path / "run")) if "split" not in line}
+    split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in ramp]
+    assert run([*split, "--auto-resume", "--exit-interval", "4"]) == Exit.STOPPED
+    assert run([*split, "--auto-resume"]) == 0
+    assert {line["iteration"]: line for line in timeless(metrics(tmp_path / "split")) if "split" not in line} == whole
+
+
+def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path):
+    fused = [*flags, "--fused-attention-dropout", "--hidden-dropout", "0"]
+    assert run(fused) == 0
+    split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in fused]
+    assert run([*split, "--exit-interval", "7"]) == Exit.STOPPED
+    assert run([*split, "--auto-resume"]) == 0
+    assert timeless(metrics(tmp_path / "split")) == timeless(metrics(tmp_path / "run"))
+
+
+def test_an_optimizer_state_that_is_not_there(flags, tmp_path, capsys):
+    assert run([*flags, "--no-save-optim", "--train-iters", "3"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        run([*flags, "--load", tmp_path / "run"])
+    assert stop.value.code == 2 and "start a new one with --no-load-optim" in capsys.readouterr().err
+    assert run([*flags, "--load", tmp_path / "run", "--no-load-optim"]) == 0
 
 
 def test_another_model_than_the_checkpoints_is_refused(flags, tmp_path, capsys):
@@ -162,6 +221,8 @@ def test_a_nonfinite_gradient_skips_or_aborts(flags, tmp_path, capsys):
         (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3"),
         (["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere"], "/nowhere"),
         (["--split", "100,0,0", "--eval-iters", "-1"], "--eval-iters -1"),
+        (["--split", "0,1,1"], "nothing to train on"),
+        (["--tokenizer-type", "NullTokenizer", "--vocab-size", "300", "--metrics-path", "/tmp"], "it is a directory"),
     ],
 )
 def test_what_is_wrong_is_said_once_without_a_traceback(flags, change, message, capsys):

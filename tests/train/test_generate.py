@@ -1,0 +1,233 @@
+"""Generation: equal with and without the cache and to Hugging Face, sampling by its definition, bad input refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from reference import GPT2, LLAMA
+
+from megatron.checkpoint.hf import export_hf
+from megatron.checkpoint.save import save
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.resolve import resolve
+from megatron.config.saved import to_json
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.contract import StagePart
+from megatron.data.tokenizer import ByteTokenizer
+from megatron.generate import Sampling, batch_of, device_of, generate
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.model.gpt import GPT
+
+TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
+GREEDY = Sampling(temperature=0.0)
+PROMPT = [5, 99, 17, 3]
+POSITIONS = 48
+
+
+def build(form: ModelConfig, vocab: int = 127) -> GPT:
+    """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
+    wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
+    config = replace(resolve(RunConfig(model=wanted)).model, vocab_size=vocab)
+    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), Axis.alone("tp"))
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if name.endswith("bias") else 0.3 if parameter.dim() > 1 else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
+    return list(generate(model, PROMPT, max_new_tokens=count, sampling=sampling, **options))
+
+
+def save_model(model: GPT, root: Path, assets=None) -> Path:
+    config = to_json(RunConfig(model=model.config))
+    return save(root, 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config, assets=assets)
+
+
+@pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = build(form)
+    export_hf(save_model(model, tmp_path), tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
+    prompt = torch.tensor([PROMPT])
+    text = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    ours = written(model)
+    assert ours == text[0, len(PROMPT) :].tolist()
+    assert len(ours) == 32 and len(set(ours)) > 8  # more than one answer repeated
+
+
+@pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20, 0.9)], ids=["greedy", "sampled"])
+def test_the_cache_changes_nothing(form, sampling):
+    model = build(form)
+    assert written(model, sampling) == written(model, sampling, use_cache=False)
+
+
+def test_sampled_text_depends_on_the_seed_only():
+    model = build(LLAMA)
+    first = written(model, Sampling(), seed=1)
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert written(model, Sampling(), seed=1) == first
+    assert written(model, Sampling(), seed=2) != first
+
+
+def test_the_one_most_probable_token_is_the_greedy_one():
+    model = build(LLAMA)
+    for only in (Sampling(1.0, 1), Sampling(1.0, 0, 1e-9), Sampling(1e-40), Sampling(5e-324)):
+        assert written(model, only, seed=3) == written(model)
+    tied = torch.tensor([0.0, 2.0, 2.0, 2.0])
+    assert drawn(Sampling(1.0, 1), tied) == drawn(GREEDY, tied) == {1}
+
+
+def drawn(sampling: Sampling, logits: torch.Tensor) -> set[int]:
+    generator = torch.Generator().manual_seed(0)
+    return {sampling.choose(logits, generator) for _ in range(300)}
+
+
+def test_top_k_and_top_p_keep_the_fewest_that_suffice():
+    logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
+    assert drawn(Sampling(), logits) == drawn(Sampling(1.0, 9, 1.0), logits) == {0, 1, 2, 3, 4}
+    assert drawn(Sampling(1.0, 3), logits) == {1, 3, 4}
+    assert drawn(Sampling(1.0, 0, 0.39), logits) == {1}
+    assert drawn(Sampling(1.0, 0, 0.41), logits) == drawn(Sampling(1.0, 0, 0.69), logits) == {1, 3}
+    assert drawn(Sampling(1.0, 0, 0.71), logits) == {1, 3, 4}
+    # Of the three most probable, 0.4 / 0.85 and 0.3 / 0.85 are 0.82 together; without the cut to three they are 0.7.
+    assert drawn(Sampling(1.0, 3, 0.8), logits) == {1, 3} and drawn(Sampling(1.0, 0, 0.8), logits) == {1, 3, 4}
+
+
+def test_samples_follow_the_probabilities():
+    logits, generator = torch.tensor([0.2, 0.5, 0.3]).log(), torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        counts = torch.zeros(3)
+        for _ in range(1500):
+            counts[Sampling(temperature).choose(logits, generator)] += 1
+        torch.testing.assert_close(counts / 1500, (logits / temperature).softmax(0), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_padding_rows_are_never_sampled(form):
+    model = build(form)
+    weight = model.embedding.word.weight if model.head is None else model.head.weight
+    assert weight.shape[0] == 128
+    with torch.no_grad():  # the padding row would win: its logit is the largest of all
+        x = model.hidden(None, batch_of(PROMPT, 0, torch.device("cpu")))[-1, 0]
+        weight[127] = 100 * x
+    assert max(written(model)) < 127
+    assert max(written(model, Sampling(50.0), 44)) < 127
+
+
+def test_the_stop_token_and_the_last_position_end_the_text():
+    model = build(GPT2)
+    free = written(model, count=1000)
+    assert len(free) == POSITIONS - len(PROMPT)
+    at = free.index(free[20])
+    assert written(model, stop=free[20]) == free[:at]
+    assert written(model, count=7) == free[:7]
+    assert len(written(build(LLAMA), count=60)) == 60  # rotary positions do not end
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "becomes no tokens"),
+        ([1] * POSITIONS, "48 tokens, the model 48 positions"),
+        ([1] * 60, "60 tokens, the model 48 positions"),
+        ([1, 127], "token 127"),
+        ([-1], "token -1"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        list(generate(build(GPT2), prompt, max_new_tokens=2, sampling=GREEDY))
+
+
+def test_a_damaged_model_is_refused():
+    model = build(GPT2)
+    with torch.no_grad():
+        model.embedding.word.weight[PROMPT[-1]] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        written(model)
+
+
+def test_devices():
+    assert [device_of(None, 0).type, device_of(None, 2).type] == ["cpu", "cuda"]
+    assert device_of("cuda:1", 2) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="--device cuda:2 is not there: PyTorch finds 2 GPUs"):
+        device_of("cuda:2", 2)
+
+
+class Tool:
+    """`tools/generate.py` on a checkpoint with a byte tokenizer."""
+
+    def __init__(self, module, root: Path) -> None:
+        self.module, self.root = module, root
+
+    def __call__(self, *flags: str) -> int:
+        return self.module.main(["--load", str(self.root), "--device", "cpu", "--prompt", "Hello", *flags])
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory):
+    import importlib.util
+
+    root = tmp_path_factory.mktemp("model")
+    save_model(build(GPT2, vocab=257), root, ByteTokenizer().save)
+    spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Tool(module, root)
+
+
+def test_the_tool_writes_text_and_says_what_it_cut(tool, capsys):
+    assert tool("--temperature", "0", "--max-new-tokens", "43") == 0
+    full = capsys.readouterr()
+    assert full.out.startswith("Hello") and full.err == ""
+    assert tool("--temperature", "0", "--max-new-tokens", "44") == 0
+    cut = capsys.readouterr()
+    assert cut.out == full.out
+    assert cut.err == "note: --max-new-tokens 44 was cut to 43: the model ends at position 48, and the prompt takes 5\n"
+    assert tool("--temperature", "1e-40", "--no-cache", "--max-new-tokens", "43") == 0
+    assert capsys.readouterr() == full
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--device bogus", "--device bogus is not known; legal: cpu, cuda, cuda:N"),
+        ("--device cuda:9999", "--device cuda:9999 is not there"),
+        ("--device meta", "--device meta is not known"),
+        ("--temperature nan", "--temperature nan"),
+        ("--temperature inf", "--temperature inf"),
+        ("--temperature -1", "--temperature -1.0"),
+        ("--top-p nan", "--top-p nan"),
+        ("--top-p 1.5", "--top-p 1.5"),
+        ("--top-k -1", "--top-k -1"),
+        ("--max-new-tokens 0", "--max-new-tokens 0"),
+        ("--prompt=", "becomes no tokens"),
+        ("--prompt " + "x" * 48, "48 tokens, the model 48 positions"),
+        ("--load /nowhere", "/nowhere"),
+        ("--load-iteration 7", "7"),
+    ],
+)
+def test_the_tool_refuses_bad_input(tool, flags, message, capsys):
+    assert tool(*flags.split()) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_the_tool_as_a_process(tool):
+    command = [sys.executable, str(TOOL), "--load", str(tool.root), "--prompt", "Hello", "--temperature", "nan"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: --temperature nan") and done.stdout == ""
