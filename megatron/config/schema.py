@@ -220,7 +220,7 @@ class OptimConfig:
     )
     use_checkpoint_opt_param_scheduler: bool = option(
         False,
-        "on resume take the schedule from the checkpoint",
+        "on resume take the schedule from the checkpoint, as without this flag",
         aliases=("--use-checkpoint-lr-scheduler",),
         flag="--use-checkpoint-opt_param-scheduler",
     )

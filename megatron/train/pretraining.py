@@ -105,7 +105,8 @@ def run_job(prepared: Prepared, started: Job, began: float) -> int:
         return Exit.FINISHED
     training, validation, test = openers(run, prepared)
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
-    own = source.progress and source.directory is not None and source.directory.parent == Path(config.checkpoint.save or "")
+    root = None if source.directory is None else source.directory.resolve().parent
+    own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,

@@ -21,6 +21,8 @@ from megatron.optim.lr import Schedule
 from megatron.train.run import Run, sample_counts
 from megatron.train.state import TrainState
 
+# Settings that are told as fields of the schedule.
+SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay")
 # Settings about this start of the run rather than about the run.
 UNIMPORTANT = {"checkpoint", "log", "tokenizer", "layout"}
 
@@ -108,7 +110,7 @@ def differences(source: Source, config: RunConfig) -> Iterator[str]:
         there, here = getattr(source.saved, section.name), getattr(config, section.name)
         for setting in fields(here):
             values = getattr(there, setting.name), getattr(here, setting.name)
-            if values[0] != values[1] and not setting.name.startswith(("lr", "min_lr")):
+            if values[0] != values[1] and not setting.name.startswith(SCHEDULED):
                 yield f"  {section.name}.{setting.name}: {values[0]} in the checkpoint, {values[1]} here; this run's counts"
 
 

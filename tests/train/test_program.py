@@ -124,13 +124,19 @@ def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
 
     def rate(*extra: object) -> float:
         here = [flag if flag != str(tmp_path / "run") else str(tmp_path / "again") for flag in flags]
-        assert run([*here, *root, "--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", *extra]) == 0
+        assert (
+            run([*here, *root, "--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", "--weight-decay", "0.1", *extra])
+            == 0
+        )
         return [line for line in metrics(tmp_path / "again") if line["iteration"] == 5 and "split" not in line][-1][
             "learning_rate"
         ]
 
     assert rate() == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
-    assert "schedule, peak: 0.01 in the checkpoint, 0.005 asked for; the checkpoint's counts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "schedule, peak: 0.01 in the checkpoint, 0.005 asked for; the checkpoint's counts" in said
+    assert "decay_weights_to: 0.01 in the checkpoint, 0.1 asked for; the checkpoint's counts" in said
+    assert "optim.weight_decay" not in said, "one setting, one winner"
     assert rate("--override-opt_param-scheduler") == pytest.approx(5e-3 * (1 - (5 - 2) / 10))
     assert "0.005 asked for; this run's counts" in capsys.readouterr().out
 
@@ -143,6 +149,15 @@ def test_the_schedule_outlives_a_second_resume(flags, tmp_path):
     assert run(longer) == Exit.FINISHED
     rates = {line["iteration"]: line["learning_rate"] for line in metrics(tmp_path / "run") if "split" not in line}
     assert [rates[i] for i in (6, 8, 10)] == pytest.approx([6e-3, 4e-3, 2e-3]) and rates[20] == 0.0
+
+
+def test_a_resume_by_another_spelling_of_the_directory_drops_the_same_lines(flags, tmp_path, monkeypatch):
+    """Lines that the interrupted run wrote beyond its checkpoint stand there once, however --load spells --save."""
+    assert run([*flags, "--exit-interval", "8"]) == Exit.STOPPED
+    monkeypatch.chdir(tmp_path)
+    assert run([*flags, "--load", "./run", "--load-iteration", "4"]) == Exit.FINISHED
+    steps = [line["iteration"] for line in metrics(tmp_path / "run") if "split" not in line]
+    assert steps == list(range(1, 13))
 
 
 def test_metrics_are_appended_and_a_finished_run_stays_finished(flags, tmp_path, capsys):
