@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-from megatron.config.batch_size import micro_batch_count, ramp_sizes
+from megatron.config.batch_size import ramp_sizes
 from megatron.config.cli import Parsed, explain
 from megatron.config.compare import different_model
 from megatron.config.errors import ConfigError, Problem
@@ -24,9 +25,14 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
 from megatron.model import size
+from megatron.pipeline.draw import draw_text
+from megatron.pipeline.schedule import Op, Schedule, make
+from megatron.pipeline.simulate import MeasuredCosts, simulate
+from megatron.stages import StagePlan, stages_of
 
 GPT2_VOCABULARY = 50257
-DRAWN = 8  # micro-batches of the schedule that are written out
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -109,6 +115,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     """The lines of a dry run."""
     yield "# The resolved configuration, as a file for --config"
     yield to_toml(config)
+    config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
     layout = config.layout
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
     grid = Grid(pp=pp, dp=world // (tp * pp * cp), cp=cp, tp=tp)
@@ -117,56 +124,126 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     padded = size.padded_vocabulary(config.model, found.vocabulary, tp)
     yield f"vocabulary: {found.vocabulary} → {padded}, {padded - found.vocabulary} padding rows ({found.source})"
     yield ""
-    yield from _sizes(config, grid, found.vocabulary)
+    plan = stages_of(config)
+    micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
+    schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
+    yield from _stages(config, grid, plan)
     yield ""
-    yield from _batches(config, grid, found.vocabulary)
+    yield from _memory(config, grid, plan, schedule)
+    yield ""
+    yield from _batches(config, grid, micro_batches)
+    yield ""
+    yield from _schedule(config, plan, schedule)
 
 
-def _sizes(config: RunConfig, grid: Grid, vocab: int) -> Iterator[str]:
-    model, seq = config.model, config.data.seq_length or 0
+def _ranks(grid: Grid, rank: int) -> str:
+    """The ranks of the job that are pipeline rank `rank`: neighbours, since the pipeline is the slowest axis."""
+    first, count = grid.rank(pp=rank), grid.world_size // grid.pp
+    return f"{first}-{first + count - 1}" if count > 1 else str(first)
+
+
+def _stages(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
+    """A row for each stage. A tied word embedding counts on each rank that holds it, and in all once."""
+    model, vocab = config.model, config.model.size("vocab_size")
     yield f"# Parameters: {size.parameters(model, vocab):,} in all, without padding"
-    yield f"{'stage':>5} {'ranks':>9} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
-    stage = size.Whole(range(model.size("num_layers")))
-    count = size.parameters(model, vocab, stage)
-    memory = size.memory_per_rank(
+    yield f"{'stage':>5} {'ranks':>11} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
+    held: set[tuple[int, str]] = set()
+    for stage, (rank, part) in enumerate(zip(plan.placement, plan.parts, strict=True)):
+        own = [p for p in size.parameter_list(model, vocab, part) if (rank, p.name) not in held]
+        held |= {(rank, p.name) for p in own}
+        layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
+        ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
+        count, local = sum(p.count for p in own), sum(p.local(model, grid.tp) for p in own)
+        weights = size.buffer_elements(model, own, grid.tp) * size.weight_bytes(config.precision.bf16)
+        yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {weights:>16,}"
+
+
+def _memory(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
+    """What each pipeline rank holds at its fullest, and the fullest of them in detail."""
+    every = [memory_of(config, grid.tp, plan, schedule, rank) for rank in range(grid.pp)]
+    fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
+    which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
+    yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"
+    for name in MEMORY:
+        value = getattr(every[fullest], name)
+        yield f"{name:<12} {value:>18,}  ({value / 2**30:.2f} GiB)"
+    if grid.pp > 1:
+        yield ""
+        yield f"{'ranks':>11}" + "".join(f" {name:>18}" for name in MEMORY)
+        for rank, memory in enumerate(every):
+            yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY)
+
+
+def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, rank: int) -> size.Memory:
+    """What each rank of pipeline rank `rank` holds when its activations take most.
+
+    Those of a stage and micro-batch are there from its F until its B or W.
+    """
+    model, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
+    seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.bf16, config.layout.sequence_parallel
+
+    @cache
+    def activations(stage: int, waiting: int) -> int:
+        part, micro_batch = plan.parts[stage], batch.micro_batch_size or 0
+        return size.activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, part, waiting)
+
+    own = plan.of_rank(rank)
+    held = dict.fromkeys(own, 0)
+    now = most = 0
+    then = dict(held)
+    for action in schedule.programs[rank]:
+        before = held[action.stage]
+        held[action.stage] += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
+        now += activations(action.stage, held[action.stage]) - activations(action.stage, before)
+        if now > most:
+            most, then = now, dict(held)
+    return size.memory_per_rank(
         model,
         vocab,
-        tp=grid.tp,
+        tp=tp,
         seq=seq,
-        micro_batch=config.batch.micro_batch_size or 0,
-        bf16=config.precision.bf16,
-        sequence_parallel=config.layout.sequence_parallel,
+        micro_batch=batch.micro_batch_size or 0,
+        bf16=bf16,
+        sequence_parallel=sequence_parallel,
         optimizer=config.optim.optimizer,
-        stage=stage,
+        stages=[plan.parts[stage] for stage in own],
+        in_flight=[then[stage] for stage in own],
     )
-    held = size.parameters_per_rank(model, vocab, grid.tp, stage)
-    layers, ranks = f"0-{len(stage.layers) - 1}", f"0-{grid.world_size - 1}"
-    yield f"{0:>5} {ranks:>9} {layers:>9} {'embedding, head':>16} {count:>16,} {held:>16,} {memory.weights:>16,}"
-    yield ""
-    yield "# Memory of each rank, bytes (activations are an estimate, after arXiv 2205.05198)"
-    for name in ("weights", "gradients", "optimizer", "activations", "total"):
-        value = getattr(memory, name)
-        yield f"{name:<12} {value:>18,}  ({value / 2**30:.2f} GiB)"
 
 
-def _batches(config: RunConfig, grid: Grid, vocab: int) -> Iterator[str]:
-    batch, seq = config.batch, config.data.seq_length or 0
+def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
+    batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
     full = batch.global_batch_size or 0
     yield "# Batches"
     sizes = ramp_sizes(batch)
     if len(sizes) > 1:
         shown = ", ".join(map(str, sizes[:6])) + (", ..." if len(sizes) > 6 else "")
         yield f"global batch grows over {batch.rampup_batch_size[2]:,} samples: {shown} to {full}"
-    count = micro_batch_count(batch, grid.dp, 0)
-    final = full // ((batch.micro_batch_size or 1) * grid.dp)
-    yield f"global batch {full} = micro-batch {batch.micro_batch_size} x {final} micro-batches x {grid.dp} data-parallel ranks"
+    micro = f"micro-batch {batch.micro_batch_size} x {micro_batches} micro-batches"
+    yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * seq:,} tokens"
     flops = size.flops_per_iteration(config.model, vocab, seq, full)
     per_token = size.flops_per_token(config.model, vocab, seq)
     yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
-    yield ""
-    yield f"# Schedule {config.layout.pipeline_schedule}: {count} micro-batches in the first step, forward (F) and backward (B)"
-    drawn = " ".join(f"F{i} B{i}" for i in range(min(count, DRAWN)))
-    yield f"stage 0 | {drawn}{' ...' if count > DRAWN else ''}"
+
+
+def _schedule(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
+    """The schedule of a full global batch: what it idles and holds, and its picture."""
+    yield "# Schedule, if FLOPs alone took time, in units of the mean stage's forward pass"
+    yield draw_text(schedule, simulate(schedule, flop_costs(config, plan)))
+
+
+def flop_costs(config: RunConfig, plan: StagePlan) -> MeasuredCosts:
+    """The durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
+    seq, vocab = config.data.seq_length or 0, config.model.size("vocab_size")
+    stages = [size.stage_flops(config.model, vocab, seq, part) for part in plan.parts]
+    unit = sum(stage.forward for stage in stages) / len(stages)
+    times: dict[tuple[Op, int], float] = {}
+    for number, stage in enumerate(stages):
+        times[Op.F, number] = stage.forward / unit
+        times[Op.I, number] = stage.backward / unit
+        times[Op.W, number] = stage.weight / unit
+        times[Op.B, number] = (stage.backward + stage.weight) / unit
+    return MeasuredCosts(times)

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.model.attention import Cache
-from megatron.model.gpt import GPT
 from megatron.parallel.random import derive_seed
 
 
@@ -71,7 +72,20 @@ def device_of(name: str | None, gpus: int) -> torch.device:
     return torch.device(name)
 
 
-def room_after(model: GPT, prompt: Sequence[int]) -> int | None:
+class Predictor(Protocol):
+    """A whole model: a `model.gpt.GPT`, or a `pipeline.inference.Pipeline` over several ranks."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def eval(self) -> object: ...
+
+    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """fp32 `[seq, batch, vocab]`; with a cache, `batch` holds only the new tokens."""
+        ...
+
+
+def room_after(model: Predictor, prompt: Sequence[int]) -> int | None:
     """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
     if model.config.position_embedding_type != "learned_absolute":
         return None
@@ -80,7 +94,7 @@ def room_after(model: GPT, prompt: Sequence[int]) -> int | None:
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: Predictor,
     prompt: Sequence[int],
     *,
     max_new_tokens: int,
@@ -91,8 +105,9 @@ def generate(
 ) -> Iterator[int]:
     """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the model's last position.
 
-    prompt: token ids, at least one. use_cache=False computes everything again for each token: the reference for the
-    cache. ValueError for an empty prompt, and for one that leaves no position free.
+    On several ranks all call this, and all get the same tokens. prompt: token ids, at least one. use_cache=False computes
+    everything again for each token: the reference for the cache. ValueError for an empty prompt, and for one that leaves no
+    position free.
     """
     room = room_after(model, prompt)
     if not prompt:
@@ -100,15 +115,17 @@ def generate(
     if room is not None and room < 1:
         last = len(prompt) + room
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
-    if outside := [token for token in prompt if not 0 <= token < model.shard.vocab]:
-        raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {model.shard.vocab}")
-    device = next(model.parameters()).device
+    vocabulary = model.config.size("vocab_size")
+    if outside := [token for token in prompt if not 0 <= token < vocabulary]:
+        raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {vocabulary}")
     generator = torch.Generator().manual_seed(derive_seed(seed, "generate"))
     model.eval()
     tokens, cache = list(prompt), Cache() if use_cache else None
     for _ in range(max_new_tokens if room is None else min(max_new_tokens, room)):
         seen = cache.length if cache is not None else 0
-        logits = model.logits(batch_of(tokens[seen:], seen, device), cache)[-1, 0]
+        logits = model.logits(batch_of(tokens[seen:], seen, model.device), cache)[-1, 0]
+        if cache is not None:
+            cache.length = len(tokens)
         token = sampling.choose(logits, generator)
         if token == stop:
             return

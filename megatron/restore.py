@@ -1,32 +1,37 @@
-"""A trained model from its checkpoint, in one process, whatever layout saved it: what export and generation start from."""
+"""A trained model from its checkpoint, whatever layout saved it: what export and generation start from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
 from megatron.checkpoint.hf import model_config
-from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find, read_manifest
+from megatron.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, find, read_manifest
 from megatron.checkpoint.load import load
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.schema import ModelConfig
-from megatron.contract import StagePart
+from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
-from megatron.mesh.mesh import Axis
-from megatron.model.gpt import GPT
+from megatron.mesh.mesh import Mesh
+from megatron.model.gpt import GPT, build_stages
+from megatron.pipeline.inference import Pipeline
+from megatron.pipeline.transfer import Channels
+from megatron.stages import stages_of
+
+Model = TypeVar("Model")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """model: whole, in evaluation mode. tokenizer: the one it was trained with; None when the checkpoint holds none.
+class Opened(Generic[Model]):
+    """model: in evaluation mode. tokenizer: the one it was trained with; None when the checkpoint holds none.
 
     directory: the iter_ directory that all of it came from.
     """
 
-    model: GPT
+    model: Model
     config: ModelConfig
     tokenizer: Tokenizer | None
     iteration: int
@@ -45,26 +50,57 @@ def open_model(
     iteration: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Opened:
-    """Read a model from a directory of checkpoints, or from one iter_ directory.
+) -> Opened[GPT]:
+    """Read a whole model into this process, from a directory of checkpoints or from one iter_ directory.
 
     iteration: default the latest. dtype: default that of the saved embedding. CheckpointError or DataError says what is
     not there or damaged.
     """
+    mesh = Mesh.single()
+    directory, manifest, config = _find(checkpoint, iteration)
+    stages = _stages(directory, manifest, config, mesh, device, dtype)[1]
+    load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
+    return Opened(stages[0].eval(), config, open_tokenizer(directory), manifest.iteration, directory)
+
+
+def open_pipeline(
+    checkpoint: Path | str, mesh: Mesh, *, iteration: int | None = None, device: torch.device | str = "cpu"
+) -> Opened[Pipeline]:
+    """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; like `open_model`. Collective."""
+    directory, manifest, config = _find(checkpoint, iteration)
+    placement, stages = _stages(directory, manifest, config, mesh, device, None)
+    load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
+    model = Pipeline(config, stages, placement, Channels(mesh.pp, mesh.pp_back, torch.device(device)))
+    model.eval()
+    return Opened(model, config, open_tokenizer(directory), manifest.iteration, directory)
+
+
+def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest, ModelConfig]:
     directory = find(Path(checkpoint), iteration)
-    manifest, config = read_manifest(directory), model_config(directory)
+    return directory, read_manifest(directory), model_config(directory)
+
+
+def _stages(
+    directory: Path, manifest: Manifest, config: ModelConfig, mesh: Mesh, device: torch.device | str, dtype: torch.dtype | None
+) -> tuple[tuple[int, ...], dict[int, GPT]]:
+    """Where every stage lies, and this rank's, empty."""
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:
         raise CheckpointError(f"{directory}: it holds no GPT, there is no model.embedding.word.weight")
+    layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size, pipeline_schedule="1f1b")
     try:
-        model = GPT(
+        plan = stages_of(RunConfig(model=config, layout=layout))
+        stages = build_stages(
             config,
-            StagePart(range(config.size("num_layers")), True, True),
-            Axis.alone("tp"),
+            plan.placement,
+            plan.parts,
+            mesh.tp,
+            mesh.pp.rank,
             dtype=dtype or TORCH_DTYPES[word.dtype],
             device=device,
         )
     except ValueError as error:
-        raise CheckpointError(f"{directory}: its config.json describes no model: {error}") from error
-    load(directory, {"model": ModuleWeights(model)})
-    return Opened(model.eval(), config, open_tokenizer(directory), manifest.iteration, directory)
+        cut = f" that can be cut for tensor parallel {mesh.tp.size} x pipeline parallel {mesh.pp.size}"
+        what = "no model" + (cut if mesh.world.size > 1 else "")
+        raise CheckpointError(f"{directory}: its config.json describes {what}: {error}") from error
+    return plan.placement, stages

@@ -57,6 +57,10 @@ class Setting:
 
     model: ModelConfig = GPT2
     tp: int = 1
+    pp: int = 1
+    schedule: str | None = None
+    per_virtual_stage: int | None = None
+    stage_layers: tuple[int, ...] = ()
     sequence_parallel: bool = False
     micro_batch: int = 1
     global_batch: int = 4
@@ -71,7 +75,14 @@ class Setting:
         return resolve(
             RunConfig(
                 model=self.model,
-                layout=LayoutConfig(tensor_model_parallel_size=self.tp, sequence_parallel=self.sequence_parallel),
+                layout=LayoutConfig(
+                    tensor_model_parallel_size=self.tp,
+                    pipeline_model_parallel_size=self.pp,
+                    pipeline_schedule=self.schedule,
+                    num_layers_per_virtual_pipeline_stage=self.per_virtual_stage,
+                    pipeline_stage_layers=self.stage_layers,
+                    sequence_parallel=self.sequence_parallel,
+                ),
                 data=DataConfig(seq_length=SEQ),
                 batch=BatchConfig(
                     micro_batch_size=self.micro_batch,

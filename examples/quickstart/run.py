@@ -20,7 +20,8 @@ LOSS_SHARE = 0.7  # the last loss must be below this share of the first
 
 MODEL = "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
 MODEL += " --attention-dropout 0 --hidden-dropout 0"
-BATCH = "--micro-batch-size 8 --global-batch-size 16 --train-iters 500"
+BATCH = "--micro-batch-size 4 --global-batch-size 16 --train-iters 500"
+MICRO_BATCHES = 4  # of a step: the whole batch goes through one pipeline
 OPTIM = "--lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 40 --weight-decay 0.1 --adam-beta2 0.95"
 PERIODS = "--log-interval 5 --eval-interval 100 --eval-iters 4 --save-interval 250"
 
@@ -58,7 +59,9 @@ def main() -> int:
     torchrun = Path(sys.executable).with_name("torchrun")
     launch = [str(Path(python).with_name("torchrun"))] if torchrun.exists() else [python, "-m", "torch.distributed.run"]
     corpus, tokenizer, data = (str(OUT / name) for name in ("corpus.jsonl", "tokenizer", "corpus"))
-    save, hf, curve = (str(OUT / name) for name in ("checkpoints", "hf", "loss.svg"))
+    save, hf, curve, schedule, profile = (
+        str(OUT / name) for name in ("checkpoints", "hf", "loss.svg", "schedule.svg", "pipeline_profile.svg")
+    )
     metrics = f"{save}/metrics.jsonl"
     with_tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
@@ -75,8 +78,14 @@ def main() -> int:
             *(*with_tokenizer, "--append-eod", "--workers", "2"),
         )
         run(
-            "training: tensor parallel 2 x data parallel 2, on 4 processes",
-            *(*launch, "--nproc_per_node", "4", "pretrain_gpt.py", "--tensor-model-parallel-size", "2"),
+            "the pipeline's schedule, drawn",
+            *(python, "tools/draw_schedule.py", "--schedule", "1f1b", "--stages", "2"),
+            *("--microbatches", str(MICRO_BATCHES), "--output", schedule),
+        )
+        run(
+            "training: tensor parallel 2 x pipeline parallel 2, on 4 processes",
+            *(*launch, "--nproc_per_node", "4", "pretrain_gpt.py"),
+            *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--profile-pipeline", str(OUT)),
             *(*shlex.split(f"{MODEL} {BATCH} {OPTIM} {PERIODS}"), *with_tokenizer),
             *("--data-path", f"{data}_text_document", "--split", "90,5,5", "--save", save),
             OMP_NUM_THREADS="1",
@@ -103,6 +112,8 @@ def main() -> int:
         f"{data}_text_document.bin": "the tokens, with .idx beside them",
         save: "checkpoints and metrics.jsonl",
         curve: "the loss curve",
+        schedule: "the pipeline's schedule",
+        profile: "the pipeline as it ran, and as predicted",
         hf: "the Hugging Face directory",
     }
     for path, what in made.items():

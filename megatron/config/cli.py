@@ -21,12 +21,14 @@ from typing import Any, NoReturn
 
 import megatron
 from megatron.config import file_rules
+from megatron.config.case import Case
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
 from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
-from megatron.config.rules import Case, examine
+from megatron.config.resolve import pipeline_chunks
+from megatron.config.rules import examine
 from megatron.config.saved import from_json, to_json, to_toml
 from megatron.config.schema import CheckpointConfig, RunConfig
 
@@ -154,6 +156,11 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
     notes = []
     if typed.layout.sequence_parallel and not resolved.layout.sequence_parallel:
         notes.append("--sequence-parallel changes nothing: --tensor-model-parallel-size is 1")
+    layout, layers = resolved.layout, resolved.model.num_layers
+    virtual, ranks = layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_size
+    if virtual is not None and layers is not None and pipeline_chunks(layout, layers) == 1:
+        why = f"{layers} layers on {ranks} pipeline ranks are one stage each"
+        notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
     if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
         notes.append("--save-interval changes nothing: nothing is saved without --save")
     return notes

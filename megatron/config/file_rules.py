@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
-from megatron.config.rules import TOKENIZER_FILES, Case, Rule, prefixes
+from megatron.config.rules import TOKENIZER_FILES, prefixes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"  # written last into a checkpoint
@@ -127,7 +128,7 @@ def load(c: Case) -> Iterator[Problem]:
 def writable(c: Case) -> Iterator[Problem]:
     """What a run will write can be written."""
     metrics = c["log.metrics_path"]
-    folders = {"checkpoint.save": c["checkpoint.save"], "log.tensorboard_dir": c["log.tensorboard_dir"]}
+    folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
     if metrics is not None and c.typed.log.metrics_path is not None:
         folders["log.metrics_path"] = str(Path(metrics).absolute().parent)
     if metrics is not None and Path(metrics).is_dir():

@@ -48,6 +48,8 @@ CHANGES_NOTHING = """
 --no-async-tensor-model-parallel-allreduce 0 the overlap never changes a result
 --no-scatter-gather-tensors-in-pipeline 0 it never changes a result
 --use-ring-exchange-p2p 0 there is one way to send
+--overlap-p2p-communication 0 transfers between stages always overlap with the work
+--no-overlap-p2p-communication 0 transfers between stages always overlap with the work
 --lazy-mpu-init 1 the mesh is built at once
 --use-cpu-initialization 0 initial weights are the same on every device and layout
 --no-initialization 0 weights are drawn, then replaced by those of --load
@@ -74,6 +76,7 @@ REPLACED = """
 --activations-checkpoint-method 1 is now --recompute-method, which is not available yet
 --activations-checkpoint-num-layers 1 is now --recompute-num-layers, which is not available yet
 --distribute-checkpointed-activations 0 is now --distribute-saved-activations, which is not available yet
+--standalone-embedding-stage 0 is now --pipeline-stage-layers 0 N N ..., the layers of each stage from the first to the last
 --adlr-autoresume 0 needs a private library; use --auto-resume
 --adlr-autoresume-interval 1 needs a private library; use --auto-resume
 --img-dim 1 is not available: there are no vision models here
@@ -104,10 +107,6 @@ LATER = {
         --recompute-num-layers 1
         --recompute-modules *
         --distribute-saved-activations 0""",
-    "belongs to pipeline parallelism, which is not available yet; leave it out": """
-        --overlap-p2p-communication 0
-        --no-overlap-p2p-communication 0
-        --standalone-embedding-stage 0""",
     "is not available yet; leave it out: checkpoints are written in the foreground": """
         --async-save 0""",
     "is not available yet; use --exit-duration-in-mins or --exit-interval": """

@@ -28,7 +28,10 @@ class CommandConfig:
 
 @dataclass(frozen=True)
 class Option:
-    """One field that a user can set. `default` is the schema's; `flag` the spelling that messages use."""
+    """One field that a user can set. `default` is the schema's; `flag` the spelling that messages use.
+
+    bare: what the flag sets without a value; None where it needs one.
+    """
 
     section: str
     field: str
@@ -42,6 +45,7 @@ class Option:
     choices: tuple[str, ...] | None
     constants: Mapping[str, Any]
     metavar: str | None
+    bare: str | None
 
     @property
     def name(self) -> str:
@@ -75,6 +79,8 @@ class Option:
         return self._accept_one(value)
 
     def _accept_one(self, value: Any) -> Any:
+        if self.bare is not None and isinstance(value, bool):
+            return self.bare if value else self.default
         if self.kind is bool or isinstance(value, bool):
             if self.kind is bool and isinstance(value, bool):
                 return value
@@ -120,7 +126,7 @@ def options() -> tuple[Option, ...]:
             found.append(
                 Option(
                     section, f.name, kind, many, f.default, meta["help"], flag, meta["off"],
-                    meta["aliases"], meta["choices"], meta["values"], meta["metavar"],
+                    meta["aliases"], meta["choices"], meta["values"], meta["metavar"], meta["bare"],
                 )
             )  # fmt: skip
     return tuple(found)

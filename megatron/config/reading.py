@@ -1,7 +1,7 @@
 """Reads a command line and a TOML file into settings, collecting every mistake instead of stopping at the first.
 
 The command line follows the habits of Megatron-LM's scripts: `--flag value` and `--flag=value`, unambiguous prefixes of
-a flag, several values after `--data-path`, the last of two equal flags wins.
+a flag, several values after `--data-path`, the last of two equal flags wins. Some flags may stand without their value.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_arguments(argv: Sequence[str]) -> Reading:
             del words[: 0 if has_value else len(following)]
             continue
         takes = found.takes if isinstance(found, Legacy) else _takes(found)
-        used = following if takes == "*" or has_value else following[: int(takes)]
+        used = following if takes == "*" or has_value else following[: 1 if takes == "?" else int(takes)]
         if not has_value:
             del words[: len(used)]
         if isinstance(found, Legacy):
@@ -110,6 +110,8 @@ def _values(words: Sequence[str]) -> list[str]:
 def _takes(spelling: Spelling) -> str:
     if spelling.value is not TAKES_VALUE:
         return "0"
+    if spelling.option.bare is not None:
+        return "?"
     return "*" if spelling.option.many else "1"
 
 
@@ -118,6 +120,8 @@ def _take(reading: Reading, spelling: Spelling, words: Sequence[str]) -> None:
     if spelling.value is not TAKES_VALUE:
         reading.set(option, spelling.value, spelling.flag)
         return
+    if not words and option.bare is not None:
+        words = [option.bare]
     try:
         values = [option.convert(word) for word in words]
     except ValueError as error:

@@ -15,6 +15,20 @@ def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
 
 
+def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
+    """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
+
+    zb-v runs down the ranks and up again. Virtual stages are Megatron-LM's num_layers / pp / N, rounded down where that
+    leaves a rest, and never none.
+    """
+    if layout.pipeline_schedule == "zb-v":
+        return 2
+    wanted = layout.num_layers_per_virtual_pipeline_stage
+    if layout.pipeline_schedule != "interleaved" or wanted is None:
+        return 1
+    return max(1, layers // (layout.pipeline_model_parallel_size * wanted))
+
+
 def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
     """`config` with every derived setting filled in. Resolving twice changes nothing.
 
@@ -33,7 +47,11 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         ),
         batch=batch,
         optim=_optim(config.optim, batch),
-        log=replace(log, metrics_path=log.metrics_path or _metrics(config.checkpoint.save)),
+        log=replace(
+            log,
+            metrics_path=log.metrics_path or _metrics(config.checkpoint.save),
+            profile_pipeline=_profile(log.profile_pipeline, config.checkpoint.save),
+        ),
     )
 
 
@@ -74,6 +92,11 @@ def _optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:
     return replace(
         optim, lr_decay_iters=decay_iters, lr_decay_samples=decay_samples, start_weight_decay=start, end_weight_decay=end
     )
+
+
+def _profile(wanted: str | None, save: str | None) -> str | None:
+    """The directory of --profile-pipeline; the flag alone is the empty word."""
+    return (save or "pipeline_profile") if wanted == "" else wanted
 
 
 def _metrics(save: str | None) -> str | None:

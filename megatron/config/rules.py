@@ -7,64 +7,17 @@ range, since other rules speak of those, so that each mistake is reported once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from math import inf
-from typing import Any
 
 from megatron.config.batch_size import ramp_sizes
+from megatron.config.case import Case, Rule, divisors
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name
+from megatron.config.pipeline_rules import PIPELINE_RULES
 from megatron.config.ranges import out_of_range
 from megatron.config.resolve import data_parallel_size, resolve
 from megatron.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration under examination.
-
-    typed: as the user gave it. resolved: with the derived settings. world: number of ranks. dp: data-parallel ranks,
-    None where the layout does not fit the world. bad: fields that already have a problem. planning: a dry run, which may
-    leave out what a run reads from disk.
-    """
-
-    typed: RunConfig
-    resolved: RunConfig
-    world: int
-    dp: int | None
-    bad: frozenset[str] = frozenset()
-    planning: bool = False
-
-    def say(self, *names: str) -> str:
-        """The settings as flags with their resolved values: `--a 1` and `--b 2`."""
-        parts = [say(name, self[name]) for name in names]
-        return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-    def __getitem__(self, name: str) -> Any:
-        section, _, key = name.partition(".")
-        return getattr(getattr(self.resolved, section), key)
-
-    def given(self, name: str) -> bool:
-        """Whether the setting differs from the schema's default, as the user gave it."""
-        section, _, key = name.partition(".")
-        return bool(getattr(getattr(self.typed, section), key) != by_name()[name].default)
-
-    @property
-    def iterations_chosen(self) -> bool:
-        """Whether --train-iters was set to something else than what follows from --train-samples."""
-        chosen = self.typed.batch.train_iters
-        without = dataclasses.replace(self.typed, batch=dataclasses.replace(self.typed.batch, train_iters=None))
-        return chosen is not None and chosen != resolve(without, self.world).batch.train_iters
-
-
-Rule = Callable[[Case], Iterator[Problem]]
-
-
-def divisors(n: int, limit: int = 8) -> str:
-    """The divisors of n as text, the smallest `limit` of them."""
-    found = [d for d in range(1, n + 1) if n % d == 0] if n <= 65536 else []
-    return ", ".join(map(str, found[:limit])) + (", ..." if len(found) > limit else "")
 
 
 def required(c: Case) -> Iterator[Problem]:
@@ -314,19 +267,6 @@ def tokenizer(c: Case) -> Iterator[Problem]:
             yield Problem(c.say("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
 
 
-def no_pipeline_yet(c: Case) -> Iterator[Problem]:
-    """Pipeline parallelism comes with a later version."""
-    for name, plain in (
-        ("layout.pipeline_model_parallel_size", 1),
-        ("layout.num_layers_per_virtual_pipeline_stage", None),
-        ("layout.pipeline_schedule", "1f1b"),
-    ):
-        derived = name == "layout.pipeline_schedule" and not c.given(name)
-        if c[name] != plain and not derived and name not in c.bad:
-            legal = f"{by_name()[name].flag} {plain}, or leave it out" if plain else "leave it out"
-            yield Problem(c.say(name), "is not available yet: pipeline parallelism is not built", legal)
-
-
 def no_context_yet(c: Case) -> Iterator[Problem]:
     """Context parallelism comes with a later version."""
     if c["layout.context_parallel_size"] > 1:
@@ -336,7 +276,7 @@ def no_context_yet(c: Case) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, ramp_up,
     some_training, one_unit, warm_up, learning_rates, weight_decay_growth, companions, schedule_on_resume, split, data_paths,
-    tokenizer, no_pipeline_yet, no_context_yet,
+    tokenizer, no_context_yet, *PIPELINE_RULES,
 )  # fmt: skip
 
 

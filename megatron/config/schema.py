@@ -26,6 +26,7 @@ def option(
     nargs: str | None = None,
     values: Mapping[str, Any] | None = None,
     metavar: str | None = None,
+    bare: str | None = None,
 ) -> Any:
     """A dataclass field that knows its flag.
 
@@ -34,11 +35,20 @@ def option(
     aliases: other spellings of the same flag. values: further flags that take no argument and set this field to a
     value (`--use-rotary-position-embeddings` sets `position_embedding_type` to "rope").
     choices: the legal strings. nargs: argparse's, for a field that takes several values.
+    bare: for a flag whose value may be left out, what the flag alone sets; in TOML, what `true` sets.
     """
     return field(
         default=default,
         metadata=dict(
-            help=help, flag=flag, off=off, aliases=aliases, choices=choices, nargs=nargs, values=values or {}, metavar=metavar
+            help=help,
+            flag=flag,
+            off=off,
+            aliases=aliases,
+            choices=choices,
+            nargs=nargs,
+            values=values or {},
+            metavar=metavar,
+            bare=bare,
         ),
     )
 
@@ -107,9 +117,16 @@ class LayoutConfig:
     context_parallel_size: int = option(1, "ranks that share each sequence (cp)")
     sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
     pipeline_schedule: str | None = option(
-        None, "order of work in the pipeline; default 1f1b, or interleaved with virtual stages"
+        None,
+        "order of work in the pipeline; default 1f1b, or interleaved with virtual stages",
+        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
     )
-    num_layers_per_virtual_pipeline_stage: int | None = option(None, "layers of one virtual stage (interleaved schedules)")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down"
+    )
+    pipeline_stage_layers: tuple[int, ...] = option(
+        (), "layers of each stage, first to last; default cut so that the ranks have equal work, the head's included", nargs="*"
+    )
     distributed_backend: str | None = option(
         None, "communication library; default nccl with one GPU per rank, else gloo", choices=("nccl", "gloo")
     )
@@ -283,6 +300,12 @@ class LogConfig:
     log_world_size_to_tensorboard: bool = option(False, "world size to TensorBoard")
     log_memory_to_tensorboard: bool = option(False, "memory use to TensorBoard")
     log_validation_ppl_to_tensorboard: bool = option(False, "validation perplexity to TensorBoard")
+    profile_pipeline: str | None = option(
+        None,
+        "measure the pipeline's actions and write times and a picture to DIR; default --save, else ./pipeline_profile",
+        metavar="[DIR]",
+        bare="",
+    )
     peak_tflops: float | None = option(None, "dense peak of one device in TFLOP/s, for MFU; default from the device's name")
 
 

@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from megatron.mesh.beats import Patience
 from megatron.mesh.host_memory import keep_freed_memory
+from megatron.mesh.last_words import status_of
 from megatron.mesh.place import Place
+from megatron.mesh.store import connect, serves_store
+from megatron.mesh.watch import Explain, LiveWatch, Watch
 
 
 @dataclass(frozen=True)
 class Job:
-    """A started process: where it stands, what it computes on, how it communicates."""
+    """A started process: where it stands, what it computes on, how it communicates, and whom it tells what it does."""
 
     place: Place
     device: torch.device
     backend: str | None
     timeout: timedelta | None = None
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def is_main(self) -> bool:
@@ -46,8 +51,19 @@ def choose(place: Place, backend: str | None, gpus: int) -> tuple[torch.device, 
 
 
 @contextmanager
-def job(place: Place, backend: str | None = None, timeout_minutes: float = 10.0) -> Iterator[Job]:
+def job(
+    place: Place,
+    backend: str | None = None,
+    timeout_minutes: float = 10.0,
+    *,
+    explain: Explain = lambda error, where: None,
+    patience: Patience | None = None,
+) -> Iterator[Job]:
     """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
+
+    The processes watch one another while the job lasts. An error that leaves the block, and a rank that dies or hangs, ends
+    all of them with one message, and this process does not return. explain: errors that need no traceback, in words; see
+    `watch.Explain`. One process, and a group that is there, are not watched; errors just pass through.
 
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
     """
@@ -62,18 +78,35 @@ def job(place: Place, backend: str | None = None, timeout_minutes: float = 10.0)
         keep_freed_memory()
         if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
-    ours = place.world_size > 1 and not dist.is_initialized()
-    if ours:
+    if place.world_size == 1 or dist.is_initialized():
+        yield Job(place, device, backend if place.world_size > 1 else None, timeout)
+        return
+    store = connect(place, timeout)
+    watch = LiveWatch(
+        connect(place, timeout, again=True),
+        place,
+        timeout,
+        keeps_store=serves_store(place.rank),
+        patience=patience,
+        explain=explain,
+    )
+    watch.start()
+    try:
         dist.init_process_group(
             backend,
-            init_method=f"tcp://{place.address}:{place.port}" if place.source == "srun" else "env://",
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
-    try:
-        yield Job(place, device, backend if place.world_size > 1 else None, timeout)
-    finally:
-        if ours and dist.is_initialized():
+        yield Job(place, device, backend, timeout, watch)
+        watch.waiting("the end of the job")
+        if dist.is_initialized():
             dist.destroy_process_group()
+    except BaseException as error:
+        if status_of(error):
+            watch.fail(error)  # and take nothing apart: it could block for ever
+        watch.stop()
+        raise
+    watch.stop()

@@ -47,12 +47,15 @@ class Mesh:
     dp_cp: Axis  # gradients of a parameter are summed here
     tp_pp: Axis  # norms over the whole model are summed here
     world: Axis
+    pp_back: Axis  # pp again, with communicators of its own for what travels to lower ranks
+    embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
 
     @classmethod
-    def build(cls, grid: Grid, rank: int, timeout: timedelta | None = None) -> Mesh:
+    def build(cls, grid: Grid, rank: int, timeout: timedelta | None = None, last_stage: int = -1) -> Mesh:
         """Collective: every rank calls this, and creates every group in the same order.
 
-        timeout: a collective that takes longer is a failure; default torch's own.
+        timeout: a collective that takes longer is a failure; default torch's own. last_stage: the pipeline rank that owns
+        it; the first stage is on rank 0.
 
         ValueError when the running job has another number of ranks than the grid.
         """
@@ -69,13 +72,21 @@ class Mesh:
         }
         known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # equal groups share one communicator
         axes: dict[str, Axis] = {}
+
+        def add(name: str, ranks: tuple[int, ...], groups: dict[tuple[int, ...], dist.ProcessGroup | None]) -> None:
+            if ranks not in groups:
+                groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+            if rank in ranks:
+                axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
+
         for name, along in unions.items():
             for members in grid.groups(*along):
-                ranks = tuple(members)
-                if ranks not in known:
-                    known[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
-                if rank in ranks:
-                    axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, known[ranks])
+                add(name, tuple(members), known)
+        for members in grid.groups("pp"):
+            add("pp_back", tuple(members), {})
+            if rank in members:
+                axes["embedding"] = Axis.alone("embedding", rank)
+            add("embedding", tuple(dict.fromkeys((members[0], members[last_stage]))), known)
         return cls(grid, rank, **axes)
 
     @classmethod

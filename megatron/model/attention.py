@@ -112,9 +112,7 @@ class Attention(nn.Module):
         bias = config.add_bias_linear
         rows = (heads + 2 * groups) * self.head_dim
         self.qkv = ColumnLinear(hidden, rows, tp, bias=bias, sequence_parallel=sequence_parallel)
-        self.dense = RowLinear(
-            heads * self.head_dim, hidden, tp, bias=bias, sequence_parallel=sequence_parallel, init="output"
-        )
+        self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, sequence_parallel=sequence_parallel, init="output")
 
     def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: Cache | None) -> Tensor:
         mixed = self.qkv(x)

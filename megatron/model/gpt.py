@@ -7,6 +7,10 @@ Hidden states are `[seq, batch, hidden]`, under sequence parallelism `[seq / tp,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,12 +21,13 @@ from megatron.model.attention import Attend, Cache, Masks, causal_attention
 from megatron.model.block import Block, HiddenDropout
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.model.size import Slice
 from megatron.parallel.collectives import copy_to, gather_from, gather_sum
 from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products, replicated
 from megatron.parallel.random import DropoutKeys
-from megatron.parallel.spec import describe, name_parameters
+from megatron.parallel.spec import describe, name_parameters, spec_of
 
 
 class Embedding(nn.Module):
@@ -56,7 +61,8 @@ class GPT(nn.Module):
     """The part of a GPT that `part` names. Parameters have global names, and are uninitialised until `initialize`.
 
     tp: the tensor-parallel axis. seed: of the dropout masks. attend: the core attention, plain unless given.
-    The configuration must be resolved, with vocab_size set.
+    word: the embedding's weight, for a tied output layer on a stage without the embedding when both stages are on the same
+    rank; elsewhere such a stage holds a copy. The configuration must be resolved, with vocab_size set.
     """
 
     def __init__(
@@ -68,11 +74,13 @@ class GPT(nn.Module):
         sequence_parallel: bool = False,
         seed: int = 0,
         attend: Attend = causal_attention,
+        word: nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.config, self.part, self.tp, self.seed = config, part, tp, seed
+        self.dtype, self.device = dtype, torch.device(device)
         self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
         self.shard = VocabShard.of(config.size("vocab_size"), tp, config.make_vocab_size_divisible_by)
         with torch.device(device):
@@ -82,21 +90,32 @@ class GPT(nn.Module):
             self.layers = nn.ModuleDict(
                 {str(i): Block(config, i, tp, attend, sequence_parallel=sequence_parallel, seed=seed) for i in part.layers}
             )
-            self.final_norm: Norm | None = None
+            self.final_norm = Norm(config, sequence_parallel=sequence_parallel) if part.head else None
             self.head: nn.Module | None = None
-            if part.head:
-                self.final_norm = Norm(config, sequence_parallel=sequence_parallel)
-                if config.untie_embeddings_and_output_weights:
-                    self.head = nn.Module()
-                    self.head.weight = vocab_parameter(self.shard, config.size("hidden_size"))
+            if part.head and (config.untie_embeddings_and_output_weights or (self.embedding is None and word is None)):
+                self.head = nn.Module()
+                self.head.weight = vocab_parameter(self.shard, config.size("hidden_size"))
         self.to(dtype)
+        if not config.untie_embeddings_and_output_weights and part.embedding != part.head:
+            self._describe_copy()
         name_parameters(self)
+        self._word = (word,)  # in a tuple, so that it stays the other stage's parameter
+
+    def _describe_copy(self) -> None:
+        """First and last stage each hold the tied matrix: one parameter, whose gradients are summed over both."""
+        holder = self.embedding.word if self.embedding is not None else self.head
+        if holder is not None:
+            weight = holder.get_parameter("weight")
+            spec = replace(spec_of(weight), name="embedding.word.weight", sum_grad_over=frozenset({"embedding"}))
+            describe(weight, spec)
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
         """Hidden states in (None on the first stage); hidden states out, or the loss where the head is."""
         x = self.hidden(x, batch)
-        if not self.part.head:
-            return x
+        return self.loss(x, batch) if self.part.head else x
+
+    def loss(self, x: Tensor, batch: Batch) -> Loss:
+        """The loss of the final hidden states."""
         labels, mask = batch.labels.t().reshape(-1), batch.loss_mask.t().reshape(-1)
         x = gather_sum(x, self.tp, 0) if self.sequence_parallel else copy_to(x, self.tp)
         return Loss(head_loss(x.flatten(0, 1), self._output_weight(), labels, mask, self.shard, self.tp), mask.sum())
@@ -117,14 +136,20 @@ class GPT(nn.Module):
             x = block(x, masks, keys, rotary, cache)
         return x if self.final_norm is None else self.final_norm(x)
 
+    def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Of the hidden states between stages, as one rank holds them."""
+        rows, seq = batch.tokens.shape
+        return seq // self.tp.size if self.sequence_parallel else seq, rows, self.config.size("hidden_size")
+
     def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Whole model, evaluation: fp32 `[seq, batch, vocab]` on every tensor-parallel rank, padding left out.
 
         With a cache, `batch` holds only the new tokens, at their true positions.
         """
-        x = self.hidden(None, batch, cache)
-        if cache is not None:
-            cache.length += batch.tokens.shape[1]
+        return self.output(self.hidden(None, batch, cache))
+
+    def output(self, x: Tensor) -> Tensor:
+        """Final hidden states to logits, fp32 `[seq, batch, vocab]` on every tensor-parallel rank, padding left out."""
         columns = column_products(x, self.tp, self.sequence_parallel, [self._output_weight()], [None])[0]
         return gather_from(columns, self.tp, -1)[..., : self.shard.vocab].float()
 
@@ -132,9 +157,10 @@ class GPT(nn.Module):
         """`[held, hidden]`: this rank's rows of the output layer."""
         if self.head is not None:
             return self.head.get_parameter("weight")
-        if self.embedding is not None:
-            return self.embedding.word.weight
-        raise ValueError("a tied output layer needs the embedding on its own stage")
+        word = self.embedding.word.weight if self.embedding is not None else self._word[0]
+        if word is None:
+            raise ValueError("this stage has no output layer")
+        return word
 
     def _random(self, batch: Batch) -> DropoutKeys | None:
         """The tokens' random identities; None where nothing is dropped."""
@@ -156,3 +182,19 @@ def local_columns(seq: int, tp: Axis) -> slice:
     """The positions that a rank holds under sequence parallelism."""
     share = seq // tp.size
     return slice(tp.rank * share, (tp.rank + 1) * share)
+
+
+def build_stages(
+    config: ModelConfig, placement: Sequence[int], parts: Sequence[Slice], tp: Axis, rank: int, **options: Any
+) -> dict[int, GPT]:
+    """The stages of pipeline rank `rank`, by their number; uninitialised.
+
+    placement: stage -> rank. parts: what each stage owns. options: of every `GPT`.
+    """
+    stages: dict[int, GPT] = {}
+    for number, part in enumerate(parts):
+        if placement[number] == rank:
+            first = stages[0].embedding if 0 in stages else None
+            word = None if first is None else first.word.weight
+            stages[number] = GPT(config, StagePart(part.layers, part.embedding, part.head), tp, word=word, **options)
+    return stages

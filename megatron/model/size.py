@@ -6,7 +6,7 @@ build. Arguments: `model` is resolved; `vocab` the true number of tokens; `tp` t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -31,8 +31,8 @@ class Stage(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The stage that owns everything: `layers` transformer layers, embedding and output layer."""
+class Slice:
+    """`contract.StagePart` for pure files: layers by global number, and by default both ends of the model."""
 
     layers: range
     embedding: bool = True
@@ -69,7 +69,7 @@ def parameter_list(model: ModelConfig, vocab: int, stage: Stage | None = None) -
     """Every parameter of a stage; of the whole model by default. A tied output layer on a stage without the embedding
     holds a copy of it, under the embedding's name."""
     hidden = model.size("hidden_size")
-    stage = stage or Whole(range(model.size("num_layers")))
+    stage = stage or Slice(range(model.size("num_layers")))
     if stage.embedding:
         yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
         if model.position_embedding_type == "learned_absolute":
@@ -118,24 +118,63 @@ def parameters_per_rank(model: ModelConfig, vocab: int, tp: int, stage: Stage | 
     return sum(p.local(model, tp) for p in parameter_list(model, vocab, stage))
 
 
-def forward_flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
-    """FLOPs of one token's forward pass, matrix products alone, a multiplication and an addition being 2.
+def layer_flops(model: ModelConfig, seq: int) -> int:
+    """FLOPs of one token's forward pass through one layer, matrix products alone, a multiplication and an addition being 2.
 
-    Per layer, with h hidden, a heads and g groups of width d, f the MLP's width, s the sequence:
+    With h hidden, a heads and g groups of width d, f the MLP's width, s the sequence:
 
         2 h (a + 2g) d    queries, keys, values
         2 s a d           scores, and as much again for the weighted sum of the values
         2 a d h           output projection
         2 h f  x 2        up and down; x 3 with the gate of SwiGLU
 
-    and 2 h vocab for the logits. With a d = h and f = 4 h this is 24 h^2 + 4 s h per layer, the formula of arXiv
-    2104.04473. Attention counts whole rows, as the field does, although causality needs only half of them.
+    With a d = h and f = 4 h this is 24 h^2 + 4 s h, the formula of arXiv 2104.04473. Attention counts whole rows, as the
+    field does, although causality needs only half of them.
     """
+    return _linear_flops(model) + _core_flops(model, seq)
+
+
+def _linear_flops(model: ModelConfig) -> int:
+    """The part of a layer's FLOPs that has weights."""
     hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
     heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    attention = 2 * hidden * (heads + 2 * groups) * kv + 2 * 2 * seq * heads * kv + 2 * heads * kv * hidden
-    mlp = 2 * hidden * ffn * (3 if model.activation == "swiglu" else 2)
-    return model.size("num_layers") * (attention + mlp) + 2 * hidden * vocab
+    attention = 2 * hidden * (heads + 2 * groups) * kv + 2 * heads * kv * hidden
+    return attention + 2 * hidden * ffn * (3 if model.activation == "swiglu" else 2)
+
+
+def _core_flops(model: ModelConfig, seq: int) -> int:
+    """The part without weights: scores, and the weighted sum of the values."""
+    return 2 * 2 * seq * model.size("num_attention_heads") * model.size("kv_channels")
+
+
+def head_flops(model: ModelConfig, vocab: int) -> int:
+    """FLOPs of one token's logits."""
+    return 2 * model.size("hidden_size") * vocab
+
+
+def forward_flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
+    """FLOPs of one token's forward pass: every layer and the logits."""
+    return model.size("num_layers") * layer_flops(model, seq) + head_flops(model, vocab)
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """FLOPs of one token in a stage: forward; backward to the stage's input; backward to its weights."""
+
+    forward: int
+    backward: int
+    weight: int
+
+
+def stage_flops(model: ModelConfig, vocab: int, seq: int, stage: Stage) -> StageFlops:
+    """What each action of a stage computes; over all stages the sum is `flops_per_token`.
+
+    A product with a weight has one product for each gradient; scores and weighted sum have two inputs each, and no
+    weight. The output layer does all three of its products in the forward pass: the loss comes with its gradients.
+    """
+    layers, linear, core = len(stage.layers), _linear_flops(model), _core_flops(model, seq)
+    head = 3 * head_flops(model, vocab) if stage.head else 0
+    return StageFlops(layers * (linear + core) + head, layers * (linear + 2 * core), layers * linear)
 
 
 def flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
@@ -148,12 +187,19 @@ def flops_per_iteration(model: ModelConfig, vocab: int, seq: int, global_batch: 
     return flops_per_token(model, vocab, seq) * seq * global_batch
 
 
+def buffer_elements(model: ModelConfig, own: Iterable[ParameterSize], tp: int) -> int:
+    """Elements of the flat buffers that hold the parameters `own` on one rank."""
+    return sum(-(-p.local(model, tp) // ALIGN) * ALIGN for p in own)
+
+
+def weight_bytes(bf16: bool) -> int:
+    """Bytes for each weight: as the model computes with it, and its fp32 main weight where that is bf16."""
+    return 2 + 4 if bf16 else 4
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. activations is an estimate; the others are exact for `optim/buffers.py`.
-
-    weights: as the model computes with them, and fp32 main weights where those are bf16.
-    """
+    """Bytes on one rank. activations is an estimate; the others are exact for `optim/buffers.py`."""
 
     weights: int
     gradients: int
@@ -175,16 +221,26 @@ def memory_per_rank(
     bf16: bool,
     sequence_parallel: bool = False,
     optimizer: str = "adam",
-    stage: Stage | None = None,
-    in_flight: int = 1,
+    stages: Sequence[Stage] = (),
+    in_flight: Sequence[int] = (),
 ) -> Memory:
-    """What one rank of a stage holds at its fullest; `in_flight` micro-batches wait for their backward pass."""
-    held = sum(-(-p.local(model, tp) // ALIGN) * ALIGN for p in parameter_list(model, vocab, stage))
+    """What one rank holds at its fullest, which owns `stages`; by default one that is the whole model.
+
+    in_flight: for each stage the micro-batches that wait for their backward pass; by default one. A word embedding that
+    several stages of the rank use is one tensor.
+    """
+    stages = stages or [Slice(range(model.size("num_layers")))]
+    own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
+    held = buffer_elements(model, own.values(), tp)
+    activations = (
+        activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting)
+        for stage, waiting in zip(stages, in_flight or [1] * len(stages), strict=True)
+    )
     return Memory(
-        weights=held * (2 + 4 if bf16 else 4),
+        weights=held * weight_bytes(bf16),
         gradients=held * 4,
         optimizer=held * (8 if optimizer == "adam" else 4),
-        activations=activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, in_flight),
+        activations=sum(activations),
     )
 
 
@@ -203,11 +259,12 @@ def activation_bytes(
 
     For 16 bit, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of
     it over t under sequence parallelism. The a s term falls away where a fused kernel does the attention. The output
-    layer and the loss are counted at their fullest, for the one micro-batch that they are at: `head_loss_bytes`.
+    layer and the loss are counted at their fullest for the one micro-batch that they are at, `head_loss_bytes`; every
+    other one in flight waits with the gradient of its final hidden states, which the loss has made already.
     """
     hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
     heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    stage = stage or Whole(range(model.size("num_layers")))
+    stage = stage or Slice(range(model.size("num_layers")))
     element = 2 if bf16 else 4
     shared = tp if sequence_parallel else 1  # what norms and dropout hold is cut only then
     mask = 1 if model.hidden_dropout > 0 else 0
@@ -219,9 +276,10 @@ def activation_bytes(
     ends = 0.0
     if stage.embedding:
         ends += mask * hidden / shared * in_flight
-    if stage.head:
-        ends += element * hidden / shared  # input of the final norm
-    loss = head_loss_bytes(seq * micro_batch, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16) if stage.head else 0
+    loss = 0
+    if stage.head and in_flight:
+        ends += element * hidden / shared * (2 * in_flight - 1)  # input of the final norm, gradient of its output
+        loss = head_loss_bytes(seq * micro_batch, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16)
     return int(seq * micro_batch * (layers + ends)) + loss
 
 

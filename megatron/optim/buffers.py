@@ -37,6 +37,7 @@ class FlatBuffer:
         for p, weight, grad in zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True):
             weight.copy_(p.detach())
             p.data = weight
+            p.main_grad = grad  # type: ignore[attr-defined]  # for who adds to it without autograd
             if p.dtype == torch.float32:
                 p.grad = grad  # autograd adds to it in place
             else:

@@ -97,12 +97,16 @@ class Optimizer:
         return UpdateReport(norm, not finite, zeros, params_norm)
 
     def _reduce(self) -> None:
-        """Sum the gradients: first over axes whose copies saw different work, then over data-parallel ranks."""
-        for axis in (self.mesh.tp, self.mesh.pp):
-            self._sum_copies(axis)
+        """Sum the gradients: over axes whose copies saw different work, and over data-parallel ranks.
+
+        The copies of a tied matrix come last: whatever order the data-parallel sums of the two stages took, a sum of two
+        is the same on both, so the copies stay equal bit for bit.
+        """
+        self._sum_copies(self.mesh.tp)
         reducing = [start_all_reduce(buffer.grads, self.mesh.dp_cp) for buffer in self.buffers]
         for each in reducing:
             each.wait()
+        self._sum_copies(self.mesh.embedding)
 
     def _sum_copies(self, axis: Axis) -> None:
         """One all-reduce for all parameters whose gradients are summed over `axis`."""

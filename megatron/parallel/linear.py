@@ -30,6 +30,7 @@ from megatron.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.weight_grad import WeightWork, linear
 
 
 class _ColumnLinears(torch.autograd.Function):
@@ -37,13 +38,20 @@ class _ColumnLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, axis: Axis, sequence_parallel: bool, count: int, *parameters: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        axis: Axis,
+        sequence_parallel: bool,
+        work: WeightWork | None,
+        count: int,
+        *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         whole = start_all_gather(x, axis).wait() if sequence_parallel else x
         # Under sequence parallelism only the shard is kept, and gathered again backward: 1/tp of the memory.
         ctx.save_for_backward(x, *weights)
-        ctx.axis, ctx.sequence_parallel, ctx.has_bias = axis, sequence_parallel, [b is not None for b in biases]
+        ctx.axis, ctx.sequence_parallel, ctx.work = axis, sequence_parallel, work
+        ctx.weights, ctx.biases = weights, biases
         return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
@@ -56,11 +64,15 @@ class _ColumnLinears(torch.autograd.Function):
         whole = gathering.wait()
         reduce = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
         reducing = reduce(grad_x, ctx.axis)
+        if ctx.work is not None and ctx.work.keeping:
+            for weight, bias, grad in zip(ctx.weights, ctx.biases, grads, strict=True):
+                ctx.work.keep(weight, bias, whole, grad)
+            return reducing.wait(), *[None] * (4 + 2 * len(grads))
         rows = whole.flatten(0, -2)
         flat = [g.flatten(0, -2) for g in grads]
         grad_weights = [g.t().matmul(rows) for g in flat]
-        grad_biases = [g.sum(0) if has else None for g, has in zip(flat, ctx.has_bias, strict=True)]
-        return reducing.wait(), None, None, None, *grad_weights, *grad_biases
+        grad_biases = [None if b is None else g.sum(0) for g, b in zip(flat, ctx.biases, strict=True)]
+        return reducing.wait(), None, None, None, None, *grad_weights, *grad_biases
 
 
 class ColumnLinear(nn.Module):
@@ -76,6 +88,7 @@ class ColumnLinear(nn.Module):
             raise ValueError(f"{out_features} output features do not divide over {tp.size} tensor-parallel ranks")
         local = out_features // tp.size
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.weight_work: WeightWork | None = None
         self.weight = describe(
             nn.Parameter(torch.empty(local, in_features)),
             ParamSpec("", (out_features, in_features), Part((tp.rank * local, 0), (local, in_features)), frozenset({"tp"})),
@@ -93,16 +106,22 @@ class ColumnLinear(nn.Module):
 def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> tuple[Tensor, ...]:
     """The outputs of several ColumnLinears that share the input: one communication instead of one for each."""
     first = layers[0]
-    return column_products(x, first.tp, first.sequence_parallel, [y.weight for y in layers], [y.bias for y in layers])
+    weights, biases = [y.weight for y in layers], [y.bias for y in layers]
+    return column_products(x, first.tp, first.sequence_parallel, weights, biases, first.weight_work)
 
 
 def column_products(
-    x: Tensor, tp: Axis, sequence_parallel: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    tp: Axis,
+    sequence_parallel: bool,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    work: WeightWork | None = None,
 ) -> tuple[Tensor, ...]:
     """`x W^T + b` for weights cut over tp by their rows; what `ColumnLinear` and the output layer compute."""
     if tp.size == 1:
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    arguments = (x, tp, sequence_parallel, len(weights), *weights, *biases)
+        return tuple(linear(x, w, b, work) for w, b in zip(weights, biases, strict=True))
+    arguments = (x, tp, sequence_parallel, work, len(weights), *weights, *biases)
     outputs: tuple[Tensor, ...] = _ColumnLinears.apply(*arguments)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -130,6 +149,7 @@ class RowLinear(nn.Module):
             raise ValueError(f"{in_features} input features do not divide over {tp.size} tensor-parallel ranks")
         local = in_features // tp.size
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.weight_work: WeightWork | None = None
         part = Part((0, tp.rank * local), (out_features, local))
         self.weight = describe(
             nn.Parameter(torch.empty(out_features, local)),
@@ -142,8 +162,8 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return linear(x, self.weight, self.bias, self.weight_work)
+        partial = linear(x, self.weight, None, self.weight_work)
         y = scatter_sum(partial, self.tp, 0) if self.sequence_parallel else reduce_from(partial, self.tp)
         return y if self.bias is None else y + self.bias
 

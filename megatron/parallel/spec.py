@@ -76,9 +76,19 @@ def spec_of(parameter: Tensor) -> ParamSpec:
 
 
 def name_parameters(module: nn.Module) -> None:
-    """Write the global names into the specs: a module tree's own paths, since layers are keyed by global number."""
+    """Give the specs that have none their global names: the module tree's paths, since layers are keyed by global number."""
     for name, parameter in module.named_parameters():
-        describe(parameter, replace(spec_of(parameter), name=name))
+        if not spec_of(parameter).name:
+            describe(parameter, replace(spec_of(parameter), name=name))
+
+
+def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
+    """Add `grad` to the parameter's gradient as autograd would: in the buffer that the optimizer reads, where there is one."""
+    total = getattr(parameter, "main_grad", parameter.grad)
+    if total is None:
+        parameter.grad = grad
+    else:
+        total.add_(grad)
 
 
 @dataclass(frozen=True)

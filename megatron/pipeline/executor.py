@@ -1,19 +1,35 @@
-"""Runs the forward and backward work of one step. The only place that moves activations."""
+"""Runs one rank's program of a step: the only place that has activations in hand. Knows no schedule by name.
+
+Every action takes a tensor that another made and gives one that another waits for. `_mail` holds what has arrived or is on
+its way: hidden states for F, gradients of a stage's output for B and I. Where the neighbouring stage is on the same rank,
+the tensor goes there directly; the last stage's F makes the loss and at once its gradient, so its B finds it there as well.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron.contract import Batch, Loss
+from megatron.contract import Batch, Loss, StagePart
+from megatron.mesh.watch import Watch
+from megatron.parallel.weight_grad import WeightProduct, WeightWork
+from megatron.pipeline.lower import Item, Receive, Send, channels_of, consumer, forward_only, lower
+from megatron.pipeline.profile import Recorder
+from megatron.pipeline.schedule import Action, Op, Schedule
+from megatron.pipeline.transfer import Channels, Receiving
+
+WORDS = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Totals over this rank's micro-batches, fp32 scalars without a graph; zero on stages that have no head.
+    """Totals over this rank's micro-batches, fp32 scalars without a graph; zero on ranks that have no head.
 
     loss: sum of the token losses that count; tokens: how many count; means: sum of the micro-batches' mean losses.
     """
@@ -23,34 +39,184 @@ class StepOutput:
     means: Tensor
 
 
-class Executor:
-    """Forward and backward over micro-batches, on the one stage there is: F0 B0 F1 B1 ...
+class Stage(Protocol):
+    """What a stage's module does; `model.gpt.GPT` is one."""
 
-    objective: micro-batch loss -> the scalar to differentiate, already divided by what the step averages over.
+    part: StagePart
+    dtype: torch.dtype
+
+    def hidden(self, x: Tensor | None, batch: Batch) -> Tensor: ...
+    def loss(self, x: Tensor, batch: Batch) -> Loss: ...
+    def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
+    def train(self, mode: bool = True) -> object: ...
+
+
+@dataclass
+class Live:
+    """What a micro-batch leaves in a stage until its backward pass is done.
+
+    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. sent: the number of the
+    transfer that carries them. products: what I leaves for W.
     """
 
-    def __init__(self, stage: nn.Module, objective: Callable[[Loss, int], Tensor], device: torch.device) -> None:
-        self.stage, self.objective, self.device = stage, objective, device
+    x: Tensor | None
+    edge: GradientEdge | None
+    sent: int | None = None
+    products: Sequence[WeightProduct] = ()
+
+
+class Executor:
+    """Forward and backward over micro-batches on this rank's stages.
+
+    stages: stage number -> module. schedule: number of micro-batches -> Schedule.
+    objective: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
+    work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
+    peak_live: the most (stage, micro-batch) activations of the last step that were held at once.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        schedule: Callable[[int], Schedule],
+        channels: Channels,
+        objective: Callable[[Loss, int], Tensor],
+        work: WeightWork,
+        watch: Watch,
+    ) -> None:
+        self.stages, self.schedule, self.channels, self.objective = stages, schedule, channels, objective
+        self.work, self.watch, self.device = work, watch, channels.device
+        self.recorder = Recorder()
+        self.peak_live = 0
+        self._lowered: dict[tuple[int, bool], list[Item]] = {}
+        self._handlers = {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_grad, Op.W: self._weight_grad}
+        placement = schedule(1).placement
+        self._last = len(placement) - 1
+        channels.connect(list(channels_of(placement)))
 
     def step(self, batches: Sequence[Batch]) -> StepOutput:
-        """Add the gradients of all micro-batches to the parameters' gradients."""
+        """Add the gradients of all micro-batches to the parameters' gradients. Collective over the pipeline."""
         return self._run(batches, backward=True)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> StepOutput:
-        """Forward only, dropout off."""
-        self.stage.eval()
+        """Forward only, dropout off. Collective over the pipeline."""
+        for stage in self.stages.values():
+            stage.train(False)
         try:
             return self._run(batches, backward=False)
         finally:
-            self.stage.train()
+            for stage in self.stages.values():
+                stage.train(True)
+
+    def _program(self, micro_batches: int, backward: bool) -> list[Item]:
+        """This rank's, with transfers; lowered once for each number of micro-batches."""
+        key = micro_batches, backward
+        if key not in self._lowered:
+            schedule = self.schedule(micro_batches)
+            programs = lower(schedule if backward else forward_only(schedule))
+            self._lowered[key] = programs[self.channels.up.rank]
+        return self._lowered[key]
 
     def _run(self, batches: Sequence[Batch], *, backward: bool) -> StepOutput:
-        totals = torch.zeros(3, device=self.device)
-        for batch in batches:
-            loss = self.stage(None, batch.to(self.device))
-            if backward:
-                self.objective(loss, len(batches)).backward()  # type: ignore[no-untyped-call]
-            value, tokens = loss.sum.detach(), loss.tokens
-            totals += torch.stack([value, tokens, value / tokens.clamp(min=1.0)])
-        return StepOutput(*totals.unbind())
+        self._batches = [batch.to(self.device) for batch in batches]
+        self._mail: dict[tuple[int, int, bool], Tensor | Receiving] = {}
+        self._out: dict[Action, Tensor] = {}
+        self._live: dict[tuple[int, int], Live] = {}
+        self._totals = torch.zeros(3, device=self.device)
+        self.peak_live = 0
+        for item in self._program(len(batches), backward):
+            if isinstance(item, Receive):
+                stage, batch = next(iter(self.stages.values())), self._batches[item.produced.micro_batch]
+                arriving = self.channels.receive(stage.hidden_shape(batch), stage.dtype, item.peer, item.number)
+                self._mail[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = arriving
+            elif isinstance(item, Send):
+                self.channels.send(self._out.pop(item.produced), item.peer, item.number)
+                if backward and item.produced.op is Op.F:
+                    self._live[item.produced.stage, item.produced.micro_batch].sent = item.number
+            else:
+                self._act(item)
+        self.watch.waiting("the end of the step's transfers")
+        self.channels.settle_all()
+        self.watch.idle()
+        return StepOutput(*self._totals.unbind())
+
+    def _act(self, action: Action) -> None:
+        """Wait for what the action needs, then run it."""
+        words = partial(in_words, action)
+        self.watch.waiting(words)
+        needs = self._take(action)
+        self.watch.computing(f"{action.op.value}{action.stage}", words)
+        begun = self.recorder.mark()
+        self._handlers[action.op](action, needs)
+        self.recorder.record(action, begun)
+        self.peak_live = max(self.peak_live, len(self._live))
+
+    def _take(self, action: Action) -> Tensor | None:
+        """The stage's input for F, the gradient of its output for B and I."""
+        if action.op is Op.W or (action.op is Op.F and action.stage == 0):
+            return None
+        arrived = self._mail.pop((action.stage, action.micro_batch, action.op is Op.F))
+        return arrived.wait() if isinstance(arrived, Receiving) else arrived
+
+    def _give(self, action: Action, x: Tensor) -> None:
+        """Hand on what `action` made: to a stage of this rank, or to the send that follows."""
+        stage = consumer(action, self._last + 1)
+        if stage is None:
+            return
+        if stage in self.stages:
+            self._mail[stage, action.micro_batch, action.op is Op.F] = x
+        else:
+            self._out[action] = x
+
+    def _forward(self, action: Action, x: Tensor | None) -> None:
+        stage, batch = self.stages[action.stage], self._batches[action.micro_batch]
+        training = torch.is_grad_enabled()
+        if x is not None and training:
+            x.requires_grad_()
+        y = stage.hidden(x, batch)
+        if training:
+            self._live[action.stage, action.micro_batch] = Live(x, get_gradient_edge(y))
+        if stage.part.head:
+            self._lose(action, stage, y.detach(), batch)
+        else:
+            self._give(action, y.detach())
+
+    def _lose(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
+        """Loss and gradient of the final hidden states: made together, so that nothing of the output layer is kept."""
+        if torch.is_grad_enabled():
+            loss = stage.loss(x.requires_grad_(), batch)
+            self.objective(loss, len(self._batches)).backward()  # type: ignore[no-untyped-call]
+            if x.grad is not None:
+                self._mail[action.stage, action.micro_batch, False] = x.grad
+        else:
+            loss = stage.loss(x, batch)
+        value, tokens = loss.sum.detach(), loss.tokens
+        self._totals += torch.stack([value, tokens, value / tokens.clamp(min=1.0)])
+
+    def _backward(self, action: Action, grad: Tensor | None) -> None:
+        self._differentiate(action, self._live.pop((action.stage, action.micro_batch)), grad)
+
+    def _input_grad(self, action: Action, grad: Tensor | None) -> None:
+        live = self._live[action.stage, action.micro_batch]
+        with self.work.kept() as live.products:
+            self._differentiate(action, live, grad)
+
+    def _differentiate(self, action: Action, live: Live, grad: Tensor | None) -> None:
+        """Back through the stage; its graph and its input are free afterwards."""
+        if live.edge is None or grad is None:
+            raise RuntimeError(f"{in_words(action)} has nothing to start from")
+        if live.sent is not None:  # whose gradient is here has arrived
+            self.channels.settle(live.sent)
+        torch.autograd.backward(live.edge, grad)
+        if live.x is not None and live.x.grad is not None:
+            self._give(action, live.x.grad)
+        live.x = live.edge = None
+
+    def _weight_grad(self, action: Action, _: Tensor | None) -> None:
+        for product in self._live.pop((action.stage, action.micro_batch)).products:
+            product.run()
+
+
+def in_words(action: Action) -> str:
+    """`stage 1, forward of micro-batch 3`."""
+    return f"stage {action.stage}, {WORDS[action.op]} of micro-batch {action.micro_batch}"

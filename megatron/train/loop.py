@@ -53,7 +53,9 @@ def train(run: Run, around: Surroundings) -> Exit:
     clock = Clock(run, around)
     while state.iteration < total and around.train is not None:
         size = global_batch_size_at(config.batch, state.consumed_samples)
-        report = run.step(around.train.next_batches(size), state)
+        run.job.watch.doing("reading training data", alone=True)
+        batches = around.train.next_batches(size)
+        report = run.step(batches, state)
         advance(run, report)
         clock.after_step(report)
         iteration = state.iteration
@@ -62,6 +64,7 @@ def train(run: Run, around: Surroundings) -> Exit:
                 held_out(run, around, around.valid, "validation", f"iteration {iteration}")
         stopping = iteration < total and stop_asked(run, around.began)
         if around.save is not None and (stopping or due(iteration, config.checkpoint.save_interval)):
+            run.job.watch.doing("saving a checkpoint")
             with clock.paused():
                 around.save()
             saved_at = iteration
@@ -181,7 +184,7 @@ class Clock:
             iteration=state.iteration,
             lm_loss=None,
             grad_norm=report.grad_norm,
-            learning_rate=self.run.step.schedule.rate(state.scheduled_samples),
+            learning_rate=self.run.schedule.rate(state.scheduled_samples),
             loss_scale=1.0,
             skipped_iterations=state.window_skipped,
             nan_iterations=state.window_nan,

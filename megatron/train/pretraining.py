@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -28,6 +29,7 @@ from megatron.mesh.place import Place
 from megatron.model.size import flops_per_token, padded_vocabulary
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Exit, Surroundings, held_out, train
+from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.report import peak_tflops
 from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore
 from megatron.train.run import Run, build, sample_counts
@@ -57,16 +59,23 @@ def start(parsed: Parsed, place: Place, program: str, began: float) -> int:
         return fail(f"error: {error}", 2, first)
     layout = prepared.config.layout
     try:
-        with job(place, layout.distributed_backend, layout.distributed_timeout_minutes) as started:
+        with job(place, layout.distributed_backend, layout.distributed_timeout_minutes, explain=in_words) as started:
             return run_job(prepared, started, began)
-    except (TrainingError, CheckpointError) as error:  # the same on all ranks
-        return fail(f"error: {error}", 1, first)
-    except DataError as error:
-        return fail(f"error: rank {place.rank}: {error}", 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130, first)
-    except Exception as error:
-        return fail(f"{traceback.format_exc()}error: rank {place.rank}: {type(error).__name__}: {error}", 1)
+    except Exception as error:  # of several ranks only what no watch saw: they did not find one another
+        where = f"rank {place.rank}"
+        words = in_words(error, where)
+        return fail(
+            f"error: {words}" if words else f"{traceback.format_exc()}error: {where}: {type(error).__name__}: {error}", 1
+        )
+
+
+def in_words(error: BaseException, where: str) -> str | None:
+    """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
+    if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
+        return str(error)
+    return f"{where}: {error}" if isinstance(error, DataError) else None
 
 
 def fail(message: str, status: int, speak: bool = True) -> int:
@@ -99,10 +108,12 @@ def run_job(prepared: Prepared, started: Job, began: float) -> int:
     announce(prepared, started, out)
     run = build(config, started, schedule=choose_schedule(source, config))
     restore(source, run)
-    say(out, f"> parameters: {sum(p.numel() for p in run.model.parameters())} on this rank, with padding")
+    say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
     if source.progress and not config.eval.skip_train and run.state.iteration >= (config.batch.train_iters or 0):
         say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
+    if config.log.profile_pipeline is not None:
+        run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
     training, validation, test = openers(run, prepared)
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
     root = None if source.directory is None else source.directory.resolve().parent

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from megatron.config.schema import LayoutConfig, RunConfig
-from megatron.contract import StagePart
+from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
-from megatron.model.gpt import GPT
+from megatron.model.gpt import GPT, build_stages
 from megatron.model.init import fill
 from megatron.optim.buffers import Weights, flat_buffers
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel.spec import Checkpointable, spec_of
+from megatron.parallel.weight_grad import WeightWork, split_weight_gradients
 from megatron.pipeline.executor import Executor
+from megatron.pipeline.schedule import SCHEDULES, make
+from megatron.pipeline.transfer import Channels
+from megatron.stages import stages_of
+from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 from megatron.train.step import Step, objective
 
 
 @dataclass
 class Run:
-    """Everything a step needs, and nothing that only the loop needs."""
+    """Everything a step needs, and nothing that only the loop needs.
+
+    stages: this rank's, by their number. step: a `train.step.Step`, or what wraps one. schedule: of the learning rate.
+    """
 
     config: RunConfig
     job: Job
     mesh: Mesh
-    model: GPT
+    stages: dict[int, GPT]
     weights: Weights
     optimizer: Optimizer
     pipeline: Executor
-    step: Step
+    step: Callable[[Sequence[Batch], TrainState], StepReport]
+    schedule: Schedule
     state: TrainState
 
     def parts(self, *, optimizer: bool = True, state: bool = True) -> dict[str, Checkpointable]:
@@ -59,24 +71,28 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
-    mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout)
-    model = GPT(
+    plan = stages_of(config)
+    mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout, plan.placement[-1])
+    stages = build_stages(
         config.model,
-        StagePart(range(config.model.size("num_layers")), embedding=True, head=True),
+        plan.placement,
+        plan.parts,
         mesh.tp,
+        mesh.pp.rank,
         sequence_parallel=config.layout.sequence_parallel,
         seed=config.batch.seed,
         dtype=torch.bfloat16 if config.precision.bf16 else torch.float32,
         device=job.device,
     )
-    buffers = flat_buffers(model.parameters())
+    buffers = flat_buffers(nn.ModuleList(stages.values()).parameters())
     for buffer in buffers:
         specs = (spec_of(p) for p in buffer.parameters)
         fill(zip(specs, buffer.views(buffer.main), strict=True), config.model, config.batch.seed)
         buffer.publish()
     if config.batch.compile:
-        for block in model.layers.values():
-            block.compile()
+        for stage in stages.values():
+            for block in stage.layers.values():
+                block.compile()
     optimizer = Optimizer(
         buffers,
         config.optim,
@@ -85,13 +101,24 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         log_params_norm=config.log.log_params_norm,
     )
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
-    pipeline = Executor(model, objective(config.batch, seq_length, mesh.dp.size), job.device)
+    name, work = config.layout.pipeline_schedule or "1f1b", WeightWork()
+    if SCHEDULES[name].splits:
+        for stage in stages.values():
+            split_weight_gradients(stage, work)
+    pipeline = Executor(
+        stages,
+        partial(make, name, mesh.pp.size, chunks=plan.chunks),
+        Channels(mesh.pp, mesh.pp_back, job.device),
+        objective(config.batch, seq_length, mesh.dp.size),
+        work,
+        job.watch,
+    )
     schedule = schedule or Schedule.of(config.optim, config.batch)
-    step = Step(pipeline, optimizer, schedule, mesh, config.batch, seq_length)
+    step = Step(pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
     if config.model.fused_attention_dropout and config.model.attention_dropout > 0.0:
         step.torch_random = job.device
     state = TrainState(schedule=asdict(schedule))
-    return Run(config, job, mesh, model, Weights(buffers), optimizer, pipeline, step, state)
+    return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
 
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron.config.schema import BatchConfig
 from megatron.contract import Batch, Loss
 from megatron.mesh.mesh import Mesh
+from megatron.mesh.watch import Watch
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel.collectives import all_reduce
@@ -46,10 +47,17 @@ class Step:
     """
 
     def __init__(
-        self, pipeline: Executor, optimizer: Optimizer, schedule: Schedule, mesh: Mesh, batch: BatchConfig, seq_length: int
+        self,
+        pipeline: Executor,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        mesh: Mesh,
+        batch: BatchConfig,
+        seq_length: int,
+        watch: Watch,
     ) -> None:
         self.pipeline, self.optimizer, self.schedule, self.mesh = pipeline, optimizer, schedule, mesh
-        self.batch, self.seq_length = batch, seq_length
+        self.batch, self.seq_length, self.watch = batch, seq_length, watch
         self.torch_random: torch.device | None = None
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
@@ -57,6 +65,7 @@ class Step:
         self.optimizer.zero()
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
+        self.watch.doing("the optimizer's step")
         loss, tokens, means = totals(output, self.mesh)
         samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
         possible = samples * self.seq_length
@@ -66,6 +75,7 @@ class Step:
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
             scale=possible / tokens if by_token and tokens > 0 else 1.0,
         )
+        self.watch.idle()
         mean = loss / max(tokens, 1.0) if by_token else means / (len(batches) * self.mesh.dp.size)
         return StepReport(
             lm_loss=mean,
@@ -86,7 +96,7 @@ class Step:
             yield
             return
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.batch.seed, "kernel", iteration, mesh.dp.rank, mesh.tp.rank))
+            torch.manual_seed(derive_seed(self.batch.seed, "kernel", iteration, mesh.dp.rank, mesh.tp.rank, mesh.pp.rank))
             yield
 
 

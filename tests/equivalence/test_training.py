@@ -143,7 +143,7 @@ def test_bf16_follows_fp32():
 
 def test_a_run_can_be_built_twice_in_one_process():
     first, second = (start(MODELS["gpt2"], 2) for _ in range(2))
-    assert first.model is not second.model
-    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+    assert first.stages[0] is not second.stages[0]
+    for a, b in zip(first.stages[0].parameters(), second.stages[0].parameters(), strict=True):
         assert torch.equal(a, b)
     assert first.config.data.seq_length == SEQ

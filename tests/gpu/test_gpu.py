@@ -57,3 +57,12 @@ def test_ranks_that_share_a_card_are_the_same_run(tp, sequence_parallel):
     expected = on_gpu(setting, STEPS)
     for curve in on_ranks(2, on_gpu, replace(setting, tp=tp, sequence_parallel=sequence_parallel), STEPS):
         assert spread(curve, expected) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
+def test_a_pipeline_on_one_card_is_the_same_run(schedule):
+    setting = Setting(replace(dropping(GPT2), num_layers=4))
+    expected = on_gpu(setting, STEPS)
+    piped = replace(setting, pp=2, schedule=schedule, per_virtual_stage=1 if schedule == "interleaved" else None)
+    for curve in on_ranks(2, on_gpu, piped, STEPS):
+        assert spread(curve, expected) < 1e-4

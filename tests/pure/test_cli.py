@@ -76,6 +76,26 @@ def test_parsing_habits_of_megatron_scripts() -> None:
     assert mistakes(*BASE, "--seed", "-1") == ["`--seed -1` must be 0 or greater"]  # a value, not a flag
 
 
+def test_a_value_may_be_left_out_where_the_flag_alone_means_something(tmp_path: Path) -> None:
+    assert read("--profile-pipeline", "--bf16").config.log.profile_pipeline == "pipeline_profile"
+    assert read("--profile-pipeline", "there", "--bf16").config.log.profile_pipeline == "there"
+    assert read("--profile-pipeline=there").config.log.profile_pipeline == "there"
+    assert read("--bf16", "--profile-pipeline").config.precision.bf16
+    assert mistakes(*BASE, "--profile-pipeline", "one", "two") == ["`two` belongs to no flag"]
+    assert mistakes(*BASE, "--save") == ["`--save` needs a value after it"]
+    file = tmp_path / "run.toml"
+    for value, meaning in (("true", "pipeline_profile"), ("false", None), ("'there'", "there")):
+        file.write_text(f"[log]\nprofile-pipeline = {value}\n")
+        assert read("--config", str(file)).config.log.profile_pipeline == meaning
+    file.write_text("[log]\nprofile-pipeline = 3\n")
+    assert mistakes(*BASE, "--config", str(file)) == [f"`profile-pipeline = 3` in {file} is not a string"]
+    file.write_text("[log]\ntensorboard-dir = true\n")
+    assert "cannot be true or false" in mistakes(*BASE, "--config", str(file))[0]
+    assert "--profile-pipeline [DIR]" in help_text("x")
+    unwritable = mistakes(*BASE, "--profile-pipeline", str(file), files=True)
+    assert f"`--profile-pipeline {file}` cannot be written: {file} is a file, not a directory" in unwritable
+
+
 def test_a_prefix_is_noted_and_an_ambiguous_one_refused() -> None:
     assert "--eval-it is read as --eval-iters" in read("--eval-it", "5").notes
     assert mistakes(*BASE, "--num-l", "5") == ["`--num-l` could be --num-layers, --num-layers-per-virtual-pipeline-stage"]
@@ -289,6 +309,13 @@ def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
     assert "not a text file" in mistakes(*BASE, "--config", str(file))[0]
 
 
+def test_a_configuration_saved_before_there_were_pipelines() -> None:
+    saved = to_json(read().config)
+    for section, field in (("layout", "pipeline_stage_layers"), ("log", "profile_pipeline")):
+        del saved[section][field]
+    assert from_json(saved) == read().config
+
+
 def test_presets_are_fields_of_the_model() -> None:
     for name, preset in PRESETS.items():
         assert set(preset) <= {f.name for f in fields(ModelConfig)}
@@ -305,5 +332,10 @@ def test_world_size_belongs_to_the_dry_run() -> None:
 
 def test_remarks() -> None:
     assert any("--sequence-parallel changes nothing" in n for n in read("--sequence-parallel").notes)
+    pipeline = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage"]
+    assert read(*pipeline, "1", "--num-layers", "4", world_size=2).notes == ()
+    assert read(*pipeline, "3", "--num-layers", "7", world_size=2).notes == (
+        "--num-layers-per-virtual-pipeline-stage 3 changes nothing: 7 layers on 2 pipeline ranks are one stage each",
+    )
     assert any("without --save" in n for n in read("--save-interval", "5").notes)
     assert read().notes == ()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,11 @@ from megatron.config.compare import FREE
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter
-from megatron.dryrun import dry_run, inspect
+from megatron.dryrun import dry_run, flop_costs, inspect, memory_of
 from megatron.mesh.mesh import Mesh
+from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
+from megatron.pipeline.simulate import Costs, simulate
+from megatron.stages import StagePlan, stages_of
 
 SMALL = shlex.split(
     "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -63,12 +69,129 @@ def test_a_large_run_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
         "global batch 512 = micro-batch 4 x 16 micro-batches x 8 data-parallel ranks",
         "a run also needs --vocab-file and --merge-file",
         "a run also needs --data-path",
-        "stage 0 | F0 B0 F1 B1",
+        "# Schedule, if FLOPs alone took time, in units of the mean stage's forward pass",
     ):
         assert line in text.splitlines(), line
+    assert re.search(r"^1f1b: .*16 micro-batches; .*bubble 0\.0%", text, re.MULTILINE)
     # 1,043,549,184 elements on each rank: 6 bytes of weights, 4 of gradients, 8 of optimizer state for each.
     assert "weights           6,261,295,104  (5.83 GiB)" in text
     assert "gradients         4,174,196,736" in text and "optimizer         8,348,393,472" in text
+
+
+def pipeline(schedule: str, ranks: int, *more: str) -> tuple[RunConfig, StagePlan, Schedule]:
+    """GPT-2 small with a vocabulary of one token, so that its ends weigh nothing; 8 micro-batches of 2 samples of 64."""
+    words = (
+        "--dry-run --preset gpt2-125m --seq-length 64 --micro-batch-size 2 --global-batch-size 16 --train-iters 10 --lr 1e-3 "
+        "--bf16 --tokenizer-type GPT2BPETokenizer "
+        f"--world-size {ranks} --pipeline-model-parallel-size {ranks} --pipeline-schedule {schedule}"
+    )
+    config = parse([*words.split(), *more], program="test", files=False).config
+    config = replace(config, model=replace(config.model, vocab_size=1))
+    plan = stages_of(config)
+    return config, plan, make(schedule, ranks, 8, plan.chunks)
+
+
+LAYER = 64 * 2 * 768 * (34 + 5 * 12 * 64 // 768)  # activation bytes, arXiv 2205.05198, equation 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "in_flight"),
+    [("1f1b", [4, 3, 2, 1]), ("gpipe", [8] * 4), ("zb-h1", [4] * 4), ("zb-h2", [7] * 4)],
+)
+def test_activations_are_those_of_the_micro_batches_in_flight(schedule: str, in_flight: list[int]) -> None:
+    config, plan, made = pipeline(schedule, 4)
+    assert [len(part.layers) for part in plan.parts] == [3, 3, 3, 3]
+    for rank in (1, 2):  # those without the ends of the model
+        assert memory_of(config, 1, plan, made, rank).activations == in_flight[rank] * 3 * LAYER
+    mask = 64 * 2 * 768  # of the dropout after the embedding
+    assert memory_of(config, 1, plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more"), [("interleaved", ["--num-layers-per-virtual-pipeline-stage", "1"]), ("zb-v", []), ("1f1b", [])]
+)
+def test_stages_of_one_rank_share_its_memory(schedule: str, more: list[str]) -> None:
+    config, plan, made = pipeline(schedule, 3, *more)
+    (layers,) = {len(part.layers) for part in plan.parts}
+    peaks = simulate(made, Costs()).peak_activations
+    assert memory_of(config, 1, plan, made, 1).activations == peaks[1] * layers * LAYER
+
+
+def test_a_tied_matrix_is_there_once_on_a_rank_and_copied_to_another() -> None:
+    layer, ends = 12 * 768**2 + 13 * 768, 1024 * 768 + 2 * 768  # positions, final norm
+    matrix = 128 * 768  # one token, padded
+    for schedule, copies in (("1f1b", 2), ("zb-v", 1)):
+        config, plan, made = pipeline(schedule, 2)
+        held = [memory_of(config, 1, plan, made, rank).gradients // 4 for rank in (0, 1)]
+        assert sum(held) == 12 * layer + ends + copies * matrix, schedule
+    config, plan, made = pipeline("zb-v", 2)
+    # The last stage and its loss are on rank 0, and count there.
+    assert len(plan.of_rank(0)) == 2 and plan.parts[plan.of_rank(0)[1]].head
+    assert memory_of(config, 1, plan, made, 0).weights == 6 * held[0]
+
+
+def test_costs_are_shares_of_the_flops() -> None:
+    config, plan, _ = pipeline("zb-h1", 4)
+    costs = flop_costs(config, plan)
+    core, linear = 4 * 64 * 768, 24 * 768**2
+    assert costs.of(Action(Op.I, 0, 0)) / costs.of(Action(Op.F, 0, 5)) == pytest.approx((linear + 2 * core) / (linear + core))
+    assert costs.of(Action(Op.W, 1, 0)) / costs.of(Action(Op.F, 1, 5)) == pytest.approx(linear / (linear + core))
+    assert costs.of(Action(Op.B, 1, 0)) == pytest.approx(costs.of(Action(Op.I, 1, 0)) + costs.of(Action(Op.W, 1, 0)))
+    assert sum(costs.of(Action(Op.F, stage, 0)) for stage in range(4)) == pytest.approx(4)
+    assert 1 <= costs.of(Action(Op.F, 3, 0)) / costs.of(Action(Op.F, 2, 0)) < 1.001  # one token's logits
+
+
+def test_the_stage_table(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--preset gpt2-125m --seq-length 1024 --micro-batch-size 1 --train-iters 10 --lr 1e-3 --dry-run --world-size 16"
+    gpt2 = [*words.split(), *shlex.split("--tokenizer-type GPT2BPETokenizer --tensor-model-parallel-size 2")]
+    lines = output([*gpt2, "--pipeline-model-parallel-size", "4", "--global-batch-size", "8"], capsys).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("stage "))
+    assert lines[start - 1] == "# Parameters: 124,439,808 in all, without padding"
+    # The head is as heavy as 4.5 layers. Of two ranks each has half of a layer, and all of two norms and two biases.
+    layer, half = 12 * 768**2 + 13 * 768, (12 * 768**2 + 7 * 768) // 2 + 6 * 768
+    layers = [4, 4, 3, 1]
+    counts = [n * layer for n in layers]
+    counts[0] += (50257 + 1024) * 768
+    counts[3] += (50257 + 2) * 768  # the final norm, and a copy of the word embedding
+    rows = [line.split() for line in lines[start + 1 : start + 5]]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[1] for row in rows] == ["0-3", "4-7", "8-11", "12-15"]
+    assert [row[2] for row in rows] == ["0-3", "4-7", "8-10", "11-11"]
+    assert [row[3] for row in (rows[0], rows[3])] == ["embedding", "head"]
+    assert [int(row[-3].replace(",", "")) for row in rows] == counts
+    assert sum(counts) == 124_439_808 + 50257 * 768
+    assert [int(row[-2].replace(",", "")) for row in rows[1:3]] == [4 * half, 3 * half]
+    assert [int(row[-1].replace(",", "")) for row in rows[1:3]] == [16 * half, 12 * half]
+    assert any(line.startswith("# Memory of the fullest ranks, 0-3, bytes") for line in lines)
+    assert any(re.match(r"1f1b: 4 ranks, 4 micro-batches; .*bubble .*, peak activations 4, 3, 2, 1$", line) for line in lines)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_many_stages_stay_readable(schedule: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--preset gpt-8.3b --num-layers 256 --seq-length 1024 --micro-batch-size 1 --train-iters 10 --lr 1e-4 --dry-run"
+    more = f"--world-size 64 --pipeline-model-parallel-size 64 --pipeline-schedule {schedule} --global-batch-size 256"
+    virtual = ["--num-layers-per-virtual-pipeline-stage", "2"] if schedule == "interleaved" else []
+    began = time.monotonic()
+    text = output([*words.split(), *more.split(), *virtual, "--tokenizer-type", "GPT2BPETokenizer"], capsys)
+    assert time.monotonic() - began < 10
+    lines = text[text.index("# 64 ranks") :].splitlines()
+    assert len(lines) < 400 and max(map(len, lines)) <= 160
+
+
+def test_the_stage_table_counts_a_shared_matrix_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--preset gpt2-125m --seq-length 1024 --micro-batch-size 1 --train-iters 10 --lr 1e-3 --dry-run --world-size 2"
+    more = "--tokenizer-type GPT2BPETokenizer --pipeline-model-parallel-size 2 --global-batch-size 4 --pipeline-schedule"
+    for schedule, copies in (("zb-v", 0), ("1f1b", 1)):
+        lines = output([*words.split(), *more.split(), schedule], capsys).splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("stage "))
+        counts = [int(line.split()[-3].replace(",", "")) for line in lines[start + 1 : lines.index("", start)]]
+        assert len(counts) == 4 - 2 * copies and sum(counts) == 124_439_808 + copies * 50257 * 768
+
+
+def test_an_explicit_cut_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    more = "--tokenizer-type ByteTokenizer --world-size 3 --pipeline-model-parallel-size 3 --pipeline-stage-layers 0 2 0"
+    rows = [line.split() for line in output([*SMALL, *more.split()], capsys).splitlines()]
+    assert [row[2] for row in rows if row[:2] in (["0", "0"], ["1", "1"], ["2", "2"])] == ["none", "0-1", "none"]
 
 
 def test_the_printed_configuration_gives_the_same_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

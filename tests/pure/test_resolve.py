@@ -11,8 +11,9 @@ from legal_run import argv, problems
 from megatron.config.batch_size import global_batch_size_at, iterations_for, micro_batch_count, ramp_sizes
 from megatron.config.cli import parse
 from megatron.config.presets import PRESETS
+from megatron.config.resolve import pipeline_chunks
 from megatron.config.rules import check, resolve
-from megatron.config.schema import BatchConfig, RunConfig
+from megatron.config.schema import BatchConfig, LayoutConfig, RunConfig
 
 
 def resolved(change: str, world: int = 1) -> RunConfig:
@@ -28,6 +29,26 @@ def test_derived_values() -> None:
         "d", "metrics.jsonl"
     )
     assert resolved("--position-embedding-type rope --no:max-position-embeddings").model.max_position_embeddings == 8
+
+
+def test_the_schedule_follows_from_virtual_stages() -> None:
+    virtual = "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage"
+    assert resolved(f"{virtual} 1", 2).layout.pipeline_schedule == "interleaved"
+    assert resolved("--pipeline-model-parallel-size 2", 2).layout.pipeline_schedule == "1f1b"
+    assert pipeline_chunks(resolved(f"{virtual} 1", 2).layout, 4) == 2
+    # Also where it leaves a rest, and never none.
+    layout = LayoutConfig(pipeline_model_parallel_size=2, pipeline_schedule="interleaved")
+    chunks = [pipeline_chunks(replace(layout, num_layers_per_virtual_pipeline_stage=n), 13) for n in (1, 2, 3, 4, 9)]
+    assert chunks == [6, 3, 2, 1, 1]
+    assert pipeline_chunks(replace(layout, pipeline_schedule="zb-v"), 13) == 2
+    assert pipeline_chunks(replace(layout, pipeline_schedule="1f1b"), 13) == 1
+
+
+def test_the_profile_goes_beside_the_checkpoints() -> None:
+    assert resolved("").log.profile_pipeline is None
+    assert resolved("--profile-pipeline").log.profile_pipeline == "pipeline_profile"
+    assert resolved("--profile-pipeline --save d --save-interval 1").log.profile_pipeline == "d"
+    assert resolved("--profile-pipeline p --save d --save-interval 1").log.profile_pipeline == "p"
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(4096, 10880), (1024, 2688), (5120, 13632), (16, 64)])

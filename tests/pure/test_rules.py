@@ -232,18 +232,72 @@ CASES: list[tuple[str, str, int, str]] = [
         "`--tokenizer-type HuggingFaceTokenizer` needs `--tokenizer-model`",
     ),
     (
-        "no_pipeline_yet",
-        "--pipeline-model-parallel-size 2",
+        "virtual_stages",
+        "--pipeline-model-parallel-size 2 --pipeline-schedule interleaved",
         2,
-        "`--pipeline-model-parallel-size 2` is not available yet: pipeline parallelism is not built; "
-        "legal: --pipeline-model-parallel-size 1, or leave it out",
+        "`--pipeline-schedule interleaved` needs `--num-layers-per-virtual-pipeline-stage`, the layers of one virtual stage",
     ),
     (
-        "no_pipeline_yet",
-        "--pipeline-schedule zb-h1",
+        "virtual_stages",
+        "--pipeline-model-parallel-size 2 --pipeline-schedule 1f1b --num-layers-per-virtual-pipeline-stage 1",
+        2,
+        "`--pipeline-schedule 1f1b` has no virtual stages, and cannot go with `--num-layers-per-virtual-pipeline-stage 1`; "
+        "legal: --pipeline-schedule interleaved, or leave one of them out",
+    ),
+    (
+        "virtual_stages",
+        "--num-layers-per-virtual-pipeline-stage 1",
         1,
-        "`--pipeline-schedule zb-h1` is not available yet: pipeline parallelism is not built; "
-        "legal: --pipeline-schedule 1f1b, or leave it out",
+        "`--num-layers-per-virtual-pipeline-stage 1` needs `--pipeline-model-parallel-size` of at least 2: "
+        "one rank has nobody to interleave with",
+    ),
+    (
+        "enough_layers",
+        "--pipeline-model-parallel-size 4",
+        4,
+        "`--pipeline-model-parallel-size 4` makes 4 stages, and `--num-layers 2` leaves some of them empty; "
+        "legal: --num-layers 4 or more, or --pipeline-model-parallel-size 2 or less",
+    ),
+    (
+        "enough_layers",
+        "--num-layers 5 --pipeline-model-parallel-size 3 --pipeline-schedule zb-v",
+        3,
+        "`--pipeline-model-parallel-size 3` and `--pipeline-schedule zb-v` make 6 stages, and `--num-layers 5` leaves some of "
+        "them empty; legal: --num-layers 6 or more, or --pipeline-model-parallel-size 2 or less",
+    ),
+    (
+        "enough_layers",
+        "--num-layers 1 --pipeline-schedule zb-v",
+        1,
+        "`--pipeline-model-parallel-size 1` and `--pipeline-schedule zb-v` make 2 stages, and `--num-layers 1` leaves some of "
+        "them empty; legal: --num-layers 2 or more",
+    ),
+    (
+        "stage_layers",
+        "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-stage-layers 4",
+        2,
+        "`--pipeline-stage-layers 4` names 1 stage, not the 2 of 2 pipeline ranks; legal: 2 numbers, 0 or greater, of sum 4",
+    ),
+    (
+        "stage_layers",
+        "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-stage-layers 1 2",
+        2,
+        "`--pipeline-stage-layers 1 2` adds up to 3 layers, not to `--num-layers 4`; legal: 2 numbers, 0 or greater, of sum 4",
+    ),
+    (
+        "stage_layers",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --num-layers 4 "
+        "--pipeline-stage-layers 5 -2",
+        2,
+        "`--pipeline-stage-layers 5 -2` names 2 stages, not the 4 of 2 pipeline ranks x 2 and has a negative number of layers; "
+        "legal: 4 numbers, 0 or greater, of sum 4",
+    ),
+    (
+        "split_backward",
+        "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --compile",
+        2,
+        "`--pipeline-schedule zb-h1` cannot go with `--compile`: it computes weight gradients apart from the layers, which "
+        "would cut their graph; legal: gpipe, 1f1b or interleaved, or leave out --compile",
     ),
     (
         "no_context_yet",
@@ -286,10 +340,34 @@ def test_every_rule_is_tested() -> None:
         ("--tokenizer-type NullTokenizer --vocab-size 100", 1),
         ("--normalization RMSNorm --apply-layernorm-1p --swiglu --disable-bias-linear", 1),
         ("--pipeline-schedule 1f1b --pipeline-model-parallel-size 1", 1),
+        ("--pipeline-schedule gpipe --compile", 1),
+        ("--pipeline-schedule zb-h1", 1),
+        ("--pipeline-model-parallel-size 2", 4),
+        ("--pipeline-model-parallel-size 2 --pipeline-schedule zb-h2 --global-batch-size 2", 2),
+        ("--pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers 5", 2),
+        ("--num-layers 7 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 2),
+        ("--num-layers 7 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4", 2),
+        ("--pipeline-model-parallel-size 4 --pipeline-stage-layers 0 1 1 0", 4),
+        ("--pipeline-stage-layers 2", 1),
+        ("--pipeline-stage-layers", 1),
     ],
 )
 def test_legal_runs_are_silent(change: str, world: int) -> None:
     assert problems(change, world) == []
+
+
+def test_one_mistake_in_the_pipeline_is_told_once() -> None:
+    assert problems("--pipeline-model-parallel-size 0 --pipeline-schedule zb-v --num-layers 1") == [
+        "`--pipeline-model-parallel-size 0` must be greater than 0"
+    ]
+    schedules = "gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v"
+    assert problems("--pipeline-schedule zb --num-layers-per-virtual-pipeline-stage 1") == [
+        f"`--pipeline-schedule zb` is not known; legal: {schedules}"
+    ]
+    # What the number of stages follows from is wrong: nothing is said of a cut into that number.
+    four = "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-stage-layers 1 1 1 1 --pipeline-schedule"
+    assert len(problems(f"{four} interleaved", 2)) == 1 and len(problems(f"{four} 1f1b", 2)) == 1
+    assert len(problems(f"{four} 1f1b --num-layers-per-virtual-pipeline-stage 1", 2)) == 1
 
 
 def test_every_number_has_a_range_and_its_message() -> None:

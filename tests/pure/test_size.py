@@ -19,16 +19,20 @@ from megatron.model.size import (
     ALIGN,
     CHUNK,
     FEWEST_ROWS,
+    Slice,
     activation_bytes,
     flops_per_iteration,
     flops_per_token,
     forward_flops_per_token,
+    head_flops,
     head_loss_bytes,
+    layer_flops,
     memory_per_rank,
     padded_vocabulary,
     parameter_list,
     parameters,
     parameters_per_rank,
+    stage_flops,
 )
 from megatron.optim import buffers
 from megatron.parallel import cross_entropy
@@ -59,12 +63,16 @@ def complete(model: ModelConfig) -> ModelConfig:
     return replace(resolve(RunConfig(model=model)).model, vocab_size=VOCAB)
 
 
-# A tied output layer on a stage of its own is not built yet.
 STAGES = [
     (form, part)
-    for form, model in FORMS.items()
-    for part in (StagePart(range(3), True, True), StagePart(range(1), True, False), StagePart(range(1, 3), False, True))
-    if part.embedding or model.untie_embeddings_and_output_weights
+    for form in FORMS
+    for part in (
+        StagePart(range(3), True, True),
+        StagePart(range(1), True, False),
+        StagePart(range(1, 2), False, False),
+        StagePart(range(2, 3), False, True),
+        StagePart(range(3, 3), False, True),
+    )
 ]
 
 
@@ -104,6 +112,33 @@ def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
     assert [p.name for p in last if p.vocabulary] == ["embedding.word.weight"]
     first = parameters(model, VOCAB, StagePart(range(2), True, False))
     assert first + parameters(model, VOCAB, StagePart(range(2, 3), False, True)) == parameters(model, VOCAB) + VOCAB * 24
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stages_of_one_rank_together(form: str) -> None:
+    model, first, last = complete(FORMS[form]), Slice(range(1), True, False), Slice(range(1, 3), False, True)
+    sizes = dict(tp=2, seq=8, micro_batch=1, bf16=True)
+    both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], in_flight=[3, 1])  # type: ignore[arg-type]
+    whole = memory_per_rank(model, VOCAB, **sizes)  # type: ignore[arg-type]
+    assert (both.weights, both.gradients, both.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
+    # On two ranks a tied matrix is there twice: 2 x 24 x 64 elements, as 127 tokens are padded to 2 x 64.
+    alone = [memory_per_rank(model, VOCAB, **sizes, stages=[s], in_flight=[n]) for s, n in ((first, 3), (last, 1))]  # type: ignore[arg-type]
+    twice = 0 if model.untie_embeddings_and_output_weights else 64 * 24
+    assert sum(m.gradients for m in alone) == whole.gradients + 4 * twice
+    assert both.activations == sum(m.activations for m in alone) > whole.activations
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_stages_compute_what_the_model_computes(form: str) -> None:
+    model, seq = complete(FORMS[form]), 8
+    parts = [Slice(range(1), True, False), Slice(range(1, 3), False, False), Slice(range(3, 3), False, True)]
+    flops = [stage_flops(model, VOCAB, seq, part) for part in parts]
+    assert sum(f.forward + f.backward + f.weight for f in flops) == flops_per_token(model, VOCAB, seq)
+    assert flops[0].forward == layer_flops(model, seq) and flops[1].forward == 2 * layer_flops(model, seq)
+    assert (flops[2].forward, flops[2].backward, flops[2].weight) == (3 * head_flops(model, VOCAB), 0, 0)
+    # Scores and weighted sum have two gradients, and none of a weight.
+    core = 4 * seq * model.size("num_attention_heads") * model.size("kv_channels")
+    assert flops[0].backward - flops[0].forward == flops[0].forward - flops[0].weight == core
 
 
 @pytest.mark.parametrize(
@@ -166,7 +201,9 @@ def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     alone = StagePart(range(0), False, True)
     assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone) == loss + 2 * tokens * hidden
     assert activation_bytes(model, 50257, 2, 1024, 16, True, True, alone) == loss + 2 * tokens * hidden // 2
-    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=3) == loss + 2 * tokens * hidden
+    # Two more wait, each with the final norm's input and the gradient of its output; before the first there is nothing.
+    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=3) == loss + 5 * 2 * tokens * hidden
+    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=0) == 0
     # A vocabulary that fills a chunk in a few rows still gets the fewest; a short batch gets no more rows than tokens.
     chunk = 8 * FEWEST_ROWS * 2**20
     assert head_loss_bytes(1000, 1, 2**20, False) == 8 * 1000 + 8 * 2**20 + chunk

@@ -1,0 +1,179 @@
+"""What ranks tell one another while they work, and what follows from it. Imports no torch.
+
+Each rank writes a `Beat` every half second. From the beats of the others, and the process table of its own host, a rank sees
+who died and who is frozen; from its own `Pace` it sees that it hangs itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the watch waits, in seconds.
+
+    period: between two beats. silent: without a beat, until a rank counts as frozen or lost. hang: the least for a
+    computation. settle: after a communication error or SIGTERM, until the cause of it must have shown.
+    """
+
+    period: float = 0.5
+    silent: float = 10.0
+    hang: float = 20.0
+    settle: float = 3.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that can be looked up: its host, its process namespace, its number and when it started, in clock ticks."""
+
+    host: str
+    space: str
+    pid: int
+    started: int
+
+    @classmethod
+    def own(cls) -> Process:
+        pid = os.getpid()
+        try:
+            # Containers may share a host's name but not its process numbers.
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            space = f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        except OSError:
+            space = ""  # nobody is looked up
+        _, started = _stat(pid)
+        return cls(os.uname().nodename, space, pid, started)
+
+    def state(self, seen_from: Process) -> str:
+        """`gone`, `stopped` or `alive`; `unknown` from another host."""
+        if not self.space or self.space != seen_from.space:
+            return "unknown"
+        state, started = _stat(self.pid)
+        if started != self.started or state in "ZX":
+            return "gone"
+        return "stopped" if state in "Tt" else "alive"
+
+    def kill(self, seen_from: Process) -> None:
+        """End it without asking, which also ends a stopped process. Nothing from another host."""
+        if self.state(seen_from) in ("stopped", "alive"):
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except OSError:
+                return  # it went by itself
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """Letter of the state and start time of a process; `X` and 0 when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "X", 0
+    # The name in parentheses may hold anything, also blanks.
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One sign of life.
+
+    number: counts up. what: the phase in words. age: seconds since it began. left: seconds until it counts as a hang, None
+    where it has no such limit. ending: why no more beats need come: `finished`, `terminated`, `ended`; empty while it works.
+    """
+
+    process: Process
+    number: int = 0
+    what: str = ""
+    age: float = 0.0
+    left: float | None = None
+    ending: str = ""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def of(cls, data: bytes) -> Beat:
+        fields = json.loads(data)
+        return cls(**fields | {"process": Process(**fields["process"])})
+
+
+class Pace:
+    """How long this rank's computations take, by kind, and how long one may take.
+
+    The first of a kind compiles, allocates and connects, so it may take the job's whole timeout and says little about the
+    rest. From then on the limit is three times the longest one, and at least `hang` seconds.
+    """
+
+    def __init__(self, hang: float, timeout: float) -> None:
+        self._hang, self._timeout = hang, timeout
+        self._first: set[str] = set()
+        self._longest: dict[str, float] = {}
+
+    def record(self, kind: str, seconds: float) -> None:
+        longest = self._longest.get(kind)
+        if longest is None:
+            self._longest[kind] = seconds
+            self._first.add(kind)
+        elif kind in self._first:
+            self._longest[kind] = seconds
+            self._first.discard(kind)
+        elif seconds > longest:
+            self._longest[kind] = seconds
+
+    def longest(self, kind: str) -> float | None:
+        return self._longest.get(kind)
+
+    def limit(self, kind: str) -> float:
+        longest = self._longest.get(kind)
+        return self._timeout if longest is None else min(self._timeout, max(self._hang, 3.0 * longest))
+
+
+@dataclass
+class Peer:
+    """Another rank as this one sees it. quiet: seconds since its last beat, by this rank's own count."""
+
+    beat: Beat
+    quiet: float = 0.0
+
+    def heard(self, beat: Beat, seconds: float) -> None:
+        """What was read now, `seconds` after the last time."""
+        self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
+        self.beat = beat
+
+    def verdict(self, patience: Patience, own: Process, *, trouble: bool) -> str | None:
+        """What is wrong with the rank, in words; None while nothing is.
+
+        trouble: something is known to be wrong somewhere, so a rank that cannot be looked up may be silent for a shorter time.
+        """
+        if self.beat.ending:
+            return None
+        state = self.beat.process.state(own)
+        if state == "gone":
+            return f"its process died without a word (killed, out of memory, or crashed); last heard {self.quiet:.1f} s before"
+        limit = patience.silent
+        if trouble and state != "alive":
+            limit = min(limit, patience.settle * 2 / 3)
+        if self.quiet < limit:
+            return None
+        why = {
+            "stopped": "its process is stopped (SIGSTOP)",
+            "alive": "its process is there but frozen",
+            "unknown": "its process died or froze, or its host is lost",
+        }[state]
+        return f"no sign of life for {self.quiet:.0f} s: {why}"
+
+
+def excused(age: float, others: list[Peer]) -> bool:
+    """Whether a computation that takes `age` seconds may be held up by another rank.
+
+    Work given to a GPU waits for other ranks without saying so. Then the one whose own work began earlier is to blame, and
+    it may be within its limit still: it compiles, or reads data.
+    """
+    return any(
+        not peer.beat.ending and peer.beat.left is not None and peer.beat.left > 0 and peer.beat.age + peer.quiet > age
+        for peer in others
+    )

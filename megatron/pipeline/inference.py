@@ -1,0 +1,66 @@
+"""The whole model's predictions where its stages lie on several ranks: one pass up the pipeline, the answer to all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.config.schema import ModelConfig
+from megatron.contract import Batch, StagePart
+from megatron.pipeline.lower import channels_of
+from megatron.pipeline.transfer import Channels
+
+
+class Stage(Protocol):
+    """What a stage's module does for a prediction; `model.gpt.GPT` is one."""
+
+    part: StagePart
+    dtype: torch.dtype
+
+    def hidden(self, x: Tensor | None, batch: Batch, cache: Any = None) -> Tensor: ...
+    def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
+    def output(self, x: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> object: ...
+
+
+class Pipeline:
+    """A model cut over ranks, used like a whole one.
+
+    config: of the model. stages: this rank's, by number. placement: stage -> pipeline rank.
+    """
+
+    def __init__(
+        self, config: ModelConfig, stages: Mapping[int, Stage], placement: tuple[int, ...], channels: Channels
+    ) -> None:
+        self.config, self.stages, self.placement, self.channels = config, stages, placement, channels
+        self.device = channels.device
+        channels.connect(list(channels_of(placement)))
+
+    def eval(self) -> None:
+        """Dropout off."""
+        for stage in self.stages.values():
+            stage.train(False)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, cache: Any = None) -> Tensor:
+        """fp32 `[seq, batch, vocab]` on every rank, padding left out. Collective. cache: of this rank, for all its stages."""
+        x: Tensor | None = None
+        me, last = self.channels.up.rank, len(self.placement) - 1
+        for number, owner in enumerate(self.placement):
+            before = self.placement[number - 1] if number else owner
+            if owner == me:
+                stage = self.stages[number]
+                if before != me:
+                    x = self.channels.receive(stage.hidden_shape(batch), stage.dtype, before, number).wait()
+                x = stage.hidden(x, batch, cache)
+            if number < last and owner == me != self.placement[number + 1] and x is not None:
+                self.channels.send(x, self.placement[number + 1], number + 1)
+        rows, seq = batch.tokens.shape
+        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
+        if last in self.stages and x is not None:
+            answer.copy_(self.stages[last].output(x))
+        self.channels.settle_all()
+        return self.channels.broadcast(answer, self.placement[last])

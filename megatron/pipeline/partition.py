@@ -1,0 +1,60 @@
+"""Cuts a model's layers into pipeline stages of equal work. Pure: costs in, ranges of layers out.
+
+A pipeline is as fast as its busiest rank. The ends of a model are work too: the output layer and the loss of a small
+model with a large vocabulary cost as much as several layers, so the stage that holds them should have fewer. Costs are in
+any one unit, such as FLOPs or seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+
+def split(costs: Sequence[float], placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
+    """The layers of each stage, in order: one contiguous range a stage, at least one layer each.
+
+    costs: of each layer. placement: stage -> the rank that owns it. first, last: what the first and the last stage do
+    besides their layers. For layers of equal cost no other cut gives the busiest rank less work. Otherwise each stage
+    ends where the work up to there is nearest to what the same rule gives layers of the mean cost.
+    ValueError when there are fewer layers than stages, or a layer costs nothing.
+    """
+    stages, layers = len(placement), len(costs)
+    if not 1 <= stages <= layers:
+        raise ValueError(f"{layers} layers cannot be cut into {stages} stages of at least one layer")
+    if min(costs) <= 0 or min(first, last) < 0:
+        raise ValueError("each layer must cost more than 0, and the ends of the model at least 0")
+    mean = sum(costs) / layers
+    shares = accumulate(count * mean for count in even_counts(layers, mean, placement, first, last))
+    work = [0.0, *accumulate(costs)]
+    cuts = [0]
+    for stage, share in enumerate(shares, start=1):
+        possible = range(cuts[-1] + 1, layers - (stages - stage) + 1)  # a layer for this stage, and one for each later
+        cuts.append(min(possible, key=lambda cut: abs(work[cut] - share)) if stage < stages else layers)
+    return tuple(range(begin, end) for begin, end in pairwise(cuts))
+
+
+def even_counts(layers: int, layer: float, placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> list[int]:
+    """How many of `layers` layers, each of cost `layer`, every stage gets.
+
+    Each stage has one. The others are given out one by one, to the rank that has least work, and there to the stage that
+    has least; the earlier stage where that is equal.
+    """
+    stages = range(len(placement))
+    ends = [(first if s == 0 else 0.0) + (last if s == stages[-1] else 0.0) for s in stages]
+    rank_ends = {rank: sum(ends[s] for s in stages if placement[s] == rank) for rank in placement}
+    counts = [1] * len(stages)
+    rank_counts = {rank: list(placement).count(rank) for rank in placement}
+    for _ in range(layers - len(stages)):
+        # Products, not running sums: what is equal must compare as equal.
+        rank_load = {rank: rank_ends[rank] + rank_counts[rank] * layer for rank in rank_ends}
+        least = min(stages, key=lambda s: (rank_load[placement[s]], ends[s] + counts[s] * layer, s))
+        counts[least] += 1
+        rank_counts[placement[least]] += 1
+    return counts
+
+
+def cut(counts: Sequence[int]) -> tuple[range, ...]:
+    """The layers of each stage where their numbers are given; a stage may have none."""
+    ends = list(accumulate(counts))
+    return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))

@@ -1,0 +1,51 @@
+"""Times the actions of a step, where the step runs: wall clock on a CPU, events on a GPU's stream."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from megatron.pipeline.schedule import Action
+
+
+class Recorder:
+    """Notes nothing; what a step has unless it is profiled."""
+
+    def mark(self) -> Any:
+        """This moment, for `record`."""
+        return None
+
+    def record(self, action: Action, begun: Any) -> None:
+        """`action` ran from `begun` until now."""
+
+
+class Stopwatch(Recorder):
+    """Notes every action's start and end, from the moment it was made; waiting for what an action needs is no part of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._spans: dict[Action, tuple[Any, Any]] = {}
+        self._zero = self.mark()
+
+    def mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def record(self, action: Action, begun: Any) -> None:
+        self._spans[action] = begun, self.mark()
+
+    def spans(self) -> dict[Action, tuple[float, float]]:
+        """(start, end) of every action, in seconds since the stopwatch was made."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return {action: (self._since(start), self._since(end)) for action, (start, end) in self._spans.items()}
+
+    def _since(self, moment: Any) -> float:
+        if self.device.type == "cuda":
+            return float(self._zero.elapsed_time(moment)) / 1000.0
+        return float(moment - self._zero)

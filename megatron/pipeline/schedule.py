@@ -1,0 +1,271 @@
+"""Pipeline schedules as data: for every pipeline rank, in which order it runs which actions. Pure.
+
+    stage       one contiguous slice of the model; a rank may own several (virtual stages, chunks)
+    placement   stage -> the pipeline rank that owns it
+    program     the ordered actions of one rank
+
+A schedule is generated here, checked, timed and drawn by `simulate.py` and `draw.py`, completed with transfers by `lower.py`
+and run by `executor.py`, which knows none of them by name. To add one: a function here and its row in `SCHEDULES`.
+
+The functions' docstrings compare them by two numbers, for p ranks, m micro-batches and v chunks on each rank, where F, B and W
+are the times of a micro-batch's forward, input gradient and weight gradient on one rank, and communication takes none:
+
+    idle    what a step takes on the first rank beyond m (F + B + W). The bubble rate is idle / (idle + m (F + B + W)).
+    peak    activations held at once, each of one stage and one micro-batch, on rank r = 0 .. p - 1
+
+Every schedule works for any number of micro-batches. On every stage, forwards, backwards and weight gradients each run in the
+order of the micro-batches, so gradients are summed in the same order whatever the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from types import MappingProxyType
+
+
+class Op(Enum):
+    """What a stage does with a micro-batch. B is I and W at once."""
+
+    F = "F"  # forward
+    B = "B"  # backward: gradients of the stage's input and of its weights
+    I = "I"  # backward: gradient of the stage's input alone  # noqa: E741
+    W = "W"  # backward: gradients of the stage's weights alone
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One stage's work on one micro-batch, without a break."""
+
+    op: Op
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.op.value}{self.stage}.{self.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """placement[stage] is a rank; programs[rank] are its actions in order."""
+
+    name: str
+    micro_batches: int
+    placement: tuple[int, ...]
+    programs: tuple[tuple[Action, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.programs)
+
+    @property
+    def stages(self) -> int:
+        return len(self.placement)
+
+    @cached_property
+    def chunk(self) -> tuple[int, ...]:
+        """Per stage: how many earlier stages its rank owns."""
+        return tuple(self.placement[:stage].count(rank) for stage, rank in enumerate(self.placement))
+
+    @cached_property
+    def actions(self) -> frozenset[Action]:
+        """What all ranks run, without order."""
+        return frozenset(action for program in self.programs for action in program)
+
+
+def gpipe(ranks: int, micro_batches: int) -> Schedule:
+    """All forwards, then all backwards (GPipe, https://arxiv.org/abs/1811.06965).
+
+    idle (p - 1) (F + B + W); peak m.
+    """
+    programs = []
+    for rank in range(ranks):
+        forwards, backwards = _actions(Op.F, rank, micro_batches), _actions(Op.B, rank, micro_batches)
+        programs.append(forwards + backwards)
+    return _schedule("gpipe", micro_batches, looped(ranks, 1), programs)
+
+
+def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
+    """Each backward as early as it can be, so that few activations wait for theirs (https://arxiv.org/abs/2006.09503).
+
+    idle (p - 1) (F + B + W); peak p - r, at most m.
+    """
+    programs = []
+    for rank in range(ranks):
+        forwards, backwards = _actions(Op.F, rank, micro_batches), _actions(Op.B, rank, micro_batches)
+        programs.append(_warm_up_then_alternate(forwards, backwards, warm_up=ranks - 1 - rank))
+    return _schedule("1f1b", micro_batches, looped(ranks, 1), programs)
+
+
+def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
+    """1F1B over v chunks of the model per rank (Megatron-LM, https://arxiv.org/abs/2104.04473).
+
+    A rank takes p micro-batches through its first chunk, the same through its second, and so on, then the next p. Where p does
+    not divide m, the last group is smaller: the program for full groups without the actions of micro-batches that do not exist.
+
+    idle (p - 1) (F + B + W) / v, where p divides m; peak 2 (p - 1 - r) + (v - 1) p + 1, at most v m. One chunk is plain 1F1B.
+    """
+    groups = -(-micro_batches // ranks)
+    order = [(chunk, group * ranks + m) for group in range(groups) for chunk in range(chunks) for m in range(ranks)]
+    programs = []
+    for rank in range(ranks):
+        forwards = [Action(Op.F, chunk * ranks + rank, m) for chunk, m in order]
+        backwards = [Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in order]
+        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions apart, not one.
+        apart = 1 if chunks == 1 else 2
+        warm_up = apart * (ranks - 1 - rank) + (chunks - 1) * ranks
+        programs.append(_only(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
+    return _schedule("interleaved", micro_batches, looped(ranks, chunks), programs)
+
+
+def zero_bubble_h1(ranks: int, micro_batches: int) -> Schedule:
+    """1F1B with weight gradients put off into the gaps, in the memory of 1F1B's first rank (ZB-H1, arXiv 2401.10241).
+
+    idle (p - 1) (F + B - W), where m >= p and W <= F, B; peak p on every rank, at most m.
+    """
+    return _schedule("zb-h1", micro_batches, looped(ranks, 1), _weights_put_off(ranks, micro_batches, apart=1))
+
+
+def zero_bubble_h2(ranks: int, micro_batches: int) -> Schedule:
+    """As ZB-H1, with forwards enough ahead to fill the gap at the start too, in twice the memory (ZB-H2, arXiv 2401.10241).
+
+    idle (p - 1) (F + B - 2 W), where m >= 2 p - 1 and W <= F, B; peak 2 p - 1 on every rank, at most m.
+    """
+    return _schedule("zb-h2", micro_batches, looped(ranks, 1), _weights_put_off(ranks, micro_batches, apart=2))
+
+
+def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
+    """Two chunks per rank, down the ranks and back up, and no idle time in the memory of 1F1B (ZB-V, arXiv 2401.10241).
+
+    The last stage is on the first rank, so the backward of a micro-batch starts where its forward started, and rank 0 need not
+    wait for it. Fewer than p micro-batches: the program for p without those that do not exist.
+
+    idle 0, where F = B = W and m >= 2 p - 1; peak at most 2 p and 2 m on every rank, each half as large as with one chunk.
+    """
+    programs = []
+    for rank in range(ranks):
+        down, up = rank, 2 * ranks - 1 - rank
+        behind = ranks - rank  # this rank and those behind it
+        whole_up = [(Op.F, up), (Op.I, up), (Op.W, up)]
+        # The first micro-batch goes through the ranks behind and comes back; meanwhile forwards of others,
+        order = [(Op.F, down)] * (2 * behind - 1)
+        # then of both chunks in turn, until the first gradient comes from the ranks in front.
+        order += [(Op.F, up), (Op.F, down)] * rank
+        # The memory is full. No new micro-batch until a gradient has been to the last rank and is back.
+        order += whole_up * behind
+        # Then a new one for each that is done with.
+        order += [(Op.F, down), (Op.I, down), (Op.W, down), *whole_up] * (micro_batches - ranks)
+        # No forwards are left. First the gradients that other ranks wait for, then the weight gradients put off for them.
+        order += [(Op.I, down), (Op.I, up)] * rank
+        order += [(Op.I, down), (Op.W, down)] * behind
+        order += [(Op.W, up)] * rank + [(Op.W, down)] * rank
+        programs.append(_only(micro_batches, _number(order)))
+    return _schedule("zb-v", micro_batches, v_shaped(ranks), programs)
+
+
+def looped(ranks: int, chunks: int) -> tuple[int, ...]:
+    """Stage s lives on rank s % ranks."""
+    return tuple(range(ranks)) * chunks
+
+
+def v_shaped(ranks: int, chunks: int = 2) -> tuple[int, ...]:
+    """Down the ranks and back up: rank r owns stages r and 2 p - 1 - r, so the last stage shares a rank with the first."""
+    return tuple(range(ranks)) + tuple(reversed(range(ranks)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A schedule before ranks and micro-batches are known.
+
+    make: (ranks, micro-batches, chunks) -> Schedule. place: (ranks, chunks) -> placement.
+    chunks: stages of each rank; None where the user chooses. splits: whether backward is I and W.
+    """
+
+    make: Callable[[int, int, int], Schedule]
+    place: Callable[[int, int], tuple[int, ...]] = looped
+    chunks: int | None = 1
+    splits: bool = False
+
+
+SCHEDULES: Mapping[str, Kind] = MappingProxyType(
+    {
+        "gpipe": Kind(lambda p, m, v: gpipe(p, m)),
+        "1f1b": Kind(lambda p, m, v: one_f_one_b(p, m)),
+        "interleaved": Kind(interleaved_1f1b, chunks=None),
+        "zb-h1": Kind(lambda p, m, v: zero_bubble_h1(p, m), splits=True),
+        "zb-h2": Kind(lambda p, m, v: zero_bubble_h2(p, m), splits=True),
+        "zb-v": Kind(lambda p, m, v: zero_bubble_v(p, m), place=v_shaped, chunks=2, splits=True),
+    }
+)
+DEFAULT_CHUNKS = 2  # where the user may choose and did not
+
+
+def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
+    """The schedule called `name`. chunks: stages of each rank; None takes what the schedule prescribes, or 2 where it is free.
+
+    ValueError for an unknown name, for less than one rank, micro-batch or chunk, and for chunks that the schedule cannot have.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name}; known are {', '.join(SCHEDULES)}")
+    kind = SCHEDULES[name]
+    if chunks is None:
+        chunks = kind.chunks or DEFAULT_CHUNKS
+    for count, what in ((ranks, "pipeline ranks"), (micro_batches, "micro-batches"), (chunks, "chunks per rank")):
+        if count < 1:
+            raise ValueError(f"{name} needs at least 1 of {what}, not {count}")
+    if kind.chunks not in (None, chunks):
+        free = ", ".join(other for other, has in SCHEDULES.items() if has.chunks is None)
+        raise ValueError(f"{name} has chunks per rank: {kind.chunks}, not {chunks}; leave chunks out, or take {free}")
+    return kind.make(ranks, micro_batches, chunks)
+
+
+def _actions(op: Op, stage: int, micro_batches: int) -> list[Action]:
+    return [Action(op, stage, m) for m in range(micro_batches)]
+
+
+def _warm_up_then_alternate(forwards: Sequence[Action], backwards: Sequence[Action], warm_up: int) -> list[Action]:
+    """`warm_up` forwards, then pairs of forward and backward until the forwards run out, then the rest."""
+    warm_up = min(warm_up, len(forwards))
+    steady = [action for pair in zip(forwards[warm_up:], backwards, strict=False) for action in pair]
+    return [*forwards[:warm_up], *steady, *backwards[len(forwards) - warm_up :]]
+
+
+def _weights_put_off(ranks: int, micro_batches: int, apart: int) -> list[list[Action]]:
+    """Programs of ZB-H1 and ZB-H2: neighbours stand `apart` forwards apart, and what that saves in memory, weights may use.
+
+    Rank r holds apart (p - 1 - r) forwards ahead and keeps apart r weight gradients back, so all ranks hold the same number of
+    activations. The weight gradients kept back run at the end, while gradients travel to the first rank.
+    """
+    programs = []
+    for rank in range(ranks):
+        forwards, inputs = _actions(Op.F, rank, micro_batches), _actions(Op.I, rank, micro_batches)
+        program: list[Action] = []
+        for action in _warm_up_then_alternate(forwards, inputs, warm_up=apart * (ranks - 1 - rank)):
+            program.append(action)
+            if action.op is Op.I and action.micro_batch >= apart * rank:
+                program.append(Action(Op.W, rank, action.micro_batch - apart * rank))
+        kept_back = min(apart * rank, micro_batches)
+        programs.append(program + _actions(Op.W, rank, micro_batches)[micro_batches - kept_back :])
+    return programs
+
+
+def _number(order: Sequence[tuple[Op, int]]) -> list[Action]:
+    """(op, stage) in order -> actions: each of one kind takes the next micro-batch."""
+    following: dict[tuple[Op, int], int] = {}
+    program = []
+    for op, stage in order:
+        m = following.get((op, stage), 0)
+        following[op, stage] = m + 1
+        program.append(Action(op, stage, m))
+    return program
+
+
+def _only(micro_batches: int, program: Sequence[Action]) -> list[Action]:
+    """A program without the micro-batches that do not exist. The others never wait for those, so they cannot get stuck."""
+    return [action for action in program if action.micro_batch < micro_batches]
+
+
+def _schedule(name: str, micro_batches: int, placement: tuple[int, ...], programs: Sequence[Sequence[Action]]) -> Schedule:
+    return Schedule(name, micro_batches, placement, tuple(tuple(program) for program in programs))

@@ -1,0 +1,89 @@
+"""Point-to-point transfers along the pipeline axis: posted, then waited for, so that they run beside the computation.
+
+Each direction has communicators of its own: on a backend that works a communicator's transfers off in order, a receive that
+was posted early must not hold up a send. Backends that match by tag get the transfer's number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.mesh.mesh import Axis
+
+
+class Receiving:
+    """A tensor on its way. `wait()` gives it."""
+
+    def __init__(self, work: Any, room: Tensor, device: torch.device) -> None:
+        self._work, self._room, self._device = work, room, device
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._room.to(self._device, non_blocking=True)
+
+
+class Channels:
+    """One rank's ends of the channels to its neighbours.
+
+    up, back: the pipeline axis twice, for what goes to higher and to lower ranks.
+    """
+
+    def __init__(self, up: Axis, back: Axis, device: torch.device) -> None:
+        self.up, self.back, self.device = up, back, device
+        by_host = up.group is not None and device.type == "cuda" and dist.get_backend(up.group) == "gloo"
+        self.memory = torch.device("cpu") if by_host else device
+        self._sending: dict[int, tuple[Any, Tensor]] = {}  # a tensor must live until it has left
+
+    def connect(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Open the communicators of all channels, (sender, receiver) in an order that is the same on all ranks. Collective.
+
+        A backend that connects at first use would otherwise block in the middle of a step.
+        """
+        for sender, receiver in pairs:
+            token = torch.zeros(1, device=self.memory)
+            axis = self._axis(sender, receiver)
+            if axis.rank == sender:
+                dist.send(token, axis.ranks[receiver], group=axis.group)
+            elif axis.rank == receiver:
+                dist.recv(token, axis.ranks[sender], group=axis.group)
+
+    def _axis(self, sender: int, receiver: int) -> Axis:
+        return self.up if sender < receiver else self.back
+
+    def send(self, x: Tensor, peer: int, number: int) -> None:
+        """Start sending; returns at once."""
+        for done in [n for n, (work, _) in self._sending.items() if work.is_completed()]:
+            del self._sending[done]
+        x = x.to(self.memory).contiguous()
+        axis = self._axis(self.up.rank, peer)
+        self._sending[number] = dist.isend(x, axis.ranks[peer], group=axis.group, tag=number), x
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> Receiving:
+        """Start receiving; returns at once."""
+        room = torch.empty(shape, dtype=dtype, device=self.memory)
+        axis = self._axis(peer, self.up.rank)
+        work = dist.irecv(room, axis.ranks[peer], group=axis.group, tag=number)
+        return Receiving(work, room, self.device)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """Give every rank of the pipeline the tensor of rank `source`, in place. Collective."""
+        if self.up.size == 1:
+            return x
+        host = x.to(self.memory)
+        dist.broadcast(host, self.up.ranks[source], group=self.up.group)
+        return x.copy_(host)
+
+    def settle(self, number: int) -> None:
+        """Wait until a send is done, and let go of its tensor. At once for one that was not sent."""
+        if number in self._sending:
+            self._sending.pop(number)[0].wait()
+
+    def settle_all(self) -> None:
+        """Wait for every send."""
+        for number in list(self._sending):
+            self.settle(number)

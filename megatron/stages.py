@@ -1,0 +1,43 @@
+"""The pipeline stages of a run: which layers, on which rank. The same for all ranks, from the configuration alone. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.resolve import pipeline_chunks
+from megatron.config.schema import RunConfig
+from megatron.model.size import Slice, head_flops, layer_flops
+from megatron.pipeline.partition import cut, split
+from megatron.pipeline.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """placement: stage -> pipeline rank. parts: what each stage owns of the model. chunks: stages of each rank."""
+
+    placement: tuple[int, ...]
+    parts: tuple[Slice, ...]
+    chunks: int
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, in order."""
+        return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
+
+
+def stages_of(config: RunConfig) -> StagePlan:
+    """The stages of a resolved, legal configuration, with model.vocab_size set.
+
+    --pipeline-stage-layers is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
+    lookup, and its backward pass adds up as many rows as there are tokens, with no matrix product.
+    """
+    model, layout = config.model, config.layout
+    layers = model.size("num_layers")
+    chunks = pipeline_chunks(layout, layers)
+    placement = SCHEDULES[layout.pipeline_schedule or "1f1b"].place(layout.pipeline_model_parallel_size, chunks)
+    if layout.pipeline_stage_layers:
+        ranges = cut(layout.pipeline_stage_layers)
+    else:
+        layer = layer_flops(model, config.data.seq_length or model.size("max_position_embeddings"))
+        ranges = split([layer] * layers, placement, last=head_flops(model, model.size("vocab_size")))
+    last = len(placement) - 1
+    return StagePlan(placement, tuple(Slice(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)

@@ -1,0 +1,166 @@
+"""What `--profile-pipeline` leaves: the pipeline as it ran, drawn beside the pipeline as the simulator predicts it.
+
+A few steps are timed, action by action. The prediction simulates the same schedule with the median times of each kind of
+action on each stage; so where the two drawings differ, the executor or the machine did something the schedule did not say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron.contract import Batch
+from megatron.mesh.mesh import Mesh
+from megatron.pipeline.draw import Panel, draw_svg
+from megatron.pipeline.executor import Executor
+from megatron.pipeline.profile import Recorder, Stopwatch
+from megatron.pipeline.schedule import Action, Op, Schedule
+from megatron.pipeline.simulate import MeasuredCosts, Timeline, simulate, timeline_of
+from megatron.train.report import StepReport
+from megatron.train.run import Run
+from megatron.train.state import TrainState
+
+STEPS = 5  # that are timed; not the first step of a run, which warms up
+NAME = "pipeline_profile"
+
+Spans = dict[Action, tuple[float, float]]
+
+
+class ProfiledStep:
+    """A run's step that times some of its calls, and then writes what it saw.
+
+    say: takes the one line that tells about it, on the first rank.
+    """
+
+    def __init__(self, run: Run, directory: Path, say: Callable[[str], None]) -> None:
+        self.step, self.pipeline, self.mesh = run.step, run.pipeline, run.mesh
+        self.directory, self.say = directory, say
+        left = (run.config.batch.train_iters or 0) - run.state.iteration
+        self.first, self.last = min(2, left), min(1 + STEPS, left)
+        self.calls = 0
+        self.timed: list[tuple[int, Spans, int]] = []
+
+    def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
+        self.calls += 1
+        if not self.first <= self.calls <= self.last:
+            return self.step(batches, state)
+        with stopwatch(self.pipeline, self.mesh) as watch:
+            report = self.step(batches, state)
+        self.timed.append((len(batches), watch.spans(), self.pipeline.peak_live))
+        if self.calls == self.last:
+            self._tell()
+        return report
+
+    def _tell(self) -> None:
+        """Write the profile, of the timed steps that had as many micro-batches as the last one."""
+        count = self.timed[-1][0]
+        alike = [(spans, peak) for micro_batches, spans, peak in self.timed if micro_batches == count]
+        everywhere = gather(self.mesh, alike)
+        self.timed.clear()
+        if everywhere is None:
+            return
+        steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*everywhere, strict=True)]
+        peaks = [max(peak for _, peak in rank) for rank in everywhere]
+        write(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
+
+
+@contextmanager
+def stopwatch(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
+    """The executor's actions inside are timed, on all ranks of a pipeline from the same moment. Collective."""
+    if mesh.pp.group is not None:
+        dist.barrier(group=mesh.pp.group)
+    pipeline.recorder = watch = Stopwatch(pipeline.device)
+    try:
+        yield watch
+    finally:
+        pipeline.recorder = Recorder()
+
+
+def gather(mesh: Mesh, value: Any) -> list[Any] | None:
+    """Every pipeline rank's value, on the very first rank; None elsewhere. Only its own pipeline is looked at."""
+    if mesh.pp.group is None:
+        return [value] if mesh.rank == 0 else None
+    values: list[Any] | None = [None] * mesh.pp.size if mesh.pp.first else None
+    dist.gather_object(value, values, dst=mesh.pp.ranks[0], group=mesh.pp.group)
+    return values if mesh.rank == 0 else None
+
+
+def measured_costs(schedule: Schedule, steps: Sequence[Spans]) -> MeasuredCosts:
+    """The median time of each kind of action on each stage, and the shortest way of a result to another rank."""
+    times: defaultdict[tuple[Op, int], list[float]] = defaultdict(list)
+    for spans in steps:
+        for action, (start, end) in spans.items():
+            times[action.op, action.stage].append(end - start)
+    gaps = [gap for spans in steps for gap in _gaps(schedule, spans)]
+    return MeasuredCosts({kind: median(taken) for kind, taken in times.items()}, max(0.0, min(gaps, default=0.0)))
+
+
+def _gaps(schedule: Schedule, spans: Spans) -> Iterator[float]:
+    """From the end of an action on one rank to the start of the one on another that needs it: the transfer, and any wait."""
+    for action, (start, _) in spans.items():
+        if action.op is Op.W:
+            continue
+        needed = action.stage - 1 if action.op is Op.F else action.stage + 1
+        if not 0 <= needed < schedule.stages or schedule.placement[needed] == schedule.placement[action.stage]:
+            continue
+        made = spans.get(Action(action.op, needed, action.micro_batch))
+        if made is not None:
+            yield start - made[1]
+
+
+def write(
+    directory: Path, schedule: Schedule, steps: Sequence[Spans], peaks: Sequence[int], say: Callable[[str], None]
+) -> None:
+    """The picture and the figures, in milliseconds. steps: the timed ones; the one of median length is drawn."""
+    steps = [{a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()} for spans in steps]
+    runs = sorted((_timeline(schedule, spans) for spans in steps), key=lambda run: run.makespan)
+    measured = runs[len(runs) // 2]
+    costs = measured_costs(schedule, steps)
+    predicted = simulate(schedule, costs)
+    directory.mkdir(parents=True, exist_ok=True)
+    panels = [Panel("measured, ms", schedule, measured), Panel("predicted from the measured actions, ms", schedule, predicted)]
+    (directory / f"{NAME}.svg").write_text(draw_svg(panels), encoding="utf-8")
+    record = {
+        "schedule": schedule.name,
+        "micro_batches": schedule.micro_batches,
+        "placement": schedule.placement,
+        "costs_ms": {f"{op.value}{stage}": time for (op, stage), time in sorted(costs.times.items(), key=str)},
+        "communication_ms": costs.communication,
+        "measured": _figures(measured) | {"peak_activations": list(peaks), "actions": _actions(measured)},
+        "predicted": _figures(predicted) | {"actions": _actions(predicted)},
+    }
+    (directory / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    say(
+        f"pipeline profile of {len(steps)} steps, {schedule.name}: {measured.makespan:.1f} ms with {measured.bubble_rate:.1%} "
+        f"bubble, predicted {predicted.makespan:.1f} ms with {predicted.bubble_rate:.1%}: {directory / f'{NAME}.svg'}"
+    )
+
+
+def _timeline(schedule: Schedule, spans: Spans) -> Timeline:
+    return timeline_of(schedule, {a: s for a, (s, _) in spans.items()}, {a: e for a, (_, e) in spans.items()})
+
+
+def _figures(timeline: Timeline) -> dict[str, Any]:
+    return {
+        "makespan_ms": timeline.makespan,
+        "bubble_rate": timeline.bubble_rate,
+        "bubble_per_rank": list(timeline.bubble_per_rank),
+        "peak_activations": list(timeline.peak_activations),
+    }
+
+
+def _actions(timeline: Timeline) -> list[dict[str, Any]]:
+    """Every action: what it is, where it ran, when."""
+    return [
+        {**asdict(action), "op": action.op.value, "rank": rank, "start": timeline.start[action], "end": timeline.end[action]}
+        for rank, program in enumerate(timeline.schedule.programs)
+        for action in program
+    ]

@@ -1,0 +1,81 @@
+"""Draw a pipeline schedule, with the share of the step in which ranks idle and the activations they hold.
+
+    python tools/draw_schedule.py --schedule zb-h1 --stages 4 --microbatches 8 --costs 1,1,1,0 --output zb-h1.svg
+
+Costs are times of one action, in any unit: F forward, B input gradient, W weight gradient (a schedule that does not split its
+backward takes B + W for it), COMM from the end of an action until its result is on another rank. Where ranks have several
+chunks, an action is one chunk's.
+
+Exit status: 0; 2 the schedule does not exist or cannot be made, or the file cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from megatron.pipeline.draw import Panel, draw_svg, draw_text
+from megatron.pipeline.schedule import SCHEDULES, Schedule, make
+from megatron.pipeline.simulate import Costs, Timeline, simulate
+
+
+def costs_of(text: str) -> Costs:
+    """Four times from "F,B,W,COMM". ValueError when they are not four finite numbers of 0 or more."""
+    try:
+        forward, backward, weight, communication = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--costs {text}: give four numbers F,B,W,COMM, for example 1,1,1,0") from None
+    return Costs(forward, backward, weight, communication)
+
+
+def describe(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
+    """The numbers of the drawing, as JSON."""
+    return {
+        "schedule": schedule.name,
+        "stages": schedule.ranks,
+        "microbatches": schedule.micro_batches,
+        "chunks": schedule.stages // schedule.ranks,
+        "bubble_rate": timeline.bubble_rate,
+        "bubble_per_rank": list(timeline.bubble_per_rank),
+        "peak_activations": list(timeline.peak_activations),
+        "makespan": timeline.makespan,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schedule", required=True, help=", ".join(SCHEDULES))
+    parser.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
+    parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a step")
+    parser.add_argument("--chunks", type=int, metavar="V", help="stages of each rank; default what the schedule has, or 2")
+    parser.add_argument("--costs", default="1,1,1,0", metavar="F,B,W,COMM", help="times of one action; default 1,1,1,0")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of drawing in the terminal")
+    given = parser.parse_args()
+    try:
+        schedule = make(given.schedule, given.stages, given.microbatches, given.chunks)
+        timeline = simulate(schedule, costs_of(given.costs))
+        if given.output is not None:
+            title = f"{schedule.name}, costs {given.costs}"
+            given.output.parent.mkdir(parents=True, exist_ok=True)
+            given.output.write_text(draw_svg([Panel(title, schedule, timeline)]), encoding="utf-8")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {given.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    if given.json:
+        print(json.dumps(describe(schedule, timeline), indent=1))
+    elif given.output is None:
+        print(draw_text(schedule, timeline, max(40, shutil.get_terminal_size((120, 24)).columns)))
+    else:
+        print(f"{given.output}: bubble rate {timeline.bubble_rate:.4f}, makespan {timeline.makespan:.6g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
