@@ -35,6 +35,7 @@ PURE = [
     "config",
     "mesh/grid.py",
     "mesh/place.py",
+    "mesh/beats.py",
     "model/size.py",
     "data/sample_index.py",
     "data/indexed.py",

@@ -145,7 +145,9 @@ class Executor:
         words = partial(in_words, action)
         self.watch.waiting(words)
         needs = self._take(action)
-        self.watch.computing(f"{action.op.value}{action.stage}", words)
+        # Evaluations are work of another kind: without gradients, and compiled anew.
+        kind = f"{action.op.value}{action.stage}" if torch.is_grad_enabled() else f"evaluation {action.stage}"
+        self.watch.computing(kind, words)
         begun = self.recorder.mark()
         self._handlers[action.op](action, needs)
         self.recorder.record(action, begun)

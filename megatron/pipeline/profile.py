@@ -22,12 +22,14 @@ class Recorder:
 
 
 class Stopwatch(Recorder):
-    """Notes every action's start and end, from the moment it was made; waiting for what an action needs is no part of it."""
+    """Notes when every action starts and ends; waiting for what an action needs is no part of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         self._spans: dict[Action, tuple[Any, Any]] = {}
-        self._zero = self.mark()
+        self._zero, self._time = self.mark(), time.time()
 
     def mark(self) -> Any:
         if self.device.type != "cuda":
@@ -40,12 +42,12 @@ class Stopwatch(Recorder):
         self._spans[action] = begun, self.mark()
 
     def spans(self) -> dict[Action, tuple[float, float]]:
-        """(start, end) of every action, in seconds since the stopwatch was made."""
+        """(start, end) of every action, in seconds of the host's clock, which processes of a host share."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return {action: (self._since(start), self._since(end)) for action, (start, end) in self._spans.items()}
+        return {action: (self._clock(start), self._clock(end)) for action, (start, end) in self._spans.items()}
 
-    def _since(self, moment: Any) -> float:
+    def _clock(self, moment: Any) -> float:
         if self.device.type == "cuda":
-            return float(self._zero.elapsed_time(moment)) / 1000.0
-        return float(moment - self._zero)
+            return self._time + float(self._zero.elapsed_time(moment)) / 1000.0
+        return self._time + float(moment - self._zero)

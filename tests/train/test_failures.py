@@ -1,0 +1,297 @@
+"""When a rank dies or hangs, all ranks end, and one line says which rank, where, and what it did."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
+from megatron.mesh.last_words import is_echo
+from megatron.mesh.place import Place
+from megatron.mesh.watch import LiveWatch
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).parent / "watched.py"
+RANKS = 3
+HOST = os.uname().nodename
+WHERE = f"rank 1 on host {HOST}, stage 1, forward of micro-batch 3: "
+
+
+@dataclass
+class Started:
+    """A job: the process that started the ranks, and the directory where they leave marks."""
+
+    launcher: subprocess.Popen[str]
+    marks: Path
+    statuses: str = ""
+
+    def ready(self) -> None:
+        deadline = time.monotonic() + 60.0
+        while not (self.marks / "ready").exists():
+            assert time.monotonic() < deadline, "the job did not get there"
+            time.sleep(0.05)
+
+    def pids(self) -> list[int]:
+        return [int((self.marks / f"pid{rank}").read_text()) for rank in range(RANKS)]
+
+    def ended(self, within: float) -> str:
+        """The combined stderr, when all ranks and the launcher have ended in time."""
+        deadline = time.monotonic() + within
+        self.statuses, text = self.launcher.communicate(timeout=within)
+        while any(map(alive, self.pids())):
+            assert time.monotonic() < deadline, "a rank is still there"
+            time.sleep(0.05)
+        return text
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+class Starter:
+    """Starts jobs; `clean` leaves nothing of them."""
+
+    def __init__(self, marks: Path) -> None:
+        self.marks, self.jobs = marks, []
+
+    def torchrun(self, fault: str, *flags: str) -> Started:
+        return self._start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), *flags, fault=fault)
+
+    def srun(self, fault: str) -> Started:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        return self._start(fault=fault, environment={"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+
+    def _start(self, *launcher: str, fault: str, environment: Mapping[str, str] = MappingProxyType({})) -> Started:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, str(PROGRAM), fault, str(self.marks)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.jobs.append(Started(process, self.marks))
+        return self.jobs[-1]
+
+    def clean(self) -> None:
+        for job in self.jobs:
+            job.launcher.kill()
+            job.launcher.wait()
+        for mark in self.marks.glob("pid*"):
+            if alive(pid := int(mark.read_text())):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Starter]:
+    starter = Starter(tmp_path)
+    yield starter
+    starter.clean()
+
+
+def errors(text: str) -> list[str]:
+    return [line.partition("error: ")[2] for line in text.splitlines() if line.startswith("error: ")]
+
+
+FAULTS = {
+    "kill": r"its process died without a word .*; last heard \d\.\d s before",
+    "raise": "ValueError: boom on two lines",
+    "known": "in words",
+    "terminate": "ended by SIGTERM, which other ranks did not get",
+    "in-collective": r"hangs, for 5 s, where \d\.\d\d s was the longest before; its main thread is at:",
+    "stop": r"no sign of life for 3 s: its process is stopped \(SIGSTOP\)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_rank_fails(start, fault):
+    under_torchrun = fault in ("kill", "raise")
+    job = start.torchrun(fault) if under_torchrun else start.srun(fault)
+    job.ready()
+    text = job.ended(within=30.0)
+    own = {"kill": -signal.SIGKILL, "stop": -signal.SIGKILL, "terminate": 128 + signal.SIGTERM}.get(fault, 1)
+    assert job.launcher.returncode == 1 if under_torchrun else job.statuses.split() == ["1", str(own), "1"]
+    assert len(errors(text)) == 1, text
+    assert re.fullmatch(re.escape(WHERE) + FAULTS[fault], errors(text)[0]), text
+    assert text.count("    work(fault, place, marks)") == (fault in ("raise", "in-collective")), "its stack, and no other's"
+
+
+def test_a_hang_ends_within_half_a_minute(start):
+    """With the limits that users have, from the hang to the end of the last rank."""
+    job = start.srun("sleep")
+    job.ready()
+    began = time.monotonic()
+    text = job.ended(within=30.0)
+    assert time.monotonic() - began > 19.0, "an action that takes a little longer than usual is no hang"
+    (error,) = errors(text)
+    assert error.startswith(WHERE + "hangs, for 20 s") and "time.sleep(1000.0)" in text
+
+
+def test_the_same_error_on_all_ranks_is_told_once(start):
+    (error,) = errors(start.srun("all-raise").ended(within=60.0))
+    assert re.fullmatch(r"rank \d on host \S+, stage \d, forward of micro-batch 3: in words", error)
+
+
+@pytest.mark.parametrize(("fault", "status", "said"), [("exit", 7, ""), ("interrupt", 130, "interrupted\n")])
+def test_a_rank_leaves_with_a_status_of_its_own(start, fault, status, said):
+    job = start.srun(fault)
+    job.ready()
+    assert job.ended(within=30.0) == said
+    assert job.statuses.split() == ["1", str(status), "1"]
+
+
+def test_the_end_of_a_job_is_silent(start):
+    """Ranks may finish at different times, also the one that serves the store."""
+    job = start.srun("late")
+    assert job.ended(within=60.0) == ""
+    assert job.statuses.split() == ["0"] * RANKS
+
+
+def test_sigterm_to_all_ranks(start):
+    """Stopping a job is no failure of it."""
+    job = start.srun("outside")
+    job.ready()
+    for pid in job.pids():
+        os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert job.ended(within=10.0) == ""
+    assert time.monotonic() - began < 5.0
+    assert job.statuses.split() == [str(128 + signal.SIGTERM)] * RANKS
+
+
+def test_the_rank_that_serves_the_store_dies(start):
+    job = start.srun("outside")
+    job.ready()
+    os.kill(job.pids()[0], signal.SIGKILL)
+    text = job.ended(within=30.0)
+    (error,) = errors(text)
+    assert error.startswith(f"rank 0 on host {HOST}, "), text
+    assert job.statuses.split() == [str(-signal.SIGKILL), "1", "1"]
+
+
+def test_the_launcher_freezes(start):
+    """A store that never answers: no operation on it ends, so another thread must."""
+    job = start.torchrun("outside")
+    job.ready()
+    job.launcher.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 15.0
+    while any(map(alive, job.pids())):
+        assert time.monotonic() < deadline, "a rank is still there"
+        time.sleep(0.1)
+    job.launcher.kill()
+    (error,) = errors(job.launcher.communicate()[1])
+    assert re.match(r"contact was lost with the job's store at \S+:\d+, on host \S+ \(no answer for 3 s\)", error)
+
+
+def test_a_second_attempt_does_not_see_the_failure_of_the_first(start):
+    job = start.torchrun("restart", "--max-restarts", "1")
+    assert errors(job.ended(within=90.0)) == [WHERE + "ValueError: only once"]
+    assert job.launcher.returncode == 0
+
+
+# Without processes.
+
+HERE = Process.own()
+FAR = Process("elsewhere", "another space", 1, 1)
+GONE = replace(HERE, started=HERE.started - 1)  # the number is used again
+
+
+def test_the_limit_of_a_computation():
+    pace = Pace(hang=20.0, timeout=600.0)
+    assert pace.limit("F") == 600.0, "the first one compiles"
+    pace.record("F", 60.0)
+    assert pace.limit("F") == 180.0 and pace.limit("B") == 600.0
+    pace.record("F", 0.1)
+    assert pace.limit("F") == 20.0, "what the first took says nothing about the others"
+    pace.record("F", 9.0)
+    pace.record("F", 0.1)
+    assert pace.limit("F") == 27.0
+    pace.record("F", 300.0)
+    assert pace.limit("F") == 600.0
+
+
+@pytest.mark.parametrize(
+    ("process", "quiet", "trouble", "word"),
+    [
+        (HERE, 9.0, False, None),
+        (HERE, 9.0, True, None),
+        (HERE, 10.0, False, "frozen"),
+        (GONE, 0.0, False, "died"),
+        (FAR, 9.0, False, None),
+        (FAR, 2.0, True, "host is lost"),
+        (FAR, 10.0, False, "host is lost"),
+    ],
+)
+def test_what_is_wrong_with_a_rank(process, quiet, trouble, word):
+    verdict = Peer(Beat(process), quiet).verdict(Patience(), HERE, trouble=trouble)
+    assert verdict is None if word is None else word in verdict
+    assert Peer(Beat(process, ending="finished"), quiet).verdict(Patience(), HERE, trouble=trouble) is None
+
+
+def test_silence_counts_from_the_last_new_beat():
+    peer = Peer(Beat(HERE, number=1))
+    for number, seconds, quiet in ((1, 0.5, 0.5), (1, 0.5, 1.0), (2, 0.5, 0.0), (2, 1.0, 1.0)):
+        peer.heard(Beat.of(Beat(HERE, number=number).to_bytes()), seconds)
+        assert peer.quiet == quiet
+
+
+def test_who_began_earlier_is_to_blame():
+    earlier = Peer(Beat(FAR, age=30.0, left=500.0))
+    assert excused(25.0, [earlier])
+    assert not excused(31.0, [earlier]) and excused(31.0, [replace(earlier, quiet=2.0)])
+    for left in (None, 0.0):
+        assert not excused(25.0, [Peer(Beat(FAR, age=30.0, left=left))])
+
+
+def test_which_errors_are_echoes():
+    assert is_echo(RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
+    try:
+        try:
+            raise RuntimeError("NCCL communicator was aborted")
+        except RuntimeError as cause:
+            raise ValueError("wrapped") from cause
+    except ValueError as error:
+        assert is_echo(error)
+    assert not is_echo(RuntimeError("boom")) and not is_echo(FileNotFoundError("gloo.txt"))
+
+
+class Beaten:
+    """A store in which another rank publishes its failure just before this one does."""
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def check(self, keys: list[str]) -> bool:
+        return False
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [b"-"] * len(keys)
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
+        return b"another"
+
+
+def test_who_comes_second_is_silent(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("megatron.mesh.watch.say", said.append)
+    monkeypatch.setattr("os._exit", sys.exit)
+    watch = LiveWatch(Beaten(), Place(0, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    with pytest.raises(SystemExit, match="1"):
+        watch._tell("error: my own\n")
+    assert not any(said)

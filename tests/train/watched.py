@@ -1,0 +1,119 @@
+"""One rank of a job that imitates a pipeline, for `test_failures.py`: tensors go down the ranks, and something goes wrong.
+
+Usage: torchrun watched.py FAULT DIRECTORY, or without torchrun: then it starts the ranks itself as srun would, and prints
+their exit statuses. Rank 1 has the fault in its fifth step, in the forward of micro-batch 3. The directory gets each rank's
+process number, and a file `ready` when rank 1 is there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron.mesh.beats import Patience
+from megatron.mesh.launch import job
+from megatron.mesh.place import Place
+
+# Small limits; what is tested is which one counts, and that nothing else takes long.
+QUICK = Patience(period=0.2, silent=3.0, hang=5.0, settle=2.0)
+STEPS, MICRO_BATCHES = 8, 4
+
+
+class Known(Exception):
+    """An error that needs no traceback."""
+
+
+def work(fault: str, place: Place, marks: Path) -> None:
+    """What goes wrong; on rank 1, unless it says otherwise."""
+    if fault == "all-raise":
+        time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
+        raise Known("in words")
+    if place.rank != 1:
+        return
+    (marks / "ready").touch()
+    if fault == "raise":
+        raise ValueError("boom\non two lines")
+    if fault == "known":
+        raise Known("in words")
+    if fault == "kill":
+        time.sleep(1.0)  # so that the others have heard what it does
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stop":
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fault in ("sleep", "in-collective", "outside"):
+        time.sleep(1000.0)
+    if fault == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000.0)
+    if fault == "exit":
+        sys.exit(7)
+    if fault == "interrupt":
+        raise KeyboardInterrupt
+    if fault == "restart" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise ValueError("only once")
+
+
+def step(started, number: int, fault: str, marks: Path) -> None:
+    """Each micro-batch goes from rank to rank; with some faults all are one stage that sums over its ranks."""
+    watch, place, x = started.watch, started.place, torch.zeros(16)
+    one_stage = fault in ("in-collective", "all-raise")
+    for micro_batch in range(MICRO_BATCHES):
+        words = f"stage {place.rank}, forward of micro-batch {micro_batch}"
+        if place.rank > 0 and not one_stage:
+            watch.waiting(f"waiting for {words}")
+            dist.recv(x, place.rank - 1)
+        watch.computing("F", lambda words=words: words)
+        time.sleep(0.01)
+        if (number, micro_batch) == (4, 3):
+            work(fault, place, marks)
+        if one_stage:
+            dist.all_reduce(x)
+        elif place.rank + 1 < place.world_size:
+            watch.waiting(f"sending {words}")
+            dist.send(x, place.rank + 1)
+    watch.waiting("the end of the step")
+    dist.all_reduce(x)
+    watch.idle()
+
+
+def explain(error: BaseException, where: str) -> str | None:
+    return f"{where}: {error}" if isinstance(error, Known) else None
+
+
+def as_srun_would(ranks: int, fault: str, marks: Path) -> int:
+    """Fork the ranks, which saves importing torch in each, and wait for them."""
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(ranks), "SLURM_PROCID": str(rank)}
+            os.environ["SLURM_STEP_TASKS_PER_NODE"] = str(ranks)
+            return main(fault, marks)
+        pids.append(pid)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    return 0
+
+
+def main(fault: str, marks: Path) -> int:
+    place = Place.of(os.environ)
+    (marks / f"pid{place.rank}").write_text(str(os.getpid()))
+    patience = None if fault == "sleep" else QUICK
+    with job(place, "gloo", explain=explain, patience=patience) as started:
+        for number in range(STEPS):
+            step(started, number, fault, marks)
+        if fault == "late" and place.rank == 1:
+            started.watch.doing("something slow at the end")
+            time.sleep(4.0)
+    return 0
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    sys.exit(main(what, where) if "RANK" in os.environ else as_srun_would(3, what, where))
