@@ -16,6 +16,7 @@ test: install
 
 bench: install
 	$(RUN) benchmarks/train.py
+	$(RUN) benchmarks/pipeline.py
 
 lint: install
 	$(RUN) -m ruff check .

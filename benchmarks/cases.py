@@ -1,4 +1,4 @@
-"""What is measured: the dimensions, the layouts and who takes part."""
+"""What is measured: the dimensions, the layouts and who takes part. `CASES` are train.py's, `PIPELINES` are pipeline.py's."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ class Case:
     device: str = "cpu"
     dp: int = 1
     tp: int = 1
+    pp: int = 1
+    micro_batches: int = 1  # of each data-parallel rank in a step
     sequence_parallel: bool = False
     threads: int = 1  # of each rank, on a CPU
     steps: int = 5  # in one round
 
     @property
     def ranks(self) -> int:
-        return self.dp * self.tp
+        return self.dp * self.tp * self.pp
 
     @property
     def tokens_per_step(self) -> int:
-        return self.dp * self.dims.micro_batch * self.dims.seq
+        return self.dp * self.micro_batches * self.dims.micro_batch * self.dims.seq
 
 
 SMALL = Dims(layers=4, width=256, heads=8, seq=256, vocab=8192, micro_batch=4)
@@ -61,4 +63,26 @@ CASES = {
     "gpu-gpt2": Case("GPT-2 small, bf16", Dims(12, 768, 12, 1024, 50257, 32), GPU, device="cuda", steps=20),
     "gpu-345m": Case("GPT-2 345M, bf16", Dims(24, 1024, 16, 1024, 50257, 16), GPU, device="cuda", steps=10),
     "gpu-1.2b": Case("GPT 1.2B, bf16", Dims(40, 1536, 16, 1024, 50257, 8), GPU, device="cuda", steps=5),
+}
+
+OURS = ("ours-1f1b", "ours-zb-h1", "ours-zb-h2", "ours-zb-v")
+THEIRS = ("torch-1f1b", "torch-1f1b-even", "torch-1f1b-our-stages", "torch-zb-v")
+
+PIPELINES = {
+    "pp2": Case(
+        "8 layers, width 256, fp32, 2 stages x 1 thread, 8 micro-batches",
+        Dims(8, 256, 8, 256, 8192, 2),
+        OURS + THEIRS,
+        pp=2,
+        micro_batches=8,
+        steps=2,
+    ),
+    "pp2-gpt2": Case(
+        "GPT-2 small, sequence 256, fp32, 2 stages x 1 thread, 8 micro-batches",
+        Dims(12, 768, 12, 256, 50257, 1),
+        ("ours-1f1b", "ours-zb-h1", "ours-zb-v", "torch-1f1b"),
+        pp=2,
+        micro_batches=8,
+        steps=1,
+    ),
 }

@@ -34,8 +34,14 @@ def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
     )
 
 
-def config_of(case: Case) -> RunConfig:
-    """The run that a command line with the same numbers would give."""
+def batches_of(case: Case, tokens: Tensor, labels: Tensor) -> list[Batch]:
+    """A rank's text, cut into its micro-batches."""
+    rows = case.dims.micro_batch
+    return [batch_of(*pair) for pair in zip(tokens.split(rows), labels.split(rows), strict=True)]
+
+
+def config_of(case: Case, schedule: str | None = None) -> RunConfig:
+    """The run that a command line with the same numbers would give. schedule: of the pipeline."""
     dims, gpu = case.dims, case.device == "cuda"
     config = RunConfig(
         model=ModelConfig(
@@ -47,10 +53,18 @@ def config_of(case: Case) -> RunConfig:
             hidden_dropout=0.0,
             vocab_size=dims.vocab,
         ),
-        layout=LayoutConfig(tensor_model_parallel_size=case.tp, sequence_parallel=case.sequence_parallel),
+        layout=LayoutConfig(
+            tensor_model_parallel_size=case.tp,
+            sequence_parallel=case.sequence_parallel,
+            pipeline_model_parallel_size=case.pp,
+            pipeline_schedule=schedule,
+        ),
         data=DataConfig(seq_length=dims.seq),
         batch=BatchConfig(
-            micro_batch_size=dims.micro_batch, global_batch_size=dims.micro_batch * case.dp, train_iters=10**6, compile=gpu
+            micro_batch_size=dims.micro_batch,
+            global_batch_size=dims.micro_batch * case.micro_batches * case.dp,
+            train_iters=10**6,
+            compile=gpu,
         ),
         optim=OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=CLIP),
         precision=PrecisionConfig(bf16=gpu),
@@ -71,7 +85,7 @@ def ours(case: Case) -> Iterator[Step]:
     """The framework whole: its mesh, model, executor and optimizer."""
     with process(case) as started:
         run = build(config_of(case), started)
-        yield lambda tokens, labels: run.step([batch_of(tokens, labels)], run.state).lm_loss
+        yield lambda tokens, labels: run.step(batches_of(case, tokens, labels), run.state).lm_loss
 
 
 class MeanLoss(nn.Module):

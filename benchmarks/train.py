@@ -21,7 +21,8 @@ import statistics
 import sys
 import time
 import traceback
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -57,6 +58,11 @@ class Answer:
     error: str = ""
 
 
+WARM_UP, TRAIN = "warm up", "train"  # what a contender is told
+Turns = Callable[[str], Answer]
+Prepare = Callable[[str, Case, int], AbstractContextManager[Turns]]
+
+
 class Failure(Exception):
     """A rank of a contender failed; says which one and how."""
 
@@ -70,9 +76,10 @@ def settle(device: str) -> None:
 
 
 def text_of(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of a rank. Tensor-parallel ranks share their data, data-parallel ranks do not."""
-    dims, draw = case.dims, torch.Generator().manual_seed(rank // case.tp)
-    text = torch.randint(dims.vocab, (dims.micro_batch, dims.seq + 1), generator=draw).to(case.device)
+    """Tokens and labels of a rank's step. Data-parallel ranks have their own; ranks that share a model share them."""
+    dims, draw = case.dims, torch.Generator().manual_seed(rank // case.tp % case.dp)
+    rows = case.micro_batches * dims.micro_batch
+    text = torch.randint(dims.vocab, (rows, dims.seq + 1), generator=draw).to(case.device)
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
@@ -86,18 +93,25 @@ def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: i
     return Answer(time.perf_counter() - begun, loss)
 
 
-def serve(contender: str, case: Case, rank: int, pipe: Connection) -> None:
-    """One rank of one contender: the first message is a port and asks to build and warm up, each True asks for a turn."""
+@contextmanager
+def trained(contender: str, case: Case, rank: int) -> Iterator[Turns]:
+    """A contender, ready to take turns: warm up, or train."""
+    with CONTENDERS[contender](case) as step:
+        text = text_of(case, rank)
+        yield lambda message: turn(step, text, 1 if message == WARM_UP else case.steps, case.device)
+
+
+def serve(prepare: Prepare, contender: str, case: Case, rank: int, pipe: Connection) -> None:
+    """One rank of one contender: the first message is a port and asks to build and warm up, the others ask for turns."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(pipe.recv()))
     with ExitStack() as stack:
         try:
             torch.manual_seed(1234)
-            step = stack.enter_context(CONTENDERS[contender](case))
-            text = text_of(case, rank)
-            pipe.send(turn(step, text, 1, case.device))
-            while pipe.recv():
-                pipe.send(turn(step, text, case.steps, case.device))
+            take = stack.enter_context(prepare(contender, case, rank))
+            pipe.send(take(WARM_UP))
+            while message := pipe.recv():
+                pipe.send(take(message))
         except (Exception, SystemExit) as error:
             # Said before the process group is left, since that makes the other ranks fail too.
             pipe.send(Answer(error="".join(traceback.format_exception(error))))
@@ -120,7 +134,7 @@ class Rank:
 class Contest:
     """The processes of one case. Leaving it ends them: in peace after the last turn, by force after an exception."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, prepare: Prepare = trained) -> None:
         self.ranks: list[Rank] = []
         context = mp.get_context("spawn")
         # Ctrl-C reaches every process of a terminal. Those here inherit that they ignore it: the conductor ends them.
@@ -129,7 +143,7 @@ class Contest:
             for contender in case.contenders:
                 for rank in range(case.ranks):
                     here, there = context.Pipe()
-                    process = context.Process(target=serve, args=(contender, case, rank, there), daemon=True)
+                    process = context.Process(target=serve, args=(prepare, contender, case, rank, there), daemon=True)
                     process.start()
                     there.close()
                     self.ranks.append(Rank(contender, rank, process, here))
@@ -155,13 +169,14 @@ class Contest:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port: int = listener.getsockname()[1]
-        return self.ask(contender, port)
+        return self.ask(contender, port)[0]
 
     def turn(self, contender: str) -> Answer:
         """One turn, from the first rank's start to the last rank's end. Raises Failure when any rank of anybody fails."""
-        return self.ask(contender, True)
+        return self.ask(contender, TRAIN)[0]
 
-    def ask(self, contender: str, message: object) -> Answer:
+    def ask(self, contender: str, message: object) -> list[Any]:
+        """Have all ranks of a contender do as they are told; what each of them answers. Raises Failure as `turn` does."""
         asked = [rank for rank in self.ranks if rank.contender == contender]
         for rank in asked:
             rank.tell(message)
@@ -178,7 +193,7 @@ class Contest:
                 if answer.error:
                     raise Failure(f"{who} failed\n{answer.error}")
                 answers[rank.rank] = answer
-        return answers[0]
+        return [answers[rank.rank] for rank in asked]
 
 
 def take_turns(case: Case, rounds: int) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from ranks import on_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import pipeline
 import train as benchmark
-from cases import CASES, Case, Dims
+from cases import CASES, PIPELINES, Case, Dims
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.model.size import flops_per_token
+from megatron.pipeline.schedule import Action, Op
 
 TINY = Dims(layers=2, width=32, heads=4, seq=16, vocab=96, micro_batch=4)
 SMALL = replace(CASES["small"], dims=TINY, steps=6, threads=1)
@@ -137,6 +139,60 @@ def test_the_table_names_ratios_and_losses() -> None:
     assert all("9.000 -> 8.000" in line for line in lines[2:])
     assert "MFU" not in lines[2]
     assert "MFU" in benchmark.table({**result, "chip": "NVIDIA H200", "peak_tflops": 989.0})
+
+
+PIPELINE = replace(PIPELINES["pp2"], dims=replace(TINY, layers=5, micro_batch=2), micro_batches=4, steps=2)
+
+
+def pipeline_losses_here(case: Case, contender: str) -> list[float]:
+    """As `losses_here`; the passes alone come between the steps, and must leave nothing behind."""
+    place = {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": str(case.ranks)}
+    there, stays = patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group")
+    with patch.dict(os.environ, place), there, stays, pipeline.prepared(contender, case, dist.get_rank()) as take:
+        losses = [take("warm up").loss]
+        for _ in range(6):
+            losses.append(take("steps").loss)
+            take("gradients")
+        return losses
+
+
+def test_pipelines_do_equal_work() -> None:
+    losses = {name: on_ranks(2, pipeline_losses_here, PIPELINE, name) for name in PIPELINE.contenders}
+    for ranks in losses.values():
+        assert ranks[0] == ranks[1]
+        assert ranks[0][-1] < ranks[0][0] - 0.002
+    assert len(losses) == 8
+    first = {name: ranks[0] for name, ranks in losses.items()}
+    pipeline.check_losses(first)
+    with pytest.raises(benchmark.Failure, match=r"not do equal work; losses after turn 1: .*, torch-zb-v 4\.5"):
+        pipeline.check_losses({**first, "torch-zb-v": [first["torch-zb-v"][0], 4.5, *first["torch-zb-v"][2:]]})
+
+
+def test_pipelines_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    contenders = ("ours-zb-h1", "torch-1f1b")
+    result = {"case": "pp2", **pipeline.take_turns(replace(PIPELINE, contenders=contenders), 2)}
+    assert {name: len(losses) for name, losses in result["losses"].items()} == dict.fromkeys(contenders, 3)
+    assert len(result["overheads"]["ours-zb-h1"]) == 2 * PIPELINE.steps
+    assert all(over > 0 for over in result["overheads"]["ours-zb-h1"])
+    zero_bubble, bar = pipeline.table(result).splitlines()[3:5]
+    assert zero_bubble.split()[:2] == ["ours-zb-h1", "3-2"]
+    assert zero_bubble.count("x  ") == 2
+    assert "x  " not in bar
+    assert pipeline.against({"ours-1f1b": [150.0, 140.0], "torch-1f1b": [100.0, 100.0]}, "ours-1f1b") == "1.45x  1.40 - 1.50"
+
+
+def test_overhead_is_what_the_simulator_does_not_explain() -> None:
+    case = replace(PIPELINE, micro_batches=2)
+    schedule = pipeline.schedule_of(case, "ours-1f1b")
+    cost = {Op.F: 1.0, Op.B: 2.0}
+    # By hand: F0 F1 on rank 0 until 2, F0 B0 on rank 1 from 1 to 4, then F1 B1 until 7, B1 on rank 0 until 9.
+    ranks = [{action: cost[action.op] for action in program} for program in schedule.programs]
+    passes = [pipeline.Pass(10.5, 19.9, ranks[0]), pipeline.Pass(10.0, 17.0, ranks[1])]
+    assert pipeline.overhead(schedule, passes) == pytest.approx(0.1)
+    assert pipeline.typical_overhead(schedule, [passes] * 3) == pytest.approx(0.1)
+    slow = [replace(passes[0], seconds={**ranks[0], Action(Op.F, 0, 0): 2.0}), passes[1]]
+    assert pipeline.overhead(schedule, slow) == pytest.approx(-0.01), "the first forward delays everything by one"
+    assert pipeline.typical_overhead(schedule, [passes, passes, slow]) == pytest.approx(0.1), "medians forget what is rare"
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
