@@ -127,7 +127,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     plan = stages_of(config)
     micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
     schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
-    yield from _stages(config, grid, plan)
+    yield from stage_table(config, grid, plan)
     yield ""
     yield from _memory(config, grid, plan, schedule)
     yield ""
@@ -142,7 +142,7 @@ def _ranks(grid: Grid, rank: int) -> str:
     return f"{first}-{first + count - 1}" if count > 1 else str(first)
 
 
-def _stages(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
+def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
     """A row for each stage. A tied word embedding counts on each rank that holds it, and in all once."""
     model, vocab = config.model, config.model.size("vocab_size")
     yield f"# Parameters: {size.parameters(model, vocab):,} in all, without padding"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
 from megatron.generate import Sampling, device_of, generate, room_after
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
                 f"{sizes} needs as many processes; there are {place.world_size}: "
                 f"start with torchrun --nproc_per_node {grid.world_size}"
             )
+        find(Path(args.load), args.load_iteration)
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             text, note = write(args, started, grid, device if place.world_size == 1 else started.device, sampling)
     except REFUSED as error:

@@ -92,14 +92,9 @@ def job(
     )
     watch.start()
     try:
-        dist.init_process_group(
-            backend,
-            store=store,
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-            device_id=device if backend == "nccl" else None,
-        )
+        # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
+        # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         yield Job(place, device, backend, timeout, watch)
         watch.waiting("the end of the job")
         if dist.is_initialized():

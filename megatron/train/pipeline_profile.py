@@ -99,12 +99,29 @@ def measured_costs(schedule: Schedule, steps: Sequence[Spans]) -> MeasuredCosts:
     for spans in steps:
         for action, (start, end) in spans.items():
             times[action.op, action.stage].append(end - start)
-    gaps = [gap for spans in steps for gap in _gaps(schedule, spans)]
+    gaps = [gap for spans in steps for _, _, gap in _gaps(schedule, spans)]
     return MeasuredCosts({kind: median(taken) for kind, taken in times.items()}, max(0.0, min(gaps, default=0.0)))
 
 
-def _gaps(schedule: Schedule, spans: Spans) -> Iterator[float]:
-    """From the end of an action on one rank to the start of the one on another that needs it: the transfer, and any wait."""
+def aligned(schedule: Schedule, spans: Spans) -> Spans:
+    """The spans on one clock: no action starts before what it needs has ended.
+
+    The ranks' stopwatches start as they leave a barrier, up to some milliseconds apart. What they then say can be impossible;
+    a rank whose clock runs behind those that send to it is put forward, by the least that makes it possible.
+    """
+    least: dict[tuple[int, int], float] = {}
+    for sender, receiver, gap in _gaps(schedule, spans):
+        least[sender, receiver] = min(gap, least.get((sender, receiver), gap))
+    forward = [0.0] * schedule.ranks
+    for _ in range(schedule.ranks):  # one rank's correction may move those that it sends to
+        for (sender, receiver), gap in least.items():
+            forward[receiver] = max(forward[receiver], forward[sender] - gap)
+    moved = {action: forward[schedule.placement[action.stage]] for action in spans}
+    return {action: (start + moved[action], end + moved[action]) for action, (start, end) in spans.items()}
+
+
+def _gaps(schedule: Schedule, spans: Spans) -> Iterator[tuple[int, int, float]]:
+    """Sender, receiver, and from the end of an action on one to the start of that on the other which needs it."""
     for action, (start, _) in spans.items():
         if action.op is Op.W:
             continue
@@ -113,14 +130,14 @@ def _gaps(schedule: Schedule, spans: Spans) -> Iterator[float]:
             continue
         made = spans.get(Action(action.op, needed, action.micro_batch))
         if made is not None:
-            yield start - made[1]
+            yield schedule.placement[needed], schedule.placement[action.stage], start - made[1]
 
 
 def write(
     directory: Path, schedule: Schedule, steps: Sequence[Spans], peaks: Sequence[int], say: Callable[[str], None]
 ) -> None:
     """The picture and the figures, in milliseconds. steps: the timed ones; the one of median length is drawn."""
-    steps = [{a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()} for spans in steps]
+    steps = [aligned(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps]
     runs = sorted((_timeline(schedule, spans) for spans in steps), key=lambda run: run.makespan)
     measured = runs[len(runs) // 2]
     costs = measured_costs(schedule, steps)

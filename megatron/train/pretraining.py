@@ -24,15 +24,17 @@ from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.dryrun import stage_table
 from megatron.mesh.launch import Job, job
 from megatron.mesh.place import Place
 from megatron.model.size import flops_per_token, padded_vocabulary
+from megatron.stages import stages_of
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Exit, Surroundings, held_out, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.report import peak_tflops
 from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore
-from megatron.train.run import Run, build, sample_counts
+from megatron.train.run import Run, build, grid_of, sample_counts
 from megatron.train.sinks import open_sinks
 
 
@@ -162,6 +164,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
+        *stage_table(config, grid_of(layout, started.place.world_size), stages_of(config)),
     )
 
 

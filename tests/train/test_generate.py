@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import on_ranks
 from reference import GPT2, LLAMA
 
 from megatron.checkpoint.hf import export_hf
@@ -20,8 +23,10 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.generate import Sampling, batch_of, device_of, generate
+from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.gpt import GPT
+from megatron.restore import open_pipeline
 
 TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
 GREEDY = Sampling(temperature=0.0)
@@ -214,6 +219,10 @@ def test_the_tool_writes_text_and_says_what_it_cut(tool, capsys):
         ("--top-p 1.5", "--top-p 1.5"),
         ("--top-k -1", "--top-k -1"),
         ("--max-new-tokens 0", "--max-new-tokens 0"),
+        (
+            "--tensor-model-parallel-size 0",
+            "--tensor-model-parallel-size 0 x --pipeline-model-parallel-size 1; legal: 1 and above",
+        ),
         ("--prompt=", "becomes no tokens"),
         ("--prompt " + "x" * 48, "48 tokens, the model 48 positions"),
         ("--load /nowhere", "/nowhere"),
@@ -231,3 +240,104 @@ def test_the_tool_as_a_process(tool):
     command = [sys.executable, str(TOOL), "--load", str(tool.root), "--prompt", "Hello", "--temperature", "nan"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: --temperature nan") and done.stdout == ""
+
+
+# Several processes.
+
+
+def written_by_several(root: str, tp: int, sampling: Sampling, use_cache: bool) -> tuple[list[int], int]:
+    """The text, and how many layers this rank holds."""
+    import torch.distributed as dist
+
+    mesh = Mesh.build(Grid(tp=tp, pp=dist.get_world_size() // tp), dist.get_rank())
+    model = open_pipeline(root, mesh).model
+    held = sum(len(stage.layers) for stage in model.stages.values())
+    return list(generate(model, PROMPT, max_new_tokens=32, sampling=sampling, use_cache=use_cache)), held
+
+
+@pytest.mark.parametrize(
+    ("form", "world", "tp"),
+    [(GPT2, 2, 1), (GPT2, 4, 2), (LLAMA, 2, 2), (LLAMA, 4, 1)],
+    ids=["tied, pp 2", "tied, tp 2 x pp 2", "untied, tp 2", "untied, pp 4"],
+)
+def test_a_model_cut_over_ranks_writes_the_same_text(form, world, tp, tmp_path):
+    """Tied and untied, with and without the cache, greedy and sampled; every rank gets all of it."""
+    form, layers = replace(form, num_layers=5), 5
+    save_model(build(form), tmp_path)
+    for sampling, use_cache in ((GREEDY, True), (GREEDY, False), (Sampling(0.8, 20, 0.9), True)):
+        alone = written(build(form), sampling)
+        assert len(set(alone)) > 4
+        results = on_ranks(world, written_by_several, str(tmp_path), tp, sampling, use_cache)
+        assert all(text == alone for text, _ in results)
+        assert sum(held for _, held in results) == layers * tp and max(held for _, held in results) <= layers
+
+
+def on_processes(root: Path, count: int, *flags: str) -> list[tuple[int, str, str]]:
+    """The tool on `count` processes, as torchrun starts them: status, output and errors of each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(TOOL), "--load", str(root), "--prompt", "Hello", *flags]
+    job = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(count):
+        place = {name: str(value) for name, value in {**job, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        started.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, **place},
+            )
+        )
+    ended = [process.communicate(timeout=100) for process in started]
+    return [(process.returncode, out, err) for process, (out, err) in zip(started, ended, strict=True)]
+
+
+def test_the_tool_on_several_processes(tool, capsys):
+    assert tool("--temperature", "0", "--max-new-tokens", "44") == 0
+    alone = capsys.readouterr()
+    both = ("--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2")
+    first, second = on_processes(tool.root, 2, "--temperature", "0", "--max-new-tokens", "44", *both)
+    assert first == (0, alone.out, alone.err) and second[:2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [
+        (2, ""),
+        (2, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+        (1, "--pipeline-model-parallel-size 2"),
+    ],
+)
+def test_sizes_that_are_not_the_number_of_processes(tool, count, flags, capsys, monkeypatch):
+    """Found before the processes look for one another; the first one says it."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr(tool.module, "job", None)
+    for rank in range(count):
+        monkeypatch.setenv("RANK", str(rank))
+        arguments = ["--load", str(tool.root), "--prompt", "Hello", *flags.split()]
+        assert tool.module.main(arguments) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == (rank == 0)
+        if rank == 0:
+            assert said.err.startswith("error: --tensor-model-parallel-size")
+            assert f"there are {count}: start with torchrun --nproc_per_node" in said.err
+
+
+@pytest.mark.parametrize(
+    ("count", "flags", "message"),
+    [
+        (3, "--tensor-model-parallel-size 3", "4 heads in 4 groups do not divide over 3"),
+        (2, "--pipeline-model-parallel-size 2 --load /nowhere", "/nowhere: there is no such directory"),
+    ],
+)
+def test_what_only_the_checkpoint_tells_is_wrong(tool, count, flags, message):
+    """One rank says why, in one line; all end."""
+    ended = on_processes(tool.root, count, *flags.split())
+    assert all(status != 0 and out == "" for status, out, _ in ended)
+    told = [err for _, _, err in ended if err.startswith("error: ")]
+    assert len(told) == 1 and message in told[0] and told[0].count("error: ") == 1
+    assert not any("Traceback" in err for _, _, err in ended)

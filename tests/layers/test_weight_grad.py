@@ -1,0 +1,267 @@
+"""The backward pass in two parts, I and W: the same gradients as in one, from less than the graph."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from reference import GPT2, LLAMA, SEQ
+from torch import nn
+
+from megatron.config.resolve import resolve
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.contract import Batch, StagePart
+from megatron.mesh.grid import Grid
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.model.gpt import GPT
+from megatron.model.init import initialize
+from megatron.optim.buffers import flat_buffers
+from megatron.parallel.spec import spec_of
+from megatron.parallel.weight_grad import WeightProduct, WeightWork, split_weight_gradients
+
+ROWS = 2
+FORMS = {
+    "gpt2": GPT2,
+    "no biases": replace(GPT2, add_bias_linear=False),
+    "swiglu": replace(LLAMA, add_bias_linear=True),
+    "llama": LLAMA,
+}
+LINEAR = ("qkv", "dense", "gate", "up", "down")
+
+
+def tp_axis() -> Axis:
+    return Mesh.build(Grid(tp=dist.get_world_size()), dist.get_rank()).tp if dist.is_initialized() else Axis.alone("tp")
+
+
+def stage(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
+    """One layer between others, with weights and biases that hide nothing."""
+    config = resolve(RunConfig(model=form)).model
+    model = GPT(config, StagePart(range(1, 2), False, False), tp_axis(), sequence_parallel=sequence_parallel, dtype=dtype)
+    initialize(model, config, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                spec = spec_of(p)
+                noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(p.numel()))
+                spec.local(p).add_(0.1 * noise[spec.part.slices])
+    return model
+
+
+class Pass:
+    """One stage, one micro-batch, up to the gradient of its output."""
+
+    def __init__(self, model: GPT, number: int = 0) -> None:
+        tokens = torch.zeros(ROWS, SEQ, dtype=torch.int64)
+        positions = torch.arange(SEQ).expand(ROWS, SEQ)
+        batch = Batch(tokens, tokens, torch.ones(ROWS, SEQ), positions, torch.arange(ROWS))
+        # Where the sequence is whole, all ranks of tp have the same; where it is cut, each has its own part.
+        own = model.tp.rank if model.sequence_parallel else 0
+        generator = torch.Generator().manual_seed(100 * number + own)
+        shape = model.hidden_shape(batch)
+        self.x = torch.randn(shape, generator=generator).to(model.dtype).requires_grad_()
+        self.y = model.hidden(self.x, batch)
+        self.grad = torch.randn(shape, generator=generator).to(model.dtype)
+
+    def backward(self) -> None:
+        torch.autograd.backward(self.y, self.grad)
+
+
+def is_linear(name: str) -> bool:
+    return any(f".{layer}." in name for layer in LINEAR)
+
+
+def grads(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def whole(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype, keeping: bool):
+    """Gradients of two micro-batches, backward in one. keeping: through layers that could have kept their products."""
+    model = stage(form, sequence_parallel, dtype)
+    if keeping:
+        split_weight_gradients(model, WeightWork())
+    passes = [Pass(model, number) for number in range(2)]
+    for each in passes:
+        each.backward()
+    return grads(model), [each.x.grad for each in passes]
+
+
+def split(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype):
+    """The same in two parts, both W after both I; what there was between them; and what W did with autograd."""
+    model, work = stage(form, sequence_parallel, dtype), WeightWork()
+    split_weight_gradients(model, work)
+    passes = [Pass(model, number) for number in range(2)]
+    kept: list[list[WeightProduct]] = []
+    for each in passes:
+        with work.kept() as products:
+            each.backward()
+        kept.append(products)
+    assert not work.keeping
+    between = grads(model)
+    touched: list[str] = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
+    backward, torch.autograd.backward = torch.autograd.backward, None
+    try:
+        for products in kept:
+            for product in products:
+                product.run()
+    finally:
+        torch.autograd.backward = backward
+    assert not touched, "W went through autograd"
+    assert not any(p.grad.requires_grad or p.grad.grad_fn for p in model.parameters())
+    return grads(model), [each.x.grad for each in passes], between
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def compare(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype) -> list[str]:
+    """Names of the gradients that I alone makes."""
+    expected, expected_x = whole(form, sequence_parallel, dtype, keeping=False)
+    ready, ready_x = whole(form, sequence_parallel, dtype, keeping=True)
+    got, got_x, between = split(form, sequence_parallel, dtype)
+    assert len(expected) == len(got) and all(g.any() for g in expected.values())
+    assert same(ready, expected) and same(got, expected), "gradients of the weights"
+    for a, b, c in zip(expected_x, ready_x, got_x, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c), "gradient of the input"
+    assert all(torch.equal(between[name], expected[name]) for name in between)
+    return sorted(between)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_i_and_w_are_the_backward_pass_to_the_bit(tp, sequence_parallel, form, dtype):
+    arguments = FORMS[form], sequence_parallel, dtype
+    (made_by_i,) = {tuple(r) for r in (on_ranks(tp, compare, *arguments) if tp > 1 else [compare(*arguments)])}
+    # A weight of a linear layer waits for W; so does its bias, but for one that is added after a sum over ranks.
+    weights = {name for name in made_by_i if is_linear(name) and name.endswith(".weight")}
+    biases = {name for name in made_by_i if is_linear(name) and name.endswith(".bias")}
+    assert not weights
+    added_later = {f"layers.1.{layer}.bias" for layer in ("attention.dense", "mlp.down")}
+    assert biases == (added_later if tp > 1 and FORMS[form].add_bias_linear else set())
+    assert any("norm" in name for name in made_by_i)
+
+
+def factors(sequence_parallel: bool):
+    model, work = stage(LLAMA, sequence_parallel, torch.float32), WeightWork()
+    split_weight_gradients(model, work)
+    each = Pass(model)
+    with work.kept() as products:
+        each.backward()
+    return [(tuple(p.weight.shape), p.bias is None, tuple(p.x.shape), tuple(p.grad.shape)) for p in products]
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_what_waits_for_w_is_two_factors_for_each_linear_layer(tp, sequence_parallel):
+    """Whole in the sequence, cut in the features; in the order of the backward pass."""
+    found = on_ranks(tp, factors, sequence_parallel) if tp > 1 else [factors(sequence_parallel)]
+    hidden, ffn, qkv = 32, resolve(RunConfig(model=LLAMA)).model.size("ffn_hidden_size"), 64
+    shapes = [(hidden, ffn // tp), *[(ffn // tp, hidden)] * 2, (hidden, hidden // tp), (qkv // tp, hidden)]
+    for products in found:
+        assert [p[0] for p in products] == shapes
+        for (out, into), no_bias, x, grad in products:
+            assert no_bias and x == (SEQ, ROWS, into) and grad == (SEQ, ROWS, out)
+
+
+class Sentinel:
+    """Lives as long as a place of the graph."""
+
+
+class Mark(torch.autograd.Function):
+    """The identity; its place of the graph holds a sentinel."""
+
+    @staticmethod
+    def forward(ctx, x, sentinel):
+        ctx.sentinel = sentinel
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def let_go(sequence_parallel: bool) -> None:
+    """After I the graph is gone, though its products are there, and so are activations that no product needs."""
+    model, work = stage(GPT2, sequence_parallel, torch.float32), WeightWork()
+    split_weight_gradients(model, work)
+    block, sentinels = model.layers["1"], []
+
+    def mark(module, args):
+        sentinel = Sentinel()
+        sentinels.append(weakref.ref(sentinel))
+        return Mark.apply(args[0], sentinel), *args[1:]
+
+    for module in (block.attention, block.mlp, block.mlp.down):
+        module.register_forward_pre_hook(mark)
+    saved: list[weakref.ref] = []
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        held = Saved(tensor)
+        saved.append(weakref.ref(held))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+        each = Pass(model)
+    gc.collect()
+    assert len(sentinels) == 3 and all(ref() for ref in sentinels) and any(ref() for ref in saved)
+    with work.kept() as products:
+        each.backward()
+    del each
+    gc.collect()
+    assert all(ref() is None for ref in sentinels), "a product keeps the graph behind it alive"
+    assert all(ref() is None for ref in saved), "what the graph had saved is still there"
+    assert len(products) == 4
+    assert not any(t.requires_grad or t.grad_fn for p in products for t in (p.x, p.grad))
+    for product in products:
+        product.run()
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_after_i_only_the_factors_are_left(tp, sequence_parallel):
+    let_go(sequence_parallel) if tp == 1 else on_ranks(tp, let_go, sequence_parallel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_products_go_where_the_optimizer_reads(dtype):
+    """Into the fp32 buffers: as autograd's own gradients do, and summed in fp32 over micro-batches."""
+    totals = []
+    for keep in (False, True):
+        model, work = stage(GPT2, False, dtype), WeightWork()
+        split_weight_gradients(model, work)
+        buffers = flat_buffers(model.parameters())
+        for number in range(3):
+            each = Pass(model, number)
+            if not keep:
+                each.backward()
+                continue
+            with work.kept() as products:
+                each.backward()
+            for product in products:
+                product.run()
+        totals.append([buffer.grads for buffer in buffers])
+    assert all(a.dtype is torch.float32 and a.any() and torch.equal(a, b) for a, b in zip(*totals, strict=True))
+
+
+def test_nothing_is_kept_outside():
+    work = WeightWork()
+    keep = partial(work.keep, nn.Parameter(torch.zeros(2, 2)), None, torch.zeros(1, 2), torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="no backward pass is keeping"):
+        keep()
+    with pytest.raises(KeyError), work.kept() as products:
+        keep()
+        raise KeyError
+    assert len(products) == 1 and not work.keeping
+    with pytest.raises(RuntimeError, match="no backward pass is keeping"):
+        keep()
