@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -46,6 +47,11 @@ def _serve(rank: int, world: int, port: int, path: list[str], pipe: Any) -> None
             pipe.send((True, function(*args)))
         except BaseException as error:  # whatever it is, the test must see it
             pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        # Every group has threads that wake up a hundred times a second; hundreds of old ones would take the whole machine.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+        gc.collect()
 
 
 class Pool:
