@@ -17,6 +17,7 @@ test: install
 bench: install
 	$(RUN) benchmarks/train.py
 	$(RUN) benchmarks/pipeline.py
+	$(RUN) benchmarks/optimizer.py
 
 lint: install
 	$(RUN) -m ruff check .

@@ -23,6 +23,9 @@ class Batch:
     samples: int64 `[micro_batch]`, the number of each sample in the training order: with the seed it names the random
         numbers of that sample, so dropout does not depend on the layout.
     documents: int64 `[micro_batch, seq]`, equal within a document, where attention must not cross documents; else None.
+        Of the whole sample, also where this rank holds a part of it.
+    places: int64 `[seq]`, where in the sample the tokens stand when this rank holds a part of it, under context
+        parallelism; None for all of it in order.
     """
 
     tokens: Tensor
@@ -31,6 +34,7 @@ class Batch:
     positions: Tensor
     samples: Tensor
     documents: Tensor | None = None
+    places: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; asynchronous from pinned memory."""

@@ -154,13 +154,18 @@ def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]
         layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
         ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
         count, local = sum(p.count for p in own), sum(p.local(model, grid.tp) for p in own)
-        weights = size.buffer_elements(model, own, grid.tp) * size.weight_bytes(config.precision.bf16)
+        weights = size.state_of(model, own, grid.tp, two_bytes=config.precision.two_bytes, shards=shards(config, grid)).weights
         yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {weights:>16,}"
+
+
+def shards(config: RunConfig, grid: Grid) -> int:
+    """Ranks that each own a slice of main weights and optimizer state."""
+    return grid.dp * grid.cp if config.layout.use_distributed_optimizer else 1
 
 
 def _memory(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
     """What each pipeline rank holds at its fullest, and the fullest of them in detail."""
-    every = [memory_of(config, grid.tp, plan, schedule, rank) for rank in range(grid.pp)]
+    every = [memory_of(config, grid.tp, plan, schedule, rank, shards(config, grid)) for rank in range(grid.pp)]
     fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
     which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
     yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"
@@ -174,29 +179,31 @@ def _memory(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) 
             yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY)
 
 
-def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, rank: int) -> size.Memory:
-    """What each rank of pipeline rank `rank` holds when its activations take most.
+def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> size.Memory:
+    """What each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
 
     Those of a stage and micro-batch are there from its F until its B or W.
     """
     model, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
-    seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.bf16, config.layout.sequence_parallel
+    seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.two_bytes, config.layout.sequence_parallel
+    cp = config.layout.context_parallel_size
 
     @cache
-    def activations(stage: int, waiting: int) -> int:
-        part, micro_batch = plan.parts[stage], batch.micro_batch_size or 0
-        return size.activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, part, waiting)
+    def activations(stage: int, waiting: int, split: int) -> size.Activations:
+        part, rows = plan.parts[stage], batch.micro_batch_size or 0
+        counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, part, waiting, config.memory, cp, split)
+        return size.activations_of(*counts)
 
     own = plan.of_rank(rank)
-    held = dict.fromkeys(own, 0)
-    now = most = 0
-    then = dict(held)
+    held, split = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+    most, then = 0, (dict(held), dict(split))
     for action in schedule.programs[rank]:
-        before = held[action.stage]
         held[action.stage] += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
-        now += activations(action.stage, held[action.stage]) - activations(action.stage, before)
+        split[action.stage] += {Op.F: 0, Op.I: 1, Op.B: 0, Op.W: -1}[action.op]
+        counted = [activations(stage, held[stage], split[stage]) for stage in own]
+        now = sum(a.kept for a in counted) + max(a.passing for a in counted)
         if now > most:
-            most, then = now, dict(held)
+            most, then = now, (dict(held), dict(split))
     return size.memory_per_rank(
         model,
         vocab,
@@ -207,7 +214,12 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
         sequence_parallel=sequence_parallel,
         optimizer=config.optim.optimizer,
         stages=[plan.parts[stage] for stage in own],
-        in_flight=[then[stage] for stage in own],
+        in_flight=[then[0][stage] for stage in own],
+        split=[then[1][stage] for stage in own],
+        cp=cp,
+        memory=config.memory,
+        bucket=config.layout.ddp_bucket_size,
+        shards=owners,
     )
 
 

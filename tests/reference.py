@@ -13,12 +13,14 @@ from megatron.config.schema import (
     BatchConfig,
     DataConfig,
     LayoutConfig,
+    MemoryConfig,
     ModelConfig,
     OptimConfig,
     PrecisionConfig,
     RunConfig,
 )
 from megatron.contract import Batch
+from megatron.data.batch import document_starts, documents_before
 from megatron.mesh.launch import Job
 from megatron.mesh.place import Place
 from megatron.parallel.spec import spec_of
@@ -53,11 +55,16 @@ def dropping(model: ModelConfig) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how. masked: a third of the tokens do not count, unevenly over samples."""
+    """What is trained, and how.
+
+    masked: a third of the tokens do not count, unevenly over samples. documents: token 0 ends one, and positions and
+    attention begin anew after it.
+    """
 
     model: ModelConfig = GPT2
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     schedule: str | None = None
     per_virtual_stage: int | None = None
     stage_layers: tuple[int, ...] = ()
@@ -65,11 +72,14 @@ class Setting:
     micro_batch: int = 1
     global_batch: int = 4
     masked: bool = False
+    documents: bool = False
     bf16: bool = False
+    precision: PrecisionConfig | None = None
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
     )
     loss_average: str = "token"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def config(self, world: int, steps: int) -> RunConfig:
         return resolve(
@@ -78,6 +88,7 @@ class Setting:
                 layout=LayoutConfig(
                     tensor_model_parallel_size=self.tp,
                     pipeline_model_parallel_size=self.pp,
+                    context_parallel_size=self.cp,
                     pipeline_schedule=self.schedule,
                     num_layers_per_virtual_pipeline_stage=self.per_virtual_stage,
                     pipeline_stage_layers=self.stage_layers,
@@ -92,7 +103,8 @@ class Setting:
                     loss_average=self.loss_average,
                 ),
                 optim=self.optim,
-                precision=PrecisionConfig(bf16=self.bf16),
+                precision=self.precision or PrecisionConfig(bf16=self.bf16),
+                memory=self.memory,
             ),
             world,
         )
@@ -118,7 +130,12 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
         tokens = torch.stack([t for t, _ in drawn])
         positions = torch.arange(SEQ).expand(len(drawn), SEQ)
         mask = torch.stack([m for _, m in drawn])
-        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, torch.tensor(numbers)))
+        documents = None
+        if setting.documents:
+            ends = (tokens[:, :-1] == 0).numpy()
+            documents = torch.from_numpy(documents_before(ends))
+            positions = positions - torch.from_numpy(document_starts(ends))
+        batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, torch.tensor(numbers), documents))
     return batches
 
 

@@ -36,12 +36,18 @@ PURE = [
     "mesh/grid.py",
     "mesh/place.py",
     "mesh/beats.py",
+    "mesh/slate.py",
     "model/size.py",
     "data/sample_index.py",
     "data/indexed.py",
     "optim/lr.py",
+    "optim/scaler.py",
     "checkpoint/shards.py",
     "stages.py",
+    "model/state_size.py",
+    "optim/scaler.py",
+    "optim/sharding.py",
+    "parallel/buckets.py",
 ]
 PURE += [f"pipeline/{name}.py" for name in ("schedule", "simulate", "draw", "lower", "partition")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def main() -> int:
     try:
         schedule = make(given.schedule, given.stages, given.microbatches, given.chunks)
         timeline = simulate(schedule, costs_of(given.costs))
+        if not math.isfinite(timeline.makespan):
+            raise ValueError(f"--costs {given.costs} add up to more than a number can hold")
         if given.output is not None:
             title = f"{schedule.name}, costs {given.costs}"
             given.output.parent.mkdir(parents=True, exist_ok=True)

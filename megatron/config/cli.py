@@ -15,6 +15,7 @@ import dataclasses
 import os
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from megatron.config.case import Case
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
+from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
 from megatron.config.resolve import pipeline_chunks
@@ -117,7 +119,9 @@ def explain(error: ConfigError, program: str, rank: int | None = None) -> NoRetu
         lines = [f"error: {problem}" for problem in error.problems]
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
         closing = f"{program}: {count} in the configuration; nothing was started. --help lists all flags."
-        print(*lines, closing, sep="\n", file=sys.stderr)
+        print(*lines, closing, sep="\n", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.0)  # a launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken
     sys.exit(2)
 
 
@@ -163,7 +167,7 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
         notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
     if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
         notes.append("--save-interval changes nothing: nothing is saved without --save")
-    return notes
+    return [*notes, *precision_remarks(typed.precision)]
 
 
 def help_text(program: str) -> str:

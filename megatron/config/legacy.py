@@ -44,6 +44,7 @@ CHANGES_NOTHING = """
 --apply-query-key-layer-scaling 0 it cancels out; scores never overflow here
 --accumulate-allreduce-grads-in-fp32 0 gradients are always accumulated and reduced in fp32
 --attention-softmax-in-fp32 0 the softmax always accumulates in fp32
+--fp16-lm-cross-entropy 0 the loss is made in fp32 a few tokens at a time, which takes no more memory
 --onnx-safe 1 there is no ONNX path
 --no-async-tensor-model-parallel-allreduce 0 the overlap never changes a result
 --no-scatter-gather-tensors-in-pipeline 0 it never changes a result
@@ -71,11 +72,11 @@ REPLACED = """
 --batch-size 1 is now --micro-batch-size
 --warmup 1 is now --lr-warmup-fraction
 --model-parallel-size 1 is now --tensor-model-parallel-size
---checkpoint-activations 0 is now --recompute-granularity full --recompute-method uniform, which are not available yet
---checkpoint-num-layers 1 is now --recompute-num-layers, which is not available yet
---activations-checkpoint-method 1 is now --recompute-method, which is not available yet
---activations-checkpoint-num-layers 1 is now --recompute-num-layers, which is not available yet
---distribute-checkpointed-activations 0 is now --distribute-saved-activations, which is not available yet
+--checkpoint-activations 0 is now --recompute-granularity full --recompute-method uniform
+--checkpoint-num-layers 1 is now --recompute-num-layers
+--activations-checkpoint-method 1 is now --recompute-method, with --recompute-granularity full
+--activations-checkpoint-num-layers 1 is now --recompute-num-layers
+--distribute-checkpointed-activations 0 is now --distribute-saved-activations
 --standalone-embedding-stage 0 is now --pipeline-stage-layers 0 N N ..., the layers of each stage from the first to the last
 --adlr-autoresume 0 needs a private library; use --auto-resume
 --adlr-autoresume-interval 1 needs a private library; use --auto-resume
@@ -83,30 +84,11 @@ REPLACED = """
 """
 
 LATER = {
-    "is not available yet; use --bf16, or leave it out for fp32": """
-        --fp16 0""",
-    "belongs to fp16, which is not available yet; leave it out": """
-        --loss-scale 1
-        --initial-loss-scale 1
-        --min-loss-scale 1
-        --loss-scale-window 1
-        --hysteresis 1
-        --fp16-lm-cross-entropy 0""",
     "is not available yet; leave it out: the residual stream has the type of the weights": """
         --fp32-residual-connection 0
         --embedding-weights-in-fp32 0""",
-    "is not available yet; leave it out: every rank keeps the whole optimizer state of its weights": """
-        --use-distributed-optimizer 0""",
-    "is not available yet; leave it out: gradients are reduced after the last micro-batch": """
-        --overlap-grad-reduce 0
-        --overlap-param-gather 0""",
-    "is not available yet; leave it out, or use a smaller --micro-batch-size to save memory": """
-        --recompute-activations 0
-        --recompute-granularity 1
-        --recompute-method 1
-        --recompute-num-layers 1
-        --recompute-modules *
-        --distribute-saved-activations 0""",
+    "is not available; --recompute-granularity selective is that of core_attn, and full that of whole layers": """
+        --recompute-modules *""",
     "is not available yet; leave it out: checkpoints are written in the foreground": """
         --async-save 0""",
     "is not available yet; use --exit-duration-in-mins or --exit-interval": """

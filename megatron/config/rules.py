@@ -12,10 +12,14 @@ from math import inf
 
 from megatron.config.batch_size import ramp_sizes
 from megatron.config.case import Case, Rule, divisors
+from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.errors import Problem
+from megatron.config.optim_rules import OPTIM_RULES
 from megatron.config.options import by_name
 from megatron.config.pipeline_rules import PIPELINE_RULES
+from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import out_of_range
+from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.resolve import data_parallel_size, resolve
 from megatron.config.schema import RunConfig
 
@@ -267,16 +271,10 @@ def tokenizer(c: Case) -> Iterator[Problem]:
             yield Problem(c.say("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
 
 
-def no_context_yet(c: Case) -> Iterator[Problem]:
-    """Context parallelism comes with a later version."""
-    if c["layout.context_parallel_size"] > 1:
-        yield Problem(c.say("layout.context_parallel_size"), "is not available yet: context parallelism is not built", "1")
-
-
 RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, ramp_up,
     some_training, one_unit, warm_up, learning_rates, weight_decay_growth, companions, schedule_on_resume, split, data_paths,
-    tokenizer, no_context_yet, *PIPELINE_RULES,
+    tokenizer, *CONTEXT_RULES, *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
 )  # fmt: skip
 
 

@@ -127,10 +127,25 @@ class LayoutConfig:
     pipeline_stage_layers: tuple[int, ...] = option(
         (), "layers of each stage, first to last; default cut so that the ranks have equal work, the head's included", nargs="*"
     )
+    use_distributed_optimizer: bool = option(
+        False, "each data-parallel rank keeps a slice of main weights and optimizer state (ZeRO-1, arXiv 1910.02054)"
+    )
+    overlap_grad_reduce: bool = option(
+        False, "sum gradients over data-parallel ranks bucket by bucket, while the backward pass makes the others"
+    )
+    overlap_param_gather: bool = option(
+        False, "of the distributed optimizer: gather new weights bucket by bucket, while the next forward pass runs"
+    )
+    ddp_bucket_size: int = option(40_000_000, "elements of a bucket of gradients; a larger parameter has one of its own")
     distributed_backend: str | None = option(
         None, "communication library; default nccl with one GPU per rank, else gloo", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: float = option(10.0, "a collective that takes longer is a failure")
+    hang_timeout_seconds: float = option(
+        20.0,
+        "pipeline work of a kind that ran before counts as hanging after this, or three times its longest; "
+        "0: only after --distributed-timeout-minutes",
+    )
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,9 @@ class BatchConfig:
     )
     train_iters: int | None = option(None, "steps to train")
     train_samples: int | None = option(None, "samples to train, instead of steps")
+    skip_train_iterations: tuple[str, ...] = option(
+        (), "iterations N and ranges A-B that read their samples and make no update", nargs="*"
+    )
     exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this")
     exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes")
     seed: int = option(1234, "the one seed: weights, sample order and dropout all follow from it")
@@ -228,6 +246,9 @@ class OptimConfig:
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
+    adam_kernel: str = option(
+        "fused", "whose AdamW: torch's fused or foreach one, or apex's FusedAdam", choices=("fused", "foreach", "apex")
+    )
     sgd_momentum: float = option(0.9, "momentum of sgd")
     override_opt_param_scheduler: bool = option(
         False,
@@ -250,6 +271,38 @@ class PrecisionConfig:
     """Number formats. Main weights, accumulated gradients and optimizer state are always fp32."""
 
     bf16: bool = option(False, "compute in bfloat16")
+    fp16: bool = option(False, "compute in float16, with a loss scale")
+    loss_scale: float | None = option(None, "constant loss scale; default, and 0, dynamic with --fp16, else 1")
+    initial_loss_scale: float = option(4294967296.0, "where the dynamic loss scale begins")
+    min_loss_scale: float = option(1.0, "the dynamic loss scale never falls below this")
+    loss_scale_window: float = option(1000.0, "updates in a row after which the dynamic loss scale doubles")
+    hysteresis: int = option(2, "overflows since the last doubling after which each one halves the dynamic loss scale")
+
+    @property
+    def two_bytes(self) -> bool:
+        """Whether the model's weights and activations are 16-bit numbers."""
+        return self.bf16 or self.fp16
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Which activations are kept for the backward pass, and which are computed again."""
+
+    recompute_granularity: str | None = option(
+        None,
+        "run again in the backward pass instead of keeping: selective: the core attention; full: whole layers",
+        choices=("full", "selective"),
+        values={"--recompute-activations": "selective"},
+    )
+    recompute_method: str | None = option(
+        None,
+        "of full: uniform: all layers, in chunks of --recompute-num-layers; block: that many first layers of each stage",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = option(1, "layers of a chunk (uniform), or layers of each stage that are run again (block)")
+    distribute_saved_activations: bool = option(
+        False, "of full: each tensor-parallel rank keeps its share of what a chunk starts from"
+    )
 
 
 @dataclass(frozen=True)
@@ -320,6 +373,7 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

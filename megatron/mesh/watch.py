@@ -27,6 +27,7 @@ from typing import NoReturn
 from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
 from megatron.mesh.last_words import is_echo, say, status_of
 from megatron.mesh.place import Place
+from megatron.mesh.slate import Slate, forget, left_by
 from megatron.mesh.store import Store, serves_store
 
 What = object  # a phase in words, by its str() or, where it can be called, by its result
@@ -77,6 +78,7 @@ class LiveWatch(Watch):
         self._store, self._place, self._explain, self._keeps_store = store, place, explain, keeps_store
         self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
         self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout)
+        self._slate = Slate(self._process)
         self._phase: tuple[float, str, str, What] = (time.monotonic(), WAITING, "", "starting up")
         self._seen_phase: tuple[float, str, str, What] = self._phase
         self._age = 0.0
@@ -92,7 +94,7 @@ class LiveWatch(Watch):
         self._threads: list[threading.Thread] = []
         self._restore_signals: Callable[[], None] = lambda: None
 
-    # What the main thread says. A microsecond each: the words are for the other thread to make.
+    # What the main thread says: some microseconds each.
 
     def computing(self, kind: str, what: What) -> None:
         self._change(COMPUTING, kind, what)
@@ -112,6 +114,7 @@ class LiveWatch(Watch):
         if before is COMPUTING:
             self._pace.record(old_kind, now - since)
         self._phase = (now, mode, kind, what)
+        self._slate.write(in_words(what))
 
     def start(self) -> None:
         """Begin to watch. Takes SIGTERM over where it has its default effect, and called from the main thread."""
@@ -147,6 +150,7 @@ class LiveWatch(Watch):
         for thread in self._threads:
             thread.join()
         self._restore_signals()
+        self._slate.wipe()
         os.close(self._wake)
         os.close(self._waker)
 
@@ -265,17 +269,15 @@ class LiveWatch(Watch):
         return sys._current_frames().get(self._main)
 
     def _words(self) -> str:
-        what = self._seen_phase[3]
-        try:
-            return str(what()) if callable(what) else str(what)
-        except Exception as error:  # a wrong description must not end a healthy job
-            return f"a phase that cannot be described ({error})"
+        return in_words(self._seen_phase[3])
 
     def _where(self, rank: int | None = None) -> str:
         if rank is None or rank == self._place.rank:
             return f"rank {self._place.rank} on host {self._process.host}, {self._words()}"
         beat = self._peers[rank].beat
-        return f"rank {rank} on host {beat.process.host}, {beat.what}"
+        # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
+        what = left_by(beat.process, self._process) or beat.what
+        return f"rank {rank} on host {beat.process.host}, {what}"
 
     # The end.
 
@@ -288,7 +290,8 @@ class LiveWatch(Watch):
         usual = f", where {longest:.2f} s was the longest before" if longest is not None else ""
         frame = self._main_frame()
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  unknown\n"
-        self._tell(f"error: {self._where()}: hangs, for {self._age:.0f} s{usual}; its main thread is at:\n{stack}")
+        what = f"hangs, for {self._age:.0f} s{usual} (--hang-timeout-seconds)"
+        self._tell(f"error: {self._where()}: {what}; its main thread is at:\n{stack}")
 
     def _story(self, error: BaseException) -> str:
         """What to say of an error that ended this rank's work."""
@@ -338,6 +341,8 @@ class LiveWatch(Watch):
         for peer in self._peers.values():
             if not peer.beat.ending and peer.quiet >= self._patience.settle * 2 / 3:
                 peer.beat.process.kill(self._process)
+            if peer.beat.process.state(self._process) == "gone":
+                forget(peer.beat.process)
         self._end(status)
 
     def _watch_store(self) -> None:
@@ -370,4 +375,13 @@ class LiveWatch(Watch):
     def _end(self, status: int, text: str = "") -> NoReturn:
         """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
         say(text)
+        self._slate.wipe()
         os._exit(status)
+
+
+def in_words(what: What) -> str:
+    """A phase as its rank describes it."""
+    try:
+        return str(what()) if callable(what) else str(what)
+    except Exception as error:  # a wrong description must not end a healthy job
+        return f"a phase that cannot be described ({error})"

@@ -43,15 +43,17 @@ class Cache:
 class Masks:
     """Who may not see whom, and which attention weights are dropped.
 
-    allowed: bool `[batch, 1, seq, keys]`, or None where plain causality says all.
+    allowed: bool `[batch, 1, seq, keys]`, or None where plain causality says all, or where the keys are on several ranks.
     probability: of attention dropout; keys, None outside training: the random identity of the tokens.
-    fused: leave the dropout to the attention kernel's own generator.
+    fused: leave the dropout to the attention kernel's own generator. documents: those of the batch, for a core attention
+    whose keys are on several ranks.
     """
 
     allowed: Tensor | None = None
     probability: float = 0.0
     keys: DropoutKeys | None = None
     fused: bool = False
+    documents: Tensor | None = None
 
 
 class Attend(Protocol):
@@ -79,7 +81,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tenso
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=probability, is_causal=causal)
     # Dropped weights are a function of their global place, which no fused kernel can draw: the plain form.
     allowed = masks.allowed if masks.allowed is not None else _causal(q.shape[2], k.shape[2], q.device)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # a scaled copy of q would be kept for the backward pass
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
     return drop(weights, masks.keys.attention(heads), masks.probability) @ v
 
@@ -125,6 +127,8 @@ class Attention(nn.Module):
             q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
         if rotary is not None:
             q, k = rotary.turn(q), rotary.turn(k)
+        if rotary is not None or self.per_group > 1:  # the queries are copies now; views would keep all of `mixed` in memory
+            k, v = k.contiguous(), v.contiguous()
         q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [batch, heads, seq, head_dim]
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)

@@ -27,6 +27,7 @@ from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products, replicated
 from megatron.parallel.random import DropoutKeys
+from megatron.parallel.recompute import Recompute
 from megatron.parallel.spec import describe, name_parameters, spec_of
 
 
@@ -60,7 +61,8 @@ class Embedding(nn.Module):
 class GPT(nn.Module):
     """The part of a GPT that `part` names. Parameters have global names, and are uninitialised until `initialize`.
 
-    tp: the tensor-parallel axis. seed: of the dropout masks. attend: the core attention, plain unless given.
+    tp: the tensor-parallel axis. seed: of the dropout masks. attend: the core attention, plain unless given. recompute: what
+    is run again in the backward pass, by default nothing.
     word: the embedding's weight, for a tied output layer on a stage without the embedding when both stages are on the same
     rank; elsewhere such a stage holds a copy. The configuration must be resolved, with vocab_size set.
     """
@@ -74,6 +76,7 @@ class GPT(nn.Module):
         sequence_parallel: bool = False,
         seed: int = 0,
         attend: Attend = causal_attention,
+        recompute: Recompute | None = None,
         word: nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -82,6 +85,8 @@ class GPT(nn.Module):
         self.config, self.part, self.tp, self.seed = config, part, tp, seed
         self.dtype, self.device = dtype, torch.device(device)
         self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
+        self.recompute = recompute or Recompute()
+        attend = self.recompute.attention(attend)
         self.shard = VocabShard.of(config.size("vocab_size"), tp, config.make_vocab_size_divisible_by)
         with torch.device(device):
             self.embedding = None
@@ -131,9 +136,10 @@ class GPT(nn.Module):
         rotary = None
         if config.position_embedding_type == "rope":
             rotary = Rotary.at(batch.positions, config.size("kv_channels"), config.rotary_percent, config.rotary_base)
-        masks = Masks(self._allowed(batch), config.attention_dropout, keys, config.fused_attention_dropout)
-        for block in self.layers.values():
-            x = block(x, masks, keys, rotary, cache)
+        probability, fused = config.attention_dropout, config.fused_attention_dropout
+        masks = Masks(self._allowed(batch), probability, keys, fused, batch.documents)
+        blocks = list(self.layers.values())
+        x = self.recompute.through(blocks, lambda block, x: block(x, masks, keys, rotary, cache), x)
         return x if self.final_norm is None else self.final_norm(x)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
@@ -168,11 +174,15 @@ class GPT(nn.Module):
             return None
         seq = batch.tokens.shape[1]
         local = local_columns(seq, self.tp) if self.sequence_parallel else slice(0, seq)
-        return DropoutKeys.of(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), local)
+        places = torch.arange(seq, device=batch.tokens.device) if batch.places is None else batch.places
+        return DropoutKeys.of(self.seed, batch.samples, places, local)
 
     def _allowed(self, batch: Batch) -> Tensor | None:
-        """Causal within documents, bool `[batch, 1, seq, seq]`; None where plain causality says all."""
-        if batch.documents is None:
+        """Causal within documents, bool `[batch, 1, seq, seq]`; None where plain causality says all.
+
+        None as well for a part of a sequence: its keys are on several ranks, and the core attention knows which.
+        """
+        if batch.documents is None or batch.places is not None:
             return None
         same = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)
         return same.tril().unsqueeze(1)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import MemoryConfig, ModelConfig
+from megatron.model.state_size import StateBytes, state_bytes
 
-ALIGN = 64  # elements: each parameter starts on a 256-byte line of the flat buffers of `optim/buffers.py`
 # Of the chunks in which `parallel/cross_entropy.py` works through the logits, on a GPU; a CPU's are no larger.
 CHUNK = 1 << 27  # logits
 FEWEST_ROWS = 256  # tokens, however many logits they have
@@ -187,14 +187,11 @@ def flops_per_iteration(model: ModelConfig, vocab: int, seq: int, global_batch: 
     return flops_per_token(model, vocab, seq) * seq * global_batch
 
 
-def buffer_elements(model: ModelConfig, own: Iterable[ParameterSize], tp: int) -> int:
-    """Elements of the flat buffers that hold the parameters `own` on one rank."""
-    return sum(-(-p.local(model, tp) // ALIGN) * ALIGN for p in own)
-
-
-def weight_bytes(bf16: bool) -> int:
-    """Bytes for each weight: as the model computes with it, and its fp32 main weight where that is bf16."""
-    return 2 + 4 if bf16 else 4
+def state_of(model: ModelConfig, own: Iterable[ParameterSize], tp: int, *, copies: bool = False, **how: Any) -> StateBytes:
+    """Of the parameters `own` on one rank. copies: another stage holds the tied matrix too. how: as for `state_bytes`."""
+    listed = list(own)
+    kinds = [(len(p.shape) > 1, copies and p.vocabulary) for p in listed]  # vectors do not decay
+    return state_bytes([p.local(model, tp) for p in listed], kinds, **how)
 
 
 @dataclass(frozen=True)
@@ -223,25 +220,37 @@ def memory_per_rank(
     optimizer: str = "adam",
     stages: Sequence[Stage] = (),
     in_flight: Sequence[int] = (),
+    split: Sequence[int] = (),
+    memory: MemoryConfig | None = None,
+    cp: int = 1,
+    bucket: int | None = None,
+    shards: int = 1,
 ) -> Memory:
     """What one rank holds at its fullest, which owns `stages`; by default one that is the whole model.
 
-    in_flight: for each stage the micro-batches that wait for their backward pass; by default one. A word embedding that
-    several stages of the rank use is one tensor.
+    in_flight: for each stage the micro-batches that wait for their backward pass; by default one. split: how many of these
+    have its first part behind them; by default none. memory: what is run again. A word embedding of several stages is one.
+    bucket: --ddp-bucket-size. shards: ranks that each own a slice of main weights and optimizer state.
     """
     stages = stages or [Slice(range(model.size("num_layers")))]
     own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
-    held = buffer_elements(model, own.values(), tp)
-    activations = (
-        activation_bytes(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting)
-        for stage, waiting in zip(stages, in_flight or [1] * len(stages), strict=True)
-    )
-    return Memory(
-        weights=held * weight_bytes(bf16),
-        gradients=held * 4,
-        optimizer=held * (8 if optimizer == "adam" else 4),
-        activations=sum(activations),
-    )
+    copies = not model.untie_embeddings_and_output_weights and any(s.embedding != s.head for s in stages)
+    how = dict(two_bytes=bf16, optimizer=optimizer, bucket=bucket, shards=shards)
+    state = state_of(model, own.values(), tp, copies=copies, **how)
+    counted = [
+        activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting, memory, cp, halfway)
+        for stage, waiting, halfway in zip(stages, in_flight or [1] * len(stages), split or [0] * len(stages), strict=True)
+    ]
+    activations = sum(a.kept for a in counted) + max(a.passing for a in counted)
+    return Memory(state.weights, state.gradients, state.optimizer, activations)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of a stage's activations. kept: from forward to backward pass. passing: while one action runs, at most."""
+
+    kept: int
+    passing: int
 
 
 def activation_bytes(
@@ -254,33 +263,126 @@ def activation_bytes(
     sequence_parallel: bool,
     stage: Stage | None = None,
     in_flight: int = 1,
+    memory: MemoryConfig | None = None,
+    cp: int = 1,
 ) -> int:
-    """Activations that the backward pass needs, by the count of arXiv 2205.05198, section 4, without recomputation.
+    """Both kinds together: a stage's activations at their fullest."""
+    found = activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, in_flight, memory, cp)
+    return found.kept + found.passing
 
-    For 16 bit, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of
-    it over t under sequence parallelism. The a s term falls away where a fused kernel does the attention. The output
-    layer and the loss are counted at their fullest for the one micro-batch that they are at, `head_loss_bytes`; every
-    other one in flight waits with the gradient of its final hidden states, which the loss has made already.
+
+def activations_of(
+    model: ModelConfig,
+    vocab: int,
+    tp: int,
+    seq: int,
+    micro_batch: int,
+    bf16: bool,
+    sequence_parallel: bool,
+    stage: Stage | None = None,
+    in_flight: int = 1,
+    memory: MemoryConfig | None = None,
+    cp: int = 1,
+    split: int = 0,
+) -> Activations:
+    """Activations that the backward pass needs, by the count of arXiv 2205.05198, sections 4 and 5.
+
+    Layers keep `layer_activations`. What is run again keeps its input, and passes by once while its gradients are made.
+    So does the output layer with the loss, `head_loss_bytes`; of it a micro-batch in flight keeps the final norm's input and,
+    once it is made, the gradient of the final hidden states. cp: each rank has 1 / cp of the tokens; what attention around
+    the ring takes for a while, `ring_bytes`, passes by with the layer. split: how many of the micro-batches in flight are
+    between the parts of a split backward pass, and have the factors of their weights' gradients, however little they kept.
+    """
+    stage, memory, element = stage or Slice(range(model.size("num_layers"))), memory or MemoryConfig(), 2 if bf16 else 4
+    shared = tp if sequence_parallel else 1
+    each = layer_activations(model, tp, seq, bf16, sequence_parallel, cp)
+    kept, again = _recomputed(each, len(stage.layers), tp, memory)
+    if memory.distribute_saved_activations and not stage.embedding:  # the executor holds what came from another rank
+        kept += each.input
+    if stage.embedding and model.hidden_dropout > 0:
+        kept += model.size("hidden_size") / shared  # the dropout's mask
+    kept = kept * (in_flight - split) + max(kept, len(stage.layers) * _weight_factors(model, tp, element)) * split
+    loss, tokens = 0, seq // cp * micro_batch
+    if stage.head and in_flight:
+        hidden = model.size("hidden_size")
+        kept += element * hidden / shared * (2 * in_flight - 1)
+        loss = head_loss_bytes(tokens, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16)
+    layer = int(tokens * again) + (ring_bytes(model, tp, seq, micro_batch, bf16, cp) if stage.layers else 0)
+    return Activations(int(tokens * kept), max(loss, layer) if in_flight else 0)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """Bytes for each token. all: what a layer keeps; of it core: within the core attention; input: the layer's input."""
+
+    all: float
+    core: float
+    input: float
+
+
+def layer_activations(
+    model: ModelConfig, tp: int, seq: int, bf16: bool, sequence_parallel: bool, cp: int = 1
+) -> LayerActivations:
+    """What one layer keeps on each rank where nothing is run again.
+
+    For 16 bit, a d = h, f = 4 h and attention weights kept, it has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of it over t
+    under sequence parallelism: equations 2 and 4 of arXiv 2205.05198. The a s term falls away where a fused kernel does the
+    attention. Beyond the paper: with the gate of SwiGLU the MLP keeps four tensors instead of two, and the core attention
+    repeats keys and values of grouped queries. Around the ring of context parallelism it keeps one fp32 number for each query
+    and head, and nothing that grows with s. Left out: a few numbers for each token or head, and RMSNorm without a kernel.
     """
     hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
     heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    stage = stage or Slice(range(model.size("num_layers")))
     element = 2 if bf16 else 4
     shared = tp if sequence_parallel else 1  # what norms and dropout hold is cut only then
     mask = 1 if model.hidden_dropout > 0 else 0
     between = (4 * element + 2 * mask) * hidden / shared  # inputs of two norms and of two linear layers, two masks
-    inside = element * ((2 * heads + 2 * groups) * kv + ffn * (3 if model.activation == "swiglu" else 2)) / tp
+    # Queries, keys, values and what they make; what the activation takes and what it gives.
+    inside = element * ((2 * heads + 2 * groups) * kv + ffn * (4 if model.activation == "swiglu" else 2)) / tp
+    core = element * 2 * (heads - groups) * kv / tp
     if model.attention_dropout > 0 and not model.fused_attention_dropout:
-        inside += (2 * element + 1) * heads * seq / tp  # softmax, its mask, what is left
-    layers = len(stage.layers) * (between + inside) * in_flight
-    ends = 0.0
-    if stage.embedding:
-        ends += mask * hidden / shared * in_flight
-    loss = 0
-    if stage.head and in_flight:
-        ends += element * hidden / shared * (2 * in_flight - 1)  # input of the final norm, gradient of its output
-        loss = head_loss_bytes(seq * micro_batch, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16)
-    return int(seq * micro_batch * (layers + ends)) + loss
+        core += (2 * element + 1) * heads * seq / tp  # softmax, its mask, what is left
+    if cp > 1:
+        core = 4 * heads / tp
+    return LayerActivations(between + inside + core, core, element * hidden / shared)
+
+
+def _weight_factors(model: ModelConfig, tp: int, element: int) -> float:
+    """Bytes for each token: inputs of a layer's linear layers, whole in the sequence, and gradients of their outputs."""
+    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
+    ffn = model.size("ffn_hidden_size") * (3 if model.activation == "swiglu" else 2)
+    return element * (4 * model.size("hidden_size") + (2 * (heads + groups) * model.size("kv_channels") + ffn) / tp)
+
+
+def _recomputed(each: LayerActivations, layers: int, tp: int, memory: MemoryConfig) -> tuple[float, float]:
+    """Bytes for each token that a stage's layers keep, and those that one piece takes while it is run again."""
+    if memory.recompute_granularity is None or not layers:
+        return layers * each.all, 0.0
+    if memory.recompute_granularity == "selective":
+        return layers * (each.all - each.core), each.core
+    count = min(memory.recompute_num_layers, layers)
+    # A chunk's layers keep their inputs too: its own is there already, unless each rank has a share of it.
+    share, there = (each.input / tp, 0.0) if memory.distribute_saved_activations else (each.input, each.input)
+    if memory.recompute_method == "uniform":
+        return -(-layers // count) * share, count * each.all - there
+    return count * share + (layers - count) * each.all, each.all - there
+
+
+def ring_bytes(model: ModelConfig, tp: int, seq: int, micro_batch: int, bf16: bool, cp: int) -> int:
+    """What `parallel/ring.py` holds at its fullest beside what a layer keeps: in its backward pass, an estimate.
+
+    Blocks of scores, `[micro_batch, heads / tp, chunk, chunk]` in fp32 with a chunk of seq / 2 cp: three, with dropout six.
+    Of keys and values those at hand and those that arrive, and in fp32 three gradients: made here, leaving and arriving. Of
+    the queries copies of three tensors in the compute dtype, and in fp32 two of their gradients.
+    """
+    if cp == 1:
+        return 0
+    heads, groups, kv = model.size("num_attention_heads"), model.size("num_query_groups"), model.size("kv_channels")
+    element, local = 2 if bf16 else 4, seq // cp
+    blocks = (6 if model.attention_dropout > 0 else 3) * 4 * heads * (local // 2) ** 2
+    travelling = 2 * groups * kv * local * (2 * element + 3 * 4)
+    queries = heads * kv * local * (3 * element + 2 * 4)
+    return micro_batch * (blocks + travelling + queries) // tp
 
 
 def head_loss_bytes(tokens: int, hidden: int, held: int, bf16: bool) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron.mesh.mesh import Mesh
+from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.spec import ParamSpec, spec_of
@@ -23,31 +23,37 @@ def counted_here(spec: ParamSpec, mesh: Mesh) -> bool:
     return first_copy and ("tp" in spec.split_over or mesh.tp.first)
 
 
-def counted(buffers: Sequence[FlatBuffer], flats: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
-    """The parameters' views in the buffers' flat tensors that this rank counts, without padding.
+def counted(buffers: Sequence[FlatBuffer], slices: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:
+    """What this rank counts of tensors of its slices of the buckets, without padding; each `[elements]`.
 
     An empty one on a rank that counts nothing, such as one that holds the final norm and a copy of a tied matrix alone.
     """
     found = [
-        spec_of(p).local(view)
-        for buffer, flat in zip(buffers, flats, strict=True)
-        for p, view in zip(buffer.parameters, buffer.views(flat), strict=True)
+        values
+        for buffer, own in zip(buffers, slices, strict=True)
+        for p, _, values in buffer.stretches(own)
         if counted_here(spec_of(p), mesh)
     ]
-    return found or [flats[0][:0]]
+    return found or [slices[0][:0]]
 
 
-def global_norm(tensors: Sequence[Tensor], mesh: Mesh) -> Tensor:
-    """L2 norm over all ranks that hold different parameters, fp32 scalar, equal on every rank.
+def global_norm(tensors: Sequence[Tensor], axes: Sequence[Axis]) -> Tensor:
+    """L2 norm over all ranks that hold different elements, fp32 scalar, equal on every rank.
 
-    tensors: what this rank counts; already reduced over data-parallel ranks, which count the same. Their squares are added
-    in fp64, so that the result does not depend on which rank adds which.
+    tensors: what this rank counts, already summed over data-parallel ranks. axes: those whose ranks count different
+    elements. Squares are added in fp64, so that the result does not depend on which rank adds which.
     """
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-    return all_reduce(norms.double().square().sum(), mesh.tp_pp).sqrt().float()
+    return _total(norms.double().square().sum(), axes).sqrt().float()
 
 
-def count_zeros(tensors: Sequence[Tensor], mesh: Mesh) -> int:
-    """Number of exact zeros over all ranks' different parameters."""
+def count_zeros(tensors: Sequence[Tensor], axes: Sequence[Axis]) -> int:
+    """Number of exact zeros over all ranks' different elements."""
     zeros = torch.stack([tensor.numel() - tensor.count_nonzero() for tensor in tensors]).sum()
-    return int(all_reduce(zeros, mesh.tp_pp).item())
+    return int(_total(zeros, axes).item())
+
+
+def _total(value: Tensor, axes: Sequence[Axis]) -> Tensor:
+    for axis in axes:
+        value = all_reduce(value, axis)
+    return value

@@ -11,7 +11,7 @@ size 1 every function returns its argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,50 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     share = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     work = _reduce_scatter_into(share, x, group=axis.group, async_op=True)
     return Pending(work, lambda: share.to(device))
+
+
+def start_reduce_slices(x: Tensor, axis: Axis) -> Pending:
+    """Sum `x` `[n * size]` over the axis, in place: this rank's share of it becomes the sum, the rest nothing to rely on."""
+    if axis.size == 1:
+        return Pending(None, lambda: x)
+    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce of a copy
+        return start_all_reduce(x, axis)
+    share = own_slice(x, axis)
+    return Pending(_reduce_scatter_into(share, x, group=axis.group, async_op=True), lambda: share)
+
+
+def start_gather_slices(x: Tensor, axis: Axis) -> Pending:
+    """Fill `x` `[n * size]` from the ranks' shares of it, in place: the other way round."""
+    if axis.size == 1:
+        return Pending(None, lambda: x)
+    if _needs_host(x, axis):
+        joining = start_all_gather(own_slice(x, axis), axis)
+        return Pending(None, lambda: x.copy_(joining.wait()))
+    return Pending(_gather_into(x, own_slice(x, axis), group=axis.group, async_op=True), lambda: x)
+
+
+class _Shift:
+    """A send and a receive under way."""
+
+    def __init__(self, works: Sequence[Any], leaving: Tensor) -> None:
+        self._works, self._leaving = works, leaving  # a tensor must live until it has left
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+
+def start_shift(x: Tensor, axis: Axis) -> Pending:
+    """Pass `x` to the next rank of the ring, get that of the rank before: the same shape and dtype on all."""
+    if axis.size == 1:
+        return Pending(None, lambda: x)
+    device = x.device
+    x = x.cpu() if _needs_host(x, axis) else x.contiguous()
+    room = torch.empty_like(x)
+    following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    # As one batch: where transfers are worked off in order, no rank may wait for a send before it has posted its receive.
+    passing = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, room, before, axis.group)]
+    return Pending(_Shift(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:

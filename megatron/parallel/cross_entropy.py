@@ -20,6 +20,7 @@ from megatron.parallel.embedding import VocabShard
 
 # Logits of one chunk: what stays in a CPU's cache (16 MB in fp32), and enough rows to fill a GPU (0.5 GB).
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+MOST_FP16_ROWS = 4096  # with hidden states of up to 16, no sum over a chunk passes 65504, where fp16 ends
 FEWEST_ROWS = 256  # below this the weight's gradient is read and written more often than it is worth
 
 
@@ -73,14 +74,17 @@ class _HeadLoss(torch.autograd.Function):
                 else:  # the chunks' sum in fp32, their products in the compute dtype
                     grad_weight += grads.t() @ counted
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since nobody else has them; autograd itself refuses a second backward over changed tensors.
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(above[0]), grad_weight.mul_(above[0]), *[None] * 6
+        # A loss scale above 65504 is no fp16 number, though its product with a gradient can be one.
+        grad_x = (grad_x.float() * above[0]).to(grad_x.dtype) if grad_x.dtype == torch.float16 else grad_x.mul_(above[0])
+        return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), *[None] * 6
 
 
 def head_loss(
@@ -93,6 +97,8 @@ def head_loss(
     rows: tokens of a chunk, the same on every rank; default what suits the device.
     """
     rows = rows or max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
+    if x.dtype == torch.float16:
+        rows = min(rows, MOST_FP16_ROWS)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
     return loss

@@ -63,7 +63,7 @@ def head_keys(seed: int, layer: int, heads: range) -> Tensor:
 class DropoutKeys:
     """The random identity of each token of a micro-batch, from which with a place's key every mask follows.
 
-    whole: int32 `[seq, micro_batch]` for all positions. local: the slice this rank holds between the parallel layers,
+    whole: int32 `[seq, micro_batch]` for all tokens at hand. local: the slice this rank holds between the parallel layers,
     `whole` itself without sequence parallelism. feature, weight: keys of the two kinds of mask.
     """
 
@@ -88,13 +88,18 @@ class DropoutKeys:
         """
         return _mix(_mix(self.local ^ site).unsqueeze(-1) + self._lane(self.feature, width))
 
-    def attention(self, heads: Tensor) -> Tensor:
-        """Uniform int32 `[micro_batch, heads, seq, seq]`: one number for each attention weight. heads: of `head_keys`."""
-        rows = _mix(self.whole.t().unsqueeze(1) ^ heads.view(1, -1, 1))  # [micro_batch, heads, seq]
-        return _mix(rows.unsqueeze(-1) + self._lane(self.weight, self.whole.shape[0]))
+    def attention(self, heads: Tensor, queries: slice = slice(None), keys: range | None = None) -> Tensor:
+        """Uniform int32 `[micro_batch, heads, queries, keys]`: one number for each attention weight. heads: of `head_keys`.
 
-    def _lane(self, key: int, width: int) -> Tensor:
-        return _mix(torch.arange(width, dtype=torch.int32, device=self.whole.device) ^ key)
+        queries: which of the tokens of `whole`. keys: positions in the sample, those of `whole` unless given.
+        """
+        rows = self.whole[queries].t().contiguous().unsqueeze(1)  # so that the numbers lie as weights do
+        rows = _mix(rows ^ heads.view(1, -1, 1))  # [micro_batch, heads, queries]
+        keys = range(self.whole.shape[0]) if keys is None else keys
+        return _mix(rows.unsqueeze(-1) + self._lane(self.weight, len(keys), keys.start))
+
+    def _lane(self, key: int, width: int, first: int = 0) -> Tensor:
+        return _mix(torch.arange(first, first + width, dtype=torch.int32, device=self.whole.device) ^ key)
 
 
 def drop(x: Tensor, numbers: Tensor, probability: float) -> Tensor:

@@ -7,7 +7,7 @@ same in every layout, and each rank holds one rectangle of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class ParamSpec:
     split_over: axes whose ranks hold different rectangles.
     sum_grad_over: axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
         must be summed (data parallelism aside, which holds for every parameter).
-    decay: whether weight decay applies.
+    decay: whether weight decay applies. lr_scale: what the learning rate is multiplied with.
     init: the rule of `model/init.py` that draws it.
     """
 
@@ -57,6 +57,7 @@ class ParamSpec:
     sum_grad_over: frozenset[str] = frozenset()
     decay: bool = True
     init: str = "normal"
+    lr_scale: float = 1.0
 
     def local(self, tensor: Tensor) -> Tensor:
         """The view of a local tensor that holds `part`, i.e. without padding."""
@@ -89,6 +90,14 @@ def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
         parameter.grad = grad
     else:
         total.add_(grad)
+    report_gradient(parameter)
+
+
+def report_gradient(parameter: Tensor) -> None:
+    """Tell who waits for the parameter's gradients, if anybody does, that one was added."""
+    report: Callable[[], None] | None = getattr(parameter, "gradient_added", None)
+    if report is not None:
+        report()
 
 
 @dataclass(frozen=True)

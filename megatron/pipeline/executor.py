@@ -8,7 +8,7 @@ the tensor goes there directly; the last stage's F makes the loss and at once it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron.contract import Batch, Loss, StagePart
 from megatron.mesh.watch import Watch
 from megatron.parallel.weight_grad import WeightProduct, WeightWork
-from megatron.pipeline.lower import Item, Receive, Send, channels_of, consumer, forward_only, lower
+from megatron.pipeline.lower import Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedule import Action, Op, Schedule
 from megatron.pipeline.transfer import Channels, Receiving
@@ -55,13 +55,12 @@ class Stage(Protocol):
 class Live:
     """What a micro-batch leaves in a stage until its backward pass is done.
 
-    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. sent: the number of the
-    transfer that carries them. products: what I leaves for W.
+    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. products: what I leaves
+    for W.
     """
 
     x: Tensor | None
     edge: GradientEdge | None
-    sent: int | None = None
     products: Sequence[WeightProduct] = ()
 
 
@@ -71,6 +70,7 @@ class Executor:
     stages: stage number -> module. schedule: number of micro-batches -> Schedule.
     objective: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
     work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
+    share: a whole micro-batch -> what this rank has of it; all of it unless given.
     peak_live: the most (stage, micro-batch) activations of the last step that were held at once.
     """
 
@@ -82,9 +82,10 @@ class Executor:
         objective: Callable[[Loss, int], Tensor],
         work: WeightWork,
         watch: Watch,
+        share: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         self.stages, self.schedule, self.channels, self.objective = stages, schedule, channels, objective
-        self.work, self.watch, self.device = work, watch, channels.device
+        self.work, self.watch, self.share, self.device = work, watch, share, channels.device
         self.recorder = Recorder()
         self.peak_live = 0
         self._lowered: dict[tuple[int, bool], list[Item]] = {}
@@ -118,7 +119,9 @@ class Executor:
         return self._lowered[key]
 
     def _run(self, batches: Sequence[Batch], *, backward: bool) -> StepOutput:
-        self._batches = [batch.to(self.device) for batch in batches]
+        whole = [batch.to(self.device) for batch in batches]
+        self._counts = [batch.loss_mask.sum() for batch in whole]
+        self._batches = [self.share(batch) for batch in whole]
         self._mail: dict[tuple[int, int, bool], Tensor | Receiving] = {}
         self._out: dict[Action, Tensor] = {}
         self._live: dict[tuple[int, int], Live] = {}
@@ -131,8 +134,9 @@ class Executor:
                 self._mail[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = arriving
             elif isinstance(item, Send):
                 self.channels.send(self._out.pop(item.produced), item.peer, item.number)
-                if backward and item.produced.op is Op.F:
-                    self._live[item.produced.stage, item.produced.micro_batch].sent = item.number
+            elif isinstance(item, Done):
+                for number in item.numbers:
+                    self.channels.settle(number)
             else:
                 self._act(item)
         self.watch.waiting("the end of the step's transfers")
@@ -184,16 +188,20 @@ class Executor:
             self._give(action, y.detach())
 
     def _lose(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
-        """Loss and gradient of the final hidden states: made together, so that nothing of the output layer is kept."""
+        """Loss and gradient of the final hidden states: made together, so that nothing of the output layer is kept.
+
+        The objective is told how many tokens of the whole micro-batch count, since a mean over a part is not the mean.
+        """
+        count = self._counts[action.micro_batch]
         if torch.is_grad_enabled():
             loss = stage.loss(x.requires_grad_(), batch)
-            self.objective(loss, len(self._batches)).backward()  # type: ignore[no-untyped-call]
+            self.objective(replace(loss, tokens=count), len(self._batches)).backward()  # type: ignore[no-untyped-call]
             if x.grad is not None:
                 self._mail[action.stage, action.micro_batch, False] = x.grad
         else:
             loss = stage.loss(x, batch)
         value, tokens = loss.sum.detach(), loss.tokens
-        self._totals += torch.stack([value, tokens, value / tokens.clamp(min=1.0)])
+        self._totals += torch.stack([value, tokens, value / count.clamp(min=1.0)])
 
     def _backward(self, action: Action, grad: Tensor | None) -> None:
         self._differentiate(action, self._live.pop((action.stage, action.micro_batch)), grad)
@@ -207,8 +215,6 @@ class Executor:
         """Back through the stage; its graph and its input are free afterwards."""
         if live.edge is None or grad is None:
             raise RuntimeError(f"{in_words(action)} has nothing to start from")
-        if live.sent is not None:  # whose gradient is here has arrived
-            self.channels.settle(live.sent)
         torch.autograd.backward(live.edge, grad)
         if live.x is not None and live.x.grad is not None:
             self._give(action, live.x.grad)

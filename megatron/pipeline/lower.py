@@ -3,7 +3,11 @@
 Between two ranks, transfers in one direction form a channel. On it the sender sends in the order in which its program makes
 the tensors, and the receiver posts its receives in that same order, so the two sides always agree, also on a backend that
 matches by order alone. A receive is posted some actions before the one that waits for it, so that the transfer runs beside
-the computation; that changes when a receive is posted, never in which order.
+the computation; that changes when a receive is posted, never in which order. Every direction has communicators of its own
+(`transfer.py`), so an early receive holds up no send, and only the order within a channel matters.
+
+A sent tensor must live until the peer has it. What comes from the peer later proves that: it was made after the action that
+used the tensor. So behind the action that waits for it stand the sends that are done, whatever the backend can tell of them.
 """
 
 from __future__ import annotations
@@ -41,7 +45,14 @@ class Receive(Transfer):
     pass
 
 
-Item: TypeAlias = Action | Send | Receive
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The sends with these numbers have been received, as what has just arrived proves."""
+
+    numbers: tuple[int, ...]
+
+
+Item: TypeAlias = Action | Send | Receive | Done
 
 
 def consumer(action: Action, stages: int) -> int | None:
@@ -53,7 +64,8 @@ def consumer(action: Action, stages: int) -> int | None:
 
 
 def lower(schedule: Schedule, early: int = EARLY) -> list[list[Item]]:
-    """Every rank's program with its sends, each behind the action that makes what is sent, and its receives."""
+    """Every rank's program with its sends, each behind the action that makes what is sent, its receives, and what is done."""
+    needed = [_needed(program) for program in schedule.programs]
     sends: list[dict[Action, Send]] = [{} for _ in schedule.programs]
     channels: dict[tuple[int, int], list[Transfer]] = {}
     number = 0
@@ -67,27 +79,61 @@ def lower(schedule: Schedule, early: int = EARLY) -> list[list[Item]]:
     lowered = []
     for rank, program in enumerate(schedule.programs):
         incoming = {sender: channel for (sender, receiver), channel in channels.items() if receiver == rank}
-        posted = _posted(program, incoming, early)
+        posted = _posted(needed[rank], len(program), incoming, early)
+        done = _done(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
         items: list[Item] = []
         for index, action in enumerate(program):
             items += posted.get(index, ())
             items.append(action)
             if action in sends[rank]:
                 items.append(sends[rank][action])
+            if index in done:
+                items.append(Done(done[index]))
         lowered.append(items)
     return lowered
 
 
-def _posted(program: tuple[Action, ...], incoming: dict[int, list[Transfer]], early: int) -> dict[int, list[Receive]]:
+Need: TypeAlias = dict[tuple[int, int, bool], int]
+
+
+def _needed(program: tuple[Action, ...]) -> Need:
+    """(stage, micro-batch, forward or not) -> the index of the action that takes this input."""
+    return {(a.stage, a.micro_batch, a.op is Op.F): i for i, a in enumerate(program) if a.op is not Op.W}
+
+
+def _user(transfer: Transfer, needed: Need) -> int:
+    """The index, in the receiver's program, of the action that uses what is transferred."""
+    made = transfer.produced
+    return needed[transfer.stage, made.micro_batch, made.op is Op.F]
+
+
+def _done(
+    rank: int,
+    needed: list[Need],
+    incoming: dict[int, list[Transfer]],
+    outgoing: dict[int, list[Transfer]],
+    schedule: Schedule,
+) -> dict[int, tuple[int, ...]]:
+    """Index in the rank's program -> the sends that are done once that action's input is there."""
+    done: dict[int, list[int]] = {}
+    for peer, channel in incoming.items():
+        made_at = {action: i for i, action in enumerate(schedule.programs[peer])}
+        waits = sorted((_user(t, needed[rank]), made_at[t.produced]) for t in channel)
+        open_sends = sorted((_user(t, needed[peer]), t.number) for t in outgoing[peer])
+        for index, made in waits:
+            while open_sends and open_sends[0][0] <= made:
+                done.setdefault(index, []).append(open_sends.pop(0)[1])
+    return {index: tuple(numbers) for index, numbers in done.items()}
+
+
+def _posted(needed: Need, length: int, incoming: dict[int, list[Transfer]], early: int) -> dict[int, list[Receive]]:
     """Index in the program -> the receives posted before that action."""
-    needed = {(a.stage, a.micro_batch, a.op is Op.F): i for i, a in enumerate(program) if a.op is not Op.W}
     posted: dict[int, list[Receive]] = {}
     for sender, channel in incoming.items():
-        latest = len(program)
+        latest = length
         moments = []
         for transfer in reversed(channel):  # none later than one that the sender sends after it
-            made = transfer.produced
-            latest = min(latest, needed[transfer.stage, made.micro_batch, made.op is Op.F] - early)
+            latest = min(latest, _user(transfer, needed) - early)
             moments.append(max(0, latest))
         for moment, transfer in zip(reversed(moments), channel, strict=True):
             receive = Receive(transfer.produced, transfer.stage, sender, transfer.number)

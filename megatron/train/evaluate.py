@@ -8,6 +8,7 @@ import torch
 
 from megatron.contract import Batch
 from megatron.mesh.mesh import Mesh
+from megatron.mesh.watch import Watch
 from megatron.pipeline.executor import Executor
 from megatron.train.step import totals
 
@@ -20,11 +21,16 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
-def evaluate(pipeline: Executor, loader: Loader, mesh: Mesh, *, steps: int, global_batch_size: int) -> float:
+def evaluate(
+    pipeline: Executor, loader: Loader, mesh: Mesh, *, steps: int, global_batch_size: int, watch: Watch | None = None
+) -> float:
     """Mean loss of the tokens that count over `steps` global batches; dropout off, no gradients. Collective."""
     loss = tokens = 0.0
+    watch = watch or Watch()
     for _ in range(steps):
+        watch.doing("reading held-out data", alone=True)
+        batches = loader.next_batches(global_batch_size)
         with torch.no_grad():
-            step_loss, step_tokens, _ = totals(pipeline.evaluate(loader.next_batches(global_batch_size)), mesh)
+            step_loss, step_tokens, _ = totals(pipeline.evaluate(batches), mesh)
         loss, tokens = loss + step_loss, tokens + step_tokens
     return loss / max(tokens, 1.0)

@@ -11,6 +11,7 @@ from enum import IntEnum
 import torch
 
 from megatron.config.batch_size import global_batch_size_at
+from megatron.config.iterations import ranges_of
 from megatron.parallel.collectives import all_reduce
 from megatron.train.errors import TrainingError
 from megatron.train.evaluate import Loader, evaluate
@@ -50,13 +51,18 @@ def train(run: Run, around: Surroundings) -> Exit:
     config, state = run.config, run.state
     total = config.batch.train_iters or 0
     saved_at = state.iteration
+    left_out = ranges_of(config.batch.skip_train_iterations)
     clock = Clock(run, around)
     while state.iteration < total and around.train is not None:
         size = global_batch_size_at(config.batch, state.consumed_samples)
         run.job.watch.doing("reading training data", alone=True)
         batches = around.train.next_batches(size)
-        report = run.step(batches, state)
+        if any(state.iteration + 1 in numbers for numbers in left_out):
+            report = without_update(size, size * batches[0].tokens.shape[1])
+        else:
+            report = run.step(batches, state)
         advance(run, report)
+        tell(run, report, around.sinks)
         clock.after_step(report)
         iteration = state.iteration
         if iteration < total and due(iteration, config.eval.eval_interval) and around.valid is not None:
@@ -71,12 +77,34 @@ def train(run: Run, around: Surroundings) -> Exit:
         if stopping:
             return Exit.STOPPED
     if around.save is not None and saved_at != state.iteration:
+        run.job.watch.doing("saving a checkpoint")
         around.save()
     return Exit.FINISHED
 
 
 def due(iteration: int, interval: int | None) -> bool:
     return interval is not None and interval > 0 and iteration % interval == 0
+
+
+def without_update(samples: int, tokens: int) -> StepReport:
+    """A step that --skip-train-iterations leaves out."""
+    return StepReport(0.0, 0.0, skipped=True, nan=False, samples=samples, tokens=tokens, left_out=True)
+
+
+def tell(run: Run, report: StepReport, sinks: Sequence[Sink]) -> None:
+    """One line on a step that was left out, or in which something was not finite."""
+    text = f"iteration {run.state.iteration}: "
+    if report.left_out:
+        text += "left out, as --skip-train-iterations says; its samples are passed over"
+    elif report.skipped:
+        text += f"skipped: {report.nonfinite or 'the norm of the gradient is not finite'}"
+        text += f"; loss scale {run.state.scaler.scale:g} from now on"
+    elif report.nonfinite is not None:
+        text += f"{report.nonfinite}; the gradient was, and the update was made"
+    else:
+        return
+    for sink in sinks:
+        sink.event(text)
 
 
 def advance(run: Run, report: StepReport) -> None:
@@ -92,9 +120,13 @@ def advance(run: Run, report: StepReport) -> None:
         state.window_loss += report.lm_loss
         state.window_steps += 1
         return
-    state.consecutive_skips += 1
     state.window_skipped += 1
+    if report.left_out:
+        return
+    state.consecutive_skips += 1
     what = f"iteration {state.iteration}: the gradient is not finite (norm {report.grad_norm}, loss {report.lm_loss})"
+    if report.nonfinite is not None:
+        what += f": {report.nonfinite}"
     if optim.on_nonfinite == "abort":
         raise TrainingError(f"{what}; --on-nonfinite abort stops here. Lower --lr, or skip such steps with --on-nonfinite skip")
     if state.consecutive_skips >= optim.max_consecutive_skips:
@@ -118,9 +150,10 @@ def stop_asked(run: Run, began: float) -> bool:
 def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], split: str, title: str) -> Evaluation:
     """Evaluate one split and tell the sinks. Collective. Training goes on as if this had not been."""
     size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
+    run.job.watch.doing(f"opening the {split} data", alone=True)
     loader = samples()
     try:
-        loss = evaluate(run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size)
+        loss = evaluate(run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size, watch=run.job.watch)
     finally:
         loader.close()
     result = Evaluation(run.state.iteration, split, loss, run.state.consumed_samples)
@@ -183,9 +216,9 @@ class Clock:
         return Metrics(
             iteration=state.iteration,
             lm_loss=None,
-            grad_norm=report.grad_norm,
+            grad_norm=None if report.left_out else report.grad_norm,
             learning_rate=self.run.schedule.rate(state.scheduled_samples),
-            loss_scale=1.0,
+            loss_scale=state.scaler.scale,
             skipped_iterations=state.window_skipped,
             nan_iterations=state.window_nan,
             consumed_samples=state.consumed_samples,

@@ -43,7 +43,10 @@ class ProfiledStep:
     def __init__(self, run: Run, directory: Path, say: Callable[[str], None]) -> None:
         self.step, self.pipeline, self.mesh = run.step, run.pipeline, run.mesh
         self.directory, self.say = directory, say
-        left = (run.config.batch.train_iters or 0) - run.state.iteration
+        batch, done = run.config.batch, run.state.iteration
+        left = (batch.train_iters or 0) - done
+        if batch.exit_interval is not None:
+            left = min(left, batch.exit_interval - done % batch.exit_interval)
         self.first, self.last = min(2, left), min(1 + STEPS, left)
         self.calls = 0
         self.timed: list[tuple[int, Spans, int]] = []

@@ -5,6 +5,7 @@ What can be wrong with them is found before any process group forms, and said on
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
+from megatron.mesh.beats import Patience
 from megatron.mesh.launch import Job, job
 from megatron.mesh.place import Place
 from megatron.model.size import flops_per_token, padded_vocabulary
@@ -61,7 +63,9 @@ def start(parsed: Parsed, place: Place, program: str, began: float) -> int:
         return fail(f"error: {error}", 2, first)
     layout = prepared.config.layout
     try:
-        with job(place, layout.distributed_backend, layout.distributed_timeout_minutes, explain=in_words) as started:
+        patience = Patience(hang=layout.hang_timeout_seconds or math.inf)
+        timeout = layout.distributed_timeout_minutes
+        with job(place, layout.distributed_backend, timeout, explain=in_words, patience=patience) as started:
             return run_job(prepared, started, began)
     except KeyboardInterrupt:
         return fail("interrupted", 130, first)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron.train.nonfinite import NonFinite
+
 # Dense peaks of the matrix units in bf16, TFLOP/s, from the makers' data sheets; the longest matching name counts.
 PEAKS = {
     "H200": 989.0,
@@ -24,7 +26,11 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. lm_loss: mean over the global batch, 0 where no token counted. nan: the loss was not a number."""
+    """One step. lm_loss: mean over the global batch, 0 where no token counted. nan: the loss was not a number.
+
+    skipped: there was no update. left_out: because --skip-train-iterations names the step: its samples were read, and that is
+    all. nonfinite: what was not finite in it.
+    """
 
     lm_loss: float
     grad_norm: float
@@ -34,6 +40,8 @@ class StepReport:
     tokens: int
     zeros: int | None = None
     params_norm: float | None = None
+    left_out: bool = False
+    nonfinite: NonFinite | None = None
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,16 @@ from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
+from megatron.model.attention import Attend, causal_attention
 from megatron.model.gpt import GPT, build_stages
 from megatron.model.init import fill
 from megatron.optim.buffers import Weights, flat_buffers
+from megatron.optim.gather import wait_in_turn
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
+from megatron.optim.precision import Precision
+from megatron.parallel.recompute import Recompute
+from megatron.parallel.ring import RingAttention, share
 from megatron.parallel.spec import Checkpointable, spec_of
 from megatron.parallel.weight_grad import WeightWork, split_weight_gradients
 from megatron.pipeline.executor import Executor
@@ -66,13 +71,22 @@ def grid_of(layout: LayoutConfig, world_size: int) -> Grid:
     return Grid(pp=pp, dp=world_size // (tp * pp * cp), cp=cp, tp=tp)
 
 
+def core_attention(mesh: Mesh, *, compiled: bool) -> Attend:
+    """The core attention of a layout. compiled: for layers that are compiled, which go around what communicates."""
+    if mesh.cp.size == 1:
+        return causal_attention
+    ring = RingAttention(mesh.cp)
+    return torch.compiler.disable(ring.__call__) if compiled else ring  # type: ignore[no-untyped-call]
+
+
 def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
     """Mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
 
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
-    plan = stages_of(config)
+    plan, precision = stages_of(config), Precision.of(config.precision)
     mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout, plan.placement[-1])
+    draws = config.model.fused_attention_dropout and config.model.attention_dropout > 0.0
     stages = build_stages(
         config.model,
         plan.placement,
@@ -81,14 +95,17 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         mesh.pp.rank,
         sequence_parallel=config.layout.sequence_parallel,
         seed=config.batch.seed,
-        dtype=torch.bfloat16 if config.precision.bf16 else torch.float32,
+        attend=core_attention(mesh, compiled=config.batch.compile),
+        recompute=Recompute.of(config.memory, mesh.tp, draws=draws),
+        dtype=precision.compute,
         device=job.device,
     )
-    buffers = flat_buffers(nn.ModuleList(stages.values()).parameters())
+    layout, parameters = config.layout, list(nn.ModuleList(stages.values()).parameters())
+    buffers = flat_buffers(parameters, layout.ddp_bucket_size, mesh.dp_cp if layout.use_distributed_optimizer else None)
     for buffer in buffers:
-        specs = (spec_of(p) for p in buffer.parameters)
-        fill(zip(specs, buffer.views(buffer.main), strict=True), config.model, config.batch.seed)
-        buffer.publish()
+        specs, whole = (spec_of(p) for p in buffer.parameters), buffer.draft()
+        fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
+        buffer.adopt(whole)
     if config.batch.compile:
         for stage in stages.values():
             for block in stage.layers.values():
@@ -99,25 +116,32 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         mesh,
         log_zeros=config.log.log_num_zeros_in_grad,
         log_params_norm=config.log.log_params_norm,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
     )
+    if layout.overlap_param_gather:
+        for stage in stages.values():
+            called = (stage.embedding, *stage.layers.values(), stage.final_norm)
+            wait_in_turn(optimizer.gathering, [m for m in called if m is not None], list(stage.parameters()))
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
     name, work = config.layout.pipeline_schedule or "1f1b", WeightWork()
     if SCHEDULES[name].splits:
         for stage in stages.values():
             split_weight_gradients(stage, work)
+    schedule = schedule or Schedule.of(config.optim, config.batch)
+    state = TrainState(schedule=asdict(schedule), scaler=precision.scaler())
     pipeline = Executor(
         stages,
         partial(make, name, mesh.pp.size, chunks=plan.chunks),
         Channels(mesh.pp, mesh.pp_back, job.device),
-        objective(config.batch, seq_length, mesh.dp.size),
+        objective(config.batch, seq_length, mesh.dp.size, state.scaler),
         work,
         job.watch,
+        partial(share, cp=mesh.cp),
     )
-    schedule = schedule or Schedule.of(config.optim, config.batch)
     step = Step(pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
-    if config.model.fused_attention_dropout and config.model.attention_dropout > 0.0:
+    if draws:
         step.torch_random = job.device
-    state = TrainState(schedule=asdict(schedule))
     return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
 
 

@@ -26,6 +26,9 @@ class Sink:
     def evaluation(self, result: Evaluation, title: str) -> None:
         """After an evaluation; `title` says which."""
 
+    def event(self, text: str) -> None:
+        """Something that is worth a line of its own, when it happens."""
+
     def close(self) -> None:
         """At the end of the run."""
 
@@ -44,6 +47,9 @@ class Console(Sink):
         text = f" validation loss at {title} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {result.ppl:.6E} | "
         rule = "-" * (len(text) + 1)
         print(f"{rule}\n{text}\n{rule}", file=self.out, flush=True)
+
+    def event(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
 
 
 def console_line(metrics: Metrics, context: LogContext) -> str:

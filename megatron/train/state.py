@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron.optim.scaler import Constant, Scaler
 from megatron.parallel.spec import Shard
 
 
@@ -16,6 +17,7 @@ class TrainState:
     consumed_samples: training samples taken, those of skipped steps included; the data position.
     scheduled_samples: samples of the updates made; what the learning rate follows, so a skipped step is not counted.
     consecutive_skips: skipped steps since the last update.
+    scaler: of the loss; where it stands is saved, not its settings.
     schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
     training_samples: how many the training set was built for; the order of samples depends on it.
     window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
@@ -26,6 +28,7 @@ class TrainState:
     consumed_tokens: int = 0
     scheduled_samples: int = 0
     consecutive_skips: int = 0
+    scaler: Scaler = field(default_factory=Constant)
     schedule: dict[str, Any] = field(default_factory=dict)
     training_samples: int = 0
     window_loss: float = 0.0
@@ -39,9 +42,11 @@ class TrainState:
         return iter(())
 
     def scalars(self) -> dict[str, Any]:
-        return asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return values | {"scaler": self.scaler.scalars()}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
         for each in fields(self):
-            if each.name in values:
+            if each.name in values and each.name != "scaler":
                 setattr(self, each.name, values[each.name])
+        self.scaler.load_scalars(values.get("scaler", {}))

@@ -15,15 +15,17 @@ from megatron.mesh.mesh import Mesh
 from megatron.mesh.watch import Watch
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
+from megatron.optim.scaler import Scaler
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.random import derive_seed
 from megatron.pipeline.executor import Executor, StepOutput
+from megatron.train.nonfinite import NonFinite, investigate
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
 
-def objective(batch: BatchConfig, seq_length: int, dp: int) -> Callable[[Loss, int], Tensor]:
-    """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step.
+def objective(batch: BatchConfig, seq_length: int, dp: int, scaler: Scaler) -> Callable[[Loss, int], Tensor]:
+    """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step; times the loss scale.
 
     token: the mean over all tokens of the global batch that count. How many do is known only when all ranks have seen
     their data, so the sum is divided by how many there can be, and `train_step` corrects the gradients by the ratio;
@@ -32,10 +34,10 @@ def objective(batch: BatchConfig, seq_length: int, dp: int) -> Callable[[Loss, i
     micro_batch_size = batch.micro_batch_size or 1
 
     def of_tokens(loss: Loss, micro_batches: int) -> Tensor:
-        return loss.sum * (1.0 / (micro_batches * micro_batch_size * dp * seq_length))
+        return loss.sum * (scaler.scale / (micro_batches * micro_batch_size * dp * seq_length))
 
     def of_micro_batches(loss: Loss, micro_batches: int) -> Tensor:
-        return loss.sum / loss.tokens.clamp(min=1.0) * (1.0 / (micro_batches * dp))
+        return loss.sum / loss.tokens.clamp(min=1.0) * (scaler.scale / (micro_batches * dp))
 
     return of_tokens if batch.loss_average == "token" else of_micro_batches
 
@@ -62,7 +64,7 @@ class Step:
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
         """Forward, backward and update over this rank's micro-batches of the step. Collective."""
-        self.optimizer.zero()
+        self.optimizer.zero(len(batches))
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
@@ -70,13 +72,18 @@ class Step:
         samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
         possible = samples * self.seq_length
         by_token = self.batch.loss_average == "token"
+        mean = loss / max(tokens, 1.0) if by_token else means / (len(batches) * self.mesh.dp.size)
+        correction = possible / tokens if by_token and tokens > 0 else 1.0
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
-            scale=possible / tokens if by_token and tokens > 0 else 1.0,
+            scale=correction / state.scaler.scale,
         )
+        nonfinite = None
+        if update.skipped or not math.isfinite(mean):
+            nonfinite = self._investigate(batches, output, state.iteration, skipped=update.skipped)
+        state.scaler.update(not update.skipped)
         self.watch.idle()
-        mean = loss / max(tokens, 1.0) if by_token else means / (len(batches) * self.mesh.dp.size)
         return StepReport(
             lm_loss=mean,
             grad_norm=update.grad_norm,
@@ -86,7 +93,14 @@ class Step:
             tokens=possible,
             zeros=update.zeros,
             params_norm=update.params_norm,
+            nonfinite=nonfinite,
         )
+
+    def _investigate(self, batches: Sequence[Batch], output: StepOutput, iteration: int, *, skipped: bool) -> NonFinite | None:
+        """What was not finite. Collective. The loss scale is still the step's."""
+        self.watch.doing("looking for what was not finite")
+        with self._seeded(iteration):
+            return investigate(self.pipeline, self.mesh, self.optimizer.zero, batches, output, skipped=skipped)
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:

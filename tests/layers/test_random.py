@@ -61,6 +61,9 @@ def test_any_piece_of_a_mask_is_that_piece_of_the_whole():
     shard, site = keys(local=slice(16, 32)), site_key(1, 2, "mlp")
     assert torch.equal(shard.features(site, 32), whole.features(site, 32)[16:32])
     assert torch.equal(whole.attention(head_keys(1, 2, range(2, 4))), whole.attention(head_keys(1, 2, range(8)))[:, 2:4])
+    heads = head_keys(1, 2, range(4))
+    part = DropoutKeys.of(1, torch.tensor((3, 4, 2**40 + 3)), torch.arange(24, 48), slice(None))  # those of another rank
+    assert torch.equal(part.attention(heads, slice(8, 16), range(16, 40)), whole.attention(heads)[:, :, 32:40, 16:40])
     one = keys(samples=(4,))  # another micro-batch that holds the second sample
     assert torch.equal(one.features(site, 32)[:, 0], whole.features(site, 32)[:, 1])
 

@@ -17,7 +17,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import options, plain, sections, spellings
 from megatron.config.presets import PRESETS
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import MemoryConfig, ModelConfig, PrecisionConfig, RunConfig
 from megatron.train.program import pretrain
 
 FLAGS_OF_2306 = (Path(__file__).parent / "megatron_2306_flags.txt").read_text().split()
@@ -132,7 +132,11 @@ def test_each_legacy_flag_has_one_line(flag: str) -> None:
         ("--batch-size 4", "--micro-batch-size"),
         ("--warmup 1", "--lr-warmup-fraction"),
         ("--model-parallel-size 2", "--tensor-model-parallel-size"),
-        ("--checkpoint-activations", "--recompute-granularity"),
+        ("--checkpoint-activations", "--recompute-granularity full --recompute-method uniform"),
+        ("--checkpoint-num-layers 2", "--recompute-num-layers"),
+        ("--activations-checkpoint-method block", "--recompute-method"),
+        ("--activations-checkpoint-num-layers 2", "--recompute-num-layers"),
+        ("--distribute-checkpointed-activations", "--distribute-saved-activations"),
     ],
 )
 def test_removed_flags_name_their_replacement(old: str, new: str) -> None:
@@ -142,7 +146,7 @@ def test_removed_flags_name_their_replacement(old: str, new: str) -> None:
 
 def test_all_mistakes_at_once_and_each_once() -> None:
     lines = mistakes(
-        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--fp16", "stray",
+        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--wandb-project", "x", "stray",
         "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
     )  # fmt: skip
     assert sorted(lines) == sorted(
@@ -150,7 +154,7 @@ def test_all_mistakes_at_once_and_each_once() -> None:
             "`--num-layers abc` is not an integer",
             "`--nmu-workers` is not a known flag; did you mean --num-workers or --num-layers?",
             "`stray` belongs to no flag",
-            "`--fp16` is not available yet; use --bf16, or leave it out for fp32",
+            "`--wandb-project` is not available: the only sinks are the console, --metrics-path and --tensorboard-dir",
             "`--optimizer lamb` is not known; legal: adam, sgd",
             "`--lr nan` is not a finite number",
             "`--sequence-parallel=yes` takes no value",
@@ -285,7 +289,7 @@ def test_json_of_another_version_names_what_is_unknown() -> None:
         ("[model]\nnum-layers = true", "`num-layers = true` in FILE cannot be true or false"),
         ("[optim]\nlr = nan", "`lr = nan` in FILE is not a finite number"),
         ("[precision]\nbf16 = 1", "`bf16 = 1` in FILE must be true or false"),
-        ("[precision]\nfp16 = true", "`fp16 in FILE` is not available yet"),
+        ("[precision]\nfp32-residual-connection = true", "`fp32-residual-connection in FILE` is not available yet"),
         ("[model]\nactivation = 'tanh'", "`activation = 'tanh'` in FILE is not known; legal: gelu, gelu-exact"),
         ("[model]\nswiglu = true\nactivation = 'gelu'", "`swiglu` and `activation` set the same thing"),
         ("[model\n", "`FILE` is not valid TOML: "),
@@ -307,6 +311,43 @@ def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
     assert mistakes("--config", str(tmp_path / "no.toml"))[0].endswith("cannot be read: No such file or directory")
     file.write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in mistakes(*BASE, "--config", str(file))[0]
+
+
+def test_recomputation_has_the_flags_of_megatron() -> None:
+    assert read("--recompute-activations").config.memory == MemoryConfig("selective")
+    full = shlex.split("--recompute-granularity full --recompute-method block --recompute-num-layers 3")
+    assert read(*full).config.memory == MemoryConfig("full", "block", 3)
+    uniform = shlex.split("--recompute-granularity full --recompute-method uniform --distribute-saved-activations")
+    two = read(*uniform, "--tensor-model-parallel-size", "2", world_size=2)
+    assert two.config.memory == MemoryConfig("full", "uniform", 1, True) and read().config.memory == MemoryConfig()
+    assert mistakes(*BASE, "--recompute-activations", "--recompute-granularity", "full")[0] == (
+        "`--recompute-activations` and `--recompute-granularity` set the same thing to different values"
+    )
+    (line,) = mistakes(*BASE, "--recompute-modules", "core_attn", "mlp")
+    assert line.startswith("`--recompute-modules` is not available; --recompute-granularity selective")
+
+
+def test_precision_has_the_flags_of_megatron() -> None:
+    scale = shlex.split("--fp16 --initial-loss-scale 65536 --min-loss-scale 2 --loss-scale-window 500 --hysteresis 4")
+    assert read(*scale).config.precision == PrecisionConfig(False, True, None, 65536.0, 2.0, 500.0, 4)
+    assert read("--fp16", "--loss-scale", "128").config.precision.loss_scale == 128.0
+    assert read().config.precision == PrecisionConfig(False, False, None, 2.0**32, 1.0, 1000.0, 2)
+    assert [read(*flag).config.precision.two_bytes for flag in ((), ("--bf16",), ("--fp16",))] == [False, True, True]
+    assert read("--skip-train-iterations", "3", "7-9").config.batch.skip_train_iterations == ("3", "7-9")
+    assert read("--skip-train").config.eval.skip_train  # exact, though the beginning of another flag
+
+
+def test_a_configuration_saved_before_there_was_fp16() -> None:
+    saved = to_json(read("--bf16").config)
+    saved["precision"] = {"bf16": True}
+    del saved["batch"]["skip_train_iterations"]
+    assert from_json(saved) == read("--bf16").config
+
+
+def test_a_configuration_saved_before_there_was_recomputation() -> None:
+    saved = to_json(read().config)
+    del saved["memory"]
+    assert from_json(saved) == read().config
 
 
 def test_a_configuration_saved_before_there_were_pipelines() -> None:

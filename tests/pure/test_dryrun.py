@@ -23,6 +23,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter
 from megatron.dryrun import dry_run, flop_costs, inspect, memory_of
 from megatron.mesh.mesh import Mesh
+from megatron.model.size import ring_bytes
 from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
 from megatron.pipeline.simulate import Costs, simulate
 from megatron.stages import StagePlan, stages_of
@@ -105,6 +106,37 @@ def test_activations_are_those_of_the_micro_batches_in_flight(schedule: str, in_
         assert memory_of(config, 1, plan, made, rank).activations == in_flight[rank] * 3 * LAYER
     mask = 64 * 2 * 768  # of the dropout after the embedding
     assert memory_of(config, 1, plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
+
+
+def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
+    start = 2 * 64 * 2 * 768  # the input of a layer, in bf16
+    square = 64 * 2 * 5 * 12 * 64
+    for flags, layers, passing in (
+        ("", LAYER, 0),
+        ("--recompute-activations", LAYER - square, square),
+        ("--recompute-granularity full --recompute-method uniform", start, LAYER - start),
+    ):
+        config, plan, made = pipeline("1f1b", 4, *flags.split())
+        assert memory_of(config, 1, plan, made, 1).activations == 3 * 3 * layers + passing, flags
+    # Zero bubble: what I made again waits for W as 32 bytes for each feature, in the worst case of one micro-batch in four.
+    config, plan, made = pipeline("zb-h1", 4, "--recompute-granularity", "full", "--recompute-method", "uniform")
+    assert memory_of(config, 1, plan, made, 1).activations > 4 * 3 * start + 3 * 16 * start
+    words = [*BIG, "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "36"]
+    printed = [re.search(r"activations +([\d,]+)", output(argv, capsys)) for argv in (BIG, words)]
+    plain, block = (int(found[1].replace(",", "")) for found in printed if found)
+    assert 0.5 < block / plain < 0.6
+
+
+def test_each_context_parallel_rank_has_its_part_of_the_tokens() -> None:
+    more = ["--context-parallel-size", "2", "--world-size", "8"]
+    config, plan, made = pipeline("1f1b", 4, *more)
+    layer = 32 * 2 * (34 * 768 + 4 * 12)  # no attention weights, but a number for each token and head
+    for rank in (1, 2):
+        passing = ring_bytes(config.model, 1, 64, 2, True, 2)
+        assert memory_of(config, 1, plan, made, rank).activations == (4 - rank) * 3 * layer + passing
+    # A rank's share of a sequence decides, not the sequence.
+    assert ring_bytes(config.model, 2, 8 * 1024, 1, True, 8) == ring_bytes(config.model, 2, 2 * 1024, 1, True, 2)
+    assert ring_bytes(config.model, 2, 1024, 1, True, 1) == 0
 
 
 @pytest.mark.parametrize(

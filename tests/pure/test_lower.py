@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,9 +11,9 @@ from functools import cache
 
 import pytest
 
-from megatron.pipeline.lower import Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
+from megatron.pipeline.lower import Done, Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
 from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
-from megatron.pipeline.simulate import dependencies
+from megatron.pipeline.simulate import Costs, dependencies, simulate
 
 SIZES = list(itertools.product(range(1, 7), range(1, 13)))
 
@@ -220,3 +221,52 @@ def test_forward_only_keeps_the_order_of_the_forwards():
         bare = forward_only(schedule)
         assert replace(bare, programs=schedule.programs) == schedule
         assert bare.programs == tuple(tuple(a for a in p if a.op is Op.F) for p in schedule.programs)
+
+
+def most_unsettled(schedule: Schedule) -> int:
+    """The most sends of a rank that nothing has proved received yet, the last ones of a step aside."""
+    most = 0
+    for program in lower(schedule):
+        waiting: set[int] = set()
+        peak = 0
+        for item in program:
+            if isinstance(item, Send):
+                waiting.add(item.number)
+            elif isinstance(item, Done):
+                waiting -= set(item.numbers)
+            elif isinstance(item, Action) and item.op is Op.F:
+                peak = max(peak, len(waiting))
+        most = max(most, peak)
+    return most
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
+def test_sent_tensors_are_let_go_while_the_step_runs(name):
+    """How many wait depends on the ranks, not on the number of micro-batches."""
+    for ranks in (2, 4):
+        few, many = (most_unsettled(make(name, ranks, m)) for m in (8 * ranks, 32 * ranks))
+        assert few == many <= 8 * ranks, (ranks, few, many)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_is_done_was_used(name):
+    """When a rank is told that a send is done, the action that uses it has ended, in whatever time anything takes."""
+    schedule = make(name, 4, 7)
+    told = 0
+    for costs in (Costs(1, 1, 1, 0), Costs(1, 7, 0.1, 3), Costs(5, 0.2, 3, 0.5)):
+        timeline = simulate(schedule, costs)
+        programs = lower(schedule)
+        sends = {item.number: item for program in programs for item in program if isinstance(item, Send)}
+        assert {n for p in programs for i in p if isinstance(i, Done) for n in i.numbers} <= sends.keys()
+        for program in programs:
+            last = None
+            for item in program:
+                last = item if isinstance(item, Action) else last
+                for number in item.numbers if isinstance(item, Done) else ():
+                    made = sends[number].produced
+                    kinds = (Op.F,) if made.op is Op.F else (Op.B, Op.I)
+                    users = [Action(op, sends[number].stage, made.micro_batch) for op in kinds]
+                    assert last is not None
+                    assert any(timeline.end.get(user, math.inf) <= timeline.start[last] for user in users)
+                    told += 1
+    assert told

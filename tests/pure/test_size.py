@@ -11,16 +11,16 @@ import torch
 
 from megatron.config.presets import PRESETS
 from megatron.config.rules import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.size import (
-    ALIGN,
     CHUNK,
     FEWEST_ROWS,
     Slice,
     activation_bytes,
+    activations_of,
     flops_per_iteration,
     flops_per_token,
     forward_flops_per_token,
@@ -100,7 +100,6 @@ def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
     assert memory.weights == sum(held.values())
     assert memory.gradients == sum(buffer.grads.nbytes for buffer in flat)
     assert memory.optimizer == 2 * sum(buffer.grads.nbytes for buffer in flat)  # two moments in fp32
-    assert buffers.ALIGN == ALIGN
     sgd = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16, optimizer="sgd")
     assert sgd.optimizer * 2 == memory.optimizer
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
@@ -191,6 +190,52 @@ def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool)
     kept = activation_bytes(fused, 50257, tp, s, b, True, sequence_parallel, stage)
     assert layers * per_layer - kept == layers * s * b * 5 * a * s / tp
     assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight=3) == 3 * int(layers * per_layer)
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
+def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool) -> None:
+    # arXiv 2205.05198, equation 6 and section 5, for 16 bit: 34 s b h / t, and 2 s b h for what is run again whole.
+    model, s, b, h, a = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 4, 3072, 32
+    stage = StagePart(range(1, 73), False, False)
+
+    def counted(in_flight: int = 1, **memory: object) -> tuple[int, int]:
+        config = MemoryConfig(**memory)  # type: ignore[arg-type]
+        found = activations_of(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight, config)
+        return found.kept, found.passing
+
+    linear, square = s * b * h * (34 / tp if sequence_parallel else 10 + 24 / tp), s * b * 5 * a * s // tp
+    whole, start = int(linear + square), 2 * s * b * h // (tp if sequence_parallel else 1)
+    assert counted() == (72 * whole, 0)
+    assert counted(recompute_granularity="selective") == (72 * (whole - square), square)
+    full = {"recompute_granularity": "full", "recompute_method": "uniform"}
+    assert counted(**full) == (72 * start, whole - start)
+    assert counted(3, **full) == (3 * 72 * start, whole - start)
+    assert counted(**full, recompute_num_layers=5) == (15 * start, 5 * whole - start)
+    assert counted(**full, recompute_num_layers=100) == (start, 72 * whole - start)
+    full["recompute_method"] = "block"
+    assert counted(**full, recompute_num_layers=5) == (5 * start + 67 * whole, whole - start)
+    assert counted(**full, recompute_num_layers=100) == (72 * start, whole - start)
+    if not sequence_parallel:  # the stage's own input came whole from another rank
+        assert counted(**full, recompute_num_layers=72, distribute_saved_activations=True) == (72 * start // tp + start, whole)
+
+
+def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> None:
+    # h = 3072, 16 bit: inputs h, h, h, 4 h and gradients 3 h, h, 4 h, h of the four linear layers.
+    model, stage, tokens = complete(ModelConfig(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
+    memory = MemoryConfig("full", "uniform")
+    found = activations_of(model, 50257, 1, tokens, 1, True, False, stage, 5, memory, split=2)
+    assert found.kept == tokens * 3072 * (3 * 2 + 2 * 32)
+    plain = activations_of(model, 50257, 1, tokens, 1, True, False, stage, 5, split=2)
+    assert plain.kept == 5 * activation_bytes(model, 50257, 1, tokens, 1, True, False, stage)
+
+
+def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
+    model, sizes = complete(PLAIN), dict(tp=1, seq=8, micro_batch=1, bf16=True)
+    first, last, memory = Slice(range(1), True, False), Slice(range(1, 3), False, False), MemoryConfig("full", "block")
+    alone = [memory_per_rank(model, VOCAB, **sizes, stages=[s], memory=memory) for s in (first, last)]  # type: ignore[arg-type]
+    both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], memory=memory)  # type: ignore[arg-type]
+    passing = activations_of(model, VOCAB, 1, 8, 1, True, False, first, 1, memory).passing
+    assert 0 < passing == sum(m.activations for m in alone) - both.activations
 
 
 def test_the_head_is_counted_with_one_chunk_of_logits() -> None:

@@ -42,10 +42,8 @@ def work(fault: str, place: Place, marks: Path) -> None:
     if fault == "known":
         raise Known("in words")
     if fault == "kill":
-        time.sleep(1.0)  # so that the others have heard what it does
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stop":
-        time.sleep(1.0)
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault in ("sleep", "in-collective", "outside"):
         time.sleep(1000.0)

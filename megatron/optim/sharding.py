@@ -1,0 +1,87 @@
+"""A contiguous slice of a flat buffer, as rectangles of the parameters in it. Pure: numbers in, numbers out.
+
+Under the distributed optimizer (ZeRO-1, arXiv 1910.02054) a rank owns elements `low` to `high` of a bucket, wherever
+parameters begin and end. A checkpoint knows only rectangles of named tensors, so that it fits every layout. Of a matrix a
+slice is at most three: the end of a row, whole rows, the beginning of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """start, shape: within the tensor, per dimension. first: its first element, counted in the flattened tensor.
+
+    Its elements follow one another in the flattened tensor, `size` of them from `first`.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    first: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a slice holds of one parameter: elements `low` to `high` of the flattened parameter, which begin at element
+    `place` of the slice. member: the parameter's number in its bucket."""
+
+    member: int
+    low: int
+    high: int
+    place: int
+
+
+def owned(length: int, shards: int, shard: int) -> slice:
+    """The slice of a bucket that rank `shard` of `shards` owns. ValueError when they cannot share it evenly."""
+    if length % shards:
+        raise ValueError(f"{length} elements do not divide over {shards} ranks")
+    share = length // shards
+    return slice(shard * share, (shard + 1) * share)
+
+
+def stretches(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> Iterator[Stretch]:
+    """The parameters that the slice `own` of a bucket touches. sizes: their elements without padding."""
+    for member, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        low, high = max(own.start - offset, 0), min(own.stop - offset, size)
+        if low < high:
+            yield Stretch(member, low, high, offset + low - own.start)
+
+
+def rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[Rectangle]:
+    """Elements `low` to `high` of a flattened tensor of `shape`, as rectangles in their order. ValueError outside it.
+
+    One of a vector, at most three of a matrix, at most 2n - 1 of a tensor of n dimensions.
+    """
+    if not 0 <= low <= high <= prod(shape):
+        raise ValueError(f"elements {low} to {high} of a tensor of shape {shape}")
+    if low == high:
+        return
+    if len(shape) < 2:
+        yield Rectangle((low,) * len(shape), (high - low,) * len(shape), low)
+        return
+    row = prod(shape[1:])
+    begin, end = -(-low // row), high // row  # whole rows, unless the slice lies within one
+    if begin > end:
+        yield from _within(shape, end, low, high)
+        return
+    if low < begin * row:
+        yield from _within(shape, begin - 1, low, begin * row)
+    if begin < end:
+        yield Rectangle((begin, *[0] * (len(shape) - 1)), (end - begin, *shape[1:]), begin * row)
+    if end * row < high:
+        yield from _within(shape, end, end * row, high)
+
+
+def _within(shape: tuple[int, ...], number: int, low: int, high: int) -> Iterator[Rectangle]:
+    """The rectangles of elements that all lie in row `number`."""
+    before = number * prod(shape[1:])
+    for inner in rectangles(shape[1:], low - before, high - before):
+        yield Rectangle((number, *inner.start), (1, *inner.shape), before + inner.first)

@@ -1,0 +1,56 @@
+"""Which parameters lie together in one bucket of flat memory, and where. Pure: sizes in, places out.
+
+A bucket is the unit of communication: its gradients are summed over the data-parallel ranks in one collective, and under
+the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `model/size.py` and
+the buffers of `optim/buffers.py` both read the places off here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+ALIGN = 64  # elements: every parameter and every slice starts on a 256-byte line in fp32
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """members: numbers of parameters, in the order in which they lie. offsets: where each begins, in elements.
+    length: of the bucket in elements, padding included; a multiple of ALIGN times the ranks that share it."""
+
+    members: tuple[int, ...]
+    offsets: tuple[int, ...]
+    length: int
+
+
+def buckets(sizes: Sequence[int], kinds: Sequence[Hashable], limit: int | None = None, shards: int = 1) -> list[Bucket]:
+    """The buckets of a rank's parameters, in the order in which the backward pass completes them.
+
+    sizes: elements of each parameter, in the order of the forward pass. kinds: parameters of different kinds never share a
+    bucket. limit: elements that a bucket should not exceed; a larger parameter has one of its own. shards: ranks that each
+    own a slice of every bucket. Parameters lie in the reverse of the forward order, as their gradients come.
+    """
+    filling: dict[Hashable, list[int]] = {}
+    done: list[list[int]] = []
+    for number in reversed(range(len(sizes))):
+        kind = kinds[number]
+        held = filling.get(kind, [])
+        if held and limit is not None and sum(aligned(sizes[i]) for i in [*held, number]) > limit:
+            done.append(held)
+            held = []
+        filling[kind] = [*held, number]
+    done += filling.values()
+    return [_laid_out(members, sizes, shards) for members in sorted(done, key=lambda members: -members[-1])]
+
+
+def aligned(size: int, step: int = ALIGN) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
+
+
+def _laid_out(members: Sequence[int], sizes: Sequence[int], shards: int) -> Bucket:
+    offsets, length = [], 0
+    for number in members:
+        offsets.append(length)
+        length += aligned(sizes[number])
+    return Bucket(tuple(members), tuple(offsets), aligned(length, ALIGN * shards))

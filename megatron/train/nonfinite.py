@@ -1,0 +1,212 @@
+"""Which value was not finite: what, in which layer and stage, on which rank, from which samples.
+
+A skipped step knows no more than that the norm of the summed gradients was not finite. So its micro-batches are run once
+more, one at a time and without an update: the first module whose output is not finite, else the loss, else the parameter
+whose gradient the backward pass makes first, is the event. What is finite the second time was a fault of the moment, in
+a device or in its memory, and is told as such.
+
+Skipped steps are rare, so the second run costs nothing that counts; other steps pay nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.contract import Batch
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.parallel.spec import spec_of
+from megatron.pipeline.executor import Executor, StepOutput
+
+FORWARD, LOSS, BACKWARD = range(3)
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """Something that was not finite, in the order of a step: what comes first is the cause of the rest.
+
+    phase: FORWARD, LOSS or BACKWARD. depth: the stage, negative in the backward pass. place: which in the stage.
+    """
+
+    micro_batch: int
+    phase: int
+    depth: int
+    place: int
+    rank: int
+    what: str
+    stage: int
+    samples: tuple[int, ...]
+    coordinates: str
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The event. first: what was found first, over all ranks. ranks: how many of `world` found something. again: whether
+    it was found in a second run of the step."""
+
+    first: Finding
+    ranks: int
+    world: int
+    again: bool
+
+    @property
+    def layer(self) -> int | None:
+        """The global number of the layer; None outside the layers."""
+        match = re.search(r"\blayers\.(\d+)\.", self.first.what + ".")
+        return int(match[1]) if match else None
+
+    def __str__(self) -> str:
+        first = self.first
+        layer = "" if self.layer is None else f"layer {self.layer}, "
+        places = f", {self.ranks} of {self.world} ranks saw some" if self.world > 1 else ""
+        moment = "" if self.again else "; a second run of the step was finite, so suspect the device"
+        where = f"{layer}stage {first.stage}, rank {first.rank}{first.coordinates}, samples {spans(first.samples)}"
+        return f"{first.what} is not finite ({where}{places}){moment}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """`3, 5-8` for 3, 5, 6, 7, 8."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
+
+
+class Search:
+    """Looks through one step on this rank; `agree` joins what the ranks found.
+
+    zero: forgets the gradients.
+    """
+
+    def __init__(self, pipeline: Executor, mesh: Mesh, zero: Callable[[], None]) -> None:
+        self.pipeline, self.mesh, self.zero = pipeline, mesh, zero
+        self.stages: Mapping[int, nn.Module] = pipeline.stages  # type: ignore[assignment]  # stages are modules
+        self.found: list[Finding] = []
+
+    def loss(self, output: StepOutput, samples: tuple[int, ...], micro_batch: int = 0) -> None:
+        """Note a loss of this rank that is not finite."""
+        if not math.isfinite(float(output.loss)):
+            stage = max(self.stages)
+            self._note(micro_batch, LOSS, stage, 0, "the loss", stage, samples)
+
+    def gradients(self, samples: tuple[int, ...], micro_batch: int = 0) -> None:
+        """Note the gradient that is not finite and that the backward pass makes first: in the last of the layers."""
+        for stage in sorted(self.stages, reverse=True):
+            for place, parameter in enumerate(reversed(list(self.stages[stage].parameters()))):
+                grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
+                if grad is not None and not finite(grad):
+                    what = f"the gradient of {spec_of(parameter).name}"
+                    self._note(micro_batch, BACKWARD, -stage, place, what, stage, samples)
+                    return
+
+    def again(self, batches: Sequence[Batch]) -> None:
+        """Run the step's micro-batches once more, each alone, and note what is not finite. Collective over a pipeline.
+
+        Leaves no gradients.
+        """
+        objective = self.pipeline.objective
+        # Each with the weight that it had among the others, or a loss scale would overflow elsewhere.
+        self.pipeline.objective = lambda loss, _: objective(loss, len(batches))
+        try:
+            for number, batch in enumerate(batches):
+                samples = samples_of([batch])
+                self.zero()
+                with self._watched(number, samples):
+                    output = self.pipeline.step([batch])
+                self.loss(output, samples, number)
+                self.gradients(samples, number)
+        finally:
+            self.pipeline.objective = objective
+            self.zero()
+
+    @contextmanager
+    def _watched(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
+        """Inside, outputs of modules that are not finite are noted, in the order in which they are made."""
+
+        calls = count()  # the same on all ranks that hold parts of a stage
+
+        def look(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
+            place = next(calls)
+            if isinstance(output, Tensor) and not finite(output):
+                self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage, samples)
+
+        handles = [
+            module.register_forward_hook(partial(look, name, stage))
+            for stage, whole in self.stages.items()
+            for name, module in whole.named_modules()
+            if name
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(
+        self, micro_batch: int, phase: int, depth: int, place: int, what: str, stage: int, samples: tuple[int, ...]
+    ) -> None:
+        mesh = self.mesh
+        axes = [axis for axis in (mesh.dp, mesh.pp, mesh.cp, mesh.tp) if axis.size > 1]
+        coordinates = f": {', '.join(f'{axis.name} {axis.rank}' for axis in axes)}" if axes else ""
+        self.found.append(Finding(micro_batch, phase, depth, place, mesh.rank, what, stage, samples, coordinates))
+
+    def agree(self) -> tuple[Finding | None, int]:
+        """What came first over all ranks, and how many of them found something. Collective."""
+        own = min(self.found, default=None)
+        everywhere = [found for found in gathered(own, self.mesh.world) if found is not None]
+        return min(everywhere, default=None), len(everywhere)
+
+
+def investigate(
+    pipeline: Executor, mesh: Mesh, zero: Callable[[], None], batches: Sequence[Batch], output: StepOutput, *, skipped: bool
+) -> NonFinite | None:
+    """The event behind a step that was skipped, or whose loss alone was not finite. Collective.
+
+    batches, output: the step's, of this rank. A skipped step is run once more, and its gradients are gone afterwards.
+    None where no rank can find anything: nothing is known but that the norm was not finite.
+    """
+    samples = samples_of(batches)
+    before = Search(pipeline, mesh, zero)
+    before.loss(output, samples)
+    if skipped:
+        before.gradients(samples)
+        after = Search(pipeline, mesh, zero)
+        after.again(batches)
+        first, ranks = after.agree()
+        if first is not None:
+            return NonFinite(first, ranks, mesh.world.size, again=True)
+    first, ranks = before.agree()
+    # The weights have moved since a step that was not skipped: a second run would be another step.
+    return None if first is None else NonFinite(first, ranks, mesh.world.size, again=not skipped)
+
+
+def samples_of(batches: Sequence[Batch]) -> tuple[int, ...]:
+    """The numbers of the samples in some micro-batches."""
+    return tuple(number for batch in batches for number in batch.samples.tolist())
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all values are."""
+    return bool(torch.isfinite(x).all())
+
+
+def gathered(value: Finding | None, world: Axis) -> list[Finding | None]:
+    """Every rank's."""
+    if world.group is None:
+        return [value]
+    values: list[Finding | None] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.group)
+    return values

@@ -1,0 +1,64 @@
+"""The rules of the optimizer's layout: silent on a legal run, and each with its own message on an illegal one."""
+
+from __future__ import annotations
+
+import pytest
+from legal_run import problems
+
+from megatron.config import optim_rules
+from megatron.config.optim_rules import OPTIM_RULES
+from megatron.config.rules import RULES
+
+# rule, change to the legal run, the whole message
+CASES: list[tuple[str, str, str]] = [
+    (
+        "param_gather",
+        "--overlap-param-gather",
+        "`--overlap-param-gather` needs `--use-distributed-optimizer`: without it every rank updates all its weights",
+    ),
+    (
+        "param_gather",
+        "--overlap-param-gather --use-distributed-optimizer --compile",
+        "`--overlap-param-gather` cannot go with `--compile`, whose layers do not wait for their weights; leave one out",
+    ),
+    (
+        "adam_kernel",
+        "--adam-kernel foreach --optimizer sgd",
+        "`--adam-kernel foreach` cannot go with `--optimizer sgd`; legal: --optimizer adam",
+    ),
+    ("adam_kernel", "--adam-kernel apex", "`--adam-kernel apex` needs apex, which is not installed; legal: fused, foreach"),
+]
+
+
+@pytest.mark.parametrize(("rule", "change", "message"), CASES)
+def test_each_mistake_has_one_message(monkeypatch: pytest.MonkeyPatch, rule: str, change: str, message: str) -> None:
+    monkeypatch.setattr(optim_rules, "find_spec", lambda name: None)
+    assert problems(change) == [message]
+
+
+def test_every_rule_is_tested_and_in_force() -> None:
+    assert {r.__name__ for r in OPTIM_RULES} == {rule for rule, _, _ in CASES}
+    assert set(OPTIM_RULES) <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--use-distributed-optimizer",
+        "--use-distributed-optimizer --overlap-param-gather",
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1",
+        "--overlap-grad-reduce --compile",
+        "--adam-kernel foreach",
+    ],
+)
+def test_legal_runs(change: str) -> None:
+    assert problems(change) == []
+
+
+def test_installed_apex_is_legal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim_rules, "find_spec", lambda name: name)
+    assert problems("--adam-kernel apex") == []
+
+
+def test_a_bucket_has_elements() -> None:
+    assert problems("--ddp-bucket-size 0") == ["`--ddp-bucket-size 0` must be greater than 0"]

@@ -1,0 +1,79 @@
+"""The rules of number formats and the loss scale: silent on a legal run, and each with its own message on an illegal one."""
+
+from __future__ import annotations
+
+import pytest
+from legal_run import argv, problems
+
+from megatron.config.cli import parse
+from megatron.config.precision_rules import PRECISION_RULES
+from megatron.config.rules import RULES
+
+# rule, change to the legal run, the whole message
+CASES: list[tuple[str, str, str]] = [
+    ("one_format", "--fp16 --bf16", "`--fp16` and `--bf16` exclude each other; give one of them, or none for fp32"),
+    (
+        "scale_range",
+        "--fp16 --initial-loss-scale 2 --min-loss-scale 4",
+        "`--min-loss-scale 4.0` is greater than `--initial-loss-scale 2.0`, where the scale begins; legal: 0 to 2",
+    ),
+    (
+        "dynamic_scale_skips",
+        "--fp16 --on-nonfinite abort",
+        "`--on-nonfinite abort` cannot go with the dynamic loss scale of `--fp16`, which overflows now and then to find its "
+        "size; legal: --on-nonfinite skip with --max-consecutive-skips, or a --loss-scale",
+    ),
+    (
+        "skipped_iterations",
+        "--skip-train-iterations 3 9-7",
+        "`--skip-train-iterations 3 9-7` has '9-7', which is no iteration and no range of iterations; "
+        "legal: numbers and ranges such as 120 300-310, from 1 on",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "change", "message"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_rule_has_its_message(rule: str, change: str, message: str) -> None:
+    assert problems(change) == [message]
+
+
+def test_every_rule_is_tested() -> None:
+    assert {rule.__name__ for rule in PRECISION_RULES} == {case[0] for case in CASES}
+    assert set(PRECISION_RULES) <= set(RULES)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--fp16",
+        "--fp16 --loss-scale 128 --on-nonfinite abort",
+        "--fp16 --loss-scale 0 --hysteresis 4",
+        "--bf16 --on-nonfinite abort",
+        "--loss-scale 8",
+        "--skip-train-iterations 1 5-5 7-900",
+        "--fp16 --loss-scale 4 --min-loss-scale 8 --initial-loss-scale 2",
+    ],
+)
+def test_legal_runs_are_silent(change: str) -> None:
+    assert problems(change) == []
+
+
+def test_one_mistake_is_told_once() -> None:
+    assert problems("--fp16 --initial-loss-scale 0") == ["`--initial-loss-scale 0.0` must be greater than 0"]
+    assert problems("--fp16 --loss-scale -1 --on-nonfinite abort") == ["`--loss-scale -1.0` must be 0 or greater"]
+
+
+def notes(change: str) -> tuple[str, ...]:
+    return parse(argv(change), program="test", files=False).notes
+
+
+def test_settings_of_a_dynamic_scale_that_is_not_there_are_noted() -> None:
+    why = "only --fp16 has a dynamic loss scale"
+    assert notes("--bf16 --initial-loss-scale 65536 --hysteresis 4") == (
+        f"--initial-loss-scale changes nothing: {why}",
+        f"--hysteresis changes nothing: {why}",
+    )
+    assert notes("--fp16 --loss-scale 64 --loss-scale-window 10") == (
+        "--loss-scale-window changes nothing: --loss-scale 64 is constant",
+    )
+    assert notes("--fp16 --initial-loss-scale 65536 --loss-scale-window 500") == ()
