@@ -20,10 +20,10 @@ LOSS_SHARE = 0.7  # the last loss must be below this share of the first
 
 MODEL = "--num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128"
 MODEL += " --attention-dropout 0 --hidden-dropout 0"
-BATCH = "--micro-batch-size 4 --global-batch-size 16 --train-iters 500"
+BATCH = "--micro-batch-size 4 --global-batch-size 16 --train-iters 400"
 MICRO_BATCHES = 4  # of a step: the whole batch goes through one pipeline
 OPTIM = "--lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 40 --weight-decay 0.1 --adam-beta2 0.95"
-PERIODS = "--log-interval 5 --eval-interval 100 --eval-iters 4 --save-interval 250"
+PERIODS = "--log-interval 5 --eval-interval 100 --eval-iters 4 --save-interval 200"
 
 
 class StepError(Exception):
