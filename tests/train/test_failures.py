@@ -114,7 +114,8 @@ FAULTS = {
     "raise": "ValueError: boom on two lines",
     "known": "in words",
     "terminate": "ended by SIGTERM, which other ranks did not get",
-    "in-collective": r"hangs, for 5 s, where \d\.\d\d s was the longest before \(--hang-timeout-seconds\); its main thread is at:",
+    "in-collective": r"hangs, for 5 s, where \d\.\d\d s was the longest before "
+    r"\(--hang-timeout-seconds\); its main thread is at:",
     "stop": r"no sign of life for 3 s: its process is stopped \(SIGSTOP\)",
 }
 
