@@ -15,15 +15,13 @@ took beyond that, from the first rank's start to the last rank's end.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ import ours
 import torch
 from cases import PIPELINES, Case
 from pipelined import CONTENDERS, OUR_SCHEDULES, Pipelined, plan_of
-from train import WARM_UP, Answer, Contest, Failure, Turns, settle, spread, text_of, turn
+from train import WARM_UP, Answer, Contest, Failure, Turns, measure, settle, spread, text_of, turn
 
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Stopwatch
@@ -203,22 +201,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
-    results = []
-    for name in arguments.cases:
-        try:
-            measured = take_turns(PIPELINES[name], arguments.rounds)
-        except Failure as failure:
-            print(f"error: case {name}: {failure}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            return 130
-        results.append({"case": name, **asdict(PIPELINES[name]), **measured})
-        print(table(results[-1]) + "\n", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return measure(PIPELINES, arguments, take_turns, table)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -254,19 +254,29 @@ def main() -> int:
     elsewhere = [name for name in arguments.cases if CASES[name].device == "cuda" and device != "cuda"]
     if elsewhere:
         parser.error(f"these cases need a GPU, and torch sees none: {' '.join(elsewhere)}")
+    return measure(CASES, arguments, take_turns, table)
+
+
+def measure(
+    cases: Mapping[str, Case],
+    arguments: argparse.Namespace,
+    take: Callable[[Case, int], dict[str, Any]],
+    shown: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure the cases that `arguments` names, print each as `shown`, write what --json asks for; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
     results = []
     for name in arguments.cases:
         try:
-            measured = take_turns(CASES[name], arguments.rounds)
+            measured = take(cases[name], arguments.rounds)
         except Failure as failure:
             print(f"error: case {name}: {failure}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             return 130
-        results.append({"case": name, **asdict(CASES[name]), **measured})
-        print(table(results[-1]) + "\n", flush=True)
+        results.append({"case": name, **asdict(cases[name]), **measured})
+        print(shown(results[-1]) + "\n", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -192,3 +192,9 @@ def mismatch(whole: Pieces, part: Pieces) -> float:
         if expected.numel():
             worst = max(worst, float((values - expected).abs().max() / whole[name][1].abs().max().clamp(min=1e-3)))
     return worst
+
+
+def worst(curve: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    """Largest relative difference of two curves' losses and gradient norms."""
+    pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
+    return max(abs(a - b) / abs(b) for a, b in pairs)

@@ -143,8 +143,8 @@ class LayoutConfig:
     distributed_timeout_minutes: float = option(10.0, "a collective that takes longer is a failure")
     hang_timeout_seconds: float = option(
         20.0,
-        "pipeline work of a kind that ran before counts as hanging after this, or three times its longest; "
-        "0: only after --distributed-timeout-minutes",
+        "pipeline work counts as hanging after this, or after three times the longest of its kind so far, the first under "
+        "--compile excepted; 0: only after --distributed-timeout-minutes",
     )
 
 

@@ -18,12 +18,14 @@ class Patience:
     """How long the watch waits, in seconds.
 
     period: between two beats. silent: without a beat, until a rank counts as frozen or lost. hang: the least for a
-    computation. settle: after a communication error or SIGTERM, until the cause of it must have shown.
+    computation. first: for the first of its kind, where that takes longer, as a compiler does; default `hang`. settle:
+    after a communication error or SIGTERM, until the cause of it must have shown.
     """
 
     period: float = 0.5
     silent: float = 10.0
     hang: float = 20.0
+    first: float | None = None
     settle: float = 3.0
 
 
@@ -104,12 +106,12 @@ class Beat:
 class Pace:
     """How long this rank's computations take, by kind, and how long one may take.
 
-    The first of a kind compiles, allocates and connects, so it may take the job's whole timeout and says little about the
-    rest. From then on the limit is three times the longest one, and at least `hang` seconds.
+    The first of a kind may take `first` seconds; it allocates and connects, or compiles, and says little about the rest.
+    From then on the limit is three times the longest one, and at least `hang` seconds; never more than `timeout`.
     """
 
-    def __init__(self, hang: float, timeout: float) -> None:
-        self._hang, self._timeout = hang, timeout
+    def __init__(self, hang: float, timeout: float, first: float | None = None) -> None:
+        self._hang, self._timeout, self._allowed = hang, timeout, hang if first is None else first
         self._first: set[str] = set()
         self._longest: dict[str, float] = {}
 
@@ -129,7 +131,7 @@ class Pace:
 
     def limit(self, kind: str) -> float:
         longest = self._longest.get(kind)
-        return self._timeout if longest is None else min(self._timeout, max(self._hang, 3.0 * longest))
+        return min(self._timeout, self._allowed if longest is None else max(self._hang, 3.0 * longest))
 
 
 @dataclass

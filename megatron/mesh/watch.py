@@ -77,7 +77,7 @@ class LiveWatch(Watch):
     ) -> None:
         self._store, self._place, self._explain, self._keeps_store = store, place, explain, keeps_store
         self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
-        self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout)
+        self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout, self._patience.first)
         self._slate = Slate(self._process)
         self._phase: tuple[float, str, str, What] = (time.monotonic(), WAITING, "", "starting up")
         self._seen_phase: tuple[float, str, str, What] = self._phase

@@ -253,24 +253,6 @@ class Activations:
     passing: int
 
 
-def activation_bytes(
-    model: ModelConfig,
-    vocab: int,
-    tp: int,
-    seq: int,
-    micro_batch: int,
-    bf16: bool,
-    sequence_parallel: bool,
-    stage: Stage | None = None,
-    in_flight: int = 1,
-    memory: MemoryConfig | None = None,
-    cp: int = 1,
-) -> int:
-    """Both kinds together: a stage's activations at their fullest."""
-    found = activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, in_flight, memory, cp)
-    return found.kept + found.passing
-
-
 def activations_of(
     model: ModelConfig,
     vocab: int,

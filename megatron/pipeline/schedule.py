@@ -5,7 +5,8 @@
     program     the ordered actions of one rank
 
 A schedule is generated here, checked, timed and drawn by `simulate.py` and `draw.py`, completed with transfers by `lower.py`
-and run by `executor.py`, which knows none of them by name. To add one: a function here and its row in `SCHEDULES`.
+and run by `executor.py`, which knows none of them by name. To add one: a function here, its row in `SCHEDULES`, and its name in
+`config/schema.py`.
 
 The functions' docstrings compare them by two numbers, for p ranks, m micro-batches and v chunks on each rank, where F, B and W
 are the times of a micro-batch's forward, input gradient and weight gradient on one rank, and communication takes none:

@@ -63,7 +63,8 @@ def start(parsed: Parsed, place: Place, program: str, began: float) -> int:
         return fail(f"error: {error}", 2, first)
     layout = prepared.config.layout
     try:
-        patience = Patience(hang=layout.hang_timeout_seconds or math.inf)
+        hang = layout.hang_timeout_seconds or math.inf
+        patience = Patience(hang=hang, first=math.inf if prepared.config.batch.compile else hang)
         timeout = layout.distributed_timeout_minutes
         with job(place, layout.distributed_backend, timeout, explain=in_words, patience=patience) as started:
             return run_job(prepared, started, began)

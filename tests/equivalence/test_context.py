@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, Setting, dropping, go, gradients, micro_batches, mismatch, start, trajectory
+from reference import GPT2, LLAMA, Setting, dropping, go, gradients, micro_batches, mismatch, start, trajectory, worst
 
 from megatron.config.schema import MemoryConfig, OptimConfig
 from megatron.parallel import ring
@@ -39,11 +39,6 @@ LAYOUTS = {  # world, and what differs from one process
 @cache
 def one_process(setting: Setting, steps: int = STEPS):
     return trajectory(setting, steps)
-
-
-def worst(curve, expected) -> float:
-    pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 CASES = [

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, dropping, go, micro_batches, start, trajectory
+from reference import GPT2, Setting, dropping, go, micro_batches, start, trajectory, worst
 from torch import Tensor, nn
 
 from megatron.config.schema import MemoryConfig, OptimConfig, RunConfig
@@ -125,11 +125,6 @@ def train(setting: Sharing, steps: int):
         early.append(run.optimizer.reduction.started_early)
         late.append(pending)
     return curve, rectangles(run.weights.shards()), weights_of(run), early, late, len(run.optimizer.buffers)
-
-
-def worst(curve, expected) -> float:
-    pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, SEQ, Setting, dropping, gradients, micro_batches, mismatch, start, trajectory
+from reference import GPT2, LLAMA, SEQ, Setting, dropping, gradients, micro_batches, mismatch, start, trajectory, worst
 
 from megatron.config.schema import OptimConfig
 
@@ -38,11 +38,6 @@ MODELS = {
 @cache
 def one_process(name: str):
     return trajectory(MODELS[name], STEPS)
-
-
-def worst(curve, expected) -> float:
-    pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,6 @@ from megatron.model.size import (
     CHUNK,
     FEWEST_ROWS,
     Slice,
-    activation_bytes,
     activations_of,
     flops_per_iteration,
     flops_per_token,
@@ -57,6 +56,12 @@ FORMS = {
     "no norm bias": replace(PLAIN, add_norm_bias=False, kv_channels=10, ffn_hidden_size=40, position_embedding_type="none"),
     "swiglu with biases": replace(PLAIN, activation="swiglu", untie_embeddings_and_output_weights=True),
 }
+
+
+def activation_bytes(*args, **options) -> int:
+    """A stage's activations at their fullest, all together."""
+    found = activations_of(*args, **options)
+    return found.kept + found.passing
 
 
 def complete(model: ModelConfig) -> ModelConfig:

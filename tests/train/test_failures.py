@@ -214,7 +214,8 @@ GONE = replace(HERE, started=HERE.started - 1)  # the number is used again
 
 
 def test_the_limit_of_a_computation():
-    pace = Pace(hang=20.0, timeout=600.0)
+    assert Pace(hang=20.0, timeout=600.0).limit("F") == 20.0
+    pace = Pace(hang=20.0, timeout=600.0, first=1000.0)
     assert pace.limit("F") == 600.0, "the first one compiles"
     pace.record("F", 60.0)
     assert pace.limit("F") == 180.0 and pace.limit("B") == 600.0

@@ -22,7 +22,7 @@ plain, seen = executor.Executor._forward, []
 def forward(self, action, x):
     if os.environ["RANK"] == "1" and action.micro_batch == 2:
         seen.append(action)
-        if len(seen) == 4:
+        if len(seen) == int(os.environ["STEP"]):
             time.sleep(1000) if os.environ["FAULT"] == "hang" else os.kill(os.getpid(), int(os.environ["FAULT"]))
     plain(self, action, x)
 executor.Executor._forward = forward
@@ -46,9 +46,9 @@ def data(tmp_path_factory) -> Path:
     return folder / "corpus_text_document"
 
 
-@pytest.mark.parametrize("fault", ["9", "19", "hang"])
-def test_the_action_is_named(fault, data, tmp_path):
-    """SIGKILL, SIGSTOP, and a stage that never comes back."""
+@pytest.mark.parametrize(("fault", "step"), [("9", "4"), ("19", "4"), ("hang", "4"), ("hang", "1")])
+def test_the_action_is_named(fault, step, data, tmp_path):
+    """SIGKILL, SIGSTOP, and a stage that never comes back, also in the first step."""
     program = tmp_path / "run.py"
     program.write_text(PROGRAM)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -56,7 +56,7 @@ def test_the_action_is_named(fault, data, tmp_path):
     done = subprocess.run(
         [*launch, program, ROOT, *FLAGS.split(), "--data-path", data],
         cwd=ROOT,
-        env={**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "FAULT": fault, "STEP": step, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
