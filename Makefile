@@ -18,6 +18,7 @@ bench: install
 	$(RUN) benchmarks/train.py
 	$(RUN) benchmarks/pipeline.py
 	$(RUN) benchmarks/optimizer.py
+	$(RUN) benchmarks/checkpoint.py
 
 lint: install
 	$(RUN) -m ruff check .

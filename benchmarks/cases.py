@@ -63,6 +63,21 @@ CASES = {
     "gpu-gpt2": Case("GPT-2 small, bf16", Dims(12, 768, 12, 1024, 50257, 32), GPU, device="cuda", steps=20),
     "gpu-345m": Case("GPT-2 345M, bf16", Dims(24, 1024, 16, 1024, 50257, 16), GPU, device="cuda", steps=10),
     "gpu-1.2b": Case("GPT 1.2B, bf16", Dims(40, 1536, 16, 1024, 50257, 8), GPU, device="cuda", steps=5),
+    "gpu-345m-fusion": Case(
+        "GPT-2 345M, bf16, not compiled, 4 micro-batches: gradient accumulation fusion on and off",
+        Dims(24, 1024, 16, 1024, 50257, 8),
+        ("ours-eager", "ours-eager-unfused"),
+        device="cuda",
+        micro_batches=4,
+        steps=5,
+    ),
+    "gpu-345m-adam": Case(
+        "GPT-2 345M, bf16: fused AdamW, foreach AdamW, bf16 gradients",
+        Dims(24, 1024, 16, 1024, 50257, 4),
+        ("ours", "ours-foreach", "ours-bf16-grads"),
+        device="cuda",
+        steps=20,
+    ),
 }
 
 OURS = ("ours-1f1b", "ours-zb-h1", "ours-zb-h2", "ours-zb-v")

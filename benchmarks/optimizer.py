@@ -1,10 +1,14 @@
 """One step's gradients to weights: reduce, clip, update and gather, ours beside torch's, on two ranks.
 
-    python benchmarks/optimizer.py [--ranks 2] [--parameters 20] [--width 1024] [--steps 10]
+    python benchmarks/optimizer.py [--ranks 2] [--parameters 20] [--width 1024] [--rounds 9] [--steps 3]
 
 The model is a row of matrices and vectors whose loss is a weighted sum of their elements: its backward pass does nothing but
-write gradients, so what is measured is what data parallelism and the optimizer add to a backward pass. All contenders start
-from the same weights and see the same gradients; after the timed steps their weights are compared with the first one's.
+write gradients, so what is measured is what data parallelism and the optimizer add to a backward pass: zeroing, sums over the
+ranks and their mean, the norm, clipping, the update, and the weights of the others. All contenders start from the same weights
+and see the same gradients; after the timed steps their weights are compared with the first one's. They take turns, round by
+round and each time another one first, so that a slow minute of the machine falls on all of them: a figure is the median over
+rounds, a ratio the median of the ratios within each round; the ranges are the smallest and the largest. Beside the time on the
+wall stands the processor time of the first rank with all its threads, which other work on the machine disturbs less.
 Bytes are those of weights, gradients, main weights and moments that one rank keeps, as counted in its tensors.
 """
 
@@ -27,29 +31,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron.config.schema import OptimConfig
 from megatron.mesh.grid import Grid
+from megatron.mesh.host_memory import keep_freed_memory
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel.spec import ParamSpec, Part, describe
 
 LR, DECAY, CLIP = 1e-3, 0.01, 1.0
-CONTENDERS = (
-    "ours",
-    "ours, overlapped",
-    "ours, distributed optimizer",
-    "ours, distributed optimizer, overlapped",
-    "torch DDP + AdamW",
-    "torch DDP + ZeroRedundancyOptimizer",
-)
+DDP, ZERO = "torch DDP + AdamW", "torch DDP + ZeroRedundancyOptimizer"
+CONTENDERS = {  # name: whom it is compared with
+    "ours": DDP,
+    "ours, overlapped": DDP,
+    "ours, distributed optimizer": ZERO,
+    "ours, distributed optimizer, overlapped": ZERO,
+    DDP: None,
+    ZERO: None,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """ranks: processes. parameters: matrices `[width, width]`, each with a vector `[width]`. steps: timed ones."""
+    """ranks: processes. parameters: matrices `[width, width]`, each with a vector `[width]`. steps: of a turn."""
 
     ranks: int
     parameters: int
     width: int
+    rounds: int
     steps: int
 
 
@@ -115,55 +122,96 @@ def torchs(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterator[Ten
     return step, kept()
 
 
-def contend(name: str, case: Case, mesh: Mesh) -> tuple[float, int, Tensor]:
-    """Median seconds of a step, bytes this rank keeps, and the weights after the last step."""
-    model = Row(case)
-    sharded = "distributed" in name or "Redundancy" in name
-    if name.startswith("ours"):
-        step, kept = ours(model, mesh, sharded=sharded, overlap="overlapped" in name)
-    else:
-        step, kept = torchs(model, mesh, sharded=sharded)
-    for number in range(2):  # state is made and buckets are counted in the first steps
-        step(number)
-    times = []
-    for number in range(2, 2 + case.steps):
+class Contender:
+    """One of them, ready to take turns; its first steps are behind it, which make state and count buckets."""
+
+    def __init__(self, name: str, case: Case, mesh: Mesh) -> None:
+        self.model, self.done = Row(case), 0
+        sharded = "distributed" in name or name == ZERO
+        if name.startswith("ours"):
+            self.step, kept = ours(self.model, mesh, sharded=sharded, overlap="overlapped" in name)
+        else:
+            self.step, kept = torchs(self.model, mesh, sharded=sharded)
+        self.turn(2)
+        self.held = held_bytes(kept)
+
+    def turn(self, steps: int) -> tuple[float, float]:
+        """Seconds of a step from the first rank's start to the last one's end, and of this rank's processors."""
         dist.barrier()
-        begun = time.perf_counter()
-        step(number)
+        begun = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            self.step(self.done)
+            self.done += 1
         dist.barrier()
-        times.append(time.perf_counter() - begun)
+        return (time.perf_counter() - begun[0]) / steps, (time.process_time() - begun[1]) / steps
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def held_bytes(kept: Iterator[Tensor]) -> int:
+    """Bytes of some tensors; a slice of one that is counted already takes none of its own."""
     elements = {(t.data_ptr(), t.numel()): t for t in kept}
     storages = {t.untyped_storage().data_ptr(): 0 for t in elements.values()}
-    for t in elements.values():  # a slice of a tensor that is counted already takes no bytes of its own
+    for t in elements.values():
         key = t.untyped_storage().data_ptr()
         storages[key] = min(storages[key] + t.nbytes, t.untyped_storage().nbytes())
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return median(times), sum(storages.values()), weights
+    return sum(storages.values())
+
+
+Times = dict[str, list[tuple[float, float]]]
+
+
+def take_turns(contenders: dict[str, Contender], case: Case) -> Times:
+    """What `Contender.turn` says of every contender in every round."""
+    order: list[str] = list(contenders)
+    times: Times = {name: [] for name in contenders}
+    for first in range(case.rounds):
+        first %= len(order)
+        for name in order[first:] + order[:first]:
+            times[name].append(contenders[name].turn(case.steps))
+    return times
+
+
+def report(name: str, times: Times, held: int, apart: float) -> Iterator[str]:
+    """The lines on a contender. held: bytes. apart: the largest difference of its weights from the first one's."""
+    wall, processor = ([1000 * turn[which] for turn in times[name]] for which in (0, 1))
+    yield (
+        f"{name:<40} {median(wall):>7.1f} ms, processor {median(processor):>7.1f} ms {held / 2**20:>7.1f} MiB"
+        f"   weights differ by {apart:.1e}"
+    )
+    against = CONTENDERS[name]
+    if against is not None:
+        pairs = list(zip(times[name], times[against], strict=True))
+        speeds = [[theirs[which] / mine[which] for mine, theirs in pairs] for which in (0, 1)]
+        shown = [f"{median(values):.2f}x ({min(values):.2f} - {max(values):.2f})" for values in speeds]
+        yield f"    the speed of {against}: {shown[0]}; in processor time {shown[1]}"
 
 
 def run(rank: int, case: Case, port: int) -> None:
     """One rank's part."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     torch.set_num_threads(1)
+    keep_freed_memory()  # for all of them: what the model's own tensors cost is not the question
     dist.init_process_group("gloo")
     mesh = Mesh.build(Grid(dp=case.ranks), rank)
-    reference = None
-    for name in CONTENDERS:
-        seconds, held, weights = contend(name, case, mesh)
-        reference = weights if reference is None else reference
-        apart = float((weights - reference).abs().max())
+    contenders = {name: Contender(name, case, mesh) for name in CONTENDERS}
+    times = take_turns(contenders, case)
+    reference = contenders["ours"].weights()
+    for name, contender in contenders.items():
+        apart = float((contender.weights() - reference).abs().max())
         if rank == 0:
-            print(f"{name:<42} {1000 * seconds:>9.1f} ms {held / 2**20:>9.1f} MiB   weights differ by {apart:.1e}", flush=True)
+            print("\n".join(report(name, times, contender.held, apart)), flush=True)
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("ranks", 2), ("parameters", 20), ("width", 1024), ("steps", 10)):
+    for name, default in (("ranks", 2), ("parameters", 20), ("width", 1024), ("rounds", 9), ("steps", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     case = Case(**vars(parser.parse_args()))
     count = case.parameters * (case.width + 1) * case.width
-    print(f"{count:,} parameters in fp32 on {case.ranks} ranks, median of {case.steps} steps from backward pass to weights")
+    print(f"{count:,} parameters in fp32 on {case.ranks} ranks; steps from backward pass to weights, {case.rounds} rounds")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

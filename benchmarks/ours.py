@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from baselines import CLIP, LR, Step, training_step
@@ -40,7 +41,24 @@ def batches_of(case: Case, tokens: Tensor, labels: Tensor) -> list[Batch]:
     return [batch_of(*pair) for pair in zip(tokens.split(rows), labels.split(rows), strict=True)]
 
 
-def config_of(case: Case, schedule: str | None = None) -> RunConfig:
+@dataclass(frozen=True)
+class Options:
+    """What a contender of ours leaves out or adds. eager: layers are not compiled on a GPU, as they are by default.
+
+    fusion: weight gradients added within their products; only in layers that are not compiled. kernel: --adam-kernel.
+    bf16_gradients: accumulated and reduced in bf16 on a GPU.
+    """
+
+    eager: bool = False
+    fusion: bool = True
+    kernel: str = "fused"
+    bf16_gradients: bool = False
+
+
+DEFAULT = Options()
+
+
+def config_of(case: Case, schedule: str | None = None, options: Options = DEFAULT) -> RunConfig:
     """The run that a command line with the same numbers would give. schedule: of the pipeline."""
     dims, gpu = case.dims, case.device == "cuda"
     config = RunConfig(
@@ -64,10 +82,14 @@ def config_of(case: Case, schedule: str | None = None) -> RunConfig:
             micro_batch_size=dims.micro_batch,
             global_batch_size=dims.micro_batch * case.micro_batches * case.dp,
             train_iters=10**6,
-            compile=gpu,
+            compile=gpu and not options.eager,
         ),
-        optim=OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=CLIP),
-        precision=PrecisionConfig(bf16=gpu),
+        optim=OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=CLIP, adam_kernel=options.kernel),
+        precision=PrecisionConfig(
+            bf16=gpu,
+            grad_reduce_in_bf16=gpu and options.bf16_gradients,
+            gradient_accumulation_fusion=options.fusion,
+        ),
     )
     return resolve(config, case.ranks)
 
@@ -81,10 +103,10 @@ def process(case: Case) -> Iterator[Job]:
 
 
 @contextmanager
-def ours(case: Case) -> Iterator[Step]:
+def ours(case: Case, options: Options = DEFAULT) -> Iterator[Step]:
     """The framework whole: its mesh, model, executor and optimizer."""
     with process(case) as started:
-        run = build(config_of(case), started)
+        run = build(config_of(case, options=options), started)
         yield lambda tokens, labels: run.step(batches_of(case, tokens, labels), run.state).lm_loss
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py                                   all cases of the device at hand
     python benchmarks/train.py --cases small dp2 --rounds 9 --json results.json
+    python benchmarks/train.py --cases gpu-345m-fusion gpu-345m-adam         options of ours, on against off
 
 Every contender of a case has processes of its own, so that none gets what another sets up for itself. They take turns, round
 by round, so that a slow minute of the machine falls on all of them; who has no turn waits and computes nothing. A figure is
@@ -40,6 +41,10 @@ from megatron.train.report import peak_tflops
 
 CONTENDERS: dict[str, baselines.Contender] = {
     "ours": ours.ours,
+    "ours-eager": partial(ours.ours, options=ours.Options(eager=True)),
+    "ours-eager-unfused": partial(ours.ours, options=ours.Options(eager=True, fusion=False)),
+    "ours-foreach": partial(ours.ours, options=ours.Options(kernel="foreach")),
+    "ours-bf16-grads": partial(ours.ours, options=ours.Options(bf16_gradients=True)),
     "ours-ddp": ours.ours_in_ddp,
     "transformers-stock": baselines.transformers_stock,
     "transformers": baselines.transformers,
@@ -220,17 +225,17 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def table(result: dict[str, Any]) -> str:
     """What a person reads of one case."""
     case, speeds = CASES[result["case"]], result["tokens_per_second"]
-    peak = result["peak_tflops"]
+    peak, own = result["peak_tflops"], case.contenders[0]  # the one that the others are compared with
     lines = [f"{result['case']}: {case.title} ({result['chip']})"]
-    lines.append(f"  {'':20}{'tokens/s':>10}  {'range':>19}   {'ours is':>8}  {'range':>13}   {'loss':>15}")
+    lines.append(f"  {'':20}{'tokens/s':>10}  {'range':>19}   {own + ' is':>8}  {'range':>13}   {'loss':>15}")
     for name, values in speeds.items():
         middle, low, high = spread(values)
         first, last = result["losses"][name][0], result["losses"][name][-1]
         line = f"  {name:20}{middle:10,.0f}  {f'{low:,.0f} - {high:,.0f}':>19}"
-        if name == "ours":
+        if name == own:
             line += " " * 27
         else:
-            ratio, worst, best = spread([mine / theirs for mine, theirs in zip(speeds["ours"], values, strict=True)])
+            ratio, worst, best = spread([mine / theirs for mine, theirs in zip(speeds[own], values, strict=True)])
             line += f"   {ratio:7.2f}x  {f'{worst:.2f} - {best:.2f}':>13}"
         line += f"   {f'{first:.3f} -> {last:.3f}':>15}"
         if peak is not None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 from megatron.config.batch_size import ramp_sizes
 from megatron.config.cli import Parsed, explain
@@ -94,21 +93,23 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
 
 
 def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
-    from megatron.checkpoint.layout import CheckpointError, check_sizes, find, read_config, read_manifest
+    from megatron.checkpoint.layout import CheckpointError, read_config
+    from megatron.train.resume import find_source
 
     what = say("checkpoint.load", config.checkpoint.load)
     try:
-        directory = find(Path(config.checkpoint.load or "."), config.checkpoint.load_iteration)
-        check_sizes(directory, read_manifest(directory))
-        held = from_json(read_config(directory)).model
+        source = find_source(replace(config.checkpoint, auto_resume=False))
+        if source.directory is None:
+            return []
+        held = from_json(read_config(source.directory)).model
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
         return []
     except ConfigError as error:
         problems.extend(error.problems)
         return []
-    problems.extend(different_model(held, config.model, str(directory)))
-    return [f"checkpoint {directory}: complete"]
+    problems.extend(different_model(held, config.model, str(source.directory)))
+    return [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
 
 
 def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
@@ -220,6 +221,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
         memory=config.memory,
         bucket=config.layout.ddp_bucket_size,
         shards=owners,
+        bf16_gradients=config.precision.grad_reduce_in_bf16,
     )
 
 

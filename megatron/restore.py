@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from megatron.checkpoint.hf import model_config
-from megatron.checkpoint.layout import TOKENIZER, CheckpointError, Manifest, find, read_manifest
+from megatron.checkpoint.layout import CONFIG, MANIFEST, TOKENIZER, CheckpointError, Manifest, check_bytes, find, read_manifest
 from megatron.checkpoint.load import load
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.checkpoint.weights import ModuleWeights
@@ -17,6 +18,7 @@ from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT, build_stages
+from megatron.model.size import parameters
 from megatron.pipeline.inference import Pipeline
 from megatron.pipeline.transfer import Channels
 from megatron.stages import stages_of
@@ -39,9 +41,17 @@ class Opened(Generic[Model]):
 
 
 def open_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer saved in a checkpoint directory, None when there is none. DataError when it is damaged."""
-    folder = directory / TOKENIZER
-    return load_tokenizer(folder) if folder.is_dir() else None
+    """The tokenizer saved in a checkpoint directory, None when there is none.
+
+    CheckpointError when its files are not those that the manifest lists; DataError when they are no tokenizer.
+    """
+    folder, manifest = directory / TOKENIZER, read_manifest(directory)
+    listed = {name for name in manifest.files if name.startswith(f"{TOKENIZER}/")}
+    there = {path.relative_to(directory).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if strange := sorted(there - listed):
+        raise CheckpointError(f"{directory / strange[0]}: {MANIFEST} does not list it; take it away")
+    check_bytes(directory, manifest, sorted(listed))
+    return load_tokenizer(folder) if listed else None
 
 
 def open_model(
@@ -87,6 +97,7 @@ def _stages(
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:
         raise CheckpointError(f"{directory}: it holds no GPT, there is no model.embedding.word.weight")
+    _not_far_larger(directory, manifest, config)
     layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size, pipeline_schedule="1f1b")
     try:
         plan = stages_of(RunConfig(model=config, layout=layout))
@@ -104,3 +115,19 @@ def _stages(
         what = "no model" + (cut if mesh.world.size > 1 else "")
         raise CheckpointError(f"{directory}: its config.json describes {what}: {error}") from error
     return plan.placement, stages
+
+
+def _not_far_larger(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """CheckpointError for a configuration of a model of another order of size, before memory is taken for it.
+
+    A smaller difference is found when the weights are loaded, and then said tensor by tensor.
+    """
+    held = sum(prod(t.shape) for n, t in manifest.tensors.items() if n.startswith("model."))
+    try:
+        asked = parameters(config, config.size("vocab_size"))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its {CONFIG} describes no model: {error}") from error
+    if asked > 2 * held:
+        raise CheckpointError(
+            f"{directory}: its {CONFIG} describes a model of {asked:,} parameters, of which {held:,} are here"
+        )

@@ -37,6 +37,12 @@ def describe(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: in
     for number in range(min(documents, dataset.document_count)):
         begin, end = dataset.documents[number : number + 2].tolist()
         ids = [int(i) for sequence in range(begin, end) for i in dataset[sequence]]
+        wrong = next((n for n, i in enumerate(ids) if tokenizer and not 0 <= i < tokenizer.vocab_size), None)
+        if tokenizer and wrong is not None:
+            raise DataError(
+                f"{dataset.bin_path}, document {number}, token {wrong}: id {ids[wrong]} is outside of the vocabulary of "
+                f"{tokenizer.vocab_size} ids; the data was made with another tokenizer"
+            )
         first.append({"tokens": len(ids), "ids": ids[:64], **({"text": tokenizer.detokenize(ids[:256])} if tokenizer else {})})
     lengths = dataset.lengths
     return dict(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_config, read_manifest
+from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_config, read_manifest, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.names import Family, Row, family_of
 from megatron.checkpoint.storage import TORCH_DTYPES, Entry, Storage, safetensors
@@ -32,11 +32,15 @@ def model_config(directory: Path) -> ModelConfig:
     """The architecture that a checkpoint was saved with. CheckpointError when its config.json does not say."""
     saved = read_config(directory)
     try:
-        return from_json({"model": saved["model"]}).model
+        model = from_json({"model": saved["model"]}).model
     except KeyError as error:
         raise CheckpointError(f"{directory / CONFIG}: it has no section {error}") from error
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    # Tables of the tensors are made from this number, and every layer has one at least.
+    if model.num_layers is not None and model.num_layers > 10 * (have := len(read_manifest(directory).tensors)):
+        raise CheckpointError(f"{directory / CONFIG}: it asks for {model.num_layers:,} layers, and there are {have} tensors")
+    return model
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def export_hf(
     One of our tensors at a time is in memory. CheckpointError when the checkpoint is damaged, or when no family of
     transformers has its architecture: then with everything that stands in the way.
     """
-    config, manifest = model_config(checkpoint), read_manifest(checkpoint)
+    config, manifest = model_config(checkpoint), verify(checkpoint)
     try:
         family = family_of(config)
     except ValueError as error:

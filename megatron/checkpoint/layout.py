@@ -18,22 +18,30 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
+import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from megatron.checkpoint.shards import fault
-from megatron.checkpoint.storage import TORCH_DTYPES, FileRecord, record_of
-from megatron.parallel.spec import Part
+from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
+from megatron.checkpoint.storage import record_of
 
-FORMAT, VERSION = "megatron-checkpoint", 1
+__all__ = [
+    "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "check_bytes", "check_sizes",
+    "directory_name", "find", "iterations", "newest_complete", "others", "path_in", "read_config", "read_json", "read_manifest",
+    "read_state", "read_tracker", "verify",
+]  # fmt: skip
+
 MANIFEST, CONFIG, STATE, TOKENIZER = "manifest.json", "config.json", "state.json", "tokenizer"
 TRACKER = "latest_checkpointed_iteration.txt"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
-DIRECTORY = re.compile(r"iter_(\d{7,})(\.replaced)?")
+DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
+MOST_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
+NONE: Mapping[Path, str] = MappingProxyType({})
 
 
 class CheckpointError(Exception):
@@ -42,107 +50,6 @@ class CheckpointError(Exception):
 
 class NoCheckpoint(CheckpointError):
     """There is none where one was looked for; nothing is damaged."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One rectangle of a tensor: which file holds it, under which key."""
-
-    file: str
-    key: str
-    part: Part
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """One tensor of a checkpoint. dtype: a safetensors code ("F32"). shape: of the whole. pieces: a disjoint cover."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Table of contents of one checkpoint. files: paths relative to its directory, with `/`."""
-
-    iteration: int
-    files: Mapping[str, FileRecord]
-    tensors: Mapping[str, TensorRecord]
-
-    def to_text(self) -> str:
-        """Canonical JSON, with a checksum over itself."""
-        body = {
-            "format": FORMAT,
-            "version": VERSION,
-            "iteration": self.iteration,
-            "files": {name: {"bytes": r.bytes, "sha256": r.sha256} for name, r in sorted(self.files.items())},
-            "tensors": {
-                name: {
-                    "dtype": t.dtype,
-                    "shape": t.shape,
-                    "pieces": [{"file": p.file, "key": p.key, "start": p.part.start, "shape": p.part.shape} for p in t.pieces],
-                }
-                for name, t in sorted(self.tensors.items())
-            },
-        }
-        plain = json.dumps(body, indent=1)
-        return json.dumps({**body, "checksum": hashlib.sha256(plain.encode()).hexdigest()}, indent=1) + "\n"
-
-    @classmethod
-    def from_text(cls, text: str) -> Manifest:
-        """ValueError, KeyError or TypeError when this is no manifest, was damaged, or contradicts itself."""
-        body = json.loads(text)
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise ValueError(f'it does not say "format": "{FORMAT}"')
-        if body.get("version") != VERSION:
-            raise ValueError(f"it has format version {body.get('version')!r}, this program reads {VERSION}")
-        files = {_inside(name): FileRecord(_count(r["bytes"]), _text(r["sha256"])) for name, r in body["files"].items()}
-        tensors = {}
-        for name, record in body["tensors"].items():
-            pieces = tuple(
-                Piece(_inside(p["file"]), _text(p["key"]), Part(_counts(p["start"]), _counts(p["shape"])))
-                for p in record["pieces"]
-            )
-            tensor = TensorRecord(_text(record["dtype"]), _counts(record["shape"]), pieces)
-            if tensor.dtype not in TORCH_DTYPES:
-                raise ValueError(f"{name} has the unknown type {tensor.dtype!r}")
-            if unknown := {p.file for p in pieces} - files.keys():
-                raise ValueError(f"{name} lies in {min(unknown)!r}, which is not listed")
-            if why := fault(tensor.shape, [p.part for p in pieces]):
-                raise ValueError(f"{name}: {why}")
-            tensors[name] = tensor
-        manifest = cls(_count(body["iteration"]), files, tensors)
-        if manifest.to_text() != text:
-            raise ValueError("its checksum does not match: it was damaged or edited")
-        return manifest
-
-
-def _inside(name: object) -> str:
-    """A file name that stays inside the checkpoint; ValueError for every other."""
-    text = _text(name)
-    path = PurePosixPath(text)
-    if not text or path.is_absolute() or ".." in path.parts or "\\" in text or "\0" in text or str(path) != text:
-        raise ValueError(f"the file name {text!r} leads outside the checkpoint")
-    return text
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected a string, got {value!r}")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"expected a count, got {value!r}")
-    return value
-
-
-def _counts(values: object) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise TypeError(f"expected a list of counts, got {values!r}")
-    return tuple(_count(v) for v in values)
 
 
 def directory_name(iteration: int) -> str:
@@ -163,60 +70,86 @@ def iterations(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def path_in(directory: Path, name: str) -> Path:
+    """A regular file of a checkpoint. CheckpointError when it is not there, none, or a link to outside the directory."""
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+        if not real.is_relative_to(directory.resolve()):
+            raise CheckpointError(f"{path}: it is a link that leads outside the checkpoint, to {real}")
+        if not stat.S_ISREG(real.stat().st_mode):
+            raise CheckpointError(f"{path}: it is not a regular file")
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def _bytes(path: Path) -> bytes:
+    """A file that is to be JSON. ValueError when it is too large to be one of ours."""
+    with path.open("rb") as file:
+        raw = file.read(MOST_JSON + 1)
+    if len(raw) > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return raw
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a checkpoint directory. CheckpointError names the file and what is wrong with it."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such directory")
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{directory}: {NO_MANIFEST}")
     try:
-        return Manifest.from_text(path.read_text())
+        return Manifest.from_text(_bytes(path_in(directory, MANIFEST)).decode("utf-8"))
     except KeyError as error:
         raise CheckpointError(f"{path}: not a usable manifest: {error} is missing") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a usable manifest: {error}") from error
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """CheckpointError for the first file that is not there or has another size than the manifest says."""
+    """CheckpointError for the first file that is not there, leads elsewhere, or has another size than the manifest says."""
     for name, record in manifest.files.items():
-        try:
-            size = (directory / name).stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{directory / name}: {error.strerror}") from error
+        size = path_in(directory, name).stat().st_size
         if size != record.bytes:
             raise CheckpointError(f"{directory / name}: {size} bytes, the manifest says {record.bytes}")
-
-
-def verify(directory: Path) -> Manifest:
-    """Compare every byte with the manifest. CheckpointError names the first file that differs or does not belong."""
-    manifest = read_manifest(directory)
-    check_sizes(directory, manifest)
-    for name, record in manifest.files.items():
-        try:
-            same = record_of(directory / name) == record
-        except OSError as error:
-            raise CheckpointError(f"{directory / name}: {error.strerror}") from error
-        if not same:
-            raise CheckpointError(f"{directory / name}: its bytes do not match the manifest's sha256")
     match = DIRECTORY.fullmatch(directory.resolve().name)
     if match and int(match[1]) != manifest.iteration:
         raise CheckpointError(f"{directory / MANIFEST}: it is of iteration {manifest.iteration}")
+
+
+def check_bytes(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Read these files to the end. CheckpointError for the first whose bytes are not those that were written."""
+    for name in names:
+        path = path_in(directory, name)
+        try:
+            same = record_of(path) == manifest.files[name]
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+        if not same:
+            raise CheckpointError(f"{path}: its bytes do not match the manifest's sha256")
+
+
+def verify(directory: Path) -> Manifest:
+    """Compare every byte with the manifest. CheckpointError names the first file that differs. One process reads it all."""
+    manifest = read_manifest(directory)
+    check_sizes(directory, manifest)
+    check_bytes(directory, manifest, manifest.files)
     return manifest
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
     """One of a checkpoint's JSON files, compared with the manifest. CheckpointError names the file."""
-    path = directory / name
     record = read_manifest(directory).files.get(name)
     if record is None:
         raise CheckpointError(f"{directory / MANIFEST}: it lists no {name}")
+    path = path_in(directory, name)
     try:
-        raw = path.read_bytes()
+        raw = _bytes(path)
         if hashlib.sha256(raw).hexdigest() != record.sha256:
             raise CheckpointError(f"{path}: its bytes do not match the manifest's sha256")
-        value = json.loads(raw)
+        value = plain_json(raw)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
@@ -231,19 +164,24 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_state(directory: Path) -> dict[str, dict[str, Any]]:
     """The scalars of every part, by the part's name."""
-    return read_json(directory, STATE)
+    state = read_json(directory, STATE)
+    for part, values in state.items():
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{directory / STATE}: {part}: expected a JSON object")
+    return state
 
 
 def read_tracker(root: Path) -> int | None:
     """The iteration that `root` announces as its latest; None when there is no tracker. CheckpointError for a bad one."""
     path = root / TRACKER
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        text = path.read_text().strip()
+        with path_in(root, TRACKER).open("rb") as file:
+            text = file.read(1000).decode("utf-8").strip()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if not re.fullmatch(r"\d{1,15}", text):
+    if not re.fullmatch(r"[0-9]{1,15}", text):
         raise CheckpointError(f"{path}: expected an iteration number, found {text[:40]!r}. {_present(root)}")
     return int(text)
 
@@ -290,34 +228,54 @@ def find(path: Path, iteration: int | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Newest:
-    """path: the newest whole checkpoint, or None. skipped: one line for each newer one that was passed over."""
+    """path: the newest whole checkpoint, or None. skipped: one line for each newer one that was passed over.
+
+    empty: no checkpoint was ever finished here, so there is nothing to lose.
+    """
 
     path: Path | None
     skipped: tuple[str, ...]
+    empty: bool = False
 
 
-def newest_complete(root: Path) -> Newest:
-    """The newest checkpoint under `root` whose files all have the size that its manifest says.
+def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
+    """The newest checkpoint under `root` that is whole, as far as a glance tells: all sizes, and the bytes of small files.
 
     Newest is the one that the tracker names, or one of a later iteration that was finished after the tracker was written:
     the writer died between the two. Directories of a later iteration that are older than the tracker belong to a run that
-    was wound back, and are passed over.
+    was wound back, and are passed over. damaged: those that are known to be, and why.
     """
     skipped = [f"{path}: a save that was interrupted" for path in sorted(root.glob(".iter_*.tmp"))]
+    present = iterations(root)
     try:
         announced = read_tracker(root)
+        if announced is not None and announced not in present:
+            skipped.append(f"{root / TRACKER}: it names iteration {announced}, which is not there")
     except CheckpointError as error:
         announced = None
         skipped.append(str(error))
-    for number, path in reversed(iterations(root).items()):
+    for number, path in reversed(present.items()):
         try:
-            check_sizes(path, read_manifest(path))
-        except CheckpointError as error:
+            if path in damaged:
+                raise CheckpointError(damaged[path])
+            manifest = read_manifest(path)
+            check_sizes(path, manifest)
+            check_bytes(path, manifest, (name for name in manifest.files if not name.endswith(".safetensors")))
+            later = announced is not None and number > announced
+            if later and (path / MANIFEST).stat().st_mtime_ns < (root / TRACKER).stat().st_mtime_ns:
+                raise CheckpointError(f"{path}: it is older than the latest save, of iteration {announced}")
+        except (CheckpointError, OSError) as error:
             skipped.append(str(error))
             continue
-        later = announced is not None and number > announced
-        if later and (path / MANIFEST).stat().st_mtime_ns < (root / TRACKER).stat().st_mtime_ns:
-            skipped.append(f"{path}: it is older than the latest save, of iteration {announced}")
-            continue
         return Newest(path, tuple(skipped))
-    return Newest(None, tuple(skipped))
+    return Newest(None, tuple(skipped), empty=not present and not os.path.lexists(root / TRACKER))
+
+
+def others(directory: Path) -> str:
+    """What to say to somebody whose choice, `directory`, is damaged: which iterations lie beside it."""
+    match = DIRECTORY.fullmatch(directory.resolve().name)
+    numbers = [n for n in iterations(directory.resolve().parent) if not match or n != int(match[1])]
+    listed = ", ".join(map(str, numbers[-10:]))
+    return (
+        f"Other iterations there: {'..., ' if len(numbers) > 10 else ''}{listed}" if numbers else "No other iteration is there"
+    )

@@ -1,7 +1,8 @@
-"""Load: from any layout into any layout, in place, reading only the bytes that are wanted.
+"""Load: from any layout into any layout, in place.
 
-Each rank finds the saved pieces that its own rectangles touch and reads those slices; no tensor data travels between
-ranks. Everything that can be known to be wrong is found before the first value is changed.
+First every byte is compared with the manifest, each file by one of the ranks. Then each rank finds the saved pieces that
+its own rectangles touch and reads those slices alone; no tensor data travels between ranks. Everything that can be known
+to be wrong is found before the first value is changed.
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import (
+    STATE,
     CheckpointError,
     Manifest,
     Piece,
     TensorRecord,
+    check_bytes,
     check_sizes,
+    path_in,
     read_manifest,
     read_state,
 )
-from megatron.checkpoint.save import together
-from megatron.checkpoint.shards import Copy, copies
+from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
-from megatron.mesh.mesh import Mesh
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable, Part, Shard
 
 SHOWN = 20
@@ -45,20 +50,45 @@ class Loaded:
     unexpected: tuple[str, ...]
 
 
-def load(directory: Path, parts: Mapping[str, Checkpointable], mesh: Mesh | None = None, *, strict: bool = True) -> Loaded:
+def verify_together(directory: Path, world: Axis, watch: Watch | None = None) -> None:
+    """Compare every byte of a checkpoint with its manifest; each file is read by one rank, so they share the work. Collective.
+
+    CheckpointError on all ranks, naming the file, when one of them finds a difference. watch: is told what this rank does.
+    """
+    ranks = range(world.size)
+
+    def mine() -> None:
+        manifest = read_manifest(directory)
+        check_sizes(directory, manifest)
+        names = sorted(manifest.files)
+        readers = assign([manifest.files[name].bytes for name in names], [ranks] * len(names))
+        check_bytes(directory, manifest, (n for n, reader in zip(names, readers, strict=True) if reader == world.rank))
+
+    together(world, mine, watch, f"comparing {directory} with its checksums")
+
+
+def load(
+    directory: Path,
+    parts: Mapping[str, Checkpointable],
+    mesh: Mesh | None = None,
+    *,
+    strict: bool = True,
+    verified: bool = False,
+) -> Loaded:
     """Fill `parts` from one checkpoint directory, as `find` gives it, and hand them their scalars.
 
     Parts of the checkpoint that are not asked for are left alone: {"model": ...} takes the weights only. Values are cast to
     the type of the tensor they go to.
     mesh: of the run, so that what one rank does not ask for another may, and all ranks fail together (collective); without
     one this process is the whole run. strict: missing or unexpected tensors are an error; else they are only reported, and
-    missing ones keep their values.
+    missing ones keep their values. verified: `verify_together` has just been through it, so that it is not done again.
     CheckpointError says what does not fit, with the checkpoint's value and the requested one.
     """
     if mesh is None:
         mesh = Mesh.single()
     world = mesh.world
     manifest, jobs, missing = together(world, lambda: _prepare(directory, parts, strict))
+    state = together(world, lambda: _scalars(directory, parts, strict))
     mine = sorted({f"{prefix}.{s.name}" for prefix, part in parts.items() for s in part.shards()})
     asked = [mine]
     if world.group is not None:
@@ -69,8 +99,10 @@ def load(directory: Path, parts: Mapping[str, Checkpointable], mesh: Mesh | None
     if strict and unexpected:
         hint = "the configuration of this run has no such tensors; compare it with the checkpoint's config.json"
         raise CheckpointError(f"{directory}: {len(unexpected)} unexpected tensors: {first(unexpected)}: {hint}")
+    if not verified:
+        verify_together(directory, world)
     together(world, lambda: _fill(directory, jobs))
-    together(world, lambda: _load_scalars(directory, parts, strict))
+    together(world, lambda: _load_scalars(directory, parts, state))
     return Loaded(manifest.iteration, missing, unexpected)
 
 
@@ -132,7 +164,7 @@ def _fill(directory: Path, jobs: Iterable[Job]) -> None:
         by_file[job.piece.file].append(job)
     with torch.no_grad():
         for name, listed in sorted(by_file.items()):
-            with opened(directory / name) as file:
+            with opened(path_in(directory, name)) as file:
                 keys = set(file.keys())
                 for job in listed:
                     if job.piece.key not in keys:
@@ -140,13 +172,22 @@ def _fill(directory: Path, jobs: Iterable[Job]) -> None:
                     job.target[job.copy.target].copy_(_read(directory / name, file, job))
 
 
-def _load_scalars(directory: Path, parts: Mapping[str, Checkpointable], strict: bool) -> None:
+def _scalars(directory: Path, parts: Mapping[str, Checkpointable], strict: bool) -> dict[str, dict[str, Any]]:
     state = read_state(directory)
+    if lacking := [prefix for prefix in parts if strict and prefix not in state]:
+        raise CheckpointError(f"{directory / STATE}: it has no {first(lacking)}")
+    return state
+
+
+def _load_scalars(directory: Path, parts: Mapping[str, Checkpointable], state: Mapping[str, Mapping[str, Any]]) -> None:
     for prefix, part in parts.items():
-        if prefix in state:
-            part.load_scalars(state[prefix])
-        elif strict:
-            raise CheckpointError(f"{directory}: its state.json has no {prefix!r}")
+        try:
+            if prefix in state:
+                part.load_scalars(state[prefix])
+        except KeyError as error:
+            raise CheckpointError(f"{directory / STATE}: {prefix}: {error} is missing") from error
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError(f"{directory / STATE}: {prefix}: {error}") from error
 
 
 @contextmanager
@@ -171,7 +212,7 @@ def _read(path: Path, file: Any, job: Job) -> Tensor:
 
 
 def read_tensor(directory: Path, manifest: Manifest, name: str) -> Tensor:
-    """One whole tensor, put together from its pieces. CheckpointError as `load`."""
+    """One whole tensor, put together from its pieces. CheckpointError as `load`, but the bytes are not compared."""
     record = manifest.tensors[name]
     whole = torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype])
     _fill(directory, _jobs(record, Part.whole(record.shape), whole))

@@ -7,8 +7,10 @@ rectangle of its own, cut for another layout. Everything about going from any la
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from megatron.parallel.spec import Part
 
 Slices = tuple[slice, ...]
+COMPARED = 1_000_000  # pairs that are compared to name the two that overlap
 
 
 @dataclass(frozen=True)
@@ -55,26 +58,48 @@ def copies(wanted: Part, saved: Sequence[Part]) -> list[Copy]:
 
 
 def fault(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
-    """Why `pieces` are no disjoint cover of a tensor of `shape`; None when they are one."""
+    """Why `pieces` are no disjoint cover of a tensor of `shape`; None when they are one.
+
+    Takes a time in proportion to the pieces, however they lie: the list can come from a hostile file.
+    """
     for piece in pieces:
         if len(piece.start) != len(shape) or len(piece.shape) != len(shape):
             return f"a piece of {len(piece.shape)} dimensions in a tensor of {len(shape)}"
         if any(a < 0 or n < 1 or a + n > whole for a, n, whole in zip(piece.start, piece.shape, shape, strict=True)):
             return f"the piece {piece.shape} at {piece.start} lies outside {shape}"
+    if _corners((p.start, p.shape) for p in pieces) == _corners([((0,) * len(shape), shape)]):
+        return None
     for first, second in _overlapping(pieces):
         return f"the pieces at {first.start} and {second.start} overlap"
     held, whole = sum(prod(p.shape) for p in pieces), prod(shape)
-    if held != whole:
-        return f"the pieces hold {held} of {whole} elements"
-    return None
+    return f"the pieces hold {held} of {whole} elements" if held != whole else "pieces overlap"
+
+
+def _corners(rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[tuple[int, ...], int]:
+    """The corners of rectangles (start, shape), each +1 or -1 by the number of its upper bounds, added up; no zeros.
+
+    In one dimension a piece is a step up where it starts and a step down where it ends, and the steps say how often every
+    place is covered. The same holds in several. So pieces cover a rectangle once, and nothing else, exactly when their sums
+    are its own.
+    """
+    total: Counter[tuple[int, ...]] = Counter()
+    for start, shape in rectangles:
+        for upper in product((0, 1), repeat=len(shape)):
+            corner = tuple(a + n * u for a, n, u in zip(start, shape, upper, strict=True))
+            total[corner] += (-1) ** sum(upper)
+    return {corner: sign for corner, sign in total.items() if sign}
 
 
 def _overlapping(pieces: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
-    """Pairs with an element in common. A sweep along the first dimension, so that a thousand row slices stay cheap."""
+    """Pairs with an element in common, among those that a bounded search compares: a sweep along the first dimension."""
     live: list[Part] = []
+    left = COMPARED
     for piece in sorted(pieces, key=lambda p: p.start):
         if piece.start:
             live = [p for p in live if p.start[0] + p.shape[0] > piece.start[0]]
+        left -= len(live)
+        if left < 0:
+            return
         for other in live:
             if overlap(0, other, piece) is not None:
                 yield other, piece

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,6 +38,7 @@ DTYPES: dict[torch.dtype, str] = {
 TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
 
 CHUNK = 1 << 24
+WORTH_A_THREAD = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,33 @@ class Storage:
         """Create `path` and its parents; no error when it is there."""
         path.mkdir(parents=True, exist_ok=True)
 
+    def free(self, path: Path) -> int | None:
+        """Bytes that may still be written under `path`; None when the file system does not say."""
+        about = os.statvfs(path)
+        return about.f_bavail * about.f_frsize if about.f_blocks else None
+
     def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-        """Write a file and wait until the disk has it."""
+        """Write a file and wait until the disk has it.
+
+        A second thread makes the checksum of a large chunk while this one writes it. Neither holds Python's lock meanwhile.
+        """
         digest, size = hashlib.sha256(), 0
-        with path.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+            hashed: Future[None] | None = None
+            for chunk in _of_size(chunks):
+                if hashed is not None:
+                    hashed.result()
+                hashed = None
+                if len(chunk) < WORTH_A_THREAD:
+                    digest.update(chunk)
+                else:
+                    hashed = hasher.submit(digest.update, chunk)
+                left = chunk
+                while left:
+                    left = left[file.write(left) or 0 :]
                 size += len(chunk)
-            file.flush()
+            if hashed is not None:
+                hashed.result()
             os.fsync(file.fileno())
         return FileRecord(size, digest.hexdigest())
 
@@ -79,11 +100,19 @@ class Storage:
         self.sync(target.parent)
 
     def remove(self, path: Path) -> None:
-        """Delete a file or a whole directory; no error when it is not there."""
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        """Delete a file or a whole directory; no error when it is not there, or when another deletes it as well."""
+        while path.is_dir() and not path.is_symlink():
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def _of_size(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in chunks of at most CHUNK: with both threads at work all the time, and what both need in the cache."""
+    for chunk in chunks:
+        view = memoryview(chunk)
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
 
 
 def record_of(path: Path) -> FileRecord:
@@ -110,15 +139,20 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
+    """As they follow one another in a file: the widest types first, so that every tensor is aligned."""
+    return sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
+
+
 def safetensors(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, one tensor after the other (format: huggingface/safetensors, README).
 
-    Written here, not by the package, because that one wants all tensors in memory at once. The widest types come first,
-    and the header is padded, so that every tensor is aligned. ValueError when `data` gives another shape or type.
+    Written here, not by the package, because that one wants all tensors in memory at once. The header is padded, so
+    that the tensors are aligned (see `in_file_order`). ValueError when `data` gives another shape or type.
     """
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    ordered = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
+    ordered = in_file_order(entries)
     for entry in ordered:
         end = offset + entry.bytes
         header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}

@@ -16,7 +16,6 @@ from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"  # written last into a checkpoint
 
 
@@ -90,7 +89,10 @@ def iterations(root: Path) -> list[int]:
 
 
 def load(c: Case) -> Iterator[Problem]:
-    """--load names a directory with a checkpoint in it, and the wanted iteration is there."""
+    """--load names a directory with a checkpoint in it, and the wanted iteration is there.
+
+    Which one is taken where none is wanted, and whether it is whole, is found out later (train/resume.py).
+    """
     if c["checkpoint.load"] is None:
         return
     root, wanted = Path(c["checkpoint.load"]), c["checkpoint.load_iteration"]
@@ -102,12 +104,11 @@ def load(c: Case) -> Iterator[Problem]:
         return
     try:
         empty, present = next(os.scandir(root), None) is None, iterations(root)
-        latest = (root / TRACKER).read_text(encoding="utf-8").strip() if (root / TRACKER).exists() else None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         yield Problem(what, f"cannot be read: {error}")
         return
     listed = ", ".join(map(str, present[-8:])) or "none"
-    chosen = wanted if wanted is not None else int(latest) if latest is not None and latest.isdecimal() else None
+    finished = [number for number in present if (root / f"iter_{number:07d}" / MANIFEST).exists()]
     if empty:
         yield Problem(what, "is an empty directory" + fresh)
     elif (root / MANIFEST).exists():  # one checkpoint itself
@@ -118,11 +119,12 @@ def load(c: Case) -> Iterator[Problem]:
         yield Problem(say("checkpoint.load_iteration", wanted), f"is not in {root}", listed)
     elif not present:
         yield Problem(what, f"holds no checkpoint: neither {MANIFEST} nor an iter_ directory" + fresh)
-    elif chosen not in present:
-        state = f"has no {TRACKER}" if latest is None else f"is broken: {TRACKER} says `{latest[:40]}`, which is not there"
-        yield Problem(what, f"{state}; choose with --load-iteration", listed)
-    elif not (unfinished := root / f"iter_{chosen:07d}" / MANIFEST).exists():
-        yield Problem(what, f"is not finished: {unfinished} does not exist; choose another with --load-iteration", listed)
+    elif wanted is not None and wanted not in finished:
+        missing = root / f"iter_{wanted:07d}" / MANIFEST
+        legal = ", ".join(map(str, finished[-8:])) or "none"
+        yield Problem(what, f"is not finished: {missing} does not exist; choose another with --load-iteration", legal)
+    elif not finished:
+        yield Problem(what, f"holds no finished checkpoint: none of its iter_ directories has a {MANIFEST}" + fresh)
 
 
 def writable(c: Case) -> Iterator[Problem]:
@@ -145,7 +147,18 @@ def writable(c: Case) -> Iterator[Problem]:
             yield Problem(say(name, c[name]), f"cannot be written: permission denied in {path}")
 
 
-FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, load, writable)
+def stop_file(c: Case) -> Iterator[Problem]:
+    """A stop file can appear, and be removed."""
+    if (name := c["batch.stop_file"]) is None:
+        return
+    path = Path(name).absolute()
+    if path.is_dir():
+        yield Problem(say("batch.stop_file", name), "is a directory, not a file")
+    elif not path.parent.is_dir():
+        yield Problem(say("batch.stop_file", name), f"can never appear: there is no directory {path.parent}")
+
+
+FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, load, writable, stop_file)
 
 
 def check_files(case: Case) -> list[Problem]:

@@ -32,7 +32,6 @@ CHANGES_NOTHING = """
 --use-mcore-models 0 there is one implementation of the layers
 --no-contiguous-buffers-in-local-ddp 0 gradients always lie in contiguous buffers
 --use-contiguous-buffers-in-ddp 0 gradients always lie in contiguous buffers
---no-gradient-accumulation-fusion 0 no fused CUDA extension is used
 --no-masked-softmax-fusion 0 attention is torch's scaled_dot_product_attention
 --use-flash-attn 0 attention is torch's scaled_dot_product_attention, which picks a flash kernel where it can
 --no-bias-gelu-fusion 0 fusion is left to torch; --compile turns it on
@@ -42,7 +41,6 @@ CHANGES_NOTHING = """
 --no-persist-layer-norm 0 there is one LayerNorm
 --no-query-key-layer-scaling 0 scores are never scaled by the layer's number, which cancels out anyway
 --apply-query-key-layer-scaling 0 it cancels out; scores never overflow here
---accumulate-allreduce-grads-in-fp32 0 gradients are always accumulated and reduced in fp32
 --attention-softmax-in-fp32 0 the softmax always accumulates in fp32
 --fp16-lm-cross-entropy 0 the loss is made in fp32 a few tokens at a time, which takes no more memory
 --onnx-safe 1 there is no ONNX path
@@ -58,6 +56,7 @@ CHANGES_NOTHING = """
 --no-load-rng 0 random numbers follow from the seed and the step; no state is kept
 --no-save-rng 0 random numbers follow from the seed and the step; no state is kept
 --exit-on-missing-checkpoint 0 always so: a --load with nothing there is an error
+--exit-signal-handler 0 always so: SIGTERM or SIGUSR1 to any rank saves, and ends the run with status 75
 --no-data-sharding 0 every order of samples is shared by all ranks
 --timing-log-level 1 there are no timers inside a step
 --timing-log-option 1 there are no timers inside a step
@@ -89,10 +88,6 @@ LATER = {
         --embedding-weights-in-fp32 0""",
     "is not available; --recompute-granularity selective is that of core_attn, and full that of whole layers": """
         --recompute-modules *""",
-    "is not available yet; leave it out: checkpoints are written in the foreground": """
-        --async-save 0""",
-    "is not available yet; use --exit-duration-in-mins or --exit-interval": """
-        --exit-signal-handler 0""",
     "is not available: one seed gives the same weights on every data-parallel rank": """
         --data-parallel-random-init 0""",
     "is not available: the only sinks are the console, --metrics-path and --tensorboard-dir": """

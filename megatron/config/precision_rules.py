@@ -11,6 +11,7 @@ from megatron.config.schema import PrecisionConfig
 
 INITIAL, LEAST, CONSTANT = "precision.initial_loss_scale", "precision.min_loss_scale", "precision.loss_scale"
 DYNAMIC = (INITIAL, LEAST, "precision.loss_scale_window", "precision.hysteresis")
+GRADIENTS = "precision.grad_reduce_in_bf16"
 SKIPPED = "batch.skip_train_iterations"
 
 
@@ -23,6 +24,12 @@ def one_format(c: Case) -> Iterator[Problem]:
     """A model computes in one format."""
     if c["precision.fp16"] and c["precision.bf16"]:
         yield Problem(c.say("precision.fp16", "precision.bf16"), "exclude each other; give one of them, or none for fp32")
+
+
+def gradients_in_bf16(c: Case) -> Iterator[Problem]:
+    """Gradients have no fewer digits than the numbers they are made from, and fp16's would overflow."""
+    if c[GRADIENTS] and not c["precision.bf16"]:
+        yield Problem(c.say(GRADIENTS), "needs `--bf16`: only gradients of bfloat16 weights are kept in bfloat16")
 
 
 def scale_range(c: Case) -> Iterator[Problem]:
@@ -46,7 +53,7 @@ def skipped_iterations(c: Case) -> Iterator[Problem]:
         yield Problem(c.say(SKIPPED), str(error), "numbers and ranges such as 120 300-310, from 1 on")
 
 
-PRECISION_RULES: tuple[Rule, ...] = (one_format, scale_range, dynamic_scale_skips, skipped_iterations)
+PRECISION_RULES: tuple[Rule, ...] = (one_format, gradients_in_bf16, scale_range, dynamic_scale_skips, skipped_iterations)
 
 
 def precision_remarks(precision: PrecisionConfig) -> Iterator[str]:

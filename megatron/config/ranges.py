@@ -47,7 +47,7 @@ _ROWS: tuple[tuple[Range, str, str], ...] = (
     (NOT_NEGATIVE, "precision", "loss_scale"),
     (POSITIVE, "precision", "initial_loss_scale min_loss_scale loss_scale_window hysteresis"),
     (POSITIVE, "memory", "recompute_num_layers"),
-    (POSITIVE, "checkpoint", "save_interval keep_last keep_every"),
+    (POSITIVE, "checkpoint", "save_interval save_interval_mins keep_last keep_every"),
     (NOT_NEGATIVE, "checkpoint", "load_iteration"),
     (NOT_NEGATIVE, "eval", "eval_iters"),
     (POSITIVE, "eval", "eval_interval"),

@@ -165,7 +165,10 @@ def read_toml(path: str) -> Reading:
     except UnicodeDecodeError:
         reading.problems.append(Problem(f"`--config {path}`", "is not a text file in UTF-8"))
         return reading
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        reading.problems.append(Problem(f"`{path}`", "is nested too deeply"))
+        return reading
+    except ValueError as error:  # TOMLDecodeError, and a number with too many digits
         reading.problems.append(Problem(f"`{path}`", f"is not valid TOML: {error}"))
         return reading
     for name, table in data.items():

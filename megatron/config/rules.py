@@ -188,10 +188,12 @@ def weight_decay_growth(c: Case) -> Iterator[Problem]:
 def companions(c: Case) -> Iterator[Problem]:
     """Settings that mean nothing without another."""
     needs = {
-        "checkpoint.save": "checkpoint.save_interval",
         "checkpoint.auto_resume": "checkpoint.save",
         "checkpoint.keep_last": "checkpoint.save",
         "checkpoint.keep_every": "checkpoint.save",
+        "checkpoint.save_interval_mins": "checkpoint.save",
+        "checkpoint.async_save": "checkpoint.save",
+        "checkpoint.on_save_error": "checkpoint.save",
         "checkpoint.finetune": "checkpoint.load",
         "checkpoint.load_iteration": "checkpoint.load",
         "checkpoint.use_checkpoint_args": "checkpoint.load",
@@ -199,6 +201,9 @@ def companions(c: Case) -> Iterator[Problem]:
     for name, other in needs.items():
         if c.given(name) and c[other] is None and other not in c.bad:
             yield Problem(c.say(name), f"needs `{by_name()[other].flag}`")
+    intervals = ("checkpoint.save_interval", "checkpoint.save_interval_mins")
+    if c.given("checkpoint.save") and all(c[name] is None and name not in c.bad for name in intervals):
+        yield Problem(c.say("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
 
 
 def schedule_on_resume(c: Case) -> Iterator[Problem]:

@@ -208,7 +208,8 @@ class BatchConfig:
         (), "iterations N and ranges A-B that read their samples and make no update", nargs="*"
     )
     exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this")
-    exit_duration_in_mins: float | None = option(None, "save and exit after this many minutes")
+    exit_duration_in_mins: float | None = option(None, "save and exit before this many minutes have passed")
+    stop_file: str | None = option(None, "save and exit when this file appears, and remove it; default `stop` in --save")
     seed: int = option(1234, "the one seed: weights, sample order and dropout all follow from it")
     loss_average: str = option(
         "token",
@@ -268,7 +269,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats. Main weights, accumulated gradients and optimizer state are always fp32."""
+    """Number formats. Main weights and optimizer state are always fp32."""
 
     bf16: bool = option(False, "compute in bfloat16")
     fp16: bool = option(False, "compute in float16, with a loss scale")
@@ -277,6 +278,16 @@ class PrecisionConfig:
     min_loss_scale: float = option(1.0, "the dynamic loss scale never falls below this")
     loss_scale_window: float = option(1000.0, "updates in a row after which the dynamic loss scale doubles")
     hysteresis: int = option(2, "overflows since the last doubling after which each one halves the dynamic loss scale")
+    grad_reduce_in_bf16: bool = option(
+        False,
+        "of --bf16: accumulate and reduce gradients in bfloat16 too, in half the bytes; default in fp32",
+        values={"--accumulate-allreduce-grads-in-fp32": False},
+    )
+    gradient_accumulation_fusion: bool = option(
+        True,
+        "on a GPU with 16-bit weights, fp32 gradients and uncompiled layers: add weight gradients within their matrix product",
+        off="--no-gradient-accumulation-fusion",
+    )
 
     @property
     def two_bytes(self) -> bool:
@@ -311,9 +322,15 @@ class CheckpointConfig:
 
     save: str | None = option(None, "directory that checkpoints go to")
     save_interval: int | None = option(None, "steps between checkpoints")
+    save_interval_mins: float | None = option(None, "minutes between checkpoints, beside --save-interval or instead of it")
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in host memory, while training goes on")
+    on_save_error: str = option(
+        "stop", "a full or failing disk ends the run, or costs it that checkpoint alone", choices=("stop", "continue")
+    )
     load: str | None = option(None, "directory of checkpoints to start from: SAVE of another run, or one iter_ directory")
     load_iteration: int | None = option(None, "which iteration of --load; default the latest", aliases=("--ckpt-step",))
     auto_resume: bool = option(False, "go on from the newest complete checkpoint of --save, or start fresh and say so")
+    allow_data_change: bool = option(False, "on resume take the training data from the command line, though they changed")
     finetune: bool = option(False, "take only the weights of --load: iteration 0, new optimizer, data from the start")
     no_load_optim: bool = option(False, "start with a new optimizer state")
     no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")

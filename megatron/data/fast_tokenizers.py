@@ -121,17 +121,17 @@ class HuggingFaceTokenizer(FastTokenizer):
         except Exception as error:  # `tokenizers` raises plain Exceptions
             raise DataError(f"{file} is not a tokenizer.json: {error}") from error
         about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
-        assets = {"tokenizer.json": data, **{n: p.read_bytes() for n, p in about.items() if p.is_file()}}
+        assets = {"tokenizer.json": data, **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if p.is_file()}}
         self._config: dict[str, Any] = {}
         for name, place in about.items():
             try:
                 self._config |= json.loads(assets.get(name, b"{}"))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{place} is not a JSON object: {error}") from error
         special: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
             entry = self._config.get(f"{role}_token")
-            number = backend.token_to_id(str(entry["content"] if isinstance(entry, dict) else entry)) if entry else None
+            number = backend.token_to_id(str(entry.get("content") if isinstance(entry, dict) else entry)) if entry else None
             if number is not None:
                 special[role] = number
         ends = [special.get("eos"), *map(backend.token_to_id, USUAL_ENDS)]

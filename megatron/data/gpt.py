@@ -53,7 +53,7 @@ class GPTDataset:
         split: str = "training",
         cache: IndexCache | None = None,
     ) -> None:
-        self.indexed, self.seq_length = indexed, seq_length
+        self.indexed, self.seq_length, self.cache = indexed, seq_length, cache
 
         def build() -> Arrays:
             numbers = np.arange(sequences.start, sequences.stop, dtype=np.int32)
@@ -79,20 +79,31 @@ class GPTDataset:
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
+        self.indexed.check_unchanged()
         cut = int(self.index.shuffle[number])
+        if not 0 <= cut < len(self.index.samples) - 1:
+            raise self._damaged(f"sample {number} starts at cut {cut}")
         (place, start), (last, stop) = self.index.samples[cut].tolist(), self.index.samples[cut + 1].tolist()
+        if not (0 <= place <= last < len(self.index.documents) and start >= 0 and stop >= 0):
+            raise self._damaged(f"sample {number} reaches from {place}, {start} to {last}, {stop}")
         documents = self.index.documents[place : last + 1].tolist()
+        if not (min(documents) >= 0 and max(documents) < len(self.indexed)):
+            raise self._damaged(f"sample {number} reads the sequences {min(documents)} to {max(documents)}")
         tokens = np.empty(self.seq_length + 1, dtype=np.int64)
         filled = 0
         for i, document in enumerate(documents):
             part = self.indexed.get(document, start if i == 0 else 0, stop + 1 if i == last - place else None)
+            if filled + len(part) > len(tokens):
+                raise self._damaged(f"sample {number} has more than {len(tokens)} tokens")
             tokens[filled : filled + len(part)] = part
             filled += len(part)
         if filled != len(tokens):
-            raise DataError(
-                f"{self.indexed.prefix}: its index cache is damaged (sample {number} has {filled} tokens); delete it"
-            )
+            raise self._damaged(f"sample {number} has {filled} tokens")
         return Sample(tokens)
+
+    def _damaged(self, what: str) -> DataError:
+        where = "" if self.cache is None else f" in {self.cache.folder(self.indexed.prefix)}"
+        return DataError(f"{self.indexed.prefix}: its index cache{where} is damaged: {what}; delete it")
 
     def locate(self, number: int, position: int) -> str:
         """Where token `position` of a sample lies, in words: file, document, token."""

@@ -12,13 +12,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,10 @@ class IndexCache:
     def __init__(self, directory: str | None = None, patience: float = 600.0) -> None:
         self.directory, self.patience = directory, patience
 
+    def folder(self, prefix: str) -> Path:
+        """Where the indices of a dataset are."""
+        return Path(self.directory) if self.directory else Path(prefix).parent / "cache"
+
     def get(self, prefix: str, key: dict[str, object], build: Callable[[], Arrays], source: str | None = None) -> Arrays:
         """The arrays that `build` makes for a dataset with these settings: from the cache, or built and put there.
 
@@ -41,7 +44,7 @@ class IndexCache:
         the key, so that a replaced file is noticed.
         """
         log = logging.getLogger(__name__)
-        folder = Path(self.directory) if self.directory else Path(prefix).parent / "cache"
+        folder = self.folder(prefix)
         about: dict[str, object] = {"version": VERSION, **key}
         stamp: dict[str, object] = {}
         if source is not None:
@@ -77,15 +80,20 @@ def digest(value: dict[str, object]) -> str:
 
 
 def load(place: Path) -> Arrays | None:
-    """The arrays in this directory, memory-mapped; None if they are not all there or cannot be read."""
+    """The arrays in this directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
     try:
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
+        # Mapped in any case, so that no header of a file makes this process take memory.
+        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
+        for name, array in arrays.items():
+            if not isinstance(array, np.memmap) or array.shape != shapes[name] or array.dtype.kind not in "iu":
+                return None
         # A memory map holds a file open, which a blend of thousands cannot afford for small arrays.
-        size = sum(math.prod(shape) for shape in about["arrays"].values())
-        mode: Literal["r"] | None = "r" if size > MAP_FROM else None
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode=mode, allow_pickle=False) for name in about["arrays"]}
-        return arrays if {name: list(a.shape) for name, a in arrays.items()} == about["arrays"] else None
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        small = sum(array.size for array in arrays.values()) <= MAP_FROM
+        found: Arrays = {name: np.array(array) for name, array in arrays.items()} if small else {**arrays}
+        return found if len(shapes) == len(about["arrays"]) else None
+    except Exception:  # numpy's readers of zip files and of headers raise many kinds, and all mean the same here
         return None
 
 
@@ -94,7 +102,7 @@ def differs(about: Path, stamp: dict[str, object]) -> bool:
     try:
         then = json.loads(about.read_text(encoding="utf-8"))
         return any(then[name] != value for name, value in stamp.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

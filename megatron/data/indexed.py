@@ -9,11 +9,14 @@ The format is Megatron-LM's memory-mapped one, byte for byte. All numbers are li
     .bin  the tokens of all sequences, one after the other
 
 A document is one sequence, or one per sentence. `PREFIX.meta.json` beside them is ours and optional: it says which
-tokenizer made the tokens.
+tokenizer made the tokens, how many there are, and what the .bin begins and ends with.
+
+Whatever the files hold, opening them ends in a dataset whose every number was checked against the files, or in a DataError.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -42,6 +45,8 @@ CODES: Mapping[int, np.dtype[Any]] = {
 }
 COPY_BYTES = 1 << 24
 MAP_FROM = 1 << 20  # bytes; smaller indices are read
+ENDS = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
+MOST_META = 1 << 24  # bytes of a sidecar
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -69,6 +74,23 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+def ends_digest(path: str) -> str:
+    """A name for the content of a .bin that costs no reading of all: of its size, its beginning and its end."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(ENDS))
+        file.seek(max(0, size - ENDS))
+        digest.update(file.read(ENDS))
+    return digest.hexdigest()
+
+
+def stamp(path: str) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written to: inode, size, time of the last change."""
+    about = os.stat(path)
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
 class IndexedDataset:
     """A dataset on disk, memory-mapped: `dataset[i]` is sequence i, int array `[tokens]`.
 
@@ -80,8 +102,10 @@ class IndexedDataset:
         self.prefix = check_prefix(prefix)
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         try:
+            self.stamp = stamp(self.bin_path)
             self._open()
-        except OSError as error:
+            self._check_sidecar()
+        except (OSError, MemoryError) as error:
             raise DataError(f"cannot read dataset {self.prefix}: {error}") from error
 
     def _open(self) -> None:
@@ -131,8 +155,9 @@ class IndexedDataset:
             if wrong.any():
                 raise self._bad(f"sequence {start + int(wrong.argmax())} does not begin where the one before it ends")
             end = int(ends[-1])
-        if end > have:
-            raise DataError(f"{self.bin_path}: truncated: {have} bytes, its index needs {end}; make the dataset again")
+        if end != have:
+            what = "truncated" if have < end else "not the file of its index"
+            raise DataError(f"{self.bin_path}: {what}: {have} bytes, {self.idx_path} needs {end}; make the dataset again")
         if m < 1 or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
             raise self._bad(f"its documents do not run from sequence 0 to {n}")
         if bool((np.diff(self.documents) < 0).any()):
@@ -142,6 +167,31 @@ class IndexedDataset:
             if end
             else np.empty(0, self.dtype)
         )
+
+    def _check_sidecar(self) -> None:
+        """DataError if the sidecar is of other files than these: one of the three was replaced."""
+        meta = self.meta()
+        here = dict(dtype=self.dtype.name, documents=self.document_count, sequences=len(self), tokens=self.token_count)
+        for name, value in here.items():
+            if meta.get(name, value) != value:
+                raise DataError(
+                    f"{self.prefix}.meta.json: it is of a dataset with {name} {meta[name]!r}, {self.idx_path} has {value}; "
+                    "bring back the files that belong together, or delete it if .bin and .idx do"
+                )
+        if (ends := meta.get("bin_ends_sha256")) is not None and ends != ends_digest(self.bin_path):
+            raise DataError(
+                f"{self.bin_path}: it has other tokens than the file that {self.prefix}.meta.json was written with; "
+                f"bring back the files that belong together, or delete {self.prefix}.meta.json if .bin and .idx do"
+            )
+
+    def check_unchanged(self) -> None:
+        """DataError if the .bin was replaced or written to since it was opened: what is read now is not what was checked."""
+        try:
+            same = stamp(self.bin_path) == self.stamp
+        except OSError as error:
+            raise DataError(f"{self.bin_path}: it is gone while it is being read: {error.strerror}") from error
+        if not same:
+            raise DataError(f"{self.bin_path}: it was changed or replaced while it is being read; start again to read it anew")
 
     def _bad(self, reason: str) -> DataError:
         return DataError(f"{self.idx_path}: {reason}")
@@ -169,11 +219,12 @@ class IndexedDataset:
     def meta(self) -> dict[str, Any]:
         """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
         path = self.prefix + ".meta.json"
-        try:
-            meta = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not os.path.isfile(path):
             return {}
-        except (OSError, ValueError) as error:
+        try:
+            with open(path, encoding="utf-8") as file:
+                meta = json.loads(file.read(MOST_META))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read ({error}); delete it to go on without it") from error
         if not isinstance(meta, dict):
             raise DataError(f"{path}: not a JSON object; delete it to go on without it")
@@ -249,6 +300,7 @@ class IndexedWriter:
                     documents=len(self.documents) - 1,
                     sequences=len(self.lengths),
                     tokens=self.token_count,
+                    bin_ends_sha256=ends_digest(self._temporary[".bin"]),
                 )
                 Path(self._temporary[".meta.json"]).write_text(
                     json.dumps({**meta, **counts}, indent=1) + "\n", encoding="utf-8"

@@ -26,6 +26,9 @@ from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read
 __all__ = ["ByteTokenizer", "NullTokenizer", "Tokenizer", "build_tokenizer", "load_tokenizer"]
 
 
+MOST_EXTRA_IDS = 100_000  # that a saved tokenizer may ask for
+
+
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of the text in UTF-8, 256 ends a document. Needs no file."""
 
@@ -137,7 +140,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     try:
         about = json.loads(read(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MOST_EXTRA_IDS)):
+            raise ValueError("its type, vocab_size or extra_ids is none")
+    except KeyError as error:
+        raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{folder / SAVED} is damaged: {error}") from error
     model = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
     config = TokenizerConfig(

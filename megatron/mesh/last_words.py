@@ -1,23 +1,24 @@
-"""How a process of a job ends after a failure: what it says, its exit status, and whether the error was its own."""
+"""How a process of a job ends after a failure: what it says, its exit status, and whether the error was its own. Pure."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
-
-import torch.distributed as dist
+from pathlib import Path
 
 ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a process that ends with this error."""
+    """The exit status of a process that ends with this error; an error may carry its own as `status`."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else int(getattr(error, "status", 1))
 
 
 def say(text: str) -> None:
@@ -36,12 +37,29 @@ def say(text: str) -> None:
     writer.join(2.0)
 
 
+def tell_launcher(text: str) -> None:
+    """Leave the root cause where torchrun looks for it, so that its own report names it too. Nothing under other launchers.
+
+    The format is that of torch.distributed.elastic's error files. Of a failure only the lines that name it: torchrun shows the
+    file of each rank that it found dead, and one traceback is enough.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    lines = text.strip().splitlines()
+    words = "\n".join([line for line in lines if line.startswith("error: ")] or lines)
+    if path and words:
+        extra = {"py_callstack": words, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}), encoding="utf-8")
+
+
 def is_echo(error: BaseException) -> bool:
     """Whether an error may only show that another rank failed: torch's errors of communication, and their text."""
     cause: BaseException | None = error
     while cause is not None:
         text = str(cause).lower()
-        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and any(e in text for e in ECHOES)):
+        # By its name, because a process can end before it has imported torch.
+        of_torch = any(kind.__name__ == "DistError" for kind in type(cause).__mro__)
+        if of_torch or (isinstance(cause, RuntimeError) and any(echo in text for echo in ECHOES)):
             return True
         cause = cause.__cause__
     return False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,9 @@ from megatron.mesh.beats import Patience
 from megatron.mesh.host_memory import keep_freed_memory
 from megatron.mesh.last_words import status_of
 from megatron.mesh.place import Place
+from megatron.mesh.signals import StopSignals
 from megatron.mesh.store import connect, serves_store
-from megatron.mesh.watch import Explain, LiveWatch, Watch
+from megatron.mesh.watch import Early, Explain, LiveWatch, Watch
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,85 @@ def choose(place: Place, backend: str | None, gpus: int) -> tuple[torch.device, 
     return device, backend or ("nccl" if gpus and enough else "gloo")
 
 
+@dataclass(frozen=True)
+class Guard:
+    """The watch of this process, its connection to the job's store, and what asks it to stop; for one process none of them."""
+
+    watch: Watch = field(default_factory=Watch)
+    store: Any = None
+    timeout: timedelta = timedelta(minutes=10)
+    world_size: int = 1
+    signals: StopSignals = field(default_factory=StopSignals)
+
+    def wait_for_all(self, what: str, tell: Callable[[str], object]) -> None:
+        """Wait until every rank has come here, for as long as it takes; a rank that dies meanwhile is found by the watch.
+
+        tell: gets a line every half minute of waiting. what: the ranks that are missing are still doing.
+        """
+        if self.store is None:
+            return
+        self.watch.waiting(f"waiting for ranks that are still {what}")
+        while self.signals.name is not None:  # before all are here there is nothing to save: the watch ends the job
+            time.sleep(0.05)
+        here, next_line = self.store.add("here", 1), time.monotonic() + 30.0
+        while here < self.world_size:
+            time.sleep(0.05)
+            here = self.store.add("here", 0)
+            if time.monotonic() > next_line:
+                tell(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
+                next_line += 30.0
+
+
+@contextmanager
+def guarded(
+    place: Place,
+    timeout_minutes: float = 10.0,
+    *,
+    explain: Explain = lambda error, where: None,
+    patience: Patience | None = None,
+    signals: StopSignals | None = None,
+    early: Early | None = None,
+) -> Iterator[Guard]:
+    """Have the processes of a job watch one another. No process group is needed for that, so it can begin before there is one.
+
+    An error that leaves the block, and a rank that dies or hangs, ends all of them with one message, and this process does not
+    return. explain: errors that need no traceback, in words; see `watch.Explain`. signals, early: who answers a signal that
+    asks for the end, see `LiveWatch`; by default it ends the job. One process, and a group that is there, are not watched;
+    errors just pass through.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    if place.world_size == 1 or dist.is_initialized():
+        yield Guard(timeout=timeout)
+        return
+    own = signals is None
+    signals = signals or StopSignals()
+    store = connect(place, timeout)
+    watch = LiveWatch(
+        connect(place, timeout, again=True),
+        place,
+        timeout,
+        keeps_store=serves_store(place.rank),
+        patience=patience,
+        explain=explain,
+        signals=signals,
+        early=early,
+    )
+    if own:
+        signals.install()
+    watch.start()
+    signals.watched()
+    try:
+        yield Guard(watch, store, timeout, place.world_size, signals)
+    except BaseException as error:
+        if status_of(error):
+            watch.fail(error)  # and take nothing apart: it could block for ever
+        raise
+    finally:
+        watch.stop()
+        if own:
+            signals.close()
+
+
 @contextmanager
 def job(
     place: Place,
@@ -58,16 +140,15 @@ def job(
     *,
     explain: Explain = lambda error, where: None,
     patience: Patience | None = None,
+    guard: Guard | None = None,
 ) -> Iterator[Job]:
     """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
 
-    The processes watch one another while the job lasts. An error that leaves the block, and a rank that dies or hangs, ends
-    all of them with one message, and this process does not return. explain: errors that need no traceback, in words; see
-    `watch.Explain`. One process, and a group that is there, are not watched; errors just pass through.
+    The processes watch one another while the job lasts, see `guarded`, which has explain and patience. guard: where they do
+    so already.
 
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
     """
-    timeout = timedelta(minutes=timeout_minutes)
     # SLURM may show each task only its own GPU, which is then device 0.
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     shown_alone = place.source == "srun" and gpus == 1 and place.local_size > 1
@@ -78,30 +159,15 @@ def job(
         keep_freed_memory()
         if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
-    if place.world_size == 1 or dist.is_initialized():
-        yield Job(place, device, backend if place.world_size > 1 else None, timeout)
-        return
-    store = connect(place, timeout)
-    watch = LiveWatch(
-        connect(place, timeout, again=True),
-        place,
-        timeout,
-        keeps_store=serves_store(place.rank),
-        patience=patience,
-        explain=explain,
-    )
-    watch.start()
-    try:
+    with nullcontext(guard) if guard else guarded(place, timeout_minutes, explain=explain, patience=patience) as there:
+        if there.store is None:
+            yield Job(place, device, backend if place.world_size > 1 else None, there.timeout)
+            return
         # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
         # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
-        yield Job(place, device, backend, timeout, watch)
-        watch.waiting("the end of the job")
+        ranks = place.world_size
+        dist.init_process_group(backend, store=there.store, rank=place.rank, world_size=ranks, timeout=there.timeout)
+        yield Job(place, device, backend, there.timeout, there.watch)
+        there.watch.waiting("the end of the job")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except BaseException as error:
-        if status_of(error):
-            watch.fail(error)  # and take nothing apart: it could block for ever
-        watch.stop()
-        raise
-    watch.stop()

@@ -5,7 +5,8 @@ its neighbours, and looks for a failure that somebody has published. Only the fi
 that published it speaks. The thread ends the process even while the main thread is blocked inside a collective.
 
 An error of a rank's own work is published at once. An error of communication is mostly the echo of something else, and so is
-a launcher's SIGTERM, so the rank first looks around for a rank that died, froze or failed.
+a launcher's SIGTERM, so the rank first looks around for a rank that died, froze or failed. Where a SIGTERM has no such cause it
+asks the job to stop: a training loop does so at its next step boundary, anything else is ended by the watch.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
-from megatron.mesh.last_words import is_echo, say, status_of
+from megatron.mesh.last_words import is_echo, say, status_of, tell_launcher
 from megatron.mesh.place import Place
+from megatron.mesh.signals import StopSignals
 from megatron.mesh.slate import Slate, forget, left_by
 from megatron.mesh.store import Store, serves_store
 
 What = object  # a phase in words, by its str() or, where it can be called, by its result
 # An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
 Explain = Callable[[BaseException, str], str | None]
+# What a job that a signal ends says, and its exit status, given the signal's name and the rank.
+Early = Callable[[str, int], tuple[str, int]]
 
 COMPUTING, DOING, ALONE, WAITING = "computing", "doing", "alone", "waiting"
+STOPPED = 75  # the exit status of a job that ended on request
 NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
-TERMINATED = 128 + signal.SIGTERM
 
 
 class Watch:
@@ -62,7 +66,9 @@ class Watch:
 class LiveWatch(Watch):
     """The watch of one rank of several. `start`, then the phases, then `stop` or `fail`.
 
-    store: a connection for this watch alone. keeps_store: this process serves it. timeout: of the job.
+    store: a connection for this watch alone. keeps_store: this process serves it. timeout: of the job. signals: what asks this
+    process to stop. early: how the job ends when that is before anybody has said `signals.hold()`; default as any process
+    that a signal ends.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class LiveWatch(Watch):
         keeps_store: bool = False,
         patience: Patience | None = None,
         explain: Explain = lambda error, where: None,
+        signals: StopSignals | None = None,
+        early: Early | None = None,
     ) -> None:
         self._store, self._place, self._explain, self._keeps_store = store, place, explain, keeps_store
         self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
@@ -87,12 +95,12 @@ class LiveWatch(Watch):
         self._others, self._near = others, others[:NEIGHBOURS]
         self._number, self._asking, self._ending = 0, 0, ""
         self._error: BaseException | None = None
-        self._terminated, self._trouble = False, 0.0
+        self._signals, self._early = signals or StopSignals(), early
+        self._asked = self._trouble = 0.0  # seconds since the signal, and since the error
         self._stopping, self._over = threading.Event(), threading.Event()
         self._main = threading.get_ident()
         self._last_round = time.monotonic()
         self._threads: list[threading.Thread] = []
-        self._restore_signals: Callable[[], None] = lambda: None
 
     # What the main thread says: some microseconds each.
 
@@ -117,30 +125,14 @@ class LiveWatch(Watch):
         self._slate.write(in_words(what))
 
     def start(self) -> None:
-        """Begin to watch. Takes SIGTERM over where it has its default effect, and called from the main thread."""
+        """Begin to watch."""
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._take_sigterm()
         self._store.compare_set("failure", "", "-")
         self._threads = [threading.Thread(target=t, name="watch", daemon=True) for t in (self._watch, self._watch_store)]
         for thread in self._threads:
             thread.start()
-
-    def _take_sigterm(self) -> None:
-        """Have the number of the signal written where the thread reads it, even while the main thread is blocked."""
-        before = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
-        if before != -1:
-            signal.set_wakeup_fd(before)
-            return
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
-
-        def restore() -> None:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        self._restore_signals = restore
 
     def stop(self) -> None:
         """The rank's work is done. A rank that serves the store stays until the others are done as well."""
@@ -149,13 +141,13 @@ class LiveWatch(Watch):
         self._nudge()
         for thread in self._threads:
             thread.join()
-        self._restore_signals()
         self._slate.wipe()
         os.close(self._wake)
         os.close(self._waker)
 
     def fail(self, error: BaseException) -> NoReturn:
         """The rank's work ended with an error: find the cause, tell it once, end the process."""
+        self._seen_phase = self._phase  # the thread may not have looked since the phase began
         self._error = error
         self._nudge()
         if threading.current_thread() is threading.main_thread():
@@ -185,7 +177,11 @@ class LiveWatch(Watch):
         """Until the next beat is due, or something happens."""
         ready, _, _ = select.select([self._wake], [], [], self._patience.period)
         if ready:
-            self._terminated |= signal.SIGTERM in os.read(self._wake, 512)
+            os.read(self._wake, 512)
+
+    def _ends_early(self) -> bool:
+        """Whether a signal asks for the end, and nobody but this watch will answer."""
+        return self._signals.name is not None and not self._signals.held
 
     def _finished(self) -> bool:
         """Whether this rank's work is done, which it has said, and nobody needs the store that it may serve."""
@@ -195,7 +191,8 @@ class LiveWatch(Watch):
         return not self._keeps_store or all(peer.beat.ending for peer in self._peers.values())
 
     def _round(self) -> None:
-        troubled = self._terminated or self._error is not None
+        looking = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        troubled = looking or self._error is not None
         everyone = troubled or len(self._peers) < len(self._others)
         passed = self._exchange(self._others if everyone else self._near)
         if self._error is not None and not is_echo(self._error):
@@ -208,7 +205,8 @@ class LiveWatch(Watch):
                 if (verdict := self._verdict(rank, troubled)) is not None:
                     self._tell(f"error: {self._where(rank)}: {verdict}\n")
         if troubled:
-            self._trouble += passed
+            self._asked += passed if looking else 0.0
+            self._trouble += passed if self._error is not None else 0.0
             self._settle()
         elif self._ending == "" and (left := self._left()) is not None and left <= 0:
             self._tell_hang()
@@ -217,16 +215,23 @@ class LiveWatch(Watch):
         return self._peers[rank].verdict(self._patience, self._process, trouble=troubled)
 
     def _settle(self) -> None:
-        """After SIGTERM or an error of communication, when no cause has shown so far."""
-        peers = self._peers.values()
-        # One that never came has told its story before there was a watch.
-        if self._terminated and (len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)):
-            self._leave(TERMINATED)
-        if self._trouble < self._patience.settle:
-            return
-        if self._error is not None:
+        """After a signal or an error of communication, when no cause has shown so far."""
+        peers, patience = self._peers.values(), self._patience
+        if self._error is not None and self._trouble >= patience.settle:
             self._tell(self._story(self._error), status_of(self._error))
-        self._tell(f"error: {self._where()}: ended by SIGTERM, which other ranks did not get\n", TERMINATED)
+        if not self._ends_early():
+            return
+        # One that never came has told its story before there was a watch.
+        alike = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
+        if not alike and self._asked < patience.settle:
+            return
+        name = self._signals.name or ""
+        if self._early is not None:
+            self._tell(*self._early(name, self._place.rank))
+        if not alike:
+            text = f"error: {self._where()}: ended by {name}, which other ranks did not get\n"
+            self._tell(text, 128 + signal.Signals[name])
+        self._leave(128 + signal.Signals[name])
 
     def _exchange(self, ranks: Sequence[int], ending: str | None = None) -> float:
         """Write this rank's beat and read those of `ranks`. Follows a failure. Gives the seconds since the last round."""
@@ -237,7 +242,7 @@ class LiveWatch(Watch):
         self._age = self._age + passed if phase is self._seen_phase else 0.0
         self._seen_phase = phase
         self._number += 1
-        self._ending = ending or ("terminated" if self._terminated else "finished" if self._stopping.is_set() else "")
+        self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
         beat = Beat(self._process, self._number, self._words(), round(self._age, 2), self._left(), self._ending)
         self._asking = self._number
         self._store.set(f"beat {self._place.rank}", beat.to_bytes().decode())
@@ -248,7 +253,7 @@ class LiveWatch(Watch):
             read = Beat.of(data)
             self._peers.setdefault(rank, Peer(read)).heard(read, passed)
         if failure != b"-" and ending is None:
-            self._follow()
+            self._follow(failure)
         return passed
 
     def _left(self) -> float | None:
@@ -307,21 +312,25 @@ class LiveWatch(Watch):
 
     def _tell(self, text: str, status: int = 1) -> NoReturn:
         """Publish a failure and say it; follow another's where one came first. Ends the process."""
-        own = json.dumps({"told by": self._place.rank})
+        own = json.dumps({"told by": self._place.rank, "text": text[:10000], "status": status})
         self._asking = self._number
-        told = self._store.compare_set("failure", "-", own).decode()
+        told = self._store.compare_set("failure", "-", own)
         self._asking = 0
-        if told != own:
-            self._follow()
+        if told.decode() != own:
+            self._follow(told)
         say(text)
+        tell_launcher(text)
         self._outstay()
         self._leave(status)
 
-    def _follow(self) -> NoReturn:
+    def _follow(self, failure: bytes) -> NoReturn:
         """Another rank has told the failure, and ends first."""
+        told = json.loads(failure)
+        tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
         self._exchange([], ending="ended")
         time.sleep(2 * self._patience.period)
-        self._leave(1 if self._error is None else status_of(self._error))
+        stopped = told["status"] == STOPPED
+        self._leave(STOPPED if stopped else 1 if self._error is None else status_of(self._error))
 
     def _outstay(self) -> None:
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
@@ -357,8 +366,8 @@ class LiveWatch(Watch):
 
     def _lost_store(self, why: str) -> NoReturn:
         """Nothing can be agreed on any more: by its number alone, one rank away from the store's host speaks."""
-        if self._terminated or self._ending == "ended":
-            self._end(TERMINATED if self._terminated else 1)
+        if self._signals.name is not None or self._ending == "ended":
+            self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
         if self._error is not None and not is_echo(self._error):
             self._end(status_of(self._error), self._story(self._error))
         hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._place.rank: self._process.host}
@@ -375,6 +384,7 @@ class LiveWatch(Watch):
     def _end(self, status: int, text: str = "") -> NoReturn:
         """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
         say(text)
+        tell_launcher(text)
         self._slate.wipe()
         os._exit(status)
 

@@ -225,17 +225,19 @@ def memory_per_rank(
     cp: int = 1,
     bucket: int | None = None,
     shards: int = 1,
+    bf16_gradients: bool = False,
 ) -> Memory:
     """What one rank holds at its fullest, which owns `stages`; by default one that is the whole model.
 
     in_flight: for each stage the micro-batches that wait for their backward pass; by default one. split: how many of these
     have its first part behind them; by default none. memory: what is run again. A word embedding of several stages is one.
-    bucket: --ddp-bucket-size. shards: ranks that each own a slice of main weights and optimizer state.
+    bucket: --ddp-bucket-size. shards: ranks that each own a slice of main weights and optimizer state. bf16_gradients:
+    --grad-reduce-in-bf16.
     """
     stages = stages or [Slice(range(model.size("num_layers")))]
     own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
     copies = not model.untie_embeddings_and_output_weights and any(s.embedding != s.head for s in stages)
-    how = dict(two_bytes=bf16, optimizer=optimizer, bucket=bucket, shards=shards)
+    how = dict(two_bytes=bf16, optimizer=optimizer, bucket=bucket, shards=shards, bf16_gradients=bf16_gradients)
     state = state_of(model, own.values(), tp, copies=copies, **how)
     counted = [
         activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting, memory, cp, halfway)

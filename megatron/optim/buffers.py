@@ -25,24 +25,26 @@ from megatron.parallel.spec import Part, Shard, spec_of
 
 
 class FlatBuffer:
-    """A bucket of parameters of one kind. Gradients are always accumulated and reduced in fp32.
+    """A bucket of parameters of one kind.
 
     axis: the ranks that own a slice each; alone, a rank owns it all. own: this rank's slice of the bucket.
-    weights: compute dtype `[length]`. grads: fp32 `[length]`. main, own_grads: fp32, of the slice alone; own_grads is a
-    view of grads, and in an fp32 run main one of weights.
+    weights: compute dtype `[length]`. grads: `[length]`, in the dtype that gradients are accumulated and reduced in: fp32, or
+    that of the weights. own_grads: a view of grads, the slice. main: fp32, of the slice; in an fp32 run a view of weights.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bucket: Bucket, axis: Axis) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], bucket: Bucket, axis: Axis, grad_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.parameters, self.bucket, self.axis = list(parameters), bucket, axis
         self.own = owned(bucket.length, axis.size, axis.rank)
         example = self.parameters[0]
         self.weights = torch.zeros(bucket.length, dtype=example.dtype, device=example.device)
-        self.grads = torch.zeros(bucket.length, dtype=torch.float32, device=example.device)
+        self.grads = torch.zeros(bucket.length, dtype=grad_dtype, device=example.device)
         for p, weight, grad in zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True):
             weight.copy_(p.detach())
             p.data = weight
             p.main_grad = grad  # type: ignore[attr-defined]  # for who adds to it without autograd
-            if p.dtype == torch.float32:
+            if p.dtype == grad_dtype:
                 p.grad = grad  # autograd adds to it in place
             else:
                 p.register_post_accumulate_grad_hook(_adder(grad))  # type: ignore[no-untyped-call]
@@ -120,16 +122,19 @@ class Weights:
 
 
 def flat_buffers(
-    parameters: Sequence[nn.Parameter] | Iterator[nn.Parameter], limit: int | None = None, axis: Axis | None = None
+    parameters: Sequence[nn.Parameter] | Iterator[nn.Parameter],
+    limit: int | None = None,
+    axis: Axis | None = None,
+    grad_dtype: torch.dtype = torch.float32,
 ) -> list[FlatBuffer]:
     """Buckets for all parameters, in the order in which the backward pass completes them.
 
     parameters: in the order of the forward pass. limit: elements of a bucket; None: one bucket a kind. axis: the ranks that
-    own a slice of each bucket; None: this one owns all.
+    own a slice of each bucket; None: this one owns all. grad_dtype: of the gradients, fp32 or the parameters' own.
     The copies of a tied matrix have a bucket of their own: it is the same on both stages, and so are the slices.
     """
     held, axis = list(parameters), axis or Axis.alone("dp_cp")
     specs = [spec_of(p) for p in held]
     kinds = [(spec.decay, spec.lr_scale, "embedding" in spec.sum_grad_over) for spec in specs]
     found = buckets([p.numel() for p in held], kinds, limit, axis.size)
-    return [FlatBuffer([held[i] for i in bucket.members], bucket, axis) for bucket in found]
+    return [FlatBuffer([held[i] for i in bucket.members], bucket, axis, grad_dtype) for bucket in found]

@@ -16,18 +16,18 @@ from megatron.parallel.collectives import Pending
 
 
 class Gathering:
-    """The gathers of all buckets' weights. overlap: `publish` returns before they are complete."""
+    """The gathers of all buckets' weights. overlap: `started` returns before they are complete."""
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
         self.buffers, self.overlap = list(buffers), overlap
         self._pending: dict[int, Pending] = {}
 
-    def publish(self) -> None:
-        """Give every rank the new weights. Collective. With overlap, whoever reads weights calls `finish` before."""
-        self.finish()
-        # What the forward pass needs first comes last in the order of the buckets.
-        for number, buffer in reversed(list(enumerate(self.buffers))):
-            self._pending[number] = buffer.start_publish()
+    def start(self, number: int) -> None:
+        """Give every rank the new weights of a bucket, in the same order on all of them. Collective."""
+        self._pending[number] = self.buffers[number].start_publish()
+
+    def started(self) -> None:
+        """All buckets were started. With overlap, whoever reads weights calls `finish` before."""
         if not self.overlap:
             self.finish()
 

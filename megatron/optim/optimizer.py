@@ -1,6 +1,7 @@
 """The update, in named phases: reduce, scale, clip, step, publish.
 
-The arithmetic of the step is a library's (`optim/update.py`), run over the flat main weights: one kernel for each bucket.
+The arithmetic of the step is a library's (`optim/update.py`), run over the flat main weights: one kernel for each bucket,
+which scales and clips the gradient as it reads it. While a bucket is updated, the one before is on its way to the others.
 What this file owns is which gradients are summed over which axis, the norm, and that all ranks take or skip a step together.
 Under the distributed optimizer (ZeRO-1, arXiv 1910.02054) every phase works on this rank's slices of the buckets; without
 it they are the whole buckets, and nothing else differs.
@@ -20,7 +21,7 @@ from megatron.config.schema import OptimConfig
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.optim.gather import Gathering
-from megatron.optim.norm import count_zeros, counted, global_norm
+from megatron.optim.norm import Held, count_zeros, global_norm
 from megatron.optim.reduction import Reduction
 from megatron.optim.update import Update
 from megatron.parallel.collectives import all_reduce
@@ -65,11 +66,12 @@ class Optimizer:
         groups = []
         for buffer in self.buffers:
             main, spec = nn.Parameter(buffer.main), spec_of(buffer.parameters[0])
-            main.grad = buffer.own_grads
             groups.append({"params": [main], "decay": spec.decay, "lr_scale": spec.lr_scale})
         self.update = Update(config, groups)
         sharded = [buffer.axis for buffer in self.buffers[:1] if buffer.axis.size > 1]
         self._counting = [mesh.tp_pp, *sharded]  # axes whose ranks count different elements
+        self._grads = Held.of(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)
+        self._mains = Held.of(self.buffers, [buffer.main for buffer in self.buffers], mesh)
 
     def zero(self, micro_batches: int | None = None) -> None:
         """Forget the gradients of the last step. micro_batches: of the step that begins, for --overlap-grad-reduce."""
@@ -81,21 +83,17 @@ class Optimizer:
         """One update. Collective. scale: what the accumulated gradients are multiplied with before anything else."""
         self.gathering.finish()
         self._reduce()
-        if scale != 1.0:
-            for buffer in self.buffers:
-                buffer.own_grads.mul_(scale)
-        tensors = counted(self.buffers, [b.own_grads for b in self.buffers], self.mesh)
-        norm = float(global_norm(tensors, self._counting))
-        zeros = count_zeros(tensors, self._counting) if self.log_zeros else None
+        norm = float(global_norm(self._grads, self._counting)) * scale
+        zeros = count_zeros(self._grads, self._counting) if self.log_zeros else None
         finite = math.isfinite(norm)
         if finite:
-            self._clip(norm)
-            self.update.step(lr, weight_decay)
-            self.gathering.publish()
-        params_norm = None
-        if self.log_params_norm:
-            mains = counted(self.buffers, [b.main for b in self.buffers], self.mesh)
-            params_norm = float(global_norm(mains, self._counting))
+            self.update.begin(lr=lr, weight_decay=weight_decay, multiplier=scale * self._clipping(norm))
+            # What the forward pass needs first comes last in the order of the buckets.
+            for number in reversed(range(len(self.buffers))):
+                self.update.step(number, self.buffers[number].own_grads.float())  # of 16-bit gradients an fp32 copy
+                self.gathering.start(number)
+            self.gathering.started()
+        params_norm = float(global_norm(self._mains, self._counting)) if self.log_params_norm else None
         return UpdateReport(norm, not finite, zeros, params_norm)
 
     def _reduce(self) -> None:
@@ -125,12 +123,10 @@ class Optimizer:
         for view, total in zip(views, torch.split(flat, [view.numel() for view in views]), strict=True):
             view.copy_(total)
 
-    def _clip(self, norm: float) -> None:
+    def _clipping(self, norm: float) -> float:
+        """What gradients of that norm are multiplied with."""
         limit = self.config.clip_grad
-        coefficient = limit / (norm + CLIP_EPSILON)
-        if limit > 0.0 and coefficient < 1.0:
-            for buffer in self.buffers:
-                buffer.own_grads.mul_(coefficient)
+        return min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0.0 else 1.0
 
     # Checkpoints: moments under the parameters' global names; the step count is one number.
 

@@ -1,8 +1,9 @@
 """Number formats as a value: which one the model computes in, and what its loss is scaled with.
 
     computed with         fp32, bf16 or fp16    weights, activations and their gradients, transfers between stages
-    kept in fp32          always                main weights, accumulated and reduced gradients, moments of the optimizer
-    made in fp32          always                the statistics of norms and softmax, the loss, rotary angles
+    gradients summed in   fp32, or bf16         over micro-batches and ranks; bf16 beside bf16 weights, where asked for
+    kept in fp32          always                main weights, moments of the optimizer
+    made in fp32          always                the statistics of norms and softmax, the loss, rotary angles, norms of gradients
 
 bf16 has fp32's range in half the bytes and needs no loss scale; fp16 has more digits and a narrow range, and needs one
 (arXiv 1710.03740). A constant scale may be asked for with any format, as in Megatron-LM.
@@ -20,16 +21,18 @@ from megatron.optim.scaler import Constant, Dynamic, Scaler
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: what the model's weights and activations are. The rest of a run is fp32."""
+    """compute: what the model's weights and activations are. gradients: what gradients are accumulated and reduced in. The
+    rest of a run is fp32."""
 
     compute: torch.dtype
+    gradients: torch.dtype
     config: PrecisionConfig
 
     @classmethod
     def of(cls, config: PrecisionConfig) -> Precision:
         """From a legal configuration."""
         compute = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
-        return cls(compute, config)
+        return cls(compute, torch.bfloat16 if config.grad_reduce_in_bf16 else torch.float32, config)
 
     def scaler(self) -> Scaler:
         """A new loss scaler at its beginning."""

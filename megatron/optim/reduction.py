@@ -36,7 +36,7 @@ class Reduction:
         if self.overlap:
             for number, buffer in enumerate(self.buffers):
                 for parameter in buffer.parameters:
-                    _report_to(parameter, self._reporter(number))
+                    report_to(parameter, self._reporter(number))
 
     def begin(self, micro_batches: int | None) -> None:
         """A step begins. micro_batches: how many it has; None, not said: nothing starts before `finish`."""
@@ -85,7 +85,7 @@ class Reduction:
         return self._added[number] == each * (self._micro_batches or 0)
 
 
-def _report_to(parameter: nn.Parameter, gradient_added: Callable[[], None]) -> None:
+def report_to(parameter: nn.Parameter, gradient_added: Callable[[], None]) -> None:
     """Call it after each gradient: one that autograd adds, or one that `parallel.spec.accumulate` does."""
     parameter.gradient_added = gradient_added  # type: ignore[attr-defined]
 

@@ -79,8 +79,11 @@ def start_reduce_slices(x: Tensor, axis: Axis) -> Pending:
     """Sum `x` `[n * size]` over the axis, in place: this rank's share of it becomes the sum, the rest nothing to rely on."""
     if axis.size == 1:
         return Pending(None, lambda: x)
-    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce of a copy
+    if _needs_host(x, axis):
         return start_all_reduce(x, axis)
+    if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce of a copy
+        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)
+        return Pending(_All([dist.reduce(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x)
     share = own_slice(x, axis)
     return Pending(_reduce_scatter_into(share, x, group=axis.group, async_op=True), lambda: share)
 
@@ -92,13 +95,16 @@ def start_gather_slices(x: Tensor, axis: Axis) -> Pending:
     if _needs_host(x, axis):
         joining = start_all_gather(own_slice(x, axis), axis)
         return Pending(None, lambda: x.copy_(joining.wait()))
+    if dist.get_backend(axis.group) == "gloo":  # its all-gather takes half as long again as a broadcast from each rank
+        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)
+        return Pending(_All([dist.broadcast(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x)
     return Pending(_gather_into(x, own_slice(x, axis), group=axis.group, async_op=True), lambda: x)
 
 
-class _Shift:
-    """A send and a receive under way."""
+class _All:
+    """Several transfers under way."""
 
-    def __init__(self, works: Sequence[Any], leaving: Tensor) -> None:
+    def __init__(self, works: Sequence[Any], leaving: Tensor | None = None) -> None:
         self._works, self._leaving = works, leaving  # a tensor must live until it has left
 
     def wait(self) -> None:
@@ -116,7 +122,7 @@ def start_shift(x: Tensor, axis: Axis) -> Pending:
     following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     # As one batch: where transfers are worked off in order, no rank may wait for a send before it has posted its receive.
     passing = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, room, before, axis.group)]
-    return Pending(_Shift(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
+    return Pending(_All(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:

@@ -30,7 +30,7 @@ from megatron.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron.parallel.spec import ParamSpec, Part, describe
-from megatron.parallel.weight_grad import WeightWork, linear
+from megatron.parallel.weight_grad import WeightWork, linear, weight_gradient
 
 
 class _ColumnLinears(torch.autograd.Function):
@@ -70,7 +70,8 @@ class _ColumnLinears(torch.autograd.Function):
             return reducing.wait(), *[None] * (4 + 2 * len(grads))
         rows = whole.flatten(0, -2)
         flat = [g.flatten(0, -2) for g in grads]
-        grad_weights = [g.t().matmul(rows) for g in flat]
+        fused = ctx.work is not None and ctx.work.fused
+        grad_weights = [weight_gradient(w, g, rows, fused=fused) for w, g in zip(ctx.weights, flat, strict=True)]
         grad_biases = [None if b is None else g.sum(0) for g, b in zip(flat, ctx.biases, strict=True)]
         return reducing.wait(), None, None, None, None, *grad_weights, *grad_biases
 

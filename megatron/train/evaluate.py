@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,12 +23,24 @@ class Loader(Protocol):
 
 
 def evaluate(
-    pipeline: Executor, loader: Loader, mesh: Mesh, *, steps: int, global_batch_size: int, watch: Watch | None = None
-) -> float:
-    """Mean loss of the tokens that count over `steps` global batches; dropout off, no gradients. Collective."""
+    pipeline: Executor,
+    loader: Loader,
+    mesh: Mesh,
+    *,
+    steps: int,
+    global_batch_size: int,
+    watch: Watch | None = None,
+    give_up: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean loss of the tokens that count over `steps` global batches; dropout off, no gradients. Collective.
+
+    give_up: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
+    """
     loss = tokens = 0.0
     watch = watch or Watch()
     for _ in range(steps):
+        if give_up():
+            return None
         watch.doing("reading held-out data", alone=True)
         batches = loader.next_batches(global_batch_size)
         with torch.no_grad():

@@ -12,12 +12,15 @@ import torch
 
 from megatron.config.batch_size import global_batch_size_at
 from megatron.config.iterations import ranges_of
-from megatron.parallel.collectives import all_reduce
+from megatron.mesh.last_words import tell_launcher
 from megatron.train.errors import TrainingError
 from megatron.train.evaluate import Loader, evaluate
+from megatron.train.progress import Progress
 from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
 from megatron.train.run import Run
+from megatron.train.saving import Saver
 from megatron.train.sinks import Sink
+from megatron.train.stopping import Request, Stopping
 
 
 class Exit(IntEnum):
@@ -33,17 +36,20 @@ class Surroundings:
 
     train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
     that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
-    the whole model. save: writes a checkpoint of the current state. began: when the program started, `time.monotonic()`.
+    the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
+    run's slices. start: the iteration that this slice began after.
     """
 
     train: Loader | None
     valid: Callable[[], Loader] | None
     test: Callable[[], Loader] | None
     sinks: Sequence[Sink]
-    save: Callable[[], None] | None
+    saver: Saver | None
     flops: float
     peak_tflops: float | None
-    began: float
+    stopping: Stopping
+    progress: Progress
+    start: int = 0
 
 
 def train(run: Run, around: Surroundings) -> Exit:
@@ -52,8 +58,10 @@ def train(run: Run, around: Surroundings) -> Exit:
     total = config.batch.train_iters or 0
     saved_at = state.iteration
     left_out = ranges_of(config.batch.skip_train_iterations)
+    request = validate(run, around) if state.evaluation_due and state.iteration < total else Request()
     clock = Clock(run, around)
-    while state.iteration < total and around.train is not None:
+    while request.stop is None and state.iteration < total and around.train is not None:
+        began = time.perf_counter()
         size = global_batch_size_at(config.batch, state.consumed_samples)
         run.job.watch.doing("reading training data", alone=True)
         batches = around.train.next_batches(size)
@@ -64,21 +72,96 @@ def train(run: Run, around: Surroundings) -> Exit:
         advance(run, report)
         tell(run, report, around.sinks)
         clock.after_step(report)
-        iteration = state.iteration
-        if iteration < total and due(iteration, config.eval.eval_interval) and around.valid is not None:
+        iteration, more = state.iteration, state.iteration < total
+        if around.saver is not None:
+            around.saver.check()
+        if run.job.is_main and iteration == around.start + 1:
+            around.progress.moved()
+        save_due = due(iteration, config.checkpoint.save_interval)
+        request = around.stopping.ask(time.perf_counter() - began, save_due=save_due)
+        state.evaluation_due = more and due(iteration, config.eval.eval_interval) and around.valid is not None
+        if state.evaluation_due and request.stop is None:
             with clock.paused():
-                held_out(run, around, around.valid, "validation", f"iteration {iteration}")
-        stopping = iteration < total and stop_asked(run, around.began)
-        if around.save is not None and (stopping or due(iteration, config.checkpoint.save_interval)):
-            run.job.watch.doing("saving a checkpoint")
+                request = validate(run, around, request)
+        if more and request.stop is None and due(iteration, config.batch.exit_interval):
+            request = Request(f"--exit-interval {config.batch.exit_interval}", save=True)
+        if around.saver is not None and (save_due or request.save):
             with clock.paused():
-                around.save()
+                around.saver.save()
+            around.stopping.saved()
             saved_at = iteration
-        if stopping:
-            return Exit.STOPPED
-    if around.save is not None and saved_at != state.iteration:
-        run.job.watch.doing("saving a checkpoint")
-        around.save()
+    if request.stop is not None and (state.iteration < total or around.valid is not None or around.test is not None):
+        return stop(run, around, request)
+    if around.saver is not None and saved_at != state.iteration:
+        around.saver.save()
+    return Exit.FINISHED
+
+
+def stop(run: Run, around: Surroundings, request: Request) -> Exit:
+    """End the slice with one whole checkpoint, and say why. Collective.
+
+    TrainingError where there is none to go on from, or no slice comes any further.
+    """
+    steps = run.state.iteration - around.start
+    where, why = f"stopping after iteration {run.state.iteration}", request.stop or "a request"
+    if around.saver is not None:
+        if steps:
+            settle(run, around.saver)
+        if not steps and (wrong := around.progress.too_short(why)) is not None:
+            write(run, around.progress, idle=around.progress.idle + 1)
+            raise TrainingError(wrong)
+        write(run, around.progress, idle=0 if steps else around.progress.idle + 1)
+    around.stopping.obeyed()
+    if around.saver is None and request.outside and around.train is not None:
+        raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
+    kept = "checkpoint saved" if steps else "nothing new to save"
+    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if around.saver else "there is no --save, so this is the end")
+    for sink in around.sinks:
+        sink.event(text)
+    if around.saver is not None:
+        tell_launcher(text)
+    return Exit.STOPPED
+
+
+def settle(run: Run, saver: Saver) -> None:
+    """Have the state as it is now in a whole checkpoint on the disk, whatever that takes. Collective.
+
+    TrainingError where it cannot be written, also with --on-save-error continue: nothing comes after it.
+    """
+    iteration = run.state.iteration
+    saver.finish()
+    if saver.saved != iteration:
+        saver.save()
+        saver.finish()
+    if saver.saved != iteration:
+        raise TrainingError(f"the last checkpoint, of iteration {iteration}, could not be saved")
+
+
+def write(run: Run, progress: Progress, *, finished: int | None = None, idle: int = 0) -> None:
+    """The first rank's note of how this slice ended."""
+    if run.job.is_main:
+        progress.write(finished=finished, idle=idle)
+
+
+def validate(run: Run, around: Surroundings, request: Request | None = None) -> Request:
+    """The evaluation that is due after this iteration; what was asked for meanwhile. Collective."""
+    if around.valid is None:
+        run.state.evaluation_due = False
+        return request or Request()
+    asked = held_out(run, around, around.valid, "validation", f"iteration {run.state.iteration}")
+    run.state.evaluation_due = asked.stop is not None
+    return asked if asked.stop is not None or request is None else request
+
+
+def final_evaluations(run: Run, around: Surroundings) -> Exit:
+    """Validation and test loss of the finished model. Collective. A stop leaves both to the next start."""
+    draw = f"{run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)}-sample draw"
+    for samples, split in ((around.valid, "validation"), (around.test, "test")):
+        if samples is None:
+            continue
+        request = held_out(run, around, samples, split, f"iteration {run.state.iteration} on {draw} from {split} set")
+        if request.stop is not None:
+            return stop(run, around, request)
     return Exit.FINISHED
 
 
@@ -136,30 +219,40 @@ def advance(run: Run, report: StepReport) -> None:
         )
 
 
-def stop_asked(run: Run, began: float) -> bool:
-    """Whether to save and stop now; all ranks agree."""
-    batch = run.config.batch
-    if due(run.state.iteration, batch.exit_interval):
-        return True
-    if batch.exit_duration_in_mins is None:
-        return False
-    late = time.monotonic() - began > 60.0 * batch.exit_duration_in_mins
-    return bool(all_reduce(torch.tensor(float(late), device=run.job.device), run.mesh.world, "max").item())
+def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], split: str, title: str) -> Request:
+    """Evaluate one split and tell the sinks. Collective. Training goes on as if this had not been.
 
-
-def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], split: str, title: str) -> Evaluation:
-    """Evaluate one split and tell the sinks. Collective. Training goes on as if this had not been."""
+    Gives what was agreed last; with a stop the evaluation was given up, and nothing is told.
+    """
     size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
     run.job.watch.doing(f"opening the {split} data", alone=True)
-    loader = samples()
+    loader, asked = samples(), Request()
+
+    def give_up() -> bool:
+        nonlocal asked
+        asked = around.stopping.ask()
+        return asked.stop is not None
+
     try:
-        loss = evaluate(run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size, watch=run.job.watch)
+        loss = evaluate(
+            run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size, watch=run.job.watch, give_up=give_up
+        )
     finally:
         loader.close()
-    result = Evaluation(run.state.iteration, split, loss, run.state.consumed_samples)
-    for sink in around.sinks:
-        sink.evaluation(result, title)
-    return result
+    if loss is not None:
+        result = Evaluation(run.state.iteration, split, loss, run.state.consumed_samples)
+        for sink in around.sinks:
+            sink.evaluation(result, title)
+    return asked
+
+
+def finish(run: Run, around: Surroundings) -> None:
+    """The run is at its end, and remembers that. Collective."""
+    if around.saver is None or around.train is None:
+        return
+    if run.state.iteration > around.start:
+        settle(run, around.saver)
+    write(run, around.progress, finished=run.state.iteration)
 
 
 class Clock:

@@ -6,6 +6,7 @@ What can be wrong with them is found before any process group forms, and said on
 from __future__ import annotations
 
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.save import save
-from megatron.config.cli import Parsed, explain, to_json
+from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.batch import GPTBatches
@@ -27,17 +29,24 @@ from megatron.data.loader import Loader
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
 from megatron.mesh.beats import Patience
-from megatron.mesh.launch import Job, job
+from megatron.mesh.last_words import tell_launcher
+from megatron.mesh.launch import Job, guarded, job
 from megatron.mesh.place import Place
+from megatron.mesh.signals import StopSignals
+from megatron.mesh.watch import Watch
 from megatron.model.size import flops_per_token, padded_vocabulary
+from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
-from megatron.train.errors import TrainingError
-from megatron.train.loop import Exit, Surroundings, held_out, train
+from megatron.train.errors import Refused, TrainingError
+from megatron.train.loop import Exit, Surroundings, final_evaluations, finish, train
 from megatron.train.pipeline_profile import ProfiledStep
+from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
-from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore
+from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore, settle
 from megatron.train.run import Run, build, grid_of, sample_counts
+from megatron.train.saving import Saver
 from megatron.train.sinks import open_sinks
+from megatron.train.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -52,37 +61,40 @@ class Prepared:
     batches: GPTBatches
 
 
-def start(parsed: Parsed, place: Place, program: str, began: float) -> int:
-    """Prepare, then run the job; the exit status of the contract. began: of the program, `time.monotonic()`."""
-    first = place.rank == 0
+def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
+    """Prepare, then run the job; the exit status of the contract.
+
+    began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until the ranks have joined.
+    """
+    layout = parsed.config.layout
+    hang = layout.hang_timeout_seconds or math.inf
+    patience = Patience(hang=hang, first=math.inf if parsed.config.batch.compile else hang)
+    timeout = layout.distributed_timeout_minutes
     try:
-        prepared = prepare(parsed)
-    except ConfigError as error:
-        explain(error, program, place.rank)
-    except (DataError, CheckpointError) as error:
-        return fail(f"error: {error}", 2, first)
-    layout = prepared.config.layout
-    try:
-        hang = layout.hang_timeout_seconds or math.inf
-        patience = Patience(hang=hang, first=math.inf if prepared.config.batch.compile else hang)
-        timeout = layout.distributed_timeout_minutes
-        with job(place, layout.distributed_backend, timeout, explain=in_words, patience=patience) as started:
-            return run_job(prepared, started, began)
+        with guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard:
+            prepared = prepare(parsed, guard.watch)
+            guard.wait_for_all("preparing their data", partial(say, sys.stdout if place.rank == 0 else None))
+            with job(place, layout.distributed_backend, timeout, guard=guard) as started:
+                signals.hold()
+                return run_job(prepared, started, began, signals, early.progress)
     except KeyboardInterrupt:
-        return fail("interrupted", 130, first)
+        return fail("interrupted", 130, place.rank == 0)
+    except Refused as error:
+        tell_launcher(f"error: {error}")
+        return fail(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another
-        where = f"rank {place.rank}"
+        where = f"rank {place.rank} on host {os.uname().nodename}"
         words = in_words(error, where)
-        return fail(
-            f"error: {words}" if words else f"{traceback.format_exc()}error: {where}: {type(error).__name__}: {error}", 1
-        )
+        text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
+        tell_launcher(text)
+        return fail(text if words else traceback.format_exc() + text, 1)
 
 
 def in_words(error: BaseException, where: str) -> str | None:
     """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
     if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
         return str(error)
-    return f"{where}: {error}" if isinstance(error, DataError) else None
+    return f"{where}: {error}" if isinstance(error, DataError | Refused) else None
 
 
 def fail(message: str, status: int, speak: bool = True) -> int:
@@ -92,60 +104,88 @@ def fail(message: str, status: int, speak: bool = True) -> int:
     return status
 
 
-def prepare(parsed: Parsed) -> Prepared:
-    """Tokenizer, checkpoint to start from, datasets. ConfigError, DataError or CheckpointError says what is wrong."""
-    config = parsed.config
-    tokenizer = build_tokenizer(config.tokenizer)
-    config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-    source = find_source(config.checkpoint)
-    check_source(source, config)
-    batches = GPTBatches.of(config.data, tokenizer.vocab_size, tokenizer.special.get("eod"))
-    datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer)
+def prepare(parsed: Parsed, watch: Watch) -> Prepared:
+    """Tokenizer, checkpoint to start from, datasets. Refused says what is wrong with one of them."""
+    try:
+        config = parsed.config
+        watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
+        tokenizer = build_tokenizer(config.tokenizer)
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        watch.waiting("looking for a checkpoint")
+        source = find_source(config.checkpoint)
+        check_source(source, config)
+        watch.waiting("building the datasets")
+        batches = GPTBatches.of(config.data, tokenizer.vocab_size, tokenizer.special.get("eod"))
+        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer)
+    except ConfigError as error:
+        raise Refused("\nerror: ".join(map(str, error.problems))) from error
+    except (DataError, CheckpointError) as error:
+        raise Refused(str(error)) from error
     if datasets[0] is None and not config.eval.skip_train:
-        raise DataError(
+        raise Refused(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
         )
     return Prepared(config, parsed.notes, tokenizer, source, datasets, batches)
 
 
-def run_job(prepared: Prepared, started: Job, began: float) -> int:
+def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, progress: Progress) -> int:
     """Build the run, restore it, train, evaluate. Collective."""
+    prepared = replace(prepared, source=settle(prepared.source, prepared.config, started))
     config, source = prepared.config, prepared.source
-    out = sys.stdout if started.is_main else None
+    out, total = sys.stdout if started.is_main else None, config.batch.train_iters or 0
     announce(prepared, started, out)
+    started.watch.waiting("building the model")
     run = build(config, started, schedule=choose_schedule(source, config))
+    started.watch.waiting("loading the checkpoint")
     restore(source, run)
     say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
-    if source.progress and not config.eval.skip_train and run.state.iteration >= (config.batch.train_iters or 0):
+    # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
+    root = None if source.directory is None else source.directory.resolve().parent
+    own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
+    trained = source.progress and not config.eval.skip_train and run.state.iteration >= total
+    if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
         say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
     if config.log.profile_pipeline is not None:
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
     training, validation, test = openers(run, prepared)
-    # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
-    root = None if source.directory is None else source.directory.resolve().parent
-    own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
+    evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
+    saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
         test,
-        sinks=open_sinks(config.log, out, resume_at=run.state.iteration if own else None) if out is not None else [],
-        save=saver(run, prepared.tokenizer, out) if config.checkpoint.save is not None else None,
+        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated) if out is not None else [],
+        saver=saver,
         flops=sample_flops(config),
         peak_tflops=peak_tflops(started.device, config.log.peak_tflops),
-        began=began,
+        stopping=Stopping(
+            config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0
+        ),
+        progress=progress,
+        start=run.state.iteration,
     )
+    if started.is_main:
+        progress.began()
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
-            final_evaluations(run, around)
+            status = final_evaluations(run, around)
+        if status is Exit.FINISHED:
+            finish(run, around)
     finally:
         if around.train is not None:
             around.train.close()
         for sink in around.sinks:
             sink.close()
     # Without a checkpoint there is nothing to go on from, so the stop is the end.
-    return status if around.save is not None else Exit.FINISHED
+    return status if around.saver is not None else Exit.FINISHED
+
+
+def first_says(run: Run, answer: bool) -> bool:
+    """The first rank's answer, on all ranks: each may see a file at another moment. Collective."""
+    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)
+    return bool(all_reduce(vote, run.mesh.world, "max").item())
 
 
 def say(out: TextIO | None, *lines: str) -> None:
@@ -209,33 +249,3 @@ def sample_flops(config: RunConfig) -> float:
     """FLOPs of training on one sample."""
     seq_length = config.data.seq_length or 0
     return float(flops_per_token(config.model, config.model.size("vocab_size"), seq_length) * seq_length)
-
-
-def saver(run: Run, tokenizer: Tokenizer, out: TextIO | None) -> Callable[[], None]:
-    """A function that writes a checkpoint of the run as it is. Collective."""
-    checkpoint = run.config.checkpoint
-
-    def write() -> None:
-        iteration, root = run.state.iteration, Path(checkpoint.save or ".")
-        say(out, f"saving checkpoint at iteration {iteration:7d} to {root}")
-        save(
-            root,
-            iteration,
-            run.parts(optimizer=not checkpoint.no_save_optim),
-            run.mesh,
-            config=to_json(run.config),
-            assets=tokenizer.save,
-            keep_last=checkpoint.keep_last,
-            keep_every=checkpoint.keep_every,
-        )
-        say(out, f"  successfully saved checkpoint at iteration {iteration:7d} to {root}")
-
-    return write
-
-
-def final_evaluations(run: Run, around: Surroundings) -> None:
-    """Validation and test loss of the finished model."""
-    size = run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)
-    for samples, split in ((around.valid, "validation"), (around.test, "test")):
-        if samples is not None:
-            held_out(run, around, samples, split, f"iteration {run.state.iteration} on {size}-sample draw from {split} set")

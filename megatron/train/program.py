@@ -8,15 +8,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from megatron.config.cli import HelpAsked, explain, parse
+from megatron.config.cli import HelpAsked, Parsed, explain, parse
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.dryrun import dry_run
+from megatron.mesh.last_words import say, tell_launcher
 from megatron.mesh.place import Place
+from megatron.mesh.signals import StopSignals
+from megatron.train.progress import EarlyStop, Progress
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
@@ -29,27 +33,63 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
         place = Place.of(os.environ)
     except ValueError as error:
         explain(ConfigError([Problem("the launcher's environment", f"cannot be read: {error}")]), program)
-    first = place.rank == 0
+    early = EarlyStop(place.rank)
+    signals = StopSignals(early.at_once)
+    signals.install()
+    try:
+        try:
+            parsed = read(argv, place, program, defaults)
+        except HelpAsked as answer:
+            if place.rank == 0:
+                sys.stdout.write(str(answer))
+            return 0
+        if parsed.dry_run:
+            return dry_run(parsed, program) if place.rank == 0 else 0
+        early.progress = Progress(parsed.config.checkpoint.save)
+        from megatron.train.pretraining import start
+
+        return start(parsed, place, began, signals, early)
+    finally:
+        signals.close(ignore=place.world_size > 1)
+
+
+def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any]) -> Parsed:
+    """The command, checked. A rank that finds something wrong with it alone leaves that where its launcher looks."""
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config)
-    except HelpAsked as answer:
-        if first:
-            sys.stdout.write(str(answer))
-        return 0
     except ConfigError as error:
+        tell_launcher("\n".join(f"error: rank {place.rank}: {problem}" for problem in error.problems))
         explain(error, program, place.rank)
-    if parsed.dry_run:
-        return dry_run(parsed, program) if first else 0
-    from megatron.train.pretraining import start
+    except HelpAsked:
+        raise
+    except Exception as error:
+        where = f"rank {place.rank} on host {os.uname().nodename}, reading the command"
+        line = f"error: {where}: {type(error).__name__}: {error}\n"
+        tell_launcher(line)
+        say(traceback.format_exc() + line)
+        sys.exit(1)
+    return restarted(parsed, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
-    return start(parsed, place, program, began)
+
+def restarted(parsed: Parsed, times: int) -> Parsed:
+    """The command as torchrun repeats it after a failure: it goes on from what the attempt before has saved."""
+    checkpoint = parsed.config.checkpoint
+    if not times or checkpoint.save is None or checkpoint.auto_resume:
+        return parsed
+    line = f"restart {times} by torchrun: going on from the newest checkpoint of --save, as with --auto-resume"
+    config = replace(parsed.config, checkpoint=replace(checkpoint, auto_resume=True))
+    return replace(parsed, config=config, notes=(*parsed.notes, line))
 
 
 def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
     """The configuration saved with the checkpoint to load, for --use-checkpoint-args."""
-    from megatron.checkpoint.layout import CheckpointError, find, read_config
+    from megatron.checkpoint.layout import CheckpointError, read_config
+    from megatron.train.resume import find_source
 
     try:
-        return read_config(find(Path(checkpoint.load or checkpoint.save or "."), checkpoint.load_iteration))
+        directory = find_source(checkpoint).directory
+        if directory is None:
+            raise CheckpointError("there is none to start from")
+        return read_config(directory)
     except CheckpointError as error:
         raise ConfigError([Problem("`--use-checkpoint-args`", f"finds no configuration: {error}")]) from error

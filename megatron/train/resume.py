@@ -1,22 +1,45 @@
-"""Where a run's state comes from, decided before anything is built, and said in its first line."""
+"""Where a run's state comes from, said in its first lines: which checkpoint, and what differs from its configuration.
+
+Two looks decide it. Every rank looks for itself before the ranks know each other, at sizes and small files: so that what is
+wrong with a command is said at once. When they are together they compare every byte, and if one is wrong, all go back to
+the next older checkpoint.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.layout import MANIFEST, CheckpointError, find, newest_complete, read_config, read_state
-from megatron.checkpoint.load import load
+from megatron.checkpoint.agreement import together
+from megatron.checkpoint.layout import (
+    CONFIG,
+    DIRECTORY,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    find,
+    newest_complete,
+    others,
+    read_config,
+    read_state,
+)
+from megatron.checkpoint.load import load, verify_together
 from megatron.config.compare import different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
 from megatron.config.saved import from_json
-from megatron.config.schema import CheckpointConfig, RunConfig
-from megatron.mesh.mesh import Mesh
+from megatron.config.schema import CheckpointConfig, DataConfig, RunConfig
+from megatron.data.blend import parse_blend
+from megatron.mesh.launch import Job
+from megatron.mesh.mesh import Axis
 from megatron.optim.lr import Schedule
 from megatron.train.run import Run, sample_counts
 from megatron.train.state import TrainState
@@ -24,13 +47,18 @@ from megatron.train.state import TrainState
 # Settings that are told as fields of the schedule.
 SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay")
 # Settings about this start of the run rather than about the run.
-UNIMPORTANT = {"checkpoint", "log", "tokenizer", "layout"}
+UNIMPORTANT = ("checkpoint", "log")
+# What decides which samples a training run sees, and in which order.
+DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
+STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+NONE: Mapping[Path, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Source:
     """directory: the checkpoint, None for a fresh start. saved, state: the configuration and the counters in it.
-    optimizer, progress: whether these come from it too, beside the weights. lines: what to tell."""
+    optimizer, progress: whether these come from it too, beside the weights. lines: what to tell. verified: every byte of
+    it was compared with the manifest."""
 
     directory: Path | None = None
     saved: RunConfig | None = None
@@ -38,22 +66,48 @@ class Source:
     optimizer: bool = False
     progress: bool = False
     lines: tuple[str, ...] = ()
+    verified: bool = False
 
 
-def find_source(config: CheckpointConfig) -> Source:
-    """The checkpoint to start from. CheckpointError when --load names none; never random weights by accident."""
+def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> Source:
+    """The checkpoint to start from: with --auto-resume the newest whole one of --save, else that of --load, if given.
+
+    damaged: checkpoints that are known to be, and why; they are passed over. CheckpointError when there is none where there
+    should be: never random weights by accident. Only a --save in which nothing was ever finished starts fresh.
+    """
     lines: list[str] = []
     if config.auto_resume and config.save is not None:
-        newest = newest_complete(Path(config.save)) if Path(config.save).is_dir() else None
-        lines += [f"passed over: {line}" for line in (newest.skipped if newest else ())]
-        if newest is not None and newest.path is not None:
+        root = Path(config.save)
+        newest = newest_complete(root, damaged)
+        lines += [f"passed over: {line}" for line in newest.skipped]
+        if newest.path is not None:
             return _from(newest.path, lines, optimizer=True, progress=True)
+        if not newest.empty:
+            fresh = "to start fresh, give another --save, or move away what is there"
+            raise CheckpointError(f"--auto-resume: no checkpoint in {root} is whole: {'; '.join(newest.skipped)}; {fresh}")
         lines.append(f"nothing to resume in {config.save}")
     if config.load is None:
         fresh = "starting fresh: weights and sample order from the seed, a new optimizer, data from the first sample"
         return Source(lines=(*lines, fresh))
-    directory = find(Path(config.load), config.load_iteration)
+    directory = _named(config, lines, damaged)
     return _from(directory, lines, optimizer=not (config.finetune or config.no_load_optim), progress=not config.finetune)
+
+
+def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, str]) -> Path:
+    """What --load means: exactly the checkpoint that it names, or the newest whole one of several."""
+    path = Path(config.load or ".")
+    one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
+    if config.load_iteration is not None or one or not path.is_dir():
+        directory = find(path, config.load_iteration)
+        if directory in damaged:
+            raise CheckpointError(f"{damaged[directory]}. {others(directory)}; choose one with --load-iteration")
+        return directory
+    newest = newest_complete(path, damaged)
+    if newest.path is None:
+        why = "; ".join(newest.skipped) or "there is no iter_ directory"
+        raise CheckpointError(f"--load {path}: no whole checkpoint is there: {why}")
+    lines += [f"passed over: {line}" for line in newest.skipped]
+    return newest.path
 
 
 def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> Source:
@@ -61,9 +115,47 @@ def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool)
     position += "schedule and data position" if progress else ""
     rest = "only" if not position else f"with {position.rstrip(', ')}"
     lines.append(f"loading checkpoint {directory}: weights {rest}")
+    state = _state(read_state(directory).get("train", {}), directory / STATE)
+    try:
+        saved = from_json(read_config(directory))
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    return Source(directory, saved, state, optimizer, progress, tuple(lines))
+
+
+def _state(values: Mapping[str, Any], path: Path) -> TrainState:
+    """The counters of a checkpoint. CheckpointError for a value that no run saves: it would fail later, or mislead."""
     state = TrainState()
-    state.load_scalars(read_state(directory).get("train", {}))
-    return Source(directory, from_json(read_config(directory)), state, optimizer, progress, tuple(lines))
+    for each in fields(state):
+        if each.name in values and not _like(values[each.name], getattr(state, each.name)):
+            raise CheckpointError(f"{path}: train.{each.name}: {str(values[each.name])[:40]!r} is not what a run saves")
+    state.load_scalars({name: value for name, value in values.items() if name != "scaler"})
+    if state.schedule:
+        kinds = {f.name: f.type for f in fields(Schedule)}
+        for name, value in state.schedule.items():
+            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": ""}[str(kinds[name])]):
+                raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
+            if kinds[name] == "str" and value not in STYLES:
+                raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(STYLES)}")
+        if missing := kinds.keys() - state.schedule.keys():
+            raise CheckpointError(f"{path}: train.schedule: {min(missing)} is missing")
+    for name, value in values.get("scaler", {}).items():
+        if not _like(value, 0.0):
+            raise CheckpointError(f"{path}: train.scaler.{name}: {str(value)[:40]!r} is not what a run saves")
+    return state
+
+
+def _like(value: object, default: object) -> bool:
+    """Whether a JSON value can stand for a field with this default. Counters and rates are finite and not negative."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(default, float) and isinstance(value, float))
+        return number and -math.inf < value < 1 << 63 and (value >= 0 or isinstance(default, float))  # type: ignore[operator]
+    if isinstance(default, str):
+        return isinstance(value, str)
+    return isinstance(value, dict) if not isinstance(default, list | tuple) else isinstance(value, list)
 
 
 def check_source(source: Source, config: RunConfig) -> None:
@@ -78,8 +170,29 @@ def check_source(source: Source, config: RunConfig) -> None:
         rule = f"does not fit {source.directory}, which was made with {source.saved.optim.optimizer}"
         legal = f"{source.saved.optim.optimizer}, or --no-load-optim"
         problems.append(Problem(say("optim.optimizer", config.optim.optimizer), rule, legal))
+    if source.progress and not config.checkpoint.allow_data_change and not config.eval.skip_train:
+        problems += _other_data(source.saved.data, config.data, source.directory)
     if problems:
         raise ConfigError(problems)
+
+
+def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) -> Iterator[Problem]:
+    """One problem for each setting by which the training data are others than the checkpoint's."""
+    for name in DATA_MIX:
+        there, here = getattr(held, name), getattr(wanted, name)
+        if _meant(there) != _meant(here):
+            was = " ".join(there) if isinstance(there, tuple) else there
+            rule = f"changes the training data of {directory}, which went through `{was or 'no ' + name}`"
+            legal = f"{was or 'leave it out'}; --allow-data-change goes on at the same position of the new order"
+            yield Problem(say(f"data.{name}", here), rule, legal)
+
+
+def _meant(value: str | tuple[str, ...]) -> object:
+    """A setting of the data without its spelling: prefixes as absolute paths, weights as numbers."""
+    if isinstance(value, str) or not value:
+        return value
+    prefixes, weights = parse_blend(value)
+    return [os.path.abspath(p.removesuffix(".bin").removesuffix(".idx")) for p in prefixes], weights
 
 
 def choose_schedule(source: Source, config: RunConfig) -> Schedule:
@@ -93,40 +206,90 @@ def differences(source: Source, config: RunConfig) -> Iterator[str]:
     """A table of the settings in which a resumed run differs from its checkpoint, with the value that counts."""
     if source.saved is None or not source.progress:
         return
+    rows = [*_schedule_rows(source, config), *_setting_rows(source.saved, config)]
+    samples = sample_counts(config)[0]
+    if samples != source.state.training_samples:
+        rows.append(("training samples", source.state.training_samples, samples, "this run's"))
+    if not rows:
+        return
+    yield "  differs from the checkpoint:"
+    yield from _aligned([("setting", "in the checkpoint", "asked for", "counts"), *rows])
+    if rows[-1][0] == "training samples" or any(row[0] in {f"data.{name}" for name in DATA_MIX} for row in rows):
+        yield "  the order of samples is another: samples that were seen can come again before their epoch ends"
+
+
+Row = tuple[str, object, object, str]
+
+
+def _schedule_rows(source: Source, config: RunConfig) -> Iterator[Row]:
     asked = asdict(Schedule.of(config.optim, config.batch))
     winner = "this run's" if config.optim.override_opt_param_scheduler else "the checkpoint's"
     for name, there in source.state.schedule.items():
         if there != asked[name]:
-            yield f"  schedule, {name}: {there} in the checkpoint, {asked[name]} asked for; {winner} counts"
-    samples = sample_counts(config)[0]
-    if samples != source.state.training_samples:
-        yield (
-            f"  training samples: {source.state.training_samples} in the checkpoint, {samples} here; this run's counts, and "
-            "the order of samples depends on it: samples that were seen can come again before their epoch ends"
-        )
+            yield f"schedule, {name}", there, asked[name], winner
+
+
+def _setting_rows(saved: RunConfig, config: RunConfig) -> Iterator[Row]:
     for section in fields(config):
         if section.name in UNIMPORTANT:
             continue
-        there, here = getattr(source.saved, section.name), getattr(config, section.name)
+        there, here = getattr(saved, section.name), getattr(config, section.name)
         for setting in fields(here):
             values = getattr(there, setting.name), getattr(here, setting.name)
             if values[0] != values[1] and not setting.name.startswith(SCHEDULED):
-                yield f"  {section.name}.{setting.name}: {values[0]} in the checkpoint, {values[1]} here; this run's counts"
+                yield f"{section.name}.{setting.name}", *values, "this run's"
 
 
-def agree(source: Source, mesh: Mesh) -> None:
+def _aligned(rows: Iterable[Row]) -> Iterator[str]:
+    """Rows of a table as lines, each column as wide as its widest cell."""
+    cells = [tuple(" ".join(map(str, v)) or "none" if isinstance(v, tuple) else str(v) for v in row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def settle(source: Source, config: RunConfig, job: Job) -> Source:
+    """The source that all ranks start from, every byte of it verified: `source`, or the next older whole one. Collective.
+
+    To be called when the ranks are together, before anything is built: schedule and position are those of the result.
+    CheckpointError on all ranks when nothing whole is left, or what --load names itself is damaged.
+    """
+    size = job.place.world_size
+    group = dist.group.WORLD if size > 1 else None
+    world = Axis("world", size, job.place.rank, tuple(range(size)), group)
+    damaged: dict[Path, str] = {}
+    while True:
+        agree(source, world)
+        if source.directory is None:
+            return source
+        try:
+            verify_together(source.directory, world, job.watch)
+            return replace(source, verified=True)
+        except CheckpointError as error:  # the same on all ranks
+            damaged[source.directory] = str(error)
+        source = together(world, lambda: find_source(config.checkpoint, damaged))
+        try:
+            check_source(source, config)
+        except ConfigError as error:
+            raise CheckpointError(f"{'; '.join(source.lines)}; but it does not fit: {error}") from error
+
+
+def agree(source: Source, world: Axis) -> None:
     """CheckpointError on all ranks unless all start from the same checkpoint. Collective.
 
     Each rank has looked for itself; on a directory that is not shared, or that is seen late, they can see differently.
     """
+    if world.group is None:
+        return
     seen = None
     if source.directory is not None:
-        manifest = (source.directory / MANIFEST).read_bytes()
-        seen = f"{source.directory.name}, manifest {hashlib.sha256(manifest).hexdigest()[:16]}"
-    if mesh.world.group is None:
-        return
-    all_seen: list[str | None] = [None] * mesh.world.size
-    dist.all_gather_object(all_seen, seen, group=mesh.world.group)
+        try:
+            digest = hashlib.sha256((source.directory / MANIFEST).read_bytes()).hexdigest()[:16]
+        except OSError as error:
+            digest = f"that cannot be read: {error.strerror}"
+        seen = f"{source.directory.name}, manifest {digest}"
+    all_seen: list[str | None] = [None] * world.size
+    dist.all_gather_object(all_seen, seen, group=world.group)
     if len(set(all_seen)) > 1:
         views = "; ".join(f"rank {rank}: {view or 'nothing'}" for rank, view in enumerate(all_seen))
         raise CheckpointError(f"the ranks see different checkpoints: {views}. --save and --load must be on a shared disk")
@@ -134,8 +297,9 @@ def agree(source: Source, mesh: Mesh) -> None:
 
 def restore(source: Source, run: Run) -> None:
     """Fill the run from its source. Collective. CheckpointError when something does not fit."""
-    agree(source, run.mesh)
+    agree(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
     if source.directory is not None:
-        load(source.directory, run.parts(optimizer=source.optimizer, state=source.progress), run.mesh)
+        parts = run.parts(optimizer=source.optimizer, state=source.progress)
+        load(source.directory, parts, run.mesh, verified=source.verified)
     run.state.schedule, run.state.training_samples = schedule, samples

@@ -25,7 +25,7 @@ from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.ring import RingAttention, share
 from megatron.parallel.spec import Checkpointable, spec_of
-from megatron.parallel.weight_grad import WeightWork, split_weight_gradients
+from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedule import SCHEDULES, make
 from megatron.pipeline.transfer import Channels
@@ -101,7 +101,8 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         device=job.device,
     )
     layout, parameters = config.layout, list(nn.ModuleList(stages.values()).parameters())
-    buffers = flat_buffers(parameters, layout.ddp_bucket_size, mesh.dp_cp if layout.use_distributed_optimizer else None)
+    owners = mesh.dp_cp if layout.use_distributed_optimizer else None
+    buffers = flat_buffers(parameters, layout.ddp_bucket_size, owners, precision.gradients)
     for buffer in buffers:
         specs, whole = (spec_of(p) for p in buffer.parameters), buffer.draft()
         fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
@@ -124,10 +125,12 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)
             wait_in_turn(optimizer.gathering, [m for m in called if m is not None], list(stage.parameters()))
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
-    name, work = config.layout.pipeline_schedule or "1f1b", WeightWork()
-    if SCHEDULES[name].splits:
+    # A compiled layer is one graph, which an addition to a buffer outside would cut.
+    fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
+    name, work = config.layout.pipeline_schedule or "1f1b", WeightWork(fused=fused)
+    if SCHEDULES[name].splits or work.fused:
         for stage in stages.values():
-            split_weight_gradients(stage, work)
+            manage_weight_gradients(stage, work)
     schedule = schedule or Schedule.of(config.optim, config.batch)
     state = TrainState(schedule=asdict(schedule), scaler=precision.scaler())
     pipeline = Executor(

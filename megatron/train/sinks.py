@@ -90,12 +90,14 @@ class JsonLines(Sink):
 
     resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
     one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
+    evaluated: the evaluations after that iteration were made; otherwise their lines will be written again, too.
     """
 
-    def __init__(self, path: Path, resume_at: int | None) -> None:
+    def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_at is not None:
-            kept = [text for text in _lines(path) if _iteration(text) <= resume_at]
+            last = (resume_at, evaluated)
+            kept = [text for text in _lines(path) if _place(text) <= last]
             fresh = path.with_name(path.name + ".tmp")
             fresh.write_text("".join(f"{text}\n" for text in kept))
             fresh.replace(path)
@@ -121,11 +123,13 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def _iteration(text: str) -> float:
+def _place(text: str) -> tuple[float, bool]:
+    """The iteration of a line, and whether it is of an evaluation after it."""
     try:
-        return float(json.loads(text)["iteration"])
+        values = json.loads(text)
+        return float(values["iteration"]), "split" in values
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line torn by a kill
+        return math.inf, True  # a line torn by a kill
 
 
 class TensorBoard(Sink):
@@ -183,11 +187,14 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int | None) -> Sequence[Sink]:
-    """The sinks that the configuration asks for. A TensorBoard that is not installed is said, and done without."""
+def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int | None, evaluated: bool = True) -> Sequence[Sink]:
+    """The sinks that the configuration asks for; resume_at, evaluated: see `JsonLines`.
+
+    A TensorBoard that is not installed is said, and done without.
+    """
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:
-        sinks.append(JsonLines(Path(config.metrics_path), resume_at))
+        sinks.append(JsonLines(Path(config.metrics_path), resume_at, evaluated=evaluated))
     if config.tensorboard_dir is not None:
         try:
             sinks.append(TensorBoard(config, resume_at))

@@ -20,6 +20,7 @@ class TrainState:
     scaler: of the loss; where it stands is saved, not its settings.
     schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
     training_samples: how many the training set was built for; the order of samples depends on it.
+    evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
     window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
     """
 
@@ -31,6 +32,7 @@ class TrainState:
     scaler: Scaler = field(default_factory=Constant)
     schedule: dict[str, Any] = field(default_factory=dict)
     training_samples: int = 0
+    evaluation_due: bool = False
     window_loss: float = 0.0
     window_steps: int = 0
     window_skipped: int = 0

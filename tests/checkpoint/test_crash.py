@@ -1,18 +1,23 @@
-"""A save that dies or fails at any of its steps leaves the previous checkpoint usable, and the next save works."""
+"""A save that dies or fails at any of its steps leaves the previous checkpoint usable, and the next save works.
 
+In the foreground and in the background alike, on one rank and on two.
+"""
+
+import errno
 import os
-import signal
-import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from crashes import Faulty, die, in_children, raiser, run_of, save_at, save_once, saver_of, steps_of
 from cuts import load_cut, mesh_of, save_cut, state
+from ranks import on_ranks
 
 from megatron.checkpoint.layout import CheckpointError, find, iterations, newest_complete, read_tracker, verify
 from megatron.checkpoint.save import prune, save
-from megatron.checkpoint.storage import Storage
 
-ASSETS = {"vocab.json": b"{}", "merges.txt": b"a b\n"}
+MODES = pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 
 
 @pytest.fixture(autouse=True)
@@ -23,98 +28,44 @@ def synced(monkeypatch):
     return found
 
 
-class Counting(Storage):
-    """Calls `act` before step number `at` and after it; a write counts three steps: before, half written, after."""
-
-    def __init__(self, at, act):
-        self.at, self.act, self.steps = at, act, 0
-
-    def step(self):
-        self.steps += 1
-        if self.steps - 1 == self.at:
-            self.act()
-
-    def write(self, path, chunks):
-        self.step()
-
-        def half():
-            for i, chunk in enumerate(chunks):
-                if i:
-                    yield chunk
-                    continue
-                yield chunk[: len(chunk) // 2]
-                self.step()
-                yield chunk[len(chunk) // 2 :]
-
-        record = super().write(path, half())
-        self.step()
-        return record
-
-    def around(self, work, *args):
-        self.step()
-        work(*args)
-        self.step()
-
-    def make_directory(self, path):
-        self.around(super().make_directory, path)
-
-    def rename(self, source, target):
-        self.around(super().rename, source, target)
-
-    def remove(self, path):
-        self.step()
-        for shard in path.glob("shard_*") if path.is_dir() else ():  # a directory goes file by file
-            shard.unlink()
-            self.step()
-        super().remove(path)
-        self.step()
+def save_and_die(rank, step, root, iteration, checkpoint):
+    save_once(root, iteration, Faulty(step, die), **checkpoint)
 
 
-def save_with(root, iteration, storage=None, keep_last=None):
-    config = {"iteration": iteration}
-    return save(root, iteration, state(1, 0), mesh_of(1, 1), config=config, assets=ASSETS, keep_last=keep_last, storage=storage)
-
-
-def die():
-    sys.stdout.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_at(step, root, iteration, keep_last=None):
+def killed_at(step, root, iteration, **checkpoint):
     """Save in a child that is killed at `step`; whether it was."""
-    child = os.fork()
-    if child == 0:
-        save_with(root, iteration, Counting(step, die), keep_last)
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    (status,) = in_children(1, save_and_die, step, root, iteration, checkpoint)
+    assert status in (0, -9)
+    return status != 0
 
 
-def steps_of(root, iteration, **more):
-    counting = Counting(None, die)
-    save_with(root, iteration, counting, **more)
-    return counting.steps
+def whole(root, *among):
+    """The newest checkpoint is whole, and one of these iterations."""
+    newest = newest_complete(root).path
+    verify(newest)
+    assert load_cut(str(newest), 1, 1) in among
+    return newest.name.removesuffix(".replaced")
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["new", "same iteration again"])
-def test_killed_at_every_step(tmp_path, again):
+@pytest.mark.parametrize(
+    ("again", "async_save"), [(False, False), (True, False), (False, True)], ids=["new", "same iteration again", "new, async"]
+)
+def test_killed_at_every_step(tmp_path, again, async_save):
     """SIGKILL before, within and after each step. The newest complete one is always whole; later saves clean up."""
-    count = steps_of(tmp_path / "count", 100) + 6
+    count = steps_of(tmp_path / "count", 100, async_save=async_save) + 20
     iteration = 100 if again else 200
     outcomes = set()
     for step in range(count):
         root = tmp_path / str(step)
-        save_with(root, 100)
-        died = killed_at(step, root, iteration, keep_last=None)
-        newest = newest_complete(root)
-        verify(newest.path)
-        assert load_cut(str(newest.path), 1, 1) in (100, iteration)
-        outcomes.add((died, newest.path.name.removesuffix(".replaced") == f"iter_{iteration:07d}"))
+        save_once(root, 100)
+        died = killed_at(step, root, iteration, async_save=async_save)
+        outcomes.add((died, whole(root, 100, iteration) == f"iter_{iteration:07d}"))
         if not again:
             assert find(root) in (root / "iter_0000100", root / "iter_0000200")
             verify(find(root))
-        save_with(root, 300)
-        assert [p.name for p in newest_complete(root).path.parent.iterdir() if p.name.startswith(".")] == []
-        assert find(root).name == "iter_0000300"
+        save_once(root, 300, async_save=async_save)
+        assert not list(root.glob(".iter*")) and find(root).name == "iter_0000300"
+        assert set(iterations(root)) >= {100, 300}, "nothing that was committed is lost"
         if not died:
             break
     assert (False, True) in outcomes, "the loop must reach the end of a save"
@@ -122,47 +73,182 @@ def test_killed_at_every_step(tmp_path, again):
         assert {(True, False), (True, True)} < outcomes, "killed both before and after the commit"
 
 
-def test_an_error_at_every_step_moves_no_tracker_to_a_torn_checkpoint(tmp_path):
-    def fail():
-        raise OSError(5, "Input/output error", "the disk")
-
-    for step in range(steps_of(tmp_path / "count", 1)):
-        root = tmp_path / str(step)
-        save_with(root, 100)
-        storage = Counting(step, fail)
-        try:
-            save_with(root, 200, storage)
-        except CheckpointError as error:
-            assert "iter_0000200: could not be saved: the disk: Input/output error" in str(error)
-        assert not list(root.glob(".iter*"))
+@MODES
+@pytest.mark.parametrize(
+    ("number", "for_ever"),
+    [(errno.ENOSPC, False), (errno.EIO, False), (errno.ENOSPC, True)],
+    ids=["ENOSPC", "EIO", "ENOSPC from then on"],
+)
+def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
+    """No tracker ever points to a torn checkpoint, the error is told, and the next save of the same run succeeds."""
+    failed = 0
+    for step in range(steps_of(tmp_path / "count", 1, async_save=async_save) + 4):
+        root, said = tmp_path / str(step), []
+        save_once(root, 100)
+        storage = Faulty(step, raiser(number), for_ever=for_ever)
+        run = run_of(root, async_save=async_save, on_save_error="continue", keep_last=1)
+        saver = saver_of(run, storage, said)
+        save_at(run, saver, 200)
+        assert "saving checkpoint at iteration     200" in said[0]
+        if saver.saved is None:
+            failed += 1
+            assert f"iter_0000200: could not be saved: the disk: {os.strerror(number)}" in said[1]
+            assert "Training goes on without this checkpoint, as --on-save-error continue says" in said[1]
+            assert for_ever or not list(root.glob(".iter*"))
+            assert 100 in iterations(root), "nothing older goes before the new one is there"
+        else:
+            assert saver.saved == 200 and "successfully saved checkpoint at iteration     200" in said[1]
+        assert len(said) == 2
         verify(find(root))
-        verify(newest_complete(root).path)
+        whole(root, 100, 200)
+        storage.at = None
+        save_at(run, saver, 300)
+        assert saver.saved == 300 and whole(root, 300) and find(root).name == "iter_0000300"
+        assert sorted(p.name for p in root.iterdir()) == ["iter_0000300", "latest_checkpointed_iteration.txt"]
+    assert failed > 30
+
+
+@MODES
+def test_an_error_stops_the_run_unless_it_was_told_otherwise(tmp_path, async_save):
+    run = run_of(tmp_path, async_save=async_save)
+    saver = saver_of(run, Faulty(10, raiser(errno.ENOSPC)))
+    with pytest.raises(CheckpointError, match=r"iter_0000200: could not be saved: the disk: No space left on device$"):
+        save_at(run, saver, 200)
+    assert saver.saved is None
+
+
+class Full(Faulty):
+    def free(self, path):
+        super().free(path)
+        return 5000
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
+    save_once(tmp_path, 100)
+    storage = Full()
+    with pytest.raises(CheckpointError) as error:
+        save_once(tmp_path, 200, storage)
+    written = sum(p.stat().st_size for p in (tmp_path / "iter_0000100").rglob("*") if p.is_file())
+    needed = int(str(error.value).split("the checkpoint has ")[1].split()[0])
+    assert 0.4 * written < needed <= written, "the manifest and the headers are not counted, and make up much of so little"
+    assert f"{tmp_path}: no space: the checkpoint has {needed} bytes (0.0 GB), and 5000 (0.0 GB) are free" in str(error.value)
+    assert "--keep-last" in str(error.value)
+    assert storage.steps < 10 and not list(tmp_path.glob(".iter*"))
+    junk = tmp_path / ".iter_0000050.deleted"
+    junk.mkdir()
+    storage = Full()
+    storage.free = lambda path: 5000 if junk.exists() else 1 << 30
+    save_once(tmp_path, 200, storage)
+    assert whole(tmp_path, 200), "room is made where a crash has left something"
+
+
+# Two ranks.
+
+
+def of_two(rank, root, iteration, storage, async_save):
+    dist.init_process_group("gloo", init_method=f"file://{root}.{iteration}.group", rank=rank, world_size=2)
+    mesh = mesh_of(2, 1)
+    run = run_of(root, mesh, tp=2, async_save=async_save)
+    save_at(run, saver_of(run, storage), iteration)
+
+
+def two_and_one_dies(rank, root, step, mortal, async_save):
+    of_two(rank, root, 200, Faulty(step, die) if rank == mortal else None, async_save)
+
+
+def count_two(root: str, async_save: bool) -> int:
+    storage, run = Faulty(), run_of(root, mesh_of(2, 1), tp=2, async_save=async_save)
+    save_at(run, saver_of(run, storage), 100)
+    return storage.steps
+
+
+@MODES
+def test_one_of_two_is_killed(tmp_path, async_save):
+    """At every step of the second rank, and at every seventh of the first, which does the rest."""
+    counts = on_ranks(2, count_two, str(tmp_path / "count"), async_save)
+    cases = [(0, step) for step in range(counts[0] % 7, counts[0], 7)] + [(1, step) for step in range(counts[1])]
+    assert counts[1] == 4 and len(cases) >= 10
+    outcomes = set()
+    for mortal, step in cases:
+        root = tmp_path / f"{mortal}_{step}"
+        save_once(root, 100)
+        statuses = in_children(2, two_and_one_dies, str(root), step, mortal, async_save)
+        assert statuses[mortal] == -9 and statuses[1 - mortal] in (0, 1), "the other one ends, too"
+        outcomes.add(whole(root, 100, 200))
+        verify(find(root))
+        save_once(root, 300)
+        assert not list(root.glob(".iter*")) and whole(root, 300) and set(iterations(root)) >= {100, 300}
+    assert outcomes == {"iter_0000100", "iter_0000200"}
+
+
+def fail_one_of_two(root: str, async_save: bool, counts: list[int]) -> list[str]:
+    """Errors at every step of either rank, one after the other; what each rank says of each."""
+    os_fsync, os.fsync = os.fsync, lambda handle: None
+    mesh, lines = mesh_of(2, 1), []
+    try:
+        run = run_of(root, mesh, tp=2, async_save=async_save, on_save_error="continue", keep_last=2)
+        said: list[str] = []
+        saver = saver_of(run, None, said)
+        for number, (mortal, step) in enumerate((rank, step) for rank in (0, 1) for step in range(counts[rank])):
+            del said[:]
+            saver._storage = Faulty(step if mesh.rank == mortal else None, raiser(errno.EIO))
+            save_at(run, saver, 2 * number + 1)
+            dist.barrier()
+            verify(find(Path(root))) if number else None
+            assert number == 0 or find(Path(root)).name >= f"iter_{2 * number:07d}"
+            dist.barrier()
+            lines.append(said[1])
+            saver._storage = Faulty()
+            save_at(run, saver, 2 * number + 2)
+            assert saver.saved == 2 * number + 2
+    finally:
+        os.fsync = os_fsync
+    return lines
+
+
+@MODES
+def test_an_error_on_one_of_two_is_known_on_both(tmp_path, async_save):
+    counts = on_ranks(2, count_two, str(tmp_path / "count"), async_save)
+    first, second = on_ranks(2, fail_one_of_two, str(tmp_path / "run"), async_save, counts)
+    assert first == second
+    told = [line.split("could not be saved: ")[1] for line in first if "could not be saved" in line]
+    assert len(told) > sum(counts) // 2
+    assert {line.split(":")[0] for line in told[: -counts[1]]} == {"rank 0"}
+    assert {line.split(":")[0] for line in told[-counts[1] :]} == {"rank 1"}, (
+        "every step of the second rank is before the commit"
+    )
+    whole(tmp_path / "run", 2 * sum(counts))
+    assert len(iterations(tmp_path / "run")) == 2 and not list((tmp_path / "run").glob(".iter*"))
 
 
 def test_a_killed_pruning_leaves_no_half_checkpoint(tmp_path):
     for n in (100, 200, 300):
-        save_with(tmp_path / "count", n)
+        save_once(tmp_path / "count", n)
     count = steps_of(tmp_path / "count", 400, keep_last=1)
-    for step in range(count - 12, count):
+    for step in range(count - 15, count):
         root = tmp_path / str(step)
         for n in (100, 200, 300):
-            save_with(root, n)
+            save_once(root, n)
         assert killed_at(step, root, 400, keep_last=1)
         for path in iterations(root).values():
             verify(path)
-        save_with(root, 500, keep_last=1)
+        whole(root, 400)
+        save_once(root, 500, keep_last=1)
         assert list(iterations(root)) == [500] and not list(root.glob(".iter*"))
 
 
 def test_everything_is_synced_before_its_name_counts(tmp_path, synced):
-    directory = save_with(tmp_path, 100)
+    directory = save_once(tmp_path / "new", 100)
     held = [p.relative_to(directory).as_posix() for p in directory.rglob("*")]
-    temporary = f"{tmp_path}/.iter_0000100.tmp"
-    tracker = synced.index(f"{tmp_path}/.latest_checkpointed_iteration.txt.tmp")
+    assert {"tokenizer", "tokenizer/deep", "tokenizer/deep/merges.txt"} < set(held)
+    root = f"{tmp_path}/new"
+    temporary = f"{root}/.iter_0000100.tmp"
+    assert synced.pop(0) == str(tmp_path), "the new directory's name"
+    tracker = synced.index(f"{root}/.latest_checkpointed_iteration.txt.tmp")
     before = synced[:tracker]
-    assert {f"{temporary}/{name}" for name in held} | {temporary, str(tmp_path)} == set(before)
+    assert {f"{temporary}/{name}" for name in held} | {temporary, root} == set(before)
     assert before.index(temporary) > max(before.index(f"{temporary}/{name}") for name in held), "the directory after its files"
-    assert before[-1] == synced[-1] == str(tmp_path), "the parent after each rename"
+    assert before[-1] == synced[-1] == root, "the parent after each rename"
 
 
 def test_leftovers_of_a_crash_are_overwritten(tmp_path):
@@ -170,12 +256,12 @@ def test_leftovers_of_a_crash_are_overwritten(tmp_path):
     junk.mkdir(parents=True)
     assert newest_complete(tmp_path).skipped == (f"{junk}: a save that was interrupted",)
     (junk / "shard_00007.safetensors").write_bytes(b"half a file")
-    directory = save_with(tmp_path, 100)
+    directory = save_once(tmp_path, 100)
     assert not junk.exists() and not list(directory.glob("shard_00007*"))
 
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path):
-    save_with(tmp_path, 100)
+    save_once(tmp_path, 100)
     directory = save(tmp_path, 100, state(1, 0), mesh_of(1, 1), config={"second": True})
     assert '"second"' in (directory / "config.json").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
@@ -189,8 +275,19 @@ def test_what_stays(tmp_path):
     (tmp_path / "iter_0000650").mkdir()
     save(tmp_path, 690, state(1, 0), mesh_of(1, 1), config={}, keep_last=1)
     assert list(iterations(tmp_path)) == [650, 690, 700]
-    assert prune(tmp_path, 700, 1, None) == [tmp_path / "iter_0000690"]
-    assert prune(tmp_path, 700, None, 3) == []
+    prune(tmp_path, 700, None, 3)
+    assert list(iterations(tmp_path)) == [650, 690, 700]
+    prune(tmp_path, 700, 1, None)
+    assert list(iterations(tmp_path)) == [650, 700]
+
+
+def test_a_damaged_checkpoint_is_not_counted_among_those_that_stay(tmp_path):
+    """Whoever asks for two has two: a truncated one saves nobody, and is not deleted either."""
+    for n in (100, 200, 300):
+        save_once(tmp_path, n)
+    (tmp_path / "iter_0000300" / "shard_00000.safetensors").write_bytes(b"short")
+    save_once(tmp_path, 400, keep_last=2)
+    assert list(iterations(tmp_path)) == [200, 300, 400]
 
 
 def test_the_newest_complete_one(tmp_path):

@@ -159,6 +159,17 @@ def test_a_manifest_that_lies(directory, change, match):
         load(directory, state(1, 0, filled=False))
 
 
+def test_a_tensor_larger_than_its_file_takes_no_memory(directory):
+    """Three hundred terabytes, consistent in itself."""
+
+    def change(body):
+        tensor = body["tensors"][NAME]
+        tensor["shape"] = tensor["pieces"][0]["shape"] = [10**7, 10**7]
+
+    forge(directory, change)
+    refuse(directory, "'shard_00000.safetensors' has .* bytes, too few for the .* bytes of tensors in it")
+
+
 def test_a_manifest_round_trips(directory):
     text = (directory / "manifest.json").read_text()
     assert Manifest.from_text(text).to_text() == text

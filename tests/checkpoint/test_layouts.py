@@ -9,9 +9,10 @@ from cuts import Cut, load_cut, mesh_of, rank_of, save_cut, state, whole_bytes
 from ranks import on_ranks
 from safetensors import safe_open
 
+from megatron.checkpoint.content import Held, make_plan
 from megatron.checkpoint.layout import CheckpointError, find, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import load, read_tensor
-from megatron.checkpoint.save import Held, make_plan, save
+from megatron.checkpoint.save import save
 from megatron.checkpoint.storage import Storage
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
@@ -174,4 +175,4 @@ def test_a_bad_file_that_one_rank_reads_fails_all(tmp_path):
     size = (directory / spoilt).stat().st_size
     (directory / spoilt).write_bytes(b"\0" * size)
     (message,) = set(on_ranks(2, fail_to_load, str(tmp_path)))
-    assert f"{spoilt}: not a readable safetensors file" in message
+    assert f"{spoilt}: its bytes do not match" in message

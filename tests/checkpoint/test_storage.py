@@ -1,11 +1,18 @@
 """The streaming safetensors writer, against the package that reads it."""
 
+import io
 import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron.checkpoint import storage
 from megatron.checkpoint.storage import DTYPES, Entry, Storage, record_of, safetensors
 
 
@@ -51,3 +58,48 @@ def test_a_tensor_is_asked_for_when_its_turn_comes(tmp_path):
 def test_a_tensor_that_is_not_as_announced(announced):
     with pytest.raises(ValueError, match="w was announced as"):
         list(safetensors([announced]))
+
+
+@pytest.mark.parametrize("worth", [1, 300, 10_000])
+def test_a_large_file_goes_in_chunks_with_the_checksum_made_beside(tmp_path, monkeypatch, worth):
+    """Chunks of all sizes around the limits, for the second thread and not, on a disk that takes a part at a time."""
+    monkeypatch.setattr(storage, "CHUNK", 1000)
+    monkeypatch.setattr(storage, "WORTH_A_THREAD", worth)
+    chunks = [torch.randint(256, (n,), dtype=torch.uint8).numpy().data for n in (5, 999, 1000, 1001, 2000, 0, 12_345, 299, 300)]
+
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:700])
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, **more: Slow(path, mode.replace("b", "")))
+    record = Storage().write(tmp_path / "x", chunks)
+    monkeypatch.undo()
+    assert (tmp_path / "x").read_bytes() == b"".join(chunks)
+    assert record == record_of(tmp_path / "x") and record.bytes == sum(map(len, chunks))
+
+
+def test_two_may_delete_the_same(tmp_path):
+    for i in range(300):
+        (tmp_path / "a" / f"{i % 7}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / f"{i % 7}" / f"{i}").touch()
+    failures = []
+
+    def remove():
+        try:
+            Storage().remove(tmp_path / "a")
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=remove) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and not (tmp_path / "a").exists()
+
+
+def test_free_space(tmp_path, monkeypatch):
+    free = Storage().free(tmp_path)
+    assert 0 < free < shutil.disk_usage(tmp_path).total
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
+    assert Storage().free(tmp_path) is None, "a file system that does not say is not full"

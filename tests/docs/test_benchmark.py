@@ -21,6 +21,7 @@ from ranks import on_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import ours
 import pipeline
 import train as benchmark
 from cases import CASES, PIPELINES, Case, Dims
@@ -55,6 +56,35 @@ def losses_here(case: Case, contender: str) -> list[float]:
 def test_contenders_do_equal_work(name: str) -> None:
     case = replace(CASES[name], dims=TINY)
     check_equal_work({contender: on_ranks(case.ranks, losses_here, case, contender)[0] for contender in case.contenders})
+
+
+@pytest.mark.parametrize("name", ["gpu-345m-fusion", "gpu-345m-adam"])
+def test_options_of_ours_do_equal_work(name: str) -> None:
+    """What a GPU measures, on a CPU: built, and with the same losses, since only number formats and kernels differ."""
+    case = replace(CASES[name], dims=TINY, device="cpu", steps=2)
+    losses = {}
+    for contender in case.contenders:
+        with benchmark.CONTENDERS[contender](case) as step:
+            text = benchmark.text_of(case, 0)
+            losses[contender] = [benchmark.turn(step, text, steps, "cpu").loss for steps in (1, 6, 6)]
+    first = losses[case.contenders[0]]
+    assert first[-1] < first[0] - 0.002
+    assert all(other == pytest.approx(first, abs=1e-5) for other in losses.values())
+    shown = {"case": name, "chip": "NVIDIA H200", "peak_tflops": 989.0, "losses": losses}
+    table = benchmark.table({**shown, "tokens_per_second": {contender: [1.0, 2.0] for contender in losses}})
+    assert f"{case.contenders[0]} is" in table and table.count("1.00x") == len(case.contenders) - 1
+
+
+def test_options_of_ours_are_those_of_a_command_line() -> None:
+    """On a GPU, which a configuration does not need."""
+    case, options = CASES["gpu-345m-fusion"], ours.Options
+    precision = [ours.config_of(case, options=o).precision for o in (options(), options(fusion=False, bf16_gradients=True))]
+    assert [(p.bf16, p.grad_reduce_in_bf16, p.gradient_accumulation_fusion) for p in precision] == [
+        (True, False, True),
+        (True, True, False),
+    ]
+    assert [ours.config_of(case, options=options(eager=e)).batch.compile for e in (True, False)] == [False, True]
+    assert ours.config_of(case, options=options(kernel="foreach")).optim.adam_kernel == "foreach"
 
 
 def stat(process: Path) -> list[str]:

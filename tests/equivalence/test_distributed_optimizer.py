@@ -333,6 +333,20 @@ def test_groups_have_their_own_rates_and_decay(kernel):
         assert each.tolist() == pytest.approx(moved, rel=1e-5), name
 
 
+@pytest.mark.parametrize("kind", [{"adam_kernel": "fused"}, {"adam_kernel": "foreach"}, {"optimizer": "sgd"}], ids=str)
+def test_scale_and_clipping_are_one_factor_of_the_update(kind):
+    """A gradient of norm 5, halved, and cut to 1; nothing of it is left for the next step, which needs no factor."""
+    weights = parameter("weights", [1.0, 1.0, 1.0])
+    config = OptimConfig(clip_grad=1.0, sgd_momentum=1e-9, adam_beta1=0.0, **kind)
+    optimizer = Optimizer(flat_buffers([weights]), config, Mesh.single())
+    for grads, scale, norm, factor in (([3.0, 0.0, -4.0], 0.5, 2.5, 0.2), ([0.3, 0.0, 0.4], 1.0, 0.5, 1.0)):
+        weights.main_grad.copy_(torch.tensor(grads))
+        report = optimizer.step(lr=0.1, weight_decay=0.0, scale=scale)
+        (first, *_) = optimizer.update.state(0).values()
+        assert report.grad_norm == pytest.approx(norm)
+        assert first[:3].tolist() == pytest.approx([g * factor for g in grads], rel=1e-5)
+
+
 def test_zeros_and_the_norm_of_the_parameters():
     weights = parameter("weights", [3.0, 0.0, 4.0])
     config = OptimConfig(clip_grad=0.0)

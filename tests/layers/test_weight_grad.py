@@ -1,4 +1,5 @@
-"""The backward pass in two parts, I and W: the same gradients as in one, from less than the graph."""
+"""The backward pass in two parts, I and W: the same gradients as in one, from less than the graph. And weight gradients that
+their products add to the buffer: here with a product of the same meaning in place of the one that only CUDA has."""
 
 from __future__ import annotations
 
@@ -6,24 +7,30 @@ import gc
 import weakref
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from reference import GPT2, LLAMA, SEQ
+from reference import GPT2, LLAMA, SEQ, Setting, go
 from torch import nn
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch, StagePart
 from megatron.mesh.grid import Grid
+from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Axis, Mesh
+from megatron.mesh.place import Place
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.optim.buffers import flat_buffers
+from megatron.optim.reduction import report_to
+from megatron.parallel import weight_grad
 from megatron.parallel.spec import spec_of
-from megatron.parallel.weight_grad import WeightProduct, WeightWork, split_weight_gradients
+from megatron.parallel.weight_grad import WeightProduct, WeightWork, can_add_products, manage_weight_gradients
+from megatron.train import run as run_module
 
 ROWS = 2
 FORMS = {
@@ -84,7 +91,7 @@ def whole(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype, keepin
     """Gradients of two micro-batches, backward in one. keeping: through layers that could have kept their products."""
     model = stage(form, sequence_parallel, dtype)
     if keeping:
-        split_weight_gradients(model, WeightWork())
+        manage_weight_gradients(model, WeightWork())
     passes = [Pass(model, number) for number in range(2)]
     for each in passes:
         each.backward()
@@ -94,7 +101,7 @@ def whole(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype, keepin
 def split(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype):
     """The same in two parts, both W after both I; what there was between them; and what W did with autograd."""
     model, work = stage(form, sequence_parallel, dtype), WeightWork()
-    split_weight_gradients(model, work)
+    manage_weight_gradients(model, work)
     passes = [Pass(model, number) for number in range(2)]
     kept: list[list[WeightProduct]] = []
     for each in passes:
@@ -152,7 +159,7 @@ def test_i_and_w_are_the_backward_pass_to_the_bit(tp, sequence_parallel, form, d
 
 def factors(sequence_parallel: bool):
     model, work = stage(LLAMA, sequence_parallel, torch.float32), WeightWork()
-    split_weight_gradients(model, work)
+    manage_weight_gradients(model, work)
     each = Pass(model)
     with work.kept() as products:
         each.backward()
@@ -191,7 +198,7 @@ class Mark(torch.autograd.Function):
 def let_go(sequence_parallel: bool) -> None:
     """After I the graph is gone, though its products are there, and so are activations that no product needs."""
     model, work = stage(GPT2, sequence_parallel, torch.float32), WeightWork()
-    split_weight_gradients(model, work)
+    manage_weight_gradients(model, work)
     block, sentinels = model.layers["1"], []
 
     def mark(module, args):
@@ -239,7 +246,7 @@ def test_the_products_go_where_the_optimizer_reads(dtype):
     totals = []
     for keep in (False, True):
         model, work = stage(GPT2, False, dtype), WeightWork()
-        split_weight_gradients(model, work)
+        manage_weight_gradients(model, work)
         buffers = flat_buffers(model.parameters())
         for number in range(3):
             each = Pass(model, number)
@@ -265,3 +272,121 @@ def test_nothing_is_kept_outside():
     assert len(products) == 1 and not work.keeping
     with pytest.raises(RuntimeError, match="no backward pass is keeping"):
         keep()
+
+
+# Products that add themselves.
+
+
+def exact_product(total: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> None:
+    """What `add_product` does: 16-bit factors, summed in fp32."""
+    assert total.dtype is torch.float32 and rows.dtype is x.dtype is torch.bfloat16 and rows.dim() == x.dim() == 2
+    total.addmm_(rows.t().float(), x.float())
+
+
+def backward(form: ModelConfig, sequence_parallel: bool, way: str, grad_dtype: torch.dtype = torch.float32):
+    """Gradients of three micro-batches in the optimizer's buffers, by parameter; how often each was reported; the calls of
+    `add_product`. way: plain, fused, or fused with I and W apart."""
+    model, work = stage(form, sequence_parallel, torch.bfloat16), WeightWork(fused=way != "plain")
+    manage_weight_gradients(model, work)
+    buffers = flat_buffers(model.parameters(), grad_dtype=grad_dtype)
+    reported: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        report_to(p, partial(count, reported, name))
+    with mock.patch.object(weight_grad, "add_product", side_effect=exact_product) as product:
+        for number in range(3):
+            each = Pass(model, number)
+            if way != "split":
+                each.backward()
+                continue
+            with work.kept() as products:
+                each.backward()
+            for kept in products:
+                before = sum(reported.values())
+                kept.run()
+                assert sum(reported.values()) - before == 1 + (kept.bias is not None), "a product is reported when it is made"
+    assert len(buffers) and not any(p.grad is not None and p.grad is not p.main_grad for p in model.parameters())
+    return {name: p.main_grad.clone() for name, p in model.named_parameters()}, reported, product.call_count
+
+
+def count(reported: dict[str, int], name: str) -> None:
+    reported[name] = reported.get(name, 0) + 1
+
+
+def compare_fused(form: ModelConfig, sequence_parallel: bool) -> None:
+    plain, fused, split = (backward(form, sequence_parallel, way) for way in ("plain", "fused", "split"))
+    linear = [name for name in plain[0] if is_linear(name) and name.endswith(".weight")]
+    assert plain[2] == 0 and fused[2] == split[2] == 3 * len(linear) > 0
+    for _, reported, _ in (plain, fused, split):  # autograd reports a None too, so as often as it likes, but always the same
+        assert reported.keys() == plain[0].keys() and all(times % 3 == 0 for times in reported.values())
+    assert same(fused[0], split[0])
+    for name, expected in plain[0].items():
+        if name in linear:
+            error = float((fused[0][name] - expected).abs().max() / expected.abs().max())
+            assert 0.0 < error < 2**-7, "the plain way rounds each product to bf16"
+        else:
+            assert torch.equal(fused[0][name], expected), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_products_that_add_themselves_are_the_same_gradients(tp, sequence_parallel, form):
+    on_ranks(tp, compare_fused, FORMS[form], sequence_parallel) if tp > 1 else compare_fused(FORMS[form], sequence_parallel)
+
+
+def test_no_product_adds_itself_to_a_buffer_of_16_bit():
+    plain, fused = (backward(GPT2, False, way, torch.bfloat16) for way in ("plain", "fused"))
+    assert fused[2] == 0 and same(plain[0], fused[0])
+
+
+def test_fp32_weights_and_layers_without_a_buffer_are_as_before():
+    def gradients(dtype: torch.dtype, fused: bool, buffered: bool):
+        model, work = stage(GPT2, False, dtype), WeightWork(fused=fused)
+        manage_weight_gradients(model, work)
+        buffers = flat_buffers(model.parameters()) if buffered else None
+        Pass(model).backward()
+        return buffers, grads(model)
+
+    with mock.patch.object(weight_grad, "add_product", side_effect=AssertionError):
+        for dtype, buffered in ((torch.float32, True), (torch.bfloat16, False)):
+            assert same(gradients(dtype, True, buffered)[1], gradients(dtype, False, buffered)[1])
+
+
+def test_a_cpu_has_no_such_product():
+    assert not can_add_products(torch.device("cpu"))
+
+
+def test_a_device_that_refuses_gets_the_plain_product():
+    """As torch does where it takes no fp32 sum beside 16-bit factors; and one that adds nothing is not believed."""
+    cuda, zeros, ones = torch.device("cuda"), torch.zeros(16, 16), torch.ones(16, 16, dtype=torch.bfloat16)
+    found = []
+    for outcome in (exact_product, RuntimeError, TypeError, lambda *_: None):
+        with (
+            mock.patch.object(weight_grad, "add_product", side_effect=outcome),
+            mock.patch.object(weight_grad.torch, "zeros", return_value=zeros.clone()),
+            mock.patch.object(weight_grad.torch, "ones", return_value=ones),
+        ):
+            found.append(can_add_products(cuda))
+    assert found == [True, False, False, False]
+
+
+def run_fused(setting: Setting, fused: bool):
+    """A whole run whose products add themselves where its configuration lets them."""
+    can = mock.patch.object(run_module, "can_add_products", return_value=True)
+    with can, mock.patch.object(weight_grad, "add_product", side_effect=exact_product) as product:
+        config = setting.config(dist.get_world_size(), 4)
+        precision = replace(config.precision, gradient_accumulation_fusion=fused)
+        layout = replace(config.layout, overlap_grad_reduce=True, use_distributed_optimizer=True, ddp_bucket_size=3000)
+        place = Place(dist.get_rank(), dist.get_world_size())
+        run = run_module.build(replace(config, precision=precision, layout=layout), Job(place, torch.device("cpu"), "gloo"))
+        curve = go(run, setting, 4)
+    return curve, product.call_count, run.optimizer.reduction.started_early, len(run.optimizer.buffers)
+
+
+@pytest.mark.parametrize("layout", [dict(), dict(tp=2, sequence_parallel=True), dict(pp=2, schedule="zb-h1")], ids=str)
+def test_a_run_with_fusion_is_the_run_without_it(layout):
+    """To what bf16 rounds; with the reduction of the buckets during the backward passes, which waits for every report."""
+    setting = Setting(replace(GPT2, num_layers=4), bf16=True, **layout)
+    for fused, plain in zip(on_ranks(2, run_fused, setting, True), on_ranks(2, run_fused, setting, False), strict=True):
+        assert plain[1] == 0 and fused[1] > 0 and plain[0] != fused[0]
+        assert all(a == pytest.approx(b, rel=0.02) for a, b in zip(fused[0], plain[0], strict=True))
+        assert fused[2:] == plain[2:] and fused[2] == (fused[3] if setting.tp == setting.pp == 1 else 0)

@@ -26,6 +26,7 @@ def disk(tmp_path: Path) -> Path:
         "nothing",
         "other",
         "half/iter_0000003",
+        "torn/iter_0000040",
         "lost/iter_0000007",
     ):
         (tmp_path / folder).mkdir(parents=True)
@@ -74,23 +75,18 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
         ("--load @half/iter_0000003", "`--load half/iter_0000003` is an empty directory" + FRESH),
         (
             "--load @half",
-            "`--load half` is not finished: half/iter_0000003/manifest.json does not exist; "
-            "choose another with --load-iteration; legal: 3",
+            "`--load half` holds no finished checkpoint: none of its iter_ directories has a manifest.json" + FRESH,
         ),
         (
-            "--load @lost",
-            "`--load lost` has no latest_checkpointed_iteration.txt; choose with --load-iteration; legal: 7",
+            "--load @torn --load-iteration 40",
+            "`--load torn` is not finished: torn/iter_0000040/manifest.json does not exist; "
+            "choose another with --load-iteration; legal: 10",
         ),
         (
             "--load @other",
             "`--load other` holds no checkpoint: neither manifest.json nor an iter_ directory" + FRESH,
         ),
         ("--load @run --load-iteration 15", "`--load-iteration 15` is not in run; legal: 10, 20"),
-        (
-            "--load @torn",
-            "`--load torn` is broken: latest_checkpointed_iteration.txt says `30`, which is not there; "
-            "choose with --load-iteration; legal: 10",
-        ),
         (
             "--load @run/iter_0000010 --load-iteration 20",
             "`--load run/iter_0000010` and `--load-iteration 20` name different iterations",
@@ -113,6 +109,8 @@ def test_wrong_files(change: str, message: str, disk: Path) -> None:
         "--load @run --load-iteration 10",
         "--load @run/iter_0000010",
         "--load @torn --load-iteration 10",
+        "--load @torn",
+        "--load @lost",
         "--save @new/deep --save-interval 1 --tensorboard-dir @new/tb",
         "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.json --merge-file @merges.txt",
         "--data-path @good.bin",
@@ -134,6 +132,14 @@ def test_what_may_not_be_read_or_written(disk: Path, monkeypatch: pytest.MonkeyP
     assert on_disk(disk, f"--data-path @good {tokenizer}") == ["`--vocab-file vocab.json` cannot be read: permission denied"]
     assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
         "`--save nothing/run` cannot be written: permission denied in nothing"
+    ]
+
+
+def test_a_stop_file_can_appear_and_go(disk: Path) -> None:
+    assert on_disk(disk, "--data-path @good --stop-file @run/enough") == []
+    assert on_disk(disk, "--data-path @good --stop-file @run") == ["`--stop-file run` is a directory, not a file"]
+    assert on_disk(disk, "--data-path @good --stop-file @no/enough") == [
+        "`--stop-file no/enough` can never appear: there is no directory no"
     ]
 
 

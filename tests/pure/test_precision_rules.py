@@ -13,6 +13,11 @@ from megatron.config.rules import RULES
 CASES: list[tuple[str, str, str]] = [
     ("one_format", "--fp16 --bf16", "`--fp16` and `--bf16` exclude each other; give one of them, or none for fp32"),
     (
+        "gradients_in_bf16",
+        "--fp16 --grad-reduce-in-bf16",
+        "`--grad-reduce-in-bf16` needs `--bf16`: only gradients of bfloat16 weights are kept in bfloat16",
+    ),
+    (
         "scale_range",
         "--fp16 --initial-loss-scale 2 --min-loss-scale 4",
         "`--min-loss-scale 4.0` is greater than `--initial-loss-scale 2.0`, where the scale begins; legal: 0 to 2",
@@ -49,6 +54,8 @@ def test_every_rule_is_tested() -> None:
         "--fp16 --loss-scale 128 --on-nonfinite abort",
         "--fp16 --loss-scale 0 --hysteresis 4",
         "--bf16 --on-nonfinite abort",
+        "--bf16 --grad-reduce-in-bf16 --use-distributed-optimizer --overlap-grad-reduce",
+        "--bf16 --accumulate-allreduce-grads-in-fp32 --no-gradient-accumulation-fusion",
         "--loss-scale 8",
         "--skip-train-iterations 1 5-5 7-900",
         "--fp16 --loss-scale 4 --min-loss-scale 8 --initial-loss-scale 2",
@@ -61,6 +68,13 @@ def test_legal_runs_are_silent(change: str) -> None:
 def test_one_mistake_is_told_once() -> None:
     assert problems("--fp16 --initial-loss-scale 0") == ["`--initial-loss-scale 0.0` must be greater than 0"]
     assert problems("--fp16 --loss-scale -1 --on-nonfinite abort") == ["`--loss-scale -1.0` must be 0 or greater"]
+
+
+def test_gradients_are_in_one_format() -> None:
+    change = "--bf16 --grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32"
+    both = "`--grad-reduce-in-bf16` and `--accumulate-allreduce-grads-in-fp32`"
+    assert problems(change) == [f"{both} set the same thing to different values"]
+    assert notes("--bf16 --accumulate-allreduce-grads-in-fp32") == ()
 
 
 def notes(change: str) -> tuple[str, ...]:

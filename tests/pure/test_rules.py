@@ -166,7 +166,10 @@ CASES: list[tuple[str, str, int, str]] = [
         1,
         "`--weight-decay-incr-style cosine` needs `--end-weight-decay`",
     ),
-    ("companions", "--save x", 1, "`--save x` needs `--save-interval`"),
+    ("companions", "--save x", 1, "`--save x` needs `--save-interval` or `--save-interval-mins`"),
+    ("companions", "--save-interval-mins 5", 1, "`--save-interval-mins 5.0` needs `--save`"),
+    ("companions", "--async-save", 1, "`--async-save` needs `--save`"),
+    ("companions", "--on-save-error continue", 1, "`--on-save-error continue` needs `--save`"),
     ("companions", "--auto-resume", 1, "`--auto-resume` needs `--save`"),
     ("companions", "--keep-last 2", 1, "`--keep-last 2` needs `--save`"),
     ("companions", "--keep-every 2", 1, "`--keep-every 2` needs `--save`"),
@@ -314,7 +317,8 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 def test_every_rule_is_tested() -> None:
     elsewhere = {*CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}  # see test_context_rules.py and its like
     assert {r.__name__ for r in RULES if r not in elsewhere} == {case[0] for case in CASES}
-    assert [r.__name__ for r in FILE_RULES] == ["tokenizer_files", "datasets", "load", "writable"]  # see test_file_rules.py
+    # See test_file_rules.py for these.
+    assert [r.__name__ for r in FILE_RULES] == ["tokenizer_files", "datasets", "load", "writable", "stop_file"]
 
 
 @pytest.mark.parametrize(
@@ -331,6 +335,7 @@ def test_every_rule_is_tested() -> None:
         ("--lr-decay-style constant --min-lr 1e-3", 1),
         ("--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1", 1),
         ("--save x --save-interval 5 --auto-resume --keep-last 2", 1),
+        ("--save x --save-interval-mins 5 --async-save --on-save-error continue", 1),
         ("--data-path 0.5 a 2 b", 1),
         ("--data-path a b c", 1),
         ("--no:data-path --train-data-path a --valid-data-path b", 1),

@@ -108,5 +108,7 @@ def test_bytes_of_a_parameter(shards: int) -> None:
     for two_bytes, each in ((True, 6 + 12 / shards), (False, 8 + 8 / shards)):
         state = state_bytes([count], [0], two_bytes=two_bytes, shards=shards)
         assert state.weights + state.gradients + state.optimizer == count * each
+    half = state_bytes([count], [0], two_bytes=True, shards=shards, bf16_gradients=True)
+    assert half.weights + half.gradients + half.optimizer == count * (4 + 12 / shards)
     sgd = state_bytes([count], [0], two_bytes=True, optimizer="sgd", shards=shards)
     assert sgd.optimizer * 2 == state_bytes([count], [0], two_bytes=True, shards=shards).optimizer

@@ -1,6 +1,7 @@
 """The slice algebra, against numpy: any tiling into any other, and who writes what."""
 
 import random
+import time
 from math import prod
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ def test_touching_rectangles_do_not_overlap():
 def test_a_thousand_row_slices_are_cheap():
     rows = [Part((i, 0), (1, 8)) for i in range(5000)]
     assert fault((5000, 8), rows) is None
+
+
+def test_a_hostile_list_of_pieces_takes_no_longer():
+    """Columns all lie side by side in a sweep along the rows: comparing each with each would take minutes."""
+    columns = [Part((0, i), (8, 1)) for i in range(20000)]
+    began = time.monotonic()
+    assert fault((8, 20000), columns) is None
+    assert "overlap" in fault((8, 20000), [*columns[:-1], Part((0, 9999), (8, 1))])
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (4, 1), (1, 16), (8, 16)])

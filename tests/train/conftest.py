@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc_data.topics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,53 @@ def flags(corpus, tmp_path):
         "--tokenizer-type ByteTokenizer --split 80,10,10 --log-interval 1 --eval-interval 5 --eval-iters 2 --save-interval 4"
     )
     return [*text.split(), "--data-path", str(corpus), "--save", str(tmp_path / "run")]
+
+
+@dataclass
+class Ended:
+    """How a slice of a run ended: exit statuses by rank, what was written, and where torchrun would have looked."""
+
+    statuses: list[int]
+    seconds: float
+    out: str
+    err: str
+    left: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+class Slices:
+    """Runs commands on forked ranks, see `slices.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "slices.py"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, argv, *, ranks=2, fault=None, launcher=True, env=None) -> Ended:
+        """fault: (rank, phase, at, how)."""
+        self.count += 1
+        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
+        named = None if fault is None else dict(zip(("rank", "phase", "at", "how"), fault, strict=True))
+        job = {"argv": [*map(str, argv)], "ranks": ranks, "fault": named, "launcher": launcher, "env": env or {}}
+        self.process.stdin.write(json.dumps(job | {"out": str(out), "err": str(err)}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        files = [Path(f"{err}.{rank}.json") for rank in range(ranks)]
+        left = [json.loads(file.read_text())["message"]["message"] if file.exists() else "" for file in files]
+        return Ended(answer["statuses"], answer["seconds"], out.read_text(), err.read_text(), left)
+
+
+@pytest.fixture(scope="session")
+def slices(tmp_path_factory):
+    started = Slices(tmp_path_factory.mktemp("slices"))
+    yield started
+    started.process.stdin.close()
+    started.process.wait(30)

@@ -134,11 +134,11 @@ def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
 
     assert rate() == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
     said = capsys.readouterr().out
-    assert "schedule, peak: 0.01 in the checkpoint, 0.005 asked for; the checkpoint's counts" in said
-    assert "decay_weights_to: 0.01 in the checkpoint, 0.1 asked for; the checkpoint's counts" in said
+    assert re.search(r"^  schedule, peak +0\.01 +0\.005 +the checkpoint's$", said, re.MULTILINE)
+    assert re.search(r"^  schedule, decay_weights_to +0\.01 +0\.1 +the checkpoint's$", said, re.MULTILINE)
     assert "optim.weight_decay" not in said, "one setting, one winner"
     assert rate("--override-opt_param-scheduler") == pytest.approx(5e-3 * (1 - (5 - 2) / 10))
-    assert "0.005 asked for; this run's counts" in capsys.readouterr().out
+    assert re.search(r"^  schedule, peak +0\.01 +0\.005 +this run's$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_schedule_outlives_a_second_resume(flags, tmp_path):
@@ -201,17 +201,14 @@ def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path)
 
 def test_an_optimizer_state_that_is_not_there(flags, tmp_path, capsys):
     assert run([*flags, "--no-save-optim", "--train-iters", "3"]) == 0
-    with pytest.raises(SystemExit) as stop:
-        run([*flags, "--load", tmp_path / "run"])
-    assert stop.value.code == 2 and "start a new one with --no-load-optim" in capsys.readouterr().err
+    assert run([*flags, "--load", tmp_path / "run"]) == 2
+    assert "start a new one with --no-load-optim" in capsys.readouterr().err
     assert run([*flags, "--load", tmp_path / "run", "--no-load-optim"]) == 0
 
 
 def test_another_model_than_the_checkpoints_is_refused(flags, tmp_path, capsys):
     assert run([*flags, "--train-iters", "3"]) == 0
-    with pytest.raises(SystemExit) as stop:
-        run([*flags, "--load", tmp_path / "run", "--hidden-size", "48", "--num-layers", "3"])
-    assert stop.value.code == 2
+    assert run([*flags, "--load", tmp_path / "run", "--hidden-size", "48", "--num-layers", "3"]) == 2
     error = capsys.readouterr().err
     assert "`--hidden-size 48`" in error and "`--num-layers 3`" in error and "32" in error
 

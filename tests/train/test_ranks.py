@@ -20,7 +20,7 @@ def sources(folders: list[str | None]) -> str:
     mesh = Mesh.build(Grid(dp=2), dist.get_rank())
     folder = folders[mesh.rank]
     try:
-        agree(Source(None if folder is None else Path(folder)), mesh)
+        agree(Source(None if folder is None else Path(folder)), mesh.world)
     except CheckpointError as error:
         return str(error)
     return "agreed"

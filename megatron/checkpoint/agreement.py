@@ -1,0 +1,99 @@
+"""What the ranks tell one another about a checkpoint: small descriptions and failures, never tensor data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.mesh.mesh import Axis
+from megatron.mesh.watch import Watch
+
+T = TypeVar("T")
+
+# A rank waits for the slowest disk. What dies or hangs meanwhile is found by the watch, not by this.
+LONGEST_WAIT = timedelta(days=1)
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written because the disk is full, or fails. Nothing is wrong with the run."""
+
+
+def saving_axis(world: Axis) -> Axis:
+    """The ranks of `world`, with a process group for checkpoints alone. Collective.
+
+    A thread may use it while the step communicates: two threads must never share a group. It is gloo's under NCCL too,
+    since what travels lies in host memory, and so a slow disk never counts as a failed collective of the device.
+    """
+    if world.group is None:
+        return world
+    return replace(world, name="save", group=dist.new_group(list(world.ranks), timeout=LONGEST_WAIT, backend="gloo"))
+
+
+def together(world: Axis, work: Callable[[], T], watch: Watch | None = None, what: str = "") -> T:
+    """Run `work` on every rank; when it fails on one, raise CheckpointError on all, naming each rank that failed.
+
+    DiskError when all that failed is the disk's fault. watch, what: whom to tell what this rank does, in words.
+    """
+    watch = watch or Watch()
+    result, failure = None, None
+    watch.doing(what, alone=True)
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        kind = DiskError if isinstance(error, OSError | DiskError) else CheckpointError
+        if world.group is None:
+            raise error if isinstance(error, CheckpointError) else kind(in_words(error)) from error
+        failure = (in_words(error), kind is DiskError)
+    if world.group is not None:
+        failures: list[tuple[str, bool] | None] = [None] * world.size
+        watch.waiting(f"waiting for the other ranks after {what}")
+        dist.all_gather_object(failures, failure, group=world.group)
+        told = {f: [r for r, other in enumerate(failures) if other == f] for f in failures if f is not None}
+        if told:
+            kind = DiskError if all(disk for _, disk in told) else CheckpointError
+            raise kind("; ".join(f"rank {', '.join(map(str, ranks))}: {text}" for (text, _), ranks in told.items()))
+    return result  # type: ignore[return-value]  # None only where work gave None
+
+
+def in_words(error: Exception) -> str:
+    """What to tell of an error; where it is the disk's, with the file."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def all_say(world: Axis, answer: bool) -> bool:
+    """Whether every rank says yes. Collective."""
+    if world.group is None:
+        return answer
+    device = "cuda" if dist.get_backend(world.group) == "nccl" else "cpu"
+    least = torch.tensor(int(answer), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=world.group)
+    return bool(least.item())
+
+
+def gather(world: Axis, value: T) -> list[T] | None:
+    """Every rank's value on the first rank, None on the others. Collective."""
+    if world.group is None:
+        return [value]
+    values: list[Any] | None = [None] * world.size if world.first else None
+    dist.gather_object(value, values, dst=world.ranks[0], group=world.group)
+    return values
+
+
+def scatter(world: Axis, values: Sequence[T]) -> T:
+    """One value of the first rank's list for each rank; the others' lists are not looked at. Collective."""
+    if world.group is None:
+        return values[0]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, list(values) if world.first else None, src=world.ranks[0], group=world.group)
+    result: T = mine[0]
+    return result

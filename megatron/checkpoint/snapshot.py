@@ -1,0 +1,59 @@
+"""A rank's tensors as they are at one moment, in host memory, so that they can be written while training goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.storage import Entry, in_file_order
+
+
+class Snapshot:
+    """One buffer of exactly the bytes that this rank writes, filled again at every save.
+
+    device: where the tensors live. On a GPU the buffer is pinned, and all copies are under way at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def bytes(self) -> int:
+        return self._buffer.numel()
+
+    def take(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The same entries, with data that nobody changes before the next call."""
+        size = sum(entry.bytes for entry in entries)
+        if size != self._buffer.numel():
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # let go first: two at a time could be too much
+            self._buffer = _host_memory(size, self._device)
+        taken, offset = [], 0
+        for entry in in_file_order(entries):  # the widest types first, so every view is aligned
+            view = self._buffer[offset : offset + entry.bytes].view(entry.dtype).view(entry.shape)
+            view.copy_(entry.data(), non_blocking=True)
+            taken.append(replace(entry, data=_giver(view)))
+            offset += entry.bytes
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return taken
+
+
+def _giver(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def _host_memory(size: int, device: torch.device) -> Tensor:
+    """`size` bytes, pinned for a GPU. Registered with CUDA, not taken from torch's pinned allocator, which would round up to
+    a power of two: up to twice the memory."""
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda" and size:
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        # Where it is refused (a limit on locked memory) the copies are slower, and right all the same.
+        if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
+            weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return buffer

@@ -1,0 +1,87 @@
+"""SIGTERM and SIGUSR1 as requests to stop, noted at once even while the main thread is blocked. Pure."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """The signals that asked this process to stop. Who answers them changes with the phase of the run.
+
+    At first `at_once` does, where it is given: it is called with the signal's name, from another thread, and ends the process.
+    After `watched` the watch of a job of several ranks reads `name`, and ends the job. After `hold` the request waits for the
+    next step boundary of the training loop. A second signal changes nothing.
+
+    name: of the first signal, None before.
+    """
+
+    def __init__(self, at_once: Callable[[str], object] | None = None) -> None:
+        self.name: str | None = None
+        self.held = False
+        self._at_once = at_once
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take the signals over. Nothing where they have an effect already, and where another thread than the main one calls.
+
+        One that is ignored is taken as well: a batch script ignores it for the sake of the launcher, which the ranks inherit.
+        """
+        mine = [number for number in STOPS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
+        if threading.current_thread() is not threading.main_thread() or not mine:
+            return
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # The interpreter writes the signal's number at once, while a Python handler has to wait for the main thread. Both note
+        # it, so that the main thread does not run ahead of a signal that it has got.
+        before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+            os.close(self._read)
+            os.close(self._write)
+            return
+        for number in mine:
+            self._previous[number] = signal.signal(number, lambda number, frame: self._note(number))
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+
+    def watched(self) -> None:
+        """From now on a watch looks at `name`."""
+        self._at_once = None
+
+    def hold(self) -> None:
+        """From now on a request waits for a step boundary."""
+        self._at_once = None
+        self.held = True
+
+    def close(self, *, ignore: bool = False) -> None:
+        """Give the signals back. ignore: the end is near, and what comes now is a launcher's echo of it."""
+        if not self._previous:
+            return
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_IGN if ignore else previous)
+        self._previous.clear()
+        signal.set_wakeup_fd(-1)
+        os.write(self._write, b"\0")
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def _listen(self) -> None:
+        while True:
+            for number in os.read(self._read, 64):
+                if number == 0:
+                    return
+                if number not in STOPS:  # any signal that Python handles is written, also Ctrl-C
+                    continue
+                self._note(number)
+                if self._at_once is not None and self.name is not None:
+                    self._at_once(self.name)
+
+    def _note(self, number: int) -> None:
+        self.name = self.name or signal.Signals(number).name

@@ -1,0 +1,99 @@
+"""How far the slices of a run came: a small file beside its checkpoints, and the end of a slice before its first step. Pure.
+
+A run on a cluster is a row of slices, each going on where the one before was stopped. A slot too short for start-up and one
+step would be requeued for ever; two such slices in a row are an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megatron.mesh.last_words import say, tell_launcher
+
+FILE = "progress.json"
+STOPPED = 75
+TOO_SHORT = 2  # slices in a row without a step
+
+
+class Progress:
+    """What `progress.json` in --save said when this slice began. Without --save nothing is known, and nothing is kept.
+
+    finished: the iteration at which the whole run ended, its last evaluations included; None before that. idle: slices in a
+    row, the last one before this among them, that were stopped before they had made a step.
+    """
+
+    def __init__(self, save: str | None) -> None:
+        self._path = None if save is None else Path(save) / FILE
+        self.finished: int | None = None
+        self.idle = 0
+        values: Any = None
+        if self._path is not None:
+            with suppress(OSError, ValueError):
+                values = json.loads(self._path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            finished, idle = values.get("finished"), values.get("slices_without_a_step")
+            self.finished = finished if type(finished) is int else None
+            self.idle = idle if type(idle) is int and idle > 0 else 0
+
+    def too_short(self, why: str) -> str | None:
+        """What to say of a slice that ends now without a step; None while that is no error."""
+        if self._path is None or self.idle + 1 < TOO_SHORT:
+            return None
+        return (
+            f"{self.idle + 1} slices in a row ended without a single step ({why}): the slot is too short for the start and one "
+            f"step; give the run more time, and delete {self._path}, which keeps the count"
+        )
+
+    # What the first rank writes. Nothing depends on it but these two answers, so a full disk is not an error here.
+
+    def write(self, *, finished: int | None = None, idle: int = 0) -> None:
+        if self._path is None:
+            return
+        fresh = self._path.with_name(FILE + ".tmp")
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps({"finished": finished, "slices_without_a_step": idle}) + "\n", encoding="utf-8")
+            fresh.replace(self._path)
+
+    def began(self) -> None:
+        """A slice goes on with the run: it is not finished."""
+        if self.finished is not None:
+            self.write(idle=self.idle)
+
+    def moved(self) -> None:
+        """The slice has made its first step."""
+        if self.idle:
+            self.write()
+            self.idle = 0
+
+
+class EarlyStop:
+    """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
+
+    progress: set as soon as the command has been read.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self.progress = Progress(None)
+
+    def __call__(self, name: str, rank: int) -> tuple[str, int]:
+        """What to say, and the exit status. One rank calls it for all, or each for itself. rank: that got the signal."""
+        why = f"{name} to rank {rank}"
+        wrong = self.progress.too_short(f"{why} before it")
+        self.progress.write(finished=self.progress.finished, idle=self.progress.idle + 1)
+        if wrong is not None:
+            return f"error: {wrong}\n", 1
+        return f"stopping before the first step: {why}; there is nothing to save; start again to go on\n", STOPPED
+
+    def at_once(self, name: str) -> None:
+        """End this process, which no other watches yet. The first rank speaks, for they are mostly all told to stop."""
+        text, status = self(name, self._rank)
+        if self._rank == 0:
+            say(text)
+        tell_launcher(text)
+        os._exit(status)

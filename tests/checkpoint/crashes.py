@@ -1,0 +1,141 @@
+"""What the crash tests share: a disk that fails or dies at a given step, and savers of a small state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from cuts import mesh_of, state
+
+from megatron.checkpoint.storage import Storage
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.mesh.launch import Job
+from megatron.mesh.place import Place
+from megatron.train.saving import Saver
+
+ASSETS = {"vocab.json": b"{}", "deep/merges.txt": b"a b\n"}
+
+
+class Faulty(Storage):
+    """Calls `act` at step number `at`: before and after everything that is done to the disk, in the middle of the first
+    bytes of a file, and of its first tensor. for_ever: at every later step too. None: it only counts."""
+
+    def __init__(self, at=None, act=None, *, for_ever=False):
+        self.at, self.act, self.for_ever, self.steps = at, act, for_ever, 0
+        self.lock = threading.Lock()  # a deletion has a thread of its own
+
+    def step(self):
+        with self.lock:
+            self.steps += 1
+            now = self.at is not None and (self.steps - 1 == self.at or (self.for_ever and self.steps - 1 > self.at))
+        if now:
+            self.act()
+
+    def around(self, work, *args):
+        self.step()
+        result = work(*args)
+        self.step()
+        return result
+
+    def free(self, path):
+        return self.around(super().free, path)
+
+    def make_directory(self, path):
+        self.around(super().make_directory, path)
+
+    def sync(self, path):
+        self.around(super().sync, path)
+
+    def rename(self, source, target):
+        self.around(super().rename, source, target)
+
+    def write(self, path, chunks):
+        def torn():
+            for number, chunk in enumerate(chunks):
+                yield chunk[: len(chunk) // 2]
+                if number in (0, 2):  # a tensor's file begins with its header, in two chunks
+                    self.step()  # the first half is with the operating system
+                yield chunk[len(chunk) // 2 :]
+
+        return self.around(super().write, path, torn())
+
+    def remove(self, path):
+        self.step()
+        for shard in path.glob("shard_*") if path.is_dir() else ():  # a directory goes file by file
+            shard.unlink()
+            self.step()
+        super().remove(path)
+        self.step()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def raiser(number):
+    def fail():
+        raise OSError(number, os.strerror(number), "the disk")
+
+    return fail
+
+
+def run_of(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
+    """As much of a `Run` as a Saver needs. `held`: its state, which a test may change."""
+    mesh = mesh or mesh_of(1, 1)
+    job = Job(Place(mesh.rank, mesh.world.size), torch.device("cpu"), None)
+    job = Job(job.place, job.device, None, None, watch) if watch is not None else job
+    held = state(tp, mesh.tp.rank)
+    return SimpleNamespace(
+        config=RunConfig(checkpoint=CheckpointConfig(save=str(root), **checkpoint)),
+        job=job,
+        mesh=mesh,
+        state=SimpleNamespace(iteration=0),
+        held=held,
+        parts=lambda optimizer: held if optimizer else {"model": held["model"]},
+    )
+
+
+def saver_of(run, storage=None, said=None) -> Saver:
+    return Saver(run, ASSETS, (said if said is not None else []).append, storage)
+
+
+def save_at(run, saver: Saver, iteration: int) -> Path:
+    """One whole save."""
+    run.state.iteration = iteration
+    saver.save()
+    saver.finish()
+    return Path(run.config.checkpoint.save) / f"iter_{iteration:07d}"
+
+
+def save_once(root, iteration, storage=None, **checkpoint) -> Path:
+    """One whole save by a process of its own, so to speak."""
+    run = run_of(root, **checkpoint)
+    return save_at(run, saver_of(run, storage), iteration)
+
+
+def steps_of(root, iteration, **checkpoint) -> int:
+    """Steps of a save."""
+    storage = Faulty()
+    save_once(root, iteration, storage, **checkpoint)
+    return storage.steps
+
+
+def in_children(ranks, work, *args):
+    """Run `work(rank, *args)` in forked processes, which saves importing torch. The signals or exit statuses they end with."""
+    pids = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work(rank, *args)
+                status = 0
+            finally:
+                os._exit(status)  # whatever happened, no test goes on in here
+        pids.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]

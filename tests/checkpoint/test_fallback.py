@@ -1,0 +1,282 @@
+"""A run starts from the newest whole checkpoint, says what it passed over, and never from random weights by accident."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from cuts import Cut, state
+from ranks import on_ranks
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.load import load, verify_together
+from megatron.checkpoint.save import save
+from megatron.config.errors import ConfigError
+from megatron.config.saved import to_json
+from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from megatron.mesh.grid import Grid
+from megatron.mesh.launch import Job
+from megatron.mesh.mesh import Mesh
+from megatron.mesh.place import Place
+from megatron.optim.lr import Schedule
+from megatron.train import resume
+from megatron.train.resume import Source, check_source, differences, find_source, settle
+from megatron.train.state import TrainState
+
+CONFIG = RunConfig(
+    model=ModelConfig(num_layers=2, hidden_size=32, vocab_size=257),
+    data=DataConfig(data_path=("data/text",)),
+    optim=OptimConfig(lr=0.1),
+)
+
+
+def write(root: Path, iteration: int) -> Path:
+    schedule = asdict(Schedule.of(CONFIG.optim, CONFIG.batch))
+    counters = TrainState(iteration=iteration, schedule=schedule)
+    return save(root, iteration, {**state(1, 0), "train": counters}, Mesh.single(), config=to_json(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("saved")
+    for iteration in (100, 200, 300):
+        write(root, iteration)
+    return root
+
+
+@pytest.fixture
+def root(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def shard(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}" / "shard_00000.safetensors"
+
+
+DAMAGE = {
+    "torn": lambda root: (root / "iter_0000300" / "manifest.json").unlink(),
+    "missing shard": lambda root: shard(root, 300).unlink(),
+    "truncated": lambda root: shard(root, 300).write_bytes(shard(root, 300).read_bytes()[:-1]),
+    "state": lambda root: flip(root / "iter_0000300" / "state.json"),
+    "manifest": lambda root: flip(root / "iter_0000300" / "manifest.json"),
+    "gone": lambda root: shutil.rmtree(root / "iter_0000300"),
+    "flipped byte": lambda root: flip(shard(root, 300)),
+}
+SAID = {
+    "torn": "iter_0000300: it has no manifest.json",
+    "missing shard": "iter_0000300/shard_00000.safetensors: No such file",
+    "truncated": "iter_0000300/shard_00000.safetensors: .* bytes, the manifest says",
+    "state": "iter_0000300/state.json: its bytes do not match",
+    "manifest": "iter_0000300/manifest.json: not a usable manifest",
+    "gone": "latest_checkpointed_iteration.txt: it names iteration 300, which is not there",
+    "flipped byte": "iter_0000300/shard_00000.safetensors: its bytes do not match",
+}
+
+
+def alone(config: CheckpointConfig) -> Source:
+    """What one process starts from."""
+    run = replace(CONFIG, checkpoint=config)
+    return settle(find_source(config), run, Job(Place(0, 1), torch.device("cpu"), None))
+
+
+def asked(root: Path, how: str) -> CheckpointConfig:
+    return CheckpointConfig(save=str(root), auto_resume=True) if how == "auto" else CheckpointConfig(load=str(root))
+
+
+@pytest.mark.parametrize("how", ["auto", "load"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_next_older_one(root, damage, how):
+    DAMAGE[damage](root)
+    source = alone(asked(root, how))
+    assert source.directory == root / "iter_0000200" and source.verified and source.state.iteration == 200
+    *passed, loading = source.lines
+    assert loading.startswith(f"loading checkpoint {root}/iter_0000200: weights with optimizer, schedule")
+    assert len(passed) == 1 and re.match(f"passed over: .*{SAID[damage]}", passed[0])
+
+
+def test_several_are_passed_over_one_line_each(root):
+    flip(shard(root, 300))
+    shard(root, 200).unlink()
+    source = alone(asked(root, "load"))
+    assert (
+        source.directory == root / "iter_0000100" and [line.split(":")[0] for line in source.lines[:2]] == ["passed over"] * 2
+    )
+    assert "iter_0000300/shard" in source.lines[0] and "iter_0000200/shard" in source.lines[1]
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "torn"])
+def test_nothing_whole_is_an_error_never_a_fresh_start(root, damage):
+    for iteration in (100, 200):
+        shutil.rmtree(root / f"iter_{iteration:07d}")
+    DAMAGE[damage](root)
+    with pytest.raises(
+        CheckpointError, match=f"--auto-resume: no checkpoint in .* is whole: .*{SAID[damage]}.*; to start fresh"
+    ):
+        alone(asked(root, "auto"))
+    with pytest.raises(CheckpointError, match=f"--load .*: no whole checkpoint is there: .*{SAID[damage]}"):
+        alone(asked(root, "load"))
+
+
+def test_only_an_empty_directory_starts_fresh(tmp_path):
+    (tmp_path / ".iter_0000005.tmp").mkdir()
+    for root in (tmp_path, tmp_path / "new"):
+        source = alone(asked(root, "auto"))
+        assert source.directory is None and source.lines[-1].startswith("starting fresh")
+    assert "a save that was interrupted" in alone(asked(tmp_path, "auto")).lines[0]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5\n")
+    with pytest.raises(CheckpointError, match="names iteration 5, which is not there"):
+        alone(asked(tmp_path, "auto"))
+
+
+def test_what_is_named_is_taken_or_refused(root):
+    chosen = CheckpointConfig(load=str(root), load_iteration=300)
+    flip(shard(root, 300))
+    for config in (chosen, CheckpointConfig(load=str(root / "iter_0000300"))):
+        with pytest.raises(CheckpointError, match=r"its bytes do not match.*Other iterations there: 100, 200; choose one with"):
+            alone(config)
+    assert alone(replace(chosen, load_iteration=100)).directory == root / "iter_0000100"
+
+
+def test_without_a_tracker_the_newest_is_taken(root):
+    (root / "latest_checkpointed_iteration.txt").unlink()
+    assert alone(asked(root, "load")).directory == root / "iter_0000300"
+
+
+def settled(root: str, how: str) -> tuple[str, tuple[str, ...]]:
+    rank = torch.distributed.get_rank()
+    config = asked(Path(root), how)
+    job = Job(Place(rank, torch.distributed.get_world_size()), torch.device("cpu"), "gloo")
+    try:
+        source = settle(find_source(config), replace(CONFIG, checkpoint=config), job)
+    except CheckpointError as error:
+        return "error", (str(error),)
+    return str(source.directory), source.lines
+
+
+def test_all_ranks_go_back_together(root):
+    """Only one rank reads the damaged file, and all of them learn of it."""
+    flip(shard(root, 300))
+    first, second = on_ranks(2, settled, str(root), "auto")
+    assert first == second and first[0] == f"{root}/iter_0000200"
+    assert "shard_00000.safetensors: its bytes do not match" in first[1][0]
+    for iteration in (100, 200):
+        flip(shard(root, iteration))
+    first, second = on_ranks(2, settled, str(root), "auto")
+    assert first == second and first[0] == "error" and "no checkpoint in" in first[1][0]
+
+
+def hashed(directory: str) -> list[str]:
+    from megatron.checkpoint import layout
+
+    read, record_of = [], layout.record_of
+    layout.record_of = lambda path: read.append(path.name) or record_of(path)
+    try:
+        world = Mesh.build(Grid(dp=2), torch.distributed.get_rank()).world
+        verify_together(Path(directory), world)
+    finally:
+        layout.record_of = record_of
+    return read
+
+
+def test_each_file_is_read_by_one_rank(root):
+    directory = root / "iter_0000300"
+    save(root, 300, state(1, 0), Mesh.single(), config={}, assets={f"{n}.txt": bytes(1000 * n) for n in range(5)})
+    files = sorted(p.name for p in directory.rglob("*") if p.is_file() and p.name != "manifest.json")
+    first, second = on_ranks(2, hashed, str(directory))
+    assert sorted(first + second) == files and first and second
+
+
+def load_flipped(directory: str) -> str:
+    mesh = Mesh.build(Grid(dp=2), torch.distributed.get_rank())
+    parts = state(1, 0, filled=False)
+    try:
+        load(Path(directory), parts, mesh)
+    except CheckpointError as error:
+        changed = any(s.data.any() for part in parts.values() for s in part.shards())
+        return f"changed: {bool(changed)}; {error}"
+    return "loaded"
+
+
+def test_load_changes_nothing_before_every_byte_was_compared(root):
+    flip(shard(root, 300))
+    for answer in on_ranks(2, load_flipped, str(root / "iter_0000300")):
+        assert answer.startswith("changed: False; rank ") and "shard_00000.safetensors: its bytes do not match" in answer
+
+
+def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
+    flip(shard(root, 300))
+    run = replace(CONFIG, checkpoint=asked(root, "auto"))
+    source, real = find_source(run.checkpoint), resume.read_config
+    monkeypatch.setattr(resume, "read_config", lambda d: {**real(d), "model": asdict(replace(CONFIG.model, hidden_size=64))})
+    with pytest.raises(CheckpointError, match=r"passed over: .*; but it does not fit: `--hidden-size 32` .* made with 64"):
+        settle(source, run, Job(Place(0, 1), torch.device("cpu"), None))
+
+
+def test_the_table_of_differences(root):
+    source = alone(asked(root, "load"))
+    assert list(differences(source, CONFIG)) == []
+    other = replace(
+        CONFIG,
+        optim=replace(CONFIG.optim, lr=0.2, clip_grad=2.0),
+        layout=replace(CONFIG.layout, tensor_model_parallel_size=2),
+        precision=replace(CONFIG.precision, bf16=True),
+        batch=replace(CONFIG.batch, seed=7),
+        checkpoint=CheckpointConfig(load="x"),
+        log=replace(CONFIG.log, log_interval=1),
+    )
+    title, head, *rows = differences(source, other)
+    assert title == "  differs from the checkpoint:" and head.split("  ")[1] == "setting"
+    columns = [head.index(word) for word in ("setting", "in the checkpoint", "asked for", "counts")]
+    table = [[row[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)] for row in rows]
+    assert table == [
+        ["schedule, peak", "0.1", "0.2", "the checkpoint's"],
+        ["layout.tensor_model_parallel_size", "1", "2", "this run's"],
+        ["batch.seed", "1234", "7", "this run's"],
+        ["optim.clip_grad", "1.0", "2.0", "this run's"],
+        ["precision.bf16", "False", "True", "this run's"],
+    ]
+    assert list(differences(replace(source, progress=False), other)) == []
+
+
+def test_other_training_data_only_when_told_so(root, monkeypatch):
+    source = alone(asked(root, "load"))
+
+    def of(**change) -> RunConfig:
+        return replace(CONFIG, data=replace(CONFIG.data, **change))
+
+    for same in (of(), of(data_path=(os.path.abspath("data/text.bin"),)), of(valid_data_path=("v",))):
+        check_source(source, same)
+    mixed = of(data_path=("0.3", "data/text", "0.7", "data/code"))
+    with pytest.raises(ConfigError) as caught:
+        check_source(source, mixed)
+    (problem,) = caught.value.problems
+    assert str(problem) == (
+        f"`--data-path 0.3 data/text 0.7 data/code` changes the training data of {source.directory}, which went through "
+        "`data/text`; legal: data/text; --allow-data-change goes on at the same position of the new order"
+    )
+    for change in (of(split="1,1,1"), of(dataloader_type="cyclic"), of(data_path=(), train_data_path=("data/text",))):
+        with pytest.raises(ConfigError, match="changes the training data"):
+            check_source(source, change)
+    allowed = replace(mixed, checkpoint=CheckpointConfig(allow_data_change=True))
+    check_source(source, allowed)
+    assert "samples that were seen can come again" in list(differences(source, allowed))[-1]
+    check_source(replace(source, progress=False), mixed)  # --finetune
+
+
+def test_a_missing_part_is_found_before_a_value_changes(root):
+    parts = {"model": Cut(1, 0, filled=False), "optimizer": Cut(1, 0, prefix="exp_avg.", filled=False), "more": TrainState()}
+    with pytest.raises(CheckpointError, match=r"state\.json: it has no more"):
+        load(root / "iter_0000300", parts, Mesh.single())
+    assert not any(s.data.any() for part in parts.values() for s in part.shards())

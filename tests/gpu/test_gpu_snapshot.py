@@ -1,0 +1,34 @@
+"""Snapshots of tensors on a GPU: the state of their moment, in pinned memory that is no larger than what is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.checkpoint.snapshot import Snapshot
+from megatron.checkpoint.storage import Entry
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def test_a_snapshot_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    tensors = {f"w{i}": torch.randn(1000, 1001, device=device).to(t) for i, t in enumerate((torch.float32, torch.bfloat16))}
+    before = {name: t.clone() for name, t in tensors.items()}
+    entries = [Entry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
+    snapshot = Snapshot(device)
+    for _ in range(2):
+        taken = snapshot.take(entries)
+        for tensor in tensors.values():
+            tensor.zero_()
+        torch.cuda.synchronize()
+        for entry in taken:
+            data = entry.data()
+            assert data.device.type == "cpu" and data.is_pinned()
+            assert torch.equal(data, before[entry.key].cpu())
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+    assert snapshot.bytes == sum(t.nbytes for t in tensors.values())
+    taken = Snapshot(device).take(entries[:1])  # a second one, and after it the first goes
+    del snapshot
+    assert torch.equal(taken[0].data(), before[taken[0].key].cpu())

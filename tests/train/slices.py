@@ -1,0 +1,109 @@
+"""Starts pretraining commands on several ranks, each in a second, for tests of how runs end: torch is imported once, ranks are
+forked from there.
+
+Reads one JSON object a line: argv, ranks, launcher, out, err, env, fault (rank, phase, at, how; or null).
+The fault is done at the `at`-th time that rank comes to the phase. launcher: like torchrun, SIGTERM goes to all ranks when one
+has ended with another status than 0. Answers with the exit statuses of the ranks, by a line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+from megatron.optim.optimizer import Optimizer
+from megatron.pipeline.executor import Executor
+from megatron.train import pretraining, program, saving
+from megatron.train.stopping import Stopping
+
+PHASES = {
+    "arg check": (program, "parse"),
+    "dataset build": (pretraining, "build_datasets"),
+    "model build": (pretraining, "build"),
+    "restore": (pretraining, "restore"),
+    "forward": (Executor, "_forward"),
+    "backward": (Executor, "_backward"),
+    "optimizer": (Optimizer, "step"),
+    "save": (saving, "write"),
+    "eval": (Executor, "evaluate"),
+    "boundary": (Stopping, "ask"),
+}
+
+
+def misfortune(how: str) -> None:
+    """What happens to the rank."""
+    if how == "exception":
+        raise ValueError("made to fail")
+    if how == "exit":
+        os._exit(9)
+    for what in how.split("+"):
+        if what == "sleep":
+            time.sleep(4.0)
+        else:
+            os.kill(os.getpid(), signal.Signals[what])
+
+
+def arm(fault) -> None:
+    owner, name = PHASES[fault["phase"]]
+    plain, calls = getattr(owner, name), []
+
+    def wrapped(*args, **keywords):
+        calls.append(name)
+        if len(calls) == fault["at"]:
+            misfortune(fault["how"])
+        return plain(*args, **keywords)
+
+    setattr(owner, name, wrapped)
+
+
+def rank_of(job, rank: int, port: int) -> int:
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    ranks = str(job["ranks"])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | job.get("env", {})
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{job['err']}.{rank}.json"
+    if job["ranks"] == 1:
+        del os.environ["RANK"]
+    if job["fault"] and job["fault"]["rank"] == rank:
+        arm(job["fault"])
+    return program.pretrain(job["argv"], program="pretrain_gpt.py", defaults={})
+
+
+def stop(pids, number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def run(job) -> dict[str, object]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(rank_of(job, rank, port))
+        pids.append(pid)
+    began, statuses, told = time.monotonic(), {}, False
+    while len(statuses) < len(pids):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+        left = [pid for pid in pids if pid not in statuses]
+        if time.monotonic() - began > 60.0:
+            stop(left, signal.SIGKILL)
+        elif job["launcher"] and not told and any(statuses.values()):
+            told = True
+            stop(left, signal.SIGTERM)
+        time.sleep(0.01)
+    return {"statuses": [statuses[pid] for pid in pids], "seconds": time.monotonic() - began}
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
