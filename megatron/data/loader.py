@@ -12,6 +12,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -133,6 +134,8 @@ class ReadAhead:
     def stop(self) -> None:
         """Let the thread end, and wait until it has: one that is inside torch must not outlive the interpreter."""
         self._stopped.set()
+        with suppress(queue.Empty):
+            self._items.get_nowait()  # the thread may wait for room
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 

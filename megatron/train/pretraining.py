@@ -142,6 +142,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
     root = None if source.directory is None else source.directory.resolve().parent
     own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
+    own = own or (config.checkpoint.auto_resume and root is None)  # this run, killed before its first checkpoint
     trained = source.progress and not config.eval.skip_train and run.state.iteration >= total
     if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
         say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
