@@ -21,7 +21,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -119,12 +119,17 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
         raise CheckpointError(f"{directory / MANIFEST}: it is of iteration {manifest.iteration}")
 
 
-def check_bytes(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Read these files to the end. CheckpointError for the first whose bytes are not those that were written."""
+def check_bytes(
+    directory: Path, manifest: Manifest, names: Iterable[str], tell: Callable[[str], None] = lambda what: None
+) -> None:
+    """Read these files to the end. CheckpointError for the first whose bytes are not those that were written.
+
+    tell: is told how far it has come, in words.
+    """
     for name in names:
         path = path_in(directory, name)
         try:
-            same = record_of(path) == manifest.files[name]
+            same = record_of(path, tell) == manifest.files[name]
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not same:
@@ -254,7 +259,11 @@ def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
     except CheckpointError as error:
         announced = None
         skipped.append(str(error))
-    for number, path in reversed(present.items()):
+    # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
+    candidates = [(n, p.with_name(directory_name(n) + end)) for n, p in reversed(present.items()) for end in ("", ".replaced")]
+    for number, path in candidates:
+        if not path.is_dir():
+            continue
         try:
             if path in damaged:
                 raise CheckpointError(damaged[path])

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,10 @@ def verify_together(directory: Path, world: Axis, watch: Watch | None = None) ->
         check_sizes(directory, manifest)
         names = sorted(manifest.files)
         readers = assign([manifest.files[name].bytes for name in names], [ranks] * len(names))
-        check_bytes(directory, manifest, (n for n, reader in zip(names, readers, strict=True) if reader == world.rank))
+        own = [name for name, reader in zip(names, readers, strict=True) if reader == world.rank]
+        # Said anew for every chunk: a large file is not one that hangs.
+        tell = None if watch is None else partial(watch.doing, alone=True)
+        check_bytes(directory, manifest, own, tell or (lambda what: None))
 
     together(world, mine, watch, f"comparing {directory} with its checksums")
 

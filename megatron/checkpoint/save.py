@@ -16,6 +16,7 @@ from typing import Any
 from megatron.checkpoint.agreement import DiskError, gather, together
 from megatron.checkpoint.content import Assets, Content, Contents, shard_name
 from megatron.checkpoint.layout import (
+    DIRECTORY,
     MANIFEST,
     TRACKER,
     CheckpointError,
@@ -30,7 +31,8 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable
 
-UNFINISHED = re.compile(r"\.iter_\d{7,}\.(tmp|deleted)")
+UNFINISHED = re.compile(r"\.iter_(\d{7,})\.tmp")
+DELETED = re.compile(r"\.iter_\d{7,}\.deleted")
 
 
 def save(
@@ -103,7 +105,7 @@ def _begin(storage: Storage, root: Path, temporary: Path, content: Content) -> N
     storage.remove(temporary)
     free, needed = storage.free(root), content.bytes
     if free is not None and free < needed:
-        delete(leftovers(root), storage)
+        delete(_leftovers(root, storage), storage)
         free = storage.free(root)
     if free is not None and free < needed:
         raise DiskError(
@@ -148,13 +150,17 @@ def _commit(storage: Storage, root: Path, temporary: Path, final: Path, manifest
     for name, record in manifest.files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != record.bytes:
-            raise CheckpointError(f"{path}: not here as it was written. Save to a directory that all ranks share")
+            raise CheckpointError(
+                f"{path}: not here as it was written. Save to a directory that all ranks share, and that no other job saves to"
+            )
     storage.write(temporary / MANIFEST, [manifest.to_text().encode()])
     storage.sync(temporary)
     if final.exists():
-        replaced = final.with_name(final.name + ".replaced")
-        storage.remove(replaced)
-        storage.rename(final, replaced)
+        aside = final.with_name(final.name + ".replaced")
+        if aside.exists():  # a whole one, perhaps, whose successor is not
+            aside = root / f".{final.name}.deleted"
+            storage.remove(aside)
+        storage.rename(final, aside)
     storage.rename(temporary, final)
     pending = root / f".{TRACKER}.tmp"
     storage.write(pending, [f"{manifest.iteration}\n".encode()])
@@ -173,31 +179,43 @@ def _warn(path: Path, error: OSError) -> None:
 
 
 def set_aside(root: Path, newest: int, keep_last: int | None, keep_every: int | None, storage: Storage) -> list[Path]:
-    """Rename the whole checkpoints older than iteration `newest` that are beyond the `keep_last` newest ones.
+    """Rename the whole checkpoints older than iteration `newest` that are beyond the `keep_last` newest ones, and leftovers.
 
-    Called when `newest` is complete. Multiples of `keep_every` stay. It takes no time; from then on nobody finds them, so
-    that none is ever half there. Returns what is now to be deleted. What cannot be renamed is logged and stays.
+    Called when `newest` is complete, and nothing is being written. Multiples of `keep_every` stay. From then on nobody finds
+    them, so that none is ever half there. Returns what is now to be deleted: names that no save ever uses, since the deletion
+    may last into later ones. What cannot be renamed is logged and stays.
     """
-    older = [(n, path) for n, path in iterations(root).items() if n < newest and _whole(path)] if keep_last else []
-    for number, path in older[: max(0, len(older) + 1 - (keep_last or 0))]:
-        doomed = root / f".{directory_name(number)}.deleted"
-        if (keep_every and number % keep_every == 0) or doomed.exists():
+    older = [item for item in reversed(iterations(root).items()) if item[0] < newest] if keep_last else []
+    kept = 1
+    for number, path in older:
+        spare = kept >= (keep_last or 0)
+        if (spare and keep_every and number % keep_every == 0) or not _whole(path):
             continue
-        try:
-            storage.rename(path, doomed)
-        except OSError as error:
-            _warn(path, error)
-    return leftovers(root)
+        if spare:
+            _set_aside(path, number, root, storage)
+        kept += 1
+    return _leftovers(root, storage)
 
 
-def leftovers(root: Path) -> list[Path]:
-    """What is no checkpoint any more, or never was one: set aside, left by a crash, or replaced by a second save."""
-    found = []
+def _leftovers(root: Path, storage: Storage) -> list[Path]:
+    """What is no checkpoint any more, or never was one: left by a crash, or replaced by a second save; set aside as well."""
     for path in sorted(root.iterdir()):
-        replaced = path.name.endswith(".replaced") and path.with_suffix("").is_dir()
-        if replaced or UNFINISHED.fullmatch(path.name):
-            found.append(path)
-    return found
+        unfinished, directory = UNFINISHED.fullmatch(path.name), DIRECTORY.fullmatch(path.name)
+        if unfinished:
+            _set_aside(path, int(unfinished[1]), root, storage)
+        elif directory and directory[2] and _whole(path.with_suffix("")):
+            _set_aside(path, int(directory[1]), root, storage)
+    return sorted(path for path in root.iterdir() if DELETED.fullmatch(path.name))
+
+
+def _set_aside(path: Path, number: int, root: Path, storage: Storage) -> None:
+    doomed = root / f".{directory_name(number)}.deleted"
+    if doomed.exists():  # it is being deleted; the next time
+        return
+    try:
+        storage.rename(path, doomed)
+    except OSError as error:
+        _warn(path, error)
 
 
 def _whole(path: Path) -> bool:
@@ -217,4 +235,7 @@ def delete(paths: list[Path], storage: Storage) -> None:
 def prune(root: Path, newest: int, keep_last: int | None, keep_every: int | None, storage: Storage | None = None) -> None:
     """Both at once."""
     storage = storage or Storage()
-    delete(set_aside(root, newest, keep_last, keep_every, storage), storage)
+    try:
+        delete(set_aside(root, newest, keep_last, keep_every, storage), storage)
+    except OSError as error:
+        _warn(root, error)

@@ -115,13 +115,14 @@ def _of_size(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
             yield view[start : start + CHUNK]
 
 
-def record_of(path: Path) -> FileRecord:
-    """Size and sha256 of a file that exists. OSError when it cannot be read."""
+def record_of(path: Path, tell: Callable[[str], None] = lambda what: None) -> FileRecord:
+    """Size and sha256 of a file that exists. OSError when it cannot be read. tell: is told how far it has come, in words."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)
+            tell(f"comparing {path} with its checksum, after {size} bytes")
     return FileRecord(size, digest.hexdigest())
 
 

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the processes of the job. local_size: processes on this host. source: who started it."""
+    """This process among the processes of the job. local_size: processes on this host. source: who started it.
+
+    job, attempt: the launcher's name for the job, and how often it has started these processes anew, where it tells.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -22,6 +25,8 @@ class Place:
     source: str = "python"
     address: str = "127.0.0.1"
     port: int = 29500
+    job: str | None = None
+    attempt: int = 0
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Place:
@@ -36,6 +41,8 @@ class Place:
                 "torchrun",
                 environ.get("MASTER_ADDR", "127.0.0.1"),
                 _number(environ, "MASTER_PORT", 29500),
+                environ.get("TORCHELASTIC_RUN_ID"),
+                _number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             )
         # A batch script has SLURM_PROCID as well; only a step that srun started has a step with tasks.
         if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:

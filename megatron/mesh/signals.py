@@ -80,8 +80,9 @@ class StopSignals:
                 if number not in STOPS:  # any signal that Python handles is written, also Ctrl-C
                     continue
                 self._note(number)
-                if self._at_once is not None and self.name is not None:
-                    self._at_once(self.name)
+                at_once = self._at_once  # the main thread may take it away meanwhile
+                if at_once is not None and self.name is not None:
+                    at_once(self.name)
 
     def _note(self, number: int) -> None:
         self.name = self.name or signal.Signals(number).name

@@ -366,7 +366,8 @@ class LiveWatch(Watch):
 
     def _lost_store(self, why: str) -> NoReturn:
         """Nothing can be agreed on any more: by its number alone, one rank away from the store's host speaks."""
-        if self._signals.name is not None or self._ending == "ended":
+        echo = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        if echo or self._ending == "ended":
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
         if self._error is not None and not is_echo(self._error):
             self._end(status_of(self._error), self._story(self._error))

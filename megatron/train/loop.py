@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -106,11 +107,11 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     where, why = f"stopping after iteration {run.state.iteration}", request.stop or "a request"
     if around.saver is not None:
         if steps:
-            settle(run, around.saver)
+            save_last(run, around.saver)
         if not steps and (wrong := around.progress.too_short(why)) is not None:
-            write(run, around.progress, idle=around.progress.idle + 1)
+            note(run, around.progress, idle=around.progress.idle + 1)
             raise TrainingError(wrong)
-        write(run, around.progress, idle=0 if steps else around.progress.idle + 1)
+        note(run, around.progress, idle=0 if steps else around.progress.idle + 1, stopped=True)
     around.stopping.obeyed()
     if around.saver is None and request.outside and around.train is not None:
         raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
@@ -123,7 +124,7 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     return Exit.STOPPED
 
 
-def settle(run: Run, saver: Saver) -> None:
+def save_last(run: Run, saver: Saver) -> None:
     """Have the state as it is now in a whole checkpoint on the disk, whatever that takes. Collective.
 
     TrainingError where it cannot be written, also with --on-save-error continue: nothing comes after it.
@@ -134,13 +135,16 @@ def settle(run: Run, saver: Saver) -> None:
         saver.save()
         saver.finish()
     if saver.saved != iteration:
-        raise TrainingError(f"the last checkpoint, of iteration {iteration}, could not be saved")
+        raise TrainingError(
+            f"the last checkpoint, of iteration {iteration}, could not be saved to {run.config.checkpoint.save}, as was said "
+            "above; make room there and start again with --auto-resume, from the newest one that is whole"
+        )
 
 
-def write(run: Run, progress: Progress, *, finished: int | None = None, idle: int = 0) -> None:
+def note(run: Run, progress: Progress, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
     """The first rank's note of how this slice ended."""
     if run.job.is_main:
-        progress.write(finished=finished, idle=idle)
+        progress.write(finished=finished, idle=idle, stopped=stopped)
 
 
 def validate(run: Run, around: Surroundings, request: Request | None = None) -> Request:
@@ -200,8 +204,9 @@ def advance(run: Run, report: StepReport) -> None:
     if not report.skipped:
         state.scheduled_samples += report.samples
         state.consecutive_skips = 0
-        state.window_loss += report.lm_loss
-        state.window_steps += 1
+        if math.isfinite(report.lm_loss):
+            state.window_loss += report.lm_loss
+            state.window_steps += 1
         return
     state.window_skipped += 1
     if report.left_out:
@@ -251,8 +256,8 @@ def finish(run: Run, around: Surroundings) -> None:
     if around.saver is None or around.train is None:
         return
     if run.state.iteration > around.start:
-        settle(run, around.saver)
-    write(run, around.progress, finished=run.state.iteration)
+        save_last(run, around.saver)
+    note(run, around.progress, finished=run.state.iteration)
 
 
 class Clock:

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TextIO
 
 import torch
 
-from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.layout import CheckpointError, read_tracker
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
@@ -42,7 +43,7 @@ from megatron.train.loop import Exit, Surroundings, final_evaluations, finish, t
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
-from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore, settle
+from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore, verify_source
 from megatron.train.run import Run, build, grid_of, sample_counts
 from megatron.train.saving import Saver
 from megatron.train.sinks import open_sinks
@@ -130,7 +131,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, progress: Progress) -> int:
     """Build the run, restore it, train, evaluate. Collective."""
-    prepared = replace(prepared, source=settle(prepared.source, prepared.config, started))
+    prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, started))
     config, source = prepared.config, prepared.source
     out, total = sys.stdout if started.is_main else None, config.batch.train_iters or 0
     announce(prepared, started, out)
@@ -167,13 +168,20 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         start=run.state.iteration,
     )
     if started.is_main:
-        progress.began()
+        progress.began(started.place.job, announced(config.checkpoint.save), started.place.attempt)
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
             status = final_evaluations(run, around)
         if status is Exit.FINISHED:
             finish(run, around)
+        if status is Exit.FINISHED:
+            around.stopping.obeyed()  # a request that came too late to be one
+    except TrainingError:  # on all ranks: a save under way is what to go on from
+        if around.saver is not None:
+            with suppress(CheckpointError):
+                around.saver.finish()
+        raise
     finally:
         if around.train is not None:
             around.train.close()
@@ -181,6 +189,13 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
             sink.close()
     # Without a checkpoint there is nothing to go on from, so the stop is the end.
     return status if around.saver is not None else Exit.FINISHED
+
+
+def announced(save: str | None) -> int | None:
+    """The iteration that --save announces as its latest; None where it says nothing that can be read."""
+    with suppress(CheckpointError):
+        return read_tracker(Path(save)) if save is not None else None
+    return None
 
 
 def first_says(run: Run, answer: bool) -> bool:

@@ -20,7 +20,7 @@ from megatron.dryrun import dry_run
 from megatron.mesh.last_words import say, tell_launcher
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
-from megatron.train.progress import EarlyStop, Progress
+from megatron.train.progress import STOPPED, EarlyStop, Progress
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
@@ -45,6 +45,12 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
             return 0
         if parsed.dry_run:
             return dry_run(parsed, program) if place.rank == 0 else 0
+        again = restarted(parsed, place)
+        if again is None:
+            if place.rank == 0:
+                sys.stdout.write("this job was stopped on request before torchrun started it again: nothing is done\n")
+            return STOPPED
+        parsed = again
         early.progress = Progress(parsed.config.checkpoint.save)
         from megatron.train.pretraining import start
 
@@ -68,17 +74,32 @@ def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str,
         tell_launcher(line)
         say(traceback.format_exc() + line)
         sys.exit(1)
-    return restarted(parsed, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    return parsed
 
 
-def restarted(parsed: Parsed, times: int) -> Parsed:
-    """The command as torchrun repeats it after a failure: it goes on from what the attempt before has saved."""
+def restarted(parsed: Parsed, place: Place) -> Parsed | None:
+    """The command that torchrun repeats after a failure: it goes on from what an earlier attempt of this job has saved.
+
+    Where none has saved anything it stays as it was given. None when the attempt before was stopped on request.
+    """
     checkpoint = parsed.config.checkpoint
-    if not times or checkpoint.save is None or checkpoint.auto_resume:
+    if not place.attempt or checkpoint.save is None:
         return parsed
-    line = f"restart {times} by torchrun: going on from the newest checkpoint of --save, as with --auto-resume"
-    config = replace(parsed.config, checkpoint=replace(checkpoint, auto_resume=True))
-    return replace(parsed, config=config, notes=(*parsed.notes, line))
+    progress = Progress(checkpoint.save)
+    ours = progress.job == place.job
+    if ours and progress.stopped:
+        return None
+    if checkpoint.auto_resume:
+        return parsed
+    line = f"restart {place.attempt} by torchrun: "
+    from megatron.train.pretraining import announced
+
+    if ours and announced(checkpoint.save) != progress.tracker:
+        line += "going on from the newest checkpoint of --save, as with --auto-resume"
+        parsed = replace(parsed, config=replace(parsed.config, checkpoint=replace(checkpoint, auto_resume=True)))
+    else:
+        line += "this job has saved nothing yet, so the command is carried out as before"
+    return replace(parsed, notes=(*parsed.notes, line))
 
 
 def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:

@@ -23,13 +23,18 @@ class Progress:
     """What `progress.json` in --save said when this slice began. Without --save nothing is known, and nothing is kept.
 
     finished: the iteration at which the whole run ended, its last evaluations included; None before that. idle: slices in a
-    row, the last one before this among them, that were stopped before they had made a step.
+    row, the last one before this among them, that were stopped before they had made a step. job: the launcher's name for the
+    job that began the last slice. tracker: the iteration that was announced as the latest then. stopped: that slice was ended
+    on request.
     """
 
     def __init__(self, save: str | None) -> None:
         self._path = None if save is None else Path(save) / FILE
         self.finished: int | None = None
         self.idle = 0
+        self.job: str | None = None
+        self.tracker: int | None = None
+        self.stopped = False
         values: Any = None
         if self._path is not None:
             with suppress(OSError, ValueError):
@@ -38,6 +43,10 @@ class Progress:
             finished, idle = values.get("finished"), values.get("slices_without_a_step")
             self.finished = finished if type(finished) is int else None
             self.idle = idle if type(idle) is int and idle > 0 else 0
+            job, tracker = values.get("job"), values.get("checkpoint_at_start")
+            self.job = job if isinstance(job, str) else None
+            self.tracker = tracker if type(tracker) is int else None
+            self.stopped = values.get("stopped_on_request") is True
 
     def too_short(self, why: str) -> str | None:
         """What to say of a slice that ends now without a step; None while that is no error."""
@@ -50,18 +59,23 @@ class Progress:
 
     # What the first rank writes. Nothing depends on it but these two answers, so a full disk is not an error here.
 
-    def write(self, *, finished: int | None = None, idle: int = 0) -> None:
+    def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
         if self._path is None:
             return
         fresh = self._path.with_name(FILE + ".tmp")
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"finished": finished, "slices_without_a_step": idle}) + "\n", encoding="utf-8")
+            values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
+            values |= {"job": self.job, "checkpoint_at_start": self.tracker}
+            fresh.write_text(json.dumps(values) + "\n", encoding="utf-8")
             fresh.replace(self._path)
 
-    def began(self) -> None:
-        """A slice goes on with the run: it is not finished."""
-        if self.finished is not None:
+    def began(self, job: str | None, tracker: int | None, attempt: int) -> None:
+        """A slice goes on with the run: it is not finished. What it found is noted by the job's first attempt alone."""
+        if attempt == 0 or job != self.job:
+            self.job, self.tracker = job, tracker
+            self.write(idle=self.idle)
+        elif self.finished is not None:
             self.write(idle=self.idle)
 
     def moved(self) -> None:

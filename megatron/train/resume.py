@@ -248,7 +248,7 @@ def _aligned(rows: Iterable[Row]) -> Iterator[str]:
         yield "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def settle(source: Source, config: RunConfig, job: Job) -> Source:
+def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
     """The source that all ranks start from, every byte of it verified: `source`, or the next older whole one. Collective.
 
     To be called when the ranks are together, before anything is built: schedule and position are those of the result.

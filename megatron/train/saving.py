@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron.checkpoint.agreement import DiskError, saving_axis, together
 from megatron.checkpoint.content import Assets, Content, Contents, read_assets
+from megatron.checkpoint.layout import CheckpointError, directory_name
 from megatron.checkpoint.save import delete, set_aside, write
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
@@ -104,7 +105,11 @@ class Saver:
         run.job.watch.doing("collecting a checkpoint")
         self._tell(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
         parts = run.parts(optimizer=not self._checkpoint.no_save_optim)
-        content = self._contents.take(saving.iteration, parts, to_json(run.config), self._assets)
+        try:
+            content = self._contents.take(saving.iteration, parts, to_json(run.config), self._assets)
+        except CheckpointError as error:
+            where = self._root / directory_name(saving.iteration)
+            raise type(error)(f"{where}: could not be saved: {error}") from error
         self._saving, self.saved = saving, saving.iteration
         if self._checkpoint.async_save:
             arguments = (content, saving, saving.relay)  # a thread lets go of them at its end

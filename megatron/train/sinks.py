@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -101,7 +103,8 @@ class JsonLines(Sink):
             fresh = path.with_name(path.name + ".tmp")
             fresh.write_text("".join(f"{text}\n" for text in kept))
             fresh.replace(path)
-        self._file = path.open("a")
+        self._path, self._file, self._lost = path, path.open("a"), False
+        self._warn = logging.getLogger(__name__).warning
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         self._write(asdict(metrics))
@@ -112,11 +115,24 @@ class JsonLines(Sink):
     def _write(self, values: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity: null says unknown.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        with self._forgiving():
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._forgiving():
+            self._file.close()
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """A full disk ends no run for the sake of a line, which waits in memory and goes out with the next."""
+        try:
+            yield
+            self._lost = False
+        except OSError as error:
+            if not self._lost:
+                self._warn(f"{self._path}: metrics cannot be written: {error.strerror}")
+            self._lost = True
 
 
 def _lines(path: Path) -> list[str]:

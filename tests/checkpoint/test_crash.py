@@ -267,6 +267,27 @@ def test_saving_the_same_iteration_again_replaces_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
 
 
+def test_only_what_a_save_left_is_deleted(tmp_path):
+    for name in ("logs", "logs.replaced", ".cache.tmp"):
+        (tmp_path / name).mkdir()
+    save_once(tmp_path, 100)
+    save_once(tmp_path, 200, keep_last=1)
+    assert {"logs", "logs.replaced", ".cache.tmp"} < {p.name for p in tmp_path.iterdir()}
+
+
+def test_what_a_damaged_successor_replaced_is_found_and_stays(tmp_path):
+    save_once(tmp_path, 100)
+    (tmp_path / "iter_0000100").rename(tmp_path / "iter_0000100.replaced")
+    save_once(tmp_path, 90)
+    (tmp_path / "iter_0000100").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100\n")
+    prune(tmp_path, 100, 1, None)
+    newest = newest_complete(tmp_path)
+    assert newest.path == tmp_path / "iter_0000100.replaced" and "iter_0000100: it has no manifest" in newest.skipped[0]
+    save_once(tmp_path, 100)
+    assert newest_complete(tmp_path).path == tmp_path / "iter_0000100"
+
+
 def test_what_stays(tmp_path):
     for n in range(100, 800, 100):
         save(tmp_path, n, state(1, 0), mesh_of(1, 1), config={}, keep_last=2, keep_every=300)

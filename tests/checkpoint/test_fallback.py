@@ -25,7 +25,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
 from megatron.optim.lr import Schedule
 from megatron.train import resume
-from megatron.train.resume import Source, check_source, differences, find_source, settle
+from megatron.train.resume import Source, check_source, differences, find_source, verify_source
 from megatron.train.state import TrainState
 
 CONFIG = RunConfig(
@@ -88,7 +88,7 @@ SAID = {
 def alone(config: CheckpointConfig) -> Source:
     """What one process starts from."""
     run = replace(CONFIG, checkpoint=config)
-    return settle(find_source(config), run, Job(Place(0, 1), torch.device("cpu"), None))
+    return verify_source(find_source(config), run, Job(Place(0, 1), torch.device("cpu"), None))
 
 
 def asked(root: Path, how: str) -> CheckpointConfig:
@@ -159,7 +159,7 @@ def settled(root: str, how: str) -> tuple[str, tuple[str, ...]]:
     config = asked(Path(root), how)
     job = Job(Place(rank, torch.distributed.get_world_size()), torch.device("cpu"), "gloo")
     try:
-        source = settle(find_source(config), replace(CONFIG, checkpoint=config), job)
+        source = verify_source(find_source(config), replace(CONFIG, checkpoint=config), job)
     except CheckpointError as error:
         return "error", (str(error),)
     return str(source.directory), source.lines
@@ -181,7 +181,7 @@ def hashed(directory: str) -> list[str]:
     from megatron.checkpoint import layout
 
     read, record_of = [], layout.record_of
-    layout.record_of = lambda path: read.append(path.name) or record_of(path)
+    layout.record_of = lambda path, tell: read.append(path.name) or record_of(path, tell)
     try:
         world = Mesh.build(Grid(dp=2), torch.distributed.get_rank()).world
         verify_together(Path(directory), world)
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
     source, real = find_source(run.checkpoint), resume.read_config
     monkeypatch.setattr(resume, "read_config", lambda d: {**real(d), "model": asdict(replace(CONFIG.model, hidden_size=64))})
     with pytest.raises(CheckpointError, match=r"passed over: .*; but it does not fit: `--hidden-size 32` .* made with 64"):
-        settle(source, run, Job(Place(0, 1), torch.device("cpu"), None))
+        verify_source(source, run, Job(Place(0, 1), torch.device("cpu"), None))
 
 
 def test_the_table_of_differences(root):

@@ -197,6 +197,24 @@ def test_nobody_waits_for_a_deletion(tmp_path, async_save):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000500", "latest_checkpointed_iteration.txt"]
 
 
+def test_a_deletion_never_meets_a_save(tmp_path):
+    """It goes on for long, while a crash has left the beginning of an iteration that is saved again meanwhile."""
+    stale = tmp_path / ".iter_0000300.tmp"
+    stale.mkdir(parents=True)
+    (stale / "shard_00009.safetensors").write_bytes(b"half a file")
+    storage = Gate(deletions=True)
+    run = run_of(tmp_path, async_save=True, keep_last=1)
+    saver = saver_of(run, storage)
+    for iteration in (100, 200, 300):
+        run.state.iteration = iteration
+        saver.save()
+        saver._settle()
+        assert not stale.exists()
+    storage.opened.set()
+    saver.finish()
+    verify(tmp_path / "iter_0000300")
+
+
 class Heard(Watch):
     """Writes down what it is told."""
 

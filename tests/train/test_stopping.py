@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,12 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from legal_run import argv
 from ranks import on_ranks
 
 from megatron.config.cli import parse
 from megatron.mesh.mesh import Mesh
+from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
+from megatron.train.program import restarted
 from megatron.train.progress import Progress
+from megatron.train.report import Evaluation
+from megatron.train.sinks import JsonLines
 from megatron.train.stopping import Request, Stopping
 
 ROOT = Path(__file__).parents[2]
@@ -155,12 +162,60 @@ def test_minutes(slices, command):
 
 
 def test_a_restart_by_torchrun_resumes(slices, command, flags, whole, tmp_path):
-    failed = slices(command("split"), fault=(1, "forward", 11, "exception"))
+    attempts = [{"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": str(count)} for count in range(2)]
+    failed = slices(command("split"), fault=(1, "forward", 11, "exception"), env=attempts[0])
     assert failed.statuses == [1, 1] and len(failed.errors) == 1
-    again = slices(command("split"), env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    again = slices(command("split"), env=attempts[1])
     assert again.statuses == [0, 0]
     assert "restart 1 by torchrun: going on from the newest checkpoint of --save, as with --auto-resume" in again.out
     assert "iter_0000008" in again.out and metrics(tmp_path / "split") == whole(flags)
+
+
+def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
+    """What lies in --save from an earlier job was not asked for. A job that was stopped on request stays stopped."""
+    place = Place(job="b", attempt=1, source="torchrun")
+    parsed = parse([*argv(""), "--save", str(tmp_path), "--save-interval", "5"], program="pretrain_gpt.py", files=False)
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("12")
+    progress = Progress(str(tmp_path))
+    progress.began("b", 12, 0)
+    assert not restarted(parsed, place).config.checkpoint.auto_resume
+    tracker.write_text("15")
+    progress.began("b", 15, 1)  # a later attempt does not move the mark
+    assert restarted(parsed, place).config.checkpoint.auto_resume
+    assert not restarted(parsed, replace(place, job="c")).config.checkpoint.auto_resume
+    assert restarted(parsed, replace(place, attempt=0)) is parsed
+    progress.write(stopped=True)
+    assert restarted(parsed, place) is None and restarted(parsed, replace(place, job="c")) is not None
+    Progress(str(tmp_path)).began("b", 15, 0)
+    assert restarted(parsed, place) is not None
+
+
+def test_a_full_disk_costs_no_run_for_a_line_of_metrics(tmp_path, caplog):
+    sink = JsonLines(tmp_path / "metrics.jsonl", None)
+    sink._file.close()
+    room = [0]
+
+    class Disk(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            with (tmp_path / "metrics.jsonl").open("ab") as file:
+                return file.write(data)
+
+    sink._file = io.TextIOWrapper(io.BufferedWriter(Disk()))
+    for iteration in range(3):
+        room[0] = iteration == 2
+        sink.evaluation(Evaluation(iteration, "test", 1.0, 8), "")
+    assert len(caplog.records) == 1 and "metrics cannot be written: No space left" in caplog.text
+    written = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [0, 1, 2]
+    room[0] = 0
+    sink.evaluation(Evaluation(3, "test", 1.0, 8), "")
+    sink.close()
 
 
 def test_sigterm_to_torchrun(command, flags, tmp_path):
