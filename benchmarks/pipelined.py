@@ -119,9 +119,10 @@ class TorchExecutor:
         losses: list[Tensor] = []
         self.schedule.step(*first, labels=labels, target=labels, losses=losses, return_outputs=False)
         if not self.part.head:
-            return StepOutput(*torch.zeros(3).unbind())
+            return StepOutput(*torch.zeros(4).unbind())
         mean = torch.stack(losses).sum().detach()
-        return StepOutput(mean * labels.numel(), torch.tensor(float(labels.numel())), mean * len(batches))
+        tokens = torch.tensor(float(labels.numel()))
+        return StepOutput(mean * tokens, tokens, mean * len(batches), torch.zeros(()))
 
 
 @contextmanager

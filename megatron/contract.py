@@ -23,9 +23,11 @@ class Batch:
     samples: int64 `[micro_batch]`, the number of each sample in the training order: with the seed it names the random
         numbers of that sample, so dropout does not depend on the layout.
     documents: int64 `[micro_batch, seq]`, equal within a document, where attention must not cross documents; else None.
-        Of the whole sample, also where this rank holds a part of it.
+        Of the whole sample, also where this rank holds a part of it. Padding is a document of its own.
     places: int64 `[seq]`, where in the sample the tokens stand when this rank holds a part of it, under context
         parallelism; None for all of it in order.
+    segments: int64 `[micro_batch, seq]`, of BERT: 0 in the first of two segments, 1 in the second; else None.
+    swapped: int64 `[micro_batch]`, of BERT: 1 where the second segment's text came before the first's; else None.
     """
 
     tokens: Tensor
@@ -35,6 +37,8 @@ class Batch:
     samples: Tensor
     documents: Tensor | None = None
     places: Tensor | None = None
+    segments: Tensor | None = None
+    swapped: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; asynchronous from pinned memory."""
@@ -53,11 +57,13 @@ class Batch:
 class Loss:
     """Sum of the token losses that count, and how many count: both additive over micro-batches and ranks.
 
-    sum: fp32 scalar with a graph. tokens: fp32 scalar without one.
+    sum: fp32 scalar with a graph. tokens: fp32 scalar without one. order: of BERT with a binary head, the sum of the samples'
+    sentence-order losses: fp32 scalar with a graph.
     """
 
     sum: Tensor
     tokens: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@ and computed the same logits as this framework."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.contract import Batch
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
 from megatron.restore import open_model, open_tokenizer
 
@@ -49,7 +51,7 @@ def export(
     """Write `output` from a checkpoint of any layout; returns the iter_ directory it was made from.
 
     dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
-    models on fixed prompts. overwrite: replace what is there.
+    models on fixed prompts, of a BERT with padding, and those of its binary head too. overwrite: replace what is there.
     BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
     and then what was written is `output` with `.failed` behind its name.
     """
@@ -120,7 +122,8 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
     """
     transformers = _transformers()
     try:
-        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        architecture = json.loads((exported / "config.json").read_text())["architectures"][0]
+        theirs, info = getattr(transformers, architecture).from_pretrained(
             str(exported), local_files_only=True, output_loading_info=True
         )
         words = transformers.AutoTokenizer.from_pretrained(str(exported), local_files_only=True) if tokenizer else None
@@ -142,13 +145,13 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
             raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
         prompts.append(ids[: ours.config.size("max_position_embeddings")])
-    worst, positions = 0.0, 0
-    for ids in filter(None, prompts):
-        difference = logit_difference(ours.model, theirs, torch.tensor([ids]))
+    prompts = [ids for ids in prompts if ids]
+    worst = 0.0
+    for difference in _differences(ours.model, theirs, prompts):
         if not difference <= TOLERANCE:  # also when it is NaN
             raise ExportError(f"the logits differ by {difference:.2e}, more than {TOLERANCE:g}")
-        worst, positions = max(worst, difference), positions + len(ids)
-    return worst, positions
+        worst = max(worst, difference)
+    return worst, sum(map(len, prompts))
 
 
 def _numbers(model: GPT) -> list[int]:
@@ -158,12 +161,45 @@ def _numbers(model: GPT) -> list[int]:
     return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
 
 
+def _differences(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> Iterator[float]:
+    """For a GPT of each prompt; for a BERT of all in one padded batch, and of the binary head."""
+    if not isinstance(ours, Bert):
+        yield from (logit_difference(ours, theirs, torch.tensor([ids])) for ids in prompts)
+        return
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
+    yield from bert_differences(ours, theirs, tokens, torch.tensor([len(ids) for ids in prompts]))
+
+
+def bert_differences(ours: Bert, theirs: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> Iterator[float]:
+    """Largest absolute difference of the masked words' logits, then of the binary head's where there is one.
+
+    tokens: `[batch, seq]`; lengths: `[batch]`, what follows is padding. The second half of each row is the second segment.
+    """
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    padding = places >= lengths[:, None]
+    segments = ((2 * places >= lengths[:, None]) & ~padding).long() if ours.order is not None else None
+    nothing = torch.zeros(len(tokens), dtype=torch.int64)
+    documents = padding.long() if padding.any() else None
+    batch = Batch(tokens, tokens, torch.ones(tokens.shape), places, nothing, documents, segments=segments)
+    with torch.no_grad():
+        final = ours.hidden(None, batch)
+        found = theirs(input_ids=tokens, attention_mask=(~padding).long(), token_type_ids=segments)
+        words = found.prediction_logits if ours.order is not None else found.logits
+        yield _largest(ours.output(final).transpose(0, 1)[~padding], words[~padding])
+        if ours.order is not None:
+            yield _largest(ours.order_logits(final), found.seq_relationship_logits)
+
+
 def logit_difference(ours: GPT, theirs: Any, tokens: torch.Tensor) -> float:
     """Largest absolute difference of the two models' logits on `[batch, seq]` token ids."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, tokens, torch.ones(tokens.shape), positions, torch.zeros(len(tokens), dtype=torch.int64))
     with torch.no_grad():
-        here, there = ours.logits(batch).transpose(0, 1), theirs(input_ids=tokens).logits
+        return _largest(ours.logits(batch).transpose(0, 1), theirs(input_ids=tokens).logits)
+
+
+def _largest(here: torch.Tensor, there: torch.Tensor) -> float:
     if here.shape != there.shape:
         raise ExportError(f"the logits have shape {tuple(here.shape)} here, {tuple(there.shape)} there")
     return float((here - there).abs().max())

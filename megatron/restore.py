@@ -17,7 +17,8 @@ from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.mesh.mesh import Mesh
-from megatron.model.gpt import GPT, build_stages
+from megatron.model.build import build_stages
+from megatron.model.gpt import GPT
 from megatron.model.size import parameters
 from megatron.pipeline.inference import Pipeline
 from megatron.pipeline.transfer import Channels
@@ -96,7 +97,7 @@ def _stages(
     """Where every stage lies, and this rank's, empty."""
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:
-        raise CheckpointError(f"{directory}: it holds no GPT, there is no model.embedding.word.weight")
+        raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
     _not_far_larger(directory, manifest, config)
     layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size, pipeline_schedule="1f1b")
     try:

@@ -47,6 +47,7 @@ LLAMA = replace(
     add_bias_linear=False,
     untie_embeddings_and_output_weights=True,
 )
+BERT = replace(GPT2, architecture="bert")
 
 
 def dropping(model: ModelConfig) -> ModelConfig:
@@ -119,6 +120,32 @@ def sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def pairs(numbers: range, vocab: int, *, binary: bool) -> Batch:
+    """A micro-batch of these samples of BERT, functions of their numbers: learnable, masked, padded, cut into two segments."""
+    rows = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        start, cut, end = (
+            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((0, vocab), (4, 9), (12, 17))
+        )
+        swapped, places = number % 3 == 0, torch.arange(SEQ)
+        second, padding = places >= cut, places >= end
+        labels = (start + places + (3 * second if swapped else 0)) % 12 * (vocab // 12)
+        guessed = (torch.rand(SEQ, generator=generator) < 0.1 + 0.1 * (number % 3)) & ~padding
+        rows.append((labels, guessed, second & ~padding, padding, swapped))
+    labels, guessed, second, padding = (torch.stack(column) for column in list(zip(*rows, strict=True))[:4])
+    return Batch(
+        tokens=labels.masked_fill(guessed, vocab - 1).masked_fill(padding, 0),
+        labels=labels.masked_fill(~guessed, 0),
+        loss_mask=guessed.float(),
+        positions=torch.arange(SEQ).expand(len(rows), SEQ),
+        samples=torch.tensor(numbers),
+        documents=padding.long() if padding.any() else None,
+        segments=second.long() if binary else None,
+        swapped=torch.tensor([int(row[4]) for row in rows]) if binary else None,
+    )
+
+
 def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_size: int) -> list[Batch]:
     """This rank's share of the step that follows `consumed` samples, as the loader deals it out."""
     batches = []
@@ -126,6 +153,9 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
     for j in range(setting.global_batch // block):
         first = consumed + j * block + dp_rank * setting.micro_batch
         numbers = range(first, first + setting.micro_batch)
+        if setting.model.architecture == "bert":
+            batches.append(pairs(numbers, vocab, binary=setting.model.bert_binary_head))
+            continue
         drawn = [sample(n, vocab, setting.masked) for n in numbers]
         tokens = torch.stack([t for t, _ in drawn])
         positions = torch.arange(SEQ).expand(len(drawn), SEQ)
@@ -147,15 +177,15 @@ def start(setting: Setting, steps: int) -> Run:
     return build(setting.config(world, steps), Job(place, torch.device("cpu"), "gloo" if initialized else None))
 
 
-def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, float]]:
-    """Train; (loss, gradient norm) of each step."""
+def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
+    """Train; (loss, gradient norm) of each step, of a BERT with a binary head also the sentence-order loss."""
     curve = []
     for _ in range(steps):
         vocab = run.config.model.size("vocab_size")
         batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
         report = run.step(batches, run.state)
         advance(run, report)
-        curve.append((report.lm_loss, report.grad_norm))
+        curve.append((report.lm_loss, report.grad_norm, *(() if report.sop_loss is None else (report.sop_loss,))))
     return curve
 
 
@@ -177,7 +207,7 @@ def gradients(run: Run) -> Pieces:
     return found
 
 
-def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, float]], Pieces, Pieces]:
+def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, ...]], Pieces, Pieces]:
     """Curve of `steps` steps, initial and final weights; what tests run on ranks and in one process."""
     run = start(setting, steps)
     initial = pieces(run)
@@ -194,7 +224,7 @@ def mismatch(whole: Pieces, part: Pieces) -> float:
     return worst
 
 
-def worst(curve: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+def worst(curve: list[tuple[float, ...]], expected: list[tuple[float, ...]]) -> float:
     """Largest relative difference of two curves' losses and gradient norms."""
     pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
     return max(abs(a - b) / abs(b) for a, b in pairs)

@@ -80,6 +80,8 @@ def write(args: argparse.Namespace, started: Job, grid: Grid, device: torch.devi
     """The prompt with what the model adds, and what there is to say about it. Collective."""
     mesh = Mesh.build(grid, started.place.rank, started.timeout)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
+    if opened.config.architecture != "gpt":
+        raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
     if opened.tokenizer is None:
         raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run")
     prompt = opened.tokenizer.tokenize(args.prompt)

@@ -143,18 +143,8 @@ def export_hf(
     if word is None:
         raise CheckpointError(f"{checkpoint}: it holds no model, there is no {PREFIX}embedding.word.weight")
     dtype = dtype or TORCH_DTYPES[word.dtype]
-    files = files_for(plan(checkpoint, manifest, config, family, dtype), shard_bytes)
     storage = Storage()
-    storage.make_directory(out)
-    where: dict[str, str] = {}
-    for i, groups in enumerate(files):
-        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        entries = [entry for group in groups for entry in group.entries]
-        storage.write(out / name, safetensors(entries, {"format": "pt"}))
-        where |= {entry.key: name for entry in entries}
-    if len(files) > 1:
-        total = sum(group.bytes for groups in files for group in groups)
-        _write_json(storage, out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_files(storage, out, plan(checkpoint, manifest, config, family, dtype), shard_bytes)
     ids = {f"{role}_token_id": (special or {}).get(role) for role in ("bos", "eos", "pad")}
     about = {
         "architectures": [family.architecture],
@@ -165,10 +155,27 @@ def export_hf(
         "use_cache": True,
         **ids,
     }
-    _write_json(storage, out / "config.json", about)
-    _write_json(storage, out / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(storage, out / "config.json", about)
+    write_json(storage, out / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     return dtype
 
 
-def _write_json(storage: Storage, path: Path, values: Mapping[str, Any]) -> None:
+def write_files(storage: Storage, out: Path, groups: list[Group], limit: int) -> None:
+    """Tensors as one safetensors file in `out`, which is created; as several with an index where they have more than `limit`
+    bytes."""
+    files = files_for(groups, limit)
+    storage.make_directory(out)
+    where: dict[str, str] = {}
+    for i, held in enumerate(files):
+        name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        entries = [entry for group in held for entry in group.entries]
+        storage.write(out / name, safetensors(entries, {"format": "pt"}))
+        where |= {entry.key: name for entry in entries}
+    if len(files) > 1:
+        total = sum(group.bytes for group in groups)
+        write_json(storage, out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_json(storage: Storage, path: Path, values: Mapping[str, Any]) -> None:
+    """A file of JSON as transformers writes it."""
     storage.write(path, [(json.dumps(values, indent=2) + "\n").encode()])

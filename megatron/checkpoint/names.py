@@ -43,14 +43,22 @@ class Row:
         return replace(self, ours=self.ours.format(n=n), theirs=tuple(t.format(n=n) for t in self.theirs))
 
 
+def _is_gpt(config: ModelConfig) -> bool:
+    return config.architecture == "gpt"
+
+
 @dataclass(frozen=True)
 class Family:
-    """architecture: the class in transformers. obstacles: what of a configuration it cannot express, in words."""
+    """architecture: the class in transformers. obstacles: what of a configuration it cannot express, in words.
+
+    serves: whether it is for this kind of model at all, GPT or BERT.
+    """
 
     architecture: str
     rows: tuple[Row, ...]
     obstacles: Callable[[ModelConfig], list[str]]
     config: Callable[[ModelConfig], dict[str, Any]]
+    serves: Callable[[ModelConfig], bool] = _is_gpt
 
     def table(self, config: ModelConfig) -> Iterator[Row]:
         """The rows with the layers' numbers put in."""
@@ -135,6 +143,10 @@ def _qkv(config: ModelConfig) -> tuple[int, ...]:
 
 def _positions(config: ModelConfig) -> tuple[int, ...]:
     return (config.size("max_position_embeddings"), config.size("hidden_size"))
+
+
+def _segments(config: ModelConfig) -> tuple[int, ...]:
+    return (2, config.size("hidden_size"))
 
 
 def _shared_obstacles(config: ModelConfig) -> list[str]:
@@ -270,13 +282,87 @@ LLAMA = Family(
     _llama_config,
 )
 
-FAMILIES = (GPT2, LLAMA)
+
+def _is_bert_with_binary_head(config: ModelConfig) -> bool:
+    return config.architecture == "bert" and config.bert_binary_head
+
+
+def _is_bert_without_binary_head(config: ModelConfig) -> bool:
+    return config.architecture == "bert" and not config.bert_binary_head
+
+
+def _megatron_bert_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "model_type": "megatron-bert",
+        "vocab_size": config.size("vocab_size"),
+        "max_position_embeddings": config.size("max_position_embeddings"),
+        "hidden_size": config.size("hidden_size"),
+        "intermediate_size": config.size("ffn_hidden_size"),
+        "num_hidden_layers": config.size("num_layers"),
+        "num_attention_heads": config.size("num_attention_heads"),
+        "type_vocab_size": 2,
+        "hidden_act": GPT2_ACTIVATIONS[config.activation],
+        "hidden_dropout_prob": config.hidden_dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "layer_norm_eps": config.layernorm_epsilon,
+    }
+
+
+def _separate(kind: str) -> tuple[str, ...]:
+    return tuple(f"bert.encoder.layer.{{n}}.attention.self.{x}.{kind}" for x in ("query", "key", "value"))
+
+
+MEGATRON_BERT = Family(
+    "MegatronBertForPreTraining",
+    (
+        Row("embedding.word.weight", ("bert.embeddings.word_embeddings.weight",), SAME),
+        Row("embedding.position.weight", ("bert.embeddings.position_embeddings.weight",), SAME, zeros=_positions),
+        Row("embedding.segment.weight", ("bert.embeddings.token_type_embeddings.weight",), SAME, zeros=_segments),
+        Row("layers.{n}.input_norm.weight", ("bert.encoder.layer.{n}.attention.ln.weight",), GAMMA),
+        Row("layers.{n}.input_norm.bias", ("bert.encoder.layer.{n}.attention.ln.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.attention.qkv.weight", _separate("weight"), QKV_IN_THREE),
+        Row("layers.{n}.attention.qkv.bias", _separate("bias"), QKV_IN_THREE, zeros=_qkv),
+        Row("layers.{n}.attention.dense.weight", ("bert.encoder.layer.{n}.attention.output.dense.weight",), SAME),
+        Row("layers.{n}.attention.dense.bias", ("bert.encoder.layer.{n}.attention.output.dense.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.mlp_norm.weight", ("bert.encoder.layer.{n}.ln.weight",), GAMMA),
+        Row("layers.{n}.mlp_norm.bias", ("bert.encoder.layer.{n}.ln.bias",), SAME, zeros=_hidden),
+        Row("layers.{n}.mlp.up.weight", ("bert.encoder.layer.{n}.intermediate.dense.weight",), SAME),
+        Row("layers.{n}.mlp.up.bias", ("bert.encoder.layer.{n}.intermediate.dense.bias",), SAME, zeros=_ffn),
+        Row("layers.{n}.mlp.down.weight", ("bert.encoder.layer.{n}.output.dense.weight",), SAME),
+        Row("layers.{n}.mlp.down.bias", ("bert.encoder.layer.{n}.output.dense.bias",), SAME, zeros=_hidden),
+        Row("final_norm.weight", ("bert.encoder.ln.weight",), GAMMA),
+        Row("final_norm.bias", ("bert.encoder.ln.bias",), SAME, zeros=_hidden),
+        Row("pooler.weight", ("bert.pooler.dense.weight",), SAME),
+        Row("pooler.bias", ("bert.pooler.dense.bias",), SAME),
+        Row("masked_words.dense.weight", ("cls.predictions.transform.dense.weight",), SAME),
+        Row("masked_words.dense.bias", ("cls.predictions.transform.dense.bias",), SAME),
+        Row("masked_words.norm.weight", ("cls.predictions.transform.LayerNorm.weight",), GAMMA),
+        Row("masked_words.norm.bias", ("cls.predictions.transform.LayerNorm.bias",), SAME, zeros=_hidden),
+        Row("masked_words.bias", ("cls.predictions.bias",), SAME),
+        Row("order.weight", ("cls.seq_relationship.weight",), SAME),
+        Row("order.bias", ("cls.seq_relationship.bias",), SAME),
+    ),
+    _gpt2_obstacles,
+    _megatron_bert_config,
+    _is_bert_with_binary_head,
+)
+
+# Without the binary head there is no pooler either; transformers has a class for that.
+MEGATRON_BERT_WORDS = replace(
+    MEGATRON_BERT,
+    architecture="MegatronBertForMaskedLM",
+    rows=tuple(row for row in MEGATRON_BERT.rows if not row.ours.startswith(("pooler.", "order."))),
+    serves=_is_bert_without_binary_head,
+)
+
+FAMILIES = (GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS)
 
 
 def family_of(config: ModelConfig) -> Family:
     """The family that can express `config`. ValueError with everything that stands in the way, when none can."""
-    reasons = {family.architecture: family.obstacles(config) for family in FAMILIES}
-    for family in FAMILIES:
+    families = [family for family in FAMILIES if family.serves(config)]
+    reasons = {family.architecture: family.obstacles(config) for family in families}
+    for family in families:
         if not reasons[family.architecture]:
             return family
     listed = "; ".join(f"{name} cannot express {', '.join(why)}" for name, why in reasons.items())

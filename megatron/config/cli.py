@@ -74,7 +74,7 @@ def parse(
     `to_json` wrote it, for --use-checkpoint-args; may raise ConfigError, OSError or ValueError. files: whether to look at
     the disk. ConfigError with all mistakes at once; HelpAsked for `--help` and `--version`.
     """
-    if strange := set(defaults or {}) - set(by_name()):
+    if strange := set(defaults or {}) - set(by_name()) - {"model.architecture"}:
         raise ValueError(f"defaults that are no `section.field` of a run: {sorted(strange)}")
     flags = read_arguments(argv)
     if flags.values.get("command.help"):

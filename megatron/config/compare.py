@@ -32,6 +32,9 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
         if field.name == "vocab_size":
             problems.append(Problem(f"the tokenizer's {here} tokens", f"do not fit {source}, which was trained with {there}"))
             continue
+        if field.name == "architecture":
+            problems.append(Problem(f"a {here.upper()}", f"cannot start from {source}, which holds a {there.upper()}"))
+            continue
         rule = f"does not fit {source}, which was made with {there}"
         problems.append(Problem(say(f"model.{field.name}", here), rule, f"{there}; --use-checkpoint-args takes them all"))
     return problems

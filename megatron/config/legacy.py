@@ -94,10 +94,7 @@ LATER = {
         --wandb-project 1
         --wandb-exp-name 1
         --wandb-save-dir 1""",
-    "belongs to BERT, which is not available yet": """
-        --bert-no-binary-head 0
-        --mask-prob 1
-        --short-seq-prob 1
+    "belongs to retrieval with BERT, which is not available": """
         --bert-load 1
         --output-bert-embeddings 0
         --bert-embedder-type 1""",

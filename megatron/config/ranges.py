@@ -23,6 +23,8 @@ class Range:
 POSITIVE = Range("greater than 0", lambda v: v > 0)
 NOT_NEGATIVE = Range("0 or greater", lambda v: v >= 0)
 PROBABILITY = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
+WITHIN = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
+CHANCE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
 
 _ROWS: tuple[tuple[Range, str, str], ...] = (
@@ -38,6 +40,8 @@ _ROWS: tuple[tuple[Range, str, str], ...] = (
     (NOT_NEGATIVE, "tokenizer", "vocab_extra_ids"),
     (POSITIVE, "data", "seq_length"),
     (NOT_NEGATIVE, "data", "num_workers"),
+    (WITHIN, "data", "mask_prob"),
+    (CHANCE, "data", "short_seq_prob"),
     (POSITIVE, "batch", "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins"),
     (NOT_NEGATIVE, "batch", "seed"),
     (NOT_NEGATIVE, "optim", "lr min_lr lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay"),

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from math import inf
 
+from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.batch_size import ramp_sizes
 from megatron.config.case import Case, Rule, divisors
 from megatron.config.context_rules import CONTEXT_RULES
@@ -279,7 +280,7 @@ def tokenizer(c: Case) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, ramp_up,
     some_training, one_unit, warm_up, learning_rates, weight_decay_growth, companions, schedule_on_resume, split, data_paths,
-    tokenizer, *CONTEXT_RULES, *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
+    tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
 )  # fmt: skip
 
 

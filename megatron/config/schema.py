@@ -5,7 +5,8 @@ the field `tensor_model_parallel_size` of `LayoutConfig` is the flag `--tensor-m
 `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the
 setting. `None` means "derived": `config/rules.py` fills it in, so code that runs a model only sees resolved values.
 
-Imports no torch: a configuration can be read, checked and printed anywhere.
+Imports no torch: a configuration can be read, checked and printed anywhere. Longer than 400 lines because all settings of a
+run stand in it, a line or two each.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ class ModelConfig:
         choices=("gelu", "gelu-exact", "squared-relu", "swiglu"),
         values={"--openai-gelu": "gelu", "--squared-relu": "squared-relu", "--swiglu": "swiglu"},
     )
+    architecture: str = option("gpt", "gpt or bert; the program's", flag=None, choices=("gpt", "bert"))
+    bert_binary_head: bool = option(
+        True,
+        "of BERT: token types, pooler and the head that tells whether the segments were swapped",
+        off="--bert-no-binary-head",
+    )
     untie_embeddings_and_output_weights: bool = option(False, "give the output layer its own matrix")
     apply_residual_connection_post_layernorm: bool = option(False, "take the residual from the norm's output")
     attention_dropout: float = option(0.1, "dropout probability of the attention weights")
@@ -97,6 +104,11 @@ class ModelConfig:
         128, "each tensor-parallel rank's share of the vocabulary is padded to a multiple of this"
     )
     vocab_size: int | None = option(None, "true size of the vocabulary, from the tokenizer", flag=None)
+
+    @property
+    def segment_kinds(self) -> int:
+        """Rows of the token type table; 0 where there is none."""
+        return 2 if self.architecture == "bert" and self.bert_binary_head else 0
 
     # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
 
@@ -190,6 +202,8 @@ class DataConfig:
     )
     reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
     reset_attention_mask: bool = option(False, "no attention across an end of document")
+    mask_prob: float = option(0.15, "of BERT: share of the tokens that are to be guessed")
+    short_seq_prob: float = option(0.1, "of BERT: share of the samples that are shorter than --seq-length, at random")
     eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.errors import DataError
-from megatron.data.gpt import Sample, SampleSource
+from megatron.data.gpt import SampleSource
 
 SURPLUS = 0.005  # each dataset is built with this share of samples more than its weight asks for
 
@@ -89,7 +90,7 @@ class BlendedDataset:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, number: int) -> Sample:
+    def __getitem__(self, number: int) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         return self.datasets[int(self.order[number])][int(self.numbers[number])]

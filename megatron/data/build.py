@@ -3,28 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron.config.schema import DataConfig
+from megatron.data.bert import BertDataset, PairRules
 from megatron.data.blend import SURPLUS, BlendedDataset, blend_order, draws, normalise, parse_blend, samples_per_dataset
 from megatron.data.errors import DataError
 from megatron.data.gpt import SPLITS, GPTDataset, SampleSource, parse_split, split_range
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.indexed import IndexedDataset, allow_open_files
+from megatron.data.masking import MaskingRules
 from megatron.data.tokenizer import Tokenizer
 
 MOST_DATASETS = 32766  # their numbers are int16
 
 
+class MakeSamples(Protocol):
+    """Makes the samples of one indexed dataset's share: at least `wanted`, or None for one epoch."""
+
+    def __call__(
+        self, indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
+    ) -> SampleSource: ...
+
+
+def gpt_samples(data: DataConfig, seed: int) -> MakeSamples:
+    """GPT's: consecutive tokens, of a share of the sequences."""
+    seq_length = _seq_length(data)
+
+    def make(
+        indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
+    ) -> SampleSource:
+        sequences = split_range(share, len(indexed))
+        return GPTDataset(indexed, sequences, seq_length, seed, wanted, split=split, cache=cache)
+
+    return make
+
+
+def bert_samples(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
+    """BERT's: pairs of segments, of a share of the documents. binary: whether they are for a binary head."""
+    continues = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])
+    cls, sep = tokenizer.token("cls"), tokenizer.token("sep")
+    masking = MaskingRules(tokenizer.token("mask"), frozenset({cls, sep}), continues, data.mask_prob)
+    rules = PairRules(_seq_length(data), data.short_seq_prob, binary, cls, sep, masking, seed)
+
+    def make(
+        indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
+    ) -> SampleSource:
+        documents = split_range(share, indexed.document_count)
+        return BertDataset(indexed, documents, rules, wanted, split=split, cache=cache)
+
+    return make
+
+
+def _seq_length(data: DataConfig) -> int:
+    if data.seq_length is None:
+        raise DataError("--seq-length is missing: the number of tokens of a sample")
+    return data.seq_length
+
+
 class Builder:
     """Builds the datasets of one run. Opens each indexed dataset once, and checks it against the tokenizer."""
 
-    def __init__(self, data: DataConfig, seed: int, tokenizer: Tokenizer | None) -> None:
-        if data.seq_length is None:
-            raise DataError("--seq-length is missing: the number of tokens of a sample")
-        self.seq_length, self.seed, self.tokenizer = data.seq_length, seed, tokenizer
+    def __init__(self, data: DataConfig, make: MakeSamples, tokenizer: Tokenizer | None) -> None:
+        self.seq_length, self.make, self.tokenizer = _seq_length(data), make, tokenizer
         self.cache = IndexCache(data.data_cache_path)
         self.opened: dict[str, IndexedDataset] = {}
 
@@ -37,11 +81,9 @@ class Builder:
             self.opened[prefix] = dataset
         return self.opened[prefix]
 
-    def one(self, prefix: str, share: tuple[float, float], wanted: int | None, split: str) -> GPTDataset:
+    def one(self, prefix: str, share: tuple[float, float], wanted: int | None, split: str) -> SampleSource:
         """The samples of one dataset's share."""
-        indexed = self.open(prefix)
-        sequences = split_range(share, len(indexed))
-        return GPTDataset(indexed, sequences, self.seq_length, self.seed, wanted, split=split, cache=self.cache)
+        return self.make(self.open(prefix), share, wanted, split, self.cache)
 
     def blend(
         self, prefixes: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float], wanted: int, split: str
@@ -100,19 +142,24 @@ def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
 
 
 def build_datasets(
-    data: DataConfig, seed: int, counts: tuple[int, int, int], tokenizer: Tokenizer | None = None
+    data: DataConfig,
+    seed: int,
+    counts: tuple[int, int, int],
+    tokenizer: Tokenizer | None = None,
+    make: MakeSamples | None = None,
 ) -> tuple[SampleSource | None, SampleSource | None, SampleSource | None]:
     """The (training, validation, test) datasets with at least `counts` samples each; None where none are wanted or given.
 
     The order of samples is Megatron-Core 0.16's for the same data, settings and counts. tokenizer: if given, checked
-    against the datasets' sidecars. Raises DataError for missing or wrong files, and for a split that is too small.
+    against the datasets' sidecars. make: the samples of one dataset; GPT's unless given.
+    Raises DataError for missing or wrong files, and for a split that is too small.
     """
     separate = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path and any(separate):
         raise DataError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path")
     if not data.data_path and not any(separate):
         raise DataError("no data: give --data-path PREFIX")
-    builder = Builder(data, seed, tokenizer)
+    builder = Builder(data, make or gpt_samples(data, seed), tokenizer)
     built: list[SampleSource | None] = []
     shares = parse_split(data.split) if data.data_path else [(0.0, 1.0)] * 3
     for number, (split, share, wanted) in enumerate(zip(SPLITS, shares, counts, strict=True)):

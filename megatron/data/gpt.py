@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,11 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """A numbered set of samples, and where in the files a token of one lies."""
+    """A numbered set of samples, of the kind that its batches are made of, and where in the files a token of one lies."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Sample: ...
+    def __getitem__(self, number: int) -> Any: ...
 
     def locate(self, number: int, position: int) -> str: ...
 

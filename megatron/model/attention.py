@@ -69,25 +69,31 @@ class Attend(Protocol):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
     """Each token sees itself and what came before; the queries are the last of the keys' positions."""
+    square, allowed = q.shape[2] == k.shape[2], masks.allowed
+    drawn = masks.keys is not None and masks.probability > 0.0 and not masks.fused
+    if allowed is None and q.shape[2] > 1 and (drawn or not square):
+        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return _attention(q, k, v, masks, heads, allowed, causal=allowed is None and square)
+
+
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
+    """Each token sees all tokens, or all that `masks.allowed` lets it see."""
+    return _attention(q, k, v, masks, heads, masks.allowed, causal=False)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor, allowed: Tensor | None, *, causal: bool) -> Tensor:
+    """allowed: bool, to be broadcast to `[batch, heads, seq, keys]`; None: all, or with `causal` what came before."""
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     if masks.keys is None or masks.probability == 0.0 or masks.fused:
-        square = q.shape[2] == k.shape[2]
-        allowed = masks.allowed
-        if allowed is None and not square and q.shape[2] > 1:
-            allowed = _causal(q.shape[2], k.shape[2], q.device)
         probability = 0.0 if masks.keys is None else masks.probability
-        causal = allowed is None and square
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=probability, is_causal=causal)
     # Dropped weights are a function of their global place, which no fused kernel can draw: the plain form.
-    allowed = masks.allowed if masks.allowed is not None else _causal(q.shape[2], k.shape[2], q.device)
     scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # a scaled copy of q would be kept for the backward pass
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = scores.softmax(dim=-1)
     return drop(weights, masks.keys.attention(heads), masks.probability) @ v
-
-
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 class Attention(nn.Module):

@@ -7,9 +7,7 @@ Hidden states are `[seq, batch, hidden]`, under sequence parallelism `[seq / tp,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,6 @@ from megatron.model.attention import Attend, Cache, Masks, causal_attention
 from megatron.model.block import Block, HiddenDropout
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
-from megatron.model.size import Slice
 from megatron.parallel.collectives import copy_to, gather_from, gather_sum
 from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
@@ -32,7 +29,7 @@ from megatron.parallel.spec import describe, name_parameters, spec_of
 
 
 class Embedding(nn.Module):
-    """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word plus learned position, then dropout."""
+    """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word, learned position and kind of segment, then dropout."""
 
     def __init__(self, config: ModelConfig, shard: VocabShard, tp: Axis, *, sequence_parallel: bool, seed: int) -> None:
         super().__init__()
@@ -46,14 +43,22 @@ class Embedding(nn.Module):
             shape = (config.size("max_position_embeddings"), hidden)
             spec = replicated(shape, sequence_parallel, decay=True, init="normal")
             self.position.weight = describe(nn.Parameter(torch.empty(shape)), spec)
+        self.segment: nn.Module | None = None
+        if config.segment_kinds:
+            self.segment = nn.Module()
+            shape = (config.segment_kinds, hidden)
+            spec = replicated(shape, sequence_parallel, decay=True, init="normal")
+            self.segment.weight = describe(nn.Parameter(torch.empty(shape)), spec)
 
-    def forward(self, tokens: Tensor, positions: Tensor, keys: DropoutKeys | None) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, keys: DropoutKeys | None) -> Tensor:
         x: Tensor = self.word(tokens.t())
-        if self.position is not None:
-            seen = positions.t()
-            if self.sequence_parallel:  # each rank adds the positions of its own slice
+        for table, numbers in ((self.position, positions), (self.segment, segments)):
+            if table is None or numbers is None:
+                continue
+            seen = numbers.t()
+            if self.sequence_parallel:  # each rank adds what belongs to its own slice
                 seen = seen[local_columns(seen.shape[0], self.tp)]
-            x = x + nn.functional.embedding(seen, self.position.get_parameter("weight"))
+            x = x + nn.functional.embedding(seen, table.get_parameter("weight"))
         dropped: Tensor = self.dropout(x, keys)
         return dropped
 
@@ -129,7 +134,7 @@ class GPT(nn.Module):
         """Through embedding, layers and final norm, as far as this part has them."""
         keys = self._random(batch)
         if self.embedding is not None:
-            x = self.embedding(batch.tokens, batch.positions, keys)
+            x = self.embedding(batch.tokens, batch.positions, batch.segments, keys)
         if x is None:
             raise ValueError("a stage without the embedding needs hidden states")
         config = self.config
@@ -192,19 +197,3 @@ def local_columns(seq: int, tp: Axis) -> slice:
     """The positions that a rank holds under sequence parallelism."""
     share = seq // tp.size
     return slice(tp.rank * share, (tp.rank + 1) * share)
-
-
-def build_stages(
-    config: ModelConfig, placement: Sequence[int], parts: Sequence[Slice], tp: Axis, rank: int, **options: Any
-) -> dict[int, GPT]:
-    """The stages of pipeline rank `rank`, by their number; uninitialised.
-
-    placement: stage -> rank. parts: what each stage owns. options: of every `GPT`.
-    """
-    stages: dict[int, GPT] = {}
-    for number, part in enumerate(parts):
-        if placement[number] == rank:
-            first = stages[0].embedding if 0 in stages else None
-            word = None if first is None else first.word.weight
-            stages[number] = GPT(config, StagePart(part.layers, part.embedding, part.head), tp, word=word, **options)
-    return stages

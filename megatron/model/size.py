@@ -1,7 +1,7 @@
-"""How large a GPT is and how much it computes: parameters, FLOPs and bytes, whole and per rank. Pure arithmetic.
+"""How large a GPT or BERT is and how much it computes: parameters, FLOPs and bytes, whole and per rank. Pure arithmetic.
 
-The parameters are listed by the same names and shapes that `model/gpt.py` builds, so that the counts are those of a real
-build. Arguments: `model` is resolved; `vocab` the true number of tokens; `tp` the tensor-parallel size.
+The parameters are listed by the same names and shapes that `model/gpt.py` and `model/bert.py` build, so that the counts are
+those of a real build. Arguments: `model` is resolved; `vocab` the true number of tokens; `tp` the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ParameterSize:
     name: str
     shape: tuple[int, ...]
     cut: int | None = None
-    vocabulary: bool = False
+    vocabulary: bool = False  # the rows are tokens, and padded
 
     @property
     def count(self) -> int:
@@ -55,7 +55,7 @@ class ParameterSize:
     def local(self, model: ModelConfig, tp: int) -> int:
         """Elements that each rank holds; of a vocabulary with the padding."""
         if self.vocabulary:
-            return padded_vocabulary(model, self.shape[0], tp) // tp * self.shape[1]
+            return padded_vocabulary(model, self.shape[0], tp) // tp * prod(self.shape[1:])
         return self.count if self.cut is None else self.count // tp
 
 
@@ -74,6 +74,8 @@ def parameter_list(model: ModelConfig, vocab: int, stage: Stage | None = None) -
         yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
         if model.position_embedding_type == "learned_absolute":
             yield ParameterSize("embedding.position.weight", (model.size("max_position_embeddings"), hidden))
+        if model.segment_kinds:
+            yield ParameterSize("embedding.segment.weight", (model.segment_kinds, hidden))
     for layer in stage.layers:
         yield from _layer(model, f"layers.{layer}")
     if stage.head:
@@ -82,6 +84,17 @@ def parameter_list(model: ModelConfig, vocab: int, stage: Stage | None = None) -
             yield ParameterSize("head.weight", (vocab, hidden), 0, vocabulary=True)
         elif not stage.embedding:
             yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
+        if model.architecture == "bert":
+            yield from _bert_heads(model, vocab)
+
+
+def _bert_heads(model: ModelConfig, vocab: int) -> Iterator[ParameterSize]:
+    hidden = model.size("hidden_size")
+    yield from _norm(model, "masked_words.norm")
+    yield ParameterSize("masked_words.bias", (vocab,), 0, vocabulary=True)
+    for name, rows in (("masked_words.dense", hidden), *((("pooler", hidden), ("order", 2)) if model.bert_binary_head else ())):
+        yield ParameterSize(f"{name}.weight", (rows, hidden))
+        yield ParameterSize(f"{name}.bias", (rows,))
 
 
 def _layer(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
@@ -148,8 +161,9 @@ def _core_flops(model: ModelConfig, seq: int) -> int:
 
 
 def head_flops(model: ModelConfig, vocab: int) -> int:
-    """FLOPs of one token's logits."""
-    return 2 * model.size("hidden_size") * vocab
+    """FLOPs of one token's logits; of BERT with the dense layer before them, without the pooler's one token."""
+    hidden = model.size("hidden_size")
+    return 2 * hidden * vocab + (2 * hidden**2 if model.architecture == "bert" else 0)
 
 
 def forward_flops_per_token(model: ModelConfig, vocab: int, seq: int) -> int:
@@ -190,7 +204,7 @@ def flops_per_iteration(model: ModelConfig, vocab: int, seq: int, global_batch: 
 def state_of(model: ModelConfig, own: Iterable[ParameterSize], tp: int, *, copies: bool = False, **how: Any) -> StateBytes:
     """Of the parameters `own` on one rank. copies: another stage holds the tied matrix too. how: as for `state_bytes`."""
     listed = list(own)
-    kinds = [(len(p.shape) > 1, copies and p.vocabulary) for p in listed]  # vectors do not decay
+    kinds = [(len(p.shape) > 1, copies and p.name == "embedding.word.weight") for p in listed]  # vectors do not decay
     return state_bytes([p.local(model, tp) for p in listed], kinds, **how)
 
 

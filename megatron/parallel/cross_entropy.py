@@ -51,17 +51,31 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int, wanted: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        mask: Tensor,
+        shard: VocabShard,
+        tp: Axis,
+        rows: int,
+        wanted: bool,
     ) -> Tensor:
         total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x) if wanted else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted and bias is not None else None
         room = x.new_empty(min(rows, x.shape[0]), shard.held)
         for first in range(0, x.shape[0], rows):
             chunk = slice(first, first + rows)
             logits = torch.mm(x[chunk], weight.t(), out=room[: x.shape[0] - first])
+            if bias is not None:
+                logits += bias
             losses, grads = token_losses(logits, labels[chunk], shard, tp)
             total += losses @ mask[chunk]
+            if grad_bias is not None:
+                grad_bias += mask[chunk] @ grads
             if grad_x is not None and grad_weight is not None:
                 # The mask's rows go to the narrow factors, which are much smaller than the logits' gradients.
                 grads, counts = grads.to(x.dtype), mask[chunk].unsqueeze(-1).to(x.dtype)
@@ -74,31 +88,39 @@ class _HeadLoss(torch.autograd.Function):
                 else:  # the chunks' sum in fp32, their products in the compute dtype
                     grad_weight += grads.t() @ counted
         if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x, grad_weight)
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias)
             ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since nobody else has them; autograd itself refuses a second backward over changed tensors.
-        grad_x, grad_weight = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors
         # A loss scale above 65504 is no fp16 number, though its product with a gradient can be one.
         grad_x = (grad_x.float() * above[0]).to(grad_x.dtype) if grad_x.dtype == torch.float16 else grad_x.mul_(above[0])
-        return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), *[None] * 6
+        grad_bias = None if grad_bias is None else grad_bias.mul_(above[0]).to(ctx.dtype)
+        return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), grad_bias, *[None] * 6
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, shard: VocabShard, tp: Axis, rows: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    shard: VocabShard,
+    tp: Axis,
+    rows: int | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of mask x cross-entropy of the logits `x weight^T`; fp32 scalar, equal on every rank of tp.
+    """Sum over tokens of mask x cross-entropy of the logits `x weight^T + bias`; fp32 scalar, equal on every rank of tp.
 
     x: `[tokens, hidden]`, whole on every rank; the gradient it gets is this rank's part of a sum over tp. weight:
-    `[held, hidden]`, this rank's rows. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
+    `[held, hidden]`, this rank's rows. bias: `[held]`. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
     rows: tokens of a chunk, the same on every rank; default what suits the device.
     """
     rows = rows or max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
     if x.dtype == torch.float16:
         rows = min(rows, MOST_FP16_ROWS)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
+    loss: Tensor = _HeadLoss.apply(x, weight, bias, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
     return loss

@@ -1,4 +1,4 @@
-"""Context parallelism: one sequence on several ranks, and exact causal attention around the ring of them (arXiv 2310.01889).
+"""Context parallelism: one sequence on several ranks, and exact attention around the ring of them (arXiv 2310.01889).
 
 The sequence is cut into 2n chunks for n ranks. Rank r holds chunks r and 2n - 1 - r (arXiv 2407.21783, section 3.3.2), an
 early and a late one, so that causality leaves every rank the same work. For 4 ranks, with a mark for each block of scores
@@ -61,13 +61,13 @@ class Block:
         return self.queries == self.keys
 
 
-def blocks_of(rank: int, source: int, size: int) -> list[Block]:
-    """What causality leaves of the queries of `rank` against the keys of `source`.
+def blocks_of(rank: int, source: int, size: int, *, causal: bool = True) -> list[Block]:
+    """The queries of `rank` against the keys of `source`; with `causal`, what causality leaves of them.
 
     Blocks on the diagonal come first: there every token sees itself, so no later sum starts from nothing.
     """
     queries, keys = chunks_of(rank, size), chunks_of(source, size)
-    found = [Block(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if keys[j] <= queries[i]]
+    found = [Block(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if not causal or keys[j] <= queries[i]]
     return sorted(found, key=lambda block: not block.diagonal)
 
 
@@ -84,7 +84,8 @@ def share(batch: Batch, cp: Axis) -> Batch:
     width = seq // (2 * cp.size)
     starts = [chunk * width for chunk in chunks_of(cp.rank, cp.size)]
     places = torch.cat([torch.arange(start, start + width, device=batch.tokens.device) for start in starts])
-    cut = {name: getattr(batch, name)[:, places] for name in ("tokens", "labels", "loss_mask", "positions")}
+    names = [n for n in ("tokens", "labels", "loss_mask", "positions", "segments") if getattr(batch, n) is not None]
+    cut = {name: getattr(batch, name)[:, places] for name in names}
     return replace(batch, **cut, places=places)
 
 
@@ -102,11 +103,12 @@ class RingMasks(Protocol):
 class RingAttention:
     """A `model.attention.Attend` for ranks that hold the parts of a sequence that `share` gives them.
 
-    cp: the context-parallel axis. Collective over it, forward and backward.
+    cp: the context-parallel axis. Collective over it, forward and backward. causal: a token sees itself and what came before;
+    else it sees all.
     """
 
-    def __init__(self, cp: Axis) -> None:
-        self.cp = cp
+    def __init__(self, cp: Axis, *, causal: bool = True) -> None:
+        self.cp, self.causal = cp, causal
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: RingMasks, heads: Tensor) -> Tensor:
         """q: `[batch, heads, seq / cp, head_dim]`; k, v: `[batch, groups, seq / cp, head_dim]`; the result is like q.
@@ -119,7 +121,7 @@ class RingAttention:
                 f"ring attention takes two equal chunks of a sequence, not {q.shape[2]} queries and {k.shape[2]} keys; "
                 "generate with context-parallel size 1"
             )
-        context = _Context(self.cp, masks.documents, masks.keys, masks.probability, heads)
+        context = _Context(self.cp, self.causal, masks.documents, masks.keys, masks.probability, heads)
         result: Tensor = _Ring.apply(q, k, v, context)  # type: ignore[no-untyped-call]
         return result
 
@@ -129,6 +131,7 @@ class _Context:
     """What forward and backward both need beside queries, keys and values."""
 
     cp: Axis
+    causal: bool
     documents: Tensor | None
     keys: DropoutKeys | None
     probability: float
@@ -137,7 +140,7 @@ class _Context:
     def steps(self) -> Iterator[list[Block]]:
         """The blocks of each step: first with the own keys, then with those of the rank before, and so on."""
         for step in range(self.cp.size):
-            yield blocks_of(self.cp.rank, (self.cp.rank - step) % self.cp.size, self.cp.size)
+            yield blocks_of(self.cp.rank, (self.cp.rank - step) % self.cp.size, self.cp.size, causal=self.causal)
 
     def scores(self, query: Tensor, key: Tensor, block: Block) -> Tensor:
         """`[batch, groups, queries, keys]` in fp32 or better, minus infinity where a token may not look.
@@ -148,7 +151,7 @@ class _Context:
         scores = scores.to(_statistics(scores))
         width = key.shape[2]
         allowed: Tensor | None = None
-        if block.diagonal:
+        if block.diagonal and self.causal:
             allowed = torch.ones(width, width, dtype=torch.bool, device=key.device).tril()
         if self.documents is not None:
             rows, columns = (self.documents[:, c * width : (c + 1) * width] for c in (block.queries, block.keys))

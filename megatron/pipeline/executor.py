@@ -31,12 +31,14 @@ WORDS = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weigh
 class StepOutput:
     """Totals over this rank's micro-batches, fp32 scalars without a graph; zero on ranks that have no head.
 
-    loss: sum of the token losses that count; tokens: how many count; means: sum of the micro-batches' mean losses.
+    loss: sum of the token losses that count; tokens: how many count; means: sum of the micro-batches' mean losses. order: sum
+    of the samples' sentence-order losses, 0 for a model without.
     """
 
     loss: Tensor
     tokens: Tensor
     means: Tensor
+    order: Tensor
 
 
 class Stage(Protocol):
@@ -125,7 +127,7 @@ class Executor:
         self._mail: dict[tuple[int, int, bool], Tensor | Receiving] = {}
         self._out: dict[Action, Tensor] = {}
         self._live: dict[tuple[int, int], Live] = {}
-        self._totals = torch.zeros(3, device=self.device)
+        self._totals = torch.zeros(4, device=self.device)
         self.peak_live = 0
         for item in self._program(len(batches), backward):
             if isinstance(item, Receive):
@@ -201,7 +203,8 @@ class Executor:
         else:
             loss = stage.loss(x, batch)
         value, tokens = loss.sum.detach(), loss.tokens
-        self._totals += torch.stack([value, tokens, value / count.clamp(min=1.0)])
+        order = torch.zeros_like(value) if loss.order is None else loss.order.detach()
+        self._totals += torch.stack([value, tokens, value / count.clamp(min=1.0), order])
 
     def _backward(self, action: Action, grad: Tensor | None) -> None:
         self._differentiate(action, self._live.pop((action.stage, action.micro_batch)), grad)

@@ -31,12 +31,14 @@ def evaluate(
     global_batch_size: int,
     watch: Watch | None = None,
     give_up: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Mean loss of the tokens that count over `steps` global batches; dropout off, no gradients. Collective.
+) -> tuple[float, float] | None:
+    """Mean losses over `steps` global batches: of the tokens that count, and of the samples' order, 0 for a model without.
+
+    Dropout off, no gradients. Collective.
 
     give_up: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
     """
-    loss = tokens = 0.0
+    loss = tokens = order = 0.0
     watch = watch or Watch()
     for _ in range(steps):
         if give_up():
@@ -44,6 +46,6 @@ def evaluate(
         watch.doing("reading held-out data", alone=True)
         batches = loader.next_batches(global_batch_size)
         with torch.no_grad():
-            step_loss, step_tokens, _ = totals(pipeline.evaluate(batches), mesh)
-        loss, tokens = loss + step_loss, tokens + step_tokens
-    return loss / max(tokens, 1.0)
+            step_loss, step_tokens, _, step_order = totals(pipeline.evaluate(batches), mesh)
+        loss, tokens, order = loss + step_loss, tokens + step_tokens, order + step_order
+    return loss / max(tokens, 1.0), order / max(steps * global_batch_size, 1)

@@ -204,8 +204,9 @@ def advance(run: Run, report: StepReport) -> None:
     if not report.skipped:
         state.scheduled_samples += report.samples
         state.consecutive_skips = 0
-        if math.isfinite(report.lm_loss):
+        if math.isfinite(report.lm_loss + (report.sop_loss or 0.0)):
             state.window_loss += report.lm_loss
+            state.window_sop += report.sop_loss or 0.0
             state.window_steps += 1
         return
     state.window_skipped += 1
@@ -239,13 +240,15 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
         return asked.stop is not None
 
     try:
-        loss = evaluate(
+        losses = evaluate(
             run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size, watch=run.job.watch, give_up=give_up
         )
     finally:
         loader.close()
-    if loss is not None:
-        result = Evaluation(run.state.iteration, split, loss, run.state.consumed_samples)
+    if losses is not None:
+        lm, sop = losses
+        sop_loss = sop if run.config.model.segment_kinds else None
+        result = Evaluation(run.state.iteration, split, lm, run.state.consumed_samples, sop_loss)
         for sink in around.sinks:
             sink.evaluation(result, title)
     return asked
@@ -286,7 +289,8 @@ class Clock:
         if not self.around.sinks and not due(state.iteration, self.run.config.log.log_interval):
             return
         own = self._metrics(report, now - self._step_mark, 1, report.tokens, report.samples)
-        own = replace(own, lm_loss=None if report.skipped else report.lm_loss)
+        if not report.skipped:
+            own = replace(own, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
         self._step_mark = now
         elapsed = now - self._mark
         context = LogContext(
@@ -302,10 +306,14 @@ class Clock:
         if not due(state.iteration, self.run.config.log.log_interval):
             return
         averages = self._metrics(report, elapsed, self._steps, self._tokens, self._samples)
-        averages = replace(averages, lm_loss=state.window_loss / state.window_steps if state.window_steps else None)
+        if state.window_steps:
+            averages = replace(averages, lm_loss=state.window_loss / state.window_steps)
+            if self.run.config.model.segment_kinds:
+                averages = replace(averages, sop_loss=state.window_sop / state.window_steps)
         for sink in self.around.sinks:
             sink.line(averages, context)
-        state.window_loss, state.window_steps, state.window_skipped, state.window_nan = 0.0, 0, 0, 0
+        state.window_loss = state.window_sop = 0.0
+        state.window_steps = state.window_skipped = state.window_nan = 0
         self._mark, self._steps, self._tokens, self._samples = now, 0, 0, 0
 
     def _metrics(self, report: StepReport, seconds: float, steps: int, tokens: int, samples: int) -> Metrics:
@@ -314,6 +322,7 @@ class Clock:
         return Metrics(
             iteration=state.iteration,
             lm_loss=None,
+            sop_loss=None,
             grad_norm=None if report.left_out else report.grad_norm,
             learning_rate=self.run.schedule.rate(state.scheduled_samples),
             loss_scale=state.scaler.scale,

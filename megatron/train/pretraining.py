@@ -22,11 +22,11 @@ from megatron.checkpoint.layout import CheckpointError, read_tracker
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
-from megatron.data.batch import GPTBatches
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
-from megatron.data.loader import Loader
+from megatron.data.loader import Loader, MakeBatch
+from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
 from megatron.mesh.beats import Patience
@@ -59,7 +59,7 @@ class Prepared:
     tokenizer: Tokenizer
     source: Source
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
-    batches: GPTBatches
+    batches: MakeBatch
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
@@ -116,8 +116,8 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         source = find_source(config.checkpoint)
         check_source(source, config)
         watch.waiting("building the datasets")
-        batches = GPTBatches.of(config.data, tokenizer.vocab_size, tokenizer.special.get("eod"))
-        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer)
+        recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
+        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples)
     except ConfigError as error:
         raise Refused("\nerror: ".join(map(str, error.problems))) from error
     except (DataError, CheckpointError) as error:
@@ -126,7 +126,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         raise Refused(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
         )
-    return Prepared(config, parsed.notes, tokenizer, source, datasets, batches)
+    return Prepared(config, parsed.notes, tokenizer, source, datasets, recipe.batches)
 
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, progress: Progress) -> int:
@@ -152,12 +152,13 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
+    binary = config.model.segment_kinds > 0
     saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
         test,
-        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated) if out is not None else [],
+        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary) if out is not None else [],
         saver=saver,
         flops=sample_flops(config),
         peak_tflops=peak_tflops(started.device, config.log.peak_tflops),

@@ -26,7 +26,8 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. lm_loss: mean over the global batch, 0 where no token counted. nan: the loss was not a number.
+    """One step. lm_loss: mean over the global batch, 0 where no token counted. sop_loss: mean of the samples' sentence-order
+    losses, None for a model without. nan: the loss was not a number.
 
     skipped: there was no update. left_out: because --skip-train-iterations names the step: its samples were read, and that is
     all. nonfinite: what was not finite in it.
@@ -42,6 +43,7 @@ class StepReport:
     params_norm: float | None = None
     left_out: bool = False
     nonfinite: NonFinite | None = None
+    sop_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Metrics:
 
     iteration: int
     lm_loss: float | None
+    sop_loss: float | None
     grad_norm: float | None
     learning_rate: float
     loss_scale: float
@@ -78,12 +81,13 @@ class LogContext:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over the tokens of one evaluation. ppl is exact: infinite where exp overflows."""
+    """Mean losses of one evaluation, over tokens and over samples. ppl is exact: infinite where exp overflows."""
 
     iteration: int
     split: str
     lm_loss: float
     consumed_samples: int
+    sop_loss: float | None = None
 
     @property
     def ppl(self) -> float:

@@ -14,8 +14,9 @@ from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
-from megatron.model.attention import Attend, causal_attention
-from megatron.model.gpt import GPT, build_stages
+from megatron.model.attention import Attend, bidirectional_attention, causal_attention
+from megatron.model.build import build_stages
+from megatron.model.gpt import GPT
 from megatron.model.init import fill
 from megatron.optim.buffers import Weights, flat_buffers
 from megatron.optim.gather import wait_in_turn
@@ -32,7 +33,7 @@ from megatron.pipeline.transfer import Channels
 from megatron.stages import stages_of
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
-from megatron.train.step import Step, objective
+from megatron.train.step import Objective, Step
 
 
 @dataclass
@@ -71,11 +72,11 @@ def grid_of(layout: LayoutConfig, world_size: int) -> Grid:
     return Grid(pp=pp, dp=world_size // (tp * pp * cp), cp=cp, tp=tp)
 
 
-def core_attention(mesh: Mesh, *, compiled: bool) -> Attend:
+def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
     """The core attention of a layout. compiled: for layers that are compiled, which go around what communicates."""
     if mesh.cp.size == 1:
-        return causal_attention
-    ring = RingAttention(mesh.cp)
+        return causal_attention if causal else bidirectional_attention
+    ring = RingAttention(mesh.cp, causal=causal)
     return torch.compiler.disable(ring.__call__) if compiled else ring  # type: ignore[no-untyped-call]
 
 
@@ -95,7 +96,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         mesh.pp.rank,
         sequence_parallel=config.layout.sequence_parallel,
         seed=config.batch.seed,
-        attend=core_attention(mesh, compiled=config.batch.compile),
+        attend=core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
         recompute=Recompute.of(config.memory, mesh.tp, draws=draws),
         dtype=precision.compute,
         device=job.device,
@@ -133,16 +134,25 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
             manage_weight_gradients(stage, work)
     schedule = schedule or Schedule.of(config.optim, config.batch)
     state = TrainState(schedule=asdict(schedule), scaler=precision.scaler())
+    aim = Objective(
+        config.batch,
+        seq_length,
+        mesh.dp,
+        state.scaler,
+        masked=config.data.eod_mask_loss or config.model.architecture == "bert",
+        binary=config.model.segment_kinds > 0,
+        device=job.device,
+    )
     pipeline = Executor(
         stages,
         partial(make, name, mesh.pp.size, chunks=plan.chunks),
         Channels(mesh.pp, mesh.pp_back, job.device),
-        objective(config.batch, seq_length, mesh.dp.size, state.scaler),
+        aim,
         work,
         job.watch,
         partial(share, cp=mesh.cp),
     )
-    step = Step(pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
+    step = Step(aim, pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
     if draws:
         step.torch_random = job.device
     return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)

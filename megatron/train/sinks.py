@@ -47,6 +47,8 @@ class Console(Sink):
 
     def evaluation(self, result: Evaluation, title: str) -> None:
         text = f" validation loss at {title} | lm loss value: {result.lm_loss:.6E} | lm loss PPL: {result.ppl:.6E} | "
+        if result.sop_loss is not None:
+            text += f"sop loss value: {result.sop_loss:.6E} | "
         rule = "-" * (len(text) + 1)
         print(f"{rule}\n{text}\n{rule}", file=self.out, flush=True)
 
@@ -65,6 +67,8 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
     parts += [f"learning rate: {metrics.learning_rate:.3E}", f"global batch size: {context.global_batch_size:5d}"]
     if metrics.lm_loss is not None:
         parts.append(f"lm loss: {metrics.lm_loss:.6E}")
+    if metrics.sop_loss is not None:
+        parts.append(f"sop loss: {metrics.sop_loss:.6E}")
     parts.append(f"loss scale: {metrics.loss_scale:.1f}")
     if metrics.grad_norm is not None:
         parts.append(f"grad norm: {metrics.grad_norm:.3f}")
@@ -93,9 +97,11 @@ class JsonLines(Sink):
     resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
     one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
     evaluated: the evaluations after that iteration were made; otherwise their lines will be written again, too.
+    binary: the model has a binary head, and a line its loss, null where no step counted.
     """
 
-    def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True) -> None:
+    def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True, binary: bool = False) -> None:
+        self.binary = binary
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume_at is not None:
             last = (resume_at, evaluated)
@@ -107,10 +113,14 @@ class JsonLines(Sink):
         self._warn = logging.getLogger(__name__).warning
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
-        self._write(asdict(metrics))
+        values = asdict(metrics)
+        if not self.binary:
+            del values["sop_loss"]
+        self._write(values)
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        self._write({"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl})
+        values = {"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl}
+        self._write(values if result.sop_loss is None else values | {"sop_loss": result.sop_loss})
 
     def _write(self, values: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity: null says unknown.
@@ -167,6 +177,7 @@ class TensorBoard(Sink):
             return
         values: list[tuple[str, float | None]] = [
             ("lm loss", metrics.lm_loss),
+            ("sop loss", metrics.sop_loss),
             ("grad-norm", metrics.grad_norm),
             ("num-zeros", context.zeros),
             ("params-norm", context.params_norm),
@@ -195,6 +206,8 @@ class TensorBoard(Sink):
         values = [(tag, result.lm_loss)]
         if self.config.log_validation_ppl_to_tensorboard:
             values.append((f"{tag} ppl", result.ppl))
+        if result.sop_loss is not None:
+            values.append((tag.replace("lm", "sop"), result.sop_loss))
         for name, value in values:
             self._writer.add_scalar(name, value, result.iteration)
             self._writer.add_scalar(f"{name} vs samples", value, result.consumed_samples)
@@ -203,14 +216,16 @@ class TensorBoard(Sink):
         self._writer.close()
 
 
-def open_sinks(config: LogConfig, out: TextIO, *, resume_at: int | None, evaluated: bool = True) -> Sequence[Sink]:
-    """The sinks that the configuration asks for; resume_at, evaluated: see `JsonLines`.
+def open_sinks(
+    config: LogConfig, out: TextIO, *, resume_at: int | None, evaluated: bool = True, binary: bool = False
+) -> Sequence[Sink]:
+    """The sinks that the configuration asks for; resume_at, evaluated, binary: see `JsonLines`.
 
     A TensorBoard that is not installed is said, and done without.
     """
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:
-        sinks.append(JsonLines(Path(config.metrics_path), resume_at, evaluated=evaluated))
+        sinks.append(JsonLines(Path(config.metrics_path), resume_at, evaluated=evaluated, binary=binary))
     if config.tensorboard_dir is not None:
         try:
             sinks.append(TensorBoard(config, resume_at))

@@ -34,6 +34,7 @@ class TrainState:
     training_samples: int = 0
     evaluation_due: bool = False
     window_loss: float = 0.0
+    window_sop: float = 0.0
     window_steps: int = 0
     window_skipped: int = 0
     window_nan: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.config.schema import BatchConfig
 from megatron.contract import Batch, Loss
-from megatron.mesh.mesh import Mesh
+from megatron.mesh.mesh import Axis, Mesh
 from megatron.mesh.watch import Watch
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
@@ -24,22 +24,47 @@ from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
 
-def objective(batch: BatchConfig, seq_length: int, dp: int, scaler: Scaler) -> Callable[[Loss, int], Tensor]:
+class Objective:
     """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step; times the loss scale.
 
-    token: the mean over all tokens of the global batch that count. How many do is known only when all ranks have seen
-    their data, so the sum is divided by how many there can be, and `train_step` corrects the gradients by the ratio;
-    it is 1 unless the data masks some. micro-batch: the mean of the micro-batches' means.
+    token: the mean over all tokens of the global batch that count. micro-batch: the mean of the micro-batches' means. To both
+    a BERT with a binary head adds the mean over the samples of their sentence-order losses.
+    masked: whether the data may leave tokens out of the loss, so that they must be counted before each step. binary: whether
+    the model has a binary head. device: that the ranks communicate from.
     """
-    micro_batch_size = batch.micro_batch_size or 1
 
-    def of_tokens(loss: Loss, micro_batches: int) -> Tensor:
-        return loss.sum * (scaler.scale / (micro_batches * micro_batch_size * dp * seq_length))
+    def __init__(
+        self,
+        batch: BatchConfig,
+        seq_length: int,
+        dp: Axis,
+        scaler: Scaler,
+        *,
+        masked: bool = False,
+        binary: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.by_token = batch.loss_average == "token"
+        self.micro_batch_size, self.seq_length = batch.micro_batch_size or 1, seq_length
+        self.dp, self.scaler, self.masked, self.binary, self.device = dp, scaler, masked, binary, device
+        self.tokens = 0.0
 
-    def of_micro_batches(loss: Loss, micro_batches: int) -> Tensor:
-        return loss.sum / loss.tokens.clamp(min=1.0) * (scaler.scale / (micro_batches * dp))
+    def count(self, batches: Sequence[Batch]) -> None:
+        """Find out how many tokens of the global batch count. Collective over dp where the data may mask some."""
+        if not self.masked or not self.by_token:
+            self.tokens = float(len(batches) * self.micro_batch_size * self.dp.size * self.seq_length)
+            return
+        counted = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+        self.tokens = max(1.0, float(all_reduce(counted.to(self.device), self.dp)))
 
-    return of_tokens if batch.loss_average == "token" else of_micro_batches
+    def __call__(self, loss: Loss, micro_batches: int) -> Tensor:
+        if self.by_token:
+            aim = loss.sum * (self.scaler.scale / self.tokens)
+        else:
+            aim = loss.sum / loss.tokens.clamp(min=1.0) * (self.scaler.scale / (micro_batches * self.dp.size))
+        if loss.order is None:
+            return aim
+        return aim + loss.order * (self.scaler.scale / (micro_batches * self.micro_batch_size * self.dp.size))
 
 
 class Step:
@@ -50,6 +75,7 @@ class Step:
 
     def __init__(
         self,
+        objective: Objective,
         pipeline: Executor,
         optimizer: Optimizer,
         schedule: Schedule,
@@ -58,34 +84,36 @@ class Step:
         seq_length: int,
         watch: Watch,
     ) -> None:
-        self.pipeline, self.optimizer, self.schedule, self.mesh = pipeline, optimizer, schedule, mesh
+        self.objective, self.pipeline, self.optimizer = objective, pipeline, optimizer
+        self.schedule, self.mesh = schedule, mesh
         self.batch, self.seq_length, self.watch = batch, seq_length, watch
         self.torch_random: torch.device | None = None
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
         """Forward, backward and update over this rank's micro-batches of the step. Collective."""
         self.optimizer.zero(len(batches))
+        self.watch.waiting("the other ranks' count of tokens")
+        self.objective.count(batches)
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
-        loss, tokens, means = totals(output, self.mesh)
+        loss, tokens, means, order = totals(output, self.mesh)
         samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
         possible = samples * self.seq_length
-        by_token = self.batch.loss_average == "token"
-        mean = loss / max(tokens, 1.0) if by_token else means / (len(batches) * self.mesh.dp.size)
-        correction = possible / tokens if by_token and tokens > 0 else 1.0
+        mean = loss / max(tokens, 1.0) if self.objective.by_token else means / (len(batches) * self.mesh.dp.size)
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
-            scale=correction / state.scaler.scale,
+            scale=1.0 / state.scaler.scale,
         )
         nonfinite = None
-        if update.skipped or not math.isfinite(mean):
+        if update.skipped or not math.isfinite(mean + order):
             nonfinite = self._investigate(batches, output, state.iteration, skipped=update.skipped)
         state.scaler.update(not update.skipped)
         self.watch.idle()
         return StepReport(
             lm_loss=mean,
+            sop_loss=order / samples if self.objective.binary else None,
             grad_norm=update.grad_norm,
             skipped=update.skipped,
             nan=math.isnan(mean),
@@ -114,10 +142,10 @@ class Step:
             yield
 
 
-def totals(output: StepOutput, mesh: Mesh) -> tuple[float, float, float]:
-    """Loss sum, token count and sum of means over all data-parallel ranks and stages, on every rank."""
-    local = torch.stack([output.loss, output.tokens, output.means])
+def totals(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
+    """The sums of `StepOutput` over all data-parallel ranks and stages, on every rank."""
+    local = torch.stack([output.loss, output.tokens, output.means, output.order])
     for axis in (mesh.dp_cp, mesh.pp):
         local = all_reduce(local, axis)
-    loss, tokens, means = local.tolist()
-    return loss, tokens, means
+    loss, tokens, means, order = local.tolist()
+    return loss, tokens, means, order

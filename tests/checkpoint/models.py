@@ -14,6 +14,7 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
+from megatron.model.build import MODELS
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.random import derive_seed
@@ -37,10 +38,11 @@ LLAMA: dict[str, Any] = dict(
     add_bias_linear=False,
     untie_embeddings_and_output_weights=True,
 )
+BERT: dict[str, Any] = dict(BASE, architecture="bert")
 
 
 def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> GPT:
-    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), tp, dtype=dtype)
+    model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), tp, dtype=dtype)
     initialize(model, config, 7)
     with torch.no_grad():
         for parameter in model.parameters():

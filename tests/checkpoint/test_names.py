@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import BASE, build
+from models import BASE, BERT, build
 from models import LLAMA as LLAMA_SETTINGS
 
-from megatron.checkpoint.names import GPT2, LLAMA, family_of, join_qkv, rounded, split_qkv
+from megatron.checkpoint.names import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, join_qkv, rounded, split_qkv
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
 from megatron.mesh.mesh import Axis
@@ -29,6 +29,8 @@ def test_qkv_rows_are_what_the_layer_says():
         {**BASE, "apply_layernorm_1p": True},
         LLAMA_SETTINGS,
         {**LLAMA_SETTINGS, "num_query_groups": 2, "add_bias_linear": True},
+        BERT,
+        {**BERT, "bert_binary_head": False, "apply_layernorm_1p": True},
     ],
 )
 def test_reading_undoes_writing(settings):
@@ -51,6 +53,8 @@ def test_reading_undoes_writing(settings):
 def test_the_family_follows_from_the_configuration():
     assert family_of(ModelConfig(**BASE)) is GPT2
     assert family_of(ModelConfig(**LLAMA_SETTINGS)) is LLAMA
+    assert family_of(ModelConfig(**BERT)) is MEGATRON_BERT
+    assert family_of(ModelConfig(**BERT, bert_binary_head=False)) is MEGATRON_BERT_WORDS
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,22 @@ def test_what_no_family_can_express_is_listed(change, gpt2, llama):
         family_of(ModelConfig(**{**BASE, **change}))
     first, second = str(failure.value).split("; Llama")
     assert gpt2 in first and llama in second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(position_embedding_type="rope"), "MegatronBertForPreTraining cannot express --position-embedding-type rope"),
+        (
+            dict(bert_binary_head=False, activation="swiglu"),
+            "MegatronBertForMaskedLM cannot express --swiglu: its MLP has no gate",
+        ),
+    ],
+)
+def test_what_megatron_bert_cannot_express_is_listed(change, message):
+    """The families of GPT are not mentioned."""
+    with pytest.raises(ValueError, match=f"this architecture: {message}"):
+        family_of(ModelConfig(**{**BERT, **change}))
 
 
 def test_a_module_gives_its_parameters_without_padding_and_gets_zeros_there():

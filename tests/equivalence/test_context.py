@@ -129,7 +129,7 @@ class Held:
 def evaluated(setting: Setting) -> float:
     run = start(setting, 2)
     go(run, setting, 1)
-    return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)
+    return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)[0]
 
 
 @pytest.mark.parametrize("layout", ["cp 4", "cp 2 x pp 2"])

@@ -185,7 +185,7 @@ def evaluated(setting: Setting, between: bool):
     if between:
         before = [b.grads.clone() for b in run.optimizer.buffers]
         loader = Held(run, setting)
-        loss = evaluate(run.pipeline, loader, run.mesh, steps=2, global_batch_size=setting.global_batch)
+        loss, _ = evaluate(run.pipeline, loader, run.mesh, steps=2, global_batch_size=setting.global_batch)
         assert all(torch.equal(a, b.grads) for a, b in zip(before, run.optimizer.buffers, strict=True))
         assert all(stage.training for stage in run.stages.values()) and run.pipeline.peak_live == 0
         assert leaves_nothing(run)

@@ -88,6 +88,7 @@ def scaled_gradient(setting: Setting, steps: int):
     for _ in range(steps):
         run.optimizer.zero()
         batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
+        run.step.objective.count(batches)
         run.pipeline.step(batches)
         if run.mesh.world.last:
             for buffer in run.optimizer.buffers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from legal_run import problems
 
+from megatron.config.architecture_rules import ARCHITECTURE_RULES
 from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.file_rules import FILE_RULES
 from megatron.config.optim_rules import OPTIM_RULES
@@ -315,7 +316,8 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 
 
 def test_every_rule_is_tested() -> None:
-    elsewhere = {*CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}  # see test_context_rules.py and its like
+    # See test_context_rules.py and its like.
+    elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}
     assert {r.__name__ for r in RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py for these.
     assert [r.__name__ for r in FILE_RULES] == ["tokenizer_files", "datasets", "load", "writable", "stop_file"]

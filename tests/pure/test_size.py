@@ -14,7 +14,7 @@ from megatron.config.rules import resolve
 from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
-from megatron.model.gpt import GPT
+from megatron.model.build import MODELS
 from megatron.model.size import (
     CHUNK,
     FEWEST_ROWS,
@@ -55,6 +55,8 @@ FORMS = {
     ),
     "no norm bias": replace(PLAIN, add_norm_bias=False, kv_channels=10, ffn_hidden_size=40, position_embedding_type="none"),
     "swiglu with biases": replace(PLAIN, activation="swiglu", untie_embeddings_and_output_weights=True),
+    "bert": replace(PLAIN, architecture="bert"),
+    "bert without binary head": replace(PLAIN, architecture="bert", bert_binary_head=False, add_bias_linear=False),
 }
 
 
@@ -85,7 +87,7 @@ STAGES = [
 @pytest.mark.parametrize(("form", "part"), STAGES)
 def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: int) -> None:
     model = complete(FORMS[form])
-    built = GPT(model, part, Axis("tp", tp, tp - 1, tuple(range(tp))), dtype=torch.float32)
+    built = MODELS[model.architecture](model, part, Axis("tp", tp, tp - 1, tuple(range(tp))), dtype=torch.float32)
     real = {spec_of(p).name: (spec_of(p).shape, p.numel()) for p in built.parameters()}
     listed = list(parameter_list(model, VOCAB, part))
     assert {p.name: (p.shape, p.local(model, tp)) for p in listed} == real
@@ -98,7 +100,7 @@ def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: in
 def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
     model = complete(FORMS[form])
     dtype = torch.bfloat16 if bf16 else torch.float32
-    built = GPT(model, StagePart(range(3), True, True), Axis("tp", 2, 0, (0, 1)), dtype=dtype)
+    built = MODELS[model.architecture](model, StagePart(range(3), True, True), Axis("tp", 2, 0, (0, 1)), dtype=dtype)
     flat = buffers.flat_buffers(built.parameters())
     memory = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16)
     held = {t.data_ptr(): t.nbytes for buffer in flat for t in (buffer.weights, buffer.main)}

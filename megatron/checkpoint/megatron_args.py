@@ -1,0 +1,181 @@
+"""The settings in Megatron-LM's checkpoints: its argparse namespace to our configuration, and back.
+
+Names are mostly the same, since our flags are Megatron-LM's. What differs: the activation, which is several switches there,
+and the size of the vocabulary, which is the padded one there. Files of all years are read, so any name can be absent; an absent
+one has the value that its absence had then. What the model here does not have is refused in words.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.config.resolve import resolve
+from megatron.config.schema import ModelConfig, RunConfig
+
+# Same name and same meaning on both sides.
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
+SWITCHES = (
+    "apply_layernorm_1p",
+    "add_bias_linear",
+    "untie_embeddings_and_output_weights",
+    "apply_residual_connection_post_layernorm",
+    "init_method_xavier_uniform",
+)
+NUMBERS = ("layernorm_epsilon", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
+
+# What the model here does not have: the name there, when its value is harmless, and the words for it otherwise.
+Harmless = Callable[[Any], bool]
+UNSUPPORTED: Mapping[str, tuple[Harmless, str]] = MappingProxyType(
+    {
+        "num_experts": (lambda v: v in (None, [], [None], 1, [1], 0), "a mixture of experts (--num-experts)"),
+        "retro_add_retriever": (lambda v: not v, "Retro's retriever (--retro-add-retriever)"),
+        "rotary_interleaved": (lambda v: not v, "rotary positions that turn neighbouring features (--rotary-interleaved)"),
+        "rotary_seq_len_interpolation_factor": (
+            lambda v: v in (None, 1),
+            "rotary positions that are stretched (--rotary-seq-len-interpolation-factor)",
+        ),
+        "use_rope_scaling": (lambda v: not v, "rotary positions that are scaled (--use-rope-scaling)"),
+        "qk_layernorm": (lambda v: not v, "norms of queries and keys (--qk-layernorm)"),
+        "add_qkv_bias": (lambda v: not v, "a bias of queries, keys and values alone (--add-qkv-bias)"),
+        "multi_latent_attention": (lambda v: not v, "latent attention (--multi-latent-attention)"),
+        "pipeline_model_parallel_split_rank": (lambda v: v is None, "an encoder and a decoder"),
+        "window_size": (lambda v: v is None, "attention in a window (--window-size)"),
+    }
+)
+
+
+def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size: int) -> ModelConfig:
+    """The resolved configuration of a model whose settings are `args`, and whose weights are `weights`, by our names.
+
+    vocab_size: the true one. CheckpointError for sizes that are absent, and for what the model here does not have.
+    """
+    found = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
+    rope, learned = _rope(args), "embedding.position.weight" in weights
+    if rope and learned:
+        found.append("rotary and learned positions at once (there, add --no-position-embedding)")
+    if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
+        found.append(f"--position-embedding-type {args['position_embedding_type']}")
+    if args.get("normalization", "LayerNorm") not in ("LayerNorm", "RMSNorm"):
+        found.append(f"--normalization {args['normalization']}")
+    if found:
+        raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
+    values = {name: args[name] for name in (*SIZES, *SWITCHES, *NUMBERS) if args.get(name) is not None}
+    if args.get("rotary_base") is not None:
+        values["rotary_base"] = float(args["rotary_base"])
+    if lacking := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
+        raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
+    for name in SIZES:
+        if name in values and type(values[name]) is not int:
+            raise CheckpointError(f"the file's args say {name} = {values[name]!r}, which is no number")
+    if args.get("group_query_attention") and args.get("num_query_groups") is not None:
+        values["num_query_groups"] = args["num_query_groups"]
+    bert = "masked_words.dense.weight" in weights
+    model = ModelConfig(
+        **values,
+        architecture="bert" if bert else "gpt",
+        bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
+        activation=activation(args),
+        normalization=args.get("normalization", "LayerNorm"),
+        position_embedding_type="rope" if rope else "learned_absolute" if learned else "none",
+        add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
+        make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
+        vocab_size=vocab_size,
+    )
+    if model.position_embedding_type == "learned_absolute" and model.max_position_embeddings is None:
+        model = replace(model, max_position_embeddings=weights["embedding.position.weight"].shape[0])
+    if model.max_position_embeddings is None:
+        model = replace(model, max_position_embeddings=args.get("seq_length"))
+    if model.max_position_embeddings is None:
+        raise CheckpointError("the file's args do not say max_position_embeddings")
+    return resolve(RunConfig(model=model)).model
+
+
+def _rope(args: Mapping[str, Any]) -> bool:
+    return bool(args.get("use_rotary_position_embeddings")) or args.get("position_embedding_type") == "rope"
+
+
+def activation(args: Mapping[str, Any]) -> str:
+    """Ours, from the switches there. Only the fused kernel and --openai-gelu have the tanh approximation."""
+    if args.get("swiglu"):
+        return "swiglu"
+    if args.get("squared_relu"):
+        return "squared-relu"
+    fused = args.get("bias_gelu_fusion") and args.get("add_bias_linear", True)
+    return "gelu" if args.get("openai_gelu") or (fused and not args.get("onnx_safe")) else "gelu-exact"
+
+
+def padded(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """Rows of the vocabulary on all tensor-parallel ranks together, as Megatron-LM pads them."""
+    return -(-vocab_size // (divisible_by * tp)) * divisible_by * tp
+
+
+def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None, dtype: str) -> argparse.Namespace:
+    """What Megatron-LM finds in the file: its own names for a resolved configuration cut over tp x pp ranks.
+
+    dtype: `float32`, `float16` or `bfloat16`. `true_vocab_size` is ours, so that an import knows it again.
+    """
+    heads, groups = config.size("num_attention_heads"), config.size("num_query_groups")
+    vocab, rope = config.size("vocab_size"), config.position_embedding_type == "rope"
+    tanh = config.activation == "gelu"
+    values: dict[str, Any] = {name: getattr(config, name) for name in (*SIZES, *SWITCHES, *NUMBERS)}
+    values |= {
+        "encoder_num_layers": config.num_layers,
+        "seq_length": config.max_position_embeddings,
+        "encoder_seq_length": config.max_position_embeddings,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "normalization": config.normalization,
+        "position_embedding_type": config.position_embedding_type,
+        "use_rotary_position_embeddings": rope,
+        "add_position_embedding": config.position_embedding_type == "learned_absolute",
+        "rotary_base": config.rotary_base,
+        "swiglu": config.activation == "swiglu",
+        "squared_relu": config.activation == "squared-relu",
+        # Where nothing has a bias nothing can be fused with it.
+        "bias_gelu_fusion": tanh and config.add_bias_linear,
+        "openai_gelu": tanh and not config.add_bias_linear,
+        "onnx_safe": None,
+        "bert_binary_head": config.bert_binary_head,
+        "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
+        "padded_vocab_size": padded(vocab, config.make_vocab_size_divisible_by, tp),
+        "true_vocab_size": vocab,
+        "tokenizer_type": tokenizer_type,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": None,
+        "fp16": dtype == "float16",
+        "bf16": dtype == "bfloat16",
+    }
+    return argparse.Namespace(**dict(sorted(values.items())))
+
+
+def cannot_write(config: ModelConfig, tp: int, pp: int) -> list[str]:
+    """What keeps Megatron-LM from having this model on tp x pp ranks, in words; nothing where it can."""
+    found = []
+    if tp < 1 or pp < 1:
+        return [f"{tp} x {pp} ranks: both must be at least 1"]
+    for what, number in (
+        ("attention heads", config.size("num_attention_heads")),
+        ("key-value heads", config.size("num_query_groups")),
+        ("features of the MLP", config.size("ffn_hidden_size")),
+    ):
+        if number % tp:
+            found.append(f"{number} {what} cannot be cut over {tp} tensor-parallel ranks")
+    if config.size("num_layers") % pp:
+        found.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
+    if config.normalization == "LayerNorm" and not config.add_norm_bias:
+        found.append("its LayerNorm always has a bias (--disable-norm-bias)")
+    return found
+
+
+def even_stages(layers: int, pp: int) -> Sequence[range]:
+    """The layers of each pipeline stage."""
+    each = layers // pp
+    return [range(stage * each, (stage + 1) * each) for stage in range(pp)]

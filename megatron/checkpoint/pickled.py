@@ -1,0 +1,96 @@
+"""Files that torch.save wrote, read without running anything that they ask for.
+
+Such a file is a pickle: it names classes and functions that its reader shall import and call. Megatron-LM's checkpoints hold
+tensors among many such objects, of classes that are not here. So each name that torch does not know to be harmless stands for
+an `Inert` object, which keeps what it was given and does nothing. Nothing in the file is imported or called; a file that names
+a part of the interpreter that could do harm is refused by torch.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron.checkpoint.layout import CheckpointError
+
+LEGACY_PICKLES = 4  # before torch 1.6 a file held four pickles, one after the other, and the last is the value
+
+
+class Inert:
+    """An object of a class that was not imported. given: its arguments. state: what it was to be filled with."""
+
+    def __new__(cls, *given: Any, **_: Any) -> Inert:
+        made = super().__new__(cls)
+        made.given, made.state = given, None
+        return made
+
+    def __init__(self, *given: Any, **_: Any) -> None:
+        """Everything was done in `__new__`, since an unpickler may leave this out."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    given: tuple[Any, ...]
+    state: Any
+
+    def values(self) -> Mapping[str, Any]:
+        """The attributes that it would have, as those of an argparse.Namespace."""
+        return self.state if isinstance(self.state, dict) else {}
+
+
+def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
+    """The dictionary in a file of torch.save, with its tensors on the CPU. name: of the file, for messages.
+
+    CheckpointError when it is no such file, or when it asks for what could do harm.
+    """
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            stubs: list[Any] = [(type("Inert", (Inert,), {}), wanted) for wanted in sorted(_names(file))]
+            file.seek(0)
+            with torch.serialization.safe_globals(stubs):
+                value = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = [line for line in str(error).splitlines() if "GLOBAL" in line] or str(error).splitlines() or [""]
+        why = lines[0].split(" was not allowed")[0].strip()
+        raise CheckpointError(f"{name}: it was not read, since it asks for more than weights: {why}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(f"{name}: not a readable file of torch.save: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name}: expected a dictionary of tensors, found a {type(value).__name__}")
+    return value
+
+
+def _names(file: BinaryIO) -> set[str]:
+    """Every class and function that the file names and that torch does not know; found without unpickling."""
+    found: set[str] = set()
+    for stream in _pickles(file):
+        strings: list[str] = []
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name == "GLOBAL":
+                found.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+                found.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    known = {"collections.OrderedDict"}
+    return {name for name in found if not name.startswith(("torch.", "__builtin__.", "builtins.")) and name not in known}
+
+
+def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The pickles of a file, each in its turn."""
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        for _ in range(LEGACY_PICKLES):
+            yield file
+        return
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.namelist():
+            if entry.endswith("/data.pkl"):
+                yield io.BytesIO(archive.read(entry))

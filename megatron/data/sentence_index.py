@@ -1,0 +1,113 @@
+"""Which sentences are BERT sample number i: rows of (first sentence, end, target length), from lengths and a seed alone.
+
+A document's sentences are put together, in order, until they reach a target length; what is left over of a document joins
+its last sample. The target is the longest that fits, but with probability `short` a random shorter one, as in the BERT paper
+(arXiv 1810.04805), so that short inputs are seen in training too. Rows are then shuffled. Random numbers and order are those
+of Megatron-LM's sample map, so the same data give the same samples.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+LONGEST_SENTENCE = 512  # tokens; a document with a longer one is no prose, and is passed over
+BLOCK = 1 << 14  # random numbers drawn at a time
+STATE, HALF = 312, 156  # words of the 64-bit Mersenne twister (Nishimura, 2000), and its recurrence distance
+
+
+def build_sentence_index(
+    documents: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    longest: int,
+    short: float,
+    seed: int,
+    wanted: int | None,
+    at_least: int,
+) -> NDArray[np.int64]:
+    """Rows of at least `wanted` samples (None: one epoch), int64 `[samples, 3]`, in training order.
+
+    documents: int64 `[n + 1]`, the sentence at which each document starts, and the end of the last. lengths: tokens of every
+    sentence. longest: tokens of a sample without its special ones. short: share of samples with a random target. at_least:
+    sentences of a sample; 2 when it must be cut into two segments. An empty array when no document has enough sentences.
+    """
+    if longest < 2:
+        raise ValueError(f"samples of {longest} tokens")
+    usable = _usable(documents, lengths, at_least)
+    targets = _targets(longest, short, np.random.RandomState(seed))
+    rows: list[tuple[int, int, int]] = []
+    target = -1
+    while usable and (target < 0 or (wanted is not None and len(rows) < wanted)):
+        for first, end in usable:
+            target = next(targets)
+            # ends[i]: tokens of the document's sentences up to and with i.
+            ends = np.cumsum(lengths[first:end], dtype=np.int64).tolist()
+            begin, count = 0, end - first
+            while begin < count:
+                before = ends[begin - 1] if begin else 0
+                last = max(bisect_left(ends, before + target, begin), begin + at_least - 1)
+                # One sentence alone makes no sample, so the last two stay together.
+                stop = count if last >= count - 2 else last + 1
+                rows.append((first + begin, first + stop, target))
+                begin, target = stop, next(targets)
+    found = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return found[_shuffled(len(found), seed + 1)]
+
+
+def _usable(documents: NDArray[np.int64], lengths: NDArray[np.int32], at_least: int) -> list[tuple[int, int]]:
+    """First sentence and end of every document with enough sentences and, where it has several, none too long."""
+    starts, ends = np.asarray(documents[:-1], dtype=np.int64), np.asarray(documents[1:], dtype=np.int64)
+    too_long = np.concatenate([[0], np.cumsum(lengths > LONGEST_SENTENCE)])
+    counts = ends - starts
+    fine = (counts >= max(at_least, 1)) & ((counts == 1) | (too_long[ends] == too_long[starts]))
+    return list(zip(starts[fine].tolist(), ends[fine].tolist(), strict=True))
+
+
+def _targets(longest: int, short: float, random: np.random.RandomState) -> Iterator[int]:
+    """Target lengths without end: mostly `longest`, else 2 to `longest`. One random number each, none where short is 0."""
+    one_in = round(1.0 / short) if short > 0 else 0
+    while True:
+        if not one_in:
+            yield longest
+            continue
+        for number in random.randint(0, 1 << 32, size=BLOCK, dtype=np.uint32).tolist():
+            yield longest if number % one_in else 2 + number % (longest - 1)
+
+
+def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
+    """The numbers below `count` in random order (Fisher and Yates), drawn from the 64-bit Mersenne twister."""
+    order = list(range(count))
+    if count < 2:
+        return np.array(order, dtype=np.int64)
+    upper = np.arange(count - 1, 0, -1, dtype=np.uint64)
+    others = (_mersenne_64(seed, count - 1) % (upper + np.uint64(1))).tolist()
+    for i, j in zip(range(count - 1, 0, -1), others, strict=True):
+        order[i], order[j] = order[j], order[i]
+    return np.array(order, dtype=np.int64)
+
+
+def _mersenne_64(seed: int, count: int) -> NDArray[np.uint64]:
+    """The first `count` numbers of mt19937-64 with this seed, as C++'s `std::mt19937_64` gives them."""
+    words = [seed & (2**64 - 1)]
+    for i in range(1, STATE):
+        words.append((6364136223846793005 * (words[-1] ^ (words[-1] >> 62)) + i) & (2**64 - 1))
+    state, blocks = np.array(words, dtype=np.uint64), []
+    for _ in range(-(-count // STATE)):
+        # A word needs the two after it and the one half a state ahead: within each half all words are independent.
+        following = np.empty(STATE, dtype=np.uint64)
+        for half, ahead in ((slice(0, HALF), state[HALF:]), (slice(HALF, STATE), following[:HALF])):
+            after = np.append(state[1:], following[0])[half]
+            mixed = (state[half] & np.uint64(0xFFFFFFFF80000000)) | (after & np.uint64(0x7FFFFFFF))
+            odd = np.where(mixed & np.uint64(1), np.uint64(0xB5026F5AA96619E9), np.uint64(0))
+            following[half] = ahead ^ (mixed >> np.uint64(1)) ^ odd
+        state = following
+        x = state.copy()
+        x ^= (x >> np.uint64(29)) & np.uint64(0x5555555555555555)
+        x ^= (x << np.uint64(17)) & np.uint64(0x71D67FFFEDA60000)
+        x ^= (x << np.uint64(37)) & np.uint64(0xFFF7EEE000000000)
+        x ^= x >> np.uint64(43)
+        blocks.append(x)
+    return np.concatenate(blocks)[:count]

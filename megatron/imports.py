@@ -1,0 +1,78 @@
+"""Weights from elsewhere as a checkpoint of ours: compared with the model that they are for, written with the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.whole import write_weights
+from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.mesh.mesh import Axis
+from megatron.model.build import build_stages
+from megatron.parallel.spec import spec_of
+from megatron.stages import stages_of
+
+
+def store(
+    root: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None = None, iteration: int = 0
+) -> Path:
+    """Write the checkpoint `root/iter_<iteration>`, weights only; returns it.
+
+    config: resolved. CheckpointError when the weights are not exactly the model's, or when the tokenizer has more tokens.
+    """
+    if tokenizer is not None and tokenizer.vocab_size > config.size("vocab_size"):
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: it is another's"
+        )
+    compare(config, weights)
+    run = RunConfig(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
+    return write_weights(root, iteration, run, weights, tokenizer.save if tokenizer else None)
+
+
+def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """CheckpointError when names or shapes of the weights are not those of a model with this configuration."""
+    try:
+        plan = stages_of(RunConfig(model=config))
+        stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"its settings describe no model: {error}") from error
+    wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}
+    wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]
+    wrong += [f"{name} has no place" for name in sorted(weights.keys() - wanted.keys())]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in weights and tuple(weights[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"the weights are not those of a model with its settings: {'; '.join(wrong[:5])}{more}")
+
+
+def tokenizer_in(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, None where its files are none that are known. DataError for damaged ones."""
+    if (directory / "tokenizer.json").is_file():
+        return build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(directory)))
+    vocab, merges = directory / "vocab.json", directory / "merges.txt"
+    if vocab.is_file() and merges.is_file():
+        return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)))
+    return None
+
+
+def chosen_tokenizer(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
+
+    DataError as `build_tokenizer`, and for a file without a --tokenizer-type.
+    """
+    if given.tokenizer_type is None:
+        if given != replace(TokenizerConfig(), vocab_size=given.vocab_size):
+            raise DataError("the tokenizer's files need --tokenizer-type")
+        return None, given.vocab_size
+    tokenizer = build_tokenizer(given)
+    return tokenizer, tokenizer.vocab_size

@@ -1,0 +1,32 @@
+"""The model that a configuration names, cut into the stages of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from megatron.config.schema import ModelConfig
+from megatron.contract import StagePart
+from megatron.mesh.mesh import Axis
+from megatron.model.bert import Bert
+from megatron.model.gpt import GPT
+from megatron.model.size import Slice
+
+MODELS: Mapping[str, type[GPT]] = MappingProxyType({"gpt": GPT, "bert": Bert})
+
+
+def build_stages(
+    config: ModelConfig, placement: Sequence[int], parts: Sequence[Slice], tp: Axis, rank: int, **options: Any
+) -> dict[int, GPT]:
+    """The stages of pipeline rank `rank`, by their number; uninitialised.
+
+    placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `GPT`.
+    """
+    model, stages = MODELS[config.architecture], dict[int, GPT]()
+    for number, part in enumerate(parts):
+        if placement[number] == rank:
+            first = stages[0].embedding if 0 in stages else None
+            word = None if first is None else first.word.weight
+            stages[number] = model(config, StagePart(part.layers, part.embedding, part.head), tp, word=word, **options)
+    return stages

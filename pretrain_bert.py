@@ -1,0 +1,14 @@
+"""Pretrain a BERT: `torchrun --nproc_per_node N pretrain_bert.py --flags`, or plain `python` for one process.
+
+The recipe is `megatron/train/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do. The data are
+sentences: `tools/preprocess_data.py --split-sentences`.
+"""
+
+import sys
+
+from megatron.train.program import pretrain
+
+DEFAULTS = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
+
+if __name__ == "__main__":
+    sys.exit(pretrain(sys.argv[1:], program="pretrain_bert.py", defaults=DEFAULTS))

@@ -1,0 +1,204 @@
+"""Megatron-LM's training checkpoints: read at any cut, written at any cut, and nothing lost on the way."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from archives import build, config_of, content, released, weights_of, write_archive
+
+from megatron.checkpoint.hf import model_config
+from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.megatron_files import read_megatron, write_megatron
+from megatron.checkpoint.pickled import read_pickled
+from megatron.checkpoint.whole import read_weights
+from megatron.imports import store
+
+TOOLS = Path(__file__).parents[2] / "tools"
+CASES = {
+    "gpt": {},
+    "gpt exact, 1p, untied": dict(
+        activation="gelu-exact", apply_layernorm_1p=True, untie_embeddings_and_output_weights=True, layernorm_epsilon=1e-6
+    ),
+    "llama, grouped, wide heads": dict(
+        normalization="RMSNorm",
+        position_embedding_type="rope",
+        activation="swiglu",
+        add_bias_linear=False,
+        untie_embeddings_and_output_weights=True,
+        num_query_groups=2,
+        kv_channels=12,
+        rotary_percent=0.5,
+    ),
+    "no biases, no positions": dict(
+        add_bias_linear=False, position_embedding_type="none", apply_residual_connection_post_layernorm=True
+    ),
+    "squared relu": dict(activation="squared-relu"),
+    "bert": dict(architecture="bert"),
+    "bert without its binary head": dict(architecture="bert", bert_binary_head=False),
+}
+ARGS = dict(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=80,
+    num_attention_heads=4,
+    max_position_embeddings=48,
+    bias_gelu_fusion=True,
+    padded_vocab_size=160,
+)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) and one[n].dtype == other[n].dtype for n in one)
+
+
+def tool(name, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+    return done.value.code
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_there_and_back(tmp_path, monkeypatch, case, tp, pp):
+    """export, import, export: the same bytes; the weights and every setting that means something are the same."""
+    config = config_of(**CASES[case])
+    weights = weights_of(build(config))
+    store(tmp_path / "ours", config, weights, iteration=10)
+    cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
+    assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
+    names = {f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}" for t in range(tp) for p in range(pp)}
+    assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
+    assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0
+    back = find(tmp_path / "back")
+    assert back.name == "iter_0000010" and equal(read_weights(back), weights) and model_config(back) == config
+    assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "back", "--save", tmp_path / "again", *cut) == 0
+    assert content(tmp_path / "again") == content(tmp_path / "theirs")
+
+
+def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
+    config = config_of()
+    weights = weights_of(build(config))
+    made = write_megatron(tmp_path, 7, config, weights, 2, 2, "GPT2BPETokenizer")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
+    file = read_pickled(made / "mp_rank_01_001" / "model_optim_rng.pt", "file")
+    args = file["args"].values()
+    assert (file["checkpoint_version"], file["iteration"], args["padded_vocab_size"]) == (3.0, 7, 256)
+    assert (args["bias_gelu_fusion"], args["openai_gelu"], args["tokenizer_type"]) == (True, False, "GPT2BPETokenizer")
+    model = file["model"]
+    layers = model["language_model"]["encoder"]
+    assert torch.equal(layers["layers.1.self_attention.query_key_value.weight"], weights["layers.3.attention.qkv.weight"][48:])
+    assert torch.equal(layers["layers.0.mlp.dense_4h_to_h.weight"], weights["layers.2.mlp.down.weight"][:, 40:])
+    assert model["word_embeddings_for_head"]["weight"].shape == (128, 32)
+    assert "embedding" not in model["language_model"]
+
+
+@pytest.mark.parametrize("version", [0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("architecture", ["gpt", "bert"])
+def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, capsys):
+    """Older names, every order of queries, keys and values, a foreign class among the args; `release` in the tracker."""
+    config = config_of(architecture=architecture)
+    weights = weights_of(build(config))
+    (tmp_path / "run" / "release" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release\n")
+    path = tmp_path / "run" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    write_archive(path, released(config, weights, version, 160, half=False), version, ARGS)
+    flags = ("--load", tmp_path / "run", "--save", tmp_path / "ours")
+    assert tool("import_megatron.py", monkeypatch, *flags, "--vocab-size", 127) == 0
+    assert equal(read_weights(find(tmp_path / "ours")), weights) and model_config(find(tmp_path / "ours")) == config
+    assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "padded") == 0
+    assert "has 160 rows with its padding" in capsys.readouterr().err
+    assert model_config(find(tmp_path / "padded")).vocab_size == 160
+
+
+def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
+    config = config_of(vocab_size=257)
+    write_megatron(tmp_path / "theirs", 3, config, weights_of(build(config)), 1, 1, None)
+    flags = ("--load", tmp_path / "theirs", "--save", tmp_path / "ours", "--tokenizer-type", "ByteTokenizer")
+    assert tool("import_megatron.py", monkeypatch, *flags) == 0
+    assert (find(tmp_path / "ours") / "tokenizer" / "megatron_tokenizer.json").is_file()
+    assert tool("import_megatron.py", monkeypatch, *flags[:4], "--vocab-file", "x") == 2
+    assert "the tokenizer's files need --tokenizer-type" in capsys.readouterr().err
+
+
+def test_virtual_stages_are_interleaved(tmp_path):
+    """Of four layers on two ranks with two virtual stages each, rank 0 has layers 0 and 2."""
+    config = config_of()
+    weights = weights_of(build(config))
+    made = write_megatron(tmp_path / "four", 1, config, weights, 1, 4, None)
+    parts = [read_pickled(made / f"mp_rank_00_{p:03d}" / "model_optim_rng.pt", "file")["model"] for p in range(4)]
+    args = {**ARGS, "padded_vocab_size": 128, "true_vocab_size": 127}
+    for rank in range(2):
+        folder = tmp_path / "run" / "iter_0000001" / f"mp_rank_00_{rank:03d}"
+        folder.mkdir(parents=True)
+        write_archive(folder / "model_optim_rng.pt", None, 3.0, args, model0=parts[rank], model1=parts[rank + 2])
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("1")
+    assert equal(read_megatron(tmp_path / "run").weights, weights)
+
+
+def refused(root):
+    with pytest.raises(CheckpointError) as error:
+        read_megatron(root)
+    return str(error.value)
+
+
+def test_what_cannot_be_read(tmp_path):
+    assert "there is no such directory" in refused(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "neither mp_rank_ directories nor a readable" in refused(tmp_path / "empty")
+    config = config_of()
+    weights = weights_of(build(config))
+    made = write_megatron(tmp_path / "run", 1, config, weights, 2, 2, None)
+    os.replace(made / "mp_rank_01_001", tmp_path / "away")
+    assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in refused(tmp_path / "run")
+    for name in ("mp_rank_01_000", "mp_rank_00_001"):
+        os.replace(made / name, tmp_path / name)
+    assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in refused(tmp_path / "run")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("../..")
+    assert "expected a number or `release`" in refused(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"num_experts": 8}, "a mixture of experts (--num-experts)"),
+        ({"use_rotary_position_embeddings": True}, "rotary and learned positions at once"),
+        ({"rotary_interleaved": True}, "--rotary-interleaved"),
+        ({"ffn_hidden_size": 96}, "layers.0.mlp.up.weight is (80, 32), not (96, 32)"),
+        ({"num_layers": 5}, "layers.4.attention.dense.bias is not there"),
+    ],
+)
+def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
+    config = config_of()
+    folder = tmp_path / "run" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    model = released(config, weights_of(build(config)), 3.0, 127)
+    write_archive(folder / "model_optim_rng.pt", model, 3.0, {**ARGS, **args})
+    assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "ours") == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
+
+
+def test_layouts_that_megatron_lm_does_not_have(tmp_path):
+    config = config_of()
+    weights = weights_of(build(config))
+    for tp, pp, words in (
+        (3, 1, "4 attention heads cannot be cut over 3"),
+        (1, 3, "4 layers cannot be cut into 3"),
+        (0, 1, "1"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            write_megatron(tmp_path, 1, config, weights, tp, pp, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_differs_is_damage(tmp_path):
+    config = config_of()
+    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), 1, 2, None)
+    path = made / "mp_rank_00_001" / "model_optim_rng.pt"
+    model = read_pickled(path, "file")["model"]
+    model["word_embeddings_for_head"]["weight"][0, 0] += 1
+    write_archive(path, model, 3.0, ARGS)
+    assert "copy of the word embeddings differs" in refused(tmp_path)

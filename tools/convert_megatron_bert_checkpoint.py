@@ -1,0 +1,17 @@
+"""A released archive of Megatron-LM's BERT -> a Hugging Face directory, beside the archive.
+
+    python tools/convert_megatron_bert_checkpoint.py megatron_bert_345m_v0_1_uncased.zip
+
+Writes config.json and model.safetensors. Nothing in the archive is run. Exit
+status: 0 done; 2 bad input; 1 a failure.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.checkpoint.released import BERT_KIND
+from megatron.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main(BERT_KIND, __doc__))

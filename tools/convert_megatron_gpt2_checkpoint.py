@@ -1,0 +1,17 @@
+"""A released archive of Megatron-LM's GPT-2 -> a Hugging Face directory, beside the archive.
+
+    python tools/convert_megatron_gpt2_checkpoint.py megatron_gpt2_345m_v0_0.zip
+
+Writes config.json and model.safetensors, and the tokenizer's files where they are on this machine. Nothing in the archive
+is run. Exit status: 0 done; 2 bad input; 1 a failure.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.checkpoint.released import GPT2_KIND
+from megatron.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main(GPT2_KIND, __doc__))

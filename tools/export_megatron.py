@@ -1,0 +1,63 @@
+"""A checkpoint of ours, of any layout -> Megatron-LM's files, cut over any number of ranks, weights only.
+
+    python tools/export_megatron.py --load runs/gpt --save megatron-lm-run \\
+        --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2
+
+Load it there with --finetune, or with --no-load-optim --no-load-rng. Exit status: 0 done; 2 bad input; 1 a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--load", type=Path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+    )
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="directory for Megatron-LM's checkpoints")
+    parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
+    for axis in ("tensor", "pipeline"):
+        parser.add_argument(
+            f"--target-{axis}-parallel-size", type=int, default=1, metavar="N", help=f"{axis}-parallel ranks there"
+        )
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+
+    from megatron.checkpoint.hf import model_config
+    from megatron.checkpoint.layout import CheckpointError, find, read_manifest
+    from megatron.checkpoint.megatron_files import write_megatron
+    from megatron.checkpoint.whole import read_weights
+    from megatron.data.errors import DataError
+    from megatron.restore import open_tokenizer
+
+    try:
+        directory = find(given.load, given.load_iteration)
+        tokenizer = open_tokenizer(directory)
+        made = write_megatron(
+            given.save,
+            read_manifest(directory).iteration,
+            model_config(directory),
+            read_weights(directory),
+            given.target_tensor_parallel_size,
+            given.target_pipeline_parallel_size,
+            tokenizer.kind if tokenizer else None,
+        )
+    except (CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"exported {directory} to {made}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Megatron-LM's own training checkpoint, GPT or BERT, cut over any number of ranks -> a checkpoint of ours, weights only.
+
+    python tools/import_megatron.py --load megatron-lm-run --save runs/gpt
+    torchrun --nproc_per_node 4 pretrain_gpt.py --load runs/gpt --finetune --use-checkpoint-args ...
+
+The files do not say how many rows of the vocabulary are padding: give the tokenizer, which is then kept with the weights, or
+--vocab-size N, the number of its tokens. Nothing in the files is run. Exit status: 0 done; 2 bad input; 1 a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory")
+    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
+    add_tokenizer_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> int:
+    given = arguments()
+
+    from megatron.checkpoint.layout import CheckpointError
+    from megatron.checkpoint.megatron_files import read_megatron
+    from megatron.data.errors import DataError
+    from megatron.imports import chosen_tokenizer, store
+
+    try:
+        tokenizer, vocab_size = chosen_tokenizer(tokenizer_config(given))
+        found = read_megatron(given.load, vocab_size)
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        made = store(given.save, found.config, found.weights, tokenizer, found.iteration)
+    except (CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    count = sum(tensor.numel() for tensor in found.weights.values())
+    kind = found.config.architecture.upper()
+    print(f"imported {found.directory} to {made}: a {kind} of {count:,} parameters, {found.config.vocab_size} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
