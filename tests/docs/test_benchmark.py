@@ -140,7 +140,8 @@ def test_a_dead_rank_ends_the_contest() -> None:
         contest.warm_up("ours-ddp")
         contest.ranks[1].process.kill()
         contest.turn("ours-ddp")
-    assert all(rank.process.exitcode == -signal.SIGKILL for rank in contest.ranks)
+    # The other one may have seen the death before it was ended itself.
+    assert contest.ranks[1].process.exitcode == -signal.SIGKILL and contest.ranks[0].process.exitcode in (1, -signal.SIGKILL)
 
 
 def test_an_interrupt_leaves_no_process_behind() -> None:

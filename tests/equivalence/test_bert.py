@@ -20,7 +20,7 @@ from megatron.parallel import cross_entropy
 from megatron.parallel.spec import spec_of
 from megatron.train.evaluate import evaluate
 
-STEPS = 10
+STEPS = 6
 TOLERANCE = 1e-5
 SGD = OptimConfig(optimizer="sgd", lr=0.2, lr_decay_style="constant", clip_grad=1.0)
 ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)

@@ -14,7 +14,7 @@ from megatron.config.schema import MemoryConfig, OptimConfig
 from megatron.parallel import ring
 from megatron.train.evaluate import evaluate
 
-STEPS = 10
+STEPS = 6
 TOLERANCE = 1e-5
 # Adam divides small gradients by their own size, rounding included; a smaller step makes less of it.
 ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)

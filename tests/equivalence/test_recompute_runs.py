@@ -13,7 +13,7 @@ from reference import GPT2, LLAMA, Setting, dropping, go, mismatch, pieces, star
 from megatron.config.schema import MemoryConfig, OptimConfig
 from megatron.parallel.recompute import Recompute
 
-STEPS = 10
+STEPS = 6
 TOLERANCE = 1e-5
 SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {

@@ -57,8 +57,9 @@ CASES = [
 @pytest.mark.parametrize(("name", "world", "tp", "sequence_parallel", "micro_batch"), CASES)
 def test_every_layout_is_the_same_run(name, world, tp, sequence_parallel, micro_batch):
     setting = replace(MODELS[name], tp=tp, sequence_parallel=sequence_parallel, micro_batch=micro_batch)
-    expected, initial, final = one_process(name)
-    for curve, begun, ended in on_ranks(world, trajectory, setting, STEPS):
+    steps = STEPS if world < 4 else STEPS // 2  # four ranks on two cores take their time
+    expected, initial, final = one_process(name, steps)
+    for curve, begun, ended in on_ranks(world, trajectory, setting, steps):
         assert mismatch(initial, begun) == 0.0, "initial weights depend on the layout"
         assert worst(curve, expected) < TOLERANCE
         # Adam divides noise by noise where a gradient is zero but for rounding, as that of the keys' biases is.

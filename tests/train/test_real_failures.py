@@ -46,7 +46,7 @@ def data(tmp_path_factory) -> Path:
     return folder / "corpus_text_document"
 
 
-@pytest.mark.parametrize(("fault", "step"), [("9", "4"), ("19", "4"), ("hang", "4"), ("hang", "1")])
+@pytest.mark.parametrize(("fault", "step"), [("9", "4"), ("19", "4"), ("hang", "1")])
 def test_the_action_is_named(fault, step, data, tmp_path):
     """SIGKILL, SIGSTOP, and a stage that never comes back, also in the first step."""
     program = tmp_path / "run.py"
