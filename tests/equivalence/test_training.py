@@ -36,8 +36,8 @@ MODELS = {
 
 
 @cache
-def one_process(name: str):
-    return trajectory(MODELS[name], STEPS)
+def one_process(name: str, steps: int = STEPS):
+    return trajectory(MODELS[name], steps)
 
 
 @pytest.mark.parametrize("name", MODELS)
