@@ -126,11 +126,6 @@ def parameters(model: ModelConfig, vocab: int, stage: Stage | None = None) -> in
     return sum(p.count for p in parameter_list(model, vocab, stage))
 
 
-def parameters_per_rank(model: ModelConfig, vocab: int, tp: int, stage: Stage | None = None) -> int:
-    """Elements that each tensor-parallel rank of a stage holds, with its share of the vocabulary's padding."""
-    return sum(p.local(model, tp) for p in parameter_list(model, vocab, stage))
-
-
 def layer_flops(model: ModelConfig, seq: int) -> int:
     """FLOPs of one token's forward pass through one layer, matrix products alone, a multiplication and an addition being 2.
 

@@ -16,10 +16,12 @@ from cuts import Cut, load_cut, mesh_of, state
 from ranks import on_ranks
 
 from megatron.checkpoint.layout import CheckpointError, find, iterations, read_manifest, read_state, verify
+from megatron.checkpoint.load import verify_together
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Entry, Storage
 from megatron.mesh.beats import Patience
 from megatron.mesh.launch import job
+from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
 from megatron.mesh.watch import Watch
 from megatron.train.saving import Saver
@@ -198,21 +200,28 @@ def test_nobody_waits_for_a_deletion(tmp_path, async_save):
 
 
 def test_a_deletion_never_meets_a_save(tmp_path):
-    """It goes on for long, while a crash has left the beginning of an iteration that is saved again meanwhile."""
-    stale = tmp_path / ".iter_0000300.tmp"
-    stale.mkdir(parents=True)
-    (stale / "shard_00009.safetensors").write_bytes(b"half a file")
-    storage = Gate(deletions=True)
-    run = run_of(tmp_path, async_save=True, keep_last=1)
-    saver = saver_of(run, storage)
-    for iteration in (100, 200, 300):
+    """It is slow, and comes to an iteration that a crash has left unfinished when that is being saved again."""
+    for name in (".iter_0000050.deleted", ".iter_0000200.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shard_00009.safetensors").write_bytes(b"half a file")
+
+    class Slow(Gate):
+        def write(self, path, chunks):
+            record = super().write(path, chunks)
+            if path.name == "shard_00000.safetensors" and ".iter_0000200.tmp" in str(path):
+                self.opened.set()
+                saver._deletion.join(30)
+            return record
+
+    run = run_of(tmp_path, async_save=True)
+    saver = saver_of(run, Slow(deletions=True))
+    for iteration in (100, 200):
         run.state.iteration = iteration
         saver.save()
         saver._settle()
-        assert not stale.exists()
-    storage.opened.set()
     saver.finish()
-    verify(tmp_path / "iter_0000300")
+    verify(tmp_path / "iter_0000200")
+    assert not list(tmp_path.glob("*/shard_00009*"))
 
 
 class Heard(Watch):
@@ -226,6 +235,18 @@ class Heard(Watch):
 
     def waiting(self, what):
         self.said.append((str(what), None))
+
+
+def test_comparing_says_how_far_it_has_come(tmp_path):
+    """One phase for all of a rank's bytes would count as a hang where the disk is slow."""
+    directory, heard = save_once(tmp_path, 100), Heard()
+    verify_together(directory, Mesh.single().world, heard)
+    read = {
+        name
+        for name in read_manifest(directory).files
+        if any(f"{name} with its checksum, after" in what for what, _ in heard.said)
+    }
+    assert read == set(read_manifest(directory).files) and all(alone for _, alone in heard.said)
 
 
 def test_who_waits_for_the_background_says_what_that_does(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from megatron.config.schema import OptimConfig, PrecisionConfig
 from megatron.train.errors import TrainingError
 from megatron.train.nonfinite import FORWARD, Finding, NonFinite, spans
 from megatron.train.program import pretrain
+from megatron.train.report import StepReport
+from megatron.train.state import TrainState
 
 SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 BAD = 3  # the iteration in which something is not finite
@@ -245,3 +248,12 @@ def test_fp16_resumes_where_its_scale_stood(flags, tmp_path, capsys):
     assert scales[0] == 2.0**24 and len(set(scales)) > 2 and scales[7] != 2.0**24
     state = [json.loads((tmp_path / name / "iter_0000012" / "state.json").read_text()) for name in ("whole", "run")]
     assert state[0]["train"]["scaler"] == state[1]["train"]["scaler"] and state[0]["train"]["scaler"]["scale"] == scales[-1]
+
+
+def test_an_infinite_loss_stays_out_of_the_averages():
+    """The update was made, so the step counts; the state must still be written as JSON."""
+    run = SimpleNamespace(state=TrainState(), config=SimpleNamespace(optim=OptimConfig()))
+    for loss in (2.0, float("inf"), 4.0):
+        advance(run, StepReport(loss, 1.0, skipped=False, nan=False, samples=1, tokens=8))
+    assert (run.state.iteration, run.state.window_steps, run.state.window_loss) == (3, 2, 6.0)
+    json.dumps(run.state.scalars(), allow_nan=False)
