@@ -95,7 +95,7 @@ class Setting:
                     pipeline_stage_layers=self.stage_layers,
                     sequence_parallel=self.sequence_parallel,
                 ),
-                data=DataConfig(seq_length=SEQ),
+                data=DataConfig(seq_length=SEQ, eod_mask_loss=self.masked),
                 batch=BatchConfig(
                     micro_batch_size=self.micro_batch,
                     global_batch_size=self.global_batch,
@@ -175,6 +175,15 @@ def start(setting: Setting, steps: int) -> Run:
     world = dist.get_world_size() if initialized else 1
     place = Place(dist.get_rank() if initialized else 0, world)
     return build(setting.config(world, steps), Job(place, torch.device("cpu"), "gloo" if initialized else None))
+
+
+def accumulate(run: Run, setting: Setting) -> None:
+    """The gradients of the next step, and no update."""
+    vocab = run.config.model.size("vocab_size")
+    batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
+    run.optimizer.zero()
+    run.step.objective.count(batches)
+    run.pipeline.step(batches)
 
 
 def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, advance, dropping, go, micro_batches, start
+from reference import GPT2, accumulate, advance, dropping, go, micro_batches, start
 from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectangles, tied_copies, train
 from test_precision import STEADY, UNTIED, distance, losses_of
 
@@ -128,8 +128,7 @@ def one_step(setting: Sharing, limit: float):
     optim = OptimConfig(optimizer="sgd", sgd_momentum=0.0, lr=1.0, clip_grad=limit)
     setting = replace(setting, optim=optim)
     run = start(setting, 1)
-    run.optimizer.zero()
-    run.pipeline.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size))
+    accumulate(run, setting)
     before = joined([rectangles(run.weights.shards())])
     report = run.optimizer.step(lr=1.0, weight_decay=0.0, scale=0.5)
     after = joined([rectangles(run.weights.shards())])
@@ -192,8 +191,7 @@ def test_a_resumed_run_is_the_interrupted_one():
 def copy_not_finite(setting: Sharing, victim: int):
     """A norm's gradient is the same on all ranks of tp, and the norm counts the first one's; here one rank's is broken."""
     run = start(setting, 1)
-    run.optimizer.zero()
-    run.pipeline.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size))
+    accumulate(run, setting)
     before = rectangles(run.weights.shards())
     weight = next(iter(run.stages.values())).layers["0"].mlp_norm.weight
     assert not spec_of(weight).split_over and not spec_of(weight).sum_grad_over

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, dropping, go, micro_batches, start, trajectory, worst
+from reference import GPT2, Setting, accumulate, dropping, go, start, trajectory, worst
 from torch import Tensor, nn
 
 from megatron.config.schema import MemoryConfig, OptimConfig, RunConfig
@@ -203,8 +203,7 @@ def test_nothing_computes_with_weights_that_are_under_way(layout):
 def first_step(setting: Sharing, fault: float):
     """The first step's norm; one rank's gradients multiplied with `fault`."""
     run = start(setting, 1)
-    run.optimizer.zero()
-    run.pipeline.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size))
+    accumulate(run, setting)
     if run.mesh.world.last:
         for buffer in run.optimizer.buffers:
             buffer.grads.mul_(fault)

@@ -8,7 +8,20 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, SEQ, Setting, dropping, gradients, micro_batches, mismatch, start, trajectory, worst
+from reference import (
+    GPT2,
+    LLAMA,
+    SEQ,
+    Setting,
+    accumulate,
+    dropping,
+    gradients,
+    micro_batches,
+    mismatch,
+    start,
+    trajectory,
+    worst,
+)
 
 from megatron.config.schema import OptimConfig
 
@@ -87,10 +100,7 @@ def scaled_gradient(setting: Setting, steps: int):
     run = start(setting, steps)
     curve = []
     for _ in range(steps):
-        run.optimizer.zero()
-        batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
-        run.step.objective.count(batches)
-        run.pipeline.step(batches)
+        accumulate(run, setting)
         if run.mesh.world.last:
             for buffer in run.optimizer.buffers:
                 buffer.grads.mul_(1.01)
