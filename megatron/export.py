@@ -20,6 +20,7 @@ from megatron.contract import Batch
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
+from megatron.model.task_heads import FineTuned
 from megatron.restore import open_model, open_tokenizer
 
 TOLERANCE = 1e-4
@@ -163,6 +164,9 @@ def _numbers(model: GPT) -> list[int]:
 
 def _differences(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> Iterator[float]:
     """For a GPT of each prompt; for a BERT of all in one padded batch, and of the binary head."""
+    if isinstance(ours, FineTuned):
+        yield from (task_difference(ours, theirs, ids) for ids in prompts)
+        return
     if not isinstance(ours, Bert):
         yield from (logit_difference(ours, theirs, torch.tensor([ids])) for ids in prompts)
         return
@@ -171,17 +175,45 @@ def _differences(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> It
     yield from bert_differences(ours, theirs, tokens, torch.tensor([len(ids) for ids in prompts]))
 
 
+def task_difference(ours: FineTuned, theirs: Any, prompt: Sequence[int]) -> float:
+    """Largest absolute difference of the logits of a task's head: on one row for each choice, padded but for the first.
+
+    prompt: token ids; the second half of each row is the second segment.
+    """
+    rows = max(2, len(ours.config.labels)) if ours.config.task_head == "choice" else 2
+    short = torch.arange(rows).clamp(max=len(prompt) - 1)
+    tokens = torch.tensor([[*prompt[less:], *[0] * less] for less in short.tolist()])
+    padding = torch.arange(len(prompt)) >= len(prompt) - short[:, None]
+    batch, segments = _bert_batch(ours, tokens, padding)
+    words = {"input_ids": tokens, "attention_mask": (~padding).long(), "token_type_ids": segments}
+    if ours.config.task_head == "choice":
+        words = {name: None if values is None else values[None] for name, values in words.items()}
+    with torch.no_grad():
+        found, answers = theirs(**words), ours.answers(ours.hidden(None, batch), batch)
+        if ours.config.task_head != "span":
+            seen = ~padding if answers.dim() == 3 else slice(None)
+            return _largest(answers[seen], found.logits[seen])
+        return max(
+            _largest(a[~padding], b[~padding]) for a, b in zip(answers, (found.start_logits, found.end_logits), strict=True)
+        )
+
+
+def _bert_batch(ours: Bert, tokens: torch.Tensor, padding: torch.Tensor) -> tuple[Batch, torch.Tensor | None]:
+    """Rows with the second half of each as the second segment; and the segments, None for a model without token types."""
+    places, lengths = torch.arange(tokens.shape[1]).expand_as(tokens), (~padding).sum(dim=1, keepdim=True)
+    segments = ((2 * places >= lengths) & ~padding).long() if ours.config.segment_kinds else None
+    documents = padding.long() if padding.any() else None
+    names = torch.zeros(len(tokens), dtype=torch.int64)
+    return Batch(tokens, tokens, torch.ones(tokens.shape), places, names, documents, segments=segments), segments
+
+
 def bert_differences(ours: Bert, theirs: Any, tokens: torch.Tensor, lengths: torch.Tensor) -> Iterator[float]:
     """Largest absolute difference of the masked words' logits, then of the binary head's where there is one.
 
     tokens: `[batch, seq]`; lengths: `[batch]`, what follows is padding. The second half of each row is the second segment.
     """
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
-    padding = places >= lengths[:, None]
-    segments = ((2 * places >= lengths[:, None]) & ~padding).long() if ours.order is not None else None
-    nothing = torch.zeros(len(tokens), dtype=torch.int64)
-    documents = padding.long() if padding.any() else None
-    batch = Batch(tokens, tokens, torch.ones(tokens.shape), places, nothing, documents, segments=segments)
+    padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
+    batch, segments = _bert_batch(ours, tokens, padding)
     with torch.no_grad():
         final = ours.hidden(None, batch)
         found = theirs(input_ids=tokens, attention_mask=(~padding).long(), token_type_ids=segments)

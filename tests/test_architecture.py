@@ -29,7 +29,17 @@ FLOORS: dict[str, set[str]] = {
     "checkpoint": GROUND | {"parallel", "kernels"},
     "plan": GROUND | {"parallel", "kernels", "model.size", "pipeline"},
 }
-TOP = {"train", "stages", "generate", "restore", "export", "dryrun", "imports", "convert"}  # floor 6: may import everything
+TOP = {
+    "train",
+    "stages",
+    "generate",
+    "restore",
+    "export",
+    "dryrun",
+    "imports",
+    "convert",
+    "tasks",
+}  # floor 6: may import everything
 # Files and packages that import no torch: they are tested in milliseconds and run anywhere.
 PURE = [
     "config",

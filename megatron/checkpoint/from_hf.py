@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron.checkpoint.forms import Family
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.names import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, Family
+from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.tasks import TASKS
 
 ACTIVATIONS = MappingProxyType(
     {
@@ -197,7 +199,7 @@ def _read(about: Mapping[str, Any], reader: Reader, found: dict[str, Tensor]) ->
     config = _config(about, reader, tied)
     family = GPT2 if reader.prefix == "transformer." else LLAMA
     if config.architecture == "bert":
-        config, family = _bert_family(config, found)
+        config, family = _bert_family(config, found, about)
     copies = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"} | ({"lm_head.weight"} if tied else set())
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -222,8 +224,13 @@ def _read(about: Mapping[str, Any], reader: Reader, found: dict[str, Tensor]) ->
     return config, weights
 
 
-def _bert_family(config: ModelConfig, found: dict[str, Tensor]) -> tuple[ModelConfig, Family]:
-    """With the binary head or without. Without it the model here has no token types; then those there must mean nothing."""
+def _bert_family(config: ModelConfig, found: dict[str, Tensor], about: Mapping[str, Any]) -> tuple[ModelConfig, Family]:
+    """Fine-tuned, with the binary head, or without. Without it the model here has no token types; then those there must mean
+    nothing."""
+    named = (about.get("architectures") or [None])[0]
+    head = next((head for head, family in FINE_TUNED.items() if family.architecture == named), None)
+    if head is not None:
+        return replace(config, task_head=head, labels=_labels(head, found, about)), FINE_TUNED[head]
     if any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in found):
         return config, MEGATRON_BERT
     types = found.get("bert.embeddings.token_type_embeddings.weight")
@@ -234,7 +241,20 @@ def _bert_family(config: ModelConfig, found: dict[str, Tensor]) -> tuple[ModelCo
     rows = tuple(row for row in MEGATRON_BERT_WORDS.rows if row.ours != "embedding.segment.weight")
     found.pop("bert.embeddings.token_type_embeddings.weight", None)
     family = Family(MEGATRON_BERT_WORDS.architecture, rows, MEGATRON_BERT_WORDS.obstacles, MEGATRON_BERT_WORDS.config)
-    return ModelConfig(**{**vars(config), "bert_binary_head": False}), family
+    return replace(config, bert_binary_head=False), family
+
+
+def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes: of config.json, or those that transformers gives where nobody named them."""
+    if head == "span":
+        return ()
+    if head == "choice":  # transformers knows no number of choices
+        return TASKS["RACE"].labels
+    weight, names = found.get("classifier.weight"), about.get("id2label") or {}
+    count = weight.shape[0] if weight is not None and weight.dim() else 0
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("`id2label` of config.json names no classes")
+    return tuple(names.get(str(number), f"LABEL_{number}") for number in range(count))
 
 
 def _config(about: Mapping[str, Any], reader: Reader, tied: bool) -> ModelConfig:

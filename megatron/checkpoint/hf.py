@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.forms import Family, Row
 from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_config, read_manifest, verify
 from megatron.checkpoint.load import read_tensor
-from megatron.checkpoint.names import Family, Row, family_of
+from megatron.checkpoint.names import family_of
 from megatron.checkpoint.storage import TORCH_DTYPES, Entry, Storage, safetensors
 from megatron.config.errors import ConfigError
 from megatron.config.saved import from_json
@@ -74,7 +75,7 @@ def plan(directory: Path, manifest: Manifest, config: ModelConfig, family: Famil
     ours = {name.removeprefix(PREFIX) for name in manifest.tensors if name.startswith(PREFIX)}
     if left := sorted(ours - {row.ours for row in rows}):
         raise CheckpointError(f"{directory}: {family.architecture} has no place for {', '.join(left[:20])}")
-    tied = not config.untie_embeddings_and_output_weights
+    tied = config.tied
     needed = (row.ours for row in rows if not row.ours.endswith(".bias") and not (tied and row.ours == "head.weight"))
     if lacking := sorted({name for name in needed if name not in ours} - {row.ours for row in rows if row.zeros}):
         raise CheckpointError(f"{directory}: its config.json asks for tensors that it does not hold: {', '.join(lacking[:20])}")

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf import SHARD_BYTES, Group, write_files, write_json
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_args import settings
 from megatron.checkpoint.megatron_files import arguments_of, version_of
 from megatron.checkpoint.megatron_lm import Sizes, Weights, chunks_of, join, unpadded
-from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS, Family
+from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.pickled import read_pickled
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
 from megatron.config.resolve import resolve

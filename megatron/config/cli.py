@@ -30,9 +30,11 @@ from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
 from megatron.config.resolve import pipeline_chunks
-from megatron.config.rules import examine
+from megatron.config.rules import PRETRAINING_RULES, examine
 from megatron.config.saved import from_json, to_json, to_toml
 from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.task_rules import TASK_RULES
+from megatron.config.tasks import implied
 
 __all__ = ["Parsed", "explain", "from_json", "help_text", "parse", "to_json", "to_toml"]
 
@@ -67,23 +69,28 @@ def parse(
     world_size: int = 1,
     saved: ReadSaved | None = None,
     files: bool = True,
+    task: bool = False,
 ) -> Parsed:
     """The run that a command line means.
 
     defaults: the program's own, `section.field` -> value. saved: reads the configuration of the checkpoint to load, as
     `to_json` wrote it, for --use-checkpoint-args; may raise ConfigError, OSError or ValueError. files: whether to look at
-    the disk. ConfigError with all mistakes at once; HelpAsked for `--help` and `--version`.
+    the disk. task: whether the program is tasks/main.py.
+    ConfigError with all mistakes at once; HelpAsked for `--help` and `--version`.
     """
     if strange := set(defaults or {}) - set(by_name()) - {"model.architecture"}:
         raise ValueError(f"defaults that are no `section.field` of a run: {sorted(strange)}")
     flags = read_arguments(argv)
     if flags.values.get("command.help"):
-        raise HelpAsked(help_text(program))
+        raise HelpAsked(help_text(program, task=task))
     if flags.values.get("command.version"):
         raise HelpAsked(f"megatron {megatron.__version__}\n")
     path = flags.values.get("command.config")
     file = read_toml(path) if path is not None else Reading()
     chosen = {**file.values, **flags.values}
+    typed = frozenset(name for name in chosen if not name.startswith("command."))
+    if task:
+        chosen |= implied(chosen)
     preset = {f"model.{key}": value for key, value in PRESETS.get(chosen.get("command.preset", ""), {}).items()}
     problems = [*flags.problems, *file.problems]
     bad = (flags.bad | file.bad) - {"command.config", "command.preset", "command.world_size"}
@@ -93,6 +100,8 @@ def parse(
         problems += wrong
         if not checkpoint:  # one cause, one message: say nothing of the sizes that it would have given
             bad |= {name for name in by_name() if name.startswith("model.") and name not in chosen}
+    if task and checkpoint:  # the longest that the model sees
+        checkpoint["data.seq_length"] = checkpoint["model.max_position_embeddings"]
     config = _assemble({**(defaults or {}), **checkpoint, **preset, **chosen})
     dry_run = bool(chosen.get("command.dry_run"))
     if (wanted := chosen.get("command.world_size")) is not None:
@@ -102,15 +111,14 @@ def parse(
             problems.append(Problem(f"`--world-size {wanted}`", "must be greater than 0"))
         else:
             world_size = wanted
-    case, broken = examine(config, world_size, bad, planning=dry_run)
+    case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
         problems += file_rules.check_files(case)
     if problems:
         raise ConfigError(problems)
-    given = frozenset(name for name in chosen if not name.startswith("command."))
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
-    return Parsed(case.resolved, dry_run, world_size, given, tuple(dict.fromkeys(notes)))
+    return Parsed(case.resolved, dry_run, world_size, typed, tuple(dict.fromkeys(notes)))
 
 
 def explain(error: ConfigError, program: str, rank: int | None = None) -> NoReturn:
@@ -170,10 +178,12 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
     return [*notes, *precision_remarks(typed.precision)]
 
 
-def help_text(program: str) -> str:
-    """Every flag by section, with its default and its legal values."""
+def help_text(program: str, *, task: bool = False) -> str:
+    """Every flag by section, with its default and its legal values. task: also those of tasks/main.py."""
     lines = [f"usage: {program} [--config run.toml] [--flag value ...]", "", "The command:"]
     known = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
+    if not task:
+        del known["task"]
     for section, doc in known.items():
         if section != "command":
             lines += ["", f"[{section}] {doc}"]

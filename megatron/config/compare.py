@@ -17,6 +17,7 @@ FREE = {
     "init_method_xavier_uniform",
     "make_vocab_size_divisible_by",
 }
+HEAD = {"task_head", "labels"}
 
 
 def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list[Problem]:
@@ -27,7 +28,7 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
     problems = []
     for field in fields(ModelConfig):
         there, here = getattr(held, field.name), getattr(wanted, field.name)
-        if field.name in FREE or there == here or (field.name == "vocab_size" and here is None):
+        if field.name in FREE | HEAD or there == here or (field.name == "vocab_size" and here is None):
             continue
         if field.name == "vocab_size":
             problems.append(Problem(f"the tokenizer's {here} tokens", f"do not fit {source}, which was trained with {there}"))
@@ -38,3 +39,24 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
         rule = f"does not fit {source}, which was made with {there}"
         problems.append(Problem(say(f"model.{field.name}", here), rule, f"{there}; --use-checkpoint-args takes them all"))
     return problems
+
+
+def different_head(held: ModelConfig, wanted: ModelConfig, source: str, *, new: bool) -> list[Problem]:
+    """A problem where the head in a checkpoint is not the wanted one.
+
+    new: whether the run may give a pretrained model the head of a task, with initial weights: when it goes on to train it.
+    """
+    if held.task_head is None and wanted.task_head is not None:
+        rule = f"is in none of the weights of {source}, which were pretrained and not fine-tuned"
+        legal = "fine-tune them with --pretrained-checkpoint, --train-data and --epochs"
+        return [] if new else [Problem(f"a head for {wanted.task_head}", rule, legal)]
+    there, here = ((model.task_head, model.labels) for model in (held, wanted))
+    if there == here or (there[0] == here[0] and not here[1]):
+        return []
+    return [Problem(f"a model for {_kind(wanted)}", f"cannot start from {source}, which was fine-tuned for {_kind(held)}")]
+
+
+def _kind(model: ModelConfig) -> str:
+    if model.task_head is None:
+        return "pretraining"
+    return model.task_head + (f" ({', '.join(model.labels)})" if model.labels else "")

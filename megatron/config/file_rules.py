@@ -15,6 +15,7 @@ from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
+from megatron.config.task_rules import task_files
 
 MANIFEST = "manifest.json"  # written last into a checkpoint
 
@@ -129,12 +130,12 @@ def load(c: Case) -> Iterator[Problem]:
 
 def writable(c: Case) -> Iterator[Problem]:
     """What a run will write can be written."""
-    metrics = c["log.metrics_path"]
     folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
-    if metrics is not None and c.typed.log.metrics_path is not None:
-        folders["log.metrics_path"] = str(Path(metrics).absolute().parent)
-    if metrics is not None and Path(metrics).is_dir():
-        yield Problem(say("log.metrics_path", metrics), "cannot be written: it is a directory, not a file")
+    for name, typed in (("log.metrics_path", c.typed.log.metrics_path), ("task.results_path", c.typed.task.results_path)):
+        if typed is not None:
+            folders[name] = str(Path(typed).absolute().parent)
+        if c[name] is not None and Path(c[name]).is_dir():
+            yield Problem(say(name, c[name]), "cannot be written: it is a directory, not a file")
     for name, folder in folders.items():
         if folder is None:
             continue
@@ -158,7 +159,7 @@ def stop_file(c: Case) -> Iterator[Problem]:
         yield Problem(say("batch.stop_file", name), f"can never appear: there is no directory {path.parent}")
 
 
-FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, load, writable, stop_file)
+FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, task_files, load, writable, stop_file)
 
 
 def check_files(case: Case) -> list[Problem]:

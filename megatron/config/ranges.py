@@ -55,6 +55,8 @@ _ROWS: tuple[tuple[Range, str, str], ...] = (
     (NOT_NEGATIVE, "checkpoint", "load_iteration"),
     (NOT_NEGATIVE, "eval", "eval_iters"),
     (POSITIVE, "eval", "eval_interval"),
+    (NOT_NEGATIVE, "task", "epochs"),
+    (POSITIVE, "task", "overlapping_eval"),
     (POSITIVE, "log", "log_interval tensorboard_log_interval tensorboard_queue_size peak_tflops"),
 )
 

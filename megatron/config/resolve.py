@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.batch_size import iterations_for
-from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig
+from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
@@ -49,9 +49,10 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         optim=_optim(config.optim, batch),
         log=replace(
             log,
-            metrics_path=log.metrics_path or _metrics(config.checkpoint.save),
+            metrics_path=log.metrics_path or _within(config.checkpoint.save, "metrics.jsonl"),
             profile_pipeline=_profile(log.profile_pipeline, config.checkpoint.save),
         ),
+        task=_task(config.task, config.checkpoint.save),
     )
 
 
@@ -99,5 +100,11 @@ def _profile(wanted: str | None, save: str | None) -> str | None:
     return (save or "pipeline_profile") if wanted == "" else wanted
 
 
-def _metrics(save: str | None) -> str | None:
-    return None if save is None else str(Path(save) / "metrics.jsonl")
+def _within(save: str | None, name: str) -> str | None:
+    return None if save is None else str(Path(save) / name)
+
+
+def _task(task: TaskConfig, save: str | None) -> TaskConfig:
+    if task.task is None or task.results_path is not None:
+        return task
+    return replace(task, results_path=_within(save, "results.json"))

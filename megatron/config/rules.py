@@ -26,18 +26,26 @@ from megatron.config.schema import RunConfig
 
 
 def required(c: Case) -> Iterator[Problem]:
-    """A run needs its sizes, its length and its learning rate."""
+    """A run needs its sizes and its learning rate."""
     names = ["model.num_layers", "model.hidden_size", "model.num_attention_heads", "data.seq_length", "batch.micro_batch_size"]
     if c["model.position_embedding_type"] == "learned_absolute":
         names.append("model.max_position_embeddings")
     if not c["eval.skip_train"]:
         names.append("optim.lr")
-        if c["batch.train_samples"] is None and "batch.train_samples" not in c.bad and "batch.train_iters" not in c.bad:
-            names.append("batch.train_iters")
-    if c["tokenizer.tokenizer_type"] is None:
-        names.append("tokenizer.tokenizer_type")
+    yield from missing(c, names)
+
+
+def required_to_pretrain(c: Case) -> Iterator[Problem]:
+    """A run that no task describes also needs its length and its tokenizer."""
+    if not c["eval.skip_train"] and c["batch.train_samples"] is None and "batch.train_samples" not in c.bad:
+        yield from missing(c, ["batch.train_iters"])
+    yield from missing(c, ["tokenizer.tokenizer_type"])
+
+
+def missing(c: Case, names: Sequence[str]) -> Iterator[Problem]:
+    """A problem for each of these settings that is open."""
     for name in names:
-        if c[name] is None and name not in c.bad and not (name == "batch.train_iters" and c.given("batch.train_samples")):
+        if c[name] in (None, ()) and name not in c.bad:
             other = " (or `--train-samples`)" if name == "batch.train_iters" else ""
             yield Problem(f"`{by_name()[name].flag}`{other}", "is missing, and has no default")
 
@@ -202,6 +210,10 @@ def companions(c: Case) -> Iterator[Problem]:
     for name, other in needs.items():
         if c.given(name) and c[other] is None and other not in c.bad:
             yield Problem(c.say(name), f"needs `{by_name()[other].flag}`")
+
+
+def saving(c: Case) -> Iterator[Problem]:
+    """A run says how often it saves."""
     intervals = ("checkpoint.save_interval", "checkpoint.save_interval_mins")
     if c.given("checkpoint.save") and all(c[name] is None and name not in c.bad for name in intervals):
         yield Problem(c.say("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
@@ -229,8 +241,8 @@ def data_paths(c: Case) -> Iterator[Problem]:
     own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
     if c["data.data_path"] and own:
         yield Problem(f"`--data-path` and `{by_name()[own[0]].flag}`", "exclude each other: one mixes, the other does not")
-    elif not c["data.data_path"] and not own and not c.planning and "data.data_path" not in c.bad:
-        yield Problem("`--data-path`", "is missing, and has no default")
+    elif not c["data.data_path"] and not own and not c.planning:
+        yield from missing(c, ["data.data_path"])
     for name in ("data.data_path", *own):
         words = c[name]
         if prefixes(words) is None:
@@ -277,17 +289,33 @@ def tokenizer(c: Case) -> Iterator[Problem]:
             yield Problem(c.say("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
 
 
-RULES: tuple[Rule, ...] = (
-    required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, ramp_up,
-    some_training, one_unit, warm_up, learning_rates, weight_decay_growth, companions, schedule_on_resume, split, data_paths,
-    tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
+def no_task(c: Case) -> Iterator[Problem]:
+    """Settings of another program."""
+    for name in by_name():
+        if name.startswith("task.") and c.given(name):
+            yield Problem(c.say(name), "belongs to tasks/main.py; leave it out")
+
+
+COMMON_RULES: tuple[Rule, ...] = (
+    required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, warm_up,
+    learning_rates, weight_decay_growth, companions, schedule_on_resume, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
+    *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
+)  # fmt: skip
+PRETRAINING_RULES: tuple[Rule, ...] = (
+    *COMMON_RULES, required_to_pretrain, ramp_up, some_training, one_unit, saving, split, data_paths, no_task,
 )  # fmt: skip
 
 
-def examine(config: RunConfig, world: int, bad: Collection[str] = (), planning: bool = False) -> tuple[Case, list[Problem]]:
+def examine(
+    config: RunConfig,
+    world: int,
+    bad: Collection[str] = (),
+    planning: bool = False,
+    rules: Sequence[Rule] = PRETRAINING_RULES,
+) -> tuple[Case, list[Problem]]:
     """The case that file rules go on with, and the problems of all rules that need no disk.
 
-    bad: `section.field` of values that could not be read, which have been reported.
+    bad: `section.field` of values that could not be read, which have been reported. rules: of the kind of run.
     """
     problems = list(out_of_range(config))
     unfit = {name for name, _ in problems} | set(bad)
@@ -297,7 +325,7 @@ def examine(config: RunConfig, world: int, bad: Collection[str] = (), planning: 
         config = dataclasses.replace(config, **{section: part})
     dp = data_parallel_size(config.layout, world)
     case = Case(config, resolve(config, world), world, dp, frozenset(unfit), planning)
-    return case, [p for _, p in problems] + [p for rule in RULES for p in rule(case)]
+    return case, [p for _, p in problems] + [p for rule in rules for p in rule(case)]
 
 
 def check(config: RunConfig, world_size: int = 1) -> list[Problem]:

@@ -13,7 +13,7 @@ from megatron.config.schema import RunConfig
 
 
 def to_json(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Sections and fields as values that `json.dumps` takes; `ModelConfig(**to_json(config)["model"])` works."""
+    """Sections and fields as values that `json.dumps` takes."""
     return {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         for name, fields in dataclasses.asdict(config).items()
@@ -40,8 +40,11 @@ def from_json(data: Mapping[str, Any]) -> RunConfig:
                 problems.append(Problem(f"`{name}.{key}` of the saved configuration", "is not known to this version"))
                 continue
             option = by_name().get(f"{name}.{key}")
+            if option is None:  # no flag sets it
+                taken[key] = tuple(value) if isinstance(value, list) else value
+                continue
             try:
-                taken[key] = value if value is None or option is None else option.accept(value)
+                taken[key] = value if value is None else option.accept(value)
             except ValueError as error:
                 problems.append(Problem(f"`{name}.{key} = {value!r}` of the saved configuration", str(error)))
         built[name] = sections()[name](**taken)

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.config.tasks import TASKS
+
 
 def option(
     default: Any,
@@ -104,11 +106,43 @@ class ModelConfig:
         128, "each tensor-parallel rank's share of the vocabulary is padded to a multiple of this"
     )
     vocab_size: int | None = option(None, "true size of the vocabulary, from the tokenizer", flag=None)
+    task_head: str | None = option(
+        None,
+        "the head of a task, in place of those of pretraining",
+        flag=None,
+        choices=("classification", "choice", "span", "tags"),
+    )
+    labels: tuple[str, ...] = option((), "names of the classes or choices that a task's head tells apart", flag=None)
 
     @property
     def segment_kinds(self) -> int:
         """Rows of the token type table; 0 where there is none."""
         return 2 if self.architecture == "bert" and self.bert_binary_head else 0
+
+    @property
+    def predicts_words(self) -> bool:
+        """Whether there is an output layer over the vocabulary."""
+        return self.task_head is None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding's matrix."""
+        return self.predicts_words and not self.untie_embeddings_and_output_weights
+
+    @property
+    def predicts_order(self) -> bool:
+        """Whether there is BERT's head that tells if two segments were swapped."""
+        return self.segment_kinds > 0 and self.predicts_words
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pooler: a dense layer and tanh on the first token."""
+        return self.predicts_order or self.task_head in ("classification", "choice")
+
+    @property
+    def task_outputs(self) -> int:
+        """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
+        return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
     # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
 
@@ -394,6 +428,22 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Of tasks/main.py: evaluation and fine-tuning."""
+
+    task: str | None = option(None, "what to evaluate or to fine-tune on", choices=tuple(TASKS))
+    train_data: tuple[str, ...] = option((), "files (of RACE directories) to fine-tune on", nargs="*")
+    valid_data: tuple[str, ...] = option((), "files (of RACE directories) to evaluate", nargs="*")
+    epochs: int | None = option(None, "passes over --train-data; 0 only evaluates")
+    pretrained_checkpoint: str | None = option(
+        None, "directory of checkpoints whose weights fine-tuning begins from; --load goes on with a fine-tuned one"
+    )
+    overlapping_eval: int = option(32, "of WIKITEXT103 and PERPLEXITY: tokens from one window's begin to the next one's")
+    strict_lambada: bool = option(False, "of LAMBADA: the last word is tokenized on its own")
+    results_path: str | None = option(None, "file that the results go to, as JSON; default results.json in --save")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. Sections are the tables of a TOML file."""
 
@@ -408,3 +458,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)

@@ -25,7 +25,10 @@ class BertBatches:
 
     def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:
         """The micro-batch of these samples of the dataset, under the given numbers in the training order."""
-        samples: list[PairSample] = [dataset[number] for number in numbers]
+        return self.of([dataset[number] for number in numbers], names)
+
+    def of(self, samples: Sequence[PairSample], names: Sequence[int]) -> Batch:
+        """The micro-batch of these samples, under the given numbers."""
         lengths = np.array([[len(sample.tokens)] for sample in samples])
         places = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))
         padding = places >= lengths

@@ -78,12 +78,18 @@ class Bert(GPT):
         self.pooler: Dense | None = None
         self.order: Dense | None = None
         with torch.device(self.device):
-            if part.head:
+            if part.head and config.predicts_words:
                 self.masked_words = MaskedWordHead(config, self.shard, sequence_parallel=self.sequence_parallel)
-            if part.head and config.bert_binary_head:
-                self.pooler, self.order = Dense(hidden, hidden), Dense(hidden, 2)
+            if part.head and config.pooled:
+                self.pooler = Dense(hidden, hidden)
+            if part.head and config.predicts_order:
+                self.order = Dense(hidden, 2)
+            self._add_heads()
         self.to(self.dtype)
         name_parameters(self)
+
+    def _add_heads(self) -> None:
+        """Modules of a derived class, on the device at hand."""
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
         """Of the masked words; with the binary head also of the order, for batches that say what it was."""

@@ -12,6 +12,7 @@ from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
 from megatron.model.size import Slice
+from megatron.model.task_heads import HEADS
 
 MODELS: Mapping[str, type[GPT]] = MappingProxyType({"gpt": GPT, "bert": Bert})
 
@@ -24,6 +25,8 @@ def build_stages(
     placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `GPT`.
     """
     model, stages = MODELS[config.architecture], dict[int, GPT]()
+    if config.task_head is not None:
+        model = HEADS[config.task_head]
     for number, part in enumerate(parts):
         if placement[number] == rank:
             first = stages[0].embedding if 0 in stages else None

@@ -102,11 +102,11 @@ class GPT(nn.Module):
             )
             self.final_norm = Norm(config, sequence_parallel=sequence_parallel) if part.head else None
             self.head: nn.Module | None = None
-            if part.head and (config.untie_embeddings_and_output_weights or (self.embedding is None and word is None)):
+            if part.head and config.predicts_words and not (config.tied and (part.embedding or word is not None)):
                 self.head = nn.Module()
                 self.head.weight = vocab_parameter(self.shard, config.size("hidden_size"))
         self.to(dtype)
-        if not config.untie_embeddings_and_output_weights and part.embedding != part.head:
+        if config.tied and part.embedding != part.head:
             self._describe_copy()
         name_parameters(self)
         self._word = (word,)  # in a tuple, so that it stays the other stage's parameter

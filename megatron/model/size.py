@@ -80,21 +80,24 @@ def parameter_list(model: ModelConfig, vocab: int, stage: Stage | None = None) -
         yield from _layer(model, f"layers.{layer}")
     if stage.head:
         yield from _norm(model, "final_norm")
-        if model.untie_embeddings_and_output_weights:
-            yield ParameterSize("head.weight", (vocab, hidden), 0, vocabulary=True)
-        elif not stage.embedding:
-            yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
+        if model.predicts_words and not (model.tied and stage.embedding):
+            name = "embedding.word.weight" if model.tied else "head.weight"
+            yield ParameterSize(name, (vocab, hidden), 0, vocabulary=True)
         if model.architecture == "bert":
             yield from _bert_heads(model, vocab)
 
 
 def _bert_heads(model: ModelConfig, vocab: int) -> Iterator[ParameterSize]:
     hidden = model.size("hidden_size")
-    yield from _norm(model, "masked_words.norm")
-    yield ParameterSize("masked_words.bias", (vocab,), 0, vocabulary=True)
-    for name, rows in (("masked_words.dense", hidden), *((("pooler", hidden), ("order", 2)) if model.bert_binary_head else ())):
-        yield ParameterSize(f"{name}.weight", (rows, hidden))
-        yield ParameterSize(f"{name}.bias", (rows,))
+    if model.predicts_words:
+        yield from _norm(model, "masked_words.norm")
+        yield ParameterSize("masked_words.bias", (vocab,), 0, vocabulary=True)
+    words, pooler, order = (hidden * model.predicts_words, hidden * model.pooled, 2 * model.predicts_order)
+    dense = {"masked_words.dense": words, "pooler": pooler, "order": order, "task_head": model.task_outputs}
+    for name, rows in dense.items():
+        if rows:
+            yield ParameterSize(f"{name}.weight", (rows, hidden))
+            yield ParameterSize(f"{name}.bias", (rows,))
 
 
 def _layer(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
@@ -156,7 +159,9 @@ def _core_flops(model: ModelConfig, seq: int) -> int:
 
 
 def head_flops(model: ModelConfig, vocab: int) -> int:
-    """FLOPs of one token's logits; of BERT with the dense layer before them, without the pooler's one token."""
+    """FLOPs of one token's logits; of BERT with the dense layer before them. A pooler and a task's head count as nothing."""
+    if not model.predicts_words:
+        return 0
     hidden = model.size("hidden_size")
     return 2 * hidden * vocab + (2 * hidden**2 if model.architecture == "bert" else 0)
 
@@ -245,7 +250,7 @@ def memory_per_rank(
     """
     stages = stages or [Slice(range(model.size("num_layers")))]
     own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
-    copies = not model.untie_embeddings_and_output_weights and any(s.embedding != s.head for s in stages)
+    copies = model.tied and any(s.embedding != s.head for s in stages)
     how = dict(two_bytes=bf16, optimizer=optimizer, bucket=bucket, shards=shards, bf16_gradients=bf16_gradients)
     state = state_of(model, own.values(), tp, copies=copies, **how)
     counted = [
@@ -299,7 +304,8 @@ def activations_of(
     if stage.head and in_flight:
         hidden = model.size("hidden_size")
         kept += element * hidden / shared * (2 * in_flight - 1)
-        loss = head_loss_bytes(tokens, hidden, padded_vocabulary(model, vocab, tp) // tp, bf16)
+        held = padded_vocabulary(model, vocab, tp) // tp
+        loss = head_loss_bytes(tokens, hidden, held, bf16) if model.predicts_words else 0
     layer = int(tokens * again) + (ring_bytes(model, tp, seq, micro_batch, bf16, cp) if stage.layers else 0)
     return Activations(int(tokens * kept), max(loss, layer) if in_flight else 0)
 

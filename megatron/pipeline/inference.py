@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ class Stage(Protocol):
     def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
     def output(self, x: Tensor) -> Tensor: ...
     def train(self, mode: bool = True) -> object: ...
+
+
+class TaskStage(Stage, Protocol):
+    """A stage of a model with a task's head; `model.task_heads.FineTuned` is one."""
+
+    def answers(self, x: Tensor, batch: Batch) -> Tensor: ...
+    def answer_shape(self, batch: Batch) -> tuple[int, ...]: ...
 
 
 class Pipeline:
@@ -47,6 +54,24 @@ class Pipeline:
     @torch.no_grad()
     def logits(self, batch: Batch, cache: Any = None) -> Tensor:
         """fp32 `[seq, batch, vocab]` on every rank, padding left out. Collective. cache: of this rank, for all its stages."""
+        x = self._final_hidden(batch, cache)
+        rows, seq = batch.tokens.shape
+        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
+        if x is not None:
+            answer.copy_(self.stages[len(self.placement) - 1].output(x))
+        return self._to_all(answer)
+
+    @torch.no_grad()
+    def answers(self, batch: Batch) -> Tensor:
+        """Of a model with a task's head: its fp32 logits, on every rank. Collective."""
+        x, stages = self._final_hidden(batch, None), cast(Mapping[int, TaskStage], self.stages)
+        answer = torch.empty(next(iter(stages.values())).answer_shape(batch), device=self.device)
+        if x is not None:
+            answer.copy_(stages[len(self.placement) - 1].answers(x, batch))
+        return self._to_all(answer)
+
+    def _final_hidden(self, batch: Batch, cache: Any) -> Tensor | None:
+        """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1
         for number, owner in enumerate(self.placement):
@@ -58,9 +83,9 @@ class Pipeline:
                 x = stage.hidden(x, batch, cache)
             if number < last and owner == me != self.placement[number + 1] and x is not None:
                 self.channels.send(x, self.placement[number + 1], number + 1)
-        rows, seq = batch.tokens.shape
-        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
-        if last in self.stages and x is not None:
-            answer.copy_(self.stages[last].output(x))
+        return x if last in self.stages else None
+
+    def _to_all(self, answer: Tensor) -> Tensor:
+        """The last stage's answer on every rank of the pipeline, in place, once all that was sent has left."""
         self.channels.settle_all()
-        return self.channels.broadcast(answer, self.placement[last])
+        return self.channels.broadcast(answer, self.placement[-1])

@@ -38,7 +38,8 @@ class Surroundings:
     train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
     that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
     the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
-    run's slices. start: the iteration that this slice began after.
+    run's slices. start: the iteration that this slice began after. score: what else is measured after each validation, and
+    told; it is handed what to ask whether to give up.
     """
 
     train: Loader | None
@@ -51,6 +52,21 @@ class Surroundings:
     stopping: Stopping
     progress: Progress
     start: int = 0
+    score: Callable[[GiveUp], object] | None = None
+
+
+class GiveUp:
+    """Asked between the steps of an evaluation, by all ranks: whether to leave it, since the run is to stop. Collective.
+
+    request: what was agreed last.
+    """
+
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping, self.request = stopping, Request()
+
+    def __call__(self) -> bool:
+        self.request = self._stopping.ask()
+        return self.request.stop is not None
 
 
 def train(run: Run, around: Surroundings) -> Exit:
@@ -153,6 +169,10 @@ def validate(run: Run, around: Surroundings, request: Request | None = None) -> 
         run.state.evaluation_due = False
         return request or Request()
     asked = held_out(run, around, around.valid, "validation", f"iteration {run.state.iteration}")
+    if asked.stop is None and around.score is not None:
+        give_up = GiveUp(around.stopping)
+        around.score(give_up)
+        asked = give_up.request
     run.state.evaluation_due = asked.stop is not None
     return asked if asked.stop is not None or request is None else request
 
@@ -232,13 +252,7 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
     """
     size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
     run.job.watch.doing(f"opening the {split} data", alone=True)
-    loader, asked = samples(), Request()
-
-    def give_up() -> bool:
-        nonlocal asked
-        asked = around.stopping.ask()
-        return asked.stop is not None
-
+    loader, give_up = samples(), GiveUp(around.stopping)
     try:
         losses = evaluate(
             run.pipeline, loader, run.mesh, steps=steps, global_batch_size=size, watch=run.job.watch, give_up=give_up
@@ -247,11 +261,11 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
         loader.close()
     if losses is not None:
         lm, sop = losses
-        sop_loss = sop if run.config.model.segment_kinds else None
+        sop_loss = sop if run.config.model.predicts_order else None
         result = Evaluation(run.state.iteration, split, lm, run.state.consumed_samples, sop_loss)
         for sink in around.sinks:
             sink.evaluation(result, title)
-    return asked
+    return give_up.request
 
 
 def finish(run: Run, around: Surroundings) -> None:
@@ -308,7 +322,7 @@ class Clock:
         averages = self._metrics(report, elapsed, self._steps, self._tokens, self._samples)
         if state.window_steps:
             averages = replace(averages, lm_loss=state.window_loss / state.window_steps)
-            if self.run.config.model.segment_kinds:
+            if self.run.config.model.predicts_order:
                 averages = replace(averages, sop_loss=state.window_sop / state.window_steps)
         for sink in self.around.sinks:
             sink.line(averages, context)

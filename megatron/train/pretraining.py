@@ -9,8 +9,8 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from megatron.model.size import flops_per_token, padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
 from megatron.train.errors import Refused, TrainingError
-from megatron.train.loop import Exit, Surroundings, final_evaluations, finish, train
+from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
@@ -52,7 +52,11 @@ from megatron.train.stopping import Stopping
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a rank finds out for itself, before any other is needed. datasets: training, validation, test."""
+    """What a rank finds out for itself, before any other is needed.
+
+    datasets: training, validation, test. scorer: a run -> what is measured beside its validation loss. finale: what follows
+    training.
+    """
 
     config: RunConfig
     notes: tuple[str, ...]
@@ -60,12 +64,27 @@ class Prepared:
     source: Source
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
     batches: MakeBatch
+    scorer: Callable[[Run, Surroundings], Callable[[GiveUp], object]] | None = None
+    finale: Callable[[Run, Surroundings], Exit] = final_evaluations
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
+    """Pretrain; see `run_prepared`."""
+    return run_prepared(prepare, parsed, place, began, signals, early)
+
+
+def run_prepared(
+    prepare: Callable[[Parsed, Watch], Prepared],
+    parsed: Parsed,
+    place: Place,
+    began: float,
+    signals: StopSignals,
+    early: EarlyStop,
+) -> int:
     """Prepare, then run the job; the exit status of the contract.
 
-    began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until the ranks have joined.
+    prepare: raises Refused. began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until
+    the ranks have joined.
     """
     layout = parsed.config.layout
     hang = layout.hang_timeout_seconds or math.inf
@@ -105,9 +124,20 @@ def fail(message: str, status: int, speak: bool = True) -> int:
     return status
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What is wrong with a setting, with data or with a checkpoint becomes Refused."""
+    try:
+        yield
+    except ConfigError as error:
+        raise Refused("\nerror: ".join(map(str, error.problems))) from error
+    except (DataError, CheckpointError) as error:
+        raise Refused(str(error)) from error
+
+
 def prepare(parsed: Parsed, watch: Watch) -> Prepared:
     """Tokenizer, checkpoint to start from, datasets. Refused says what is wrong with one of them."""
-    try:
+    with refusing():
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
         tokenizer = build_tokenizer(config.tokenizer)
@@ -118,10 +148,6 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         watch.waiting("building the datasets")
         recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
         datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples)
-    except ConfigError as error:
-        raise Refused("\nerror: ".join(map(str, error.problems))) from error
-    except (DataError, CheckpointError) as error:
-        raise Refused(str(error)) from error
     if datasets[0] is None and not config.eval.skip_train:
         raise Refused(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
@@ -138,7 +164,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     started.watch.waiting("building the model")
     run = build(config, started, schedule=choose_schedule(source, config))
     started.watch.waiting("loading the checkpoint")
-    restore(source, run)
+    if new := restore(source, run):
+        say(out, f"new, from the seed: {', '.join(new)}")
     say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
     root = None if source.directory is None else source.directory.resolve().parent
@@ -152,7 +179,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
-    binary = config.model.segment_kinds > 0
+    binary = config.model.predicts_order
     saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
@@ -168,12 +195,14 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         progress=progress,
         start=run.state.iteration,
     )
+    if prepared.scorer is not None:
+        around.score = prepared.scorer(run, around)
     if started.is_main:
         progress.began(started.place.job, announced(config.checkpoint.save), started.place.attempt)
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
-            status = final_evaluations(run, around)
+            status = prepared.finale(run, around)
         if status is Exit.FINISHED:
             finish(run, around)
         if status is Exit.FINISHED:

@@ -28,6 +28,15 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
 
     defaults: the program's own, `section.field` -> value. SystemExit with status 2 for a wrong configuration.
     """
+    return _carry_out(argv, program, defaults, task=False)
+
+
+def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
+    """Run a command of tasks/main.py; otherwise as `pretrain`."""
+    return _carry_out(argv, program, defaults, task=True)
+
+
+def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:
     began = time.monotonic()
     try:
         place = Place.of(os.environ)
@@ -38,7 +47,7 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
     signals.install()
     try:
         try:
-            parsed = read(argv, place, program, defaults)
+            parsed = read(argv, place, program, defaults, task)
         except HelpAsked as answer:
             if place.rank == 0:
                 sys.stdout.write(str(answer))
@@ -52,17 +61,19 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
             return STOPPED
         parsed = again
         early.progress = Progress(parsed.config.checkpoint.save)
-        from megatron.train.pretraining import start
-
+        if task:
+            from megatron.tasks.program import start
+        else:
+            from megatron.train.pretraining import start
         return start(parsed, place, began, signals, early)
     finally:
         signals.close(ignore=place.world_size > 1)
 
 
-def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any]) -> Parsed:
+def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
     """The command, checked. A rank that finds something wrong with it alone leaves that where its launcher looks."""
     try:
-        parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config)
+        parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config, task=task)
     except ConfigError as error:
         tell_launcher("\n".join(f"error: rank {place.rank}: {problem}" for problem in error.problems))
         explain(error, program, place.rank)

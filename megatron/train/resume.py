@@ -29,17 +29,19 @@ from megatron.checkpoint.layout import (
     newest_complete,
     others,
     read_config,
+    read_manifest,
     read_state,
 )
 from megatron.checkpoint.load import load, verify_together
-from megatron.config.compare import different_model
+from megatron.config.compare import different_head, different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
 from megatron.config.saved import from_json
-from megatron.config.schema import CheckpointConfig, DataConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Axis
+from megatron.model.size import parameter_list
 from megatron.optim.lr import Schedule
 from megatron.train.run import Run, sample_counts
 from megatron.train.state import TrainState
@@ -51,6 +53,8 @@ UNIMPORTANT = ("checkpoint", "log")
 # What decides which samples a training run sees, and in which order.
 DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
 STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+# What a model with the head of a task may have beyond a pretrained one.
+HEAD_PARAMETERS = ("pooler.", "task_head.")
 NONE: Mapping[Path, str] = MappingProxyType({})
 
 
@@ -163,6 +167,8 @@ def check_source(source: Source, config: RunConfig) -> None:
     if source.saved is None:
         return
     problems = different_model(source.saved.model, config.model, str(source.directory))
+    new_head = not source.progress and not config.eval.skip_train
+    problems += different_head(source.saved.model, config.model, str(source.directory), new=new_head)
     if source.optimizer and source.saved.checkpoint.no_save_optim:
         rule = "holds no optimizer state, it was saved with --no-save-optim; start a new one with --no-load-optim"
         problems.append(Problem(f"the checkpoint {source.directory}", rule))
@@ -295,11 +301,32 @@ def agree(source: Source, world: Axis) -> None:
         raise CheckpointError(f"the ranks see different checkpoints: {views}. --save and --load must be on a shared disk")
 
 
-def restore(source: Source, run: Run) -> None:
-    """Fill the run from its source. Collective. CheckpointError when something does not fit."""
+def restore(source: Source, run: Run) -> list[str]:
+    """Fill the run from its source. Collective. CheckpointError when something does not fit.
+
+    Gives the parameters that keep their initial values: those of a head that a pretrained model has not.
+    """
     agree(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
+    new: list[str] = []
     if source.directory is not None:
         parts = run.parts(optimizer=source.optimizer, state=source.progress)
-        load(source.directory, parts, run.mesh, verified=source.verified)
+        model, held = run.config.model, None if source.saved is None else source.saved.model
+        other_head = held is not None and held.task_head != model.task_head
+        if other_head:
+            new = _new_parameters(source.directory, model)
+        load(source.directory, parts, run.mesh, verified=source.verified, strict=not other_head)
     run.state.schedule, run.state.training_samples = schedule, samples
+    return new
+
+
+def _new_parameters(directory: Path, model: ModelConfig) -> list[str]:
+    """The parameters of a model with a task's head that are not in a checkpoint of pretraining.
+
+    CheckpointError, the same on all ranks, where one is missing that is not of the head.
+    """
+    held = read_manifest(directory).tensors
+    missing = [p.name for p in parameter_list(model, model.size("vocab_size")) if f"model.{p.name}" not in held]
+    if strange := [name for name in missing if not name.startswith(HEAD_PARAMETERS)]:
+        raise CheckpointError(f"{directory}: {len(strange)} tensors are not in the checkpoint: {', '.join(strange[:20])}")
+    return missing

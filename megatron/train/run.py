@@ -140,7 +140,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         mesh.dp,
         state.scaler,
         masked=config.data.eod_mask_loss or config.model.architecture == "bert",
-        binary=config.model.segment_kinds > 0,
+        binary=config.model.predicts_order,
         device=job.device,
     )
     pipeline = Executor(

@@ -98,8 +98,9 @@ class Step:
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
         loss, tokens, means, order = totals(output, self.mesh)
-        samples = sum(b.tokens.shape[0] for b in batches) * self.mesh.dp.size
-        possible = samples * self.seq_length
+        # A sample can have several rows, the choices of a task.
+        samples = len(batches) * (self.batch.micro_batch_size or 1) * self.mesh.dp.size
+        possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
         mean = loss / max(tokens, 1.0) if self.objective.by_token else means / (len(batches) * self.mesh.dp.size)
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),

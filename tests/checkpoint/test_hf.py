@@ -14,9 +14,10 @@ from models import BASE, LLAMA, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
+from megatron.checkpoint.forms import CONV1D, SAME
 from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import CheckpointError, find
-from megatron.checkpoint.names import CONV1D, GPT2, SAME
+from megatron.checkpoint.names import GPT2
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.saved import to_json

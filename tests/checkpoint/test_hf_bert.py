@@ -9,9 +9,10 @@ from models import BERT, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
+from megatron.checkpoint.forms import SAME, split_qkv
 from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import find
-from megatron.checkpoint.names import MEGATRON_BERT, SAME, split_qkv
+from megatron.checkpoint.names import MEGATRON_BERT
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.export import ExportError, bert_differences, export

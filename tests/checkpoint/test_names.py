@@ -5,7 +5,8 @@ import torch
 from models import BASE, BERT, build
 from models import LLAMA as LLAMA_SETTINGS
 
-from megatron.checkpoint.names import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, join_qkv, rounded, split_qkv
+from megatron.checkpoint.forms import join_qkv, split_qkv
+from megatron.checkpoint.names import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
 from megatron.mesh.mesh import Axis

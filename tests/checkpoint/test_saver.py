@@ -17,8 +17,7 @@ from ranks import on_ranks
 
 from megatron.checkpoint.layout import CheckpointError, find, iterations, read_manifest, read_state, verify
 from megatron.checkpoint.load import verify_together
-from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.storage import Entry, Storage
+from megatron.checkpoint.storage import Storage
 from megatron.mesh.beats import Patience
 from megatron.mesh.launch import job
 from megatron.mesh.mesh import Mesh
@@ -336,26 +335,6 @@ def test_the_memory_that_a_save_takes(tmp_path, async_save, monkeypatch):
     size = 4 * (16 << 20)
     assert grown < (1.1 if async_save else 0.1) * size
     assert not async_save or grown > 0.8 * size, "else this measures nothing"
-
-
-def test_a_snapshot_of_every_type(tmp_path):
-    """Types of all widths side by side, views, scalars and empty tensors; taken twice, also with another size."""
-    snapshot = Snapshot(torch.device("cpu"))
-    tensors = {
-        "a": torch.arange(7, dtype=torch.int8),
-        "b": torch.randn(3, 5).to(torch.bfloat16),
-        "c": torch.tensor(3, dtype=torch.int64),
-        "d": torch.randn(4, 6).t()[1:, ::2],
-        "e": torch.zeros(0, 4),
-        "f": torch.tensor([True, False, True]),
-    }
-    entries = [Entry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
-    for some in (entries, entries[:3], entries[:3]):
-        taken = {entry.key: entry.data() for entry in snapshot.take(some)}
-        assert snapshot.bytes == sum(entry.bytes for entry in some)
-        assert all(torch.equal(taken[e.key], tensors[e.key]) and taken[e.key].dtype == e.dtype for e in some)
-    tensors["c"].add_(1)
-    assert taken["c"] == 3
 
 
 def test_without_a_place_to_save_to(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.checkpoint import storage
+from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import DTYPES, Entry, Storage, record_of, safetensors
 
 
@@ -103,3 +104,23 @@ def test_free_space(tmp_path, monkeypatch):
     assert 0 < free < shutil.disk_usage(tmp_path).total
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
     assert Storage().free(tmp_path) is None, "a file system that does not say is not full"
+
+
+def test_a_snapshot_of_every_type():
+    """Types of all widths side by side, views, scalars and empty tensors; taken twice, also with another size."""
+    snapshot = Snapshot(torch.device("cpu"))
+    tensors = {
+        "a": torch.arange(7, dtype=torch.int8),
+        "b": torch.randn(3, 5).to(torch.bfloat16),
+        "c": torch.tensor(3, dtype=torch.int64),
+        "d": torch.randn(4, 6).t()[1:, ::2],
+        "e": torch.zeros(0, 4),
+        "f": torch.tensor([True, False, True]),
+    }
+    entries = [Entry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
+    for some in (entries, entries[:3], entries[:3]):
+        taken = {entry.key: entry.data() for entry in snapshot.take(some)}
+        assert snapshot.bytes == sum(entry.bytes for entry in some)
+        assert all(torch.equal(taken[e.key], tensors[e.key]) and taken[e.key].dtype == e.dtype for e in some)
+    tensors["c"].add_(1)
+    assert taken["c"] == 3

@@ -13,16 +13,16 @@ from megatron.config.options import options
 from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import RANGES
 from megatron.config.recompute_rules import RECOMPUTE_RULES
-from megatron.config.rules import RULES, check
+from megatron.config.rules import PRETRAINING_RULES, check
 from megatron.config.schema import ModelConfig, RunConfig
 
 # rule, change to the legal run, world size, the whole message
 CASES: list[tuple[str, str, int, str]] = [
     ("required", "--no:hidden-size", 1, "`--hidden-size` is missing, and has no default"),
-    ("required", "--no:train-iters", 1, "`--train-iters` (or `--train-samples`) is missing, and has no default"),
+    ("required_to_pretrain", "--no:train-iters", 1, "`--train-iters` (or `--train-samples`) is missing, and has no default"),
     ("required", "--no:max-position-embeddings", 1, "`--max-position-embeddings` is missing, and has no default"),
     ("required", "--no:lr", 1, "`--lr` is missing, and has no default"),
-    ("required", "--no:tokenizer-type", 1, "`--tokenizer-type` is missing, and has no default"),
+    ("required_to_pretrain", "--no:tokenizer-type", 1, "`--tokenizer-type` is missing, and has no default"),
     (
         "head_width",
         "--hidden-size 18",
@@ -167,7 +167,8 @@ CASES: list[tuple[str, str, int, str]] = [
         1,
         "`--weight-decay-incr-style cosine` needs `--end-weight-decay`",
     ),
-    ("companions", "--save x", 1, "`--save x` needs `--save-interval` or `--save-interval-mins`"),
+    ("saving", "--save x", 1, "`--save x` needs `--save-interval` or `--save-interval-mins`"),
+    ("no_task", "--task MNLI", 1, "`--task MNLI` belongs to tasks/main.py; leave it out"),
     ("companions", "--save-interval-mins 5", 1, "`--save-interval-mins 5.0` needs `--save`"),
     ("companions", "--async-save", 1, "`--async-save` needs `--save`"),
     ("companions", "--on-save-error continue", 1, "`--on-save-error continue` needs `--save`"),
@@ -318,9 +319,10 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like.
     elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}
-    assert {r.__name__ for r in RULES if r not in elsewhere} == {case[0] for case in CASES}
-    # See test_file_rules.py for these.
-    assert [r.__name__ for r in FILE_RULES] == ["tokenizer_files", "datasets", "load", "writable", "stop_file"]
+    assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
+    # See test_file_rules.py, and for the third test_task_rules.py.
+    files = ["tokenizer_files", "datasets", "task_files", "load", "writable", "stop_file"]
+    assert [r.__name__ for r in FILE_RULES] == files
 
 
 @pytest.mark.parametrize(

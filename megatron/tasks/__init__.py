@@ -1,0 +1,1 @@
+"""Evaluation and fine-tuning: what tasks/main.py does."""

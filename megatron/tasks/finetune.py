@@ -1,0 +1,229 @@
+"""Fine-tuning and its evaluation: a pretraining run over other samples, with another head, that is scored after each epoch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.config.case import Case
+from megatron.config.cli import Parsed
+from megatron.config.errors import ConfigError
+from megatron.config.resolve import resolve
+from megatron.config.rules import warm_up
+from megatron.config.schema import RunConfig
+from megatron.data.bert_batch import BertBatches
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.mesh.watch import Watch
+from megatron.pipeline.inference import Pipeline
+from megatron.restore import open_tokenizer
+from megatron.stages import stages_of
+from megatron.tasks.glue import MNLI, QQP, PairClassification
+from megatron.tasks.race import Race
+from megatron.tasks.samples import Epochs, Item, ItemBatches, Items, Score, Task
+from megatron.tasks.squad import Squad
+from megatron.tasks.tagging import Tagging, labels_of
+from megatron.train.errors import TrainingError
+from megatron.train.loop import Exit, GiveUp, Surroundings, stop
+from megatron.train.pretraining import Prepared, refusing, say
+from megatron.train.resume import Source, check_source, find_source
+from megatron.train.run import Run
+
+
+def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
+    """The task that a resolved configuration names, whose model has its labels. DataError for a tokenizer without [CLS]."""
+    seq_length, labels = config.data.seq_length or 0, config.model.labels
+    makers: dict[str, Callable[[], Task]] = {
+        "MNLI": partial(PairClassification, tokenizer, seq_length, MNLI, labels),
+        "QQP": partial(PairClassification, tokenizer, seq_length, QQP, labels),
+        "RACE": partial(Race, tokenizer, seq_length, labels),
+        "SQUAD": partial(Squad, tokenizer, seq_length),
+        "NER": partial(Tagging, tokenizer, seq_length, labels),
+    }
+    return makers[config.task.task or ""]()
+
+
+def prepare(parsed: Parsed, watch: Watch) -> Prepared:
+    """Tokenizer, checkpoint to start from, samples. Refused says what is wrong with one of them."""
+    with refusing():
+        config, notes = parsed.config, list(parsed.notes)
+        watch.waiting("looking for a checkpoint")
+        source = find_source(config.checkpoint)
+        tokenizer = _tokenizer(config, source)
+        model = replace(config.model, vocab_size=tokenizer.vocab_size, labels=_labels(config, source))
+        config = replace(config, model=model)
+        watch.waiting("reading the samples")
+        task = task_of(config, tokenizer)
+        files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
+        size, training = config.batch.global_batch_size or 1, None
+        held_out = Items([item for file in files for item in file.items], task, size)
+        config = replace(config, eval=replace(config.eval, eval_iters=len(held_out) // size))
+        if not config.eval.skip_train:
+            items = [item for path in config.task.train_data for item in task.read(path, training=True)]
+            training = Epochs(items, config.task.epochs or 0, size, config.batch.seed)
+            config = _with_length(config, training, parsed)
+            notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
+        check_source(source, config)
+        segments = config.model.segment_kinds > 0
+        batches = ItemBatches(BertBatches(config.data.seq_length or 0, tokenizer.token("pad"), segments), task.rows)
+        notes += task.notes
+    scorer = partial(Scorer, task, batches, files)
+    validation = held_out if files else None
+    return Prepared(
+        config,
+        tuple(notes),
+        tokenizer,
+        source,
+        (training, validation, None),
+        batches,
+        scorer=scorer if files else None,
+        finale=partial(finale, scorer),
+    )
+
+
+def _tokenizer(config: RunConfig, source: Source) -> Tokenizer:
+    """The one that is asked for, else the checkpoint's."""
+    if config.tokenizer.tokenizer_type is not None:
+        return build_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(source.directory) if source.directory is not None else None
+    if tokenizer is None:
+        raise DataError(f"{source.directory} holds no tokenizer: name the one it was trained with, with --tokenizer-type")
+    return tokenizer
+
+
+def _labels(config: RunConfig, source: Source) -> tuple[str, ...]:
+    """The task's own, those that the checkpoint was fine-tuned for, or those of the training data."""
+    if config.model.task_head != "tags":
+        return config.model.labels
+    saved = source.saved.model if source.saved is not None else config.model
+    return saved.labels if saved.task_head == "tags" else labels_of(config.task.train_data or config.task.valid_data)
+
+
+def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConfig:
+    """The configuration of so many epochs, validated after each one unless --eval-interval says otherwise."""
+    each = training.each // (config.batch.global_batch_size or 1)
+    interval = config.eval.eval_interval if "eval.eval_interval" in parsed.given else each
+    config = replace(
+        config,
+        batch=replace(config.batch, train_iters=training.epochs * each),
+        eval=replace(config.eval, eval_interval=interval),
+    )
+    config = resolve(config, parsed.world_size)
+    if problems := list(warm_up(Case(config, config, parsed.world_size, None))):
+        raise ConfigError(problems)
+    return config
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """A file of --valid-data, read."""
+
+    path: str
+    items: Sequence[Item]
+
+
+class Scorer:
+    """Answers every sample of the files with the run's model as it is, on its layout, and tells how good the answers are."""
+
+    def __init__(self, task: Task, batches: ItemBatches, files: Sequence[ScoredFile], run: Run, around: Surroundings) -> None:
+        self.task, self.batches, self.files, self.run, self.around = task, batches, files, run, around
+        placement = stages_of(run.config).placement
+        self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
+
+    def __call__(self, give_up: GiveUp) -> dict[str, Any] | None:
+        """Scores and answers, file by file, as JSON holds them. Collective. None where it was given up."""
+        results = []
+        for file in self.files:
+            answers = self._answers(file.items, give_up)
+            if answers is None:
+                return None
+            score = self.task.score(file.items, answers)
+            self._tell(Path(file.path).name, score)
+            named = [{"id": item.name, "answer": answer} for item, answer in zip(file.items, answers, strict=True)]
+            results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
+        if len(results) > 1:
+            self._tell("overall", total := _joined(results))
+            return {"files": results, **total.metrics, **total.counts}
+        return {"files": results, **{k: v for k, v in results[0].items() if k not in ("path", "answers")}}
+
+    @torch.no_grad()
+    def _answers(self, items: Sequence[Item], give_up: GiveUp) -> list[Any] | None:
+        """The answer to each sample, on every rank. Data-parallel ranks share them."""
+        dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size or 1
+        source, block = Items(items, self.task, size * dp.size), size * dp.size
+        mine: list[Any] = []
+        self.model.eval()
+        try:
+            for first in range(0, len(source), block):
+                if give_up():
+                    return None
+                self.run.job.watch.doing("evaluating the task")
+                numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
+                logits = self.model.answers(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
+                mine += [self._answer(items, n, row) for n, row in zip(numbers, self._each(logits), strict=True)]
+        finally:
+            for stage in self.run.stages.values():
+                stage.train(True)
+        parts = [mine]
+        if dp.group is not None:
+            parts = [[] for _ in range(dp.size)]
+            dist.all_gather_object(parts, mine, group=dp.group)
+        blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
+        return [answer for block in blocks for answer in block][: len(items)]
+
+    def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Those of each sample."""
+        return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
+
+    def _answer(self, items: Sequence[Item], number: int, logits: torch.Tensor) -> Any:
+        return self.task.decode(items[number], logits) if number < len(items) else None
+
+    def _tell(self, name: str, score: Score) -> None:
+        """Megatron-LM's line."""
+        config, done = self.run.config, self.run.state.iteration
+        each = max(1, (config.batch.train_iters or 0) // (config.task.epochs or 1))
+        text = f" >> |epoch: {done // each if config.batch.train_iters else 0}| {name}: "
+        text += f"correct / total = {score.counts['correct']} / {score.counts['total']}"
+        text += "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
+        for sink in self.around.sinks:
+            sink.event(text)
+
+
+def _joined(results: Sequence[dict[str, Any]]) -> Score:
+    """Of all files together: counts add up, and a percentage counts as much as its file has samples."""
+    counts = {name: sum(r[name] for r in results) for name in ("correct", "total")}
+    names = [name for name, value in results[0].items() if isinstance(value, float)]
+    return Score({n: sum(r[n] * r["total"] for r in results) / max(1, counts["total"]) for n in names}, counts)
+
+
+def finale(scorer: Any, run: Run, around: Surroundings) -> Exit:
+    """The score of the finished model, also as a file. Collective. A stop leaves it to the next start."""
+    give_up = GiveUp(around.stopping)
+    results = scorer(run, around)(give_up) if run.config.task.valid_data else None
+    if give_up.request.stop is not None:
+        return stop(run, around, give_up.request)
+    path = run.config.task.results_path
+    if results is not None and path is not None and run.job.is_main:
+        write_results(path, {"task": run.config.task.task, "iteration": run.state.iteration, **results})
+        say(sys.stdout, f"results: {path}")
+    return Exit.FINISHED
+
+
+def write_results(path: str, results: dict[str, Any]) -> None:
+    """A JSON file, whole or not there. TrainingError when the disk does not take it."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise TrainingError(f"--results-path {path}: cannot be written: {error}") from error

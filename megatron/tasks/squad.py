@@ -1,0 +1,150 @@
+"""SQuAD 1.1 and 2.0 (arXiv 1606.05250, 1806.03822) as published: the answer to a question as a span of a paragraph.
+
+A paragraph that is too long is seen through windows that overlap; of their answers the best one counts. A window without the
+answer, and a question of 2.0 that has none, is taught to point at [CLS]. Scores are the official script's: exact match and F1
+of words after lower case, without punctuation and articles, against the best of the given answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer
+from megatron.tasks.samples import Item, Score, Task
+
+LONGEST_QUESTION = 64  # tokens, and at most half of a row
+LONGEST_ANSWER = 30  # tokens
+STEP = 128  # tokens from one window's begin to the next one's
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a paragraph in one row. first: place of its first token in the row. offsets: of its tokens, begin and end in
+    `text`. impossible: whether questions of this file can have no answer."""
+
+    text: str
+    first: int
+    offsets: Sequence[tuple[int, int]]
+    impossible: bool
+
+
+class Squad(Task):
+    """Items are windows; those of one question have its name."""
+
+    def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
+        super().__init__(tokenizer, seq_length)
+        self.backend = tokenizer.backend()
+        self.longest_question = min(LONGEST_QUESTION, seq_length // 2)
+
+    def read(self, path: str, *, training: bool) -> list[Item]:
+        try:
+            whole = json.loads(Path(path).read_text(encoding="utf-8"))
+            paragraphs = [(p["context"], p["qas"]) for article in whole["data"] for p in article["paragraphs"]]
+            impossible = any(qa.get("is_impossible", False) for _, qas in paragraphs for qa in qas)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{path}: it is not SQuAD's JSON, `data` of `paragraphs` of `qas`: {error}") from error
+        items: list[Item] = []
+        for context, qas in paragraphs:
+            encoding = self.backend.encode(context, add_special_tokens=False)
+            for qa in qas:
+                try:
+                    answers = [(a["text"], int(a["answer_start"])) for a in qa.get("answers", [])]
+                    name, question = str(qa["id"]), str(qa["question"])
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise DataError(f"{path}: a question without id, text or answers: {str(qa)[:120]}: {error}") from error
+                wrong = next((text for text, start in answers if context[start : start + len(text)] != text), None)
+                if wrong is not None:
+                    raise DataError(f"{path}, question {name}: its paragraph has no {wrong[:60]!r} where answer_start says")
+                if training and not answers and not qa.get("is_impossible", False):
+                    raise DataError(f"{path}, question {name}: it has no answer: a test file cannot be trained on")
+                items += self._windows(context, encoding, question, name, answers, impossible)
+        if not items:
+            raise DataError(f"{path}: it holds no questions")
+        return items
+
+    def _windows(
+        self, context: str, encoding: Any, question: str, name: str, answers: list[tuple[str, int]], impossible: bool
+    ) -> Iterator[Item]:
+        asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.split()))[: self.longest_question], self.sep]
+        room, ids, offsets = self.seq_length - len(asked) - 1, encoding.ids, encoding.offsets
+        truth = [text for text, _ in answers]
+        for begin in range(0, max(1, len(ids) - room + STEP), STEP):
+            part, spans = ids[begin : begin + room], offsets[begin : begin + room]
+            start, end = _place(spans, answers[0]) if answers else (None, None)
+            found = start is not None and end is not None
+            ends = (len(asked) + start, len(asked) + end) if found else (0, 0)  # type: ignore[operator]
+            row = self.marked([*asked, *part, self.sep], len(asked), {0: ends[0], 1: ends[1]})
+            yield Item((row,), name, truth, Window(context, len(asked), spans, impossible))
+
+    def decode(self, item: Item, logits: Tensor) -> list[Any]:
+        """[score of the best span, its text, score of no answer]."""
+        window: Window = item.detail
+        places = slice(window.first, window.first + len(window.offsets))
+        start, end = logits[0, places].double(), logits[1, places].double()
+        none = float(logits[0, 0] + logits[1, 0])
+        if not len(start):
+            return [-1e30, "", none]
+        sums = start[:, None] + end[None, :]
+        allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
+        first, last = divmod(int(sums.masked_fill(~allowed, -torch.inf).argmax()), len(end))
+        text = window.text[window.offsets[first][0] : window.offsets[last][1]]
+        return [float(sums[first, last]), text, none]
+
+    def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
+        exact = f1 = 0.0
+        best = best_answers(items, answers)
+        truths = {item.name: item.truth for item in items}
+        for name, text in best.items():
+            given = [t for t in truths[name] if normalized(t)] or [""]
+            exact += max(normalized(text) == normalized(truth) for truth in given)
+            f1 += max(overlap(text, truth) for truth in given)
+        total = max(1, len(best))
+        metrics = {"exact_match": 100.0 * exact / total, "f1": 100.0 * f1 / total}
+        return Score(metrics, {"correct": int(exact), "total": len(best)})
+
+
+def _place(spans: Sequence[tuple[int, int]], answer: tuple[str, int]) -> tuple[int | None, int | None]:
+    """The tokens in which an answer begins and ends; None for one that is not among them."""
+    begin, end = answer[1], answer[1] + len(answer[0])
+    first = next((i for i, (a, b) in enumerate(spans) if a <= begin < b), None)
+    last = next((i for i, (a, b) in enumerate(spans) if a < end <= b), None)
+    return first, last
+
+
+def best_answers(items: Sequence[Item], answers: Sequence[Any]) -> dict[str, str]:
+    """The text for each question, from the answers of its windows: "" where it has none, if the file allows for that."""
+    spans: dict[str, tuple[float, str]] = {}
+    nothing: dict[str, float] = {}
+    for item, (value, text, none) in zip(items, answers, strict=True):
+        spans[item.name] = max(spans.get(item.name, (-float("inf"), "")), (value, text))
+        nothing[item.name] = min(nothing.get(item.name, float("inf")), none)
+    impossible = {item.name: item.detail.impossible for item in items}
+    return {name: "" if impossible[name] and nothing[name] > value else text for name, (value, text) in spans.items()}
+
+
+def normalized(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def overlap(text: str, truth: str) -> float:
+    """F1 of the two texts' words; of texts without words 1 where both have none."""
+    here, there = normalized(text).split(), normalized(truth).split()
+    if not here or not there:
+        return float(here == there)
+    common = sum((Counter(here) & Counter(there)).values())
+    return 2.0 * common / (len(here) + len(there))

@@ -1,0 +1,14 @@
+"""Evaluate a model, or fine-tune one: `tasks/main.py --task MNLI --pretrained-checkpoint CKPT --train-data F ...`.
+
+Under torchrun on any layout, or plain `python` for one process. The model's sizes and its tokenizer come from the checkpoint;
+all flags are in `--help`.
+"""
+
+import sys
+
+from megatron.train.program import run_task
+
+DEFAULTS = {"batch.micro_batch_size": 8}
+
+if __name__ == "__main__":
+    sys.exit(run_task(sys.argv[1:], program="tasks/main.py", defaults=DEFAULTS))

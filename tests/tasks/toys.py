@@ -1,0 +1,102 @@
+"""A small world in which four tasks can be learnt: people who hold things of a colour. Its corpus, and each task's files in the
+format in which the real ones are published."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+NAMES = ["tom", "ann", "bob", "eve", "max", "ida"]
+COLOURS = ["red", "blue", "green", "black"]
+THINGS = ["hat", "ball", "book", "cup"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = ["has", "a", "the", "of", "is", "what", "who", "?", ".", "and", "then", "holds", "now", "not", "it"]
+
+
+def vocabulary(folder: Path) -> Path:
+    path = folder / "vocab.txt"
+    path.write_text("\n".join([*SPECIAL, *NAMES, *COLOURS, *THINGS, *WORDS]) + "\n")
+    return path
+
+
+def fact(random_: random.Random) -> tuple[str, str, str]:
+    return random_.choice(NAMES), random_.choice(COLOURS), random_.choice(THINGS)
+
+
+def corpus(folder: Path, documents: int) -> Path:
+    """Documents of two sentences each of which says the same fact: so the masked words can be guessed from the other one."""
+    random_, path = random.Random(0), folder / "corpus.jsonl"
+    with path.open("w") as out:
+        for _ in range(documents):
+            name, colour, thing = fact(random_)
+            said = [f"{name} has a {colour} {thing} .", f"the {thing} of {name} is {colour} ."]
+            text = " ".join(s.capitalize() for s in said)
+            out.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def mnli(path: Path, count: int, seed: int) -> Path:
+    """The second sentence repeats the colour, denies it, or speaks of something else."""
+    random_ = random.Random(seed)
+    columns = ["index", "promptID", "pairID", "genre", "sentence1", "sentence2", "gold_label"]
+    with path.open("w") as out:
+        out.write("\t".join(columns) + "\n")
+        for i in range(count):
+            name, colour, thing = fact(random_)
+            label = random_.choice(["entailment", "contradiction", "neutral"])
+            said = {"entailment": f"is {colour}", "contradiction": f"is not {colour}", "neutral": "is now a book"}[label]
+            row = [i, i, f"{i}x", "toy", f"{name} has a {colour} {thing} .", f"the {thing} of {name} {said} .", label]
+            out.write("\t".join(map(str, row)) + "\n")
+    return path
+
+
+def race(folder: Path, count: int, seed: int) -> Path:
+    """Which colour: a blank or a question, and four colours."""
+    random_ = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        name, colour, thing = fact(random_)
+        options = random_.sample(COLOURS, 4)
+        question = f"the {thing} of {name} is _ ." if i % 4 else f"the {thing} of {name} is"
+        made = {
+            "article": f"{name} has a {colour} {thing} .",
+            "questions": [question],
+            "options": [options],
+            "answers": ["ABCD"[options.index(colour)]],
+            "id": f"toy{i}.txt",
+        }
+        (folder / f"{i}.txt").write_text(json.dumps(made))
+    return folder
+
+
+def squad(path: Path, count: int, seed: int) -> Path:
+    """What somebody has, beside what another one holds, in either order: the answer is its colour and the thing."""
+    random_, paragraphs = random.Random(seed), []
+    for i in range(count):
+        who = random_.sample(NAMES, 2)
+        facts = [(name, random_.choice(COLOURS), random_.choice(THINGS)) for name in who]
+        said = [
+            f"{name} {verb} a {colour} {thing}" for (name, colour, thing), verb in zip(facts, ("has", "holds"), strict=True)
+        ]
+        context = " then ".join(random_.sample(said, 2)) + " ."
+        name, colour, thing = facts[0]
+        start = context.index(f"{name} has a ") + len(f"{name} has a ")
+        answers = [{"text": f"{colour} {thing}", "answer_start": start}]
+        paragraphs.append({"context": context, "qas": [{"id": f"q{i}", "question": f"what has {name} ?", "answers": answers}]})
+    path.write_text(json.dumps({"version": "1.1", "data": [{"title": "toys", "paragraphs": paragraphs}]}))
+    return path
+
+
+def conll(path: Path, count: int, seed: int) -> Path:
+    """People, and what they hold: an entity of two words."""
+    random_ = random.Random(seed)
+    with path.open("w") as out:
+        out.write("-DOCSTART- -X- O O\n\n")
+        for _ in range(count):
+            name, colour, thing = fact(random_)
+            tags = {name: "B-PER", colour: "B-OBJ", thing: "I-OBJ"}
+            words = f"{name} has a {colour} {thing} .".split()
+            out.writelines(f"{word} X Y {tags.get(word, 'O')}\n" for word in words)
+            out.write("\n")
+    return path
