@@ -100,3 +100,16 @@ def conll(path: Path, count: int, seed: int) -> Path:
             out.writelines(f"{word} X Y {tags.get(word, 'O')}\n" for word in words)
             out.write("\n")
     return path
+
+
+def files(folder: Path, seed: int) -> dict[str, str]:
+    """Each task's file, by the task's name; seed 0 makes those to learn from, which are more."""
+    folder.mkdir()
+    few = 96 if seed else 256
+    made = {
+        "MNLI": mnli(folder / "mnli.tsv", few, seed),
+        "RACE": race(folder / "race", few if seed else 2 * few, seed),
+        "SQUAD": squad(folder / "squad.json", few, seed),
+        "NER": conll(folder / "ner.txt", few, seed),
+    }
+    return {task: str(path) for task, path in made.items()}

@@ -1,0 +1,120 @@
+"""Fine-tuning: the four heads learn their tasks on every layout, as one process does, and open in Transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import on_ranks
+
+from megatron.export import export
+from megatron.train.program import run_task
+
+DEFAULTS = {"batch.micro_batch_size": 8}
+DRY = ("--hidden-dropout", "0", "--attention-dropout", "0")
+EPOCHS = {"MNLI": 4, "RACE": 4, "SQUAD": 4, "NER": 2}
+LAYOUTS = {
+    "tp 2": (2, "--tensor-model-parallel-size 2"),
+    "tp 2, sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp 2": (2, "--pipeline-model-parallel-size 2"),
+    "dp 2": (2, ""),
+    "dp 2, sharded": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+}
+
+
+def task(*flags: object) -> int:
+    return run_task([*map(str, flags)], program="tasks/main.py", defaults=DEFAULTS)
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines for key in ("lm_loss", "grad_norm") if line.get(key) is not None]
+
+
+def fine_tuning(bert, name: str, save: Path, *more: object) -> list[object]:
+    data = ["--task", name, "--pretrained-checkpoint", bert.checkpoint, "--train-data", bert.train[name]]
+    return [*data, "--valid-data", bert.dev[name], "--save", save, "--log-interval", "1", *more]
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("layout", ["tp 2", "pp 2"])
+def test_a_pretrained_model_learns_the_task(name, layout, bert, tmp_path):
+    world, flags = LAYOUTS[layout]
+    length = ["--epochs", EPOCHS[name], "--lr", "2e-3", "--lr-warmup-fraction", "0.1", *DRY]
+    assert on_ranks(world, task, *fine_tuning(bert, name, tmp_path, *length, *flags.split())) == [0] * world
+    found = results(tmp_path)
+    assert all(found[metric] > 95.0 for metric in ("accuracy", "exact_match", "f1") if metric in found), found
+    answers = found["files"][0]["answers"]
+    assert len(answers) == 96 and found["task"] == name
+
+
+@pytest.fixture(scope="module")
+def alone(bert, tmp_path_factory):
+    """Losses, gradient norms and results of a few steps in one process, with dropout, by the task."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            folder = tmp_path_factory.mktemp("alone")
+            assert task(*fine_tuning(bert, name, folder, *SHORT)) == 0
+            found[name] = folder
+        return found[name]
+
+    return of
+
+
+SHORT = ("--epochs", "1", "--global-batch-size", "64", "--micro-batch-size", "4", "--lr", "1e-3", "--save-interval", "3")
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_one_process(name, layout, bert, alone, tmp_path):
+    world, flags = LAYOUTS[layout]
+    assert on_ranks(world, task, *fine_tuning(bert, name, tmp_path, *SHORT, *flags.split())) == [0] * world
+    expected = losses(alone(name))
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) > 8
+    assert results(tmp_path)["files"] == results(alone(name))["files"] or name == "SQUAD"  # whose answers hold scores
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+def test_it_opens_in_transformers(name, alone, tmp_path):
+    """The export compares the logits of both before it says done."""
+    export(alone(name), tmp_path / "hf", say=lambda line: None)
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    kinds = {
+        "MNLI": "SequenceClassification",
+        "RACE": "MultipleChoice",
+        "SQUAD": "QuestionAnswering",
+        "NER": "TokenClassification",
+    }
+    assert about["architectures"] == [f"MegatronBertFor{kinds[name]}"]
+
+
+def test_an_interrupted_run_goes_on(bert, alone, tmp_path):
+    whole, flags = losses(alone("MNLI")), fine_tuning(bert, "MNLI", tmp_path, *SHORT)
+    assert task(*flags, "--exit-interval", "3") == 75
+    assert len(losses(tmp_path)) < len(whole)
+    assert task(*flags, "--auto-resume") == 0
+    assert losses(tmp_path) == whole
+
+
+def test_a_fine_tuned_model_is_only_evaluated(bert, alone, tmp_path, capsys):
+    """Also on another layout; and by another program, or for another task, not at all."""
+    for layout in ("tp 2", "pp 2", "dp 2"):
+        world, flags = LAYOUTS[layout]
+        asked = ["--task", "MNLI", "--load", alone("MNLI"), "--valid-data", bert.dev["MNLI"], bert.train["MNLI"]]
+        where = tmp_path / f"{layout}.json"
+        assert on_ranks(world, task, *asked, "--results-path", where, *flags.split()) == [0] * world
+        found = json.loads(where.read_text())
+        assert found["files"][0]["answers"] == results(alone("MNLI"))["files"][0]["answers"]
+        assert found["total"] == 96 + 256 and found["correct"] == sum(f["correct"] for f in found["files"])
+    capsys.readouterr()
+    assert task("--task", "NER", "--load", alone("MNLI"), "--valid-data", bert.dev["NER"]) == 2
+    assert "a model for tags" in (said := capsys.readouterr().err) and "was fine-tuned for classification" in said
+    assert task("--task", "MNLI", "--load", bert.checkpoint, "--valid-data", bert.dev["MNLI"]) == 2
+    assert "were pretrained and not fine-tuned" in capsys.readouterr().err
