@@ -23,6 +23,7 @@ class Stage(Protocol):
     def hidden(self, x: Tensor | None, batch: Batch, cache: Any = None) -> Tensor: ...
     def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
     def output(self, x: Tensor) -> Tensor: ...
+    def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def train(self, mode: bool = True) -> object: ...
 
 
@@ -47,6 +48,30 @@ class Pipeline:
     @torch.no_grad()
     def logits(self, batch: Batch, cache: Any = None) -> Tensor:
         """fp32 `[seq, batch, vocab]` on every rank, padding left out. Collective. cache: of this rank, for all its stages."""
+        x = self._final_hidden(batch, cache)
+        rows, seq = batch.tokens.shape
+        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
+        if x is not None:
+            answer.copy_(self.stages[len(self.placement) - 1].output(x))
+        return self._to_all(answer)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The labels' log-probabilities, fp32 `[seq, batch]`, and bool whether each is the most probable token; on every rank.
+
+        Collective. Logits stay where they are made: two numbers a token travel.
+        """
+        x = self._final_hidden(batch, None)
+        rows, seq = batch.tokens.shape
+        answer = torch.empty(2, seq, rows, device=self.device)
+        if x is not None:
+            for part, made in zip(answer, self.stages[len(self.placement) - 1].scores(x, batch), strict=True):
+                part.copy_(made)
+        answer = self._to_all(answer)
+        return answer[0], answer[1] > 0.5
+
+    def _final_hidden(self, batch: Batch, cache: Any) -> Tensor | None:
+        """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1
         for number, owner in enumerate(self.placement):
@@ -58,9 +83,9 @@ class Pipeline:
                 x = stage.hidden(x, batch, cache)
             if number < last and owner == me != self.placement[number + 1] and x is not None:
                 self.channels.send(x, self.placement[number + 1], number + 1)
-        rows, seq = batch.tokens.shape
-        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
-        if last in self.stages and x is not None:
-            answer.copy_(self.stages[last].output(x))
+        return x if last in self.stages else None
+
+    def _to_all(self, answer: Tensor) -> Tensor:
+        """The last stage's answer on every rank of the pipeline, in place, once all that was sent has left."""
         self.channels.settle_all()
-        return self.channels.broadcast(answer, self.placement[last])
+        return self.channels.broadcast(answer, self.placement[-1])
