@@ -5,9 +5,9 @@ The first two as the paper (arXiv 1909.08053, section 5.3) and Megatron-LM defin
 - WIKITEXT103: one text file, without the spaces of its tokeniser where its path contains "wiki" (`wikitext.py`), in
   overlapping windows. loss is the mean over all tokens but the first; adjusted ppl normalises it to the words of the file as
   it is: exp(loss x token ratio), token ratio = (tokens - 1) / (words - 1), words being what single spaces separate.
-- LAMBADA: JSON lines with a "text", whose last word is to be guessed. By default the whole text is tokenised and only its last
-  token is guessed. With strict the last word is tokenised by itself, with a space before it, and all its tokens must be the most
-  probable ones.
+- LAMBADA: JSON lines with a "text", whose last word is to be guessed. By default the whole text is tokenised and only its
+  last token is guessed. With strict the last word is tokenised by itself, with a space before it, and all its tokens must be
+  the most probable ones.
 - PERPLEXITY: every document from its beginning, in overlapping windows; its first token is context only. Word and byte
   perplexity and bits per byte are the mean loss of a token times tokens per word and per byte (arXiv 2101.00027), words being
   what white space separates.
