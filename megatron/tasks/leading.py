@@ -52,7 +52,7 @@ class Led:
 
 
 def follow(model: Model, world: Axis) -> None:
-    """Compute along with the leader until it has finished: what every other rank does. Their zeros leave its numbers as sums."""
+    """Compute along with the leader until it has finished: what every other rank does. In the sums they add zeros."""
     cache = Cache()
     while True:
         what, rows, seq, first = all_reduce(torch.zeros(4, dtype=torch.int64, device=model.device), world).tolist()

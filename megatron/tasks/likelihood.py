@@ -13,7 +13,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Predictor, Sampling, generate
 from megatron.mesh.mesh import Axis
-from megatron.tasks.scoring import Score, Scorer, check_vocabulary, score
+from megatron.tasks.scoring import Score, Scorer, check_finite, check_vocabulary, score
 from megatron.tasks.windows import Window, windows
 
 
@@ -106,6 +106,7 @@ class Likelihoods:
         order = sorted(range(len(found)), key=lambda number: -len(found[number].tokens))
         made = score(self.model, (found[number] for number in order), self.micro_batch_size, self.alone)
         by_number = dict(zip(order, made, strict=True))
+        check_finite(sum(one.log_probability for one in by_number.values()), "the checkpoint")
         return [by_number[number] for number in range(len(found))]
 
 

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ NAME = "megatron"
 MICRO_BATCH = 8
 DEFAULT_TOKENS = 256  # of a generated text: the harness's own default
 TIMEOUT_MINUTES = 24 * 60.0  # the others wait while the first process reads data sets and computes metrics
-REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
+REFUSED = (CheckpointError, ConfigError, DataError)  # what was asked for cannot be done; needs no traceback
 
 
 def likelihoods(
@@ -144,36 +145,45 @@ def main(argv: list[str]) -> int:
         "--pipeline-model-parallel-size", type=int, default=1, help="processes that share the depth (default 1)"
     )
     args, theirs = parser.parse_known_args(argv)
-    place, speaks = None, True
+    speaks = True
     try:
         place = Place.of(os.environ)
         speaks = place.rank == 0
         grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
-        if min(grid.shape) < 1 or grid.world_size != place.world_size:
-            raise ValueError(
-                f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp} must be the number of "
-                f"processes, {place.world_size}"
-            )
-        find(Path(args.load), args.load_iteration)
-        _needs_package()
-        with job(
-            place,
-            timeout_minutes=TIMEOUT_MINUTES,
-            explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None,
-        ) as started:
+        check_asked(args, grid, place)
+    except (ValueError, *REFUSED) as error:
+        return refuse(error, speaks)
+    try:
+        with job(place, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
             run(args, theirs, started, Mesh.build(grid, place.rank, started.timeout))
     except REFUSED as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, speaks)
     return 0
 
 
-def _needs_package() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"lm-evaluation-harness is not installed ({error}): pip install 'megatron[eval]'") from error
+def in_words(error: BaseException, where: str) -> str | None:
+    """An error that needs no traceback; None for any other."""
+    return str(error) if isinstance(error, REFUSED) else None
+
+
+def refuse(error: BaseException, speaks: bool) -> int:
+    """The exit status of what cannot be done; one process says why."""
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def check_asked(args: argparse.Namespace, grid: Grid, place: Place) -> None:
+    """What can be known before the processes look for one another; ValueError or CheckpointError."""
+    sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
+    if min(grid.shape) < 1:
+        raise ValueError(f"{sizes}; legal: 1 and above")
+    if grid.world_size != place.world_size:
+        start = f"start with torchrun --nproc_per_node {grid.world_size}"
+        raise ValueError(f"{sizes} needs as many processes; there are {place.world_size}: {start}")
+    if find_spec("lm_eval") is None:
+        raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
+    find(Path(args.load), args.load_iteration)
 
 
 def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mesh) -> None:
@@ -187,24 +197,29 @@ def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mes
         device=started.device,
     )
     if mesh.world.size == 1:
-        harness(model, theirs)
+        harness(model, args.load, theirs)
     elif mesh.world.first:
         started.watch.doing("running lm-evaluation-harness")
         led = Led(model.model, mesh.world)
-        harness(Likelihoods(led, model.tokenizer, model.seq_length, model.micro_batch_size), theirs)
+        harness(Likelihoods(led, model.tokenizer, model.seq_length, model.micro_batch_size), args.load, theirs)
         led.finish()
     else:
         started.watch.waiting("lm-evaluation-harness on the first process")
         follow(model.model, mesh.world)
 
 
-def harness(model: Likelihoods, theirs: Sequence[str]) -> None:
+def harness(model: Likelihoods, load: str, theirs: Sequence[str]) -> None:
     """lm_eval's own command line, with our model."""
     from lm_eval.__main__ import cli_evaluate
 
     register(model)
-    sys.argv = ["lm_eval", "--model", NAME, *theirs]
-    cli_evaluate()
+    records = [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]  # what the harness writes down, if it can
+    sys.argv = ["lm_eval", "--model", NAME, *records, *theirs]
+    try:
+        cli_evaluate()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -95,6 +96,12 @@ def check_scored(opened: Opened[Pipeline], seq_length: int, overlap: int, micro_
         problems.append(Problem(f"`--overlapping-eval {overlap}`", rule, f"1 to {seq_length}, the --seq-length"))
     if problems:
         raise ConfigError(problems)
+
+
+def check_finite(total: float, where: str) -> None:
+    """DataError for a sum of log-probabilities that is no number."""
+    if not math.isfinite(total):
+        raise DataError(f"{where}: the model's probabilities are not finite: its weights are damaged, or its training diverged")
 
 
 def check_vocabulary(tokens: Sequence[int], vocab_size: int, where: str) -> None:

@@ -30,7 +30,7 @@ from megatron.mesh.watch import Watch
 from megatron.parallel.collectives import all_reduce
 from megatron.pipeline.inference import Pipeline
 from megatron.restore import Opened
-from megatron.tasks.scoring import check_scored, check_vocabulary, needed_tokenizer, score
+from megatron.tasks.scoring import check_finite, check_scored, check_vocabulary, needed_tokenizer, score
 from megatron.tasks.sources import Source, Text, TextFile, open_source, read_text
 from megatron.tasks.wikitext import detokenize, word_count
 from megatron.tasks.windows import Window, windows
@@ -77,11 +77,7 @@ class Scoring:
             loss, hits = loss - one.log_probability, hits + one.hit
         sums = torch.tensor([loss, hits], dtype=torch.float64, device=self.opened.model.device)
         loss, hits = all_reduce(sums, self.mesh.dp).tolist()
-        if not math.isfinite(loss):
-            raise DataError(
-                f"{self.opened.directory}: the model's probabilities are not finite: its weights are damaged, or its training "
-                "diverged"
-            )
+        check_finite(loss, str(self.opened.directory))
         return loss, int(hits), tokens, count
 
     def cut(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
