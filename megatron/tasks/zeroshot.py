@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,8 +37,19 @@ from megatron.tasks.wikitext import detokenize, word_count
 from megatron.tasks.windows import Window, windows
 
 Say = Callable[[str], object]
+USUAL_OVERLAP = 32  # Megatron-LM's
 MOST_EXPONENT = 20  # Megatron-LM's: a perplexity is shown as at most e^20
 PROGRESS_S = 30.0
+
+
+@dataclass(frozen=True)
+class Total:
+    """loss: minus the sum of the log-probabilities of all targets. hits: windows in which every target is guessed."""
+
+    loss: float
+    hits: int
+    targets: int
+    windows: int
 
 
 class Scoring:
@@ -58,8 +70,8 @@ class Scoring:
         self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
         self.vocabulary = opened.config.size("vocab_size")
 
-    def total(self, found: Iterator[Window]) -> tuple[float, int, int, int]:
-        """Sum of the negative log-probabilities, windows that are hit, tokens counted, windows: of all ranks. Collective."""
+    def total(self, found: Iterator[Window]) -> Total:
+        """Of all windows, whichever rank scores them. Collective."""
         count = tokens = 0
         next_line = time.monotonic() + PROGRESS_S
 
@@ -78,7 +90,7 @@ class Scoring:
         sums = torch.tensor([loss, hits], dtype=torch.float64, device=self.opened.model.device)
         loss, hits = all_reduce(sums, self.mesh.dp).tolist()
         check_finite(loss, str(self.opened.directory))
-        return loss, int(hits), tokens, count
+        return Total(loss, int(hits), tokens, count)
 
     def cut(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
         """The windows of one text."""
@@ -93,7 +105,7 @@ def zero_shot(
     files: Sequence[str],
     *,
     seq_length: int,
-    overlap: int = 32,
+    overlap: int | None = None,
     strict: bool = False,
     micro_batch_size: int = 4,
     watch: Watch | None = None,
@@ -102,13 +114,15 @@ def zero_shot(
     """Score a model, say Megatron-LM's line about it, and return the figures, ready for JSON. Collective.
 
     task: WIKITEXT103, LAMBADA or PERPLEXITY. mesh: that of `opened`; its data-parallel ranks share the windows. seq_length:
-    tokens that the model sees at once. overlap: Megatron-LM's --overlapping-eval, see `windows`; LAMBADA has no use for it.
-    strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the lines on every rank; only one should show them.
+    tokens that the model sees at once. overlap: Megatron-LM's --overlapping-eval, see `windows`; default 32, or seq_length
+    where that is less; LAMBADA has no use for it. strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the lines on every rank; only one should show them.
 
-    A perplexity too large for a number is None. ConfigError for sizes that do not fit, DataError for files that are not there
-    or not what the task reads; both before the model is asked anything.
+    A perplexity too large for a number is None. ConfigError for sizes that do not fit, DataError for files that are not
+    there or not what the task reads, before the model is asked anything; also for tokens that the model does not have.
     """
     sources = open_sources(task, files)
+    if overlap is None or task == "LAMBADA":
+        overlap = min(USUAL_OVERLAP, seq_length)
     scoring = Scoring(opened, mesh, seq_length, overlap, micro_batch_size, watch, say)
     about = {"task": task, "files": list(files), "checkpoint": str(opened.directory), "iteration": opened.iteration}
     if task == "PERPLEXITY":
@@ -148,8 +162,8 @@ def wikitext(scoring: Scoring, source: Source) -> tuple[dict[str, Any], str]:
     tokens = needed_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
     if min(len(tokens), words) < 2:
         raise DataError(f"{source.file}: {len(tokens)} tokens and {words} words; a perplexity needs at least two of each")
-    total, _, targets, count = scoring.total(scoring.cut(tokens, source.file))
-    loss, ratio = total / targets, (len(tokens) - 1) / (words - 1)
+    total = scoring.total(scoring.cut(tokens, source.file))
+    loss, ratio = total.loss / total.targets, (len(tokens) - 1) / (words - 1)
     figures = {
         "overlap": scoring.overlap,
         "loss": loss,
@@ -160,8 +174,8 @@ def wikitext(scoring: Scoring, source: Source) -> tuple[dict[str, Any], str]:
         "token_ratio": ratio,
         "tokens": len(tokens),
         "words": words,
-        "targets": targets,
-        "windows": count,
+        "targets": total.targets,
+        "windows": total.windows,
     }
     shown = f"ppl: {clipped(loss):.4E} | adjusted ppl: {clipped(loss * ratio):.4E} | token ratio: {ratio} |"
     return figures, f"avg loss: {loss:.4E} | {shown}"
@@ -179,18 +193,19 @@ def lambada(scoring: Scoring, source: Source, *, strict: bool) -> tuple[dict[str
         check_vocabulary(tokens, scoring.vocabulary, text.where)
         shortened += len(tokens) > scoring.seq_length + 1
         found.append(Window(tokens[-scoring.seq_length - 1 :], len(word)))
-    total, hits, targets, count = scoring.total(iter(found))
+    total, count = scoring.total(iter(found)), len(found)
     figures = {
         "strict": strict,
-        "accuracy": hits / count,
-        "correct": hits,
+        "accuracy": total.hits / count,
+        "correct": total.hits,
         "examples": count,
-        "loss": total / targets,
-        "ppl": exp(total / count),  # of a last word, or of its last token
-        "targets": targets,
+        "loss": total.loss / total.targets,
+        "ppl": exp(total.loss / count),  # of a last word, or of its last token
+        "targets": total.targets,
         "shortened": shortened,
     }
-    return figures, f"number correct: {hits:.4E} | total examples: {count:.4E} | avg accuracy: {hits / count:.4E}"
+    shown = f"total examples: {count:.4E} | avg accuracy: {total.hits / count:.4E}"
+    return figures, f"number correct: {total.hits:.4E} | {shown}"
 
 
 def last_token(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -227,12 +242,13 @@ def perplexity(scoring: Scoring, sources: Sequence[Source]) -> tuple[dict[str, A
                 counts["bytes"] += document.bytes
                 yield from scoring.cut(document.tokens, document.where)
 
-    total, _, targets, count = scoring.total(found())
-    if not targets:
+    total = scoring.total(found())
+    if not total.targets:
         names = ", ".join(source.file for source in sources)
         raise DataError(f"{names}: no document has two tokens, so there is nothing to predict")
-    loss = total / targets
-    figures = {"overlap": scoring.overlap, "loss": loss, "ppl": exp(loss), "targets": targets, "windows": count, **counts}
+    loss = total.loss / total.targets
+    figures = {"overlap": scoring.overlap, "loss": loss, "ppl": exp(loss), "targets": total.targets, "windows": total.windows}
+    figures |= counts
     line = f"avg loss: {loss:.4E} | ppl: {clipped(loss):.4E} |"
     if not all(source.has_text for source in sources):  # of tokens alone nobody knows the words
         return {**figures, "words": None, "bytes": None}, line

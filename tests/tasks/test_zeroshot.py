@@ -198,6 +198,8 @@ def test_another_family_and_windows_of_every_size(tmp_path):
         figures = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")], **sizes)
         scores = reference.all_after_first(tokens, seq_length, overlap)
         assert figures["loss"] == pytest.approx(-sum(scores) / len(scores), abs=1e-4)
+    usual = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")], seq_length=9, say=lambda line: None)
+    assert usual["overlap"] == 9
     twice = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")] * 2, **sizes)
     assert twice["loss"] == pytest.approx(figures["loss"]) and twice["documents"] == 2
 
