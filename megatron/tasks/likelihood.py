@@ -64,20 +64,22 @@ class Likelihoods:
     def until(self, prompt: str, stops: Sequence[str], most_tokens: int, sampling: Sampling, seed: int = 0) -> str:
         """What the model writes after the prompt, up to the first of the stop strings, which is left out.
 
-        A prompt that leaves no room for most_tokens loses its beginning.
+        A prompt that leaves no room for most_tokens loses its beginning; DataError where no prompt would leave it.
         """
-        room = max(1, self.seq_length - most_tokens)
+        room = self.seq_length - most_tokens
+        if room < 1:
+            raise DataError(
+                f"{most_tokens} tokens to write leave no room for a prompt in the {self.seq_length} that the model sees at "
+                "once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
+            )
         tokens = (self.tokenizer.tokenize(prompt) or [self.start])[-room:]
         check_vocabulary(tokens, self.model.config.size("vocab_size"), f"the prompt {shown(prompt)}")
         written: list[int] = []
-        text, most = "", min(most_tokens, self.seq_length - len(tokens))
-        for token in generate(
-            self.model, tokens, max_new_tokens=most, sampling=sampling, seed=seed, stop=self.tokenizer.special.get("eod")
-        ):
+        text, stop = "", self.tokenizer.special.get("eod")
+        for token in generate(self.model, tokens, max_new_tokens=most_tokens, sampling=sampling, seed=seed, stop=stop):
             written.append(token)
             text = self.tokenizer.detokenize(written)
-            ends = [text.index(stop) for stop in stops if stop and stop in text]
-            if ends:
+            if ends := [text.index(end) for end in stops if end and end in text]:
                 return text[: min(ends)]
         return text
 

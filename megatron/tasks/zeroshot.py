@@ -115,7 +115,8 @@ def zero_shot(
 
     task: WIKITEXT103, LAMBADA or PERPLEXITY. mesh: that of `opened`; its data-parallel ranks share the windows. seq_length:
     tokens that the model sees at once. overlap: Megatron-LM's --overlapping-eval, see `windows`; default 32, or seq_length
-    where that is less; LAMBADA has no use for it. strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the lines on every rank; only one should show them.
+    where that is less; LAMBADA has no use for it. strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the
+    lines on every rank; only one should show them.
 
     A perplexity too large for a number is None. ConfigError for sizes that do not fit, DataError for files that are not
     there or not what the task reads, before the model is asked anything; also for tokens that the model does not have.

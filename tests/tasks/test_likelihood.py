@@ -119,6 +119,8 @@ def test_what_cannot_be_asked(asked, model):
         asked.of_continuations([("ma", "")])
     with pytest.raises(DataError, match="has 41 tokens; it must have 1 to 40"):
         asked.of_continuations([("ma", "x" * 41)])
+    with pytest.raises(DataError, match="256 tokens to write leave no room for a prompt in the 40"):
+        written(asked, "ma", {})
     damaged = opened_on(str(model / "run"), 1, 1)[0].model
     with torch.no_grad():
         damaged.stages[0].embedding.word.weight[ord("m")] = math.nan
