@@ -75,11 +75,16 @@ def open_model(
 
 
 def open_pipeline(
-    checkpoint: Path | str, mesh: Mesh, *, iteration: int | None = None, device: torch.device | str = "cpu"
+    checkpoint: Path | str,
+    mesh: Mesh,
+    *,
+    iteration: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Opened[Pipeline]:
     """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; like `open_model`. Collective."""
     directory, manifest, config = _find(checkpoint, iteration)
-    placement, stages = _stages(directory, manifest, config, mesh, device, None)
+    placement, stages = _stages(directory, manifest, config, mesh, device, dtype)
     load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
     model = Pipeline(config, stages, placement, Channels(mesh.pp, mesh.pp_back, torch.device(device)))
     model.eval()

@@ -126,8 +126,11 @@ def blocks(files: Sequence[str]) -> Iterator[list[Line]]:
         yield block
 
 
-def parse(line: Line, keys: Sequence[str]) -> list[str]:
-    """The texts under these keys of a line; BadLine if it is not a JSON object that has them all as valid text."""
+def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
+    """The texts under these keys of a line; BadLine if it is not a JSON object that has them all as valid text.
+
+    advice: ends the message about a key that is not there.
+    """
     where = f"{line.file}:{line.number}"
     try:
         document: Any = json.loads(line.text.decode("utf-8-sig"))
@@ -145,7 +148,7 @@ def parse(line: Line, keys: Sequence[str]) -> list[str]:
         text = document.get(key)
         if key not in document:
             have = ", ".join(map(repr, list(document)[:8])) or "none"
-            raise BadLine(f"{where}: no key {key!r} (the keys are: {have}); choose with --json-keys")
+            raise BadLine(f"{where}: no key {key!r} (the keys are: {have}){advice}")
         if not isinstance(text, str):
             raise BadLine(f"{where}: the value of {key!r} is no text but {type(text).__name__}")
         try:

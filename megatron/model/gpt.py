@@ -20,7 +20,7 @@ from megatron.model.block import Block, HiddenDropout
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.collectives import copy_to, gather_from, gather_sum
-from megatron.parallel.cross_entropy import head_loss
+from megatron.parallel.cross_entropy import head_loss, label_scores
 from megatron.parallel.embedding import VocabEmbedding, VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products, replicated
 from megatron.parallel.random import DropoutKeys
@@ -163,6 +163,16 @@ class GPT(nn.Module):
         """Final hidden states to logits, fp32 `[seq, batch, vocab]` on every tensor-parallel rank, padding left out."""
         columns = column_products(x, self.tp, self.sequence_parallel, [self._output_weight()], [None])[0]
         return gather_from(columns, self.tp, -1)[..., : self.shard.vocab].float()
+
+    def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of final hidden states, the labels' log-probabilities fp32 `[seq, batch]`, and bool: is it the most probable token?
+
+        Equal on every tensor-parallel rank; only a few tokens' logits are there at a time.
+        """
+        x = gather_from(x, self.tp, 0) if self.sequence_parallel else x
+        labels = batch.labels.t()
+        scores, hits = label_scores(x.flatten(0, 1), self._output_weight(), labels.reshape(-1), self.shard, self.tp)
+        return scores.view(labels.shape), hits.view(labels.shape)
 
     def _output_weight(self) -> nn.Parameter:
         """`[held, hidden]`: this rank's rows of the output layer."""

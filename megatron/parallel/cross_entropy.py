@@ -31,8 +31,7 @@ def token_losses(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) ->
     """
     logits[:, shard.used :] = -torch.inf
     x = logits.float()
-    elsewhere = (labels < shard.start) | (labels >= shard.start + shard.used)
-    local = (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1)
+    local, elsewhere = _columns(labels, shard)
     if tp.size == 1:
         x = x.log_softmax(dim=-1)
         losses, probabilities = -x.gather(-1, local).squeeze(-1), x.exp_()
@@ -44,6 +43,17 @@ def token_losses(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) ->
         losses, probabilities = total.log() - at_label, exponentials.div_(total.unsqueeze(-1))
     probabilities.scatter_add_(-1, local, elsewhere.to(x.dtype).unsqueeze(-1) - 1.0)
     return losses, probabilities
+
+
+def _columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Where the labels are among this rank's columns, int64 `[tokens, 1]`; bool `[tokens]`, true where on another rank."""
+    elsewhere = (labels < shard.start) | (labels >= shard.start + shard.used)
+    return (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1), elsewhere
+
+
+def _chunk_rows(x: Tensor, shard: VocabShard) -> int:
+    """Tokens whose logits are held at a time; the same on every rank of tp."""
+    return max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -118,9 +128,38 @@ def head_loss(
     `[held, hidden]`, this rank's rows. bias: `[held]`. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
     rows: tokens of a chunk, the same on every rank; default what suits the device.
     """
-    rows = rows or max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
+    rows = rows or _chunk_rows(x, shard)
     if x.dtype == torch.float16:
         rows = min(rows, MOST_FP16_ROWS)
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss: Tensor = _HeadLoss.apply(x, weight, bias, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
     return loss
+
+
+@torch.no_grad()
+def label_scores(
+    x: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, tp: Axis, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels, fp32 `[tokens]`, and whether each is the most probable token, bool `[tokens]`.
+
+    Equal on every rank of tp; arguments as of `head_loss`. Of equally probable tokens the lower one counts as the more
+    probable, as in generation.
+    """
+    rows = rows or _chunk_rows(x, shard)
+    scores = x.new_empty(x.shape[0], dtype=torch.float32)
+    hits = torch.empty_like(scores, dtype=torch.bool)
+    for first in range(0, x.shape[0], rows):
+        chunk = slice(first, first + rows)
+        logits = (x[chunk] @ weight.t()).float()
+        logits[:, shard.used :] = -torch.inf
+        local, elsewhere = _columns(labels[chunk], shard)
+        own, best = logits.max(dim=-1)
+        highest = all_reduce(own.clone(), tp, "max")
+        # The lowest of the ranks' most probable tokens, as the largest of their negatives.
+        best = -all_reduce(-(best + shard.start).masked_fill(own < highest, shard.vocab), tp, "max")
+        at_label = logits.gather(-1, local).squeeze(-1).sub_(highest).masked_fill_(elsewhere, 0.0)
+        total = logits.sub_(highest.unsqueeze(-1)).exp_().sum(dim=-1)
+        total, at_label = all_reduce(torch.stack([total, at_label]), tp)
+        scores[chunk] = at_label - total.log()
+        hits[chunk] = best == labels[chunk]
+    return scores, hits

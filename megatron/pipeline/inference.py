@@ -23,6 +23,7 @@ class Stage(Protocol):
     def hidden(self, x: Tensor | None, batch: Batch, cache: Any = None) -> Tensor: ...
     def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
     def output(self, x: Tensor) -> Tensor: ...
+    def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def train(self, mode: bool = True) -> object: ...
 
 
@@ -69,6 +70,21 @@ class Pipeline:
         if x is not None:
             answer.copy_(stages[len(self.placement) - 1].answers(x, batch))
         return self._to_all(answer)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The labels' log-probabilities, fp32 `[seq, batch]`, and bool whether each is the most probable token; on every rank.
+
+        Collective. Logits stay where they are made: two numbers a token travel.
+        """
+        x = self._final_hidden(batch, None)
+        rows, seq = batch.tokens.shape
+        answer = torch.empty(2, seq, rows, device=self.device)
+        if x is not None:
+            for part, made in zip(answer, self.stages[len(self.placement) - 1].scores(x, batch), strict=True):
+                part.copy_(made)
+        answer = self._to_all(answer)
+        return answer[0], answer[1] > 0.5
 
     def _final_hidden(self, batch: Batch, cache: Any) -> Tensor | None:
         """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""

@@ -3,14 +3,65 @@ pretrained model."""
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+
 from megatron.config.cli import Parsed
+from megatron.config.schema import RunConfig
+from megatron.config.tasks import TASKS
+from megatron.mesh.launch import Job
+from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
-from megatron.tasks.finetune import prepare
-from megatron.train.pretraining import run_prepared
+from megatron.mesh.watch import Watch
+from megatron.optim.precision import Precision
+from megatron.restore import open_pipeline
+from megatron.tasks.finetune import prepare, write_results
+from megatron.tasks.zeroshot import open_sources, zero_shot
+from megatron.train.pretraining import in_a_job, refusing, run_prepared, say
 from megatron.train.progress import EarlyStop
+from megatron.train.resume import find_source
+from megatron.train.run import grid_of
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
     """The exit status of the contract; arguments as for `train.pretraining.run_prepared`."""
-    return run_prepared(prepare, parsed, place, began, signals, early)
+    if TASKS[parsed.config.task.task or ""].head is not None:
+        return run_prepared(prepare, parsed, place, began, signals, early)
+
+    def check(watch: Watch) -> RunConfig:
+        watch.waiting("reading the files")  # a phase without a limit
+        with refusing():
+            open_sources(parsed.config.task.task or "", parsed.config.task.valid_data)
+        return parsed.config
+
+    return in_a_job(check, ask, parsed.config.layout, place, signals, early)
+
+
+def ask(config: RunConfig, job: Job) -> int:
+    """Score a pretrained model on this rank's part of it. Collective."""
+    task, out = config.task, sys.stdout if job.is_main else None
+    with refusing():
+        source = find_source(config.checkpoint)
+        say(out, *source.lines, job.describe())
+        mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout)
+        job.watch.waiting("loading the checkpoint")
+        # As saved, unless a precision is asked for.
+        dtype = Precision.of(config.precision).compute if config.precision.two_bytes else None
+        opened = open_pipeline(source.directory or "", mesh, device=job.device, dtype=dtype)
+        results = zero_shot(
+            task.task or "",
+            opened,
+            mesh,
+            task.valid_data,
+            seq_length=config.data.seq_length or 0,
+            overlap=task.overlapping_eval,
+            strict=task.strict_lambada,
+            micro_batch_size=config.batch.micro_batch_size or 1,
+            watch=job.watch,
+            say=partial(say, out),
+        )
+    if task.results_path is not None and job.is_main:
+        write_results(task.results_path, results)
+        say(out, f"results: {task.results_path}")
+    return 0

@@ -14,14 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import torch
 
 from megatron.checkpoint.layout import CheckpointError, read_tracker
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
-from megatron.config.schema import RunConfig
+from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
@@ -86,17 +86,41 @@ def run_prepared(
     prepare: raises Refused. began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until
     the ranks have joined.
     """
-    layout = parsed.config.layout
+
+    def run(prepared: Prepared, started: Job) -> int:
+        signals.hold()
+        return run_job(prepared, started, began, signals, early.progress)
+
+    compiled = parsed.config.batch.compile
+    return in_a_job(partial(prepare, parsed), run, parsed.config.layout, place, signals, early, compiled=compiled)
+
+
+T = TypeVar("T")
+
+
+def in_a_job(
+    prepare: Callable[[Watch], T],
+    run: Callable[[T, Job], int],
+    layout: LayoutConfig,
+    place: Place,
+    signals: StopSignals,
+    early: EarlyStop,
+    *,
+    compiled: bool = False,
+) -> int:
+    """What each rank prepares by itself, then what they do together; its exit status, or that of what went wrong, said once.
+
+    prepare: raises Refused. signals, early: as of `run_prepared`. compiled: the first work of a kind may take any time.
+    """
     hang = layout.hang_timeout_seconds or math.inf
-    patience = Patience(hang=hang, first=math.inf if parsed.config.batch.compile else hang)
+    patience = Patience(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
     try:
         with guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard:
-            prepared = prepare(parsed, guard.watch)
+            prepared = prepare(guard.watch)
             guard.wait_for_all("preparing their data", partial(say, sys.stdout if place.rank == 0 else None))
             with job(place, layout.distributed_backend, timeout, guard=guard) as started:
-                signals.hold()
-                return run_job(prepared, started, began, signals, early.progress)
+                return run(prepared, started)
     except KeyboardInterrupt:
         return fail("interrupted", 130, place.rank == 0)
     except Refused as error:

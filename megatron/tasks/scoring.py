@@ -1,0 +1,118 @@
+"""Windows of text to log-probabilities, on any layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.schema import ModelConfig
+from megatron.contract import Batch
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer
+from megatron.mesh.mesh import Axis
+from megatron.mesh.watch import Watch
+from megatron.pipeline.inference import Pipeline
+from megatron.restore import Opened
+from megatron.tasks.windows import Window
+
+
+class Scorer(Protocol):
+    """A whole model: a `pipeline.inference.Pipeline`, on one rank or on several."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of the batch's labels: log-probability fp32 `[seq, batch]`, and bool whether each is the most probable token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a window's counted tokens: the sum of their log-probabilities, and whether each one is the most probable token."""
+
+    log_probability: float
+    hit: bool
+
+
+def score(
+    model: Scorer, windows: Iterable[Window], micro_batch_size: int, dp: Axis, watch: Watch | None = None
+) -> Iterator[Score]:
+    """This data-parallel rank's share of the windows, in order: windows r, r + dp, r + 2 dp ... of each micro-batch.
+
+    All ranks pass the same windows, and all take every score: collective over the ranks that share a model.
+    """
+    watch, source, done = watch or Watch(), iter(windows), 0
+    while together := list(islice(source, micro_batch_size * dp.size)):
+        watch.doing(f"scoring windows {done} to {done + len(together) - 1}")
+        done += len(together)
+        if mine := together[dp.rank :: dp.size]:  # ranks that share a model share dp.rank, so they leave out the same ones
+            batch = batch_of(mine, model.device)
+            values, hits = model.scores(batch)
+            counted = batch.loss_mask.t() > 0
+            sums = values.double().masked_fill(~counted, 0.0).sum(dim=0)
+            yield from map(Score, sums.tolist(), (hits | ~counted).all(dim=0).tolist())
+    watch.waiting("the scores of all ranks")
+
+
+def batch_of(windows: Sequence[Window], device: torch.device) -> Batch:
+    """Windows as rows, padded behind to the longest of them, which a causal model does not see."""
+    longest = max(len(window.tokens) for window in windows)
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
+    mask = torch.zeros(len(windows), longest - 1)
+    for row, window in enumerate(windows):
+        size = len(window.tokens)
+        ids[row, :size] = torch.as_tensor(window.tokens)
+        mask[row, size - 1 - window.counted : size - 1] = 1.0
+    positions = torch.arange(longest - 1).expand(len(windows), -1)
+    samples = torch.zeros(len(windows), dtype=torch.int64)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, positions, samples).to(device)
+
+
+def check_scored(opened: Opened[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
+    """The sizes fit the model: else ConfigError with all that is wrong; DataError for a model that predicts no next token."""
+    config = opened.config
+    if config.architecture != "gpt":
+        raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and gives no probability to a text")
+    problems = []
+    if micro_batch_size < 1:
+        problems.append(Problem(f"`--micro-batch-size {micro_batch_size}`", "scores nothing", "1 and above"))
+    if seq_length < 1:
+        problems.append(Problem(f"`--seq-length {seq_length}`", "is no length", "1 and above"))
+    elif config.position_embedding_type == "learned_absolute":
+        last = config.size("max_position_embeddings")
+        if seq_length > last:
+            rule = f"is longer than the model of {opened.directory}, which has {last} positions"
+            problems.append(Problem(f"`--seq-length {seq_length}`", rule, f"1 to {last}"))
+    if seq_length >= 1 and not 1 <= overlap <= seq_length:
+        rule = "would leave tokens out or stand still: it is how far each window lies behind the one before"
+        problems.append(Problem(f"`--overlapping-eval {overlap}`", rule, f"1 to {seq_length}, the --seq-length"))
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_finite(total: float, where: str) -> None:
+    """DataError for a sum of log-probabilities that is no number."""
+    if not math.isfinite(total):
+        raise DataError(f"{where}: the model's probabilities are not finite: its weights are damaged, or its training diverged")
+
+
+def check_vocabulary(tokens: Sequence[int], vocab_size: int, where: str) -> None:
+    """DataError for tokens that the model does not have."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        wrong = max(tokens) if max(tokens) >= vocab_size else min(tokens)
+        raise DataError(f"{where}: token {wrong} is outside of the model's vocabulary of {vocab_size}")
+
+
+def needed_tokenizer(opened: Opened[Pipeline]) -> Tokenizer:
+    """The checkpoint's tokenizer; DataError if it holds none."""
+    if opened.tokenizer is None:
+        raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run, and text needs one")
+    return opened.tokenizer

@@ -1,0 +1,122 @@
+"""The texts that are scored: a plain file, JSON lines, or an indexed dataset; read and checked before a model is asked."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from megatron.data.build import check_tokenizer
+from megatron.data.corpus import BadLine, blocks, open_text, parse
+from megatron.data.errors import DataError
+from megatron.data.indexed import IndexedDataset
+from megatron.data.tokenizer import Tokenizer
+
+KEY = "text"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, and where it stands, for messages."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text in tokens. words, bytes: of the text, separated by white space and in UTF-8; 0 where only tokens are known."""
+
+    where: str
+    tokens: Sequence[int]
+    words: int = 0
+    bytes: int = 0
+
+
+class TextFile:
+    """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
+
+    Packed by gzip or zstandard where the name ends in .gz or .zst. Made with one reading of the whole file: DataError, with
+    file and line, for what is no text.
+    """
+
+    has_text = True
+
+    def __init__(self, file: str, *, lines: bool | None = None) -> None:
+        name = file.removesuffix(".gz").removesuffix(".zst")
+        self.file, self.lines = file, name.endswith((".jsonl", ".json")) if lines is None else lines
+        if not any(text.text.strip() for text in self.texts()):
+            raise DataError(f"{file}: there is no text in it")
+
+    def texts(self) -> Iterator[Text]:
+        """One after the other."""
+        if self.lines:
+            for block in blocks([self.file]):
+                for line in block:
+                    try:
+                        yield Text(f"{line.file}:{line.number}", parse(line, [KEY], advice="")[0])
+                    except BadLine as error:
+                        raise DataError(str(error)) from error
+        else:
+            yield Text(self.file, read_text(self.file))
+
+    def documents(self, tokenizer: Tokenizer | None) -> Iterator[Document]:
+        """In tokens, nothing added before or after. DataError at once where there is no tokenizer."""
+        if tokenizer is None:
+            raise DataError(f"{self.file}: a text, and the checkpoint holds no tokenizer for it")
+        return (
+            Document(t.where, tokenizer.tokenize(t.text), len(t.text.split()), len(t.text.encode("utf-8")))
+            for t in self.texts()
+        )
+
+
+class TokenFile:
+    """An indexed dataset, by its prefix."""
+
+    has_text = False
+
+    def __init__(self, prefix: str) -> None:
+        self.dataset = IndexedDataset(prefix)
+        self.file = self.dataset.prefix
+        if not self.dataset.token_count:
+            raise DataError(f"{self.file}: there are no tokens in it")
+
+    def texts(self) -> Iterator[Text]:
+        """There is none: DataError."""
+        raise DataError(f"{self.file}: an indexed dataset, which holds tokens and no text")
+
+    def documents(self, tokenizer: Tokenizer | None) -> Iterator[Document]:
+        """As they were written, with an end-of-document token where there is one. tokenizer: the checkpoint's.
+
+        DataError at once if the dataset says that another tokenizer made it.
+        """
+        if tokenizer is not None:
+            check_tokenizer(self.dataset, tokenizer)
+        starts = self.dataset.documents.tolist()
+        return (
+            Document(f"{self.file}, document {number}", [t for i in range(first, end) for t in self.dataset[i].tolist()])
+            for number, (first, end) in enumerate(pairwise(starts))
+        )
+
+
+Source = TextFile | TokenFile
+
+
+def open_source(file: str) -> Source:
+    """What a name stands for; DataError if it is not there or damaged."""
+    if file.endswith((".bin", ".idx")) or (not os.path.exists(file) and os.path.exists(file + ".idx")):
+        return TokenFile(file)
+    return TextFile(file)
+
+
+def read_text(file: str) -> str:
+    """A whole file as text; DataError where it cannot be read, is damaged or no UTF-8."""
+    try:
+        with open_text(file) as stream:
+            return stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error

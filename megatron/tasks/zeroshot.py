@@ -1,0 +1,272 @@
+"""Zero-shot scores of a language model: WikiText-103's perplexity, LAMBADA's accuracy, the perplexity of any text.
+
+The first two as the paper (arXiv 1909.08053, section 5.3) and Megatron-LM define them, so that their figures can be compared:
+
+- WIKITEXT103: one text file, without the spaces of its tokeniser where its path contains "wiki" (`wikitext.py`), in
+  overlapping windows. loss is the mean over all tokens but the first; adjusted ppl normalises it to the words of the file as
+  it is: exp(loss x token ratio), token ratio = (tokens - 1) / (words - 1), words being what single spaces separate.
+- LAMBADA: JSON lines with a "text", whose last word is to be guessed. By default the whole text is tokenised and only its
+  last token is guessed. With strict the last word is tokenised by itself, with a space before it, and all its tokens must be
+  the most probable ones.
+- PERPLEXITY: every document from its beginning, in overlapping windows; its first token is context only. Word and byte
+  perplexity and bits per byte are the mean loss of a token times tokens per word and per byte (arXiv 2101.00027), words being
+  what white space separates.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron.config.errors import ConfigError, Problem
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer
+from megatron.mesh.mesh import Mesh
+from megatron.mesh.watch import Watch
+from megatron.parallel.collectives import all_reduce
+from megatron.pipeline.inference import Pipeline
+from megatron.restore import Opened
+from megatron.tasks.scoring import check_finite, check_scored, check_vocabulary, needed_tokenizer, score
+from megatron.tasks.sources import Source, Text, TextFile, open_source, read_text
+from megatron.tasks.wikitext import detokenize, word_count
+from megatron.tasks.windows import Window, windows
+
+Say = Callable[[str], object]
+USUAL_OVERLAP = 32  # Megatron-LM's
+MOST_EXPONENT = 20  # Megatron-LM's: a perplexity is shown as at most e^20
+PROGRESS_S = 30.0
+
+
+@dataclass(frozen=True)
+class Total:
+    """loss: minus the sum of the log-probabilities of all targets. hits: windows in which every target is guessed."""
+
+    loss: float
+    hits: int
+    targets: int
+    windows: int
+
+
+class Scoring:
+    """One evaluation: a model, on this rank of a mesh, and the sizes of what it sees at once."""
+
+    def __init__(
+        self,
+        opened: Opened[Pipeline],
+        mesh: Mesh,
+        seq_length: int,
+        overlap: int,
+        micro_batch_size: int,
+        watch: Watch | None = None,
+        say: Say = print,
+    ) -> None:
+        check_scored(opened, seq_length, overlap, micro_batch_size)
+        self.opened, self.mesh, self.watch, self.say = opened, mesh, watch, say
+        self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
+        self.vocabulary = opened.config.size("vocab_size")
+
+    def total(self, found: Iterator[Window]) -> Total:
+        """Of all windows, whichever rank scores them. Collective."""
+        count = tokens = 0
+        next_line = time.monotonic() + PROGRESS_S
+
+        def each() -> Iterator[Window]:
+            nonlocal count, tokens, next_line
+            for window in found:
+                if time.monotonic() > next_line:
+                    self.say(f"scored {count} windows, {tokens} tokens")
+                    next_line = time.monotonic() + PROGRESS_S
+                count, tokens = count + 1, tokens + window.counted
+                yield window
+
+        loss = hits = 0.0
+        for one in score(self.opened.model, each(), self.micro_batch_size, self.mesh.dp, self.watch):
+            loss, hits = loss - one.log_probability, hits + one.hit
+        sums = torch.tensor([loss, hits], dtype=torch.float64, device=self.opened.model.device)
+        loss, hits = all_reduce(sums, self.mesh.dp).tolist()
+        check_finite(loss, str(self.opened.directory))
+        return Total(loss, int(hits), tokens, count)
+
+    def cut(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
+        """The windows of one text."""
+        check_vocabulary(tokens, self.vocabulary, where)
+        return windows(tokens, self.seq_length, self.overlap)
+
+
+def zero_shot(
+    task: str,
+    opened: Opened[Pipeline],
+    mesh: Mesh,
+    files: Sequence[str],
+    *,
+    seq_length: int,
+    overlap: int | None = None,
+    strict: bool = False,
+    micro_batch_size: int = 4,
+    watch: Watch | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Score a model, say Megatron-LM's line about it, and return the figures, ready for JSON. Collective.
+
+    task: WIKITEXT103, LAMBADA or PERPLEXITY. mesh: that of `opened`; its data-parallel ranks share the windows. seq_length:
+    tokens that the model sees at once. overlap: Megatron-LM's --overlapping-eval, see `windows`; default 32, or seq_length
+    where that is less; LAMBADA has no use for it. strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the
+    lines on every rank; only one should show them.
+
+    A perplexity too large for a number is None. ConfigError for sizes that do not fit, DataError for files that are not
+    there or not what the task reads, before the model is asked anything; also for tokens that the model does not have.
+    """
+    sources = open_sources(task, files)
+    if overlap is None or task == "LAMBADA":
+        overlap = min(USUAL_OVERLAP, seq_length)
+    scoring = Scoring(opened, mesh, seq_length, overlap, micro_batch_size, watch, say)
+    about = {"task": task, "files": list(files), "checkpoint": str(opened.directory), "iteration": opened.iteration}
+    if task == "PERPLEXITY":
+        figures, line = perplexity(scoring, sources)
+    elif task == "LAMBADA":
+        figures, line = lambada(scoring, *sources, strict=strict)
+    else:
+        figures, line = wikitext(scoring, *sources)
+    line = f" validation results on {task} | {line}"
+    rule = "-" * (len(line) + 1)
+    for one in (rule, line, rule):
+        say(one)
+    return {**about, "seq_length": seq_length, **figures}
+
+
+def open_sources(task: str, files: Sequence[str]) -> list[Source]:
+    """The files of a task, read through once, so that nothing of them is wrong later; needs no model.
+
+    ConfigError for a task or a number of files that makes no sense, DataError for a file.
+    """
+    if task not in ("WIKITEXT103", "LAMBADA", "PERPLEXITY"):
+        raise ConfigError([Problem(f"`--task {task}`", "is no zero-shot task", "WIKITEXT103, LAMBADA, PERPLEXITY")])
+    if task == "PERPLEXITY":
+        if not files:
+            legal = "texts, JSON lines, indexed datasets by their prefix"
+            raise ConfigError([Problem("`--valid-data`", "is missing: PERPLEXITY has nothing to read", legal)])
+        return [open_source(file) for file in files]
+    if len(files) != 1:
+        raise ConfigError([Problem("`--valid-data`", f"names {len(files)} files", f"one file for {task}")])
+    return [TextFile(files[0], lines=task == "LAMBADA")]
+
+
+def wikitext(scoring: Scoring, source: Source) -> tuple[dict[str, Any], str]:
+    """Figures, and the line about them."""
+    raw = read_text(source.file)
+    words = word_count(raw)
+    tokens = needed_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
+    if min(len(tokens), words) < 2:
+        raise DataError(f"{source.file}: {len(tokens)} tokens and {words} words; a perplexity needs at least two of each")
+    total = scoring.total(scoring.cut(tokens, source.file))
+    loss, ratio = total.loss / total.targets, (len(tokens) - 1) / (words - 1)
+    figures = {
+        "overlap": scoring.overlap,
+        "loss": loss,
+        "ppl": exp(loss),
+        "adjusted_ppl": exp(loss * ratio),
+        "ppl_clipped": clipped(loss),
+        "adjusted_ppl_clipped": clipped(loss * ratio),
+        "token_ratio": ratio,
+        "tokens": len(tokens),
+        "words": words,
+        "targets": total.targets,
+        "windows": total.windows,
+    }
+    shown = f"ppl: {clipped(loss):.4E} | adjusted ppl: {clipped(loss * ratio):.4E} | token ratio: {ratio} |"
+    return figures, f"avg loss: {loss:.4E} | {shown}"
+
+
+def lambada(scoring: Scoring, source: Source, *, strict: bool) -> tuple[dict[str, Any], str]:
+    """Figures, and the line about them. A context longer than the model sees loses its beginning."""
+    tokenizer = needed_tokenizer(scoring.opened)
+    found, shortened = [], 0
+    for text in source.texts():
+        context, word = (last_word if strict else last_token)(text, tokenizer)
+        if len(word) > scoring.seq_length:
+            raise DataError(f"{text.where}: the last word has {len(word)} tokens, the model sees {scoring.seq_length} at once")
+        tokens = [*context, *word]
+        check_vocabulary(tokens, scoring.vocabulary, text.where)
+        shortened += len(tokens) > scoring.seq_length + 1
+        found.append(Window(tokens[-scoring.seq_length - 1 :], len(word)))
+    total, count = scoring.total(iter(found)), len(found)
+    figures = {
+        "strict": strict,
+        "accuracy": total.hits / count,
+        "correct": total.hits,
+        "examples": count,
+        "loss": total.loss / total.targets,
+        "ppl": exp(total.loss / count),  # of a last word, or of its last token
+        "targets": total.targets,
+        "shortened": shortened,
+    }
+    shown = f"total examples: {count:.4E} | avg accuracy: {total.hits / count:.4E}"
+    return figures, f"number correct: {total.hits:.4E} | {shown}"
+
+
+def last_token(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Context and what is to be guessed: the last token of the text."""
+    tokens = tokenizer.tokenize(text.text)
+    if len(tokens) < 2:
+        raise DataError(f"{text.where}: the text has {len(tokens)} tokens; guessing its last one needs another before it")
+    return tokens[:-1], tokens[-1:]
+
+
+def last_word(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Context and what is to be guessed: the last word of the text, tokenised by itself."""
+    words = text.text.split()
+    context: list[int] = []
+    if words:
+        context = tokenizer.tokenize(text.text[: text.text.rfind(words[-1])].strip())
+    if not context:
+        raise DataError(f"{text.where}: the text has {len(words)} words; guessing its last one needs another before it")
+    return context, tokenizer.tokenize(" " + words[-1])
+
+
+def perplexity(scoring: Scoring, sources: Sequence[Source]) -> tuple[dict[str, Any], str]:
+    """Figures, and the line about them."""
+    counts = dict.fromkeys(("documents", "documents_without_targets", "tokens", "words", "bytes"), 0)
+    streams = [source.documents(scoring.opened.tokenizer) for source in sources]
+
+    def found() -> Iterator[Window]:
+        for documents in streams:
+            for document in documents:
+                counts["documents"] += 1
+                counts["documents_without_targets"] += len(document.tokens) < 2
+                counts["tokens"] += len(document.tokens)
+                counts["words"] += document.words
+                counts["bytes"] += document.bytes
+                yield from scoring.cut(document.tokens, document.where)
+
+    total = scoring.total(found())
+    if not total.targets:
+        names = ", ".join(source.file for source in sources)
+        raise DataError(f"{names}: no document has two tokens, so there is nothing to predict")
+    loss = total.loss / total.targets
+    figures = {"overlap": scoring.overlap, "loss": loss, "ppl": exp(loss), "targets": total.targets, "windows": total.windows}
+    figures |= counts
+    line = f"avg loss: {loss:.4E} | ppl: {clipped(loss):.4E} |"
+    if not all(source.has_text for source in sources):  # of tokens alone nobody knows the words
+        return {**figures, "words": None, "bytes": None}, line
+    in_word, in_byte = loss * counts["tokens"] / counts["words"], loss * counts["tokens"] / counts["bytes"]
+    bits = in_byte / math.log(2)
+    figures |= {"word_ppl": exp(in_word), "byte_ppl": exp(in_byte), "bits_per_byte": bits}
+    return figures, f"{line} word ppl: {clipped(in_word):.4E} | byte ppl: {clipped(in_byte):.4E} | bits per byte: {bits:.4E} |"
+
+
+def exp(x: float) -> float | None:
+    """e^x; None where that is larger than a number can be."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return None
+
+
+def clipped(x: float) -> float:
+    """e^x as Megatron-LM shows it."""
+    return math.exp(min(MOST_EXPONENT, x))
