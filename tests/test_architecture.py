@@ -29,7 +29,18 @@ FLOORS: dict[str, set[str]] = {
     "checkpoint": GROUND | {"parallel", "kernels"},
     "plan": GROUND | {"parallel", "kernels", "model.size", "pipeline"},
 }
-TOP = {"train", "stages", "generate", "restore", "export", "dryrun", "imports", "convert"}  # floor 6: may import everything
+TOP = {
+    "train",
+    "stages",
+    "generate",
+    "beam",
+    "restore",
+    "export",
+    "dryrun",
+    "imports",
+    "convert",
+    "serving",
+}  # floor 6: may import everything
 # Files and packages that import no torch: they are tested in milliseconds and run anywhere.
 PURE = [
     "config",
@@ -55,7 +66,7 @@ PURE = [
     "parallel/buckets.py",
 ]
 PURE += [f"pipeline/{name}.py" for name in ("schedule", "simulate", "draw", "lower", "partition")]
-OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers"}
+OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "starlette", "uvicorn"}
 LONGEST = 400
 REASON = "Longer than 400 lines because"
 
