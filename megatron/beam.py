@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from megatron.generate import Predictor, batch_of_rows, check_prompt, room_after
 from megatron.model.attention import Cache
 
 WIDEST = 1000
+HARDEST = 50  # penalty: a power of the length that a float still holds
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class BeamSearch:
     def __post_init__(self) -> None:
         if not 1 <= self.width <= WIDEST:
             raise ValueError(f"--beam-width {self.width} is no width; legal: 1 to {WIDEST}")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"--length-penalty {self.length_penalty} is not finite")
+        if not abs(self.length_penalty) <= HARDEST:
+            raise ValueError(f"--length-penalty {self.length_penalty} is none; legal: -{HARDEST} to {HARDEST}")
 
     def score(self, log_prob: float, length: int) -> float:
-        return log_prob / length**self.length_penalty
+        return log_prob / float(length**self.length_penalty)
 
     @torch.no_grad()
     def run(

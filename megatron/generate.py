@@ -174,10 +174,10 @@ def write(
 ) -> Iterator[list[int]]:
     """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
 
-    On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says that
-    its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place among the
-    texts. banned: tokens that must not come next. top: None for no scores; else every token after the first gets one, with that
-    many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
+    On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
+    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place
+    among the texts. banned: tokens that must not come next. top: None for no scores; else every token after the first gets one,
+    with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
     ValueError for prompts that cannot be continued.
     """
     for text in texts:

@@ -22,11 +22,12 @@ from megatron.beam import BeamSearch
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, Text, device_of, room_after, write
+from megatron.generate import Sampling, Text, room_after, write
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
+from megatron.model_flags import add_model_flags, layout_of
 from megatron.restore import open_pipeline, text_tokenizer
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
@@ -34,8 +35,7 @@ REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was aske
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--load", required=True, help="directory of checkpoints, or one iter_ directory")
-    parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
+    add_model_flags(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
     given.add_argument("--prompt-file", help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}')
@@ -48,21 +48,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stop-token", type=int, help="the token that ends a text; default that of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
-    for axis, what in (("tensor", "each layer"), ("pipeline", "the depth")):
-        parser.add_argument(
-            f"--{axis}-model-parallel-size", type=int, default=1, help=f"processes that share {what} (default 1)"
-        )
     args = parser.parse_args(argv)
-    grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     speaks = True
     try:
         place = Place.of(os.environ)
         speaks = place.rank == 0
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if args.device is not None and place.world_size > 1:
-            raise ValueError(f"--device {args.device} is for one process; several each take the device of their own number")
-        device = device_of(args.device, gpus)
+        grid, device = layout_of(args, place)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         if args.beam_width is None and args.length_penalty is not None:
             raise ValueError("--length-penalty belongs to a beam search: give --beam-width")
@@ -76,14 +67,6 @@ def main(argv: list[str]) -> int:
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
-        sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
-        if min(grid.shape) < 1:
-            raise ValueError(f"{sizes}; legal: 1 and above")
-        if grid.world_size != place.world_size:
-            raise ValueError(
-                f"{sizes} needs as many processes; there are {place.world_size}: "
-                f"start with torchrun --nproc_per_node {grid.world_size}"
-            )
         find(Path(args.load), args.load_iteration)
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if place.world_size == 1 else started.device

@@ -27,7 +27,6 @@ from megatron.parallel.random import DropoutKeys
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.spec import describe, name_parameters, spec_of
 
-
 MOST_LOGITS = 1 << 24  # that are in memory at once for log-probabilities: 64 MiB
 
 
