@@ -1,7 +1,7 @@
 """Serve a trained model over HTTP: `tools/text_generation_server.py --load CKPT`.
 
-Answers Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions`, see examples/text_generation_server. Started by torchrun on
-several processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their
+Answers Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions`, see examples/text_generation_server. Started by torchrun
+on several processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their
 number. SIGTERM and Ctrl-C end it.
 """
 
@@ -64,8 +64,9 @@ def main(argv: list[str]) -> int:
 
 def run(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, signals: StopSignals) -> None:
     """Open the model and serve it. Collective."""
-    opened_port = open_port(args.host, args.port) if started.is_main else None
     mesh = Mesh.build(grid, started.place.rank, started.timeout)
+    # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
+    opened_port = open_port(args.host, args.port) if started.is_main else None
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
     name = args.model_name or Path(args.load).resolve().name

@@ -106,7 +106,8 @@ def build(service: Service) -> Starlette:
             quiet = fields.held.get("no_log") is True
             task = megatron_api.task_of(fields, service.engine.tokenizer)
             records, done = await collect(service, task, request.is_disconnected)
-            answer, status = megatron_api.reply(task, records, done, service.engine.tokenizer), 200
+            answer: object = megatron_api.reply(task, records, done, service.engine.tokenizer)
+            status = 200
         except (RequestError, DataError) as error:
             answer, status = str(error), getattr(error, "status", 400)
         if not quiet:

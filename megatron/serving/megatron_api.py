@@ -16,27 +16,10 @@ from megatron.serving.task import MOST_PROMPTS, Task
 from megatron.serving.words import single
 
 REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
-KNOWN = frozenset(
-    [
-        "prompts",
-        "tokens_to_generate",
-        "logprobs",
-        "temperature",
-        "top_k",
-        "top_p",
-        "top_p_decay",
-        "top_p_bound",
-        "add_BOS",
-        "stop_on_double_eol",
-        "stop_on_eol",
-        "prevent_newline_after_colon",
-        "random_seed",
-        "no_log",
-        "beam_width",
-        "stop_token",
-        "length_penalty",
-    ]
-)
+SAMPLING = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "random_seed")
+STOPS = ("stop_on_double_eol", "stop_on_eol", "prevent_newline_after_colon")
+BEAMS = ("beam_width", "stop_token", "length_penalty")
+KNOWN = frozenset(("prompts", "tokens_to_generate", "logprobs", "add_BOS", "no_log", *SAMPLING, *STOPS, *BEAMS))
 
 
 def task_of(fields: Fields, tokenizer: Tokenizer) -> Task:
@@ -103,7 +86,7 @@ def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> Bea
 
 def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """What ends a text: the end of a document, and where asked for the end of a line or of a paragraph."""
-    runs = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
+    runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
     line, double = fields.truth("stop_on_eol"), fields.truth("stop_on_double_eol")
     if line or double:
         newline, paragraph = tuple(tokenizer.tokenize("\n")), tuple(tokenizer.tokenize("\n\n"))

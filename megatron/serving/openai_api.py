@@ -16,26 +16,15 @@ from megatron.serving.record import Record
 from megatron.serving.task import MOST_PROMPTS, Task
 
 MOST_STOPS, MOST_ALTERNATIVES = 4, 100
-NEUTRAL = (("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}), ("suffix", ""))  # what is not offered
-KNOWN = frozenset(
-    [
-        "model",
-        "prompt",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "n",
-        "best_of",
-        "stream",
-        "stream_options",
-        "logprobs",
-        "echo",
-        "stop",
-        "seed",
-        "user",
-    ]
-) | {name for name, _ in NEUTRAL}
+NEUTRAL: tuple[tuple[str, Any], ...] = (
+    ("frequency_penalty", 0),
+    ("presence_penalty", 0),
+    ("logit_bias", {}),
+    ("suffix", ""),
+)  # what is not offered
+HOW = ("temperature", "top_p", "top_k", "n", "best_of", "max_tokens", "stop", "seed")
+REPLY = ("stream", "stream_options", "logprobs", "echo")
+KNOWN = frozenset(("model", "prompt", "user", *HOW, *REPLY, *(name for name, _ in NEUTRAL)))
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,7 @@ class Record:
         tokens = self.tokens[: len(self.tokens) - ended_by_run]
         prompt = added_text(self._tokenizer, tokens[: self.start], self._first)
         written = added_text(self._tokenizer, tokens, self.start)
-        if self._task.stop_texts:
-            cut = before_stop(written, self._task.stop_texts)
-        else:
-            cut = written
+        cut = before_stop(written, self._task.stop_texts)
         whole = prompt + (cut if self.end else settled(cut, self._task.stop_texts))
         text, self._text = whole[self._text :], max(self._text, len(whole))
         if self._task.top is None:

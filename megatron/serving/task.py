@@ -74,7 +74,7 @@ class Task:
         vocabulary = model.config.size("vocab_size")
         if self.beam is not None and 2 * self.beam.width > vocabulary:
             raise RequestError(
-                f"beam_width {self.beam.width} is more than half of the vocabulary of {vocabulary}", "beam_width"
+                f"beam_width {self.beam.width} is more than half of the {vocabulary} tokens that there are", "beam_width"
             )
         if self.top is not None and self.top > vocabulary:
             raise RequestError(f"logprobs {self.top} is more than the vocabulary of {vocabulary}", "logprobs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from megatron.data.tokenizer import Tokenizer
@@ -15,7 +14,7 @@ def added_text(tokenizer: Tokenizer, tokens: Sequence[int], start: int, end: int
     """The text that `tokens[start:end]` add to what is before them, where some tokenizers spell a first token otherwise."""
     before = tokenizer.detokenize(tokens[max(0, start - CONTEXT) : start])
     whole = tokenizer.detokenize(tokens[max(0, start - CONTEXT) : end])
-    return whole[len(os.path.commonprefix([before, whole])) :]
+    return whole[_alike(before, whole) :]
 
 
 def single(tokenizer: Tokenizer, token: int) -> str:
@@ -30,7 +29,7 @@ def spans(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
         offsets.append(length)
         before = tokenizer.detokenize(tokens[max(0, i - CONTEXT) : i]).rstrip(UNFINISHED)
         whole = tokenizer.detokenize(tokens[max(0, i - CONTEXT) : i + 1]).rstrip(UNFINISHED)
-        length += len(whole) - len(os.path.commonprefix([before, whole]))
+        length += len(whole) - _alike(before, whole)
     return offsets
 
 
@@ -44,3 +43,10 @@ def settled(text: str, stops: Sequence[str]) -> str:
 def before_stop(text: str, stops: Sequence[str]) -> str:
     """The text as far as the first of `stops` in it."""
     return text[: min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
+
+
+def _alike(before: str, whole: str) -> int:
+    """How many characters both begin with: all of `before`, but for a last one that the next token changes."""
+    if whole.startswith(before):
+        return len(before)
+    return next(i for i in range(len(before) + 1) if i >= len(whole) or i >= len(before) or before[i] != whole[i])
