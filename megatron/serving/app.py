@@ -95,12 +95,12 @@ def build(service: Service) -> Starlette:
 
     began = int(time.time())
 
-    def line(request: Request, what: str, since: float) -> None:
-        client = request.client.host if request.client else "?"
-        service.log(f"{client} {request.method} {request.url.path}: {what}, {time.monotonic() - since:.2f} s")
+    def line(request: Request, what: str) -> None:
+        client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
+        service.log(f"{client} {request.method} {request.url.path}: {what}, {passed:.2f} s")
 
     async def api(request: Request) -> Response:
-        since, quiet = time.monotonic(), False
+        quiet, request.state.began = False, time.monotonic()
         try:
             fields = await read(request)
             quiet = fields.held.get("no_log") is True
@@ -111,20 +111,20 @@ def build(service: Service) -> Starlette:
         except (RequestError, DataError) as error:
             answer, status = str(error), getattr(error, "status", 400)
         if not quiet:
-            line(request, f"status {status}" if status == 200 else f"status {status}, {answer}", since)
+            line(request, f"status {status}" if status == 200 else f"status {status}, {answer}")
         return JSONResponse(answer, status)
 
     async def completions(request: Request) -> Response:
-        since = time.monotonic()
+        request.state.began = time.monotonic()
         fields = await read(request)
         wanted = Completion.of(fields, service.engine.tokenizer, service.model)
         if wanted.stream:
             wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
-            line(request, "a stream begins", since)
+            line(request, "a stream begins")
             return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
         records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
         choices = [told for i, record in enumerate(records) if (told := choice(i, record)) is not None]
-        line(request, "status 200", since)
+        line(request, "status 200")
         return JSONResponse(wanted.body(choices, usage=wanted.count(records)))
 
     async def list_models(request: Request) -> Response:
@@ -141,7 +141,7 @@ def build(service: Service) -> Starlette:
         else:
             wrong = RequestError(str(error))
         if isinstance(error, RequestError):
-            line(request, f"status {wrong.status}, {wrong}", time.monotonic())
+            line(request, f"status {wrong.status}, {wrong}")
         return JSONResponse(error_body(wrong), wrong.status)
 
     return Starlette(

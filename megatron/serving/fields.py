@@ -21,6 +21,7 @@ class Fields:
     def __init__(self, body: bytes) -> None:
         try:
             held = json.loads(body)
+            json.dumps(held, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request's body is no JSON: {error}") from error
         if not isinstance(held, dict):

@@ -67,7 +67,7 @@ class Completion:
         task = Task(
             prompts=tuple(prompts),
             max_new_tokens=fields.whole("max_tokens", 16, 0 if echo else 1),
-            sampling=Sampling(fields.number("temperature", 1.0, 0.0, 100.0), fields.whole("top_k", 0, 0), top_p),
+            sampling=Sampling(fields.number("temperature", 1.0, 0.0, 100.0), fields.whole("top_k", 0, 0, 1_000_000), top_p),
             seed=fields.whole("seed", secrets.randbits(62), -(2**63), 2**63 - 1),
             top=fields.whole("logprobs", 0, 0, MOST_ALTERNATIVES) if "logprobs" in fields.held else None,
             stop_runs=((tokenizer.special["eod"],),) if "eod" in tokenizer.special else (),

@@ -142,7 +142,13 @@ def test_wrong_megatron_requests(client, fields, message):
 
 
 def test_bodies_that_are_none(client):
-    for body, message in ((b"{", "no JSON"), (b"[1]", "no JSON object"), (b"", "no JSON"), (b"\xff", "no JSON")):
+    for body, message in (
+        (b"{", "no JSON"),
+        (b"[1]", "no JSON object"),
+        (b"", "no JSON"),
+        (b"\xff", "no JSON"),
+        (b'{"prompts": ["\\ud800"]}', "no JSON"),
+    ):
         status, reply = client("PUT", "/api", body)
         assert status == 400 and message in reply
         status, reply = client("POST", "/v1/completions", body)
