@@ -40,6 +40,7 @@ TOP = {
     "imports",
     "convert",
     "serving",
+    "model_flags",
 }  # floor 6: may import everything
 # Files and packages that import no torch: they are tested in milliseconds and run anywhere.
 PURE = [

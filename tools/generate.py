@@ -55,15 +55,7 @@ def main(argv: list[str]) -> int:
         speaks = place.rank == 0
         grid, device = layout_of(args, place)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
-        if args.beam_width is None and args.length_penalty is not None:
-            raise ValueError("--length-penalty belongs to a beam search: give --beam-width")
-        search = (
-            None
-            if args.beam_width is None
-            else BeamSearch(args.beam_width, 1.0 if args.length_penalty is None else args.length_penalty)
-        )
-        if search is not None and (args.temperature, args.top_k, args.top_p) != (1.0, 0, 0.0):
-            raise ValueError("--beam-width chooses nothing at random: leave --temperature, --top-k and --top-p out")
+        search = search_of(args)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
@@ -92,6 +84,9 @@ def answer(
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     tokenizer = text_tokenizer(opened)
     stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token
+    vocabulary = opened.config.size("vocab_size")
+    if args.stop_token is not None and not 0 <= args.stop_token < vocabulary:
+        raise ValueError(f"--stop-token {args.stop_token} is outside of the vocabulary of {vocabulary}")
     started_with = [tokenizer.tokenize(prompt) for prompt in prompts]
     limits = {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache}
     found: list[tuple[list[int], str, float | None]] = []
@@ -119,6 +114,17 @@ def answer(
         text = tokenizer.detokenize(tokens[:-1] if end == "stop" else tokens)
         answers.append({"prompt": prompt, "text": text, "end": end} | ({} if score is None else {"score": score}))
     return answers, notes
+
+
+def search_of(args: argparse.Namespace) -> BeamSearch | None:
+    """The beam search that is asked for, without its stop token; ValueError for flags that do not go together."""
+    if args.beam_width is None:
+        if args.length_penalty is not None:
+            raise ValueError("--length-penalty belongs to a beam search: give --beam-width")
+        return None
+    if (args.temperature, args.top_k, args.top_p) != (1.0, 0, 0.0):
+        raise ValueError("--beam-width chooses nothing at random: leave --temperature, --top-k and --top-p out")
+    return BeamSearch(args.beam_width, 1.0 if args.length_penalty is None else args.length_penalty)
 
 
 def read_prompts(path: Path) -> list[str]:

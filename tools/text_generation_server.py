@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
         require_packages()
         find(Path(args.load), args.load_iteration)
-        signals = StopSignals()
+        signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
         with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
@@ -60,6 +61,11 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def leave(name: str) -> None:
+    """A signal that comes before there is anything to end."""
+    os._exit(128 + signal.Signals[name])
 
 
 def run(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, signals: StopSignals) -> None:

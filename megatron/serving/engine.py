@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron.beam import Beam
@@ -117,13 +117,11 @@ class Engine:
         try:
             for number, grown in enumerate(steps):
                 self.watch.doing(f"writing token {number + 1} of a request for {len(texts)} texts")
-                for i in grown if pending is not None else []:
-                    text, (tokens, scores) = texts[i], told[i]
-                    told[i] = len(text.tokens), len(text.scores)
-                    update = Update(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end)
-                    pending.deliver(update)  # type: ignore[union-attr]  # grown is empty without one
-                dropped = pending is not None and pending.dropped.is_set()
-                word = self.control.exchange(DROP if dropped else GO_ON, stop=asked_to_stop())
+                command = GO_ON
+                if pending is not None:
+                    _tell(pending, grown, texts, told)
+                    command = DROP if pending.dropped.is_set() else GO_ON
+                word = self.control.exchange(command, stop=asked_to_stop())
                 if word.stop:
                     return STOPPING
                 if word.command == DROP:
@@ -151,3 +149,11 @@ class Engine:
         for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens):
             beams[:] = found
             yield []
+
+
+def _tell(pending: Pending, grown: Sequence[int], texts: Sequence[Text], told: list[tuple[int, int]]) -> None:
+    """Deliver what is new of the texts that grew. told: how many tokens and scores of each have been delivered."""
+    for i in grown:
+        text, (tokens, scores) = texts[i], told[i]
+        told[i] = len(text.tokens), len(text.scores)
+        pending.deliver(Update(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end))

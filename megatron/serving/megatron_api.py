@@ -89,15 +89,21 @@ def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], .
     runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
     line, double = fields.truth("stop_on_eol"), fields.truth("stop_on_double_eol")
     if line or double:
-        newline, paragraph = tuple(tokenizer.tokenize("\n")), tuple(tokenizer.tokenize("\n\n"))
+        newline, paragraph = _inside("\n", tokenizer), _inside("\n\n", tokenizer)
         runs += [paragraph, newline] if line else [paragraph, newline * 2]
     return tuple(dict.fromkeys(run for run in runs if run))
+
+
+def _inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of `text` within a text: some tokenizers put a space before the first word."""
+    before, whole = tokenizer.tokenize("x"), tokenizer.tokenize("x" + text)
+    return tuple(whole[len(before) :] if whole[: len(before)] == before else tokenizer.tokenize(text))
 
 
 def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int], ...]:
     if not fields.truth("prevent_newline_after_colon"):
         return ()
-    colon, newline = tokenizer.tokenize(":"), tokenizer.tokenize("\n")
+    colon, newline = _inside(":", tokenizer), _inside("\n", tokenizer)
     return ((colon[-1], newline[0]),) if colon and newline else ()
 
 

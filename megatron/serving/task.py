@@ -76,6 +76,8 @@ class Task:
             raise RequestError(
                 f"beam_width {self.beam.width} is more than half of the {vocabulary} tokens that there are", "beam_width"
             )
+        if self.beam is not None and self.beam.stop is not None and self.beam.stop >= vocabulary:
+            raise RequestError(f"stop_token {self.beam.stop} is outside of the vocabulary of {vocabulary}", "stop_token")
         if self.top is not None and self.top > vocabulary:
             raise RequestError(f"logprobs {self.top} is more than the vocabulary of {vocabulary}", "logprobs")
 

@@ -134,6 +134,7 @@ def test_two_ends_of_lines_in_a_row():
         ({"beam_width": 2, "prompts": ["a", "b"]}, "beam_width is for one prompt"),
         ({"beam_width": 2, "length_penalty": "x"}, "length_penalty must be a number"),
         ({"beam_width": 2, "stop_token": "x"}, "stop_token must be a whole number"),
+        ({"beam_width": 2, "stop_token": 50256}, "stop_token 50256 is outside of the vocabulary of 257"),
     ],
 )
 def test_wrong_megatron_requests(client, fields, message):

@@ -234,6 +234,7 @@ def test_the_tool_searches(tool, capsys):
         ("--prompt x --beam-width 0", "--beam-width 0"),
         ("--prompt x --beam-width 129", "at most half"),
         ("--prompt x --beam-width 2 --temperature 0", "--beam-width chooses nothing at random"),
+        ("--prompt x --stop-token 257", "--stop-token 257 is outside"),
         ("--prompt x --length-penalty 2", "--length-penalty belongs to a beam search"),
         ("--prompt-file /nowhere", "--prompt-file /nowhere: No such file"),
     ],
