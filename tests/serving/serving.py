@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -62,6 +63,15 @@ class Client:
                 return reply.status, json.loads(reply.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
+
+    @contextmanager
+    def connected(self, body: dict[str, Any]) -> Iterator[socket.socket]:
+        """A connection on which completions have been asked for, which is cut at the end whatever comes."""
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(head + data)
+            yield connection
 
     def complete(self, **body: Any) -> dict[str, Any]:
         status, reply = self("POST", "/v1/completions", body)

@@ -290,14 +290,9 @@ def test_a_damaged_model_fails_each_request_and_not_the_server():
 
 def test_requests_queue_and_one_whose_client_leaves_ends(client):
     """A request for a text that would take minutes is cut off, as a stream and without; those behind it are answered."""
-    import socket
-
-    for stream in (b"true", b"false"):
-        body = b'{"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": ' + stream + b"}"
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-        with socket.create_connection(("127.0.0.1", client.port)) as leaving:
-            leaving.sendall(head + body)
-            if stream == b"true":
+    for stream in (True, False):
+        with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": stream}) as leaving:
+            if stream:
                 assert b"200" in leaving.recv(100)
             time.sleep(0.3)
             behind, done = [], threading.Event()

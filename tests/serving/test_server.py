@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import signal
 import socket
@@ -87,11 +85,8 @@ def test_two_ranks_serve_and_end_together(root: Path) -> None:
         assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
         seeded = dict(prompt=["Hello", "Go"], max_tokens=8, seed=4)
         assert client.complete(**seeded)["choices"] == client.complete(**seeded)["choices"]
-        connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
-        long = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
-        connection.request("POST", "/v1/completions", json.dumps(long))
-        assert connection.getresponse().read(200).startswith(b"data: ")
-        connection.sock.close() if connection.sock else connection.close()
+        with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}) as leaving:
+            assert b"200" in leaving.recv(100)
         began = time.monotonic()
         assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
         assert time.monotonic() - began < 15
