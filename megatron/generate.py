@@ -247,7 +247,7 @@ def generate(
     for _ in write(
         model, [text], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops, use_cache=use_cache
     ):
-        if text.end == "stop":
+        if text.end == "stop" or not text.written:
             return
         yield text.tokens[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Score
 from megatron.serving.engine import Update
 from megatron.serving.task import Task
-from megatron.serving.words import added_text, before_stop, settled, single, spans
+from megatron.serving.words import added_text, before_stop, settled, single, width
 
 
 class Record:
@@ -23,6 +24,7 @@ class Record:
         self._task, self._tokenizer = task, tokenizer
         self._first = 0 if echo else self.start
         self._text = self._places = 0  # how many characters and tokens have been shown
+        self._offsets, self._width = list[int](), 0  # where each token's text begins in what is shown, and where the next one
 
     def add(self, update: Update) -> None:
         self.tokens += update.tokens
@@ -47,13 +49,15 @@ class Record:
         text, self._text = whole[self._text :], max(self._text, len(whole))
         if self._task.top is None:
             return text, None
-        offsets = spans(self._tokenizer, tokens[self._first :])
+        for place in range(self._first + len(self._offsets), len(tokens)):
+            self._offsets.append(self._width)
+            self._width += width(self._tokenizer, tokens, place)
         everything = bool(self.end) and cut == written
-        until = len(offsets) if everything else sum(offset < len(whole) for offset in offsets)
+        until = len(self._offsets) if everything else bisect_left(self._offsets, len(whole))
         places, self._places = range(self._places, until), max(self._places, until)
-        return text, self._log_probs(tokens, places, offsets)
+        return text, self._log_probs(tokens, places)
 
-    def _log_probs(self, tokens: Sequence[int], places: range, offsets: Sequence[int]) -> dict[str, list[Any]]:
+    def _log_probs(self, tokens: Sequence[int], places: range) -> dict[str, list[Any]]:
         """In OpenAI's form, of the tokens with these places in what is shown. A text's first token has none."""
         scores = [self.scores[self._first + place - 1] if self._first + place else None for place in places]
         own = [single(self._tokenizer, tokens[self._first + place]) for place in places]
@@ -61,7 +65,7 @@ class Record:
             "tokens": own,
             "token_logprobs": [None if score is None else score.log_prob for score in scores],
             "top_logprobs": [None if score is None else self._best(score) for score in scores],
-            "text_offset": [offsets[place] for place in places],
+            "text_offset": [self._offsets[place] for place in places],
         }
 
     def _best(self, score: Score) -> dict[str, float]:

@@ -22,15 +22,12 @@ def single(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.piece(token) if "SentencePiece" in tokenizer.kind else tokenizer.detokenize([token])
 
 
-def spans(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """Where each token's text begins in the text of all. A character of several tokens belongs to the last of them."""
-    offsets, length = [], 0
-    for i in range(len(tokens)):
-        offsets.append(length)
-        before = tokenizer.detokenize(tokens[max(0, i - CONTEXT) : i]).rstrip(UNFINISHED)
-        whole = tokenizer.detokenize(tokens[max(0, i - CONTEXT) : i + 1]).rstrip(UNFINISHED)
-        length += len(whole) - _alike(before, whole)
-    return offsets
+def width(tokenizer: Tokenizer, tokens: Sequence[int], place: int) -> int:
+    """How many characters a token adds to the text before it. One of several tokens is added by the last of them."""
+    start = max(0, place - CONTEXT)
+    before = tokenizer.detokenize(tokens[start:place]).rstrip(UNFINISHED)
+    whole = tokenizer.detokenize(tokens[start : place + 1]).rstrip(UNFINISHED)
+    return len(whole) - _alike(before, whole)
 
 
 def settled(text: str, stops: Sequence[str]) -> str:

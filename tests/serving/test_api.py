@@ -15,7 +15,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.generate import Sampling, Text, write
 from megatron.serving.fields import Fields
 from megatron.serving.megatron_api import task_of
-from megatron.serving.words import added_text, before_stop, settled, spans
+from megatron.serving.words import added_text, before_stop, settled, width
 
 TOKENIZER = Letters()
 
@@ -328,7 +328,7 @@ def test_the_end_refuses_what_waits(model):
 def test_text_appears_only_when_it_is_certain():
     byte = ByteTokenizer()
     tokens = list("né €!".encode())
-    assert spans(byte, tokens) == [0, 1, 1, 2, 3, 3, 3, 4]
+    assert [width(byte, tokens, i) for i in range(8)] == [1, 0, 1, 1, 0, 0, 1, 1]
     assert added_text(byte, tokens, 1) == "é €!" and added_text(byte, tokens, 2) == "é €!"
     assert settled("n\ufffd", ()) == "n" and settled("abc", ("cd", "x")) == "ab" and settled("abc", ("c", "d")) == "abc"
     assert before_stop("a stop b", ("stop", "b")) == "a " and before_stop("abc", ()) == "abc"

@@ -65,6 +65,7 @@ def test_sampled_texts_follow_from_the_seed_and_their_place():
 def test_texts_end_at_the_last_position_each_for_itself():
     texts = together(build(GPT2), max_new_tokens=1000)
     assert {len(text.tokens) for text in texts} == {POSITIONS}
+    assert list(generate(build(GPT2), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="48 tokens, the model 48 positions"):
         together(build(GPT2), prompts=([1], [1] * POSITIONS))
 
