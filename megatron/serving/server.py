@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from megatron.mesh.signals import StopSignals
 from megatron.serving.app import Service, build
@@ -124,6 +123,6 @@ def serve(engine: Engine, opened: socket.socket | None, service: Service | None,
             engine.run(over)
 
 
-def say(line: str) -> Any:
+def say(line: str) -> None:
     """One line to stderr, at once."""
     print(line, file=sys.stderr, flush=True)
