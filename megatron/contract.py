@@ -67,6 +67,27 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a whole model says of some sequences of equal length.
+
+    logits: fp32 `[batch, vocab]`, of what follows the last token. log_probs, ids: fp32 and int64 `[seq - 1, batch, 1 + top]`,
+    for each token after the first given those before it: its own log-probability and id, then those of the `top` most
+    probable ones. `[0, batch, 1]` where nobody asked.
+    """
+
+    logits: Tensor
+    log_probs: Tensor
+    ids: Tensor
+
+    @classmethod
+    def empty(cls, seq: int, batch: int, vocab: int, top: int | None, device: torch.device) -> Prediction:
+        """One to be filled. top: None when nobody asks for log-probabilities."""
+        shape = (0, batch, 1) if top is None else (seq - 1, batch, 1 + top)
+        logits = torch.empty(batch, vocab, device=device)
+        return cls(logits, torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int64, device=device))
+
+
+@dataclass(frozen=True)
 class StagePart:
     """The slice of a model that one pipeline stage owns: layers by global number, embedding, head."""
 

@@ -189,7 +189,7 @@ def task_difference(ours: FineTuned, theirs: Any, prompt: Sequence[int]) -> floa
     if ours.config.task_head == "choice":
         words = {name: None if values is None else values[None] for name, values in words.items()}
     with torch.no_grad():
-        found, answers = theirs(**words), ours.answers(ours.hidden(None, batch), batch)
+        found, answers = theirs(**words), ours.task_logits(ours.hidden(None, batch), batch)
         if ours.config.task_head != "span":
             seen = ~padding if answers.dim() == 3 else slice(None)
             return _largest(answers[seen], found.logits[seen])

@@ -1,19 +1,25 @@
-"""Text from a trained model, one token at a time, with a cache of keys and values."""
+"""Text from a trained model: one or several prompts at once, one token at a time, with a cache of keys and values.
+
+All sequences of a batch begin at position 0, so they share their positions and one length of the cache. The first pass reads as
+much as the shortest prompt has; from then on every sequence gets one token a pass, where one that is still in its prompt gets
+its own next one. So nothing is padded or masked, and each text is what its prompt alone would give.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.contract import Batch
+from megatron.contract import Batch, Prediction
 from megatron.model.attention import Cache
+from megatron.model.gpt import log_probabilities
 from megatron.parallel.random import derive_seed
 
 
@@ -22,13 +28,16 @@ class Sampling:
     """How the next token is chosen.
 
     temperature: 0 takes the most probable token. top_k: only the k most probable ones; 0 is all. top_p: only the most
-    probable ones that together reach this probability; 0 and 1 are all (nucleus sampling, arXiv 1904.09751).
+    probable ones that together reach this probability; 0 and 1 are all (nucleus sampling, arXiv 1904.09751). top_p_decay:
+    top_p is multiplied by it after each token, 0 leaves it; top_p_bound: but it falls no lower than this.
     ValueError for values that make no sense.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0
+    top_p_decay: float = 0.0
+    top_p_bound: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
@@ -38,23 +47,30 @@ class Sampling:
         if not 0.0 <= self.top_p <= 1.0:
             raise ValueError(f"--top-p {self.top_p} is no probability; legal: 0 to 1")
 
-    def choose(self, logits: Tensor, generator: torch.Generator) -> int:
+    def choose(self, logits: Tensor, generator: torch.Generator, written: int = 0, banned: Sequence[int] = ()) -> int:
         """The next token from logits `[vocab]`; on the CPU, so that a seed gives the same text on every device.
 
-        Of equal logits the lower token counts as the more probable. ValueError for logits that are not finite.
+        Of equal logits the lower token counts as the more probable. written: how many tokens this text has got already.
+        banned: tokens that must not be chosen. ValueError for logits that are not finite.
         """
         logits = logits.cpu()
         if not bool(logits.isfinite().all()):
             raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
+        if banned:
+            logits = logits.clone()
+            logits[list(banned)] = -torch.inf
         if self.temperature == 0.0:
             return int(logits.argmax())
         # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
         ordered, order = logits.sort(descending=True, stable=True)
         kept = ordered[: self.top_k or None].double()
         probabilities = ((kept - kept[0]) / self.temperature).softmax(dim=-1)
-        if 0.0 < self.top_p < 1.0:
+        top_p = self.top_p
+        if self.top_p_decay > 0.0:
+            top_p = max(top_p * self.top_p_decay**written, self.top_p_bound)
+        if 0.0 < self.top_p < 1.0 or self.top_p_decay > 0.0:
             before = probabilities.cumsum(0) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+            probabilities = probabilities.masked_fill((before >= top_p).logical_and_(before > 0.0), 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
@@ -84,6 +100,10 @@ class Predictor(Protocol):
         """fp32 `[seq, batch, vocab]`; with a cache, `batch` holds only the new tokens."""
         ...
 
+    def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
+        """What follows `batch`, and with `top` how probable its own tokens were."""
+        ...
+
 
 def room_after(model: Predictor, prompt: Sequence[int]) -> int | None:
     """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
@@ -92,7 +112,122 @@ def room_after(model: Predictor, prompt: Sequence[int]) -> int | None:
     return model.config.size("max_position_embeddings") - len(prompt)
 
 
+def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = False) -> None:
+    """ValueError for an empty prompt, one with unknown tokens, and one that leaves no position free.
+
+    reads_only: nothing will be written after it.
+    """
+    room = room_after(model, prompt)
+    if not prompt:
+        raise ValueError("the prompt becomes no tokens: generation needs at least one to go on from")
+    if room is not None and room < (0 if reads_only else 1):
+        last = len(prompt) + room
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
+    vocabulary = model.config.size("vocab_size")
+    if outside := [token for token in prompt if not 0 <= token < vocabulary]:
+        raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {vocabulary}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A token's log-probability given what stands before it, and those of the most probable tokens there, best first."""
+
+    log_prob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Text:
+    """A prompt, and what is written after it so far.
+
+    tokens: of both. start: where the written ones begin. scores: of tokens[1:], where they were asked for.
+    end: "" while it goes on, "stop" after the token that ended it, which is the last of `tokens`, "length" after as many as
+    were allowed.
+    """
+
+    tokens: list[int]
+    start: int
+    scores: list[Score] = field(default_factory=list)
+    end: str = ""
+
+    @classmethod
+    def after(cls, prompt: Sequence[int]) -> Text:
+        return cls(list(prompt), len(prompt))
+
+    @property
+    def written(self) -> int:
+        return len(self.tokens) - self.start
+
+
 @torch.no_grad()
+def write(
+    model: Predictor,
+    texts: Sequence[Text],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int = 0,
+    stops: Callable[[Text], bool] = lambda text: False,
+    banned: Callable[[Text], Sequence[int]] = lambda text: (),
+    top: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[list[int]]:
+    """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
+
+    On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
+    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place
+    among the texts. banned: tokens that must not come next. top: None for no scores; else every token after the first gets one,
+    with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
+    ValueError for prompts that cannot be continued.
+    """
+    for text in texts:
+        check_prompt(model, text.tokens, reads_only=max_new_tokens == 0)
+    rooms = [room_after(model, text.tokens) for text in texts]
+    limits = [max_new_tokens if room is None else min(max_new_tokens, room) for room in rooms]
+    # The first text has the seed that a text alone has.
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in range(len(texts))]
+    model.eval()
+    live, cache = list(range(len(texts))), Cache() if use_cache else None
+    while live:
+        seen = cache.length if cache is not None else 0
+        known = min(len(texts[i].tokens) for i in live)
+        found = model.predict(batch_of_rows([texts[i].tokens[seen:known] for i in live], seen, model.device), cache, top)
+        if cache is not None:
+            cache.length = known
+        logits, grown = found.logits.cpu(), []
+        for row, i in enumerate(live):
+            text = texts[i]
+            if len(text.tokens) > known:
+                continue
+            grown.append(i)
+            if text.written < limits[i]:
+                text.tokens.append(sampling.choose(logits[row], generators[i], text.written, banned(text)))
+                text.end = "stop" if stops(text) else ""
+            if text.written == limits[i]:
+                text.end = text.end or "length"
+        if top is not None:
+            _score([texts[i] for i in live], seen, found, logits, top)
+        yield grown
+        rows = [row for row, i in enumerate(live) if not texts[i].end]
+        if cache is not None and 0 < len(rows) < len(live):
+            cache.select(rows)
+        live = [live[row] for row in rows]
+
+
+def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, top: int) -> None:
+    """Give the tokens after position `seen` their scores: those inside of the pass, and the one that follows it."""
+    known = seen + found.log_probs.shape[0] + 1
+    following = torch.tensor([text.tokens[known] if len(text.tokens) > known else 0 for text in texts])
+    last_log_probs, last_ids = log_probabilities(logits, following, top)
+    log_probs, ids = found.log_probs.tolist(), found.ids.tolist()
+    log_probs.append(last_log_probs.tolist())
+    ids.append(last_ids.tolist())
+    for row, text in enumerate(texts):
+        for place in range(seen + len(text.scores[seen:]), min(known, len(text.tokens) - 1)):
+            own, *best = log_probs[place - seen][row]
+            text.scores.append(Score(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
+
+
 def generate(
     model: Predictor,
     prompt: Sequence[int],
@@ -103,38 +238,28 @@ def generate(
     stop: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the model's last position.
+    """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the model's last position. See `write`."""
+    text = Text.after(prompt)
 
-    On several ranks all call this, and all get the same tokens. prompt: token ids, at least one. use_cache=False computes
-    everything again for each token: the reference for the cache. ValueError for an empty prompt, and for one that leaves no
-    position free.
-    """
-    room = room_after(model, prompt)
-    if not prompt:
-        raise ValueError("the prompt becomes no tokens: generation needs at least one to go on from")
-    if room is not None and room < 1:
-        last = len(prompt) + room
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
-    vocabulary = model.config.size("vocab_size")
-    if outside := [token for token in prompt if not 0 <= token < vocabulary]:
-        raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {vocabulary}")
-    generator = torch.Generator().manual_seed(derive_seed(seed, "generate"))
-    model.eval()
-    tokens, cache = list(prompt), Cache() if use_cache else None
-    for _ in range(max_new_tokens if room is None else min(max_new_tokens, room)):
-        seen = cache.length if cache is not None else 0
-        logits = model.logits(batch_of(tokens[seen:], seen, model.device), cache)[-1, 0]
-        if cache is not None:
-            cache.length = len(tokens)
-        token = sampling.choose(logits, generator)
-        if token == stop:
+    def stops(text: Text) -> bool:
+        return text.tokens[-1] == stop
+
+    for _ in write(
+        model, [text], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops, use_cache=use_cache
+    ):
+        if text.end == "stop" or not text.written:
             return
-        tokens.append(token)
-        yield token
+        yield text.tokens[-1]
 
 
 def batch_of(tokens: Sequence[int], first: int, device: torch.device) -> Batch:
     """One sequence as a batch for inference; its first token stands at position `first`."""
-    ids = torch.tensor([list(tokens)], device=device)
-    positions = torch.arange(first, first + len(tokens), device=device).unsqueeze(0)
-    return Batch(ids, ids, torch.zeros(ids.shape, device=device), positions, torch.zeros(1, dtype=torch.int64, device=device))
+    return batch_of_rows([tokens], first, device)
+
+
+def batch_of_rows(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> Batch:
+    """Sequences of equal length, the same."""
+    ids = torch.tensor([list(row) for row in rows], device=device)
+    positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
+    samples = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    return Batch(ids, ids, torch.zeros(ids.shape, device=device), positions, samples)

@@ -15,6 +15,7 @@ from megatron.checkpoint.load import load
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
+from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.mesh.mesh import Mesh
 from megatron.model.build import build_stages
@@ -89,6 +90,15 @@ def open_pipeline(
     model = Pipeline(config, stages, placement, Channels(mesh.pp, mesh.pp_back, torch.device(device)))
     model.eval()
     return Opened(model, config, open_tokenizer(directory), manifest.iteration, directory)
+
+
+def text_tokenizer(opened: Opened[Pipeline]) -> Tokenizer:
+    """The tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
+    if opened.config.architecture != "gpt":
+        raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
+    if opened.tokenizer is None:
+        raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run")
+    return opened.tokenizer
 
 
 def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest, ModelConfig]:

@@ -29,7 +29,9 @@ FLOORS: dict[str, set[str]] = {
     "checkpoint": GROUND | {"parallel", "kernels"},
     "plan": GROUND | {"parallel", "kernels", "model.size", "pipeline"},
 }
-TOP = {"train", "tasks", "stages", "generate", "restore", "export", "dryrun", "imports", "convert"}  # floor 6: may import all
+# Floor 6: these may import everything.
+TOP = {"train", "tasks", "serving", "stages", "generate", "beam", "model_flags", "restore", "export", "dryrun", "imports"}
+TOP |= {"convert"}
 # Files and packages that import no torch: they are tested in milliseconds and run anywhere.
 PURE = [
     "config",
@@ -58,6 +60,7 @@ PURE = [
 ]
 PURE += [f"pipeline/{name}.py" for name in ("schedule", "simulate", "draw", "lower", "partition")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "lm_eval"}
+OPTIONAL |= {"starlette", "uvicorn"}
 LONGEST = 400
 REASON = "Longer than 400 lines because"
 

@@ -1,5 +1,8 @@
 """Write text with a trained model: `tools/generate.py --load CKPT --prompt TEXT`.
 
+One --prompt gives its text. Several of them, or a --prompt-file, give one line of JSON each, in their order: the prompt, the
+text, why it ended, and with --beam-width the score.
+
 Opens a checkpoint of any layout. The architecture and the tokenizer come from the checkpoint. Started by torchrun on several
 processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their number.
 """
@@ -7,102 +10,146 @@ processes, it cuts the model over them: --tensor-model-parallel-size x --pipelin
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from megatron.beam import BeamSearch
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, device_of, generate, room_after
+from megatron.generate import Sampling, Text, room_after, write
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
-from megatron.restore import open_pipeline
+from megatron.model_flags import add_model_flags, layout_of
+from megatron.restore import open_pipeline, text_tokenizer
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--load", required=True, help="directory of checkpoints, or one iter_ directory")
-    parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
-    parser.add_argument("--prompt", required=True, help="text to go on from")
+    add_model_flags(parser)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
+    given.add_argument("--prompt-file", help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}')
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most probable tokens; 0 is all")
     parser.add_argument("--top-p", type=float, default=0.0, help="choose among the fewest tokens of this probability; 0 is all")
+    parser.add_argument("--beam-width", type=int, help="search this many most probable texts at once; the best is written")
+    parser.add_argument("--length-penalty", type=float, help="of the beam search: above 1 for long texts (default 1)")
+    parser.add_argument("--stop-token", type=int, help="the token that ends a text; default that of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
-    for axis, what in (("tensor", "each layer"), ("pipeline", "the depth")):
-        parser.add_argument(
-            f"--{axis}-model-parallel-size", type=int, default=1, help=f"processes that share {what} (default 1)"
-        )
     args = parser.parse_args(argv)
-    grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     speaks = True
     try:
         place = Place.of(os.environ)
         speaks = place.rank == 0
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if args.device is not None and place.world_size > 1:
-            raise ValueError(f"--device {args.device} is for one process; several each take the device of their own number")
-        device = device_of(args.device, gpus)
+        grid, device = layout_of(args, place)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
+        search = search_of(args)
+        prompts = args.prompt or read_prompts(Path(args.prompt_file))
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
-        sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
-        if min(grid.shape) < 1:
-            raise ValueError(f"{sizes}; legal: 1 and above")
-        if grid.world_size != place.world_size:
-            raise ValueError(
-                f"{sizes} needs as many processes; there are {place.world_size}: "
-                f"start with torchrun --nproc_per_node {grid.world_size}"
-            )
         find(Path(args.load), args.load_iteration)
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
-            text, note = write(args, started, grid, device if place.world_size == 1 else started.device, sampling)
+            own = device if place.world_size == 1 else started.device
+            answers, notes = answer(args, started, grid, own, prompts, search or sampling)
     except REFUSED as error:
         if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if speaks:
-        print(note, end="", file=sys.stderr)
-        print(text)
+        print(notes, end="", file=sys.stderr)
+        if args.prompt_file is None and len(prompts) == 1:
+            print(answers[0]["text"])
+        else:
+            print(*(json.dumps(answer, ensure_ascii=False) for answer in answers), sep="\n")
     return 0
 
 
-def write(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, sampling: Sampling) -> tuple[str, str]:
-    """The prompt with what the model adds, and what there is to say about it. Collective."""
+def answer(
+    args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str], how: Sampling | BeamSearch
+) -> tuple[list[dict[str, object]], str]:
+    """Each prompt with what the model adds, and what there is to say about it. Collective."""
     mesh = Mesh.build(grid, started.place.rank, started.timeout)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
-    if opened.config.architecture != "gpt":
-        raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
-    if opened.tokenizer is None:
-        raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run")
-    prompt = opened.tokenizer.tokenize(args.prompt)
-    tokens = list(
-        generate(
-            opened.model,
-            prompt,
-            max_new_tokens=args.max_new_tokens,
-            sampling=sampling,
-            seed=args.seed,
-            stop=opened.tokenizer.special.get("eod"),
-            use_cache=not args.no_cache,
-        )
-    )
-    room, note = room_after(opened.model, prompt), ""
-    if room is not None and len(tokens) == room < args.max_new_tokens:
-        note = (
-            f"note: --max-new-tokens {args.max_new_tokens} was cut to {room}: the model ends at position "
-            f"{len(prompt) + room}, and the prompt takes {len(prompt)}\n"
-        )
-    return opened.tokenizer.detokenize([*prompt, *tokens]), note
+    tokenizer = text_tokenizer(opened)
+    stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token
+    vocabulary = opened.config.size("vocab_size")
+    if args.stop_token is not None and not 0 <= args.stop_token < vocabulary:
+        raise ValueError(f"--stop-token {args.stop_token} is outside of the vocabulary of {vocabulary}")
+    started_with = [tokenizer.tokenize(prompt) for prompt in prompts]
+    limits = {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache}
+    found: list[tuple[list[int], str, float | None]] = []
+    if isinstance(how, BeamSearch):
+        for tokens in started_with:
+            *_, beams = replace(how, stop=stop).run(opened.model, tokens, **limits)
+            found.append(([*tokens, *beams[0].tokens], beams[0].end, beams[0].score))
+    else:
+        texts = [Text.after(tokens) for tokens in started_with]
+
+        def stops(text: Text) -> bool:
+            return text.tokens[-1] == stop
+
+        for _ in write(opened.model, texts, sampling=how, seed=args.seed, stops=stops, **limits):
+            pass
+        found = [(text.tokens, text.end, None) for text in texts]
+    answers, notes = [], ""
+    for prompt, before, (tokens, end, score) in zip(prompts, started_with, found, strict=True):
+        room = room_after(opened.model, before)
+        if room is not None and len(tokens) - len(before) == room < args.max_new_tokens and end == "length":
+            notes += (
+                f"note: --max-new-tokens {args.max_new_tokens} was cut to {room}: the model ends at position "
+                f"{len(before) + room}, and the prompt takes {len(before)}\n"
+            )
+        text = tokenizer.detokenize(tokens[:-1] if end == "stop" else tokens)
+        answers.append({"prompt": prompt, "text": text, "end": end} | ({} if score is None else {"score": score}))
+    return answers, notes
+
+
+def search_of(args: argparse.Namespace) -> BeamSearch | None:
+    """The beam search that is asked for, without its stop token; ValueError for flags that do not go together."""
+    if args.beam_width is None:
+        if args.length_penalty is not None:
+            raise ValueError("--length-penalty belongs to a beam search: give --beam-width")
+        return None
+    if (args.temperature, args.top_k, args.top_p) != (1.0, 0, 0.0):
+        raise ValueError("--beam-width chooses nothing at random: leave --temperature, --top-k and --top-p out")
+    return BeamSearch(args.beam_width, 1.0 if args.length_penalty is None else args.length_penalty)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are left out. ValueError for a file without any, and for a line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {path}: {getattr(error, 'strerror', None) or error}") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        prompt: object = line.rstrip("\r")
+        if path.suffix == ".jsonl":
+            try:
+                prompt = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"--prompt-file {path}, line {number} is no JSON: {error}") from error
+            prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f'--prompt-file {path}, line {number} is neither a string nor an object with "prompt"')
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"--prompt-file {path} holds no prompts")
+    return prompts
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,6 +38,12 @@ class Cache:
         held[0][:, :, start:end] = key
         held[1][:, :, start:end] = value
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences of the batch, in this order; one may be taken several times."""
+        for layer, (key, value) in self._held.items():
+            chosen = torch.tensor(rows, device=key.device)
+            self._held[layer] = key.index_select(0, chosen), value.index_select(0, chosen)
 
 
 @dataclass(frozen=True)

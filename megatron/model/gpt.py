@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.contract import Batch, Loss, StagePart
+from megatron.contract import Batch, Loss, Prediction, StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.attention import Attend, Cache, Masks, causal_attention
 from megatron.model.block import Block, HiddenDropout
@@ -26,6 +26,8 @@ from megatron.parallel.linear import column_products, replicated
 from megatron.parallel.random import DropoutKeys
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.spec import describe, name_parameters, spec_of
+
+MOST_LOGITS = 1 << 24  # that are in memory at once for log-probabilities: 64 MiB
 
 
 class Embedding(nn.Module):
@@ -159,6 +161,23 @@ class GPT(nn.Module):
         """
         return self.output(self.hidden(None, batch, cache))
 
+    def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
+        """Whole model, evaluation: what follows `batch`, as `logits` has it; with `top`, how probable its own tokens are."""
+        return self.answer(self.hidden(None, batch, cache), batch, top)
+
+    def answer(self, x: Tensor, batch: Batch, top: int | None = None) -> Prediction:
+        """The prediction from the final hidden states, whole sequences of them, a piece at a time: a vocabulary is wide."""
+        batch_size, seq = batch.tokens.shape
+        found = Prediction.empty(seq, batch_size, self.shard.vocab, top, x.device)
+        found.logits.copy_(self.output(x[-1:])[0])
+        positions = found.log_probs.shape[0]
+        piece = max(1, MOST_LOGITS // found.logits.numel())
+        for start in range(0, positions, piece):
+            here = slice(start, min(start + piece, positions))
+            following = batch.tokens.t()[here.start + 1 : here.stop + 1]
+            found.log_probs[here], found.ids[here] = log_probabilities(self.output(x[here]), following, top or 0)
+        return found
+
     def output(self, x: Tensor) -> Tensor:
         """Final hidden states to logits, fp32 `[seq, batch, vocab]` on every tensor-parallel rank, padding left out."""
         columns = column_products(x, self.tp, self.sequence_parallel, [self._output_weight()], [None])[0]
@@ -201,6 +220,16 @@ class GPT(nn.Module):
             return None
         same = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)
         return same.tril().unsqueeze(1)
+
+
+def log_probabilities(logits: Tensor, following: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """How probable tokens are: log-probabilities fp32 and ids int64, `[..., 1 + top]`, see `Prediction`.
+
+    logits: fp32 `[..., vocab]`. following: int64 `[...]`.
+    """
+    log_probs, own = logits.log_softmax(dim=-1), following.unsqueeze(-1)
+    best, ids = log_probs.topk(top, dim=-1)
+    return torch.cat([log_probs.gather(-1, own), best], dim=-1), torch.cat([own, ids], dim=-1)
 
 
 def local_columns(seq: int, tp: Axis) -> slice:

@@ -45,12 +45,12 @@ class FineTuned(Bert):
         losses, counted = self._losses(self._scores(x, batch, self._random_rows(batch)), batch)
         return Loss((losses * counted).sum(), batch.loss_mask.sum())
 
-    def answers(self, x: Tensor, batch: Batch) -> Tensor:
-        """Final hidden states to the task's logits, fp32, of the shape `answer_shape`; on every tensor-parallel rank."""
+    def task_logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """Final hidden states to the task's logits, fp32, of the shape `task_shape`; on every tensor-parallel rank."""
         return self._scores(x, batch, None)
 
     @abstractmethod
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]:
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
         """Of the logits."""
 
     @abstractmethod
@@ -80,7 +80,7 @@ class FineTuned(Bert):
 class Classifier(FineTuned):
     """Logits `[rows, classes]`."""
 
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]:
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
         return batch.tokens.shape[0], self.config.task_outputs
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
@@ -95,18 +95,18 @@ class Classifier(FineTuned):
 class Chooser(Classifier):
     """Logits `[samples, choices]`; the rows of a batch are samples x choices."""
 
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]:
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
         choices = len(self.config.labels)
         return batch.tokens.shape[0] // choices, choices
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        return super()._scores(x, batch, keys).view(self.answer_shape(batch))
+        return super()._scores(x, batch, keys).view(self.task_shape(batch))
 
 
 class SpanFinder(FineTuned):
     """Logits `[2, rows, seq]` of start and end; minus infinity at padding."""
 
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]:
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
         return 2, *batch.tokens.shape
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
@@ -121,7 +121,7 @@ class SpanFinder(FineTuned):
 class Tagger(FineTuned):
     """Logits `[rows, seq, classes]`."""
 
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]:
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
         return *batch.tokens.shape, self.config.task_outputs
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.contract import Batch, StagePart
+from megatron.contract import Batch, Prediction, StagePart
 from megatron.pipeline.lower import channels_of
 from megatron.pipeline.transfer import Channels
 
@@ -24,14 +24,15 @@ class Stage(Protocol):
     def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
     def output(self, x: Tensor) -> Tensor: ...
     def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
+    def answer(self, x: Tensor, batch: Batch, top: int | None = None) -> Prediction: ...
     def train(self, mode: bool = True) -> object: ...
 
 
 class TaskStage(Stage, Protocol):
     """A stage of a model with a task's head; `model.task_heads.FineTuned` is one."""
 
-    def answers(self, x: Tensor, batch: Batch) -> Tensor: ...
-    def answer_shape(self, batch: Batch) -> tuple[int, ...]: ...
+    def task_logits(self, x: Tensor, batch: Batch) -> Tensor: ...
+    def task_shape(self, batch: Batch) -> tuple[int, ...]: ...
 
 
 class Pipeline:
@@ -63,13 +64,19 @@ class Pipeline:
         return self._to_all(answer)
 
     @torch.no_grad()
-    def answers(self, batch: Batch) -> Tensor:
-        """Of a model with a task's head: its fp32 logits, on every rank. Collective."""
-        x, stages = self._final_hidden(batch, None), cast(Mapping[int, TaskStage], self.stages)
-        answer = torch.empty(next(iter(stages.values())).answer_shape(batch), device=self.device)
+    def predict(self, batch: Batch, cache: Any = None, top: int | None = None) -> Prediction:
+        """The prediction on every rank, padding left out. Collective. Only what was asked for travels: one row of logits for
+        each sequence, and with `top` the log-probabilities of the tokens inside."""
+        x = self._final_hidden(batch, cache)
+        rows, seq = batch.tokens.shape
         if x is not None:
-            answer.copy_(stages[len(self.placement) - 1].answers(x, batch))
-        return self._to_all(answer)
+            found = self.stages[len(self.placement) - 1].answer(x, batch, top)
+        else:
+            found = Prediction.empty(seq, rows, self.config.size("vocab_size"), top, self.device)
+        for part in (found.logits, found.log_probs, found.ids):
+            if part.numel():
+                self._to_all(part)
+        return found
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -85,6 +92,15 @@ class Pipeline:
                 part.copy_(made)
         answer = self._to_all(answer)
         return answer[0], answer[1] > 0.5
+
+    @torch.no_grad()
+    def task_logits(self, batch: Batch) -> Tensor:
+        """Of a model with a task's head, fp32, on every rank. Collective."""
+        x, stages = self._final_hidden(batch, None), cast(Mapping[int, TaskStage], self.stages)
+        answer = torch.empty(next(iter(stages.values())).task_shape(batch), device=self.device)
+        if x is not None:
+            answer.copy_(stages[len(self.placement) - 1].task_logits(x, batch))
+        return self._to_all(answer)
 
     def _final_hidden(self, batch: Batch, cache: Any) -> Tensor | None:
         """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""

@@ -167,7 +167,7 @@ class Scorer:
                     return None
                 self.run.job.watch.doing("evaluating the task")
                 numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
-                logits = self.model.answers(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
+                logits = self.model.task_logits(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
                 mine += [self._answer(items, n, row) for n, row in zip(numbers, self._each(logits), strict=True)]
         finally:
             for stage in self.run.stages.values():

@@ -13,47 +13,23 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA
+from writers import POSITIONS, build, save_model
 
 from megatron.checkpoint.hf import export_hf
-from megatron.checkpoint.save import save
-from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.resolve import resolve
-from megatron.config.saved import to_json
-from megatron.config.schema import ModelConfig, RunConfig
-from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.generate import Sampling, batch_of, device_of, generate
 from megatron.mesh.grid import Grid
-from megatron.mesh.mesh import Axis, Mesh
+from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
 from megatron.restore import open_pipeline
 
 TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
 GREEDY = Sampling(temperature=0.0)
 PROMPT = [5, 99, 17, 3]
-POSITIONS = 48
-
-
-def build(form: ModelConfig, vocab: int = 127) -> GPT:
-    """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
-    wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
-    config = replace(resolve(RunConfig(model=wanted)).model, vocab_size=vocab)
-    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), Axis.alone("tp"))
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.1 if name.endswith("bias") else 0.3 if parameter.dim() > 1 else 1.0
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
     return list(generate(model, PROMPT, max_new_tokens=count, sampling=sampling, **options))
-
-
-def save_model(model: GPT, root: Path, assets=None) -> Path:
-    config = to_json(RunConfig(model=model.config))
-    return save(root, 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config, assets=assets)
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])

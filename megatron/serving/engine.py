@@ -1,0 +1,159 @@
+"""Carries out tasks, one after the other, on all ranks at once: every rank computes the same tokens, rank 0 hands them on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron.beam import Beam
+from megatron.data.tokenizer import Tokenizer
+from megatron.generate import Predictor, Score, Text, write
+from megatron.mesh.watch import Watch
+from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
+from megatron.serving.fields import RequestError
+from megatron.serving.task import Task
+
+BEAT = 0.5  # seconds between two words of rank 0 while no request comes
+MOST_WAITING = 256  # requests
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a text has got since the last update. scores: of as many tokens as are known by now, also of the prompt's."""
+
+    index: int
+    tokens: tuple[int, ...]
+    scores: tuple[Score, ...]
+    end: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a task. beams: of a beam search, best first. error: why it ended early. status: of HTTP, then."""
+
+    beams: tuple[Beam, ...] = ()
+    error: str = ""
+    status: int = 500
+
+
+STOPPING = Done(error="the server is stopping", status=503)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A task that waits or runs. deliver: gets its updates and then one Done, on the engine's thread. dropped: nobody waits
+    for it any more."""
+
+    task: Task
+    deliver: Callable[[Update | Done], None]
+    dropped: threading.Event = field(default_factory=threading.Event)
+
+
+class Engine:
+    """One rank's. Collective where the model or the control are."""
+
+    def __init__(self, model: Predictor, tokenizer: Tokenizer, control: Control, watch: Watch | None = None) -> None:
+        self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watch()
+        self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
+        self._closed = threading.Event()
+
+    def submit(self, pending: Pending) -> None:
+        """From any thread of rank 0. RequestError when there is no room, or when the end has come."""
+        try:
+            self._waiting.put_nowait(pending)
+        except queue.Full as error:
+            raise RequestError(f"{MOST_WAITING} requests wait already: try again later", status=503) from error
+        if self._closed.is_set():
+            self._refuse_all()
+
+    def run(self, asked_to_stop: Callable[[], bool]) -> None:
+        """Work until some rank is asked to stop; what waits or runs then is refused. asked_to_stop: of this rank."""
+        try:
+            while True:
+                pending = self._next() if self.control.leads else None
+                self.watch.waiting("waiting for a request")
+                word = self.control.exchange(
+                    NOTHING if pending is None else TASK,
+                    b"" if pending is None else pending.task.to_bytes(),
+                    stop=asked_to_stop(),
+                )
+                if not word.stop and word.command == TASK:
+                    done = self._carry_out(Task.of(word.payload), pending, asked_to_stop)
+                elif word.stop:
+                    done = STOPPING
+                else:
+                    continue
+                if pending is not None:
+                    pending.deliver(done)
+                if done is STOPPING:
+                    return
+        finally:
+            self._closed.set()
+            self._refuse_all()
+
+    def _next(self) -> Pending | None:
+        """The next task that somebody still waits for; None after a while without one."""
+        try:
+            pending = self._waiting.get(timeout=BEAT)
+        except queue.Empty:
+            return None
+        return None if pending.dropped.is_set() else pending
+
+    def _refuse_all(self) -> None:
+        while True:
+            try:
+                self._waiting.get_nowait().deliver(STOPPING)
+            except queue.Empty:
+                return
+
+    def _carry_out(self, task: Task, pending: Pending | None, asked_to_stop: Callable[[], bool]) -> Done:
+        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task."""
+        beams: list[Beam] = []
+        texts = [Text.after(prompt) for prompt in task.prompts]
+        told = [(text.start, 0) for text in texts]
+        steps = self._beams(task, beams) if task.beam else self._texts(task, texts)
+        try:
+            for number, grown in enumerate(steps):
+                self.watch.doing(f"writing token {number + 1} of a request for {len(texts)} texts")
+                command = GO_ON
+                if pending is not None:
+                    _tell(pending, grown, texts, told)
+                    command = DROP if pending.dropped.is_set() else GO_ON
+                word = self.control.exchange(command, stop=asked_to_stop())
+                if word.stop:
+                    return STOPPING
+                if word.command == DROP:
+                    return Done(error="nobody waits for this request any more", status=499)
+        except ValueError as error:
+            return Done(error=str(error))
+        return Done(tuple(beams))
+
+    def _texts(self, task: Task, texts: list[Text]) -> Iterator[list[int]]:
+        return write(
+            self.model,
+            texts,
+            max_new_tokens=task.max_new_tokens,
+            sampling=task.sampling,
+            seed=task.seed,
+            stops=task.stops(self.tokenizer),
+            banned=task.banned,
+            top=task.top,
+        )
+
+    def _beams(self, task: Task, beams: list[Beam]) -> Iterator[list[int]]:
+        """Fills in `beams`; no text of the task grows meanwhile."""
+        if task.beam is None:
+            return
+        for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens):
+            beams[:] = found
+            yield []
+
+
+def _tell(pending: Pending, grown: Sequence[int], texts: Sequence[Text], told: list[tuple[int, int]]) -> None:
+    """Deliver what is new of the texts that grew. told: how many tokens and scores of each have been delivered."""
+    for i in grown:
+        text, (tokens, scores) = texts[i], told[i]
+        told[i] = len(text.tokens), len(text.scores)
+        pending.deliver(Update(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end))

@@ -1,0 +1,55 @@
+"""The fields of a request, read one by one: a wrong one gives one message that names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+class RequestError(ValueError):
+    """What a client asked for cannot be done. status: of HTTP. param: the field at fault. code: a word for programs."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class Fields:
+    """A JSON object whose fields are asked for by name; null is as good as absent."""
+
+    def __init__(self, body: bytes) -> None:
+        try:
+            held = json.loads(body)
+            json.dumps(held, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the request's body is no JSON: {error}") from error
+        if not isinstance(held, dict):
+            raise RequestError("the request's body is no JSON object")
+        self.held: Mapping[str, Any] = {name: value for name, value in held.items() if value is not None}
+
+    def only(self, known: frozenset[str]) -> None:
+        """RequestError for a field that nobody asks for: a misspelt one would have no effect."""
+        for name in self.held.keys() - known:
+            raise RequestError(f"{name} is no field of this request; there are {', '.join(sorted(known))}", name)
+
+    def whole(self, name: str, default: int, low: int, high: int | None = None) -> int:
+        value = self.held.get(name, default)
+        if type(value) is not int or value < low or (high is not None and value > high):
+            legal = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise RequestError(f"{name} must be a whole number {legal}", name)
+        return value
+
+    def number(self, name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
+        """above: `low` itself is not legal."""
+        value = self.held.get(name, default)
+        legal = type(value) in (int, float) and low <= value <= high and not (above and value == low)
+        if not legal:
+            raise RequestError(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}", name)
+        return float(value)
+
+    def truth(self, name: str, default: bool = False) -> bool:
+        value = self.held.get(name, default)
+        if not isinstance(value, bool):
+            raise RequestError(f"{name} must be true or false", name)
+        return value

@@ -1,0 +1,120 @@
+"""Megatron-LM's request, `PUT /api`: its fields, limits and defaults, and its reply."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.beam import HARDEST, WIDEST, BeamSearch
+from megatron.data.tokenizer import Tokenizer
+from megatron.generate import Sampling
+from megatron.serving.engine import Done
+from megatron.serving.fields import Fields, RequestError
+from megatron.serving.record import Record
+from megatron.serving.task import MOST_PROMPTS, Task
+from megatron.serving.words import single
+
+REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
+SAMPLING = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "random_seed")
+STOPS = ("stop_on_double_eol", "stop_on_eol", "prevent_newline_after_colon")
+BEAMS = ("beam_width", "stop_token", "length_penalty")
+KNOWN = frozenset(("prompts", "tokens_to_generate", "logprobs", "add_BOS", "no_log", *SAMPLING, *STOPS, *BEAMS))
+
+
+def task_of(fields: Fields, tokenizer: Tokenizer) -> Task:
+    """RequestError for the first field that is wrong."""
+    for old, new in REPLACED:
+        if old in fields.held:
+            raise RequestError(f"{old} is no longer a field: use {new}", old)
+    fields.only(KNOWN)
+    prompts = _prompts(fields, fields.truth("add_BOS"), tokenizer)
+    count = fields.whole("tokens_to_generate", 64, 0)
+    logprobs = fields.truth("logprobs")
+    if count == 0 and not logprobs:
+        raise RequestError("tokens_to_generate 0 only makes sense with logprobs true", "tokens_to_generate")
+    fields.truth("no_log")
+    return Task(
+        prompts=prompts,
+        max_new_tokens=count,
+        sampling=_sampling(fields),
+        seed=fields.whole("random_seed", secrets.randbits(62), 0),
+        top=0 if logprobs else None,
+        stop_runs=_stop_runs(fields, tokenizer),
+        banned_after=_banned_after(fields, tokenizer),
+        beam=_beam(fields, tokenizer, len(prompts), count),
+    )
+
+
+def _prompts(fields: Fields, begin: bool, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """begin: put the token that ends documents before each, as between two documents."""
+    prompts = fields.held.get("prompts")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise RequestError("prompts must be given, as a list of strings", "prompts")
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise RequestError(f"there are {len(prompts)} prompts; legal: 1 to {MOST_PROMPTS}", "prompts")
+    if "" in prompts and not begin:
+        raise RequestError("an empty prompt needs add_BOS true", "prompts")
+    return tuple((*([tokenizer.eod] if begin else []), *tokenizer.tokenize(prompt)) for prompt in prompts)
+
+
+def _sampling(fields: Fields) -> Sampling:
+    temperature = fields.number("temperature", 1.0, 0.0, 100.0, above=True)
+    top_k, top_p = fields.whole("top_k", 0, 0, 1000), fields.number("top_p", 0.0, 0.0, 1.0)
+    if top_k > 0 and top_p > 0.0:
+        raise RequestError("top_k and top_p exclude each other", "top_p")
+    for name in ("top_p_decay", "top_p_bound"):
+        if name in fields.held and top_p == 0.0:
+            raise RequestError(f"{name} needs top_p", name)
+    decay = fields.number("top_p_decay", 0.0, 0.0, 1.0)
+    bound = fields.number("top_p_bound", 0.0, 0.0, top_p, above="top_p_bound" in fields.held)
+    return Sampling(temperature, top_k, top_p, decay, bound)
+
+
+def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> BeamSearch | None:
+    stop = fields.whole("stop_token", tokenizer.special.get("eod", -1), -1)
+    penalty = fields.number("length_penalty", 1.0, -HARDEST, HARDEST)
+    if "beam_width" not in fields.held:
+        return None
+    width = fields.whole("beam_width", 1, 1, WIDEST)
+    if prompts > 1:
+        raise RequestError(f"beam_width is for one prompt, there are {prompts}", "beam_width")
+    if count == 0:
+        raise RequestError("tokens_to_generate 0 leaves nothing for beam_width to search", "tokens_to_generate")
+    return BeamSearch(width, penalty, None if stop < 0 else stop)
+
+
+def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """What ends a text: the end of a document, and where asked for the end of a line or of a paragraph."""
+    runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
+    line, double = fields.truth("stop_on_eol"), fields.truth("stop_on_double_eol")
+    if line or double:
+        newline, paragraph = _inside("\n", tokenizer), _inside("\n\n", tokenizer)
+        runs += [paragraph, newline] if line else [paragraph, newline * 2]
+    return tuple(dict.fromkeys(run for run in runs if run))
+
+
+def _inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of `text` within a text: some tokenizers put a space before the first word."""
+    before, whole = tokenizer.tokenize("x"), tokenizer.tokenize("x" + text)
+    return tuple(whole[len(before) :] if whole[: len(before)] == before else tokenizer.tokenize(text))
+
+
+def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int], ...]:
+    if not fields.truth("prevent_newline_after_colon"):
+        return ()
+    colon, newline = _inside(":", tokenizer), _inside("\n", tokenizer)
+    return ((colon[-1], newline[0]),) if colon and newline else ()
+
+
+def reply(task: Task, records: Sequence[Record], done: Done, tokenizer: Tokenizer) -> dict[str, Any]:
+    """text, segments and logprobs of every prompt with what follows it; after a beam search one of each beam, and scores."""
+    if task.beam is not None:
+        rows = [[*task.prompts[0], *beam.tokens] for beam in done.beams]
+        answer: dict[str, Any] = {"scores": [beam.score for beam in done.beams]}
+    else:
+        rows = [record.tokens for record in records]
+        scored = [[score.log_prob for score in record.scores] for record in records]
+        answer = {"logprobs": None if task.top is None else scored}
+    segments = [[single(tokenizer, token) for token in row] for row in rows]
+    return {"text": [tokenizer.detokenize(row) for row in rows], "segments": segments, **answer}

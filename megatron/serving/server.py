@@ -1,0 +1,128 @@
+"""The server's process: a port, uvicorn on a thread of its own, and the engine on the main thread until it is asked to end.
+
+The model runs on the main thread, which is the one that the watch of a job of several ranks looks at.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron.mesh.signals import StopSignals
+from megatron.serving.app import Service, build
+from megatron.serving.engine import Engine
+
+GRACE = 5  # seconds for replies that are under way when the end has come
+
+
+class ServerError(ValueError):
+    """The server cannot start. status: the exit status."""
+
+    status = 2
+
+
+def require_packages() -> None:
+    """ServerError where the extra is not installed."""
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ServerError(f"the server needs the package {error.name}: pip install 'megatron[server]'") from error
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet; ServerError for a port that is taken, and for an unknown host."""
+    if not 0 <= port <= 65535:
+        raise ServerError(f"--port {port} is none; legal: 0 (any free one) to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ServerError(f"--host {host} is not known: {error.strerror or error}") from error
+    opened = socket.socket(family, kind, protocol)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        opened.bind(address)
+    except OSError as error:
+        opened.close()
+        raise _taken(host, port, error) from error
+    return opened
+
+
+def _taken(host: str, port: int, error: OSError) -> ServerError:
+    return ServerError(f"--port {port} cannot be opened on {host}: {error.strerror or error}; choose another")
+
+
+@contextmanager
+def listening(service: Service, opened: socket.socket) -> Iterator[Callable[[], bool]]:
+    """Answer requests from another thread while the block lasts. Gives whether it still does.
+
+    ServerError where another process has come to listen on the port first.
+    """
+    import uvicorn
+
+    host, port = opened.getsockname()[:2]
+    try:
+        opened.listen(128)
+    except OSError as error:
+        raise _taken(host, port, error) from error
+    config = uvicorn.Config(
+        build(service), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, ws="none"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="http", daemon=True)
+    thread.start()
+    while thread.is_alive() and not server.started:
+        time.sleep(0.01)
+    try:
+        yield thread.is_alive
+    finally:
+        server.should_exit = True
+        thread.join(2 * GRACE)
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C asks for the end instead of raising KeyboardInterrupt. Nothing where another thread than the main one calls."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def serve(engine: Engine, opened: socket.socket | None, service: Service | None, signals: StopSignals) -> None:
+    """Until SIGTERM, SIGUSR1 or Ctrl-C on any rank. Collective. opened, service: on rank 0, None on the others."""
+    signals.hold()
+    with interrupts() as interrupted:
+
+        def asked() -> bool:
+            return signals.name is not None or interrupted.is_set()
+
+        if opened is None or service is None:
+            engine.run(asked)
+            return
+        with listening(service, opened) as alive:
+            host, port = opened.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            say(f"serving {service.model} on http://{shown}:{port}")
+
+            def over() -> bool:
+                if not alive():
+                    raise RuntimeError("the HTTP server's thread has ended")
+                return asked()
+
+            engine.run(over)
+
+
+def say(line: str) -> None:
+    """One line to stderr, at once."""
+    print(line, file=sys.stderr, flush=True)

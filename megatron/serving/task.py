@@ -1,0 +1,98 @@
+"""What a request asks of the model, in tokens and numbers: the same for both forms of requests, and for all ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron.beam import BeamSearch
+from megatron.data.tokenizer import Tokenizer
+from megatron.generate import Predictor, Sampling, Text, check_prompt, room_after
+from megatron.serving.fields import RequestError
+from megatron.serving.words import added_text
+
+MOST_PROMPTS = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts and how they go on.
+
+    top: None for no scores; else how many alternatives the score of a token lists. stop_runs: tokens in a row that end a text
+    when the last of them is written. stop_texts: what ends a text when it appears in what is written. banned_after: pairs of
+    a token and one that must not follow it. beam: a beam search of the only prompt instead of sampling.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    top: int | None = None
+    stop_runs: tuple[tuple[int, ...], ...] = ()
+    stop_texts: tuple[str, ...] = ()
+    banned_after: tuple[tuple[int, int], ...] = ()
+    beam: BeamSearch | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def of(cls, data: bytes) -> Task:
+        """The inverse of `to_bytes`."""
+        held = json.loads(data)
+        pairs = [(before, banned) for before, banned in held.pop("banned_after")]
+        beam = held.pop("beam")
+        return cls(
+            prompts=tuple(map(tuple, held.pop("prompts"))),
+            sampling=Sampling(**held.pop("sampling")),
+            stop_runs=tuple(map(tuple, held.pop("stop_runs"))),
+            stop_texts=tuple(held.pop("stop_texts")),
+            banned_after=tuple(pairs),
+            beam=None if beam is None else BeamSearch(**beam),
+            **held,
+        )
+
+    def check(self, model: Predictor, most_tokens: int) -> None:
+        """RequestError for what the model cannot do. most_tokens: of a request, prompts and what is written together."""
+        try:
+            for prompt in self.prompts:
+                check_prompt(model, prompt, reads_only=True)
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+        longest = max(self.prompts, key=len)
+        room = room_after(model, longest)
+        if room is not None and self.max_new_tokens > room:
+            positions = len(longest) + room
+            raise RequestError(
+                f"the longest prompt has {len(longest)} tokens and {self.max_new_tokens} are to be written, the model has "
+                f"{positions} positions: shorten the prompt or ask for {room} at most"
+            )
+        rows = len(self.prompts) if self.beam is None else self.beam.width
+        if (tokens := rows * (len(longest) + self.max_new_tokens)) > most_tokens:
+            raise RequestError(f"the request takes {tokens} tokens, this server allows {most_tokens} (--max-tokens-to-oom)")
+        vocabulary = model.config.size("vocab_size")
+        if self.beam is not None and 2 * self.beam.width > vocabulary:
+            raise RequestError(
+                f"beam_width {self.beam.width} is more than half of the {vocabulary} tokens that there are", "beam_width"
+            )
+        if self.beam is not None and self.beam.stop is not None and self.beam.stop >= vocabulary:
+            raise RequestError(f"stop_token {self.beam.stop} is outside of the vocabulary of {vocabulary}", "stop_token")
+        if self.top is not None and self.top > vocabulary:
+            raise RequestError(f"logprobs {self.top} is more than the vocabulary of {vocabulary}", "logprobs")
+
+    def stops(self, tokenizer: Tokenizer) -> Callable[[Text], bool]:
+        """Whether the last token that a text got ends it."""
+
+        def stops(text: Text) -> bool:
+            if any(tuple(text.tokens[-len(run) :]) == run for run in self.stop_runs):
+                return True
+            if not self.stop_texts:
+                return False
+            written = added_text(tokenizer, text.tokens, text.start)
+            return any(stop in written for stop in self.stop_texts)
+
+        return stops
+
+    def banned(self, text: Text) -> Sequence[int]:
+        return [banned for before, banned in self.banned_after if text.tokens[-1] == before]

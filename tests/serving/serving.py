@@ -1,0 +1,115 @@
+"""A server in this process, on a free port, and a client for it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from reference import LLAMA
+from writers import build, save_model
+
+from megatron.data.tokenizer import ByteTokenizer, Tokenizer
+from megatron.mesh.mesh import Axis
+from megatron.model.gpt import GPT
+from megatron.serving.app import Service
+from megatron.serving.control import Control
+from megatron.serving.engine import Engine
+from megatron.serving.server import listening, open_port
+
+VOCAB = 257
+
+
+class Letters(ByteTokenizer):
+    """Bytes that read as ASCII letters, so that every text of a random model is plain. newline: the token that ends a line."""
+
+    def __init__(self, newline: int = 10) -> None:
+        super().__init__()
+        self.newline = newline
+
+    def tokenize(self, text):
+        return [self.newline if i == 10 else i for i in super().tokenize(text)]
+
+    def detokenize(self, ids):
+        return "".join(map(self.letter, ids))
+
+    def letter(self, i: int) -> str:
+        named = {self.newline: "\n", 256: "<|endoftext|>"}
+        return named.get(i) or chr(i if 32 <= i < 127 else 97 + i % 26)
+
+
+class Client:
+    """Requests to one server. log: the lines that it wrote."""
+
+    def __init__(self, port: int, engine: Engine | None = None) -> None:
+        self.port, self.engine, self.log = port, engine, list[str]()
+
+    def open(self, method: str, path: str, body: Any = None) -> Any:
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        return urllib.request.urlopen(
+            urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method=method), timeout=60
+        )
+
+    def __call__(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and the body's JSON."""
+        try:
+            with self.open(method, path, body) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    @contextmanager
+    def connected(self, body: dict[str, Any]) -> Iterator[socket.socket]:
+        """A connection on which completions have been asked for, which is cut at the end whatever comes."""
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(head + data)
+            yield connection
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        status, reply = self("POST", "/v1/completions", body)
+        assert status == 200, reply
+        return reply
+
+    def events(self, **body: Any) -> list[Any]:
+        """Those of a stream, without the last one, which is [DONE]."""
+        with self.open("POST", "/v1/completions", {**body, "stream": True}) as reply:
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            *pieces, done, rest = reply.read().decode().split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        return [json.loads(piece.removeprefix("data: ")) for piece in pieces]
+
+
+@contextmanager
+def served(model: Any, tokenizer: Tokenizer, most_tokens: int = 12000) -> Iterator[Client]:
+    engine = Engine(model, tokenizer, Control(Axis.alone("world")))
+    port = open_port("127.0.0.1", 0)
+    client, over = Client(port.getsockname()[1], engine), threading.Event()
+    with listening(Service(engine, "tiny", most_tokens, client.log.append), port) as alive:
+        worker = threading.Thread(target=engine.run, args=(over.is_set,))
+        worker.start()
+        try:
+            assert alive()
+            yield client
+        finally:
+            over.set()
+            worker.join(20)
+    assert not worker.is_alive() and not alive()
+
+
+def tireless() -> GPT:
+    """A model whose most probable text never ends by itself."""
+    model = build(LLAMA, vocab=VOCAB)
+    model.head.weight.data[256] = 0.0  # a logit of 0, where the greatest of 256 others is above
+    return model
+
+
+def checkpoint(root: Path) -> Path:
+    return save_model(tireless(), root, ByteTokenizer().save)

@@ -1,0 +1,135 @@
+"""The server as a process, on one and on two ranks: it starts, answers, and ends as it should."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from serving import Client, checkpoint, tireless
+
+from megatron.data.tokenizer import ByteTokenizer
+from megatron.generate import Sampling, Text, write
+
+TOOL = Path(__file__).parents[2] / "tools" / "text_generation_server.py"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def started(root: Path, count: int, *flags: str) -> Iterator[tuple[list[subprocess.Popen[str]], Client]]:
+    """The tool on `count` processes, and a client of its first; all are gone afterwards."""
+    port, master = free_port(), free_port()
+    job = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": master,
+        "OMP_NUM_THREADS": 1,
+    }
+    command = [sys.executable, str(TOOL), "--load", str(root), "--port", str(port), *flags]
+    processes = []
+    try:
+        for rank in range(count):
+            place = {name: str(value) for name, value in {**job, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **place}))
+        yield processes, Client(port)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_until_up(processes: list[subprocess.Popen[str]], client: Client) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        try:
+            client("GET", "/health")
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not come up")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint(folder)
+    return folder
+
+
+def greedy(prompts: list[str], count: int) -> list[str]:
+    texts = [Text.after(prompt.encode()) for prompt in prompts]
+    for _ in write(tireless(), texts, max_new_tokens=count, sampling=Sampling(0.0)):
+        pass
+    return [ByteTokenizer().detokenize(text.tokens) for text in texts]
+
+
+def test_two_ranks_serve_and_end_together(root: Path) -> None:
+    """Equal to one process; a client that leaves a long stream stops both ranks; so does a signal to one of them."""
+    with started(root, 2, "--pipeline-model-parallel-size", "2") as (processes, client):
+        wait_until_up(processes, client)
+        asked = {"prompts": ["Hello", "Go"], "tokens_to_generate": 8, "top_k": 1}
+        assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
+        seeded = dict(prompt=["Hello", "Go"], max_tokens=8, seed=4)
+        assert client.complete(**seeded)["choices"] == client.complete(**seeded)["choices"]
+        with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}) as leaving:
+            assert b"200" in leaving.recv(100)
+        began = time.monotonic()
+        assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
+        assert time.monotonic() - began < 15
+        processes[1].send_signal(signal.SIGTERM)
+        ended = [process.communicate(timeout=60) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], ended
+        assert f"serving {root.name} on http://127.0.0.1:{client.port}" in ended[0][1] and ended[1][1] == ""
+
+
+def test_a_taken_port_and_ctrl_c(root: Path) -> None:
+    with started(root, 1) as (processes, client):
+        wait_until_up(processes, client)
+        command = [sys.executable, str(TOOL), "--load", str(root), "--port", str(client.port)]
+        second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        assert second.returncode == 2 and second.stdout == ""
+        said = f"error: --port {client.port} cannot be opened on 127.0.0.1: Address already in use; choose another\n"
+        assert second.stderr == said
+        processes[0].send_signal(signal.SIGINT)
+        assert processes[0].wait(60) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--load", "/nowhere"), "/nowhere"),
+        (("--port", "70000"), "--port 70000 is none"),
+        (("--max-tokens-to-oom", "0"), "--max-tokens-to-oom 0"),
+        (("--tensor-model-parallel-size", "2"), "start with torchrun --nproc_per_node 2"),
+    ],
+)
+def test_what_cannot_be_served(root, flags, message, capsys) -> None:
+    assert tool_main()(["--load", str(root), "--device", "cpu", *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_without_the_extra(root, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert tool_main()(["--load", str(root)]) == 2
+    assert capsys.readouterr().err == "error: the server needs the package uvicorn: pip install 'megatron[server]'\n"
+
+
+def tool_main():
+    import runpy
+
+    return runpy.run_path(str(TOOL))["main"]

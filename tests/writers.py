@@ -1,0 +1,37 @@
+"""Small models that write text, with random weights, and their checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.save import save
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.resolve import resolve
+from megatron.config.saved import to_json
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.contract import StagePart
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.model.gpt import GPT
+
+POSITIONS = 48
+
+
+def build(form: ModelConfig, vocab: int = 127) -> GPT:
+    """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
+    wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
+    config = replace(resolve(RunConfig(model=wanted)).model, vocab_size=vocab)
+    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), Axis.alone("tp"))
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.1 if name.endswith("bias") else 0.3 if parameter.dim() > 1 else 1.0
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def save_model(model: GPT, root: Path, assets=None) -> Path:
+    config = to_json(RunConfig(model=model.config))
+    return save(root, 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config, assets=assets)

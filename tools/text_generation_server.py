@@ -1,0 +1,84 @@
+"""Serve a trained model over HTTP: `tools/text_generation_server.py --load CKPT`.
+
+Answers Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions`, see examples/text_generation_server. Started by torchrun
+on several processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their
+number. SIGTERM and Ctrl-C end it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron.checkpoint.layout import CheckpointError, find
+from megatron.config.errors import ConfigError
+from megatron.data.errors import DataError
+from megatron.mesh.grid import Grid
+from megatron.mesh.launch import Job, guarded, job
+from megatron.mesh.mesh import Mesh
+from megatron.mesh.place import Place
+from megatron.mesh.signals import StopSignals
+from megatron.model_flags import add_model_flags, layout_of
+from megatron.restore import open_pipeline, text_tokenizer
+from megatron.serving.app import Service
+from megatron.serving.control import Control
+from megatron.serving.engine import Engine
+from megatron.serving.server import open_port, require_packages, say, serve
+
+REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_model_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 is any free one (default 5000)")
+    parser.add_argument("--model-name", help="the model's name for clients; default that of the directory of --load")
+    parser.add_argument("--max-tokens-to-oom", type=int, default=12000, help="most tokens of a request (default 12000)")
+    args = parser.parse_args(argv)
+    speaks = True
+    try:
+        place = Place.of(os.environ)
+        speaks = place.rank == 0
+        grid, device = layout_of(args, place)
+        if args.max_tokens_to_oom < 1:
+            raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
+        require_packages()
+        find(Path(args.load), args.load_iteration)
+        signals = StopSignals(leave)
+        signals.install()
+        explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
+        with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
+            run(args, started, grid, device if place.world_size == 1 else started.device, signals)
+        signals.close()
+    except REFUSED as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def leave(name: str) -> None:
+    """A signal that comes before there is anything to end."""
+    os._exit(128 + signal.Signals[name])
+
+
+def run(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, signals: StopSignals) -> None:
+    """Open the model and serve it. Collective."""
+    mesh = Mesh.build(grid, started.place.rank, started.timeout)
+    # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
+    opened_port = open_port(args.host, args.port) if started.is_main else None
+    opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
+    engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
+    name = args.model_name or Path(args.load).resolve().name
+    service = Service(engine, name, args.max_tokens_to_oom, say) if started.is_main else None
+    serve(engine, opened_port, service, signals)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
