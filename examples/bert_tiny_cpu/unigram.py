@@ -63,11 +63,8 @@ def main() -> int:
     # One is added to each count, or a token that training never masks would cost infinitely much.
     known = cross_entropy(held_out, (trained + 1) / (trained + 1).sum())
     own = cross_entropy(held_out, held_out / held_out.sum())
-    print(
-        f"{held_out.sum():,} held-out masked tokens, guessed without context: {known:.3f} from their shares in training, ",
-        end="",
-    )
-    print(f"{own:.3f} from their own shares")
+    print(f"guessed without context, the {held_out.sum():,} held-out masked tokens lose")
+    print(f"  {known:.3f} from each token's share in training, {own:.3f} from its share among them")
     return 0
 
 

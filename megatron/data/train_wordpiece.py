@@ -21,8 +21,11 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     """Write vocab.txt to a directory, one piece a line; returns the number of its lines.
 
     Special tokens come first, then single characters, then longer pieces, both sorted: the order in which pieces are merged
-    differs from one training to the next where two are equally common. Raises DataError for wrong input, and for a size that does not hold every character.
+    differs from one training to the next where two are equally common.
+    Raises DataError for wrong input, and for a size that does not hold every character.
     """
+    if vocab_size < len(SPECIAL):
+        raise DataError(f"--vocab-size {vocab_size}: at least {len(SPECIAL)}, the special tokens, and the text's characters")
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -34,14 +37,10 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
         show_progress=False,
     )
     backend.train_from_iterator(texts(expand(inputs), keys), trainer)
-    learned = sorted(
-        backend.get_vocab().keys() - set(SPECIAL), key=lambda piece: (len(piece.removeprefix(CONTINUES)) > 1, piece)
-    )
-    pieces = [*SPECIAL, *learned]
+    learned = backend.get_vocab().keys() - set(SPECIAL)
+    pieces = [*SPECIAL, *sorted(learned, key=lambda piece: (len(piece.removeprefix(CONTINUES)) > 1, piece))]
     if len(pieces) > vocab_size:
-        raise DataError(
-            f"--vocab-size {vocab_size}: at least {len(pieces)} for this text, its characters and the special tokens"
-        )
+        raise DataError(f"--vocab-size {vocab_size}: at least {len(pieces)}, this text's characters and the special tokens")
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)

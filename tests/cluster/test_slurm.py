@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 ITERATIONS = 120
 FLAGS = f"--train-iters {ITERATIONS} --save-interval 50 --eval-interval 40".split()
 # pretrain_gpt.py, but while the file PACE is there each step takes a third of a second longer.
@@ -203,9 +202,3 @@ def test_a_failure_is_not_repeated(submit_paced):
     job = submit_paced("pretrain_gpt.sbatch", flags=("--hidden-size", "31"))
     job.wait_ended("FAILED")
     assert "hidden-size" in job.said() and f"attempt {job.id}.0 ended with status 1\n" in job.said()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_shell(script):
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and os.access(script, os.X_OK), done.stderr
