@@ -9,6 +9,6 @@ fi
 task=(--task "${TASK:-LAMBADA}")
 if [ "${task[1]}" = LAMBADA ]; then task+=(--strict-lambada); fi
 "$here/distributed.sh" "$here/../../tasks/main.py" "${task[@]}" --valid-data "$1" \
-  --tokenizer-type GPT2BPETokenizer --vocab-file "$2" --merge-file "$3" --load "$4" --no-load-optim --no-load-rng \
+  --tokenizer-type GPT2BPETokenizer --vocab-file "$2" --merge-file "$3" --load "$4" \
   --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 1024 --max-position-embeddings 1024 \
   --micro-batch-size 8 --log-interval 10 "--${PRECISION:-fp16}" "${@:5}"
