@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a byte-level BPE tokenizer (GPT-2's kind) on text: tokenizer.json, and vocab.json with merges.txt."""
+"""Train a tokenizer on text: byte-level BPE of GPT-2's kind (tokenizer.json, vocab.json, merges.txt), or BERT's (vocab.txt)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import sys
 
 from megatron.data.errors import DataError
 from megatron.data.train_bpe import train_bpe
+from megatron.data.train_wordpiece import train_wordpiece
+
+FILES = {  # by --tokenizer-type, what is written
+    "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
+    "BertWordPieceLowerCase": "vocab.txt",
+    "BertWordPieceCase": "vocab.txt",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,13 +25,22 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys of the JSON objects to read"
     )
-    p.add_argument("--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>")
+    p.add_argument(
+        "--tokenizer-type", choices=list(FILES), default="GPT2BPETokenizer", help="what it is for (default GPT2BPETokenizer)"
+    )
+    p.add_argument(
+        "--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>, or BERT's special tokens"
+    )
     p.add_argument("--output", required=True, metavar="DIR", help="directory for the files")
     args = p.parse_args(argv)
-    size = train_bpe(args.input, args.json_keys, args.vocab_size, args.output)
+    if args.tokenizer_type == "GPT2BPETokenizer":
+        size = train_bpe(args.input, args.json_keys, args.vocab_size, args.output)
+    else:
+        lower_case = args.tokenizer_type == "BertWordPieceLowerCase"
+        size = train_wordpiece(args.input, args.json_keys, args.vocab_size, args.output, lower_case=lower_case)
     if size < args.vocab_size:
         print(f"warning: the text gives only {size} of {args.vocab_size} ids", file=sys.stderr)
-    print(f"{args.output}: tokenizer.json, vocab.json and merges.txt with {size} ids")
+    print(f"{args.output}: {FILES[args.tokenizer_type]} with {size} ids")
     return 0
 
 

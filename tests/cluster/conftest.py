@@ -13,21 +13,39 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 "
-    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-warmup-iters 2 --tokenizer-type ByteTokenizer "
-    "--split 80,20,0 --log-interval 1 --eval-iters 1"
+    "--micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-warmup-iters 2 --split 80,20,0 --log-interval 1 --eval-iters 1"
 )
 
 
+def tool(name: str, *arguments: str | Path) -> None:
+    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Flags of a tiny GPT over bytes, without --save, --train-iters and intervals."""
-    folder = tmp_path_factory.mktemp("corpus")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps({"text": f"{i} green bottles, hanging on the wall. " * 20}) for i in range(40)]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
-    tool = [sys.executable, "tools/preprocess_data.py", "--input", folder / "corpus.jsonl", "--append-eod"]
-    tool += ["--output-prefix", folder / "corpus", "--tokenizer-type", "ByteTokenizer"]
-    subprocess.run(list(map(str, tool)), cwd=ROOT, check=True, capture_output=True)
-    return [*FLAGS.split(), "--data-path", str(folder / "corpus_text_document")]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> list[str]:
+    """Flags of a tiny GPT over bytes, without --save, --train-iters and intervals."""
+    tokenizer = ["--tokenizer-type", "ByteTokenizer"]
+    tool("preprocess_data", "--input", corpus, "--output-prefix", corpus.parent / "gpt", "--append-eod", *tokenizer)
+    return [*FLAGS.split(), *tokenizer, "--data-path", f"{corpus.parent}/gpt_text_document"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(corpus: Path) -> list[str]:
+    """The same of a tiny BERT, with a vocabulary made for its text."""
+    tokenizer = ["--tokenizer-type", "BertWordPieceLowerCase"]
+    tool("train_tokenizer", "--input", corpus, "--output", corpus.parent, "--vocab-size", "64", *tokenizer)
+    tokenizer += ["--vocab-file", str(corpus.parent / "vocab.txt")]
+    tool("preprocess_data", "--input", corpus, "--output-prefix", corpus.parent / "bert", "--split-sentences", *tokenizer)
+    return [*FLAGS.split(), *tokenizer, "--data-path", f"{corpus.parent}/bert_text_sentence"]
 
 
 class Lines:
@@ -53,13 +71,13 @@ def lines() -> Lines:
 
 
 @pytest.fixture(scope="session")
-def alone(tiny: list[str], tmp_path_factory: pytest.TempPathFactory):
-    """Starts an uninterrupted run of two ranks on this host: flags -> (process, its directory)."""
+def alone(tmp_path_factory: pytest.TempPathFactory):
+    """Starts an uninterrupted run of two ranks on this host: program, flags -> (process, its directory)."""
 
-    def start(*flags: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def start(program: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
         save = tmp_path_factory.mktemp("alone")
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launch, "pretrain_gpt.py", *tiny, *flags, "--save", str(save)]
+        command = [*launch, program, *flags, "--save", str(save)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet), save
 

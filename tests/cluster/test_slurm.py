@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 ITERATIONS = 120
 FLAGS = f"--train-iters {ITERATIONS} --save-interval 50 --eval-interval 40".split()
 # pretrain_gpt.py, but while the file PACE is there each step takes a third of a second longer.
@@ -53,14 +52,11 @@ def cluster() -> None:
 
 
 class Submitted:
-    """A job of one of the scripts, told to train slowly while `pace` is there."""
+    """A job of one of the scripts. variables: of its environment, beside those that every job here has."""
 
-    def __init__(self, script: str, folder: Path, flags: list[str], *options: str) -> None:
-        self.save, self.pace, self.log = folder / "save", folder / "pace", folder / "job.log"
-        program = folder / "paced.py"
-        program.write_text(PROGRAM)
-        self.pace.touch()
-        own = {"SAVE": self.save, "PYTHON": sys.executable, "PROGRAM": program, "PACE": self.pace, "OMP_NUM_THREADS": "1"}
+    def __init__(self, script: str, folder: Path, flags: list[str], *options: str, **variables: Path) -> None:
+        self.save, self.log = folder / "save", folder / "job.log"
+        own = {"SAVE": self.save, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
         done = subprocess.run(
             ["sbatch", "--parsable", f"--output={self.log}", *options, f"examples/slurm/{script}", *flags],
             cwd=ROOT,
@@ -101,11 +97,11 @@ class Submitted:
 
 
 @pytest.fixture
-def submit(cluster: None, tmp_path: Path, tiny: list[str]) -> Iterator:
+def submit(cluster: None, tmp_path: Path) -> Iterator:
     jobs: list[Submitted] = []
 
-    def start(script: str, *options: str, flags: tuple[str, ...] = ()) -> Submitted:
-        jobs.append(Submitted(script, tmp_path, [*tiny, *FLAGS, *flags], *options))
+    def start(script: str, flags: list[str], *options: str, **variables: Path) -> Submitted:
+        jobs.append(Submitted(script, tmp_path, flags, *options, **variables))
         return jobs[-1]
 
     yield start
@@ -113,10 +109,30 @@ def submit(cluster: None, tmp_path: Path, tiny: list[str]) -> Iterator:
         slurm("scancel", job.id)
 
 
+@pytest.fixture
+def pace(tmp_path: Path) -> Path:
+    """A paced job trains slowly while this is there."""
+    path = tmp_path / "pace"
+    path.touch()
+    return path
+
+
+@pytest.fixture
+def submit_paced(submit, pace: Path, tiny: list[str], tmp_path: Path):
+    """Submits a paced GPT."""
+    program = tmp_path / "paced.py"
+    program.write_text(PROGRAM)
+
+    def start(script: str, *options: str, flags: tuple[str, ...] = ()) -> Submitted:
+        return submit(script, [*tiny, *FLAGS, *flags], *options, PROGRAM=program, PACE=pace)
+
+    return start
+
+
 @pytest.fixture(scope="module")
-def expected(cluster: None, alone, lines):
+def expected(cluster: None, alone, tiny, lines):
     """The lines of the uninterrupted run, asked for when they are needed."""
-    process, save = alone(*FLAGS)
+    process, save = alone("pretrain_gpt.py", *tiny, *FLAGS)
 
     def wait() -> list[dict[str, object]]:
         assert process.wait(timeout=120.0) == 0
@@ -125,9 +141,9 @@ def expected(cluster: None, alone, lines):
     return wait
 
 
-def test_preempted_and_out_of_time(submit, expected, lines):
+def test_preempted_and_out_of_time(submit_paced, pace, expected, lines):
     """With torchrun. `scontrol requeue` does what a preemption does; then comes the warning before a time limit of a minute."""
-    job = submit("pretrain_gpt.sbatch", "--time=10", "--signal=B:USR1@15")
+    job = submit_paced("pretrain_gpt.sbatch", "--time=10", "--signal=B:USR1@15")
     job.wait(lambda: lines.iteration(job.save) >= 5, 90.0)
     slurm("scontrol", "requeue", job.id)
     job.wait_requeued(30.0)
@@ -140,7 +156,7 @@ def test_preempted_and_out_of_time(submit, expected, lines):
     assert f"attempt {job.id}.1 ended with status 75" in job.said()
     assert preempted < late < ITERATIONS, "it went on, and was not at its end"
     job.start_now("TimeLimit=10")
-    job.pace.unlink()
+    pace.unlink()
     job.wait_ended("COMPLETED")
     for iteration in (preempted, late):
         assert f"loading checkpoint {job.save}/iter_{iteration:07d}: " in job.said()
@@ -149,28 +165,40 @@ def test_preempted_and_out_of_time(submit, expected, lines):
     assert sorted(logs) == [f"{job.id}.{attempt}-{node}" for attempt in (0, 1, 2) for node in (0, 1)], "one of each node"
 
 
-def test_without_torchrun(submit, expected, lines):
+def test_without_torchrun(submit_paced, pace, expected, lines):
     """The warning goes to the ranks themselves; their exit status 75 comes through srun."""
-    job = submit("pretrain_gpt_srun.sbatch")
+    job = submit_paced("pretrain_gpt_srun.sbatch")
     job.wait(lambda: lines.iteration(job.save) >= 5, 60.0)
     slurm("scancel", "--signal=USR1", job.id)
     job.wait_requeued(30.0)
     assert re.search(r"stopping after iteration \d+: SIGUSR1 to rank 0", job.said())
     job.start_now()
-    job.pace.unlink()
+    pace.unlink()
     job.wait_ended("COMPLETED")
     assert f"attempt {job.id}.0 ended with status 75" in job.said() and f"attempt {job.id}.1 ended with status 0" in job.said()
     assert lines.of(job.save) == expected()
 
 
-def test_a_failure_is_not_repeated(submit):
+@pytest.mark.parametrize("script", ["pretrain_bert.sbatch", "pretrain_bert_srun.sbatch"])
+def test_bert(script, submit, tiny_bert, alone, lines):
+    """In two attempts what one process group does in one; --exit-interval ends the first as a time limit would."""
+    flags = [*tiny_bert, "--train-iters", "12", "--save-interval", "50", "--eval-interval", "4"]
+    job = submit(script, [*flags, "--exit-interval", "8"])
+    process, save = alone("pretrain_bert.py", *flags)
+    job.wait(lambda: lines.iteration(job.save) >= 8, 90.0)
+    job.wait_requeued(30.0)
+    assert lines.iteration(job.save) == 8
+    job.start_now()
+    job.wait_ended("COMPLETED")
+    assert process.wait(timeout=120.0) == 0
+    assert lines.of(job.save) == lines.of(save)
+    assert all("sop_loss" in line for line in lines.of(job.save))
+    logs = {path.name.rpartition("-")[0] for path in (job.save / "logs").iterdir()}
+    assert logs == {f"{job.id}.{attempt}-{node}" for attempt in (0, 1) for node in (0, 1)}, "one of each node"
+
+
+def test_a_failure_is_not_repeated(submit_paced):
     """A mistake in the command: the job ends with its status, and is not put back."""
-    job = submit("pretrain_gpt.sbatch", flags=("--hidden-size", "31"))
+    job = submit_paced("pretrain_gpt.sbatch", flags=("--hidden-size", "31"))
     job.wait_ended("FAILED")
     assert "hidden-size" in job.said() and f"attempt {job.id}.0 ended with status 1\n" in job.said()
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_shell(script):
-    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and os.access(script, os.X_OK), done.stderr

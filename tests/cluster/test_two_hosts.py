@@ -86,7 +86,7 @@ def test_the_cable_is_cut(hosts, alone, tiny, lines, tmp_path):
             time.sleep(0.02)
         hosts.cable("down")
         cut = time.monotonic()
-        reference, expected = alone(*FLAGS)
+        reference, expected = alone("pretrain_gpt.py", *tiny, *FLAGS)
         statuses = [job.wait(timeout=max(0.0, cut + 40.0 - time.monotonic())) for job in jobs]
         assert statuses == [1, 1]
         assert lines.iteration(save) < ITERATIONS, "it was over before the cable was cut"

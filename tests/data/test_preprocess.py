@@ -20,6 +20,7 @@ from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Settings, preprocess
 from megatron.data.sentences import split_sentences
+from megatron.data.tokenizer import build_tokenizer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ["Hello there.", "", "Second one: é.", "x" * 5000, "Last."]
@@ -242,3 +243,21 @@ def test_train_tokenizer(corpus: Path, tmp_path: Path) -> None:
     small = tool("train_tokenizer.py", "--input", corpus, "--vocab-size", 5000, "--output", tmp_path / "t")
     assert "warning: the text gives only" in small.stderr
     assert tool("train_tokenizer.py", "--input", corpus, "--vocab-size", 256, "--output", tmp_path / "t").returncode == 2
+
+
+def test_train_wordpiece(corpus: Path, tmp_path: Path) -> None:
+    """Every training gives the same file, and the tokenizer that it is for opens it."""
+    command = ["train_tokenizer.py", "--tokenizer-type", "BertWordPieceCase", "--input", corpus]
+    files = [tmp_path / name / "vocab.txt" for name in "ab"]
+    for file in files:
+        result = tool(*command, "--vocab-size", 60, "--output", file.parent)
+        assert result.returncode == 0 and "vocab.txt with 60 ids" in result.stdout, result.stderr
+    assert files[0].read_bytes() == files[1].read_bytes()
+    pieces = files[0].read_text().splitlines()
+    assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and len(set(pieces)) == 60
+    assert max(len(piece.removeprefix("##")) for piece in pieces[5:]) > 2
+    tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="BertWordPieceCase", vocab_file=str(files[0])))
+    assert tokenizer.detokenize(tokenizer.tokenize("Hello there.")) == "Hello there."
+    for size, message in ((3, "the special tokens"), (20, "this text's characters")):
+        wrong = tool(*command, "--vocab-size", size, "--output", tmp_path / "c")
+        assert wrong.returncode == 2 and message in wrong.stderr and len(wrong.stderr.splitlines()) == 1, wrong.stderr
