@@ -39,12 +39,14 @@ HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are know
 class Kind:
     """What one of the two commands converts.
 
-    defaults: of config.json. sizes: our name of each size -> its name there. copies: tensors that the family writes a second
-    time, as our name -> theirs. tool: its command.
+    defaults: of config.json. absent: what a field that is not in a --config_file means instead, in transformers. sizes: our
+    name of each size -> its name there. copies: tensors that the family writes a second time, as our name -> theirs. tool: its
+    command.
     """
 
     name: str
     defaults: Mapping[str, Any]
+    absent: Mapping[str, Any]
     sizes: Mapping[str, str]
     copies: Mapping[str, tuple[str, ...]]
     tool: str
@@ -80,6 +82,7 @@ GPT2_KIND = Kind(
             "tokenizer_class": "GPT2TokenizerFast",
         }
     ),
+    MappingProxyType({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}),
     MappingProxyType(
         {
             "vocab_size": "vocab_size",
@@ -115,6 +118,7 @@ BERT_KIND = Kind(
             "use_cache": True,
         }
     ),
+    MappingProxyType({}),
     MappingProxyType(
         {
             "vocab_size": "vocab_size",
@@ -191,7 +195,10 @@ def convert(
         or "embedding.position.weight" not in known
     ):
         raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
-    about = {**kind.defaults, **(_sizes_there(known, kind, say) if given is None and not args else {}), **(given or {})}
+    if given is not None:
+        about = {**kind.defaults, **kind.absent, **given}
+    else:
+        about = {**kind.defaults, **({} if args else _sizes_there(known, kind, say))}
     about |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
     if args:
         about |= _from_args(args, known, kind, given)

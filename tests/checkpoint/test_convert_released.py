@@ -137,6 +137,20 @@ def test_bert_with_args(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["tokenizer_type"] == "BertWordPieceLowerCase"
 
 
+def test_what_a_config_file_leaves_out_means_what_it_does_in_transformers(tmp_path, capsys):
+    """The config.json of GPT-2's published sizes has no n_inner: four times the width."""
+    config = config_of(ffn_hidden_size=128)
+    model = build(config, half=True)
+    path = write_archive(tmp_path / "gpt.zip", released(config, weights_of(model), 0, 127), None)
+    about = {name: value for name, value in GPT_FILE.items() if name != "n_inner"}
+    assert main(GPT2_KIND, "", arguments(tmp_path, path, about)) == 0
+    assert gpt_difference(model, tmp_path) <= 1e-4
+    capsys.readouterr()
+    del about["n_layer"], about["n_head"]
+    said = refused(GPT2_KIND, path, capsys, *arguments(tmp_path, path, about)[:2])
+    assert "12 attention heads do not divide the width 32" in said
+
+
 def test_a_released_width_needs_nothing_else(tmp_path, capsys):
     """Of the released models' width the heads are known; the other sizes are those of the tensors."""
     config = config_of(num_layers=1, hidden_size=1024, num_attention_heads=16, num_query_groups=16, kv_channels=64)
