@@ -90,9 +90,13 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> Weights:
 
 def chunks_of(file: Mapping[str, Any], name: str) -> list[Weights]:
     """The weights of each virtual stage of one rank's file, of one without them the only one. CheckpointError without any."""
-    keys = ["model"] if "model" in file else sorted((k for k in file if re.fullmatch(r"model\d+", k)), key=lambda k: int(k[5:]))
-    if not keys:
-        raise CheckpointError(f"{name}: it has no `model`, so it is no checkpoint of Megatron-LM")
+    keys = (
+        ["model"]
+        if "model" in file
+        else sorted((k for k in file if re.fullmatch(r"model\d+", str(k))), key=lambda k: int(k[5:]))
+    )
+    if not keys or any(not isinstance(file[key], Mapping) for key in keys):
+        raise CheckpointError(f"{name}: it has no `model` with weights in it, so it is no checkpoint of Megatron-LM")
     return [flatten(file[key]) for key in keys]
 
 
