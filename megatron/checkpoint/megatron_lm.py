@@ -210,7 +210,9 @@ def _cut(whole: Mapping[str, Tensor], ours: str, entry: Entry, tp: int, rank: in
     """One rank's part of a tensor."""
     tensor, gate = whole[ours], whole.get(ours.replace(".up.", ".gate.")) if ".mlp.up." in ours else None
     if entry.rows:
-        tensor = torch.cat([tensor, tensor.new_zeros(padded - tensor.shape[0], *tensor.shape[1:])])
+        # Copies of the last row, as Megatron-LM grows a vocabulary: rows of zeros would be tokens of logit 0, which some models
+        # find likelier than any true one, and Megatron-LM's softmax counts them.
+        tensor = torch.cat([tensor, tensor[-1:].expand(padded - tensor.shape[0], *tensor.shape[1:])])
     if entry.cut is None:
         return tensor.clone()
     part = tensor.chunk(tp, dim=entry.cut)[rank]

@@ -92,7 +92,8 @@ def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
     layers = model["language_model"]["encoder"]
     assert torch.equal(layers["layers.1.self_attention.query_key_value.weight"], weights["layers.3.attention.qkv.weight"][48:])
     assert torch.equal(layers["layers.0.mlp.dense_4h_to_h.weight"], weights["layers.2.mlp.down.weight"][:, 40:])
-    assert model["word_embeddings_for_head"]["weight"].shape == (128, 32)
+    word = model["word_embeddings_for_head"]["weight"]
+    assert word.shape == (128, 32) and (word == weights["embedding.word.weight"][-1]).all()  # padding: rows 128 to 255 of 127
     assert "embedding" not in model["language_model"]
 
 
