@@ -166,7 +166,9 @@ def reorder(rows: Tensor, sizes: Sizes, version: float) -> Tensor:
 
 
 def unpadded(whole: Mapping[str, Tensor], vocab: int) -> Weights:
-    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer."""
+    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer, or `vocab` is below 1."""
+    if vocab < 1:
+        raise CheckpointError(f"a vocabulary of {vocab} tokens; it must have one at least")
     names = {entry.ours for entry in TABLE if entry.rows} & whole.keys()
     if short := sorted(name for name in names if whole[name].shape[0] < vocab):
         raise CheckpointError(

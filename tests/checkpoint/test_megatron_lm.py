@@ -158,6 +158,8 @@ def test_what_cannot_be_read(tmp_path):
     for name in ("mp_rank_01_000", "mp_rank_00_001"):
         os.replace(made / name, tmp_path / name)
     assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in refused(tmp_path / "run")
+    os.replace(made / "mp_rank_00_000", made / "mp_rank_9999999999")  # what lacks is found without a list of all
+    assert "tensor-parallel rank 0 of pipeline stage 0 is not there" in refused(tmp_path / "run")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("../..")
     assert "expected a number or `release`" in refused(tmp_path / "run")
 
@@ -169,7 +171,13 @@ def test_what_cannot_be_read(tmp_path):
         ({"use_rotary_position_embeddings": True}, "rotary and learned positions at once"),
         ({"rotary_interleaved": True}, "--rotary-interleaved"),
         ({"ffn_hidden_size": 96}, "layers.0.mlp.up.weight is (80, 32), not (96, 32)"),
-        ({"num_layers": 5}, "layers.4.attention.dense.bias is not there"),
+        ({"num_layers": 5}, "its settings say 5 layers, and there are 4"),
+        ({"num_layers": 10**9}, "its settings say 1000000000 layers, and there are 4"),  # at once, and in little memory
+        ({"num_layers": "4"}, "the file's args say num_layers = '4', which is no number"),
+        ({"layernorm_epsilon": -1.0}, "`--layernorm-epsilon -1.0` must be greater than 0"),
+        ({"layernorm_epsilon": "1e-5"}, "the file's args say layernorm_epsilon = '1e-5', which is no number"),
+        ({"add_bias_linear": "no"}, "the file's args say add_bias_linear = 'no', which is no switch"),
+        ({"true_vocab_size": 0}, "a vocabulary of 0 tokens; it must have one at least"),
     ],
 )
 def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
