@@ -166,7 +166,7 @@ def reorder(rows: Tensor, sizes: Sizes, version: float) -> Tensor:
 
 
 def unpadded(whole: Mapping[str, Tensor], vocab: int) -> Weights:
-    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer, or `vocab` is below 1."""
+    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer, or none wanted."""
     if vocab < 1:
         raise CheckpointError(f"a vocabulary of {vocab} tokens; it must have one at least")
     names = {entry.ours for entry in TABLE if entry.rows} & whole.keys()
