@@ -43,6 +43,8 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     if config.num_layers != there:  # before anything is made for every layer
         raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")
     try:
+        if config.kv_channels is None:
+            raise ValueError(f"{config.num_attention_heads} attention heads do not divide the width {config.hidden_size}")
         if problems := [problem for _, problem in out_of_range(RunConfig(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
         plan = stages_of(RunConfig(model=config))
