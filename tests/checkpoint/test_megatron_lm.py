@@ -63,13 +63,14 @@ def tool(name, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_there_and_back(tmp_path, monkeypatch, case, tp, pp):
+def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
     """export, import, export: the same bytes; the weights and every setting that means something are the same."""
     config = config_of(**CASES[case])
     weights = weights_of(build(config))
     store(tmp_path / "ours", config, weights, iteration=10)
     cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
+    assert ("masked-word head has the exact GELU there" in capsys.readouterr().err) == (config.architecture == "bert")
     names = {f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}" for t in range(tp) for p in range(pp)}
     assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0
