@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_files import arguments_of
-from megatron.checkpoint.released import GPT2_KIND, Kind, convert, read_archive, read_config_file
+from megatron.checkpoint.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
 from megatron.checkpoint.storage import Storage
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
+from megatron.imports import compare
 
 # Where GPT-2's two files are looked for beside the archive: the names under which they are published.
 VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
@@ -46,10 +47,12 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
         if given.print_checkpoint_structure:
             print("\n".join(structure(file)))
         config_file = read_config_file(Path(given.config_file)) if given.config_file else None
-        about = convert(file, kind, out, config_file)
+        found = understand(file, kind, config_file)
+        compare(found.model, found.weights)
+        write(found, kind, out)
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:
-            print(gpt2_tokenizer(out, arguments_of(file).get("tokenizer_type"), about))
+            print(gpt2_tokenizer(out, arguments_of(file).get("tokenizer_type"), found.about))
     except (CheckpointError, DataError) as error:
         text = str(error)
         print(f"error: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)

@@ -77,7 +77,8 @@ def export(
             tokenizer = None
         else:
             config = model_config(directory)
-            tokenizer.hf_files(temporary, config.size("max_position_embeddings"))
+            segments = config.architecture == "bert" and config.bert_binary_head
+            tokenizer.hf_files(temporary, config.size("max_position_embeddings"), segments=segments)
         if verify:
             try:
                 difference, positions = prove(directory, temporary, tokenizer, written)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.whole import write_weights
+from megatron.config.ranges import out_of_range
 from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -36,8 +37,16 @@ def store(
 
 
 def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-    """CheckpointError when names or shapes of the weights are not those of a model with this configuration."""
+    """CheckpointError when names or shapes of the weights are not those of a model with this configuration, and when there
+    can be no such model."""
+    there = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    if config.num_layers != there:  # before anything is made for every layer
+        raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")
     try:
+        if config.kv_channels is None:
+            raise ValueError(f"{config.num_attention_heads} attention heads do not divide the width {config.hidden_size}")
+        if problems := [problem for _, problem in out_of_range(RunConfig(model=config))]:
+            raise ValueError("; ".join(map(str, problems)))
         plan = stages_of(RunConfig(model=config))
         stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
     except (TypeError, ValueError) as error:

@@ -39,11 +39,11 @@ def main() -> int:
 
     try:
         directory = find(given.load, given.load_iteration)
-        tokenizer = open_tokenizer(directory)
+        tokenizer, config = open_tokenizer(directory), model_config(directory)
         made = write_megatron(
             given.save,
             read_manifest(directory).iteration,
-            model_config(directory),
+            config,
             read_weights(directory),
             given.target_tensor_parallel_size,
             given.target_pipeline_parallel_size,
@@ -55,6 +55,11 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if config.architecture == "bert" and config.activation == "gelu":
+        note = (
+            "the masked-word head has the exact GELU there, unless --openai-gelu is given; here it has the tanh approximation"
+        )
+        print(f"note: {note}", file=sys.stderr)
     print(f"exported {directory} to {made}")
     return 0
 

@@ -8,9 +8,11 @@ import json
 import sys
 from typing import Any
 
-from megatron.config.schema import DataConfig, TokenizerConfig
+from megatron.config.ranges import out_of_range
+from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
+from megatron.data.bert import SPECIAL, PairSample
 from megatron.data.blend import parse_blend
-from megatron.data.build import build_datasets, check_tokenizer
+from megatron.data.build import MakeSamples, bert_samples, build_datasets, check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -22,6 +24,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("prefix", nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
     p.add_argument("--samples", type=int, default=0, help="also the first N training samples, as a run with --train-samples N")
     p.add_argument("--split", default=DataConfig().split, help="shares of training, validation and test documents")
+    p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")
+    p.add_argument("--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there")
+    p.add_argument("--mask-prob", type=float, default=DataConfig().mask_prob, help="of BERT: share of tokens to guess")
+    p.add_argument("--short-seq-prob", type=float, default=DataConfig().short_seq_prob, help="of BERT: share of short samples")
     p.add_argument("--seq-length", type=int, help="tokens per sample")
     p.add_argument("--seed", type=int, default=1234, help="the run's seed")
     p.add_argument("--data-cache-path", help="directory for built sample indices")
@@ -68,17 +74,52 @@ def recorded_tokenizer(dataset: IndexedDataset) -> Tokenizer | None:
     return tokenizer if tokenizer.digest() == meta.get("tokenizer_digest") else None
 
 
-def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[list[int]]:
-    """The ids of the first `--samples` training samples."""
+def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Any]:
+    """The first `--samples` training samples: of GPT their ids, of BERT all that the model sees and is asked."""
     if args.seq_length is None or args.seq_length < 1:
         raise DataError("--samples needs --seq-length, the tokens of a sample")
     data = DataConfig(
-        data_path=tuple(args.prefix), split=args.split, seq_length=args.seq_length, data_cache_path=args.data_cache_path
+        data_path=tuple(args.prefix),
+        split=args.split,
+        seq_length=args.seq_length,
+        data_cache_path=args.data_cache_path,
+        mask_prob=args.mask_prob,
+        short_seq_prob=args.short_seq_prob,
     )
-    training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer)
+    if args.model == "gpt":
+        return [sample.tokens.tolist() for sample in first_samples(args, data, tokenizer, None)]
+    if tokenizer is None:
+        raise DataError("--model bert needs the tokenizer, which knows [CLS], [SEP] and [MASK]: give --tokenizer-type")
+    make = pairs(data, args.seed, tokenizer, binary=not args.bert_no_binary_head)
+    return [pair(sample, tokenizer) for sample in first_samples(args, data, tokenizer, make)]
+
+
+def first_samples(
+    args: argparse.Namespace, data: DataConfig, tokenizer: Tokenizer | None, make: MakeSamples | None
+) -> list[Any]:
+    training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer, make)
     if training is None:
         raise DataError(f"--split {args.split} gives the training split nothing")
-    return [training[number].tokens.tolist() for number in range(args.samples)]
+    return [training[number] for number in range(args.samples)]
+
+
+def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
+    """BERT's samples. DataError for settings that pretrain_bert.py would refuse."""
+    if wrong := [str(problem) for name, problem in out_of_range(RunConfig(data=data)) if name.startswith("data.")]:
+        raise DataError("; ".join(wrong))
+    if (data.seq_length or 0) < SPECIAL + 2:
+        raise DataError(f"--seq-length {data.seq_length} is too short for [CLS], two segments and two [SEP]")
+    return bert_samples(data, seed, tokenizer, binary=binary)
+
+
+def pair(sample: PairSample, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A sample of BERT for JSON. first: tokens of the first segment. guess: position -> the id that stood there."""
+    ids = sample.tokens.tolist()
+    guess = {int(place): int(sample.labels[place]) for place in sample.guessed.nonzero()[0]}
+    pieces = [
+        f"{tokenizer.piece(i)}={tokenizer.piece(guess[n])}" if n in guess else tokenizer.piece(i) for n, i in enumerate(ids)
+    ]
+    return dict(tokens=ids, first=sample.first, swapped=sample.swapped, guess=guess, text=" ".join(pieces))
 
 
 def show(report: dict[str, Any]) -> None:
@@ -91,8 +132,12 @@ def show(report: dict[str, Any]) -> None:
         for number, document in enumerate(dataset["first_documents"]):
             shown = repr(document["text"]) if "text" in document else " ".join(map(str, document["ids"]))
             print(f"  document {number}, {document['tokens']} tokens: {shown[:200]}")
-    for number, ids in enumerate(report.get("samples", [])):
-        print(f"sample {number}: {' '.join(map(str, ids))}")
+    for number, sample in enumerate(report.get("samples", [])):
+        if isinstance(sample, dict):
+            order = "swapped" if sample["swapped"] else "in order"
+            print(f"sample {number}, {len(sample['tokens'])} tokens, {order}: {sample['text']}")
+        else:
+            print(f"sample {number}: {' '.join(map(str, sample))}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,8 +53,18 @@ class Reader:
     rest: Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
+def _known(about: Mapping[str, Any], field: str, kind: Any, default: Any = None) -> Any:
+    """A field's value. CheckpointError when it is of another kind; null and absence mean the default."""
+    value = about.get(field)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise CheckpointError(f"`{field}` of config.json is {value!r}, which makes no sense")
+    return value
+
+
 def _activation(about: Mapping[str, Any], field: str, default: str) -> str:
-    name = about.get(field, default)
+    name = _known(about, field, str, default)
     if name not in ACTIVATIONS:
         raise CheckpointError(f"`{field}` is {name!r}; the model here has {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -69,8 +79,8 @@ def _bert(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _llama(about: Mapping[str, Any]) -> dict[str, Any]:
-    rope = about.get("rope_parameters") or {}
-    scaling = about.get("rope_scaling") or rope
+    rope = _known(about, "rope_parameters", dict, {})
+    scaling = _known(about, "rope_scaling", dict) or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         raise CheckpointError(
@@ -87,11 +97,11 @@ def _llama(about: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
-        "rotary_base": float(about.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        "rotary_base": float(_known(about, "rope_theta", int | float, _known(rope, "rope_theta", int | float, 10000.0))),
         "activation": "swiglu",
         "add_bias_linear": bias,
-        "num_query_groups": about.get("num_key_value_heads"),
-        "kv_channels": about.get("head_dim"),
+        "num_query_groups": _known(about, "num_key_value_heads", int),
+        "kv_channels": _known(about, "head_dim", int),
     }
 
 
@@ -263,13 +273,16 @@ def _config(about: Mapping[str, Any], reader: Reader, tied: bool) -> ModelConfig
             raise CheckpointError(f"`{field}` is {about[field]!r}; the model here has {only!r} only")
     if about.get("quantization_config"):
         raise CheckpointError("`quantization_config`: its weights are quantized; import the original")
-    values = {ours: about[field] for ours, field in reader.fields.items() if about.get(field) is not None}
+    values = {ours: _known(about, field, int | float) for ours, field in reader.fields.items() if about.get(field) is not None}
     for ours in NEEDED:
         if type(values.get(ours)) is not int or values[ours] < 1:
             raise CheckpointError(f"`{reader.fields[ours]}` of config.json is {values.get(ours)!r}; it must be a number")
     values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
     model = ModelConfig(**values, **reader.rest(about), untie_embeddings_and_output_weights=not tied)
-    return resolve(RunConfig(model=model)).model
+    model = resolve(RunConfig(model=model)).model
+    if model.kv_channels is None:
+        raise CheckpointError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
+    return model
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -67,13 +67,17 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
     values = {name: args[name] for name in (*SIZES, *SWITCHES, *NUMBERS) if args.get(name) is not None}
-    if args.get("rotary_base") is not None:
+    if type(args.get("rotary_base")) in (int, float):
         values["rotary_base"] = float(args["rotary_base"])
     if lacking := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
         raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
-    for name in SIZES:
-        if name in values and type(values[name]) is not int:
-            raise CheckpointError(f"the file's args say {name} = {values[name]!r}, which is no number")
+    values["vocab_size"] = vocab_size
+    for name, value in values.items():
+        kinds = bool if name in SWITCHES else int if name in (*SIZES, "vocab_size") else int | float
+        if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
+            raise CheckpointError(
+                f"the file's args say {name} = {value!r}, which is no {'switch' if kinds is bool else 'number'}"
+            )
     if args.get("group_query_attention") and args.get("num_query_groups") is not None:
         values["num_query_groups"] = args["num_query_groups"]
     bert = "masked_words.dense.weight" in weights
@@ -86,7 +90,6 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
         position_embedding_type="rope" if rope else "learned_absolute" if learned else "none",
         add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
         make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
-        vocab_size=vocab_size,
     )
     if model.position_embedding_type == "learned_absolute" and model.max_position_embeddings is None:
         model = replace(model, max_position_embeddings=weights["embedding.position.weight"].shape[0])

@@ -74,8 +74,8 @@ def rank_files(directory: Path) -> list[list[Path]]:
             if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
                 raise CheckpointError(f"{directory}: it holds one rank twice, with and without a stage in its name")
     pp, tp = (1 + max(at[i] for at in found) for i in (0, 1))
-    if lacking := [(p, t) for p in range(pp) for t in range(tp) if (p, t) not in found]:
-        p, t = lacking[0]
+    if lacking := next(((p, t) for p in range(pp) for t in range(tp) if (p, t) not in found), None):
+        p, t = lacking
         raise CheckpointError(f"{directory}: tensor-parallel rank {t} of pipeline stage {p} is not there; it needs {tp} x {pp}")
     return [[found[p, t] for t in range(tp)] for p in range(pp)]
 

@@ -90,9 +90,13 @@ def flatten(state: Mapping[str, Any], prefix: str = "") -> Weights:
 
 def chunks_of(file: Mapping[str, Any], name: str) -> list[Weights]:
     """The weights of each virtual stage of one rank's file, of one without them the only one. CheckpointError without any."""
-    keys = ["model"] if "model" in file else sorted((k for k in file if re.fullmatch(r"model\d+", k)), key=lambda k: int(k[5:]))
-    if not keys:
-        raise CheckpointError(f"{name}: it has no `model`, so it is no checkpoint of Megatron-LM")
+    keys = (
+        ["model"]
+        if "model" in file
+        else sorted((k for k in file if re.fullmatch(r"model\d+", str(k))), key=lambda k: int(k[5:]))
+    )
+    if not keys or any(not isinstance(file[key], Mapping) for key in keys):
+        raise CheckpointError(f"{name}: it has no `model` with weights in it, so it is no checkpoint of Megatron-LM")
     return [flatten(file[key]) for key in keys]
 
 
@@ -162,7 +166,9 @@ def reorder(rows: Tensor, sizes: Sizes, version: float) -> Tensor:
 
 
 def unpadded(whole: Mapping[str, Tensor], vocab: int) -> Weights:
-    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer."""
+    """The same weights with the first `vocab` rows of the vocabulary. CheckpointError when there are fewer, or none wanted."""
+    if vocab < 1:
+        raise CheckpointError(f"a vocabulary of {vocab} tokens; it must have one at least")
     names = {entry.ours for entry in TABLE if entry.rows} & whole.keys()
     if short := sorted(name for name in names if whole[name].shape[0] < vocab):
         raise CheckpointError(
@@ -206,7 +212,9 @@ def _cut(whole: Mapping[str, Tensor], ours: str, entry: Entry, tp: int, rank: in
     """One rank's part of a tensor."""
     tensor, gate = whole[ours], whole.get(ours.replace(".up.", ".gate.")) if ".mlp.up." in ours else None
     if entry.rows:
-        tensor = torch.cat([tensor, tensor.new_zeros(padded - tensor.shape[0], *tensor.shape[1:])])
+        # Copies of the last row, as Megatron-LM grows a vocabulary: rows of zeros would be tokens of logit 0, which some models
+        # find likelier than any true one, and Megatron-LM's softmax counts them.
+        tensor = torch.cat([tensor, tensor[-1:].expand(padded - tensor.shape[0], *tensor.shape[1:])])
     if entry.cut is None:
         return tensor.clone()
     part = tensor.chunk(tp, dim=entry.cut)[rank]

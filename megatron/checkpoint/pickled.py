@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
                 value = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line] or str(error).splitlines() or [""]
-        why = lines[0].split(" was not allowed")[0].strip()
+        why = re.split(r" was not (an )?allowed", lines[0])[0].strip()  # what torch advises next would let the code run
         raise CheckpointError(f"{name}: it was not read, since it asks for more than weights: {why}") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{name}: not a readable file of torch.save: {' '.join(str(error).split())[:300]}") from error

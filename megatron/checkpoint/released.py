@@ -33,6 +33,8 @@ from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 
 MEMBER = "release/mp_rank_00/model_optim_rng.pt"
+NEEDED = ("num_layers", "hidden_size", "num_attention_heads")  # of args
+MATRICES = ("embedding.word.weight", "embedding.position.weight", "layers.0.mlp.up.weight")
 HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are known without being told: the released sizes
 
 
@@ -40,12 +42,14 @@ HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are know
 class Kind:
     """What one of the two commands converts.
 
-    defaults: of config.json. sizes: our name of each size -> its name there. copies: tensors that the family writes a second
-    time, as our name -> theirs. tool: its command.
+    defaults: of config.json. absent: what a field that is not in a --config_file means instead, in transformers. sizes: our
+    name of each size -> its name there. copies: tensors that the family writes a second time, as our name -> theirs. tool: its
+    command.
     """
 
     name: str
     defaults: Mapping[str, Any]
+    absent: Mapping[str, Any]
     sizes: Mapping[str, str]
     copies: Mapping[str, tuple[str, ...]]
     tool: str
@@ -81,6 +85,7 @@ GPT2_KIND = Kind(
             "tokenizer_class": "GPT2TokenizerFast",
         }
     ),
+    MappingProxyType({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}),
     MappingProxyType(
         {
             "vocab_size": "vocab_size",
@@ -116,6 +121,7 @@ BERT_KIND = Kind(
             "use_cache": True,
         }
     ),
+    MappingProxyType({}),
     MappingProxyType(
         {
             "vocab_size": "vocab_size",
@@ -169,10 +175,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def convert(
-    file: Mapping[str, Any], kind: Kind, out: Path, given: Mapping[str, Any] | None, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Write config.json and the weights of one archive's dictionary into `out`; returns what config.json holds.
+@dataclass(frozen=True)
+class Found:
+    """What an archive holds. about: of config.json. model: resolved. weights: whole, under our names. family: its class."""
+
+    about: dict[str, Any]
+    model: ModelConfig
+    weights: Weights
+    family: Family
+
+
+def understand(
+    file: Mapping[str, Any], kind: Kind, given: Mapping[str, Any] | None, say: Callable[[str], None] = print
+) -> Found:
+    """The model in one archive's dictionary.
 
     given: of --config_file, None without it. say: is told what was assumed. CheckpointError when sizes do not agree.
     """
@@ -181,34 +197,39 @@ def convert(
     ranks = [args.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
     if len(chunks) > 1 or ranks != [1, 1]:
         raise CheckpointError("it is one rank's share of a model; use tools/import_megatron.py on the whole directory")
+    if any(args.get(name) is None for name in NEEDED):
+        args = {}  # of the oldest archives, where they say nothing about the model
     # Ordering queries, keys and values anew needs the heads, and names alone do not.
     known = join([chunks], Sizes(1, 1, 1), 2.0)
     if ("masked_words.dense.weight" in known) != (kind is BERT_KIND):
         other = GPT2_KIND if kind is BERT_KIND else BERT_KIND
         raise CheckpointError(f"it is no {kind.name}; use {other.tool}")
-    if (
-        "embedding.word.weight" not in known
-        or "layers.0.mlp.up.weight" not in known
-        or "embedding.position.weight" not in known
-    ):
+    if any(name not in known or known[name].dim() != 2 for name in MATRICES):
         raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
-    about = {**kind.defaults, **(_sizes_there(known, kind, say) if given is None and not args else {}), **(given or {})}
+    if given is not None:
+        about = {**kind.defaults, **kind.absent, **given}
+    else:
+        about = {**kind.defaults, **({} if args else _sizes_there(known, kind, say))}
     about |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
     if args:
         about |= _from_args(args, known, kind, given)
-    if about.get(kind.sizes["ffn_hidden_size"]) is None:
-        about[kind.sizes["ffn_hidden_size"]] = 4 * about[kind.sizes["hidden_size"]]
+    if about.get(kind.sizes["ffn_hidden_size"]) is None and type(width := about[kind.sizes["hidden_size"]]) is int:
+        about[kind.sizes["ffn_hidden_size"]] = 4 * width
     model = _model(about, args, known, kind)
     _agree(model, known, kind)
     sizes = Sizes(model.size("num_attention_heads"), 1, model.size("kv_channels"))
     weights = unpadded(join([chunks], sizes, version), model.size("vocab_size"))
     family = _family(kind, weights)
     about["architectures"] = [family.architecture]
-    if kind is GPT2_KIND and "head.weight" in weights:
+    if model.untie_embeddings_and_output_weights:
         about["tie_word_embeddings"] = False
-    write_files(Storage(), out, _groups(weights, model, family, kind), SHARD_BYTES)
-    write_json(Storage(), out / "config.json", about)
-    return about
+    return Found(about, model, weights, family)
+
+
+def write(found: Found, kind: Kind, out: Path) -> None:
+    """config.json and the weights, into `out`. The weights are exactly those of the model."""
+    write_files(Storage(), out, _groups(found, kind), SHARD_BYTES)
+    write_json(Storage(), out / "config.json", found.about)
 
 
 def _sizes_there(known: Weights, kind: Kind, say: Callable[[str], None]) -> dict[str, Any]:
@@ -240,8 +261,7 @@ def _layers(known: Weights) -> int:
 
 def _from_args(args: Mapping[str, Any], known: Weights, kind: Kind, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the old scripts took from a file's args: all sizes, the vocabulary with its padding; of GPT-2 the activation."""
-    rows = known["embedding.word.weight"].shape[0]
-    model = settings(args, known, int(args.get("padded_vocab_size") or rows))
+    model = settings(args, known, args.get("padded_vocab_size") or known["embedding.word.weight"].shape[0])
     found: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in kind.sizes.items()}
     if kind is GPT2_KIND:
         name = "gelu_fast" if args.get("bias_gelu_fusion") else "gelu_new" if args.get("openai_gelu") else "gelu"
@@ -264,7 +284,13 @@ def _model(about: Mapping[str, Any], args: Mapping[str, Any], known: Weights, ki
         vocab = sizes["vocab_size"]
         model = settings(args, known, vocab)  # type: ignore[arg-type]
     else:
-        model = resolve(RunConfig(model=ModelConfig(**sizes, architecture="gpt" if kind is GPT2_KIND else "bert"))).model  # type: ignore[arg-type]
+        given = ModelConfig(
+            **sizes,  # type: ignore[arg-type]
+            architecture="gpt" if kind is GPT2_KIND else "bert",
+            bert_binary_head=kind is GPT2_KIND or "order.weight" in known,
+            untie_embeddings_and_output_weights="head.weight" in known,
+        )
+        model = resolve(RunConfig(model=given)).model
     if obstacles := _family(kind, known).obstacles(model):
         raise CheckpointError(f"{_family(kind, known).architecture} cannot express it: {'; '.join(obstacles)}")
     return model
@@ -293,25 +319,17 @@ def _agree(model: ModelConfig, known: Weights, kind: Kind) -> None:
         raise CheckpointError(f"the settings are not those of the tensors: {listed}. Give the right --config_file")
 
 
-def _groups(weights: Weights, model: ModelConfig, family: Family, kind: Kind) -> list[Group]:
-    """Every tensor of the family's table, and the copies. CheckpointError for one that is not there, or that has no place."""
-    rows = list(family.table(model))
-    if left := sorted(weights.keys() - {row.ours for row in rows}):
-        raise CheckpointError(f"{family.architecture} has no place for {', '.join(left[:20])}")
-    groups = []
-    for row in rows:
+def _groups(found: Found, kind: Kind) -> list[Group]:
+    """Every tensor of the family's table, zeros where the model has none, and the copies."""
+    weights, model, groups = found.weights, found.model, []
+    for row in found.family.table(model):
         tensor = weights.get(row.ours)
-        if tensor is None and row.zeros is not None:
-            tensor = torch.zeros(row.zeros(model), dtype=weights["embedding.word.weight"].dtype)
-        if tensor is None and row.ours.endswith("head.weight"):
-            continue  # tied: a copy stands in for it
         if tensor is None:
-            raise CheckpointError(f"the checkpoint lacks {row.ours}, which {family.architecture} needs")
-        try:
-            made = list(zip(row.theirs, row.form.write(tensor, model), strict=True))
-        except RuntimeError as error:
-            raise CheckpointError(f"{row.ours} of shape {tuple(tensor.shape)} does not fit the settings") from error
-        if not (kind is GPT2_KIND and "head.weight" in weights):
+            if row.zeros is None:
+                continue  # the output layer of a tied model: a copy stands in for it
+            tensor = torch.zeros(row.zeros(model), dtype=weights["embedding.word.weight"].dtype)
+        made = list(zip(row.theirs, row.form.write(tensor, model), strict=True))
+        if not model.untie_embeddings_and_output_weights:
             made += [(name, tensor) for name in kind.copies.get(row.ours, ())]
         groups.append(Group(tuple(_entry(name, value) for name, value in made)))
     return groups

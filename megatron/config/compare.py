@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megatron.config.errors import Problem
-from megatron.config.options import say
+from megatron.config.options import by_name, say
 from megatron.config.schema import ModelConfig
 
 # Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
@@ -36,8 +36,13 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
         if field.name == "architecture":
             problems.append(Problem(f"a {here.upper()}", f"cannot start from {source}, which holds a {there.upper()}"))
             continue
-        rule = f"does not fit {source}, which was made with {there}"
-        problems.append(Problem(say(f"model.{field.name}", here), rule, f"{there}; --use-checkpoint-args takes them all"))
+        option = by_name()[f"model.{field.name}"]
+        rule, legal = f"does not fit {source}, which was made with {there}", str(there)
+        if option.kind is bool:  # its flag may be the one that turns it off
+            given = here is not (option.flag == option.off)
+            rule = f"is {'given' if given else 'not given'}, and {source} was made {'without' if given else 'with'} it"
+            legal = "without it" if given else "with it"
+        problems.append(Problem(say(option.name, here), rule, f"{legal}; --use-checkpoint-args takes them all"))
     return problems
 
 

@@ -91,7 +91,7 @@ class NullTokenizer(Tokenizer):
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return backend
 
-    def hf_files(self, directory: str | os.PathLike[str], max_length: int) -> None:
+    def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
         raise DataError("NullTokenizer has no text, so there is nothing that Hugging Face could open")
 
 

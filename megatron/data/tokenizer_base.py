@@ -86,10 +86,12 @@ class Tokenizer(ABC):
         about = {**self.identity(), "digest": self.digest()}
         (folder / SAVED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
-    def hf_files(self, directory: str | os.PathLike[str], max_length: int) -> None:
+    def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
         """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids, offline.
 
-        max_length: the model's longest sequence, in tokens. Raises DataError if the written form gives other ids.
+        max_length: the model's longest sequence, in tokens. segments: whether the model must be told which tokens are of the
+        second text of a pair; other models take that for more tokens, or refuse it. Raises DataError if the written form gives
+        other ids.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,7 @@ class Tokenizer(ABC):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
+            **({"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]} if segments else {}),
         }
         (folder / "tokenizer.json").write_text(backend.to_str(pretty=False) + "\n", encoding="utf-8")
         for name, content in {

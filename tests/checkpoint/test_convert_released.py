@@ -137,6 +137,20 @@ def test_bert_with_args(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["tokenizer_type"] == "BertWordPieceLowerCase"
 
 
+def test_what_a_config_file_leaves_out_means_what_it_does_in_transformers(tmp_path, capsys):
+    """The config.json of GPT-2's published sizes has no n_inner: four times the width."""
+    config = config_of(ffn_hidden_size=128)
+    model = build(config, half=True)
+    path = write_archive(tmp_path / "gpt.zip", released(config, weights_of(model), 0, 127), None)
+    about = {name: value for name, value in GPT_FILE.items() if name != "n_inner"}
+    assert main(GPT2_KIND, "", arguments(tmp_path, path, about)) == 0
+    assert gpt_difference(model, tmp_path) <= 1e-4
+    capsys.readouterr()
+    del about["n_layer"], about["n_head"]
+    said = refused(GPT2_KIND, path, capsys, *arguments(tmp_path, path, about)[:2])
+    assert "12 attention heads do not divide the width 32" in said
+
+
 def test_a_released_width_needs_nothing_else(tmp_path, capsys):
     """Of the released models' width the heads are known; the other sizes are those of the tensors."""
     config = config_of(num_layers=1, hidden_size=1024, num_attention_heads=16, num_query_groups=16, kv_channels=64)
@@ -213,6 +227,35 @@ def test_settings_that_are_not_the_tensors(tmp_path, capsys):
     assert "GPT2LMHeadModel cannot express it: --swiglu" in refused(GPT2_KIND, path, capsys)
 
 
+def test_tensors_that_are_not_the_models(tmp_path, capsys):
+    """Nothing is made up for what is not there, and nothing is written that transformers cannot open."""
+    config = config_of()
+
+    def path_without(changes, args=ARGS):
+        model = released(config, weights_of(build(config)), 0, 127)
+        changes(model["language_model"]["transformer"])
+        return write_archive(tmp_path / "gpt.pt", model, None, args)
+
+    path = path_without(lambda layers: layers.pop("layers.1.mlp.dense_4h_to_h.bias"))
+    assert "layers.1.mlp.down.bias is not there" in refused(GPT2_KIND, path, capsys)
+    path = path_without(lambda layers: layers.update({"layers.1.attention.dense.weight": torch.zeros(32, 16)}))
+    assert "layers.1.attention.dense.weight is (32, 16), not (32, 32)" in refused(GPT2_KIND, path, capsys)
+    path = path_without(lambda layers: layers.update({"layers.0.mlp.dense_h_to_4h.weight": torch.zeros(80)}))
+    assert "it holds no whole GPT-2" in refused(GPT2_KIND, path, capsys)
+    path = path_without(lambda layers: None, {**ARGS, "padded_vocab_size": "x"})
+    assert "the file's args say vocab_size = 'x', which is no number" in refused(GPT2_KIND, path, capsys)
+    torch.save({"model": [torch.zeros(2)]}, path)
+    assert "it has no `model` with weights in it" in refused(GPT2_KIND, path, capsys)
+
+
+def test_args_that_do_not_say_the_sizes(tmp_path):
+    config = config_of()
+    model = build(config, half=True)
+    path = write_archive(tmp_path / "gpt.pt", released(config, weights_of(model), 0, 127), None, {"lr": 1.0})
+    assert main(GPT2_KIND, "", arguments(tmp_path, path, GPT_FILE)) == 0
+    assert gpt_difference(model, tmp_path) <= 1e-4
+
+
 class Canary:
     def __init__(self, place):
         self.place = place
@@ -235,5 +278,6 @@ def test_code_in_the_archive_does_not_run(tmp_path, kind, capsys):
     main(GPT2_KIND, "", arguments(tmp_path, path, GPT_FILE))
     assert not canary.exists()
     if kind is Canary:
-        assert "it was not read, since it asks for more than weights" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "it was not read, since it asks for more than weights" in said and "add_safe_globals" not in said
         assert not (tmp_path / "config.json").exists()

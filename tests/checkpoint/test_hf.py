@@ -178,8 +178,8 @@ def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", {**BASE, "vocab_size": 257}, tokenizer=ByteTokenizer())
     write = ByteTokenizer.hf_files
 
-    def then_change(self, directory, max_length):
-        write(self, directory, max_length)
+    def then_change(self, directory, max_length, **more):
+        write(self, directory, max_length, **more)
         monkeypatch.setattr(ByteTokenizer, "tokenize", lambda self, text: [1, 2])
 
     monkeypatch.setattr(ByteTokenizer, "hf_files", then_change)

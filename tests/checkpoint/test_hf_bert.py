@@ -124,6 +124,9 @@ def test_the_export_proves_itself(tmp_path, tokenizer, binary):
     assert about["pad_token_id"] == tokenizer.token("pad") == 0 and about["type_vocab_size"] == 2
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert words("the quick", "mask")["input_ids"][0] == tokenizer.token("cls") and words.mask_token == "[MASK]"
+    # What the model is told of a pair: which token is of which text, where the model was trained on pairs.
+    told = words("the quick", "mask").get("token_type_ids")
+    assert told == ([0] * 4 + [1] * 5 if binary else None)
     opened = open_model(tmp_path / "run")
     assert isinstance(opened.model, Bert) and opened.config.architecture == "bert"
 

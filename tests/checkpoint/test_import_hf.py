@@ -134,6 +134,12 @@ def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
     [
         ("gpt2", {"activation_function": "relu"}, "`activation_function` is 'relu'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "`scale_attn_by_inverse_layer_idx` is True"),
+        ("gpt2", {"activation_function": ["relu"]}, "`activation_function` of config.json is ['relu'], which makes no sense"),
+        ("gpt2", {"layer_norm_epsilon": "1e-5"}, "`layer_norm_epsilon` of config.json is '1e-5', which makes no sense"),
+        ("gpt2", {"n_head": 5}, "5 attention heads do not divide the width 32"),
+        ("gpt2", {"resid_pdrop": 1.5}, "`--hidden-dropout 1.5` must be at least 0 and less than 1"),
+        ("llama", {"rope_parameters": 5}, "`rope_parameters` of config.json is 5, which makes no sense"),
+        ("llama", {"num_key_value_heads": "2"}, "`num_key_value_heads` of config.json is '2', which makes no sense"),
         ("gpt2", {"n_layer": 3}, "there is no tensor transformer.h.2.ln_1.weight"),
         ("gpt2", {"n_layer": 1}, "has no tensor transformer.h.1"),
         ("gpt2", {"n_positions": 47}, "embedding.position.weight is (48, 32), not (47, 32)"),

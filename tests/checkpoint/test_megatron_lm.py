@@ -63,13 +63,14 @@ def tool(name, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_there_and_back(tmp_path, monkeypatch, case, tp, pp):
+def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
     """export, import, export: the same bytes; the weights and every setting that means something are the same."""
     config = config_of(**CASES[case])
     weights = weights_of(build(config))
     store(tmp_path / "ours", config, weights, iteration=10)
     cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
+    assert ("masked-word head has the exact GELU there" in capsys.readouterr().err) == (config.architecture == "bert")
     names = {f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}" for t in range(tp) for p in range(pp)}
     assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0
@@ -92,7 +93,8 @@ def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
     layers = model["language_model"]["encoder"]
     assert torch.equal(layers["layers.1.self_attention.query_key_value.weight"], weights["layers.3.attention.qkv.weight"][48:])
     assert torch.equal(layers["layers.0.mlp.dense_4h_to_h.weight"], weights["layers.2.mlp.down.weight"][:, 40:])
-    assert model["word_embeddings_for_head"]["weight"].shape == (128, 32)
+    word = model["word_embeddings_for_head"]["weight"]
+    assert word.shape == (128, 32) and (word == weights["embedding.word.weight"][-1]).all()  # padding: rows 128 to 255 of 127
     assert "embedding" not in model["language_model"]
 
 
@@ -157,6 +159,8 @@ def test_what_cannot_be_read(tmp_path):
     for name in ("mp_rank_01_000", "mp_rank_00_001"):
         os.replace(made / name, tmp_path / name)
     assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in refused(tmp_path / "run")
+    os.replace(made / "mp_rank_00_000", made / "mp_rank_9999999999")  # what lacks is found without a list of all
+    assert "tensor-parallel rank 0 of pipeline stage 0 is not there" in refused(tmp_path / "run")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("../..")
     assert "expected a number or `release`" in refused(tmp_path / "run")
 
@@ -168,7 +172,13 @@ def test_what_cannot_be_read(tmp_path):
         ({"use_rotary_position_embeddings": True}, "rotary and learned positions at once"),
         ({"rotary_interleaved": True}, "--rotary-interleaved"),
         ({"ffn_hidden_size": 96}, "layers.0.mlp.up.weight is (80, 32), not (96, 32)"),
-        ({"num_layers": 5}, "layers.4.attention.dense.bias is not there"),
+        ({"num_layers": 5}, "its settings say 5 layers, and there are 4"),
+        ({"num_layers": 10**9}, "its settings say 1000000000 layers, and there are 4"),  # at once, and in little memory
+        ({"num_layers": "4"}, "the file's args say num_layers = '4', which is no number"),
+        ({"layernorm_epsilon": -1.0}, "`--layernorm-epsilon -1.0` must be greater than 0"),
+        ({"layernorm_epsilon": "1e-5"}, "the file's args say layernorm_epsilon = '1e-5', which is no number"),
+        ({"add_bias_linear": "no"}, "the file's args say add_bias_linear = 'no', which is no switch"),
+        ({"true_vocab_size": 0}, "a vocabulary of 0 tokens; it must have one at least"),
     ],
 )
 def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):

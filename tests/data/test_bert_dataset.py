@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -331,3 +333,30 @@ def test_where_a_sample_lies(tmp_path: Path, tokenizer) -> None:
         assert dataset.locate(number, 0) == said
     with pytest.raises(IndexError):
         dataset[len(dataset)]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_inspector_shows_what_training_reads(tmp_path: Path, tokenizer, capsys, binary: bool) -> None:
+    prefix, words = (
+        corpus(tmp_path),
+        ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(tmp_path / "vocab.txt")],
+    )
+    flags = ["--model", "bert", "--samples", "20", "--split", "1", "--seed", "1", *words]
+    flags += [] if binary else ["--bert-no-binary-head"]
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "inspect_dataset.py"))
+    assert tool["main"]([prefix, *flags, "--seq-length", "32", "--json"]) == 0
+    model = replace(BERT, bert_binary_head=binary)
+    training, _ = built(tokenizer, prefix, wanted=(20, 0, 0), model=model)
+    for shown, sample in zip(json.loads(capsys.readouterr().out)["samples"], map(training.__getitem__, range(20)), strict=True):
+        assert shown["tokens"] == sample.tokens.tolist() and shown["first"] == sample.first
+        assert shown["swapped"] == sample.swapped and list(map(int, shown["guess"])) == sample.guessed.nonzero()[0].tolist()
+        assert list(shown["guess"].values()) == sample.labels[sample.guessed].tolist()
+        assert shown["text"].split()[0] == "[CLS]" and shown["text"].count("=") >= len(shown["guess"]) > 0
+    assert tool["main"]([prefix, *flags, "--seq-length", "32"]) == 0
+    assert "sample 19, " in capsys.readouterr().out
+    with pytest.raises(tool["DataError"], match=r"`--mask-prob 2.0` must be greater than 0 and less than 1"):
+        tool["main"]([prefix, *flags, "--seq-length", "32", "--mask-prob", "2"])
+    with pytest.raises(tool["DataError"], match=r"--seq-length 4 is too short"):
+        tool["main"]([prefix, *flags, "--seq-length", "4"])
+    with pytest.raises(tool["DataError"], match=r"--model bert needs the tokenizer"):
+        tool["main"]([prefix, *flags[:6], "--seq-length", "16"])

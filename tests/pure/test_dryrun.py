@@ -272,6 +272,10 @@ def test_a_checkpoint_is_opened_and_its_shape_compared(tmp_path: Path, capsys: p
         f"`--activation swiglu` does not fit {directory}, which was made with gelu; "
         "legal: gelu; --use-checkpoint-args takes them all",
     ]
+    assert mistakes([*argv, "--load", str(tmp_path), "--disable-bias-linear"]) == [
+        f"`--disable-bias-linear` is given, and {directory} was made without it; "
+        "legal: without it; --use-checkpoint-args takes them all",
+    ]
     (directory / "manifest.json").write_text("torn")
     (line,) = mistakes([*argv, "--load", str(tmp_path)])
     assert line.startswith(f"`--load {tmp_path}` cannot be loaded: ") and "manifest.json" in line
