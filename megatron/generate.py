@@ -96,12 +96,9 @@ class Predictor(Protocol):
 
     def eval(self) -> object: ...
 
-    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """fp32 `[seq, batch, vocab]`; with a cache, `batch` holds only the new tokens."""
-        ...
-
     def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
-        """What follows `batch`, and with `top` how probable its own tokens were."""
+        """What follows `batch`, and with `top` how probable its own tokens were; with a cache, `batch` holds only the new
+        tokens."""
         ...
 
 

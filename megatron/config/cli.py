@@ -98,10 +98,11 @@ def parse(
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
         checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved)
         problems += wrong
-        if not checkpoint:  # one cause, one message: say nothing of the sizes that it would have given
-            bad |= {name for name in by_name() if name.startswith("model.") and name not in chosen}
     if task and checkpoint:  # the longest that the model sees
         checkpoint["data.seq_length"] = checkpoint["model.max_position_embeddings"]
+    if saved is not None and not checkpoint and (task or chosen.get("checkpoint.use_checkpoint_args")):
+        # One cause, one message: say nothing of the sizes that it would have given.
+        bad |= {name for name in by_name() if name.startswith(("model.", "data.seq_length")[: 1 + task]) and name not in chosen}
     config = _assemble({**(defaults or {}), **checkpoint, **preset, **chosen})
     dry_run = bool(chosen.get("command.dry_run"))
     if (wanted := chosen.get("command.world_size")) is not None:

@@ -51,6 +51,8 @@ def different_head(held: ModelConfig, wanted: ModelConfig, source: str, *, new: 
 
     new: whether the run may give a pretrained model the head of a task, with initial weights: when it goes on to train it.
     """
+    if held.architecture != wanted.architecture:  # that is said elsewhere
+        return []
     if held.task_head is None and wanted.task_head is not None:
         rule = f"is in none of the weights of {source}, which were pretrained and not fine-tuned"
         legal = "fine-tune them with --pretrained-checkpoint, --train-data and --epochs"

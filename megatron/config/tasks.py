@@ -37,11 +37,11 @@ TASKS: Mapping[str, TaskKind] = MappingProxyType(
 def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that follow from a task's, `section.field` -> value: what is built, and from which checkpoint.
 
-    values: as the user gave them. Nothing without a known task. The model's sizes always come from its checkpoint.
+    values: as the user gave them. Without a known task nothing is built. The model's sizes always come from its checkpoint.
     """
     kind = TASKS.get(values.get("task.task", ""))
     if kind is None:
-        return {}
+        return {"eval.skip_train": True}
     load, pretrained = values.get("checkpoint.load"), values.get("task.pretrained_checkpoint")
     trains = trained_by(values.get("task.train_data", ()), values.get("task.epochs"))
     follows: dict[str, Any] = {

@@ -22,7 +22,6 @@ class Stage(Protocol):
 
     def hidden(self, x: Tensor | None, batch: Batch, cache: Any = None) -> Tensor: ...
     def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
-    def output(self, x: Tensor) -> Tensor: ...
     def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
     def answer(self, x: Tensor, batch: Batch, top: int | None = None) -> Prediction: ...
     def train(self, mode: bool = True) -> object: ...
@@ -52,16 +51,6 @@ class Pipeline:
         """Dropout off."""
         for stage in self.stages.values():
             stage.train(False)
-
-    @torch.no_grad()
-    def logits(self, batch: Batch, cache: Any = None) -> Tensor:
-        """fp32 `[seq, batch, vocab]` on every rank, padding left out. Collective. cache: of this rank, for all its stages."""
-        x = self._final_hidden(batch, cache)
-        rows, seq = batch.tokens.shape
-        answer = torch.empty(seq, rows, self.config.size("vocab_size"), device=self.device)
-        if x is not None:
-            answer.copy_(self.stages[len(self.placement) - 1].output(x))
-        return self._to_all(answer)
 
     @torch.no_grad()
     def predict(self, batch: Batch, cache: Any = None, top: int | None = None) -> Prediction:

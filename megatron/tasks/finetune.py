@@ -60,6 +60,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         tokenizer = _tokenizer(config, source)
         model = replace(config.model, vocab_size=tokenizer.vocab_size, labels=_labels(config, source))
         config = replace(config, model=model)
+        check_source(source, config)
         watch.waiting("reading the samples")
         task = task_of(config, tokenizer)
         files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
@@ -71,7 +72,6 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
             training = Epochs(items, config.task.epochs or 0, size, config.batch.seed)
             config = _with_length(config, training, parsed)
             notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
-        check_source(source, config)
         segments = config.model.segment_kinds > 0
         batches = ItemBatches(BertBatches(config.data.seq_length or 0, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes

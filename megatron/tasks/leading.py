@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron.contract import Batch
-from megatron.generate import batch_of
+from megatron.contract import Batch, Prediction
+from megatron.generate import batch_of_rows
 from megatron.mesh.mesh import Axis
 from megatron.model.attention import Cache
 from megatron.parallel.collectives import all_reduce
 from megatron.tasks.likelihood import Model
 
-END, SCORES, LOGITS = range(3)
+END, SCORES, PREDICTION = range(3)
 
 
 class Led:
@@ -35,11 +35,11 @@ class Led:
         self._tell(SCORES, batch, 0)
         return self.model.scores(batch)
 
-    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """The model's logits, of one sequence."""
+    def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
+        """The model's prediction, of sequences that stay together. top: None, as the other ranks take it."""
         first = cache.length if cache is not None else 0
-        self._tell(LOGITS, batch, first)
-        return self.model.logits(batch, cache)
+        self._tell(PREDICTION, batch, first)
+        return self.model.predict(batch, cache)
 
     def finish(self) -> None:
         """Let the other ranks go."""
@@ -65,5 +65,5 @@ def follow(model: Model, world: Axis) -> None:
             model.scores(Batch(tokens, labels, torch.zeros(tokens.shape, device=model.device), positions, samples))
         else:
             cache = cache if first else Cache()
-            model.logits(batch_of(tokens[0].tolist(), first, model.device), cache)
+            model.predict(batch_of_rows(tokens.tolist(), first, model.device), cache)
             cache.length = first + seq

@@ -14,8 +14,8 @@ from megatron.train.program import pretrain
 
 ROOT = Path(__file__).parents[2]
 SIZES = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
-LENGTH = "--micro-batch-size 16 --train-iters 300 --lr 2e-3 --lr-warmup-iters 30 --mask-prob 0.2 --split 95,5,0"
-REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-interval 1000 --eval-iters 0 --save-interval 300"
+LENGTH = "--micro-batch-size 16 --train-iters 400 --lr 2e-3 --lr-warmup-iters 30 --mask-prob 0.2 --split 95,5,0"
+REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-interval 1000 --eval-iters 0 --save-interval 400"
 DEFAULTS = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
 
 

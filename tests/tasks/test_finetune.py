@@ -13,7 +13,7 @@ from megatron.train.program import run_task
 
 DEFAULTS = {"batch.micro_batch_size": 8}
 DRY = ("--hidden-dropout", "0", "--attention-dropout", "0")
-EPOCHS = {"MNLI": 4, "RACE": 4, "SQUAD": 4, "NER": 2}
+EPOCHS = {"MNLI": 4, "RACE": 6, "SQUAD": 4, "NER": 2}
 LAYOUTS = {
     "tp 2": (2, "--tensor-model-parallel-size 2"),
     "tp 2, sequence": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
@@ -77,7 +77,7 @@ def test_every_layout_is_one_process(name, layout, bert, alone, tmp_path):
     world, flags = LAYOUTS[layout]
     assert on_ranks(world, task, *fine_tuning(bert, name, tmp_path, *SHORT, *flags.split())) == [0] * world
     expected = losses(alone(name))
-    assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) > 8
+    assert losses(tmp_path) == pytest.approx(expected, rel=1e-4) and len(expected) == 8
     assert results(tmp_path)["files"] == results(alone(name))["files"] or name == "SQUAD"  # whose answers hold scores
 
 
