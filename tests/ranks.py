@@ -14,6 +14,7 @@ import contextlib
 import gc
 import multiprocessing as mp
 import os
+import signal
 import socket
 import sys
 import time
@@ -47,6 +48,7 @@ def _serve(rank: int, world: int, port: int, path: list[str], pipe: Any) -> None
             pipe.send((True, function(*args)))
         except BaseException as error:  # whatever it is, the test must see it
             pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here may have left it ignored, and then none ends
         # Every group has threads that wake up a hundred times a second; hundreds of old ones would take the whole machine.
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:
