@@ -1,8 +1,41 @@
-"""Makes the helpers of this folder importable, and keeps each process to one thread."""
+"""Makes the helpers of this folder importable, keeps each process to one thread, and makes what several folders' tests need."""
+
+from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+BERT = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
+LENGTH = "--micro-batch-size 16 --train-iters 400 --lr 2e-3 --lr-warmup-iters 30 --mask-prob 0.2 --split 95,5,0"
+REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-interval 1000 --eval-iters 0 --save-interval 400"
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A BERT that fills in the words of a toy world (toys.py), and files of tasks in it.
+
+    checkpoint, vocab: its directory, its vocab.txt. train, dev: for each task a file to learn from, one to judge by.
+    """
+    import toys
+
+    from megatron.train.program import pretrain
+
+    folder = tmp_path_factory.mktemp("toys")
+    vocab, corpus = toys.vocabulary(folder), toys.corpus(folder, 2000)
+    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]
+    words = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(vocab), "--split-sentences", "--workers", "1"]
+    subprocess.run([*tool, "--output-prefix", str(folder / "c"), *words], check=True, capture_output=True)
+    data = ["--vocab-file", str(vocab), "--data-path", str(folder / "c_text_sentence"), "--save", str(folder / "bert")]
+    flags = [*f"{BERT} {LENGTH} {REST} --make-vocab-size-divisible-by 8".split(), *data]
+    defaults = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
+    assert pretrain(flags, program="pretrain_bert.py", defaults=defaults) == 0
+    made = {split: toys.files(folder / split, seed) for seed, split in enumerate(("train", "dev"))}
+    return SimpleNamespace(folder=folder, checkpoint=str(folder / "bert"), vocab=str(vocab), **made)

@@ -39,7 +39,7 @@ EVERY = [(d.relative_to(ROOT).as_posix(), b) for d in DOCUMENTS for b in blocks(
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The repository as a fresh clone's user sees it, with nothing of theirs in it."""
-    for name in ("pretrain_gpt.py", "tools", "examples"):
+    for name in ("pretrain_gpt.py", "tasks", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -118,7 +118,7 @@ def test_the_tree_is_true() -> None:
         else:
             assert about.strip(), f"{name} has no words"
             named.add("".join(folders) + name)
-    here = {p.relative_to(ROOT).as_posix() for d in ("megatron", "tools") for p in (ROOT / d).rglob("*.py")}
+    here = {p.relative_to(ROOT).as_posix() for d in ("megatron", "tools", "tasks") for p in (ROOT / d).rglob("*.py")}
     here = {p for p in here if not p.endswith("__init__.py")} | {p.name for p in ROOT.glob("*.py")}
     assert here - named == set(), "add these to the tree in ARCHITECTURE.md"
     assert named - here == set(), "these are in the tree of ARCHITECTURE.md but not there"

@@ -1,0 +1,213 @@
+"""The published formats of the tasks: what becomes of their lines, how answers are judged, what is said of a broken file."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toys
+
+from megatron.data.errors import DataError
+from megatron.data.fast_tokenizers import BertWordPieceLowerCase
+from megatron.tasks.glue import MNLI, QQP, PairClassification
+from megatron.tasks.race import Race
+from megatron.tasks.samples import Epochs, Item, Items
+from megatron.tasks.squad import Squad, normalized, overlap
+from megatron.tasks.tagging import Tagging, entities, labels_of
+
+CLASSES = ("contradiction", "entailment", "neutral")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return BertWordPieceLowerCase(str(toys.vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
+
+
+def spelled(words, row) -> str:
+    return " ".join(words.piece(int(token)) for token in row.tokens)
+
+
+def marks(row) -> dict[int, int]:
+    return {int(place): int(row.labels[place]) for place in row.guessed.nonzero()[0]}
+
+
+def test_a_pair_and_how_it_is_cut(words):
+    task = PairClassification(words, 8, MNLI, CLASSES)
+    first, second = words.tokenize("tom has a hat"), words.tokenize("it is red")
+    row = task.pair(first, second, 2)
+    assert spelled(words, row) == "[CLS] tom has a hat [SEP] it [SEP]"
+    assert (row.first, marks(row)) == (6, {0: 2})
+    assert spelled(words, task.pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
+    assert spelled(words, task.pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
+
+
+def test_mnli_and_qqp(words, tmp_path):
+    path = toys.mnli(tmp_path / "mnli.tsv", 5, 1)
+    task = PairClassification(words, 32, MNLI, CLASSES)
+    items = task.read(str(path), training=True)
+    lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+    assert [(item.name, item.truth) for item in items] == [(line[2], line[6]) for line in lines]
+    assert spelled(words, items[0].rows[0]) == f"[CLS] {lines[0][4]} [SEP] {lines[0][5]} [SEP]"
+    assert task.decode(items[0], torch.tensor([0.0, 3.0, 1.0])) == "entailment"
+    score = task.score(items, [items[0].truth, *["nothing"] * 4])
+    assert score.metrics == {"accuracy": 20.0} and score.counts == {"correct": 1, "total": 5}
+    # The published QQP has a few torn lines, and its test file no answers.
+    (tmp_path / "qqp.tsv").write_text(
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n7\t1\t2\twho is tom ?\twho ?\t1\n8\t1\twho\n9\t1\t2\ta\tb\t0\n"
+    )
+    task = PairClassification(words, 32, QQP, ("0", "1"))
+    assert [(i.name, i.truth) for i in task.read(str(tmp_path / "qqp.tsv"), training=True)] == [("7", "1"), ("9", "0")]
+    assert task.notes == [f"{tmp_path}/qqp.tsv: 1 lines left out that have not 6 columns, the first is 3"]
+    (tmp_path / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ttom\tann\n")
+    (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
+    assert item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]).counts["total"] == 0
+    with pytest.raises(DataError, match="a test file cannot be trained on"):
+        task.read(str(tmp_path / "test.tsv"), training=True)
+
+
+def test_race_puts_the_choice_into_the_blank(words, tmp_path):
+    made = {"article": "tom has a red hat .", "questions": ["the hat is _ .", "what has tom ?"], "answers": ["B", "D"]}
+    made["options"] = [["blue", "red", "green", "black"], ["a cup", "a book", "a ball", "a hat"]]
+    (tmp_path / "high1.txt").write_text(json.dumps(made))
+    first, second = Race(words, 32, "ABCD").read(str(tmp_path), training=True)
+    assert spelled(words, first.rows[1]) == "[CLS] the hat is red . [SEP] tom has a red hat . [SEP]"
+    assert spelled(words, second.rows[3]) == "[CLS] what has tom ? a hat [SEP] tom has a red hat . [SEP]"
+    assert (first.truth, second.truth, second.name) == ("B", "D", "high1-1")
+    assert [marks(row) for row in first.rows] == [{0: 1}, {}, {}, {}]  # one row stands for all
+
+
+def squad_file(path, context: str, answers: list[tuple[str, int]], impossible: bool | None = None):
+    qa = {"id": "q", "question": "what has tom ?", "answers": [{"text": t, "answer_start": s} for t, s in answers]}
+    if impossible is not None:
+        qa["is_impossible"] = impossible
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [qa]}]}]}))
+    return str(path)
+
+
+def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron.tasks.squad.STEP", 4)
+    context = "ann holds a cup then tom has a red hat ."
+    path = squad_file(tmp_path / "s.json", context, [("red hat", context.index("red"))])
+    task = Squad(words, 16)
+    items = task.read(path, training=True)  # question and its ends take 7 tokens of a row of 16, 9 are left
+    assert [spelled(words, item.rows[0]).split("[SEP]")[1].strip() for item in items] == [
+        "ann holds a cup then tom has a red", "then tom has a red hat .",
+    ]  # fmt: skip
+    assert marks(items[0].rows[0]) == {0: 0, 1: 0}  # not in this window
+    start = items[1].detail.first + 4
+    assert marks(items[1].rows[0]) == {0: start, 1: start + 1}
+    logits = torch.zeros(2, 16)
+    logits[0, start], logits[1, start + 1], logits[:, 0] = 5.0, 5.0, 9.0
+    best = task.decode(items[1], logits)
+    assert best == [10.0, "red hat", 18.0]
+    # Without questions that have no answer, the score of none does not count; with them it does.
+    assert task.score(items, [[3.0, "cup", 1.0], best]).metrics == {"exact_match": 100.0, "f1": 100.0}
+    none = task.read(squad_file(tmp_path / "n.json", context, [], True), training=True)
+    assert task.score(none, [[3.0, "cup", 1.0], best]).counts == {"correct": 0, "total": 1}
+    assert task.score(none, [[3.0, "cup", 11.0], best]).counts == {"correct": 1, "total": 1}
+    backwards = torch.zeros(2, 16)
+    backwards[0, start + 1], backwards[1, start] = 5.0, 5.0
+    assert task.decode(items[1], backwards)[0] == 5.0  # an answer does not end before it begins
+
+
+def test_squads_words_are_compared_as_its_script_does():
+    assert normalized("The  Cat's hat!") == "cats hat"
+    assert overlap("a red hat", "the red cup") == pytest.approx(2 * 1 / 4)
+    assert overlap("red", "blue") == 0.0 and overlap("the", "a") == 1.0
+
+
+def test_tags_stand_at_first_pieces(words, tmp_path):
+    (tmp_path / "t.txt").write_text("-DOCSTART- O\n\ntom X B-PER\nthis X O\nhat X B-OBJ\n\nann Y B-PER\n")
+    labels = labels_of([str(tmp_path / "t.txt")])
+    assert labels == ("O", "B-OBJ", "B-PER")
+    task = Tagging(words, 4, labels)
+    first, second = task.read(str(tmp_path / "t.txt"), training=True)
+    assert spelled(words, first.rows[0]) == "[CLS] tom [UNK] [SEP]" and marks(first.rows[0]) == {1: 2, 2: 0}
+    assert task.notes == [f"{tmp_path}/t.txt: 1 words lie beyond --seq-length 4"]
+    logits = torch.zeros(4, 3)
+    logits[1, 2] = logits[2, 1] = 1.0
+    answers = [task.decode(item, logits) for item in (first, second)]
+    assert answers == [["B-PER", "B-OBJ", "O"], ["B-PER"]]
+    score = task.score([first, second], answers)
+    assert score.counts == {"correct": 2, "total": 4, "entities": 3}
+    assert score.metrics == {"accuracy": 50.0, "f1": pytest.approx(100 * 2 * 2 / (3 + 3))}
+    with pytest.raises(DataError, match=r"sentence 0: the model has no tag B-OBJ"):
+        Tagging(words, 8, ("O", "B-PER")).read(str(tmp_path / "t.txt"), training=False)
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O B-A I-A O", [(1, 3, "A")]),
+        ("B-A B-A I-B", [(0, 1, "A"), (1, 2, "A"), (2, 3, "B")]),
+        ("I-A I-A B-A", [(0, 2, "A"), (2, 3, "A")]),
+        ("O O", []),
+    ],
+)
+def test_entities(tags, found):
+    assert list(entities(tags.split())) == found
+
+
+def test_every_epoch_has_each_sample_at_most_once():
+    items = [Item((), str(i), i) for i in range(10)]
+    epochs = Epochs(items, 3, 4, seed=5)
+    seen = [[epochs[i].truth for i in range(e * 8, (e + 1) * 8)] for e in range(3)]
+    assert len(epochs) == 24 and all(len(set(epoch)) == 8 for epoch in seen)
+    assert seen[0] != seen[1] and len({tuple(sorted(epoch)) for epoch in seen}) > 1
+    again = Epochs(items, 3, 4, seed=5)
+    assert [again[i].truth for i in (23, 0, 9)] == [epochs[i].truth for i in (23, 0, 9)]
+    with pytest.raises(DataError, match="fewer than one global batch of 11"):
+        Epochs(items, 3, 11, seed=5)
+    task = SimpleNamespace(nothing=lambda: "nothing")
+    assert [Items(items, task, 4)[i] for i in (9, 10, 11)] == [items[9], "nothing", "nothing"]
+
+
+BROKEN = [
+    ("MNLI", "", "names no column pairID, sentence1, sentence2"),
+    ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "holds no samples"),
+    ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n1\ta\tb\tmaybe\n", ":2: gold_label is 'maybe'; legal: contradiction"),
+    ("SQUAD", "nonsense", "is not SQuAD's JSON"),
+    ("SQUAD", '{"data": []}', "holds no questions"),
+    ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}', "a question without id, text or answers"),
+    ("SQUAD", ("a red hat", [("hat", 2)]), "question q: its paragraph has no 'hat' where answer_start says"),
+    ("SQUAD", ("a red hat", []), "question q: it has no answer: a test file cannot be trained on"),
+    ("NER", "tom\n", ":1: 'tom' is not a word and its tag"),
+    ("NER", "\n\n", "holds no words"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_broken_files_are_named(name, content, message, words, tmp_path):
+    path = tmp_path / "broken"
+    if isinstance(content, tuple):
+        squad_file(path, *content)
+    else:
+        path.write_text(content)
+    task = {
+        "MNLI": lambda: PairClassification(words, 32, MNLI, CLASSES),
+        "SQUAD": lambda: Squad(words, 32),
+        "NER": lambda: Tagging(words, 32, ("O",)),
+    }[name]()
+    with pytest.raises(DataError) as caught:
+        task.read(str(path), training=True)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is not a JSON object with article"),
+        ('{"article": "a", "questions": ["q"], "options": [["a", "b"]], "answers": ["A"]}', "2 options, answer 'A'; legal: 4"),
+        ('{"article": "a", "questions": ["q"], "options": [[1, 2, 3, 4]], "answers": ["A"]}', "are not text"),
+        ('{"article": "a", "questions": ["q", "r"], "options": [], "answers": []}', "as many of each"),
+    ],
+)
+def test_broken_race_is_named(content, message, words, tmp_path):
+    (tmp_path / "1.txt").write_text(content)
+    with pytest.raises(DataError, match=r"1\.txt") as caught:
+        Race(words, 32, "ABCD").read(str(tmp_path), training=True)
+    assert message in str(caught.value)
+    with pytest.raises(DataError, match="holds no questions"):
+        Race(words, 32, "ABCD").read(str(tmp_path / "nothing"), training=True)
