@@ -17,7 +17,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.saved import from_json, to_toml
-from megatron.config.schema import RunConfig
+from megatron.config.schema import ModelConfig, RunConfig
 from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
@@ -54,8 +54,13 @@ def dry_run(parsed: Parsed, program: str) -> int:
 
 
 def inspect(config: RunConfig) -> Found:
-    """Open everything that the run reads. ConfigError with all that is wrong."""
+    """Open everything that the run reads; of a task only its checkpoint. ConfigError with all that is wrong."""
     problems: list[Problem] = []
+    if config.task.task is not None:
+        held, about = _checkpoint(config, problems)
+        if problems or held is None:
+            raise ConfigError(problems)
+        return Found(held.size("vocab_size"), "the checkpoint's", tuple(about))
     lines: list[str] = []
     tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
     kind = config.tokenizer.tokenizer_type
@@ -72,7 +77,7 @@ def inspect(config: RunConfig) -> Found:
         problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None:
-        lines += _checkpoint(config, problems)
+        lines += _checkpoint(config, problems)[1]
     if problems:
         raise ConfigError(problems)
     return Found(count, source, tuple(lines))
@@ -92,7 +97,8 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
     return lines or ["a run also needs --data-path"]
 
 
-def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
+def _checkpoint(config: RunConfig, problems: list[Problem]) -> tuple[ModelConfig | None, list[str]]:
+    """The model in the checkpoint of --load, None where it cannot be read; and lines about it."""
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source
 
@@ -100,16 +106,16 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     try:
         source = find_source(replace(config.checkpoint, auto_resume=False))
         if source.directory is None:
-            return []
+            return None, []
         held = from_json(read_config(source.directory)).model
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
-        return []
+        return None, []
     except ConfigError as error:
         problems.extend(error.problems)
-        return []
+        return None, []
     problems.extend(different_model(held, config.model, str(source.directory)))
-    return [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
+    return held, [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
 
 
 def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
@@ -129,6 +135,8 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
     schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
+    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
+        return
     yield ""
     yield from _memory(config, grid, plan, schedule)
     yield ""
@@ -191,7 +199,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
 
     @cache
     def activations(stage: int, waiting: int, split: int) -> size.Activations:
-        part, rows = plan.parts[stage], batch.micro_batch_size or 0
+        part, rows = plan.parts[stage], (batch.micro_batch_size or 0) * model.rows
         counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, part, waiting, config.memory, cp, split)
         return size.activations_of(*counts)
 
@@ -210,7 +218,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
         vocab,
         tp=tp,
         seq=seq,
-        micro_batch=batch.micro_batch_size or 0,
+        micro_batch=(batch.micro_batch_size or 0) * model.rows,
         bf16=bf16,
         sequence_parallel=sequence_parallel,
         optimizer=config.optim.optimizer,
@@ -238,7 +246,7 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * seq:,} tokens"
-    flops = size.flops_per_iteration(config.model, vocab, seq, full)
+    flops = size.flops_per_iteration(config.model, vocab, seq, full * config.model.rows)
     per_token = size.flops_per_token(config.model, vocab, seq)
     yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
 
