@@ -53,12 +53,7 @@ class Sampling:
         Of equal logits the lower token counts as the more probable. written: how many tokens this text has got already.
         banned: tokens that must not be chosen. ValueError for logits that are not finite.
         """
-        logits = logits.cpu()
-        if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
-        if banned:
-            logits = logits.clone()
-            logits[list(banned)] = -torch.inf
+        logits = allowed(logits, banned)
         if self.temperature == 0.0:
             return int(logits.argmax())
         # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
@@ -72,6 +67,14 @@ class Sampling:
             before = probabilities.cumsum(0) - probabilities
             probabilities = probabilities.masked_fill((before >= top_p).logical_and_(before > 0.0), 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def allowed(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
+    """Logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError for any that are not finite."""
+    logits = logits.cpu()
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
+    return logits.index_fill(-1, torch.tensor(banned, dtype=torch.int64), -torch.inf) if banned else logits
 
 
 def device_of(name: str | None, gpus: int) -> torch.device:
@@ -165,7 +168,7 @@ def write(
     sampling: Sampling,
     seed: int = 0,
     stops: Callable[[Text], bool] = lambda text: False,
-    banned: Callable[[Text], Sequence[int]] = lambda text: (),
+    banned: Callable[[int], Sequence[int]] = lambda last: (),
     top: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int]]:
@@ -173,7 +176,7 @@ def write(
 
     On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
     that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place
-    among the texts. banned: tokens that must not come next. top: None for no scores; else every token after the first gets one,
+    among the texts. banned: tokens that must not follow a token. top: None for no scores; else every token after the first gets one,
     with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
     ValueError for prompts that cannot be continued.
     """
@@ -198,7 +201,7 @@ def write(
                 continue
             grown.append(i)
             if text.written < limits[i]:
-                text.tokens.append(sampling.choose(logits[row], generators[i], text.written, banned(text)))
+                text.tokens.append(sampling.choose(logits[row], generators[i], text.written, banned(text.tokens[-1])))
                 text.end = "stop" if stops(text) else ""
             if text.written == limits[i]:
                 text.end = text.end or "length"
@@ -220,7 +223,7 @@ def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, 
     log_probs.append(last_log_probs.tolist())
     ids.append(last_ids.tolist())
     for row, text in enumerate(texts):
-        for place in range(seen + len(text.scores[seen:]), min(known, len(text.tokens) - 1)):
+        for place in range(len(text.scores), min(known, len(text.tokens) - 1)):
             own, *best = log_probs[place - seen][row]
             text.scores.append(Score(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
 

@@ -146,7 +146,7 @@ class Engine:
         """Fills in `beams`; no text of the task grows meanwhile."""
         if task.beam is None:
             return
-        for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens):
+        for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens, banned=task.banned):
             beams[:] = found
             yield []
 

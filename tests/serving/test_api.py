@@ -93,6 +93,8 @@ def test_megatron_stops_and_bans(model):
         (free,) = client("PUT", "/api", asked)[1]["segments"]
         (kept,) = client("PUT", "/api", {**asked, "prevent_newline_after_colon": True})[1]["segments"]
         assert free[6] == "\n" != kept[6]
+        (searched,) = client("PUT", "/api", {**asked, "prevent_newline_after_colon": True, "beam_width": 1})[1]["segments"]
+        assert searched == kept
 
 
 def test_two_ends_of_lines_in_a_row():

@@ -97,7 +97,7 @@ def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
 def test_banned_tokens_and_a_falling_top_p():
     model = build(GPT2)
     first = together(model)[1].tokens[1]
-    without = together(model, banned=lambda text: [first] if text.tokens[-1] == 8 else [])
+    without = together(model, banned=lambda last: [first] if last == 8 else [])
     assert without[1].tokens[1] != first and without[2].tokens == together(model)[2].tokens
     logits, generator = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log(), torch.Generator().manual_seed(0)
 
