@@ -27,7 +27,8 @@ class GPTSentencePieceTokenizer(Tokenizer):
         self.assets = {"tokenizer.model": read(model_file, "--tokenizer-model")}
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
-            self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._model.get_piece_size())]
+            self._own = int(self._model.get_piece_size())
+            self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._own)]
         except Exception as error:  # the package raises several kinds
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
         own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}
@@ -43,10 +44,10 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return list(self._model.encode_as_ids(text))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode_ids(list(ids)))
+        return str(self._model.decode_ids([number for number in ids if number < self._own]))
 
     def piece(self, number: int) -> str:
-        return self._pieces[number]
+        return self._pieces[number] if number < len(self._pieces) else ""
 
     def added_tokens(self) -> list[str]:
         """Tokens that are found in text before the model sees it."""
@@ -107,11 +108,11 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         plain: list[int] = []
         for number in ids:
             if number in names:
-                parts += [str(self._model.decode_ids(plain)), names[number] + " "]
+                parts += [super().detokenize(plain), names[number] + " "]
                 plain = []
             else:
                 plain.append(number)
-        return "".join([*parts, str(self._model.decode_ids(plain))])
+        return "".join([*parts, super().detokenize(plain)])
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:

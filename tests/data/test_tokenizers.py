@@ -96,6 +96,8 @@ def test_text_comes_back(kind: str, files: Path) -> None:
         if "Sentence" in kind:  # these models fold white space
             back, text = " ".join(back.split()), " ".join(text.split())
         assert back == text
+    beyond = tokenizer.vocab_size + 7  # a model may have more rows than its tokenizer has tokens
+    assert tokenizer.detokenize([beyond]) == tokenizer.piece(beyond) == ""
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "NullTokenizer"])
