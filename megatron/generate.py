@@ -167,6 +167,7 @@ def write(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int = 0,
+    first: int = 0,
     stops: Callable[[Text], bool] = lambda text: False,
     banned: Callable[[int], Sequence[int]] = lambda last: (),
     top: int | None = None,
@@ -175,8 +176,8 @@ def write(
     """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
 
     On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
-    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place
-    among the texts. banned: tokens that must not follow a token. top: None for no scores; else every token after the first gets one,
+    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its
+    number, which for the first of them is `first`. banned: tokens that must not follow a token. top: None for no scores; else every token after the first gets one,
     with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
     ValueError for prompts that cannot be continued.
     """
@@ -184,8 +185,9 @@ def write(
         check_prompt(model, text.tokens, reads_only=max_new_tokens == 0)
     rooms = [room_after(model, text.tokens) for text in texts]
     limits = [max_new_tokens if room is None else min(max_new_tokens, room) for room in rooms]
-    # The first text has the seed that a text alone has.
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in range(len(texts))]
+    numbers = range(first, first + len(texts))
+    # Number 0 has the seed that a text alone has.
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in numbers]
     model.eval()
     live, cache = list(range(len(texts))), Cache() if use_cache else None
     while live:
@@ -252,13 +254,8 @@ def generate(
         yield text.tokens[-1]
 
 
-def batch_of(tokens: Sequence[int], first: int, device: torch.device) -> Batch:
-    """One sequence as a batch for inference; its first token stands at position `first`."""
-    return batch_of_rows([tokens], first, device)
-
-
 def batch_of_rows(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> Batch:
-    """Sequences of equal length, the same."""
+    """Sequences of equal length as a batch for inference; their first tokens stand at position `first`."""
     ids = torch.tensor([list(row) for row in rows], device=device)
     positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
     samples = torch.zeros(len(rows), dtype=torch.int64, device=device)
