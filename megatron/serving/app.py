@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 LARGEST = 16 << 20  # bytes of a request's body
+LONGEST_LINE = 300  # characters of a line of the log
 LOOK = 0.2  # seconds between two looks at whether the client is still there
 
 
@@ -97,7 +98,8 @@ def build(service: Service) -> Starlette:
 
     def line(request: Request, what: str) -> None:
         client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
-        service.log(f"{client} {request.method} {request.url.path}: {what}, {passed:.2f} s")
+        told = "".join(c if c.isprintable() else "?" for c in what[:LONGEST_LINE])  # it may quote what the client sent
+        service.log(f"{client} {request.method} {request.url.path}: {told}, {passed:.2f} s")
 
     async def api(request: Request) -> Response:
         quiet, request.state.began = False, time.monotonic()
@@ -134,14 +136,11 @@ def build(service: Service) -> Starlette:
         return JSONResponse({"status": "ok"})
 
     async def refused(request: Request, error: Exception) -> Response:
-        if isinstance(error, RequestError):
-            wrong = error
-        elif isinstance(error, HTTPException):
+        if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-        else:
-            wrong = RequestError(str(error))
-        if isinstance(error, RequestError):
-            line(request, f"status {wrong.status}, {wrong}")
+            return JSONResponse(error_body(wrong), wrong.status, error.headers)
+        wrong = error if isinstance(error, RequestError) else RequestError(str(error))
+        line(request, f"status {wrong.status}, {wrong}")
         return JSONResponse(error_body(wrong), wrong.status)
 
     return Starlette(
@@ -156,12 +155,17 @@ def build(service: Service) -> Starlette:
 
 
 async def read(request: Request) -> Fields:
-    """The body as fields; RequestError for one that is too large or no JSON object."""
+    """The body as fields; RequestError for one that is too large or no JSON object, and where the client goes meanwhile."""
+    from starlette.requests import ClientDisconnect
+
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST:
-            raise RequestError(f"the request's body is larger than {LARGEST} bytes", status=413)
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > LARGEST:
+                raise RequestError(f"the request's body is larger than {LARGEST} bytes", status=413)
+    except ClientDisconnect as error:
+        raise RequestError("the client has gone", status=499) from error
     return Fields(bytes(body))
 
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron.beam import Beam
 from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Predictor, Score, Text, write
@@ -109,7 +111,10 @@ class Engine:
                 return
 
     def _carry_out(self, task: Task, pending: Pending | None, asked_to_stop: Callable[[], bool]) -> Done:
-        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task."""
+        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task.
+
+        So does too little memory where there is one rank; of several the others wait for this one's part.
+        """
         beams: list[Beam] = []
         texts = [Text.after(prompt) for prompt in task.prompts]
         told = [(text.start, 0) for text in texts]
@@ -128,6 +133,10 @@ class Engine:
                     return Done(error="nobody waits for this request any more", status=499)
         except ValueError as error:
             return Done(error=str(error))
+        except torch.OutOfMemoryError:
+            if self.control.axis.size > 1:
+                raise
+            return Done(error="the memory does not suffice: ask for less, or start the server with less --max-tokens-to-oom")
         return Done(tuple(beams))
 
     def _texts(self, task: Task, texts: list[Text]) -> Iterator[list[int]]:
