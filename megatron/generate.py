@@ -176,9 +176,10 @@ def write(
     """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
 
     On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
-    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its
-    number, which for the first of them is `first`. banned: tokens that must not follow a token. top: None for no scores; else every token after the first gets one,
-    with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
+    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its number,
+    which for the first of them is `first`. banned: tokens that must not follow a token. top: None for no scores; else every
+    token after the first gets one, with that many alternatives. use_cache=False computes everything again for each token: the
+    reference for the cache.
     ValueError for prompts that cannot be continued.
     """
     for text in texts:

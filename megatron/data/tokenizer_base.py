@@ -41,8 +41,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of these ids; special tokens appear by name, and ids that there are not add nothing: a model's vocabulary may
-        be larger."""
+        """The text of these ids; special tokens appear by name.
+
+        Ids that there are not add nothing: a model's vocabulary may be larger.
+        """
 
     @abstractmethod
     def piece(self, number: int) -> str:

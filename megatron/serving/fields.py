@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-
 LARGEST = 2**63 - 1  # whole number where nothing else ends them: a larger one has too many digits for a message
 
 
