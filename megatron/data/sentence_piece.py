@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,27 +79,15 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
                 ids[name] = len(self._pieces)
                 self._pieces.append(name)
             self._known[name] = ids[name]
+        self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
         self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
 
     def added_tokens(self) -> list[str]:
         return list(self._known)
 
-    def _cut(self, text: str) -> Iterator[str]:
-        """The text in parts, each a known token or free of them."""
-        while text:
-            found = {name: text.find(name) for name in self._known}
-            first = min((name for name in found if found[name] >= 0), key=lambda name: found[name], default=None)
-            if first is None:
-                yield text
-                return
-            if found[first]:
-                yield text[: found[first]]
-            yield first
-            text = text[found[first] + len(first) :]
-
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._cut(text):
+        for part in filter(None, self._cut.split(text)):  # each a known token or free of them
             ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
         return ids
 
