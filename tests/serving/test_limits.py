@@ -39,6 +39,14 @@ def test_sizes_without_end_are_refused(client, fields, param):
     assert status == 400 and reply["error"]["param"] == param
 
 
+def test_a_body_that_cannot_fit_does_not_become_tokens():
+    """The tokenizer would hold up every other request, and on several ranks the watch, for as long as it takes."""
+    with served(tireless(), Letters(), most_tokens=100) as client:
+        for size, expected in ((68_000, 400), (69_000, 413)):
+            status, reply = client("PUT", "/api", {"prompts": ["x" * size]})
+            assert status == expected and "--max-tokens-to-oom" in reply
+
+
 def test_a_client_that_goes_before_it_has_said_all(client):
     client.log.clear()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
