@@ -129,6 +129,7 @@ def build(service: Service) -> Starlette:
         wanted = Completion.of(fields, service.engine.tokenizer, service.model)
         if wanted.stream:
             wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
+            service.engine.check_room()
             line(request, "a stream begins")
             return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
         records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)

@@ -61,12 +61,15 @@ class Engine:
         self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
         self._closed = threading.Event()
 
+    def check_room(self) -> None:
+        """RequestError when as many requests wait as may."""
+        if self._waiting.full():
+            raise RequestError(f"{self._waiting.maxsize} requests wait already: try again later", status=503)
+
     def submit(self, pending: Pending) -> None:
-        """From any thread of rank 0. RequestError when there is no room, or when the end has come."""
-        try:
-            self._waiting.put_nowait(pending)
-        except queue.Full as error:
-            raise RequestError(f"{MOST_WAITING} requests wait already: try again later", status=503) from error
+        """From one thread of rank 0. RequestError when there is no room; refused at once when the end has come."""
+        self.check_room()
+        self._waiting.put_nowait(pending)
         if self._closed.is_set():
             self._refuse_all()
 

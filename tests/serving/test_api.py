@@ -307,7 +307,7 @@ def test_requests_queue_and_one_whose_client_leaves_ends(client):
                 done.set()
 
             threading.Thread(target=ask).start()
-            assert not done.wait(0.7)
+            assert not done.wait(0.4)
         assert done.wait(15) and len(behind) == 1
 
 

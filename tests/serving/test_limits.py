@@ -69,6 +69,19 @@ def test_a_wrong_method_is_told_the_right_ones(client):
     refused.value.close()
 
 
+def test_no_room_has_a_status_also_before_a_stream():
+    with served(tireless(), Letters(), most_waiting=1) as client:
+        endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
+        with client.connected(endless) as running:
+            assert b"200" in running.recv(100)
+            time.sleep(0.2)
+            with client.connected(endless):
+                time.sleep(0.2)
+                for stream in (True, False):
+                    status, reply = client("POST", "/v1/completions", {"prompt": "x", "stream": stream})
+                    assert status == 503 and "1 requests wait already" in reply["error"]["message"]
+
+
 def test_too_little_memory_ends_the_request_and_not_the_server():
     model = tireless()
     predict = model.predict
