@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron.generate import Predictor, batch_of_rows, check_prompt, room_after
+from megatron.generate import Predictor, allowed, batch_of_rows, check_prompt, room_after
 from megatron.model.attention import Cache
 
 WIDEST = 1000
@@ -50,14 +50,21 @@ class BeamSearch:
 
     @torch.no_grad()
     def run(
-        self, model: Predictor, prompt: Sequence[int], *, max_new_tokens: int, use_cache: bool = True
+        self,
+        model: Predictor,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        banned: Callable[[int], Sequence[int]] = lambda last: (),
+        use_cache: bool = True,
     ) -> Iterator[list[Beam]]:
         """Yields after every token the finished continuations so far, best first; the last time `width` of them.
 
         Of the 2 x width most probable continuations by a token, those among the first `width` that end are finished, and the
         best `width` that do not end are followed. It is over when the best one followed, scored at its present length, is no
         better than the worst of `width` finished ones; with positive penalties that is the rule of `early_stopping=False` in
-        transformers. On several ranks all call this, and all get the same. ValueError for a prompt that cannot be continued.
+        transformers. banned: tokens that must not follow a token. On several ranks all call this, and all get the same.
+        ValueError for a prompt that cannot be continued.
         """
         check_prompt(model, prompt)
         vocabulary = model.config.size("vocab_size")
@@ -74,10 +81,9 @@ class BeamSearch:
             seen = cache.length if cache is not None else 0
             rows = [[*prompt, *tokens][seen:] for tokens in followed]
             logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
-            if not bool(logits.isfinite().all()):
-                raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
             if cache is not None:
                 cache.length = seen + len(rows[0])
+            logits = torch.stack([allowed(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
             totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()
             best, places = totals.topk(2 * self.width)
             going: list[tuple[int, tuple[int, ...], float]] = []

@@ -53,12 +53,7 @@ class Sampling:
         Of equal logits the lower token counts as the more probable. written: how many tokens this text has got already.
         banned: tokens that must not be chosen. ValueError for logits that are not finite.
         """
-        logits = logits.cpu()
-        if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
-        if banned:
-            logits = logits.clone()
-            logits[list(banned)] = -torch.inf
+        logits = allowed(logits, banned)
         if self.temperature == 0.0:
             return int(logits.argmax())
         # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
@@ -72,6 +67,14 @@ class Sampling:
             before = probabilities.cumsum(0) - probabilities
             probabilities = probabilities.masked_fill((before >= top_p).logical_and_(before > 0.0), 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def allowed(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
+    """Logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError for any that are not finite."""
+    logits = logits.cpu()
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
+    return logits.index_fill(-1, torch.tensor(banned, dtype=torch.int64), -torch.inf) if banned else logits
 
 
 def device_of(name: str | None, gpus: int) -> torch.device:
@@ -164,25 +167,28 @@ def write(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int = 0,
+    first: int = 0,
     stops: Callable[[Text], bool] = lambda text: False,
-    banned: Callable[[Text], Sequence[int]] = lambda text: (),
+    banned: Callable[[int], Sequence[int]] = lambda last: (),
     top: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int]]:
     """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
 
     On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
-    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its place
-    among the texts. banned: tokens that must not come next. top: None for no scores; else every token after the first gets one,
-    with that many alternatives. use_cache=False computes everything again for each token: the reference for the cache.
+    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its number,
+    which for the first of them is `first`. banned: tokens that must not follow a token. top: None for no scores; else every
+    token after the first gets one, with that many alternatives. use_cache=False computes everything again for each token: the
+    reference for the cache.
     ValueError for prompts that cannot be continued.
     """
     for text in texts:
         check_prompt(model, text.tokens, reads_only=max_new_tokens == 0)
     rooms = [room_after(model, text.tokens) for text in texts]
     limits = [max_new_tokens if room is None else min(max_new_tokens, room) for room in rooms]
-    # The first text has the seed that a text alone has.
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in range(len(texts))]
+    numbers = range(first, first + len(texts))
+    # Number 0 has the seed that a text alone has.
+    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in numbers]
     model.eval()
     live, cache = list(range(len(texts))), Cache() if use_cache else None
     while live:
@@ -198,7 +204,7 @@ def write(
                 continue
             grown.append(i)
             if text.written < limits[i]:
-                text.tokens.append(sampling.choose(logits[row], generators[i], text.written, banned(text)))
+                text.tokens.append(sampling.choose(logits[row], generators[i], text.written, banned(text.tokens[-1])))
                 text.end = "stop" if stops(text) else ""
             if text.written == limits[i]:
                 text.end = text.end or "length"
@@ -220,7 +226,7 @@ def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, 
     log_probs.append(last_log_probs.tolist())
     ids.append(last_ids.tolist())
     for row, text in enumerate(texts):
-        for place in range(seen + len(text.scores[seen:]), min(known, len(text.tokens) - 1)):
+        for place in range(len(text.scores), min(known, len(text.tokens) - 1)):
             own, *best = log_probs[place - seen][row]
             text.scores.append(Score(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
 
@@ -249,13 +255,8 @@ def generate(
         yield text.tokens[-1]
 
 
-def batch_of(tokens: Sequence[int], first: int, device: torch.device) -> Batch:
-    """One sequence as a batch for inference; its first token stands at position `first`."""
-    return batch_of_rows([tokens], first, device)
-
-
 def batch_of_rows(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> Batch:
-    """Sequences of equal length, the same."""
+    """Sequences of equal length as a batch for inference; their first tokens stand at position `first`."""
     ids = torch.tensor([list(row) for row in rows], device=device)
     positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
     samples = torch.zeros(len(rows), dtype=torch.int64, device=device)

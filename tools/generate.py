@@ -22,7 +22,7 @@ from megatron.beam import BeamSearch
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, Text, room_after, write
+from megatron.generate import Sampling, Text, check_prompt, room_after, write
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--length-penalty", type=float, help="of the beam search: above 1 for long texts (default 1)")
     parser.add_argument("--stop-token", type=int, help="the token that ends a text; default that of the tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="prompts that are continued together (default 32)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
     args = parser.parse_args(argv)
     speaks = True
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         if args.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
+        if args.micro_batch_size < 1:
+            raise ValueError(f"--micro-batch-size {args.micro_batch_size} takes no prompt; legal: 1 and above")
         find(Path(args.load), args.load_iteration)
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if place.world_size == 1 else started.device
@@ -88,6 +91,11 @@ def answer(
     if args.stop_token is not None and not 0 <= args.stop_token < vocabulary:
         raise ValueError(f"--stop-token {args.stop_token} is outside of the vocabulary of {vocabulary}")
     started_with = [tokenizer.tokenize(prompt) for prompt in prompts]
+    for number, tokens in enumerate(started_with, 1):  # all of them, before the first one takes its time
+        try:
+            check_prompt(opened.model, tokens)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
     limits = {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache}
     found: list[tuple[list[int], str, float | None]] = []
     if isinstance(how, BeamSearch):
@@ -100,8 +108,10 @@ def answer(
         def stops(text: Text) -> bool:
             return text.tokens[-1] == stop
 
-        for _ in write(opened.model, texts, sampling=how, seed=args.seed, stops=stops, **limits):
-            pass
+        for first in range(0, len(texts), args.micro_batch_size):
+            some = texts[first : first + args.micro_batch_size]
+            for _ in write(opened.model, some, sampling=how, seed=args.seed, first=first, stops=stops, **limits):
+                pass
         found = [(text.tokens, text.end, None) for text in texts]
     answers, notes = [], ""
     for prompt, before, (tokens, end, score) in zip(prompts, started_with, found, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class GPTSentencePieceTokenizer(Tokenizer):
         self.assets = {"tokenizer.model": read(model_file, "--tokenizer-model")}
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
-            self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._model.get_piece_size())]
+            self._own = int(self._model.get_piece_size())
+            self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._own)]
         except Exception as error:  # the package raises several kinds
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
         own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}
@@ -43,10 +45,10 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return list(self._model.encode_as_ids(text))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode_ids(list(ids)))
+        return str(self._model.decode_ids([number for number in ids if number < self._own]))
 
     def piece(self, number: int) -> str:
-        return self._pieces[number]
+        return self._pieces[number] if number < len(self._pieces) else ""
 
     def added_tokens(self) -> list[str]:
         """Tokens that are found in text before the model sees it."""
@@ -77,27 +79,15 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
                 ids[name] = len(self._pieces)
                 self._pieces.append(name)
             self._known[name] = ids[name]
+        self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
         self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
 
     def added_tokens(self) -> list[str]:
         return list(self._known)
 
-    def _cut(self, text: str) -> Iterator[str]:
-        """The text in parts, each a known token or free of them."""
-        while text:
-            found = {name: text.find(name) for name in self._known}
-            first = min((name for name in found if found[name] >= 0), key=lambda name: found[name], default=None)
-            if first is None:
-                yield text
-                return
-            if found[first]:
-                yield text[: found[first]]
-            yield first
-            text = text[found[first] + len(first) :]
-
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._cut(text):
+        for part in filter(None, self._cut.split(text)):  # each a known token or free of them
             ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
         return ids
 
@@ -107,11 +97,11 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         plain: list[int] = []
         for number in ids:
             if number in names:
-                parts += [str(self._model.decode_ids(plain)), names[number] + " "]
+                parts += [super().detokenize(plain), names[number] + " "]
                 plain = []
             else:
                 plain.append(number)
-        return "".join([*parts, str(self._model.decode_ids(plain))])
+        return "".join([*parts, super().detokenize(plain)])
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:

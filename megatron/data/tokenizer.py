@@ -45,10 +45,11 @@ class ByteTokenizer(Tokenizer):
         return list(text.encode("utf-8"))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids).decode("utf-8", errors="replace")
+        found = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
+        return found.decode("utf-8", errors="replace")
 
     def piece(self, number: int) -> str:
-        return END_OF_TEXT if number == 256 else byte_symbols()[number]
+        return dict(enumerate([*byte_symbols(), END_OF_TEXT])).get(number, "")
 
     def backend(self) -> Backend:
         backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))

@@ -41,11 +41,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of these ids; special tokens appear by name."""
+        """The text of these ids; special tokens appear by name.
+
+        Ids that there are not add nothing: a model's vocabulary may be larger.
+        """
 
     @abstractmethod
     def piece(self, number: int) -> str:
-        """The vocabulary entry with this id."""
+        """The vocabulary entry with this id; "" where there is none."""
 
     @abstractmethod
     def backend(self) -> Backend:

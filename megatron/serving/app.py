@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-LARGEST = 16 << 20  # bytes of a request's body
+BYTES_OF_A_TOKEN = 32  # at most, on average, in JSON: text holds five, an escaped Chinese character six
+BYTES_BESIDES = 1 << 16  # of the other fields
+MOST_READ = 16 << 20  # bytes of a body that is too large: before a client has sent all it does not hear why
+LONGEST_LINE = 300  # characters of a line of the log
 LOOK = 0.2  # seconds between two looks at whether the client is still there
 
 
@@ -35,6 +38,11 @@ class Service:
     model: str
     most_tokens: int
     log: Callable[[str], object]
+
+    @property
+    def largest_body(self) -> int:
+        """Bytes of a request. While a larger one became tokens, nothing else in this process could run."""
+        return BYTES_OF_A_TOKEN * self.most_tokens + BYTES_BESIDES
 
 
 async def updates(service: Service, task: Task, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Update | Done]:
@@ -97,12 +105,13 @@ def build(service: Service) -> Starlette:
 
     def line(request: Request, what: str) -> None:
         client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
-        service.log(f"{client} {request.method} {request.url.path}: {what}, {passed:.2f} s")
+        told = "".join(c if c.isprintable() else "?" for c in what[:LONGEST_LINE])  # it may quote what the client sent
+        service.log(f"{client} {request.method} {request.url.path}: {told}, {passed:.2f} s")
 
     async def api(request: Request) -> Response:
         quiet, request.state.began = False, time.monotonic()
         try:
-            fields = await read(request)
+            fields = await read(request, service.largest_body)
             quiet = fields.held.get("no_log") is True
             task = megatron_api.task_of(fields, service.engine.tokenizer)
             records, done = await collect(service, task, request.is_disconnected)
@@ -116,10 +125,11 @@ def build(service: Service) -> Starlette:
 
     async def completions(request: Request) -> Response:
         request.state.began = time.monotonic()
-        fields = await read(request)
+        fields = await read(request, service.largest_body)
         wanted = Completion.of(fields, service.engine.tokenizer, service.model)
         if wanted.stream:
             wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
+            service.engine.check_room()
             line(request, "a stream begins")
             return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
         records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
@@ -134,14 +144,11 @@ def build(service: Service) -> Starlette:
         return JSONResponse({"status": "ok"})
 
     async def refused(request: Request, error: Exception) -> Response:
-        if isinstance(error, RequestError):
-            wrong = error
-        elif isinstance(error, HTTPException):
+        if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-        else:
-            wrong = RequestError(str(error))
-        if isinstance(error, RequestError):
-            line(request, f"status {wrong.status}, {wrong}")
+            return JSONResponse(error_body(wrong), wrong.status, error.headers)
+        wrong = error if isinstance(error, RequestError) else RequestError(str(error))
+        line(request, f"status {wrong.status}, {wrong}")
         return JSONResponse(error_body(wrong), wrong.status)
 
     return Starlette(
@@ -155,13 +162,22 @@ def build(service: Service) -> Starlette:
     )
 
 
-async def read(request: Request) -> Fields:
-    """The body as fields; RequestError for one that is too large or no JSON object."""
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > LARGEST:
-            raise RequestError(f"the request's body is larger than {LARGEST} bytes", status=413)
+async def read(request: Request, largest: int) -> Fields:
+    """The body as fields; RequestError for one that is too large or no JSON object, and where the client goes meanwhile."""
+    from starlette.requests import ClientDisconnect
+
+    body, size = bytearray(), 0
+    try:
+        async for piece in request.stream():
+            size += len(piece)
+            body += piece if size <= largest else b""
+            if size > max(MOST_READ, largest):
+                break
+    except ClientDisconnect as error:
+        raise RequestError("the client has gone", status=499) from error
+    if size > largest:
+        what = f"the request's body is larger than {largest} bytes, which are more tokens than this server allows"
+        raise RequestError(f"{what} (--max-tokens-to-oom)", status=413)
     return Fields(bytes(body))
 
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron.beam import Beam
 from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Predictor, Score, Text, write
@@ -59,12 +61,15 @@ class Engine:
         self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
         self._closed = threading.Event()
 
+    def check_room(self) -> None:
+        """RequestError when as many requests wait as may."""
+        if self._waiting.full():
+            raise RequestError(f"{self._waiting.maxsize} requests wait already: try again later", status=503)
+
     def submit(self, pending: Pending) -> None:
-        """From any thread of rank 0. RequestError when there is no room, or when the end has come."""
-        try:
-            self._waiting.put_nowait(pending)
-        except queue.Full as error:
-            raise RequestError(f"{MOST_WAITING} requests wait already: try again later", status=503) from error
+        """From one thread of rank 0. RequestError when there is no room; refused at once when the end has come."""
+        self.check_room()
+        self._waiting.put_nowait(pending)
         if self._closed.is_set():
             self._refuse_all()
 
@@ -109,7 +114,10 @@ class Engine:
                 return
 
     def _carry_out(self, task: Task, pending: Pending | None, asked_to_stop: Callable[[], bool]) -> Done:
-        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task."""
+        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task.
+
+        So does too little memory where there is one rank; of several the others wait for this one's part.
+        """
         beams: list[Beam] = []
         texts = [Text.after(prompt) for prompt in task.prompts]
         told = [(text.start, 0) for text in texts]
@@ -128,6 +136,10 @@ class Engine:
                     return Done(error="nobody waits for this request any more", status=499)
         except ValueError as error:
             return Done(error=str(error))
+        except torch.OutOfMemoryError:
+            if self.control.axis.size > 1:
+                raise
+            return Done(error="the memory does not suffice: ask for less, or start the server with less --max-tokens-to-oom")
         return Done(tuple(beams))
 
     def _texts(self, task: Task, texts: list[Text]) -> Iterator[list[int]]:
@@ -146,7 +158,7 @@ class Engine:
         """Fills in `beams`; no text of the task grows meanwhile."""
         if task.beam is None:
             return
-        for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens):
+        for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens, banned=task.banned):
             beams[:] = found
             yield []
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+LARGEST = 2**63 - 1  # whole number where nothing else ends them: a larger one has too many digits for a message
+
 
 class RequestError(ValueError):
     """What a client asked for cannot be done. status: of HTTP. param: the field at fault. code: a word for programs."""
@@ -35,7 +37,7 @@ class Fields:
 
     def whole(self, name: str, default: int, low: int, high: int | None = None) -> int:
         value = self.held.get(name, default)
-        if type(value) is not int or value < low or (high is not None and value > high):
+        if type(value) is not int or not low <= value <= (LARGEST if high is None else high):
             legal = f"at least {low}" if high is None else f"from {low} to {high}"
             raise RequestError(f"{name} must be a whole number {legal}", name)
         return value

@@ -15,7 +15,7 @@ from megatron.serving.fields import Fields, RequestError
 from megatron.serving.record import Record
 from megatron.serving.task import MOST_PROMPTS, Task
 
-MOST_STOPS, MOST_ALTERNATIVES = 4, 100
+MOST_STOPS, LONGEST_STOP, MOST_ALTERNATIVES = 4, 1000, 100  # LONGEST_STOP: characters
 NEUTRAL: tuple[tuple[str, Any], ...] = (
     ("frequency_penalty", 0),
     ("presence_penalty", 0),
@@ -130,4 +130,6 @@ def _stop_texts(fields: Fields) -> tuple[str, ...]:
     stops = [given] if isinstance(given, str) else given
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops) or len(stops) > MOST_STOPS:
         raise RequestError(f"stop must be a string or a list of up to {MOST_STOPS} strings, none of them empty", "stop")
+    if longest := [len(stop) for stop in stops if len(stop) > LONGEST_STOP]:
+        raise RequestError(f"a stop text has {longest[0]} characters; legal: up to {LONGEST_STOP}", "stop")
     return tuple(stops)

@@ -38,7 +38,8 @@ class Record:
     def show(self) -> tuple[str, dict[str, list[Any]] | None]:
         """The text that can be shown and has not been, and the log-probabilities of its tokens, where they were asked for.
 
-        Neither the token that ends the text nor a stop text, nor what comes after one, is ever shown.
+        Neither the token that ends the text nor a stop text, nor what comes after one, is ever shown; but the token that ends
+        it has a log-probability, since who asks for one more token than a text has takes away the last of them.
         """
         ended_by_run = self.end == "stop" and any(tuple(self.tokens[-len(run) :]) == run for run in self._task.stop_runs)
         tokens = self.tokens[: len(self.tokens) - ended_by_run]
@@ -49,18 +50,18 @@ class Record:
         text, self._text = whole[self._text :], max(self._text, len(whole))
         if self._task.top is None:
             return text, None
-        for place in range(self._first + len(self._offsets), len(tokens)):
+        for place in range(self._first + len(self._offsets), len(self.tokens)):
             self._offsets.append(self._width)
-            self._width += width(self._tokenizer, tokens, place)
+            self._width += width(self._tokenizer, self.tokens, place)
         everything = bool(self.end) and cut == written
         until = len(self._offsets) if everything else bisect_left(self._offsets, len(whole))
         places, self._places = range(self._places, until), max(self._places, until)
-        return text, self._log_probs(tokens, places)
+        return text, self._log_probs(places)
 
-    def _log_probs(self, tokens: Sequence[int], places: range) -> dict[str, list[Any]]:
+    def _log_probs(self, places: range) -> dict[str, list[Any]]:
         """In OpenAI's form, of the tokens with these places in what is shown. A text's first token has none."""
         scores = [self.scores[self._first + place - 1] if self._first + place else None for place in places]
-        own = [single(self._tokenizer, tokens[self._first + place]) for place in places]
+        own = [single(self._tokenizer, self.tokens[self._first + place]) for place in places]
         return {
             "tokens": own,
             "token_logprobs": [None if score is None else score.log_prob for score in scores],

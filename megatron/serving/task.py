@@ -94,5 +94,6 @@ class Task:
 
         return stops
 
-    def banned(self, text: Text) -> Sequence[int]:
-        return [banned for before, banned in self.banned_after if text.tokens[-1] == before]
+    def banned(self, last: int) -> Sequence[int]:
+        """The tokens that must not follow this one."""
+        return [banned for before, banned in self.banned_after if last == before]

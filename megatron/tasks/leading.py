@@ -6,6 +6,8 @@ tokens, and they take their part in it. So the program needs to know nothing of 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,10 @@ def follow(model: Model, world: Axis) -> None:
         if what == END:
             return
         tokens, labels = all_reduce(torch.zeros(2, rows, seq, dtype=torch.int64, device=model.device), world)
+        batch = replace(batch_of_rows(tokens.tolist(), first, model.device), labels=labels)
         if what == SCORES:
-            positions = torch.arange(seq, device=model.device).expand(rows, -1)
-            samples = torch.zeros(rows, dtype=torch.int64, device=model.device)
-            model.scores(Batch(tokens, labels, torch.zeros(tokens.shape, device=model.device), positions, samples))
+            model.scores(batch)
         else:
             cache = cache if first else Cache()
-            model.predict(batch_of_rows(tokens.tolist(), first, model.device), cache)
+            model.predict(batch, cache)
             cache.length = first + seq

@@ -25,10 +25,10 @@ from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
 from megatron.generate import Sampling, device_of
-from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
+from megatron.model_flags import add_model_flags, layout_of
 from megatron.restore import open_pipeline
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
@@ -136,26 +136,24 @@ def main(argv: list[str]) -> int:
         epilog="Everything else goes to lm_eval: --tasks, --num_fewshot, --limit, --output_path, ...; see lm_eval --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--load", required=True, help="directory of checkpoints, or one iter_ directory")
-    parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
+    add_model_flags(parser)
     parser.add_argument("--seq-length", type=int, help="tokens that the model sees at once; default all its positions")
     parser.add_argument("--micro-batch-size", type=int, default=MICRO_BATCH, help=f"texts in one pass (default {MICRO_BATCH})")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, help="processes that share each layer (default 1)")
-    parser.add_argument(
-        "--pipeline-model-parallel-size", type=int, default=1, help="processes that share the depth (default 1)"
-    )
     args, theirs = parser.parse_known_args(argv)
     speaks = True
     try:
         place = Place.of(os.environ)
         speaks = place.rank == 0
-        grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
-        check_asked(args, grid, place)
+        grid, device = layout_of(args, place)
+        if find_spec("lm_eval") is None:
+            raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
+        find(Path(args.load), args.load_iteration)
     except (ValueError, *REFUSED) as error:
         return refuse(error, speaks)
     try:
         with job(place, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
-            run(args, theirs, started, Mesh.build(grid, place.rank, started.timeout))
+            own = device if place.world_size == 1 else started.device
+            run(args, theirs, started, Mesh.build(grid, place.rank, started.timeout), own)
     except REFUSED as error:
         return refuse(error, speaks)
     return 0
@@ -173,20 +171,7 @@ def refuse(error: BaseException, speaks: bool) -> int:
     return 2
 
 
-def check_asked(args: argparse.Namespace, grid: Grid, place: Place) -> None:
-    """What can be known before the processes look for one another; ValueError or CheckpointError."""
-    sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
-    if min(grid.shape) < 1:
-        raise ValueError(f"{sizes}; legal: 1 and above")
-    if grid.world_size != place.world_size:
-        start = f"start with torchrun --nproc_per_node {grid.world_size}"
-        raise ValueError(f"{sizes} needs as many processes; there are {place.world_size}: {start}")
-    if find_spec("lm_eval") is None:
-        raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
-    find(Path(args.load), args.load_iteration)
-
-
-def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mesh) -> None:
+def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mesh, device: torch.device) -> None:
     """lm_eval on the first process, its model on all of them. Collective."""
     model = likelihoods(
         args.load,
@@ -194,7 +179,7 @@ def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mes
         iteration=args.load_iteration,
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
-        device=started.device,
+        device=device,
     )
     if mesh.world.size == 1:
         harness(model, args.load, theirs)

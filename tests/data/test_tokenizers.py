@@ -96,6 +96,8 @@ def test_text_comes_back(kind: str, files: Path) -> None:
         if "Sentence" in kind:  # these models fold white space
             back, text = " ".join(back.split()), " ".join(text.split())
         assert back == text
+    beyond = tokenizer.vocab_size + 7  # a model may have more rows than its tokenizer has tokens
+    assert tokenizer.detokenize([beyond]) == tokenizer.piece(beyond) == ""
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "NullTokenizer"])
@@ -166,6 +168,8 @@ def test_sentence_piece_additions(files: Path) -> None:
     assert more.eod == size + 2 and more.special["eos"] == 2
     assert more.tokenize("the<EOD>code") == [*plain.tokenize("the"), size + 2, *plain.tokenize("code")]
     assert more.detokenize(more.tokenize("the<EOD>code")) == "the<EOD> code"
+    assert more.tokenize("<CLS><EOD>the<EOD>") == [size, size + 2, *plain.tokenize("the"), size + 2]
+    assert more.tokenize("<EOD>" * 100_000) == [size + 2] * 100_000  # a minute, if each were cut off a copy of the rest
 
 
 def test_digest_tells_tokenizers_apart(files: Path, tmp_path: Path) -> None:

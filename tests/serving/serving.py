@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from reference import LLAMA
 from writers import build, save_model
@@ -88,11 +89,14 @@ class Client:
 
 
 @contextmanager
-def served(model: Any, tokenizer: Tokenizer, most_tokens: int = 12000) -> Iterator[Client]:
-    engine = Engine(model, tokenizer, Control(Axis.alone("world")))
+def served(model: Any, tokenizer: Tokenizer, most_tokens: int = 12000, most_waiting: int = 256) -> Iterator[Client]:
+    """most_tokens: of a request. most_waiting: requests."""
+    with patch("megatron.serving.engine.MOST_WAITING", most_waiting):
+        engine = Engine(model, tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
     client, over = Client(port.getsockname()[1], engine), threading.Event()
-    with listening(Service(engine, "tiny", most_tokens, client.log.append), port) as alive:
+    service = Service(engine, "tiny", most_tokens, client.log.append)
+    with patch("megatron.serving.engine.BEAT", 0.05), listening(service, port) as alive:  # the end is seen at a beat
         worker = threading.Thread(target=engine.run, args=(over.is_set,))
         worker.start()
         try:

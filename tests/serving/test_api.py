@@ -93,6 +93,8 @@ def test_megatron_stops_and_bans(model):
         (free,) = client("PUT", "/api", asked)[1]["segments"]
         (kept,) = client("PUT", "/api", {**asked, "prevent_newline_after_colon": True})[1]["segments"]
         assert free[6] == "\n" != kept[6]
+        (searched,) = client("PUT", "/api", {**asked, "prevent_newline_after_colon": True, "beam_width": 1})[1]["segments"]
+        assert searched == kept
 
 
 def test_two_ends_of_lines_in_a_row():
@@ -178,8 +180,11 @@ def test_the_end_of_a_document_ends_a_text():
     eager = build(LLAMA, vocab=VOCAB)
     expected = texts(eager, ("Hello", "Hello", "Go", "Go"), sampling=Sampling(), seed=5)
     with served(eager, TOKENIZER) as client:
-        reply = client.complete(prompt=["Hello", "Go"], n=2, max_tokens=8, seed=5)
+        reply = client.complete(prompt=["Hello", "Go"], n=2, max_tokens=8, seed=5, logprobs=0)
     assert [choice["text"] for choice in reply["choices"]] == [words(text) for text in expected]
+    for choice, text in zip(reply["choices"], expected, strict=True):  # the end itself is not shown, but has its own
+        assert choice["logprobs"]["tokens"] == [TOKENIZER.letter(token) for token in text.tokens[text.start :]]
+        assert len(choice["logprobs"]["token_logprobs"]) == len(choice["logprobs"]["text_offset"]) == text.written
     ends = [choice["finish_reason"] for choice in reply["choices"]]
     assert ends == [text.end for text in expected] == ["length", "length", "length", "stop"]
     assert reply["usage"]["completion_tokens"] == sum(text.written for text in expected) < 32
@@ -302,7 +307,7 @@ def test_requests_queue_and_one_whose_client_leaves_ends(client):
                 done.set()
 
             threading.Thread(target=ask).start()
-            assert not done.wait(0.7)
+            assert not done.wait(0.4)
         assert done.wait(15) and len(behind) == 1
 
 

@@ -17,7 +17,7 @@ from writers import POSITIONS, build, save_model
 
 from megatron.checkpoint.hf import export_hf
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, batch_of, device_of, generate
+from megatron.generate import Sampling, batch_of_rows, device_of, generate
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
@@ -102,7 +102,7 @@ def test_padding_rows_are_never_sampled(form):
     weight = model.embedding.word.weight if model.head is None else model.head.weight
     assert weight.shape[0] == 128
     with torch.no_grad():  # the padding row would win: its logit is the largest of all
-        x = model.hidden(None, batch_of(PROMPT, 0, torch.device("cpu")))[-1, 0]
+        x = model.hidden(None, batch_of_rows([PROMPT], 0, torch.device("cpu")))[-1, 0]
         weight[127] = 100 * x
     assert max(written(model)) < 127
     assert max(written(model, Sampling(50.0), 44)) < 127

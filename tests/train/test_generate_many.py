@@ -16,7 +16,7 @@ from writers import POSITIONS, build, save_model
 from megatron.beam import Beam, BeamSearch
 from megatron.checkpoint.hf import export_hf
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, Text, batch_of, generate, write
+from megatron.generate import Sampling, Text, batch_of_rows, generate, write
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.restore import open_pipeline
@@ -76,7 +76,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
     for count in (COUNT, 0):
         for text in together(model, max_new_tokens=count, top=3, use_cache=use_cache):
             assert text.written == count and len(text.scores) == len(text.tokens) - 1
-            expected = model.logits(batch_of(text.tokens, 0, model.device)).detach()[:, 0].log_softmax(-1)
+            expected = model.logits(batch_of_rows([text.tokens], 0, model.device)).detach()[:, 0].log_softmax(-1)
             for place, score in enumerate(text.scores):
                 best, ids = expected[place].topk(3)
                 assert score.log_prob == pytest.approx(float(expected[place, text.tokens[place + 1]]), abs=1e-4)
@@ -97,7 +97,7 @@ def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
 def test_banned_tokens_and_a_falling_top_p():
     model = build(GPT2)
     first = together(model)[1].tokens[1]
-    without = together(model, banned=lambda text: [first] if text.tokens[-1] == 8 else [])
+    without = together(model, banned=lambda last: [first] if last == 8 else [])
     assert without[1].tokens[1] != first and without[2].tokens == together(model)[2].tokens
     logits, generator = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log(), torch.Generator().manual_seed(0)
 
@@ -218,6 +218,18 @@ def test_the_tool_writes_several_texts_as_lines_of_json(tool, tmp_path, capsys):
         assert capsys.readouterr().out == lines
 
 
+def test_the_tool_writes_many_texts_in_micro_batches(tool, capsys):
+    """Memory does not grow with the number of prompts; what is drawn depends on a prompt's number, and not on the others."""
+    asked = [word for prompt in ("Hello", "Good day", "Hello", "x") for word in ("--prompt", prompt)]
+    told = []
+    for size in ("4", "3", "1"):
+        assert tool(*asked, "--micro-batch-size", size, "--seed", "3") == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] == told[2] and len(set(told[0].splitlines())) == 4
+    assert tool("--prompt", "x", "--prompt", "x" * 48) == 2
+    assert capsys.readouterr().err.startswith("error: prompt 2 of 2: the prompt has 48 tokens")
+
+
 def test_the_tool_searches(tool, capsys):
     assert tool("--prompt", "Hello", "--beam-width", "4", "--length-penalty", "0.5") == 0
     text = capsys.readouterr().out.removesuffix("\n")
@@ -232,6 +244,7 @@ def test_the_tool_searches(tool, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--prompt x --micro-batch-size 0", "--micro-batch-size 0"),
         ("--prompt x --beam-width 0", "--beam-width 0"),
         ("--prompt x --beam-width 129", "at most half"),
         ("--prompt x --beam-width 2 --temperature 0", "--beam-width chooses nothing at random"),

@@ -1,0 +1,98 @@
+"""What no client can do to the server: its next request is answered, and its log says what came."""
+
+from __future__ import annotations
+
+import socket
+import time
+import urllib.error
+
+import pytest
+import torch
+from serving import Letters, served, tireless
+
+
+@pytest.fixture(scope="module")
+def client():
+    with served(tireless(), Letters()) as client:
+        yield client
+
+
+def logged(client, what: str) -> str:
+    """The log's only line, once it is there."""
+    deadline = time.monotonic() + 10
+    while not client.log and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (line,) = client.log
+    assert what in line
+    return line
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 10**4299, "prompt": ["x"] * 100}, "max_tokens"),  # as many digits as Python reads, and no room for more
+        ({"stop": "x" * 1001}, "stop"),  # its every beginning would be looked for at each end of the text
+    ],
+)
+def test_sizes_without_end_are_refused(client, fields, param):
+    status, reply = client("POST", "/v1/completions", {"prompt": "x", **fields})
+    assert status == 400 and reply["error"]["param"] == param
+
+
+def test_a_body_that_cannot_fit_does_not_become_tokens():
+    """The tokenizer would hold up every other request, and on several ranks the watch, for as long as it takes."""
+    with served(tireless(), Letters(), most_tokens=100) as client:
+        for size, expected in ((68_000, 400), (69_000, 413)):
+            status, reply = client("PUT", "/api", {"prompts": ["x" * size]})
+            assert status == expected and "--max-tokens-to-oom" in reply
+
+
+def test_a_client_that_goes_before_it_has_said_all(client):
+    client.log.clear()
+    with socket.create_connection(("127.0.0.1", client.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
+        time.sleep(0.1)
+    logged(client, "status 499, the client has gone")
+
+
+def test_a_line_of_the_log_is_one_line_whatever_is_sent(client):
+    client.log.clear()
+    client("POST", "/v1/completions", {"prompt": "x", "\n10.0.0.1 PUT /api: status 200\x1b[2J" + "y" * 1000: 1})
+    line = logged(client, "?10.0.0.1 PUT")
+    assert line.isprintable() and len(line) < 400
+
+
+def test_a_wrong_method_is_told_the_right_ones(client):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        client.open("GET", "/v1/completions")
+    assert refused.value.code == 405 and refused.value.headers["allow"] == "POST"
+    refused.value.close()
+
+
+def test_no_room_has_a_status_also_before_a_stream():
+    with served(tireless(), Letters(), most_waiting=1) as client:
+        endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
+        with client.connected(endless) as running:
+            assert b"200" in running.recv(100)
+            time.sleep(0.2)
+            with client.connected(endless):
+                time.sleep(0.2)
+                for stream in (True, False):
+                    status, reply = client("POST", "/v1/completions", {"prompt": "x", "stream": stream})
+                    assert status == 503 and "1 requests wait already" in reply["error"]["message"]
+
+
+def test_too_little_memory_ends_the_request_and_not_the_server():
+    model = tireless()
+    predict = model.predict
+
+    def short(batch, cache=None, top=None):
+        if batch.tokens.shape[1] > 3:
+            raise torch.OutOfMemoryError("no memory")
+        return predict(batch, cache, top)
+
+    model.predict = short
+    with served(model, Letters()) as client:
+        status, reply = client("PUT", "/api", {"prompts": ["Hello"], "tokens_to_generate": 1})
+        assert status == 500 and "--max-tokens-to-oom" in reply
+        assert client("PUT", "/api", {"prompts": ["Hi"], "tokens_to_generate": 1})[0] == 200
