@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,7 @@ class PairClassification(Task):
         self.columns, self.labels = columns, list(labels)
 
     def read(self, path: str, *, training: bool) -> list[Item]:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+        lines = read_text(path).split("\n")
         header = lines[0].rstrip("\r").split("\t")
         wanted = vars(self.columns)
         places = {role: header.index(name) for role, name in wanted.items() if name in header}

@@ -7,7 +7,6 @@ form B-X, I-X, O: an entity is right when its words and its kind are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 DOCUMENT = "-DOCSTART-"
 Sentence = list[tuple[str, str]]
@@ -22,12 +22,8 @@ Sentence = list[tuple[str, str]]
 
 def sentences(path: str) -> Iterator[Sentence]:
     """(word, tag) of each word, sentence by sentence. DataError names file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
     words: Sentence = []
-    for number, line in enumerate([*lines, ""], 1):
+    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
         columns = line.split()
         if columns and columns[0] != DOCUMENT:
             if len(columns) < 2:

@@ -15,7 +15,7 @@ from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
 from megatron.tasks.samples import Epochs, Item, Items
 from megatron.tasks.squad import Squad, normalized, overlap
-from megatron.tasks.tagging import Tagging, entities, labels_of
+from megatron.tasks.tagging import Tagging, entities, labels_of, sentences
 
 CLASSES = ("contradiction", "entailment", "neutral")
 
@@ -67,6 +67,24 @@ def test_mnli_and_qqp(words, tmp_path):
         task.read(str(tmp_path / "test.tsv"), training=True)
 
 
+def test_what_windows_programs_leave_in_a_file(words, tmp_path):
+    """A byte order mark before the header, line ends of two characters, and one of them alone within a sentence."""
+    lines = ["id\tquestion1\tquestion2\tis_duplicate", "7\twho is\rtom ?\twho ?\t1", ""]
+    (tmp_path / "qqp.tsv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    task = PairClassification(words, 32, QQP, ("0", "1"))
+    (item,) = task.read(str(tmp_path / "qqp.tsv"), training=True)
+    assert spelled(words, item.rows[0]) == "[CLS] who is tom ? [SEP] who ? [SEP]" and task.notes == []
+    (tmp_path / "ner.txt").write_bytes(b"\xef\xbb\xbf-DOCSTART-\tO\r\n\r\ntom\tB-PER\r\n\r\nann\tO\r\n")
+    assert list(sentences(str(tmp_path / "ner.txt"))) == [[("tom", "B-PER")], [("ann", "O")]]
+
+
+def test_a_row_has_room_for_a_sample(words):
+    for make, shortest in ((lambda n: Tagging(words, n, ("O",)), 3), (lambda n: Squad(words, n), 8)):
+        make(shortest)
+        with pytest.raises(DataError, match=f"--seq-length {shortest - 1} has no room for a sample; legal: {shortest} and"):
+            make(shortest - 1)
+
+
 def test_race_puts_the_choice_into_the_blank(words, tmp_path):
     made = {"article": "tom has a red hat .", "questions": ["the hat is _ .", "what has tom ?"], "answers": ["B", "D"]}
     made["options"] = [["blue", "red", "green", "black"], ["a cup", "a book", "a ball", "a hat"]]
@@ -110,6 +128,26 @@ def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
     backwards = torch.zeros(2, 16)
     backwards[0, start + 1], backwards[1, start] = 5.0, 5.0
     assert task.decode(items[1], backwards)[0] == 5.0  # an answer does not end before it begins
+
+
+@pytest.mark.parametrize("seq_length", [8, 16, 64, 256])
+def test_squads_windows_leave_no_gap(words, seq_length, tmp_path):
+    """However short the rows are beside the question, of which at most half a row is taken."""
+    context = " ".join(["tom has a red hat ."] * 50)
+    path = squad_file(tmp_path / "s.json", context, [("red hat", context.rindex("red"))])
+    items = Squad(words, seq_length).read(path, training=True)
+    assert all(len(item.rows[0].tokens) <= seq_length for item in items)
+    seen = {span for item in items for span in item.detail.offsets}
+    assert len(seen) == len(words.tokenize(context))
+    assert any(marks(item.rows[0])[0] > 0 for item in items) or seq_length == 8  # which holds no answer of two words
+
+
+def test_squads_answer_is_found_where_it_does_not_begin_with_a_token(words, tmp_path):
+    context = "tom has a red hat ."
+    path = squad_file(tmp_path / "s.json", context, [(" red hat ", context.index(" red"))])
+    (item,) = Squad(words, 32).read(path, training=True)
+    begin = item.detail.first + 3
+    assert marks(item.rows[0]) == {0: begin, 1: begin + 1}
 
 
 def test_squads_words_are_compared_as_its_script_does():
@@ -164,6 +202,8 @@ def test_every_epoch_has_each_sample_at_most_once():
     assert [Items(items, task, 4)[i] for i in (9, 10, 11)] == [items[9], "nothing", "nothing"]
 
 
+ASKED = '{"id": 1, "question": "who ?", "answers": [{"text": "c", "answer_start": 0}]}'
+TWICE = f'{{"data": [{{"paragraphs": [{{"context": "c", "qas": [{ASKED}, {ASKED}]}}]}}]}}'
 BROKEN = [
     ("MNLI", "", "names no column pairID, sentence1, sentence2"),
     ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "holds no samples"),
@@ -173,6 +213,9 @@ BROKEN = [
     ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}', "a question without id, text or answers"),
     ("SQUAD", ("a red hat", [("hat", 2)]), "question q: its paragraph has no 'hat' where answer_start says"),
     ("SQUAD", ("a red hat", []), "question q: it has no answer: a test file cannot be trained on"),
+    ("SQUAD", '{"data": [{"paragraphs": [{"context": 5, "qas": []}]}]}', "is not SQuAD's JSON"),
+    ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": 2}]}]}]}', "'2' is no text"),
+    ("SQUAD", TWICE, "two questions with the id 1"),
     ("NER", "tom\n", ":1: 'tom' is not a word and its tag"),
     ("NER", "\n\n", "holds no words"),
 ]
