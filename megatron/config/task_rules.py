@@ -10,7 +10,7 @@ from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import COMMON_RULES
-from megatron.config.tasks import TASKS, trained_by
+from megatron.config.tasks import TASKS
 
 # What decides the samples and the length of a pretraining run.
 FOREIGN = (
@@ -52,7 +52,7 @@ def task_data(c: Case) -> Iterator[Problem]:
         yield Problem(c.say("task.train_data"), "needs `--epochs`, the number of passes over it")
     elif c["task.epochs"] and not train:
         yield Problem(c.say("task.epochs"), "needs `--train-data`")
-    if not valid and not (kind.head is not None and trained_by(train, c["task.epochs"])):
+    if not valid and (kind.head is None or c["eval.skip_train"]):
         yield Problem("`--valid-data`", "is missing: the files to evaluate")
 
 
