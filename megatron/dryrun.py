@@ -44,13 +44,26 @@ class Found:
 
 def dry_run(parsed: Parsed, program: str) -> int:
     """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2."""
+    config = parsed.config
     try:
-        found = inspect(parsed.config)
+        if config.task.task is None:
+            found = inspect(config)
+        else:
+            config, found = _inspect_task(parsed)
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
-    sys.stdout.write("\n".join([*lines, *report(parsed.config, parsed.world_size, found)]) + "\n")
+    lines += ["# The resolved configuration, as a file for --config", to_toml(parsed.config)]
+    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
     return 0
+
+
+def _inspect_task(parsed: Parsed) -> tuple[RunConfig, Found]:
+    """As `inspect`; and the configuration with what a task's files and its checkpoint say."""
+    from megatron.tasks.program import look
+
+    config, lines = look(parsed)
+    return config, Found(config.model.size("vocab_size"), "of the checkpoint", tuple(lines))
 
 
 def inspect(config: RunConfig) -> Found:
@@ -113,9 +126,7 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
 
 
 def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
-    """The lines of a dry run."""
-    yield "# The resolved configuration, as a file for --config"
-    yield to_toml(config)
+    """The lines of a dry run that follow the configuration."""
     config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
     layout = config.layout
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
@@ -187,12 +198,11 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
     """
     model, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
     seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.two_bytes, config.layout.sequence_parallel
-    cp = config.layout.context_parallel_size
+    cp, rows = config.layout.context_parallel_size, (batch.micro_batch_size or 0) * model.sample_rows
 
     @cache
     def activations(stage: int, waiting: int, split: int) -> size.Activations:
-        part, rows = plan.parts[stage], batch.micro_batch_size or 0
-        counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, part, waiting, config.memory, cp, split)
+        counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, plan.parts[stage], waiting, config.memory, cp, split)
         return size.activations_of(*counts)
 
     own = plan.of_rank(rank)
@@ -210,7 +220,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
         vocab,
         tp=tp,
         seq=seq,
-        micro_batch=batch.micro_batch_size or 0,
+        micro_batch=rows,
         bf16=bf16,
         sequence_parallel=sequence_parallel,
         optimizer=config.optim.optimizer,
@@ -228,6 +238,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
 def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
     full = batch.global_batch_size or 0
+    rows = full * config.model.sample_rows
     yield "# Batches"
     sizes = ramp_sizes(batch)
     if len(sizes) > 1:
@@ -237,8 +248,8 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
     yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
-        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * seq:,} tokens"
-    flops = size.flops_per_iteration(config.model, vocab, seq, full)
+        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.sample_rows * seq:,} tokens"
+    flops = size.flops_per_iteration(config.model, vocab, seq, rows)
     per_token = size.flops_per_token(config.model, vocab, seq)
     yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
 

@@ -144,6 +144,11 @@ class ModelConfig:
         """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
+    @property
+    def sample_rows(self) -> int:
+        """Sequences that one sample has: of a choice one for each answer."""
+        return len(self.labels) if self.task_head == "choice" else 1
+
     # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
 
     def size(self, name: str) -> int:

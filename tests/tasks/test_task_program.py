@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,32 @@ def test_wrong_commands_are_answered_in_words(gpt, bert, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         task("--task", "MNLI", "--load", tmp_path / "nowhere", "--valid-data", dev)
     assert ended.value.code == 2 and capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_dry_run_reads_what_a_run_would(gpt, bert, tmp_path, capsys):
+    """Checkpoint, tokenizer and samples; and what it prints is a file for --config."""
+    train = ["--task", "RACE", "--pretrained-checkpoint", bert.checkpoint, "--train-data", bert.train["RACE"], "--epochs", 2]
+    assert task(*train, "--lr", "1e-3", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert (
+        "512 samples to train on, 128 iterations of 8" in said
+        and f"128 iterations, 1,024 samples, {4 * 1024 * 32:,} tok" in said
+    )
+    whole, token = (float(word) for word in re.search(r"(\S+) FLOPs an iteration.*, (\S+) a token", said).groups())
+    assert whole == pytest.approx(8 * 4 * 32 * token, rel=1e-3)
+    (tmp_path / "run.toml").write_text(said.partition("# 1 ranks")[0])
+    assert task("--config", tmp_path / "run.toml", "--dry-run") == 0
+    assert capsys.readouterr().out == said
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo ma"}\n')
+    ask = ["--task", "LAMBADA", "--valid-data", tmp_path / "l.jsonl", "--dry-run"]
+    assert task(*ask, "--load", gpt / "run") == 0 and "vocabulary: 257" in capsys.readouterr().out
+    for wrong, why in (
+        (["--load", bert.checkpoint], "holds a BERT"),
+        (["--load", gpt / "run", "--valid-data", bert.vocab], "not JSON"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            task(*ask, *wrong)
+        assert ended.value.code == 2 and why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mnli", "race"])
