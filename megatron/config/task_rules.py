@@ -28,6 +28,8 @@ def task_named(c: Case) -> Iterator[Problem]:
 
 def model_named(c: Case) -> Iterator[Problem]:
     """A task is asked of a model that is there."""
+    if c["task.task"] is None:  # which is said elsewhere; what --load means follows from it
+        return
     if c["checkpoint.load"] is None and not c.bad & {"checkpoint.load", "task.pretrained_checkpoint"}:
         yield Problem(
             "`--load`", "is missing: the checkpoint to evaluate; `--pretrained-checkpoint` begins fine-tuning from one"

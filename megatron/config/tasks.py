@@ -43,8 +43,8 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None:
         return {"eval.skip_train": True}
     load, pretrained = values.get("checkpoint.load"), values.get("task.pretrained_checkpoint")
-    # Epochs that are missing are a mistake of a run that trains.
-    trains = bool(values.get("task.train_data")) and values.get("task.epochs") != 0 and not values.get("eval.skip_train")
+    trains = kind.head is not None and bool(values.get("task.train_data")) and not values.get("eval.skip_train")
+    trains = trains and values.get("task.epochs") != 0  # ones that are missing are a mistake of a run that trains
     follows: dict[str, Any] = {
         "model.architecture": kind.architecture,
         "model.task_head": kind.head,

@@ -85,6 +85,19 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TRAIN.replace("MNLI", "mnli"), "`--task mnli` is not known"),
+        (f"{ASK} --train-data a", "`--train-data a` does not go with"),
+    ],
+)
+def test_one_mistake_is_told_once(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert [str(p)[: len(says)] for p in caught.value.problems] == [says]
+
+
 @pytest.mark.parametrize(("rule", "text", "messages"), CASES)
 def test_a_rule_has_its_message(rule: str, text: str, messages: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
