@@ -30,10 +30,10 @@ NO_GOLD = "-"  # MNLI's annotators did not agree
 
 
 def accuracy(items: Sequence[Item], answers: Sequence[Any]) -> Score:
-    """The share of the samples with a known truth that were answered so."""
+    """The share of the samples with a known truth that were answered so; no metric where none has one, as in a test file."""
     pairs = [(item.truth, answer) for item, answer in zip(items, answers, strict=True) if item.truth is not None]
     correct = sum(truth == answer for truth, answer in pairs)
-    return Score({"accuracy": 100.0 * correct / max(1, len(pairs))}, {"correct": correct, "total": len(pairs)})
+    return Score({"accuracy": 100.0 * correct / len(pairs)} if pairs else {}, {"correct": correct, "total": len(pairs)})
 
 
 class PairClassification(Task):

@@ -75,18 +75,26 @@ class Squad(Task):
                     raise DataError(f"{path}, question {name}: its paragraph has no {wrong[:60]!r} where answer_start says")
                 if training and not answers and not qa.get("is_impossible", False):
                     raise DataError(f"{path}, question {name}: it has no answer: a test file cannot be trained on")
-                items += self._windows(context, encoding, question, name, answers, impossible)
+                truth = [text for text, _ in answers] if answers or qa.get("is_impossible", False) else None
+                found = _place(encoding.offsets, *answers[0]) if answers else (-1, -1)
+                items += self._windows(context, encoding, question, found, name, truth, impossible)
         if not items:
             raise DataError(f"{path}: it holds no questions")
         return items
 
     def _windows(
-        self, context: str, encoding: Any, question: str, name: str, answers: list[tuple[str, int]], impossible: bool
+        self,
+        context: str,
+        encoding: Any,
+        question: str,
+        answer: tuple[int, int],
+        name: str,
+        truth: list[str] | None,
+        impossible: bool,
     ) -> Iterator[Item]:
         asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.split()))[: self.longest_question], self.sep]
         room, ids, offsets = self.seq_length - len(asked) - 1, encoding.ids, encoding.offsets
-        truth, step = [text for text, _ in answers], max(1, min(STEP, room // 2))
-        first, last = _place(offsets, *answers[0]) if answers else (-1, -1)
+        step, (first, last) = max(1, min(STEP, room // 2)), answer
         for begin in range(0, max(1, len(ids) - room + step), step):
             found = begin <= first <= last < begin + room
             ends = (len(asked) + first - begin, len(asked) + last - begin) if found else (0, 0)
@@ -109,15 +117,16 @@ class Squad(Task):
 
     def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
         exact = f1 = 0.0
-        best = best_answers(items, answers)
-        truths = {item.name: item.truth for item in items}
-        for name, text in best.items():
+        truths = {item.name: item.truth for item in items if item.truth is not None}  # a test file tells none
+        for name, text in best_answers(items, answers).items():
+            if name not in truths:
+                continue
             given = [t for t in truths[name] if normalized(t)] or [""]
             exact += max(normalized(text) == normalized(truth) for truth in given)
             f1 += max(overlap(text, truth) for truth in given)
-        total = max(1, len(best))
-        metrics = {"exact_match": 100.0 * exact / total, "f1": 100.0 * f1 / total}
-        return Score(metrics, {"correct": int(exact), "total": len(best)})
+        total = len(truths)
+        metrics = {"exact_match": 100.0 * exact / total, "f1": 100.0 * f1 / total} if total else {}
+        return Score(metrics, {"correct": int(exact), "total": total})
 
 
 def _text(value: object) -> str:

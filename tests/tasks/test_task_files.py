@@ -13,7 +13,7 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceLowerCase
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
-from megatron.tasks.samples import Epochs, Item, Items
+from megatron.tasks.samples import Epochs, Item, Items, Score
 from megatron.tasks.squad import Squad, normalized, overlap
 from megatron.tasks.tagging import Tagging, entities, labels_of, sentences
 
@@ -62,7 +62,9 @@ def test_mnli_and_qqp(words, tmp_path):
     assert task.notes == [f"{tmp_path}/qqp.tsv: 1 lines left out that have not 6 columns, the first is 3"]
     (tmp_path / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ttom\tann\n")
     (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
-    assert item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]).counts["total"] == 0
+    assert (
+        item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]) == Score({}, {"correct": 0, "total": 0})
+    )
     with pytest.raises(DataError, match="a test file cannot be trained on"):
         task.read(str(tmp_path / "test.tsv"), training=True)
 
@@ -125,6 +127,8 @@ def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
     none = task.read(squad_file(tmp_path / "n.json", context, [], True), training=True)
     assert task.score(none, [[3.0, "cup", 1.0], best]).counts == {"correct": 0, "total": 1}
     assert task.score(none, [[3.0, "cup", 11.0], best]).counts == {"correct": 1, "total": 1}
+    untold = task.read(squad_file(tmp_path / "u.json", context, []), training=False)  # of a test file
+    assert task.score(untold, [[3.0, "cup", 1.0], best]) == Score({}, {"correct": 0, "total": 0})
     backwards = torch.zeros(2, 16)
     backwards[0, start + 1], backwards[1, start] = 5.0, 5.0
     assert task.decode(items[1], backwards)[0] == 5.0  # an answer does not end before it begins
@@ -182,10 +186,28 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
         ("B-A B-A I-B", [(0, 1, "A"), (1, 2, "A"), (2, 3, "B")]),
         ("I-A I-A B-A", [(0, 2, "A"), (2, 3, "A")]),
         ("O O", []),
+        ("S-A B-A I-A E-A O E-B", [(0, 1, "A"), (1, 4, "A"), (5, 6, "B")]),
+        ("B-A L-A U-A", [(0, 2, "A"), (2, 3, "A")]),
     ],
 )
 def test_entities(tags, found):
     assert list(entities(tags.split())) == found
+
+
+def test_tags_that_name_no_entities_have_no_f1(words, tmp_path):
+    (tmp_path / "t.txt").write_text("tom NOUN\nhas VERB\n")
+    task = Tagging(words, 8, labels_of([str(tmp_path / "t.txt")]))
+    items = task.read(str(tmp_path / "t.txt"), training=False)
+    score = task.score(items, [["NOUN", "NOUN"]])
+    assert score.metrics == {"accuracy": 50.0} and score.counts == {"correct": 1, "total": 2}
+
+
+def test_a_sentence_that_is_too_long_loses_its_end(words, tmp_path):
+    (tmp_path / "t.txt").write_text("tom O\nhas-a-red-hat O\nnow O\n")
+    task = Tagging(words, 5, ("O",))
+    (item,) = task.read(str(tmp_path / "t.txt"), training=False)
+    assert spelled(words, item.rows[0]) == "[CLS] tom [SEP]" and list(item.detail) == [0]
+    assert task.notes == [f"{tmp_path}/t.txt: 2 words lie beyond --seq-length 5"]
 
 
 def test_every_epoch_has_each_sample_at_most_once():
