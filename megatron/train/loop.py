@@ -132,7 +132,10 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     if around.saver is None and request.outside and around.train is not None:
         raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
     kept = "checkpoint saved" if steps else "nothing new to save"
-    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if around.saver else "there is no --save, so this is the end")
+    if around.train is None:
+        kept = "the evaluation is not finished"
+    goes_on = around.saver is not None or around.train is None
+    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if goes_on else "there is no --save, so this is the end")
     for sink in around.sinks:
         sink.event(text)
     if around.saver is not None:

@@ -241,8 +241,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
             around.train.close()
         for sink in around.sinks:
             sink.close()
-    # Without a checkpoint there is nothing to go on from, so the stop is the end.
-    return status if around.saver is not None else Exit.FINISHED
+    # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
+    return status if around.saver is not None or around.train is None else Exit.FINISHED
 
 
 def announced(save: str | None) -> int | None:
