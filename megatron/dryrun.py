@@ -53,7 +53,8 @@ def dry_run(parsed: Parsed, program: str) -> int:
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
-    lines += ["# The resolved configuration, as a file for --config", to_toml(parsed.config)]
+    again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
+    lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
     sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
     return 0
 

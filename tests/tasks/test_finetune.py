@@ -105,6 +105,19 @@ def test_an_interrupted_run_goes_on(bert, alone, tmp_path):
     assert losses(tmp_path) == whole
 
 
+def test_losses_are_validated_as_often_as_asked_and_answers_after_each_epoch(bert, tmp_path, capsys):
+    """As Megatron-LM's scripts ask: --eval-interval and --eval-iters are of the loss, whose first samples are not all."""
+    often = ["--eval-interval", 3, "--eval-iters", 1, "--epochs", 2, "--global-batch-size", 64, "--lr", "1e-3"]
+    assert task(*fine_tuning(bert, "MNLI", tmp_path, *often)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "validation loss at" in line or ">> |epoch" in line]
+    assert [line.split("|")[1].strip() if "epoch" in line else line.split()[4] for line in said] == [
+        "3",
+        "epoch: 1",
+        "6",
+        "epoch: 2",
+    ]
+
+
 def test_a_fine_tuned_model_is_only_evaluated(bert, alone, tmp_path, capsys):
     """Also on another layout; and by another program, or for another task, not at all."""
     for layout in ("tp 2", "pp 2", "dp 2"):
