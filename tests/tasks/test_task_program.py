@@ -62,6 +62,9 @@ def test_wrong_commands_are_answered_in_words(gpt, bert, tmp_path, capsys):
 
     dev = bert.dev["MNLI"]
     assert "holds a BERT" in said("--task", "WIKITEXT103", "--load", bert.checkpoint, "--valid-data", dev)
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo ma"}\n')
+    ask = ["--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "l.jsonl"]
+    assert "`--num-layers 2` does not fit" in said(*ask, "--num-layers", 2)
     (tmp_path / "empty").write_text("")
     assert "there is no text in it" in said("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "empty")
     train = ["--task", "MNLI", "--pretrained-checkpoint", bert.checkpoint, "--epochs", 1, "--lr", "1e-3"]
