@@ -182,14 +182,19 @@ class Scorer:
             parts = [[] for _ in range(dp.size)]
             dist.all_gather_object(parts, mine, group=dp.group)
         blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
-        return [answer for block in blocks for answer in block][: len(items)]
+        answers = [answer for block in blocks for answer in block][: len(items)]
+        if None in answers:
+            what = f"the answer to {items[answers.index(None)].name} is not a number"
+            raise TrainingError(f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint")
+        return answers
 
     def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
         """Those of each sample."""
         return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
 
     def _answer(self, items: Sequence[Item], number: int, logits: torch.Tensor) -> Any:
-        return self.task.decode(items[number], logits) if number < len(items) else None
+        """None for what fills the last batch, and where the model computes no numbers."""
+        return None if number >= len(items) or logits.isnan().any() else self.task.decode(items[number], logits)
 
     def _tell(self, name: str, score: Score) -> None:
         """Megatron-LM's line."""

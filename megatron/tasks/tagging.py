@@ -52,7 +52,9 @@ class Tagging(Task):
         items, cut = [], 0
         for count, words in enumerate(sentences(path)):
             if strange := [tag for _, tag in words if tag not in numbers]:
-                raise DataError(f"{path}, sentence {count}: the model has no tag {strange[0]}; it has {', '.join(self.labels)}")
+                has = ", ".join(self.labels)
+                has = has if len(has) <= 200 else f"{has[:200]}... ({len(self.labels)} in all)"
+                raise DataError(f"{path}, sentence {count}: the model has no tag {strange[0]}; it has {has}")
             tokens, places = [self.cls], {}
             for position, (word, _) in enumerate(words):
                 pieces = self.tokenizer.tokenize(word) or [self.tokenizer.token("unk")]

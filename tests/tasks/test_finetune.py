@@ -11,6 +11,7 @@ from ranks import on_ranks
 from megatron.config.resolve import resolve
 from megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron.export import export
+from megatron.pipeline.inference import Pipeline
 from megatron.tasks.tagging import entities, sentences
 from megatron.train.pretraining import sample_flops
 from megatron.train.program import run_task
@@ -139,6 +140,14 @@ def test_several_files_are_scored_as_one(name, bert, alone, tmp_path):
             true, given = set(entities([tag for _, tag in words])), set(entities(answer["answer"]))
             hits, said = hits + len(true & given), said + len(given)
     assert found["f1"] == pytest.approx(200 * hits / (said + found["entities"]))
+
+
+def test_answers_that_are_no_numbers_are_an_error(bert, alone, tmp_path, monkeypatch, capfd):
+    real = Pipeline.task_logits
+    monkeypatch.setattr(Pipeline, "task_logits", lambda self, batch: real(self, batch) * float("nan"))
+    asked = ["--task", "MNLI", "--load", alone("MNLI"), "--valid-data", bert.dev["MNLI"]]
+    assert task(*asked, "--results-path", tmp_path / "r.json") == 1 and not (tmp_path / "r.json").exists()
+    assert "the answer to 0x is not a number" in capfd.readouterr().err
 
 
 def test_a_choice_computes_a_row_for_each_answer():
