@@ -6,7 +6,7 @@ Opens the tokenizer, the datasets and the checkpoint that the run names. Imports
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -32,6 +32,8 @@ from megatron.stages import StagePlan, stages_of
 GPT2_VOCABULARY = 50257
 MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
+Look = Callable[[Parsed], tuple[RunConfig, list[str]]]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,14 +44,18 @@ class Found:
     lines: tuple[str, ...]
 
 
-def dry_run(parsed: Parsed, program: str) -> int:
-    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2."""
+def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
+    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
+
+    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.look`.
+    """
     config = parsed.config
     try:
-        if config.task.task is None:
+        if look is None:
             found = inspect(config)
         else:
-            config, found = _inspect_task(parsed)
+            config, told = look(parsed)
+            found = Found(config.model.size("vocab_size"), "of the checkpoint", tuple(told))
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
@@ -57,14 +63,6 @@ def dry_run(parsed: Parsed, program: str) -> int:
     lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
     sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
     return 0
-
-
-def _inspect_task(parsed: Parsed) -> tuple[RunConfig, Found]:
-    """As `inspect`; and the configuration with what a task's files and its checkpoint say."""
-    from megatron.tasks.program import look
-
-    config, lines = look(parsed)
-    return config, Found(config.model.size("vocab_size"), "of the checkpoint", tuple(lines))
 
 
 def inspect(config: RunConfig) -> Found:

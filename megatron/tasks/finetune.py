@@ -185,7 +185,9 @@ class Scorer:
         answers = [answer for block in blocks for answer in block][: len(items)]
         if None in answers:
             what = f"the answer to {items[answers.index(None)].name} is not a number"
-            raise TrainingError(f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint")
+            raise TrainingError(
+                f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint"
+            )
         return answers
 
     def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
