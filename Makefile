@@ -2,6 +2,8 @@
 # and installs only what it lacks, never torch. PYTHON names the interpreter that creates the environment.
 VENV ?= .venv
 PYTHON ?= python3
+# Test files go to so many processes, which start ranks of their own. Plain `pytest` runs in one.
+WORKERS ?= 2
 RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
 .PHONY: install quickstart test bench lint
@@ -12,7 +14,7 @@ quickstart: install
 	@$(RUN) examples/quickstart/run.py
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 bench: install
 	$(RUN) benchmarks/train.py

@@ -55,7 +55,7 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
             found = inspect(config)
         else:
             config, told = look(parsed)
-            found = Found(config.model.size("vocab_size"), "of the checkpoint", tuple(told))
+            found = Found(config.model.size("vocab_size"), "the checkpoint's", tuple(told))
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
@@ -139,6 +139,8 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
     schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
+    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
+        return
     yield ""
     yield from _memory(config, grid, plan, schedule)
     yield ""
@@ -197,7 +199,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
     """
     model, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
     seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.two_bytes, config.layout.sequence_parallel
-    cp, rows = config.layout.context_parallel_size, (batch.micro_batch_size or 0) * model.sample_rows
+    cp, rows = config.layout.context_parallel_size, (batch.micro_batch_size or 0) * model.rows
 
     @cache
     def activations(stage: int, waiting: int, split: int) -> size.Activations:
@@ -237,7 +239,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
 def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
     full = batch.global_batch_size or 0
-    rows = full * config.model.sample_rows
+    rows = full * config.model.rows
     yield "# Batches"
     sizes = ramp_sizes(batch)
     if len(sizes) > 1:
@@ -247,7 +249,7 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
     yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
-        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.sample_rows * seq:,} tokens"
+        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
     flops = size.flops_per_iteration(config.model, vocab, seq, rows)
     per_token = size.flops_per_token(config.model, vocab, seq)
     yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"

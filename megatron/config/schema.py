@@ -140,14 +140,14 @@ class ModelConfig:
         return self.predicts_order or self.task_head in ("classification", "choice")
 
     @property
+    def rows(self) -> int:
+        """Rows of one sample: a choice has one for each of its answers."""
+        return len(self.labels) if self.task_head == "choice" else 1
+
+    @property
     def task_outputs(self) -> int:
         """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
-
-    @property
-    def sample_rows(self) -> int:
-        """Sequences that one sample has: of a choice one for each answer."""
-        return len(self.labels) if self.task_head == "choice" else 1
 
     # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
 

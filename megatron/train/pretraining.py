@@ -317,7 +317,6 @@ def openers(run: Run, prepared: Prepared) -> tuple[Opener, Opener, Opener]:
 
 
 def sample_flops(config: RunConfig) -> float:
-    """FLOPs of training on one sample."""
-    seq_length = config.data.seq_length or 0
-    of_row = flops_per_token(config.model, config.model.size("vocab_size"), seq_length) * seq_length
-    return float(of_row * config.model.sample_rows)
+    """FLOPs of training on one sample, with all its choices where it has some."""
+    model, seq_length = config.model, config.data.seq_length or 0
+    return float(flops_per_token(model, model.size("vocab_size"), seq_length) * seq_length * model.rows)

@@ -136,3 +136,16 @@ def test_the_script_that_asks(gpt, tmp_path):
     environment = {**os.environ, "GPUS": "1", "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and " validation results on LAMBADA | " in done.stdout, done.stdout + done.stderr
+
+
+def test_a_dry_run_says_what_a_task_would_take(gpt, bert, tmp_path, capsys):
+    race = ["--task", "RACE", "--pretrained-checkpoint", bert.checkpoint, "--train-data", bert.train["RACE"], "--epochs", 1]
+    more = ["--lr", "1e-3", "--dry-run", "--world-size", 8, "--tensor-model-parallel-size", 2]
+    assert task(*race, *more) == 0
+    said = capsys.readouterr().out
+    assert "108,801 in all" in said and "tensor 2 x pipeline 1 x context 1 x data 4" in said and "# Memory" in said
+    with pytest.raises(SystemExit):
+        task("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", gpt, "--dry-run")
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo"}')
+    assert task("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "l.jsonl", "--dry-run") == 0
+    assert "# Parameters" in (said := capsys.readouterr().out) and "# Memory" not in said  # nothing is trained
