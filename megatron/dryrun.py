@@ -6,7 +6,7 @@ Opens the tokenizer, the datasets and the checkpoint that the run names. Imports
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,7 +17,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.saved import from_json, to_toml
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
 from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
@@ -32,6 +32,8 @@ from megatron.stages import StagePlan, stages_of
 GPT2_VOCABULARY = 50257
 MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
 
+Look = Callable[[Parsed], tuple[RunConfig, list[str]]]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -42,25 +44,30 @@ class Found:
     lines: tuple[str, ...]
 
 
-def dry_run(parsed: Parsed, program: str) -> int:
-    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2."""
+def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
+    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
+
+    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.look`.
+    """
+    config = parsed.config
     try:
-        found = inspect(parsed.config)
+        if look is None:
+            found = inspect(config)
+        else:
+            config, told = look(parsed)
+            found = Found(config.model.size("vocab_size"), "the checkpoint's", tuple(told))
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
-    sys.stdout.write("\n".join([*lines, *report(parsed.config, parsed.world_size, found)]) + "\n")
+    again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
+    lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
+    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
     return 0
 
 
 def inspect(config: RunConfig) -> Found:
-    """Open everything that the run reads; of a task only its checkpoint. ConfigError with all that is wrong."""
+    """Open everything that the run reads. ConfigError with all that is wrong."""
     problems: list[Problem] = []
-    if config.task.task is not None:
-        held, about = _checkpoint(config, problems)
-        if problems or held is None:
-            raise ConfigError(problems)
-        return Found(held.size("vocab_size"), "the checkpoint's", tuple(about))
     lines: list[str] = []
     tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
     kind = config.tokenizer.tokenizer_type
@@ -77,7 +84,7 @@ def inspect(config: RunConfig) -> Found:
         problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None:
-        lines += _checkpoint(config, problems)[1]
+        lines += _checkpoint(config, problems)
     if problems:
         raise ConfigError(problems)
     return Found(count, source, tuple(lines))
@@ -97,8 +104,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
     return lines or ["a run also needs --data-path"]
 
 
-def _checkpoint(config: RunConfig, problems: list[Problem]) -> tuple[ModelConfig | None, list[str]]:
-    """The model in the checkpoint of --load, None where it cannot be read; and lines about it."""
+def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source
 
@@ -106,22 +112,20 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> tuple[ModelConfig
     try:
         source = find_source(replace(config.checkpoint, auto_resume=False))
         if source.directory is None:
-            return None, []
+            return []
         held = from_json(read_config(source.directory)).model
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
-        return None, []
+        return []
     except ConfigError as error:
         problems.extend(error.problems)
-        return None, []
+        return []
     problems.extend(different_model(held, config.model, str(source.directory)))
-    return held, [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
+    return [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
 
 
 def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
-    """The lines of a dry run."""
-    yield "# The resolved configuration, as a file for --config"
-    yield to_toml(config)
+    """The lines of a dry run that follow the configuration."""
     config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
     layout = config.layout
     tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
@@ -195,12 +199,11 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
     """
     model, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
     seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.two_bytes, config.layout.sequence_parallel
-    cp = config.layout.context_parallel_size
+    cp, rows = config.layout.context_parallel_size, (batch.micro_batch_size or 0) * model.rows
 
     @cache
     def activations(stage: int, waiting: int, split: int) -> size.Activations:
-        part, rows = plan.parts[stage], (batch.micro_batch_size or 0) * model.rows
-        counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, part, waiting, config.memory, cp, split)
+        counts = (model, vocab, tp, seq, rows, bf16, sequence_parallel, plan.parts[stage], waiting, config.memory, cp, split)
         return size.activations_of(*counts)
 
     own = plan.of_rank(rank)
@@ -218,7 +221,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
         vocab,
         tp=tp,
         seq=seq,
-        micro_batch=(batch.micro_batch_size or 0) * model.rows,
+        micro_batch=rows,
         bf16=bf16,
         sequence_parallel=sequence_parallel,
         optimizer=config.optim.optimizer,
@@ -236,6 +239,7 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
 def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
     full = batch.global_batch_size or 0
+    rows = full * config.model.rows
     yield "# Batches"
     sizes = ramp_sizes(batch)
     if len(sizes) > 1:
@@ -245,8 +249,8 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
     yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
-        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * seq:,} tokens"
-    flops = size.flops_per_iteration(config.model, vocab, seq, full * config.model.rows)
+        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
+    flops = size.flops_per_iteration(config.model, vocab, seq, rows)
     per_token = size.flops_per_token(config.model, vocab, seq)
     yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
 

@@ -10,7 +10,7 @@ from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import COMMON_RULES
-from megatron.config.tasks import TASKS, trained_by
+from megatron.config.tasks import TASKS
 
 # What decides the samples and the length of a pretraining run.
 FOREIGN = (
@@ -28,6 +28,8 @@ def task_named(c: Case) -> Iterator[Problem]:
 
 def model_named(c: Case) -> Iterator[Problem]:
     """A task is asked of a model that is there."""
+    if c["task.task"] is None:  # which is said elsewhere; what --load means follows from it
+        return
     if c["checkpoint.load"] is None and not c.bad & {"checkpoint.load", "task.pretrained_checkpoint"}:
         yield Problem(
             "`--load`", "is missing: the checkpoint to evaluate; `--pretrained-checkpoint` begins fine-tuning from one"
@@ -52,7 +54,7 @@ def task_data(c: Case) -> Iterator[Problem]:
         yield Problem(c.say("task.train_data"), "needs `--epochs`, the number of passes over it")
     elif c["task.epochs"] and not train:
         yield Problem(c.say("task.epochs"), "needs `--train-data`")
-    if not valid and not (kind.head is not None and trained_by(train, c["task.epochs"])):
+    if not valid and (kind.head is None or c["eval.skip_train"]):
         yield Problem("`--valid-data`", "is missing: the files to evaluate")
 
 

@@ -43,7 +43,8 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None:
         return {"eval.skip_train": True}
     load, pretrained = values.get("checkpoint.load"), values.get("task.pretrained_checkpoint")
-    trains = trained_by(values.get("task.train_data", ()), values.get("task.epochs"))
+    trains = kind.head is not None and bool(values.get("task.train_data")) and not values.get("eval.skip_train")
+    trains = trains and values.get("task.epochs") != 0  # ones that are missing are a mistake of a run that trains
     follows: dict[str, Any] = {
         "model.architecture": kind.architecture,
         "model.task_head": kind.head,
@@ -58,8 +59,3 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
             "checkpoint.use_checkpoint_args": True,
         }
     return follows
-
-
-def trained_by(train_data: tuple[str, ...], epochs: int | None) -> bool:
-    """Whether these settings train anything. Epochs that are missing are a mistake of a run that trains."""
-    return bool(train_data) and epochs != 0

@@ -66,7 +66,9 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
         size, training = config.batch.global_batch_size or 1, None
         held_out = Items([item for file in files for item in file.items], task, size)
-        config = replace(config, eval=replace(config.eval, eval_iters=len(held_out) // size))
+        draw = len(held_out) // size
+        draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.given else draw
+        config = replace(config, eval=replace(config.eval, eval_iters=draw))
         if not config.eval.skip_train:
             items = [item for path in config.task.train_data for item in task.read(path, training=True)]
             training = Epochs(items, config.task.epochs or 0, size, config.batch.seed)
@@ -76,7 +78,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         batches = ItemBatches(BertBatches(config.data.seq_length or 0, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes
     scorer = partial(Scorer, task, batches, files)
-    validation = held_out if files else None
+    validation = held_out if config.eval.eval_iters else None
     return Prepared(
         config,
         tuple(notes),
@@ -85,6 +87,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         (training, validation, None),
         batches,
         scorer=scorer if files else None,
+        score_interval=None if training is None else training.each // size,
         finale=partial(finale, scorer),
     )
 
@@ -140,7 +143,7 @@ class Scorer:
 
     def __call__(self, give_up: GiveUp) -> dict[str, Any] | None:
         """Scores and answers, file by file, as JSON holds them. Collective. None where it was given up."""
-        results = []
+        results, every = [], []
         for file in self.files:
             answers = self._answers(file.items, give_up)
             if answers is None:
@@ -149,10 +152,12 @@ class Scorer:
             self._tell(Path(file.path).name, score)
             named = [{"id": item.name, "answer": answer} for item, answer in zip(file.items, answers, strict=True)]
             results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
+            every += answers
         if len(results) > 1:
-            self._tell("overall", total := _joined(results))
-            return {"files": results, **total.metrics, **total.counts}
-        return {"files": results, **{k: v for k, v in results[0].items() if k not in ("path", "answers")}}
+            # Files can have samples of the same name, as SQuAD 1.1 and 2.0 do.
+            items = [replace(item, name=f"{n}:{item.name}") for n, file in enumerate(self.files) for item in file.items]
+            self._tell("overall", score := self.task.score(items, every))
+        return {"files": results, **score.metrics, **score.counts}
 
     @torch.no_grad()
     def _answers(self, items: Sequence[Item], give_up: GiveUp) -> list[Any] | None:
@@ -177,14 +182,21 @@ class Scorer:
             parts = [[] for _ in range(dp.size)]
             dist.all_gather_object(parts, mine, group=dp.group)
         blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
-        return [answer for block in blocks for answer in block][: len(items)]
+        answers = [answer for block in blocks for answer in block][: len(items)]
+        if None in answers:
+            what = f"the answer to {items[answers.index(None)].name} is not a number"
+            raise TrainingError(
+                f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint"
+            )
+        return answers
 
     def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
         """Those of each sample."""
         return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
 
     def _answer(self, items: Sequence[Item], number: int, logits: torch.Tensor) -> Any:
-        return self.task.decode(items[number], logits) if number < len(items) else None
+        """None for what fills the last batch, and where the model computes no numbers."""
+        return None if number >= len(items) or logits.isnan().any() else self.task.decode(items[number], logits)
 
     def _tell(self, name: str, score: Score) -> None:
         """Megatron-LM's line."""
@@ -195,13 +207,6 @@ class Scorer:
         text += "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
         for sink in self.around.sinks:
             sink.event(text)
-
-
-def _joined(results: Sequence[dict[str, Any]]) -> Score:
-    """Of all files together: counts add up, and a percentage counts as much as its file has samples."""
-    counts = {name: sum(r[name] for r in results) for name in ("correct", "total")}
-    names = [name for name, value in results[0].items() if isinstance(value, float)]
-    return Score({n: sum(r[n] * r["total"] for r in results) / max(1, counts["total"]) for n in names}, counts)
 
 
 def finale(scorer: Any, run: Run, around: Surroundings) -> Exit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ NO_GOLD = "-"  # MNLI's annotators did not agree
 
 
 def accuracy(items: Sequence[Item], answers: Sequence[Any]) -> Score:
-    """The share of the samples with a known truth that were answered so."""
+    """The share of the samples with a known truth that were answered so; no metric where none has one, as in a test file."""
     pairs = [(item.truth, answer) for item, answer in zip(items, answers, strict=True) if item.truth is not None]
     correct = sum(truth == answer for truth, answer in pairs)
-    return Score({"accuracy": 100.0 * correct / max(1, len(pairs))}, {"correct": correct, "total": len(pairs)})
+    return Score({"accuracy": 100.0 * correct / len(pairs)} if pairs else {}, {"correct": correct, "total": len(pairs)})
 
 
 class PairClassification(Task):
@@ -44,10 +44,7 @@ class PairClassification(Task):
         self.columns, self.labels = columns, list(labels)
 
     def read(self, path: str, *, training: bool) -> list[Item]:
-        try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
+        lines = read_text(path).split("\n")
         header = lines[0].rstrip("\r").split("\t")
         wanted = vars(self.columns)
         places = {role: header.index(name) for role, name in wanted.items() if name in header}

@@ -4,9 +4,11 @@ pretrained model."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 from megatron.config.cli import Parsed
+from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
 from megatron.config.tasks import TASKS
 from megatron.mesh.launch import Job
@@ -18,10 +20,25 @@ from megatron.optim.precision import Precision
 from megatron.restore import open_pipeline
 from megatron.tasks.finetune import prepare, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
+from megatron.train.errors import Refused
 from megatron.train.pretraining import in_a_job, refusing, run_prepared, say
 from megatron.train.progress import EarlyStop
-from megatron.train.resume import find_source
+from megatron.train.resume import Source, check_source, find_source
 from megatron.train.run import grid_of
+
+
+def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
+    """What a command would run, and lines about what it reads; nothing is started. ConfigError with what is wrong."""
+    config = parsed.config
+    try:
+        if TASKS[config.task.task or ""].head is not None:
+            prepared = prepare(parsed, Watch())
+            return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
+        source = ready(config)
+    except Refused as error:
+        raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
+    saved = config.model if source.saved is None else source.saved.model
+    return replace(config, model=saved), list(source.lines)
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
@@ -31,11 +48,19 @@ def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, earl
 
     def check(watch: Watch) -> RunConfig:
         watch.waiting("reading the files")  # a phase without a limit
-        with refusing():
-            open_sources(parsed.config.task.task or "", parsed.config.task.valid_data)
+        ready(parsed.config)
         return parsed.config
 
     return in_a_job(check, ask, parsed.config.layout, place, signals, early)
+
+
+def ready(config: RunConfig) -> Source:
+    """The checkpoint that is asked. Refused says what is wrong with it, or with a file, before anything is loaded."""
+    with refusing():
+        open_sources(config.task.task or "", config.task.valid_data)
+        source = find_source(config.checkpoint)
+        check_source(source, config)
+    return source
 
 
 def ask(config: RunConfig, job: Job) -> int:

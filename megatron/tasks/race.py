@@ -19,6 +19,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.glue import accuracy
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 LONGEST_QUESTION = 128
 
@@ -38,12 +39,11 @@ class Race(Task):
         return items
 
     def _questions(self, file: Path) -> Iterator[Item]:
+        text = read_text(str(file))
         try:
-            whole = json.loads(file.read_text(encoding="utf-8"))
+            whole = json.loads(text)
             article = " ".join(whole["article"].split())
             asked = list(zip(whole["questions"], whole["options"], whole["answers"], strict=True))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             form = "a JSON object with article, questions, options and answers, as many of each"
             raise DataError(f"{file}: it is not {form}: {type(error).__name__}: {error}") from error

@@ -44,11 +44,15 @@ class Task(ABC):
     """A kind of samples: read from the task's published files, written as rows, and judged.
 
     tokenizer: has [CLS], [SEP] and padding. seq_length: tokens of the longest row. notes: to tell, of what was read.
+    DataError for a tokenizer that has them not, and for rows that have no room for a sample.
     """
 
     rows: int = 1  # of each sample
+    shortest: int = 3  # --seq-length that has room for something between [CLS] and [SEP]
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
+        if seq_length < self.shortest:
+            raise DataError(f"--seq-length {seq_length} has no room for a sample; legal: {self.shortest} and above")
         self.tokenizer, self.seq_length = tokenizer, seq_length
         self.cls, self.sep = tokenizer.token("cls"), tokenizer.token("sep")
         self.notes: list[str] = []

@@ -13,7 +13,6 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 LONGEST_QUESTION = 64  # tokens, and at most half of a row
 LONGEST_ANSWER = 30  # tokens
-STEP = 128  # tokens from one window's begin to the next one's
+STEP = 128  # tokens from one window's begin to the next one's, and at most half of a window
 
 
 @dataclass(frozen=True)
@@ -42,52 +42,64 @@ class Window:
 class Squad(Task):
     """Items are windows; those of one question have its name."""
 
+    shortest = 8  # half of it a question, and a word of the paragraph
+
     def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
         super().__init__(tokenizer, seq_length)
         self.backend = tokenizer.backend()
         self.longest_question = min(LONGEST_QUESTION, seq_length // 2)
 
     def read(self, path: str, *, training: bool) -> list[Item]:
+        text = read_text(path)
         try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-            paragraphs = [(p["context"], p["qas"]) for article in whole["data"] for p in article["paragraphs"]]
+            whole = json.loads(text)
+            paragraphs = [(_text(p["context"]), p["qas"]) for article in whole["data"] for p in article["paragraphs"]]
             impossible = any(qa.get("is_impossible", False) for _, qas in paragraphs for qa in qas)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: it is not SQuAD's JSON, `data` of `paragraphs` of `qas`: {error}") from error
         items: list[Item] = []
+        names: set[str] = set()
         for context, qas in paragraphs:
             encoding = self.backend.encode(context, add_special_tokens=False)
             for qa in qas:
                 try:
-                    answers = [(a["text"], int(a["answer_start"])) for a in qa.get("answers", [])]
-                    name, question = str(qa["id"]), str(qa["question"])
+                    answers = [(_text(a["text"]), int(a["answer_start"])) for a in qa.get("answers", [])]
+                    name, question = str(qa["id"]), _text(qa["question"])
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
                     raise DataError(f"{path}: a question without id, text or answers: {str(qa)[:120]}: {error}") from error
+                if name in names:
+                    raise DataError(f"{path}: it has two questions with the id {name}")
+                names.add(name)
                 wrong = next((text for text, start in answers if context[start : start + len(text)] != text), None)
                 if wrong is not None:
                     raise DataError(f"{path}, question {name}: its paragraph has no {wrong[:60]!r} where answer_start says")
                 if training and not answers and not qa.get("is_impossible", False):
                     raise DataError(f"{path}, question {name}: it has no answer: a test file cannot be trained on")
-                items += self._windows(context, encoding, question, name, answers, impossible)
+                truth = [text for text, _ in answers] if answers or qa.get("is_impossible", False) else None
+                found = _place(encoding.offsets, *answers[0]) if answers else (-1, -1)
+                items += self._windows(context, encoding, question, found, name, truth, impossible)
         if not items:
             raise DataError(f"{path}: it holds no questions")
         return items
 
     def _windows(
-        self, context: str, encoding: Any, question: str, name: str, answers: list[tuple[str, int]], impossible: bool
+        self,
+        context: str,
+        encoding: Any,
+        question: str,
+        answer: tuple[int, int],
+        name: str,
+        truth: list[str] | None,
+        impossible: bool,
     ) -> Iterator[Item]:
         asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.split()))[: self.longest_question], self.sep]
         room, ids, offsets = self.seq_length - len(asked) - 1, encoding.ids, encoding.offsets
-        truth = [text for text, _ in answers]
-        for begin in range(0, max(1, len(ids) - room + STEP), STEP):
-            part, spans = ids[begin : begin + room], offsets[begin : begin + room]
-            start, end = _place(spans, answers[0]) if answers else (None, None)
-            found = start is not None and end is not None
-            ends = (len(asked) + start, len(asked) + end) if found else (0, 0)  # type: ignore[operator]
-            row = self.marked([*asked, *part, self.sep], len(asked), {0: ends[0], 1: ends[1]})
-            yield Item((row,), name, truth, Window(context, len(asked), spans, impossible))
+        step, (first, last) = max(1, min(STEP, room // 2)), answer
+        for begin in range(0, max(1, len(ids) - room + step), step):
+            found = begin <= first <= last < begin + room
+            ends = (len(asked) + first - begin, len(asked) + last - begin) if found else (0, 0)
+            row = self.marked([*asked, *ids[begin : begin + room], self.sep], len(asked), {0: ends[0], 1: ends[1]})
+            yield Item((row,), name, truth, Window(context, len(asked), offsets[begin : begin + room], impossible))
 
     def decode(self, item: Item, logits: Tensor) -> list[Any]:
         """[score of the best span, its text, score of no answer]."""
@@ -105,22 +117,30 @@ class Squad(Task):
 
     def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
         exact = f1 = 0.0
-        best = best_answers(items, answers)
-        truths = {item.name: item.truth for item in items}
-        for name, text in best.items():
+        truths = {item.name: item.truth for item in items if item.truth is not None}  # a test file tells none
+        for name, text in best_answers(items, answers).items():
+            if name not in truths:
+                continue
             given = [t for t in truths[name] if normalized(t)] or [""]
             exact += max(normalized(text) == normalized(truth) for truth in given)
             f1 += max(overlap(text, truth) for truth in given)
-        total = max(1, len(best))
-        metrics = {"exact_match": 100.0 * exact / total, "f1": 100.0 * f1 / total}
-        return Score(metrics, {"correct": int(exact), "total": len(best)})
+        total = len(truths)
+        metrics = {"exact_match": 100.0 * exact / total, "f1": 100.0 * f1 / total} if total else {}
+        return Score(metrics, {"correct": int(exact), "total": total})
 
 
-def _place(spans: Sequence[tuple[int, int]], answer: tuple[str, int]) -> tuple[int | None, int | None]:
-    """The tokens in which an answer begins and ends; None for one that is not among them."""
-    begin, end = answer[1], answer[1] + len(answer[0])
-    first = next((i for i, (a, b) in enumerate(spans) if a <= begin < b), None)
-    last = next((i for i, (a, b) in enumerate(spans) if a < end <= b), None)
+def _text(value: object) -> str:
+    """TypeError for what JSON has in place of a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:60]!r} is no text")
+    return value
+
+
+def _place(offsets: Sequence[tuple[int, int]], answer: str, begin: int) -> tuple[int, int]:
+    """The first and the last of a paragraph's tokens that an answer touches; the last is before the first where none is."""
+    end = begin + len(answer)
+    first = next((i for i, (_, behind) in enumerate(offsets) if behind > begin), len(offsets))
+    last = next((i for i in reversed(range(len(offsets))) if offsets[i][0] < end), -1)
     return first, last
 
 

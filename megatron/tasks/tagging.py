@@ -1,13 +1,12 @@
 """Tagging in the format of CoNLL-2003: a word a line, its tag in the last column, an empty line between sentences.
 
-The first piece of each word carries its tag. Beside the share of right tags the score has F1 of whole entities, for tags in the
-form B-X, I-X, O: an entity is right when its words and its kind are.
+The first piece of each word carries its tag. Beside the share of right tags the score has F1 of whole entities, for tags of the
+forms IOB1, IOB2, IOBES and BILOU: an entity is right when its words and its kind are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.sources import read_text
 
 DOCUMENT = "-DOCSTART-"
 Sentence = list[tuple[str, str]]
@@ -22,12 +22,8 @@ Sentence = list[tuple[str, str]]
 
 def sentences(path: str) -> Iterator[Sentence]:
     """(word, tag) of each word, sentence by sentence. DataError names file and line."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
     words: Sentence = []
-    for number, line in enumerate([*lines, ""], 1):
+    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
         columns = line.split()
         if columns and columns[0] != DOCUMENT:
             if len(columns) < 2:
@@ -56,15 +52,17 @@ class Tagging(Task):
         items, cut = [], 0
         for count, words in enumerate(sentences(path)):
             if strange := [tag for _, tag in words if tag not in numbers]:
-                raise DataError(f"{path}, sentence {count}: the model has no tag {strange[0]}; it has {', '.join(self.labels)}")
+                has = ", ".join(self.labels)
+                has = has if len(has) <= 200 else f"{has[:200]}... ({len(self.labels)} in all)"
+                raise DataError(f"{path}, sentence {count}: the model has no tag {strange[0]}; it has {has}")
             tokens, places = [self.cls], {}
             for position, (word, _) in enumerate(words):
                 pieces = self.tokenizer.tokenize(word) or [self.tokenizer.token("unk")]
-                if len(tokens) + len(pieces) < self.seq_length:
-                    places[position] = len(tokens)
-                    tokens += pieces
-                else:
-                    cut += 1
+                if len(tokens) + len(pieces) >= self.seq_length:
+                    cut += len(words) - position
+                    break
+                places[position] = len(tokens)
+                tokens += pieces
             row = self.marked([*tokens, self.sep], len(tokens) + 1, {at: numbers[words[p][1]] for p, at in places.items()})
             items.append(Item((row,), str(count), [tag for _, tag in words], places))
         if not items:
@@ -84,8 +82,10 @@ class Tagging(Task):
             correct, total = correct + sum(a == b for a, b in seen), total + len(item.truth)
             true, given = set(entities(item.truth)), set(entities(tags))
             hits, found, wanted = hits + len(true & given), found + len(given), wanted + len(true)
-        metrics = {"accuracy": 100.0 * correct / max(1, total), "f1": 200.0 * hits / max(1, found + wanted)}
-        return Score(metrics, {"correct": correct, "total": total, "entities": wanted})
+        metrics, counts = {"accuracy": 100.0 * correct / max(1, total)}, {"correct": correct, "total": total}
+        if not any(True for label in self.labels for _ in entities([label])):  # parts of speech, say
+            return Score(metrics, counts)
+        return Score({**metrics, "f1": 200.0 * hits / max(1, found + wanted)}, {**counts, "entities": wanted})
 
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
@@ -93,8 +93,11 @@ def entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     begin, kind = 0, ""
     for place, tag in enumerate([*tags, "O"]):
         prefix, _, here = tag.partition("-")
-        if kind and (prefix != "I" or here != kind):
+        if kind and (prefix not in ("I", "E", "L") or here != kind):
             yield begin, place, kind
             kind = ""
-        if prefix in ("B", "I") and not kind:
+        if prefix in ("B", "I", "E", "L", "S", "U") and not kind:
             begin, kind = place, here
+        if kind and prefix in ("E", "L", "S", "U"):
+            yield begin, place + 1, kind
+            kind = ""

@@ -38,8 +38,8 @@ class Surroundings:
     train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
     that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
     the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
-    run's slices. start: the iteration that this slice began after. score: what else is measured after each validation, and
-    told; it is handed what to ask whether to give up.
+    run's slices. start: the iteration that this slice began after. score: what else is measured and told, every
+    score_interval iterations; it is handed what to ask whether to give up.
     """
 
     train: Loader | None
@@ -53,6 +53,11 @@ class Surroundings:
     progress: Progress
     start: int = 0
     score: Callable[[GiveUp], object] | None = None
+    score_interval: int | None = None
+
+    def scores(self, iteration: int) -> bool:
+        """Whether the score is due after an iteration."""
+        return self.score is not None and due(iteration, self.score_interval)
 
 
 class GiveUp:
@@ -96,7 +101,8 @@ def train(run: Run, around: Surroundings) -> Exit:
             around.progress.moved()
         save_due = due(iteration, config.checkpoint.save_interval)
         request = around.stopping.ask(time.perf_counter() - began, save_due=save_due)
-        state.evaluation_due = more and due(iteration, config.eval.eval_interval) and around.valid is not None
+        validates = around.valid is not None and due(iteration, config.eval.eval_interval)
+        state.evaluation_due = more and (validates or around.scores(iteration))
         if state.evaluation_due and request.stop is None:
             with clock.paused():
                 request = validate(run, around, request)
@@ -132,7 +138,10 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     if around.saver is None and request.outside and around.train is not None:
         raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
     kept = "checkpoint saved" if steps else "nothing new to save"
-    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if around.saver else "there is no --save, so this is the end")
+    if around.train is None:
+        kept = "the evaluation is not finished"
+    goes_on = around.saver is not None or around.train is None
+    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if goes_on else "there is no --save, so this is the end")
     for sink in around.sinks:
         sink.event(text)
     if around.saver is not None:
@@ -165,11 +174,10 @@ def note(run: Run, progress: Progress, *, finished: int | None = None, idle: int
 
 def validate(run: Run, around: Surroundings, request: Request | None = None) -> Request:
     """The evaluation that is due after this iteration; what was asked for meanwhile. Collective."""
-    if around.valid is None:
-        run.state.evaluation_due = False
-        return request or Request()
-    asked = held_out(run, around, around.valid, "validation", f"iteration {run.state.iteration}")
-    if asked.stop is None and around.score is not None:
+    iteration, asked = run.state.iteration, Request()
+    if around.valid is not None and (due(iteration, run.config.eval.eval_interval) or not around.scores(iteration)):
+        asked = held_out(run, around, around.valid, "validation", f"iteration {iteration}")
+    if asked.stop is None and around.score is not None and around.scores(iteration):
         give_up = GiveUp(around.stopping)
         around.score(give_up)
         asked = give_up.request

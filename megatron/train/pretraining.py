@@ -54,8 +54,8 @@ from megatron.train.stopping import Stopping
 class Prepared:
     """What a rank finds out for itself, before any other is needed.
 
-    datasets: training, validation, test. scorer: a run -> what is measured beside its validation loss. finale: what follows
-    training.
+    datasets: training, validation, test. scorer: a run -> what is measured beside its validation loss, every score_interval
+    iterations. finale: what follows training.
     """
 
     config: RunConfig
@@ -65,6 +65,7 @@ class Prepared:
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
     batches: MakeBatch
     scorer: Callable[[Run, Surroundings], Callable[[GiveUp], object]] | None = None
+    score_interval: int | None = None
     finale: Callable[[Run, Surroundings], Exit] = final_evaluations
 
 
@@ -220,7 +221,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         start=run.state.iteration,
     )
     if prepared.scorer is not None:
-        around.score = prepared.scorer(run, around)
+        around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
     if started.is_main:
         progress.began(started.place.job, announced(config.checkpoint.save), started.place.attempt)
     try:
@@ -241,8 +242,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
             around.train.close()
         for sink in around.sinks:
             sink.close()
-    # Without a checkpoint there is nothing to go on from, so the stop is the end.
-    return status if around.saver is not None else Exit.FINISHED
+    # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
+    return status if around.saver is not None or around.train is None else Exit.FINISHED
 
 
 def announced(save: str | None) -> int | None:

@@ -53,7 +53,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
                 sys.stdout.write(str(answer))
             return 0
         if parsed.dry_run:
-            return dry_run(parsed, program) if place.rank == 0 else 0
+            return planned(parsed, program, task) if place.rank == 0 else 0
         again = restarted(parsed, place)
         if again is None:
             if place.rank == 0:
@@ -68,6 +68,15 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         return start(parsed, place, began, signals, early)
     finally:
         signals.close(ignore=place.world_size > 1)
+
+
+def planned(parsed: Parsed, program: str, task: bool) -> int:
+    """A dry run; of a task it reads what that names."""
+    if not task:
+        return dry_run(parsed, program)
+    from megatron.tasks.program import look
+
+    return dry_run(parsed, program, look)
 
 
 def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:

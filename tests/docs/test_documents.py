@@ -39,7 +39,7 @@ EVERY = [(d.relative_to(ROOT).as_posix(), b) for d in DOCUMENTS for b in blocks(
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The repository as a fresh clone's user sees it, with nothing of theirs in it."""
-    for name in ("pretrain_gpt.py", "tasks", "tools", "examples"):
+    for name in ("README.md", "pretrain_gpt.py", "tasks", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 

@@ -42,6 +42,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (TRAIN, "ck", True, True),
         (TRAIN.replace("--pretrained-checkpoint", "--load"), "ck", False, True),
         (TRAIN.replace("--epochs 2", "--epochs 0"), "ck", True, False),
+        (TRAIN + " --skip-train", "ck", True, False),
         ("--task MNLI --load ck --valid-data b", "ck", True, False),
         (ASK, "ck", True, False),
     ],
@@ -73,6 +74,7 @@ CASES = [
     ("model_named", "--task MNLI --train-data a --epochs 2 --lr 1 --seq-length 8", ["`--load` is missing: the checkpoint"]),
     ("model_named", f"{TRAIN} --load other", ["`--pretrained-checkpoint ck` and `--load other` exclude each other"]),
     ("task_data", "--task MNLI --load ck", ["`--valid-data` is missing"]),
+    ("task_data", TRAIN.replace("--valid-data b", "--skip-train"), ["`--valid-data` is missing"]),
     ("task_data", TRAIN.replace("--epochs 2", ""), ["`--train-data a` needs `--epochs`"]),
     ("task_data", "--task MNLI --load ck --valid-data b --epochs 2", ["`--epochs 2` needs `--train-data`"]),
     ("task_data", f"{ASK} --train-data a --epochs 0", ["`--train-data a` does not go with --task WIKITEXT103", "`--epochs 0`"]),
@@ -81,6 +83,19 @@ CASES = [
     ("whole_sequences", f"{ASK} --context-parallel-size 2", ["`--context-parallel-size 2` is for pretraining"]),
     ("windows", f"{ASK} --overlapping-eval 65", ["`--overlapping-eval 65` is more than `--seq-length 64`"]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (TRAIN.replace("MNLI", "mnli"), "`--task mnli` is not known"),
+        (f"{ASK} --train-data a", "`--train-data a` does not go with"),
+    ],
+)
+def test_one_mistake_is_told_once(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert [str(p)[: len(says)] for p in caught.value.problems] == [says]
 
 
 @pytest.mark.parametrize(("rule", "text", "messages"), CASES)

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
+from megatron.config.resolve import resolve
+from megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron.export import export
+from megatron.pipeline.inference import Pipeline
+from megatron.tasks.tagging import entities, sentences
+from megatron.train.pretraining import sample_flops
 from megatron.train.program import run_task
 
 DEFAULTS = {"batch.micro_batch_size": 8}
@@ -103,6 +108,54 @@ def test_an_interrupted_run_goes_on(bert, alone, tmp_path):
     assert len(losses(tmp_path)) < len(whole)
     assert task(*flags, "--auto-resume") == 0
     assert losses(tmp_path) == whole
+
+
+def test_losses_are_validated_as_often_as_asked_and_answers_after_each_epoch(bert, tmp_path, capsys):
+    """As Megatron-LM's scripts ask: --eval-interval and --eval-iters are of the loss, whose first samples are not all."""
+    often = ["--eval-interval", 3, "--eval-iters", 1, "--epochs", 2, "--global-batch-size", 64, "--lr", "1e-3"]
+    assert task(*fine_tuning(bert, "MNLI", tmp_path, *often)) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "validation loss at" in line or ">> |epoch" in line]
+    assert [line.split("|")[1].strip() if "epoch" in line else line.split()[4] for line in said] == [
+        "3",
+        "epoch: 1",
+        "6",
+        "epoch: 2",
+    ]
+
+
+@pytest.mark.parametrize("name", ["NER", "SQUAD"])
+def test_several_files_are_scored_as_one(name, bert, alone, tmp_path):
+    """Entities of all files together make F1; and a question counts in each file that has it."""
+    asked = ["--task", name, "--load", alone(name), "--results-path", tmp_path / "r.json"]
+    assert task(*asked, "--valid-data", bert.dev[name], bert.train[name], bert.dev[name]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    counted = "entities" if name == "NER" else "total"
+    assert found[counted] == sum(file[counted] for file in found["files"])
+    if name == "SQUAD":
+        assert found["total"] == 96 + 256 + 96
+        return
+    hits = said = 0
+    for file, path in zip(found["files"], (bert.dev[name], bert.train[name], bert.dev[name]), strict=True):
+        for words, answer in zip(sentences(path), file["answers"], strict=True):
+            true, given = set(entities([tag for _, tag in words])), set(entities(answer["answer"]))
+            hits, said = hits + len(true & given), said + len(given)
+    assert found["f1"] == pytest.approx(200 * hits / (said + found["entities"]))
+
+
+def test_answers_that_are_no_numbers_are_an_error(bert, alone, tmp_path, monkeypatch, capfd):
+    real = Pipeline.task_logits
+    monkeypatch.setattr(Pipeline, "task_logits", lambda self, batch: real(self, batch) * float("nan"))
+    asked = ["--task", "MNLI", "--load", alone("MNLI"), "--valid-data", bert.dev["MNLI"]]
+    assert task(*asked, "--results-path", tmp_path / "r.json") == 1 and not (tmp_path / "r.json").exists()
+    assert "the answer to 0x is not a number" in capfd.readouterr().err
+
+
+def test_a_choice_computes_a_row_for_each_answer():
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 99, "max_position_embeddings": 8}
+    kinds = [{"task_head": "classification", "labels": ("a",)}, {"task_head": "choice", "labels": tuple("ABCD")}]
+    runs = [RunConfig(model=ModelConfig(architecture="bert", **sizes, **kind), data=DataConfig(seq_length=8)) for kind in kinds]
+    one, four = (sample_flops(resolve(run)) for run in runs)
+    assert four == 4 * one > 0
 
 
 def test_a_fine_tuned_model_is_only_evaluated(bert, alone, tmp_path, capsys):

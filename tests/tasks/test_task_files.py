@@ -13,9 +13,9 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceLowerCase
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
-from megatron.tasks.samples import Epochs, Item, Items
+from megatron.tasks.samples import Epochs, Item, Items, Score
 from megatron.tasks.squad import Squad, normalized, overlap
-from megatron.tasks.tagging import Tagging, entities, labels_of
+from megatron.tasks.tagging import Tagging, entities, labels_of, sentences
 
 CLASSES = ("contradiction", "entailment", "neutral")
 
@@ -62,9 +62,29 @@ def test_mnli_and_qqp(words, tmp_path):
     assert task.notes == [f"{tmp_path}/qqp.tsv: 1 lines left out that have not 6 columns, the first is 3"]
     (tmp_path / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ttom\tann\n")
     (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
-    assert item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]).counts["total"] == 0
+    assert (
+        item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]) == Score({}, {"correct": 0, "total": 0})
+    )
     with pytest.raises(DataError, match="a test file cannot be trained on"):
         task.read(str(tmp_path / "test.tsv"), training=True)
+
+
+def test_what_windows_programs_leave_in_a_file(words, tmp_path):
+    """A byte order mark before the header, line ends of two characters, and one of them alone within a sentence."""
+    lines = ["id\tquestion1\tquestion2\tis_duplicate", "7\twho is\rtom ?\twho ?\t1", ""]
+    (tmp_path / "qqp.tsv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    task = PairClassification(words, 32, QQP, ("0", "1"))
+    (item,) = task.read(str(tmp_path / "qqp.tsv"), training=True)
+    assert spelled(words, item.rows[0]) == "[CLS] who is tom ? [SEP] who ? [SEP]" and task.notes == []
+    (tmp_path / "ner.txt").write_bytes(b"\xef\xbb\xbf-DOCSTART-\tO\r\n\r\ntom\tB-PER\r\n\r\nann\tO\r\n")
+    assert list(sentences(str(tmp_path / "ner.txt"))) == [[("tom", "B-PER")], [("ann", "O")]]
+
+
+def test_a_row_has_room_for_a_sample(words):
+    for make, shortest in ((lambda n: Tagging(words, n, ("O",)), 3), (lambda n: Squad(words, n), 8)):
+        make(shortest)
+        with pytest.raises(DataError, match=f"--seq-length {shortest - 1} has no room for a sample; legal: {shortest} and"):
+            make(shortest - 1)
 
 
 def test_race_puts_the_choice_into_the_blank(words, tmp_path):
@@ -107,9 +127,31 @@ def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
     none = task.read(squad_file(tmp_path / "n.json", context, [], True), training=True)
     assert task.score(none, [[3.0, "cup", 1.0], best]).counts == {"correct": 0, "total": 1}
     assert task.score(none, [[3.0, "cup", 11.0], best]).counts == {"correct": 1, "total": 1}
+    untold = task.read(squad_file(tmp_path / "u.json", context, []), training=False)  # of a test file
+    assert task.score(untold, [[3.0, "cup", 1.0], best]) == Score({}, {"correct": 0, "total": 0})
     backwards = torch.zeros(2, 16)
     backwards[0, start + 1], backwards[1, start] = 5.0, 5.0
     assert task.decode(items[1], backwards)[0] == 5.0  # an answer does not end before it begins
+
+
+@pytest.mark.parametrize("seq_length", [8, 16, 64, 256])
+def test_squads_windows_leave_no_gap(words, seq_length, tmp_path):
+    """However short the rows are beside the question, of which at most half a row is taken."""
+    context = " ".join(["tom has a red hat ."] * 50)
+    path = squad_file(tmp_path / "s.json", context, [("red hat", context.rindex("red"))])
+    items = Squad(words, seq_length).read(path, training=True)
+    assert all(len(item.rows[0].tokens) <= seq_length for item in items)
+    seen = {span for item in items for span in item.detail.offsets}
+    assert len(seen) == len(words.tokenize(context))
+    assert any(marks(item.rows[0])[0] > 0 for item in items) or seq_length == 8  # which holds no answer of two words
+
+
+def test_squads_answer_is_found_where_it_does_not_begin_with_a_token(words, tmp_path):
+    context = "tom has a red hat ."
+    path = squad_file(tmp_path / "s.json", context, [(" red hat ", context.index(" red"))])
+    (item,) = Squad(words, 32).read(path, training=True)
+    begin = item.detail.first + 3
+    assert marks(item.rows[0]) == {0: begin, 1: begin + 1}
 
 
 def test_squads_words_are_compared_as_its_script_does():
@@ -144,10 +186,28 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
         ("B-A B-A I-B", [(0, 1, "A"), (1, 2, "A"), (2, 3, "B")]),
         ("I-A I-A B-A", [(0, 2, "A"), (2, 3, "A")]),
         ("O O", []),
+        ("S-A B-A I-A E-A O E-B", [(0, 1, "A"), (1, 4, "A"), (5, 6, "B")]),
+        ("B-A L-A U-A", [(0, 2, "A"), (2, 3, "A")]),
     ],
 )
 def test_entities(tags, found):
     assert list(entities(tags.split())) == found
+
+
+def test_tags_that_name_no_entities_have_no_f1(words, tmp_path):
+    (tmp_path / "t.txt").write_text("tom NOUN\nhas VERB\n")
+    task = Tagging(words, 8, labels_of([str(tmp_path / "t.txt")]))
+    items = task.read(str(tmp_path / "t.txt"), training=False)
+    score = task.score(items, [["NOUN", "NOUN"]])
+    assert score.metrics == {"accuracy": 50.0} and score.counts == {"correct": 1, "total": 2}
+
+
+def test_a_sentence_that_is_too_long_loses_its_end(words, tmp_path):
+    (tmp_path / "t.txt").write_text("tom O\nhas-a-red-hat O\nnow O\n")
+    task = Tagging(words, 5, ("O",))
+    (item,) = task.read(str(tmp_path / "t.txt"), training=False)
+    assert spelled(words, item.rows[0]) == "[CLS] tom [SEP]" and list(item.detail) == [0]
+    assert task.notes == [f"{tmp_path}/t.txt: 2 words lie beyond --seq-length 5"]
 
 
 def test_every_epoch_has_each_sample_at_most_once():
@@ -164,6 +224,8 @@ def test_every_epoch_has_each_sample_at_most_once():
     assert [Items(items, task, 4)[i] for i in (9, 10, 11)] == [items[9], "nothing", "nothing"]
 
 
+ASKED = '{"id": 1, "question": "who ?", "answers": [{"text": "c", "answer_start": 0}]}'
+TWICE = f'{{"data": [{{"paragraphs": [{{"context": "c", "qas": [{ASKED}, {ASKED}]}}]}}]}}'
 BROKEN = [
     ("MNLI", "", "names no column pairID, sentence1, sentence2"),
     ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "holds no samples"),
@@ -173,6 +235,9 @@ BROKEN = [
     ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}', "a question without id, text or answers"),
     ("SQUAD", ("a red hat", [("hat", 2)]), "question q: its paragraph has no 'hat' where answer_start says"),
     ("SQUAD", ("a red hat", []), "question q: it has no answer: a test file cannot be trained on"),
+    ("SQUAD", '{"data": [{"paragraphs": [{"context": 5, "qas": []}]}]}', "is not SQuAD's JSON"),
+    ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": 2}]}]}]}', "'2' is no text"),
+    ("SQUAD", TWICE, "two questions with the id 1"),
     ("NER", "tom\n", ":1: 'tom' is not a word and its tag"),
     ("NER", "\n\n", "holds no words"),
 ]

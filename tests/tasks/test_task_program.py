@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def test_wrong_commands_are_answered_in_words(gpt, bert, tmp_path, capsys):
 
     dev = bert.dev["MNLI"]
     assert "holds a BERT" in said("--task", "WIKITEXT103", "--load", bert.checkpoint, "--valid-data", dev)
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo ma"}\n')
+    ask = ["--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "l.jsonl"]
+    assert "`--num-layers 2` does not fit" in said(*ask, "--num-layers", 2)
     (tmp_path / "empty").write_text("")
     assert "there is no text in it" in said("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "empty")
     train = ["--task", "MNLI", "--pretrained-checkpoint", bert.checkpoint, "--epochs", 1, "--lr", "1e-3"]
@@ -72,6 +76,32 @@ def test_wrong_commands_are_answered_in_words(gpt, bert, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         task("--task", "MNLI", "--load", tmp_path / "nowhere", "--valid-data", dev)
     assert ended.value.code == 2 and capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_dry_run_reads_what_a_run_would(gpt, bert, tmp_path, capsys):
+    """Checkpoint, tokenizer and samples; and what it prints is a file for --config."""
+    train = ["--task", "RACE", "--pretrained-checkpoint", bert.checkpoint, "--train-data", bert.train["RACE"], "--epochs", 2]
+    assert task(*train, "--lr", "1e-3", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert (
+        "512 samples to train on, 128 iterations of 8" in said
+        and f"128 iterations, 1,024 samples, {4 * 1024 * 32:,} tok" in said
+    )
+    whole, token = (float(word) for word in re.search(r"(\S+) FLOPs an iteration.*, (\S+) a token", said).groups())
+    assert whole == pytest.approx(8 * 4 * 32 * token, rel=1e-3)
+    (tmp_path / "run.toml").write_text(said.partition("# 1 ranks")[0])
+    assert task("--config", tmp_path / "run.toml", "--dry-run") == 0
+    assert capsys.readouterr().out == said
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo ma"}\n')
+    ask = ["--task", "LAMBADA", "--valid-data", tmp_path / "l.jsonl", "--dry-run"]
+    assert task(*ask, "--load", gpt / "run") == 0 and "vocabulary: 257" in capsys.readouterr().out
+    for wrong, why in (
+        (["--load", bert.checkpoint], "holds a BERT"),
+        (["--load", gpt / "run", "--valid-data", bert.vocab], "not JSON"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            task(*ask, *wrong)
+        assert ended.value.code == 2 and why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mnli", "race"])
@@ -116,6 +146,6 @@ def test_a_dry_run_says_what_a_task_would_take(gpt, bert, tmp_path, capsys):
     assert "108,801 in all" in said and "tensor 2 x pipeline 1 x context 1 x data 4" in said and "# Memory" in said
     with pytest.raises(SystemExit):
         task("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", gpt, "--dry-run")
-    (tmp_path / "l.jsonl").write_text("{}")
+    (tmp_path / "l.jsonl").write_text('{"text": "ma lo"}')
     assert task("--task", "LAMBADA", "--load", gpt / "run", "--valid-data", tmp_path / "l.jsonl", "--dry-run") == 0
     assert "# Parameters" in (said := capsys.readouterr().out) and "# Memory" not in said  # nothing is trained

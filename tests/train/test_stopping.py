@@ -139,6 +139,8 @@ def test_without_save(slices, command):
     (error,) = stopped.errors
     assert "after iteration 2: SIGTERM to rank 0; nothing is saved, because there is no --save" in error
     assert slices([*ours, "--exit-interval", "3"], ranks=1).statuses == [0]
+    stopped = slices([*ours, "--skip-train"], ranks=1, fault=(0, "eval", 1, "SIGTERM"))
+    assert stopped.statuses == [75] and "SIGTERM to rank 0; the evaluation is not finished; start again" in stopped.out
 
 
 def test_a_stop_file_is_obeyed_once(slices, command, tmp_path):
