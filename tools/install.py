@@ -10,6 +10,7 @@ When nothing changed since the last time it returns at once.
 import argparse
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,16 @@ def name_of(requirement):
     return name.lower().replace("_", "-").replace(".", "-")
 
 
+def asked_for(extra, extras):
+    """The requirements of an extra and of those that it names, `megatron[hf,zstd]`."""
+    for requirement in extras[extra]:
+        named = re.match(r"megatron\[(.*)\]", requirement)
+        if named is None:
+            yield requirement
+        for other in named[1].split(",") if named else ():
+            yield from asked_for(other.strip(), extras)
+
+
 def install_in_place():
     """Add to the running Python what it lacks. Everything it has keeps its version."""
     import tomllib  # neither is there in the old versions that main() has ruled out by now
@@ -85,8 +96,7 @@ def install_in_place():
     if "torch" not in present:
         raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave VENV= away")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    listed = [*project["dependencies"], *(r for group in extras.values() for r in group)]
+    listed = [*project["dependencies"], *asked_for("dev", project["optional-dependencies"])]
     missing = [r for r in listed if name_of(r) != project["name"] and name_of(r) not in present]
     if missing:
         say("installing " + ", ".join(sorted({name_of(r) for r in missing})))

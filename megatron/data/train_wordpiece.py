@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -20,8 +21,8 @@ MOST_CHARACTERS = 1000  # the commonest; a word with another one is unknown
 def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str, *, lower_case: bool) -> int:
     """Write vocab.txt to a directory, one piece a line; returns the number of its lines.
 
-    Special tokens come first, then single characters, then longer pieces, both sorted: the order in which pieces are merged
-    differs from one training to the next where two are equally common.
+    Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice: the trainer
+    decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
     Raises DataError for wrong input, and for a size that does not hold every character.
     """
     if vocab_size < len(SPECIAL):
@@ -31,7 +32,7 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=[*SPECIAL, *_characters(backend, texts(expand(inputs), keys))],
         continuing_subword_prefix=CONTINUES,
         limit_alphabet=MOST_CHARACTERS,
         show_progress=False,
@@ -48,3 +49,14 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     except OSError as error:
         raise DataError(f"cannot write the vocabulary to {output}: {error}") from error
     return len(pieces)
+
+
+def _characters(backend: Backend, found: Iterable[str]) -> list[str]:
+    """The commonest characters of the texts' words, as they begin words and as they go on with them, sorted."""
+    begin, inside = Counter[str](), Counter[str]()
+    for text in found:
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
+            begin[word[0]] += 1
+            inside.update(word[1:])
+    common = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MOST_CHARACTERS]}
+    return sorted(common & begin.keys()) + [CONTINUES + c for c in sorted(common & inside.keys())]

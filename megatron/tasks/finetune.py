@@ -150,7 +150,7 @@ class Scorer:
                 return None
             score = self.task.score(file.items, answers)
             self._tell(Path(file.path).name, score)
-            named = [{"id": item.name, "answer": answer} for item, answer in zip(file.items, answers, strict=True)]
+            named = self.task.named(file.items, answers)
             results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
             every += answers
         if len(results) > 1:

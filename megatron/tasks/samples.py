@@ -68,6 +68,10 @@ class Task(ABC):
     def decode(self, item: Item, logits: Tensor) -> Any:
         """The model's answer to one sample as JSON holds it, from its logits."""
 
+    def named(self, items: Sequence[Item], answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """The answers as results hold them."""
+        return [{"id": item.name, "answer": answer} for item, answer in zip(items, answers, strict=True)]
+
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
         """How good the answers to all of `items` are."""

@@ -115,6 +115,10 @@ class Squad(Task):
         text = window.text[window.offsets[first][0] : window.offsets[last][1]]
         return [float(sums[first, last]), text, none]
 
+    def named(self, items: Sequence[Item], answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """One for each question, of all its windows."""
+        return [{"id": name, "answer": text} for name, text in best_answers(items, answers).items()]
+
     def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
         exact = f1 = 0.0
         truths = {item.name: item.truth for item in items if item.truth is not None}  # a test file tells none
