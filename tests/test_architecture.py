@@ -41,6 +41,7 @@ PURE = [
     "mesh/slate.py",
     "mesh/signals.py",
     "mesh/last_words.py",
+    "mesh/errors.py",
     "train/progress.py",
     "model/size.py",
     "data/sample_index.py",

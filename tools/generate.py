@@ -83,7 +83,7 @@ def answer(
     args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str], how: Sampling | BeamSearch
 ) -> tuple[list[dict[str, object]], str]:
     """Each prompt with what the model adds, and what there is to say about it. Collective."""
-    mesh = Mesh.build(grid, started.place.rank, started.timeout)
+    mesh = Mesh.build(grid, started.place.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     tokenizer = text_tokenizer(opened)
     stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token

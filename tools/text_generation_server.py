@@ -70,7 +70,7 @@ def leave(name: str) -> None:
 
 def run(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, signals: StopSignals) -> None:
     """Open the model and serve it. Collective."""
-    mesh = Mesh.build(grid, started.place.rank, started.timeout)
+    mesh = Mesh.build(grid, started.place.rank, started.timeout, watch=started.watch)
     # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
     opened_port = open_port(args.host, args.port) if started.is_main else None
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)

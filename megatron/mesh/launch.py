@@ -1,4 +1,4 @@
-"""Starting and stopping torch.distributed, on the device and with the backend that the machine has."""
+"""Starting and stopping torch.distributed, on the device and with the backend that all ranks have."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ import torch
 import torch.distributed as dist
 
 from megatron.mesh.beats import Patience
+from megatron.mesh.errors import JobError
 from megatron.mesh.host_memory import keep_freed_memory
 from megatron.mesh.last_words import status_of
+from megatron.mesh.means import Hardware, agree, means_of
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.store import connect, serves_store
 from megatron.mesh.watch import Early, Explain, LiveWatch, Watch
 
+SPARE = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
+
 
 @dataclass(frozen=True)
 class Job:
-    """A started process: where it stands, what it computes on, how it communicates, and whom it tells what it does."""
+    """A started process: where it stands, what it computes on, how it communicates, and whom it tells what it does.
+
+    timeout: of a collective.
+    """
 
     place: Place
     device: torch.device
@@ -39,18 +46,6 @@ class Job:
     def describe(self) -> str:
         talk = f"{self.backend}" if self.backend else "no communication needed"
         return f"{self.place.world_size} process(es) started by {self.place.source}, on {self.device.type}, {talk}"
-
-
-def choose(place: Place, backend: str | None, gpus: int) -> tuple[torch.device, str]:
-    """Device and backend: nccl with one GPU per process of the host, else gloo. ValueError for nccl without GPUs."""
-    enough = gpus >= place.local_size
-    if backend == "nccl" and not (gpus and enough):
-        raise ValueError(
-            f"--distributed-backend nccl needs one GPU per process; this host has {gpus} for {place.local_size}. "
-            "Start fewer processes, or use --distributed-backend gloo"
-        )
-    device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
-    return device, backend or ("nccl" if gpus and enough else "gloo")
 
 
 @dataclass(frozen=True)
@@ -141,33 +136,38 @@ def job(
     explain: Explain = lambda error, where: None,
     patience: Patience | None = None,
     guard: Guard | None = None,
+    look: Callable[[], Hardware] = Hardware.own,
 ) -> Iterator[Job]:
     """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
 
     The processes watch one another while the job lasts, see `guarded`, which has explain and patience. guard: where they do
-    so already.
+    so already. look: what this process has to compute on; JobError where that is not enough, or differs between ranks.
 
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
     """
-    # SLURM may show each task only its own GPU, which is then device 0.
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    shown_alone = place.source == "srun" and gpus == 1 and place.local_size > 1
-    device, backend = choose(Place(place.rank, place.world_size) if shown_alone else place, backend, gpus)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
-        if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+    device, means = means_of(place, backend, look())
     with nullcontext(guard) if guard else guarded(place, timeout_minutes, explain=explain, patience=patience) as there:
+        if there.store is not None:
+            there.watch.waiting("comparing what the ranks compute on")
+            agree(there.store, place, means, there.timeout)
+        elif means.problem:
+            raise JobError(means.problem, status=2)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+            if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
         if there.store is None:
-            yield Job(place, device, backend if place.world_size > 1 else None, there.timeout)
+            yield Job(place, device, means.backend if place.world_size > 1 else None, there.timeout)
             return
+        # NCCL's own watchdog aborts the process; the watch, which knows what it did, has its say before.
+        limit = there.timeout + SPARE if means.backend == "nccl" else there.timeout
         # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
         # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
         ranks = place.world_size
-        dist.init_process_group(backend, store=there.store, rank=place.rank, world_size=ranks, timeout=there.timeout)
-        yield Job(place, device, backend, there.timeout, there.watch)
+        dist.init_process_group(means.backend, store=there.store, rank=place.rank, world_size=ranks, timeout=limit)
+        yield Job(place, device, means.backend, limit, there.watch)
         there.watch.waiting("the end of the job")
         if dist.is_initialized():
             dist.destroy_process_group()

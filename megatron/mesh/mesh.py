@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
+from megatron.mesh.errors import JobError
 from megatron.mesh.grid import Grid
+from megatron.mesh.means import ranks_of
+from megatron.mesh.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,22 @@ class Mesh:
     embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
 
     @classmethod
-    def build(cls, grid: Grid, rank: int, timeout: timedelta | None = None, last_stage: int = -1) -> Mesh:
-        """Collective: every rank calls this, and creates every group in the same order.
+    def build(
+        cls,
+        grid: Grid,
+        rank: int,
+        timeout: timedelta | None = None,
+        last_stage: int = -1,
+        watch: Watch | None = None,
+    ) -> Mesh:
+        """Collective: every rank calls this, creates every group in the same order, and opens its own in that order.
 
         timeout: a collective that takes longer is a failure; default torch's own. last_stage: the pipeline rank that owns
-        it; the first stage is on rank 0.
+        it; the first stage is on rank 0. watch: hears which group is being opened.
 
-        ValueError when the running job has another number of ranks than the grid.
+        ValueError when the running job has another number of ranks than the grid; JobError naming a group that does not open.
         """
+        watch = watch or Watch()
         if dist.is_initialized() and dist.get_world_size() != grid.world_size:
             raise ValueError(f"layout {grid} needs {grid.world_size} ranks, the job has {dist.get_world_size()}")
         unions = {
@@ -71,11 +85,16 @@ class Mesh:
             "world": ("pp", "dp", "cp", "tp"),
         }
         known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # equal groups share one communicator
+        opening: dict[tuple[int, ...], str] = {}
         axes: dict[str, Axis] = {}
 
         def add(name: str, ranks: tuple[int, ...], groups: dict[tuple[int, ...], dist.ProcessGroup | None]) -> None:
             if ranks not in groups:
-                groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+                with communicator(name, ranks, rank):
+                    groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+                # What goes down the pipeline has a communicator for each two ranks: `pipeline.transfer` opens those.
+                if rank in ranks and len(ranks) > 1 and name != "pp_back":
+                    opening[ranks] = name
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
@@ -87,9 +106,35 @@ class Mesh:
             if rank in members:
                 axes["embedding"] = Axis.alone("embedding", rank)
             add("embedding", tuple(dict.fromkeys((members[0], members[last_stage]))), known)
+        for ranks, name in opening.items():
+            watch.doing(f"opening the communicator {name} of {ranks_of(ranks)}")
+            with communicator(name, ranks, rank):
+                _open(known[ranks])
+        watch.idle()
         return cls(grid, rank, **axes)
 
     @classmethod
     def single(cls) -> Mesh:
         """The mesh of one process: every axis has size 1, and no process group exists."""
         return cls.build(Grid(), 0)
+
+
+@contextmanager
+def communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[None]:
+    """What fails inside becomes a JobError that names the communicator. rank: this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:300]
+        raise JobError(f"rank {rank} cannot open the communicator {name} of {ranks_of(ranks)}: {why}") from error
+
+
+def _open(group: dist.ProcessGroup | None) -> None:
+    """A tiny collective, to its end: NCCL sets a communicator up at its first use, which waits for the whole device.
+
+    In the middle of a step, the device could be waiting for a rank that waits here.
+    """
+    on_gpu = dist.get_backend(group) == "nccl"
+    token = torch.ones(1, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    dist.all_reduce(token, group=group)
+    token.item()

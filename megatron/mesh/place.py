@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Place:
     """This process among the processes of the job. local_size: processes on this host. source: who started it.
 
     job, attempt: the launcher's name for the job, and how often it has started these processes anew, where it tells.
+    blocking: CUDA_LAUNCH_BLOCKING is set, so the launch of a kernel returns when the kernel ends.
     """
 
     rank: int = 0
@@ -27,10 +28,16 @@ class Place:
     port: int = 29500
     job: str | None = None
     attempt: int = 0
+    blocking: bool = False
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Place:
         """Read the launcher's variables. ValueError naming the variable that is missing or no number."""
+        blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
+        return replace(cls._started(environ), blocking=blocking)
+
+    @classmethod
+    def _started(cls, environ: Mapping[str, str]) -> Place:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             world = _number(environ, "WORLD_SIZE")
             return cls(

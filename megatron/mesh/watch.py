@@ -26,6 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
+from megatron.mesh.errors import JobError
 from megatron.mesh.last_words import is_echo, say, status_of, tell_launcher
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
@@ -304,7 +305,7 @@ class LiveWatch(Watch):
             return "interrupted\n"
         if isinstance(error, SystemExit):  # whoever raised it has said why
             return ""
-        words = self._explain(error, self._where())
+        words = str(error) if isinstance(error, JobError) else self._explain(error, self._where())
         if words is not None:
             return f"error: {words}\n"
         text = " ".join(str(error).split())[:1000]

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron.contract import Batch, Loss, StagePart
 from megatron.mesh.watch import Watch
 from megatron.parallel.weight_grad import WeightProduct, WeightWork
-from megatron.pipeline.lower import Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
+from megatron.pipeline.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedule import Action, Op, Schedule
 from megatron.pipeline.transfer import Channels, Receiving
@@ -73,6 +73,7 @@ class Executor:
     objective: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
     work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
     share: a whole micro-batch -> what this rank has of it; all of it unless given.
+    early: see `lower.py`; 0 where the calls of a transfer block. What runs for the first time always has 0.
     peak_live: the most (stage, micro-batch) activations of the last step that were held at once.
     """
 
@@ -85,12 +86,15 @@ class Executor:
         work: WeightWork,
         watch: Watch,
         share: Callable[[Batch], Batch] = lambda batch: batch,
+        early: int = EARLY,
     ) -> None:
         self.stages, self.schedule, self.channels, self.objective = stages, schedule, channels, objective
         self.work, self.watch, self.share, self.device = work, watch, share, channels.device
+        self.early = early
         self.recorder = Recorder()
         self.peak_live = 0
-        self._lowered: dict[tuple[int, bool], list[Item]] = {}
+        self._lowered: dict[tuple[int, bool, int], list[Item]] = {}
+        self._ran: set[object] = set()
         self._handlers = {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_grad, Op.W: self._weight_grad}
         placement = schedule(1).placement
         self._last = len(placement) - 1
@@ -111,12 +115,18 @@ class Executor:
             for stage in self.stages.values():
                 stage.train(True)
 
-    def _program(self, micro_batches: int, backward: bool) -> list[Item]:
-        """This rank's, with transfers; lowered once for each number of micro-batches."""
-        key = micro_batches, backward
+    def _program(self, batches: Sequence[Batch], backward: bool) -> list[Item]:
+        """This rank's, with transfers; lowered once for each number of micro-batches, and once for its first time.
+
+        The first time means new kernels and new memory, also where only a shape is new.
+        """
+        run = len(batches), backward, frozenset(batch.tokens.shape for batch in batches)
+        early = self.early if run in self._ran else 0
+        self._ran.add(run)
+        key = len(batches), backward, early
         if key not in self._lowered:
-            schedule = self.schedule(micro_batches)
-            programs = lower(schedule if backward else forward_only(schedule))
+            schedule = self.schedule(len(batches))
+            programs = lower(schedule if backward else forward_only(schedule), early)
             self._lowered[key] = programs[self.channels.up.rank]
         return self._lowered[key]
 
@@ -129,7 +139,7 @@ class Executor:
         self._live: dict[tuple[int, int], Live] = {}
         self._totals = torch.zeros(4, device=self.device)
         self.peak_live = 0
-        for item in self._program(len(batches), backward):
+        for item in self._program(batches, backward):
             if isinstance(item, Receive):
                 stage, batch = next(iter(self.stages.values())), self._batches[item.produced.micro_batch]
                 arriving = self.channels.receive(stage.hidden_shape(batch), stage.dtype, item.peer, item.number)

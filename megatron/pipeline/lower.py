@@ -1,23 +1,38 @@
 """Adds the transfers to a schedule: the one place that decides in which order ranks communicate. Pure.
 
-Between two ranks, transfers in one direction form a channel. On it the sender sends in the order in which its program makes
-the tensors, and the receiver posts its receives in that same order, so the two sides always agree, also on a backend that
-matches by order alone. A receive is posted some actions before the one that waits for it, so that the transfer runs beside
-the computation; that changes when a receive is posted, never in which order. Every direction has communicators of its own
+Between two ranks, transfers in one direction form a channel. Both ends post a channel's transfers in one order, so the two
+sides always agree, also on a backend that matches by order alone. Every direction has communicators of its own
 (`transfer.py`), so an early receive holds up no send, and only the order within a channel matters.
 
 A sent tensor must live until the peer has it. What comes from the peer later proves that: it was made after the action that
 used the tensor. So behind the action that waits for it stand the sends that are done, whatever the backend can tell of them.
+
+On a GPU, a transfer is a kernel that spins until the other end is there, and two things let this process wait for all that it
+has posted: a launch that blocks (CUDA_LAUNCH_BLOCKING=1), and a wait for the whole device (a kernel or a communicator used for
+the first time, an allocator that retries). What is posted decides whether such a wait ends:
+
+    early >= 1   Receives are posted that many actions ahead, so that the transfer runs beside the computation; but never before
+                 own work that their sender depends on, through however many ranks. Then one action at a time may wait for its
+                 whole device. Two on different ranks at the same moment may not: each can wait for what the other makes next,
+                 and early receives cannot rule that out. Blocking launches get stuck at once.
+    early = 0    All ranks share one order of actions and transfers. A receive stands right before the action that needs it, and
+                 its send at that place of the order, so an output may wait while its rank goes on computing. Whoever stands at
+                 the first unfinished place of the order can always go on: every call may block, and every action may wait for
+                 its whole device. It costs time: a rank that is ahead waits for the one that takes what it sends.
+
+So a program runs with early = 0 the first time, when all that is new waits for the device, and always under blocking launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
 from megatron.pipeline.schedule import Action, Op, Schedule
+from megatron.pipeline.simulate import Costs, dependencies, simulate
 
 EARLY = 1  # actions between posting a receive and needing it: the one that runs meanwhile
 
@@ -64,36 +79,48 @@ def consumer(action: Action, stages: int) -> int | None:
 
 
 def lower(schedule: Schedule, early: int = EARLY) -> list[list[Item]]:
-    """Every rank's program with its sends, each behind the action that makes what is sent, its receives, and what is done."""
+    """Every rank's program with its sends, its receives, and what is done.
+
+    early: actions between posting a receive and needing it, where nothing speaks against it; 0 for an order in which every
+    call may block. ValueError when the programs wait for one another for ever.
+    """
     needed = [_needed(program) for program in schedule.programs]
-    sends: list[dict[Action, Send]] = [{} for _ in schedule.programs]
-    channels: dict[tuple[int, int], list[Transfer]] = {}
+    channels = _channels(schedule)
+    start = simulate(schedule, Costs()).start
+    behind: Places = [{} for _ in schedule.programs]
+    if early:
+        behind = _sends(schedule, channels)
+        ahead = _receives(channels, needed, _ancestors(schedule, start), early)
+    else:
+        ahead = _in_one_order(schedule, channels, needed, start)
+    lowered = []
+    for rank, program in enumerate(schedule.programs):
+        incoming = {sender: channel for (sender, receiver), channel in channels.items() if receiver == rank}
+        done = _done(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
+        items: list[Item] = []
+        for index, action in enumerate(program):
+            items += [*ahead[rank].get(index, ()), action, *behind[rank].get(index, ())]
+            if index in done:
+                items.append(Done(done[index]))
+        lowered.append(items + ahead[rank].get(len(program), []))
+    return lowered
+
+
+Need: TypeAlias = dict[tuple[int, int, bool], int]
+Channel: TypeAlias = dict[tuple[int, int], list[Transfer]]  # (sender, receiver) -> its transfers, in the order they are made
+Places: TypeAlias = list[dict[int, list[Item]]]  # of each rank: index of an action -> what stands next to it
+
+
+def _channels(schedule: Schedule) -> Channel:
+    channels: Channel = {}
     number = 0
     for rank, program in enumerate(schedule.programs):
         for action in program:
             stage = consumer(action, schedule.stages)
             if stage is not None and (peer := schedule.placement[stage]) != rank:
-                sends[rank][action] = Send(action, stage, peer, number)
-                channels.setdefault((rank, peer), []).append(sends[rank][action])
+                channels.setdefault((rank, peer), []).append(Transfer(action, stage, peer, number))
                 number += 1
-    lowered = []
-    for rank, program in enumerate(schedule.programs):
-        incoming = {sender: channel for (sender, receiver), channel in channels.items() if receiver == rank}
-        posted = _posted(needed[rank], len(program), incoming, early)
-        done = _done(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
-        items: list[Item] = []
-        for index, action in enumerate(program):
-            items += posted.get(index, ())
-            items.append(action)
-            if action in sends[rank]:
-                items.append(sends[rank][action])
-            if index in done:
-                items.append(Done(done[index]))
-        lowered.append(items)
-    return lowered
-
-
-Need: TypeAlias = dict[tuple[int, int, bool], int]
+    return channels
 
 
 def _needed(program: tuple[Action, ...]) -> Need:
@@ -126,19 +153,70 @@ def _done(
     return {index: tuple(numbers) for index, numbers in done.items()}
 
 
-def _posted(needed: Need, length: int, incoming: dict[int, list[Transfer]], early: int) -> dict[int, list[Receive]]:
-    """Index in the program -> the receives posted before that action."""
-    posted: dict[int, list[Receive]] = {}
-    for sender, channel in incoming.items():
-        latest = length
-        moments = []
+def _sends(schedule: Schedule, channels: Channel) -> Places:
+    """Each send, to stand right behind the action that makes what is sent."""
+    places: Places = [{} for _ in schedule.programs]
+    made_at = [{action: index for index, action in enumerate(program)} for program in schedule.programs]
+    for (sender, _), channel in channels.items():
+        for transfer in channel:
+            places[sender][made_at[sender][transfer.produced]] = [_send(transfer)]
+    return places
+
+
+def _receives(channels: Channel, needed: list[Need], before: Mapping[Action, list[int]], early: int) -> Places:
+    """Each receive, to stand `early` actions ahead of the one that needs it, or later; before: see `_ancestors`."""
+    places: Places = [{} for _ in needed]
+    for (sender, receiver), channel in channels.items():
+        latest, posts = _user(channel[-1], needed[receiver]), []
         for transfer in reversed(channel):  # none later than one that the sender sends after it
-            latest = min(latest, _user(transfer, needed) - early)
-            moments.append(max(0, latest))
-        for moment, transfer in zip(reversed(moments), channel, strict=True):
-            receive = Receive(transfer.produced, transfer.stage, sender, transfer.number)
-            posted.setdefault(moment, []).append(receive)
-    return posted
+            latest = min(latest, _user(transfer, needed[receiver]) - early)
+            latest = max(latest, before[transfer.produced][receiver])
+            posts.append((latest, _receive(transfer, sender)))
+        for place, receive in reversed(posts):
+            places[receiver].setdefault(place, []).append(receive)
+    return places
+
+
+def _ancestors(schedule: Schedule, start: Mapping[Action, float]) -> dict[Action, list[int]]:
+    """Action -> how many actions of each rank's program must have run before it, itself included."""
+    counts: dict[Action, list[int]] = {}
+    ran: list[list[int]] = [[0] * schedule.ranks for _ in schedule.programs]
+    for action in sorted(start, key=start.__getitem__):  # every action takes time, so what it needs comes before it
+        rank = schedule.placement[action.stage]
+        own = ran[rank].copy()
+        for needed in dependencies(action, schedule):
+            if schedule.placement[needed.stage] != rank:
+                own = list(map(max, own, counts[needed]))
+        own[rank] += 1
+        counts[action] = ran[rank] = own
+    return counts
+
+
+def _in_one_order(schedule: Schedule, channels: Channel, needed: list[Need], start: Mapping[Action, float]) -> Places:
+    """Both ends of a transfer right before the start of the action that needs it, on a clock that all ranks share.
+
+    The order is (time, transfers before actions, number): every rank's program is sorted by it, and no two are alike in it.
+    """
+    starts = [[start[action] for action in program] for program in schedule.programs]
+    due: list[list[tuple[float, int, Item]]] = [[] for _ in schedule.programs]
+    for (sender, receiver), channel in channels.items():
+        for transfer in channel:
+            time = starts[receiver][_user(transfer, needed[receiver])]
+            due[sender].append((time, transfer.number, _send(transfer)))
+            due[receiver].append((time, transfer.number, _receive(transfer, sender)))
+    places: Places = [{} for _ in schedule.programs]
+    for rank, of_rank in enumerate(due):
+        for time, _, item in sorted(of_rank, key=lambda entry: entry[:2]):
+            places[rank].setdefault(bisect_left(starts[rank], time), []).append(item)
+    return places
+
+
+def _send(transfer: Transfer) -> Send:
+    return Send(transfer.produced, transfer.stage, transfer.peer, transfer.number)
+
+
+def _receive(transfer: Transfer, sender: int) -> Receive:
+    return Receive(transfer.produced, transfer.stage, sender, transfer.number)
 
 
 def forward_only(schedule: Schedule) -> Schedule:

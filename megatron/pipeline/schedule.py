@@ -35,6 +35,8 @@ class Op(Enum):
     I = "I"  # backward: gradient of the stage's input alone  # noqa: E741
     W = "W"  # backward: gradients of the stage's weights alone
 
+    __hash__ = object.__hash__  # as good, and not in Python: every look-up of an action asks for it
+
 
 @dataclass(frozen=True, slots=True)
 class Action:

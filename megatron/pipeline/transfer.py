@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mesh.mesh import Axis
+from megatron.mesh.mesh import Axis, communicator
 
 
 class Receiving:
@@ -42,15 +42,19 @@ class Channels:
     def connect(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Open the communicators of all channels, (sender, receiver) in an order that is the same on all ranks. Collective.
 
-        A backend that connects at first use would otherwise block in the middle of a step.
+        A backend that connects at first use would otherwise block in the middle of a step. JobError names the one that fails.
         """
         for sender, receiver in pairs:
-            token = torch.zeros(1, device=self.memory)
             axis = self._axis(sender, receiver)
-            if axis.rank == sender:
-                dist.send(token, axis.ranks[receiver], group=axis.group)
-            elif axis.rank == receiver:
-                dist.recv(token, axis.ranks[sender], group=axis.group)
+            if axis.rank not in (sender, receiver):
+                continue
+            token, ends = torch.zeros(1, device=self.memory), (axis.ranks[sender], axis.ranks[receiver])
+            with communicator(axis.name, ends, axis.ranks[axis.rank]):
+                if axis.rank == sender:
+                    dist.send(token, ends[1], group=axis.group)
+                else:
+                    dist.recv(token, ends[0], group=axis.group)
+                token.item()  # a tensor on a GPU was only asked for so far
 
     def _axis(self, sender: int, receiver: int) -> Axis:
         return self.up if sender < receiver else self.back

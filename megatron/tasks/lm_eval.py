@@ -153,7 +153,8 @@ def main(argv: list[str]) -> int:
     try:
         with job(place, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
             own = device if place.world_size == 1 else started.device
-            run(args, theirs, started, Mesh.build(grid, place.rank, started.timeout), own)
+            mesh = Mesh.build(grid, place.rank, started.timeout, watch=started.watch)
+            run(args, theirs, started, mesh, own)
     except REFUSED as error:
         return refuse(error, speaks)
     return 0

@@ -69,7 +69,8 @@ def ask(config: RunConfig, job: Job) -> int:
     with refusing():
         source = find_source(config.checkpoint)
         say(out, *source.lines, job.describe())
-        mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout)
+        grid = grid_of(config.layout, job.place.world_size)
+        mesh = Mesh.build(grid, job.place.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
         # As saved, unless a precision is asked for.
         dtype = Precision.of(config.precision).compute if config.precision.two_bytes else None

@@ -30,6 +30,7 @@ from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
 from megatron.mesh.beats import Patience
+from megatron.mesh.errors import JobError
 from megatron.mesh.last_words import tell_launcher
 from megatron.mesh.launch import Job, guarded, job
 from megatron.mesh.place import Place
@@ -124,7 +125,7 @@ def in_a_job(
                 return run(prepared, started)
     except KeyboardInterrupt:
         return fail("interrupted", 130, place.rank == 0)
-    except Refused as error:
+    except (Refused, JobError) as error:
         tell_launcher(f"error: {error}")
         return fail(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another

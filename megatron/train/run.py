@@ -28,6 +28,7 @@ from megatron.parallel.ring import RingAttention, share
 from megatron.parallel.spec import Checkpointable, spec_of
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
+from megatron.pipeline.lower import EARLY
 from megatron.pipeline.schedule import SCHEDULES, make
 from megatron.pipeline.transfer import Channels
 from megatron.stages import stages_of
@@ -86,7 +87,9 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
     plan, precision = stages_of(config), Precision.of(config.precision)
-    mesh = Mesh.build(grid_of(config.layout, job.place.world_size), job.place.rank, job.timeout, plan.placement[-1])
+    grid = grid_of(config.layout, job.place.world_size)
+    mesh = Mesh.build(grid, job.place.rank, job.timeout, plan.placement[-1], job.watch)
+    job.watch.waiting("building the model")
     draws = config.model.fused_attention_dropout and config.model.attention_dropout > 0.0
     stages = build_stages(
         config.model,
@@ -151,6 +154,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         work,
         job.watch,
         partial(share, cp=mesh.cp),
+        early=0 if job.place.blocking else EARLY,
     )
     step = Step(aim, pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
     if draws:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+from spinning import counts_before
 
 from megatron.pipeline.lower import Done, Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
 from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
@@ -26,6 +27,11 @@ def grid(name: str) -> list[Schedule]:
     return made + [forward_only(schedule) for schedule in made]
 
 
+@cache
+def lowered(name: str) -> list[tuple[Schedule, list[list[Item]]]]:
+    return [(schedule, lower(schedule)) for schedule in grid(name)]
+
+
 def needed_by(transfer: Transfer) -> tuple[int, int, bool]:
     """Stage, micro-batch and direction of the action that waits for it."""
     return transfer.stage, transfer.produced.micro_batch, transfer.produced.op is Op.F
@@ -37,8 +43,7 @@ def waits_for(action: Action) -> tuple[int, int, bool] | None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_result_for_another_rank_is_sent_once_and_received_once(name):
-    for schedule in grid(name):
-        programs = lower(schedule)
+    for schedule, programs in lowered(name):
         sent = {i.number: (rank, i) for rank, items in enumerate(programs) for i in items if isinstance(i, Send)}
         received = {i.number: (rank, i) for rank, items in enumerate(programs) for i in items if isinstance(i, Receive)}
         counts = Counter(i.number for items in programs for i in items if isinstance(i, Transfer))
@@ -60,8 +65,8 @@ def test_every_result_for_another_rank_is_sent_once_and_received_once(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_actions_stay_in_order_and_sends_follow_what_they_send(name):
-    for schedule in grid(name):
-        for program, items in zip(schedule.programs, lower(schedule), strict=True):
+    for schedule, programs in lowered(name):
+        for program, items in zip(schedule.programs, programs, strict=True):
             assert tuple(i for i in items if isinstance(i, Action)) == program
             for before, item in itertools.pairwise([None, *items]):
                 assert not isinstance(item, Send) or before == item.produced
@@ -70,8 +75,7 @@ def test_the_actions_stay_in_order_and_sends_follow_what_they_send(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_receives_are_posted_in_the_senders_order(name):
     """All that a backend needs which matches by order alone; the channels are those that were opened."""
-    for schedule in grid(name):
-        programs = lower(schedule)
+    for schedule, programs in lowered(name):
         orders: dict[tuple[int, int], list[list[int]]] = {}
         for rank, items in enumerate(programs):
             for item in items:
@@ -99,16 +103,41 @@ def earliness(items: list[Item]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("early", [0, 1, 2])
+@pytest.mark.parametrize("early", [1, 2])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_receives_are_early(name, early):
-    """At least `early` actions ahead of the one that needs it, or else at the very start."""
+    """At least `early` actions ahead of the one that needs it, or as early as the sender's own needs and the start allow."""
     for schedule in grid(name)[::7]:
-        for items in lower(schedule, early):
+        programs = lower(schedule, early)
+        ancestors = counts_before(schedule, programs)
+        for rank, items in enumerate(programs):
             ahead = earliness(items)
-            first = next((i for i, item in enumerate(items) if isinstance(item, Action)), 0)
-            at_start = {item.number for item in items[:first] if isinstance(item, Receive)}
-            assert all(count >= early or number in at_start for number, count in ahead.items())
+            for number, count in ahead.items():
+                send, receive = ancestors[number]
+                assert send[rank] <= receive[rank], "before own work that the sender depends on"
+                assert count >= early or send[rank] == receive[rank]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_in_one_order_nothing_is_early(name):
+    """Both ends of a transfer at one place of an order that all ranks share, the receive with the action that needs it."""
+    for schedule in grid(name)[::7]:
+        programs = lower(schedule, early=0)
+        assert [tuple(i for i in items if isinstance(i, Action)) for items in programs] == list(schedule.programs)
+        for items in programs:
+            assert not any(earliness(items).values())
+            made: set[Action] = set()
+            sent: set[int] = set()
+            for item in items:
+                if isinstance(item, Action):
+                    made.add(item)
+                elif isinstance(item, Send):
+                    assert item.produced in made
+                    sent.add(item.number)
+                elif isinstance(item, Done):
+                    assert sent.issuperset(item.numbers)
+        for queue in (tagged, by_channel, by_direction):
+            assert not stuck(schedule, programs, queue)
 
 
 # Backends. A transfer takes place when both its ends are posted and nothing that was posted before blocks it.
@@ -180,11 +209,11 @@ def stuck(schedule: Schedule, programs: list[list[Item]], queue: Queue) -> list[
 @pytest.mark.parametrize("queue", [tagged, by_channel])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_backend_gets_stuck(name, queue):
-    for schedule in grid(name):
-        assert not stuck(schedule, lower(schedule), queue), (name, schedule.ranks, schedule.micro_batches, schedule.stages)
+    for schedule, programs in lowered(name):
+        assert not stuck(schedule, programs, queue), (name, schedule.ranks, schedule.micro_batches, schedule.stages)
 
 
-@pytest.mark.parametrize(("name", "early"), [("interleaved", 1), ("zb-v", 0), ("1f1b", 2)])
+@pytest.mark.parametrize(("name", "early"), [("interleaved", 1), ("zb-v", 2), ("1f1b", 2)])
 def test_why_every_channel_needs_a_communicator_of_its_own(name, early):
     """On one that it shares with others, a send waits for a receive that was posted before it, whose sender waits for it."""
     assert any(stuck(schedule, lower(schedule, early), by_direction) for schedule in grid(name))

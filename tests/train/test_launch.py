@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from megatron.mesh.launch import choose
 from megatron.mesh.place import Place, expand_hosts
 
 SLURM = {
@@ -49,10 +47,7 @@ def test_host_lists():
     assert expand_hosts("n[1-3,07],head,gpu[2]-ib") == ["n1", "n2", "n3", "n07", "head", "gpu2-ib"]
 
 
-def test_device_and_backend():
-    assert choose(Place(), None, 0) == (torch.device("cpu"), "gloo")
-    assert choose(Place(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
-    assert choose(Place(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
-    assert choose(Place(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
-    with pytest.raises(ValueError, match="needs one GPU per process; this host has 0 for 2"):
-        choose(Place(1, 2, 1, 2), "nccl", 0)
+def test_blocking_launches_are_read_with_the_rest():
+    one = {"RANK": "0", "WORLD_SIZE": "2"}
+    assert [Place.of(one | {"CUDA_LAUNCH_BLOCKING": value}).blocking for value in ("1", "0", "")] == [True, False, False]
+    assert Place.of({"CUDA_LAUNCH_BLOCKING": "1"}).blocking and Place.of(SLURM | {"CUDA_LAUNCH_BLOCKING": "1"}).blocking

@@ -1,0 +1,194 @@
+"""What ranks compute and communicate with: each sees for itself, and where they differ all end with the same words."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.mesh.errors import JobError
+from megatron.mesh.grid import Grid
+from megatron.mesh.launch import Guard, job
+from megatron.mesh.means import Hardware, Means, agree, choose, disagreement, means_of, ranks_of
+from megatron.mesh.mesh import Mesh, communicator
+from megatron.mesh.place import Place
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).parent / "watched.py"
+GPU, CPU = Means("a", "cuda", "nccl", "it has 4 GPU(s)"), Means("b", "cpu", "gloo", "it has no GPU: no driver")
+
+
+def test_device_and_backend():
+    assert choose(Place(), None, 0) == (torch.device("cpu"), "gloo")
+    assert choose(Place(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
+    assert choose(Place(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
+    assert choose(Place(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
+    with pytest.raises(ValueError, match="needs one GPU per process; this host has 0 for 2"):
+        choose(Place(1, 2, 1, 2), "nccl", 0)
+
+
+def test_what_a_rank_says():
+    """Fewer GPUs than processes mean gloo, but for the one GPU that SLURM shows each task; nccl that cannot be is a problem."""
+    device, means = means_of(Place(5, 8, 1, 4, "torchrun"), None, Hardware(2))
+    assert device == torch.device("cuda", 1) and (means.device, means.backend, means.card) == ("cuda", "gloo", "")
+    assert means.why == "it has 2 GPU(s) for 4 process(es)"
+    device, means = means_of(Place(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
+    assert device == torch.device("cuda", 0) and (means.backend, means.card) == ("nccl", "GPU-7")
+    assert means_of(Place(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""  # which may be shared
+    device, means = means_of(Place(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
+    assert device.type == "cpu" and "needs one GPU per process" in means.problem and means.why == "it has no GPU: no driver"
+    assert Hardware.own().gpus or Hardware.own().why
+
+
+def test_who_fits_together():
+    assert disagreement([GPU, GPU]) is disagreement([CPU] * 3) is None
+    mixed = disagreement([GPU, GPU, CPU, GPU]) or ""
+    assert mixed.startswith(
+        "the hosts of this job differ: host a (ranks 0, 1, 3) would take cuda and nccl, since it has 4 GPU(s); "
+        "host b (rank 2) would take cpu and gloo, since it has no GPU: no driver. Mend"
+    )
+    few = Means("c", "cuda", "gloo", "it has 2 GPU(s) for 4 process(es)")
+    assert "host c (rank 1) would take cuda and gloo" in (disagreement([GPU, few]) or "")
+    told = Means("b", "cpu", "nccl", problem="--distributed-backend nccl needs one GPU per process")
+    assert disagreement([GPU, told]) == "host b (rank 1): --distributed-backend nccl needs one GPU per process"
+    one = Means("a", "cuda", "nccl", card="GPU-7")
+    assert disagreement([one, Means("a", "cuda", "nccl", card="GPU-8"), Means("b", "cuda", "nccl", card="GPU-7")]) is None
+    assert (disagreement([one, one]) or "").startswith("ranks 0, 1 on host a have one GPU together")
+
+
+def test_the_odd_host_comes_first_and_many_are_counted():
+    many = [Means(f"n{host}", "cuda", "nccl", "it has 8 GPU(s)") for host in range(100) for _ in range(8)]
+    text = disagreement([*many, CPU]) or ""
+    assert text.index("host b (rank 800)") < text.index("host n0 (ranks 0 to 7), n1 (ranks 8 to 15)")
+    assert "n3 (ranks 24 to 31) and 96 more" in text and "n4" not in text
+    assert [ranks_of(r) for r in ([3], [0, 1], [2, 4, 6], list(range(0, 99, 3)))] == [
+        "rank 3",
+        "ranks 0, 1",
+        "ranks 2, 4, 6",
+        "33 ranks from 0 to 96",
+    ]
+
+
+def told(said: list[Means | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
+    """What `agree` ends with on each rank, as threads over one store; None for a rank that does not come."""
+    store, ends = dist.HashStore(), [None] * len(said)
+
+    def rank_of(rank: int, means: Means) -> None:
+        try:
+            agree(store, Place(rank, len(said)), means, timedelta(seconds=seconds))
+            ends[rank] = (0, "")
+        except JobError as error:
+            ends[rank] = (error.status, str(error))
+
+    threads = [threading.Thread(target=rank_of, args=(r, m)) for r, m in enumerate(said) if m is not None]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ends
+
+
+def test_all_ranks_hear_the_same():
+    assert told([GPU, GPU, GPU]) == [(0, "")] * 3
+    ends = told([GPU, CPU, GPU])
+    assert ends == [(2, disagreement([GPU, CPU, GPU]))] * 3
+
+
+def test_a_rank_that_does_not_come_is_named():
+    (end,) = told([GPU, None, None], 0.6)[:1]
+    assert end is not None and end == (1, "ranks 1, 2 did not join the job in 0.01 minutes")
+
+
+def test_one_process_that_cannot_do_as_told():
+    told = pytest.raises(JobError, match="nccl needs one GPU per process; this host has 0 for 1")
+    with told as caught, job(Place(), "nccl", look=lambda: Hardware(0, "no driver")):
+        pass
+    assert caught.value.status == 2
+
+
+def test_nccl_lets_the_watch_speak_first(monkeypatch):
+    """NCCL's watchdog aborts the process at its timeout: a minute after the watch has said what hangs."""
+    given, store = {}, dist.HashStore()
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: given.update(settings, backend=backend))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(device=device))
+    store.set("means 1", json.dumps(asdict(GPU)))
+    guard = Guard(store=store, world_size=2, timeout=timedelta(minutes=3))
+    with job(Place(0, 2, 0, 2), guard=guard, look=lambda: Hardware(2)) as started:
+        assert given["backend"] == "nccl" and given["device"] == torch.device("cuda", 0)
+        assert started.timeout == given["timeout"] == timedelta(minutes=4)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_dead_driver_ends_the_job_with_one_message(launcher, tmp_path):
+    """Rank 1 sees no GPU, the others four: nothing hangs, nobody touches a GPU, and all exit with 2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    way = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if launcher == "torchrun" else []
+    ended = subprocess.run(
+        [sys.executable, *way, str(PROGRAM), "dead-driver", str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: the hosts of this job differ: ")
+    assert "(rank 1) would take cpu and gloo, since it has no GPU: its driver is dead" in line
+    assert "would take cuda and nccl, since it has 4 GPU(s)" in line
+    if launcher == "srun":
+        assert ended.stdout.split() == ["2", "2", "2"]
+    else:
+        assert ended.returncode == 1 and "exitcode  : 2" in ended.stderr
+
+
+class Refusing:
+    """A process group's collectives, of which one fails."""
+
+    def __init__(self, monkeypatch, fails: tuple[int, ...]) -> None:
+        self.groups: list[tuple[int, ...]] = []
+        self.opened: list[tuple[int, ...]] = []
+        self.fails = fails
+        monkeypatch.setattr(dist, "new_group", lambda ranks, timeout: self.groups.append(tuple(ranks)) or tuple(ranks))
+        monkeypatch.setattr(dist, "get_backend", lambda group: "gloo")
+        monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
+
+    def all_reduce(self, token: torch.Tensor, group: tuple[int, ...]) -> None:
+        if group == self.fails:
+            raise RuntimeError("Connection closed by peer\n[127.0.0.1]")
+        self.opened.append(group)
+
+
+def test_every_group_is_opened_in_one_order(monkeypatch):
+    """Each rank opens its own groups in the order in which all were made, so none waits for one that waits for it."""
+    orders = []
+    for rank in range(16):
+        groups = Refusing(monkeypatch, ())
+        mesh = Mesh.build(Grid(pp=4, dp=2, tp=2), rank)
+        orders.append(groups.opened)
+        assert groups.opened == [g for g in dict.fromkeys(groups.groups) if g in groups.opened]
+        used = (mesh.tp, mesh.dp, mesh.pp, mesh.dp_cp, mesh.tp_pp, mesh.world, mesh.embedding)
+        assert set(groups.opened) == {axis.ranks for axis in used if axis.size > 1}
+        assert len(groups.opened) == len(set(groups.opened))
+    for group in {group for order in orders for group in order}:
+        assert [rank for rank in range(16) if group in orders[rank]] == list(group)
+
+
+def test_a_group_that_does_not_open_is_named(monkeypatch):
+    Refusing(monkeypatch, (2, 3))
+    with pytest.raises(JobError, match=r"^rank 3 cannot open the communicator tp of ranks 2, 3: Connection closed by peer \["):
+        Mesh.build(Grid(dp=2, tp=2), 3)
+    named = pytest.raises(JobError, match="rank 1 cannot open the communicator pp_back of ranks 1, 0: gone")
+    with named, communicator("pp_back", (1, 0), 1):
+        raise RuntimeError("gone")
