@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +50,27 @@ def _giver(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def _host_memory(size: int, device: torch.device) -> Tensor:
+def _host_memory(size: int, device: torch.device, runtime: Any = None) -> Tensor:
     """`size` bytes, pinned for a GPU. Registered with CUDA, not taken from torch's pinned allocator, which would round up to
-    a power of two: up to twice the memory."""
+    a power of two: up to twice the memory. runtime: CUDA's, by default torch's."""
     buffer = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        # Where it is refused (a limit on locked memory) the copies are slower, and right all the same.
+        runtime = runtime or torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(runtime.cudaHostRegister(buffer.data_ptr(), size, 0)) == 0:
             weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+        else:  # a limit on locked memory; the copies are slower, and right all the same
+            _forget_error(runtime, device)
     return buffer
+
+
+def _forget_error(runtime: Any, device: torch.device) -> None:
+    """Take back what a refused call leaves: CUDA keeps a thread's last error, and torch blames the next kernel for it.
+
+    torch's binding of the runtime has no call for that, so the loaded library is asked, where it can be reached. And a kernel
+    whose failure costs nothing goes first: torch's check of its launch takes an error that is still there.
+    """
+    last_error = getattr(runtime, "cudaGetLastError", None) or getattr(ctypes.CDLL(None), "cudaGetLastError", None)
+    if last_error is not None:
+        last_error()
+    with suppress(RuntimeError, AssertionError):
+        torch.ones(1, device=device)

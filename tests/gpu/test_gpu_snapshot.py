@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.checkpoint.snapshot import Snapshot
+from megatron.checkpoint.snapshot import Snapshot, _host_memory
 from megatron.checkpoint.storage import Entry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -32,3 +32,20 @@ def test_a_snapshot_of_a_gpu() -> None:
     taken = Snapshot(device).take(entries[:1])  # a second one, and after it the first goes
     del snapshot
     assert torch.equal(taken[0].data(), before[taken[0].key].cpu())
+
+
+class Twice:
+    """torch's runtime, asked to pin the same memory again, which it refuses."""
+
+    def cudaHostRegister(self, *memory: int) -> int:
+        runtime = torch.cuda.cudart()
+        assert int(runtime.cudaHostRegister(*memory)) == 0
+        refused = int(runtime.cudaHostRegister(*memory))
+        assert int(runtime.cudaHostUnregister(memory[0])) == 0
+        return refused
+
+
+def test_a_refused_registration_leaves_no_error() -> None:
+    buffer = _host_memory(1 << 20, torch.device("cuda"), Twice())
+    assert not buffer.is_pinned()
+    assert torch.ones(3, device="cuda").sum().item() == 3.0
