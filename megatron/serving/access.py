@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.serving.fields import RequestError, one_line
-from megatron.serving.openai_fields import error_body
 
 ANY = "*"
 KEY_VARIABLE = "MEGATRON_API_KEY"
@@ -159,7 +158,7 @@ def gated(app: Any, access: Access, log: Callable[[str], object]) -> Any:
             client = scope["client"][0] if scope["client"] else "?"
             log(f"{client} {one_line(scope['method'] + ' ' + scope['path'])}: status {error.status}, {one_line(str(error))}")
             challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-            await JSONResponse(error_body(error), error.status, challenge)(scope, receive, _naming(origin, send))
+            await JSONResponse(error.body(), error.status, challenge)(scope, receive, _naming(origin, send))
             return
         await app(scope, receive, _naming(origin, send))
 

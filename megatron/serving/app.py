@@ -18,7 +18,7 @@ from megatron.serving.chat_template import NO_TEMPLATE, ChatTemplate
 from megatron.serving.engine import Done, Engine, Pending, Update
 from megatron.serving.fields import Fields, RequestError, one_line
 from megatron.serving.openai_api import Completion
-from megatron.serving.openai_fields import error_body, model_body, no_model
+from megatron.serving.openai_fields import model_body, no_model
 from megatron.serving.record import Record
 from megatron.serving.task import Task
 
@@ -189,10 +189,10 @@ def build(service: Service) -> Any:
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-            return JSONResponse(error_body(wrong), wrong.status, error.headers)
+            return JSONResponse(wrong.body(), wrong.status, error.headers)
         wrong = error if isinstance(error, RequestError) else RequestError(str(error))
         line(request, f"status {wrong.status}, {wrong}")
-        return JSONResponse(error_body(wrong), wrong.status)
+        return JSONResponse(wrong.body(), wrong.status)
 
     routes = Starlette(
         routes=[
@@ -265,7 +265,7 @@ async def stream(service: Service, wanted: Completion | Chat) -> AsyncIterator[s
         for piece in wanted.last_pieces(records):
             yield event(piece)
     except RequestError as error:
-        yield event(error_body(error))
+        yield event(error.body())
     finally:
         await events.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
     yield "data: [DONE]\n\n"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.generate import Predictor, room_after
+from megatron.generate import Predictor
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.openai_api import count
 from megatron.serving.openai_fields import COMMON, NEUTRAL, check_names, read_sampling, read_stops, read_stream
@@ -109,7 +109,7 @@ class Chat:
         Args:
             fields: the request.
             prompt: its messages, as tokens.
-            served: the model, whose positions end a reply of no given length.
+            served: the model, whose longest sequence ends a reply of no given length.
             model: its name for clients.
             ends: tokens that end a reply.
             most_tokens: of a request, prompts and replies together.
@@ -176,8 +176,10 @@ def _length(fields: Fields, prompt: Sequence[int], served: Predictor, most_token
         raise RequestError("max_tokens is the older name of max_completion_tokens, and they differ: give one", "max_tokens")
     if given:
         return next(iter(given.values()))
-    rooms = [most_tokens - len(prompt), room_after(served, prompt)]
-    return max(1, min(room for room in rooms if room is not None))
+    longest = served.config.max_position_embeddings  # that it was trained on, also where nothing ends its positions
+    if longest is not None and longest > len(prompt):
+        most_tokens = min(most_tokens, longest)
+    return max(1, most_tokens - len(prompt))
 
 
 def _alternatives(fields: Fields) -> int | None:

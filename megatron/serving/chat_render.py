@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 MAX_ERROR = 1000  # characters
-MAX_MEMORY = 1 << 30  # bytes of address space
+MAX_MEMORY = 512 << 20  # bytes of address space
 MIN_JINJA = (3, 1, 6)  # earlier sandboxes have known ways out
 
 

@@ -11,11 +11,12 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from http import HTTPStatus
 from typing import Any
 
 from megatron.serving.fields import RequestError, one_line
-from megatron.serving.openai_fields import error_body
 
+LINGER = 1.0  # seconds for which a client that has been refused may go on sending, so that it hears why
 MIN_RATE = 1024  # bytes a second, at which a client must take what it has asked for
 
 
@@ -50,7 +51,7 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
         def connection_made(self, transport: Any) -> None:
             self._arriving: asyncio.TimerHandle | None = None
             self._leaving: asyncio.TimerHandle | None = None
-            self._unsent, self._quiet_since = 0, self.loop.time()
+            self._unsent, self._quiet_since, self._refused = 0, self.loop.time(), False
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that nobody takes
             self._watch_request()
@@ -61,6 +62,8 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
             super().data_received(data)
             self._watch_request()
 
@@ -72,11 +75,13 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
         @property
         def busy(self) -> bool:
             """Whether a request is here that has not been answered."""
-            answered = self.cycle is None or self.cycle.response_complete
+            answered = self.cycle is None or self.cycle.response_complete or self._refused
             return not answered and self.conn.their_state is not h11.SEND_BODY
 
         def _watch_request(self) -> None:
             """Run the timer from the first to the last byte of a request; between two of them uvicorn's own runs."""
+            if self._refused:
+                return
             begun = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
             if self.transport.is_closing() or not (begun or self.conn.their_state is h11.SEND_BODY):
                 self._arriving = self._cancelled(self._arriving)
@@ -130,19 +135,27 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
         def _refuse(self, status: int, message: str) -> None:
             """Answer where there is no answer yet, and close the connection."""
             error = RequestError(message, status=status)
-            body = json.dumps(error_body(error)).encode()
+            body = json.dumps(error.body()).encode()
             kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            reason = HTTPStatus(status).phrase.encode()
             try:
                 events = (
-                    h11.Response(status_code=status, headers=[*kind, (b"connection", b"close")]),
+                    h11.Response(status_code=status, headers=[*kind, (b"connection", b"close")], reason=reason),
                     h11.Data(data=body),
                     h11.EndOfMessage(),
                 )
                 self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             except h11.LocalProtocolError:  # an answer has begun already, or must have no body
-                pass
+                self.transport.abort()
+                return
             log(f"{self._name()}: status {status}, {one_line(str(error))}")
-            self.transport.close()
+            self._refused = True
+            if self.cycle is not None:  # an application that waits for the body waits no longer
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            self.transport.write_eof()
+            self._arriving = self._cancelled(self._arriving)
+            self._arriving = self.loop.call_later(LINGER, self.transport.close)
 
         def _should_upgrade(self) -> bool:
             return False  # a client that asks for a WebSocket gets HTTP

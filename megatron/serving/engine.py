@@ -73,7 +73,7 @@ class Engine:
             return STOPPING.error
         since, what, busy = self._progress
         quiet = time.monotonic() - since
-        if quiet <= (patience if busy else max(MAX_IDLE, 2 * BEAT)):
+        if quiet <= (patience if busy else MAX_IDLE):
             return ""
         return f"the model has made no progress for {quiet:.0f} s, while {what}"
 

@@ -20,6 +20,11 @@ class RequestError(ValueError):
         param = param if param is None else param[:MAX_MESSAGE]
         self.param, self.status, self.code = param, status, code
 
+    def body(self) -> dict[str, Any]:
+        """Return the error as OpenAI's clients read it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
 
 class Fields:
     """A JSON object whose fields are asked for by name; null is as good as absent.

@@ -1,4 +1,4 @@
-"""The fields that OpenAI's completions and chats share, and the forms of errors and models."""
+"""The fields that OpenAI's completions and chats share, and its form of a model."""
 
 from __future__ import annotations
 
@@ -70,11 +70,6 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
     if (characters := sum(map(len, stops))) > MAX_STOP_CHARACTERS:
         raise RequestError(f"stop has {characters} characters in all; legal: up to {MAX_STOP_CHARACTERS}", "stop")
     return tuple(dict.fromkeys(stops))
-
-
-def error_body(error: RequestError) -> dict[str, Any]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
 def model_body(model: str, created: int) -> dict[str, Any]:

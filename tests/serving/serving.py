@@ -71,7 +71,7 @@ class Client:
     def connected(self, body: dict[str, Any]) -> Iterator[socket.socket]:
         """A connection on which completions have been asked for, which is cut at the end whatever comes."""
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head = f"{head}Content-Length: {len(data)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(head + data)
@@ -98,12 +98,17 @@ def served(
     most_tokens: int = 12000,
     most_waiting: int = 256,
     limits: ConnectionLimits | None = None,
+    buffer: int = 0,
     **service: Any,
 ) -> Iterator[Client]:
-    """most_tokens: of a request. most_waiting: requests. limits: of connections. service: further fields of `Service`."""
+    """most_tokens: of a request. most_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a reply
+    that nobody reads; 0 for its own number. service: further fields of `Service`.
+    """
     with patch("megatron.serving.engine.MOST_WAITING", most_waiting):
         engine = Engine(model, tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
+    if buffer:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     client, over = Client(port.getsockname()[1], engine), threading.Event()
     offered = Service(engine, service.pop("name", "tiny"), most_tokens, client.log.append, **service)
     with patch("megatron.serving.engine.BEAT", 0.05), listening(offered, port, limits) as alive:  # the end is seen at a beat

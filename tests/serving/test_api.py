@@ -199,7 +199,9 @@ def test_stops_of_completions(client, model):
     stop = text[7:9]
     (choice,) = client.complete(prompt="Hello", max_tokens=20, temperature=0, stop=stop)["choices"]
     assert choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
-    pieces = client.events(prompt="Hello", max_tokens=20, temperature=0, stop=["never", stop])
+    many = [*(f"never {i}" for i in range(500)), "n" * 5000, stop, text[7:10]]  # lm-evaluation-harness sends five and more
+    assert client.complete(prompt="Hello", max_tokens=20, temperature=0, stop=many)["choices"][0]["text"] == choice["text"]
+    pieces = client.events(prompt="Hello", max_tokens=20, temperature=0, stop=many)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]
     assert [piece["choices"][0]["finish_reason"] for piece in pieces][-1] == "stop"
 

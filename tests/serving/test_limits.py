@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,6 +29,16 @@ def logged(client, what: str) -> str:
     (line,) = client.log
     assert what in line
     return line
+
+
+def stuck(client) -> str:
+    """What /health says is wrong, once it says so."""
+    deadline = time.monotonic() + 30
+    while (found := client("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    status, said = found
+    assert (status, said["status"]) == (503, "stuck")
+    return str(said["message"])
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,40 @@ def test_no_room_has_a_status_also_before_a_stream():
                 for stream in (True, False):
                     status, reply = client("POST", "/v1/completions", {"prompt": "x", "stream": stream})
                     assert status == 503 and "1 requests wait already" in reply["error"]["message"]
+
+
+def test_health_tells_when_the_model_is_stuck():
+    """A pass that does not come back for long. When it does, requests are answered again."""
+    model, go_on, asked = tireless(), threading.Event(), {"prompt": "x", "max_tokens": 3}
+    predict = model.predict
+
+    def stalled(batch, cache=None, top=None):
+        go_on.wait(60)
+        return predict(batch, cache, top)
+
+    model.predict = stalled
+    with served(model, Letters(), patience=0.2) as client:
+        assert client("GET", "/health") == (200, {"status": "ok"})
+        with client.connected(asked):
+            assert "no progress for 0 s, while reading the prompts of a request for 1 texts" in stuck(client)
+            go_on.set()
+            assert client.complete(**asked)["usage"]["completion_tokens"] == 3
+            assert client("GET", "/health")[0] == 200
+    assert client.engine.trouble(60.0) == "the server is stopping"
+
+
+def test_health_tells_when_another_rank_is_gone():
+    """Rank 0 then waits in the exchange between two requests, which comes at every beat."""
+    with patch("megatron.serving.engine.MAX_IDLE", 0.3), served(tireless(), Letters()) as client:
+        exchange, go_on = client.engine.control.exchange, threading.Event()
+
+        def blocked(*told, **asked):
+            go_on.wait(60)
+            return exchange(*told, **asked)
+
+        client.engine.control.exchange = blocked
+        assert "while waiting for a request" in stuck(client)
+        go_on.set()
 
 
 def test_too_little_memory_ends_the_request_and_not_the_server():
