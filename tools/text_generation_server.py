@@ -27,7 +27,7 @@ from megatron.model_flags import add_model_flags, layout_of
 from megatron.restore import open_pipeline, text_tokenizer
 from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
 from megatron.serving.app import Service, largest_body
-from megatron.serving.chat_template import ChatFiles, ChatTemplate
+from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
 from megatron.serving.connections import ConnectionLimits
 from megatron.serving.control import Control
 from megatron.serving.engine import Engine
@@ -57,13 +57,14 @@ def main(argv: list[str]) -> int:
         limits = ConnectionLimits(args.request_timeout, args.keep_alive_timeout, args.send_timeout, args.max_connections)
         if not args.health_timeout > 0:
             raise ValueError(f"--health-timeout {args.health_timeout} is no time; legal: above 0")
+        template = None if args.chat_template is None else read_template(args.chat_template)
         access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         find(Path(args.load), args.load_iteration)
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
         with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
-            run(args, started, grid, device if place.world_size == 1 else started.device, signals, access, limits)
+            run(args, started, grid, device if place.world_size == 1 else started.device, signals, access, limits, template)
         signals.close()
     except REFUSED as error:
         if speaks:
@@ -78,14 +79,11 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which `ps` does not show"
     )
-    parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN",
-        help="origin of web pages that may ask, such as https://app.example.org; may be repeated; * is all",
-    )  # fmt: skip
-    parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME",
-        help="name under which the server may be asked for besides localhost, addresses and this machine's; * is all",
-    )  # fmt: skip
+    for flag, name, what in (
+        ("--allow-origin", "ORIGIN", "origin of web pages that may ask, such as https://app.example.org"),
+        ("--allow-host", "NAME", "name of this server besides localhost, addresses and the machine's own"),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=name, help=f"{what}; may be repeated; * is all")
     for name, default, what in (
         ("request", usual.request_timeout, "for a request to arrive whole"),
         ("keep-alive", usual.keep_alive_timeout, "for the next request on an open connection"),
@@ -111,8 +109,9 @@ def run(
     signals: StopSignals,
     access: Access,
     limits: ConnectionLimits,
+    template: str | None,
 ) -> None:
-    """Open the model and serve it. Collective."""
+    """Open the model and serve it. Collective. template: of chats, None for the checkpoint's."""
     mesh = Mesh.build(grid, started.place.rank, started.timeout)
     # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
     opened_port = open_port(args.host, args.port) if started.is_main else None
@@ -120,16 +119,14 @@ def run(
     engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
     service = None
     if started.is_main:
-        files = ChatFiles.of(opened.directory / TOKENIZER, engine.tokenizer, args.chat_template)
-        name = args.model_name or Path(args.load).resolve().name
-        service = Service(
-            engine, name, args.max_tokens_to_oom, say, access=access, patience=args.health_timeout,
-            chat=ChatTemplate(files, engine.tokenizer, largest_body(args.max_tokens_to_oom)),
-        )  # fmt: skip
-        if service.chat.trouble and files.template is not None:
-            say(f"note: no chats: {service.chat.trouble}")
+        files = ChatFiles.of(opened.directory / TOKENIZER, engine.tokenizer, template)
+        chat = ChatTemplate(files, engine.tokenizer, largest_body(args.max_tokens_to_oom))
+        if chat.trouble and files.template is not None:
+            say(f"note: no chats: {chat.trouble}")
         if access.key is None and args.host not in LOOPBACK:
             say(f"note: whoever reaches {args.host} can use the model; {KEY_VARIABLE} or --api-key asks for a key")
+        name = args.model_name or Path(args.load).resolve().name
+        service = Service(engine, name, args.max_tokens_to_oom, say, chat, access, args.health_timeout)
     serve(engine, opened_port, service, signals, limits)
 
 

@@ -46,8 +46,8 @@ class ChatFiles:
     ends: tuple[int, ...]
 
     @classmethod
-    def of(cls, folder: Path, tokenizer: Tokenizer, given: Path | None = None) -> ChatFiles:
-        """Read them as transformers does. given: a file with another template; DataError for files that are damaged."""
+    def of(cls, folder: Path, tokenizer: Tokenizer, given: str | None = None) -> ChatFiles:
+        """Read them as transformers does; DataError for files that are damaged. given: another template."""
         about, generation = _read_json(folder / CONFIG), _read_json(folder / GENERATION)
         named = {**_read_json(folder / TOKENS), **about}
         tokens = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
@@ -61,17 +61,21 @@ class ChatFiles:
         eos = generation.get("eos_token_id")
         listed = [tokenizer.special.get("eod"), tokenizer.special.get("eos"), *(eos if isinstance(eos, list) else [eos])]
         ends = tuple(dict.fromkeys(end for end in listed if type(end) is int and end >= 0))
-        return cls(_template(folder, about, given), tokens, ends)
+        return cls(_template(folder, about) if given is None else given, tokens, ends)
 
 
-def _template(folder: Path, about: Mapping[str, Any], given: Path | None) -> str | None:
+def read_template(file: Path) -> str:
+    """Return the text of a file with a template; DataError for a file that holds none."""
+    try:
+        return _read(file, MAX_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Return the template of a conversation without tools: that of the file, else the configuration's."""
-    file = given or folder / TEMPLATE
-    if given is not None or file.exists():
-        try:
-            return _read(file, MAX_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file} is no text in UTF-8: {error}") from error
+    if (folder / TEMPLATE).exists():
+        return read_template(folder / TEMPLATE)
     held = about.get("chat_template")
     if isinstance(held, list):  # several, by name
         named = {each.get("name"): each.get("template") for each in held if isinstance(each, dict)}

@@ -131,4 +131,10 @@ def tireless() -> GPT:
 
 
 def checkpoint(root: Path) -> Path:
-    return save_model(tireless(), root, ByteTokenizer().save)
+    """One whose tokenizer has a chat template."""
+
+    def assets(folder: Path) -> None:
+        ByteTokenizer().save(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    return save_model(tireless(), root, assets)

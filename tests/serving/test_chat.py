@@ -171,8 +171,7 @@ def test_without_a_template(tmp_path) -> None:
         with served(tireless(), Letters(), **held) as client:
             status, body = client("POST", "/v1/chat/completions", {"messages": TALKS[0]})
             assert status == 400 and "--chat-template FILE" in body["error"]["message"]
-    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}")
-    given = ChatTemplate(ChatFiles.of(tmp_path, chat.tokenizer, tmp_path / "own.jinja"), chat.tokenizer, 1000)
+    given = ChatTemplate(ChatFiles.of(tmp_path, chat.tokenizer, "{{ messages[0].content }}"), chat.tokenizer, 1000)
     assert given.text(TALKS[0]) == "Hi"
     given.close()
 
