@@ -22,6 +22,8 @@ TEMPLATE, CONFIG, TOKENS, GENERATION = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+KEPT = "hugging_face"  # folder of a checkpoint's tokenizer with the files of the Hugging Face directory that it was imported from
+MODEL = "config.json"  # of that directory
 MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
 MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token
 MAX_SECONDS, MAX_START = 20.0, 120.0  # that a template may take, and its process until it is there
@@ -48,8 +50,8 @@ class ChatFiles:
     @classmethod
     def of(cls, folder: Path, tokenizer: Tokenizer, given: str | None = None) -> ChatFiles:
         """Read them as transformers does; DataError for files that are damaged. given: another template."""
-        about, generation = _read_json(folder / CONFIG), _read_json(folder / GENERATION)
-        named = {**_read_json(folder / TOKENS), **about}
+        about, generation = _read_json(_place(folder, CONFIG)), _read_json(_place(folder, GENERATION))
+        named = {**_read_json(_place(folder, TOKENS)), **about}
         tokens = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         if "eod" in tokenizer.special:
             tokens.setdefault("eos_token", tokenizer.piece(tokenizer.special["eod"]))
@@ -58,7 +60,7 @@ class ChatFiles:
             text = entry.get("content") if isinstance(entry, dict) else entry
             if isinstance(text, str):
                 tokens[f"{role}_token"] = text
-        eos = generation.get("eos_token_id")
+        eos = generation.get("eos_token_id", _read_json(folder / KEPT / MODEL).get("eos_token_id"))
         listed = [tokenizer.special.get("eod"), tokenizer.special.get("eos"), *(eos if isinstance(eos, list) else [eos])]
         ends = tuple(dict.fromkeys(end for end in listed if type(end) is int and end >= 0))
         return cls(_template(folder, about) if given is None else given, tokens, ends)
@@ -74,8 +76,8 @@ def read_template(file: Path) -> str:
 
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Return the template of a conversation without tools: that of the file, else the configuration's."""
-    if (folder / TEMPLATE).exists():
-        return read_template(folder / TEMPLATE)
+    if (file := _place(folder, TEMPLATE)).exists():
+        return read_template(file)
     held = about.get("chat_template")
     if isinstance(held, list):  # several, by name
         named = {each.get("name"): each.get("template") for each in held if isinstance(each, dict)}
@@ -83,6 +85,12 @@ def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     if held is not None and not (isinstance(held, str) and len(held) <= MAX_TEMPLATE):
         raise DataError(f"{folder / CONFIG}: its chat_template is no text of up to {MAX_TEMPLATE} characters")
     return held
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Return where a file of this name lies: as its authors wrote it, else beside the tokenizer."""
+    kept = folder / KEPT / name
+    return kept if kept.exists() else folder / name
 
 
 def _read(path: Path, most: int) -> bytes:
@@ -160,7 +168,9 @@ class ChatTemplate:
                 raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, also one that still renders."""
+        if (process := self._process) is not None:
+            process.kill()
         with self._lock:
             self._stop()
 

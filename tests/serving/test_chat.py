@@ -128,6 +128,12 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [IM_END, third, True, -1, "x"]}))
     files = ChatFiles.of(folder, tokenizer)
     assert files.ends == (EOS, IM_END, third)
+    kept = folder / chat_template.KEPT  # as an import keeps the files, which then come first
+    kept.mkdir()
+    (folder / "generation_config.json").rename(kept / "generation_config.json")
+    assert ChatFiles.of(folder, tokenizer) == files
+    (kept / "chat_template.jinja").write_text("kept")
+    assert ChatFiles.of(folder, tokenizer).template == "kept"
     chat = ChatTemplate(files, tokenizer, 1000)
     with served(model, tokenizer, chat=chat) as client:
         choice = client.complete(prompt="Hi", max_tokens=4, temperature=0)["choices"][0]
@@ -181,7 +187,7 @@ BAD = (
     ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ("{{ namespace(__class__=1) }}", "cannot be stored"),
     ("{{ range(1000000) | list }}", "Range too big"),
-    ("{% set ns = namespace(x='a') %}{% for i in range(64) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory"),
+    ("{% set ns = namespace(x='a') %}{% for i in range(64) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "needs too much mem"),
     ("{% for i in range(99999) %}{{ 'aaaaaaaaaa' * 9 }}{% endfor %}", "longer than 1000 characters"),
     ("{{ messages[0].nothing.at_all }}", "has no attribute"),
     ("{{ 1 / 0 }}", "division by zero"),
