@@ -22,7 +22,7 @@ TEMPLATE, CONFIG, TOKENS, GENERATION = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-KEPT = "hugging_face"  # folder of a checkpoint's tokenizer with the files of the Hugging Face directory that it was imported from
+KEPT = "hugging_face"  # folder beside the tokenizer, with the files of the directory that an import read
 MODEL = "config.json"  # of that directory
 MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
 MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token
