@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
         grid, device = layout_of(args, place)
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
-        require_packages()
         limits = ConnectionLimits(args.request_timeout, args.keep_alive_timeout, args.send_timeout, args.max_connections)
         if not args.health_timeout > 0:
             raise ValueError(f"--health-timeout {args.health_timeout} is no time; legal: above 0")
         template = None if args.chat_template is None else read_template(args.chat_template)
         access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
+        require_packages()
         find(Path(args.load), args.load_iteration)
         signals = StopSignals(leave)
         signals.install()
