@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.generate import Predictor
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.openai_api import count
-from megatron.serving.openai_fields import COMMON, NEUTRAL, check_names, read_sampling, read_stops, read_stream
+from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream
 from megatron.serving.record import Record
 from megatron.serving.task import MOST_PROMPTS, Task
 
@@ -77,21 +76,8 @@ def _content(given: Any, where: str) -> str:
     return "\n".join(part["text"] for part in given)
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A request: the task, and how it is answered.
-
-    samples: replies to the conversation. usage: a last piece of a stream tells the number of tokens.
-    """
-
-    task: Task
-    samples: int
-    stream: bool
-    usage: bool
-    model: str
-    id: str
-    created: int
-    echo: bool = False
+class Chat(Asked):
+    """A request for replies to a conversation."""
 
     @classmethod
     def check(cls, fields: Fields, model: str) -> None:

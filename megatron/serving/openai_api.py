@@ -5,13 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.serving.fields import Fields, RequestError
-from megatron.serving.openai_fields import COMMON, NEUTRAL, check_names, read_sampling, read_stops, read_stream
+from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream
 from megatron.serving.record import Record
 from megatron.serving.task import MOST_PROMPTS, Task
 
@@ -20,21 +19,8 @@ NOT_OFFERED = (*NEUTRAL, ("suffix", ""))
 KNOWN = COMMON | {"prompt", "best_of", "max_tokens", "logprobs", "echo"} | {name for name, _ in NOT_OFFERED}
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A request: the task, and how it is answered.
-
-    samples: texts for each prompt. usage: a last piece of a stream tells the number of tokens.
-    """
-
-    task: Task
-    samples: int
-    stream: bool
-    usage: bool
-    model: str
-    id: str
-    created: int
-    echo: bool = False
+class Completion(Asked):
+    """A request for completions."""
 
     @classmethod
     def of(cls, fields: Fields, tokenizer: Tokenizer, model: str, ends: Sequence[int]) -> Completion:

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.generate import Sampling
 from megatron.serving.fields import Fields, RequestError
+from megatron.serving.task import Task
 
 MAX_STOP_CHARACTERS = 65_536  # of all stop texts of a request
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")
 COMMON = frozenset(("model", "user", "n", "stream", "stream_options", *SAMPLING))
 NEUTRAL: tuple[tuple[str, Any], ...] = (("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: the task, and how it is answered.
+
+    samples: texts for each prompt. usage: a last piece of a stream tells the number of tokens. echo: the prompt is shown too.
+    """
+
+    task: Task
+    samples: int
+    stream: bool
+    usage: bool
+    model: str
+    id: str
+    created: int
+    echo: bool = False
 
 
 def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[str, Any]], model: str) -> None:
