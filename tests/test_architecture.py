@@ -58,6 +58,7 @@ PURE = [
     "parallel/buckets.py",
     "tasks/windows.py",
     "tasks/wikitext.py",
+    "serving/stops.py",
 ]
 PURE += [f"pipeline/{name}.py" for name in ("schedule", "simulate", "draw", "lower", "partition")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "lm_eval"}

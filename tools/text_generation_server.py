@@ -1,8 +1,8 @@
 """Serve a trained model over HTTP: `tools/text_generation_server.py --load CKPT`.
 
-Answers Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions`, see examples/text_generation_server. Started by torchrun
-on several processes, it cuts the model over them: --tensor-model-parallel-size x --pipeline-model-parallel-size must be their
-number. SIGTERM and Ctrl-C end it.
+Answers Megatron-LM's `PUT /api` and OpenAI's `POST /v1/completions` and `/v1/chat/completions`, see
+examples/text_generation_server. Started by torchrun on several processes, it cuts the model over them:
+--tensor-model-parallel-size x --pipeline-model-parallel-size must be their number. SIGTERM and Ctrl-C end it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
 from megatron.mesh.grid import Grid
@@ -25,7 +25,10 @@ from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.model_flags import add_model_flags, layout_of
 from megatron.restore import open_pipeline, text_tokenizer
-from megatron.serving.app import Service
+from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
+from megatron.serving.app import Service, largest_body
+from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
+from megatron.serving.connections import ConnectionLimits
 from megatron.serving.control import Control
 from megatron.serving.engine import Engine
 from megatron.serving.server import open_port, require_packages, say, serve
@@ -40,6 +43,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 is any free one (default 5000)")
     parser.add_argument("--model-name", help="the model's name for clients; default that of the directory of --load")
     parser.add_argument("--max-tokens-to-oom", type=int, default=12000, help="most tokens of a request (default 12000)")
+    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template; default that of the checkpoint")
+    add_access_flags(parser)
     args = parser.parse_args(argv)
     speaks = True
     try:
@@ -48,13 +53,18 @@ def main(argv: list[str]) -> int:
         grid, device = layout_of(args, place)
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
+        limits = ConnectionLimits(args.request_timeout, args.keep_alive_timeout, args.send_timeout, args.max_connections)
+        if not args.health_timeout > 0:
+            raise ValueError(f"--health-timeout {args.health_timeout} is no time; legal: above 0")
+        template = None if args.chat_template is None else read_template(args.chat_template)
+        access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
         find(Path(args.load), args.load_iteration)
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
         with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
-            run(args, started, grid, device if place.world_size == 1 else started.device, signals)
+            run(args, started, grid, device if place.world_size == 1 else started.device, signals, access, limits, template)
         signals.close()
     except REFUSED as error:
         if speaks:
@@ -63,21 +73,61 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def add_access_flags(parser: argparse.ArgumentParser) -> None:
+    """Who may ask, and how long a client may take."""
+    usual = ConnectionLimits()
+    parser.add_argument(
+        "--api-key", help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which `ps` does not show"
+    )
+    for flag, name, what in (
+        ("--allow-origin", "ORIGIN", "origin of web pages that may ask, such as https://app.example.org"),
+        ("--allow-host", "NAME", "name of this server besides localhost, addresses and the machine's own"),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=name, help=f"{what}; may be repeated; * is all")
+    for name, default, what in (
+        ("request", usual.request_timeout, "for a request to arrive whole"),
+        ("keep-alive", usual.keep_alive_timeout, "for the next request on an open connection"),
+        ("send", usual.send_timeout, "for which a client may leave its reply unread"),
+        ("health", 60.0, "without a token, after which /health says that the model is stuck"),
+    ):
+        parser.add_argument(f"--{name}-timeout", type=float, default=default, help=f"seconds {what} (default {default:g})")
+    parser.add_argument(
+        "--max-connections", type=int, default=usual.max_connections, help=f"at once (default {usual.max_connections})"
+    )
+
+
 def leave(name: str) -> None:
     """A signal that comes before there is anything to end."""
     os._exit(128 + signal.Signals[name])
 
 
-def run(args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, signals: StopSignals) -> None:
-    """Open the model and serve it. Collective."""
+def run(
+    args: argparse.Namespace,
+    started: Job,
+    grid: Grid,
+    device: torch.device,
+    signals: StopSignals,
+    access: Access,
+    limits: ConnectionLimits,
+    template: str | None,
+) -> None:
+    """Open the model and serve it. Collective. template: of chats, None for the checkpoint's."""
     mesh = Mesh.build(grid, started.place.rank, started.timeout, watch=started.watch)
     # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
     opened_port = open_port(args.host, args.port) if started.is_main else None
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
-    name = args.model_name or Path(args.load).resolve().name
-    service = Service(engine, name, args.max_tokens_to_oom, say) if started.is_main else None
-    serve(engine, opened_port, service, signals)
+    service = None
+    if started.is_main:
+        files = ChatFiles.of(opened.directory / TOKENIZER, engine.tokenizer, template)
+        chat = ChatTemplate(files, engine.tokenizer, largest_body(args.max_tokens_to_oom))
+        if chat.trouble and files.template is not None:
+            say(f"note: no chats: {chat.trouble}")
+        if access.key is None and args.host not in LOOPBACK:
+            say(f"note: whoever reaches {args.host} can use the model; {KEY_VARIABLE} or --api-key asks for a key")
+        name = args.model_name or Path(args.load).resolve().name
+        service = Service(engine, name, args.max_tokens_to_oom, say, chat, access, args.health_timeout)
+    serve(engine, opened_port, service, signals, limits)
 
 
 if __name__ == "__main__":

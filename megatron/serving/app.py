@@ -5,44 +5,65 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from megatron.data.errors import DataError
 from megatron.serving import megatron_api
+from megatron.serving.access import Access, gated
+from megatron.serving.chat_api import Chat, read_messages
+from megatron.serving.chat_template import NO_TEMPLATE, ChatTemplate
 from megatron.serving.engine import Done, Engine, Pending, Update
-from megatron.serving.fields import Fields, RequestError
-from megatron.serving.openai_api import Completion, choice, error_body, models
+from megatron.serving.fields import Fields, RequestError, one_line
+from megatron.serving.openai_api import Completion
+from megatron.serving.openai_fields import model_body, no_model
 from megatron.serving.record import Record
 from megatron.serving.task import Task
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
 
 BYTES_OF_A_TOKEN = 32  # at most, on average, in JSON: text holds five, an escaped Chinese character six
 BYTES_BESIDES = 1 << 16  # of the other fields
 MOST_READ = 16 << 20  # bytes of a body that is too large: before a client has sent all it does not hear why
-LONGEST_LINE = 300  # characters of a line of the log
 LOOK = 0.2  # seconds between two looks at whether the client is still there
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need. model: its name for clients. most_tokens: of one request. log: gets one line for each request."""
+    """What the routes need.
+
+    model: its name for clients. most_tokens: of one request. log: gets one line for each request. chat: None where nothing is
+    known of conversations. patience: seconds without progress after which the model counts as stuck.
+    """
 
     engine: Engine
     model: str
     most_tokens: int
     log: Callable[[str], object]
+    chat: ChatTemplate | None = None
+    access: Access = field(default_factory=Access)
+    patience: float = 60.0
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        if self.chat is not None:
+            return self.chat.files.ends
+        special = self.engine.tokenizer.special
+        return (special["eod"],) if "eod" in special else ()
 
     @property
     def largest_body(self) -> int:
-        """Bytes of a request. While a larger one became tokens, nothing else in this process could run."""
-        return BYTES_OF_A_TOKEN * self.most_tokens + BYTES_BESIDES
+        return largest_body(self.most_tokens)
+
+
+def largest_body(most_tokens: int) -> int:
+    """Bytes of a request. While a larger one became tokens, nothing else in this process could run."""
+    return BYTES_OF_A_TOKEN * most_tokens + BYTES_BESIDES
 
 
 async def updates(service: Service, task: Task, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Update | Done]:
@@ -94,8 +115,8 @@ async def collect(
     return records, done
 
 
-def build(service: Service) -> Starlette:
-    """The application: `PUT /api`, `POST /v1/completions`, `GET /v1/models`, `GET /health`."""
+def build(service: Service) -> Any:
+    """Return the application: `PUT /api`, OpenAI's routes, `GET /health`, and in front of them all who may ask."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.responses import JSONResponse, StreamingResponse
@@ -105,8 +126,7 @@ def build(service: Service) -> Starlette:
 
     def line(request: Request, what: str) -> None:
         client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
-        told = "".join(c if c.isprintable() else "?" for c in what[:LONGEST_LINE])  # it may quote what the client sent
-        service.log(f"{client} {request.method} {request.url.path}: {told}, {passed:.2f} s")
+        service.log(f"{client} {request.method} {one_line(request.url.path)}: {one_line(what)}, {passed:.2f} s")
 
     async def api(request: Request) -> Response:
         quiet, request.state.began = False, time.monotonic()
@@ -126,46 +146,73 @@ def build(service: Service) -> Starlette:
     async def completions(request: Request) -> Response:
         request.state.began = time.monotonic()
         fields = await read(request, service.largest_body)
-        wanted = Completion.of(fields, service.engine.tokenizer, service.model)
+        return await answered(request, Completion.of(fields, service.engine.tokenizer, service.model, service.ends))
+
+    async def chats(request: Request) -> Response:
+        request.state.began = time.monotonic()
+        fields = await read(request, service.largest_body)
+        Chat.check(fields, service.model)
+        messages = read_messages(fields)
+        if service.chat is None:
+            raise RequestError(NO_TEMPLATE)
+        prompt = await asyncio.to_thread(service.chat.tokens, messages)
+        wanted = Chat.of(
+            fields, prompt, service.engine.model, model=service.model, ends=service.ends, most_tokens=service.most_tokens
+        )
+        return await answered(request, wanted)
+
+    async def answered(request: Request, wanted: Completion | Chat) -> Response:
         if wanted.stream:
             wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
             service.engine.check_room()
             line(request, "a stream begins")
             return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
         records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
-        choices = [told for i, record in enumerate(records) if (told := choice(i, record)) is not None]
+        body = wanted.whole(records)
         line(request, "status 200")
-        return JSONResponse(wanted.body(choices, usage=wanted.count(records)))
+        return JSONResponse(body)
 
     async def list_models(request: Request) -> Response:
-        return JSONResponse(models(service.model, began))
+        return JSONResponse({"object": "list", "data": [model_body(service.model, began)]})
+
+    async def one_model(request: Request) -> Response:
+        request.state.began = time.monotonic()
+        if (name := request.path_params["name"]) != service.model:
+            raise no_model(name, service.model)
+        return JSONResponse(model_body(service.model, began))
 
     async def health(request: Request) -> Response:
+        if trouble := service.engine.trouble(service.patience):
+            return JSONResponse({"status": "stuck", "message": trouble}, 503)
         return JSONResponse({"status": "ok"})
 
     async def refused(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-            return JSONResponse(error_body(wrong), wrong.status, error.headers)
+            return JSONResponse(wrong.body(), wrong.status, error.headers)
         wrong = error if isinstance(error, RequestError) else RequestError(str(error))
         line(request, f"status {wrong.status}, {wrong}")
-        return JSONResponse(error_body(wrong), wrong.status)
+        return JSONResponse(wrong.body(), wrong.status)
 
-    return Starlette(
+    routes = Starlette(
         routes=[
             Route("/api", api, methods=["PUT", "POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chats, methods=["POST"]),
             Route("/v1/models", list_models),
+            Route("/v1/models/{name:path}", one_model),
             Route("/health", health),
         ],
         exception_handlers={RequestError: refused, DataError: refused, HTTPException: refused},
     )
+    return gated(routes, service.access, service.log)
 
 
 async def read(request: Request, largest: int) -> Fields:
     """The body as fields; RequestError for one that is too large or no JSON object, and where the client goes meanwhile."""
     from starlette.requests import ClientDisconnect
 
+    check_content_type(request.headers.getlist("content-type"), request.headers.get("content-encoding", "identity"))
     body, size = bytearray(), 0
     try:
         async for piece in request.stream():
@@ -181,7 +228,21 @@ async def read(request: Request, largest: int) -> Fields:
     return Fields(bytes(body))
 
 
-async def stream(service: Service, wanted: Completion) -> AsyncIterator[str]:
+def check_content_type(given: Sequence[str], encoding: str) -> None:
+    """RequestError for a body that is not said to be JSON: a browser lets any page send one that is said to be text."""
+    kind, _, parameters = given[0].partition(";") if len(given) == 1 else ("", "", "")
+    named = dict(part.strip().lower().partition("=")[::2] for part in parameters.split(";"))
+    if kind.strip().lower() != "application/json":
+        shown = f"is said to be {', '.join(given)!r}" if given else "has no Content-Type"
+        wanted = "send JSON with the header 'Content-Type: application/json'"
+        raise RequestError(f"the request's body {shown}: {wanted}", status=415)
+    if named.get("charset", "utf-8").strip('"') not in ("utf-8", "utf8"):
+        raise RequestError(f"the request's body is said to be in {named['charset']}: JSON is in UTF-8", status=415)
+    if encoding.strip().lower() != "identity":
+        raise RequestError(f"the request's body is said to be in {encoding}: send it as it is", status=415)
+
+
+async def stream(service: Service, wanted: Completion | Chat) -> AsyncIterator[str]:
     """Server-sent events: a piece of one text each, at last perhaps the usage, and [DONE]. An error is an event too."""
     task = wanted.task
     records = [Record(task, prompt, service.engine.tokenizer, echo=wanted.echo) for prompt in task.prompts]
@@ -192,17 +253,19 @@ async def stream(service: Service, wanted: Completion) -> AsyncIterator[str]:
     async def stays() -> bool:
         return False  # the response that reads this iterator looks for itself, and closes it
 
+    for piece in wanted.first_pieces():
+        yield event(piece)
     events = updates(service, task, stays)
     try:
         async for update in events:
             if isinstance(update, Update):
                 records[update.index].add(update)
-                if (piece := choice(update.index, records[update.index])) is not None:
-                    yield event(wanted.body([piece]))
-        if wanted.usage:
-            yield event(wanted.body([], usage=wanted.count(records)))
+                for piece in wanted.pieces(update.index, records[update.index]):
+                    yield event(piece)
+        for piece in wanted.last_pieces(records):
+            yield event(piece)
     except RequestError as error:
-        yield event(error_body(error))
+        yield event(error.body())
     finally:
         await events.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
     yield "data: [DONE]\n\n"

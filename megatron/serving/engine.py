@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from megatron.serving.task import Task
 
 BEAT = 0.5  # seconds between two words of rank 0 while no request comes
 MOST_WAITING = 256  # requests
+MAX_IDLE = 15.0  # seconds without a sign of the engine while no request runs: it gives one at every beat
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,28 @@ class Engine:
         self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watch()
         self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
         self._closed = threading.Event()
+        self._progress: tuple[float, str, bool] = (time.monotonic(), "starting", False)
+
+    def trouble(self, patience: float) -> str:
+        """Return why requests are not being answered, in words; "" where they are. From any thread.
+
+        patience: seconds that a request may take from one of its tokens to the next.
+        """
+        if self._closed.is_set():
+            return STOPPING.error
+        since, what, busy = self._progress
+        quiet = time.monotonic() - since
+        if quiet <= (patience if busy else MAX_IDLE):
+            return ""
+        return f"the model has made no progress for {quiet:.0f} s, while {what}"
+
+    def _at(self, what: str, *, busy: bool) -> None:
+        """Tell the watch and whoever asks for `trouble` what happens from now on."""
+        self._progress = (time.monotonic(), what, busy)
+        if busy:
+            self.watch.doing(what)
+        else:
+            self.watch.waiting(what)
 
     def check_room(self) -> None:
         """RequestError when as many requests wait as may."""
@@ -78,7 +102,7 @@ class Engine:
         try:
             while True:
                 pending = self._next() if self.control.leads else None
-                self.watch.waiting("waiting for a request")
+                self._at("waiting for a request", busy=False)
                 word = self.control.exchange(
                     NOTHING if pending is None else TASK,
                     b"" if pending is None else pending.task.to_bytes(),
@@ -121,10 +145,11 @@ class Engine:
         beams: list[Beam] = []
         texts = [Text.after(prompt) for prompt in task.prompts]
         told = [(text.start, 0) for text in texts]
+        self._at(f"reading the prompts of a request for {len(texts)} texts", busy=True)
         steps = self._beams(task, beams) if task.beam else self._texts(task, texts)
         try:
             for number, grown in enumerate(steps):
-                self.watch.doing(f"writing token {number + 1} of a request for {len(texts)} texts")
+                self._at(f"writing token {number + 1} of a request for {len(texts)} texts", busy=True)
                 command = GO_ON
                 if pending is not None:
                     _tell(pending, grown, texts, told)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+MAX_MESSAGE = 2000  # characters, since a message may quote what the client sent
+MAX_LINE = 300  # characters of a part of a line of the log
 LARGEST = 2**63 - 1  # whole number where nothing else ends them: a larger one has too many digits for a message
 
 
@@ -13,17 +16,29 @@ class RequestError(ValueError):
     """What a client asked for cannot be done. status: of HTTP. param: the field at fault. code: a word for programs."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
+        param = param if param is None else param[:MAX_MESSAGE]
         self.param, self.status, self.code = param, status, code
+
+    def body(self) -> dict[str, Any]:
+        """Return the error as OpenAI's clients read it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class Fields:
-    """A JSON object whose fields are asked for by name; null is as good as absent."""
+    """A JSON object whose fields are asked for by name; null is as good as absent.
+
+    RequestError for a body that is none, and for one that names a field twice, at any depth: which of the two counts would
+    depend on who reads it.
+    """
 
     def __init__(self, body: bytes) -> None:
         try:
-            held = json.loads(body)
+            held = json.loads(body, object_pairs_hook=_distinct)
             json.dumps(held, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
+        except RequestError:
+            raise
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request's body is no JSON: {error}") from error
         if not isinstance(held, dict):
@@ -55,3 +70,23 @@ class Fields:
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", name)
         return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self.held.get(name, default)
+        if not isinstance(value, str):
+            raise RequestError(f"{name} must be a string", name)
+        return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in names.items() if count > 1)
+        raise RequestError(f"the request's body holds the field {twice!r} more than once", twice)
+    return held
+
+
+def one_line(text: str) -> str:
+    """Return the text as a part of one line of the log, since it may quote what a client sent."""
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])

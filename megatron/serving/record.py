@@ -9,8 +9,9 @@ from typing import Any
 from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Score
 from megatron.serving.engine import Update
+from megatron.serving.stops import StopScan
 from megatron.serving.task import Task
-from megatron.serving.words import added_text, before_stop, settled, single, width
+from megatron.serving.words import UNFINISHED, added_text, single, width
 
 
 class Record:
@@ -22,6 +23,7 @@ class Record:
     def __init__(self, task: Task, prompt: Sequence[int], tokenizer: Tokenizer, *, echo: bool = False) -> None:
         self.tokens, self.start, self.scores, self.end = list(prompt), len(prompt), list[Score](), ""
         self._task, self._tokenizer = task, tokenizer
+        self._scan: StopScan | None = None
         self._first = 0 if echo else self.start
         self._text = self._places = 0  # how many characters and tokens have been shown
         self._offsets, self._width = list[int](), 0  # where each token's text begins in what is shown, and where the next one
@@ -45,18 +47,30 @@ class Record:
         tokens = self.tokens[: len(self.tokens) - ended_by_run]
         prompt = added_text(self._tokenizer, tokens[: self.start], self._first)
         written = added_text(self._tokenizer, tokens, self.start)
-        cut = before_stop(written, self._task.stop_texts)
-        whole = prompt + (cut if self.end else settled(cut, self._task.stop_texts))
+        shown = self._certain(written)
+        whole = prompt + shown
         text, self._text = whole[self._text :], max(self._text, len(whole))
         if self._task.top is None:
             return text, None
         for place in range(self._first + len(self._offsets), len(self.tokens)):
             self._offsets.append(self._width)
             self._width += width(self._tokenizer, self.tokens, place)
-        everything = bool(self.end) and cut == written
+        everything = bool(self.end) and shown == written
         until = len(self._offsets) if everything else bisect_left(self._offsets, len(whole))
         places, self._places = range(self._places, until), max(self._places, until)
         return text, self._log_probs(places)
+
+    def _certain(self, written: str) -> str:
+        """The part of what is written that cannot change any more, and neither is nor begins a stop text."""
+        certain = written if self.end else written.rstrip(UNFINISHED)
+        if not self._task.stop_texts:
+            return certain
+        if self._scan is None:
+            self._scan = StopScan(self._task.stop_automaton)
+        self._scan.read(certain)
+        if self._scan.found is not None:
+            return certain[: self._scan.found]
+        return certain if self.end else certain[: len(certain) - self._scan.held]
 
     def _log_probs(self, places: range) -> dict[str, list[Any]]:
         """In OpenAI's form, of the tokens with these places in what is shown. A text's first token has none."""

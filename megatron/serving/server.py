@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from megatron.mesh.signals import StopSignals
 from megatron.serving.app import Service, build
+from megatron.serving.connections import ConnectionLimits, guarded_protocol
 from megatron.serving.engine import Engine
 
 GRACE = 5  # seconds for replies that are under way when the end has come
@@ -58,10 +59,19 @@ def _taken(host: str, port: int, error: OSError) -> ServerError:
 
 
 @contextmanager
-def listening(service: Service, opened: socket.socket) -> Iterator[Callable[[], bool]]:
+def listening(service: Service, opened: socket.socket, limits: ConnectionLimits | None = None) -> Iterator[Callable[[], bool]]:
     """Answer requests from another thread while the block lasts. Gives whether it still does.
 
-    ServerError where another process has come to listen on the port first.
+    Args:
+        service: what is asked.
+        opened: a bound socket.
+        limits: of connections; default `ConnectionLimits()`.
+
+    Yields:
+        A function that says whether requests are still answered.
+
+    Raises:
+        ServerError: where another process has come to listen on the port first.
     """
     import uvicorn
 
@@ -70,8 +80,19 @@ def listening(service: Service, opened: socket.socket) -> Iterator[Callable[[], 
         opened.listen(128)
     except OSError as error:
         raise _taken(host, port, error) from error
+    limits = limits or ConnectionLimits()
     config = uvicorn.Config(
-        build(service), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=GRACE, ws="none"
+        build(service),
+        http=guarded_protocol(limits, service.log),
+        interface="asgi3",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # what is no HTTP has its own line in the log
+        access_log=False,
+        proxy_headers=False,  # a client's own word is no address
+        timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]  # a timer's delay, also a fraction
+        ws="none",
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="http", daemon=True)
@@ -83,6 +104,8 @@ def listening(service: Service, opened: socket.socket) -> Iterator[Callable[[], 
     finally:
         server.should_exit = True
         thread.join(2 * GRACE)
+        if service.chat is not None:
+            service.chat.close()
 
 
 @contextmanager
@@ -99,8 +122,22 @@ def interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def serve(engine: Engine, opened: socket.socket | None, service: Service | None, signals: StopSignals) -> None:
-    """Until SIGTERM, SIGUSR1 or Ctrl-C on any rank. Collective. opened, service: on rank 0, None on the others."""
+def serve(
+    engine: Engine,
+    opened: socket.socket | None,
+    service: Service | None,
+    signals: StopSignals,
+    limits: ConnectionLimits | None = None,
+) -> None:
+    """Serve until SIGTERM, SIGUSR1 or Ctrl-C on any rank. Collective.
+
+    Args:
+        engine: this rank's.
+        opened: a bound socket on rank 0, None on the others.
+        service: on rank 0, None on the others.
+        signals: what asks this rank to stop.
+        limits: of connections.
+    """
     signals.hold()
     with interrupts() as interrupted:
 
@@ -110,7 +147,7 @@ def serve(engine: Engine, opened: socket.socket | None, service: Service | None,
         if opened is None or service is None:
             engine.run(asked)
             return
-        with listening(service, opened) as alive:
+        with listening(service, opened, limits) as alive:
             host, port = opened.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             say(f"serving {service.model} on http://{shown}:{port}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from megatron.beam import BeamSearch
 from megatron.data.tokenizer import Tokenizer
 from megatron.generate import Predictor, Sampling, Text, check_prompt, room_after
 from megatron.serving.fields import RequestError
-from megatron.serving.words import added_text
+from megatron.serving.stops import StopScan, StopTexts
+from megatron.serving.words import UNFINISHED, added_text
 
 MOST_PROMPTS = 128
 
@@ -81,16 +83,25 @@ class Task:
         if self.top is not None and self.top > vocabulary:
             raise RequestError(f"logprobs {self.top} is more than the vocabulary of {vocabulary}", "logprobs")
 
+    @cached_property
+    def stop_automaton(self) -> StopTexts:
+        """Built when the first text of the task gets its first token: of tasks that wait none is in memory."""
+        return StopTexts(self.stop_texts)
+
     def stops(self, tokenizer: Tokenizer) -> Callable[[Text], bool]:
-        """Whether the last token that a text got ends it."""
+        """Return a function that says whether the last token that a text of this task got ends it."""
+        scans: dict[int, StopScan] = {}
 
         def stops(text: Text) -> bool:
             if any(tuple(text.tokens[-len(run) :]) == run for run in self.stop_runs):
                 return True
             if not self.stop_texts:
                 return False
-            written = added_text(tokenizer, text.tokens, text.start)
-            return any(stop in written for stop in self.stop_texts)
+            if id(text) not in scans:
+                scans[id(text)] = StopScan(self.stop_automaton)
+            scan = scans[id(text)]
+            scan.read(added_text(tokenizer, text.tokens, text.start).rstrip(UNFINISHED))
+            return scan.found is not None
 
         return stops
 

@@ -30,18 +30,6 @@ def width(tokenizer: Tokenizer, tokens: Sequence[int], place: int) -> int:
     return len(whole) - _alike(before, whole)
 
 
-def settled(text: str, stops: Sequence[str]) -> str:
-    """The part of a text that is still being written which cannot change any more, and cannot begin a text that ends it."""
-    text = text.rstrip(UNFINISHED)
-    longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - longest]
-
-
-def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text as far as the first of `stops` in it."""
-    return text[: min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
-
-
 def _alike(before: str, whole: str) -> int:
     """How many characters both begin with: all of `before`, but for a last one that the next token changes."""
     if whole.startswith(before):

@@ -20,6 +20,7 @@ from megatron.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.serving.app import Service
+from megatron.serving.connections import ConnectionLimits
 from megatron.serving.control import Control
 from megatron.serving.engine import Engine
 from megatron.serving.server import listening, open_port
@@ -51,16 +52,17 @@ class Client:
     def __init__(self, port: int, engine: Engine | None = None) -> None:
         self.port, self.engine, self.log = port, engine, list[str]()
 
-    def open(self, method: str, path: str, body: Any = None) -> Any:
+    def open(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
+        """headers: with underscores for dashes; "" for one that is to be left out."""
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(
-            urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, method=method), timeout=60
-        )
+        named = {name.replace("_", "-"): value for name, value in ({"content_type": "application/json"} | headers).items()}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, named, method=method)
+        return urllib.request.urlopen(request, timeout=60)
 
-    def __call__(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
         """Status and the body's JSON."""
         try:
-            with self.open(method, path, body) as reply:
+            with self.open(method, path, body, **headers) as reply:
                 return reply.status, json.loads(reply.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -69,7 +71,8 @@ class Client:
     def connected(self, body: dict[str, Any]) -> Iterator[socket.socket]:
         """A connection on which completions have been asked for, which is cut at the end whatever comes."""
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head = f"{head}Content-Length: {len(data)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(head + data)
             yield connection
@@ -89,14 +92,26 @@ class Client:
 
 
 @contextmanager
-def served(model: Any, tokenizer: Tokenizer, most_tokens: int = 12000, most_waiting: int = 256) -> Iterator[Client]:
-    """most_tokens: of a request. most_waiting: requests."""
+def served(
+    model: Any,
+    tokenizer: Tokenizer,
+    most_tokens: int = 12000,
+    most_waiting: int = 256,
+    limits: ConnectionLimits | None = None,
+    buffer: int = 0,
+    **service: Any,
+) -> Iterator[Client]:
+    """most_tokens: of a request. most_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a reply
+    that nobody reads; 0 for its own number. service: further fields of `Service`.
+    """
     with patch("megatron.serving.engine.MOST_WAITING", most_waiting):
         engine = Engine(model, tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
+    if buffer:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     client, over = Client(port.getsockname()[1], engine), threading.Event()
-    service = Service(engine, "tiny", most_tokens, client.log.append)
-    with patch("megatron.serving.engine.BEAT", 0.05), listening(service, port) as alive:  # the end is seen at a beat
+    offered = Service(engine, service.pop("name", "tiny"), most_tokens, client.log.append, **service)
+    with patch("megatron.serving.engine.BEAT", 0.05), listening(offered, port, limits) as alive:  # the end is seen at a beat
         worker = threading.Thread(target=engine.run, args=(over.is_set,))
         worker.start()
         try:
@@ -116,4 +131,10 @@ def tireless() -> GPT:
 
 
 def checkpoint(root: Path) -> Path:
-    return save_model(tireless(), root, ByteTokenizer().save)
+    """One whose tokenizer has a chat template."""
+
+    def assets(folder: Path) -> None:
+        ByteTokenizer().save(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    return save_model(tireless(), root, assets)

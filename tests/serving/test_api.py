@@ -15,7 +15,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.generate import Sampling, Text, write
 from megatron.serving.fields import Fields
 from megatron.serving.megatron_api import task_of
-from megatron.serving.words import added_text, before_stop, settled, width
+from megatron.serving.words import added_text, width
 
 TOKENIZER = Letters()
 
@@ -151,6 +151,9 @@ def test_bodies_that_are_none(client):
         (b"", "no JSON"),
         (b"\xff", "no JSON"),
         (b'{"prompts": ["\\ud800"]}', "no JSON"),
+        (b'{"prompts": ["x"], "tokens_to_generate": 1, "prompts": ["y"]}', "the field 'prompts' more than once"),
+        (b'{"prompt": "x", "stream_options": {"include_usage": true, "include_usage": false}}', "'include_usage' more than"),
+        (b"[" * 100_000, "no JSON"),
     ):
         status, reply = client("PUT", "/api", body)
         assert status == 400 and message in reply
@@ -196,7 +199,9 @@ def test_stops_of_completions(client, model):
     stop = text[7:9]
     (choice,) = client.complete(prompt="Hello", max_tokens=20, temperature=0, stop=stop)["choices"]
     assert choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
-    pieces = client.events(prompt="Hello", max_tokens=20, temperature=0, stop=["never", stop])
+    many = [*(f"never {i}" for i in range(500)), "n" * 5000, stop, text[7:10]]  # lm-evaluation-harness sends five and more
+    assert client.complete(prompt="Hello", max_tokens=20, temperature=0, stop=many)["choices"][0]["text"] == choice["text"]
+    pieces = client.events(prompt="Hello", max_tokens=20, temperature=0, stop=many)
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == choice["text"]
     assert [piece["choices"][0]["finish_reason"] for piece in pieces][-1] == "stop"
 
@@ -252,7 +257,10 @@ def test_a_stream_is_the_whole_reply_in_pieces(client):
         ({"top_p": 0}, 400, "top_p"),
         ({"logprobs": 101}, 400, "logprobs"),
         ({"stop": ["a", ""]}, 400, "stop"),
-        ({"stop": list("abcde")}, 400, "stop"),
+        ({"stop": 5}, 400, "stop"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ({"stream_options": {"include_obfuscation": True}}, 400, "stream_options"),
+        ({"user": 5}, 400, "user"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"stream_options": 3}, 400, "stream_options"),
         ({"promt": "x"}, 400, "promt"),
@@ -335,5 +343,3 @@ def test_text_appears_only_when_it_is_certain():
     tokens = list("né €!".encode())
     assert [width(byte, tokens, i) for i in range(8)] == [1, 0, 1, 1, 0, 0, 1, 1]
     assert added_text(byte, tokens, 1) == "é €!" and added_text(byte, tokens, 2) == "é €!"
-    assert settled("n\ufffd", ()) == "n" and settled("abc", ("cd", "x")) == "ab" and settled("abc", ("c", "d")) == "abc"
-    assert before_stop("a stop b", ("stop", "b")) == "a " and before_stop("abc", ()) == "abc"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.error
+from unittest.mock import patch
 
 import pytest
 import torch
 from serving import Letters, served, tireless
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +31,21 @@ def logged(client, what: str) -> str:
     return line
 
 
+def stuck(client) -> str:
+    """What /health says is wrong, once it says so."""
+    deadline = time.monotonic() + 30
+    while (found := client("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    status, said = found
+    assert (status, said["status"]) == (503, "stuck")
+    return str(said["message"])
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"max_tokens": 10**4299, "prompt": ["x"] * 100}, "max_tokens"),  # as many digits as Python reads, and no room for more
-        ({"stop": "x" * 1001}, "stop"),  # its every beginning would be looked for at each end of the text
+        ({"stop": "x" * 65537}, "stop"),  # each character takes memory while the request runs
     ],
 )
 def test_sizes_without_end_are_refused(client, fields, param):
@@ -50,7 +64,7 @@ def test_a_body_that_cannot_fit_does_not_become_tokens():
 def test_a_client_that_goes_before_it_has_said_all(client):
     client.log.clear()
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
+        connection.sendall(HEAD + b"Content-Length: 999\r\n\r\n{")
         time.sleep(0.1)
     logged(client, "status 499, the client has gone")
 
@@ -80,6 +94,40 @@ def test_no_room_has_a_status_also_before_a_stream():
                 for stream in (True, False):
                     status, reply = client("POST", "/v1/completions", {"prompt": "x", "stream": stream})
                     assert status == 503 and "1 requests wait already" in reply["error"]["message"]
+
+
+def test_health_tells_when_the_model_is_stuck():
+    """A pass that does not come back for long. When it does, requests are answered again."""
+    model, go_on, asked = tireless(), threading.Event(), {"prompt": "x", "max_tokens": 3}
+    predict = model.predict
+
+    def stalled(batch, cache=None, top=None):
+        go_on.wait(60)
+        return predict(batch, cache, top)
+
+    model.predict = stalled
+    with served(model, Letters(), patience=0.2) as client:
+        assert client("GET", "/health") == (200, {"status": "ok"})
+        with client.connected(asked):
+            assert "no progress for 0 s, while reading the prompts of a request for 1 texts" in stuck(client)
+            go_on.set()
+            assert client.complete(**asked)["usage"]["completion_tokens"] == 3
+            assert client("GET", "/health")[0] == 200
+    assert client.engine.trouble(60.0) == "the server is stopping"
+
+
+def test_health_tells_when_another_rank_is_gone():
+    """Rank 0 then waits in the exchange between two requests, which comes at every beat."""
+    with patch("megatron.serving.engine.MAX_IDLE", 0.3), served(tireless(), Letters()) as client:
+        exchange, go_on = client.engine.control.exchange, threading.Event()
+
+        def blocked(*told, **asked):
+            go_on.wait(60)
+            return exchange(*told, **asked)
+
+        client.engine.control.exchange = blocked
+        assert "while waiting for a request" in stuck(client)
+        go_on.set()
 
 
 def test_too_little_memory_ends_the_request_and_not_the_server():

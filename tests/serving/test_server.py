@@ -85,6 +85,10 @@ def test_two_ranks_serve_and_end_together(root: Path) -> None:
         assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
         seeded = dict(prompt=["Hello", "Go"], max_tokens=8, seed=4)
         assert client.complete(**seeded)["choices"] == client.complete(**seeded)["choices"]
+        talk = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
+        status, reply = client("POST", "/v1/chat/completions", {**talk, "stop": list("\0\1\2\3\4")})
+        assert status == 200 and "Hello" + reply["choices"][0]["message"]["content"] == greedy(["Hello"], 8)[0]
+        assert client("GET", "/health") == (200, {"status": "ok"})
         with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}) as leaving:
             assert b"200" in leaving.recv(100)
         began = time.monotonic()
@@ -114,6 +118,13 @@ def test_a_taken_port_and_ctrl_c(root: Path) -> None:
         (("--load", "/nowhere"), "/nowhere"),
         (("--port", "70000"), "--port 70000 is none"),
         (("--max-tokens-to-oom", "0"), "--max-tokens-to-oom 0"),
+        (("--request-timeout", "0"), "--request-timeout 0.0 allows nothing"),
+        (("--max-connections", "-1"), "--max-connections -1 allows nothing"),
+        (("--health-timeout", "nan"), "--health-timeout nan"),
+        (("--allow-origin", "app.example.org"), "--allow-origin app.example.org is no origin"),
+        (("--allow-host", "a/b"), "--allow-host a/b is no host"),
+        (("--api-key", ""), "--api-key is empty"),
+        (("--chat-template", "/nowhere.jinja"), "/nowhere.jinja is not there"),
         (("--tensor-model-parallel-size", "2"), "start with torchrun --nproc_per_node 2"),
     ],
 )

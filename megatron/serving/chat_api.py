@@ -1,0 +1,192 @@
+"""Requests and replies in the form of OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron.generate import Predictor
+from megatron.serving.fields import Fields, RequestError
+from megatron.serving.openai_api import count
+from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream
+from megatron.serving.record import Record
+from megatron.serving.task import MOST_PROMPTS, Task
+
+MAX_ALTERNATIVES = 20
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+TEXTS = ("name", "tool_call_id", "reasoning_content")  # fields of a message beside role and content
+EMPTY = ("refusal", "annotations", "audio", "function_call")  # fields that clients send back with nothing in them
+NOT_OFFERED: tuple[tuple[str, Any], ...] = (
+    *NEUTRAL,
+    ("tools", []),
+    ("tool_choice", "none"),
+    ("functions", []),
+    ("function_call", "none"),
+    ("response_format", {"type": "text"}),
+    ("modalities", ["text"]),
+    ("store", False),
+)
+LIMITS = ("max_completion_tokens", "max_tokens")
+KNOWN = COMMON | {"messages", "logprobs", "top_logprobs", "metadata", *LIMITS} | {name for name, _ in NOT_OFFERED}
+
+
+def read_messages(fields: Fields) -> list[dict[str, Any]]:
+    """Return the messages as a chat template gets them, each content a text; RequestError for one that is none."""
+    given = fields.held.get("messages")
+    if not isinstance(given, list) or not given:
+        raise RequestError("messages must be given, as a list of objects with role and content", "messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(given)]
+
+
+def _message(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise RequestError(f"{where} must be an object with role and content", "messages")
+    message = {name: value for name, value in given.items() if value is not None and not (name in EMPTY and not value)}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RequestError(f"{where}.role must be one of {', '.join(ROLES)}", "messages")
+    for name, value in message.items():
+        if name in TEXTS and not isinstance(value, str):
+            raise RequestError(f"{where}.{name} must be a string", "messages")
+        if name not in ("role", "content", "tool_calls", *TEXTS):
+            raise RequestError(f"{where}.{name} is no field of a message", "messages")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RequestError(f"{where}.tool_calls must be a list of objects", "messages")
+    if "content" in message:
+        message["content"] = _content(message["content"], f"{where}.content")
+    elif not (role == "assistant" and calls):
+        raise RequestError(f"{where}.content must be given, as a string or a list of parts of type text", "messages")
+    # Some templates read an assistant's reasoning under its older name.
+    older = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
+    return {**older, **message, "role": ROLES[role]}
+
+
+def _content(given: Any, where: str) -> str:
+    """Return a string, or the texts of a list of parts, one a line."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, list):
+        raise RequestError(f"{where} must be a string or a list of parts of type text", "messages")
+    for i, part in enumerate(given):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(f'{where}[{i}] must be a part such as {{"type": "text", "text": "..."}}', "messages")
+    return "\n".join(part["text"] for part in given)
+
+
+class Chat(Asked):
+    """A request for replies to a conversation."""
+
+    @classmethod
+    def check(cls, fields: Fields, model: str) -> None:
+        """RequestError for a field that is not offered; before the messages are rendered, which costs time."""
+        check_names(fields, KNOWN, NOT_OFFERED, model)
+        if not isinstance(fields.held.get("metadata", {}), dict):
+            raise RequestError("metadata must be an object", "metadata")
+
+    @classmethod
+    def of(
+        cls, fields: Fields, prompt: tuple[int, ...], served: Predictor, *, model: str, ends: Sequence[int], most_tokens: int
+    ) -> Chat:
+        """Read a request; RequestError for the first field that is wrong.
+
+        Args:
+            fields: the request.
+            prompt: its messages, as tokens.
+            served: the model, whose longest sequence ends a reply of no given length.
+            model: its name for clients.
+            ends: tokens that end a reply.
+            most_tokens: of a request, prompts and replies together.
+
+        Returns:
+            What is asked for.
+        """
+        samples = fields.whole("n", 1, 1, MOST_PROMPTS)
+        (stream, usage), (sampling, seed) = read_stream(fields), read_sampling(fields)
+        task = Task(
+            prompts=(prompt,) * samples,
+            max_new_tokens=_length(fields, prompt, served, most_tokens // samples),
+            sampling=sampling,
+            seed=seed,
+            top=_alternatives(fields),
+            stop_runs=tuple((end,) for end in ends),
+            stop_texts=read_stops(fields),
+        )
+        return cls(task, samples, stream, usage, model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
+
+    def whole(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return the reply to a request that is no stream."""
+        choices = []
+        for i, record in enumerate(records):
+            text, log_probs = record.show()
+            message = {"role": "assistant", "content": text, "refusal": None}
+            about = {"index": i, "message": message, "logprobs": _log_probs(log_probs), "finish_reason": record.end or None}
+            choices.append(about)
+        return self._body("chat.completion", choices, usage=count(records, self.samples))
+
+    def first_pieces(self) -> list[dict[str, Any]]:
+        """Return the pieces of a stream that stand before all text."""
+        return [self._piece(i, {"role": "assistant", "content": ""}) for i in range(self.samples)]
+
+    def pieces(self, index: int, record: Record) -> list[dict[str, Any]]:
+        """Return the pieces of a stream about what of a reply has not been told yet; one by itself tells how it ended."""
+        text, log_probs = record.show()
+        found = []
+        if text or (log_probs and log_probs["tokens"]):
+            found.append(self._piece(index, {"content": text}, log_probs=_log_probs(log_probs)))
+        if record.end:
+            found.append(self._piece(index, {}, end=record.end))
+        return found
+
+    def last_pieces(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Return the pieces of a stream that stand behind all text."""
+        return [self._body("chat.completion.chunk", [], usage=count(records, self.samples))] if self.usage else []
+
+    def _piece(
+        self, index: int, delta: Mapping[str, str], *, log_probs: dict[str, Any] | None = None, end: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": end}
+        return self._body("chat.completion.chunk", [choice], **({"usage": None} if self.usage else {}))
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        about = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**about, "choices": choices, **more}
+
+
+def _length(fields: Fields, prompt: Sequence[int], served: Predictor, most_tokens: int) -> int:
+    """Return the most tokens of a reply: as asked, else what the model and this server leave room for."""
+    given = {name: fields.whole(name, 1, 1) for name in LIMITS if name in fields.held}
+    if len(set(given.values())) > 1:
+        raise RequestError("max_tokens is the older name of max_completion_tokens, and they differ: give one", "max_tokens")
+    if given:
+        return next(iter(given.values()))
+    longest = served.config.max_position_embeddings  # that it was trained on, also where nothing ends its positions
+    if longest is not None and longest > len(prompt):
+        most_tokens = min(most_tokens, longest)
+    return max(1, most_tokens - len(prompt))
+
+
+def _alternatives(fields: Fields) -> int | None:
+    """Return how many alternatives of each token are told, None for no log-probabilities."""
+    wanted, top = fields.truth("logprobs"), fields.whole("top_logprobs", 0, 0, MAX_ALTERNATIVES)
+    if "top_logprobs" in fields.held and not wanted:
+        raise RequestError("top_logprobs needs logprobs true", "top_logprobs")
+    return top if wanted else None
+
+
+def _log_probs(found: dict[str, list[Any]] | None) -> dict[str, Any] | None:
+    """Return the log-probabilities of a record in the form of chats."""
+    if found is None:
+        return None
+
+    def told(token: str, log_prob: float | None) -> dict[str, Any]:
+        return {"token": token, "logprob": log_prob, "bytes": list(token.encode())}
+
+    rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    content = [
+        {**told(token, own), "top_logprobs": [told(*best) for best in sorted((top or {}).items(), key=lambda e: -e[1])]}
+        for token, own, top in rows
+    ]
+    return {"content": content, "refusal": None}

@@ -1,0 +1,216 @@
+"""How a checkpoint writes conversations: its chat template, the special tokens it names, and the tokens that end a reply."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer
+from megatron.serving.fields import RequestError
+
+TEMPLATE, CONFIG, TOKENS, GENERATION = (
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+KEPT = "hugging_face"  # folder beside the tokenizer, with the files of the directory that an import read
+MODEL = "config.json"  # of that directory
+MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
+MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token
+MAX_SECONDS, MAX_START = 20.0, 120.0  # that a template may take, and its process until it is there
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "HOME")  # others may hold secrets
+NO_TEMPLATE = (
+    "this checkpoint's tokenizer carries no chat template, so how it writes a conversation is not known: ask /v1/completions, "
+    "start the server with --chat-template FILE, or serve what tools/import_hf.py made of a model that has a "
+    f"{TEMPLATE} or a chat_template in its {CONFIG}"
+)
+
+
+@dataclass(frozen=True)
+class ChatFiles:
+    """What the files beside a tokenizer say.
+
+    template: None for none. tokens: what a template may name, such as bos_token. ends: tokens that end a reply.
+    """
+
+    template: str | None
+    tokens: Mapping[str, str]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, folder: Path, tokenizer: Tokenizer, given: str | None = None) -> ChatFiles:
+        """Read them as transformers does; DataError for files that are damaged. given: another template."""
+        about, generation = _read_json(_place(folder, CONFIG)), _read_json(_place(folder, GENERATION))
+        named = {**_read_json(_place(folder, TOKENS)), **about}
+        tokens = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
+        if "eod" in tokenizer.special:
+            tokens.setdefault("eos_token", tokenizer.piece(tokenizer.special["eod"]))
+        for role in ROLES:
+            entry = named.get(f"{role}_token")
+            text = entry.get("content") if isinstance(entry, dict) else entry
+            if isinstance(text, str):
+                tokens[f"{role}_token"] = text
+        eos = generation.get("eos_token_id", _read_json(folder / KEPT / MODEL).get("eos_token_id"))
+        listed = [tokenizer.special.get("eod"), tokenizer.special.get("eos"), *(eos if isinstance(eos, list) else [eos])]
+        ends = tuple(dict.fromkeys(end for end in listed if type(end) is int and end >= 0))
+        return cls(_template(folder, about) if given is None else given, tokens, ends)
+
+
+def read_template(file: Path) -> str:
+    """Return the text of a file with a template; DataError for a file that holds none."""
+    try:
+        return _read(file, MAX_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
+    """Return the template of a conversation without tools: that of the file, else the configuration's."""
+    if (file := _place(folder, TEMPLATE)).exists():
+        return read_template(file)
+    held = about.get("chat_template")
+    if isinstance(held, list):  # several, by name
+        named = {each.get("name"): each.get("template") for each in held if isinstance(each, dict)}
+        held = named.get("default")
+    if held is not None and not (isinstance(held, str) and len(held) <= MAX_TEMPLATE):
+        raise DataError(f"{folder / CONFIG}: its chat_template is no text of up to {MAX_TEMPLATE} characters")
+    return held
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Return where a file of this name lies: as its authors wrote it, else beside the tokenizer."""
+    kept = folder / KEPT / name
+    return kept if kept.exists() else folder / name
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Return the content of a regular file of up to `most` bytes; DataError for anything else."""
+    try:
+        if not path.is_file():
+            raise DataError(f"{path} is no file" if path.exists() else f"{path} is not there")
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    if len(data) > most:
+        raise DataError(f"{path} has more than {most} bytes")
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object; an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(_read(path, MAX_FILE))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise DataError(f"{path} is no JSON object")
+    return held
+
+
+@dataclass
+class ChatTemplate:
+    """A template in use, in a process of its own that is started when it is needed. For several threads.
+
+    longest: characters of a conversation's text. trouble: why there is no template, "" where there is one.
+    """
+
+    files: ChatFiles
+    tokenizer: Tokenizer
+    longest: int
+    trouble: str = ""
+    _process: subprocess.Popen[bytes] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.files.template is None:
+            self.trouble = NO_TEMPLATE
+            return
+        try:
+            self._backend = self.tokenizer.backend()  # it knows special tokens in a text, which a template writes
+            with self._lock:
+                self._start()
+        except (DataError, RequestError) as error:
+            self.trouble = f"the checkpoint's chat template cannot be used: {error}; start the server with --chat-template FILE"
+            self.close()
+
+    def tokens(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+        """Return a conversation and the beginning of the reply to it as tokens; RequestError where the template refuses it."""
+        text = self.text(messages)
+        try:
+            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        except UnicodeEncodeError as error:
+            raise RequestError("the chat template writes half of a surrogate pair, which is no text", "messages") from error
+
+    def text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation and the beginning of the reply to it, as transformers' `apply_chat_template` does."""
+        if self.trouble:
+            raise RequestError(self.trouble)
+        asked = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._start()
+                return self._ask(asked, MAX_SECONDS)
+            except RequestError as error:
+                raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
+
+    def close(self) -> None:
+        """End the process, also one that still renders."""
+        if (process := self._process) is not None:
+            process.kill()
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> None:
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "megatron.serving.chat_render"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for the server, which ends it in order
+        )
+        about = {"template": self.files.template, "tokens": self.files.tokens, "longest": self.longest}
+        self._ask(about, MAX_START)
+
+    def _ask(self, question: Mapping[str, Any], seconds: float) -> str:
+        """Return the process's answer; RequestError for its error, and where it is not there in time."""
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise RequestError("its process has ended")
+        late = threading.Timer(seconds, process.kill)
+        late.start()
+        try:
+            process.stdin.write(json.dumps(question).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline(16 * self.longest + (1 << 20))  # a character is up to twelve in JSON
+            answer = json.loads(line)
+        except (OSError, ValueError):
+            self._stop()
+            raise RequestError(f"it did not come to an end in {seconds:g} s, or took too much memory") from None
+        finally:
+            late.cancel()
+        if "error" in answer:
+            raise RequestError(str(answer["error"]))
+        return str(answer["text"])
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None

@@ -1,0 +1,95 @@
+"""The fields that OpenAI's completions and chats share, and its form of a model."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.generate import Sampling
+from megatron.serving.fields import Fields, RequestError
+from megatron.serving.task import Task
+
+MAX_STOP_CHARACTERS = 65_536  # of all stop texts of a request
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")
+COMMON = frozenset(("model", "user", "n", "stream", "stream_options", *SAMPLING))
+NEUTRAL: tuple[tuple[str, Any], ...] = (("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: the task, and how it is answered.
+
+    samples: texts for each prompt. usage: a last piece of a stream tells the number of tokens. echo: the prompt is shown too.
+    """
+
+    task: Task
+    samples: int
+    stream: bool
+    usage: bool
+    model: str
+    id: str
+    created: int
+    echo: bool = False
+
+
+def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[str, Any]], model: str) -> None:
+    """RequestError for a field that is not offered, and for another model than the one that is served.
+
+    Args:
+        fields: the request.
+        known: names of all fields that there are.
+        neutral: fields that are not offered, with the value that asks for nothing.
+        model: the name of the model that is served.
+    """
+    fields.only(frozenset(known))
+    asked = fields.held.get("model", model)
+    if asked != model:
+        raise no_model(asked, model)
+    for name, value in neutral:
+        given = fields.held.get(name, value)
+        if given != value or isinstance(given, bool) is not isinstance(value, bool):
+            raise RequestError(f"{name} is not offered: leave it out", name)
+    if not isinstance(fields.held.get("user", ""), str):
+        raise RequestError("user must be a string", "user")
+
+
+def no_model(asked: object, model: str) -> RequestError:
+    return RequestError(f"the model {asked!r} is not here; there is {model!r}", "model", 404, "model_not_found")
+
+
+def read_sampling(fields: Fields) -> tuple[Sampling, int]:
+    """Return how tokens are chosen, and the seed."""
+    temperature, top_k = fields.number("temperature", 1.0, 0.0, 100.0), fields.whole("top_k", 0, 0, 1_000_000)
+    top_p = fields.number("top_p", 1.0, 0.0, 1.0, above=True)
+    return Sampling(temperature, top_k, top_p), fields.whole("seed", secrets.randbits(62), -(2**63), 2**63 - 1)
+
+
+def read_stream(fields: Fields) -> tuple[bool, bool]:
+    """Return whether the reply is a stream, and whether its end tells the usage."""
+    stream, options = fields.truth("stream"), fields.held.get("stream_options")
+    if options is None:
+        return stream, False
+    if not isinstance(options, dict) or not isinstance(usage := options.get("include_usage") or False, bool):
+        raise RequestError('stream_options must be an object such as {"include_usage": true}', "stream_options")
+    if unknown := sorted(options.keys() - {"include_usage"}):
+        raise RequestError(f"stream_options.{unknown[0]} is not offered: leave it out", "stream_options")
+    if not stream:
+        raise RequestError("stream_options is for streams: set stream to true, or leave it out", "stream_options")
+    return stream, usage
+
+
+def read_stops(fields: Fields) -> tuple[str, ...]:
+    """Return the texts that end a reply."""
+    given = fields.held.get("stop", [])
+    stops = [given] if isinstance(given, str) else given
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise RequestError("stop must be a string or a list of strings, none of them empty", "stop")
+    if (characters := sum(map(len, stops))) > MAX_STOP_CHARACTERS:
+        raise RequestError(f"stop has {characters} characters in all; legal: up to {MAX_STOP_CHARACTERS}", "stop")
+    return tuple(dict.fromkeys(stops))
+
+
+def model_body(model: str, created: int) -> dict[str, Any]:
+    return {"id": model, "object": "model", "created": created, "owned_by": "megatron"}

@@ -1,0 +1,82 @@
+"""Stop texts in a text that grows, found in time linear in the text however many there are; pure.
+
+Aho and Corasick, "Efficient string matching: an aid to bibliographic search" (1975).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+
+class StopTexts:
+    """An automaton whose state after a text is the longest end of it that begins a stop text.
+
+    State 0 is the empty end. depth: characters of a state. longest: of the longest stop text that a state ends with, 0 for
+    none.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._shorter = [0]  # the state of the longest end of a state's text, the text itself apart
+        self.depth, self.longest = [0], [0]
+        for stop in stops:
+            self._add(stop)
+        self._link()
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for character in stop:
+            following = self._next[state].get(character)
+            if following is None:
+                following = len(self._next)
+                self._next[state][character] = following
+                self._next.append({})
+                self._shorter.append(0)
+                self.depth.append(self.depth[state] + 1)
+                self.longest.append(0)
+            state = following
+        self.longest[state] = self.depth[state]
+
+    def _link(self) -> None:
+        """Give each state its shorter one; states are visited by depth, so that those of shorter texts are known."""
+        waiting = deque(self._next[0].values())
+        while waiting:
+            state = waiting.popleft()
+            for character, following in self._next[state].items():
+                self._shorter[following] = self.step(self._shorter[state], character)
+                waiting.append(following)
+            self.longest[state] = self.longest[state] or self.longest[self._shorter[state]]
+
+    def step(self, state: int, character: str) -> int:
+        """Return the state after one more character."""
+        while state and character not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(character, 0)
+
+
+class StopScan:
+    """The first stop text in one text that grows.
+
+    found: where it begins, None for nowhere. held: characters at the text's end that may begin one.
+    """
+
+    def __init__(self, stops: StopTexts) -> None:
+        self._stops = stops
+        self._seen, self._state = "", 0
+        self.found: int | None = None
+
+    @property
+    def held(self) -> int:
+        return self._stops.depth[self._state]
+
+    def read(self, text: str) -> None:
+        """Look at the whole text as it is by now; only what is new costs time, unless what was read before has changed."""
+        if not text.startswith(self._seen):
+            self._seen, self._state, self.found = "", 0, None
+        for end in range(len(self._seen), len(text)):
+            self._state = self._stops.step(self._state, text[end])
+            if longest := self._stops.longest[self._state]:
+                begin = end + 1 - longest
+                self.found = begin if self.found is None else min(self.found, begin)
+        self._seen = text
