@@ -30,7 +30,7 @@ from megatron.parallel.random import derive_seed
 from megatron.stages import stages_of
 
 TOLERANCE = 1e-4
-RANDOM_TOLERANCE = 1e-3  # of the largest logit
+RANDOM_TOLERANCE = 2e-5  # of the largest logit; rounding makes up to 3e-6, the tanh approximation of GELU 4e-5 and more
 MAX_PROMPT = 256
 
 Pair = tuple[Tensor, Tensor]  # the same logits, of our model and of transformers'

@@ -206,10 +206,10 @@ def _llama_alone(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
 
 
 def rotary_base(about: Mapping[str, Any]) -> float:
-    """The base of unscaled rotary positions; transformers' default where no field says it.
+    """The base of unscaled rotary positions, as Transformers 5 reads it.
 
-    It can stand in `rope_theta`, which Transformers 4 reads, and within `rope_parameters` or `rope_scaling`, which Transformers
-    5 prefers. CheckpointError where two of them differ, and for positions that are scaled.
+    It can stand in `rope_scaling`, which goes before `rope_parameters` where it is not empty, and in `rope_theta`, the only one
+    that Transformers 4 reads. CheckpointError where one of them says another base, and for positions that are scaled.
     """
     said = {"rope_theta": about["rope_theta"]} if "rope_theta" in about else {}
     shares = [about.get("partial_rotary_factor")]
@@ -219,27 +219,33 @@ def rotary_base(about: Mapping[str, Any]) -> float:
             continue
         if not isinstance(table, dict):
             raise CheckpointError(f"`{name}` of config.json is {table!r}, which makes no sense")
-        for key, value in table.items():
-            if key in ("rope_type", "type"):
-                if value != "default":
-                    raise CheckpointError(f"`{name}` asks for {value!r}; the model here has unscaled rotary positions")
-            elif key == "rope_theta":
-                said[f"{name}.rope_theta"] = value
-            elif key == "partial_rotary_factor":
-                shares.append(value)
-            elif value not in (None, 1):  # a factor of 1 scales nothing
-                raise CheckpointError(f"`{name}` says {key} = {value!r}; the model here has unscaled rotary positions")
+        _refuse_scaled(name, table)
+        shares.append(table.get("partial_rotary_factor"))
+        if "rope_theta" in table:
+            said[f"{name}.rope_theta"] = table["rope_theta"]
     if strange := [share for share in shares if share not in (None, 1)]:
         raise CheckpointError(f"`partial_rotary_factor` is {strange[0]!r}; of this family the model here turns whole heads")
     for name, value in said.items():
         if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 < value < 1e30:
             raise CheckpointError(f"`{name}` of config.json is {value!r}, which makes no sense")
-    if len(set(said.values())) > 1:
+    table = about.get("rope_scaling") or about.get("rope_parameters") or {}
+    base = float(table.get("rope_theta", said.get("rope_theta", 10000.0)))
+    if any(value != base for value in said.values()):
         listed = " and ".join(f"`{name}` is {value}" for name, value in said.items())
         raise CheckpointError(
-            f"{listed}: versions of transformers read different ones; leave only the right one in config.json"
+            f"{listed}: Transformers 5 takes {base:g}, and other versions may not; leave only the right one in config.json"
         )
-    return float(next(iter(said.values()), 10000.0))
+    return base
+
+
+def _refuse_scaled(name: str, table: Mapping[str, Any]) -> None:
+    for key, value in table.items():
+        if key in ("rope_theta", "partial_rotary_factor") or value is None:
+            continue
+        if key in ("rope_type", "type") and value != "default":
+            raise CheckpointError(f"`{name}` asks for {value!r}; the model here has unscaled rotary positions")
+        if key not in ("rope_type", "type") and value != 1:  # a factor of 1 scales nothing
+            raise CheckpointError(f"`{name}` says {key} = {value!r}; the model here has unscaled rotary positions")
 
 
 CONFIG_READERS: Mapping[str, ConfigReader] = MappingProxyType(
