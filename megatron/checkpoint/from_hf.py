@@ -22,7 +22,7 @@ from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf_config import CONFIG_READERS, architecture, class_names, model_settings, saved_dtype
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
-from megatron.checkpoint.soundness import all_zero, refuse_unsound
+from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
 
@@ -145,8 +145,8 @@ def _read(
         if lacking := [name for name in row.theirs if name not in found]:
             raise CheckpointError(f"there is no tensor {lacking[0]}, which {family.architecture} has; save it from that class")
         tensors = {name: found[name] for name in row.theirs}
-        if row.ours.endswith("weight") and row.zeros is None and (zeros := all_zero(tensors)):
-            say(f"{zeros[0]} is all zeros; was the model saved whole?")
+        for name in zero_matrices(tensors) if row.zeros is None else ():
+            say(f"{name} is all zeros; was the model saved whole?")
         try:
             weights[row.ours] = row.form.read(tuple(tensors.values()), config).contiguous()
         except RuntimeError as error:

@@ -24,6 +24,6 @@ def refuse_unsound(weights: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} has values that are not finite (NaN or infinity); the model is damaged")
 
 
-def all_zero(weights: Mapping[str, Tensor]) -> list[str]:
-    """The names of tensors in which nothing but zeros is."""
-    return [name for name, tensor in weights.items() if not tensor.any()]
+def zero_matrices(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of matrices in which nothing but zeros is; biases may be so."""
+    return [name for name, tensor in weights.items() if tensor.dim() > 1 and not tensor.any()]
