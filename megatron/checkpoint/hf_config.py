@@ -30,6 +30,7 @@ ACTIVATIONS = MappingProxyType(
 )
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 MAX_SIZE = 2**31 - 1
+MAX_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,8 @@ def _values(about: Mapping[str, Any], reader: ConfigReader) -> dict[str, Any]:
     for name, harmless in SHARED.items():
         if name in about and not harmless(about[name]):
             raise CheckpointError(f"`{name}` is {str(about[name])[:80]}; the model here has no such thing")
-    if about.get("is_causal") not in (None, reader.causal):
+    # null is false there: not causal
+    if "is_causal" in about and bool(about["is_causal"]) is not reader.causal:
         raise CheckpointError(f"`is_causal` is {about['is_causal']!r}; the model here has {reader.causal!r} only")
     given = dict(about)
     for alias, name in reader.aliases.items():
@@ -336,7 +338,7 @@ def class_names(about: Mapping[str, Any]) -> tuple[str, ...]:
     named, count = about.get("id2label"), about.get("num_labels")
     if named is not None and (not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values())):
         raise CheckpointError("`id2label` of config.json names no classes")
-    if count is not None and (type(count) is not int or count < 1):
+    if count is not None and (type(count) is not int or not 1 <= count <= MAX_CLASSES):
         raise CheckpointError(f"`num_labels` of config.json is {count!r}, which makes no sense")
     if named is None:
         return tuple(f"LABEL_{number}" for number in range(2 if count is None else count))

@@ -122,7 +122,7 @@ MORE = {
     "sliding_window": [4, 24, 4096, 0],
     "attention_chunk_size": [4],
     "layer_types": [["full_attention"] * 2, ["sliding_attention"] * 2, 7, [["full_attention"]] * 2],
-    "is_causal": [True, False],
+    "is_causal": [True, False, None],
     "per_layer_config": [{"0": {"hidden_act": "relu"}}],
     "quantization_config": [{"quant_method": "gptq"}],
     "transformers_weights": ["other.safetensors"],
