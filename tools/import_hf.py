@@ -3,12 +3,14 @@
     python tools/import_hf.py --input gpt2-medium --save runs/gpt
     torchrun --nproc_per_node 4 pretrain_gpt.py --load runs/gpt --finetune --use-checkpoint-args ...
 
-Reads config.json and safetensors; pickled weights (.bin) are refused. Exit status: 0 done; 2 bad input; 1 a failure.
+Reads config.json and safetensors; pickled weights (.bin) are refused. Where transformers is installed, it opens the same
+directory, and the logits of both models are compared. Exit status: 0 done; 2 bad input; 1 a failure, or logits that differ.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,20 +26,31 @@ def arguments() -> argparse.Namespace:
         metavar="N",
         help="keep the first N rows of the vocabulary, where more are padding; default all",
     )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not compare the logits with those of transformers"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
     given = arguments()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 
     from megatron.checkpoint.from_hf import read_hf
     from megatron.checkpoint.layout import CheckpointError
     from megatron.checkpoint.megatron_lm import unpadded
     from megatron.data.errors import DataError
-    from megatron.imports import store, tokenizer_in
+    from megatron.imports import compare, store, tokenizer_in
+    from megatron.logits import LogitsError, compared_with_source
 
     try:
-        config, weights = read_hf(given.input)
+        config, weights = read_hf(given.input, say=lambda line: print(f"note: {line}", file=sys.stderr))
+        compare(config, weights)
+        print(
+            compared_with_source(given.input, config, weights)
+            if given.verify
+            else "not compared with transformers (--no-verify)"
+        )
         tokenizer = tokenizer_in(given.input)
         if given.vocab_size is not None:
             config, weights = replace(config, vocab_size=given.vocab_size), unpadded(weights, given.vocab_size)
@@ -45,6 +58,9 @@ def main() -> int:
     except (CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except LogitsError as error:
+        print(f"error: {given.input}: {error}; --no-verify imports it without this comparison", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

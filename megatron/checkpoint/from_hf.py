@@ -1,7 +1,8 @@
 """A Hugging Face directory as our configuration and weights: the tables of names.py read backwards.
 
-Read are `config.json` and safetensors files, one or several with an index. A field of config.json that asks for what the model
-here does not have is refused by its name.
+Read are `config.json` and safetensors files, one or several with an index. What the model here does not have is refused by its
+name, and so are tensors that no trained model has. A matrix that transformers ties to another and that a file holds as well is
+compared with it.
 """
 
 from __future__ import annotations
@@ -13,180 +14,63 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron.checkpoint.forms import Family
+from megatron.checkpoint.hf_config import CONFIG_READERS, architecture, class_names, model_settings, saved_dtype
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
+from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
 
-ACTIVATIONS = MappingProxyType(
-    {
-        "gelu_new": "gelu",
-        "gelu_fast": "gelu",
-        "gelu_pytorch_tanh": "gelu",
-        "gelu": "gelu-exact",
-        "relu2": "squared-relu",
-    }
-)
 INDEX = "model.safetensors.index.json"
 # Constants that older versions of transformers saved beside the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 
 @dataclass(frozen=True)
-class Reader:
-    """How one `model_type` is read.
+class TensorReader:
+    """How the tensors of one `model_type` are read.
 
-    must: field -> the only value that the model here has; one that is absent has it. sizes: our name -> field, default None for
-    none. tied: whether the output layer is the embedding's matrix where config.json does not say. prefix: of the names of a
-    directory that holds the model without its head; it lacks there.
+    prefix: of the names of a directory that holds the model without its head; it lacks there. copies: a tensor that
+    transformers ties to another -> that other one.
     """
 
-    must: Mapping[str, Any]
-    fields: Mapping[str, str]
-    tied: bool
     prefix: str
-    rest: Callable[[Mapping[str, Any]], dict[str, Any]]
+    copies: Mapping[str, str]
 
 
-def _known(about: Mapping[str, Any], field: str, kind: Any, default: Any = None) -> Any:
-    """A field's value. CheckpointError when it is of another kind; null and absence mean the default."""
-    value = about.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"`{field}` of config.json is {value!r}, which makes no sense")
-    return value
-
-
-def _activation(about: Mapping[str, Any], field: str, default: str) -> str:
-    name = _known(about, field, str, default)
-    if name not in ACTIVATIONS:
-        raise CheckpointError(f"`{field}` is {name!r}; the model here has {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def _gpt2(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {"activation": _activation(about, "activation_function", "gelu_new")}
-
-
-def _bert(about: Mapping[str, Any]) -> dict[str, Any]:
-    return {"architecture": "bert", "activation": _activation(about, "hidden_act", "gelu")}
-
-
-def _llama(about: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _known(about, "rope_parameters", dict, {})
-    scaling = _known(about, "rope_scaling", dict) or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(
-            f"`rope_parameters` or `rope_scaling` asks for {kind!r}; the model here has unscaled rotary positions"
-        )
-    share = about.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    if share != 1.0:
-        raise CheckpointError(f"`partial_rotary_factor` is {share}; of this family the model here turns whole heads")
-    bias = bool(about.get("attention_bias", False))
-    if bias != bool(about.get("mlp_bias", False)):
-        raise CheckpointError(
-            "`attention_bias` and `mlp_bias` differ; the model here has biases in all linear layers or in none"
-        )
-    return {
-        "normalization": "RMSNorm",
-        "position_embedding_type": "rope",
-        "rotary_base": float(_known(about, "rope_theta", int | float, _known(rope, "rope_theta", int | float, 10000.0))),
-        "activation": "swiglu",
-        "add_bias_linear": bias,
-        "num_query_groups": _known(about, "num_key_value_heads", int),
-        "kv_channels": _known(about, "head_dim", int),
-    }
-
-
-_LLAMA = Reader(
-    MappingProxyType({"hidden_act": "silu", "sliding_window": None}),
-    MappingProxyType(
-        {
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_position_embeddings",
-            "hidden_size": "hidden_size",
-            "ffn_hidden_size": "intermediate_size",
-            "num_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "layernorm_epsilon": "rms_norm_eps",
-            "attention_dropout": "attention_dropout",
-            "init_method_std": "initializer_range",
-        }
-    ),
-    False,
-    "model.",
-    _llama,
-)
-READERS: Mapping[str, Reader] = MappingProxyType(
+_LLAMA = TensorReader("model.", MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"}))
+TENSOR_READERS: Mapping[str, TensorReader] = MappingProxyType(
     {
-        "gpt2": Reader(
-            MappingProxyType(
-                {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-            ),
-            MappingProxyType(
-                {
-                    "vocab_size": "vocab_size",
-                    "max_position_embeddings": "n_positions",
-                    "hidden_size": "n_embd",
-                    "ffn_hidden_size": "n_inner",
-                    "num_layers": "n_layer",
-                    "num_attention_heads": "n_head",
-                    "layernorm_epsilon": "layer_norm_epsilon",
-                    "hidden_dropout": "resid_pdrop",
-                    "attention_dropout": "attn_pdrop",
-                    "init_method_std": "initializer_range",
-                }
-            ),
-            True,
-            "transformer.",
-            _gpt2,
-        ),
+        "gpt2": TensorReader("transformer.", MappingProxyType({"lm_head.weight": "transformer.wte.weight"})),
         "llama": _LLAMA,
         "mistral": _LLAMA,
-        "megatron-bert": Reader(
-            MappingProxyType(
-                {
-                    "type_vocab_size": 2,
-                    "position_embedding_type": "absolute",
-                    "is_decoder": False,
-                    "add_cross_attention": False,
-                    "tie_word_embeddings": True,
-                }
-            ),
-            MappingProxyType(
-                {
-                    "vocab_size": "vocab_size",
-                    "max_position_embeddings": "max_position_embeddings",
-                    "hidden_size": "hidden_size",
-                    "ffn_hidden_size": "intermediate_size",
-                    "num_layers": "num_hidden_layers",
-                    "num_attention_heads": "num_attention_heads",
-                    "layernorm_epsilon": "layer_norm_eps",
-                    "hidden_dropout": "hidden_dropout_prob",
-                    "attention_dropout": "attention_probs_dropout_prob",
-                    "init_method_std": "initializer_range",
-                }
-            ),
-            True,
+        "megatron-bert": TensorReader(
             "bert.",
-            _bert,
+            MappingProxyType(
+                {
+                    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+                    "cls.predictions.decoder.bias": "cls.predictions.bias",
+                }
+            ),
         ),
     }
 )
-NEEDED = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads")
 
 
-def read_hf(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_hf(directory: Path, say: Callable[[str], None] = print) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The resolved configuration and the weights, under our names, of a directory that transformers wrote.
 
-    CheckpointError naming the field, the tensor or the file that stands in the way.
+    Args:
+        directory: with `config.json` and safetensors files.
+        say: is told, a line each, what was decided where the files contradict one another, and which matrices are all zeros.
+
+    Raises:
+        CheckpointError: naming the field, the tensor or the file that stands in the way.
     """
     about = _json(directory / "config.json")
     kind = str(about.get("model_type"))
@@ -195,39 +79,80 @@ def read_hf(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             f"{directory}: `model_type` is 'bert', whose layer norms follow each layer; here they come first, as in "
             "'megatron-bert', and weights of the one make no sense in the other"
         )
-    if kind not in READERS:
-        raise CheckpointError(f"{directory}: `model_type` is {kind!r}; known are {', '.join(sorted(READERS))}")
+    if kind not in CONFIG_READERS:
+        raise CheckpointError(f"{directory}: `model_type` is {kind!r}; known are {', '.join(sorted(CONFIG_READERS))}")
     try:
-        found = _tensors(directory, READERS[kind].prefix)
-        return _read(about, READERS[kind], found)
+        config = model_settings(about, CONFIG_READERS[kind])
+        found = _tensors(directory, TENSOR_READERS[kind].prefix)
+        refuse_unsound(found)
+        config = _without_copies(config, found, TENSOR_READERS[kind].copies, say)
+        _tell_of_dtype(about, found, say)
+        return _read(about, config, found, say)
     except CheckpointError as error:
         raise error if str(directory) in str(error) else CheckpointError(f"{directory}: {error}") from error
 
 
-def _read(about: Mapping[str, Any], reader: Reader, found: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    tied = bool(about.get("tie_word_embeddings", reader.tied))
-    config = _config(about, reader, tied)
-    family = GPT2 if reader.prefix == "transformer." else LLAMA
+def _without_copies(
+    config: ModelConfig, found: dict[str, Tensor], copies: Mapping[str, str], say: Callable[[str], None]
+) -> ModelConfig:
+    """Take tied copies out of `found`; returns the configuration, untied where the copy of the embedding differs from it.
+
+    So does transformers 5: where the file has both and they differ, it uses both.
+    """
+    for copy, original in copies.items() if not config.untie_embeddings_and_output_weights else ():
+        if copy not in found:
+            continue
+        if original not in found:
+            found[original] = found.pop(copy)
+        elif _equal(found[copy], found[original]):
+            del found[copy]
+        elif config.architecture == "bert":
+            raise CheckpointError(f"{copy} differs from {original}; the model here has one tensor for both")
+        else:
+            say(f"config.json ties the output layer to the embedding, but {copy} differs from {original}: it is read as untied")
+            return replace(config, untie_embeddings_and_output_weights=True)
+    return config
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        one, other = one.double(), other.double()
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _tell_of_dtype(about: Mapping[str, Any], found: Mapping[str, Tensor], say: Callable[[str], None]) -> None:
+    """A note where transformers 5 would round the tensors as it opens them, to the type that config.json names."""
+    if (name := saved_dtype(about)) is None:
+        return
+    to = getattr(torch, name)
+    if lost := sorted({str(t.dtype) for t in found.values() if torch.promote_types(t.dtype, to) != to}):
+        say(f"config.json says {name}, and tensors are {', '.join(lost).replace('torch.', '')}: they are kept as they are")
+
+
+def _read(
+    about: Mapping[str, Any], config: ModelConfig, found: dict[str, Tensor], say: Callable[[str], None]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    family = GPT2 if config.position_embedding_type == "learned_absolute" else LLAMA
     if config.architecture == "bert":
         config, family = _bert_family(config, found, about)
-    copies = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"} | ({"lm_head.weight"} if tied else set())
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
     for row in family.table(config):
-        if row.ours == "head.weight" and tied:
+        if row.ours == "head.weight" and config.tied:
             continue
-        if row.ours.endswith(".bias") and ".norm" not in row.ours and not config.add_bias_linear and row.zeros is None:
-            continue
-        if all(name not in found for name in row.theirs) and row.ours.endswith("norm.bias") and row.zeros is None:
+        if row.ours.endswith(".bias") and not config.add_bias_linear and row.zeros is None:
             continue
         if lacking := [name for name in row.theirs if name not in found]:
             raise CheckpointError(f"there is no tensor {lacking[0]}, which {family.architecture} has; save it from that class")
+        tensors = {name: found[name] for name in row.theirs}
+        for name in zero_matrices(tensors) if row.zeros is None else ():
+            say(f"{name} is all zeros; was the model saved whole?")
         try:
-            weights[row.ours] = row.form.read(tuple(found[name] for name in row.theirs), config).contiguous()
+            weights[row.ours] = row.form.read(tuple(tensors.values()), config).contiguous()
         except RuntimeError as error:
             raise CheckpointError(f"{row.theirs[0]}: its shape does not fit config.json") from error
         used |= set(row.theirs)
-    if left := sorted(found.keys() - used - copies):
+    if left := sorted(found.keys() - used):
         raise CheckpointError(
             f"{family.architecture} has no tensor {', '.join(left[:10])}; it is another model than config.json says"
         )
@@ -237,11 +162,12 @@ def _read(about: Mapping[str, Any], reader: Reader, found: dict[str, Tensor]) ->
 def _bert_family(config: ModelConfig, found: dict[str, Tensor], about: Mapping[str, Any]) -> tuple[ModelConfig, Family]:
     """Fine-tuned, with the binary head, or without. Without it the model here has no token types; then those there must mean
     nothing."""
-    named = (about.get("architectures") or [None])[0]
+    named = architecture(about)
     head = next((head for head, family in FINE_TUNED.items() if family.architecture == named), None)
     if head is not None:
         return replace(config, task_head=head, labels=_labels(head, found, about)), FINE_TUNED[head]
-    if any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in found):
+    pooled = any(name.startswith(("bert.pooler.", "cls.seq_relationship.")) for name in found)
+    if pooled or named == MEGATRON_BERT.architecture:
         return config, MEGATRON_BERT
     types = found.get("bert.embeddings.token_type_embeddings.weight")
     if types is not None and types.any():
@@ -255,34 +181,17 @@ def _bert_family(config: ModelConfig, found: dict[str, Tensor], about: Mapping[s
 
 
 def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes: of config.json, or those that transformers gives where nobody named them."""
-    if head == "span":
-        return ()
+    """The names of the classes that a head tells apart. CheckpointError where its tensors have another number of them."""
     if head == "choice":  # transformers knows no number of choices
         return TASKS["RACE"].labels
-    weight, names = found.get("classifier.weight"), about.get("id2label") or {}
-    count = weight.shape[0] if weight is not None and weight.dim() else 0
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError("`id2label` of config.json names no classes")
-    return tuple(names.get(str(number), f"LABEL_{number}") for number in range(count))
-
-
-def _config(about: Mapping[str, Any], reader: Reader, tied: bool) -> ModelConfig:
-    for field, only in reader.must.items():
-        if about.get(field, only) != only:
-            raise CheckpointError(f"`{field}` is {about[field]!r}; the model here has {only!r} only")
-    if about.get("quantization_config"):
-        raise CheckpointError("`quantization_config`: its weights are quantized; import the original")
-    values = {ours: _known(about, field, int | float) for ours, field in reader.fields.items() if about.get(field) is not None}
-    for ours in NEEDED:
-        if type(values.get(ours)) is not int or values[ours] < 1:
-            raise CheckpointError(f"`{reader.fields[ours]}` of config.json is {values.get(ours)!r}; it must be a number")
-    values.setdefault("ffn_hidden_size", 4 * values["hidden_size"])
-    model = ModelConfig(**values, **reader.rest(about), untie_embeddings_and_output_weights=not tied)
-    model = resolve(RunConfig(model=model)).model
-    if model.kv_channels is None:
-        raise CheckpointError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
-    return model
+    names = class_names(about)
+    outputs = found.get("qa_outputs.weight" if head == "span" else "classifier.weight", torch.empty(0)).shape[:1]
+    if outputs and outputs[0] != len(names):
+        raise CheckpointError(f"config.json has {len(names)} classes (`id2label`, `num_labels`), the head {outputs[0]}")
+    if head == "classification" and (about.get("problem_type") not in (None, "single_label_classification") or len(names) < 2):
+        asked = about.get("problem_type") or "regression, of one number"
+        raise CheckpointError(f"`problem_type` is {asked!r}; the model here tells classes apart, one of each sample")
+    return () if head == "span" else names
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -316,9 +225,12 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     for name in names:
         try:
             with safe_open(str(directory / name), framework="pt") as file:
-                found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
             raise CheckpointError(f"{directory / name}: not a readable safetensors file: {error}") from error
+        if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):
+            raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")
+        found |= tensors
     found = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
     if not any(key.startswith(prefix) for key in found):
         found = {key if key.startswith(("lm_head.", "cls.")) else prefix + key: tensor for key, tensor in found.items()}

@@ -28,7 +28,7 @@ SWITCHES = (
     "apply_residual_connection_post_layernorm",
     "init_method_xavier_uniform",
 )
-NUMBERS = ("layernorm_epsilon", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
+NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
 
 # What the model here does not have: the name there, when its value is harmless, and the words for it otherwise.
 Harmless = Callable[[Any], bool]
@@ -66,9 +66,11 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
         found.append(f"--normalization {args['normalization']}")
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
+    if (epsilon := args.get("norm_epsilon")) is not None:  # its name since September 2023
+        if (older := args.get("layernorm_epsilon")) not in (None, epsilon):
+            raise CheckpointError(f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, which are one")
+        args = {**args, "layernorm_epsilon": epsilon}
     values = {name: args[name] for name in (*SIZES, *SWITCHES, *NUMBERS) if args.get(name) is not None}
-    if type(args.get("rotary_base")) in (int, float):
-        values["rotary_base"] = float(args["rotary_base"])
     if lacking := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
         raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
     values["vocab_size"] = vocab_size
@@ -78,6 +80,8 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
             raise CheckpointError(
                 f"the file's args say {name} = {value!r}, which is no {'switch' if kinds is bool else 'number'}"
             )
+    if "rotary_base" in values:
+        values["rotary_base"] = float(values["rotary_base"])
     if args.get("group_query_attention") and args.get("num_query_groups") is not None:
         values["num_query_groups"] = args["num_query_groups"]
     bert = "masked_words.dense.weight" in weights

@@ -26,6 +26,7 @@ from megatron.checkpoint.layout import TRACKER, CheckpointError, directory_name
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
+from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
 
@@ -141,7 +142,7 @@ def _read(directory: Path, vocab_size: int | None) -> Imported:
     if len({len(rank) for ranks in chunks for rank in ranks}) != 1:
         raise CheckpointError("its ranks have different numbers of virtual stages")
     stages = [[rank[v] for rank in ranks] for v in range(len(chunks[0][0])) for ranks in chunks]
-    _copies_agree(stages)
+    copies_agree(stages)
     whole = join(stages, sizes_of(args), version)
     if "embedding.word.weight" not in whole:
         raise CheckpointError("there are no word embeddings in it")
@@ -155,6 +156,7 @@ def _read(directory: Path, vocab_size: int | None) -> Imported:
             "--vocab-size, or the tokenizer, before you train on"
         )
     config = settings(args, whole, vocab_size)
+    notes += [f"{name} is all zeros; was the model saved whole?" for name in zero_matrices(whole)]
     if config.architecture == "bert" and config.activation == "gelu":
         notes.append("the masked-word head had the exact GELU there; here it has the tanh approximation, as the layers have")
     return Imported(config, unpadded(whole, vocab_size), iteration, tuple(notes), directory)
@@ -168,8 +170,8 @@ def _same_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
         raise CheckpointError(f"its args say {name} {wanted}, and there are directories for {there}; are all of them here?")
 
 
-def _copies_agree(stages: Sequence[Sequence[Weights]]) -> None:
-    """The last stage's copy of the tied matrix must be the first stage's."""
+def copies_agree(stages: Sequence[Sequence[Weights]]) -> None:
+    """CheckpointError where the last stage's copy of the tied matrix is not the first stage's."""
     for first, last in zip(stages[0], stages[-1], strict=True):
         if COPY in last and not torch.equal(last[COPY], first.get(TABLE[0].theirs, last[COPY])):
             raise CheckpointError("the last stage's copy of the word embeddings differs from the first stage's: it is damaged")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.soundness import refuse_unsound
 
 Weights = dict[str, Tensor]
 
@@ -113,12 +114,19 @@ def join(stages: Sequence[Sequence[Weights]], sizes: Sizes, version: float) -> W
             raise CheckpointError("the tensor-parallel ranks of a stage hold different tensors; they are of different models")
         layers = 0
         for theirs, first in ranks[0].items():
-            if theirs == COPY or not first.is_floating_point() or theirs.endswith(BUFFERS):
+            if theirs == COPY or theirs.endswith(BUFFERS):
                 continue
-            entry, number = _entry_of(theirs)
+            place = _entry_of(theirs)
+            if place is None and not first.is_floating_point():
+                continue  # states of kernels and the like
+            if place is None:
+                raise CheckpointError(f"{theirs}: this tensor has no place in a GPT or BERT of this program")
+            entry, number = place
             layers = max(layers, number + 1)
             ours = entry.ours.format(n=number + before)
             parts = [rank[theirs] for rank in ranks]
+            for share in parts:
+                refuse_unsound({theirs: share})
             try:
                 for part in _named(ours, parts, entry, sizes, version):
                     whole |= part
@@ -142,14 +150,14 @@ def _named(ours: str, parts: list[Tensor], entry: Entry, sizes: Sizes, version: 
     yield {ours: parts[0] if entry.cut is None else torch.cat(parts, dim=entry.cut)}
 
 
-def _entry_of(theirs: str) -> tuple[Entry, int]:
-    """The row of a name, and the layer's number in it; -1 without one."""
+def _entry_of(theirs: str) -> tuple[Entry, int] | None:
+    """The row of a name, and the layer's number in it, -1 without one; None for a name that no row has."""
     match = re.search(r"\.layers\.(\d+)\.", theirs)
     general = theirs if match is None else theirs.replace(match[0], ".layers.{n}.")
     for entry in TABLE:
         if entry.theirs == general:
             return entry, -1 if match is None else int(match[1])
-    raise CheckpointError(f"{theirs}: this tensor has no place in a GPT or BERT of this program")
+    return None
 
 
 def reorder(rows: Tensor, sizes: Sizes, version: float) -> Tensor:

@@ -24,10 +24,11 @@ from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf import SHARD_BYTES, Group, write_files, write_json
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_args import settings
-from megatron.checkpoint.megatron_files import arguments_of, version_of
+from megatron.checkpoint.megatron_files import arguments_of, copies_agree, version_of
 from megatron.checkpoint.megatron_lm import Sizes, Weights, chunks_of, join, unpadded
 from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.pickled import read_pickled
+from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
@@ -197,6 +198,7 @@ def understand(
     ranks = [args.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
     if len(chunks) > 1 or ranks != [1, 1]:
         raise CheckpointError("it is one rank's share of a model; use tools/import_megatron.py on the whole directory")
+    copies_agree([chunks])
     if any(args.get(name) is None for name in NEEDED):
         args = {}  # of the oldest archives, where they say nothing about the model
     # Ordering queries, keys and values anew needs the heads, and names alone do not.
@@ -219,6 +221,8 @@ def understand(
     _agree(model, known, kind)
     sizes = Sizes(model.size("num_attention_heads"), 1, model.size("kv_channels"))
     weights = unpadded(join([chunks], sizes, version), model.size("vocab_size"))
+    for name in zero_matrices(weights):
+        say(f"{name} is all zeros; was the model saved whole?")
     family = _family(kind, weights)
     about["architectures"] = [family.architecture]
     if model.untie_embeddings_and_output_weights:

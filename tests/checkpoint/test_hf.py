@@ -24,7 +24,8 @@ from megatron.config.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
-from megatron.export import BadOutput, ExportError, export, logit_difference
+from megatron.export import BadOutput, ExportError, export
+from megatron.logits import logit_difference
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.restore import open_model
 

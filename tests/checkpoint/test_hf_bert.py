@@ -15,7 +15,8 @@ from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import MEGATRON_BERT
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.export import ExportError, bert_differences, export
+from megatron.export import ExportError, export
+from megatron.logits import bert_differences
 from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
 from megatron.restore import open_model

@@ -15,8 +15,8 @@ from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.checkpoint.whole import read_weights
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.export import logit_difference
 from megatron.imports import store
+from megatron.logits import logit_difference
 from megatron.restore import open_model
 
 transformers = pytest.importorskip("transformers")
@@ -137,7 +137,7 @@ def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
         ("gpt2", {"activation_function": ["relu"]}, "`activation_function` of config.json is ['relu'], which makes no sense"),
         ("gpt2", {"layer_norm_epsilon": "1e-5"}, "`layer_norm_epsilon` of config.json is '1e-5', which makes no sense"),
         ("gpt2", {"n_head": 5}, "5 attention heads do not divide the width 32"),
-        ("gpt2", {"resid_pdrop": 1.5}, "`--hidden-dropout 1.5` must be at least 0 and less than 1"),
+        ("gpt2", {"resid_pdrop": 1.5, "embd_pdrop": 1.5}, "`--hidden-dropout 1.5` must be at least 0 and less than 1"),
         ("llama", {"rope_parameters": 5}, "`rope_parameters` of config.json is 5, which makes no sense"),
         ("llama", {"num_key_value_heads": "2"}, "`num_key_value_heads` of config.json is '2', which makes no sense"),
         ("gpt2", {"n_layer": 3}, "there is no tensor transformer.h.2.ln_1.weight"),

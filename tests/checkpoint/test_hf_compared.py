@@ -1,0 +1,214 @@
+"""What is compared when a Hugging Face directory is read or written: copies of tensors, and the logits of both models."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+import foreign  # noqa: E402
+from models import BASE, BERT, LLAMA  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from megatron.checkpoint import names  # noqa: E402
+from megatron.checkpoint.forms import SAME  # noqa: E402
+from megatron.checkpoint.from_hf import read_hf  # noqa: E402
+from megatron.checkpoint.layout import CheckpointError  # noqa: E402
+from megatron.checkpoint.names import GPT2  # noqa: E402
+from megatron.checkpoint.weights import ModuleWeights  # noqa: E402
+from megatron.config.schema import ModelConfig  # noqa: E402
+from megatron.contract import StagePart  # noqa: E402
+from megatron.export import ExportError, export  # noqa: E402
+from megatron.imports import store  # noqa: E402
+from megatron.logits import LogitsError, compared_with_source  # noqa: E402
+from megatron.mesh.mesh import Axis  # noqa: E402
+from megatron.model.build import MODELS  # noqa: E402
+from megatron.model.init import initialize  # noqa: E402
+
+TOOL = Path(__file__).parents[2] / "tools" / "import_hf.py"
+TIED = {"gpt2": "transformer.wte.weight", "llama tied": "model.embed_tokens.weight"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(directory, config.json, tensors) of the models by name, each written once."""
+    made = {}
+
+    def one(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp("foreign")
+            about = foreign.write(name, directory)
+            made[name] = directory, about, load_file(directory / "model.safetensors")
+        return made[name]
+
+    return one
+
+
+def put(directory, about, tensors):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(about))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def imported(monkeypatch, capsys, source, save, *more):
+    monkeypatch.setattr(sys, "argv", ["import_hf.py", "--input", str(source), "--save", str(save), *more])
+    status = runpy.run_path(str(TOOL))["main"]()
+    return (status, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("left_out", [False, True])
+def test_an_output_matrix_beside_a_tied_embedding(tmp_path, written, name, left_out):
+    """Compared as transformers compares them: equal, or another matrix, which is then used; or the only one there is."""
+    _, about, tensors = written(name)
+    about = {field: value for field, value in about.items() if field != "tie_word_embeddings" or not left_out}
+    said, word = [], tensors[TIED[name]]
+    if left_out and name != "gpt2":
+        with pytest.raises(CheckpointError, match=r"there is no tensor lm_head.weight"):  # the class's default is untied
+            read_hf(put(tmp_path, about, tensors))
+        return
+    config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": word.clone()}), said.append)
+    assert config.tied and "head.weight" not in weights and not said
+    compared_with_source(tmp_path, config, weights)
+    other = word.flip(0) + 1
+    config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": other}), said.append)
+    assert not config.tied and torch.equal(weights["head.weight"], other)
+    assert [f"lm_head.weight differs from {TIED[name]}: it is read as untied" in line for line in said] == [True]
+    compared_with_source(tmp_path, config, weights)
+    alone = {"lm_head.weight" if key == TIED[name] else key: tensor for key, tensor in tensors.items()}
+    config, weights = read_hf(put(tmp_path, about, alone))
+    assert config.tied and torch.equal(weights["embedding.word.weight"], word)
+    compared_with_source(tmp_path, config, weights)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert words"])
+@pytest.mark.parametrize("copy", ["weight", "bias"])
+def test_the_copies_of_a_megatron_bert(tmp_path, written, name, copy):
+    _, about, tensors = written(name)
+    original = "bert.embeddings.word_embeddings.weight" if copy == "weight" else "cls.predictions.bias"
+    twin = f"cls.predictions.decoder.{copy}"
+    rest = {key: tensor for key, tensor in tensors.items() if key not in (original, twin)}
+    value = tensors[original]
+    for held in ({original: value}, {original: value, twin: value.clone()}, {twin: value}):
+        config, weights = read_hf(put(tmp_path, about, {**rest, **held}))
+        assert torch.equal(weights["embedding.word.weight" if copy == "weight" else "masked_words.bias"], value)
+    compared_with_source(tmp_path, config, weights)
+    with pytest.raises(CheckpointError, match=f"cls.predictions.decoder.{copy} differs from {original}"):
+        read_hf(put(tmp_path, about, {**rest, original: value, twin: value + 1}))
+
+
+def test_a_tensor_in_two_files(tmp_path, written):
+    _, about, tensors = written("llama")
+    put(tmp_path, about, {})
+    (tmp_path / "model.safetensors").unlink()
+    where = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    save_file(tensors, tmp_path / "model-00001-of-00002.safetensors")
+    norm = tensors["model.norm.weight"]
+    save_file({"model.norm.weight": norm.clone()}, tmp_path / "model-00002-of-00002.safetensors")
+    assert torch.equal(read_hf(tmp_path)[1]["final_norm.weight"], norm)
+    save_file({"model.norm.weight": norm + 1}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*model.norm.weight is another one in a file before it"):
+        read_hf(tmp_path)
+
+
+def test_what_an_import_says(tmp_path, written, monkeypatch, capsys):
+    source, about, tensors = written("llama")
+    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
+    assert status == 0 and "transformers' logits differ by at most" in out and "all zeros" not in err
+    saved = json.loads((tmp_path / "ours" / "iter_0000000" / "config.json").read_text())["model"]
+    assert saved["hidden_dropout"] == 0.0 and saved["attention_dropout"] == 0.3 and saved["layernorm_epsilon"] == 3e-3
+    key = "model.layers.1.mlp.up_proj.weight"
+    zeros = put(tmp_path / "zeros", about, {**tensors, key: torch.zeros(40, 16)})
+    status, out, err = imported(monkeypatch, capsys, zeros, tmp_path / "zeros-ours")
+    assert status == 0 and f"note: {key} is all zeros" in err
+    for change, words in ((tensors[key].int(), "holds int32"), (tensors[key].log(), "has values that are not finite")):
+        bad = put(tmp_path / "bad", about, {**tensors, key: change})
+        status, out, err = imported(monkeypatch, capsys, bad, tmp_path / "bad-ours")
+        assert status == 2 and f"{key} {words}" in err and not (tmp_path / "bad-ours").exists()
+
+
+def test_an_import_that_differs_leaves_nothing(tmp_path, written, monkeypatch, capsys):
+    """A reader that errs: status 1, and nothing under the name."""
+    source, *_ = written("llama")
+    rows = tuple(
+        replace(row, form=replace(SAME, read=lambda tensors, config: tensors[0].flip(0))) if "mlp_norm" in row.ours else row
+        for row in names.LLAMA.rows
+    )
+    monkeypatch.setattr("megatron.checkpoint.from_hf.LLAMA", replace(names.LLAMA, rows=rows))
+    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
+    assert status == 1 and "the logits differ by" in err and "--no-verify" in err and not (tmp_path / "ours").exists()
+    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours", "--no-verify")
+    assert status == 0 and "not compared with transformers (--no-verify)" in out
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "again")
+    assert status == 0 and "not compared with transformers' logits: transformers is not installed" in out
+
+
+def test_settings_that_the_weights_of_a_model_hide(tmp_path, written):
+    """Loud embeddings hide an epsilon, and the two forms of GELU are close."""
+    _, about, tensors = written("gpt2")
+    loud = {key: tensor * 20 if key.startswith("transformer.w") else tensor for key, tensor in tensors.items()}
+    config, weights = read_hf(put(tmp_path, about, loud))
+    compared_with_source(tmp_path, config, weights)
+    for wrong in (replace(config, layernorm_epsilon=3.1e-3), replace(config, activation="gelu-exact")):
+        with pytest.raises(LogitsError, match="logits differ"):
+            compared_with_source(tmp_path, wrong, weights)
+
+
+def fresh(root, settings):
+    """A model that was never trained: biases of zero, norms of one."""
+    config = ModelConfig(**settings)
+    model = MODELS[config.architecture](config, StagePart(range(2), True, True), Axis.alone("tp"))
+    initialize(model, config, 7)
+    store(root, config, {shard.name: shard.data for shard in ModuleWeights(model).shards()})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value", "words"),
+    [
+        (BASE, "layer_norm_epsilon", 1.3e-5, "layernorm_epsilon"),
+        (BASE, "resid_pdrop", 0.3, "hidden_dropout"),
+        (BASE, "attn_pdrop", 0.3, "attention_dropout 0.3, the checkpoint 0.1"),
+        (BASE, "activation_function", "gelu", "with random weights in both models the logits differ"),
+        (LLAMA, "rms_norm_eps", 1.3e-5, "layernorm_epsilon"),
+        (LLAMA, "rope_parameters", {"rope_theta": 11000.0, "rope_type": "default"}, "rope_theta` is 10000.0 and"),
+        (BERT, "hidden_act", "gelu", "with random weights in both models the logits differ"),
+    ],
+)
+def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch, settings, field, value, words):
+    family = names.family_of(ModelConfig(**settings))
+    wrong = {field: value} | ({"embd_pdrop": value} if field == "resid_pdrop" else {})
+    changed = replace(family, config=lambda config: {**family.config(config), **wrong})
+    monkeypatch.setattr("megatron.checkpoint.names.FAMILIES", (changed,))
+    with pytest.raises((ExportError, CheckpointError), match=words):
+        export(fresh(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "exchanged",
+    [
+        ("layers.{n}.attention.dense.bias", "layers.{n}.mlp.down.bias"),
+        ("layers.{n}.input_norm.weight", "layers.{n}.mlp_norm.weight"),
+        ("layers.{n}.input_norm.bias", "layers.{n}.attention.dense.bias"),
+    ],
+)
+def test_exchanged_tensors_fail_the_export_of_a_fresh_model(tmp_path, monkeypatch, exchanged):
+    """Two that are equal in the checkpoint: its own weights do not tell."""
+    theirs = {row.ours: row.theirs for row in GPT2.rows}
+    swap = dict(zip(exchanged, reversed(exchanged), strict=True))
+    rows = tuple(replace(row, theirs=theirs[swap.get(row.ours, row.ours)]) for row in GPT2.rows)
+    monkeypatch.setattr("megatron.checkpoint.names.FAMILIES", (replace(GPT2, rows=rows),))
+    with pytest.raises(ExportError, match="with random weights in both models the logits differ"):
+        export(fresh(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)
