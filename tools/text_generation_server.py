@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
         require_packages()
-        find(Path(args.load), args.load_iteration)
+        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731

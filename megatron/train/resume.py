@@ -83,7 +83,7 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
     if config.auto_resume and config.save is not None:
         root = Path(config.save)
         newest = newest_complete(root, damaged)
-        lines += [f"passed over: {line}" for line in newest.skipped]
+        lines += newest.lines
         if newest.path is not None:
             return _from(newest.path, lines, optimizer=True, progress=True)
         if not newest.empty:
@@ -110,7 +110,7 @@ def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, st
     if newest.path is None:
         why = "; ".join(newest.skipped) or "there is no iter_ directory"
         raise CheckpointError(f"--load {path}: no whole checkpoint is there: {why}")
-    lines += [f"passed over: {line}" for line in newest.skipped]
+    lines += newest.lines
     return newest.path
 
 
