@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from megatron import kept
 from megatron.checkpoint.hf import export_hf, model_config
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.contract import Batch
+from megatron.data.hugging_face import ROLES
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.hf_tokenizers import TokenizerError, disagreement, open_theirs
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
@@ -56,7 +59,7 @@ def export(
     BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
     and then what was written is `output` with `.failed` behind its name.
     """
-    directory = find(checkpoint, iteration)
+    directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))
     if output.exists() and not output.is_dir():
         raise BadOutput(f"{output}: a file is in the way")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -67,14 +70,18 @@ def export(
     _remove(temporary)
     try:
         tokenizer = open_tokenizer(directory)
-        special = dict(tokenizer.special) if tokenizer else {}
-        ids = {"eos": special.get("eod"), "bos": special.get("bos", special.get("eod")), "pad": special.get("pad")}
+        files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
-        written = export_hf(directory, temporary, dtype, special={k: v for k, v in ids.items() if v is not None})
+        written = export_hf(directory, temporary, dtype, special=kept.token_ids(files) or _token_ids(tokenizer))
+        kept.write(files, temporary)
         if tokenizer is None or isinstance(tokenizer, NullTokenizer):
             what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
             say(f"no tokenizer files: {what}")
             tokenizer = None
+        elif kept.has_tokenizer(files):
+            say("tokenizer files and generation settings as they were imported")
+            if verify:
+                _same_tokenizer(temporary, tokenizer)
         else:
             config = model_config(directory)
             segments = config.architecture == "bert" and config.bert_binary_head
@@ -95,6 +102,36 @@ def export(
     finally:
         _remove(temporary)
     return directory
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """What config.json says of special tokens where nothing else does."""
+    special = dict(tokenizer.special) if tokenizer else {}
+    ids = {"bos": special.get("bos", special.get("eod")), "eos": special.get("eod"), "pad": special.get("pad")}
+    return {f"{role}_token_id": number for role, number in ids.items()}
+
+
+def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
+    """Compare transformers' tokenizer of the exported directory with the checkpoint's. ExportError when they differ.
+
+    A family may stand under another name than at its source, and transformers then read the same files in another way. So
+    where they differ the checkpoint's own tokenizer.json is written, under the class that takes it as it is.
+    """
+    for last in (False, True):
+        try:
+            why = disagreement(tokenizer, open_theirs(exported))
+        except TokenizerError as error:
+            why = str(error)
+        if why is None:
+            return
+        if last:
+            raise ExportError(f"the tokenizers disagree: {why}")
+        tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
+        path = exported / "tokenizer_config.json"
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
+        about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

@@ -333,7 +333,8 @@ def trial_order(root: Path) -> TrialOrder:
 class Newest:
     """path: the newest whole checkpoint, or None. skipped: one line for each that was passed over.
 
-    note: as in `TrialOrder`, None where one of `later` was taken. empty: no checkpoint was ever finished here, so there is nothing to lose.
+    note: as in `TrialOrder`, None where one of `later` was taken. empty: no checkpoint was ever finished here, so there is
+    nothing to lose.
     """
 
     path: Path | None

@@ -29,6 +29,7 @@ from megatron.data.loader import Loader, MakeBatch
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
+from megatron.kept import carry
 from megatron.mesh.beats import Patience
 from megatron.mesh.last_words import tell_launcher
 from megatron.mesh.launch import Job, guarded, job
@@ -205,7 +206,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
-    saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
+    files = partial(carry, prepared.tokenizer, source.directory, partial(say, out))
+    saver = Saver(run, files, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
