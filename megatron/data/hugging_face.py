@@ -89,7 +89,11 @@ def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Map
         if f"{role}_token" in about:
             roles[role] = _content(about[f"{role}_token"])
     roles = {role: token for role, token in roles.items() if token}
-    for token in (*_listed(about, set(roles.values())), *(AddedToken(t, special=True) for t in roles.values())):
+    listed = {token.content: token for token in _listed(about, set(roles.values()))}
+    # One that stands in the list is found in text as it says there, spaces beside it and all.
+    further = (_content(entry) for entry in about.get("extra_special_tokens") or about.get("additional_special_tokens") or [])
+    listed |= {token: AddedToken(token, special=True) for token in (*roles.values(), *further) if token not in listed}
+    for token in listed.values():
         if token.special:
             backend.add_special_tokens([token])
         else:
@@ -103,18 +107,13 @@ def _content(entry: object) -> str:
 
 
 def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
-    """The tokens of `added_tokens_decoder` or of added_tokens.json, by id, and then the further special ones.
-
-    DataError for entries that are none.
-    """
+    """The tokens of `added_tokens_decoder` or of added_tokens.json, by id. DataError for entries that are none."""
     try:
         entries = sorted((int(number), entry) for number, entry in about.get("added_tokens_decoder", {}).items())
         for _, entry in entries:
             yield AddedToken(**entry)
         for token, _ in sorted(about.get("added_tokens", {}).items(), key=lambda pair: int(pair[1])):
             yield AddedToken(token, normalized=token not in special, special=token in special)
-        for entry in about.get("extra_special_tokens") or about.get("additional_special_tokens") or []:
-            yield AddedToken(_content(entry), special=True)
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"the added tokens of tokenizer_config.json or added_tokens.json are none: {error}") from error
 
