@@ -2,15 +2,26 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
+import sys
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from archives import build, config_of, weights_of
 from crashes import Faulty, die, in_children, save_once, steps_of
 
+from megatron.checkpoint.content import read_assets
 from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
+from megatron.checkpoint.whole import write_weights
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.data.tokenizer import ByteTokenizer
+from megatron.train.resume import find_source
+
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +97,8 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
         assert newest_complete(tmp_path).path == tmp_path / "iter_0000200"
     pending.unlink()
     # A second save of 300, killed at each of its steps: until it has the name, the first is not what was announced.
-    for step in range(steps_of(tmp_path / "count", 300)):
+    last = steps_of(tmp_path / "count", 300)
+    for step in range(last - 12, last + 4):  # all of its renames
         copied(tmp_path, tmp_path / "copy")
         in_children(1, lambda rank, step=step: save_once(tmp_path / "copy", 300, Faulty(step, die), keep_last=5))
         newest = newest_complete(tmp_path / "copy").path
@@ -94,3 +106,28 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
         done = read_tracker(tmp_path / "copy") == 300
         assert newest.name == ("iter_0000300" if second or done else "iter_0000200"), step
         shutil.rmtree(tmp_path / "copy")
+
+
+def test_every_program_and_tool_takes_the_same_one(tmp_path, monkeypatch, capsys):
+    """And says in a line that a later one is there."""
+    run, config = tmp_path / "run", config_of(vocab_size=257)
+    for iteration in (1, 2):
+        words = ByteTokenizer()
+        write_weights(run, iteration, RunConfig(model=config), weights_of(build(config)), assets=read_assets(words.save))
+    (run / "latest_checkpointed_iteration.txt").write_text("1\n")
+    source = find_source(CheckpointConfig(load=str(run), finetune=True))
+    assert source.directory == run / "iter_0000001" and any("names iteration 1; 2 is later" in line for line in source.lines)
+    for name, arguments in {
+        "inspect_checkpoint.py": [run],
+        "verify_checkpoint.py": [run],
+        "export_hf.py": ["--load", run, "--output", tmp_path / "hf", "--no-verify"],
+        "export_megatron.py": ["--load", run, "--save", tmp_path / "megatron"],
+        "generate.py": ["--load", run, "--prompt", "a", "--max-new-tokens", 1],
+    }.items():
+        argv = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        main = runpy.run_path(str(TOOLS / name))["main"]
+        assert (main(argv) if signature(main).parameters else main()) == 0
+        said = capsys.readouterr()
+        assert "names iteration 1; 2 is later, and not taken: give --load-iteration" in said.out + said.err
+        assert name == "generate.py" or f"{run}/iter_0000001" in said.out
