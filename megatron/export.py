@@ -18,7 +18,7 @@ from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.contract import Batch
-from megatron.data.hugging_face import ROLES
+from megatron.data.hugging_face import ROLES, read_object
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.hf_tokenizers import TokenizerError, disagreement, open_theirs
 from megatron.model.bert import Bert
@@ -72,7 +72,8 @@ def export(
         tokenizer = open_tokenizer(directory)
         files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
-        written = export_hf(directory, temporary, dtype, special=kept.token_ids(files) or _token_ids(tokenizer))
+        ids = kept.token_ids(files)
+        written = export_hf(directory, temporary, dtype, special=_token_ids(tokenizer) if ids is None else ids)
         kept.write(files, temporary)
         if tokenizer is None or isinstance(tokenizer, NullTokenizer):
             what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
@@ -128,7 +129,7 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
             raise ExportError(f"the tokenizers disagree: {why}")
         tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
         path = exported / "tokenizer_config.json"
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        about = read_object(path)
         roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
         path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -320,7 +320,8 @@ def trial_order(root: Path) -> TrialOrder:
     later = tuple(number for number in present if latest is not None and number > latest)
     note = None
     if unannounced is not None and tracked is not None:
-        note = f"{root / TRACKER} names iteration {tracked}; the save of {unannounced} after it was finished, and is taken"
+        note = f"{root / TRACKER} names iteration {tracked}; the save of {unannounced} after it was finished, and is taken: "
+        note += f"to go back give --load-iteration, or remove {NEXT_TRACKER}"
     elif later:
         listed = f"{', '.join(map(str, later[-5:]))} {'is' if len(later) == 1 else 'are'} later, and not taken"
         note = f"{root / TRACKER} names iteration {latest}; {listed}: give --load-iteration, or write its number into the file"

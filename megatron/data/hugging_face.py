@@ -59,7 +59,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
     if not path.is_file():
         return {}
@@ -75,11 +75,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _config(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, with what older files say: they count where it lists no `added_tokens_decoder`, as in
     transformers."""
-    about = _json(directory / "tokenizer_config.json")
+    about = read_object(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in about:
         return about
-    about |= _json(directory / "special_tokens_map.json")
-    return {**about, "added_tokens": _json(directory / "added_tokens.json")}
+    about |= read_object(directory / "special_tokens_map.json")
+    return {**about, "added_tokens": read_object(directory / "added_tokens.json")}
 
 
 def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
