@@ -106,7 +106,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
 
 def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     from megatron.checkpoint.layout import CheckpointError, read_config
-    from megatron.train.resume import find_source
+    from megatron.train.resume import find_source, weights_alone
 
     what = say("checkpoint.load", config.checkpoint.load)
     try:
@@ -114,6 +114,7 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
         if source.directory is None:
             return []
         held = from_json(read_config(source.directory)).model
+        problems.extend(weights_alone(source))
     except CheckpointError as error:
         problems.append(Problem(what, f"cannot be loaded: {error}"))
         return []

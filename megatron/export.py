@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
+from megatron import kept
 from megatron.checkpoint.hf import export_hf, model_config
 from megatron.checkpoint.hf_config import CONFIG_READERS, model_settings
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
+from megatron.data.hugging_face import ROLES, read_object
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
 from megatron.logits import LogitsError, NoTransformersError, agree, import_transformers, open_theirs
 from megatron.restore import open_model, open_tokenizer
 
@@ -65,7 +68,7 @@ def export(
     BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
     and then what was written is `output` with `.failed` behind its name.
     """
-    directory = find(checkpoint, iteration)
+    directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))
     if output.exists() and not output.is_dir():
         raise BadOutput(f"{output}: a file is in the way")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -81,17 +84,22 @@ def export(
     _remove(temporary)
     try:
         tokenizer = open_tokenizer(directory)
-        special = dict(tokenizer.special) if tokenizer else {}
-        ids = {"eos": special.get("eod"), "bos": special.get("bos", special.get("eod")), "pad": special.get("pad")}
+        files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
-        written = export_hf(directory, temporary, dtype, special={k: v for k, v in ids.items() if v is not None})
+        ids = kept.token_ids(files)
+        written = export_hf(directory, temporary, dtype, special=_token_ids(tokenizer) if ids is None else ids)
         config = model_config(directory)
         if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
             say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
+        kept.write(files, temporary)
         if tokenizer is None or isinstance(tokenizer, NullTokenizer):
             what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
             say(f"no tokenizer files: {what}")
             tokenizer = None
+        elif kept.has_tokenizer(files):
+            say("tokenizer files and generation settings as they were imported")
+            if verify:
+                _same_tokenizer(temporary, tokenizer)
         else:
             segments = config.architecture == "bert" and config.bert_binary_head
             tokenizer.hf_files(temporary, config.size("max_position_embeddings"), segments=segments)
@@ -111,6 +119,36 @@ def export(
     finally:
         _remove(temporary)
     return directory
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """What config.json says of special tokens where nothing else does."""
+    special = dict(tokenizer.special) if tokenizer else {}
+    ids = {"bos": special.get("bos", special.get("eod")), "eos": special.get("eod"), "pad": special.get("pad")}
+    return {f"{role}_token_id": number for role, number in ids.items()}
+
+
+def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
+    """Compare transformers' tokenizer of the exported directory with the checkpoint's. ExportError when they differ.
+
+    A family may stand under another name than at its source, and transformers then read the same files in another way. So
+    where they differ the checkpoint's own tokenizer.json is written, under the class that takes it as it is.
+    """
+    for last in (False, True):
+        try:
+            why = disagreement(tokenizer, auto_tokenizer(exported))
+        except TokenizerError as error:
+            why = str(error)
+        if why is None:
+            return
+        if last:
+            raise ExportError(f"the tokenizers disagree: {why}")
+        tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
+        path = exported / "tokenizer_config.json"
+        about = read_object(path)
+        roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
+        about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove(path: Path) -> None:

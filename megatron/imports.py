@@ -5,35 +5,66 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.whole import write_weights
+from megatron.checkpoint.whole import refuse_taken, write_weights
 from megatron.config.ranges import out_of_range
 from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.kept import assets
 from megatron.mesh.mesh import Axis
 from megatron.model.build import build_stages
 from megatron.parallel.spec import spec_of
 from megatron.stages import stages_of
 
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
+
 
 def store(
-    root: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None = None, iteration: int = 0
+    root: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
+    iteration: int = 0,
+    kept: Mapping[str, bytes] = NOTHING,
 ) -> Path:
     """Write the checkpoint `root/iter_<iteration>`, weights only; returns it.
 
-    config: resolved. CheckpointError when the weights are not exactly the model's, or when the tokenizer has more tokens.
+    Args:
+        root: directory of checkpoints.
+        config: resolved.
+        weights: under our global names, whole.
+        tokenizer: is kept with the weights.
+        iteration: of the checkpoint.
+        kept: files of the Hugging Face directory that the weights come from, see megatron/kept.py.
+
+    Raises:
+        CheckpointError: when the weights are not exactly the model's, and when `root` holds other checkpoints.
     """
-    if tokenizer is not None and tokenizer.vocab_size > config.size("vocab_size"):
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: it is another's"
-        )
+    refuse_taken(root, iteration)
     compare(config, weights)
     run = RunConfig(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
-    return write_weights(root, iteration, run, weights, tokenizer.save if tokenizer else None)
+    return write_weights(root, iteration, run, weights, assets(tokenizer, kept))
+
+
+def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """What to say where a model has not one row for each token of its tokenizer; None where it has."""
+    rows, tokens = config.size("vocab_size"), tokenizer.vocab_size
+    if rows == tokens:
+        return None
+    way = f"to train on with this tokenizer, import with --vocab-size {tokens}"
+    if tokens < rows:
+        return f"the tokenizer has {tokens} tokens, the model {rows}; {way}"
+    names = ", ".join(repr(tokenizer.piece(number)) for number in range(rows, min(tokens, rows + 5)))
+    more = ", ..." if tokens > rows + 5 else ""
+    return (
+        f"the tokenizer has {tokens} tokens, the model {rows}: there is no row for {names}{more}, and a text with such a token "
+        f"is refused; {way}, which makes new rows"
+    )
 
 
 def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
@@ -62,16 +93,6 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(f"the weights are not those of a model with its settings: {'; '.join(wrong[:5])}{more}")
-
-
-def tokenizer_in(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, None where its files are none that are known. DataError for damaged ones."""
-    if (directory / "tokenizer.json").is_file():
-        return build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(directory)))
-    vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)))
-    return None
 
 
 def chosen_tokenizer(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:

@@ -26,6 +26,8 @@ from megatron.pipeline.transfer import Channels
 from megatron.stages import stages_of
 
 Model = TypeVar("Model")
+# Within the tokenizer's directory: the files of the Hugging Face directory that a checkpoint came from, see megatron/kept.py.
+KEPT = "hugging_face"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def open_tokenizer(directory: Path) -> Tokenizer | None:
     if strange := sorted(there - listed):
         raise CheckpointError(f"{directory / strange[0]}: {MANIFEST} does not list it; take it away")
     check_bytes(directory, manifest, sorted(listed))
-    return load_tokenizer(folder) if listed else None
+    own = any(not name.startswith(f"{TOKENIZER}/{KEPT}/") for name in listed)
+    return load_tokenizer(folder) if own else None
 
 
 def open_model(

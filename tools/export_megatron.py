@@ -38,7 +38,7 @@ def main() -> int:
     from megatron.restore import open_tokenizer
 
     try:
-        directory = find(given.load, given.load_iteration)
+        directory = find(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
         tokenizer, config = open_tokenizer(directory), model_config(directory)
         made = write_megatron(
             given.save,

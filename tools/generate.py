@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
         if args.micro_batch_size < 1:
             raise ValueError(f"--micro-batch-size {args.micro_batch_size} takes no prompt; legal: 1 and above")
-        find(Path(args.load), args.load_iteration)
+        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if place.world_size == 1 else started.device
             answers, notes = answer(args, started, grid, own, prompts, search or sampling)

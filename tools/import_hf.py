@@ -24,12 +24,20 @@ def arguments() -> argparse.Namespace:
         "--vocab-size",
         type=int,
         metavar="N",
-        help="keep the first N rows of the vocabulary, where more are padding; default all",
+        help="rows of the vocabulary: the first N, where more are padding, or all and new ones, each the mean of those that "
+        "are there, so that new tokens can be trained; default all that are there",
+    )
+    parser.add_argument(
+        "--no-tokenizer", dest="tokenizer", action="store_false", help="import the weights without the directory's tokenizer"
     )
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not compare the logits with those of transformers"
     )
     return parser.parse_args()
+
+
+def note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def main() -> int:
@@ -38,23 +46,28 @@ def main() -> int:
 
     from megatron.checkpoint.from_hf import read_hf
     from megatron.checkpoint.layout import CheckpointError
-    from megatron.checkpoint.megatron_lm import unpadded
+    from megatron.checkpoint.megatron_lm import resized
+    from megatron.checkpoint.whole import refuse_taken
     from megatron.data.errors import DataError
-    from megatron.imports import compare, store, tokenizer_in
+    from megatron.hf_tokenizers import import_tokenizer
+    from megatron.imports import compare, rows_and_tokens, store
+    from megatron.kept import of_source
     from megatron.logits import LogitsError, compared_with_source
 
     try:
-        config, weights = read_hf(given.input, say=lambda line: print(f"note: {line}", file=sys.stderr))
+        refuse_taken(given.save, 0)
+        config, weights = read_hf(given.input, say=note)
         compare(config, weights)
+        tokenizer = import_tokenizer(given.input, note) if given.tokenizer else None
         print(
             compared_with_source(given.input, config, weights)
             if given.verify
             else "not compared with transformers (--no-verify)"
         )
-        tokenizer = tokenizer_in(given.input)
         if given.vocab_size is not None:
-            config, weights = replace(config, vocab_size=given.vocab_size), unpadded(weights, given.vocab_size)
-        made = store(given.save, config, weights, tokenizer)
+            config, weights = replace(config, vocab_size=given.vocab_size), resized(weights, given.vocab_size)
+        kept = of_source(given.input, tokenizer=tokenizer is not None)
+        made = store(given.save, config, weights, tokenizer, kept=kept)
     except (CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,14 +77,11 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if tokenizer is None:
-        print("note: there is no tokenizer.json, so the checkpoint has no tokenizer", file=sys.stderr)
-    elif tokenizer.vocab_size != config.vocab_size:
-        print(
-            f"note: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; to train on with this "
-            f"tokenizer, import with --vocab-size {tokenizer.vocab_size}",
-            file=sys.stderr,
-        )
+    if tokenizer is not None:
+        if line := rows_and_tokens(config, tokenizer):
+            note(line)
+    elif given.tokenizer:
+        note("there are no files of a tokenizer that is known, so the checkpoint has no tokenizer")
     print(f"imported {given.input} to {made}: {sum(t.numel() for t in weights.values()):,} parameters")
     return 0
 

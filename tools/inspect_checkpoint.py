@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
     try:
-        directory = find(given.directory, given.load_iteration)
+        directory = find(given.directory, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
         about = describe(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)

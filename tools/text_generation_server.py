@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         template = None if args.chat_template is None else read_template(args.chat_template)
         access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
-        find(Path(args.load), args.load_iteration)
+        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731

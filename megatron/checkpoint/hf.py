@@ -126,12 +126,13 @@ def export_hf(
     out: Path,
     dtype: torch.dtype | None = None,
     *,
-    special: Mapping[str, int] | None = None,
+    special: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> torch.dtype:
     """Write weights and configuration of a checkpoint directory into `out`, which is created. Returns the type written.
 
-    dtype: of the tensors; default that of the saved embedding. special: ids of the tokens `bos`, `eos` and `pad`.
+    dtype: of the tensors; default that of the saved embedding. special: what config.json says of special tokens, such as
+    `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`.
     One of our tensors at a time is in memory. CheckpointError when the checkpoint is damaged, or when no family of
     transformers has its architecture: then with everything that stands in the way.
     """
@@ -146,7 +147,7 @@ def export_hf(
     dtype = dtype or TORCH_DTYPES[word.dtype]
     storage = Storage()
     write_files(storage, out, plan(checkpoint, manifest, config, family, dtype), shard_bytes)
-    ids = {f"{role}_token_id": (special or {}).get(role) for role in ("bos", "eos", "pad")}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if special is None else special
     about = {
         "architectures": [family.architecture],
         **family.config(config),

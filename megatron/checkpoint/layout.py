@@ -1,17 +1,20 @@
 """What a checkpoint is on disk, which one is the latest, and whether one is whole.
 
     SAVE/
-      latest_checkpointed_iteration.txt      the number of the last one that was finished; replaced last
+      latest_checkpointed_iteration.txt      the tracker: the number of the last one that was finished; replaced last
+      .latest_checkpointed_iteration.txt.tmp the next tracker, while a save gives the directory its name
       iter_0000100/
         manifest.json                        every tensor and its pieces, every file with its size and sha256
         config.json                          the merged configuration of the run
         state.json                           the small values of all parts: iteration, consumed samples, ...
         shard_00000.safetensors              plain tensors, one file per rank that wrote some
-        tokenizer/                           the tokenizer's own files
+        tokenizer/                           the tokenizer's own files, and what came with it from Hugging Face
 
 Tensors have global names with the part in front: `model.layers.0.attention.qkv.weight`. A tensor that was cut into pieces
 carries each piece's start in the file's key: `model.head.weight@64,0`. The layout of the run that saved appears nowhere
 else, and nothing is pickled.
+
+Which checkpoint is the latest follows from these files alone, never from time stamps, which a copy loses: see `trial_order`.
 """
 
 from __future__ import annotations
@@ -31,13 +34,14 @@ from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_js
 from megatron.checkpoint.storage import record_of
 
 __all__ = [
-    "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "check_bytes", "check_sizes",
-    "directory_name", "find", "iterations", "newest_complete", "others", "path_in", "read_config", "read_json", "read_manifest",
-    "read_state", "read_tracker", "verify",
+    "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "TrialOrder", "announced", "check_bytes",
+    "check_sizes", "directory_name", "find", "iterations", "newest_complete", "others", "path_in", "read_config", "read_json",
+    "read_manifest", "read_state", "read_tracker", "trial_order", "verify",
 ]  # fmt: skip
 
 MANIFEST, CONFIG, STATE, TOKENIZER = "manifest.json", "config.json", "state.json", "tokenizer"
 TRACKER = "latest_checkpointed_iteration.txt"
+NEXT_TRACKER = f".{TRACKER}.tmp"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
 MOST_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
@@ -178,17 +182,43 @@ def read_state(directory: Path) -> dict[str, dict[str, Any]]:
 
 def read_tracker(root: Path) -> int | None:
     """The iteration that `root` announces as its latest; None when there is no tracker. CheckpointError for a bad one."""
-    path = root / TRACKER
-    if not os.path.lexists(path):
+    text = _tracker_text(root, TRACKER)
+    if text is None:
+        return None
+    text = text.strip()
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise CheckpointError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}. {_present(root)}")
+    return int(text)
+
+
+def _tracker_text(root: Path, name: str) -> str | None:
+    if not os.path.lexists(root / name):
         return None
     try:
-        with path_in(root, TRACKER).open("rb") as file:
-            text = file.read(1000).decode("utf-8").strip()
+        with path_in(root, name).open("rb") as file:
+            return file.read(1000).decode("utf-8")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise CheckpointError(f"{path}: expected an iteration number, found {text[:40]!r}. {_present(root)}")
-    return int(text)
+        raise CheckpointError(f"{root / name}: {error}") from error
+
+
+def announced(root: Path) -> int | None:
+    """The iteration of the last save that was finished; None when there was none. CheckpointError for a bad tracker.
+
+    It is the tracker's, unless a save died after its directory had its name and before the tracker was replaced.
+    """
+    unannounced = _unannounced(root)
+    return read_tracker(root) if unannounced is None else unannounced
+
+
+def _unannounced(root: Path) -> int | None:
+    """The iteration of a whole save that the tracker could not name any more: its next tracker is still there."""
+    try:
+        text = _tracker_text(root, NEXT_TRACKER) or ""
+    except CheckpointError:
+        return None
+    if not re.fullmatch(r"[0-9]{1,15}\n", text):  # without the line's end it is torn
+        return None
+    return int(text) if (root / directory_name(int(text)) / MANIFEST).is_file() else None
 
 
 def _present(root: Path) -> str:
@@ -199,11 +229,21 @@ def _present(root: Path) -> str:
     return f"Iterations there: {'..., ' if len(numbers) > 10 else ''}{listed}; choose one with --load-iteration"
 
 
-def find(path: Path, iteration: int | None = None) -> Path:
-    """The checkpoint directory that `path` means: itself, or the latest (or the given iteration) under it.
+def find(
+    path: Path, iteration: int | None = None, tell: Callable[[str], None] = lambda line: None, *, whole: bool = True
+) -> Path:
+    """The checkpoint directory that `path` means: itself, or under it the newest whole one, or the given iteration.
 
-    NoCheckpoint, naming near candidates, when there is none; CheckpointError when what is there is unfinished. Of the
-    manifest only the presence is tested.
+    Args:
+        path: a directory of checkpoints, or one iter_ directory.
+        iteration: exactly this one.
+        tell: is told, in a line each, what is passed over, and where the tracker and the newest iteration differ.
+        whole: False: the one that is meant, damaged or not; nothing is passed over, also not a tracker that names none.
+
+    Raises:
+        NoCheckpoint: when there is none, naming near candidates.
+        CheckpointError: when none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
+            iteration, only the manifest's presence is tested.
     """
     if not path.exists():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -216,68 +256,119 @@ def find(path: Path, iteration: int | None = None) -> Path:
         if iteration is not None and (held := read_manifest(path).iteration) != iteration:
             raise NoCheckpoint(f"{path}: it is of iteration {held}, not {iteration}")
         return path
-    present = iterations(path)
-    wanted = iteration if iteration is not None else read_tracker(path)
-    if wanted is None:
-        if DIRECTORY.fullmatch(path.name):
-            raise CheckpointError(f"{path}: {NO_MANIFEST}")
-        raise NoCheckpoint(f"{path}: no checkpoint here, there is no {TRACKER}. {_present(path)}")
-    if wanted not in present:
-        if iteration is None:
-            raise CheckpointError(f"{path / TRACKER}: it names iteration {wanted}, which is not there. {_present(path)}")
-        raise NoCheckpoint(f"{path}: there is no iteration {wanted}. {_present(path)}")
-    if not (present[wanted] / MANIFEST).is_file():
-        raise CheckpointError(f"{present[wanted]}: {NO_MANIFEST}. {_present(path)}")
-    return present[wanted]
+    if iteration is not None:
+        return _numbered(path, iteration)
+    if DIRECTORY.fullmatch(path.name):
+        raise CheckpointError(f"{path}: {NO_MANIFEST}")
+    newest = newest_complete(path) if whole else _meant(path)
+    if newest.path is None:
+        if not iterations(path) and not newest.skipped:
+            raise NoCheckpoint(f"{path}: no checkpoint here, there is no {TRACKER}. {_present(path)}")
+        what = "no checkpoint is whole" if whole else "which checkpoint is meant is not clear"
+        raise CheckpointError(f"{path}: {what}: {'; '.join(newest.skipped)}. {_present(path)}")
+    for line in newest.lines:
+        tell(line)
+    return newest.path
+
+
+def _meant(root: Path) -> Newest:
+    order = trial_order(root)
+    return Newest(None if order.lines or not order.paths else order.paths[0], order.lines, order.note)
+
+
+def _numbered(root: Path, iteration: int) -> Path:
+    present = iterations(root)
+    if iteration not in present:
+        raise NoCheckpoint(f"{root}: there is no iteration {iteration}. {_present(root)}")
+    if not (present[iteration] / MANIFEST).is_file():
+        raise CheckpointError(f"{present[iteration]}: {NO_MANIFEST}. {_present(root)}")
+    return present[iteration]
+
+
+@dataclass(frozen=True)
+class TrialOrder:
+    """paths: the checkpoints of a directory, the one to take first, then those to fall back to. lines: what is odd about it.
+
+    later: the iterations that come last, though they are newer. note: says that the tracker and the newest iteration differ,
+    and that none of `later` is taken; None where they do not differ.
+    """
+
+    paths: tuple[Path, ...]
+    lines: tuple[str, ...]
+    later: tuple[int, ...]
+    note: str | None
+
+
+def trial_order(root: Path) -> TrialOrder:
+    """Which checkpoint under `root` is meant, for every program and tool.
+
+    The one that was finished last, as the tracker says: whoever writes an older number into it goes back, as in
+    Megatron-LM, and later iterations of a run that was wound back do not count. Then the older ones, from the newest. The
+    later ones come last: better than nothing, where all others are lost. Without a tracker the newest counts.
+    """
+    present, lines = iterations(root), []
+    unannounced, latest, tracked = _unannounced(root), None, None
+    try:
+        tracked = read_tracker(root)
+        latest = tracked if unannounced is None else unannounced
+        if latest is not None and latest not in present:
+            lines.append(f"{root / TRACKER}: it names iteration {latest}, which is not there")
+    except CheckpointError as error:
+        latest = unannounced
+        lines.append(str(error))
+    numbers = sorted(present, key=lambda number: (latest is not None and number > latest, -number))
+    later = tuple(number for number in present if latest is not None and number > latest)
+    note = None
+    if unannounced is not None and tracked is not None:
+        note = f"{root / TRACKER} names iteration {tracked}; the save of {unannounced} after it was finished, and is taken: "
+        note += f"to go back give --load-iteration, or remove {NEXT_TRACKER}"
+    elif later:
+        listed = f"{', '.join(map(str, later[-5:]))} {'is' if len(later) == 1 else 'are'} later, and not taken"
+        note = f"{root / TRACKER} names iteration {latest}; {listed}: give --load-iteration, or write its number into the file"
+    # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
+    paths = (present[n].with_name(directory_name(n) + end) for n in numbers for end in ("", ".replaced"))
+    return TrialOrder(tuple(path for path in paths if path.is_dir()), tuple(lines), later, note)
 
 
 @dataclass(frozen=True)
 class Newest:
-    """path: the newest whole checkpoint, or None. skipped: one line for each newer one that was passed over.
+    """path: the newest whole checkpoint, or None. skipped: one line for each that was passed over.
 
-    empty: no checkpoint was ever finished here, so there is nothing to lose.
+    note: as in `TrialOrder`, None where one of `later` was taken. empty: no checkpoint was ever finished here, so there is
+    nothing to lose.
     """
 
     path: Path | None
     skipped: tuple[str, ...]
+    note: str | None = None
     empty: bool = False
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Everything that a user is to be told."""
+        return (*(f"passed over: {line}" for line in self.skipped), *([self.note] if self.note else []))
 
 
 def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
-    """The newest checkpoint under `root` that is whole, as far as a glance tells: all sizes, and the bytes of small files.
+    """The first checkpoint in `trial_order` that is whole, as far as a glance tells: all sizes, and the bytes of small files.
 
-    Newest is the one that the tracker names, or one of a later iteration that was finished after the tracker was written:
-    the writer died between the two. Directories of a later iteration that are older than the tracker belong to a run that
-    was wound back, and are passed over. damaged: those that are known to be, and why.
+    damaged: those that are known to be, and why.
     """
+    order = trial_order(root)
     skipped = [f"{path}: a save that was interrupted" for path in sorted(root.glob(".iter_*.tmp"))]
-    present = iterations(root)
-    try:
-        announced = read_tracker(root)
-        if announced is not None and announced not in present:
-            skipped.append(f"{root / TRACKER}: it names iteration {announced}, which is not there")
-    except CheckpointError as error:
-        announced = None
-        skipped.append(str(error))
-    # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
-    candidates = [(n, p.with_name(directory_name(n) + end)) for n, p in reversed(present.items()) for end in ("", ".replaced")]
-    for number, path in candidates:
-        if not path.is_dir():
-            continue
+    skipped += order.lines
+    for path in order.paths:
         try:
             if path in damaged:
                 raise CheckpointError(damaged[path])
             manifest = read_manifest(path)
             check_sizes(path, manifest)
             check_bytes(path, manifest, (name for name in manifest.files if not name.endswith(".safetensors")))
-            later = announced is not None and number > announced
-            if later and (path / MANIFEST).stat().st_mtime_ns < (root / TRACKER).stat().st_mtime_ns:
-                raise CheckpointError(f"{path}: it is older than the latest save, of iteration {announced}")
         except (CheckpointError, OSError) as error:
             skipped.append(str(error))
             continue
-        return Newest(path, tuple(skipped))
-    return Newest(None, tuple(skipped), empty=not present and not os.path.lexists(root / TRACKER))
+        return Newest(path, tuple(skipped), None if manifest.iteration in order.later else order.note)
+    return Newest(None, tuple(skipped), empty=not order.paths and not os.path.lexists(root / TRACKER))
 
 
 def others(directory: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.layout import TRACKER, CheckpointError, directory_name
+from megatron.checkpoint.layout import MANIFEST, TRACKER, CheckpointError, directory_name, iterations
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
@@ -190,6 +190,12 @@ def write_megatron(
     final = root / directory_name(iteration)
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
+    if later := [n for n, path in iterations(root).items() if n > iteration or (path / MANIFEST).exists()]:
+        listed = ", ".join(map(str, later[-5:]))
+        raise CheckpointError(
+            f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
+            f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
+        )
     rows = padded(config.size("vocab_size"), config.make_vocab_size_divisible_by, tp)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")

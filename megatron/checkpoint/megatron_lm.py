@@ -185,6 +185,24 @@ def unpadded(whole: Mapping[str, Tensor], vocab: int) -> Weights:
     return {name: tensor[:vocab].clone() if name in names else tensor for name, tensor in whole.items()}
 
 
+def resized(whole: Mapping[str, Tensor], vocab: int) -> Weights:
+    """The same weights with `vocab` rows of the vocabulary: the first ones, or all and new ones that are the mean of them.
+
+    CheckpointError when none is wanted. A mean row is what the model expects of a word on average, so new tokens neither
+    stand out nor have a logit of 0, which many models seldom give a true word.
+    """
+    names = {entry.ours for entry in TABLE if entry.rows} & whole.keys()
+    rows = min((whole[name].shape[0] for name in names), default=0)
+    if vocab <= rows:
+        return unpadded(whole, vocab)
+
+    def grown(old: Tensor) -> Tensor:
+        mean = old.double().mean(dim=0, keepdim=True).to(old.dtype)
+        return torch.cat([old, mean.expand(vocab - old.shape[0], *old.shape[1:])])
+
+    return {name: grown(tensor) if name in names else tensor for name, tensor in whole.items()}
+
+
 def split(
     whole: Mapping[str, Tensor], tp: int, stages: Sequence[range], padded: int, *, tied: bool
 ) -> list[list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from megatron.checkpoint.content import Assets, Content, Contents, shard_name
 from megatron.checkpoint.layout import (
     DIRECTORY,
     MANIFEST,
+    NEXT_TRACKER,
     TRACKER,
     CheckpointError,
     Manifest,
@@ -161,9 +162,12 @@ def _commit(storage: Storage, root: Path, temporary: Path, final: Path, manifest
             aside = root / f".{final.name}.deleted"
             storage.remove(aside)
         storage.rename(final, aside)
-    storage.rename(temporary, final)
-    pending = root / f".{TRACKER}.tmp"
+    # Written before the directory has its name: whoever finds both knows that this save is the latest, also where the tracker
+    # was not replaced any more. After another of this iteration was set aside, which the number would else announce.
+    pending = root / NEXT_TRACKER
     storage.write(pending, [f"{manifest.iteration}\n".encode()])
+    storage.sync(root)
+    storage.rename(temporary, final)
     storage.rename(pending, root / TRACKER)
 
 

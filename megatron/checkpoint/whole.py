@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.content import Assets
-from megatron.checkpoint.layout import CheckpointError, verify
+from megatron.checkpoint.layout import CheckpointError, iterations, read_state, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.save import save
 from megatron.config.saved import to_json
@@ -45,6 +46,29 @@ def write_weights(root: Path, iteration: int, config: RunConfig, weights: Mappin
     config: resolved. weights: under our global names. assets: the tokenizer's files. CheckpointError when the disk refuses.
     """
     return save(root, iteration, {"model": WholeTensors(weights)}, Mesh.single(), config=to_json(config), assets=assets)
+
+
+def holds_weights_alone(directory: Path) -> bool:
+    """Whether a checkpoint was imported: it has no optimizer, no counters and no position in the data."""
+    return read_state(directory).keys() == {"model"}
+
+
+def refuse_taken(root: Path, iteration: int) -> None:
+    """CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
+
+    An import alone may be repeated: nothing but the same weights is replaced.
+    """
+    present = iterations(root)
+    with suppress(CheckpointError):
+        if list(present) == [iteration] and holds_weights_alone(present[iteration]):
+            return
+    if not present:
+        return
+    held = f"{', '.join(map(str, list(present)[-5:]))}"
+    raise CheckpointError(
+        f"--save {root} holds checkpoints already, of iteration {held}: one of iteration {iteration} there would be taken for "
+        "the latest, and a run that goes on would be wound back to it. Give --save a new directory, or move away what is there"
+    )
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

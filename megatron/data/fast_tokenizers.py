@@ -71,6 +71,46 @@ class GPT2BPETokenizer(FastTokenizer):
         super().__init__(backend, special, assets)
 
 
+def read_word_pieces(vocab_file: str, flag: str) -> dict[str, int]:
+    """The words of a vocab.txt of BERT with their ids. DataError, naming the flag, when it is none."""
+    try:
+        words = read(vocab_file, flag).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{vocab_file} is not a vocab.txt of BERT: {error}") from error
+    vocab = {word.rstrip("\r"): number for number, word in enumerate(words[:-1] if words[-1] == "" else words)}
+    missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if t not in vocab]
+    if missing:
+        raise DataError(f"{vocab_file} is not a vocab.txt of BERT: it lacks {', '.join(missing)}")
+    return vocab
+
+
+def word_piece_backend(
+    vocab: Mapping[str, int],
+    *,
+    lower_case: bool,
+    strip_accents: bool | None = None,
+    chinese_characters: bool = True,
+    max_word: int = 200,
+) -> Backend:
+    """BERT's WordPiece over a vocabulary, without special tokens in text.
+
+    Args:
+        vocab: word to id, with `[UNK]`, `[CLS]` and `[SEP]`.
+        lower_case: whether text is lowered first.
+        strip_accents: whether accents go; None: with lower_case.
+        chinese_characters: whether each is a word of its own.
+        max_word: characters of the longest word that is cut; longer ones are unknown.
+    """
+    backend = Backend(models.WordPiece(dict(vocab), unk_token="[UNK]", max_input_chars_per_word=max_word))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lower_case, strip_accents=strip_accents, handle_chinese_chars=chinese_characters
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return backend
+
+
 class BertWordPieceTokenizer(FastTokenizer):
     """BERT's WordPiece from vocab.txt, plus `[BOS]`, `[EOS]` and `<extra_id_N>` at the end, as Megatron-LM adds them."""
 
@@ -78,22 +118,10 @@ class BertWordPieceTokenizer(FastTokenizer):
 
     def __init__(self, vocab_file: str, extra_ids: int) -> None:
         assets = {"vocab.txt": read(vocab_file, "--vocab-file")}
-        try:
-            words = assets["vocab.txt"].decode("utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{vocab_file} is not a vocab.txt of BERT: {error}") from error
-        vocab = {word.rstrip("\r"): number for number, word in enumerate(words[:-1] if words[-1] == "" else words)}
-        missing = [t for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]") if t not in vocab]
-        if missing:
-            raise DataError(f"{vocab_file} is not a vocab.txt of BERT: it lacks {', '.join(missing)}")
+        vocab = read_word_pieces(vocab_file, "--vocab-file")
         added = [t for t in ("[BOS]", "[EOS]", *(f"<extra_id_{i}>" for i in range(extra_ids))) if t not in vocab]
         vocab |= {token: len(vocab) + i for i, token in enumerate(added)}
-        backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=self.lower_case)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        cls, sep = vocab["[CLS]"], vocab["[SEP]"]
-        backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+        backend = word_piece_backend(vocab, lower_case=self.lower_case)
         names = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *added)
         backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in names])
         special = {role: vocab[f"[{role.upper()}]"] for role in ("unk", "cls", "sep", "pad", "mask", "bos", "eos")}

@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
         grid, device = layout_of(args, place)
         if find_spec("lm_eval") is None:
             raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
-        find(Path(args.load), args.load_iteration)
+        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
     except (ValueError, *REFUSED) as error:
         return refuse(error, speaks)
     try:

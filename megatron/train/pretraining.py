@@ -18,7 +18,7 @@ from typing import TextIO, TypeVar
 
 import torch
 
-from megatron.checkpoint.layout import CheckpointError, read_tracker
+from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.schema import LayoutConfig, RunConfig
@@ -29,6 +29,7 @@ from megatron.data.loader import Loader, MakeBatch
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
+from megatron.kept import carry
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
 from megatron.mesh.last_words import tell_launcher
@@ -206,7 +207,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
-    saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
+    files = partial(carry, prepared.tokenizer, source.directory, partial(say, out))
+    saver = Saver(run, files, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
@@ -224,7 +226,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     if prepared.scorer is not None:
         around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
     if started.is_main:
-        progress.began(started.place.job, announced(config.checkpoint.save), started.place.attempt)
+        progress.began(started.place.job, announced_in(config.checkpoint.save), started.place.attempt)
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
@@ -247,10 +249,10 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     return status if around.saver is not None or around.train is None else Exit.FINISHED
 
 
-def announced(save: str | None) -> int | None:
+def announced_in(save: str | None) -> int | None:
     """The iteration that --save announces as its latest; None where it says nothing that can be read."""
     with suppress(CheckpointError):
-        return read_tracker(Path(save)) if save is not None else None
+        return announced(Path(save)) if save is not None else None
     return None
 
 

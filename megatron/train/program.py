@@ -112,9 +112,9 @@ def restarted(parsed: Parsed, place: Place) -> Parsed | None:
     if checkpoint.auto_resume:
         return parsed
     line = f"restart {place.attempt} by torchrun: "
-    from megatron.train.pretraining import announced
+    from megatron.train.pretraining import announced_in
 
-    if ours and announced(checkpoint.save) != progress.tracker:
+    if ours and announced_in(checkpoint.save) != progress.tracker:
         line += "going on from the newest checkpoint of --save, as with --auto-resume"
         parsed = replace(parsed, config=replace(parsed.config, checkpoint=replace(checkpoint, auto_resume=True)))
     else:

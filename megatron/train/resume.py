@@ -33,6 +33,7 @@ from megatron.checkpoint.layout import (
     read_state,
 )
 from megatron.checkpoint.load import load, verify_together
+from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
@@ -83,10 +84,11 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
     if config.auto_resume and config.save is not None:
         root = Path(config.save)
         newest = newest_complete(root, damaged)
-        lines += [f"passed over: {line}" for line in newest.skipped]
-        if newest.path is not None:
+        lines += newest.lines
+        imported = newest.path is not None and config.finetune and config.load is not None and holds_weights_alone(newest.path)
+        if newest.path is not None and not imported:
             return _from(newest.path, lines, optimizer=True, progress=True)
-        if not newest.empty:
+        if not newest.empty and not imported:
             fresh = "to start fresh, give another --save, or move away what is there"
             raise CheckpointError(f"--auto-resume: no checkpoint in {root} is whole: {'; '.join(newest.skipped)}; {fresh}")
         lines.append(f"nothing to resume in {config.save}")
@@ -110,7 +112,7 @@ def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, st
     if newest.path is None:
         why = "; ".join(newest.skipped) or "there is no iter_ directory"
         raise CheckpointError(f"--load {path}: no whole checkpoint is there: {why}")
-    lines += [f"passed over: {line}" for line in newest.skipped]
+    lines += newest.lines
     return newest.path
 
 
@@ -166,7 +168,7 @@ def check_source(source: Source, config: RunConfig) -> None:
     """ConfigError with everything in which the checkpoint does not hold what the run asks of it."""
     if source.saved is None:
         return
-    problems = different_model(source.saved.model, config.model, str(source.directory))
+    problems = [*weights_alone(source), *different_model(source.saved.model, config.model, str(source.directory))]
     new_head = not source.progress and not config.eval.skip_train
     problems += different_head(source.saved.model, config.model, str(source.directory), new=new_head)
     if source.optimizer and source.saved.checkpoint.no_save_optim:
@@ -180,6 +182,13 @@ def check_source(source: Source, config: RunConfig) -> None:
         problems += _other_data(source.saved.data, config.data, source.directory)
     if problems:
         raise ConfigError(problems)
+
+
+def weights_alone(source: Source) -> Iterator[Problem]:
+    """A problem where a run would go on from a checkpoint that has nothing to go on from but its weights."""
+    if source.directory is not None and (source.optimizer or source.progress) and holds_weights_alone(source.directory):
+        rule = "holds weights only, as an import does: no optimizer state, no iteration and no position in the data"
+        yield Problem(f"the checkpoint {source.directory}", rule, f"--load {source.directory.parent} --finetune")
 
 
 def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) -> Iterator[Problem]:

@@ -211,24 +211,35 @@ def test_find_says_what_is_there(saved, tmp_path):
         find(run / "iter_0000100", 300)
     with pytest.raises(CheckpointError, match="this is a file"):
         find(run / "iter_0000100" / "config.json")
-    tracker = run / "latest_checkpointed_iteration.txt"
-    for text in ("", "release", "-5", "1e3", "99999999999999999999"):
-        tracker.write_text(text)
-        with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration.txt: expected an iteration number.*100, 200"):
-            find(run)
-    tracker.write_text("150")
-    with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration.txt: it names iteration 150, which is not there"):
-        find(run)
-    tracker.write_text("200")
     (run / "iter_0000200" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000200: it has no manifest.json.*Iterations there: 100, 200"):
+        find(run, 200)
     with pytest.raises(CheckpointError, match=r"iter_0000200: it has no manifest.json, so it is unfinished"):
-        find(run)
-    tracker.unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint here, there is no latest_.*Iterations there: 100, 200"):
-        find(run)
+        find(run / "iter_0000200")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="No iter_ directory is there"):
         find(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", ["", "release", "-5", "1e3", "99999999999999999999", "150", "200", None])
+def test_find_takes_the_newest_whole_one_and_says_what_it_passed_over(saved, tmp_path, text):
+    """A bad tracker, one that names what is not there, one that names what is torn, and none."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    shutil.copytree(run / "iter_0000100", run / "iter_0000200")
+    (run / "iter_0000200" / "manifest.json").unlink()
+    tracker = run / "latest_checkpointed_iteration.txt"
+    tracker.unlink() if text is None else tracker.write_text(text)
+    said = []
+    assert find(run, tell=said.append) == run / "iter_0000100"
+    why = {None: "", "150": "it names iteration 150, which is not there", "200": ""}.get(text, "expected an iteration number")
+    first, last = said if why else ("", *said)
+    assert why in first and ("iter_0000200: it has no manifest.json" if text != "150" else "150; 200 is later") in last
+    with pytest.raises(CheckpointError, match=why or "no manifest.json"):  # what is meant, and it is not whole
+        verify(find(run, whole=False))
+    shutil.rmtree(run / "iter_0000100")
+    with pytest.raises(CheckpointError, match=f"no checkpoint is whole: .*{why}.*has no manifest.json.*Iterations there: 200"):
+        find(run)
 
 
 def test_the_tools(directory, monkeypatch, capsys):

@@ -1,0 +1,131 @@
+"""The tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json, or those before it.
+
+Older directories hold `vocab.json` and `merges.txt` (GPT-2), `vocab.txt` (BERT) or `tokenizer.model` (SentencePiece), with
+their further tokens in `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from megatron.data.errors import DataError
+from megatron.data.fast_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, read_word_pieces, word_piece_backend
+from megatron.data.sentence_piece import GPTSentencePieceTokenizer
+from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
+
+# Any of these is a tokenizer; the first one that is there counts.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# The special tokens of transformers' classes where the files name none.
+GPT2_ROLES = {"bos": END_OF_TEXT, "eos": END_OF_TEXT, "unk": END_OF_TEXT}
+BERT_ROLES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a Hugging Face directory holds a vocabulary."""
+    return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory; None where its files are none that are known. DataError for damaged ones."""
+    first = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
+    about = _config(directory)
+    match first:
+        case "tokenizer.json":
+            return HuggingFaceTokenizer(str(directory))
+        case "vocab.json" if (directory / "merges.txt").is_file():
+            gpt2 = GPT2BPETokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
+            backend = gpt2.backend()
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(about.get("add_prefix_space", False)))
+            return _with_added_tokens(backend, about, GPT2_ROLES)
+        case "vocab.txt":
+            backend = word_piece_backend(
+                read_word_pieces(str(directory / "vocab.txt"), "vocab.txt"),
+                lower_case=bool(about.get("do_lower_case", True)),
+                strip_accents=about.get("strip_accents"),
+                chinese_characters=bool(about.get("tokenize_chinese_chars", True)),
+                max_word=100,
+            )
+            return _with_added_tokens(backend, about, BERT_ROLES)
+        case "tokenizer.model":
+            return GPTSentencePieceTokenizer(str(directory / "tokenizer.model"))
+    return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(read(str(path), "tokenizer"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is not a JSON object")
+    return values
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with what older files say: they count where it lists no `added_tokens_decoder`, as in
+    transformers."""
+    about = read_object(directory / "tokenizer_config.json")
+    if "added_tokens_decoder" in about:
+        return about
+    about |= read_object(directory / "special_tokens_map.json")
+    return {**about, "added_tokens": read_object(directory / "added_tokens.json")}
+
+
+def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
+    """A tokenizer with the tokens that its directory adds, in transformers' order: by id, then special ones that are new."""
+    roles = dict(defaults)
+    for role in ROLES:
+        if f"{role}_token" in about:
+            roles[role] = _content(about[f"{role}_token"])
+    roles = {role: token for role, token in roles.items() if token}
+    listed = {token.content: token for token in _listed(about, set(roles.values()))}
+    # One that stands in the list is found in text as it says there, spaces beside it and all.
+    further = (_content(entry) for entry in about.get("extra_special_tokens") or about.get("additional_special_tokens") or [])
+    listed |= {token: AddedToken(token, special=True) for token in (*roles.values(), *further) if token not in listed}
+    for token in listed.values():
+        if token.special:
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
+    return tokenizer_from(backend, roles)
+
+
+def _content(entry: object) -> str:
+    """The text of a special token, which stands alone or in an object with how it is found in text."""
+    return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
+
+
+def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
+    """The tokens of `added_tokens_decoder` or of added_tokens.json, by id. DataError for entries that are none."""
+    try:
+        entries = sorted((int(number), entry) for number, entry in about.get("added_tokens_decoder", {}).items())
+        for _, entry in entries:
+            yield AddedToken(**entry)
+        for token, _ in sorted(about.get("added_tokens", {}).items(), key=lambda pair: int(pair[1])):
+            yield AddedToken(token, normalized=token not in special, special=token in special)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"the added tokens of tokenizer_config.json or added_tokens.json are none: {error}") from error
+
+
+def tokenizer_from(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` package as ours, under the kind that needs no file but its own.
+
+    roles: its special tokens, by `bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "tokenizer.json").write_text(backend.to_str(pretty=False) + "\n", encoding="utf-8")
+        named = {f"{role}_token": token for role, token in roles.items()}
+        (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+        return HuggingFaceTokenizer(name)

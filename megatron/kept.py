@@ -1,0 +1,102 @@
+"""What a Hugging Face directory says beside its weights, kept byte for byte in the checkpoints that come of it.
+
+An import puts the files into the checkpoint, training on from it carries them from checkpoint to checkpoint, and an export
+writes them again: generation settings, lists of end tokens, chat templates, and the tokenizer as its authors wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron.checkpoint.content import read_assets
+from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
+from megatron.data.errors import DataError
+from megatron.data.hugging_face import VOCABULARIES
+from megatron.data.tokenizer_base import Tokenizer, read
+from megatron.hf_tokenizers import same_ids
+from megatron.restore import KEPT, open_tokenizer
+
+GENERATION = "generation_config.json"
+SETTINGS = ("config.json", GENERATION)
+TOKENIZER_FILES = (
+    *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"
+
+
+def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
+    """The files of a Hugging Face directory that are kept, by name. tokenizer: also those of its tokenizer."""
+    names = [*SETTINGS, *(TOKENIZER_FILES if tokenizer else ())]
+    paths = [directory / name for name in names]
+    if tokenizer:
+        paths += sorted((directory / TEMPLATES).glob("*.jinja"))
+    return {p.relative_to(directory).as_posix(): read(str(p), "--input") for p in paths if p.is_file()}
+
+
+def assets(tokenizer: Tokenizer | None, kept: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a checkpoint's tokenizer, and the kept ones beside them."""
+    own = {} if tokenizer is None else read_assets(tokenizer.save)
+    return own | {f"{KEPT}/{name}": content for name, content in kept.items()}
+
+
+def in_checkpoint(directory: Path) -> dict[str, bytes]:
+    """The files that were kept in a checkpoint directory, by name. CheckpointError when their bytes are not the manifest's."""
+    manifest, folder = read_manifest(directory), f"{TOKENIZER}/{KEPT}/"
+    names = [name.removeprefix(folder) for name in manifest.files if name.startswith(folder)]
+    for name in names:  # whoever made the checkpoint, an export writes no other file for it
+        templates = PurePosixPath(name).parent.as_posix() == TEMPLATES and name.endswith(".jinja")
+        if name not in (*SETTINGS, *TOKENIZER_FILES) and not templates:
+            raise CheckpointError(f"{directory}/{folder}{name}: nothing of that name is kept of a Hugging Face directory")
+    check_bytes(directory, manifest, [folder + name for name in names])
+    return {name: path_in(directory, folder + name).read_bytes() for name in names}
+
+
+def carry(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
+    """Write what a run's checkpoints hold beside the weights: its tokenizer, and what was kept in the one it starts from.
+
+    Args:
+        tokenizer: the run's.
+        source: the checkpoint directory that the run starts from, if any.
+        say: is told in a line when the kept files are left out, since they are of another tokenizer.
+        folder: to write into.
+
+    Raises:
+        CheckpointError, DataError: as `open_tokenizer`.
+    """
+    kept = {} if source is None else in_checkpoint(source)
+    if source is not None and kept:
+        held = open_tokenizer(source)
+        if held is not None and not same_ids(held, tokenizer):
+            say(f"the files of Hugging Face in {source} are of another tokenizer and are not kept on: {', '.join(kept)}")
+            kept = {}
+    for name, content in assets(tokenizer, kept).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The ids of special tokens that the kept config.json names, null and lists among them; None where none is kept."""
+    if "config.json" not in kept:
+        return None
+    try:
+        about = json.loads(kept["config.json"])
+        return {name: value for name, value in about.items() if name.endswith("_token_id")}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"the kept config.json is no JSON object: {error}") from error
+
+
+def has_tokenizer(kept: Mapping[str, bytes]) -> bool:
+    """Whether a vocabulary is among the kept files."""
+    return any(name in kept for name in VOCABULARIES)
+
+
+def write(kept: Mapping[str, bytes], out: Path) -> None:
+    """Write the kept files into a Hugging Face directory, all but config.json, which the weights decide."""
+    for name, content in kept.items():
+        if name != "config.json":
+            (out / name).parent.mkdir(exist_ok=True)
+            (out / name).write_bytes(content)
