@@ -41,7 +41,7 @@ WORDS = frozenset(
         *(r" ?\p{L}+", rf"{LEAD}\p{{L}}+", rf"{LEAD}[\p{{L}}\p{{M}}]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"),
         *(rf"{LEAD}{UPPER}*{LOWER}+", rf"{LEAD}{UPPER}+{LOWER}*"),
         *(rf"{LEAD}{UPPER}*{LOWER}+{CONTRACTIONS}?", rf"{LEAD}{UPPER}+{LOWER}*{CONTRACTIONS}?"),
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
         *(r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}", r"\p{N}{1,2}"),
         *(r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)"),
     ]
@@ -165,11 +165,11 @@ def _splits_locally(backend: Backend) -> bool:
 
 
 def _expressions(step: Mapping[str, Any]) -> frozenset[str]:
-    """Return the alternatives of a Split that makes a word of each match, without possessive quantifiers; else none."""
+    """Return the alternatives of a Split that makes a word of each match; for others that are no surprise a blank one."""
     if step["type"] != "Split" or step["invert"]:
         return frozenset()
-    expression = re.sub(r"([?*+])\+", r"\1", step["pattern"].get("Regex", ""))
-    return frozenset(alternatives(expression) if step["behavior"] == "Isolated" else [""])
+    found = alternatives(step["pattern"].get("Regex", "")) if step["behavior"] == "Isolated" else [""]
+    return frozenset(a if a in KNOWN else re.sub(r"([?*+])\+", r"\1", a) for a in found)  # possessive, or not: the same words
 
 
 def alternatives(expression: str) -> Iterator[str]:

@@ -33,8 +33,26 @@ def width(tokenizer: Tokenizer, tokens: Sequence[int], place: int) -> int:
 def settled(text: str, stops: Sequence[str]) -> str:
     """The part of a text that is still being written which cannot change any more, and cannot begin a text that ends it."""
     text = text.rstrip(UNFINISHED)
-    longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    longest = max((_begun(text, stop) for stop in stops), default=0)
     return text[: len(text) - longest]
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters of `stop`, short of all, the text ends with. In linear time, by Knuth, Morris and Pratt."""
+    falls = [0] * len(stop)  # for each prefix of `stop`: its longest end that is a shorter prefix
+    for place in range(1, len(stop)):
+        falls[place] = _step(stop, falls, falls[place - 1], stop[place])
+    matched = 0
+    for character in text[max(0, len(text) - len(stop) + 1) :]:
+        matched = _step(stop, falls, matched, character)
+    return matched
+
+
+def _step(stop: str, falls: Sequence[int], matched: int, character: str) -> int:
+    """How much of `stop` is matched after one more character."""
+    while matched and stop[matched] != character:
+        matched = falls[matched - 1]
+    return matched + (stop[matched] == character)
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
