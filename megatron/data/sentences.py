@@ -82,8 +82,8 @@ ABBREVIATIONS = frozenset(
         "u.k",
     ]
 )
-LAST_WORD = re.compile(r"([\w.]+)\.$")
 MAX_WORD = 16  # characters before a full stop that are looked at: more than the longest abbreviation
+LAST_WORD = re.compile(rf"([\w.]{{1,{MAX_WORD}}})\.$")
 
 
 def split_sentences(text: str, keep_newlines: bool = False) -> list[str]:
