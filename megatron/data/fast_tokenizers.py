@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
+from megatron.data.fast_cuts import fast_seam
 from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
 
 # The names that an end of document goes by in files that do not say which token it is.
@@ -32,7 +35,11 @@ class FastTokenizer(Tokenizer):
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
+
+    @cached_property
+    def seam(self) -> Seam | None:
+        return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -1,7 +1,8 @@
 """A corpus of JSON lines to indexed datasets, with any number of processes.
 
 Blocks of lines go to the workers and come back as token ids, which one process writes in the order of the input. So the
-output does not depend on the number of workers, and the memory in use does not grow with the corpus.
+output does not depend on the number of workers, and the memory in use does not grow with the corpus. A long document is
+tokenized part by part, so that it takes little more memory than its line of JSON.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data.corpus import BadLine, Line, blocks, expand, parse
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedWriter, token_dtype
-from megatron.data.sentences import split_sentences
+from megatron.data.sentences import sentences
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+
+BATCH_CHARACTERS = 1 << 20  # of text that is tokenized at once
+MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
+HUGE_PART = 1 << 24  # characters that are worth a word when they cannot be cut
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,16 @@ class Settings:
 
 @dataclass
 class Column:
-    """What one block gives for one key: all tokens, tokens of each sequence, sequences of each document."""
+    """What one block gives for one key: all tokens, tokens of each sequence, sequences of each document.
+
+    empty: documents without tokens. longest_part: characters that the tokenizer was given at once, at most.
+    """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int64]
     sequences: NDArray[np.int64]
     empty: int
+    longest_part: int
 
 
 @dataclass
@@ -66,7 +75,7 @@ class Encoded:
 
 @dataclass
 class Totals:
-    """What a run did. size: bytes of JSON read. seconds: since the first block was asked for."""
+    """What a run did. size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `Column`."""
 
     documents: int = 0
     tokens: int = 0
@@ -74,6 +83,7 @@ class Totals:
     bad: int = 0
     size: int = 0
     seconds: float = 0.0
+    longest_part: int = 0
     prefixes: list[str] = field(default_factory=list)
 
 
@@ -102,26 +112,69 @@ class Encoder:
 
     def column(self, texts: Sequence[str]) -> Column:
         """The texts of one key. A document without tokens has no sequence, and gets no end of document."""
-        if self.settings.split_sentences:
-            parts = [split_sentences(text, self.settings.keep_newlines) for text in texts]
-        else:
-            parts = [[text] for text in texts]
-        flat = iter(self.tokenizer.tokenize_many([part for document in parts for part in document]))
-        tokens: list[int] = []
-        lengths: list[int] = []
-        sequences: list[int] = []
-        for document in parts:
-            ids = [found for found in (next(flat) for _ in document) if found]
-            if ids and self.eod is not None:
-                ids[-1].append(self.eod)
-            for sequence in ids:
-                tokens += sequence
-                lengths.append(len(sequence))
-            sequences.append(len(ids))
-        array = np.array(tokens, dtype=np.int64)
-        if len(array) and int(array.max()) >= self.tokenizer.vocab_size:
-            raise DataError(f"the tokenizer gave id {int(array.max())}, but has {self.tokenizer.vocab_size} ids")
-        return Column(array.astype(self.dtype), np.array(lengths, np.int64), np.array(sequences, np.int64), sequences.count(0))
+        column = Sequences(len(texts), [] if self.eod is None else [self.eod], self.dtype)
+        parts: list[tuple[int, int, str]] = []
+        size = 0
+        for part in self.parts(texts):
+            parts.append(part)
+            size += len(part[2])
+            column.longest_part = max(column.longest_part, len(part[2]))
+            if size >= BATCH_CHARACTERS:
+                self.append(parts, column)
+                parts, size = [], 0
+        self.append(parts, column)
+        return column.finish()
+
+    def parts(self, texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+        """Yield what the tokenizer is given at once, each with the numbers of its document and of its sequence there."""
+        keep = self.settings.keep_newlines
+        for document, text in enumerate(texts):
+            whole = sentences(text, keep) if self.settings.split_sentences else (text,)
+            yield from ((document, number, part) for number, seq in enumerate(whole) for part in self.tokenizer.parts(seq))
+
+    def append(self, parts: Sequence[tuple[int, int, str]], column: Sequences) -> None:
+        """Tokenize parts of texts and append their tokens. DataError for an id that the tokenizer says it does not have."""
+        for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
+            if ids and max(ids) >= self.tokenizer.vocab_size:
+                raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
+            column.append(document, sequence, ids)
+
+
+class Sequences:
+    """A `Column` while it grows, part of a sequence by part. eod: what ends a document."""
+
+    def __init__(self, documents: int, eod: list[int], dtype: np.dtype[Any]) -> None:
+        self._eod, self._dtype = eod, dtype
+        self._tokens: list[NDArray[Any]] = []
+        self._lengths: list[int] = []
+        self._sequences = np.zeros(documents, np.int64)
+        self._last: tuple[int, int] | None = None  # document and sequence of the last tokens
+        self.longest_part = 0
+
+    def append(self, document: int, sequence: int, ids: Sequence[int]) -> None:
+        """Append tokens to a sequence of a document; nothing is nothing. Both numbers grow from call to call."""
+        if not ids:
+            return
+        if self._last is not None and self._last[0] != document:
+            self._end_document()
+        if self._last != (document, sequence):
+            self._lengths.append(0)
+            self._sequences[document] += 1
+        self._last = (document, sequence)
+        self._lengths[-1] += len(ids)
+        self._tokens.append(np.array(ids, self._dtype))
+
+    def _end_document(self) -> None:
+        self._lengths[-1] += len(self._eod)
+        self._tokens.append(np.array(self._eod, self._dtype))
+
+    def finish(self) -> Column:
+        """Return the column; nothing can be appended after that."""
+        if self._last is not None:
+            self._end_document()
+        tokens = np.concatenate([np.empty(0, self._dtype), *self._tokens])
+        empty = int((self._sequences == 0).sum())
+        return Column(tokens, np.array(self._lengths, np.int64), self._sequences, empty, self.longest_part)
 
 
 def start_worker() -> None:
@@ -142,20 +195,24 @@ def encode_block(settings: Settings, lines: list[Line]) -> Encoded:
 
 
 def encode_all(settings: Settings, source: Iterable[list[Line]], workers: int) -> Iterator[Encoded]:
-    """Every block encoded, in order; at most four blocks per worker are under way."""
+    """Every block encoded, in order. At most four blocks per worker are under way, and fewer where documents are long."""
     if workers <= 1:
         yield from map(Encoder(settings), source)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        waiting: deque[Future[Encoded]] = deque()
+        waiting: deque[tuple[int, Future[Encoded]]] = deque()
+        queued = 0
         try:
             for lines in source:
-                waiting.append(pool.submit(encode_block, settings, lines))
-                if len(waiting) >= 4 * workers:
-                    yield waiting.popleft().result()
+                size = sum(len(line.text) for line in lines)
+                while waiting and (len(waiting) >= 4 * workers or queued + size > MAX_QUEUED_BYTES * workers):
+                    queued -= waiting[0][0]
+                    yield waiting.popleft()[1].result()
+                waiting.append((size, pool.submit(encode_block, settings, lines)))
+                queued += size
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft()[1].result()
         except BrokenProcessPool as error:
             raise RuntimeError("a worker process died, perhaps for lack of memory; try fewer --workers") from error
         finally:
@@ -194,6 +251,10 @@ def preprocess(
             totals.size += encoded.size
             totals.seconds = time.monotonic() - start
             rejected.add(encoded.bad)
+            longest = max(column.longest_part for column in encoded.columns)
+            if longest > HUGE_PART >= totals.longest_part:
+                print(f"note: {no_cut(longest, tokenizer.kind)}", file=sys.stderr)
+            totals.longest_part = max(totals.longest_part, longest)
             if report is not None:
                 report(totals)
         if not totals.documents:
@@ -213,6 +274,14 @@ def preprocess(
             writer.finish(meta)
         rejected.finish()
     return totals
+
+
+def no_cut(characters: int, kind: str) -> str:
+    """Return the words for a long text that the tokenizer was given at once."""
+    return (
+        f"a text of {characters} characters was tokenized at once, which takes up to 150 bytes of memory for each: it has no "
+        f"place where {kind} could cut it without changing its tokens"
+    )
 
 
 class RejectedLines:

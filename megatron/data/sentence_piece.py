@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
+from megatron.data.cuts import SEPARATORS, SPACE, Seam, TokenFinder, neighbours
 from megatron.data.errors import DataError
 from megatron.data.tokenizer_base import Tokenizer, read
 
-SPACE = "\u2581"  # how SentencePiece writes a space
 UNIGRAM, BPE = 1, 2  # kinds of model
 USER_DEFINED = 4  # kind of piece
 
@@ -42,7 +43,12 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return len(self._pieces)
 
     def tokenize(self, text: str) -> list[int]:
-        return list(self._model.encode_as_ids(text))
+        return [i for part in self.parts(text) for i in self._model.encode_as_ids(part)]
+
+    @cached_property
+    def seam(self) -> Seam | None:
+        known = cuts_are_known(self.assets["tokenizer.model"])
+        return PieceSeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._model.decode_ids([number for number in ids if number < self._own]))
@@ -87,8 +93,9 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in filter(None, self._cut.split(text)):  # each a known token or free of them
-            ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
+        for whole in self.parts(text):
+            for part in filter(None, self._cut.split(whole)):  # each a known token or free of them
+                ids += [self._known[part]] if part in self._known else self._model.encode_as_ids(part)
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -102,6 +109,46 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
             else:
                 plain.append(number)
         return "".join([*parts, super().detokenize(plain)])
+
+
+class PieceSeam(Seam):
+    """Where a text can be cut for a BPE model: where no piece of the vocabulary holds the two characters that are parted.
+
+    A merge across the place would make such a piece. Known tokens, which are found in text first, must not be near.
+    """
+
+    def __init__(self, model: Any, pieces: Sequence[str], known: Sequence[str]) -> None:
+        self._model, self._pieces = model, frozenset(pieces)
+        self._neighbours = neighbours(piece.replace(" ", SPACE) for piece in pieces)
+        self._known = TokenFinder(known)
+        self.context = max(self.context, self._known.longest + 2)
+
+    def judge(self, left: str, right: str) -> int | None:
+        if self._known(left + right):
+            return None
+        whole, before = str(self._model.normalize(left + right)), str(self._model.normalize(left))
+        for skipped in (0, 1) if right[0].isspace() else (0,):
+            after = str(self._model.normalize(right[skipped:]))
+            if before and after and before + after == whole and self._parts(before[-1], after[0]):
+                return skipped
+        return None
+
+    def _parts(self, before: str, after: str) -> bool:
+        known = before in self._pieces and after in self._pieces and before + after not in self._neighbours
+        return known and before.isalnum() and after in SEPARATORS
+
+
+def cuts_are_known(proto: bytes) -> bool:
+    """Return whether a serialised ModelProto is a BPE model with one of the usual normalizations, which are local.
+
+    A unigram model adds up the scores of a whole text: how the sums round decides where two orders of the same pieces score
+    alike (`** ****` or `**** **`), so that no place is safe.
+    """
+    parts = dict(fields(proto))
+    trainer, norm = dict(fields(parts.get(2, b""))), dict(fields(parts.get(3, b"")))
+    usual = norm.get(1, b"") in (b"identity", b"nfkc", b"nfkc_cf", b"nmt_nfkc", b"nmt_nfkc_cf")
+    escapes_spaces, spaces_as_suffixes = norm.get(5, 1), trainer.get(24, 0)
+    return bool(trainer.get(3, UNIGRAM) == BPE and usual and escapes_spaces and not spaces_as_suffixes)
 
 
 def fields(message: bytes) -> Iterator[tuple[int, Any]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from megatron.config.schema import TokenizerConfig
+from megatron.data.cuts import MAX_PART, Seam, WhiteSpaceSeam
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceCase, BertWordPieceLowerCase, GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer, SentencePieceTokenizer
@@ -43,6 +45,9 @@ class ByteTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def parts(self, text: str) -> Iterator[str]:
+        return (text[start : start + MAX_PART] for start in range(0, max(1, len(text)), MAX_PART))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         found = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
@@ -80,6 +85,10 @@ class NullTokenizer(Tokenizer):
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise DataError(f"NullTokenizer: an id of {min(ids)} to {max(ids)} is outside of --vocab-size {self._numbers}")
         return ids
+
+    @cached_property
+    def seam(self) -> Seam | None:
+        return WhiteSpaceSeam()
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tokenizers import Tokenizer as Backend
 
+from megatron.data.cuts import Seam, parts
 from megatron.data.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -57,6 +59,15 @@ class Tokenizer(ABC):
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
         """`tokenize` of each."""
         return [self.tokenize(text) for text in texts]
+
+    @cached_property
+    def seam(self) -> Seam | None:
+        """Where a text can be cut without changing its tokens; None where no such place is known."""
+        return None
+
+    def parts(self, text: str) -> Iterator[str]:
+        """Yield parts of a text whose tokens, one after the other, are those of the text. A short text is one part."""
+        return parts(text, lambda: self.seam)
 
     def token(self, role: str) -> int:
         """The id with this role; DataError if the tokenizer has none."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron.data.corpus import BadLine, blocks, expand, parse
+from megatron.data.cuts import parts
 from megatron.data.errors import DataError
+from megatron.data.fast_cuts import fast_seam
 from megatron.data.tokenizer_base import END_OF_TEXT
 
 
@@ -28,6 +30,13 @@ def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
                     raise DataError(str(error)) from error
 
 
+def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:
+    """Yield the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text."""
+    seam = fast_seam(backend)
+    for text in found:
+        yield from parts(text, lambda: seam)
+
+
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to a directory; returns the number of ids.
 
@@ -40,7 +49,7 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(texts(expand(inputs), keys), trainer)
+    backend.train_from_iterator(words_of(backend, texts(expand(inputs), keys)), trainer)
     backend.add_special_tokens([END_OF_TEXT])
     folder = Path(output)
     try:

@@ -11,7 +11,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from megatron.data.corpus import expand
 from megatron.data.errors import DataError
-from megatron.data.train_bpe import texts
+from megatron.data.train_bpe import texts, words_of
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
@@ -32,12 +32,12 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL, *_characters(backend, texts(expand(inputs), keys))],
+        special_tokens=[*SPECIAL, *_characters(backend, words_of(backend, texts(expand(inputs), keys)))],
         continuing_subword_prefix=CONTINUES,
         limit_alphabet=MOST_CHARACTERS,
         show_progress=False,
     )
-    backend.train_from_iterator(texts(expand(inputs), keys), trainer)
+    backend.train_from_iterator(words_of(backend, texts(expand(inputs), keys)), trainer)
     learned = backend.get_vocab().keys() - set(SPECIAL)
     pieces = [*SPECIAL, *sorted(learned, key=lambda piece: (len(piece.removeprefix(CONTINUES)) > 1, piece))]
     if len(pieces) > vocab_size:

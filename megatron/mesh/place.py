@@ -81,7 +81,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 def expand_hosts(nodelist: str) -> list[str]:
     """SLURM's compressed host list: `n[1-3,07],head` -> n1 n2 n3 n07 head."""
     hosts: list[str] = []
-    for item in re.findall(r"[^,\[]+(?:\[[^\]]*\])?[^,\[]*", nodelist):
+    for item in re.findall(r"[^,\[]+(?:\[[^\[\]]*\])?[^,\[]*", nodelist):
         match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", item)
         if match is None:
             hosts.append(item)

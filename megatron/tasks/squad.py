@@ -61,6 +61,7 @@ class Squad(Task):
         names: set[str] = set()
         for context, qas in paragraphs:
             encoding = self.backend.encode(context, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets  # once: each access makes a list
             for qa in qas:
                 try:
                     answers = [(_text(a["text"]), int(a["answer_start"])) for a in qa.get("answers", [])]
@@ -76,8 +77,8 @@ class Squad(Task):
                 if training and not answers and not qa.get("is_impossible", False):
                     raise DataError(f"{path}, question {name}: it has no answer: a test file cannot be trained on")
                 truth = [text for text, _ in answers] if answers or qa.get("is_impossible", False) else None
-                found = _place(encoding.offsets, *answers[0]) if answers else (-1, -1)
-                items += self._windows(context, encoding, question, found, name, truth, impossible)
+                found = _place(offsets, *answers[0]) if answers else (-1, -1)
+                items += self._windows(context, ids, offsets, question, found, name, truth, impossible)
         if not items:
             raise DataError(f"{path}: it holds no questions")
         return items
@@ -85,7 +86,8 @@ class Squad(Task):
     def _windows(
         self,
         context: str,
-        encoding: Any,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
         question: str,
         answer: tuple[int, int],
         name: str,
@@ -93,7 +95,7 @@ class Squad(Task):
         impossible: bool,
     ) -> Iterator[Item]:
         asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.split()))[: self.longest_question], self.sep]
-        room, ids, offsets = self.seq_length - len(asked) - 1, encoding.ids, encoding.offsets
+        room = self.seq_length - len(asked) - 1
         step, (first, last) = max(1, min(STEP, room // 2)), answer
         for begin in range(0, max(1, len(ids) - room + step), step):
             found = begin <= first <= last < begin + room

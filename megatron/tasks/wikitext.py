@@ -8,8 +8,6 @@ to the number of words of the tokenised file, which makes models with different 
 
 from __future__ import annotations
 
-import re
-
 # In this order: a later rule sees what an earlier one made.
 CONTRACTIONS = (("s '", "s'"),)
 NUMBERS = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
@@ -22,22 +20,28 @@ REST = (
     (" N ", " 1 "),
     (" 's", "'s"),
 )
-# Spaces just inside of a pair: between an opening mark and the next closing one.
-PAIRS = tuple(
-    (re.compile(rf"{re.escape(left)}\s*([^{re.escape(right)}]*?)\s*{re.escape(right)}"), rf"{left}\1{right}")
-    for left, right in ("()", "[]", "{}", '""', "''")
-)
+PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 
 
 def detokenize(text: str) -> str:
     """The text without the spaces that WikiText's tokeniser put in."""
     for old, new in (*CONTRACTIONS, *NUMBERS, *PUNCTUATION):
         text = text.replace(old, new)
-    for pair, closed in PAIRS:
-        text = pair.sub(closed, text)
+    for left, right in PAIRS:
+        text = _close_up(text, left, right)
     for old, new in (*HEADINGS, *REST):
         text = text.replace(old, new)
     return text
+
+
+def _close_up(text: str, left: str, right: str) -> str:
+    """Take out the white space just inside of pairs: between an opening mark and the next closing one."""
+    parts: list[str] = []
+    begin = 0
+    while (start := text.find(left, begin)) >= 0 and (end := text.find(right, start + 1)) >= 0:
+        parts += [text[begin:start], left, text[start + 1 : end].strip(), right]
+        begin = end + 1
+    return "".join([*parts, text[begin:]])
 
 
 def word_count(text: str) -> int:

@@ -112,6 +112,25 @@ def test_sentences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            'Authors: A. Adams, B. Brown et al. Then (in 1999.) "Yes." He left.',
+            ["Authors: A. Adams, B. Brown et al. Then (in 1999.)", '"Yes."', "He left."],
+        ),
+        ("今天。明天! 后天。  Ok.", ["今天。", "明天! 后天。", "Ok."]),
+        ("No. 5 is I. Fine.", ["No. 5 is I.", "Fine."]),
+        ('a.b.c. Done… "And" so.', ["a.b.c.", "Done…", '"And" so.']),
+        (" \n one\n \n\ttwo \n", ["one", "two"]),
+        ("x" * 40 + ".B. Not an end. " + "X" * 40 + ". An end.", ["x" * 40 + ".B. Not an end.", "X" * 40 + ".", "An end."]),
+    ],
+)
+def test_where_sentences_end(text: str, expected: list[str]) -> None:
+    assert split_sentences(text) == expected
+    assert "".join(split_sentences(text, keep_newlines=True)).strip() == text.strip()
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("plain words", "plain text is not accepted"),

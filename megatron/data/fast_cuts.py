@@ -1,0 +1,192 @@
+"""Where a text can be cut for a tokenizer of the `tokenizers` package, as its parts tell.
+
+Such a tokenizer finds added tokens, normalizes what is between them, splits it into words, and looks at each word by itself. A
+cut changes nothing if no added token is near, if every step decides about a place by the characters around it, and if the text
+around the place gives the same words cut and whole. The first is looked up, the second is known of the steps below, the third
+is tried at each place. Where a word goes on beyond the place (a tokenizer that does not split at spaces, as Llama 2's), a cut
+changes nothing if the model is a BPE and no piece of its vocabulary holds the two characters that would be parted: a merge
+across the place would make such a piece.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from megatron.data.cuts import MAX_PART, SEPARATORS, SPACE, Seam, TokenFinder, neighbours
+
+LOCAL_NORMALIZERS = frozenset(
+    ["BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip", "StripAccents"]
+)
+LOCAL_SPLITTERS = frozenset(
+    ["BertPreTokenizer", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"]
+)
+# One character or one class of them, alone or in runs. An expression with more to it may look far to either side.
+CLASS = r"\[(?:[^\[\]&\\]|\\.|\[[^\[\]&]+\])+\]"
+RUN = re.compile(rf"(?: \?)?(?:[^\\\[\](){{}}|.^$*+?]|\\[sSdDnrt]|\\[^\w\s]|\\p\{{\w+\}}|{CLASS})(?:\+|\{{2,\}})?")
+# Alternatives of the expressions that split words for GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and DeepSeek. None matches a letter
+# or a digit together with a separator after it. One looks beyond what it matches: at white space after white space.
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LEAD = r"[^\r\n\p{L}\p{N}]?"
+WORDS = frozenset(
+    [
+        *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", CONTRACTIONS, "'(?i:[sdmt]|ll|ve|re)"),
+        *(r" ?\p{L}+", rf"{LEAD}\p{{L}}+", rf"{LEAD}[\p{{L}}\p{{M}}]+", r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"),
+        *(rf"{LEAD}{UPPER}*{LOWER}+", rf"{LEAD}{UPPER}+{LOWER}*"),
+        *(rf"{LEAD}{UPPER}*{LOWER}+{CONTRACTIONS}?", rf"{LEAD}{UPPER}+{LOWER}*{CONTRACTIONS}?"),
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+        *(r" ?\p{N}+", r"\p{N}", r"\p{N}+", r"\p{N}{1,3}", r"\p{N}{1,2}"),
+        *(r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)"),
+    ]
+)
+MARKS = frozenset(
+    [
+        *(r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r" ?[\p{P}\p{S}]+[\r\n]*"),
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
+    ]
+)
+WHITE_SPACE = r"\s+"
+KNOWN = WORDS | MARKS | {WHITE_SPACE}
+
+
+class FastSeam(Seam):
+    """One for a tokenizer whose steps are known to be local, as `fast_seam` finds out."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._normalizer, self._splitter = backend.normalizer, backend.pre_tokenizer
+        added = backend.get_added_tokens_decoder().values()
+        self._raw = TokenFinder(token.content for token in added if not token.normalized)
+        # Normalizing a token may put a space before it, which text has only where a normalized part begins.
+        self._normal = TokenFinder(self._normalize(token.content).strip(f" {SPACE}") for token in added if token.normalized)
+        self.context = max(self.context, self._raw.longest + 2, self._normal.longest + 2)
+        self._backend = backend
+        first = next(steps(self._splitter), {"type": None})
+        self._drops_spaces = first["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
+
+    def judge(self, left: str, right: str) -> int | None:
+        whole, before = self._normalize(left + right), self._normalize(left)
+        if self._raw(left + right) or self._normal(whole) or not self._between(before, whole):
+            return None
+        words, first = self._split(whole), self._split(before)
+        for skipped in (0, 1) if right[0].isspace() else (0,):
+            after = self._normalize(right[skipped:])
+            if before + after == whole and self._same(words, first, self._split(after)):
+                return skipped
+        return None
+
+    @cached_property
+    def _vocabulary(self) -> Mapping[str, int]:
+        return self._backend.get_vocab(with_added_tokens=False) if merges_alone(self._backend.model) else {}
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        return neighbours(self._vocabulary)
+
+    def _normalize(self, text: str) -> str:
+        return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
+
+    def _split(self, text: str) -> list[str]:
+        return [text] if self._splitter is None else [word for word, _ in self._splitter.pre_tokenize_str(text)]
+
+    def _between(self, before: str, whole: str) -> bool:
+        """Whether also in the normalized text the place is between a letter or digit and a separator."""
+        if not before or len(before) >= len(whole) or whole[len(before)] not in SEPARATORS:
+            return False
+        return before[-1].isalnum() or (self._drops_spaces and before[-1].isspace())
+
+    def _same(self, whole: list[str], first: list[str], second: list[str]) -> bool:
+        """Whether the words of both sides are those of the whole, or are so but for one that the model treats as two."""
+        if whole == first + second:
+            return True
+        if not first or not second or whole != [*first[:-1], first[-1] + second[0], *second[1:]]:
+            return False
+        left, right = first[-1][-1], second[0][0]
+        return left in self._vocabulary and right in self._vocabulary and left + right not in self._neighbours
+
+
+def fast_seam(backend: Backend) -> Seam | None:
+    """Return where texts can be cut for this tokenizer, or None if one of its steps is not known to allow for it."""
+    try:
+        known = all(map(_normalizes_locally, steps(backend.normalizer))) and _splits_locally(backend)
+    except Exception:  # steps in Python have no JSON
+        return None
+    tokens = backend.get_added_tokens_decoder().values()
+    blank = any(not token.content.strip(f" {SPACE}") for token in tokens if token.normalized)
+    if not known or blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
+        return None
+    return FastSeam(backend)
+
+
+def steps(component: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or a pre-tokenizer as tokenizer.json describes them, in order."""
+    waiting = [] if component is None else [json.loads(component.__getstate__())]
+    while waiting:
+        step = waiting.pop(0)
+        if step["type"] == "Sequence":
+            waiting = [*step.get("normalizers", step.get("pretokenizers")), *waiting]
+        else:
+            yield step
+
+
+def merges_alone(model: Any) -> bool:
+    """Return whether a model is a BPE that makes its pieces by merges of characters and nothing else."""
+    special = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    return isinstance(model, models.BPE) and not any(getattr(model, name) for name in special)
+
+
+def _normalizes_locally(step: Mapping[str, Any]) -> bool:
+    return step["type"] in LOCAL_NORMALIZERS or (step["type"] == "Replace" and _is_run(step["pattern"]))
+
+
+def _is_run(pattern: Mapping[str, str]) -> bool:
+    return len(pattern.get("String", "")) == 1 or RUN.fullmatch(pattern.get("Regex", "")) is not None
+
+
+def _splits_locally(backend: Backend) -> bool:
+    """Whether every splitter is local, up to one that always splits at a place for cuts: after it each side is by itself."""
+    found = list(steps(backend.pre_tokenizer))
+    for step in found:
+        if step["type"] == "ByteLevel":
+            # It writes the text in other characters, of which nothing is known here: it splits first, or it is the last.
+            return bool(step["use_regex"]) or step is found[-1]
+        expressions = _expressions(step)
+        if WHITE_SPACE in expressions and expressions & MARKS and expressions <= KNOWN:
+            return True
+        if step["type"] not in LOCAL_SPLITTERS and not (expressions and (expressions <= KNOWN or _is_run(step["pattern"]))):
+            return False
+    return True
+
+
+def _expressions(step: Mapping[str, Any]) -> frozenset[str]:
+    """Return the alternatives of a Split that makes a word of each match; for others that are no surprise a blank one."""
+    if step["type"] != "Split" or step["invert"]:
+        return frozenset()
+    found = alternatives(step["pattern"].get("Regex", "")) if step["behavior"] == "Isolated" else [""]
+    return frozenset(a if a in KNOWN else re.sub(r"([?*+])\+", r"\1", a) for a in found)  # possessive, or not: the same words
+
+
+def alternatives(expression: str) -> Iterator[str]:
+    """Yield the alternatives of a regular expression, without those within its groups and classes."""
+    begin = depth = 0
+    in_class = False
+    for match in re.finditer(r"\\.|[][()|]", expression, re.DOTALL):
+        match match[0]:
+            case "[":
+                in_class = True
+            case "]":
+                in_class = False
+            case "(" if not in_class:
+                depth += 1
+            case ")" if not in_class:
+                depth -= 1
+            case "|" if not in_class and not depth:
+                yield expression[begin : match.start()]
+                begin = match.end()
+    yield expression[begin:]
