@@ -124,7 +124,7 @@ def functions() -> dict[str, Callable[[str], Any]]:
         "wikitext": detokenize,
         "line of a corpus": line,
         "flag": lambda text: nearest("--" + text[:15_000], flags),
-        "stop": lambda text: StopScan(StopTexts([text[1:] + "!", text[: len(text) // 2]])).read(text),
+        "stop": lambda text: StopScan(StopTexts([text[1:20_000] + "!", text[:10_000]])).read(text[:20_000]),
         "normalized": normalized,
         "overlap": lambda text: overlap(text, text[::-1]),
         "tags": lambda text: list(entities(text[:15_000])),
