@@ -3,7 +3,6 @@ and computed the same logits as this framework."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from megatron.checkpoint.hf import export_hf, model_config
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.regular_file import read_json
 from megatron.contract import Batch
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.model.bert import Bert
@@ -124,7 +124,7 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
     """
     transformers = _transformers()
     try:
-        architecture = json.loads((exported / "config.json").read_text())["architectures"][0]
+        architecture = read_json(exported / "config.json")["architectures"][0]
         theirs, info = getattr(transformers, architecture).from_pretrained(
             str(exported), local_files_only=True, output_loading_info=True
         )

@@ -29,6 +29,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
 from megatron.checkpoint.storage import record_of
+from megatron.config.regular_file import read_bytes, read_text
 
 __all__ = [
     "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "check_bytes", "check_sizes",
@@ -40,6 +41,7 @@ MANIFEST, CONFIG, STATE, TOKENIZER = "manifest.json", "config.json", "state.json
 TRACKER = "latest_checkpointed_iteration.txt"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
+MAX_TRACKER_BYTES = 1000
 MOST_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
 NONE: Mapping[Path, str] = MappingProxyType({})
 
@@ -85,12 +87,8 @@ def path_in(directory: Path, name: str) -> Path:
 
 
 def _bytes(path: Path) -> bytes:
-    """A file that is to be JSON. ValueError when it is too large to be one of ours."""
-    with path.open("rb") as file:
-        raw = file.read(MOST_JSON + 1)
-    if len(raw) > MOST_JSON:
-        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-    return raw
+    """A file that is to be JSON. OSError when it is too large to be one of ours."""
+    return read_bytes(path, MOST_JSON)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -182,8 +180,7 @@ def read_tracker(root: Path) -> int | None:
     if not os.path.lexists(path):
         return None
     try:
-        with path_in(root, TRACKER).open("rb") as file:
-            text = file.read(1000).decode("utf-8").strip()
+        text = read_text(path_in(root, TRACKER), MAX_TRACKER_BYTES).strip()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not re.fullmatch(r"[0-9]{1,15}", text):

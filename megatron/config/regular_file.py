@@ -8,10 +8,12 @@ OSError that says what the name is, so that a handler of files that are not ther
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import stat
 import sys
+import time
 from typing import Any, BinaryIO
 
 PathLike = str | os.PathLike[str]
@@ -21,7 +23,13 @@ MAX_TOML_BYTES = 1 << 20  # tomllib is slow: a text of this size takes it a seco
 MAX_INDEX_BYTES = 1 << 25  # the table of a model's tensors; one of 100,000 tensors has 10 MB
 MAX_VOCABULARY_BYTES = 1 << 27  # tokenizer.json, vocab.json, merges.txt, tokenizer.model; the largest known ones have 60 MB
 MAX_TEXT_BYTES = 1 << 30  # a text that is scored or trained on as a whole
+MAX_PROMPTS_BYTES = 1 << 26  # a file of prompts
+MAX_METRICS_BYTES = 1 << 31  # metrics.jsonl; a line has 400 bytes
 MAX_LINE_BYTES = 1 << 28  # one line of a corpus: a document
+
+MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's largest has 42 MB
+MAX_DEPTH = 200  # of brackets in JSON
+PIPE_PATIENCE = 10.0  # seconds that a named pipe may wait for somebody who writes into it
 
 KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -94,19 +102,52 @@ def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
         raise
 
 
-def read_bytes(path: PathLike, max_bytes: int) -> bytes:
-    """All bytes of a regular file. UnfitFile as `check_regular`, also for a file that grows or that says it is smaller."""
-    with open_regular(path, max_bytes) as file:
-        data = file.read(os.fstat(file.fileno()).st_size + 1)
+class _Pipe(io.FileIO):
+    """A pipe that remembers what the last reading gave: 0 where nobody writes, None where somebody has not written yet."""
+
+    last: int | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.last = super().readinto(buffer)
+        return self.last
+
+
+def open_stream(path: PathLike, patience: float = PIPE_PATIENCE) -> BinaryIO:
+    """A regular file or a pipe, opened for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
+
+    UnfitFile for anything else, and for a named pipe into which nobody writes within `patience` seconds.
+    """
+    if not stat.S_ISFIFO(_stat(path).st_mode):
+        return open_regular(path)
+    named = not os.path.basename(os.path.realpath(path)).startswith("pipe:[")
+    pipe = _Pipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    file = io.BufferedReader(pipe, 1 << 20)
+    deadline = time.monotonic() + patience
+    while not file.peek(1) and pipe.last == 0 and named:
+        if time.monotonic() > deadline:
+            file.close()
+            raise UnfitFile(path, "a named pipe into which nobody writes")
+        time.sleep(0.02)
+    os.set_blocking(pipe.fileno(), True)
+    return file
+
+
+def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
+    """All bytes of a regular file. UnfitFile as `check_regular`, also for a file that grows or that says it is smaller.
+
+    pipes: it may be a pipe as well, as for `open_stream`.
+    """
+    with open_stream(path) if pipes else open_regular(path, max_bytes) as file:
+        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
         data += file.read(max(0, max_bytes + 1 - len(data)))
     if len(data) > max_bytes:
         raise _too_large(path, len(data), max_bytes)
     return data
 
 
-def read_text(path: PathLike, max_bytes: int) -> str:
-    """A regular file of text in UTF-8. UnfitFile as `check_regular`, UnicodeDecodeError (a ValueError) for other bytes."""
-    return read_bytes(path, max_bytes).decode("utf-8")
+def read_text(path: PathLike, max_bytes: int, *, pipes: bool = False) -> str:
+    """A regular file of text in UTF-8. As `read_bytes`, and UnicodeDecodeError (a ValueError) for other bytes."""
+    return read_bytes(path, max_bytes, pipes=pipes).decode("utf-8")
 
 
 def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
@@ -117,10 +158,24 @@ def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. ValueError, in words, also for more nesting than Python reads and for endless numbers."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
         if "integer string conversion" in str(error):
             raise ValueError(f"a number in it has more than {sys.get_int_max_str_digits()} digits") from None
         raise
+    if _deeper(value, MAX_DEPTH):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested deeper than this; then nothing can print it, which recurses."""
+    held = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inner = (item for outer in held for item in (outer.values() if isinstance(outer, dict) else outer))
+        held = [item for item in inner if isinstance(item, dict | list)]
+        if not held:
+            return False
+    return bool(held)
