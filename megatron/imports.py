@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
             raise ValueError("; ".join(map(str, problems)))
         plan = stages_of(RunConfig(model=config))
         stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
     wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}
     wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]
@@ -66,10 +67,10 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory, None where its files are none that are known. DataError for damaged ones."""
-    if (directory / "tokenizer.json").is_file():
+    if os.path.lexists(directory / "tokenizer.json"):
         return build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(directory)))
     vocab, merges = directory / "vocab.json", directory / "merges.txt"
-    if vocab.is_file() and merges.is_file():
+    if os.path.lexists(vocab) and os.path.lexists(merges):
         return build_tokenizer(TokenizerConfig("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)))
     return None
 

@@ -16,10 +16,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron.checkpoint.foreign_numbers import check_config
 from megatron.checkpoint.forms import Family
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
-from megatron.config.regular_file import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json
+from megatron.config.regular_file import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.config.tasks import TASKS
@@ -190,6 +191,7 @@ def read_hf(directory: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     CheckpointError naming the field, the tensor or the file that stands in the way.
     """
     about = _json(directory / "config.json")
+    check_config(about, str(directory / "config.json"))
     kind = str(about.get("model_type"))
     if kind == "bert":
         raise CheckpointError(
@@ -293,7 +295,7 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
         why = f"{path} is {error.strerror}" if path.is_symlink() else f"there is no {path.name} in it"
         raise CheckpointError(f"{path.parent}: {why}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(f"{path}: not readable: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return values
@@ -322,7 +324,7 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
             with safe_open(str(directory / name), framework="pt") as file:
                 found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
-            raise CheckpointError(f"{directory / name}: not a readable safetensors file: {error}") from error
+            raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
     found = {key: tensor for key, tensor in found.items() if not key.endswith(BUFFERS)}
     if not any(key.startswith(prefix) for key in found):
         found = {key if key.startswith(("lm_head.", "cls.")) else prefix + key: tensor for key, tensor in found.items()}

@@ -35,7 +35,7 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
-from megatron.config.regular_file import check_regular
+from megatron.config.regular_file import check_regular, reason
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable, Part, Shard
@@ -202,8 +202,8 @@ def opened(path: Path) -> Iterator[Any]:
         check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from error
 
 
 def _read(path: Path, file: Any, job: Job) -> Tensor:

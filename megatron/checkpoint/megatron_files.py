@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.foreign_numbers import check_sizes
 from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.storage import Storage
-from megatron.config.regular_file import read_text
+from megatron.config.regular_file import read_text, reason
 from megatron.config.schema import ModelConfig
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -56,7 +57,7 @@ def find_megatron(root: Path) -> Path:
     try:
         word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = reason(error)
         raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
@@ -84,10 +85,15 @@ def rank_files(directory: Path) -> list[list[Path]]:
 
 
 def arguments_of(file: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a file by their names, as far as they are numbers, switches and words; none where it has none."""
+    """The settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
+
+    CheckpointError for sizes that no model has.
+    """
     args = file.get("args")
     held = args.values() if isinstance(args, Inert) else args if isinstance(args, Mapping) else {}
-    return {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str)}
+    found = {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    check_sizes(found, "the file's args")
+    return found
 
 
 def version_of(file: Mapping[str, Any], name: str) -> float:
@@ -105,7 +111,7 @@ def sizes_of(args: Mapping[str, Any]) -> Sizes:
         width = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
         groups = int(args["num_query_groups"]) if args.get("group_query_attention") else heads
         return Sizes(heads, groups, width, bool(args.get("swiglu")))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError("the file's args do not say hidden_size and num_attention_heads") from error
 
 

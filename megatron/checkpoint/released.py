@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.foreign_numbers import check_config
 from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf import SHARD_BYTES, Group, write_files, write_json
 from megatron.checkpoint.layout import CheckpointError
@@ -29,7 +30,7 @@ from megatron.checkpoint.megatron_lm import Sizes, Weights, chunks_of, join, unp
 from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.pickled import read_pickled
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
-from megatron.config.regular_file import check_regular, read_json
+from megatron.config.regular_file import check_regular, read_json, reason
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 
@@ -195,9 +196,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable config.json: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(f"{path}: not a readable config.json: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
+    check_config(values, str(path))
     return values
 
 

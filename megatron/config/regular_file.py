@@ -50,6 +50,11 @@ class UnfitFile(OSError):
         return f"{self.filename}: {self.strerror}"
 
 
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, without its name and without a number of the system's."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
 def kind_of_file(mode: int) -> str:
     """The kind of file that an `st_mode` says, in words; "" for a regular one."""
     if stat.S_ISREG(mode):

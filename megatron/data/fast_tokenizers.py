@@ -129,7 +129,10 @@ class HuggingFaceTokenizer(FastTokenizer):
             raise DataError(f"{file} is not a tokenizer.json: {error}") from error
         check_patterns(backend, str(file))
         about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
-        assets = {"tokenizer.json": data, **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if p.is_file()}}
+        assets = {
+            "tokenizer.json": data,
+            **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if os.path.lexists(p)},
+        }
         self._config: dict[str, Any] = {}
         for name, place in about.items():
             try:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.regular_file import check_regular, open_regular, read_json
+from megatron.config.regular_file import check_regular, open_regular, read_json, reason
 from megatron.data.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -107,7 +107,9 @@ class IndexedDataset:
             self._open()
             self._check_sidecar()
         except (OSError, MemoryError) as error:
-            raise DataError(f"cannot read dataset {self.prefix}: {error}") from error
+            raise DataError(
+                f"cannot read dataset {getattr(error, 'filename', None) or self.prefix}: {reason(error)}"
+            ) from error
 
     def _open(self) -> None:
         size = check_regular(self.idx_path)
@@ -225,7 +227,7 @@ class IndexedDataset:
         try:
             meta = read_json(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); delete it to go on without it") from error
+            raise DataError(f"{path}: cannot be read ({reason(error)}); delete it to go on without it") from error
         if not isinstance(meta, dict):
             raise DataError(f"{path}: not a JSON object; delete it to go on without it")
         return meta
