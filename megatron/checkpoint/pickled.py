@@ -24,7 +24,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.config.regular_file import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
-MAX_ENTRIES = 10_000_000  # of all dictionaries together
+MAX_ENTRIES = 1_000_000  # of all dictionaries together
 LEGACY_PICKLES = 4  # before torch 1.6 a file held four pickles, one after the other, and the last is the value
 
 
