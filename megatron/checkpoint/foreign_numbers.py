@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from megatron.checkpoint.layout import CheckpointError
@@ -37,11 +38,12 @@ SWITCHES = frozenset(
 
 def check_config(about: Mapping[str, Any], where: str) -> None:
     """CheckpointError for a value in a config.json that no model has. where: the file, for the message."""
-    check_sizes(about, where)
+    of = f" of {PurePath(where).name}"
+    _check_sizes(about, where, of)
     for name, value in about.items():
         table = value if isinstance(value, dict) else {name: value}
         for key, held in table.items():
-            field = f"`{name}`" if table is not value else f"`{key}` of `{name}`"
+            field = f"`{name}`{of}" if table is not value else f"`{key}` of `{name}`{of}"
             if isinstance(held, float) and not math.isfinite(held):
                 raise CheckpointError(f"{where}: {field} is {held}, which is no number to compute with")
             if isinstance(held, int) and abs(held) >= MAX_WHOLE:
@@ -49,19 +51,33 @@ def check_config(about: Mapping[str, Any], where: str) -> None:
             if isinstance(held, str) and len(held) > MAX_WORD:
                 raise CheckpointError(f"{where}: {field} is a text of {len(held):,} characters, which makes no sense")
         if name in SWITCHES and value is not None and not isinstance(value, bool):
-            raise CheckpointError(f"{where}: `{name}` is {shown(value)}; it must be true or false")
+            raise CheckpointError(f"{where}: `{name}`{of} is {shown(value)}; it must be true or false")
         if name == "architectures" and value is not None and not _words(value):
-            raise CheckpointError(f"{where}: `{name}` is {shown(value)}; it must be a list of names")
+            raise CheckpointError(f"{where}: `{name}`{of} is {shown(value)}; it must be a list of names")
 
 
-def check_sizes(values: Mapping[str, Any], where: str) -> None:
-    """CheckpointError for a size that is no whole number, or one that no model has. An absent one and null pass."""
+def check_args(args: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for a size in a file's args that is too large for any model. where: the file, for the message."""
+    for name, value in args.items():
+        most = MAX_COUNT if name in COUNTS else MAX_SIZE
+        if name not in COUNTS | SIZES or not isinstance(value, int | float):
+            continue
+        if not value <= most:  # NaN is not
+            raise CheckpointError(f"{where}: `{name}` is {shown(value)}, which makes no sense: it may be at most {most:,}")
+
+
+def _check_sizes(values: Mapping[str, Any], where: str, of: str) -> None:
+    """CheckpointError for a size that is no whole number, or one that no model has. An absent one and null pass.
+
+    where, of: what stands before and after the name of a size in the message.
+    """
     for name, value in values.items():
         most = MAX_COUNT if name in COUNTS else MAX_SIZE if name in SIZES else None
         if most is None or value is None:
             continue
         if type(value) is not int or not 1 <= value <= most:
-            raise CheckpointError(f"{where}: `{name}` is {shown(value)}; it must be a whole number from 1 to {most:,}")
+            rule = f"it must be a whole number from 1 to {most:,}"
+            raise CheckpointError(f"{where}: `{name}`{of} is {shown(value)}, which makes no sense: {rule}")
 
 
 def shown(value: object) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.foreign_numbers import check_sizes
+from megatron.checkpoint.foreign_numbers import check_args
 from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
@@ -92,7 +92,7 @@ def arguments_of(file: Mapping[str, Any]) -> dict[str, Any]:
     args = file.get("args")
     held = args.values() if isinstance(args, Inert) else args if isinstance(args, Mapping) else {}
     found = {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str | list | tuple)}
-    check_sizes(found, "the file's args")
+    check_args(found, "the file's args")
     return found
 
 

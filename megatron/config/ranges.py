@@ -27,8 +27,8 @@ WITHIN = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
 CHANCE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
 # What is listed one by one, layer by layer and micro-batch by micro-batch.
-LAYERS = Range("from 1 to 65,536", lambda v: 0 < v <= 1 << 16)
-SAMPLES = Range("from 1 to 1,048,576", lambda v: 0 < v <= 1 << 20)
+LAYERS = Range("greater than 0 and at most 65,536", lambda v: 0 < v <= 1 << 16)
+SAMPLES = Range("greater than 0 and at most 1,048,576", lambda v: 0 < v <= 1 << 20)
 
 _ROWS: tuple[tuple[Range, str, str], ...] = (
     (LAYERS, "model", "num_layers"),

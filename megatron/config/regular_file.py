@@ -29,7 +29,7 @@ MAX_LINE_BYTES = 1 << 28  # one line of a corpus: a document
 
 MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's largest has 42 MB
 MAX_DEPTH = 200  # of brackets in JSON
-PIPE_PATIENCE = 10.0  # seconds that a named pipe may wait for somebody who writes into it
+PIPE_PATIENCE = 5.0  # seconds that a named pipe may wait for somebody who writes into it
 
 KINDS = (
     (stat.S_ISDIR, "a directory"),

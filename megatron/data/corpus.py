@@ -15,7 +15,7 @@ from megatron.config.regular_file import MAX_LINE_BYTES, open_regular, open_stre
 from megatron.data.errors import DataError
 
 BLOCK_BYTES = 1 << 20
-PACKED_BYTES = 1 << 12  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
+PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
 
 
 @dataclass(frozen=True)
