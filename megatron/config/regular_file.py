@@ -117,13 +117,14 @@ class _Pipe(io.FileIO):
         return self.last
 
 
-def open_stream(path: PathLike, patience: float = PIPE_PATIENCE) -> BinaryIO:
+def open_stream(path: PathLike, patience: float = PIPE_PATIENCE, *, max_bytes: int | None = None) -> BinaryIO:
     """A regular file or a pipe, opened for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
 
-    UnfitFile for anything else, and for a named pipe into which nobody writes within `patience` seconds.
+    UnfitFile for anything else, for a named pipe into which nobody writes within `patience` seconds, and for a regular file of
+    more than `max_bytes`.
     """
     if not stat.S_ISFIFO(_stat(path).st_mode):
-        return open_regular(path)
+        return open_regular(path, max_bytes)
     named = not os.path.basename(os.path.realpath(path)).startswith("pipe:[")
     pipe = _Pipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     file = io.BufferedReader(pipe, 1 << 20)
@@ -142,7 +143,7 @@ def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
 
     pipes: it may be a pipe as well, as for `open_stream`.
     """
-    with open_stream(path) if pipes else open_regular(path, max_bytes) as file:
+    with open_stream(path, max_bytes=max_bytes) if pipes else open_regular(path, max_bytes) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
         data += file.read(max(0, max_bytes + 1 - len(data)))
     if len(data) > max_bytes:

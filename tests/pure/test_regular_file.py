@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stand_ins import put
 
 from megatron.config.regular_file import (
     UnfitFile,
@@ -20,29 +20,14 @@ from megatron.config.regular_file import (
 )
 
 
-def sparse(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 1 << 40)
-
-
-def socket_at(path: Path) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)  # the name of a socket may have 108 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-    finally:
-        os.chdir(here)
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (os.mkfifo, "a named pipe, not a regular file"),
         (Path.mkdir, "a directory, not a regular file"),
-        (socket_at, "a socket, not a regular file"),
+        (lambda path: put("socket", path, b""), "a socket, not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "a device, not a regular file"),
-        (sparse, "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file"),
+        (lambda path: put("huge", path, b""), "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file"),
         (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which is not there"),
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
         (lambda path: None, "No such file or directory"),
