@@ -16,6 +16,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_files import arguments_of
 from megatron.checkpoint.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
 from megatron.checkpoint.storage import Storage
+from megatron.config.regular_file import read_json
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.imports import compare
@@ -111,5 +112,5 @@ def _cached() -> Any:
 
 def _own_class(path: Path) -> None:
     """The class that config.json names, whatever the installed version of transformers calls it."""
-    about = json.loads(path.read_text(encoding="utf-8"))
+    about = read_json(path)
     Storage().write(path, [(json.dumps({**about, "tokenizer_class": "GPT2TokenizerFast"}, indent=2) + "\n").encode()])

@@ -18,6 +18,7 @@ from megatron.checkpoint.hf_config import CONFIG_READERS, model_settings
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.regular_file import read_json
 from megatron.config.schema import ModelConfig
 from megatron.data.hugging_face import ROLES, read_object
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
@@ -164,7 +165,7 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
     """
     try:
         transformers = import_transformers()
-        about = json.loads((exported / "config.json").read_text())
+        about = read_json(exported / "config.json")
         theirs, info = open_theirs(exported, about["architectures"][0])
         words = None
         if tokenizer is not None:

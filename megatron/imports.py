@@ -80,7 +80,7 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
             raise ValueError("; ".join(map(str, problems)))
         plan = stages_of(RunConfig(model=config))
         stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
     wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}
     wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]

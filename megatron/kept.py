@@ -6,13 +6,14 @@ writes them again: generation settings, lists of end tokens, chat templates, and
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron.checkpoint.content import read_assets
 from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
+from megatron.config.regular_file import MAX_VOCABULARY_BYTES, parse_json, read_bytes
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import VOCABULARIES
 from megatron.data.tokenizer_base import Tokenizer, read
@@ -34,7 +35,7 @@ def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     paths = [directory / name for name in names]
     if tokenizer:
         paths += sorted((directory / TEMPLATES).glob("*.jinja"))
-    return {p.relative_to(directory).as_posix(): read(str(p), "--input") for p in paths if p.is_file()}
+    return {p.relative_to(directory).as_posix(): read(str(p), "--input") for p in paths if os.path.lexists(p)}
 
 
 def assets(tokenizer: Tokenizer | None, kept: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -52,7 +53,7 @@ def in_checkpoint(directory: Path) -> dict[str, bytes]:
         if name not in (*SETTINGS, *TOKENIZER_FILES) and not templates:
             raise CheckpointError(f"{directory}/{folder}{name}: nothing of that name is kept of a Hugging Face directory")
     check_bytes(directory, manifest, [folder + name for name in names])
-    return {name: path_in(directory, folder + name).read_bytes() for name in names}
+    return {name: read_bytes(path_in(directory, folder + name), MAX_VOCABULARY_BYTES) for name in names}
 
 
 def carry(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
@@ -83,9 +84,9 @@ def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
     if "config.json" not in kept:
         return None
     try:
-        about = json.loads(kept["config.json"])
+        about = parse_json(kept["config.json"])
         return {name: value for name, value in about.items() if name.endswith("_token_id")}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(f"the kept config.json is no JSON object: {error}") from error
 
 

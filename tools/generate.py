@@ -21,6 +21,7 @@ import torch
 from megatron.beam import BeamSearch
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
+from megatron.config.regular_file import MAX_PROMPTS_BYTES, parse_json, read_text
 from megatron.data.errors import DataError
 from megatron.generate import Sampling, Text, check_prompt, room_after, write
 from megatron.mesh.grid import Grid
@@ -140,7 +141,7 @@ def search_of(args: argparse.Namespace) -> BeamSearch | None:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines are left out. ValueError for a file without any, and for a line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_text(path, MAX_PROMPTS_BYTES, pipes=True).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--prompt-file {path}: {getattr(error, 'strerror', None) or error}") from error
     prompts = []
@@ -150,8 +151,8 @@ def read_prompts(path: Path) -> list[str]:
         prompt: object = line.rstrip("\r")
         if path.suffix == ".jsonl":
             try:
-                prompt = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                prompt = parse_json(line)
+            except ValueError as error:
                 raise ValueError(f"--prompt-file {path}, line {number} is no JSON: {error}") from error
             prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str):

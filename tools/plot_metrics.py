@@ -3,17 +3,18 @@
     python tools/plot_metrics.py runs/quickstart/checkpoints/metrics.jsonl --output loss.svg
 
 Reads the JSON lines that training appends: lines with an `iteration` and an `lm_loss` are training, those with a `split` as
-well are evaluations. Needs the standard library only.
+well are evaluations. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from html import escape
 from pathlib import Path
+
+from megatron.config.regular_file import MAX_METRICS_BYTES, parse_json, read_text
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
@@ -32,18 +33,20 @@ def read(path: Path) -> tuple[Points, Points]:
     missing, not JSON lines, or without a single training loss.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, MAX_METRICS_BYTES).splitlines()
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MetricsError(f"{path} is not a text file in UTF-8: {error}") from error
     train: dict[float, float] = {}
     validation: dict[float, float] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise MetricsError(f"{path}:{number} is not a JSON object: {error.msg}") from error
+            record = parse_json(line)
+        except ValueError as error:
+            raise MetricsError(f"{path}:{number} is not a JSON object: {error}") from error
         if not isinstance(record, dict):
             raise MetricsError(f"{path}:{number} is not a JSON object")
         iteration, loss = record.get("iteration"), record.get("lm_loss")

@@ -7,7 +7,7 @@ compared with it.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron.checkpoint.foreign_numbers import check_config
 from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf_config import CONFIG_READERS, architecture, class_names, model_settings, saved_dtype
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
+from megatron.config.regular_file import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
 
@@ -73,6 +75,7 @@ def read_hf(directory: Path, say: Callable[[str], None] = print) -> tuple[ModelC
         CheckpointError: naming the field, the tensor or the file that stands in the way.
     """
     about = _json(directory / "config.json")
+    check_config(about, str(directory / "config.json"))
     kind = str(about.get("model_type"))
     if kind == "bert":
         raise CheckpointError(
@@ -194,13 +197,14 @@ def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     return () if head == "span" else names
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, max_bytes)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: there is no {path.name} in it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
+        why = f"{path} is {error.strerror}" if path.is_symlink() else f"there is no {path.name} in it"
+        raise CheckpointError(f"{path.parent}: {why}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return values
@@ -208,12 +212,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors in the directory's safetensors files, without the constants, with the prefix that a bare model lacks."""
-    if (directory / "model.safetensors").is_file():
+    if os.path.lexists(directory / "model.safetensors"):
         names = ["model.safetensors"]
-    elif (directory / INDEX).is_file():
-        where = _json(directory / INDEX).get("weight_map")
-        names = sorted(set(where.values())) if isinstance(where, dict) else []
-        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+    elif os.path.lexists(directory / INDEX):
+        where = _json(directory / INDEX, MAX_INDEX_BYTES).get("weight_map")
+        files = where.values() if isinstance(where, dict) else ()
+        names = sorted({name for name in files if isinstance(name, str) and Path(name).name == name})
+        if not names or any(name not in names for name in files):
             raise CheckpointError(f"{directory / INDEX}: its weight_map does not name files of this directory")
     else:
         pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -224,10 +229,11 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in names:
         try:
+            check_regular(directory / name)
             with safe_open(str(directory / name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
-            raise CheckpointError(f"{directory / name}: not a readable safetensors file: {error}") from error
+            raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
         if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):
             raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")
         found |= tensors

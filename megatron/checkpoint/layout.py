@@ -32,6 +32,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
 from megatron.checkpoint.storage import record_of
+from megatron.config.regular_file import read_bytes, read_text
 
 __all__ = [
     "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "TrialOrder", "announced", "check_bytes",
@@ -44,6 +45,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 NEXT_TRACKER = f".{TRACKER}.tmp"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
+MAX_TRACKER_BYTES = 1000
 MOST_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
 NONE: Mapping[Path, str] = MappingProxyType({})
 
@@ -89,12 +91,8 @@ def path_in(directory: Path, name: str) -> Path:
 
 
 def _bytes(path: Path) -> bytes:
-    """A file that is to be JSON. ValueError when it is too large to be one of ours."""
-    with path.open("rb") as file:
-        raw = file.read(MOST_JSON + 1)
-    if len(raw) > MOST_JSON:
-        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
-    return raw
+    """A file that is to be JSON. OSError when it is too large to be one of ours."""
+    return read_bytes(path, MOST_JSON)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -195,8 +193,7 @@ def _tracker_text(root: Path, name: str) -> str | None:
     if not os.path.lexists(root / name):
         return None
     try:
-        with path_in(root, name).open("rb") as file:
-            return file.read(1000).decode("utf-8")
+        return read_text(path_in(root, name), MAX_TRACKER_BYTES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{root / name}: {error}") from error
 

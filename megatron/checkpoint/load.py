@@ -35,6 +35,7 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
+from megatron.config.regular_file import check_regular, reason
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable, Part, Shard
@@ -198,10 +199,11 @@ def _load_scalars(directory: Path, parts: Mapping[str, Checkpointable], state: M
 def opened(path: Path) -> Iterator[Any]:
     """A safetensors file; whatever is wrong with it becomes a CheckpointError that names it."""
     try:
+        check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from error
 
 
 def _read(path: Path, file: Any, job: Job) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.layout import MANIFEST, TRACKER, CheckpointError, directory_name, iterations
+from megatron.checkpoint.foreign_numbers import check_args
+from megatron.checkpoint.layout import MANIFEST, MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
+from megatron.config.regular_file import read_text, reason
 from megatron.config.schema import ModelConfig
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -53,9 +56,10 @@ def find_megatron(root: Path) -> Path:
     if any(RANK.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
-        word = (root / TRACKER).read_text(encoding="utf-8").strip()
+        word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}") from error
+        why = reason(error)
+        raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
     found = root / (word if word == "release" else directory_name(int(word)))
@@ -69,7 +73,7 @@ def rank_files(directory: Path) -> list[list[Path]]:
     found: dict[tuple[int, int], Path] = {}
     for path in directory.iterdir():
         if match := RANK.fullmatch(path.name):
-            files = [path / name for name in FILES if (path / name).is_file()]
+            files = [path / name for name in FILES if os.path.lexists(path / name)]
             if not files:
                 raise CheckpointError(f"{path}: there is no {FILES[0]} in it")
             if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
@@ -82,9 +86,15 @@ def rank_files(directory: Path) -> list[list[Path]]:
 
 
 def arguments_of(file: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a file by their names; none where it has none."""
+    """The settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
+
+    CheckpointError for sizes that no model has.
+    """
     args = file.get("args")
-    return dict(args.values()) if isinstance(args, Inert) else dict(args) if isinstance(args, Mapping) else {}
+    held = args.values() if isinstance(args, Inert) else args if isinstance(args, Mapping) else {}
+    found = {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    check_args(found, "the file's args")
+    return found
 
 
 def version_of(file: Mapping[str, Any], name: str) -> float:
@@ -102,7 +112,7 @@ def sizes_of(args: Mapping[str, Any]) -> Sizes:
         width = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
         groups = int(args["num_query_groups"]) if args.get("group_query_attention") else heads
         return Sizes(heads, groups, width, bool(args.get("swiglu")))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError("the file's args do not say hidden_size and num_attention_heads") from error
 
 

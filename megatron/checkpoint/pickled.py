@@ -18,9 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
+from megatron.config.regular_file import open_regular
 
+MAX_DEPTH = 50  # of dictionaries in one another
+MAX_ENTRIES = 1_000_000  # of all dictionaries together
 LEGACY_PICKLES = 4  # before torch 1.6 a file held four pickles, one after the other, and the last is the value
 
 
@@ -52,7 +56,9 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
     CheckpointError when it is no such file, or when it asks for what could do harm.
     """
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            size = file.seek(0, io.SEEK_END)
+            check_unpacked(file, size, name)
             stubs: list[Any] = [(type("Inert", (Inert,), {}), wanted) for wanted in sorted(_names(file))]
             file.seek(0)
             with torch.serialization.safe_globals(stubs):
@@ -61,11 +67,52 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line] or str(error).splitlines() or [""]
         why = re.split(r" was not (an )?allowed", lines[0])[0].strip()  # what torch advises next would let the code run
         raise CheckpointError(f"{name}: it was not read, since it asks for more than weights: {why}") from error
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{name}: not a readable file of torch.save: {' '.join(str(error).split())[:300]}") from error
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"{name}: not a readable file of torch.save: {why}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: expected a dictionary of tensors, found a {type(value).__name__}")
+    check_plain(value, size, name)
     return value
+
+
+def check_unpacked(file: BinaryIO, size: int, name: str) -> None:
+    """CheckpointError where a zip of torch.save would unpack to more than the file's own size: torch packs nothing."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{name}: its parts are packed, {unpacked:,} bytes in a file of {size:,}; torch.save packs nothing, so another "
+            "program wrote it, perhaps to fill the memory"
+        )
+
+
+def check_plain(value: Mapping[Any, Any], size: int, name: str) -> None:
+    """CheckpointError for what weights are never: dictionaries in themselves, and tensors that are more than the file holds.
+
+    Such a tensor repeats a few bytes of the file, which costs nothing until it is copied. size: of the file, in bytes.
+    """
+    level: list[Any] = [value]
+    count = 0
+    for _ in range(MAX_DEPTH):
+        level = [held for table in level for held in table.values()]
+        for held in level:
+            if isinstance(held, Tensor):
+                if held.layout is not torch.strided or held.device.type != "cpu":
+                    raise CheckpointError(f"{name}: a tensor of it is {held.layout} on {held.device}; only plain ones are read")
+                if held.numel() * held.element_size() > size:
+                    raise CheckpointError(f"{name}: a tensor of it has shape {tuple(held.shape)}, more than the whole file")
+        level = [held for held in level if isinstance(held, Mapping)]
+        count += sum(map(len, level))
+        if not level or count > MAX_ENTRIES:
+            break
+    if level:
+        raise CheckpointError(f"{name}: its dictionaries are nested too deeply, or hold themselves")
 
 
 def _names(file: BinaryIO) -> set[str]:

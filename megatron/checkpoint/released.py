@@ -9,8 +9,8 @@ made: their defaults, and tensors of the type that they have in the archive.
 
 from __future__ import annotations
 
-import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.foreign_numbers import check_config
 from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf import SHARD_BYTES, Group, write_files, write_json
 from megatron.checkpoint.layout import CheckpointError
@@ -30,12 +31,15 @@ from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.pickled import read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
+from megatron.config.regular_file import check_regular, read_json, reason
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 
 MEMBER = "release/mp_rank_00/model_optim_rng.pt"
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")  # of args
 MATRICES = ("embedding.word.weight", "embedding.position.weight", "layers.0.mlp.up.weight")
+MAX_RATIO = 20  # of the unpacked size to the packed one; zip packs weights to more than half
+MAX_FREE_BYTES = 1 << 26  # that may be unpacked from any size
 HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are known without being told: the released sizes
 
 
@@ -147,32 +151,56 @@ def read_archive(path: Path) -> dict[str, Any]:
     """The dictionary in a zip with MEMBER, or in the file itself. CheckpointError when there is none that is harmless."""
     if path.is_dir():
         raise CheckpointError(f"{path}: this is a directory; give the archive or its .pt file, or use tools/import_megatron.py")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    if path.suffix.lower() == ".zip" and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: not a whole zip archive; was the download cut short?")
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: {error.strerror if path.is_symlink() else 'there is no such file'}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if MEMBER in names:
-                try:
-                    return read_pickled(archive.read(MEMBER), f"{path}: {MEMBER}")
-                except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-                    raise CheckpointError(f"{path}: {MEMBER} in it is damaged: {error}") from error
-        if path.suffix.lower() == ".zip":
-            held = ", ".join(names[:5]) or "nothing"
-            raise CheckpointError(f"{path}: there is no {MEMBER} in it; it holds {held}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                member = _unpacked(archive) if MEMBER in names else None
+        except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, zlib.error) as error:
+            raise CheckpointError(f"{path}: {MEMBER} in it is damaged: {error}") from error
+        if member is not None:
+            return read_pickled(member, f"{path}: {MEMBER}")
+    if path.suffix.lower() == ".zip":
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: not a whole zip archive; was the download cut short?")
+        held = ", ".join(names[:5]) or "nothing"
+        raise CheckpointError(f"{path}: there is no {MEMBER} in it; it holds {held}")
     return read_pickled(path, str(path))
+
+
+def _unpacked(archive: zipfile.ZipFile) -> bytes:
+    """The bytes of MEMBER. CheckpointError for more than weights of its packed size can be, before anything is unpacked.
+
+    The size that the archive claims is checked, and no more is ever unpacked: what is longer is damaged.
+    """
+    about = archive.getinfo(MEMBER)
+    if about.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(
+            f"{archive.filename}: {MEMBER} is packed by method {about.compress_type}; unpack it, give the .pt"
+        )
+    if about.file_size > MAX_RATIO * about.compress_size + MAX_FREE_BYTES:
+        raise CheckpointError(
+            f"{archive.filename}: {MEMBER} would unpack from {about.compress_size:,} bytes to {about.file_size:,}, more than "
+            f"{MAX_RATIO} times as many; weights pack to more than half, so this is made to fill the memory"
+        )
+    return archive.read(about)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The JSON object of --config_file. CheckpointError when it is none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a readable config.json: {error}") from error
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable config.json: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
+    check_config(values, str(path))
     return values
 
 

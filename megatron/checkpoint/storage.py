@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.config.regular_file import open_regular
+
 # The codes of the safetensors format.
 DTYPES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -118,7 +120,7 @@ def _of_size(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
 def record_of(path: Path, tell: Callable[[str], None] = lambda what: None) -> FileRecord:
     """Size and sha256 of a file that exists. OSError when it cannot be read. tell: is told how far it has come, in words."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             size += len(chunk)

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
+from megatron.config.regular_file import kind_of_file
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
 
@@ -42,6 +43,8 @@ def _unreadable(path: Path) -> str | None:
         return "is a directory, not a file"
     if not path.exists():
         return f"does not exist{_near(path)}"
+    if kind := kind_of_file(path.stat().st_mode):
+        return f"is {kind}, not a regular file"
     if not os.access(path, os.R_OK):
         return "cannot be read: permission denied"
     return None if path.stat().st_size else "is empty"

@@ -26,9 +26,13 @@ PROBABILITY = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
 WITHIN = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
 CHANCE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
+# What is listed one by one, layer by layer and micro-batch by micro-batch.
+LAYERS = Range("greater than 0 and at most 65,536", lambda v: 0 < v <= 1 << 16)
+SAMPLES = Range("greater than 0 and at most 1,048,576", lambda v: 0 < v <= 1 << 20)
 
 _ROWS: tuple[tuple[Range, str, str], ...] = (
-    (POSITIVE, "model", "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"),
+    (LAYERS, "model", "num_layers"),
+    (POSITIVE, "model", "hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"),
     (POSITIVE, "model", "max_position_embeddings rotary_base layernorm_epsilon make_vocab_size_divisible_by"),
     (SHARE, "model", "rotary_percent"),
     (PROBABILITY, "model", "attention_dropout hidden_dropout"),
@@ -42,7 +46,8 @@ _ROWS: tuple[tuple[Range, str, str], ...] = (
     (NOT_NEGATIVE, "data", "num_workers"),
     (WITHIN, "data", "mask_prob"),
     (CHANCE, "data", "short_seq_prob"),
-    (POSITIVE, "batch", "micro_batch_size global_batch_size train_iters train_samples exit_interval exit_duration_in_mins"),
+    (SAMPLES, "batch", "global_batch_size"),
+    (POSITIVE, "batch", "micro_batch_size train_iters train_samples exit_interval exit_duration_in_mins"),
     (NOT_NEGATIVE, "batch", "seed"),
     (NOT_NEGATIVE, "optim", "lr min_lr lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay"),
     (POSITIVE, "optim", "lr_decay_iters lr_decay_samples adam_eps max_consecutive_skips"),

@@ -11,12 +11,12 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import Problem
 from megatron.config.legacy import LEGACY, Legacy
 from megatron.config.options import TAKES_VALUE, Option, Spelling, options, plain, sections, spellings
+from megatron.config.regular_file import MAX_TOML_BYTES, read_text
 
 
 @dataclass
@@ -158,7 +158,7 @@ def read_toml(path: str) -> Reading:
     schema's fields, `-` and `_` alike; `preset` stands before the first table."""
     reading = Reading()
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(read_text(path, MAX_TOML_BYTES))
     except OSError as error:
         reading.problems.append(Problem(f"`--config {path}`", f"cannot be read: {error.strerror}"))
         return reading

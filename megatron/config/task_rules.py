@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
+from megatron.config.regular_file import kind_of_file
 from megatron.config.rules import COMMON_RULES
 from megatron.config.tasks import TASKS
 
@@ -96,6 +97,8 @@ def task_files(c: Case) -> Iterator[Problem]:
                 yield Problem(
                     say(name, (word,)), f"is a {'directory' if path.is_dir() else 'file'}; {c['task.task']} comes in {kind}"
                 )
+            elif path.exists() and not path.is_dir() and (kind := kind_of_file(path.stat().st_mode)):
+                yield Problem(say(name, (word,)), f"is {kind}, not a regular file")
             elif path.exists() and not os.access(path, os.R_OK):
                 yield Problem(say(name, (word,)), "cannot be read: permission denied")
 

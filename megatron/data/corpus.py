@@ -5,16 +5,17 @@ from __future__ import annotations
 import glob
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
+from megatron.config.regular_file import MAX_LINE_BYTES, open_regular, open_stream, parse_json
 from megatron.data.errors import DataError
 
 BLOCK_BYTES = 1 << 20
+PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class ZstdFile(io.RawIOBase):
     The package's own reader ends there without a word.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, file: IO[bytes]) -> None:
         try:
             import zstandard
         except ImportError as error:
             raise DataError(
                 f"{path}: reading .zst needs the package zstandard (pip install zstandard), or unpack it"
             ) from error
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close
+        self._file = file
         self._new_frame, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
         self._frame: Any = None
         self._packed, self._ready = b"", b""
@@ -67,7 +68,7 @@ class ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 16)
+            self._packed = self._packed or self._file.read(PACKED_BYTES)
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("the file ends within a frame")
@@ -89,33 +90,42 @@ class ZstdFile(io.RawIOBase):
         super().close()
 
 
-def open_text(file: str) -> IO[bytes]:
-    """The bytes of a file, unpacked if it ends in .gz or .zst."""
+def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
+    """The bytes of a file, unpacked if it ends in .gz or .zst. pipes: a pipe may stand for the file; it is read once."""
     try:
+        packed = open_stream(file) if pipes else open_regular(file)
         if file.endswith(".gz"):
-            return cast(IO[bytes], gzip.open(file, "rb"))
+            unpacked: Any = gzip.GzipFile(fileobj=packed, mode="rb")
+            unpacked.myfileobj = packed  # closed with it
+            return cast(IO[bytes], unpacked)
         if file.endswith(".zst"):
-            return io.BufferedReader(ZstdFile(file), BLOCK_BYTES)
-        return open(file, "rb")
+            return io.BufferedReader(ZstdFile(file, packed), BLOCK_BYTES)
+        return packed
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
 
 
-def blocks(files: Sequence[str]) -> Iterator[list[Line]]:
-    """The lines of all files in order, without blank ones, in lists of about 1 MB. DataError if a file is damaged."""
+def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]:
+    """The lines of all files in order, without blank ones, in lists of about 1 MB. pipes: as `open_text`.
+
+    DataError if a file is damaged, or a line longer than MAX_LINE_BYTES.
+    """
     block: list[Line] = []
     size = 0
     for file in files:
-        with open_text(file) as stream:
+        with open_text(file, pipes=pipes) as stream:
             number = 0
             while True:
                 try:
-                    text = stream.readline()
+                    text = stream.readline(MAX_LINE_BYTES + 1)
                 except (OSError, EOFError, zlib.error) as error:
                     raise DataError(f"{file}: damaged after line {number} ({error})") from error
                 if not text:
                     break
                 number += 1
+                if len(text) > MAX_LINE_BYTES:
+                    most = f"{MAX_LINE_BYTES:,} bytes"
+                    raise DataError(f"{file}:{number}: a line of more than {most}; cut it into several documents")
                 if text.strip():
                     block.append(Line(file, number, text))
                     size += len(text)
@@ -133,10 +143,10 @@ def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-k
     """
     where = f"{line.file}:{line.number}"
     try:
-        document: Any = json.loads(line.text.decode("utf-8-sig"))
+        document: Any = parse_json(line.text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadLine(f"{where}: not UTF-8 ({error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadLine(
             f"{where}: not JSON ({error}); the input must be JSON lines, one object a line such as "
             f'{{"{keys[0]}": "..."}}, plain text is not accepted'

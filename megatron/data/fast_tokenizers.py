@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,9 +11,11 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.regular_file import parse_json
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
+from megatron.data.slow_patterns import check_patterns, panics_in_words
 from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
 
 # The names that an end of document goes by in files that do not say which token it is.
@@ -35,17 +36,20 @@ class FastTokenizer(Tokenizer):
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
+        with panics_in_words(self.kind):
+            return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
 
     @cached_property
     def seam(self) -> Seam | None:
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with panics_in_words(self.kind):
+            return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        with panics_in_words(self.kind):
+            return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def piece(self, number: int) -> str:
         return str(self._backend.id_to_token(number) or "")
@@ -62,7 +66,7 @@ class GPT2BPETokenizer(FastTokenizer):
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         assets = {"vocab.json": read(vocab_file, "--vocab-file"), "merges.txt": read(merge_file, "--merge-file")}
         try:
-            vocab = json.loads(assets["vocab.json"])
+            vocab = parse_json(assets["vocab.json"])
             lines = assets["merges.txt"].decode("utf-8").split("\n")
             pairs = (line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version"))
             merges = [(left, right) for left, right in pairs]
@@ -152,16 +156,23 @@ class HuggingFaceTokenizer(FastTokenizer):
         file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
         data = read(str(file), "--tokenizer-model")
         try:
-            backend = Backend.from_str(data.decode("utf-8"))
+            with panics_in_words(str(file)):
+                backend = Backend.from_str(data.decode("utf-8"))
+        except DataError:
+            raise
         except Exception as error:  # `tokenizers` raises plain Exceptions
             raise DataError(f"{file} is not a tokenizer.json: {error}") from error
+        check_patterns(backend, str(file))
         about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
-        assets = {"tokenizer.json": data, **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if p.is_file()}}
+        assets = {
+            "tokenizer.json": data,
+            **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if os.path.lexists(p)},
+        }
         self._config: dict[str, Any] = {}
         for name, place in about.items():
             try:
-                self._config |= json.loads(assets.get(name, b"{}"))
-            except (ValueError, TypeError, RecursionError) as error:
+                self._config |= parse_json(assets.get(name, b"{}"))
+            except (ValueError, TypeError) as error:
                 raise DataError(f"{place} is not a JSON object: {error}") from error
         special: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):

@@ -7,6 +7,7 @@ their further tokens in `added_tokens.json`, `special_tokens_map.json` and `toke
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.regular_file import parse_json
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, read_word_pieces, word_piece_backend
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer
@@ -30,17 +32,17 @@ BERT_ROLES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "m
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a Hugging Face directory holds a vocabulary."""
-    return any((directory / name).is_file() for name in VOCABULARIES)
+    return any(os.path.lexists(directory / name) for name in VOCABULARIES)
 
 
 def read_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory; None where its files are none that are known. DataError for damaged ones."""
-    first = next((name for name in VOCABULARIES if (directory / name).is_file()), None)
+    first = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
     about = _config(directory)
     match first:
         case "tokenizer.json":
             return HuggingFaceTokenizer(str(directory))
-        case "vocab.json" if (directory / "merges.txt").is_file():
+        case "vocab.json" if os.path.lexists(directory / "merges.txt"):
             gpt2 = GPT2BPETokenizer(str(directory / "vocab.json"), str(directory / "merges.txt"))
             backend = gpt2.backend()
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(about.get("add_prefix_space", False)))
@@ -61,11 +63,11 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     try:
-        values = json.loads(read(str(path), "tokenizer"))
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read(str(path), "tokenizer"))
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} is not a JSON object")

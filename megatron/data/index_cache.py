@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.config.regular_file import check_regular, read_json
+
 MAP_FROM = 100_000  # numbers; smaller indices are read
 VERSION = 1  # of the sample order and of these files
 Arrays = dict[str, NDArray[Any]]
@@ -82,9 +84,11 @@ def digest(value: dict[str, object]) -> str:
 def load(place: Path) -> Arrays | None:
     """The arrays in this directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
     try:
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        about = read_json(place / "about.json")
         shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
         # Mapped in any case, so that no header of a file makes this process take memory.
+        for name in shapes:
+            check_regular(place / f"{name}.npy")
         arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in shapes}
         for name, array in arrays.items():
             if not isinstance(array, np.memmap) or array.shape != shapes[name] or array.dtype.kind not in "iu":
@@ -100,9 +104,9 @@ def load(place: Path) -> Arrays | None:
 def differs(about: Path, stamp: dict[str, object]) -> bool:
     """Whether an index was built from a file of another size or time of change."""
     try:
-        then = json.loads(about.read_text(encoding="utf-8"))
+        then = read_json(about)
         return any(then[name] != value for name, value in stamp.items())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

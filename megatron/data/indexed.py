@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.config.regular_file import check_regular, open_regular, read_json, reason
 from megatron.data.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -46,7 +47,6 @@ CODES: Mapping[int, np.dtype[Any]] = {
 COPY_BYTES = 1 << 24
 MAP_FROM = 1 << 20  # bytes; smaller indices are read
 ENDS = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
-MOST_META = 1 << 24  # bytes of a sidecar
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -65,7 +65,7 @@ def check_prefix(prefix: str) -> str:
     """The prefix, without a `.bin` or `.idx` that was typed along; DataError if one of the two files is missing."""
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
-    missing = [prefix + end for end in (".idx", ".bin") if not os.path.isfile(prefix + end)]
+    missing = [prefix + end for end in (".idx", ".bin") if not os.path.lexists(prefix + end)]
     if missing:
         folder = os.path.dirname(prefix) or "."
         near = sorted(p.name[:-4] for p in Path(folder).glob("*.idx"))[:5] if os.path.isdir(folder) else []
@@ -78,7 +78,7 @@ def ends_digest(path: str) -> str:
     """A name for the content of a .bin that costs no reading of all: of its size, its beginning and its end."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest.update(file.read(ENDS))
         file.seek(max(0, size - ENDS))
         digest.update(file.read(ENDS))
@@ -102,15 +102,18 @@ class IndexedDataset:
         self.prefix = check_prefix(prefix)
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         try:
+            check_regular(self.bin_path)
             self.stamp = stamp(self.bin_path)
             self._open()
             self._check_sidecar()
         except (OSError, MemoryError) as error:
-            raise DataError(f"cannot read dataset {self.prefix}: {error}") from error
+            raise DataError(
+                f"cannot read dataset {getattr(error, 'filename', None) or self.prefix}: {reason(error)}"
+            ) from error
 
     def _open(self) -> None:
-        size = os.path.getsize(self.idx_path)
-        with open(self.idx_path, "rb") as file:
+        size = check_regular(self.idx_path)
+        with open_regular(self.idx_path) as file:
             head = file.read(HEADER.size)
         if head.startswith(LEGACY_MAGIC):
             raise self._bad("it has the old lazy/cached format; preprocess the text again")
@@ -219,13 +222,12 @@ class IndexedDataset:
     def meta(self) -> dict[str, Any]:
         """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
         path = self.prefix + ".meta.json"
-        if not os.path.isfile(path):
+        if not os.path.lexists(path):
             return {}
         try:
-            with open(path, encoding="utf-8") as file:
-                meta = json.loads(file.read(MOST_META))
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); delete it to go on without it") from error
+            meta = read_json(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({reason(error)}); delete it to go on without it") from error
         if not isinstance(meta, dict):
             raise DataError(f"{path}: not a JSON object; delete it to go on without it")
         return meta

@@ -241,7 +241,7 @@ def preprocess(
         dtype = token_dtype(tokenizer.vocab_size)
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in totals.prefixes]
         rejected = stack.enter_context(RejectedLines(output_prefix))
-        for encoded in encode_all(settings, blocks(files), workers):
+        for encoded in encode_all(settings, blocks(files, pipes=True), workers):
             for writer, column in zip(writers, encoded.columns, strict=True):
                 writer.add_documents(column.tokens, column.lengths, column.sequences)
                 totals.tokens += len(column.tokens)

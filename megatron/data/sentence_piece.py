@@ -31,6 +31,8 @@ class GPTSentencePieceTokenizer(Tokenizer):
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
             self._own = int(self._model.get_piece_size())
             self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._own)]
+            if not self._pieces:
+                raise ValueError("it is empty")
         except Exception as error:  # the package raises several kinds
             raise DataError(f"{model_file} is not a SentencePiece model: {error}") from error
         own = {role: int(getattr(self._model, f"{role}_id")()) for role in ("unk", "bos", "eos", "pad")}

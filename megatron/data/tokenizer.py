@@ -8,7 +8,6 @@ tokenizer.hf_files(directory, 1024) what AutoTokenizer.from_pretrained(directory
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.regular_file import parse_json
 from megatron.config.schema import TokenizerConfig
 from megatron.data.cuts import MAX_PART, Seam, WhiteSpaceSeam
 from megatron.data.errors import DataError
@@ -148,13 +148,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
     folder = Path(directory)
     try:
-        about = json.loads(read(str(folder / SAVED), "tokenizer"))
+        about = parse_json(read(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
         if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MOST_EXTRA_IDS)):
             raise ValueError("its type, vocab_size or extra_ids is none")
     except KeyError as error:
         raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise DataError(f"{folder / SAVED} is damaged: {error}") from error
     model = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
     config = TokenizerConfig(

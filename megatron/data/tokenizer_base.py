@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.regular_file import MAX_VOCABULARY_BYTES, read_bytes
 from megatron.data.cuts import Seam, parts
 from megatron.data.errors import DataError
 
@@ -148,6 +149,6 @@ PROBES = (
 def read(path: str, flag: str) -> bytes:
     """The content of a tokenizer file; DataError naming the flag it came from."""
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path, MAX_VOCABULARY_BYTES)
     except OSError as error:
         raise DataError(f"{flag} {path}: {error.strerror or error}") from error

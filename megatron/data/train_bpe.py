@@ -20,7 +20,7 @@ def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
     """The text of JSON lines; of a .txt file, its lines."""
     for file in files:
         plain = file.endswith((".txt", ".txt.gz", ".txt.zst"))
-        for lines in blocks([file]):
+        for lines in blocks([file], pipes=True):
             for line in lines:
                 try:
                     yield from [line.text.decode("utf-8")] if plain else parse(line, keys)

@@ -8,6 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from megatron.config.regular_file import read_bytes
 from megatron.mesh.beats import Process
 
 SIZE = 256  # bytes; longer words are cut
@@ -42,7 +43,7 @@ def left_by(process: Process, seen_from: Process) -> str | None:
     if not process.space or process.space != seen_from.space:
         return None
     try:
-        data = _path(process).read_bytes()
+        data = read_bytes(_path(process), SIZE)
     except OSError:
         return None
     return data.split(b"\0", 1)[0].decode(errors="replace") or None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.config.regular_file import parse_json, read_bytes, reason
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.serving.fields import RequestError
@@ -76,7 +77,7 @@ def read_template(file: Path) -> str:
 
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Return the template of a conversation without tools: that of the file, else the configuration's."""
-    if (file := _place(folder, TEMPLATE)).exists():
+    if os.path.lexists(file := _place(folder, TEMPLATE)):
         return read_template(file)
     held = about.get("chat_template")
     if isinstance(held, list):  # several, by name
@@ -90,30 +91,24 @@ def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
 def _place(folder: Path, name: str) -> Path:
     """Return where a file of this name lies: as its authors wrote it, else beside the tokenizer."""
     kept = folder / KEPT / name
-    return kept if kept.exists() else folder / name
+    return kept if os.path.lexists(kept) else folder / name
 
 
 def _read(path: Path, most: int) -> bytes:
     """Return the content of a regular file of up to `most` bytes; DataError for anything else."""
     try:
-        if not path.is_file():
-            raise DataError(f"{path} is no file" if path.exists() else f"{path} is not there")
-        with path.open("rb") as file:
-            data = file.read(most + 1)
+        return read_bytes(path, most)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    if len(data) > most:
-        raise DataError(f"{path} has more than {most} bytes")
-    return data
+        raise DataError(f"{path}: {reason(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Return a file's JSON object; an empty one where there is no such file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
-        held = json.loads(_read(path, MAX_FILE))
-    except (ValueError, RecursionError) as error:
+        held = parse_json(_read(path, MAX_FILE))
+    except ValueError as error:
         raise DataError(f"{path} is no JSON: {error}") from error
     if not isinstance(held, dict):
         raise DataError(f"{path} is no JSON object")

@@ -8,13 +8,13 @@ form). Question and option take at most 128 tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron.config.regular_file import MAX_TASK_JSON_BYTES, parse_json
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.glue import accuracy
@@ -39,12 +39,12 @@ class Race(Task):
         return items
 
     def _questions(self, file: Path) -> Iterator[Item]:
-        text = read_text(str(file))
+        text = read_text(str(file), MAX_TASK_JSON_BYTES)
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
             article = " ".join(whole["article"].split())
             asked = list(zip(whole["questions"], whole["options"], whole["answers"], strict=True))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             form = "a JSON object with article, questions, options and answers, as many of each"
             raise DataError(f"{file}: it is not {form}: {type(error).__name__}: {error}") from error
         context = self.tokenizer.tokenize(article)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megatron.config.regular_file import MAX_TEXT_BYTES, check_regular, reason
 from megatron.data.build import check_tokenizer
 from megatron.data.corpus import BadLine, blocks, open_text, parse
 from megatron.data.errors import DataError
@@ -111,12 +112,16 @@ def open_source(file: str) -> Source:
     return TextFile(file)
 
 
-def read_text(file: str) -> str:
-    """A whole file as text; DataError where it cannot be read, is damaged or no UTF-8."""
+def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """A whole file as text; DataError where it cannot be read, is damaged, no UTF-8, or has more than `max_bytes` unpacked."""
     try:
+        check_regular(file, max_bytes)
         with open_text(file) as stream:
-            return stream.read().decode("utf-8-sig")
+            data = stream.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise DataError(f"{file}: more than the {max_bytes:,} bytes that are read of such a file")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from error

@@ -7,7 +7,6 @@ of words after lower case, without punctuation and articles, against the best of
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.config.regular_file import MAX_TASK_JSON_BYTES, parse_json
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.samples import Item, Score, Task
@@ -50,12 +50,12 @@ class Squad(Task):
         self.longest_question = min(LONGEST_QUESTION, seq_length // 2)
 
     def read(self, path: str, *, training: bool) -> list[Item]:
-        text = read_text(path)
+        text = read_text(path, MAX_TASK_JSON_BYTES)
         try:
-            whole = json.loads(text)
+            whole = parse_json(text)
             paragraphs = [(_text(p["context"]), p["qas"]) for article in whole["data"] for p in article["paragraphs"]]
             impossible = any(qa.get("is_impossible", False) for _, qas in paragraphs for qa in qas)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: it is not SQuAD's JSON, `data` of `paragraphs` of `qas`: {error}") from error
         items: list[Item] = []
         names: set[str] = set()
@@ -66,7 +66,7 @@ class Squad(Task):
                 try:
                     answers = [(_text(a["text"]), int(a["answer_start"])) for a in qa.get("answers", [])]
                     name, question = str(qa["id"]), _text(qa["question"])
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise DataError(f"{path}: a question without id, text or answers: {str(qa)[:120]}: {error}") from error
                 if name in names:
                     raise DataError(f"{path}: it has two questions with the id {name}")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron.config.regular_file import read_json
 from megatron.mesh.last_words import say, tell_launcher
 
 FILE = "progress.json"
@@ -38,7 +39,7 @@ class Progress:
         values: Any = None
         if self._path is not None:
             with suppress(OSError, ValueError):
-                values = json.loads(self._path.read_text(encoding="utf-8"))
+                values = read_json(self._path)
         if isinstance(values, dict):
             finished, idle = values.get("finished"), values.get("slices_without_a_step")
             self.finished = finished if type(finished) is int else None

@@ -23,6 +23,7 @@ from megatron.checkpoint.layout import (
     CONFIG,
     DIRECTORY,
     MANIFEST,
+    MOST_JSON,
     STATE,
     CheckpointError,
     find,
@@ -37,6 +38,7 @@ from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
+from megatron.config.regular_file import read_bytes
 from megatron.config.saved import from_json
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
@@ -299,7 +301,7 @@ def agree(source: Source, world: Axis) -> None:
     seen = None
     if source.directory is not None:
         try:
-            digest = hashlib.sha256((source.directory / MANIFEST).read_bytes()).hexdigest()[:16]
+            digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MOST_JSON)).hexdigest()[:16]
         except OSError as error:
             digest = f"that cannot be read: {error.strerror}"
         seen = f"{source.directory.name}, manifest {digest}"

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron.config.regular_file import MAX_METRICS_BYTES, read_text
 from megatron.config.schema import LogConfig
 from megatron.train.report import Evaluation, LogContext, Metrics
 
@@ -146,7 +147,7 @@ class JsonLines(Sink):
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return read_text(path, MAX_METRICS_BYTES).splitlines() if path.exists() else []
 
 
 def _place(text: str) -> tuple[float, bool]:

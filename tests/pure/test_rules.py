@@ -386,7 +386,11 @@ def test_every_number_has_a_range_and_its_message() -> None:
         lines = problems(f"{option.flag} {word}")
         assert lines == [f"`{option.flag} {word}` must be {RANGES[name].text}"], name
     assert problems("--attention-dropout 1.0") == ["`--attention-dropout 1.0` must be at least 0 and less than 1"]
-    assert problems("--num-layers 0") == ["`--num-layers 0` must be greater than 0"]
+    assert problems("--num-layers 0") == ["`--num-layers 0` must be greater than 0 and at most 65,536"]
+    assert problems("--num-layers 65537") == ["`--num-layers 65537` must be greater than 0 and at most 65,536"]
+    assert problems(f"--global-batch-size {10**30}") == [
+        f"`--global-batch-size {10**30}` must be greater than 0 and at most 1,048,576"
+    ]
 
 
 def test_check_works_from_python() -> None:

@@ -1,0 +1,187 @@
+"""Reads files that somebody else may have made: regular ones only, of a size that is known and bounded before the first byte.
+
+A name can belong to a pipe, which waits for ever, to a device without an end, to a directory, or to a file larger than the
+memory. Every reader goes through here, or asks `check_regular` before it hands a name to a library. What is refused is an
+OSError that says what the name is, so that a handler of files that are not there also covers these.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import stat
+import sys
+import time
+from typing import Any, BinaryIO
+
+PathLike = str | os.PathLike[str]
+
+MAX_SETTINGS_BYTES = 1 << 24  # config.json and the like; the largest known ones have 2 MB
+MAX_TOML_BYTES = 1 << 20  # tomllib is slow: a text of this size takes it a second
+MAX_INDEX_BYTES = 1 << 25  # the table of a model's tensors; one of 100,000 tensors has 10 MB
+MAX_VOCABULARY_BYTES = 1 << 27  # tokenizer.json, vocab.json, merges.txt, tokenizer.model; the largest known ones have 60 MB
+MAX_TEXT_BYTES = 1 << 30  # a text that is scored or trained on as a whole
+MAX_PROMPTS_BYTES = 1 << 26  # a file of prompts
+MAX_METRICS_BYTES = 1 << 31  # metrics.jsonl; a line has 400 bytes
+MAX_LINE_BYTES = 1 << 28  # one line of a corpus: a document
+
+MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's largest has 42 MB
+MAX_DEPTH = 200  # of brackets in JSON
+PIPE_PATIENCE = 5.0  # seconds that a named pipe may wait for somebody who writes into it
+
+KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class UnfitFile(OSError):
+    """A name that belongs to no regular file, or to one that is too large. `strerror` says which, without the name."""
+
+    def __init__(self, path: PathLike, what: str) -> None:
+        super().__init__(errno.EINVAL, what, os.fspath(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, without its name and without a number of the system's."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def kind_of_file(mode: int) -> str:
+    """The kind of file that an `st_mode` says, in words; "" for a regular one."""
+    if stat.S_ISREG(mode):
+        return ""
+    return next((words for test, words in KINDS if test(mode)), "something else")
+
+
+def check_regular(path: PathLike, max_bytes: int | None = None) -> int:
+    """The size in bytes of a regular file, links followed. Nothing is opened: opening a device can have effects.
+
+    UnfitFile for anything else and for more than `max_bytes`; OSError as `os.stat` where there is no such file.
+    """
+    return _check(path, _stat(path), max_bytes)
+
+
+def _stat(path: PathLike) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            what = f"a link to {os.readlink(path)}, which is not there"
+            raise FileNotFoundError(errno.ENOENT, what, os.fspath(path)) from None
+        raise
+    except ValueError as error:  # a null byte in the name
+        raise UnfitFile(repr(os.fspath(path)), f"no name of a file: {error}") from None
+
+
+def _check(path: PathLike, found: os.stat_result, max_bytes: int | None) -> int:
+    if kind := kind_of_file(found.st_mode):
+        raise UnfitFile(path, f"{kind}, not a regular file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise _too_large(path, found.st_size, max_bytes)
+    return found.st_size
+
+
+def _too_large(path: PathLike, size: int, max_bytes: int) -> UnfitFile:
+    return UnfitFile(path, f"{size:,} bytes, more than the {max_bytes:,} that are read of such a file")
+
+
+def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
+    """A regular file, opened for reading bytes. UnfitFile as `check_regular`, also where the name changes meanwhile."""
+    check_regular(path, max_bytes)
+    # Without O_NONBLOCK a pipe that took the file's place would make this wait; regular files do not heed it.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        _check(path, os.fstat(handle), max_bytes)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+class _Pipe(io.FileIO):
+    """A pipe that remembers what the last reading gave: 0 where nobody writes, None where somebody has not written yet."""
+
+    last: int | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.last = super().readinto(buffer)
+        return self.last
+
+
+def open_stream(path: PathLike, patience: float = PIPE_PATIENCE, *, max_bytes: int | None = None) -> BinaryIO:
+    """A regular file or a pipe, opened for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
+
+    UnfitFile for anything else, for a named pipe into which nobody writes within `patience` seconds, and for a regular file of
+    more than `max_bytes`.
+    """
+    if not stat.S_ISFIFO(_stat(path).st_mode):
+        return open_regular(path, max_bytes)
+    named = not os.path.basename(os.path.realpath(path)).startswith("pipe:[")
+    pipe = _Pipe(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    file = io.BufferedReader(pipe, 1 << 20)
+    deadline = time.monotonic() + patience
+    while not file.peek(1) and pipe.last == 0 and named:
+        if time.monotonic() > deadline:
+            file.close()
+            raise UnfitFile(path, "a named pipe into which nobody writes")
+        time.sleep(0.02)
+    os.set_blocking(pipe.fileno(), True)
+    return file
+
+
+def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
+    """All bytes of a regular file. UnfitFile as `check_regular`, also for a file that grows or that says it is smaller.
+
+    pipes: it may be a pipe as well, as for `open_stream`.
+    """
+    with open_stream(path, max_bytes=max_bytes) if pipes else open_regular(path, max_bytes) as file:
+        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+        data += file.read(max(0, max_bytes + 1 - len(data)))
+    if len(data) > max_bytes:
+        raise _too_large(path, len(data), max_bytes)
+    return data
+
+
+def read_text(path: PathLike, max_bytes: int, *, pipes: bool = False) -> str:
+    """A regular file of text in UTF-8. As `read_bytes`, and UnicodeDecodeError (a ValueError) for other bytes."""
+    return read_bytes(path, max_bytes, pipes=pipes).decode("utf-8")
+
+
+def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
+    """The value of a JSON file. UnfitFile as `check_regular`, ValueError, in words, for a file that is no JSON."""
+    return parse_json(read_bytes(path, max_bytes))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError, in words, also for more nesting than Python reads and for endless numbers."""
+    try:
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError(f"a number in it has more than {sys.get_int_max_str_digits()} digits") from None
+        raise
+    if _deeper(value, MAX_DEPTH):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value is nested deeper than this; then nothing can print it, which recurses."""
+    held = [value] if isinstance(value, dict | list) else []
+    for _ in range(levels):
+        inner = (item for outer in held for item in (outer.values() if isinstance(outer, dict) else outer))
+        held = [item for item in inner if isinstance(item, dict | list)]
+        if not held:
+            return False
+    return bool(held)

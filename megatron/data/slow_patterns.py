@@ -1,0 +1,110 @@
+"""Finds regular expressions of a tokenizer.json that take for ever, before a text does.
+
+A pattern such as `(a+)+$` tries every way to cut a run of letters: each letter more doubles the time, and with twenty-five of
+them the library gives up in a panic, or a run stands still. Which patterns do so cannot be read off them with ease, so short
+runs of characters that they may match are given to them, longer and longer ones, under a clock that counts only the time of
+this thread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from megatron.data.errors import DataError
+
+LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96)  # of a run; a pattern that doubles is found before it takes a second
+FREE_SECONDS, SECONDS_PER_CHARACTER = 0.1, 5e-6  # of processor time that a text may take; 20 times what good patterns take
+SAMPLES = ("a", "A", "1", " ", "\n", ".", "_", "é", "中", "\u0301")  # one of each class that patterns name
+ENDS = ("!", "\0", "z")  # what a run is followed by, so that a match that wants the end of the text fails
+MAX_LITERALS = 16
+
+
+def check_patterns(backend: Backend, name: str) -> None:
+    """DataError where a pattern of this tokenizer needs time out of all proportion for a short text. name: of its file."""
+    normalizer, pre_tokenizer, decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
+    parts: list[tuple[Any, Callable[[str], object]]] = []
+    if normalizer is not None:
+        parts.append((normalizer, normalizer.normalize_str))
+    if pre_tokenizer is not None:
+        parts.append((pre_tokenizer, pre_tokenizer.pre_tokenize_str))
+    if decoder is not None:
+        parts.append((decoder, lambda text: decoder.decode([text])))
+    for part, run in parts:
+        patterns = _patterns(part)
+        for text in _texts(patterns):
+            if not _quick(run, text):
+                listed = " or ".join(repr(pattern[:100]) for pattern in patterns[:3])
+                raise DataError(
+                    f"{name}: its regular expression {listed} takes for ever on short texts, as nested repetitions such as "
+                    "(a+)+ do; it is no tokenizer to work with"
+                )
+
+
+@contextmanager
+def panics_in_words(name: str) -> Iterator[None]:
+    """Turn a panic of the `tokenizers` package, which is no Exception, into a DataError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{name}: the tokenizers package gave up: {' '.join(str(error).split())[:200]}") from None
+
+
+def _patterns(part: Any) -> list[str]:
+    """The regular expressions in one part of a tokenizer."""
+    found: list[str] = []
+    values: list[Any] = [json.loads(part.__getstate__())]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            if isinstance(pattern := value.get("Regex"), str):
+                found.append(pattern)
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+    return found
+
+
+def _texts(patterns: list[str]) -> Iterator[str]:
+    """Runs of single characters and of words that the patterns name; then many of them in a text, after another character."""
+    if not patterns:
+        return
+    whole = "".join(patterns)
+    literals = list(dict.fromkeys(c for c in whole if c not in "\\()[]{}|?*+^$"))[:MAX_LITERALS]
+    words = list(dict.fromkeys(re.findall(r"\w{2,8}", whole)))[:MAX_LITERALS]
+    units = list(dict.fromkeys([*SAMPLES, *literals, *words, "a ", "a1", "a.", "ab"]))
+    for length in LENGTHS:
+        # One by one: in a longer text a match might go on to the end that it wants. And with all literals behind, not beside:
+        # the library knows at once that there is no match where a literal is nowhere.
+        for end in (*ENDS, ENDS[0] + "".join(literals)):
+            yield from (unit * length + end for unit in units)
+        for first in literals:
+            yield "".join(first + unit * length + ENDS[0] for unit in units)
+
+
+def _quick(run: Callable[[str], object], text: str) -> bool:
+    """Whether a text takes the time that is due. A second try, since the first may pay for what is made once."""
+    due = FREE_SECONDS + SECONDS_PER_CHARACTER * len(text)
+    for _ in range(2):
+        began = time.thread_time()
+        try:
+            with panics_in_words("a text"):
+                run(text)
+        except DataError:
+            return False
+        except Exception:  # it refuses such a text, and at once
+            return True
+        taken = time.thread_time() - began
+        if taken < due:
+            return True
+        if taken > 10 * due:
+            break
+    return False

@@ -1,0 +1,91 @@
+"""What is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from stand_ins import put
+
+from megatron.config.regular_file import (
+    UnfitFile,
+    check_regular,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "a named pipe, not a regular file"),
+        (Path.mkdir, "a directory, not a regular file"),
+        (lambda path: put("socket", path, b""), "a socket, not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device, not a regular file"),
+        (lambda path: put("huge", path, b""), "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file"),
+        (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which is not there"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: None, "No such file or directory"),
+    ],
+)
+@pytest.mark.parametrize("reader", [check_regular, open_regular, read_bytes, read_text, read_json])
+def test_what_is_no_regular_file_of_a_bounded_size_is_refused(
+    make: Callable[[Path], object], words: str, reader: Callable[[Path, int], object], tmp_path: Path
+) -> None:
+    make(path := tmp_path / "config.json")
+    with pytest.raises(OSError, match=words) as caught:
+        reader(path, 1000)
+    assert caught.value.strerror == words
+    assert str(caught.value.filename) == str(path)
+
+
+def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "it").write_bytes(b'{"a": "\xc3\xa9"}')
+    link = tmp_path / "link"
+    link.symlink_to("it")
+    assert check_regular(link, 11) == 11
+    assert read_bytes(link, 11) == b'{"a": "\xc3\xa9"}'
+    assert read_text(link, 11) == '{"a": "é"}'
+    assert read_json(link) == {"a": "é"}
+    with open_regular(link) as file:
+        assert file.read() == b'{"a": "\xc3\xa9"}'
+    with pytest.raises(UnfitFile, match=r"it: 11 bytes, more than the 10"):
+        read_bytes(tmp_path / "it", 10)
+
+
+def test_a_file_that_is_longer_than_it_says_is_bounded() -> None:
+    """Files of /proc say that they are empty."""
+    whole = read_bytes("/proc/self/status", 1 << 20)
+    assert whole.startswith(b"Name:")
+    with pytest.raises(UnfitFile, match="more than the 10"):
+        read_bytes("/proc/self/status", 10)
+
+
+def test_a_name_that_cannot_be_one_is_refused() -> None:
+    with pytest.raises(UnfitFile, match="null byte"):
+        read_bytes("a\0b", 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 1_000_000, "it is nested too deeply"),
+        ('{"a": ' * 1_000_000, "it is nested too deeply"),
+        ("1" * 1_000_000, "a number in it has more than 4300 digits"),
+        (b'"\xff"', "utf-8"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_that_is_none_is_a_value_error_in_words(text: str | bytes, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_json(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_json_may_begin_with_a_byte_order_mark() -> None:
+    assert parse_json(b"\xef\xbb\xbf[1]") == [1]

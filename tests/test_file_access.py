@@ -1,0 +1,141 @@
+"""No file is read past `megatron/config/regular_file.py`: read off the source with `ast`, with the exceptions by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Methods and functions that open a file by its name to read it, and take whatever the name belongs to.
+READS = {"read_text", "read_bytes", "json.load", "tomllib.load", "np.load", "np.fromfile", "np.loadtxt", "np.genfromtxt"}
+READS |= {
+    "Backend.from_file",
+    "Tokenizer.from_file",
+    "load_file",
+    "torch.load",
+    "gzip.open",
+    "bz2.open",
+    "lzma.open",
+    "os.open",
+}
+READS |= {"np.memmap", "safe_open", "zipfile.ZipFile", "ZipFile", "tarfile.open", "json.loads", "linecache.getlines"}
+OPENS = {"open", "io.open", "codecs.open"}
+LAST = {name.rsplit(".", 1)[-1] for name in READS | OPENS}
+# Where each may stand, and why it is safe there.
+ALLOWED = {
+    ("megatron/config/regular_file.py", "os.open"): "the module itself",
+    ("megatron/config/regular_file.py", "json.loads"): "the module itself",
+    ("megatron/mesh/beats.py", "read_text"): "files of the kernel, in /proc",
+    ("megatron/mesh/beats.py", "json.loads"): "a message of another rank",
+    ("megatron/mesh/watch.py", "json.loads"): "a message of another rank",
+    ("megatron/mesh/means.py", "json.loads"): "a message of another rank",
+    ("megatron/mesh/slate.py", "os.open"): "a file of its own, written",
+    ("megatron/checkpoint/storage.py", "os.open"): "a directory that it made, to flush it",
+    ("megatron/checkpoint/content.py", "read_bytes"): "files that it has just written",
+    ("megatron/checkpoint/manifest.py", "json.loads"): "a text at hand, checked for depth and numbers",
+    ("megatron/checkpoint/from_hf.py", "safe_open"): "after check_regular",
+    ("megatron/checkpoint/load.py", "safe_open"): "after check_regular",
+    ("megatron/checkpoint/pickled.py", "torch.load"): "an opened file",
+    ("megatron/checkpoint/pickled.py", "zipfile.ZipFile"): "an opened file",
+    ("megatron/checkpoint/released.py", "zipfile.ZipFile"): "after check_regular",
+    ("megatron/data/indexed.py", "np.memmap"): "after check_regular",
+    ("megatron/data/indexed.py", "np.fromfile"): "after check_regular",
+    ("megatron/data/index_cache.py", "np.load"): "after check_regular",
+    ("megatron/data/slow_patterns.py", "json.loads"): "what the tokenizers package wrote",
+    ("megatron/data/fast_cuts.py", "json.loads"): "what the tokenizers package wrote",
+    ("megatron/data/train_bpe.py", "json.loads"): "what the tokenizers package wrote",
+    ("megatron/serving/fields.py", "json.loads"): "the body of a request, of a bounded size",
+    ("megatron/serving/chat_render.py", "json.loads"): "a message of the server that started it",
+    ("megatron/serving/chat_template.py", "json.loads"): "a message of the process that it started, of a bounded size",
+    ("megatron/serving/task.py", "json.loads"): "a message of rank 0",
+    ("megatron/train/sinks.py", "json.loads"): "a line of its own metrics",
+    ("tools/install.py", "read_text"): "files of this repository, before the package is there",
+    ("tools/install.py", "read_bytes"): "files of this repository, before the package is there",
+}
+
+
+def readings(module: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    """Calls that read a file, or a text that may have come from one."""
+    for node in ast.walk(module):
+        if not isinstance(node, ast.Call):
+            continue
+        last = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if last not in LAST:
+            continue
+        name = ast.unparse(node.func)
+        own = isinstance(node.func, ast.Name) or name.startswith(
+            ("self.open", "np.", "json.", "os.", "torch.", "zipfile.", "gzip.")
+        )
+        if name in READS or (last in {"read_text", "read_bytes"} and not own):
+            yield (last if last in {"read_text", "read_bytes"} else name), node
+        elif (name in OPENS or (last == "open" and not own)) and not _writes(node, method=name not in OPENS):
+            yield "open", node
+
+
+def _writes(call: ast.Call, *, method: bool) -> bool:
+    """Whether the mode is given and says that the file is written."""
+    modes = [call.args[0 if method else 1]] if len(call.args) > (0 if method else 1) else []
+    modes += [word.value for word in call.keywords if word.arg == "mode"]
+    return any(isinstance(mode, ast.Constant) and set(str(mode.value)) & set("wxa") for mode in modes)
+
+
+def imported_from_regular_file(module: ast.Module) -> set[str]:
+    """Its names that are ours: `read_text(path, MAX)` as a plain function."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(("regular_file", "tasks.sources"))
+        for alias in node.names
+    }
+
+
+def bypasses(module: ast.Module, place: str) -> list[str]:
+    ours = imported_from_regular_file(module) | {n.name for n in ast.walk(module) if isinstance(n, ast.FunctionDef)}
+    return [
+        f"{place}:{call.lineno}: {name}"
+        for name, call in readings(module)
+        if (place, name) not in ALLOWED and not (isinstance(call.func, ast.Name) and call.func.id in ours)
+    ]
+
+
+@pytest.fixture(scope="module")
+def own_files() -> dict[str, ast.Module]:
+    """The package's and the programs' files by their places."""
+    found = [path for folder in ("megatron", "tools", "tasks") for path in (ROOT / folder).rglob("*.py")]
+    files = sorted([*found, *ROOT.glob("pretrain_*.py")])
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in files}
+
+
+def test_every_file_is_read_through_one_module(own_files: dict[str, ast.Module]) -> None:
+    wrong = [line for place, module in own_files.items() for line in bypasses(module, place)]
+    assert not wrong, "read through megatron.config.regular_file, or give a reason in ALLOWED:\n" + "\n".join(wrong)
+
+
+def test_no_exception_outlives_its_reason(own_files: dict[str, ast.Module]) -> None:
+    found = {(place, name) for place, module in own_files.items() for name, _ in readings(module)}
+    assert not ALLOWED.keys() - found, ALLOWED.keys() - found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(p)", "open(p, 'rb')", "p.open()", "p.open('rb')", "Path(p).read_text()", "p.read_bytes()", "json.load(f)",
+        "np.load(p)", "Tokenizer.from_file(p)", "gzip.open(p)", "json.loads(text)", "open(p, encoding='utf-8')", "io.open(p)",
+    ],
+)  # fmt: skip
+def test_the_test_notices_what_it_should(code: str) -> None:
+    assert bypasses(ast.parse(code), "megatron/bad.py"), code
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(p, 'w')", "p.open('a')", "open(p, mode='xb')", "p.write_text(t)",
+        "from megatron.config.regular_file import read_text\nread_text(p, 10)",
+    ],
+)  # fmt: skip
+def test_the_test_lets_pass_what_it_should(code: str) -> None:
+    assert not bypasses(ast.parse(code), "megatron/good.py"), code
