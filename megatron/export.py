@@ -4,8 +4,6 @@ and computed the same logits as this framework."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.contract import Batch
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.files.outputs import check_replaceable
+from megatron.files.pending import PendingDirectory
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
@@ -35,10 +35,6 @@ class ExportError(Exception):
     """The export was written and does not hold what it should, or could not be tried."""
 
 
-class BadOutput(Exception):
-    """The place to write to is taken."""
-
-
 def export(
     checkpoint: Path,
     output: Path,
@@ -52,20 +48,17 @@ def export(
     """Write `output` from a checkpoint of any layout; returns the iter_ directory it was made from.
 
     dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
-    models on fixed prompts, of a BERT with padding, and those of its binary head too. overwrite: replace what is there.
-    BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
-    and then what was written is `output` with `.failed` behind its name.
+    models on fixed prompts, of a BERT with padding, and those of its binary head too. overwrite: replace an earlier
+    export. BadOutput for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when
+    the proof fails, and then what was written is `output` with `.failed` behind its name.
     """
     directory = find(checkpoint, iteration)
-    if output.exists() and not output.is_dir():
-        raise BadOutput(f"{output}: a file is in the way")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise BadOutput(f"{output}: it is not empty; choose another place, or pass --overwrite")
+    output = check_replaceable("--output", output, [directory], overwrite=overwrite)
+    failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
         _transformers()
-    temporary = output.with_name(f".{output.name}.tmp")
-    _remove(temporary)
-    try:
+    with PendingDirectory(output, "export_hf") as pending:
+        temporary = pending.temporary
         tokenizer = open_tokenizer(directory)
         special = dict(tokenizer.special) if tokenizer else {}
         ids = {"eos": special.get("eod"), "bos": special.get("bos", special.get("eod")), "pad": special.get("pad")}
@@ -83,23 +76,13 @@ def export(
             try:
                 difference, positions = prove(directory, temporary, tokenizer, written)
             except ExportError as error:
-                failed = output.with_name(output.name + ".failed")
-                _remove(failed)
-                os.replace(temporary, failed)
+                pending.commit(failed)
                 raise ExportError(f"{error}. What was written is {failed}") from error
             say(f"transformers opens it; logits differ by at most {difference:.2e} (fp32, {positions} positions)")
         else:
             say("not verified (--no-verify)")
-        _remove(output)
-        os.replace(temporary, output)
-    finally:
-        _remove(temporary)
+        pending.commit()
     return directory
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
 
 
 def _transformers() -> Any:

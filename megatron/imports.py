@@ -33,7 +33,7 @@ def store(
         )
     compare(config, weights)
     run = RunConfig(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
-    return write_weights(root, iteration, run, weights, tokenizer.save if tokenizer else None)
+    return write_weights(root, iteration, run, weights, tokenizer.files() if tokenizer else None)
 
 
 def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:

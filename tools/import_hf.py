@@ -34,15 +34,17 @@ def main() -> int:
     from megatron.checkpoint.layout import CheckpointError
     from megatron.checkpoint.megatron_lm import unpadded
     from megatron.data.errors import DataError
+    from megatron.files.outputs import BadOutput, check_folder
     from megatron.imports import store, tokenizer_in
 
     try:
+        check_folder("--save", given.save, [given.input])
         config, weights = read_hf(given.input)
         tokenizer = tokenizer_in(given.input)
         if given.vocab_size is not None:
             config, weights = replace(config, vocab_size=given.vocab_size), unpadded(weights, given.vocab_size)
         made = store(given.save, config, weights, tokenizer)
-    except (CheckpointError, DataError) as error:
+    except (BadOutput, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -3,7 +3,7 @@
     python tools/plot_metrics.py runs/quickstart/checkpoints/metrics.jsonl --output loss.svg
 
 Reads the JSON lines that training appends: lines with an `iteration` and an `lm_loss` are training, those with a `split` as
-well are evaluations. Needs the standard library only.
+well are evaluations.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import math
 import sys
 from html import escape
 from pathlib import Path
+
+from megatron.files.outputs import BadOutput, check_picture
+from megatron.files.pending import write_whole
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
@@ -32,9 +35,10 @@ def read(path: Path) -> tuple[Points, Points]:
     missing, not JSON lines, or without a single training loss.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error
+    lines = text.split("\n")  # the last one is not finished yet, or was cut off by a kill or a full disk; mostly it is empty
     train: dict[float, float] = {}
     validation: dict[float, float] = {}
     for number, line in enumerate(lines, 1):
@@ -43,6 +47,8 @@ def read(path: Path) -> tuple[Points, Points]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
             raise MetricsError(f"{path}:{number} is not a JSON object: {error.msg}") from error
         if not isinstance(record, dict):
             raise MetricsError(f"{path}:{number} is not a JSON object")
@@ -130,8 +136,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train, validation = read(arguments.metrics)
-        arguments.output.write_text(draw(train, validation, arguments.title), encoding="utf-8")
-    except MetricsError as error:
+        check_picture("--output", arguments.output, [arguments.metrics])
+        write_whole(arguments.output, draw(train, validation, arguments.title))
+    except (MetricsError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -28,6 +28,7 @@ from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_
 from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
+from megatron.files.pending import PendingDirectory, write_whole
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -193,18 +194,17 @@ def write_megatron(
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)
     parts = split(weights, tp, even_stages(config.size("num_layers"), pp), rows, tied=tied)
-    storage, temporary = Storage(), root / f".{final.name}.tmp"
-    storage.remove(temporary)
-    for p, ranks in enumerate(parts):
-        for t, model in enumerate(ranks):
-            folder = temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
-            storage.make_directory(folder)
-            storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
-            storage.sync(folder)
-    storage.rename(temporary, final)
-    pending = root / f".{TRACKER}.tmp"
-    storage.write(pending, [str(iteration).encode()])
-    storage.rename(pending, root / TRACKER)
+    storage = Storage()
+    with PendingDirectory(final, "export_megatron") as pending:
+        for p, ranks in enumerate(parts):
+            for t, model in enumerate(ranks):
+                folder = pending.temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
+                storage.make_directory(folder)
+                storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
+                storage.sync(folder)
+        pending.commit(marked=False)
+    storage.sync(root)
+    write_whole(root / TRACKER, str(iteration))
     return final
 
 

@@ -57,6 +57,7 @@ class IndexCache:
         if found is not None:
             log.info("%s: index from cache %s", prefix, place)
             return found
+        arrays: Arrays | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with lock(folder / f".{place.name}.lock", self.patience):
@@ -71,7 +72,7 @@ class IndexCache:
                 return load(place) or arrays
         except OSError as error:
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
-            return build()
+            return build() if arrays is None else arrays
 
 
 def digest(value: dict[str, object]) -> str:
@@ -127,7 +128,8 @@ def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
 @contextlib.contextmanager
 def lock(path: Path, patience: float) -> Iterator[None]:
     """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `patience` seconds."""
-    with open(path, "a") as file:
+    # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
+    with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:
         start = time.monotonic()
         while True:
             try:

@@ -205,7 +205,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
-    saver = Saver(run, prepared.tokenizer.save, partial(say, out)) if config.checkpoint.save is not None else None
+    saver = Saver(run, prepared.tokenizer.files(), partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,

@@ -1,0 +1,97 @@
+"""The rules of what a run writes: over nothing that it reads, and over no file that is something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from megatron.config.case import Case
+from megatron.config.errors import Problem
+from megatron.config.file_rules import MANIFEST
+from megatron.config.options import say
+from megatron.config.rules import TOKENIZER_FILES, prefixes
+from megatron.files.outputs import BadOutput, Reads, check_file, files_in, is_foreign
+
+HEAD = 1 << 12  # bytes of a file that show what it is
+FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
+
+
+def check_outputs(case: Case, config: str | None) -> list[Problem]:
+    """Everything that is wrong with where a run is to write. config: the file of --config."""
+    read = Reads([*_read(case), *([config] if config is not None else [])])
+    return [*_overwritten(case, read), *_other_kind(case), *_save(case)]
+
+
+def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
+    """Every single file that a run writes or removes, with the setting it comes from."""
+    for name in (*FILES, "batch.stop_file"):
+        if c[name] is not None:
+            yield name, Path(c[name])
+    names = ("latest_checkpointed_iteration.txt", "progress.json", *(() if c["batch.stop_file"] is not None else ("stop",)))
+    folders = {"log.profile_pipeline": ("pipeline_profile.svg", "pipeline_profile.json"), "checkpoint.save": names}
+    for name, files in folders.items():
+        if c[name] is not None:
+            yield from ((name, Path(c[name]) / file) for file in files)
+
+
+def _read(c: Case) -> Iterator[str | Path]:
+    """Every file that a run reads, and every directory of a checkpoint or of a task's samples."""
+    for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
+        for prefix in prefixes(c[name]) or ():
+            stem = prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+            yield from (stem + ending for ending in (".bin", ".idx", ".meta.json"))
+    for name in TOKENIZER_FILES.get(c["tokenizer.tokenizer_type"], ()):
+        if c[name] is not None:
+            yield from files_in(c[name])
+    yield from (*c["task.valid_data"], *c["task.train_data"])
+    for root in {c["checkpoint.load"], c["checkpoint.save"]} - {None}:
+        yield from _checkpoints(Path(root))
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """A checkpoint itself, or those in a directory of them."""
+    if (root / MANIFEST).is_file():
+        return [root]
+    return [path for path in root.glob("iter_*") if path.is_dir()]
+
+
+def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
+    """Nothing is written over what is read, or twice to one place."""
+    seen: dict[Path, str] = {}
+    for name, path in _outputs(c):
+        try:
+            if not path.is_dir():  # which another rule says
+                check_file("", path, read)
+        except BadOutput as error:
+            yield Problem(say(name, c[name]), f"is written to: {str(error).strip()}")
+        place = path.resolve()
+        if (other := seen.setdefault(place, name)) != name:
+            yield Problem(f"{say(other, c[other])} and {say(name, c[name])}", f"are both written to {path}")
+
+
+def _other_kind(c: Case) -> Iterator[Problem]:
+    """What is there already under the name of metrics or results is that."""
+    for name, kind in FILES.items():
+        if c[name] is None or not Path(c[name]).is_file():
+            continue
+        with suppress(OSError), open(c[name], "rb") as file:
+            head = file.read(HEAD).lstrip()
+            known = b'{"iteration"' if name == "log.metrics_path" else b"{"
+            if head and not head.startswith(known) and not known.startswith(head):
+                yield Problem(say(name, c[name]), f"is there already and is not {kind}; choose another place")
+
+
+def _save(c: Case) -> Iterator[Problem]:
+    """--save is a directory of checkpoints of this program, not one of them, and not another's."""
+    if c["checkpoint.save"] is None or not Path(c["checkpoint.save"]).is_dir():
+        return
+    root, what = Path(c["checkpoint.save"]), say("checkpoint.save", c["checkpoint.save"])
+    with suppress(OSError):
+        if (root / MANIFEST).is_file():
+            yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
+        foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and is_foreign(p))
+        if foreign:
+            rule = f"holds what is no checkpoint of this program: {', '.join(foreign[:3])}"
+            yield Problem(what, f"{rule}; choose another place, or take it away")
