@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from megatron.config.errors import Problem
 from megatron.config.file_rules import MANIFEST
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
-from megatron.files.outputs import BadOutput, Reads, check_file, files_in, is_foreign
+from megatron.files.outputs import Reads, files_in, is_foreign
 
 HEAD = 1 << 12  # bytes of a file that show what it is
 FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
@@ -21,7 +22,9 @@ FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file o
 def check_outputs(case: Case, config: str | None) -> list[Problem]:
     """Everything that is wrong with where a run is to write. config: the file of --config."""
     read = Reads([*_read(case), *([config] if config is not None else [])])
-    return [*_overwritten(case, read), *_other_kind(case), *_save(case)]
+    found = list(_overwritten(case, read))
+    said = {problem.what for problem in found}
+    return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case)]
 
 
 def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
@@ -46,27 +49,22 @@ def _read(c: Case) -> Iterator[str | Path]:
         if c[name] is not None:
             yield from files_in(c[name])
     yield from (*c["task.valid_data"], *c["task.train_data"])
-    for root in {c["checkpoint.load"], c["checkpoint.save"]} - {None}:
-        yield from _checkpoints(Path(root))
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """A checkpoint itself, or those in a directory of them."""
-    if (root / MANIFEST).is_file():
-        return [root]
-    return [path for path in root.glob("iter_*") if path.is_dir()]
+    for name in ("checkpoint.load", "checkpoint.save"):
+        if c[name] is not None:
+            yield from Path(c[name]).glob("iter_*/")
+    if c["checkpoint.load"] is not None and (Path(c["checkpoint.load"]) / MANIFEST).is_file():
+        yield c["checkpoint.load"]  # one itself
 
 
 def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
     """Nothing is written over what is read, or twice to one place."""
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for name, path in _outputs(c):
-        try:
-            if not path.is_dir():  # which another rule says
-                check_file("", path, read)
-        except BadOutput as error:
-            yield Problem(say(name, c[name]), f"is written to: {str(error).strip()}")
-        place = path.resolve()
+        if (over := read.around(path)) is not None and not os.path.isdir(path):  # which another rule says
+            where = "lies in" if os.path.isdir(over) else "is"
+            rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
+            yield Problem(say(name, c[name]), rule)
+        place = os.path.realpath(path)
         if (other := seen.setdefault(place, name)) != name:
             yield Problem(f"{say(other, c[other])} and {say(name, c[name])}", f"are both written to {path}")
 
@@ -74,7 +72,7 @@ def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
 def _other_kind(c: Case) -> Iterator[Problem]:
     """What is there already under the name of metrics or results is that."""
     for name, kind in FILES.items():
-        if c[name] is None or not Path(c[name]).is_file():
+        if c[name] is None or not os.path.isfile(c[name]):
             continue
         with suppress(OSError), open(c[name], "rb") as file:
             head = file.read(HEAD).lstrip()
@@ -85,7 +83,7 @@ def _other_kind(c: Case) -> Iterator[Problem]:
 
 def _save(c: Case) -> Iterator[Problem]:
     """--save is a directory of checkpoints of this program, not one of them, and not another's."""
-    if c["checkpoint.save"] is None or not Path(c["checkpoint.save"]).is_dir():
+    if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
         return
     root, what = Path(c["checkpoint.save"]), say("checkpoint.save", c["checkpoint.save"])
     with suppress(OSError):

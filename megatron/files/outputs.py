@@ -57,9 +57,10 @@ def check_file(flag: str, output: str | Path, reads: Reads) -> None:
 
 def files_in(path: str | Path) -> list[str | Path]:
     """A file, or those that lie in a directory itself: what is read of one that also holds other things."""
-    if not os.path.isdir(path):
-        return [path]
-    return [entry.path for entry in os.scandir(path) if not entry.is_dir()]
+    with suppress(OSError):  # what cannot be looked into is named itself
+        if os.path.isdir(path):
+            return [entry.path for entry in os.scandir(path) if not entry.is_dir()]
+    return [path]
 
 
 def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = ()) -> None:
