@@ -110,8 +110,7 @@ def differs(about: Path, stamp: dict[str, object]) -> bool:
 def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
     """Write arrays beside their place, then rename them there."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    for left_over in place.parent.glob(f"{place.name}.*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    remove_leftovers(place)
     try:
         temporary.mkdir()
         shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -123,6 +122,16 @@ def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
         os.rename(temporary, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove what killed builders left beside a place, whose lock is held; of other places only where nobody builds."""
+    for left_over in place.parent.glob("*.*.tmp"):
+        name = left_over.name.split(".")[0]
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            if name != place.name:
+                held.enter_context(lock(place.parent / f".{name}.lock", 0.0))
+            shutil.rmtree(left_over, ignore_errors=True)
 
 
 @contextlib.contextmanager
