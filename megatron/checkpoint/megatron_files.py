@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.layout import TRACKER, CheckpointError, directory_name
+from megatron.checkpoint.layout import TRACKER, CheckpointError, directory_name, iterations
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
+from megatron.files.outputs import is_foreign
 from megatron.files.pending import PendingDirectory, write_whole
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
@@ -187,6 +188,8 @@ def write_megatron(
     if found := cannot_write(config, tp, pp):
         raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
     final = root / directory_name(iteration)
+    if ours := [path for path in iterations(root).values() if not is_foreign(path)]:
+        raise CheckpointError(f"{ours[0]}: is a checkpoint of this program; save to another directory")
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
     rows = padded(config.size("vocab_size"), config.make_vocab_size_divisible_by, tp)

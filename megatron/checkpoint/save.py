@@ -103,8 +103,8 @@ def _begin(storage: Storage, root: Path, temporary: Path, content: Content) -> N
     if not root.is_dir():
         storage.make_directory(root)
         storage.sync(root.parent)
-    if is_foreign(final := root / directory_name(content.iteration)):
-        raise CheckpointError(f"{final}: is there already and no checkpoint of this program; take it away, or save elsewhere")
+    if foreign := [path for path in iterations(root).values() if is_foreign(path)]:
+        raise CheckpointError(f"{foreign[0]}: is no checkpoint of this program; take it away, or save to another directory")
     storage.remove(temporary)
     free, needed = storage.free(root), content.bytes
     if free is not None and free < needed:

@@ -63,6 +63,7 @@ def inputs(tmp_path_factory) -> Path:
     (root / "archive").mkdir()
     write_archive(root / "archive" / "model.pt", made, 3.0, args)
     shutil.move(root / "archive" / "model.pt", root / "archive" / "model.safetensors")
+    shutil.copytree(root / "run" / "iter_0000010", root / "run2" / "iter_0000020")
     (root / "link").symlink_to("run")
     (root / "nested").mkdir()
     return root
@@ -86,6 +87,8 @@ TOOLS = {
     "import over another of Megatron-LM's": "import_megatron --load megatron --save meg2",
     "export to Megatron-LM over the run": "export_megatron --load run --save run",
     "export to Megatron-LM over its iteration": "export_megatron --load run/iter_0000010 --save run",
+    "import into Megatron-LM's": "import_hf --input hf --save megatron",
+    "export to Megatron-LM into another run": "export_megatron --load run --save run2",
     "export to Megatron-LM into the checkpoint": "export_megatron --load run --save run/iter_0000010",
     "convert over the archive": "convert_megatron_gpt2_checkpoint archive/model.safetensors",
     "convert over --config_file": "convert_megatron_gpt2_checkpoint --config_file own/config.json own/model.pt",

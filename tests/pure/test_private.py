@@ -24,12 +24,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_peer_reads_what_a_process_wrote(place: Path) -> None:
     own = Process.own()
     slate = Slate(own)
+    (file,) = place.iterdir()
+    assert file.stat().st_blocks > 0  # a page without a block could end the process, on a disk that is full by then
     slate.write("training step 7")
     assert left_by(own, own) == "training step 7"
     assert place.stat().st_mode & 0o777 == 0o700
-    (file,) = place.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600 and file.stat().st_size == SIZE
-    assert file.stat().st_blocks > 0  # a page without a block could end the process, on a disk that is full by then
     slate.wipe()
     assert not list(place.iterdir()) and left_by(own, own) is None
 
