@@ -180,7 +180,8 @@ def test_a_process_whose_output_goes_nowhere_ends_with_its_own_status(redirected
     code = "import sys\nfrom megatron.files.side import forgiving_streams\n"
     code += "with forgiving_streams():\n    for _ in range(9999): print('a line', flush=True)\nsys.exit(75)"
     command = f"set -o pipefail; '{sys.executable}' -c \"$CODE\" {redirected}"
-    done = subprocess.run(["bash", "-c", command], env=os.environ | {"CODE": code}, capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | {"CODE": code}
+    done = subprocess.run(["bash", "-c", command], env=buffered, capture_output=True, text=True, check=False)
     assert done.returncode == 75 and done.stderr.count("\n") <= 1 and "Exception" not in done.stderr, done.stderr
 
 
