@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Sequence
@@ -125,9 +124,6 @@ class Attempt:
                 self.kill(left)
                 raise RuntimeError(f"ranks {left} are still there after {seconds:.0f} s: see {self.log}")
             time.sleep(0.005)
-        for pid in self.pids:  # the watch's notes of processes that could not remove them
-            for note in Path(tempfile.gettempdir()).glob(f"megatron-{pid}-*"):
-                note.unlink(missing_ok=True)
         return time.monotonic() - began
 
     def text(self) -> str:

@@ -16,11 +16,13 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_files import arguments_of
 from megatron.checkpoint.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
 from megatron.checkpoint.storage import Storage
-from megatron.config.regular_file import read_json
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
+from megatron.files.outputs import BadOutput, Reads, check_file
+from megatron.files.regular import read_json
 from megatron.imports import compare
 
+OUTPUTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Where GPT-2's two files are looked for beside the archive: the names under which they are published.
 VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
 
@@ -50,11 +52,14 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
         config_file = read_config_file(Path(given.config_file)) if given.config_file else None
         found = understand(file, kind, config_file)
         compare(found.model, found.weights)
+        read = Reads([path, *([given.config_file] if given.config_file else [])])
+        for name in OUTPUTS:
+            check_file("the output", out / name, read)
         write(found, kind, out)
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:
             print(gpt2_tokenizer(out, arguments_of(file).get("tokenizer_type"), found.about))
-    except (CheckpointError, DataError) as error:
+    except (BadOutput, CheckpointError, DataError) as error:
         text = str(error)
         print(f"error: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)
         return 2

@@ -4,8 +4,6 @@ and computed the same logits as this framework."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ from megatron.checkpoint.hf_config import CONFIG_READERS, model_settings
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.regular_file import read_json
 from megatron.config.schema import ModelConfig
 from megatron.data.hugging_face import ROLES, read_object
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.files.outputs import check_replaceable
+from megatron.files.pending import PendingDirectory
+from megatron.files.regular import read_json
 from megatron.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
 from megatron.logits import LogitsError, NoTransformersError, agree, import_transformers, open_theirs
 from megatron.restore import open_model, open_tokenizer
@@ -47,10 +47,6 @@ class ExportError(Exception):
     """The export was written and does not hold what it should, or could not be tried."""
 
 
-class BadOutput(Exception):
-    """The place to write to is taken."""
-
-
 def export(
     checkpoint: Path,
     output: Path,
@@ -65,15 +61,13 @@ def export(
 
     dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
     models on fixed prompts, of a BERT with padding, and those of its binary head too; then again with random weights in both.
-    overwrite: replace what is there.
-    BadOutput for a place that is taken; CheckpointError or DataError for a bad checkpoint; ExportError when the proof fails,
-    and then what was written is `output` with `.failed` behind its name.
+    overwrite: replace an earlier export.
+    BadOutput for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
+    fails, and then what was written is `output` with `.failed` behind its name.
     """
     directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))
-    if output.exists() and not output.is_dir():
-        raise BadOutput(f"{output}: a file is in the way")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise BadOutput(f"{output}: it is not empty; choose another place, or pass --overwrite")
+    output = check_replaceable("--output", output, [directory], overwrite=overwrite)
+    failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
         try:
             import_transformers()
@@ -81,9 +75,8 @@ def export(
             raise ExportError(
                 f"{error}, so the export cannot be verified: pip install transformers, or pass --no-verify"
             ) from error
-    temporary = output.with_name(f".{output.name}.tmp")
-    _remove(temporary)
-    try:
+    with PendingDirectory(output, "export_hf") as pending:
+        temporary = pending.temporary
         tokenizer = open_tokenizer(directory)
         files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
@@ -108,17 +101,12 @@ def export(
             try:
                 difference, positions = prove(directory, temporary, tokenizer, written)
             except ExportError as error:
-                failed = output.with_name(output.name + ".failed")
-                _remove(failed)
-                os.replace(temporary, failed)
+                pending.commit(failed)
                 raise ExportError(f"{error}. What was written is {failed}") from error
             say(f"transformers opens it; logits differ by at most {difference:.2e} (fp32, {positions} positions)")
         else:
             say("not verified (--no-verify)")
-        _remove(output)
-        os.replace(temporary, output)
-    finally:
-        _remove(temporary)
+        pending.commit()
     return directory
 
 
@@ -150,11 +138,6 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
         roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
         path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
 
 
 def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> tuple[float, int]:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.checkpoint.content import read_assets
 from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
-from megatron.config.regular_file import MAX_VOCABULARY_BYTES, parse_json, read_bytes
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import VOCABULARIES
 from megatron.data.tokenizer_base import Tokenizer, read
+from megatron.files.regular import MAX_VOCABULARY_BYTES, parse_json, read_bytes
 from megatron.hf_tokenizers import same_ids
 from megatron.restore import KEPT, open_tokenizer
 
@@ -40,7 +39,7 @@ def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
 
 def assets(tokenizer: Tokenizer | None, kept: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of a checkpoint's tokenizer, and the kept ones beside them."""
-    own = {} if tokenizer is None else read_assets(tokenizer.save)
+    own = {} if tokenizer is None else tokenizer.files()
     return own | {f"{KEPT}/{name}": content for name, content in kept.items()}
 
 
@@ -56,14 +55,13 @@ def in_checkpoint(directory: Path) -> dict[str, bytes]:
     return {name: read_bytes(path_in(directory, folder + name), MAX_VOCABULARY_BYTES) for name in names}
 
 
-def carry(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None], folder: Path) -> None:
-    """Write what a run's checkpoints hold beside the weights: its tokenizer, and what was kept in the one it starts from.
+def carried(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None]) -> dict[str, bytes]:
+    """Return what a run's checkpoints hold beside the weights: its tokenizer, and what was kept in the one it starts from.
 
     Args:
         tokenizer: the run's.
         source: the checkpoint directory that the run starts from, if any.
         say: is told in a line when the kept files are left out, since they are of another tokenizer.
-        folder: to write into.
 
     Raises:
         CheckpointError, DataError: as `open_tokenizer`.
@@ -74,9 +72,7 @@ def carry(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None],
         if held is not None and not same_ids(held, tokenizer):
             say(f"the files of Hugging Face in {source} are of another tokenizer and are not kept on: {', '.join(kept)}")
             kept = {}
-    for name, content in assets(tokenizer, kept).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    return assets(tokenizer, kept)
 
 
 def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:

@@ -68,7 +68,7 @@ def trained(root: Path, steps: int, **change: Any) -> Path:
         adam.zero_grad()
     content = {"model": ModuleWeights(model)}
     saved = to_json(RunConfig(model=config))
-    save(root / "run", steps, content, Mesh.single(), config=saved, assets=ByteTokenizer().save)
+    save(root / "run", steps, content, Mesh.single(), config=saved, assets=ByteTokenizer().files())
     if config.architecture == "gpt":
         export_hf(find(root / "run"), root / "hf")
         ByteTokenizer().hf_files(root / "hf", POSITIONS)

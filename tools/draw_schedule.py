@@ -18,6 +18,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from megatron.files.outputs import BadOutput, check_picture
+from megatron.files.pending import write_whole
 from megatron.pipeline.draw import Panel, draw_svg, draw_text
 from megatron.pipeline.schedule import SCHEDULES, Schedule, make
 from megatron.pipeline.simulate import Costs, Timeline, simulate
@@ -63,9 +65,10 @@ def main() -> int:
             raise ValueError(f"--costs {given.costs} add up to more than a number can hold")
         if given.output is not None:
             title = f"{schedule.name}, costs {given.costs}"
+            check_picture("--output", given.output)
             given.output.parent.mkdir(parents=True, exist_ok=True)
-            given.output.write_text(draw_svg([Panel(title, schedule, timeline)]), encoding="utf-8")
-    except ValueError as error:
+            write_whole(given.output, draw_svg([Panel(title, schedule, timeline)]))
+    except (ValueError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Hugging Face directory to make")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it is an earlier export")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not open the result with transformers")
     return parser.parse_args()
 
@@ -37,7 +37,8 @@ def main() -> int:
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
-    from megatron.export import BadOutput, ExportError, export
+    from megatron.export import ExportError, export
+    from megatron.files.outputs import BadOutput
 
     try:
         source = export(

@@ -35,10 +35,12 @@ def main() -> int:
     from megatron.checkpoint.megatron_files import write_megatron
     from megatron.checkpoint.whole import read_weights
     from megatron.data.errors import DataError
+    from megatron.files.outputs import BadOutput, check_folder
     from megatron.restore import open_tokenizer
 
     try:
         directory = find(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
+        check_folder("--save", given.save, [given.load, directory, directory.parent])
         tokenizer, config = open_tokenizer(directory), model_config(directory)
         made = write_megatron(
             given.save,
@@ -49,7 +51,7 @@ def main() -> int:
             given.target_pipeline_parallel_size,
             tokenizer.kind if tokenizer else None,
         )
-    except (CheckpointError, DataError) as error:
+    except (BadOutput, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

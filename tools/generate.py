@@ -21,8 +21,8 @@ import torch
 from megatron.beam import BeamSearch
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
-from megatron.config.regular_file import MAX_PROMPTS_BYTES, parse_json, read_text
 from megatron.data.errors import DataError
+from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
 from megatron.generate import Sampling, Text, check_prompt, room_after, write
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job, job

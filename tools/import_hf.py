@@ -49,12 +49,14 @@ def main() -> int:
     from megatron.checkpoint.megatron_lm import resized
     from megatron.checkpoint.whole import refuse_taken
     from megatron.data.errors import DataError
+    from megatron.files.outputs import BadOutput, check_folder
     from megatron.hf_tokenizers import import_tokenizer
     from megatron.imports import compare, rows_and_tokens, store
     from megatron.kept import of_source
     from megatron.logits import LogitsError, compared_with_source
 
     try:
+        check_folder("--save", given.save, [given.input])
         refuse_taken(given.save, 0)
         config, weights = read_hf(given.input, say=note)
         compare(config, weights)
@@ -68,7 +70,7 @@ def main() -> int:
             config, weights = replace(config, vocab_size=given.vocab_size), resized(weights, given.vocab_size)
         kept = of_source(given.input, tokenizer=tokenizer is not None)
         made = store(given.save, config, weights, tokenizer, kept=kept)
-    except (CheckpointError, DataError) as error:
+    except (BadOutput, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LogitsError as error:

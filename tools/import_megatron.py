@@ -30,15 +30,18 @@ def main() -> int:
     from megatron.checkpoint.layout import CheckpointError
     from megatron.checkpoint.megatron_files import read_megatron
     from megatron.data.errors import DataError
+    from megatron.files.outputs import BadOutput, check_folder
     from megatron.imports import chosen_tokenizer, store
 
     try:
         tokenizer, vocab_size = chosen_tokenizer(tokenizer_config(given))
+        one = given.load.name == "release" or given.load.name.startswith("iter_")
+        check_folder("--save", given.save, [given.load, *([given.load.parent] if one else [])])
         found = read_megatron(given.load, vocab_size)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
         made = store(given.save, found.config, found.weights, tokenizer, found.iteration)
-    except (CheckpointError, DataError) as error:
+    except (BadOutput, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -8,6 +8,7 @@ import sys
 
 from megatron.data.errors import DataError
 from megatron.data.merge import find_datasets, merge
+from megatron.files.outputs import BadOutput
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -3,7 +3,7 @@
     python tools/plot_metrics.py runs/quickstart/checkpoints/metrics.jsonl --output loss.svg
 
 Reads the JSON lines that training appends: lines with an `iteration` and an `lm_loss` are training, those with a `split` as
-well are evaluations. Needs no torch.
+well are evaluations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import sys
 from html import escape
 from pathlib import Path
 
-from megatron.config.regular_file import MAX_METRICS_BYTES, parse_json, read_text
+from megatron.files.outputs import BadOutput, check_picture
+from megatron.files.pending import write_whole
+from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
@@ -33,11 +35,12 @@ def read(path: Path) -> tuple[Points, Points]:
     missing, not JSON lines, or without a single training loss.
     """
     try:
-        lines = read_text(path, MAX_METRICS_BYTES).splitlines()
+        text = read_text(path, MAX_METRICS_BYTES)
     except OSError as error:
         raise MetricsError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise MetricsError(f"{path} is not a text file in UTF-8: {error}") from error
+    lines = text.split("\n")  # the last one is not finished yet, or was cut off by a kill or a full disk; mostly it is empty
     train: dict[float, float] = {}
     validation: dict[float, float] = {}
     for number, line in enumerate(lines, 1):
@@ -46,6 +49,8 @@ def read(path: Path) -> tuple[Points, Points]:
         try:
             record = parse_json(line)
         except ValueError as error:
+            if number == len(lines):
+                break
             raise MetricsError(f"{path}:{number} is not a JSON object: {error}") from error
         if not isinstance(record, dict):
             raise MetricsError(f"{path}:{number} is not a JSON object")
@@ -133,8 +138,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         train, validation = read(arguments.metrics)
-        arguments.output.write_text(draw(train, validation, arguments.title), encoding="utf-8")
-    except MetricsError as error:
+        check_picture("--output", arguments.output, [arguments.metrics])
+        write_whole(arguments.output, draw(train, validation, arguments.title))
+    except (MetricsError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -11,6 +11,7 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.preprocess import Settings, Totals, preprocess
 from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+from megatron.files.outputs import BadOutput
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,7 +97,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, stop)
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import sys
 from megatron.data.errors import DataError
 from megatron.data.train_bpe import train_bpe
 from megatron.data.train_wordpiece import train_wordpiece
+from megatron.files.outputs import BadOutput
 
 FILES = {  # by --tokenizer-type, what is written
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
@@ -47,6 +48,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except DataError as error:
+    except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

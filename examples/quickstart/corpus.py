@@ -14,6 +14,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron.files.outputs import BadOutput, Reads, check_file
+from megatron.files.pending import write_whole
+
 
 def documents() -> Iterator[tuple[str, str]]:
     """Pairs of (source, text). SystemExit when this Python came without its library's sources."""
@@ -38,12 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="file to write")
     output: Path = parser.parse_args().output
+    try:
+        check_file("output", output, Reads([sysconfig.get_path("stdlib")]))
+    except BadOutput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     found = [(source, text) for source, text in documents() if text.strip()]
     random.Random(0).shuffle(found)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as file:
-        for source, text in found:
-            file.write(json.dumps({"text": text, "source": source}) + "\n")
+    write_whole(output, "".join(json.dumps({"text": text, "source": source}) + "\n" for source, text in found))
     print(f"{output}: {len(found)} documents, {sum(len(text) for _, text in found):,} characters")
 
 

@@ -13,8 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+from megatron.files.outputs import BadOutput, check_replaceable, mark
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs
+MADE = ("corpus.jsonl", "tokenizer", "corpus_text_document.bin", "corpus_text_document.idx", "corpus_text_document.meta.json")
+MADE += ("cache", "checkpoints", "hf", "loss.svg", "schedule.svg", "pipeline_profile.svg", "pipeline_profile.json")
 PROMPT = "The statement"
 LOSS_SHARE = 0.7  # the last loss must be below this share of the first
 
@@ -53,6 +57,15 @@ def check_loss(metrics: Path) -> str:
     return words
 
 
+def begin_anew(out: Path) -> None:
+    """Remove what the run before made, and nothing else: BadOutput where something else is there."""
+    check_replaceable("quickstart writes to", out, [], overwrite=True)
+    if out.is_dir():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    mark(out, "quickstart", MADE)
+
+
 def main() -> int:
     started = time.monotonic()
     python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
@@ -64,8 +77,11 @@ def main() -> int:
     )
     metrics = f"{save}/metrics.jsonl"
     with_tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
-    shutil.rmtree(ROOT / OUT, ignore_errors=True)
-    (ROOT / OUT).mkdir(parents=True)
+    try:
+        begin_anew(ROOT / OUT)
+    except BadOutput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         run("corpus: text that comes with Python", python, "examples/quickstart/corpus.py", corpus)
         run(

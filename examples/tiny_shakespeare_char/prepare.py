@@ -13,6 +13,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from megatron.files.outputs import BadOutput, Reads, check_file
+from megatron.files.pending import write_whole
+
 
 def character_tokenizer(text: str) -> Tokenizer:
     """One token for each distinct character of `text`."""
@@ -37,10 +40,16 @@ def main() -> int:
     if not text[:cut]:
         print(f"error: {arguments.text} is too short to be cut into two", file=sys.stderr)
         return 2
+    try:
+        for name in ("tokenizer.json", "train.jsonl", "valid.jsonl"):
+            check_file("output", arguments.output / name, Reads([arguments.text]))
+    except BadOutput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
-    character_tokenizer(text).save(str(arguments.output / "tokenizer.json"))
+    write_whole(arguments.output / "tokenizer.json", character_tokenizer(text).to_str(pretty=True))
     for name, part in (("train", text[:cut]), ("valid", text[cut:])):
-        (arguments.output / f"{name}.jsonl").write_text(json.dumps({"text": part}) + "\n", encoding="utf-8")
+        write_whole(arguments.output / f"{name}.jsonl", json.dumps({"text": part}) + "\n")
         print(f"{arguments.output / name}.jsonl: {len(part):,} characters")
     return 0
 

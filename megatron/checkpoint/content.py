@@ -7,11 +7,9 @@ evenly over its holders. That does not change between the saves of a run, so it 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +22,8 @@ from megatron.checkpoint.storage import DTYPES, TORCH_DTYPES, Entry
 from megatron.mesh.mesh import Axis
 from megatron.parallel.spec import Checkpointable, Part, Shard
 
-# The tokenizer's files, by name, or a function that writes them into the directory it is given.
-Assets = Callable[[Path], object] | Mapping[str, bytes] | None
+# The tokenizer's files by name, with `/`, or a function that gives them.
+Assets = Callable[[], Mapping[str, bytes]] | Mapping[str, bytes] | None
 
 
 @dataclass(frozen=True)
@@ -168,10 +166,5 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 
 def read_assets(assets: Assets) -> dict[str, bytes]:
-    """The tokenizer's files by name, with `/`. A function writes them to a temporary directory, not into the checkpoint:
-    there everything goes through one `Storage`."""
-    if not callable(assets):
-        return dict(assets or {})
-    with tempfile.TemporaryDirectory() as name:
-        assets(folder := Path(name))
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """The tokenizer's files by name, with `/`."""
+    return dict((assets() if callable(assets) else assets) or {})

@@ -24,9 +24,9 @@ from megatron.checkpoint.hf_config import CONFIG_READERS, architecture, class_na
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
-from megatron.config.regular_file import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
+from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
 # Constants that older versions of transformers saved beside the weights.

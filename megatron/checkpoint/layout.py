@@ -32,7 +32,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
 from megatron.checkpoint.storage import record_of
-from megatron.config.regular_file import read_bytes, read_text
+from megatron.files.regular import read_bytes, read_text
 
 __all__ = [
     "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "TrialOrder", "announced", "check_bytes",

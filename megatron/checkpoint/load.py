@@ -35,7 +35,7 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
-from megatron.config.regular_file import check_regular, reason
+from megatron.files.regular import check_regular, reason
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable, Part, Shard

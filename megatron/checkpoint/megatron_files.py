@@ -30,8 +30,10 @@ from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_
 from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
-from megatron.config.regular_file import read_text, reason
 from megatron.config.schema import ModelConfig
+from megatron.files.outputs import is_foreign
+from megatron.files.pending import PendingDirectory, write_whole
+from megatron.files.regular import read_text, reason
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -198,6 +200,8 @@ def write_megatron(
     if found := cannot_write(config, tp, pp):
         raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
     final = root / directory_name(iteration)
+    if ours := [path for path in iterations(root).values() if not is_foreign(path)]:
+        raise CheckpointError(f"{ours[0]}: is a checkpoint of this program; save to another directory")
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
     if later := [n for n, path in iterations(root).items() if n > iteration or (path / MANIFEST).exists()]:
@@ -211,18 +215,17 @@ def write_megatron(
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)
     parts = split(weights, tp, even_stages(config.size("num_layers"), pp), rows, tied=tied)
-    storage, temporary = Storage(), root / f".{final.name}.tmp"
-    storage.remove(temporary)
-    for p, ranks in enumerate(parts):
-        for t, model in enumerate(ranks):
-            folder = temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
-            storage.make_directory(folder)
-            storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
-            storage.sync(folder)
-    storage.rename(temporary, final)
-    pending = root / f".{TRACKER}.tmp"
-    storage.write(pending, [str(iteration).encode()])
-    storage.rename(pending, root / TRACKER)
+    storage = Storage()
+    with PendingDirectory(final, "export_megatron") as pending:
+        for p, ranks in enumerate(parts):
+            for t, model in enumerate(ranks):
+                folder = pending.temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
+                storage.make_directory(folder)
+                storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
+                storage.sync(folder)
+        pending.commit(marked=False)
+    storage.sync(root)
+    write_whole(root / TRACKER, str(iteration))
     return final
 
 

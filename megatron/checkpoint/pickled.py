@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.config.regular_file import open_regular
+from megatron.files.regular import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
 MAX_ENTRIES = 1_000_000  # of all dictionaries together

@@ -31,9 +31,9 @@ from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.checkpoint.pickled import read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
-from megatron.config.regular_file import check_regular, read_json, reason
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
+from megatron.files.regular import check_regular, read_json, reason
 
 MEMBER = "release/mp_rank_00/model_optim_rng.pt"
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")  # of args

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron.config.regular_file import open_regular
+from megatron.files.regular import open_regular
 
 # The codes of the safetensors format.
 DTYPES: dict[torch.dtype, str] = {
@@ -69,7 +69,7 @@ class Storage:
         A second thread makes the checksum of a large chunk while this one writes it. Neither holds Python's lock meanwhile.
         """
         digest, size = hashlib.sha256(), 0
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        with open(path, "wb", buffering=0, opener=_no_link) as file, ThreadPoolExecutor(1) as hasher:
             hashed: Future[None] | None = None
             for chunk in _of_size(chunks):
                 if hashed is not None:
@@ -107,6 +107,11 @@ class Storage:
             with suppress(FileNotFoundError):
                 shutil.rmtree(path)
         path.unlink(missing_ok=True)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file itself: where many may write, somebody else can have put a link in its place."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _of_size(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

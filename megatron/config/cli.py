@@ -26,6 +26,7 @@ from megatron.config.case import Case
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
+from megatron.config.output_rules import check_outputs
 from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
@@ -115,7 +116,7 @@ def parse(
     case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
-        problems += file_rules.check_files(case)
+        problems += [*file_rules.check_files(case), *check_outputs(case, path)]
     if problems:
         raise ConfigError(problems)
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))

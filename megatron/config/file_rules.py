@@ -14,9 +14,9 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
-from megatron.config.regular_file import kind_of_file
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
+from megatron.files.regular import kind_of_file
 
 MANIFEST = "manifest.json"  # written last into a checkpoint
 

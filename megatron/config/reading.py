@@ -16,7 +16,7 @@ from typing import Any
 from megatron.config.errors import Problem
 from megatron.config.legacy import LEGACY, Legacy
 from megatron.config.options import TAKES_VALUE, Option, Spelling, options, plain, sections, spellings
-from megatron.config.regular_file import MAX_TOML_BYTES, read_text
+from megatron.files.regular import MAX_TOML_BYTES, read_text
 
 
 @dataclass

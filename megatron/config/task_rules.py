@@ -9,9 +9,9 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
 from megatron.config.options import say
-from megatron.config.regular_file import kind_of_file
 from megatron.config.rules import COMMON_RULES
 from megatron.config.tasks import TASKS
+from megatron.files.regular import kind_of_file
 
 # What decides the samples and the length of a pretraining run.
 FOREIGN = (

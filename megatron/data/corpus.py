@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from megatron.config.regular_file import MAX_LINE_BYTES, open_regular, open_stream, parse_json
 from megatron.data.errors import DataError
+from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB

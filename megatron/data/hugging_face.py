@@ -16,11 +16,11 @@ from typing import Any
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from megatron.config.regular_file import parse_json
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, read_word_pieces, word_piece_backend
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer
 from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
+from megatron.files.regular import parse_json
 
 # Any of these is a tokenizer; the first one that is there counts.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.regular_file import check_regular, read_json
+from megatron.files.regular import check_regular, read_json
 
 MAP_FROM = 100_000  # numbers; smaller indices are read
 VERSION = 1  # of the sample order and of these files
@@ -59,6 +59,7 @@ class IndexCache:
         if found is not None:
             log.info("%s: index from cache %s", prefix, place)
             return found
+        arrays: Arrays | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with lock(folder / f".{place.name}.lock", self.patience):
@@ -73,7 +74,7 @@ class IndexCache:
                 return load(place) or arrays
         except OSError as error:
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
-            return build()
+            return build() if arrays is None else arrays
 
 
 def digest(value: dict[str, object]) -> str:
@@ -113,8 +114,7 @@ def differs(about: Path, stamp: dict[str, object]) -> bool:
 def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
     """Write arrays beside their place, then rename them there."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    for left_over in place.parent.glob(f"{place.name}.*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    remove_leftovers(place)
     try:
         temporary.mkdir()
         shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -128,10 +128,21 @@ def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(place: Path) -> None:
+    """Remove what killed builders left beside a place, whose lock is held; of other places only where nobody builds."""
+    for left_over in place.parent.glob("*.*.tmp"):
+        name = left_over.name.split(".")[0]
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            if name != place.name:
+                held.enter_context(lock(place.parent / f".{name}.lock", 0.0))
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def lock(path: Path, patience: float) -> Iterator[None]:
     """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `patience` seconds."""
-    with open(path, "a") as file:
+    # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
+    with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:
         start = time.monotonic()
         while True:
             try:

@@ -16,6 +16,7 @@ Whatever the files hold, opening them ends in a dataset whose every number was c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,8 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.regular_file import check_regular, open_regular, read_json, reason
 from megatron.data.errors import DataError
+from megatron.files.pending import PendingFile, remove_leftovers
+from megatron.files.regular import check_regular, open_regular, read_json, reason
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -44,6 +46,7 @@ CODES: Mapping[int, np.dtype[Any]] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
+ENDINGS = (".bin", ".idx", ".meta.json")
 COPY_BYTES = 1 << 24
 MAP_FROM = 1 << 20  # bytes; smaller indices are read
 ENDS = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
@@ -246,10 +249,11 @@ class IndexedWriter:
         self.lengths, self.documents = array("i"), array("q", [0])
         self.token_count = 0
         self._limits = np.iinfo(self.dtype)
-        self._temporary = {end: f"{prefix}{end}.{os.getpid()}.tmp" for end in (".bin", ".idx", ".meta.json")}
         try:
             os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-            self._file = open(self._temporary[".bin"], "wb", buffering=1 << 20)  # noqa: SIM115 - closed by finish or abort
+            for end in ENDINGS:  # what a killed run left
+                remove_leftovers(Path(prefix + end))
+            self._bin = PendingFile(prefix + ".bin")
         except OSError as error:
             raise DataError(f"cannot write {prefix}.bin: {error}") from error
 
@@ -273,7 +277,7 @@ class IndexedWriter:
             raise DataError(
                 f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows {np.iinfo(np.int32).max}"
             )
-        self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        self._bin.file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self.documents.frombytes((len(self.lengths) + np.cumsum(counts)).astype(np.int64).tobytes())
         self.lengths.frombytes(sizes.astype(np.int32).tobytes())
         self.token_count += len(tokens)
@@ -285,36 +289,39 @@ class IndexedWriter:
                 f"{dataset.prefix} holds {dataset.dtype.name} tokens, {self.prefix} {self.dtype.name}: not the same vocabulary"
             )
         for start in range(0, dataset.token_count, COPY_BYTES):
-            self._file.write(np.ascontiguousarray(dataset.tokens[start : start + COPY_BYTES]).data)
+            self._bin.file.write(np.ascontiguousarray(dataset.tokens[start : start + COPY_BYTES]).data)
         self.documents.frombytes((len(self.lengths) + dataset.documents[1:]).astype(np.int64).tobytes())
         self.lengths.frombytes(np.asarray(dataset.lengths, dtype=np.int32).tobytes())
         self.token_count += dataset.token_count
 
     def finish(self, meta: Mapping[str, Any] | None = None) -> None:
         """Write index and sidecar, then put all in place; DataError if the disk refuses."""
-        try:
-            self._file.close()
-            with open(self._temporary[".idx"], "wb") as file:
-                self._write_index(file)
-            if meta is not None:
-                counts = dict(
-                    dtype=self.dtype.name,
-                    documents=len(self.documents) - 1,
-                    sequences=len(self.lengths),
-                    tokens=self.token_count,
-                    bin_ends_sha256=ends_digest(self._temporary[".bin"]),
-                )
-                Path(self._temporary[".meta.json"]).write_text(
-                    json.dumps({**meta, **counts}, indent=1) + "\n", encoding="utf-8"
-                )
-            # The old index goes first: whenever this stops, no index is left that does not belong to the .bin beside it.
-            for end in (".idx", ".meta.json"):
-                Path(self.prefix + end).unlink(missing_ok=True)
-            for end in (".bin", ".meta.json", ".idx") if meta is not None else (".bin", ".idx"):
-                os.replace(self._temporary[end], self.prefix + end)
-        except OSError as error:
-            self.abort()
-            raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
+        with contextlib.ExitStack() as stack:
+            try:
+                self._bin.close()
+                pending = {".bin": self._bin}
+                if meta is not None:
+                    counts = dict(
+                        dtype=self.dtype.name,
+                        documents=len(self.documents) - 1,
+                        sequences=len(self.lengths),
+                        tokens=self.token_count,
+                        bin_ends_sha256=ends_digest(str(self._bin.temporary)),
+                    )
+                    pending[".meta.json"] = stack.enter_context(PendingFile(self.prefix + ".meta.json"))
+                    pending[".meta.json"].file.write((json.dumps({**meta, **counts}, indent=1) + "\n").encode())
+                pending[".idx"] = stack.enter_context(PendingFile(self.prefix + ".idx"))
+                self._write_index(pending[".idx"].file)
+                for file in pending.values():
+                    file.close()
+                # The old index goes first: whenever this stops, no index is left that does not belong to the .bin beside it.
+                for end in (".idx", ".meta.json"):
+                    Path(self.prefix + end).unlink(missing_ok=True)
+                for file in pending.values():
+                    file.commit()
+            except OSError as error:
+                self.abort()
+                raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
 
     def _write_index(self, file: Any) -> None:
         code = next(code for code, dtype in CODES.items() if dtype == self.dtype)
@@ -331,9 +338,7 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        self._file.close()
-        for path in self._temporary.values():
-            Path(path).unlink(missing_ok=True)
+        self._bin.discard()
 
     def __enter__(self) -> IndexedWriter:
         return self

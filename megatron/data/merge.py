@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.indexed import ENDINGS, IndexedDataset, IndexedWriter
+from megatron.files.outputs import Reads, check_file
 
 
 def find_datasets(inputs: Sequence[str]) -> list[str]:
@@ -27,12 +28,12 @@ def find_datasets(inputs: Sequence[str]) -> list[str]:
 def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
     """Write the documents of all datasets, in this order, to a new one.
 
-    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), or if the
-    output is one of them.
+    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), and BadOutput if
+    the output is one of them.
     """
-    same = [prefix for prefix in prefixes if os.path.realpath(prefix) == os.path.realpath(output_prefix)]
-    if same:
-        raise DataError(f"--output-prefix {output_prefix} is one of the inputs")
+    read = Reads(prefix + end for prefix in prefixes for end in ENDINGS)
+    for end in ENDINGS:
+        check_file("--output-prefix", output_prefix + end, read)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     metas = [dataset.meta() for dataset in datasets]
     known = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}

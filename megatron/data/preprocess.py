@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,13 @@ from numpy.typing import NDArray
 from megatron.config.schema import TokenizerConfig
 from megatron.data.corpus import BadLine, Line, blocks, expand, parse
 from megatron.data.errors import DataError
-from megatron.data.indexed import IndexedWriter, token_dtype
+from megatron.data.indexed import ENDINGS, IndexedWriter, token_dtype
 from megatron.data.sentences import sentences
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.files.outputs import Reads, check_file, files_in
+from megatron.files.pending import PendingFile, remove_leftovers
+
+BAD_LINES = ".bad.jsonl"
 
 BATCH_CHARACTERS = 1 << 20  # of text that is tokenized at once
 MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
@@ -236,6 +240,10 @@ def preprocess(
     given = asdict(settings.tokenizer)
     level = "sentence" if settings.split_sentences else "document"
     totals = Totals(prefixes=[f"{output_prefix}_{key}_{level}" for key in settings.keys])
+    named = [v for k, v in given.items() if isinstance(v, str) and k.endswith(("file", "model"))]
+    read = Reads([*files, *(file for path in named for file in files_in(path))])
+    for output in [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in ENDINGS)]:
+        check_file("--output-prefix", output, read)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
@@ -288,30 +296,28 @@ class RejectedLines:
     """`PREFIX.bad.jsonl`: the lines that were skipped, as they were. Made only if there are any."""
 
     def __init__(self, prefix: str) -> None:
-        self.path = Path(f"{prefix}.bad.jsonl")
-        self._temporary = Path(f"{self.path}.{os.getpid()}.tmp")
-        self._file: IO[bytes] | None = None
+        self.path = Path(prefix + BAD_LINES)
+        remove_leftovers(self.path)
+        self._pending: PendingFile | None = None
 
     def add(self, lines: Iterable[tuple[str, bytes]]) -> None:
         """Keep these lines, each with the reason on standard error."""
         for reason, text in lines:
-            if self._file is None:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed on exit
-            self._file.write(text if text.endswith(b"\n") else text + b"\n")
+            if self._pending is None:
+                self._pending = PendingFile(self.path)
+            self._pending.file.write(text if text.endswith(b"\n") else text + b"\n")
             print(f"skipped {reason}", file=sys.stderr)
 
     def finish(self) -> None:
         """Put the file in place; one of an earlier run goes."""
-        if self._file is None:
+        if self._pending is None:
             self.path.unlink(missing_ok=True)
         else:
-            self._file.close()
-            os.replace(self._temporary, self.path)
+            self._pending.commit()
 
     def __enter__(self) -> RejectedLines:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        if self._pending is not None:
+            self._pending.discard()

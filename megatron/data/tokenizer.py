@@ -17,13 +17,13 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from megatron.config.regular_file import parse_json
 from megatron.config.schema import TokenizerConfig
 from megatron.data.cuts import MAX_PART, Seam, WhiteSpaceSeam
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceCase, BertWordPieceLowerCase, GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer, SentencePieceTokenizer
 from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read
+from megatron.files.regular import parse_json
 
 __all__ = ["ByteTokenizer", "NullTokenizer", "Tokenizer", "build_tokenizer", "load_tokenizer"]
 

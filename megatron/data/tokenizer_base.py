@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer as Backend
 
-from megatron.config.regular_file import MAX_VOCABULARY_BYTES, read_bytes
 from megatron.data.cuts import Seam, parts
 from megatron.data.errors import DataError
+from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 SAVED = "megatron_tokenizer.json"
@@ -96,10 +96,13 @@ class Tokenizer(ABC):
         """Write the tokenizer's files and a small JSON about them, for `load_tokenizer`."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in self.assets.items():
+        for name, data in self.files().items():
             (folder / name).write_bytes(data)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by name."""
         about = {**self.identity(), "digest": self.digest()}
-        (folder / SAVED).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        return {**self.assets, SAVED: (json.dumps(about, indent=1) + "\n").encode()}
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
         """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids, offline.

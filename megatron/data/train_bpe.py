@@ -14,6 +14,10 @@ from megatron.data.cuts import parts
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.tokenizer_base import END_OF_TEXT
+from megatron.files.outputs import Reads, check_file
+from megatron.files.pending import write_whole
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
@@ -40,31 +44,35 @@ def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to a directory; returns the number of ids.
 
-    `<|endoftext|>` is the last id, as in GPT-2. Raises DataError for wrong input, or fewer than 257 ids.
+    `<|endoftext|>` is the last id, as in GPT-2. Raises DataError for wrong input, or fewer than 257 ids; BadOutput where one of
+    the files is an input.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
+    files = expand(inputs)
+    for name in FILES:
+        check_file("--output", Path(output) / name, Reads(files))
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(words_of(backend, texts(expand(inputs), keys)), trainer)
+    backend.train_from_iterator(words_of(backend, texts(files, keys)), trainer)
     backend.add_special_tokens([END_OF_TEXT])
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(backend.to_str(pretty=False) + "\n", encoding="utf-8")
+        write_whole(folder / "tokenizer.json", backend.to_str(pretty=False) + "\n")
         model = json.loads(backend.to_str())["model"]
         vocab = {**model["vocab"], END_OF_TEXT: backend.token_to_id(END_OF_TEXT)}
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
         pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+        write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise DataError(f"cannot write the tokenizer to {output}: {error}") from error
     return backend.get_vocab_size()

@@ -12,6 +12,8 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from megatron.data.corpus import expand
 from megatron.data.errors import DataError
 from megatron.data.train_bpe import texts, words_of
+from megatron.files.outputs import Reads, check_file
+from megatron.files.pending import write_whole
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CONTINUES = "##"
@@ -23,10 +25,11 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
 
     Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice: the trainer
     decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
-    Raises DataError for wrong input, and for a size that does not hold every character.
+    Raises DataError for wrong input, and for a size that does not hold every character; BadOutput where vocab.txt is an input.
     """
     if vocab_size < len(SPECIAL):
         raise DataError(f"--vocab-size {vocab_size}: at least {len(SPECIAL)}, the special tokens, and the text's characters")
+    check_file("--output", Path(output) / "vocab.txt", Reads(expand(inputs)))
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -45,7 +48,7 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+        write_whole(folder / "vocab.txt", "\n".join(pieces) + "\n")
     except OSError as error:
         raise DataError(f"cannot write the vocabulary to {output}: {error}") from error
     return len(pieces)

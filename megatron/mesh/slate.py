@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
+import re
 from contextlib import suppress
-from pathlib import Path
+from hashlib import sha256
 
-from megatron.config.regular_file import read_bytes
+from megatron.files.private import PrivateDirectory
 from megatron.mesh.beats import Process
 
 SIZE = 256  # bytes; longer words are cut
 
 
 class Slate:
-    """A process writes, which costs a microsecond: the bytes are memory. Where no file can be made, nobody will read them."""
+    """A process writes, which costs a microsecond: the bytes are memory. Where no file can be made, nobody will read them.
+
+    The files lie where only this user can write. What dead processes left there goes when a new one is made.
+    """
 
     def __init__(self, process: Process) -> None:
-        self._path = _path(process)
+        self._process = process
         self._room: mmap.mmap | bytearray = bytearray(SIZE)
-        with suppress(OSError):
-            descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o600)
+        if not process.space:  # nobody could look it up
+            return
+        with suppress(OSError), PrivateDirectory() as directory:
+            remove_dead(directory, process)
+            descriptor = directory.create(_name(process))
             try:
-                os.ftruncate(descriptor, SIZE)
-                self._room = mmap.mmap(descriptor, SIZE)
+                # Written and not only given a size: a page that a full disk has no room for would kill the process later.
+                if os.write(descriptor, bytes(SIZE)) == SIZE:
+                    self._room = mmap.mmap(descriptor, SIZE)
             finally:
                 os.close(descriptor)
 
@@ -35,7 +42,7 @@ class Slate:
 
     def wipe(self) -> None:
         """Leave nothing behind."""
-        self._path.unlink(missing_ok=True)
+        forget(self._process)
 
 
 def left_by(process: Process, seen_from: Process) -> str | None:
@@ -43,7 +50,8 @@ def left_by(process: Process, seen_from: Process) -> str | None:
     if not process.space or process.space != seen_from.space:
         return None
     try:
-        data = read_bytes(_path(process), SIZE)
+        with PrivateDirectory() as directory:
+            data = directory.read(_name(process), SIZE)
     except OSError:
         return None
     return data.split(b"\0", 1)[0].decode(errors="replace") or None
@@ -51,8 +59,19 @@ def left_by(process: Process, seen_from: Process) -> str | None:
 
 def forget(process: Process) -> None:
     """Remove what a process left that could not do so itself."""
-    _path(process).unlink(missing_ok=True)
+    with suppress(OSError), PrivateDirectory() as directory:
+        directory.remove(_name(process))
 
 
-def _path(process: Process) -> Path:
-    return Path(tempfile.gettempdir()) / f"megatron-{process.pid}-{process.started}"
+def remove_dead(directory: PrivateDirectory, own: Process) -> None:
+    """Remove what processes left that this one can see to be gone: those of its own host, boot and process namespace."""
+    pattern = re.compile(re.escape(_name(own).rsplit("-", 2)[0]) + r"-(\d+)-(\d+)")
+    for match in filter(None, map(pattern.fullmatch, directory.names())):
+        if Process(own.host, own.space, int(match[1]), int(match[2])).state(own) == "gone":
+            directory.remove(match[0])
+
+
+def _name(process: Process) -> str:
+    """Host, boot and namespace in one word, then number and start of the process."""
+    where = sha256(f"{process.host} {process.space}".encode()).hexdigest()[:12]
+    return f"slate-{where}-{process.pid}-{process.started}"

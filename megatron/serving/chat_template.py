@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.config.regular_file import parse_json, read_bytes, reason
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.files.regular import parse_json, read_bytes, reason
 from megatron.serving.fields import RequestError
 
 TEMPLATE, CONFIG, TOKENS, GENERATION = (

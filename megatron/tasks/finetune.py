@@ -22,6 +22,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.bert_batch import BertBatches
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.files.pending import write_whole
 from megatron.mesh.watch import Watch
 from megatron.pipeline.inference import Pipeline
 from megatron.restore import open_tokenizer
@@ -223,12 +224,11 @@ def finale(scorer: Any, run: Run, around: Surroundings) -> Exit:
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
-    """A JSON file, whole or not there. TrainingError when the disk does not take it."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.tmp")
+    """A JSON file, whole or not there. TrainingError when the disk does not take it; then the results are printed."""
+    text = json.dumps(results, indent=1) + "\n"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
     except OSError as error:
-        raise TrainingError(f"--results-path {path}: cannot be written: {error}") from error
+        say(sys.stdout, text)
+        raise TrainingError(f"--results-path {path}: cannot be written, the results are printed instead: {error}") from error

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.config.regular_file import MAX_TASK_JSON_BYTES, parse_json
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.files.regular import MAX_TASK_JSON_BYTES, parse_json
 from megatron.tasks.glue import accuracy
 from megatron.tasks.samples import Item, Score, Task
 from megatron.tasks.sources import read_text

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron.config.regular_file import MAX_TEXT_BYTES, check_regular, reason
 from megatron.data.build import check_tokenizer
 from megatron.data.corpus import BadLine, blocks, open_text, parse
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import Tokenizer
+from megatron.files.regular import MAX_TEXT_BYTES, check_regular, reason
 
 KEY = "text"
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
@@ -21,6 +21,7 @@ from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
 from megatron.train.run import Run
 from megatron.train.saving import Saver
 from megatron.train.sinks import Sink
+from megatron.train.skips import Skips, lost
 from megatron.train.stopping import Request, Stopping
 
 
@@ -38,8 +39,8 @@ class Surroundings:
     train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
     that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
     the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
-    run's slices. start: the iteration that this slice began after. score: what else is measured and told, every
-    score_interval iterations; it is handed what to ask whether to give up.
+    run's slices. start: the iteration that this slice began after. skips: its steps without an update. score: what else is
+    measured and told, every score_interval iterations; it is handed what to ask whether to give up.
     """
 
     train: Loader | None
@@ -52,6 +53,7 @@ class Surroundings:
     stopping: Stopping
     progress: Progress
     start: int = 0
+    skips: Skips = field(default_factory=Skips)
     score: Callable[[GiveUp], object] | None = None
     score_interval: int | None = None
 
@@ -91,6 +93,7 @@ def train(run: Run, around: Surroundings) -> Exit:
             report = without_update(size, size * batches[0].tokens.shape[1])
         else:
             report = run.step(batches, state)
+        around.skips.count(report)
         advance(run, report)
         tell(run, report, around.sinks)
         clock.after_step(report)
@@ -125,6 +128,7 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
 
     TrainingError where there is none to go on from, or no slice comes any further.
     """
+    tell_skips(run, around)
     steps = run.state.iteration - around.start
     where, why = f"stopping after iteration {run.state.iteration}", request.stop or "a request"
     if around.saver is not None:
@@ -277,12 +281,23 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
 
 
 def finish(run: Run, around: Surroundings) -> None:
-    """The run is at its end, and remembers that. Collective."""
-    if around.saver is None or around.train is None:
+    """The run is at its end, and remembers that. Collective. TrainingError where its last steps were all skipped."""
+    if around.train is None:
         return
-    if run.state.iteration > around.start:
+    if around.saver is not None and run.state.iteration > around.start:
         save_last(run, around.saver)
-    note(run, around.progress, finished=run.state.iteration)
+    tell_skips(run, around)
+    if (wrong := lost(run.state)) is not None:
+        raise TrainingError(wrong)
+    if around.saver is not None:
+        note(run, around.progress, finished=run.state.iteration)
+
+
+def tell_skips(run: Run, around: Surroundings) -> None:
+    """The closing line on steps that were skipped."""
+    if (text := around.skips.summary(run.state)) is not None:
+        for sink in around.sinks:
+            sink.event(text)
 
 
 class Clock:

@@ -18,6 +18,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.contract import Batch
+from megatron.files.pending import write_whole
+from megatron.files.side import optional
 from megatron.mesh.mesh import Mesh
 from megatron.pipeline.draw import Panel, draw_svg
 from megatron.pipeline.executor import Executor
@@ -72,7 +74,8 @@ class ProfiledStep:
             return
         steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*everywhere, strict=True)]
         peaks = [max(peak for _, peak in rank) for rank in everywhere]
-        write(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
+        with optional(self.directory, "the profile of the pipeline cannot be written"):
+            write(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def write(
     predicted = simulate(schedule, costs)
     directory.mkdir(parents=True, exist_ok=True)
     panels = [Panel("measured, ms", schedule, measured), Panel("predicted from the measured actions, ms", schedule, predicted)]
-    (directory / f"{NAME}.svg").write_text(draw_svg(panels), encoding="utf-8")
+    write_whole(directory / f"{NAME}.svg", draw_svg(panels))
     record = {
         "schedule": schedule.name,
         "micro_batches": schedule.micro_batches,
@@ -157,7 +160,7 @@ def write(
         "measured": _figures(measured) | {"peak_activations": list(peaks), "actions": _actions(measured)},
         "predicted": _figures(predicted) | {"actions": _actions(predicted)},
     }
-    (directory / f"{NAME}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(directory / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
     say(
         f"pipeline profile of {len(steps)} steps, {schedule.name}: {measured.makespan:.1f} ms with {measured.bubble_rate:.1%} "
         f"bubble, predicted {predicted.makespan:.1f} ms with {predicted.bubble_rate:.1%}: {directory / f'{NAME}.svg'}"

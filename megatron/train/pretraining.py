@@ -29,7 +29,7 @@ from megatron.data.loader import Loader, MakeBatch
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
-from megatron.kept import carry
+from megatron.kept import carried
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
 from megatron.mesh.last_words import tell_launcher
@@ -207,7 +207,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
-    files = partial(carry, prepared.tokenizer, source.directory, partial(say, out))
+    files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
     saver = Saver(run, files, partial(say, out)) if config.checkpoint.save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),

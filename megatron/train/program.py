@@ -17,6 +17,7 @@ from megatron.config.cli import HelpAsked, Parsed, explain, parse
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.dryrun import dry_run
+from megatron.files.side import forgiving_streams
 from megatron.mesh.last_words import say, tell_launcher
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
@@ -28,12 +29,14 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
 
     defaults: the program's own, `section.field` -> value. SystemExit with status 2 for a wrong configuration.
     """
-    return _carry_out(argv, program, defaults, task=False)
+    with forgiving_streams():
+        return _carry_out(argv, program, defaults, task=False)
 
 
 def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
     """Run a command of tasks/main.py; otherwise as `pretrain`."""
-    return _carry_out(argv, program, defaults, task=True)
+    with forgiving_streams():
+        return _carry_out(argv, program, defaults, task=True)
 
 
 def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:

@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron.config.regular_file import read_json
+from megatron.files.pending import write_whole
+from megatron.files.regular import read_json
+from megatron.files.side import optional
 from megatron.mesh.last_words import say, tell_launcher
 
 FILE = "progress.json"
@@ -63,13 +65,11 @@ class Progress:
     def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
         if self._path is None:
             return
-        fresh = self._path.with_name(FILE + ".tmp")
-        with suppress(OSError):
+        values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
+        values |= {"job": self.job, "checkpoint_at_start": self.tracker}
+        with optional(self._path, "the run's slices cannot be noted"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
-            values |= {"job": self.job, "checkpoint_at_start": self.tracker}
-            fresh.write_text(json.dumps(values) + "\n", encoding="utf-8")
-            fresh.replace(self._path)
+            write_whole(self._path, json.dumps(values) + "\n")
 
     def began(self, job: str | None, tracker: int | None, attempt: int) -> None:
         """A slice goes on with the run: it is not finished. What it found is noted by the job's first attempt alone."""

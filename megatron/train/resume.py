@@ -38,10 +38,10 @@ from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
-from megatron.config.regular_file import read_bytes
 from megatron.config.saved import from_json
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
+from megatron.files.regular import read_bytes
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Axis
 from megatron.model.size import parameter_list

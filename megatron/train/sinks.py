@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron.config.regular_file import MAX_METRICS_BYTES, read_text
 from megatron.config.schema import LogConfig
+from megatron.files.pending import write_whole
+from megatron.files.regular import MAX_METRICS_BYTES, read_bytes
+from megatron.files.side import SideFile, optional, warn
+from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
+
+TORN = (math.inf, True)  # the place of a line that a kill cut off: beyond all others
 
 
 class Sink:
@@ -103,15 +107,10 @@ class JsonLines(Sink):
 
     def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True, binary: bool = False) -> None:
         self.binary = binary
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_at is not None:
-            last = (resume_at, evaluated)
-            kept = [text for text in _lines(path) if _place(text) <= last]
-            fresh = path.with_name(path.name + ".tmp")
-            fresh.write_text("".join(f"{text}\n" for text in kept))
-            fresh.replace(path)
-        self._path, self._file, self._lost = path, path.open("a"), False
-        self._warn = logging.getLogger(__name__).warning
+        self._file = SideFile(path, "metrics")
+        last = TORN if resume_at is None else (resume_at, evaluated)
+        with optional(path, "lines of the interrupted run cannot be taken out"):
+            keep_lines(path, lambda line: _place(line) <= last)
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         values = asdict(metrics)
@@ -126,52 +125,43 @@ class JsonLines(Sink):
     def _write(self, values: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity: null says unknown.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self._forgiving():
-            self._file.write(json.dumps(plain) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with self._forgiving():
-            self._file.close()
-
-    @contextmanager
-    def _forgiving(self) -> Iterator[None]:
-        """A full disk ends no run for the sake of a line, which waits in memory and goes out with the next."""
-        try:
-            yield
-            self._lost = False
-        except OSError as error:
-            if not self._lost:
-                self._warn(f"{self._path}: metrics cannot be written: {error.strerror}")
-            self._lost = True
+        self._file.add(json.dumps(plain).encode() + b"\n")
 
 
-def _lines(path: Path) -> list[str]:
-    return read_text(path, MAX_METRICS_BYTES).splitlines() if path.exists() else []
+def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
+    """Take the lines out of a file that are not wanted, among them one that a kill or a full disk cut off at the end."""
+    if not path.is_file():
+        return
+    lines = read_bytes(path, MAX_METRICS_BYTES).splitlines(keepends=True)
+    kept = [line for line in lines if wanted(line)]
+    if kept and not kept[-1].endswith(b"\n"):
+        tail = kept.pop()
+        kept += [tail + b"\n"] if _place(tail) != TORN else []
+    if kept == lines:
+        return
+    if kept == lines[: len(kept)]:
+        os.truncate(path, sum(map(len, kept)))  # which also a full disk can do
+    else:
+        write_whole(path, b"".join(kept))
 
 
-def _place(text: str) -> tuple[float, bool]:
+def _place(text: bytes) -> tuple[float, bool]:
     """The iteration of a line, and whether it is of an evaluation after it."""
     try:
         values = json.loads(text)
         return float(values["iteration"]), "split" in values
-    except (ValueError, KeyError, TypeError):
-        return math.inf, True  # a line torn by a kill
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return TORN
 
 
 class TensorBoard(Sink):
     """Megatron-LM's tags, each also over samples."""
 
     def __init__(self, config: LogConfig, resume_at: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.config = config
         # Points of an earlier run beyond the resumed iteration are hidden by TensorBoard.
-        self._writer: Any = SummaryWriter(
-            config.tensorboard_dir,
-            max_queue=config.tensorboard_queue_size,
-            purge_step=None if resume_at is None else resume_at + 1,
-        )
+        purge = None if resume_at is None else resume_at + 1
+        self._file = EventFile(Path(config.tensorboard_dir or "."), config.tensorboard_queue_size, purge)
 
     def step(self, metrics: Metrics, context: LogContext) -> None:
         if metrics.iteration % self.config.tensorboard_log_interval:
@@ -193,14 +183,14 @@ class TensorBoard(Sink):
             values.append(("world-size", context.world_size))
         for tag, value in values:
             if value is not None:
-                self._writer.add_scalar(tag, value, metrics.iteration)
-                self._writer.add_scalar(f"{tag} vs samples", value, metrics.consumed_samples)
+                self._file.scalar(tag, value, metrics.iteration)
+                self._file.scalar(f"{tag} vs samples", value, metrics.consumed_samples)
         if metrics.iteration_time_ms is not None:
-            self._writer.add_scalar("iteration-time", metrics.iteration_time_ms / 1000, metrics.iteration)
+            self._file.scalar("iteration-time", metrics.iteration_time_ms / 1000, metrics.iteration)
         if metrics.tflops_per_gpu is not None:
-            self._writer.add_scalar("throughput", metrics.tflops_per_gpu, metrics.iteration)
+            self._file.scalar("throughput", metrics.tflops_per_gpu, metrics.iteration)
         if self.config.log_memory_to_tensorboard and metrics.peak_memory_bytes is not None:
-            self._writer.add_scalar("mem-max-allocated-bytes", metrics.peak_memory_bytes, metrics.iteration)
+            self._file.scalar("mem-max-allocated-bytes", metrics.peak_memory_bytes, metrics.iteration)
 
     def evaluation(self, result: Evaluation, title: str) -> None:
         tag = "lm loss validation" if result.split == "validation" else f"lm loss {result.split}"
@@ -210,11 +200,11 @@ class TensorBoard(Sink):
         if result.sop_loss is not None:
             values.append((tag.replace("lm", "sop"), result.sop_loss))
         for name, value in values:
-            self._writer.add_scalar(name, value, result.iteration)
-            self._writer.add_scalar(f"{name} vs samples", value, result.consumed_samples)
+            self._file.scalar(name, value, result.iteration)
+            self._file.scalar(f"{name} vs samples", value, result.consumed_samples)
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.flush()
 
 
 def open_sinks(
@@ -232,4 +222,6 @@ def open_sinks(
             sinks.append(TensorBoard(config, resume_at))
         except ImportError:
             print("TensorBoard is not installed, going on without it: pip install tensorboard", file=out, flush=True)
+        except Exception as error:  # whatever its packages trip over as they are loaded
+            warn(config.tensorboard_dir, "TensorBoard cannot be used", error)
     return sinks

@@ -104,7 +104,7 @@ class Stopping:
         margin = self._step + saves * self._save_seconds()
         late = self._end is not None and now + margin > self._end
         slurm_late = self._slurm_end is not None and time.time() + max(margin, SLURM_FLOOR) > self._slurm_end
-        file_seen = first and self.stop_file is not None and self.stop_file.is_file()
+        file_seen = first and self.stop_file is not None and os.path.isfile(self.stop_file)
         save = first and self._between is not None and now - self._saved >= 60.0 * self._between
         return [self._encoded(), int(late), int(slurm_late), int(file_seen), int(save)]
 

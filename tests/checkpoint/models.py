@@ -59,4 +59,4 @@ def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype,
     config = ModelConfig(**settings)
     mesh = Mesh.build(Grid(tp=tp), dist.get_rank() if tp > 1 else 0)
     parts = {"model": ModuleWeights(build(config, mesh.tp, dtype))}
-    save(Path(root), 10, parts, mesh, config=to_json(RunConfig(model=config)), assets=tokenizer and tokenizer.save)
+    save(Path(root), 10, parts, mesh, config=to_json(RunConfig(model=config)), assets=tokenizer and tokenizer.files())

@@ -24,7 +24,8 @@ from megatron.config.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
-from megatron.export import BadOutput, ExportError, export
+from megatron.export import ExportError, export
+from megatron.files.outputs import BadOutput
 from megatron.logits import logit_difference
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.restore import open_model
@@ -198,8 +199,13 @@ def test_places_that_are_taken(tmp_path):
     with pytest.raises(BadOutput, match=r"it is not empty.*--overwrite"):
         export(tmp_path / "run", tmp_path / "full", verify=False)
     assert (tmp_path / "full" / "keep").exists()
-    export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=True)
+    with pytest.raises(BadOutput, match="not made by this project's tools"):
+        export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=True)
+    (tmp_path / "full" / "keep").unlink()
+    for overwrite in (False, True):  # its own it does replace
+        export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=overwrite)
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == [
+        ".made-by-megatron",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -13,7 +13,6 @@ import torch
 from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, put
 
 from megatron import hf_tokenizers, kept
-from megatron.checkpoint.content import read_assets
 from megatron.checkpoint.layout import CheckpointError, find, read_manifest
 from megatron.checkpoint.megatron_lm import resized
 from megatron.checkpoint.save import save
@@ -226,13 +225,13 @@ def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     own = kept.assets(tokenizer, kept.of_source(source, tokenizer=True))
     directory = save(tmp_path / "run", 1, {}, Mesh.single(), config={}, assets=own)
     assert (
-        read_assets(lambda folder: kept.carry(load_tokenizer(directory / "tokenizer"), directory, said.append, folder)) == own
+        kept.carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     )
     assert not said
     size = byte_vocabulary(tmp_path, ("<pad>", "<sep>"))
     other = read_tokenizer(tmp_path)
     assert other.vocab_size == size == tokenizer.vocab_size  # as many tokens, but in text `<pad>` is none
-    left = read_assets(lambda folder: kept.carry(other, directory, said.append, folder))
+    left = kept.carried(other, directory, said.append)
     assert not any(name.startswith("hugging_face") for name in left)
     assert len(said) == 1 and "are of another tokenizer and are not kept on: added_tokens.json, config.json, gener" in said[0]
     directory = save(tmp_path / "bad", 1, {}, Mesh.single(), config={}, assets={"hugging_face/model.safetensors": b"x"})

@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(root / "words")))
     config = ModelConfig(**{**BASE, "vocab_size": 257})
     parts = {"model": ModuleWeights(build(config, Axis.alone("tp"))), "train": TrainState(iteration=10)}
-    save(root / "run", 10, parts, Mesh.single(), config=to_json(RunConfig(model=config)), assets=tokenizer.save)
+    save(root / "run", 10, parts, Mesh.single(), config=to_json(RunConfig(model=config)), assets=tokenizer.files())
     return root / "run"
 
 

@@ -309,7 +309,7 @@ def bounded() -> Iterator[None]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe into which nobody writes is given up at once, and a line is long early."""
     monkeypatch.setattr(corpus, "MAX_LINE_BYTES", 1 << 20)
-    monkeypatch.setattr("megatron.config.regular_file.open_stream.__defaults__", (0.05,))
+    monkeypatch.setattr("megatron.files.regular.open_stream.__defaults__", (0.05,))
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)), ids=[f"{i}-{row.file}" for i, row in enumerate(ROWS)])

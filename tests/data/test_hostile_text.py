@@ -14,12 +14,12 @@ import pytest
 import zstandard
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from megatron.config.regular_file import UnfitFile, open_stream
 from megatron.data import corpus
 from megatron.data.corpus import blocks
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import HuggingFaceTokenizer
 from megatron.data.slow_patterns import check_patterns
+from megatron.files.regular import UnfitFile, open_stream
 from megatron.tasks.sources import read_text
 
 LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(20_000))

@@ -133,8 +133,5 @@ def tireless() -> GPT:
 def checkpoint(root: Path) -> Path:
     """One whose tokenizer has a chat template."""
 
-    def assets(folder: Path) -> None:
-        ByteTokenizer().save(folder)
-        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-
-    return save_model(tireless(), root, assets)
+    template = {"chat_template.jinja": b"{{ messages[0].content }}"}
+    return save_model(tireless(), root, ByteTokenizer().files() | template)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -27,8 +25,6 @@ from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.train.program import restarted
 from megatron.train.progress import Progress
-from megatron.train.report import Evaluation
-from megatron.train.sinks import JsonLines
 from megatron.train.stopping import Request, Stopping
 
 ROOT = Path(__file__).parents[2]
@@ -191,33 +187,6 @@ def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
     assert restarted(parsed, place) is None and restarted(parsed, replace(place, job="c")) is not None
     Progress(str(tmp_path)).began("b", 15, 0)
     assert restarted(parsed, place) is not None
-
-
-def test_a_full_disk_costs_no_run_for_a_line_of_metrics(tmp_path, caplog):
-    sink = JsonLines(tmp_path / "metrics.jsonl", None)
-    sink._file.close()
-    room = [0]
-
-    class Disk(io.RawIOBase):
-        def writable(self):
-            return True
-
-        def write(self, data):
-            if not room[0]:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            with (tmp_path / "metrics.jsonl").open("ab") as file:
-                return file.write(data)
-
-    sink._file = io.TextIOWrapper(io.BufferedWriter(Disk()))
-    for iteration in range(3):
-        room[0] = iteration == 2
-        sink.evaluation(Evaluation(iteration, "test", 1.0, 8), "")
-    assert len(caplog.records) == 1 and "metrics cannot be written: No space left" in caplog.text
-    written = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == [0, 1, 2]
-    room[0] = 0
-    sink.evaluation(Evaluation(3, "test", 1.0, 8), "")
-    sink.close()
 
 
 def test_sigterm_to_torchrun(command, flags, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stand_ins import put
 
-from megatron.config.regular_file import (
+from megatron.files.regular import (
     UnfitFile,
     check_regular,
     open_regular,

@@ -1,0 +1,96 @@
+"""The rules of what a run writes: over nothing that it reads, and over no file that is something else."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from megatron.config.case import Case
+from megatron.config.errors import Problem
+from megatron.config.file_rules import MANIFEST
+from megatron.config.options import say
+from megatron.config.rules import TOKENIZER_FILES, prefixes
+from megatron.files.outputs import Reads, files_in, is_foreign
+from megatron.files.regular import open_regular
+
+HEAD = 1 << 12  # bytes of a file that show what it is
+FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
+
+
+def check_outputs(case: Case, config: str | None) -> list[Problem]:
+    """Everything that is wrong with where a run is to write. config: the file of --config."""
+    read = Reads([*_read(case), *([config] if config is not None else [])])
+    found = list(_overwritten(case, read))
+    said = {problem.what for problem in found}
+    return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case)]
+
+
+def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
+    """Every single file that a run writes or removes, with the setting it comes from."""
+    for name in (*FILES, "batch.stop_file"):
+        if c[name] is not None:
+            yield name, Path(c[name])
+    names = ("latest_checkpointed_iteration.txt", "progress.json", *(() if c["batch.stop_file"] is not None else ("stop",)))
+    folders = {"log.profile_pipeline": ("pipeline_profile.svg", "pipeline_profile.json"), "checkpoint.save": names}
+    for name, files in folders.items():
+        if c[name] is not None:
+            yield from ((name, Path(c[name]) / file) for file in files)
+
+
+def _read(c: Case) -> Iterator[str | Path]:
+    """Every file that a run reads, and every directory of a checkpoint or of a task's samples."""
+    for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
+        for prefix in prefixes(c[name]) or ():
+            stem = prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
+            yield from (stem + ending for ending in (".bin", ".idx", ".meta.json"))
+    for name in TOKENIZER_FILES.get(c["tokenizer.tokenizer_type"], ()):
+        if c[name] is not None:
+            yield from files_in(c[name])
+    yield from (*c["task.valid_data"], *c["task.train_data"])
+    for name in ("checkpoint.load", "checkpoint.save"):
+        if c[name] is not None:
+            yield from Path(c[name]).glob("iter_*/")
+    if c["checkpoint.load"] is not None and (Path(c["checkpoint.load"]) / MANIFEST).is_file():
+        yield c["checkpoint.load"]  # one itself
+
+
+def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
+    """Nothing is written over what is read, or twice to one place."""
+    seen: dict[str, str] = {}
+    for name, path in _outputs(c):
+        if (over := read.around(path)) is not None and not os.path.isdir(path):  # which another rule says
+            where = "lies in" if os.path.isdir(over) else "is"
+            rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
+            yield Problem(say(name, c[name]), rule)
+        place = os.path.realpath(path)
+        if (other := seen.setdefault(place, name)) != name:
+            yield Problem(f"{say(other, c[other])} and {say(name, c[name])}", f"are both written to {path}")
+
+
+def _other_kind(c: Case) -> Iterator[Problem]:
+    """What is there already under the name of metrics or results is that."""
+    for name, kind in FILES.items():
+        if c[name] is None or not os.path.isfile(c[name]):
+            continue
+        with suppress(OSError), open_regular(c[name]) as file:
+            head = file.read(HEAD).lstrip()
+            known = b'{"iteration"' if name == "log.metrics_path" else b"{"
+            if head and not head.startswith(known) and not known.startswith(head):
+                yield Problem(say(name, c[name]), f"is there already and is not {kind}; choose another place")
+
+
+def _save(c: Case) -> Iterator[Problem]:
+    """--save is a directory of checkpoints of this program, not one of them, and not another's."""
+    if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
+        return
+    root, what = Path(c["checkpoint.save"]), say("checkpoint.save", c["checkpoint.save"])
+    with suppress(OSError):
+        if (root / MANIFEST).is_file():
+            yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
+        foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and is_foreign(p))
+        if foreign:
+            rule = f"holds what is no checkpoint of this program: {', '.join(foreign[:3])}"
+            yield Problem(what, f"{rule}; choose another place, or take it away")

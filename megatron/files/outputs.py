@@ -1,0 +1,169 @@
+"""Where a tool may write: never over what it reads, and over a directory only where it made that itself.
+
+Paths are compared by what they lead to, so links, hard links, relative paths and `..` hide nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from megatron.files.regular import open_regular, read_json
+
+MARKER = ".made-by-megatron"  # in a directory that a tool made as a whole, and may replace
+TEMPORARY = r"\.\d+(-[0-9a-f]{8})?\.tmp"  # how the names of files/pending.py end
+MAX_MARKER = 1 << 20  # bytes
+CHECKPOINT_FILES = ("manifest.json", "state.json")  # one of them at least is in every checkpoint, be it damaged
+SVG = (b"<svg", b"<?xml")
+
+
+class BadOutput(Exception):
+    """The place to write to is taken; the message says by what. Tools print it and exit with status 2."""
+
+
+class Reads:
+    """Every file and directory that a command reads; looked up once, for any number of outputs."""
+
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        self.paths = list(paths)
+        self._by_place = {_place(path): path for path in self.paths}
+
+    def around(self, path: str | Path) -> str | Path | None:
+        """What is read and is this path, or a directory above it, or holds it by a hard link; None where nothing does."""
+        own = self._by_place.get(_place(path))
+        above = (self._by_place[place] for place in _upwards(path) if place in self._by_place)
+        found = own if own is not None else next(filter(os.path.isdir, above), None)
+        if found is None and os.path.isfile(path) and os.stat(path).st_nlink > 1:
+            found = next((read for read in self.paths if os.path.isdir(read) and _links_to(read, path)), None)
+        return found
+
+
+def check_file(flag: str, output: str | Path, reads: Reads) -> None:
+    """Raise BadOutput unless a command may write this file.
+
+    Args:
+        flag: what the file was named with, for the message.
+        output: the file; it need not be there.
+        reads: what the command reads. A file inside of a directory that is read counts as read.
+    """
+    if os.path.isdir(output):
+        raise BadOutput(f"{flag} {output}: is a directory, not a file")
+    if (read := reads.around(output)) is not None:
+        what = "lies in" if os.path.isdir(read) else "is"
+        raise BadOutput(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
+
+
+def files_in(path: str | Path) -> list[str | Path]:
+    """A file, or those that lie in a directory itself: what is read of one that also holds other things."""
+    with suppress(OSError):  # what cannot be looked into is named itself
+        if os.path.isdir(path):
+            return [entry.path for entry in os.scandir(path) if not entry.is_dir()]
+    return [path]
+
+
+def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = ()) -> None:
+    """Raise BadOutput unless a command may write an SVG picture there: as `check_file`, and over no other kind of file."""
+    check_file(flag, output, Reads(reads))
+    with suppress(OSError):
+        if os.path.isfile(output) and os.path.getsize(output):
+            with open_regular(output) as file:
+                if not file.read(64).lstrip().startswith(SVG):
+                    raise BadOutput(f"{flag} {output}: is there already and is no SVG picture; choose another place")
+
+
+def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> None:
+    """Raise BadOutput unless a command may add files of its own to this directory: it is none that it reads."""
+    if os.path.lexists(output) and not os.path.isdir(output):
+        raise BadOutput(f"{flag} {output}: a file is in the way")
+    for read in reads:
+        if _place(output) == _place(read):
+            raise BadOutput(f"{flag} {output}: is {read}, which this command reads; choose another place")
+
+
+def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path], *, overwrite: bool) -> Path:
+    """Find out whether a command may make this directory, or replace it as a whole.
+
+    Args:
+        flag: what the directory was named with, for the message.
+        output: the directory; it need not be there.
+        reads: every file and directory that the command reads.
+        overwrite: whether the user said that what is there may go.
+
+    Returns:
+        The directory's real path, with a name of its own.
+
+    Raises:
+        BadOutput: where the directory is read, holds or lies in what is read, is a link, or is not empty and was not made by
+            a tool of this project; the last also for a single file that somebody put into it.
+    """
+    real = Path(os.path.realpath(output))
+    if os.path.islink(os.path.abspath(output)):
+        raise BadOutput(f"{flag} {output}: is a link, to {real}; name that itself")
+    check_folder(flag, output, reads)
+    for read in reads:
+        if _place(output) in _upwards(read) or _place(read) in _upwards(output):
+            what = "holds" if _place(output) in _upwards(read) else "lies in"
+            raise BadOutput(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
+    if _place(real) in _upwards(os.getcwd()):
+        raise BadOutput(f"{flag} {output}: is the directory that this command runs in, or holds it; choose another place")
+    if not real.is_dir() or not any(real.iterdir()):
+        return real
+    if not overwrite:
+        raise BadOutput(f"{flag} {output}: it is not empty; choose another place, or pass --overwrite")
+    if (others := strangers(real)) is None:
+        why = f"it was not made by this project's tools (there is no {MARKER} in it)"
+        raise BadOutput(f"{flag} {output}: {why}, so --overwrite does not remove it; choose another place, or take it away")
+    if others:
+        why = f"it holds what its maker did not write: {', '.join(others[:5])}"
+        raise BadOutput(f"{flag} {output}: {why}; take that away first, or choose another place")
+    return real
+
+
+def is_foreign(directory: Path) -> bool:
+    """Whether a directory named like a checkpoint holds something else, which no save may replace."""
+    if not os.path.isdir(directory) or not (names := os.listdir(directory)):
+        return False
+    return not any(name in CHECKPOINT_FILES or name.startswith("shard_") for name in names)
+
+
+def mark(directory: Path, made_by: str, names: Iterable[str]) -> None:
+    """Leave a note in a directory that it was made as a whole, and with which entries, so that it may be replaced."""
+    note = {"made_by": made_by, "entries": sorted({*names, MARKER})}
+    (directory / MARKER).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def strangers(directory: Path) -> list[str] | None:
+    """The entries of a directory that its maker does not name; None where no tool of this project made it."""
+    try:
+        entries = read_json(directory / MARKER, MAX_MARKER)["entries"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not isinstance(entries, list):
+        return None
+    # What a killed command left under a temporary name is the maker's as well.
+    return sorted(name for name in {*os.listdir(directory)} - {*entries} if not re.search(TEMPORARY + "$", name))
+
+
+def _place(path: str | Path) -> tuple[int, int] | str:
+    """What is equal for all paths to one place: device and inode, or the real path where nothing is."""
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return about.st_dev, about.st_ino
+
+
+def _upwards(path: str | Path) -> Iterator[tuple[int, int] | str]:
+    """The places of a path and of all directories above it."""
+    real = Path(os.path.realpath(path))
+    yield from map(_place, (path, *real.parents))
+
+
+def _links_to(directory: str | Path, path: str | Path) -> bool:
+    """Whether one of a directory's files is, by a hard link, this one."""
+    place = _place(path)
+    return any(_place(os.path.join(folder, name)) == place for folder, _, names in os.walk(directory) for name in names)

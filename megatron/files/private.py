@@ -1,0 +1,61 @@
+"""A directory of our own in the machine's place for temporary files, where no other user can plant or change anything."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+
+NAME = "megatron"
+
+
+class PrivateDirectory:
+    """Small files of this user, in a directory with mode 0700. OSError where there can be none.
+
+    The place is the same for all of a user's processes on a host that have one `TMPDIR`. Somebody may have been there first:
+    what is no directory, or not this user's alone, is not used. Files are named relative to the directory that was opened, so
+    nobody can put another in its place.
+    """
+
+    def __init__(self) -> None:
+        self.path = os.path.join(tempfile.gettempdir(), f"{NAME}-{os.geteuid()}")
+        with suppress(FileExistsError):
+            os.mkdir(self.path, 0o700)
+        self._directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        about = os.fstat(self._directory)
+        if about.st_uid != os.geteuid() or stat.S_IMODE(about.st_mode) & 0o077:
+            self.close()
+            raise PermissionError(f"{self.path}: not a directory of this user alone")
+
+    def create(self, name: str) -> int:
+        """Open a new file for reading and writing; one of this name goes."""
+        self.remove(name)
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The first bytes of a file."""
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._directory)
+        try:
+            return os.read(descriptor, limit)
+        finally:
+            os.close(descriptor)
+
+    def remove(self, name: str) -> None:
+        """Delete a file; no error when it is not there."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._directory)
+
+    def names(self) -> list[str]:
+        """What is in it."""
+        return os.listdir(self._directory)
+
+    def close(self) -> None:
+        """Let go of the directory, which stays."""
+        os.close(self._directory)
+
+    def __enter__(self) -> PrivateDirectory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

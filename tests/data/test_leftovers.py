@@ -1,0 +1,95 @@
+"""What a killed command leaves beside its output goes with the next one for the same place; what another one writes stays."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.config.schema import TokenizerConfig
+from megatron.data.index_cache import IndexCache, lock
+from megatron.data.indexed import IndexedDataset, IndexedWriter
+from megatron.data.merge import merge
+from megatron.data.preprocess import Settings, preprocess
+
+# Writes a dataset up to its last rename, says so, and waits for what comes.
+WRITER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from megatron.data.indexed import IndexedWriter
+from megatron.data.preprocess import RejectedLines
+from megatron.files import pending
+rejected = RejectedLines(sys.argv[1])
+rejected.add([("a bad line", b"x")])
+writer = IndexedWriter(sys.argv[1] + "_text_document", np.dtype("<u2"))
+writer.add_document(np.arange(9), [9])
+def wait(file):
+    print("ready", flush=True)
+    time.sleep(60)
+pending.PendingFile.commit = wait
+writer.finish({})
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("how", ["preprocess", "merge"])
+def test_what_a_killed_writer_left_goes(tmp_path: Path, how: str) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    with IndexedWriter(str(tmp_path / "a"), np.dtype("<u2")) as made:
+        made.add_document(np.arange(9), [9])
+        made.finish()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "o_text_document.bin.77.tmp").write_text("left by a version that held no locks")
+    (out / "o_text_document.bin.tmp").write_text("somebody's")
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(out / "o")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        living = set(names(out)) - {"o_text_document.bin.tmp"}
+        assert len(living) == 4  # three files of the dataset and one of the lines
+
+        def again() -> None:
+            if how == "preprocess":
+                preprocess([str(tmp_path / "c.jsonl")], str(out / "o"), Settings(TokenizerConfig("ByteTokenizer")))
+            else:
+                merge([str(tmp_path / "a")], str(out / "o_text_document"))
+            assert IndexedDataset(str(out / "o_text_document")).token_count == 9
+
+        again()
+        assert living < set(names(out))
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        again()
+        left = {name for name in names(out) if name.endswith(".tmp")} - {"o_text_document.bin.tmp"}
+        assert left == ({name for name in living if ".bad." in name} if how == "merge" else set())
+        assert (out / "o_text_document.bin.tmp").exists()
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_the_cache_removes_what_builders_of_other_indices_left(tmp_path: Path) -> None:
+    source = tmp_path / "a.idx"
+    source.write_text("")
+
+    def build(key: int) -> None:
+        IndexCache(str(tmp_path / "cache")).get("a", {"key": key}, lambda: {"x": np.arange(3)}, str(source))
+
+    build(1)
+    (folder,) = (tmp_path / "cache").iterdir()
+    for name in ("0123456789abcdef.12.tmp", "fedcba9876543210.13.tmp"):
+        (folder / name).mkdir()
+    with lock(folder / ".fedcba9876543210.lock", 0.0):  # somebody is building that one
+        build(2)
+        assert [path.name for path in folder.glob("*.tmp")] == ["fedcba9876543210.13.tmp"]
+    build(3)
+    assert not list(folder.glob("*.tmp"))

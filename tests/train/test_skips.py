@@ -1,0 +1,64 @@
+"""A run that learnt nothing at its end says so, and is a failure; what a loss scale skips while it is sought is not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_program import run
+
+from megatron.optim.scaler import Constant, Dynamic
+from megatron.train.report import StepReport
+from megatron.train.skips import Skips, lost
+from megatron.train.state import TrainState
+
+DYNAMIC = Dynamic(2.0**32, 1.0, 1000, 2)
+
+
+@pytest.mark.parametrize(
+    ("scaler", "learnt", "last", "said"),
+    [
+        (Constant(), 8, 0, None),
+        (Constant(), 8, 1, None),
+        (Constant(), 8, 2, "nothing was learnt in the last 2 steps, up to iteration 20"),
+        (Constant(128.0), 0, 1, "nothing was learnt at all: each of the 1 steps"),
+        (DYNAMIC, 8, 4, None),
+        (DYNAMIC, 8, 5, "nothing was learnt in the last 5 steps, up to iteration 20"),
+        (DYNAMIC, 0, 0, None),
+        (DYNAMIC, 0, 3, "begin with a lower --initial-loss-scale"),
+    ],
+)
+def test_how_many_steps_are_too_many(scaler, learnt, last, said):
+    found = lost(TrainState(iteration=20, scheduled_samples=learnt, consecutive_skips=last, scaler=scaler))
+    assert found is None if said is None else said in found
+
+
+def test_the_closing_line_counts_the_steps_of_its_slice():
+    skips, state = Skips(), TrainState()
+    assert skips.summary(state) is None
+    for skipped, left_out in ((True, False), (False, False), (True, True), (True, False)):
+        skips.count(StepReport(1.0, 1.0, skipped=skipped, nan=False, samples=1, tokens=8, left_out=left_out))
+    assert "skipped: 2 of the 3 steps" in skips.summary(state) and "none of them at the end" in skips.summary(state)
+    state.consecutive_skips = 7  # some before this slice began
+    assert "the last 7 in a row" in skips.summary(state)
+
+
+def test_a_run_that_learnt_nothing_at_its_end_fails_with_its_checkpoint(flags, tmp_path, capsys):
+    far = [*flags, "--lr", "1e18", "--lr-warmup-iters", 0, "--eval-iters", 0]
+    assert run(far) == 1
+    said = capsys.readouterr()
+    assert (
+        "skipped: 11 of the 12 steps since the start of this command, as something in them was not finite; the last 11"
+        in said.out
+    )
+    assert said.err.count("error: ") == 1
+    assert "error: nothing was learnt in the last 11 steps, up to iteration 12: they were skipped" in said.err
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "12\n"
+    assert json.loads((tmp_path / "run" / "progress.json").read_text())["finished"] is None
+    assert run([*far, "--auto-resume"]) == 1  # asked again, it does not say that all is well
+    assert "nothing was learnt in the last 11 steps" in capsys.readouterr().err
+
+
+def test_a_run_that_is_stopped_says_what_was_skipped(flags, capsys):
+    assert run([*flags, "--lr", "1e18", "--lr-warmup-iters", 0, "--exit-interval", 4]) == 75
+    assert "skipped: 3 of the 4 steps" in capsys.readouterr().out
