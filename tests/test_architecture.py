@@ -42,6 +42,8 @@ PURE = [
     "mesh/signals.py",
     "mesh/last_words.py",
     "train/progress.py",
+    "train/going_on.py",
+    "train/lock.py",
     "model/size.py",
     "data/sample_index.py",
     "data/sentence_index.py",

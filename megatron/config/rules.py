@@ -203,6 +203,7 @@ def companions(c: Case) -> Iterator[Problem]:
         "checkpoint.save_interval_mins": "checkpoint.save",
         "checkpoint.async_save": "checkpoint.save",
         "checkpoint.on_save_error": "checkpoint.save",
+        "checkpoint.overwrite": "checkpoint.save",
         "checkpoint.finetune": "checkpoint.load",
         "checkpoint.load_iteration": "checkpoint.load",
         "checkpoint.use_checkpoint_args": "checkpoint.load",
@@ -210,6 +211,13 @@ def companions(c: Case) -> Iterator[Problem]:
     for name, other in needs.items():
         if c.given(name) and c[other] is None and other not in c.bad:
             yield Problem(c.say(name), f"needs `{by_name()[other].flag}`")
+
+
+def going_on_or_over(c: Case) -> Iterator[Problem]:
+    """A run goes on with what --save holds, or writes over it."""
+    if c["checkpoint.auto_resume"] and c["checkpoint.overwrite"]:
+        both = c.say("checkpoint.auto_resume", "checkpoint.overwrite")
+        yield Problem(both, "exclude each other: the first goes on with what --save holds, the second starts anew")
 
 
 def saving(c: Case) -> Iterator[Problem]:
@@ -298,7 +306,8 @@ def no_task(c: Case) -> Iterator[Problem]:
 
 COMMON_RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, warm_up,
-    learning_rates, weight_decay_growth, companions, schedule_on_resume, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
+    learning_rates, weight_decay_growth, companions, going_on_or_over,
+    schedule_on_resume, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
     *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
 )  # fmt: skip
 PRETRAINING_RULES: tuple[Rule, ...] = (

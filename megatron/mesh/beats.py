@@ -40,7 +40,11 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        pid = os.getpid()
+        return cls.here(os.getpid())
+
+    @classmethod
+    def here(cls, pid: int) -> Process:
+        """A process of this host and namespace."""
         try:
             # Containers may share a host's name but not its process numbers.
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
