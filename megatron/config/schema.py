@@ -394,7 +394,7 @@ class CheckpointConfig:
     overwrite: bool = option(
         False,
         "start a new run where --save holds checkpoints. They stay, and can be gone on with, until the new run's first "
-        "checkpoint is whole; then they are removed, and nothing else is: one with a file that no run wrote is refused. The old "
+        "checkpoint is whole; then they are removed, and nothing else: one with a file that no run wrote is refused. The old "
         "metrics.jsonl becomes metrics.1.jsonl",
     )
     allow_data_change: bool = option(False, "on resume take the training data from the command line, though they changed")

@@ -175,11 +175,12 @@ CASES: list[tuple[str, str, int, str]] = [
     ("companions", "--auto-resume", 1, "`--auto-resume` needs `--save`"),
     ("companions", "--keep-last 2", 1, "`--keep-last 2` needs `--save`"),
     ("companions", "--keep-every 2", 1, "`--keep-every 2` needs `--save`"),
+    ("companions", "--overwrite", 1, "`--overwrite` needs `--save`"),
     ("companions", "--finetune", 1, "`--finetune` needs `--load`"),
     ("companions", "--load-iteration 5", 1, "`--load-iteration 5` needs `--load`"),
     ("companions", "--use-checkpoint-args", 1, "`--use-checkpoint-args` needs `--load`"),
     (
-        "schedule_on_resume",
+        "one_of_two",
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
         1,
         "`--override-opt_param-scheduler` and `--use-checkpoint-opt_param-scheduler` exclude each other; give one of them",

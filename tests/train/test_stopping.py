@@ -103,7 +103,7 @@ def test_a_stop_before_the_ranks_have_joined(slices, command, tmp_path, ranks):
     assert len(second.errors) == 1
     if ranks == 1:
         assert slices(command("split", "--exit-interval", "1"), ranks=1).statuses == [75]
-        assert slices(command("split"), **early).statuses == [75]
+        assert slices(command("split", "--auto-resume"), **early).statuses == [75]
 
 
 def test_a_stop_during_the_evaluation_that_is_made_up_for(slices, command, flags, whole, tmp_path):
