@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-ECHO = 0.5  # seconds within which a launcher in the terminal's process group passes on the Ctrl-C that its processes had
 
 
 class Interrupts:
     """Answers Ctrl-C while a run works towards a step boundary. Called from another thread than the main one.
 
     relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
+    echo: seconds within which a launcher passes on the same Ctrl-C that its processes had from the terminal as well.
     """
 
     relayed = False
+    echo = 0.0
 
     def first(self) -> None:
         """Say what the run does now."""
@@ -117,7 +118,7 @@ class StopSignals:
         if before is None and number == signal.SIGINT:
             self._interrupted_at = now
             self._interrupts.first()
-        elif before is not None and again and now - before > ECHO:
+        elif before is not None and again and now - before > self._interrupts.echo:
             self._interrupts.again(signal.Signals(number).name)
 
     def _note(self, number: int) -> None:

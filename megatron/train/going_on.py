@@ -56,6 +56,7 @@ class CtrlC(Interrupts):
 
     def __init__(self, place: Place) -> None:
         self._first, self.relayed = place.rank == 0, place.source == "torchrun"
+        self.echo = 0.5 if place.world_size > 1 else 0.0
         self.checkpoint = CheckpointConfig()
         self.command: Sequence[str] = ()
 

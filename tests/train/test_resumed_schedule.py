@@ -19,7 +19,8 @@ STYLES = ("linear", "cosine", "constant", "inverse-square-root")
 
 
 def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: object) -> RunConfig:
-    batch = BatchConfig(micro_batch_size=1, global_batch_size=size, train_iters=None if samples else iters, train_samples=samples)
+    length = {"train_samples": samples} if samples else {"train_iters": iters}
+    batch = BatchConfig(micro_batch_size=1, global_batch_size=size, **length)
     return resolve(RunConfig(optim=OptimConfig(**{"lr": 1e-3, **optim}), batch=batch))
 
 
@@ -70,7 +71,7 @@ def test_what_changes_nothing_is_silent():
     growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
     with pytest.raises(ConfigError, match="length of the learning rate's decay"):  # which is that of the weight decay as well
         check_schedule(saved(run(**constant, **growing)), run(8, **constant, **growing))
-    with pytest.raises(ConfigError, match="`--end-weight-decay` is 0.2"):
+    with pytest.raises(ConfigError, match=r"`--end-weight-decay` is 0\.2"):
         check_schedule(saved(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
     check_schedule(replace(saved(run()), progress=False), run(8))  # --finetune
     check_schedule(Source(state=TrainState(iteration=0)), run(8))  # imported weights

@@ -46,9 +46,9 @@ def start(flags: str) -> Source:
         values[name.replace("-", "_")] = known[name](value) if name in known else True
     skip = bool(values.pop("skip_train", False))
     config = RunConfig(checkpoint=CheckpointConfig(**values), eval=EvalConfig(skip_train=skip))
-    directory, iteration = None, 0
-    checkpoint = config.checkpoint
-    root = checkpoint.save if checkpoint.auto_resume and Path(checkpoint.save or "", "iter_0000004").is_dir() else checkpoint.load
+    directory, iteration, checkpoint = None, 0, config.checkpoint
+    goes_on = checkpoint.auto_resume and Path(checkpoint.save or "", "iter_0000004").is_dir()
+    root = checkpoint.save if goes_on else checkpoint.load
     if root is not None and Path(root).is_dir() and "new" not in root:
         name = Path(root)
         number = checkpoint.load_iteration or (6 if "other" in root else 8)
@@ -74,7 +74,7 @@ GOES = [
     ("--save run --skip-train", ""),
     ("--save run --skip-train --load other", ""),
     ("--save new --overwrite", ""),
-    ("--save run --overwrite", "--overwrite: the checkpoints of iterations 4, 8 in run stay until this run's first one is whole"),
+    ("--save run --overwrite", "--overwrite: the checkpoints of iterations 4, 8 in run stay until this run's first one is"),
     ("--save run --overwrite --load other", "--overwrite: the checkpoints of iterations 4, 8"),
     ("--save run --overwrite --load run --finetune", "--overwrite: the checkpoints of iterations 4, 8"),
 ]

@@ -67,6 +67,7 @@ def whole(slices, corpus, tmp_path_factory):
 # the end, each of two steps.
 STOPS = {
     "training": ((0, "optimizer", 7, "SIGUSR1+SIGTERM+SIGUSR1"), 7),
+    "Ctrl-C": ((1, "optimizer", 2, "SIGINT+SIGTERM"), 2),  # and a launcher's echo of it
     "before a save": ((1, "forward", 4, "SIGTERM"), 4),
     "saving": ((1, "save", 1, "SIGTERM"), 5),
     "model build": ((0, "model build", 1, "SIGTERM+sleep"), 1),  # longer than a cause would be looked for
