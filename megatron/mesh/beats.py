@@ -150,6 +150,10 @@ class Peer:
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
 
+    def over(self, own: Process) -> bool:
+        """Whether the rank has ended, or is about to and needs nobody any more."""
+        return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
+
     def verdict(self, patience: Patience, own: Process, *, trouble: bool) -> str | None:
         """What is wrong with the rank, in words; None while nothing is.
 

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 FILE = ".lock"
 MAX_BYTES = 1 << 24  # of the file: a hundred thousand processes
 BEAT = 5.0  # seconds between two touches
-STALE = 60.0  # seconds without a touch after which a run that cannot be looked up counts as dead
-DYING = 45.0  # seconds that a run has to end after one of its processes died
+STALE = 45.0  # seconds without a touch after which a run, or what is left of it, counts as dead where it cannot be looked up
 LOOK = 0.5  # seconds between two looks
 
 
@@ -90,7 +89,7 @@ class Look:
         here = [process for process in holder.ranks if process != own and process.state(own) in ("alive", "stopped")]
         if first == "unknown":
             return ("dying" if here else "gone") if self.age > STALE else "silent"
-        if not here and ("unknown" not in others or self.age > DYING):
+        if not here and ("unknown" not in others or self.age > STALE):
             return "gone"
         died = "gone" in (first, *others, *(process.state(own) for process in launcher))
         return "dying" if died or not here else "alive"
@@ -149,7 +148,7 @@ def _end(text: str) -> None:
     os._exit(1)
 
 
-def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: float = DYING) -> Lock | None:
+def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: float = STALE) -> Lock | None:
     """The lock of a directory, which is made where it is not there yet.
 
     Args:
@@ -286,6 +285,7 @@ def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], o
         ranks = guard.processes(Process.own(), place.rank)
         for lock in held:
             lock.name_ranks(ranks or [])
+            guard.watch.at_end = lock.release
 
     if (wrong := guard.heard_from_first(place.rank, f"taking the lock of {save}", first)) is not None:
         raise Refused(wrong)
