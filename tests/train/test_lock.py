@@ -159,6 +159,14 @@ def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
         assert said == ["refused", "refused", "taken"]
 
 
+def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
+    """What was judged dead is taken out of the way, and nothing else."""
+    held(tmp_path, FAR)
+    dead, text = Look(Holder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / FILE).read_text()
+    assert not lock._cleared(tmp_path / FILE, dead) and (tmp_path / FILE).read_text() == text
+    assert lock._cleared(tmp_path / FILE, Look(text, 0, 0.0)) and os.listdir(tmp_path) == []
+
+
 def test_a_disk_that_takes_no_lock_is_said_and_done_without(tmp_path, caplog):
     (tmp_path / "file").touch()
     assert take(tmp_path / "file" / "run", ours(), pytest.fail) is None
