@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 from megatron.config.batch_size import ramp_sizes
 from megatron.config.cli import Parsed, explain
 from megatron.config.compare import different_model
+from megatron.config.directories import traces
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
@@ -83,7 +85,7 @@ def inspect(config: RunConfig) -> Found:
     else:
         problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
-    if config.checkpoint.load is not None:
+    if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
         lines += _checkpoint(config, problems)
     if problems:
         raise ConfigError(problems)
@@ -107,12 +109,17 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
 def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source, weights_alone
+    from megatron.train.resumed_schedule import check_schedule
+    from megatron.train.save_directory import check_save
 
     what = say("checkpoint.load", config.checkpoint.load)
     try:
         source = find_source(replace(config.checkpoint, auto_resume=False))
+        lines = check_save(source, config)
         if source.directory is None:
-            return []
+            return [*source.lines[:-1], *lines]
+        if not config.checkpoint.auto_resume:
+            check_schedule(source, config)
         held = from_json(read_config(source.directory)).model
         problems.extend(weights_alone(source))
     except CheckpointError as error:
@@ -122,7 +129,7 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
         problems.extend(error.problems)
         return []
     problems.extend(different_model(held, config.model, str(source.directory)))
-    return [*source.lines[:-1], f"checkpoint {source.directory}: complete"]
+    return [*source.lines[:-1], *lines, f"checkpoint {source.directory}: complete"]
 
 
 def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:

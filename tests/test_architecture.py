@@ -45,6 +45,8 @@ PURE = [
     "mesh/last_words.py",
     "mesh/errors.py",
     "train/progress.py",
+    "train/going_on.py",
+    "train/lock.py",
     "model/size.py",
     "data/sample_index.py",
     "data/sentence_index.py",

@@ -8,7 +8,7 @@ if [ $# -lt 4 ]; then
 fi
 "$here/distributed.sh" "$here/../../tasks/main.py" --task MNLI --epochs 5 \
   --train-data "$1/train.tsv" --valid-data "$1/dev_matched.tsv" "$1/dev_mismatched.tsv" \
-  --tokenizer-type BertWordPieceLowerCase --vocab-file "$2" --pretrained-checkpoint "$3" --save "$4" --save-interval 500000 \
+  --tokenizer-type BertWordPieceLowerCase --vocab-file "$2" --pretrained-checkpoint "$3" --save "$4" --auto-resume --save-interval 500000 \
   --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 --max-position-embeddings 512 \
   --micro-batch-size 8 --lr 5e-5 --lr-decay-style linear --lr-warmup-fraction 0.065 --weight-decay 0.1 \
   --recompute-granularity full --recompute-method uniform \

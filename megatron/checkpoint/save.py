@@ -199,7 +199,7 @@ def set_aside(root: Path, newest: int, keep_last: int | None, keep_every: int | 
         if (spare and keep_every and number % keep_every == 0) or not _whole(path):
             continue
         if spare:
-            _set_aside(path, number, root, storage)
+            put_aside(path, number, root, storage)
         kept += 1
     return _leftovers(root, storage)
 
@@ -209,13 +209,14 @@ def _leftovers(root: Path, storage: Storage) -> list[Path]:
     for path in sorted(root.iterdir()):
         unfinished, directory = UNFINISHED.fullmatch(path.name), DIRECTORY.fullmatch(path.name)
         if unfinished:
-            _set_aside(path, int(unfinished[1]), root, storage)
+            put_aside(path, int(unfinished[1]), root, storage)
         elif directory and directory[2] and not is_foreign(path) and _whole(path.with_suffix("")):
-            _set_aside(path, int(directory[1]), root, storage)
+            put_aside(path, int(directory[1]), root, storage)
     return sorted(path for path in root.iterdir() if DELETED.fullmatch(path.name))
 
 
-def _set_aside(path: Path, number: int, root: Path, storage: Storage) -> None:
+def put_aside(path: Path, number: int, root: Path, storage: Storage) -> None:
+    """Rename a directory so that nobody finds it and the next deletion takes it. What cannot be renamed is logged and stays."""
     doomed = root / f".{directory_name(number)}.deleted"
     if doomed.exists():  # it is being deleted; the next time
         return

@@ -96,6 +96,8 @@ def parse(
     problems = [*flags.problems, *file.problems]
     bad = (flags.bad | file.bad) - {"command.config", "command.preset", "command.world_size"}
     checkpoint: dict[str, Any] = {}
+    if chosen.get("checkpoint.use_checkpoint_args") and saved is not None and file_rules.first_start(_alone(chosen)):
+        saved = None  # the sizes are those that the command itself gives
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
         checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved)
         problems += wrong
@@ -149,6 +151,12 @@ def _assemble(values: Mapping[str, Any]) -> RunConfig:
         own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
         built[section] = config(**own)
     return RunConfig(**built)
+
+
+def _alone(chosen: Mapping[str, Any]) -> Case:
+    """What the user typed as a case of its own, for rules that look at nothing else."""
+    config = _assemble(chosen)
+    return Case(config, config, 1, 1)
 
 
 def _checkpoint_model(config: RunConfig, saved: ReadSaved) -> tuple[dict[str, Any], list[Problem]]:

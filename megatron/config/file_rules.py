@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.config.case import Case, Rule
+from megatron.config.directories import MANIFEST, iterations, starts_fresh
 from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
 from megatron.files.regular import kind_of_file
-
-MANIFEST = "manifest.json"  # written last into a checkpoint
 
 
 def _near(path: Path, names: list[str] | None = None) -> str:
@@ -86,18 +85,12 @@ def _dataset(what: str, prefix: str) -> Iterator[Problem]:
         yield Problem(what, f"is no dataset: {path} {why.split(';')[0]}")
 
 
-def iterations(root: Path) -> list[int]:
-    """The iterations that a directory of checkpoints holds, in order."""
-    found = (re.fullmatch(r"iter_(\d+)", entry.name) for entry in os.scandir(root) if entry.is_dir())
-    return sorted(int(match[1]) for match in found if match)
-
-
 def load(c: Case) -> Iterator[Problem]:
     """--load names a directory with a checkpoint in it, and the wanted iteration is there.
 
     Which one is taken where none is wanted, and whether it is whole, is found out later (train/resume.py).
     """
-    if c["checkpoint.load"] is None:
+    if c["checkpoint.load"] is None or first_start(c):
         return
     root, wanted = Path(c["checkpoint.load"]), c["checkpoint.load_iteration"]
     what = say("checkpoint.load", c["checkpoint.load"])
@@ -129,6 +122,11 @@ def load(c: Case) -> Iterator[Problem]:
         yield Problem(what, f"is not finished: {missing} does not exist; choose another with --load-iteration", legal)
     elif not finished:
         yield Problem(what, f"holds no finished checkpoint: none of its iter_ directories has a {MANIFEST}" + fresh)
+
+
+def first_start(c: Case) -> bool:
+    """Whether --load is allowed to name nothing yet. An evaluation, or a task, would have random weights."""
+    return starts_fresh(c.resolved.checkpoint) and not c["eval.skip_train"] and c["task.task"] is None
 
 
 def writable(c: Case) -> Iterator[Problem]:

@@ -55,8 +55,7 @@ CHANGES_NOTHING = """
 --empty-unused-memory-level 1 memory stays with torch's allocator
 --no-load-rng 0 random numbers follow from the seed and the step; no state is kept
 --no-save-rng 0 random numbers follow from the seed and the step; no state is kept
---exit-on-missing-checkpoint 0 always so: a --load with nothing there is an error
---exit-signal-handler 0 always so: SIGTERM or SIGUSR1 to any rank saves, and ends the run with status 75
+--exit-signal-handler 0 always so: SIGTERM, SIGUSR1 or Ctrl-C to any rank saves, and ends the run with status 75
 --no-data-sharding 0 every order of samples is shared by all ranks
 --timing-log-level 1 there are no timers inside a step
 --timing-log-option 1 there are no timers inside a step

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.config.case import Case
+from megatron.config.directories import MANIFEST
 from megatron.config.errors import Problem
-from megatron.config.file_rules import MANIFEST
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.files.outputs import Reads, files_in, is_foreign

@@ -203,6 +203,7 @@ def companions(c: Case) -> Iterator[Problem]:
         "checkpoint.save_interval_mins": "checkpoint.save",
         "checkpoint.async_save": "checkpoint.save",
         "checkpoint.on_save_error": "checkpoint.save",
+        "checkpoint.overwrite": "checkpoint.save",
         "checkpoint.finetune": "checkpoint.load",
         "checkpoint.load_iteration": "checkpoint.load",
         "checkpoint.use_checkpoint_args": "checkpoint.load",
@@ -219,11 +220,14 @@ def saving(c: Case) -> Iterator[Problem]:
         yield Problem(c.say("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
 
 
-def schedule_on_resume(c: Case) -> Iterator[Problem]:
-    """The schedule comes from one place."""
-    if c["optim.override_opt_param_scheduler"] and c["optim.use_checkpoint_opt_param_scheduler"]:
-        both = c.say("optim.override_opt_param_scheduler", "optim.use_checkpoint_opt_param_scheduler")
-        yield Problem(both, "exclude each other; give one of them")
+def one_of_two(c: Case) -> Iterator[Problem]:
+    """On resume the schedule comes from one place; and a run goes on with what --save holds, or begins anew over it."""
+    for pair in (
+        ("optim.override_opt_param_scheduler", "optim.use_checkpoint_opt_param_scheduler"),
+        ("checkpoint.auto_resume", "checkpoint.overwrite"),
+    ):
+        if all(c[name] for name in pair):
+            yield Problem(c.say(*pair), "exclude each other; give one of them")
 
 
 def split(c: Case) -> Iterator[Problem]:
@@ -298,7 +302,7 @@ def no_task(c: Case) -> Iterator[Problem]:
 
 COMMON_RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, warm_up,
-    learning_rates, weight_decay_growth, companions, schedule_on_resume, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
+    learning_rates, weight_decay_growth, companions, one_of_two, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
     *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
 )  # fmt: skip
 PRETRAINING_RULES: tuple[Rule, ...] = (

@@ -306,13 +306,14 @@ class OptimConfig:
     sgd_momentum: float = option(0.9, "momentum of sgd")
     override_opt_param_scheduler: bool = option(
         False,
-        "on resume take the schedule from the command line",
+        "on resume take the schedule of learning rate and weight decay from the command line; where it differs from the "
+        "checkpoint's, one of the two flags must be given",
         aliases=("--override-lr-scheduler",),
         flag="--override-opt_param-scheduler",
     )
     use_checkpoint_opt_param_scheduler: bool = option(
         False,
-        "on resume take the schedule from the checkpoint, as without this flag",
+        "on resume take the schedule from the checkpoint, whatever the command line says",
         aliases=("--use-checkpoint-lr-scheduler",),
         flag="--use-checkpoint-opt_param-scheduler",
     )
@@ -380,9 +381,22 @@ class CheckpointConfig:
     on_save_error: str = option(
         "stop", "a full or failing disk ends the run, or costs it that checkpoint alone", choices=("stop", "continue")
     )
-    load: str | None = option(None, "directory of checkpoints to start from: SAVE of another run, or one iter_ directory")
+    load: str | None = option(
+        None,
+        "directory of checkpoints to start from: SAVE of another run, or one iter_ directory; the directory of --save itself "
+        "may be empty yet",
+    )
     load_iteration: int | None = option(None, "which iteration of --load; default the latest", aliases=("--ckpt-step",))
+    exit_on_missing_checkpoint: bool = option(
+        False, "an error, not a fresh start, where --load is the directory of --save and holds nothing"
+    )
     auto_resume: bool = option(False, "go on from the newest complete checkpoint of --save, or start fresh and say so")
+    overwrite: bool = option(
+        False,
+        "start a new run where --save holds checkpoints. They stay, and can be gone on with, until the new run's first "
+        "checkpoint is whole; then they are removed, and nothing else: one with a file that no run wrote is refused. The old "
+        "metrics.jsonl becomes metrics.1.jsonl",
+    )
     allow_data_change: bool = option(False, "on resume take the training data from the command line, though they changed")
     finetune: bool = option(False, "take only the weights of --load: iteration 0, new optimizer, data from the start")
     no_load_optim: bool = option(False, "start with a new optimizer state")

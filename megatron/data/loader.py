@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron.contract import Batch
 from megatron.data.errors import DataError
@@ -103,12 +104,17 @@ def micro_batches(
         for name in names:
             if seed is not None and name // total != epoch:
                 epoch = name // total
-                order = np.random.default_rng([seed, epoch]).permutation(total)
+                order = epoch_order(seed, epoch, total)
             numbers.append(name if seed is None else int(order[name % total]))
         batch = make_batch(dataset, numbers, names)
         yield batch.pin() if pin else batch
         first += stride
     raise DataError(f"out of data: the dataset has {total} samples")
+
+
+def epoch_order(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
+    """The samples of an epoch as a cyclic loader hands them out."""
+    return np.random.default_rng([seed, epoch]).permutation(total)
 
 
 class ReadAhead:

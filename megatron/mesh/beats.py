@@ -40,7 +40,11 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        pid = os.getpid()
+        return cls.here(os.getpid())
+
+    @classmethod
+    def here(cls, pid: int) -> Process:
+        """A process of this host and namespace."""
         try:
             # Containers may share a host's name but not its process numbers.
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -145,6 +149,10 @@ class Peer:
         """What was read now, `seconds` after the last time."""
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
+
+    def over(self, own: Process) -> bool:
+        """Whether the rank has ended, or is about to and needs nobody any more."""
+        return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
 
     def verdict(self, patience: Patience, own: Process, *, trouble: bool) -> str | None:
         """What is wrong with the rank, in words; None while nothing is.

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,10 +32,14 @@ def say(text: str) -> None:
         with suppress(OSError):
             os.write(2, text.encode(errors="replace"))
 
-    # Nobody may read the other end, or the main thread may hold a stream's lock for ever.
-    writer = threading.Thread(target=write, daemon=True)
-    writer.start()
-    writer.join(2.0)
+    briefly(write)  # nobody may read the other end, or the main thread may hold a stream's lock for ever
+
+
+def briefly(work: Callable[[], object]) -> None:
+    """Do something that may never end; it gets two seconds."""
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(2.0)
 
 
 def tell_launcher(text: str) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.mesh.beats import Patience
+from megatron.mesh.beats import Patience, Process
 from megatron.mesh.errors import JobError
 from megatron.mesh.host_memory import keep_freed_memory
 from megatron.mesh.last_words import status_of
@@ -75,6 +76,39 @@ class Guard:
             if time.monotonic() > next_line:
                 tell(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
                 next_line += 30.0
+
+    def heard_from_first(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
+        """The first rank's answer, on all ranks, which wait for it as long as it takes. Called by all of them, once.
+
+        Args:
+            rank: of this process.
+            what: the first rank does, in words.
+            work: its answer: what is wrong in words, or None.
+        """
+        if self.store is None:
+            answers = [work() if rank == 0 else None]
+            if dist.is_initialized():
+                dist.broadcast_object_list(answers, 0)
+            return answers[0]
+        key = f"first {what}"
+        if rank == 0:
+            answer = work()
+            self.store.set(key, answer or "")
+            return answer
+        self.watch.waiting(f"waiting for rank 0, which is {what}")
+        while not self.store.check([key]):
+            time.sleep(0.05)
+        return str(self.store.get(key).decode()) or None
+
+    def processes(self, own: Process, rank: int) -> list[Process] | None:
+        """The processes of all ranks on the first one, None on the others. To be called when all have come: `wait_for_all`."""
+        if self.store is None:
+            return [own] if rank == 0 else None
+        self.store.set(f"process {rank}", json.dumps(asdict(own)))
+        if rank:
+            return None
+        texts = self.store.multi_get([f"process {each}" for each in range(self.world_size)])
+        return [Process(**json.loads(text)) for text in texts]
 
 
 @contextmanager

@@ -1,14 +1,32 @@
-"""SIGTERM and SIGUSR1 as requests to stop, noted at once even while the main thread is blocked. Pure."""
+"""SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, noted at once even while the main thread is blocked. Pure."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupts:
+    """Answers Ctrl-C while a run works towards a step boundary. Called from another thread than the main one.
+
+    relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
+    echo: seconds within which a launcher passes on the same Ctrl-C that its processes had from the terminal as well.
+    """
+
+    relayed = False
+    echo = 0.0
+
+    def first(self) -> None:
+        """Say what the run does now."""
+
+    def again(self, name: str) -> None:
+        """End the process at once. name: of the signal."""
 
 
 class StopSignals:
@@ -16,23 +34,29 @@ class StopSignals:
 
     At first `at_once` does, where it is given: it is called with the signal's name, from another thread, and ends the process.
     After `watched` the watch of a job of several ranks reads `name`, and ends the job. After `hold` the request waits for the
-    next step boundary of the training loop. A second signal changes nothing.
+    next step boundary of the training loop. A second signal changes nothing, but a second Ctrl-C does not wait.
 
-    name: of the first signal, None before.
+    interrupts: what answers Ctrl-C, which is taken over only where it is given. answered: the run has saved and leaves, so
+    that nothing more is asked of it. name: of the first signal, None before.
     """
 
-    def __init__(self, at_once: Callable[[str], object] | None = None) -> None:
+    def __init__(self, at_once: Callable[[str], object] | None = None, interrupts: Interrupts | None = None) -> None:
         self.name: str | None = None
-        self.held = False
-        self._at_once = at_once
+        self.held = self.answered = False
+        self._at_once, self._interrupts = at_once, interrupts
+        self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
         """Take the signals over. Nothing where they have an effect already, and where another thread than the main one calls.
 
         One that is ignored is taken as well: a batch script ignores it for the sake of the launcher, which the ranks inherit.
+        Not so Ctrl-C, which a shell has its background ignore.
         """
         mine = [number for number in STOPS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
+        mine = [number for number in mine if number != signal.SIGINT]
+        if self._interrupts is not None and signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
+            mine.append(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not mine:
             return
         self._read, self._write = os.pipe()
@@ -77,12 +101,25 @@ class StopSignals:
             for number in os.read(self._read, 64):
                 if number == 0:
                     return
-                if number not in STOPS:  # any signal that Python handles is written, also Ctrl-C
+                if number not in self._previous:  # any signal that Python handles is written
                     continue
+                self._interrupted(number)
                 self._note(number)
                 at_once = self._at_once  # the main thread may take it away meanwhile
                 if at_once is not None and self.name is not None:
                     at_once(self.name)
+
+    def _interrupted(self, number: int) -> None:
+        """Answer Ctrl-C: at the first say what follows, at the second end the process."""
+        if self._interrupts is None or not self.held or self.answered:
+            return
+        now, before = time.monotonic(), self._interrupted_at
+        again = number == signal.SIGINT or (self._interrupts.relayed and number == signal.SIGTERM)
+        if before is None and number == signal.SIGINT:
+            self._interrupted_at = now
+            self._interrupts.first()
+        elif before is not None and again and now - before > self._interrupts.echo:
+            self._interrupts.again(signal.Signals(number).name)
 
     def _note(self, number: int) -> None:
         self.name = self.name or signal.Signals(number).name

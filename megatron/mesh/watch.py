@@ -27,7 +27,7 @@ from typing import NoReturn
 
 from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
 from megatron.mesh.errors import JobError
-from megatron.mesh.last_words import is_echo, say, status_of, tell_launcher
+from megatron.mesh.last_words import briefly, is_echo, say, status_of, tell_launcher
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.slate import Slate, forget, left_by
@@ -50,6 +50,8 @@ class Watch:
 
     what: the phase in words, or something that gives them when called; they are made only when somebody reads them.
     """
+
+    at_end: Callable[[], object] | None = None  # called where a watch ends the process, if all others have ended
 
     def computing(self, kind: str, what: What) -> None:
         """Work that waits for nobody. Work of one kind takes about as long each time; far longer counts as a hang."""
@@ -285,8 +287,6 @@ class LiveWatch(Watch):
         what = left_by(beat.process, self._process) or beat.what
         return f"rank {rank} on host {beat.process.host}, {what}"
 
-    # The end.
-
     def _tell_hang(self) -> None:
         phase = self._seen_phase
         self._exchange(self._others)
@@ -337,8 +337,7 @@ class LiveWatch(Watch):
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
         for _ in range(int(self._patience.settle / 0.1)):
             self._exchange(self._others, ending="ended")
-            peers = self._peers.values()
-            if all(p.beat.ending in ("ended", "finished") or p.beat.process.state(self._process) == "gone" for p in peers):
+            if all(peer.over(self._process) for peer in self._peers.values()):
                 return
             time.sleep(0.1)
 
@@ -387,6 +386,8 @@ class LiveWatch(Watch):
         """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
         say(text)
         tell_launcher(text)
+        if self.at_end is not None and all(peer.over(self._process) for peer in self._peers.values()):
+            briefly(self.at_end)
         self._slate.wipe()
         os._exit(status)
 

@@ -35,8 +35,11 @@ from megatron.tasks.tagging import Tagging, labels_of
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Exit, GiveUp, Surroundings, stop
 from megatron.train.pretraining import Prepared, refusing, say
-from megatron.train.resume import Source, check_source, find_source
+from megatron.train.resume import check_source, find_source
+from megatron.train.resumed_schedule import check_schedule
 from megatron.train.run import Run
+from megatron.train.save_directory import check_save
+from megatron.train.source import Source
 
 
 def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
@@ -62,6 +65,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         model = replace(config.model, vocab_size=tokenizer.vocab_size, labels=_labels(config, source))
         config = replace(config, model=model)
         check_source(source, config)
+        notes += check_save(source, config)
         watch.waiting("reading the samples")
         task = task_of(config, tokenizer)
         files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
@@ -74,6 +78,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
             items = [item for path in config.task.train_data for item in task.read(path, training=True)]
             training = Epochs(items, config.task.epochs or 0, size, config.batch.seed)
             config = _with_length(config, training, parsed)
+            check_schedule(source, config)
             notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
         segments = config.model.segment_kinds > 0
         batches = ItemBatches(BertBatches(config.data.seq_length or 0, tokenizer.token("pad"), segments), task.rows)

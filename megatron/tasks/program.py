@@ -23,8 +23,9 @@ from megatron.tasks.zeroshot import open_sources, zero_shot
 from megatron.train.errors import Refused
 from megatron.train.pretraining import in_a_job, refusing, run_prepared, say
 from megatron.train.progress import EarlyStop
-from megatron.train.resume import Source, check_source, find_source
+from megatron.train.resume import check_source, find_source
 from megatron.train.run import grid_of
+from megatron.train.source import Source
 
 
 def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
@@ -45,6 +46,8 @@ def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, earl
     """The exit status of the contract; arguments as for `train.pretraining.run_prepared`."""
     if TASKS[parsed.config.task.task or ""].head is not None:
         return run_prepared(prepare, parsed, place, began, signals, early)
+
+    early.before = "the end of the evaluation"
 
     def check(watch: Watch) -> RunConfig:
         watch.waiting("reading the files")  # a phase without a limit

@@ -41,6 +41,7 @@ class Surroundings:
     the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
     run's slices. start: the iteration that this slice began after. skips: its steps without an update. score: what else is
     measured and told, every score_interval iterations; it is handed what to ask whether to give up.
+    again: what to say of how this run goes on.
     """
 
     train: Loader | None
@@ -56,6 +57,7 @@ class Surroundings:
     skips: Skips = field(default_factory=Skips)
     score: Callable[[GiveUp], object] | None = None
     score_interval: int | None = None
+    again: str = "start again to go on"
 
     def scores(self, iteration: int) -> bool:
         """Whether the score is due after an iteration."""
@@ -145,7 +147,8 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     if around.train is None:
         kept = "the evaluation is not finished"
     goes_on = around.saver is not None or around.train is None
-    text = f"{where}: {why}; " + (f"{kept}; start again to go on" if goes_on else "there is no --save, so this is the end")
+    again = around.again if around.saver is not None else "start again to go on"
+    text = f"{where}: {why}; " + (f"{kept}; {again}" if goes_on else "there is no --save, so nothing is kept")
     for sink in around.sinks:
         sink.event(text)
     if around.saver is not None:

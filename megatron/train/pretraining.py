@@ -26,6 +26,7 @@ from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader, MakeBatch
+from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import stage_table
@@ -41,14 +42,18 @@ from megatron.model.size import flops_per_token, padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
 from megatron.train.errors import Refused, TrainingError
+from megatron.train.lock import locked
 from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
-from megatron.train.resume import Source, check_source, choose_schedule, differences, find_source, restore, verify_source
+from megatron.train.resume import check_source, differences, find_source, restore, verify_source
+from megatron.train.resumed_schedule import check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.run import Run, build, grid_of, sample_counts
+from megatron.train.save_directory import check_save, set_metrics_aside
 from megatron.train.saving import Saver
 from megatron.train.sinks import open_sinks
+from megatron.train.source import Source
 from megatron.train.stopping import Stopping
 
 
@@ -57,7 +62,7 @@ class Prepared:
     """What a rank finds out for itself, before any other is needed.
 
     datasets: training, validation, test. scorer: a run -> what is measured beside its validation loss, every score_interval
-    iterations. finale: what follows training.
+    iterations. finale: what follows training. again: what to say after `start again`, to go on.
     """
 
     config: RunConfig
@@ -69,6 +74,7 @@ class Prepared:
     scorer: Callable[[Run, Surroundings], Callable[[GiveUp], object]] | None = None
     score_interval: int | None = None
     finale: Callable[[Run, Surroundings], Exit] = final_evaluations
+    again: str = "start again to go on"
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
@@ -92,10 +98,19 @@ def run_prepared(
 
     def run(prepared: Prepared, started: Job) -> int:
         signals.hold()
-        return run_job(prepared, started, began, signals, early.progress)
+        return run_job(replace(prepared, again=early.again), started, began, signals, early.progress)
 
-    compiled = parsed.config.batch.compile
-    return in_a_job(partial(prepare, parsed), run, parsed.config.layout, place, signals, early, compiled=compiled)
+    config = parsed.config
+    return in_a_job(
+        partial(prepare, parsed),
+        run,
+        config.layout,
+        place,
+        signals,
+        early,
+        save=config.checkpoint.save,
+        compiled=config.batch.compile,
+    )
 
 
 T = TypeVar("T")
@@ -109,19 +124,26 @@ def in_a_job(
     signals: StopSignals,
     early: EarlyStop,
     *,
+    save: str | None = None,
     compiled: bool = False,
 ) -> int:
     """What each rank prepares by itself, then what they do together; its exit status, or that of what went wrong, said once.
 
-    prepare: raises Refused. signals, early: as of `run_prepared`. compiled: the first work of a kind may take any time.
+    prepare: raises Refused. signals, early: as of `run_prepared`. save: the directory that is this job's alone meanwhile.
+    compiled: the first work of a kind may take any time.
     """
     hang = layout.hang_timeout_seconds or math.inf
     patience = Patience(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
     try:
-        with guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard:
+        tell = partial(say, sys.stdout if place.rank == 0 else None)
+        with (
+            guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard,
+            locked(save, guard, place, tell) as joined,
+        ):
             prepared = prepare(guard.watch)
-            guard.wait_for_all("preparing their data", partial(say, sys.stdout if place.rank == 0 else None))
+            guard.wait_for_all("preparing their data", tell)
+            joined()
             with job(place, layout.distributed_backend, timeout, guard=guard) as started:
                 return run(prepared, started)
     except KeyboardInterrupt:
@@ -172,6 +194,8 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
         check_source(source, config)
+        check_schedule(source, config)
+        notes = (*parsed.notes, *check_save(source, config))
         watch.waiting("building the datasets")
         recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
         datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples)
@@ -179,7 +203,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         raise Refused(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
         )
-    return Prepared(config, parsed.notes, tokenizer, source, datasets, recipe.batches)
+    return Prepared(config, notes, tokenizer, source, datasets, recipe.batches)
 
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, progress: Progress) -> int:
@@ -193,15 +217,22 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     started.watch.waiting("loading the checkpoint")
     if new := restore(source, run):
         say(out, f"new, from the seed: {', '.join(new)}")
+    if prepared.datasets[0] is not None:
+        run.state.order = order_marks(prepared.datasets[0], sample_counts(config)[0], config.data, config.batch.seed)
     say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
     root = None if source.directory is None else source.directory.resolve().parent
     own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
-    own = own or (config.checkpoint.auto_resume and root is None)  # this run, killed before its first checkpoint
+    first_start = config.checkpoint.auto_resume or config.checkpoint.load is not None
+    own = own or (first_start and root is None)  # this run, killed before its first checkpoint
     trained = source.progress and not config.eval.skip_train and run.state.iteration >= total
     if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
         say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
+    if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
+        say(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
+    warning = None if config.eval.skip_train else warning_of_rate_zero(run.schedule, run.state, config.batch)
+    say(out, *filter(None, [warning]))
     if config.log.profile_pipeline is not None:
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
     training, validation, test = openers(run, prepared)
@@ -222,6 +253,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         ),
         progress=progress,
         start=run.state.iteration,
+        again=prepared.again,
     )
     if prepared.scorer is not None:
         around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
@@ -235,6 +267,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
             finish(run, around)
         if status is Exit.FINISHED:
             around.stopping.obeyed()  # a request that came too late to be one
+            say(out, *filter(None, [warning]))
     except TrainingError:  # on all ranks: a save under way is what to go on from
         if around.saver is not None:
             with suppress(CheckpointError):
@@ -277,7 +310,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     say(
         out,
         *source.lines,
-        *differences(source, config),
+        *differences(source, config, another_order(source.state.order, prepared.datasets[0], config.data, config.batch.seed)),
         *prepared.notes,
         started.describe(),
         f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "

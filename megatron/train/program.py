@@ -21,6 +21,7 @@ from megatron.files.side import forgiving_streams
 from megatron.mesh.last_words import say, tell_launcher
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
+from megatron.train.going_on import CtrlC, how_to_go_on, typed_command
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
 
@@ -46,7 +47,8 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     except ValueError as error:
         explain(ConfigError([Problem("the launcher's environment", f"cannot be read: {error}")]), program)
     early = EarlyStop(place.rank)
-    signals = StopSignals(early.at_once)
+    ctrl_c = CtrlC(place)
+    signals = StopSignals(early.at_once, ctrl_c)
     signals.install()
     try:
         try:
@@ -57,6 +59,8 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
             return 0
         if parsed.dry_run:
             return planned(parsed, program, task) if place.rank == 0 else 0
+        ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, place)
+        early.again = how_to_go_on(ctrl_c.command, ctrl_c.checkpoint)
         again = restarted(parsed, place)
         if again is None:
             if place.rank == 0:
@@ -119,7 +123,8 @@ def restarted(parsed: Parsed, place: Place) -> Parsed | None:
 
     if ours and announced_in(checkpoint.save) != progress.tracker:
         line += "going on from the newest checkpoint of --save, as with --auto-resume"
-        parsed = replace(parsed, config=replace(parsed.config, checkpoint=replace(checkpoint, auto_resume=True)))
+        checkpoint = replace(checkpoint, auto_resume=True, overwrite=False)
+        parsed = replace(parsed, config=replace(parsed.config, checkpoint=checkpoint))
     else:
         line += "this job has saved nothing yet, so the command is carried out as before"
     return replace(parsed, notes=(*parsed.notes, line))

@@ -89,21 +89,24 @@ class Progress:
 class EarlyStop:
     """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
 
-    progress: set as soon as the command has been read.
+    progress, again: set as soon as the command has been read; again: what to say of how a run goes on that has saved. before:
+    what the end comes before.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self.progress = Progress(None)
+        self.again, self.before = "start again to go on", "the first step"
 
     def __call__(self, name: str, rank: int) -> tuple[str, int]:
         """What to say, and the exit status. One rank calls it for all, or each for itself. rank: that got the signal."""
         why = f"{name} to rank {rank}"
-        wrong = self.progress.too_short(f"{why} before it")
-        self.progress.write(finished=self.progress.finished, idle=self.progress.idle + 1)
+        by_hand = name == "SIGINT"  # Ctrl-C tells nothing of the slot
+        wrong = None if by_hand else self.progress.too_short(f"{why} before it")
+        self.progress.write(finished=self.progress.finished, idle=self.progress.idle + (not by_hand))
         if wrong is not None:
             return f"error: {wrong}\n", 1
-        return f"stopping before the first step: {why}; there is nothing to save; start again to go on\n", STOPPED
+        return f"stopping before {self.before}: {why}; there is nothing to save; start again to go on\n", STOPPED
 
     def at_once(self, name: str) -> None:
         """End this process, which no other watches yet. The first rank speaks, for they are mostly all told to stop."""

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +36,7 @@ from megatron.checkpoint.layout import (
 from megatron.checkpoint.load import load, verify_together
 from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
+from megatron.config.directories import starts_fresh
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
 from megatron.config.saved import from_json
@@ -46,34 +47,23 @@ from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Axis
 from megatron.model.size import parameter_list
 from megatron.optim.lr import Schedule
+from megatron.train.resumed_schedule import check_schedule, schedule_rows
 from megatron.train.run import Run, sample_counts
+from megatron.train.source import Source
 from megatron.train.state import TrainState
 
 # Settings that are told as fields of the schedule.
-SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay")
+SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt")
 # Settings about this start of the run rather than about the run.
 UNIMPORTANT = ("checkpoint", "log")
 # What decides which samples a training run sees, and in which order.
 DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
+# What else decides it, for a checkpoint that says nothing of its order.
+ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.seq_length", "batch.seed"})
 STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 # What a model with the head of a task may have beyond a pretrained one.
 HEAD_PARAMETERS = ("pooler.", "task_head.")
 NONE: Mapping[Path, str] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class Source:
-    """directory: the checkpoint, None for a fresh start. saved, state: the configuration and the counters in it.
-    optimizer, progress: whether these come from it too, beside the weights. lines: what to tell. verified: every byte of
-    it was compared with the manifest."""
-
-    directory: Path | None = None
-    saved: RunConfig | None = None
-    state: TrainState = field(default_factory=TrainState)
-    optimizer: bool = False
-    progress: bool = False
-    lines: tuple[str, ...] = ()
-    verified: bool = False
 
 
 def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> Source:
@@ -94,7 +84,9 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
             fresh = "to start fresh, give another --save, or move away what is there"
             raise CheckpointError(f"--auto-resume: no checkpoint in {root} is whole: {'; '.join(newest.skipped)}; {fresh}")
         lines.append(f"nothing to resume in {config.save}")
-    if config.load is None:
+    if config.load is None or starts_fresh(config):
+        if config.load is not None and not config.auto_resume:
+            lines.append(f"nothing to load in {config.load} yet, which is --save as well")
         fresh = "starting fresh: weights and sample order from the seed, a new optimizer, data from the first sample"
         return Source(lines=(*lines, fresh))
     directory = _named(config, lines, damaged)
@@ -212,38 +204,25 @@ def _meant(value: str | tuple[str, ...]) -> object:
     return [os.path.abspath(p.removesuffix(".bin").removesuffix(".idx")) for p in prefixes], weights
 
 
-def choose_schedule(source: Source, config: RunConfig) -> Schedule:
-    """A resumed run keeps the checkpoint's schedule, unless --override-opt_param-scheduler says otherwise."""
-    if not source.state.schedule or not source.progress or config.optim.override_opt_param_scheduler:
-        return Schedule.of(config.optim, config.batch)
-    return Schedule(**source.state.schedule)
+def differences(source: Source, config: RunConfig, another_order: bool | None = None) -> Iterator[str]:
+    """A table of the settings in which a resumed run differs from its checkpoint, with the value that counts.
 
-
-def differences(source: Source, config: RunConfig) -> Iterator[str]:
-    """A table of the settings in which a resumed run differs from its checkpoint, with the value that counts."""
+    another_order: whether the training data come in another order now; None where the checkpoint does not tell.
+    """
     if source.saved is None or not source.progress:
         return
-    rows = [*_schedule_rows(source, config), *_setting_rows(source.saved, config)]
+    rows = [*schedule_rows(source, config), *_setting_rows(source.saved, config)]
     samples = sample_counts(config)[0]
     if samples != source.state.training_samples:
         rows.append(("training samples", source.state.training_samples, samples, "this run's"))
-    if not rows:
-        return
-    yield "  differs from the checkpoint:"
-    yield from _aligned([("setting", "in the checkpoint", "asked for", "counts"), *rows])
-    if rows[-1][0] == "training samples" or any(row[0] in {f"data.{name}" for name in DATA_MIX} for row in rows):
+    if rows:
+        yield "  differs from the checkpoint:"
+        yield from _aligned([("setting", "in the checkpoint", "asked for", "counts"), *rows])
+    if another_order or (another_order is None and any(row[0] in ORDER for row in rows)):
         yield "  the order of samples is another: samples that were seen can come again before their epoch ends"
 
 
 Row = tuple[str, object, object, str]
-
-
-def _schedule_rows(source: Source, config: RunConfig) -> Iterator[Row]:
-    asked = asdict(Schedule.of(config.optim, config.batch))
-    winner = "this run's" if config.optim.override_opt_param_scheduler else "the checkpoint's"
-    for name, there in source.state.schedule.items():
-        if there != asked[name]:
-            yield f"schedule, {name}", there, asked[name], winner
 
 
 def _setting_rows(saved: RunConfig, config: RunConfig) -> Iterator[Row]:
@@ -287,6 +266,7 @@ def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
         source = together(world, lambda: find_source(config.checkpoint, damaged))
         try:
             check_source(source, config)
+            check_schedule(source, config)
         except ConfigError as error:
             raise CheckpointError(f"{'; '.join(source.lines)}; but it does not fit: {error}") from error
 

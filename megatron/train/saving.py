@@ -21,6 +21,7 @@ from megatron.checkpoint.storage import Storage
 from megatron.config.saved import to_json
 from megatron.mesh.watch import Watch, What
 from megatron.train.run import Run
+from megatron.train.save_directory import Overwritten
 
 POLL = 0.2  # seconds between two looks at what the thread says, while waiting for it
 DELETION = 5.0  # seconds that the end of a run waits for a deletion; what is left goes at the next save
@@ -87,6 +88,7 @@ class Saver:
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
         self._axis = saving_axis(run.mesh.world)
         self._assets = together(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
+        self._overwritten = Overwritten(self._root) if checkpoint.overwrite and self._axis.first else None
         self._contents = Contents(self._axis, Snapshot(run.job.device) if checkpoint.async_save else None)
         self._saving: Saving | None = None
         self._committed: int | None = None
@@ -148,6 +150,8 @@ class Saver:
         """First rank: old checkpoints go. Nobody waits for that, neither another rank nor the next step."""
         keep = self._checkpoint
         try:
+            if self._overwritten is not None:
+                self._overwritten.put_aside(self._storage)
             aside = set_aside(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
         except OSError as error:
             logging.getLogger(__name__).warning("%s: nothing could be deleted: %s", self._root, error.strerror)

@@ -19,7 +19,8 @@ class TrainState:
     consecutive_skips: skipped steps since the last update.
     scaler: of the loss; where it stands is saved, not its settings.
     schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
-    training_samples: how many the training set was built for; the order of samples depends on it.
+    training_samples: how many the training set was built for.
+    order: marks of the order of samples, by which a resumed run knows it again; see `data/order.py`.
     evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
     window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
     """
@@ -32,6 +33,7 @@ class TrainState:
     scaler: Scaler = field(default_factory=Constant)
     schedule: dict[str, Any] = field(default_factory=dict)
     training_samples: int = 0
+    order: dict[str, str] = field(default_factory=dict)
     evaluation_due: bool = False
     window_loss: float = 0.0
     window_sop: float = 0.0

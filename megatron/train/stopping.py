@@ -92,6 +92,7 @@ class Stopping:
 
     def obeyed(self) -> None:
         """The run has stopped: the first rank removes the stop file, or the next start would stop as well."""
+        self._signals.answered = True
         if self.stop_file is not None and self._mesh.rank == 0:
             with suppress(OSError):
                 self.stop_file.unlink()

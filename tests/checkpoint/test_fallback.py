@@ -236,7 +236,9 @@ def test_the_table_of_differences(root):
         checkpoint=CheckpointConfig(load="x"),
         log=replace(CONFIG.log, log_interval=1),
     )
-    title, head, *rows = differences(source, other)
+    title, head, *rows, order = differences(source, other)
+    assert order.startswith("  the order of samples is another"), "this checkpoint tells nothing of it, but the seed decides it"
+    assert list(differences(source, other, False)) == [title, head, *rows]
     assert title == "  differs from the checkpoint:" and head.split("  ")[1] == "setting"
     columns = [head.index(word) for word in ("setting", "in the checkpoint", "asked for", "counts")]
     table = [[row[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)] for row in rows]

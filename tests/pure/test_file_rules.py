@@ -28,12 +28,14 @@ def disk(tmp_path: Path) -> Path:
         "half/iter_0000003",
         "torn/iter_0000040",
         "lost/iter_0000007",
+        "emptied",
     ):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("20\n")
     (tmp_path / "torn/latest_checkpointed_iteration.txt").write_text("30")
     (tmp_path / "half/latest_checkpointed_iteration.txt").write_text("3")
     (tmp_path / "other/readme").write_text("x")
+    (tmp_path / "emptied/latest_checkpointed_iteration.txt").write_text("3")
     for folder in ("run/iter_0000010", "run/iter_0000020", "torn/iter_0000010", "lost/iter_0000007"):
         (tmp_path / folder / "manifest.json").write_text("{}")
     return tmp_path
@@ -86,6 +88,25 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
             "--load @other",
             "`--load other` holds no checkpoint: neither manifest.json nor an iter_ directory" + FRESH,
         ),
+        ("--load @rum --save @nothing --save-interval 1", "`--load rum` does not exist; near it: run" + FRESH),
+        (
+            "--load @nothing --save @nothing --save-interval 1 --exit-on-missing-checkpoint",
+            "`--load nothing` is an empty directory" + FRESH,
+        ),
+        ("--load @nothing --save @nothing --save-interval 1 --finetune", "`--load nothing` is an empty directory" + FRESH),
+        ("--load @nothing --save @nothing --save-interval 1 --skip-train", "`--load nothing` is an empty directory" + FRESH),
+        (
+            "--load @nothing --save @nothing --save-interval 1 --load-iteration 5",
+            "`--load nothing` is an empty directory" + FRESH,
+        ),
+        (
+            "--load @half --save @half --save-interval 1",
+            "`--load half` holds no finished checkpoint: none of its iter_ directories has a manifest.json" + FRESH,
+        ),
+        (
+            "--load @emptied --save @emptied --save-interval 1",
+            "`--load emptied` holds no checkpoint: neither manifest.json nor an iter_ directory" + FRESH,
+        ),
         ("--load @run --load-iteration 15", "`--load-iteration 15` is not in run; legal: 10, 20"),
         (
             "--load @run/iter_0000010 --load-iteration 20",
@@ -111,6 +132,9 @@ def test_wrong_files(change: str, message: str, disk: Path) -> None:
         "--load @torn --load-iteration 10",
         "--load @torn",
         "--load @lost",
+        "--load @nothing --save @nothing --save-interval 1",
+        "--load @rum --save @rum/ --save-interval 1",
+        "--load @nothing/../rum --save @rum --save-interval 1 --use-checkpoint-args",
         "--save @new/deep --save-interval 1 --tensorboard-dir @new/tb",
         "--tokenizer-type GPT2BPETokenizer --vocab-file @vocab.json --merge-file @merges.txt",
         "--data-path @good.bin",

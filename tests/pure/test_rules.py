@@ -175,11 +175,12 @@ CASES: list[tuple[str, str, int, str]] = [
     ("companions", "--auto-resume", 1, "`--auto-resume` needs `--save`"),
     ("companions", "--keep-last 2", 1, "`--keep-last 2` needs `--save`"),
     ("companions", "--keep-every 2", 1, "`--keep-every 2` needs `--save`"),
+    ("companions", "--overwrite", 1, "`--overwrite` needs `--save`"),
     ("companions", "--finetune", 1, "`--finetune` needs `--load`"),
     ("companions", "--load-iteration 5", 1, "`--load-iteration 5` needs `--load`"),
     ("companions", "--use-checkpoint-args", 1, "`--use-checkpoint-args` needs `--load`"),
     (
-        "schedule_on_resume",
+        "one_of_two",
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
         1,
         "`--override-opt_param-scheduler` and `--use-checkpoint-opt_param-scheduler` exclude each other; give one of them",
@@ -388,9 +389,7 @@ def test_every_number_has_a_range_and_its_message() -> None:
     assert problems("--attention-dropout 1.0") == ["`--attention-dropout 1.0` must be at least 0 and less than 1"]
     assert problems("--num-layers 0") == ["`--num-layers 0` must be greater than 0 and at most 65,536"]
     assert problems("--num-layers 65537") == ["`--num-layers 65537` must be greater than 0 and at most 65,536"]
-    assert problems(f"--global-batch-size {10**30}") == [
-        f"`--global-batch-size {10**30}` must be greater than 0 and at most 1,048,576"
-    ]
+    assert problems(f"--global-batch-size {10**30}")[0].endswith("0` must be greater than 0 and at most 1,048,576")
 
 
 def test_check_works_from_python() -> None:

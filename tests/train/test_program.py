@@ -118,21 +118,25 @@ def test_loading_weights_only(flags, tmp_path, capsys):
 
 
 def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
-    """The checkpoint's schedule counts, unless it is overridden; either way it is said."""
+    """Where it differs the command says which one counts; that is done, and said."""
     assert run([*flags, "--exit-interval", "4"]) == Exit.STOPPED
     root = ["--load", str(tmp_path / "run")]
 
-    def rate(*extra: object) -> float:
-        here = [flag if flag != str(tmp_path / "run") else str(tmp_path / "again") for flag in flags]
+    def rate(extra: str) -> float:
+        here = [flag if flag != str(tmp_path / "run") else str(tmp_path / extra) for flag in flags]
+        changed = ["--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", "--weight-decay", "0.1"]
+        assert run([*here, *root, *changed]) == 2
+        error = capsys.readouterr().err
+        assert "`--lr` is 0.005; the schedule of " in error and "iter_0000004 has 0.01; legal: --override-opt_param" in error
         assert (
-            run([*here, *root, "--train-iters", "6", "--lr-decay-iters", "12", "--lr", "5e-3", "--weight-decay", "0.1", *extra])
-            == 0
+            "--use-checkpoint-opt_param-scheduler goes on with the checkpoint's" in error and "`--weight-decay` is 0.1" in error
         )
-        return [line for line in metrics(tmp_path / "again") if line["iteration"] == 5 and "split" not in line][-1][
-            "learning_rate"
-        ]
+        assert error.count("error: ") == 2 and not (tmp_path / extra).exists()
+        assert run([*here, *root, *changed, extra]) == 0
+        lines = [line for line in metrics(tmp_path / extra) if line["iteration"] == 5 and "split" not in line]
+        return lines[-1]["learning_rate"]
 
-    assert rate() == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
+    assert rate("--use-checkpoint-opt_param-scheduler") == pytest.approx(1e-2 * (1 - (5 - 2) / 10))
     said = capsys.readouterr().out
     assert re.search(r"^  schedule, peak +0\.01 +0\.005 +the checkpoint's$", said, re.MULTILINE)
     assert re.search(r"^  schedule, decay_weights_to +0\.01 +0\.1 +the checkpoint's$", said, re.MULTILINE)
@@ -143,7 +147,7 @@ def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
 
 def test_the_schedule_outlives_a_second_resume(flags, tmp_path):
     """The checkpoints of a resumed run hold the schedule that was followed, not the one that was typed."""
-    longer = [*flags, "--auto-resume", "--train-iters", "24"]
+    longer = [*flags, "--auto-resume", "--train-iters", "24", "--use-checkpoint-opt_param-scheduler"]
     assert run([*flags, "--exit-interval", "4"]) == Exit.STOPPED
     assert run([*longer, "--exit-interval", "8"]) == Exit.STOPPED
     assert run(longer) == Exit.FINISHED
@@ -165,8 +169,11 @@ def test_metrics_are_appended_and_a_finished_run_stays_finished(flags, tmp_path,
     before = metrics(tmp_path / "run")
     assert run([*flags, "--auto-resume"]) == 0
     assert "nothing is left to train" in capsys.readouterr().out and metrics(tmp_path / "run") == before
-    assert run([*flags, "--train-iters", "3"]) == 0
-    assert metrics(tmp_path / "run")[: len(before)] == before and len(metrics(tmp_path / "run")) > len(before)
+    assert run([*flags, "--train-iters", "3"]) == 2 and metrics(tmp_path / "run") == before
+    assert "--auto-resume goes on with them; --overwrite begins anew" in capsys.readouterr().err
+    assert run([*flags, "--train-iters", "3", "--overwrite"]) == 0
+    assert [json.loads(line) for line in (tmp_path / "run" / "metrics.1.jsonl").read_text().splitlines()] == before
+    assert [line["iteration"] for line in metrics(tmp_path / "run") if "split" not in line] == [1, 2, 3]
 
 
 def test_every_evaluation_sees_the_same_samples(flags, tmp_path):
@@ -200,7 +207,7 @@ def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path)
 
 
 def test_an_optimizer_state_that_is_not_there(flags, tmp_path, capsys):
-    assert run([*flags, "--no-save-optim", "--train-iters", "3"]) == 0
+    assert run([*flags, "--no-save-optim", "--exit-interval", "3"]) == Exit.STOPPED
     assert run([*flags, "--load", tmp_path / "run"]) == 2
     assert "start a new one with --no-load-optim" in capsys.readouterr().err
     assert run([*flags, "--load", tmp_path / "run", "--no-load-optim"]) == 0

@@ -63,6 +63,7 @@ def whole(slices, corpus, tmp_path_factory):
 # the end, each of two steps.
 STOPS = {
     "training": ((0, "optimizer", 7, "SIGUSR1+SIGTERM+SIGUSR1"), 7),
+    "Ctrl-C": ((1, "optimizer", 2, "SIGINT+SIGTERM"), 2),  # and a launcher's echo of it
     "before a save": ((1, "forward", 4, "SIGTERM"), 4),
     "saving": ((1, "save", 1, "SIGTERM"), 5),
     "model build": ((0, "model build", 1, "SIGTERM+sleep"), 1),  # longer than a cause would be looked for
@@ -99,7 +100,7 @@ def test_a_stop_before_the_ranks_have_joined(slices, command, tmp_path, ranks):
     assert len(second.errors) == 1
     if ranks == 1:
         assert slices(command("split", "--exit-interval", "1"), ranks=1).statuses == [75]
-        assert slices(command("split"), **early).statuses == [75]
+        assert slices(command("split", "--auto-resume"), **early).statuses == [75]
 
 
 def test_a_stop_during_the_evaluation_that_is_made_up_for(slices, command, flags, whole, tmp_path):

@@ -1,0 +1,57 @@
+"""What --save and --load name, as far as names of files tell: whether they are one directory, whether checkpoints are in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from megatron.config.schema import CheckpointConfig
+
+MANIFEST = "manifest.json"  # written last into a checkpoint
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def same_directory(first: str | None, second: str | None) -> bool:
+    """Whether two names mean one directory, also by way of links, and where it is not there yet."""
+    if first is None or second is None:
+        return False
+    try:
+        if os.path.samefile(first, second):
+            return True
+    except OSError:
+        pass  # one of them is not there
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
+def iterations(root: Path) -> list[int]:
+    """The iterations that a directory of checkpoints holds, whole or not, in order. OSError where it cannot be read."""
+    found = (re.fullmatch(r"iter_(\d+)", entry.name) for entry in os.scandir(root) if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def traces(root: Path) -> list[str]:
+    """Names in a directory that show that a checkpoint was finished in it once, whole or not, in order.
+
+    Empty also for a directory that is not there. OSError where it cannot be read.
+    """
+    if not root.is_dir():
+        return []
+    return sorted(name for name in os.listdir(root) if name in (MANIFEST, TRACKER) or re.match(r"iter_\d+(\.replaced)?$", name))
+
+
+def starts_fresh(checkpoint: CheckpointConfig) -> bool:
+    """Whether --load names the directory of --save and nothing was saved there yet, so that this is a run's first start.
+
+    Megatron-LM's scripts say `--save C --load C` each time. Not so where something certain is asked for: weights alone
+    (--finetune), an iteration, or by --exit-on-missing-checkpoint an error.
+    """
+    if not same_directory(checkpoint.load, checkpoint.save) or checkpoint.exit_on_missing_checkpoint:
+        return False
+    root = Path(checkpoint.load or "")
+    if checkpoint.finetune or checkpoint.load_iteration is not None or (root.exists() and not root.is_dir()):
+        return False
+    try:
+        return not traces(root)
+    except OSError:
+        return False

@@ -1,0 +1,87 @@
+"""Marks by which two orders of samples are told apart: what some samples of each hold, at the same places.
+
+What decides the order are the data, the split, the seed, the sequence length, the weights of a blend and how many epochs
+were put together, but most of these only where they change something. So the samples themselves are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.config.schema import DataConfig
+from megatron.data.bert import PairSample
+from megatron.data.blend import BlendedDataset
+from megatron.data.errors import DataError
+from megatron.data.gpt import SampleSource
+from megatron.data.loader import epoch_order
+
+PLACES = 32  # spread over the order
+MAX_DATASETS = 256  # of a blend, whose first and last samples are looked at as well
+WINDOW = 1 << 20  # samples of a blend that are searched for them
+
+
+def order_marks(dataset: SampleSource, count: int, data: DataConfig, seed: int) -> dict[str, str]:
+    """The marks of an order: place in the training order -> digest of the sample there.
+
+    Args:
+        dataset: the training samples.
+        count: how many of them the run will read.
+        data: whether the loader reshuffles each epoch.
+        seed: by which it does.
+    """
+    return _marks(dataset, _places(dataset, min(count, len(dataset))), data, seed)
+
+
+def another_order(marks: Mapping[str, Any], dataset: SampleSource | None, data: DataConfig, seed: int) -> bool | None:
+    """Whether a dataset has other samples than those of `marks` at a place that both have.
+
+    Args:
+        marks: `order_marks` of the other one, as a checkpoint holds them.
+        dataset: the training samples; None where nothing is trained.
+        data: as of `order_marks`.
+        seed: as of `order_marks`.
+
+    Returns:
+        None where there are no marks to compare with.
+    """
+    if not marks or dataset is None:
+        return None
+    places = [int(place) for place in marks if place.isdecimal() and int(place) < len(dataset)]
+    return any(digest != marks[place] for place, digest in _marks(dataset, places, data, seed).items())
+
+
+def _places(dataset: SampleSource, count: int) -> list[int]:
+    places = {count * i // PLACES for i in range(PLACES)} if count else set()
+    if isinstance(dataset, BlendedDataset) and count:
+        # One dataset may be built anew, while the others stay as they are.
+        window = np.asarray(dataset.order[: min(count, WINDOW)])
+        for numbers in (np.arange(len(window)), np.arange(len(window))[::-1]):
+            _, first = np.unique(window[numbers], return_index=True)
+            places |= set(numbers[first][:MAX_DATASETS].tolist())
+    return sorted(places)
+
+
+def _marks(dataset: SampleSource, places: Sequence[int], data: DataConfig, seed: int) -> dict[str, str]:
+    order = epoch_order(seed, 0, len(dataset)) if data.dataloader_type == "cyclic" else None
+    marks = {}
+    for place in places:
+        try:
+            sample = dataset[place if order is None else int(order[place])]
+        except DataError:
+            continue  # whoever trains on it says so
+        digest = hashlib.blake2b(digest_size=8)
+        for array in _tokens(sample):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes() + b"|")
+        marks[str(place)] = digest.hexdigest()
+    return marks
+
+
+def _tokens(sample: Any) -> Iterator[NDArray[np.int64]]:
+    """The tokens of a sample of any kind, as they are before some of BERT's are masked."""
+    for row in getattr(sample, "rows", None) or [sample]:
+        yield row.labels if row is sample and isinstance(row, PairSample) else row.tokens

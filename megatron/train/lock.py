@@ -1,0 +1,314 @@
+"""One run at a time in a --save: the file `.lock` in it, which the first rank of a run holds. Imports no torch.
+
+The file names the processes of the run, and is touched every few seconds. Whether its run still lives is told by the process
+table on its own host, and from another host by the touching: so no lock outlives its run by more than a minute, wherever the
+next one starts, and a file system needs no locks of its own. The file comes to be by a link, or by O_EXCL, which file servers
+honour; where flock works it also keeps two starts from judging a dead run's lock at the same moment.
+
+A run of which one rank was killed ends within half a minute, rank by rank. Whoever starts meanwhile waits for that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.mesh.beats import Process
+from megatron.mesh.last_words import say, tell_launcher
+from megatron.mesh.place import Place
+from megatron.train.errors import Refused
+
+if TYPE_CHECKING:
+    from megatron.mesh.launch import Guard
+
+FILE = ".lock"
+MAX_BYTES = 1 << 24  # of the file: a hundred thousand processes
+BEAT = 5.0  # seconds between two touches
+STALE = 45.0  # seconds without a touch after which a run, or what is left of it, counts as dead where it cannot be looked up
+LOOK = 0.5  # seconds between two looks
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. since: in words. ranks: its processes, the first rank's first. launcher: which they do not outlive;
+    None where there is none."""
+
+    since: str
+    ranks: tuple[Process, ...]
+    launcher: Process | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Holder | None:
+        """None for a text that no run writes."""
+        try:
+            values = json.loads(text)
+            launcher = None if values["launcher"] is None else Process(**values["launcher"])
+            holder = cls(str(values["since"]), tuple(Process(**process) for process in values["ranks"]), launcher)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return holder if holder.ranks else None
+
+    def to_text(self) -> str:
+        return json.dumps(asdict(self)) + "\n"
+
+    def __str__(self) -> str:
+        return f"process {self.ranks[0].pid} on host {self.ranks[0].host}, since {self.since}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at a lock shows. text: of the file. touched: when it was, by its own disk's clock. age: seconds since."""
+
+    text: str
+    touched: int
+    age: float
+
+    @property
+    def holder(self) -> Holder | None:
+        return Holder.of(self.text)
+
+    def __str__(self) -> str:
+        return str(self.holder or f"which left no name, {self.age:.0f} s ago")
+
+    def state(self, own: Process) -> str:
+        """Of the run that holds it: `gone`, `dying`, `alive`; `silent` where only touches will tell."""
+        holder = self.holder
+        if holder is None:
+            return "gone" if self.age > STALE else "silent"
+        launcher = () if holder.launcher is None else (holder.launcher,)
+        first, *others = (process.state(own) for process in holder.ranks)
+        here = [process for process in holder.ranks if process != own and process.state(own) in ("alive", "stopped")]
+        if first == "unknown":
+            return ("dying" if here else "gone") if self.age > STALE else "silent"
+        if not here and ("unknown" not in others or self.age > STALE):
+            return "gone"
+        died = "gone" in (first, *others, *(process.state(own) for process in launcher))
+        return "dying" if died or not here else "alive"
+
+
+class Lock:
+    """The lock of a directory, held by this process. Made by `take`.
+
+    root: the directory. holder: this run, as the file names it. lost: is told when the file is another run's; by default it
+    ends the process, whose checkpoints and the other's would be written over one another.
+    """
+
+    def __init__(self, root: Path, holder: Holder, lost: Callable[[str], object] | None = None) -> None:
+        self.root, self.holder = root, holder
+        self._path, self._lost = root / FILE, lost or _end
+        self._over, self._changing = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
+        self._thread.start()
+
+    def name_ranks(self, ranks: Sequence[Process]) -> None:
+        """Note all processes of the run, so that the next one waits for the end of each."""
+        with self._changing, suppress(OSError):
+            self.holder = replace(self.holder, ranks=tuple(ranks))
+            with _written(self._path, self.holder.to_text()) as fresh:
+                os.replace(fresh, self._path)
+
+    def release(self) -> None:
+        """Remove the file, and the directory if nothing is in it."""
+        self._over.set()
+        self._thread.join()
+        with suppress(OSError):
+            if self._ours((_read(self._path) or (None,))[0]):
+                self._path.unlink()
+                self.root.rmdir()
+
+    def _ours(self, text: str | None) -> bool:
+        holder = None if text is None else Holder.of(text)
+        return holder is not None and holder.ranks[0] == self.holder.ranks[0]
+
+    def _touch(self) -> None:
+        while not self._over.wait(BEAT):
+            with self._changing, suppress(OSError):
+                text, _ = _read(self._path) or (None, 0)
+                if self._ours(text):
+                    os.utime(self._path)
+                elif text is not None:
+                    other = Holder.of(text) or "another run"
+                    self._lost(f"error: --save {self.root} was taken over by {other}: this run gave no sign for {STALE:.0f} s")
+                elif self.root.is_dir():  # somebody has cleared it
+                    _create(self._path, self.holder)
+
+
+def _end(text: str) -> None:
+    say(f"{text}\n")
+    tell_launcher(text)
+    os._exit(1)
+
+
+def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: float = STALE) -> Lock | None:
+    """The lock of a directory, which is made where it is not there yet.
+
+    Args:
+        root: the directory that the run saves to.
+        holder: the run. Its first process is this one.
+        tell: is given a line when there is something to wait for.
+        patience: seconds to wait for a run that is ending.
+
+    Returns:
+        The lock; None, with a warning, where the disk takes no file.
+
+    Raises:
+        Refused: another run holds it, and goes on to hold it.
+    """
+    began, own, told, before = time.monotonic(), holder.ranks[0], "", None
+    while True:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _alone(root):
+                seen = look(root / FILE)
+                state = "gone" if seen is None else seen.state(own)
+                if state == "gone" and (seen is None or _cleared(root / FILE, seen)) and _create(root / FILE, holder):
+                    return Lock(root, holder)
+        except OSError as error:
+            logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
+            return None
+        if seen is None or state == "gone":
+            continue  # another start was faster
+        if before is None or before.text != seen.text:
+            before = seen
+        touched = state == "silent" and seen.touched != before.touched
+        limit = patience if state == "dying" else STALE + 2 * BEAT
+        if state == "alive" or touched or time.monotonic() - began > limit:
+            ways = f"wait for its end, end it, or give another --save (the lock is {root / FILE})"
+            raise Refused(f"--save {root} is in use by another run, {seen}; {ways}")
+        why = "is ending" if state == "dying" else "gives no sign of life so far"
+        line = f"waiting for up to {limit:.0f} s: a run before this one in {root}, {seen}, {why}"
+        if line != told:
+            tell(line)
+            told = line
+        time.sleep(LOOK)
+
+
+def look(path: Path) -> Look | None:
+    """What a lock says now; None where there is none. OSError where it cannot be read, or nothing can be written beside it."""
+    if (read := _read(path)) is None:
+        return None
+    text, touched = read
+    with _written(path, "") as fresh:
+        return Look(text, touched, (os.stat(fresh).st_mtime_ns - touched) / 1e9)
+
+
+def _read(path: Path) -> tuple[str, int] | None:
+    """Text of a lock, and when it was touched, in nanoseconds. Opened anew, a file on a file server is looked at there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    with open(descriptor, "rb") as file:
+        return file.read(MAX_BYTES).decode("utf-8", errors="replace"), os.fstat(descriptor).st_mtime_ns
+
+
+@contextmanager
+def _written(path: Path, text: str) -> Iterator[Path]:
+    """A file of this process beside `path`, of this very moment by the disk's clock; gone afterwards."""
+    fresh = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
+    fresh.unlink(missing_ok=True)
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
+        file.write(text)
+    try:
+        os.utime(fresh)
+        yield fresh
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Make the file, whole from the start; False where another was faster."""
+    with _written(path, holder.to_text()) as fresh:
+        try:
+            os.link(fresh, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            try:
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                return False
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(holder.to_text())
+    return True
+
+
+def _cleared(path: Path, dead: Look) -> bool:
+    """Take a dead run's lock out of the way; False where it is another's by now, which stays."""
+    aside = path.with_name(f"{path.name}.dead.{os.uname().nodename}.{os.getpid()}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return True
+    same = aside.read_text(encoding="utf-8", errors="replace") == dead.text
+    if not same:
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()
+    return same
+
+
+def claim(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | None:
+    """The lock of --save for the run of this process; see `take`. launched: torchrun started it, and ends with it."""
+    launcher = Process.here(os.getppid()) if launched else None
+    return take(Path(save), Holder(time.strftime("%Y-%m-%d %H:%M:%S"), (Process.own(),), launcher), tell)
+
+
+@contextmanager
+def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], object]) -> Iterator[Callable[[], None]]:
+    """--save is this job's alone inside the block. Called by all ranks; the first one holds the lock.
+
+    Gives what to call when all ranks have come, which notes their processes. Refused, on all ranks, when another run has it.
+    """
+    if save is None:
+        yield lambda: None
+        return
+    held: list[Lock] = []
+
+    def first() -> str | None:
+        try:
+            held.extend(lock for lock in [claim(save, place.source == "torchrun", tell)] if lock is not None)
+        except Refused as error:
+            return str(error)
+        return None
+
+    def joined() -> None:
+        ranks = guard.processes(Process.own(), place.rank)
+        for lock in held:
+            lock.name_ranks(ranks or [])
+            guard.watch.at_end = lock.release
+
+    if (wrong := guard.heard_from_first(place.rank, f"taking the lock of {save}", first)) is not None:
+        raise Refused(wrong)
+    try:
+        yield joined
+    finally:
+        for lock in held:
+            lock.release()
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """No other start looks at the lock meanwhile, where the file system can see to that."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        for _ in range(20):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break  # it cannot
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,164 @@
+"""What a run may do with a --save in which checkpoints lie already: go on with them, write over them, or nothing at all.
+
+What lies in --save     the command                      what happens
+no checkpoint           any                              it begins, or goes on from --load
+a checkpoint itself     any                              refused: --save is the directory around it
+checkpoints             --skip-train                     nothing is saved there
+                        --auto-resume                    goes on from the newest whole one
+                        --load of one of them            goes on from it; a note where later ones are left behind
+                        --load of one, --finetune        refused: it would begin anew over them
+                        --load from elsewhere            refused: it would mix two runs
+                        no --load                        refused: it would begin anew over them
+                        --overwrite                      begins anew; they go when its first checkpoint is whole
+                        --overwrite, --load of one       refused, but for --finetune: it cannot go on and begin anew
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.checkpoint.layout import DIRECTORY, MANIFEST, CheckpointError, iterations, read_manifest
+from megatron.checkpoint.save import put_aside
+from megatron.checkpoint.storage import Storage
+from megatron.config.directories import same_directory, traces
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.options import say
+from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.train.source import Source
+
+ELSEWHERE = "another --save keeps both"
+
+
+def check_save(source: Source, config: RunConfig) -> list[str]:
+    """Lines to tell of what lies in --save. ConfigError where the run may not write there; see the table above."""
+    checkpoint, root = config.checkpoint, Path(config.checkpoint.save or ".")
+    if checkpoint.save is None or config.eval.skip_train:
+        return []
+    found = traces(root)
+    if MANIFEST in found:
+        rule, legal = "is one checkpoint, not a directory of them", str(root.parent)
+        raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
+    if not found:
+        return []
+    inside = source.directory is not None and _inside(source.directory, checkpoint.save)
+    if (why := _refusal(checkpoint, found, inside=inside)) is not None:
+        rule, legal = why
+        raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
+    if checkpoint.overwrite:
+        return _overwriting(root)
+    later = [number for number in iterations(root) if number > source.state.iteration]
+    if not checkpoint.auto_resume and _names_one(checkpoint) and later:
+        return [f"going back to iteration {source.state.iteration}: {_listed(later)} in {root} stay until this run comes there"]
+    return []
+
+
+def _refusal(checkpoint: CheckpointConfig, found: list[str], *, inside: bool) -> tuple[str, str] | None:
+    """The table: what is wrong and the ways out, None where the run may go on. inside: --load is one of --save's own."""
+    anew = "--overwrite begins anew over them"
+    on = "--auto-resume goes on with them"
+    held = f"holds checkpoints already ({', '.join(found[:3])}{', ...' * (len(found) > 3)})"
+    goes_on = inside and not checkpoint.finetune
+    if checkpoint.auto_resume:
+        return None
+    if checkpoint.overwrite:
+        rule = f"{held}, and --load goes on with one of them, while --overwrite begins anew over them"
+        return (rule, f"leave out --overwrite; or --finetune takes the weights alone; {ELSEWHERE}") if goes_on else None
+    if checkpoint.load is None:
+        return f"{held}, and this run would begin anew over them", f"{on}; {anew}; {ELSEWHERE}"
+    if inside and checkpoint.finetune:
+        rule = f"{held}, and --finetune would begin anew over them, the one that it loads among them"
+        return rule, f"{on}, or --load without --finetune; {anew}; {ELSEWHERE}"
+    if not inside:
+        rule = f"{held}, and --load {checkpoint.load} would write another run's among them"
+        return rule, f"{on}, whatever --load says; {anew}; {ELSEWHERE}"
+    return None
+
+
+def _inside(directory: Path, save: str) -> bool:
+    """Whether a checkpoint is one of --save's, however links lead to it."""
+    return any(same_directory(str(each.parent), save) for each in (directory, directory.resolve()))
+
+
+def _names_one(checkpoint: CheckpointConfig) -> bool:
+    """Whether --load asks for one checkpoint of several."""
+    load = checkpoint.load
+    return load is not None and (checkpoint.load_iteration is not None or bool(DIRECTORY.fullmatch(Path(load).resolve().name)))
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
+    return f"the checkpoints of iterations {shown}"
+
+
+def _overwriting(root: Path) -> list[str]:
+    """What --overwrite will do. ConfigError for what no run of this program wrote."""
+    for path in iterations(root).values():
+        if strange := _strange(path):
+            rule = f"cannot be written over with --overwrite: {strange}"
+            raise ConfigError([Problem(say("checkpoint.save", str(root)), rule, "move it away, or another --save")])
+    numbers = list(iterations(root))
+    listed = _listed(numbers) if numbers else "the traces of checkpoints"
+    return [f"--overwrite: {listed} in {root} stay until this run's first one is whole, and are removed then"]
+
+
+def _strange(directory: Path) -> str | None:
+    """What is in a directory that no save wrote, in words; None for a checkpoint of this program."""
+    try:
+        files = {*read_manifest(directory).files, MANIFEST}
+    except CheckpointError as error:
+        return f"{error}"
+    if directory.is_symlink():
+        return f"{directory} is a link"
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            if (path := Path(folder, name)).relative_to(directory).as_posix() not in files:
+                return f"{path} is no part of a checkpoint"
+    return None
+
+
+@dataclass(frozen=True)
+class _Directory:
+    """A directory that was there at the start of the run: its name may be another's later, its inode is not."""
+
+    path: Path
+    device: int
+    inode: int
+
+    def still_there(self) -> bool:
+        try:
+            about = os.lstat(self.path)
+        except OSError:
+            return False
+        return (about.st_dev, about.st_ino) == (self.device, self.inode)
+
+
+class Overwritten:
+    """The checkpoints that a run with --overwrite found in --save. Made by its first rank before anything is saved."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._old: dict[int, _Directory] = {}
+        for number, path in iterations(root).items():
+            about = os.lstat(path)
+            self._old[number] = _Directory(path, about.st_dev, about.st_ino)
+
+    def put_aside(self, storage: Storage) -> None:
+        """Give them names under which the saver deletes them. To be called when a checkpoint of the new run is whole."""
+        for number, directory in list(self._old.items()):
+            if directory.still_there() and _strange(directory.path) is None:
+                put_aside(directory.path, number, self._root, storage)
+            if not directory.still_there():
+                del self._old[number]
+
+
+def set_metrics_aside(path: Path, save: str | None) -> str | None:
+    """Give the metrics of the run that is written over a name of their own; a line that says which, None without any."""
+    if not path.exists() or not same_directory(str(path.parent), save):  # a file of the user's choice is appended to
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    return f"--overwrite: {path.name} of the run before is {aside.name} now"

@@ -1,0 +1,173 @@
+"""One run at a time in a --save: whoever is alive keeps it, nobody who is dead does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.mesh.beats import Process
+from megatron.train import lock
+from megatron.train.errors import Refused
+from megatron.train.lock import FILE, Holder, Look, take
+
+OWN = Process.own()
+FAR = Process("elsewhere", "another space", 7, 7)
+GONE = replace(OWN, pid=OWN.pid, started=OWN.started - 1)  # the number is used again
+
+
+@pytest.fixture
+def other():
+    """A process of this host that is alive until the test ends."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process, Process.here(process.pid)
+    process.kill()
+    process.wait()
+
+
+def held(root: Path, *ranks: Process, launcher: Process | None = None, ago: float = 0.0) -> Path:
+    """A lock as another run left it."""
+    root.mkdir(exist_ok=True)
+    (root / FILE).write_text(Holder("2026-01-01 10:00:00", ranks, launcher).to_text())
+    os.utime(root / FILE, (time.time() - ago,) * 2)
+    return root
+
+
+def ours() -> Holder:
+    return Holder("now", (OWN,))
+
+
+def test_it_comes_and_goes(tmp_path):
+    root = tmp_path / "a" / "run"
+    taken = take(root, ours(), pytest.fail)
+    assert taken is not None and Holder.of((root / FILE).read_text()) == ours()
+    taken.name_ranks([OWN, FAR])
+    assert Holder.of((root / FILE).read_text()) == Holder("now", (OWN, FAR)) and os.listdir(root) == [FILE]
+    taken.release()
+    assert not root.exists()
+
+
+def test_a_living_run_is_named_and_left_alone(tmp_path, other):
+    held(tmp_path, other[1])
+    text = (tmp_path / FILE).read_text()
+    with pytest.raises(Refused, match=rf"in use by another run, process {other[1].pid} on host \S+, since 2026-01-01 10:00:00"):
+        take(tmp_path, ours(), pytest.fail)
+    assert (tmp_path / FILE).read_text() == text and os.listdir(tmp_path) == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "ago", "state"),
+    [
+        ([GONE], None, 0.0, "gone"),
+        ([GONE, GONE], GONE, 0.0, "gone"),
+        ([FAR], None, 61.0, "gone"),
+        ([FAR], None, 3.0, "silent"),
+        ([FAR, FAR], FAR, -5.0, "silent"),
+        ([GONE, FAR], None, 3.0, "dying"),  # the other host has half a minute
+        ([GONE, FAR], None, 46.0, "gone"),
+        (["alive"], None, 1000.0, "alive"),  # a clock that jumped
+        (["alive", "alive"], "alive", 0.0, "alive"),
+        ([GONE, "alive"], None, 0.0, "dying"),
+        (["alive", GONE], None, 0.0, "dying"),
+        (["alive"], GONE, 0.0, "dying"),
+        (["alive", FAR], None, 0.0, "alive"),
+        ([FAR, "alive"], None, 61.0, "dying"),
+    ],
+)
+def test_the_state_of_another_run(ranks, launcher, ago, state, other):
+    def real(process):
+        return other[1] if process == "alive" else process
+
+    holder = Holder("x", tuple(map(real, ranks)), real(launcher))
+    assert Look(holder.to_text(), 0, ago).state(OWN) == state
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"since": 1, "ranks": [], "launcher": null}', '{"ranks": [{"pid": 1}]}'])
+def test_a_torn_lock_is_judged_by_its_age(tmp_path, text):
+    (tmp_path / FILE).write_text(text)
+    assert Look(text, 0, 3.0).state(OWN) == "silent" and Look(text, 0, 61.0).state(OWN) == "gone"
+    os.utime(tmp_path / FILE, (time.time() - 100,) * 2)
+    take(tmp_path, ours(), pytest.fail).release()
+
+
+def test_ranks_that_still_end_are_waited_for(tmp_path, other):
+    """The first rank was killed, another one is on its way out."""
+    held(tmp_path, GONE, other[1])
+    lines: list[str] = []
+    threading.Timer(0.3, other[0].communicate).start()
+    taken = take(tmp_path, ours(), lines.append)
+    assert other[0].poll() is not None and len(lines) == 1 and "is ending" in lines[0] and f"process {GONE.pid} on" in lines[0]
+    taken.release()
+
+
+def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, other):
+    held(tmp_path, GONE, other[1])
+    with pytest.raises(Refused, match="in use by another run"):
+        take(tmp_path, ours(), lambda line: None, patience=0.1)
+
+
+def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
+    held(tmp_path, FAR, ago=20.0)
+    lines: list[str] = []
+    threading.Timer(0.3, os.utime, [tmp_path / FILE]).start()
+    with pytest.raises(Refused, match="process 7 on host elsewhere"):
+        take(tmp_path, ours(), lines.append)
+    assert len(lines) == 1 and "gives no sign of life so far" in lines[0]
+
+
+def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.02)
+    lost = threading.Event()
+    monkeypatch.setattr(lock, "_end", lambda text: lost.set())
+    taken = take(tmp_path, ours(), pytest.fail)
+    os.utime(tmp_path / FILE, (0, 0))
+    deadline = time.monotonic() + 20.0
+    while os.stat(tmp_path / FILE).st_mtime == 0.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / FILE).unlink()
+    while not (tmp_path / FILE).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    held(tmp_path, FAR)
+    assert lost.wait(20.0)
+    taken.release()
+    assert (tmp_path / FILE).exists(), "it is another's"
+
+
+def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
+    """Also where the file system knows no flock."""
+    code = (
+        "import sys, fcntl, time; from pathlib import Path; from megatron.train.lock import claim, Refused\n"
+        "if sys.argv[2] == 'without': fcntl.flock = lambda *a: (_ for _ in ()).throw(OSError(95, 'not supported'))\n"
+        "try: claim(sys.argv[1], False, print); print('taken', flush=True); sys.stdin.read()\n"
+        "except Refused: print('refused', flush=True)\n"
+    )
+    for how in ("with", "without"):
+        root = held(tmp_path / how, GONE)
+        command = [sys.executable, "-c", code, str(root), how]
+        started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        said = sorted(process.stdout.readline().strip() for process in started)
+        for process in started:
+            process.communicate()
+        assert said == ["refused", "refused", "taken"]
+
+
+def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
+    """What was judged dead is taken out of the way, and nothing else."""
+    held(tmp_path, FAR)
+    dead, text = Look(Holder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / FILE).read_text()
+    assert not lock._cleared(tmp_path / FILE, dead) and (tmp_path / FILE).read_text() == text
+    assert lock._cleared(tmp_path / FILE, Look(text, 0, 0.0)) and os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_takes_no_lock_is_said_and_done_without(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert take(tmp_path / "file" / "run", ours(), pytest.fail) is None
+    assert "no lock can be kept here" in caplog.text

@@ -1,0 +1,114 @@
+"""The schedule of a resumed run: refused where it differs and nobody said which one counts; never at rate 0 by chance."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.resolve import resolve
+from megatron.config.schema import BatchConfig, OptimConfig, RunConfig
+from megatron.optim.lr import Schedule
+from megatron.train.resumed_schedule import check_schedule, choose_schedule, warning_of_rate_zero
+from megatron.train.source import Source
+from megatron.train.state import TrainState
+
+STYLES = ("linear", "cosine", "constant", "inverse-square-root")
+
+
+def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: object) -> RunConfig:
+    length = {"train_samples": samples} if samples else {"train_iters": iters}
+    batch = BatchConfig(micro_batch_size=1, global_batch_size=size, **length)
+    return resolve(RunConfig(optim=OptimConfig(**{"lr": 1e-3, **optim}), batch=batch))
+
+
+def saved(config: RunConfig, iteration: int = 4) -> Source:
+    """The checkpoint of a run at an iteration."""
+    done = iteration * (config.batch.global_batch_size or 1)
+    schedule = asdict(Schedule.of(config.optim, config.batch))
+    state = TrainState(iteration=iteration, consumed_samples=done, scheduled_samples=done, schedule=schedule)
+    return Source(Path("run/iter_0000004"), config, state, optimizer=True, progress=True)
+
+
+# What changes, a part of what is said of it, the checkpoint's value and the command's.
+CHANGES = [
+    (run(8), "`--train-iters 8` x `--global-batch-size 4`", 16, 32),
+    (run(4, size=8), "`--train-iters 4` x `--global-batch-size 8`", 16, 32),
+    (run(8, lr_decay_iters=6), "`--lr-decay-iters 6` x `--global-batch-size 4`", 16, 24),
+    (run(samples=20), "`--train-samples 20`", 16, 20),
+    (run(lr=2e-3), "`--lr`", 0.001, 0.002),
+    (run(min_lr=1e-5), "`--min-lr`", 0.0, 1e-05),
+    (run(lr_decay_style="cosine"), "`--lr-decay-style`", "linear", "cosine"),
+    (run(lr_warmup_iters=2), "`--lr-warmup-iters 2` x `--global-batch-size 4`", 0, 8),
+    (run(lr_warmup_fraction=0.25), "`--lr-warmup-fraction 0.25` of the decay", 0, 4),
+    (run(weight_decay=0.1), "`--weight-decay`", 0.01, 0.1),
+]
+
+
+@pytest.mark.parametrize(("asked", "what", "held", "wanted"), CHANGES)
+def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, held, wanted):
+    source = saved(run())
+    with pytest.raises(ConfigError) as caught:
+        check_schedule(source, asked)
+    (problem,) = map(str, caught.value.problems)
+    assert what in problem and f"is {wanted}; the schedule of run/iter_0000004 has {held}; legal: " in problem
+    assert "--override-opt_param-scheduler" in problem and "--use-checkpoint-opt_param-scheduler" in problem
+    new = replace(asked, optim=replace(asked.optim, override_opt_param_scheduler=True))
+    old = replace(asked, optim=replace(asked.optim, use_checkpoint_opt_param_scheduler=True))
+    for config in (new, old):
+        check_schedule(source, config)
+    assert choose_schedule(source, new) == Schedule.of(asked.optim, asked.batch)
+    assert choose_schedule(source, old) == Schedule.of(run().optim, run().batch)
+
+
+def test_what_changes_nothing_is_silent():
+    for config in (run(), run(lr_decay_iters=4), run(4, lr_warmup_fraction=0.0), run(start_weight_decay=0.01)):
+        check_schedule(saved(run()), config)
+    constant = {"lr_decay_style": "constant"}
+    check_schedule(saved(run(**constant)), run(8, **constant))  # the length of no decay
+    growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
+    with pytest.raises(ConfigError, match="length of the learning rate's decay"):  # which is that of the weight decay as well
+        check_schedule(saved(run(**constant, **growing)), run(8, **constant, **growing))
+    with pytest.raises(ConfigError, match=r"`--end-weight-decay` is 0\.2"):
+        check_schedule(saved(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
+    check_schedule(replace(saved(run()), progress=False), run(8))  # --finetune
+    check_schedule(Source(state=TrainState(iteration=0)), run(8))  # imported weights
+    check_schedule(saved(run()), replace(run(8), eval=replace(run().eval, skip_train=True)))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
+    """To the last bit, wherever the run stands; skipped steps moved neither."""
+    old, asked = run(10, lr_decay_style=style), run(20, size=8, lr=3e-3, min_lr=1e-4, lr_decay_style=style, lr_warmup_iters=3)
+    new = replace(asked, optim=replace(asked.optim, override_opt_param_scheduler=True))
+    for iteration in range(1, 11):
+        source = saved(old, iteration)
+        at = source.state.scheduled_samples
+        assert choose_schedule(source, new).rate(at) == Schedule.of(asked.optim, asked.batch).rate(at)
+        kept = replace(asked, optim=replace(asked.optim, use_checkpoint_opt_param_scheduler=True))
+        assert choose_schedule(source, kept).rate(at) == Schedule.of(old.optim, old.batch).rate(at)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("ramp", [(), (2, 2, 12)])
+@pytest.mark.parametrize(("begun", "decay"), [(0, 5), (0, 12), (3, 5), (8, 5)])
+def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
+    """Those that a walk through the run finds."""
+    from megatron.config.batch_size import global_batch_size_at
+
+    batch = replace(run(12).batch, rampup_batch_size=ramp)
+    for floor, warmup in ((0.0, 0), (0.0, 3), (1e-9, 0)):
+        schedule = Schedule(1e-3, floor, style, warmup, 4 * decay, 0.0, 0.0, "constant")
+        consumed, zero, state = 0, [], TrainState()
+        for iteration in range(1, 13):
+            if iteration == begun + 1:
+                state = TrainState(iteration=begun, consumed_samples=consumed, scheduled_samples=consumed)
+            if iteration > begun and consumed > 0 and schedule.rate(consumed) == 0.0:
+                zero.append(iteration)
+            consumed += global_batch_size_at(batch, consumed)
+        line = warning_of_rate_zero(schedule, state, batch)
+        assert (line is None) == (zero == [])
+        if line is not None and len(zero) > 1:
+            assert f"iterations {zero[0]} to {zero[-1]} lie beyond the end" in line and zero[-1] == 12
