@@ -365,7 +365,7 @@ def test_assets_from_a_function_and_a_failing_one(tmp_path):
     directory = save_at(run, Saver(run, write, print), 1)
     assert {n for n in read_manifest(directory).files if n.startswith("tokenizer/")} == {f"tokenizer/{n}" for n in ASSETS}
     with pytest.raises(CheckpointError, match="the disk: No space left on device"):
-        Saver(run, lambda folder: raiser(errno.ENOSPC)(), print)
+        Saver(run, lambda: raiser(errno.ENOSPC)(), print)
 
 
 class Stuck(Storage):
