@@ -37,7 +37,7 @@ def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
 def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:
     """Return the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
 
-    backend: is asked nothing after the return. A tokenizer that is being trained is locked, and its trainer waits for these texts.
+    backend: is asked nothing after the return: while it is trained it is locked, and its trainer waits for these texts.
     """
     seam = fast_seam(Backend.from_str(backend.to_str()))
     return (part for text in found for part in parts(text, lambda: seam))
