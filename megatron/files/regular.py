@@ -171,7 +171,7 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
-        if _values(text) > MAX_VALUES:
+        if count_values(text) > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values")
         value = json.loads(text)
     except RecursionError:
@@ -185,7 +185,7 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _values(text: str) -> int:
+def count_values(text: str) -> int:
     """How many values a JSON text has, about: one for each bracket and comma, of which strings may hold a few as well."""
     found = sum(map(text.count, "[{,"))
     if found <= MAX_VALUES:
