@@ -23,7 +23,14 @@ SECONDS = 1.0  # of processor time for one input
 READ_BY = {"compile", "match", "search", "fullmatch", "split", "findall", "finditer", "sub", "subn"}
 # Expressions that are put together while the program runs, and one that stands for each.
 KNOWN_TOKENS = "'(' + '|'.join(map(re.escape, self._known)) + ')'"
-BUILT = {("megatron/data/sentence_piece.py", KNOWN_TOKENS): r"(<CLS>|<EOD>|<extra_id_0>)"}
+BUILT = {
+    ("megatron/data/sentence_piece.py", KNOWN_TOKENS): r"(<CLS>|<EOD>|<extra_id_0>)",
+    ("megatron/files/pending.py", "re.escape(path.name) + TEMPORARY"): r"vocab\.txt\.\d+(-[0-9a-f]{8})?\.tmp",
+    (
+        "megatron/mesh/slate.py",
+        "re.escape(_name(own).rsplit('-', 2)[0]) + '-(\\\\d+)-(\\\\d+)'",
+    ): r"slate\-0123456789ab-(\d+)-(\d+)",
+}
 # Where a class or a category is meant, these stand for it.
 SAMPLES = "a0 \n."
 

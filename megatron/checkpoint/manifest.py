@@ -18,10 +18,12 @@ from typing import Any
 
 from megatron.checkpoint.shards import fault
 from megatron.checkpoint.storage import TORCH_DTYPES, FileRecord
+from megatron.files.regular import MAX_VALUES, count_values
 from megatron.parallel.spec import Part
 
 FORMAT, VERSION = "megatron-checkpoint", 1
 DIMENSIONS = 8
+BYTES_OF_A_VALUE = 16  # at least, in a manifest of many pieces; one takes as much as 64 in memory
 LARGEST = 1 << 62  # of a count: products of a few of them are still printed, never allocated
 
 
@@ -91,7 +93,7 @@ def plain_json(text: str | bytes) -> Any:
     """The value of a JSON text, as strict as what writes it.
 
     ValueError for anything but JSON in UTF-8: also for NaN and Infinity, a number out of range, a key that stands twice in
-    one object, and more nesting than Python reads.
+    one object, more nesting than Python reads, and more values than a checkpoint's files hold.
     """
 
     def number(digits: str) -> float:
@@ -112,6 +114,8 @@ def plain_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if count_values(text) > max(MAX_VALUES, len(text) // BYTES_OF_A_VALUE):
+            raise ValueError("it holds more values than a checkpoint of its size has")
         return json.loads(text, parse_float=number, parse_constant=constant, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -25,6 +25,7 @@ from megatron.files.regular import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
 MAX_ENTRIES = 1_000_000  # of all dictionaries together
+ADVICE = re.compile(r" was not (?:an )?allowed|In PyTorch 2")  # what torch says next would let a file's code run
 LEGACY_PICKLES = 4  # before torch 1.6 a file held four pickles, one after the other, and the last is the value
 
 
@@ -65,12 +66,13 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
                 value = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line] or str(error).splitlines() or [""]
-        why = re.split(r" was not (an )?allowed", lines[0])[0].strip()  # what torch advises next would let the code run
+        why = ADVICE.split(lines[0])[0].strip()
         raise CheckpointError(f"{name}: it was not read, since it asks for more than weights: {why}") from error
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        said = ADVICE.split(" ".join(str(error).split()))[0].strip()
+        why = getattr(error, "strerror", None) or said[:300] or type(error).__name__
         raise CheckpointError(f"{name}: not a readable file of torch.save: {why}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name}: expected a dictionary of tensors, found a {type(value).__name__}")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
-from megatron.data.slow_patterns import check_patterns, panics_in_words
+from megatron.data.slow_patterns import check_patterns, failures_in_words, panics_in_words
 from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
 from megatron.files.regular import parse_json
 
@@ -36,7 +36,7 @@ class FastTokenizer(Tokenizer):
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        with panics_in_words(self.kind):
+        with failures_in_words(self.kind):
             return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
 
     @cached_property
@@ -44,11 +44,11 @@ class FastTokenizer(Tokenizer):
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
-        with panics_in_words(self.kind):
+        with failures_in_words(self.kind):
             return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        with panics_in_words(self.kind):
+        with failures_in_words(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def piece(self, number: int) -> str:

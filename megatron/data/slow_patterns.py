@@ -9,6 +9,7 @@ this thread.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +25,11 @@ FREE_SECONDS, SECONDS_PER_CHARACTER = 0.1, 5e-6  # of processor time that a text
 SAMPLES = ("a", "A", "1", " ", "\n", ".", "_", "é", "中", "\u0301")  # one of each class that patterns name
 ENDS = ("!", "\0", "z")  # what a run is followed by, so that a match that wants the end of the text fails
 MAX_LITERALS = 16
+MAX_GROWTH = 1000  # characters that a tokenizer may make of one, by replacing it again and again; NFKC makes 18 of one
 
 
 def check_patterns(backend: Backend, name: str) -> None:
-    """DataError where a pattern of this tokenizer needs time out of all proportion for a short text. name: of its file."""
+    """DataError where this tokenizer needs time or memory out of all proportion for a short text. name: of its file."""
     normalizer, pre_tokenizer, decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
     parts: list[tuple[Any, Callable[[str], object]]] = []
     if normalizer is not None:
@@ -37,7 +39,10 @@ def check_patterns(backend: Backend, name: str) -> None:
     if decoder is not None:
         parts.append((decoder, lambda text: decoder.decode([text])))
     for part, run in parts:
-        patterns = _patterns(part)
+        described = json.loads(part.__getstate__())
+        if (growth := _growth(described)) > MAX_GROWTH:
+            raise DataError(f"{name}: it makes {growth:,} characters of a single one; it is no tokenizer to work with")
+        patterns = _patterns(described)
         for text in _texts(patterns):
             if not _quick(run, text):
                 listed = " or ".join(repr(pattern[:100]) for pattern in patterns[:3])
@@ -58,10 +63,32 @@ def panics_in_words(name: str) -> Iterator[None]:
         raise DataError(f"{name}: the tokenizers package gave up: {' '.join(str(error).split())[:200]}") from None
 
 
-def _patterns(part: Any) -> list[str]:
-    """The regular expressions in one part of a tokenizer."""
+@contextmanager
+def failures_in_words(name: str) -> Iterator[None]:
+    """As `panics_in_words`, and also what it refuses: a unigram model without an unknown token most texts."""
+    try:
+        with panics_in_words(name):
+            yield
+    except Exception as error:
+        if type(error) is not Exception:  # `tokenizers` raises plain ones
+            raise
+        raise DataError(f"{name}: the tokenizers package refuses this: {' '.join(str(error).split())[:200]}") from None
+
+
+def _growth(described: Any) -> int:
+    """Characters that one may become, at most, by what this part of a tokenizer puts in its place or before it."""
+    if isinstance(described, list):
+        return math.prod(map(_growth, described))
+    if not isinstance(described, dict):
+        return 1
+    own = max(1, len(str(described.get("content", ""))), len(str(described.get("prepend", ""))) + 1)
+    return own * math.prod(_growth(value) for value in described.values() if isinstance(value, dict | list))
+
+
+def _patterns(described: Any) -> list[str]:
+    """The regular expressions in one part of a tokenizer, as tokenizer.json describes it."""
     found: list[str] = []
-    values: list[Any] = [json.loads(part.__getstate__())]
+    values: list[Any] = [described]
     while values:
         value = values.pop()
         if isinstance(value, dict):

@@ -35,10 +35,12 @@ def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
 
 
 def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:
-    """Yield the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text."""
-    seam = fast_seam(backend)
-    for text in found:
-        yield from parts(text, lambda: seam)
+    """Return the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
+
+    backend: is asked nothing after the return: while it is trained it is locked, and its trainer waits for these texts.
+    """
+    seam = fast_seam(Backend.from_str(backend.to_str()))
+    return (part for text in found for part in parts(text, lambda: seam))
 
 
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:

@@ -11,6 +11,7 @@ import errno
 import io
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -29,6 +30,8 @@ MAX_LINE_BYTES = 1 << 28  # one line of a corpus: a document
 
 MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's largest has 42 MB
 MAX_DEPTH = 200  # of brackets in JSON
+MAX_VALUES = 10_000_000  # in a JSON text; an empty list has 2 bytes there and 64 in memory
+STRING = re.compile(r'"[^"]*+"?')  # where no quote is escaped
 PIPE_PATIENCE = 5.0  # seconds that a named pipe may wait for somebody who writes into it
 
 KINDS = (
@@ -162,9 +165,15 @@ def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. ValueError, in words, also for more nesting than Python reads and for endless numbers."""
+    """The value of a JSON text.
+
+    ValueError, in words, also for more nesting than Python reads, for endless numbers and for more values than `MAX_VALUES`.
+    """
     try:
-        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        if count_values(text) > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:
@@ -174,6 +183,14 @@ def parse_json(text: str | bytes) -> Any:
     if _deeper(value, MAX_DEPTH):
         raise ValueError("it is nested too deeply")
     return value
+
+
+def count_values(text: str) -> int:
+    """How many values a JSON text has, about: one for each bracket and comma, of which strings may hold a few as well."""
+    found = sum(map(text.count, "[{,"))
+    if found <= MAX_VALUES:
+        return found
+    return sum(map(STRING.sub("", text.replace("\\\\", "").replace('\\"', "")).count, "[{,"))
 
 
 def _deeper(value: Any, levels: int) -> bool:

@@ -101,6 +101,18 @@ def test_tensors_and_dictionaries_that_are_more_than_the_file(tmp_path: Path) ->
     assert "nested too deeply" in refusal(saved(tmp_path / "doubled.pt", doubled))
 
 
+def test_what_torch_advises_is_not_passed_on(tmp_path: Path) -> None:
+    """It names the switch that lets a file's code run."""
+    whole, path = io.BytesIO(), tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(2)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as copy:
+        for name in source.namelist():
+            copy.writestr(name, b"\x80\x02}U\x01aa." if name.endswith("data.pkl") else source.read(name))
+    with pytest.raises(CheckpointError, match="it was not read") as caught:
+        read_pickled(path, "weights.pt")
+    assert "weights_only" not in str(caught.value) and len(str(caught.value)) < 120
+
+
 def test_what_is_whole_is_still_read(tmp_path: Path) -> None:
     view = torch.arange(8.0).view(2, 4).t()
     path = saved(tmp_path / "good.pt", {"a": view, "b": view, "c": {"d": torch.ones(())}})

@@ -201,6 +201,15 @@ def test_json_that_is_none_of_ours(run, text, name, read):
         read(directory)
 
 
+def test_json_of_nothing_but_brackets_is_not_built(monkeypatch):
+    """A manifest may have a gigabyte: as empty lists, of 3 bytes each, it would take twenty in memory."""
+    monkeypatch.setattr("megatron.checkpoint.manifest.MAX_VALUES", 100)
+    assert len(plain_json("[" + "[]," * 40 + "[]]")) == 41
+    assert len(plain_json("[" + "         1234567," * 200 + "1]")) == 201
+    with pytest.raises(ValueError, match="more values than a checkpoint of its size"):
+        plain_json("[" + "[]," * 200 + "[]]")
+
+
 def test_plain_json_still_reads_json():
     value = {"a": [1, 2.5, -3, True, None, "ü"], "b": {"c": 1e-300}}
     assert plain_json(json.dumps(value)) == value == plain_json(json.dumps(value).encode())

@@ -146,6 +146,24 @@ def test_a_panic_of_the_library_is_words(tmp_path: Path, monkeypatch: pytest.Mon
         found.tokenize("x" * 26)
 
 
+@pytest.mark.parametrize("steps", [[normalizers.Replace(".", "x" * 100)] * 2, [normalizers.Prepend("x" * 10_000)]])
+def test_a_normalizer_that_fills_the_memory_is_refused(steps: list[normalizers.Normalizer], tmp_path: Path) -> None:
+    backend = Tokenizer.from_str(BASE.to_str())
+    backend.normalizer = normalizers.Sequence(steps)
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    with pytest.raises(DataError, match=r"10,00[01] characters of a single one"):
+        HuggingFaceTokenizer(str(tmp_path))
+
+
+def test_a_text_that_the_library_refuses_is_words(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(models.Unigram([("a", -1.0)], None, False)).to_str())
+    found = HuggingFaceTokenizer(str(tmp_path))
+    assert found.tokenize("aa") == [0, 0]
+    for work in (found.tokenize, lambda text: found.tokenize_many([text])):
+        with pytest.raises(DataError, match=r"refuses this: .*unk_id"):
+            work("ab")
+
+
 def test_tokenizers_without_patterns_cost_nothing() -> None:
     began = time.thread_time()
     check_patterns(BASE, "none")

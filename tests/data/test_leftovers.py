@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,41 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path, how: str) -> None:
     finally:
         writer.kill()
         writer.wait()
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "text")
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    arguments = ["--input", "text", "--output-prefix", "o", "--tokenizer-type", "ByteTokenizer", "--workers", "2"]
+    command = [sys.executable, tool, *arguments, "--log-interval", "1"]
+    with (
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as parent,
+        open(tmp_path / "text", "wb", buffering=0) as text,
+    ):
+        try:
+            for _ in range(9):  # blocks for both workers, and no end
+                text.write(json.dumps({"text": "a" * (1 << 20)}).encode() + b"\n")
+            assert parent.stderr is not None and "documents" in parent.stderr.readline()
+            assert len(of_session(parent.pid)) >= 3
+            parent.kill()
+            parent.wait()
+            deadline = time.monotonic() + 30
+            while (left := of_session(parent.pid)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert not left
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+
+
+def of_session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, _, session = place.read_text().rpartition(") ")[2].split()[:4]
+            found += [int(place.parent.name)] if int(session) == leader and state not in "ZX" else []
+    return found
 
 
 def test_the_cache_removes_what_builders_of_other_indices_left(tmp_path: Path) -> None:

@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron.config.schema import TokenizerConfig
+from megatron.data.cuts import MAX_PART
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Settings, preprocess
 from megatron.data.sentences import split_sentences
 from megatron.data.tokenizer import build_tokenizer
+from megatron.data.train_bpe import train_bpe
+from megatron.data.train_wordpiece import train_wordpiece
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ["Hello there.", "", "Second one: é.", "x" * 5000, "Last."]
@@ -262,6 +266,19 @@ def test_train_tokenizer(corpus: Path, tmp_path: Path) -> None:
     small = tool("train_tokenizer.py", "--input", corpus, "--vocab-size", 5000, "--output", tmp_path / "t")
     assert "warning: the text gives only" in small.stderr
     assert tool("train_tokenizer.py", "--input", corpus, "--vocab-size", 256, "--output", tmp_path / "t").returncode == 2
+
+
+@pytest.mark.parametrize("train", [train_bpe, partial(train_wordpiece, lower_case=True)], ids=["bpe", "wordpiece"])
+def test_train_on_a_long_document(train: Any, tmp_path: Path) -> None:
+    """It comes to the trainer in parts, which gives what its halves give: nobody asks a tokenizer that is being trained."""
+    words = [f"The {n}th: some, other\u3000words\tand {n * n} more" for n in range(1800)]
+    texts = {"whole": [" ".join(words)], "halves": [" ".join(words[:900]), " " + " ".join(words[900:])]}
+    assert len(texts["whole"][0]) > MAX_PART > max(map(len, texts["halves"]))
+    for name, documents in texts.items():
+        file = lines(tmp_path / f"{name}.jsonl", [{"text": text} for text in documents])
+        train([str(file)], ["text"], 400, str(tmp_path / name))
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "halves" / file.name).read_bytes()
 
 
 def test_train_wordpiece(corpus: Path, tmp_path: Path) -> None:

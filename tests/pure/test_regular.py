@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from stand_ins import put
 
+from megatron.files import regular
 from megatron.files.regular import (
     UnfitFile,
     check_regular,
@@ -85,6 +87,18 @@ def test_json_that_is_none_is_a_value_error_in_words(text: str | bytes, words: s
     with pytest.raises(ValueError, match=words) as caught:
         parse_json(text)
     assert len(str(caught.value)) < 200
+
+
+def test_json_of_too_many_values_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte that is packed can hold eighty million lists, of 64 bytes each. Brackets and commas in strings are text."""
+    monkeypatch.setattr(regular, "MAX_VALUES", 100)
+    texts = ("[{,]" * 500, '\\"[,' * 500, "\\" * 500 + "[,", ",," * 500 + "\\")
+    assert parse_json(json.dumps(texts)) == list(texts)
+    monkeypatch.setattr(regular.json, "loads", lambda text: pytest.fail("it was built"))
+    lists, numbers, strings = "[" + "[]," * 100 + "[]]", '{"a": "\\\\", "b": [' + "1," * 100 + "1]}", '["\\""' + ',""' * 101
+    for text in (lists, numbers, strings):
+        with pytest.raises(ValueError, match="more than 100 values"):
+            parse_json(text)
 
 
 def test_json_may_begin_with_a_byte_order_mark() -> None:
