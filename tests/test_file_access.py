@@ -32,7 +32,6 @@ ALLOWED = {
     ("megatron/train/going_on.py", "read_text"): "files of the kernel, in /proc",
     ("megatron/train/lock.py", "os.open"): "the run's lock, opened without following links or waiting",
     ("megatron/train/lock.py", "open"): "descriptors of the run's lock",
-    ("megatron/train/lock.py", "read_text"): "a lock that was just renamed",
     ("megatron/train/lock.py", "json.loads"): "the text of a lock, of a bounded size",
     ("megatron/mesh/launch.py", "json.loads"): "a message of another rank",
     ("megatron/mesh/beats.py", "json.loads"): "a message of another rank",

@@ -141,9 +141,12 @@ def writable(c: Case) -> Iterator[Problem]:
         if folder is None:
             continue
         path = Path(folder).absolute()
-        while not path.exists():
+        while not os.path.lexists(path):
             path = path.parent
-        if not path.is_dir():
+        if not path.exists():
+            rule = f"cannot be written: {path} is a link to {os.readlink(path)}, which does not exist"
+            yield Problem(say(name, c[name]), rule)
+        elif not path.is_dir():
             yield Problem(say(name, c[name]), f"cannot be written: {path} is a file, not a directory")
         elif not os.access(path, os.W_OK | os.X_OK):
             yield Problem(say(name, c[name]), f"cannot be written: permission denied in {path}")

@@ -412,7 +412,7 @@ class EvalConfig:
 
     eval_iters: int = option(100, "steps of one evaluation")
     eval_interval: int = option(1000, "training steps between evaluations")
-    skip_train: bool = option(False, "only evaluate")
+    skip_train: bool = option(False, "only evaluate; --save then takes metrics alone, also beside the run that saves there")
 
 
 @dataclass(frozen=True)

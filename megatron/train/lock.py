@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,11 +66,12 @@ class Holder:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a lock shows. text: of the file. touched: when it was, by its own disk's clock. age: seconds since."""
+    """What one look at a lock shows. text: of the file. touched: when it was, by its own disk's clock. age: seconds since,
+    which does not count where looks are compared."""
 
     text: str
     touched: int
-    age: float
+    age: float = field(compare=False)
 
     @property
     def holder(self) -> Holder | None:
@@ -99,11 +100,12 @@ class Lock:
     """The lock of a directory, held by this process. Made by `take`.
 
     root: the directory. holder: this run, as the file names it. lost: is told when the file is another run's; by default it
-    ends the process, whose checkpoints and the other's would be written over one another.
+    ends the process, whose checkpoints and the other's would be written over one another. made: the directory was not there
+    before, so it may go again.
     """
 
-    def __init__(self, root: Path, holder: Holder, lost: Callable[[str], object] | None = None) -> None:
-        self.root, self.holder = root, holder
+    def __init__(self, root: Path, holder: Holder, lost: Callable[[str], object] | None = None, *, made: bool = False) -> None:
+        self.root, self.holder, self._made = root, holder, made
         self._path, self._lost = root / FILE, lost or _end
         self._over, self._changing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
@@ -117,13 +119,14 @@ class Lock:
                 os.replace(fresh, self._path)
 
     def release(self) -> None:
-        """Remove the file, and the directory if nothing is in it."""
+        """Remove the file, and the directory if it was made for it and nothing else is in it."""
         self._over.set()
         self._thread.join()
         with suppress(OSError):
             if self._ours((_read(self._path) or (None,))[0]):
                 self._path.unlink()
-                self.root.rmdir()
+                if self._made:
+                    self.root.rmdir()
 
     def _ours(self, text: str | None) -> bool:
         holder = None if text is None else Holder.of(text)
@@ -163,22 +166,25 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
     Raises:
         Refused: another run holds it, and goes on to hold it.
     """
-    began, own, told, before = time.monotonic(), holder.ranks[0], "", None
+    began, own, told, before, made = time.monotonic(), holder.ranks[0], "", None, not root.exists()
+    since = began  # how long `before` stands there unchanged
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root):
                 seen = look(root / FILE)
                 state = "gone" if seen is None else seen.state(own)
+                if state == "silent" and before == seen and time.monotonic() - since > STALE:
+                    state = "gone"  # whatever time its touch bears: one of a clock that was set back is never old
                 if state == "gone" and (seen is None or _cleared(root / FILE, seen)) and _create(root / FILE, holder):
-                    return Lock(root, holder)
+                    return Lock(root, holder, made=made)
         except OSError as error:
             logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
             return None
         if seen is None or state == "gone":
             continue  # another start was faster
         if before is None or before.text != seen.text:
-            before = seen
+            before, since = seen, time.monotonic()
         touched = state == "silent" and seen.touched != before.touched
         limit = patience if state == "dying" else STALE + 2 * BEAT
         if state == "alive" or touched or time.monotonic() - began > limit:
@@ -216,9 +222,10 @@ def _written(path: Path, text: str) -> Iterator[Path]:
     """A file of this process beside `path`, of this very moment by the disk's clock; gone afterwards."""
     fresh = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     fresh.unlink(missing_ok=True)
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
-        file.write(text)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
         os.utime(fresh)
         yield fresh
     finally:
@@ -249,7 +256,7 @@ def _cleared(path: Path, dead: Look) -> bool:
         os.rename(path, aside)
     except FileNotFoundError:
         return True
-    same = aside.read_text(encoding="utf-8", errors="replace") == dead.text
+    same = (_read(aside) or ("",))[0] == dead.text
     if not same:
         with suppress(FileExistsError):
             os.link(aside, path)

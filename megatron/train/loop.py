@@ -147,6 +147,8 @@ def stop(run: Run, around: Surroundings, request: Request) -> Exit:
     if around.train is None:
         kept = "the evaluation is not finished"
     goes_on = around.saver is not None or around.train is None
+    if not goes_on and (wrong := lost(run.state)) is not None:  # the stop is the end
+        raise TrainingError(f"{where}: {why}; {wrong}")
     again = around.again if around.saver is not None else "start again to go on"
     text = f"{where}: {why}; " + (f"{kept}; {again}" if goes_on else "there is no --save, so nothing is kept")
     for sink in around.sinks:

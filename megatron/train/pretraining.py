@@ -108,7 +108,7 @@ def run_prepared(
         place,
         signals,
         early,
-        save=config.checkpoint.save,
+        save=None if config.eval.skip_train else config.checkpoint.save,
         compiled=config.batch.compile,
     )
 
@@ -222,9 +222,10 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
     # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
     root = None if source.directory is None else source.directory.resolve().parent
-    own = source.progress and config.checkpoint.save is not None and root == Path(config.checkpoint.save).resolve()
+    save = None if config.eval.skip_train else config.checkpoint.save  # an evaluation leaves all alone that lies there
+    own = source.progress and save is not None and root == Path(save).resolve()
     first_start = config.checkpoint.auto_resume or config.checkpoint.load is not None
-    own = own or (first_start and root is None)  # this run, killed before its first checkpoint
+    own = own or (save is not None and first_start and root is None)  # this run, killed before its first checkpoint
     trained = source.progress and not config.eval.skip_train and run.state.iteration >= total
     if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
         say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
@@ -239,7 +240,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
     files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
-    saver = Saver(run, files, partial(say, out)) if config.checkpoint.save is not None else None
+    saver = Saver(run, files, partial(say, out)) if save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
@@ -258,7 +259,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     if prepared.scorer is not None:
         around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
     if started.is_main:
-        progress.began(started.place.job, announced_in(config.checkpoint.save), started.place.attempt)
+        progress.began(started.place.job, announced_in(save), started.place.attempt)
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:

@@ -67,7 +67,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
                 sys.stdout.write("this job was stopped on request before torchrun started it again: nothing is done\n")
             return STOPPED
         parsed = again
-        early.progress = Progress(parsed.config.checkpoint.save)
+        early.progress = Progress(None if parsed.config.eval.skip_train else parsed.config.checkpoint.save)
         if task:
             from megatron.tasks.program import start
         else:

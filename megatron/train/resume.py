@@ -152,7 +152,9 @@ def _like(value: object, default: object) -> bool:
     if isinstance(default, int | float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (isinstance(default, float) and isinstance(value, float))
-        return number and -math.inf < value < 1 << 63 and (value >= 0 or isinstance(default, float))  # type: ignore[operator]
+        if isinstance(default, float):
+            return number and -math.inf < value < math.inf  # type: ignore[operator]
+        return number and 0 <= value < 1 << 63  # type: ignore[operator]
     if isinstance(default, str):
         return isinstance(value, str)
     return isinstance(value, dict) if not isinstance(default, list | tuple) else isinstance(value, list)

@@ -3,7 +3,7 @@
 What lies in --save     the command                      what happens
 no checkpoint           any                              it begins, or goes on from --load
 a checkpoint itself     any                              refused: --save is the directory around it
-checkpoints             --skip-train                     nothing is saved there
+checkpoints             --skip-train                     nothing is written there but lines of metrics, and no lock is taken
                         --auto-resume                    goes on from the newest whole one
                         --load of one of them            goes on from it; a note where later ones are left behind
                         --load of one, --finetune        refused: it would begin anew over them

@@ -57,4 +57,6 @@ def lost(state: TrainState) -> str | None:
     if dynamic and never:
         scale = f"The loss scale is {state.scaler.scale:g} now"
         return f"{text}{scale}: train for longer, or begin with a lower --initial-loss-scale"
+    if not dynamic and state.scaler.scale != 1.0:
+        text += f"The loss scale is {state.scaler.scale:g} throughout, as --loss-scale says: try a lower one. "
     return text + "Go on from a checkpoint before them, or begin anew, with a lower --lr"

@@ -59,7 +59,7 @@ class Stopping:
         self._end = None if self._minutes is None else began + 60.0 * self._minutes
         end_time = environ.get("SLURM_JOB_END_TIME", "")
         self._slurm_end = float(end_time) if end_time.isdigit() else None  # seconds since 1970
-        folder = config.checkpoint.save
+        folder = None if config.eval.skip_train else config.checkpoint.save  # there it is meant for who trains
         default = None if folder is None else Path(folder) / STOP_FILE
         self.stop_file = default if config.batch.stop_file is None else Path(config.batch.stop_file)
         self._between = config.checkpoint.save_interval_mins

@@ -224,9 +224,7 @@ def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     tokenizer = import_tokenizer(source, print)
     own = kept.assets(tokenizer, kept.of_source(source, tokenizer=True))
     directory = save(tmp_path / "run", 1, {}, Mesh.single(), config={}, assets=own)
-    assert (
-        kept.carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
-    )
+    assert kept.carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     assert not said
     size = byte_vocabulary(tmp_path, ("<pad>", "<sep>"))
     other = read_tokenizer(tmp_path)

@@ -38,6 +38,7 @@ def disk(tmp_path: Path) -> Path:
     (tmp_path / "emptied/latest_checkpointed_iteration.txt").write_text("3")
     for folder in ("run/iter_0000010", "run/iter_0000020", "torn/iter_0000010", "lost/iter_0000007"):
         (tmp_path / folder / "manifest.json").write_text("{}")
+    (tmp_path / "loose").symlink_to("nowhere")
     return tmp_path
 
 
@@ -113,6 +114,14 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
             "`--load run/iter_0000010` and `--load-iteration 20` name different iterations",
         ),
         ("--save @good.bin/x --save-interval 1", "`--save good.bin/x` cannot be written: good.bin is a file, not a directory"),
+        (
+            "--save @loose --save-interval 1",
+            "`--save loose` cannot be written: loose is a link to nowhere, which does not exist",
+        ),
+        (
+            "--save @loose/x --save-interval 1",
+            "`--save loose/x` cannot be written: loose is a link to nowhere, which does not exist",
+        ),
         ("--tensorboard-dir @good.bin", "`--tensorboard-dir good.bin` cannot be written: good.bin is a file, not a directory"),
         ("--metrics-path @good.bin/m", "`--metrics-path good.bin/m` cannot be written: good.bin is a file, not a directory"),
     ],

@@ -45,7 +45,13 @@ def test_a_foreign_host_is_refused(client: Client) -> None:
 
 
 def test_a_foreign_origin_is_refused(client: Client) -> None:
-    for origin in (f"http://127.0.0.1:{client.port}", "http://localhost:3000", "http://[::1]", PAGE, "HTTPS://APP.example.org:443"):
+    for origin in (
+        f"http://127.0.0.1:{client.port}",
+        "http://localhost:3000",
+        "http://[::1]",
+        PAGE,
+        "HTTPS://APP.example.org:443",
+    ):
         status, headers, _ = asked(client, "GET", "/v1/models", origin=origin)
         assert (status, headers["access-control-allow-origin"], headers["vary"]) == (200, origin, "Origin"), origin
     assert asked(client, "GET", "/v1/models", origin="http://my.proxy", host="my.proxy")[0] == 200

@@ -171,3 +171,42 @@ def test_a_disk_that_takes_no_lock_is_said_and_done_without(tmp_path, caplog):
     (tmp_path / "file").touch()
     assert take(tmp_path / "file" / "run", ours(), pytest.fail) is None
     assert "no lock can be kept here" in caplog.text
+
+
+def test_a_directory_that_was_there_before_stays(tmp_path):
+    """Somebody made it so: its rights, its quota, a file system of its own."""
+    (tmp_path / "made").mkdir()
+    take(tmp_path / "made", ours(), pytest.fail).release()
+    assert os.listdir(tmp_path / "made") == []
+
+
+def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch, caplog):
+    opened = os.open
+
+    def full(path, flags, *mode):
+        os.close(opened(path, flags, *mode))
+        return opened("/dev/full", os.O_WRONLY)
+
+    monkeypatch.setattr(
+        lock.os, "open", lambda path, flags, *mode: (full if flags & os.O_CREAT else opened)(path, flags, *mode)
+    )
+    assert take(tmp_path, ours(), pytest.fail) is None
+    monkeypatch.undo()
+    assert "no lock can be kept here: No space left on device" in caplog.text and os.listdir(tmp_path) == []
+
+
+def test_a_touch_in_the_future_is_not_believed_for_ever(tmp_path, monkeypatch):
+    """The disk's clock was set back since: the lock never grows old, but nobody touches it either."""
+    held(tmp_path, FAR, ago=-1e6)
+    monkeypatch.setattr(lock, "STALE", 0.2)
+    monkeypatch.setattr(lock, "LOOK", 0.05)
+    taken = take(tmp_path, ours(), lambda line: None)
+    assert Holder.of((tmp_path / FILE).read_text()) == ours()
+    taken.release()
+
+
+def test_a_lock_that_is_no_file_hangs_nobody(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    os.utime(tmp_path / FILE, (time.time() - 100,) * 2)
+    take(tmp_path, ours(), pytest.fail).release()
+    assert os.listdir(tmp_path) == []

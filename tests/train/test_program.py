@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron.mesh.beats import Process
+from megatron.train.lock import Holder
 from megatron.train.loop import Exit
 from megatron.train.program import pretrain
 
@@ -183,6 +186,20 @@ def test_every_evaluation_sees_the_same_samples(flags, tmp_path):
     assert len(losses) == 3 and max(losses) - min(losses) < 1e-5
     assert run([*still, "--skip-train", "--load", tmp_path / "run"]) == 0
     assert metrics(tmp_path / "run")[-2]["lm_loss"] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_an_evaluation_leaves_the_run_alone_in_whose_directory_it_is(flags, tmp_path):
+    """Also the one that is at work there: its lock, its metrics, its note of how far it came, and a request to stop it."""
+    folder, short = tmp_path / "run", [*flags, "--train-iters", 4, "--save-interval", 2]
+    assert run(short) == 0
+    before, note = metrics(folder), (folder / "progress.json").read_text()
+    holder = Holder("now", (Process.here(os.getppid()),))
+    (folder / ".lock").write_text(holder.to_text())
+    (folder / "stop").touch()
+    assert run([*short, "--skip-train", "--load", folder, "--load-iteration", 2]) == 0
+    assert metrics(folder)[: len(before)] == before and (folder / "progress.json").read_text() == note
+    assert [line["iteration"] for line in metrics(folder)[len(before) :]] == [2, 2]
+    assert (folder / "stop").exists() and (folder / ".lock").read_text() == holder.to_text()
 
 
 def test_ramp_up_and_reshuffling_resume_exactly(flags, tmp_path):

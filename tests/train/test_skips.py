@@ -22,6 +22,7 @@ DYNAMIC = Dynamic(2.0**32, 1.0, 1000, 2)
         (Constant(), 8, 1, None),
         (Constant(), 8, 2, "nothing was learnt in the last 2 steps, up to iteration 20"),
         (Constant(128.0), 0, 1, "nothing was learnt at all: each of the 1 steps"),
+        (Constant(1e30), 0, 3, "The loss scale is 1e+30 throughout, as --loss-scale says: try a lower one"),
         (DYNAMIC, 8, 4, None),
         (DYNAMIC, 8, 5, "nothing was learnt in the last 5 steps, up to iteration 20"),
         (DYNAMIC, 0, 0, None),
@@ -62,3 +63,19 @@ def test_a_run_that_learnt_nothing_at_its_end_fails_with_its_checkpoint(flags, t
 def test_a_run_that_is_stopped_says_what_was_skipped(flags, capsys):
     assert run([*flags, "--lr", "1e18", "--lr-warmup-iters", 0, "--exit-interval", 4]) == 75
     assert "skipped: 3 of the 4 steps" in capsys.readouterr().out
+    # Without --save a stop on request is the end, too.
+    far = [*flags, "--lr", "1e18", "--lr-warmup-iters", 0, "--exit-interval", 4]
+    without = {"--save", "--save-interval"}
+    assert run([flag for name, flag in zip(["", *far], far, strict=False) if not {name, flag} & without]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "error: stopping after iteration 4: --exit-interval 4; nothing was learnt in the last 3 steps, up to iteration 4"
+        in said
+    )
+
+
+def test_a_loss_scale_of_any_size_is_resumed(flags, tmp_path, capsys):
+    """What a run has saved is never called what no run saves."""
+    huge = [*flags, "--fp16", "--initial-loss-scale", "1e30", "--eval-iters", 0]
+    assert run([*huge, "--exit-interval", 1]) == 75
+    assert run([*huge, "--exit-interval", 2, "--auto-resume"]) == 75, capsys.readouterr().err
