@@ -14,6 +14,7 @@ from typing import Any
 from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import VOCABULARIES
+from megatron.data.tokenizer import NullTokenizer
 from megatron.data.tokenizer_base import Tokenizer, read
 from megatron.files.regular import MAX_VOCABULARY_BYTES, parse_json, read_bytes
 from megatron.hf_tokenizers import same_ids
@@ -69,10 +70,17 @@ def carried(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None
     kept = {} if source is None else in_checkpoint(source)
     if source is not None and kept:
         held = open_tokenizer(source)
-        if held is not None and not same_ids(held, tokenizer):
+        if not same_ids(held, tokenizer) if held is not None else not _ends_alike(tokenizer, kept):
             say(f"the files of Hugging Face in {source} are of another tokenizer and are not kept on: {', '.join(kept)}")
             kept = {}
     return assets(tokenizer, kept)
+
+
+def _ends_alike(tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer has one of the kept end tokens: the only sign that it is theirs, where none was imported."""
+    ends, end = (token_ids(kept) or {}).get("eos_token_id"), tokenizer.special.get("eod")
+    unknown = ends is None or end is None or isinstance(tokenizer, NullTokenizer)
+    return unknown or end == ends or (isinstance(ends, list) and end in ends)
 
 
 def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:

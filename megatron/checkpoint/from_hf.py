@@ -29,6 +29,7 @@ from megatron.config.tasks import TASKS
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 # Constants that older versions of transformers saved beside the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 
@@ -74,6 +75,11 @@ def read_hf(directory: Path, say: Callable[[str], None] = print) -> tuple[ModelC
     Raises:
         CheckpointError: naming the field, the tensor or the file that stands in the way.
     """
+    if os.path.lexists(directory / ADAPTER):
+        raise CheckpointError(
+            f"{directory}: there is an {ADAPTER} in it, of weights that change a model's (PEFT), which is not read; merge "
+            "both with merge_and_unload() and save_pretrained, or take the adapter away"
+        )
     about = _json(directory / "config.json")
     check_config(about, str(directory / "config.json"))
     kind = str(about.get("model_type"))

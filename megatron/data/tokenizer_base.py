@@ -19,6 +19,11 @@ from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 SAVED = "megatron_tokenizer.json"
+MAX_TOKENS = 1 << 24  # ids of a tokenizer, and rows of a vocabulary; the largest known ones have a million
+
+
+class HugeIdError(DataError):
+    """A token's id is beyond MAX_TOKENS. Such a tokenizer must not even be saved: every id below is looked at for that."""
 
 
 class Tokenizer(ABC):
