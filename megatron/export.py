@@ -81,7 +81,8 @@ def export(
         files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
         ids = kept.token_ids(files)
-        written = export_hf(directory, temporary, dtype, special=_token_ids(tokenizer) if ids is None else ids)
+        special = _token_ids(tokenizer) if ids is None else ids
+        written = export_hf(directory, temporary, dtype, special=special, generation=kept.old_settings(files))
         config = model_config(directory)
         if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
             say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")

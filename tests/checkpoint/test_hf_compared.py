@@ -129,6 +129,21 @@ def test_an_adapter_is_not_passed_over(tmp_path, written):
         read_hf(tmp_path)
 
 
+def test_what_people_give_instead_of_a_directory(tmp_path):
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (snapshot / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n")
+    for given, words in (
+        (tmp_path / "absent", "there is no such directory"),
+        (snapshot / "config.json", "it is a file; give the directory"),
+        (tmp_path / "models--gpt2", f"the model is in {snapshot}"),
+        (snapshot, "a pointer of Git LFS, no weights; run `git lfs pull`"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read_hf(given)
+
+
 def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
     """Norms in fp32 beside matrices in bf16, as released models have them."""
     _, about, tensors = written("llama")

@@ -258,6 +258,23 @@ def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
         assert ["are of another tokenizer and are not kept on: config.json" in line for line in said] == [True] * (not stay)
 
 
+def test_settings_of_generation_in_an_old_config(sources, tmp_path, monkeypatch):
+    """Before generation_config.json they stood in config.json; transformers finds them after the round trip as before."""
+    source = tmp_path / "old"
+    shutil.copytree(sources / "gpt2_added_tokens", source)
+    (source / "generation_config.json").unlink()
+    settings = {"do_sample": True, "temperature": 0.7, "max_length": 31, "bad_words_ids": [[3, 4]]}
+    put(source, config__json={**json.loads((source / "config.json").read_text()), **settings})
+    assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", tmp_path / "ours") == 0
+    assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "ours", "--output", tmp_path / "hf") == 0
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config for folder in (source, tmp_path / "hf")
+    )
+    assert all(getattr(after, name) == value for name, value in settings.items())
+    ignored = {"_from_model_config": None, "use_cache": None, "transformers_version": None}
+    assert before.to_diff_dict() | ignored == after.to_diff_dict() | ignored
+
+
 def test_sizes_of_vocabularies(sources, tmp_path, monkeypatch, capsys):
     """Fewer rows than tokens can be exported; what no machine holds is refused before anything is made of it."""
     source = ("--input", sources / "gpt2_added_tokens")
