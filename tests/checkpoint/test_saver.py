@@ -356,16 +356,11 @@ def test_without_a_place_to_save_to(tmp_path):
 
 
 def test_assets_from_a_function_and_a_failing_one(tmp_path):
-    def write(folder):
-        for name, content in ASSETS.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-
     run = run_of(tmp_path)
-    directory = save_at(run, Saver(run, write, print), 1)
+    directory = save_at(run, Saver(run, lambda: ASSETS, print), 1)
     assert {n for n in read_manifest(directory).files if n.startswith("tokenizer/")} == {f"tokenizer/{n}" for n in ASSETS}
     with pytest.raises(CheckpointError, match="the disk: No space left on device"):
-        Saver(run, lambda folder: raiser(errno.ENOSPC)(), print)
+        Saver(run, lambda: raiser(errno.ENOSPC)(), print)
 
 
 class Stuck(Storage):

@@ -163,7 +163,7 @@ def tool(tmp_path_factory):
     import importlib.util
 
     root = tmp_path_factory.mktemp("model")
-    save_model(build(GPT2, vocab=257), root, ByteTokenizer().save)
+    save_model(build(GPT2, vocab=257), root, ByteTokenizer().files())
     spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

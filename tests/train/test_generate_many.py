@@ -196,7 +196,7 @@ def test_a_model_cut_over_ranks_writes_and_searches_the_same(form, tp, tmp_path)
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
-    save_model(build(GPT2, vocab=257), root, ByteTokenizer().save)
+    save_model(build(GPT2, vocab=257), root, ByteTokenizer().files())
     main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))["main"]
     return lambda *flags: main(["--load", str(root), "--device", "cpu", "--max-new-tokens", "9", *flags])
 
