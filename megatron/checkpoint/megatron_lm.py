@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.soundness import refuse_unsound
-from megatron.data.tokenizer_base import MAX_TOKENS
+from megatron.config.ranges import MAX_TOKENS
 
 Weights = dict[str, Tensor]
 

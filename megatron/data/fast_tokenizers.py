@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.ranges import MAX_TOKENS
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.slow_patterns import check_patterns, panics_in_words
-from megatron.data.tokenizer_base import END_OF_TEXT, MAX_TOKENS, HugeIdError, Tokenizer, read
+from megatron.data.tokenizer_base import END_OF_TEXT, HugeIdError, Tokenizer, read
 from megatron.files.regular import parse_json
 
 # The names that an end of document goes by in files that do not say which token it is.

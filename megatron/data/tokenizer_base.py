@@ -19,7 +19,6 @@ from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 SAVED = "megatron_tokenizer.json"
-MAX_TOKENS = 1 << 24  # ids of a tokenizer, and rows of a vocabulary; the largest known ones have a million
 
 
 class HugeIdError(DataError):

@@ -21,6 +21,7 @@ from megatron.data.errors import DataError
 from megatron.data.hugging_face import read_tokenizer
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, load_tokenizer
 from megatron.export import ExportError, _same_tokenizer
+from megatron.files.outputs import MARKER
 from megatron.hf_tokenizers import disagreement, import_tokenizer
 from megatron.imports import store
 from megatron.mesh.mesh import Mesh
@@ -45,7 +46,8 @@ def theirs(folder):
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but the mark of the tool that made the directory."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != MARKER}
 
 
 @pytest.fixture(scope="module")
