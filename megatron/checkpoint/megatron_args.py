@@ -115,7 +115,8 @@ def _lost(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: 
     found = []
     if not positions and args.get("add_position_embedding", True) and args.get("position_embedding_type") != "none":
         found.append("position embedding, and the file's args ask for learned positions (they say no --no-position-embedding)")
-    if args.get("normalization", "LayerNorm") == "LayerNorm" and "final_norm.bias" not in weights:
+    biased = args.get("normalization", "LayerNorm") == "LayerNorm"
+    if biased and "final_norm.weight" in weights and "final_norm.bias" not in weights:
         found.append("bias of the last LayerNorm, which always has one there; of an RMSNorm the file's args must say so")
     return found
 
