@@ -81,7 +81,8 @@ def export(
         files = kept.in_checkpoint(directory)
         say(f"writing {directory} as a Hugging Face directory")
         ids = kept.token_ids(files)
-        written = export_hf(directory, temporary, dtype, special=_token_ids(tokenizer) if ids is None else ids)
+        special = _token_ids(tokenizer) if ids is None else ids
+        written = export_hf(directory, temporary, dtype, special=special, generation=kept.old_settings(files))
         config = model_config(directory)
         if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
             say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
@@ -171,7 +172,8 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         ids = tokenizer.tokenize(text)
         if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
             raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
-        prompts.append(ids[: ours.config.size("max_position_embeddings")])
+        within = [number for number in ids if number < ours.config.size("vocab_size")]  # there may be fewer rows than tokens
+        prompts.append(within[: ours.config.size("max_position_embeddings")])
     try:
         found = agree(ours.model, theirs, prompts)
     except LogitsError as error:

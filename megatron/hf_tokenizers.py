@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import ROLES, has_tokenizer, read_tokenizer, tokenizer_from
-from megatron.data.tokenizer_base import PROBES, Tokenizer
+from megatron.data.tokenizer_base import PROBES, HugeIdError, Tokenizer
 
 # What every tokenizer of a pair must cut alike: punctuation, numbers, accents, other scripts, names of common special tokens.
 TEXTS = (
@@ -57,23 +57,32 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
     """
     if not has_tokenizer(directory):
         return None
+    ours: Tokenizer | None = None
+    why_not: DataError | None = None
+    try:
+        ours = read_tokenizer(directory)
+    except HugeIdError as error:
+        raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
+    except DataError as error:  # transformers may read it all the same
+        why_not = error
     try:
         theirs = auto_tokenizer(directory)
     except TokenizerError as error:
         raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
     if theirs is None:
         say("the tokenizer was not compared with transformers', which is not installed")
-        return read_tokenizer(directory)
-    try:
-        ours = read_tokenizer(directory)
-        if ours is not None and disagreement(ours, theirs) is None:
-            return ours
-    except DataError:  # transformers reads it all the same
-        ours = None
+        if why_not is not None:
+            raise why_not
+        return ours
+    if ours is not None and disagreement(ours, theirs) is None:
+        return ours
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise DataError(f"{directory}: a {type(theirs).__name__} cannot be used here; --no-tokenizer imports the weights alone")
-    ours = tokenizer_from(backend, {role: token for role, token, _ in special_tokens(theirs)})
+    try:
+        ours = tokenizer_from(backend, {role: token for role, token, _ in special_tokens(theirs)})
+    except DataError as error:
+        raise DataError(f"{directory}: its tokenizer: {error}; --no-tokenizer imports the weights alone") from error
     if why := disagreement(ours, theirs):
         raise DataError(f"{directory}: the tokenizer here is not transformers': {why}; --no-tokenizer leaves it out")
     return ours

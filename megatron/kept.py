@@ -14,6 +14,7 @@ from typing import Any
 from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import VOCABULARIES
+from megatron.data.tokenizer import NullTokenizer
 from megatron.data.tokenizer_base import Tokenizer, read
 from megatron.files.regular import MAX_VOCABULARY_BYTES, parse_json, read_bytes
 from megatron.hf_tokenizers import same_ids
@@ -26,6 +27,15 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+# Settings of generation that stood in config.json before they had a file of their own; transformers still reads them there.
+OLD_SETTINGS = frozenset(
+    {
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+        *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+        *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "remove_invalid_values", "suppress_tokens"),
+        *("begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"),
+    }
+)
 
 
 def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
@@ -69,21 +79,41 @@ def carried(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None
     kept = {} if source is None else in_checkpoint(source)
     if source is not None and kept:
         held = open_tokenizer(source)
-        if held is not None and not same_ids(held, tokenizer):
+        if not same_ids(held, tokenizer) if held is not None else not _ends_alike(tokenizer, kept):
             say(f"the files of Hugging Face in {source} are of another tokenizer and are not kept on: {', '.join(kept)}")
             kept = {}
     return assets(tokenizer, kept)
 
 
+def _ends_alike(tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer has one of the kept end tokens: the only sign that it is theirs, where none was imported."""
+    ends, end = (token_ids(kept) or {}).get("eos_token_id"), tokenizer.special.get("eod")
+    unknown = ends is None or end is None or isinstance(tokenizer, NullTokenizer)
+    return unknown or end == ends or (isinstance(ends, list) and end in ends)
+
+
 def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
     """The ids of special tokens that the kept config.json names, null and lists among them; None where none is kept."""
+    about = _config(kept)
+    return None if about is None else {name: value for name, value in about.items() if name.endswith("_token_id")}
+
+
+def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
+    """The settings of generation that the kept config.json holds, where no file of their own is kept."""
+    about = None if GENERATION in kept else _config(kept)
+    return {name: value for name, value in (about or {}).items() if name in OLD_SETTINGS and value is not None}
+
+
+def _config(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
     if "config.json" not in kept:
         return None
     try:
         about = parse_json(kept["config.json"])
-        return {name: value for name, value in about.items() if name.endswith("_token_id")}
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"the kept config.json is no JSON object: {error}") from error
+    except ValueError as error:
+        raise DataError(f"the kept config.json is no JSON: {error}") from error
+    if not isinstance(about, dict):
+        raise DataError("the kept config.json is no JSON object")
+    return about
 
 
 def has_tokenizer(kept: Mapping[str, bytes]) -> bool:

@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Hugging Face directory to make")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved, rounding none")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is an earlier export")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="do not open the result with transformers")
     return parser.parse_args()

@@ -26,9 +26,11 @@ from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, ME
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
-from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, read_json, reason
+from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+LFS = b"version https://git-lfs."
 # Constants that older versions of transformers saved beside the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 
@@ -74,6 +76,12 @@ def read_hf(directory: Path, say: Callable[[str], None] = print) -> tuple[ModelC
     Raises:
         CheckpointError: naming the field, the tensor or the file that stands in the way.
     """
+    _check_directory(directory)
+    if os.path.lexists(directory / ADAPTER):
+        raise CheckpointError(
+            f"{directory}: there is an {ADAPTER} in it, of weights that change a model's (PEFT), which is not read; merge "
+            "both with merge_and_unload() and save_pretrained, or take the adapter away"
+        )
     about = _json(directory / "config.json")
     check_config(about, str(directory / "config.json"))
     kind = str(about.get("model_type"))
@@ -197,6 +205,15 @@ def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     return () if head == "span" else names
 
 
+def _check_directory(directory: Path) -> None:
+    """CheckpointError where there is no such directory, or where it is that of the hub's cache above the model's."""
+    if not directory.is_dir():
+        what = "it is a file; give the directory that it lies in" if directory.is_file() else "there is no such directory"
+        raise CheckpointError(f"{directory}: {what}")
+    if not os.path.lexists(directory / "config.json") and (found := sorted(directory.glob("snapshots/*/config.json"))):
+        raise CheckpointError(f"{directory}: there is no config.json in it; the model is in {found[-1].parent}")
+
+
 def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
     try:
         values = read_json(path, max_bytes)
@@ -208,6 +225,15 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return values
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in place of a large one that it did not fetch."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False
 
 
 def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
@@ -233,6 +259,8 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
             with safe_open(str(directory / name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
+            if _is_pointer(directory / name):
+                raise CheckpointError(f"{directory / name}: a pointer of Git LFS, no weights; run `git lfs pull`") from error
             raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
         if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):
             raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -127,12 +128,14 @@ def export_hf(
     dtype: torch.dtype | None = None,
     *,
     special: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] = MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
 ) -> torch.dtype:
     """Write weights and configuration of a checkpoint directory into `out`, which is created. Returns the type written.
 
-    dtype: of the tensors; default that of the saved embedding. special: what config.json says of special tokens, such as
-    `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`.
+    dtype: of the tensors; default the narrowest that rounds none of the saved ones. special: what config.json says of special
+    tokens, such as `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`. generation: what
+    generation_config.json says beside them.
     One of our tensors at a time is in memory. CheckpointError when the checkpoint is damaged, or when no family of
     transformers has its architecture: then with everything that stands in the way.
     """
@@ -141,10 +144,10 @@ def export_hf(
         family = family_of(config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
-    word = manifest.tensors.get(PREFIX + "embedding.word.weight")
-    if word is None:
+    if PREFIX + "embedding.word.weight" not in manifest.tensors:
         raise CheckpointError(f"{checkpoint}: it holds no model, there is no {PREFIX}embedding.word.weight")
-    dtype = dtype or TORCH_DTYPES[word.dtype]
+    held = [TORCH_DTYPES[record.dtype] for name, record in manifest.tensors.items() if name.startswith(PREFIX)]
+    dtype = dtype or reduce(torch.promote_types, held)
     storage = Storage()
     write_files(storage, out, plan(checkpoint, manifest, config, family, dtype), shard_bytes)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if special is None else special
@@ -158,7 +161,7 @@ def export_hf(
         **ids,
     }
     write_json(storage, out / "config.json", about)
-    write_json(storage, out / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(storage, out / "generation_config.json", {k: v for k, v in ids.items() if v is not None} | dict(generation))
     return dtype
 
 

@@ -60,12 +60,15 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
     rope, learned = _rope(args), "embedding.position.weight" in weights
     if rope and learned:
         found.append("rotary and learned positions at once (there, add --no-position-embedding)")
+    lost = _lost(args, weights, positions=rope or learned)
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
         found.append(f"--position-embedding-type {args['position_embedding_type']}")
     if args.get("normalization", "LayerNorm") not in ("LayerNorm", "RMSNorm"):
         found.append(f"--normalization {args['normalization']}")
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
+    if lost:
+        raise CheckpointError(f"there is no {'; no '.join(lost)}")
     if (epsilon := args.get("norm_epsilon")) is not None:  # its name since September 2023
         if (older := args.get("layernorm_epsilon")) not in (None, epsilon):
             raise CheckpointError(f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, which are one")
@@ -102,6 +105,20 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
     if model.max_position_embeddings is None:
         raise CheckpointError("the file's args do not say max_position_embeddings")
     return resolve(RunConfig(model=model)).model
+
+
+def _lost(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: bool) -> list[str]:
+    """Tensors that every model of Megatron-LM with these args has, and that are not there, in words.
+
+    positions: whether the model has any. A model without positions, or with a norm without biases, would be another one.
+    """
+    found = []
+    if not positions and args.get("add_position_embedding", True) and args.get("position_embedding_type") != "none":
+        found.append("position embedding, and the file's args ask for learned positions (they say no --no-position-embedding)")
+    biased = args.get("normalization", "LayerNorm") == "LayerNorm"
+    if biased and "final_norm.weight" in weights and "final_norm.bias" not in weights:
+        found.append("bias of the last LayerNorm, which always has one there; of an RMSNorm the file's args must say so")
+    return found
 
 
 def _rope(args: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.foreign_numbers import check_args
-from megatron.checkpoint.layout import MANIFEST, MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
+from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
 from megatron.checkpoint.megatron_args import cannot_write, even_stages, namespace, padded, settings
 from megatron.checkpoint.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.checkpoint.pickled import Inert, read_pickled
@@ -200,11 +200,9 @@ def write_megatron(
     if found := cannot_write(config, tp, pp):
         raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
     final = root / directory_name(iteration)
-    if ours := [path for path in iterations(root).values() if not is_foreign(path)]:
-        raise CheckpointError(f"{ours[0]}: is a checkpoint of this program; save to another directory")
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
-    if later := [n for n, path in iterations(root).items() if n > iteration or (path / MANIFEST).exists()]:
+    if later := [n for n, path in iterations(root).items() if n > iteration or not is_foreign(path)]:
         listed = ", ".join(map(str, later[-5:]))
         raise CheckpointError(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.soundness import refuse_unsound
+from megatron.config.ranges import MAX_TOKENS
 
 Weights = dict[str, Tensor]
 
@@ -195,6 +196,8 @@ def resized(whole: Mapping[str, Tensor], vocab: int) -> Weights:
     rows = min((whole[name].shape[0] for name in names), default=0)
     if vocab <= rows:
         return unpadded(whole, vocab)
+    if vocab > MAX_TOKENS:
+        raise CheckpointError(f"a vocabulary of {vocab:,} tokens, which makes no sense: it may have at most {MAX_TOKENS:,}")
 
     def grown(old: Tensor) -> Tensor:
         mean = old.double().mean(dim=0, keepdim=True).to(old.dtype)

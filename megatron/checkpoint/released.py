@@ -23,8 +23,9 @@ from torch import Tensor
 from megatron.checkpoint.foreign_numbers import check_config
 from megatron.checkpoint.forms import Family
 from megatron.checkpoint.hf import SHARD_BYTES, Group, write_files, write_json
+from megatron.checkpoint.hf_config import ACTIVATIONS, CONFIG_READERS
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.megatron_args import settings
+from megatron.checkpoint.megatron_args import NUMBERS, settings
 from megatron.checkpoint.megatron_files import arguments_of, copies_agree, version_of
 from megatron.checkpoint.megatron_lm import Sizes, Weights, chunks_of, join, unpadded
 from megatron.checkpoint.names import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
@@ -247,6 +248,8 @@ def understand(
         about[kind.sizes["ffn_hidden_size"]] = 4 * width
     model = _model(about, args, known, kind)
     _agree(model, known, kind)
+    if args:
+        _tell_of_other_settings(args, model, about, say)
     sizes = Sizes(model.size("num_attention_heads"), 1, model.size("kv_channels"))
     weights = unpadded(join([chunks], sizes, version), model.size("vocab_size"))
     for name in zero_matrices(weights):
@@ -349,6 +352,24 @@ def _agree(model: ModelConfig, known: Weights, kind: Kind) -> None:
     if wrong:
         listed = ", ".join(f"{name} {asked} but {there} in the tensors" for name, asked, there in wrong)
         raise CheckpointError(f"the settings are not those of the tensors: {listed}. Give the right --config_file")
+
+
+def _tell_of_other_settings(
+    args: Mapping[str, Any], model: ModelConfig, about: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """A line where config.json says something else than the args: the old scripts took sizes alone from these."""
+    fields = CONFIG_READERS[about["model_type"]].fields
+    both = [(name, field.ours) for name, field in fields.items() if field.ours in NUMBERS and args.get(field.ours) is not None]
+    pairs = [(name, about[name], getattr(model, ours)) for name, ours in both if name in about]
+    other = [f"{name} {said} ({there})" for name, said, there in pairs if said != there]
+    activation = "hidden_act" if "hidden_act" in fields else "activation_function"
+    if "bias_gelu_fusion" in args and ACTIVATIONS.get(about[activation]) != model.activation:
+        other.append(f"{activation} {about[activation]} ({model.activation})")
+    if other:
+        say(
+            "config.json says what Transformers 4's script or --config_file says, and the archive's args, in brackets, say "
+            f"something else: {', '.join(other)}. --config_file decides"
+        )
 
 
 def _groups(found: Found, kind: Kind) -> list[Group]:

@@ -26,6 +26,7 @@ PROBABILITY = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
 WITHIN = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
 CHANCE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 SHARE = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
+MAX_TOKENS = 1 << 24  # ids of a stranger's tokenizer, and new rows of a vocabulary; the largest known ones have a million
 # What is listed one by one, layer by layer and micro-batch by micro-batch.
 LAYERS = Range("greater than 0 and at most 65,536", lambda v: 0 < v <= 1 << 16)
 SAMPLES = Range("greater than 0 and at most 1,048,576", lambda v: 0 < v <= 1 << 20)

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from megatron.config.ranges import MAX_TOKENS
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.slow_patterns import check_patterns, failures_in_words, panics_in_words
-from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
+from megatron.data.tokenizer_base import END_OF_TEXT, HugeIdError, Tokenizer, read
 from megatron.files.regular import parse_json
 
 # The names that an end of document goes by in files that do not say which token it is.
@@ -30,6 +31,8 @@ class FastTokenizer(Tokenizer):
         backend.no_padding()
         self._backend, self.special, self.assets, self.extra_ids = backend, special, assets, extra_ids
         self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self._vocab_size > MAX_TOKENS:
+            raise HugeIdError(f"the id of a token is {self._vocab_size - 1:,}, which makes no sense: at most {MAX_TOKENS:,}")
 
     @property
     def vocab_size(self) -> int:

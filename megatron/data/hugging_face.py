@@ -130,4 +130,7 @@ def tokenizer_from(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTok
         (folder / "tokenizer.json").write_text(backend.to_str(pretty=False) + "\n", encoding="utf-8")
         named = {f"{role}_token": token for role, token in roles.items()}
         (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
-        return HuggingFaceTokenizer(name)
+        try:
+            return HuggingFaceTokenizer(name)
+        except DataError as error:  # without the name of the folder, which is gone when it is read
+            raise DataError(f"it cannot be written as a tokenizer.json: {error.__cause__ or error}") from error

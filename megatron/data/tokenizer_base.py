@@ -21,6 +21,10 @@ END_OF_TEXT = "<|endoftext|>"
 SAVED = "megatron_tokenizer.json"
 
 
+class HugeIdError(DataError):
+    """A token's id is beyond MAX_TOKENS. Such a tokenizer must not even be saved: every id below is looked at for that."""
+
+
 class Tokenizer(ABC):
     """What training, preprocessing, export and generation ask of a tokenizer.
 

@@ -107,6 +107,21 @@ def test_bert_of_every_version(tmp_path, version):
         assert not kind.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"]
 
 
+def test_settings_that_the_old_scripts_passed_over(tmp_path, capsys):
+    """The args of the released BERT say an epsilon of 1e-5, and the published config.json 1e-12."""
+    config = config_of(architecture="bert")
+    args = {**ARGS, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.1, "attention_dropout": 0.2}
+    path = write_archive(tmp_path / "bert.zip", released(config, weights_of(build(config)), 3.0, 127), 3.0, args)
+    assert main(BERT_KIND, "", [str(path)]) == 0
+    assert "something else: attention_probs_dropout_prob 0.1 (0.2), layer_norm_eps 1e-12 (1e-05), hidden_act gelu (gelu). " in (
+        capsys.readouterr().out
+    )
+    about = {**BERT_FILE, "layer_norm_eps": 1e-5, "attention_probs_dropout_prob": 0.2, "hidden_act": "gelu_new"}
+    assert main(BERT_KIND, "", arguments(tmp_path, path, about)) == 0
+    assert "something else" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["layer_norm_eps"] == 1e-5
+
+
 @pytest.mark.parametrize(
     ("changes", "activation", "ours"),
     [

@@ -120,6 +120,42 @@ def test_a_tensor_in_two_files(tmp_path, written):
         read_hf(tmp_path)
 
 
+def test_an_adapter_is_not_passed_over(tmp_path, written):
+    """Transformers opens the adapter's model there, where PEFT is installed."""
+    _, about, tensors = written("llama")
+    put(tmp_path, about, tensors)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match=r"adapter_config.json in it, .*merge both with merge_and_unload"):
+        read_hf(tmp_path)
+
+
+def test_what_people_give_instead_of_a_directory(tmp_path):
+    snapshot = tmp_path / "models--gpt2" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (snapshot / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n")
+    for given, words in (
+        (tmp_path / "absent", "there is no such directory"),
+        (snapshot / "config.json", "it is a file; give the directory"),
+        (tmp_path / "models--gpt2", f"the model is in {snapshot}"),
+        (snapshot, "a pointer of Git LFS, no weights; run `git lfs pull`"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read_hf(given)
+
+
+def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
+    """Norms in fp32 beside matrices in bf16, as released models have them."""
+    _, about, tensors = written("llama")
+    mixed = {key: tensor if "norm" in key else tensor.bfloat16() for key, tensor in tensors.items()}
+    config, weights = read_hf(put(tmp_path / "mixed", about, mixed), say=print)
+    export(store(tmp_path / "run", config, weights), tmp_path / "hf", say=lambda line: None)
+    back = load_file(tmp_path / "hf" / "model.safetensors")
+    assert all(torch.equal(back[key], tensor.float()) for key, tensor in mixed.items())
+    export(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16, say=lambda line: None)
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+
+
 def test_what_an_import_says(tmp_path, written, monkeypatch, capsys):
     source, about, tensors = written("llama")
     status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")

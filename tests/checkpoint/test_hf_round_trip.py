@@ -19,8 +19,9 @@ from megatron.checkpoint.save import save
 from megatron.checkpoint.whole import read_weights
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import read_tokenizer
-from megatron.data.tokenizer import ByteTokenizer, load_tokenizer
+from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, load_tokenizer
 from megatron.export import ExportError, _same_tokenizer
+from megatron.files.outputs import MARKER
 from megatron.hf_tokenizers import disagreement, import_tokenizer
 from megatron.imports import store
 from megatron.mesh.mesh import Mesh
@@ -45,7 +46,8 @@ def theirs(folder):
 
 
 def files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but the mark of the tool that made the directory."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != MARKER}
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +238,58 @@ def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     assert "tokenizer/hugging_face/model.safetensors" in read_manifest(directory).files
     with pytest.raises(CheckpointError, match="nothing of that name is kept"):
         kept.in_checkpoint(directory)
+
+
+def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
+    """Of an import without its tokenizer the end token alone says whether the run's is the same."""
+    for iteration, (ends, tokenizer, stay) in enumerate(
+        [
+            ([5, 256], ByteTokenizer(), True),
+            (256, ByteTokenizer(), True),
+            (None, ByteTokenizer(), True),
+            ([5, 6], ByteTokenizer(), False),
+            (5, ByteTokenizer(), False),
+            (5, NullTokenizer(257), True),
+        ]
+    ):
+        content, said = json.dumps({"eos_token_id": ends}).encode(), []
+        directory = save(tmp_path, iteration, {}, Mesh.single(), config={}, assets={"hugging_face/config.json": content})
+        assert ("hugging_face/config.json" in kept.carried(tokenizer, directory, said.append)) == stay
+        assert ["are of another tokenizer and are not kept on: config.json" in line for line in said] == [True] * (not stay)
+
+
+def test_settings_of_generation_in_an_old_config(sources, tmp_path, monkeypatch):
+    """Before generation_config.json they stood in config.json; transformers finds them after the round trip as before."""
+    source = tmp_path / "old"
+    shutil.copytree(sources / "gpt2_added_tokens", source)
+    (source / "generation_config.json").unlink()
+    settings = {"do_sample": True, "temperature": 0.7, "max_length": 31, "bad_words_ids": [[3, 4]]}
+    put(source, config__json={**json.loads((source / "config.json").read_text()), **settings})
+    assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", tmp_path / "ours") == 0
+    assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "ours", "--output", tmp_path / "hf") == 0
+    before, after = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder).generation_config for folder in (source, tmp_path / "hf")
+    )
+    assert all(getattr(after, name) == value for name, value in settings.items())
+    ignored = {"_from_model_config": None, "use_cache": None, "transformers_version": None}
+    assert before.to_diff_dict() | ignored == after.to_diff_dict() | ignored
+
+
+def test_sizes_of_vocabularies(sources, tmp_path, monkeypatch, capsys):
+    """Fewer rows than tokens can be exported; what no machine holds is refused before anything is made of it."""
+    source = ("--input", sources / "gpt2_added_tokens")
+    assert tool(monkeypatch, "import_hf.py", *source, "--save", tmp_path / "ours", "--vocab-size", 100) == 0
+    assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "ours", "--output", tmp_path / "hf") == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 100
+    assert tool(monkeypatch, "import_hf.py", *source, "--save", tmp_path / "no", "--vocab-size", 10**14) == 2
+    assert "a vocabulary of 100,000,000,000,000 tokens, which makes no sense" in capsys.readouterr().err
+    for number, words in ((17_000_000, "the id of a token is 17,000,000, which makes no sense"), (256, "tokenizer")):
+        shutil.copytree(source[1], folder := tmp_path / f"id {number}")
+        vocab = json.loads((folder / "vocab.json").read_text())
+        put(folder, vocab__json={**vocab, "zz": number})
+        assert tool(monkeypatch, "import_hf.py", "--input", folder, "--save", tmp_path / "no") == 2
+        err = capsys.readouterr().err
+        assert f"{folder}: " in err and words in err and "--no-tokenizer" in err and "/tokenizer.json" not in err
 
 
 def test_an_import_hides_no_checkpoint(tmp_path):

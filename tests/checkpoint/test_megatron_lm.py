@@ -191,6 +191,27 @@ def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
     assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "lost", "words"),
+    [
+        ({}, "embedding.position.weight", "no position embedding, and the file's args ask for learned positions"),
+        (CASES["llama, grouped, wide heads"], "args.normalization", "no bias of the last LayerNorm, which always has one"),
+    ],
+)
+def test_what_every_model_there_has(tmp_path, settings, lost, words):
+    """Without it there would still be a model, of another form, that computes something else."""
+    config = config_of(**settings)
+    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), 1, 1, None) / "mp_rank_00" / "model_optim_rng.pt"
+    file = read_pickled(made, "file")
+    args = file["args"].values()
+    if lost == "args.normalization":
+        args = {name: value for name, value in args.items() if name != "normalization"}
+    else:
+        del file["model"]["language_model"]["embedding"]["position_embeddings"]
+    write_archive(made, file["model"], 3.0, args)
+    assert f"there is {words}" in refused(tmp_path)
+
+
 def test_layouts_that_megatron_lm_does_not_have(tmp_path):
     config = config_of()
     weights = weights_of(build(config))

@@ -360,7 +360,7 @@ def test_assets_from_a_function_and_a_failing_one(tmp_path):
     directory = save_at(run, Saver(run, lambda: ASSETS, print), 1)
     assert {n for n in read_manifest(directory).files if n.startswith("tokenizer/")} == {f"tokenizer/{n}" for n in ASSETS}
     with pytest.raises(CheckpointError, match="the disk: No space left on device"):
-        Saver(run, lambda: raiser(errno.ENOSPC)(), print)
+        Saver(run, raiser(errno.ENOSPC), print)
 
 
 class Stuck(Storage):
