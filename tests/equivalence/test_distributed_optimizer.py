@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -250,7 +250,8 @@ def test_slices_hold_the_bits_of_the_whole(bf16):
 
 def by_reduce_scatter(setting: Sharing, steps: int):
     """The way of other backends than gloo."""
-    with mock.patch.object(collectives.dist, "get_backend", return_value="nccl"):
+    other = SimpleNamespace(**{**vars(collectives.dist), "get_backend": lambda group=None: "nccl"})
+    with mock.patch.object(collectives, "dist", other):
         return bits(setting, steps)
 
 

@@ -124,7 +124,7 @@ def test_a_taken_port_and_ctrl_c(root: Path) -> None:
         (("--allow-origin", "app.example.org"), "--allow-origin app.example.org is no origin"),
         (("--allow-host", "a/b"), "--allow-host a/b is no host"),
         (("--api-key", ""), "--api-key is empty"),
-        (("--chat-template", "/nowhere.jinja"), "/nowhere.jinja is not there"),
+        (("--chat-template", "/nowhere.jinja"), "/nowhere.jinja: No such file"),
         (("--tensor-model-parallel-size", "2"), "start with torchrun --nproc_per_node 2"),
     ],
 )
