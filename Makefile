@@ -14,7 +14,7 @@ quickstart: install
 	@$(RUN) examples/quickstart/run.py
 
 test: install
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: install
 	$(RUN) benchmarks/train.py

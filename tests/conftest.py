@@ -16,6 +16,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 # A shell starts what runs in its background deaf to interrupts, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files that take a minute or more begin first, so that at the end of the suite no process is left alone with one of them.
+SLOW = (
+    "test_two_hosts", "test_chaos_short", "test_megatron_lm_scripts", "test_real_failures", "test_task_program", "test_examples",
+    "test_stopping", "test_hf_sweep", "test_benchmark", "test_layout_matrix", "test_failures", "test_crash", "test_documents",
+    "test_finetune", "test_context", "test_pipeline", "test_distributed_optimizer", "test_training", "test_bert",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files by SLOW; those that it does not name, and the tests of a file, stay in their order."""
+    place = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
 BERT = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
 LENGTH = "--micro-batch-size 16 --train-iters 400 --lr 2e-3 --lr-warmup-iters 30 --mask-prob 0.2 --split 95,5,0"
 REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-interval 1000 --eval-iters 0 --save-interval 400"

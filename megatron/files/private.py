@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import time
 from contextlib import suppress
 
 NAME = "megatron"
@@ -40,6 +41,15 @@ class PrivateDirectory:
             return os.read(descriptor, limit)
         finally:
             os.close(descriptor)
+
+    def seconds_left_over(self, name: str) -> float:
+        """Mark a file as left over by a dead process, by taking its write permission; the seconds since it was marked first."""
+        about = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
+        if not about.st_mode & stat.S_IWUSR:
+            return time.time() - about.st_mtime
+        os.chmod(name, stat.S_IRUSR, dir_fd=self._directory)
+        os.utime(name, dir_fd=self._directory)
+        return 0.0
 
     def remove(self, name: str) -> None:
         """Delete a file; no error when it is not there."""

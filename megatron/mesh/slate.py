@@ -12,6 +12,7 @@ from megatron.files.private import PrivateDirectory
 from megatron.mesh.beats import Process
 
 SIZE = 256  # bytes; longer words are cut
+KEPT = 600.0  # seconds that what a dead process left stays, from when a start noticed it
 
 
 class Slate:
@@ -64,11 +65,16 @@ def forget(process: Process) -> None:
 
 
 def remove_dead(directory: PrivateDirectory, own: Process) -> None:
-    """Remove what processes left that this one can see to be gone: those of its own host, boot and process namespace."""
+    """Remove what processes left that this one can see to be gone: those of its own host, boot and process namespace.
+
+    Not at once: who watched a process that has just been killed, in another job of this user, is about to read it.
+    """
     pattern = re.compile(re.escape(_name(own).rsplit("-", 2)[0]) + r"-(\d+)-(\d+)")
     for match in filter(None, map(pattern.fullmatch, directory.names())):
-        if Process(own.host, own.space, int(match[1]), int(match[2])).state(own) == "gone":
-            directory.remove(match[0])
+        gone = Process(own.host, own.space, int(match[1]), int(match[2])).state(own) == "gone"
+        with suppress(FileNotFoundError):  # another start was faster
+            if gone and directory.seconds_left_over(match[0]) > KEPT:
+                directory.remove(match[0])
 
 
 def _name(process: Process) -> str:

@@ -87,6 +87,10 @@ def test_what_dead_processes_left_goes(place: Path) -> None:
         before = set(directory.names())
     assert len(before) == 2
     Slate(own)
+    assert before < {path.name for path in place.iterdir()}, "who watched it reads its last words first"
+    for path in place.iterdir():
+        os.utime(path, (0, 0))
+    Slate(own)
     left = {path.name for path in place.iterdir()}
     assert len(left) == 2 and len(left & before) == 1  # its own, and that of a space which it cannot look into
     forget(own)
