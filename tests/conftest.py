@@ -19,8 +19,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Files that take a minute or more begin first, so that at the end of the suite no process is left alone with one of them.
 SLOW = (
     "test_two_hosts", "test_chaos_short", "test_megatron_lm_scripts", "test_real_failures", "test_task_program",
-    "test_examples", "test_stopping", "test_hf_sweep", "test_benchmark", "test_layout_matrix", "test_failures", "test_crash", "test_documents",
-    "test_finetune", "test_context", "test_pipeline", "test_distributed_optimizer", "test_training", "test_bert",
+    "test_examples", "test_stopping", "test_hf_sweep", "test_benchmark", "test_layout_matrix", "test_failures",
+    "test_crash", "test_documents", "test_finetune", "test_context", "test_pipeline", "test_distributed_optimizer",
+    "test_training", "test_bert",
 )  # fmt: skip
 
 
