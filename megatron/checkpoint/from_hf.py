@@ -37,7 +37,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddin
 
 @dataclass(frozen=True)
 class TensorReader:
-    """How the tensors of one `model_type` are read.
+    """The way in which the tensors of one `model_type` are read.
 
     prefix: of the names of a directory that holds the model without its head; it lacks there. copies: a tensor that
     transformers ties to another -> that other one.
@@ -228,7 +228,7 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether a file is what Git leaves in place of a large one that it did not fetch."""
+    """Return whether a file is what Git leaves in place of a large one that it did not fetch."""
     try:
         with open_regular(path) as file:
             return file.read(len(LFS)) == LFS

@@ -139,7 +139,7 @@ SHARED: Mapping[str, Callable[[Any], bool]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ConfigReader:
-    """How the config.json of one `model_type` is read.
+    """The way in which the config.json of one `model_type` is read.
 
     fields: all that the class computes with. aliases: other names of fields, which transformers takes for them. causal: what
     `is_causal` may say. rest: the settings that follow from more than one field, given the fields' values and the whole file.

@@ -297,7 +297,7 @@ class TrialOrder:
 
 
 def trial_order(root: Path) -> TrialOrder:
-    """Which checkpoint under `root` is meant, for every program and tool.
+    """Order the checkpoints under `root` as every program and tool tries them.
 
     The one that was finished last, as the tracker says: whoever writes an older number into it goes back, as in
     Megatron-LM, and later iterations of a run that was wound back do not count. Then the older ones, from the newest. The

@@ -49,7 +49,7 @@ def write_weights(root: Path, iteration: int, config: RunConfig, weights: Mappin
 
 
 def holds_weights_alone(directory: Path) -> bool:
-    """Whether a checkpoint was imported: it has no optimizer, no counters and no position in the data."""
+    """Return whether a checkpoint was imported: it has no optimizer, no counters and no position in the data."""
     return read_state(directory).keys() == {"model"}
 
 

@@ -154,7 +154,7 @@ def _assemble(values: Mapping[str, Any]) -> RunConfig:
 
 
 def _alone(chosen: Mapping[str, Any]) -> Case:
-    """What the user typed as a case of its own, for rules that look at nothing else."""
+    """Return what the user typed as a case of its own, for rules that look at nothing else."""
     config = _assemble(chosen)
     return Case(config, config, 1, 1)
 
