@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -142,8 +143,10 @@ class Contest:
     def __init__(self, case: Case, prepare: Prepare = trained) -> None:
         self.ranks: list[Rank] = []
         context = mp.get_context("spawn")
-        # Ctrl-C reaches every process of a terminal. Those here inherit that they ignore it: the conductor ends them.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C reaches every process of a terminal. Those here inherit that it is blocked, and the conductor ends them. Itself
+        # it takes what came meanwhile at the end of this block; ignored it would be lost. The tracker's start would unblock it.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for contender in case.contenders:
                 for rank in range(case.ranks):
@@ -153,7 +156,7 @@ class Contest:
                     there.close()
                     self.ranks.append(Rank(contender, rank, process, here))
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self) -> Contest:
         return self

@@ -149,9 +149,9 @@ def test_an_interrupt_leaves_no_process_behind() -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as conductor:
         children = Path(f"/proc/{conductor.pid}/task/{conductor.pid}/children")
         deadline = time.monotonic() + 60
-        while len(children.read_text().split()) < 5 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(running_in(conductor.pid)) >= 5, "no contender was started"
+        while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(running_in(conductor.pid)) >= 2, "no contender was started"  # not all are: nothing of the interrupt is lost
         os.killpg(conductor.pid, signal.SIGINT)  # to all of them, as a terminal does
         _, said = conductor.communicate(timeout=60)
     assert (conductor.returncode, said) == (130, "error: interrupted\n")
