@@ -20,7 +20,7 @@ from megatron.data.tokenizer_base import Tokenizer
 
 MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
 MAX_WORDS = 128  # in the circle: so few that a short run sees each of them often
-STEPS = np.array([1, 2, 3, 5, 8])  # along the circle, from a word to the next one
+STEPS = np.array([1, -1, 2, -2, 3])  # along the circle, from a word to the next one
 SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
 MEAN_DOCUMENT = 200  # tokens
 MIN_SENTENCE, MAX_SENTENCE = 4, 24  # tokens
