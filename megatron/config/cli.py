@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import megatron
 from megatron.config import file_rules
 from megatron.config.case import Case
-from megatron.config.data_args import expand
+from megatron.config.data_args import FILES, expand
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
@@ -91,7 +91,8 @@ def parse(
     file = read_toml(path) if path is not None else Reading()
     chosen = {**file.values, **flags.values}
     typed = frozenset(name for name in chosen if not name.startswith("command."))
-    chosen, wrong_lists = expand(chosen, files=files)
+    settings = [chosen[name] for name in ("command.config", *FILES) if chosen.get(name) is not None]
+    chosen, wrong_lists = expand(chosen, files=files) if not task else (chosen, [])
     if task:
         chosen |= implied(chosen)
     preset = {f"model.{key}": value for key, value in PRESETS.get(chosen.get("command.preset", ""), {}).items()}
@@ -122,7 +123,7 @@ def parse(
     case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
-        problems += [*file_rules.check_files(case), *check_outputs(case, path)]
+        problems += [*file_rules.check_files(case), *check_outputs(case, settings)]
     if problems:
         raise ConfigError(problems)
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))

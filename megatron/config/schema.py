@@ -445,7 +445,12 @@ class LogConfig:
         off="--no-log-learnig-rate-to-tensorboard",
         aliases=("--no-log-learning-rate-to-tensorboard",),
     )
-    log_loss_scale_to_tensorboard: bool = option(True, "loss scale to TensorBoard", off="--no-log-loss-scale-to-tensorboard")
+    log_loss_scale_to_tensorboard: bool = option(
+        True,
+        "loss scale to TensorBoard",
+        off="--no-log-loss-scale-to-tensorboard",
+        aliases=("--disable-log-loss-scale-to-tensorboard",),
+    )
     log_batch_size_to_tensorboard: bool = option(False, "batch size to TensorBoard")
     log_world_size_to_tensorboard: bool = option(False, "world size to TensorBoard")
     log_memory_to_tensorboard: bool = option(False, "memory use to TensorBoard")

@@ -122,3 +122,18 @@ def test_data_come_from_one_place(places):
         assert problem == f"`--mock-data` and `{flag} a` exclude each other: the samples are made up, or those of files"
     assert read("--mock-data").config.data.mock_data
     assert wrong() == ["`--data-path` is missing, and has no default"]
+
+
+def test_nothing_is_written_over_a_file_of_data_paths(places):
+    Path("blend.txt").write_text("a")
+    Path("splits.json").write_text('{"train": ["a"]}')
+    for flag, name in (("--data-args-path", "blend.txt"), ("--per-split-data-args-path", "splits.json")):
+        assert any(
+            f"`--metrics-path {name}` cannot be written" in problem for problem in wrong(flag, name, "--metrics-path", name)
+        )
+
+
+def test_iterations_to_skip_is_another_spelling():
+    for words in (["--iterations-to-skip", "3", "7-9"], ["--skip-train-iterations", "3", "7-9"]):
+        read_one = parse([*BASE, "--mock-data", *words], program="test", files=False)
+        assert read_one.config.batch.skip_train_iterations == ("3", "7-9")
