@@ -1,7 +1,7 @@
 """Made-up data (--mock-data): text from which a model can learn something, of any amount, from the seed alone.
 
 Some ids of the vocabulary stand in a circle, in random order. A word is followed by one a few places further along, by a near
-one more often than by a far one, so that the loss of a model that has learnt all there is to learn is 1.3. Sample i of a split
+one more often than by a far one, so that the loss of a GPT that has learnt all there is to learn is 1.3. Sample i of a split
 follows from the seed, the split and i; the circle, which is what can be learnt, is that of all splits.
 """
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron.train.loop import Exit
+from megatron.config.schema import EvalConfig
+from megatron.train.loop import Exit, validate
 from megatron.train.program import pretrain
+from megatron.train.state import TrainState
 
 TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32 "
@@ -75,6 +78,13 @@ def test_a_step_that_is_left_out_counts_in_no_time_and_no_throughput(tmp_path):
     assert first["tflops_per_gpu"] / first["tokens_per_second"] == pytest.approx(
         last["tflops_per_gpu"] / last["tokens_per_second"]
     )
+
+
+def test_without_an_interval_an_evaluation_that_was_given_up_is_not_made():
+    state = TrainState(iteration=3, evaluation_due=True)
+    held = SimpleNamespace(state=state, config=SimpleNamespace(eval=EvalConfig(eval_interval=0)))
+    around = SimpleNamespace(valid=lambda: pytest.fail("it was made"), score=None, scores=lambda _: False)
+    assert validate(held, around).stop is None and not state.evaluation_due
 
 
 def test_what_a_model_can_learn_it_learns(tmp_path):
