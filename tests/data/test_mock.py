@@ -11,6 +11,7 @@ import pytest
 from megatron.config.schema import DataConfig, ModelConfig
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
+from megatron.data.loader import Loader
 from megatron.data.mock import MAX_WORDS, bert_roles
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
@@ -101,3 +102,17 @@ def test_a_vocabulary_that_is_too_small():
     assert set(training[0].tokens.tolist()) <= {0, 1}
     (training, *_), _ = made_up(tokenizer=ByteTokenizer())
     assert max(training[0].tokens) <= 256
+
+
+@pytest.mark.parametrize("model", [ModelConfig(), BERT], ids=["gpt", "bert"])
+def test_two_ranks_share_the_samples_of_one(model):
+    (training, *_), batches = made_up(model, count=16)
+
+    def dealt(ranks: int) -> list[list[int]]:
+        loaders = [Loader(training, batches, rank, ranks, 2, 4, read_ahead=0) for rank in range(ranks)]
+        parts = [batch for loader in loaders for batch in loader.next_batches(12)]
+        rows = [(int(n), row.tolist()) for batch in parts for n, row in zip(batch.samples, batch.tokens, strict=True)]
+        assert [number for number, _ in sorted(rows)] == list(range(4, 16))
+        return [row for _, row in sorted(rows)]
+
+    assert dealt(1) == dealt(2) == dealt(3)

@@ -114,11 +114,3 @@ def test_a_dry_run_says_that_the_data_are_made_up(capsys):
     assert run(*wide) == 0
     out = capsys.readouterr().out
     assert MADE_UP in out and "mock-data = true" in out and "a run also needs" not in out
-
-
-def test_two_stages_see_the_samples_of_one_process(tmp_path, slices):
-    still = ["--hidden-dropout", "0", "--attention-dropout", "0", "--train-iters", "3", "--metrics-path"]
-    assert run(*still, tmp_path / "one") == 0
-    assert slices([*FLAGS, *still, tmp_path / "two", "--pipeline-model-parallel-size", "2"], ranks=2).statuses == [0, 0]
-    one, two = ([json.loads(line)["lm_loss"] for line in (tmp_path / n).read_text().splitlines()] for n in ("one", "two"))
-    assert len(one) == 5 and two == pytest.approx(one, rel=1e-5)
