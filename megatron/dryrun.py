@@ -23,6 +23,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
+from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
 from megatron.model import size
@@ -103,6 +104,8 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
                 lines.append(f"dataset {dataset.prefix}: {dataset.document_count:,} documents, {dataset.token_count:,} tokens")
             except DataError as error:
                 problems.append(Problem(say(f"data.{name}", (prefix,)), f"cannot be opened: {error}"))
+    if config.data.mock_data:
+        return [MADE_UP]
     return lines or ["a run also needs --data-path"]
 
 

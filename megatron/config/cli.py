@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import megatron
 from megatron.config import file_rules
 from megatron.config.case import Case
+from megatron.config.data_args import FILES, expand
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
@@ -76,7 +77,7 @@ def parse(
 
     defaults: the program's own, `section.field` -> value. saved: reads the configuration of the checkpoint to load, as
     `to_json` wrote it, for --use-checkpoint-args; may raise ConfigError, OSError or ValueError. files: whether to look at
-    the disk. task: whether the program is tasks/main.py.
+    the disk, but for files of settings. task: whether the program is tasks/main.py.
     ConfigError with all mistakes at once; HelpAsked for `--help` and `--version`.
     """
     if strange := set(defaults or {}) - set(by_name()) - {"model.architecture"}:
@@ -90,11 +91,15 @@ def parse(
     file = read_toml(path) if path is not None else Reading()
     chosen = {**file.values, **flags.values}
     typed = frozenset(name for name in chosen if not name.startswith("command."))
+    settings = [chosen[name] for name in ("command.config", *FILES) if chosen.get(name) is not None]
+    chosen, wrong_lists = expand(chosen, files=files) if not task else (chosen, [])
     if task:
         chosen |= implied(chosen)
     preset = {f"model.{key}": value for key, value in PRESETS.get(chosen.get("command.preset", ""), {}).items()}
-    problems = [*flags.problems, *file.problems]
+    problems = [*flags.problems, *file.problems, *wrong_lists]
     bad = (flags.bad | file.bad) - {"command.config", "command.preset", "command.world_size"}
+    if wrong_lists:
+        bad.add("data.data_path")
     checkpoint: dict[str, Any] = {}
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None and file_rules.first_start(_alone(chosen)):
         saved = None  # the sizes are those that the command itself gives
@@ -118,7 +123,7 @@ def parse(
     case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
-        problems += [*file_rules.check_files(case), *check_outputs(case, path)]
+        problems += [*file_rules.check_files(case), *check_outputs(case, settings)]
     if problems:
         raise ConfigError(problems)
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))

@@ -67,10 +67,11 @@ def datasets(c: Case) -> Iterator[Problem]:
     """Every prefix has its .bin and .idx."""
     for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
         for prefix in prefixes(c[name]) or ():
-            yield from _dataset(say(name, (prefix,)), prefix)
+            yield from missing_dataset(say(name, (prefix,)), prefix)
 
 
-def _dataset(what: str, prefix: str) -> Iterator[Problem]:
+def missing_dataset(what: str, prefix: str) -> Iterator[Problem]:
+    """A problem where a prefix has no .bin and .idx. what: the setting that names it, in words."""
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     files = [Path(prefix + ending) for ending in (".bin", ".idx")]

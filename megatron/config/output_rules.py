@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,9 +20,9 @@ HEAD = 1 << 12  # bytes of a file that show what it is
 FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
 
 
-def check_outputs(case: Case, config: str | None) -> list[Problem]:
-    """Everything that is wrong with where a run is to write. config: the file of --config."""
-    read = Reads([*_read(case), *([config] if config is not None else [])])
+def check_outputs(case: Case, settings: Sequence[str]) -> list[Problem]:
+    """Everything that is wrong with where a run is to write. settings: the files that its settings were read from."""
+    read = Reads([*_read(case), *settings])
     found = list(_overwritten(case, read))
     said = {problem.what for problem in found}
     return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case)]

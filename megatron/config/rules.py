@@ -241,30 +241,39 @@ def split(c: Case) -> Iterator[Problem]:
 
 
 def data_paths(c: Case) -> Iterator[Problem]:
-    """Data comes from one set of flags, each PREFIX or WEIGHT PREFIX WEIGHT PREFIX ..."""
+    """Data comes from one set of flags, each PREFIX or WEIGHT PREFIX WEIGHT PREFIX ..., or is made up."""
     own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
-    if c["data.data_path"] and own:
+    given = [n for n in ("data.data_path", *own) if c[n]]
+    if c["data.mock_data"] and given:
+        yield Problem(f"`--mock-data` and {c.say(given[0])}", "exclude each other: the samples are made up, or those of files")
+    elif c["data.data_path"] and own:
         yield Problem(f"`--data-path` and `{by_name()[own[0]].flag}`", "exclude each other: one mixes, the other does not")
-    elif not c["data.data_path"] and not own and not c.planning:
+    elif not given and not c["data.mock_data"] and not c.planning:
         yield from missing(c, ["data.data_path"])
-    for name in ("data.data_path", *own):
-        words = c[name]
-        if prefixes(words) is None:
-            rule = "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
-            yield Problem(c.say(name), rule)
-        elif light := [w for w in words[::2] if len(words) > 1 and (weight := _number(w)) is not None and not 0 < weight < inf]:
-            yield Problem(c.say(name), f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead")
+    for name in given:
+        if fault := blend_fault(c[name]):
+            yield Problem(c.say(name), fault)
+
+
+def blend_fault(words: Sequence[str]) -> str | None:
+    """Return what is wrong with the words of a --data-path; None where nothing is."""
+    if prefixes(words) is None:
+        return "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
+    if light := [w for w in words[::2] if len(words) > 1 and (weight := as_number(w)) is not None and not 0 < weight < inf]:
+        return f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead"
+    return None
 
 
 def prefixes(words: Sequence[str]) -> list[str] | None:
     """The dataset prefixes of a --data-path; None where it is neither prefixes alone nor a weight before each."""
-    weights = [_number(word) is not None for word in words[::2]]
+    weights = [as_number(word) is not None for word in words[::2]]
     if len(words) % 2 or not any(weights):
-        return None if len(words) > 1 and any(_number(word) is not None for word in words) else list(words)
+        return None if len(words) > 1 and any(as_number(word) is not None for word in words) else list(words)
     return list(words[1::2]) if all(weights) else None
 
 
-def _number(word: str) -> float | None:
+def as_number(word: str) -> float | None:
+    """The number that a word spells, or None."""
     try:
         return float(word)
     except ValueError:

@@ -232,6 +232,16 @@ class DataConfig:
     train_data_path: tuple[str, ...] = option((), "the same, for training alone", nargs="*")
     valid_data_path: tuple[str, ...] = option((), "the same, for validation alone", nargs="*")
     test_data_path: tuple[str, ...] = option((), "the same, for testing alone", nargs="*")
+    data_args_path: str | None = option(None, "a file that holds what would follow --data-path", metavar="FILE")
+    per_split_data_args_path: str | None = option(
+        None,
+        "a JSON file with what would follow --train-data-path, --valid-data-path and --test-data-path, as lists under the keys "
+        "train, valid and test",
+        metavar="FILE",
+    )
+    mock_data: bool = option(
+        False, "made-up samples that follow from --seed, in place of data: the losses say nothing, but the run is a real one"
+    )
     split: str = option("969,30,1", "shares of training, validation and test documents")
     data_cache_path: str | None = option(None, "directory for built sample indices; default `cache` beside the data")
     seq_length: int | None = option(None, "tokens per sample", aliases=("--encoder-seq-length",))
@@ -258,7 +268,10 @@ class BatchConfig:
     train_iters: int | None = option(None, "steps to train")
     train_samples: int | None = option(None, "samples to train, instead of steps")
     skip_train_iterations: tuple[str, ...] = option(
-        (), "iterations N and ranges A-B that read their samples and make no update", nargs="*"
+        (),
+        "iterations N and ranges A-B that read their samples and make no update",
+        nargs="*",
+        aliases=("--iterations-to-skip",),
     )
     exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this")
     exit_duration_in_mins: float | None = option(None, "save and exit before this many minutes have passed")
@@ -411,7 +424,7 @@ class EvalConfig:
     """Evaluation during training."""
 
     eval_iters: int = option(100, "steps of one evaluation")
-    eval_interval: int = option(1000, "training steps between evaluations")
+    eval_interval: int = option(1000, "training steps between evaluations; 0: none before training has ended")
     skip_train: bool = option(False, "only evaluate; --save then takes metrics alone, also beside the run that saves there")
 
 
@@ -432,7 +445,12 @@ class LogConfig:
         off="--no-log-learnig-rate-to-tensorboard",
         aliases=("--no-log-learning-rate-to-tensorboard",),
     )
-    log_loss_scale_to_tensorboard: bool = option(True, "loss scale to TensorBoard", off="--no-log-loss-scale-to-tensorboard")
+    log_loss_scale_to_tensorboard: bool = option(
+        True,
+        "loss scale to TensorBoard",
+        off="--no-log-loss-scale-to-tensorboard",
+        aliases=("--disable-log-loss-scale-to-tensorboard",),
+    )
     log_batch_size_to_tensorboard: bool = option(False, "batch size to TensorBoard")
     log_world_size_to_tensorboard: bool = option(False, "world size to TensorBoard")
     log_memory_to_tensorboard: bool = option(False, "memory use to TensorBoard")

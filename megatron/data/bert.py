@@ -7,6 +7,7 @@ Everything about sample i follows from the seed and i. Without the binary head t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,21 +101,8 @@ class BertDataset:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         begin, end, target = self.rows[number].tolist()
-        rules, random = self.rules, np.random.RandomState((self.rules.seed + number) % 2**32)
-        sentences = [self._sentence(i) for i in range(begin, end)]
-        pivot, swapped = len(sentences), False
-        if rules.pairs:
-            pivot = int(random.randint(1, len(sentences))) if len(sentences) > 2 else 1
-            swapped = bool(random.random_sample() < 0.5)
-        segments = [[t for s in part for t in s] for part in (sentences[:pivot], sentences[pivot:])]
-        if swapped:
-            segments.reverse()
-        first, second = truncate(segments[0], segments[1], target, random)
-        whole = [rules.cls, *first, rules.sep, *([*second, rules.sep] if second else [])]
-        seen, places = mask_tokens(whole, target, rules.masking, random)
-        guessed = np.zeros(len(whole), dtype=np.bool_)
-        guessed[places] = True
-        return PairSample(np.array(seen, dtype=np.int64), np.array(whole, dtype=np.int64), guessed, len(first) + 2, swapped)
+        random = np.random.RandomState((self.rules.seed + number) % 2**32)
+        return pair_sample([self._sentence(i) for i in range(begin, end)], target, self.rules, random)
 
     def locate(self, number: int, position: int) -> str:
         """Where sample `number` lies, in words: file, document, sentences. A swapped, cut pair tells no position."""
@@ -139,6 +127,30 @@ class BertDataset:
 
     def _document(self, sentence: int) -> int:
         return int(np.searchsorted(self.indexed.documents, sentence, side="right")) - 1
+
+
+def pair_sample(sentences: Sequence[list[int]], target: int, rules: PairRules, random: np.random.RandomState) -> PairSample:
+    """Return the sample that consecutive sentences make.
+
+    Args:
+        sentences: the ids of each; at least two for a pair.
+        target: tokens that the segments have together at most.
+        rules: how the sample is made.
+        random: decides where the second segment begins, which one stands first, what is cut and what is masked.
+    """
+    pivot, swapped = len(sentences), False
+    if rules.pairs:
+        pivot = int(random.randint(1, len(sentences))) if len(sentences) > 2 else 1
+        swapped = bool(random.random_sample() < 0.5)
+    segments = [[t for s in part for t in s] for part in (sentences[:pivot], sentences[pivot:])]
+    if swapped:
+        segments.reverse()
+    first, second = truncate(segments[0], segments[1], target, random)
+    whole = [rules.cls, *first, rules.sep, *([*second, rules.sep] if second else [])]
+    seen, places = mask_tokens(whole, target, rules.masking, random)
+    guessed = np.zeros(len(whole), dtype=np.bool_)
+    guessed[places] = True
+    return PairSample(np.array(seen, dtype=np.int64), np.array(whole, dtype=np.int64), guessed, len(first) + 2, swapped)
 
 
 def truncate(first: list[int], second: list[int], target: int, random: np.random.RandomState) -> tuple[list[int], list[int]]:

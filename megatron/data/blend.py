@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.config.rules import as_number
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 
@@ -29,14 +30,6 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
     if min(given) <= 0 or not math.isfinite(sum(given)):
         raise DataError(f"{flag}: weights must be positive numbers, not {' '.join(map(str, given))}")
     return list(words[1::2]), given
-
-
-def as_number(word: str) -> float | None:
-    """The number a word spells, or None."""
-    try:
-        return float(word)
-    except ValueError:
-        return None
 
 
 def normalise(weights: Sequence[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -44,10 +44,11 @@ def gpt_samples(data: DataConfig, seed: int) -> MakeSamples:
 
 def bert_samples(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
     """BERT's: pairs of segments, of a share of the documents. binary: whether they are for a binary head."""
-    continues = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])
-    cls, sep = tokenizer.token("cls"), tokenizer.token("sep")
-    masking = MaskingRules(tokenizer.token("mask"), frozenset({cls, sep}), continues, data.mask_prob)
-    rules = PairRules(_seq_length(data), data.short_seq_prob, binary, cls, sep, masking, seed)
+    return pair_samples(pair_rules(data, seed, tokenizer, tokenizer.token, binary=binary))
+
+
+def pair_samples(rules: PairRules) -> MakeSamples:
+    """The same, by these rules."""
 
     def make(
         indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
@@ -56,6 +57,22 @@ def bert_samples(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: b
         return BertDataset(indexed, documents, rules, wanted, split=split, cache=cache)
 
     return make
+
+
+def pair_rules(data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callable[[str], int], *, binary: bool) -> PairRules:
+    """Return how BERT's samples are made.
+
+    Args:
+        data: their length and what share of them is short or masked.
+        seed: of the run.
+        tokenizer: knows which ids continue a word.
+        token: role of a special token -> its id.
+        binary: whether they are for a binary head.
+    """
+    continues = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])
+    cls, sep = token("cls"), token("sep")
+    masking = MaskingRules(token("mask"), frozenset({cls, sep}), continues, data.mask_prob)
+    return PairRules(_seq_length(data), data.short_seq_prob, binary, cls, sep, masking, seed)
 
 
 def _seq_length(data: DataConfig) -> int:
@@ -147,13 +164,19 @@ def build_datasets(
     counts: tuple[int, int, int],
     tokenizer: Tokenizer | None = None,
     make: MakeSamples | None = None,
+    mock: Callable[[int, str], SampleSource] | None = None,
 ) -> tuple[SampleSource | None, SampleSource | None, SampleSource | None]:
     """The (training, validation, test) datasets with at least `counts` samples each; None where none are wanted or given.
 
     The order of samples is Megatron-Core 0.16's for the same data, settings and counts. tokenizer: if given, checked
-    against the datasets' sidecars. make: the samples of one dataset; GPT's unless given.
+    against the datasets' sidecars. make: the samples of one dataset; GPT's unless given. mock: number of samples and split to
+    made-up samples, in place of those of files.
     Raises DataError for missing or wrong files, and for a split that is too small.
     """
+    if mock is not None:
+        wanted_shares = zip(SPLITS, parse_split(data.split), counts, strict=True)
+        made_up = [mock(count, split) if share is not None and count > 0 else None for split, share, count in wanted_shares]
+        return made_up[0], made_up[1], made_up[2]
     separate = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path and any(separate):
         raise DataError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path")

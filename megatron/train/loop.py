@@ -183,8 +183,8 @@ def note(run: Run, progress: Progress, *, finished: int | None = None, idle: int
 
 def validate(run: Run, around: Surroundings, request: Request | None = None) -> Request:
     """The evaluation that is due after this iteration; what was asked for meanwhile. Collective."""
-    iteration, asked = run.state.iteration, Request()
-    if around.valid is not None and (due(iteration, run.config.eval.eval_interval) or not around.scores(iteration)):
+    iteration, asked, interval = run.state.iteration, Request(), run.config.eval.eval_interval
+    if around.valid is not None and interval and (due(iteration, interval) or not around.scores(iteration)):
         asked = held_out(run, around, around.valid, "validation", f"iteration {iteration}")
     if asked.stop is None and around.score is not None and around.scores(iteration):
         give_up = GiveUp(around.stopping)
@@ -248,6 +248,7 @@ def advance(run: Run, report: StepReport) -> None:
         return
     state.window_skipped += 1
     if report.left_out:
+        state.skipped_samples += report.samples
         return
     state.consecutive_skips += 1
     what = f"iteration {state.iteration}: the gradient is not finite (norm {report.grad_norm}, loss {report.lm_loss})"
@@ -325,23 +326,25 @@ class Clock:
     def after_step(self, report: StepReport) -> None:
         """The step's own values to every sink; at the log interval also the averages since the last line."""
         state, now = self.run.state, time.perf_counter()
-        self._steps += 1
-        self._tokens += report.tokens
-        self._samples += report.samples
+        if not report.left_out:
+            self._steps += 1
+            self._tokens += report.tokens
+            self._samples += report.samples
         if not self.around.sinks and not due(state.iteration, self.run.config.log.log_interval):
             return
-        own = self._metrics(report, now - self._step_mark, 1, report.tokens, report.samples)
+        own = self._metrics(report, now - self._step_mark, int(not report.left_out), report.tokens, report.samples)
         if not report.skipped:
             own = replace(own, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
         self._step_mark = now
-        elapsed = now - self._mark
+        elapsed, to_go = now - self._mark, (self.run.config.batch.train_iters or 0) - state.iteration
         context = LogContext(
             global_batch_size=report.samples,
             train_iters=self.run.config.batch.train_iters or 0,
             world_size=self.run.job.place.world_size,
             zeros=report.zeros,
             params_norm=report.params_norm,
-            eta_seconds=elapsed / self._steps * ((self.run.config.batch.train_iters or 0) - state.iteration),
+            eta_seconds=elapsed / self._steps * to_go if self._steps else None,
+            skipped_samples=state.skipped_samples,
         )
         for sink in self.around.sinks:
             sink.step(own, context)
@@ -359,8 +362,9 @@ class Clock:
         self._mark, self._steps, self._tokens, self._samples = now, 0, 0, 0
 
     def _metrics(self, report: StepReport, seconds: float, steps: int, tokens: int, samples: int) -> Metrics:
+        """The values of steps that took so long together. Steps that were left out are none of them: they trained nothing."""
         state, device = self.run.state, self.run.job.device
-        tflops = self.around.flops * samples / seconds / self.run.job.place.world_size / 1e12
+        tflops = self.around.flops * samples / seconds / self.run.job.place.world_size / 1e12 if steps else None
         return Metrics(
             iteration=state.iteration,
             lm_loss=None,
@@ -372,9 +376,9 @@ class Clock:
             nan_iterations=state.window_nan,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_tokens,
-            iteration_time_ms=1000.0 * seconds / steps,
-            tokens_per_second=tokens / seconds,
+            iteration_time_ms=1000.0 * seconds / steps if steps else None,
+            tokens_per_second=tokens / seconds if steps else None,
             tflops_per_gpu=tflops,
-            mfu=tflops / self.around.peak_tflops if self.around.peak_tflops else None,
+            mfu=tflops / self.around.peak_tflops if self.around.peak_tflops and tflops is not None else None,
             peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )

@@ -26,6 +26,7 @@ from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader, MakeBatch
+from megatron.data.mock import MADE_UP
 from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
@@ -198,7 +199,9 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         notes = (*parsed.notes, *check_save(source, config))
         watch.waiting("building the datasets")
         recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
-        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples)
+        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples, recipe.mock)
+        if config.data.mock_data:
+            notes += (MADE_UP,)
     if datasets[0] is None and not config.eval.skip_train:
         raise Refused(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"

@@ -77,6 +77,7 @@ class LogContext:
     zeros: int | None
     params_norm: float | None
     eta_seconds: float | None
+    skipped_samples: int = 0
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_d
 UNIMPORTANT = ("checkpoint", "log")
 # What decides which samples a training run sees, and in which order.
 DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
+MOCK = "--mock-data"
 # What else decides it, for a checkpoint that says nothing of its order.
-ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.seq_length", "batch.seed"})
+ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.mock_data", "data.seq_length", "batch.seed"})
 STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 # What a model with the head of a task may have beyond a pretrained one.
 HEAD_PARAMETERS = ("pooler.", "task_head.")
@@ -190,12 +191,18 @@ def weights_alone(source: Source) -> Iterator[Problem]:
 def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) -> Iterator[Problem]:
     """One problem for each setting by which the training data are others than the checkpoint's."""
     for name in DATA_MIX:
-        there, here = getattr(held, name), getattr(wanted, name)
+        there, here = _source(held, name), _source(wanted, name)
         if _meant(there) != _meant(here):
             was = " ".join(there) if isinstance(there, tuple) else there
             rule = f"changes the training data of {directory}, which went through `{was or 'no ' + name}`"
             legal = f"{was or 'leave it out'}; --allow-data-change goes on at the same position of the new order"
-            yield Problem(say(f"data.{name}", here), rule, legal)
+            yield Problem(f"`{here}`" if here == MOCK else say(f"data.{name}", here), rule, legal)
+
+
+def _source(data: DataConfig, name: str) -> str | tuple[str, ...]:
+    """A setting of the data; where they are made up, that stands in the place of --data-path."""
+    value: str | tuple[str, ...] = getattr(data, name)
+    return MOCK if data.mock_data and name == "data_path" else value
 
 
 def _meant(value: str | tuple[str, ...]) -> object:

@@ -67,6 +67,8 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
         f" iteration {metrics.iteration:8d}/{context.train_iters:8d}",
         f"consumed samples: {metrics.consumed_samples:12d}",
     ]
+    if context.skipped_samples:
+        parts.append(f"skipped samples: {context.skipped_samples:12d}")
     if metrics.iteration_time_ms is not None:
         parts.append(f"elapsed time per iteration (ms): {metrics.iteration_time_ms:.1f}")
     parts += [f"learning rate: {metrics.learning_rate:.3E}", f"global batch size: {context.global_batch_size:5d}"]

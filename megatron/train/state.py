@@ -15,6 +15,7 @@ class TrainState:
     """Saved with every checkpoint; equal on all ranks.
 
     consumed_samples: training samples taken, those of skipped steps included; the data position.
+    skipped_samples: those of iterations that --skip-train-iterations left out, among the consumed ones.
     scheduled_samples: samples of the updates made; what the learning rate follows, so a skipped step is not counted.
     consecutive_skips: skipped steps since the last update.
     scaler: of the loss; where it stands is saved, not its settings.
@@ -28,6 +29,7 @@ class TrainState:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    skipped_samples: int = 0
     scheduled_samples: int = 0
     consecutive_skips: int = 0
     scaler: Scaler = field(default_factory=Constant)

@@ -34,6 +34,7 @@ from megatron.checkpoint.layout import CheckpointError, find, read_config, read_
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.megatron_files import read_megatron
 from megatron.checkpoint.released import read_archive, read_config_file
+from megatron.config.data_args import expand
 from megatron.config.errors import ConfigError
 from megatron.config.reading import read_toml
 from megatron.config.schema import TokenizerConfig
@@ -81,6 +82,16 @@ class Row:
 def toml(folder: Path) -> None:
     if problems := read_toml(str(folder / "run.toml")).problems:
         raise ConfigError(problems)
+
+
+def data_paths(name: str) -> Read:
+    setting = "data.data_args_path" if name.endswith(".txt") else "data.per_split_data_args_path"
+
+    def read(folder: Path) -> None:
+        if problems := expand({setting: str(folder / name)}, files=False)[1]:
+            raise ConfigError(problems)
+
+    return read
 
 
 def metrics(folder: Path) -> object:
@@ -160,6 +171,8 @@ HF = dict(tokenizer_model="hf")
 ANY = frozenset({"empty", "cut"})  # a shorter text is a text, and no text is an error of another kind, or none
 ROWS = [
     Row("run.toml", toml, ANY),
+    Row("blend.txt", data_paths("blend.txt"), frozenset({"cut"})),
+    Row("splits.json", data_paths("splits.json")),
     Row("metrics.jsonl", metrics),
     Row("prompts.txt", prompts, frozenset({"cut"})),
     Row("progress.json", progress),
@@ -208,6 +221,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good file for every row; those of Hugging Face and Megatron-LM as far as they are read here."""
     made = tmp_path_factory.mktemp("good")
     (made / "run.toml").write_text("[model]\nnum-layers = 2\nhidden-size = 64\n")
+    (made / "blend.txt").write_text("first second third\n")
+    (made / "splits.json").write_text('{"train": ["first", "second"], "valid": ["third"]}')
     (made / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.5}\n')
     (made / "prompts.txt").write_text("one\ntwo\n")
     (made / "progress.json").write_text('{"finished": 4}')

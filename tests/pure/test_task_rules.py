@@ -80,6 +80,8 @@ CASES = [
     ("task_data", f"{ASK} --train-data a --epochs 0", ["`--train-data a` does not go with --task WIKITEXT103", "`--epochs 0`"]),
     ("foreign_to_tasks", f"{TRAIN} --train-iters 5", ["`--train-iters 5` belongs to pretraining"]),
     ("foreign_to_tasks", f"{TRAIN} --data-path x", ["`--data-path x` belongs to pretraining"]),
+    ("foreign_to_tasks", f"{TRAIN} --mock-data", ["`--mock-data` belongs to pretraining"]),
+    ("foreign_to_tasks", f"{TRAIN} --data-args-path x", ["`--data-args-path x` belongs to pretraining"]),
     ("whole_sequences", f"{ASK} --context-parallel-size 2", ["`--context-parallel-size 2` is for pretraining"]),
     ("windows", f"{ASK} --overlapping-eval 65", ["`--overlapping-eval 65` is more than `--seq-length 64`"]),
 ]

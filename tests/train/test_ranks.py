@@ -6,14 +6,18 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from reference import LLAMA, Setting, micro_batches, start
+from reference import LLAMA, Setting, micro_batches
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.mesh.grid import Grid
+from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
+from megatron.mesh.place import Place
 from megatron.train.resume import Source, agree
+from megatron.train.run import build
 
 
 def sources(folders: list[str | None]) -> str:
@@ -49,14 +53,26 @@ def test_the_timeout_holds_on_every_axis():
         assert len(seen) == 4 and set(seen) == {timedelta(seconds=77)}
 
 
-def zeros(setting: Setting) -> int | None:
-    run = start(setting, 1)
-    run.optimizer.log_zeros = True
-    return run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state).zeros
+def counts(setting: Setting, sharded: bool = False) -> tuple[int | None, float | None]:
+    """Zeros in the gradient of a step, and the norm of the parameters after it, rounded."""
+    place = Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+    config = setting.config(place.world_size, 1)
+    log = replace(config.log, log_num_zeros_in_grad=True, log_params_norm=True)
+    config = replace(config, layout=replace(config.layout, use_distributed_optimizer=sharded), log=log)
+    run = build(config, Job(place, torch.device("cpu"), "gloo" if dist.is_initialized() else None))
+    report = run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
+    return report.zeros, None if report.params_norm is None else round(report.params_norm, 4)
 
 
-def test_the_number_of_zeros_does_not_count_padding():
-    setting = Setting(LLAMA)  # untied: the rows of tokens that did not occur have no gradient
-    alone = zeros(setting)
-    assert alone
-    assert set(on_ranks(2, zeros, replace(setting, tp=2))) == {alone}
+def test_zeros_and_norm_of_the_parameters_are_the_same_on_every_layout():
+    """Untied, the rows of tokens that did not occur have no gradient; tied, the first and the last stage hold one matrix.
+
+    Without biases: that of the keys has a gradient that is rounding alone, with a zero here and there.
+    """
+    for tied in (False, True):
+        setting = Setting(replace(LLAMA, untie_embeddings_and_output_weights=not tied))
+        alone = counts(setting)
+        assert alone[1] and bool(alone[0]) is not tied
+        for layout in (dict(tp=2), dict(pp=2), dict(cp=2), {}):
+            assert set(on_ranks(2, counts, replace(setting, **layout))) == {alone}, layout
+        assert set(on_ranks(2, counts, setting, True)) == {alone}

@@ -1,0 +1,136 @@
+"""Made-up data (--mock-data): text from which a model can learn something, of any amount, from the seed alone.
+
+Some ids of the vocabulary stand in a circle, in random order. A word is followed by one a few places further along, by a near
+one more often than by a far one, so that the loss of a GPT that has learnt all there is to learn is 1.3. Sample i of a split
+follows from the seed, the split and i; the circle, which is what can be learnt, is that of all splits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron.data.bert import SPECIAL, PairRules, PairSample, pair_sample
+from megatron.data.errors import DataError
+from megatron.data.gpt import SPLITS, Sample, SampleSource
+from megatron.data.tokenizer_base import Tokenizer
+
+MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
+MAX_WORDS = 128  # in the circle: so few that a short run sees each of them often
+STEPS = np.array([1, -1, 2, -2, 3])  # along the circle, from a word to the next one
+SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
+MEAN_DOCUMENT = 200  # tokens
+MIN_SENTENCE, MAX_SENTENCE = 4, 24  # tokens
+SEEDS = 2**32  # numpy's generators take no larger ones
+
+MakeMock = Callable[[int, str], SampleSource]  # number of samples, split -> made-up samples
+
+
+class MockText:
+    """The words and what follows what.
+
+    Args:
+        vocab_size: ids of the tokenizer; the words are spread over all of them, and so over all tensor-parallel ranks.
+        special: ids that are no words.
+        seed: of the run.
+    """
+
+    def __init__(self, vocab_size: int, special: Collection[int], seed: int) -> None:
+        ids = np.setdiff1d(np.arange(vocab_size), np.array(sorted(special), dtype=np.int64))
+        if not len(ids):
+            raise DataError(f"--mock-data finds no words: all {vocab_size} ids of the tokenizer are special tokens")
+        spread = np.linspace(0, len(ids) - 1, min(MAX_WORDS, len(ids))).astype(np.int64)
+        self.seed = seed % SEEDS
+        self.words: NDArray[np.int64] = np.random.RandomState(self.seed).permutation(ids[spread])
+
+    def random(self, split: str, number: int) -> np.random.RandomState:
+        """Return the generator of one sample. Its numbers are the same in every version of numpy."""
+        return np.random.RandomState([self.seed, SPLITS.index(split), number % SEEDS])
+
+    def write(self, random: np.random.RandomState, fresh: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Return a word for each place. fresh: bool `[n]`, where a text begins that does not go on from the word before."""
+        steps = random.choice(STEPS, size=len(fresh), p=SHARES)
+        steps[fresh] = random.randint(0, len(self.words), size=np.count_nonzero(fresh))
+        words: NDArray[np.int64] = self.words[np.cumsum(steps) % len(self.words)]
+        return words
+
+
+class MockGPT:
+    """Made-up samples of GPT: documents one after the other, each closed by the end of document, if there is one."""
+
+    def __init__(self, text: MockText, eod: int | None, seq_length: int, count: int, split: str) -> None:
+        self.text, self.eod, self.seq_length, self.count, self.split = text, eod, seq_length, count, split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < self.count:
+            raise IndexError(f"sample {number} of {self.count}")
+        random = self.text.random(self.split, number)
+        ends = random.random_sample(self.seq_length + 1) < 1.0 / MEAN_DOCUMENT
+        tokens = self.text.write(random, np.concatenate([[True], ends[:-1]]))
+        if self.eod is not None:
+            tokens[ends] = self.eod
+        return Sample(tokens)
+
+    def locate(self, number: int, position: int) -> str:
+        """Return where token `position` of a sample lies, in words."""
+        return f"made-up {self.split} sample {number}, token {position}"
+
+
+class MockBert:
+    """Made-up samples of BERT: sentences that go on from one another, made to pairs and masked as those of a corpus."""
+
+    def __init__(self, text: MockText, rules: PairRules, count: int, split: str) -> None:
+        self.text, self.rules, self.count, self.split = text, rules, count, split
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> PairSample:
+        if not 0 <= number < self.count:
+            raise IndexError(f"sample {number} of {self.count}")
+        random, longest = self.text.random(self.split, number), self.rules.longest - SPECIAL
+        target = int(random.randint(2, longest + 1)) if random.random_sample() < self.rules.short else longest
+        borders = [0]
+        while borders[-1] < target or len(borders) < 3:
+            borders.append(borders[-1] + int(random.randint(MIN_SENTENCE, MAX_SENTENCE + 1)))
+        words: list[int] = self.text.write(random, np.arange(borders[-1]) == 0).tolist()
+        sentences = [words[begin:end] for begin, end in itertools.pairwise(borders)]
+        return pair_sample(sentences, target, self.rules, random)
+
+    def locate(self, number: int, position: int) -> str:
+        """Return where a sample lies, in words. A swapped, cut pair tells no position."""
+        return f"made-up {self.split} sample {number}"
+
+
+def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
+    """Return what makes GPT's samples up."""
+    text = MockText(tokenizer.vocab_size, tokenizer.special.values(), seed)
+    return lambda count, split: MockGPT(text, tokenizer.special.get("eod"), seq_length, count, split)
+
+
+def mock_bert(tokenizer: Tokenizer, rules: PairRules) -> MakeMock:
+    """Return what makes BERT's samples up."""
+    text = MockText(tokenizer.vocab_size, bert_roles(tokenizer).values(), rules.seed)
+    return lambda count, split: MockBert(text, rules, count, split)
+
+
+def bert_roles(tokenizer: Tokenizer) -> Mapping[str, int]:
+    """Return ids for BERT's special tokens: the tokenizer's, and for those that it lacks the last ones of its vocabulary.
+
+    Made-up text needs none of these ids for anything else, so that NullTokenizer, which has no file, will do. DataError where
+    the vocabulary is too small.
+    """
+    roles = dict(tokenizer.special)
+    free = (i for i in reversed(range(tokenizer.vocab_size)) if i not in tokenizer.special.values())
+    for role in ("cls", "sep", "mask", "pad"):
+        if role not in roles:
+            if (number := next(free, None)) is None:
+                raise DataError(f"--mock-data finds no id for {role}: the tokenizer has only {tokenizer.vocab_size}")
+            roles[role] = number
+    return roles
