@@ -83,6 +83,7 @@ class ModelConfig:
         yielding=("--no-position-embedding",),
     )
     rotary_percent: float = option(1.0, "share of each head that RoPE turns")
+    rotary_interleaved: bool = option(False, "RoPE turns neighbouring channels as a pair, not the halves of a head")
     rotary_base: float = option(10000.0, "base of the RoPE frequencies", aliases=("--rope-theta",))
     normalization: str = option("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
     layernorm_epsilon: float = option(1e-5, "added to the variance", aliases=("--norm-epsilon",))

@@ -21,8 +21,6 @@ FEATURES = {
         --use-rope-scaling --rope-scaling-factor --rotary-scaling-factor=1|1.0 --rope-type=rope
         --rotary-seq-len-interpolation-factor=1 --yarn-* --no-yarn-correction-range-round-to-int --no-rope-freq
         --mrope-section""",
-    "rotary positions that turn neighbouring channels, which are not available; the halves of a head are turned": """
-        --rotary-interleaved""",
     "relative positions, which are not available": "--relative-attention-*",
     "other kinds of attention, which are not available": """
         --window-size --window-attn-skip-freq --softmax-type=vanilla --attention-output-gate
