@@ -61,12 +61,19 @@ class Reading:
         self.problems.append(Problem(what, rule))
         self.bad.add(option.name)
 
+    def closed(self) -> Reading:
+        """Return this at the end of its source: one message for one feature, and for one cause."""
+        self.problems = by_feature(self.problems)
+        self.bad |= self.meant - self.values.keys()
+        return self
+
     def unknown(self, what: str, rule: str) -> None:
         """Record a flag or key that is none of ours, and the fields that `rule` sends the user to."""
         self.problems.append(Problem(what, rule))
-        if "; did you mean " in rule or rule.startswith((CALLED, HOW_LONG)):
-            named = (spellings().get(flag) for flag in re.findall(r"--[a-z0-9-]+", rule))
-            self.meant |= {spelling.option.name for spelling in named if spelling}
+        words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, HOW_LONG)) else []
+        words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")  # keys of a file have no dashes before them
+        named = (spellings().get("--" + word.lstrip("-")) for word in words)
+        self.meant |= {spelling.option.name for spelling in named if spelling}
 
     def take_other(self, row: OtherFlag, typed: str, values: Sequence[str], where: str = "") -> None:
         """Take a flag that is no field: as the flags that it is read as, as a note, or as a mistake.
@@ -146,9 +153,7 @@ def read_arguments(argv: Sequence[str]) -> Reading:
             reading.refuse(found.option, f"`{found.flag}`", "needs a value after it")
         else:
             _take(reading, found, used)
-    reading.problems = by_feature(reading.problems)
-    reading.bad |= reading.meant - reading.values.keys()
-    return reading
+    return reading.closed()
 
 
 def by_feature(problems: Sequence[Problem]) -> list[Problem]:
@@ -274,7 +279,7 @@ def read_toml(path: str) -> Reading:
             reading.problems.append(Problem(f"`[{name}]` in {path}", rule, ", ".join(sections())))
         else:
             _unknown_key(reading, path, "", name)
-    return reading
+    return reading.closed()
 
 
 def _keys(section: str) -> dict[str, Spelling]:
@@ -318,7 +323,7 @@ def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
     else:
         near = nearest(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
         rule = rule + near if near else (_elsewhere(word) or rule)
-    reading.problems.append(Problem(f"`{key}`{place} in {path}", rule))
+    reading.unknown(f"`{key}`{place} in {path}", rule)
 
 
 def _shown(value: Any) -> str:

@@ -163,7 +163,6 @@ def test_a_feature_is_refused_in_one_message() -> None:
          "uniform --recompute-num-layers 2"),
         ("--save x --persistent-save-interval 5 --save-retain-interval 10", "--save x --save-interval 5 --keep-every 10 "
          "--keep-last 1"),
-        ("--disable-log-loss-scale-to-tensorboard", "--no-log-loss-scale-to-tensorboard"),
     ],
 )  # fmt: skip
 def test_old_flags_are_read_as_the_new_ones(old: str, new: str) -> None:
@@ -266,7 +265,7 @@ def test_command_lines_of_megatron_are_legal_or_refused_for_a_feature() -> None:
             assert "not available" in text or "tools/generate.py" in text or "--global-batch-size 2`" in text, text
             assert "not a known flag" not in text and "belongs to no flag" not in text, text
             refused += times
-    assert (legal + refused, legal >= 98) == (140, True), (legal, refused)
+    assert (legal + refused, legal >= 100) == (140, True), (legal, refused)
 
 
 def test_what_people_of_other_frameworks_type() -> None:
@@ -323,7 +322,7 @@ def test_what_others_type_is_answered_in_words(typed: str, answer: str) -> None:
     assert line.startswith(f"`{typed}` {answer}")
 
 
-def test_one_cause_is_one_message() -> None:
+def test_one_cause_is_one_message(tmp_path: Path) -> None:
     base = " ".join(BASE)
     for theirs, ours in {
         "--learning_rate 1e-3": "--lr 1e-3", "--max_steps 10": "--train-iters 10", "--epochs 3": "--train-iters 10",
@@ -331,6 +330,10 @@ def test_one_cause_is_one_message() -> None:
     }.items():  # fmt: skip
         assert len(mistakes(*base.replace(ours, theirs).split())) == 1, theirs
     assert len(mistakes(*base.replace("--lr 1e-3", "").split(), "--max_steps", "5")) == 2
+    file = tmp_path / "run.toml"
+    for key in ("num_layer", "n_layer"):
+        file.write_text(f"[model]\n{key} = 2\n")
+        assert len(mistakes(*base.replace("--num-layers 2", "").split(), "--config", str(file))) == 1, key
 
 
 def test_a_suggestion_is_near_or_there_is_none() -> None:

@@ -62,11 +62,11 @@ def test_flags_of_todays_and_old_scripts_train_as_ours_do(flags, tmp_path, capsy
         "--no-create-attention-mask-in-dataloader --cross-entropy-loss-fusion --tp-comm-overlap --te-rng-tracker "
         "--async-strategy mcore --rerun-mode validate_results --cp-comm-type p2p --DDP-impl local --timing-log-level 2 "
         "--no-position-embedding --group-query-attention --checkpoint-activations --use-precision-aware-optimizer"
-    ).split()
+    )
     batch = flags.index("--micro-batch-size")
     old = [*flags[:batch], "--batch-size", *flags[batch + 1 :], "--split", "'80,10,10'"]
     capsys.readouterr()
-    assert run([*old, *short, *theirs, "--save", tmp_path / "theirs"]) == Exit.FINISHED
+    assert run([*old, *short, *theirs.split(), "--save", tmp_path / "theirs"]) == Exit.FINISHED
     notes = capsys.readouterr().out
     assert notes.count(" changes nothing: ") == 19 and notes.count(" is read as ") == 2
     assert timeless(metrics(tmp_path / "ours")) == timeless(metrics(tmp_path / "theirs"))

@@ -84,7 +84,7 @@ MEANT = {
     "is no flag: steps that are accumulated follow from --global-batch-size / (--micro-batch-size x data-parallel ranks)": """
         gradient-accumulation-steps grad-accum gradient-accumulation accumulate-grad-batches gradient-accumulation-iters
         grad-accum-steps accumulation-steps""",
-    f"{HOW_LONG} --train-iters, or with --train-samples (an epoch is as many as the data has)": """
+    f"{HOW_LONG} --train-iters, or with --train-samples (an epoch is as many as the data has); tasks/main.py has --epochs": """
         num-train-epochs num-epochs max-epochs n-epochs epoch""",
     f"{HOW_LONG} --train-iters, or with --train-samples (tokens / --seq-length)": """
         max-tokens train-tokens num-tokens total-tokens""",

@@ -133,15 +133,14 @@ OTHERWISE = {
     "needs a private library; use --auto-resume": "--adlr-autoresume --adlr-autoresume-interval",
     "is now --pipeline-stage-layers 0 N N ..., the layers of each stage from the first to the last": """
         --standalone-embedding-stage""",
-    "is not available: give a --global-batch-size that micro-batch size x data-parallel ranks divides": """
-        --decrease-batch-size-if-needed""",
     "is not available: settings come from a TOML file, --config FILE": "--yaml-cfg",
     # SOON: each of these is about to be a field of schema.py; then its name leaves this list.
     "is not available yet": """
         --mock-data --data-args-path --per-split-data-args-path --log-throughput --iterations-to-skip --lr-wsd-decay-style
         --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-warmup-init --step-batch-size-schedule
         --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --account-for-embedding-in-pipeline-split
-        --account-for-loss-in-pipeline-split --num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout""",
+        --account-for-loss-in-pipeline-split --num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout
+        --decrease-batch-size-if-needed --disable-log-loss-scale-to-tensorboard""",
 }
 
 # Values of Megatron-LM that a flag of ours does not take: what follows in the error "`--flag value` ...".

@@ -12,7 +12,6 @@ RENAMED = """
 --activations-checkpoint-method          --recompute-granularity full --recompute-method VALUE
 --activations-checkpoint-num-layers      --recompute-num-layers VALUE
 --distribute-checkpointed-activations    --distribute-saved-activations
---disable-log-loss-scale-to-tensorboard  --no-log-loss-scale-to-tensorboard
 --persistent-save-interval               --save-interval VALUE
 --save-retain-interval                   --keep-every VALUE --keep-last 1
 """

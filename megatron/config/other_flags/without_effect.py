@@ -36,7 +36,7 @@ WITHOUT_EFFECT = {
         --deterministic-mode --te-rng-tracker --use-te-rng-tracker --inference-rng-tracker""",
     # who sends what to whom
     "ranks come from the environment": "--local_rank=?",
-    "the mesh is built at once": "--lazy-mpu-init=?",
+    "the mesh is built at once": "--lazy-mpu-init=*",
     "there is one data-parallel implementation": "--DDP-impl=local|torch",
     "gradients always lie in contiguous buffers": "--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-ddp",
     "in what portions gradients and weights travel never changes a result; --ddp-bucket-size sets their size": """
