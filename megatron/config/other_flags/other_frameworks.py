@@ -60,19 +60,23 @@ NAMES = {
     "--sequence-parallel": "sp enable-sequence-parallel",
     # precision, memory
     "--recompute-activations, or --recompute-granularity full --recompute-method uniform,": "gradient-checkpointing "
-    "activation-checkpointing activation-checkpoint.mode use-activation-checkpointing grad-checkpointing ac-mode",
+    "activation-checkpointing activation-checkpoint.mode deepspeed-activation-checkpointing use-activation-checkpointing "
+    "grad-checkpointing ac-mode",
     "--compile": "torch-compile compile.enable use-compile",
     # files
-    "--save": "output-dir out-dir checkpoint-dir save-dir checkpoint.folder ckpt-dir checkpoint-path save-path",
+    "--save": "output-dir out-dir dump-folder checkpoint-dir save-dir checkpoint.folder ckpt-dir checkpoint-path save-path",
     "--load": "initial-checkpoint-dir checkpoint.initial-load-path load-dir ckpt-path",
     "--auto-resume": "resume resume-from-checkpoint resume-from auto-continue",
     "--overwrite": "overwrite-output-dir",
+    "--async-save": "async-mode async-checkpoint",
+    "--no-save-optim": "save-only-model save-model-only",
     "--keep-last": "save-total-limit checkpoint.keep-latest-k keep-last-n max-checkpoints",
     "--data-path": "data dataset dataset-path data-dir train-file data-file dataset-name dataset-dir train-data-dir",
     "--valid-data-path": "validation-file val-data val-data-path eval-data",
     "--tokenizer-type": "tokenizer",
     "--tokenizer-model": "tokenizer-name tokenizer-path tokenizer-dir tokenizer-name-or-path hf-assets-path",
     "--num-workers": "dataloader-num-workers workers",
+    "--split": "validation-split-percentage train-val-split",
     "--seed": "random-seed manual-seed",
     "--tensorboard-dir": "logging-dir tensorboard tb-dir log-dir",
     "--config": "config-file job.config-file config-name yaml",
@@ -85,7 +89,7 @@ MEANT = {
         gradient-accumulation-steps grad-accum gradient-accumulation accumulate-grad-batches gradient-accumulation-iters
         grad-accum-steps accumulation-steps""",
     f"{HOW_LONG} --train-iters, or with --train-samples (an epoch is as many as the data has); tasks/main.py has --epochs": """
-        num-train-epochs num-epochs max-epochs n-epochs epoch""",
+        num-train-epochs num-epochs max-epochs n-epochs epoch train.epochs training.epochs""",
     f"{HOW_LONG} --train-iters, or with --train-samples (tokens / --seq-length)": """
         max-tokens train-tokens num-tokens total-tokens""",
     "is no flag: data parallelism takes the ranks that the other axes leave": """
@@ -103,6 +107,8 @@ MEANT = {
         dropout resid-pdrop attn-pdrop embd-pdrop resid-dropout""",
     "is no flag: biases are there unless --disable-bias-linear and --disable-norm-bias say otherwise": "bias use-bias",
     "is no flag: the vocabulary's size is the tokenizer's": "n-vocab padded-vocab",
+    "is no flag: the output layer is the embedding's matrix unless --untie-embeddings-and-output-weights says otherwise": """
+        tie-embeddings tie-word-embeddings tie-weights weight-tying""",
     "is no flag: the learning rate always decays as --lr-decay-style says": "decay-lr",
     "is no flag: evaluation has the --micro-batch-size of training": """
         per-device-eval-batch-size eval-batch-size per-gpu-eval-batch-size val-batch-size""",
@@ -110,7 +116,8 @@ MEANT = {
     "is no flag: --eval-interval says how often to evaluate, --save-interval how often to save": """
         eval-strategy evaluation-strategy save-strategy logging-strategy save-safetensors""",
     "is no flag: metrics go to the console, to --metrics-path and to --tensorboard-dir": """
-        report-to logger logger-name run-name wandb-log use-wandb log-with enable-tensorboard""",
+        report-to logger logger-name run-name wandb-log use-wandb log-with enable-tensorboard enable-wandb wandb-run-name
+        wandb-name""",
     "is no flag: checkpoints are saved with --save DIR --save-interval N": """
         always-save-checkpoint enable-checkpoint enable-checkpointing save-checkpoints checkpoint.enable""",
     "is no flag: --use-distributed-optimizer shards the optimizer state (ZeRO-1), and no other stage is available": """
@@ -123,6 +130,10 @@ MEANT = {
         push-to-hub hub-model-id hub-token""",
     "is no flag: an order of samples follows from --seed; --dataloader-type cyclic draws a new one each epoch": "shuffle",
     "is no flag: --rampup-batch-size is what grows": "batch-size-warmup",
+    "is no flag: weights, order of samples and dropout masks follow from --seed alone": """
+        deterministic use-deterministic-algorithms cudnn-deterministic""",
+    "is no flag: --profile-pipeline measures the pipeline, and no other profiler is there": """
+        enable-profiling profile-freq profiler""",
 }
 
 
