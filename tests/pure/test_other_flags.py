@@ -166,9 +166,7 @@ def test_a_feature_is_refused_in_one_message() -> None:
     ],
 )  # fmt: skip
 def test_old_flags_are_read_as_the_new_ones(old: str, new: str) -> None:
-    base = [word for word in BASE if not (old.startswith("--batch-size") and word in ("--micro-batch-size", "2"))]
-    if old.startswith("--batch-size"):
-        base = shlex.split(" ".join(BASE).replace(" --micro-batch-size 2", ""))
+    base = shlex.split(" ".join(BASE).replace(" --micro-batch-size 2", "")) if old.startswith("--batch-size") else BASE
     parsed = parse([*base, *old.split()], program="t", files=False)
     assert parsed.config == parse([*base, *new.split()], program="t", files=False).config != read().config or "model-par" in old
     assert len(parsed.notes) == len([word for word in old.split() if word.startswith("--") and word != "--save"])
