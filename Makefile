@@ -3,7 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 # Test files go to so many processes, which start ranks of their own. Plain `pytest` runs in one.
-WORKERS ?= 2
+WORKERS ?= 3
 RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
 .PHONY: install quickstart test bench lint

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,15 +41,27 @@ REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-inter
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A BERT that fills in the words of a toy world (toys.py), and files of tasks in it.
+    """A BERT that fills in the words of a toy world (toys.py), and files of tasks in it; the first worker that asks trains it.
 
     checkpoint, vocab: its directory, its vocab.txt. train, dev: for each task a file to learn from, one to judge by.
     """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "toys"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made.json").exists():
+            (folder / "made.json").write_text(json.dumps(train_toy(folder)))
+        made = json.loads((folder / "made.json").read_text())
+    return SimpleNamespace(folder=folder, checkpoint=str(folder / "bert"), **made)
+
+
+def train_toy(folder: Path) -> dict[str, Any]:
+    """Train the BERT of the toy world into `folder`/bert; the path of its vocabulary, and for each split its tasks' files."""
     import toys
 
     from megatron.train.program import pretrain
 
-    folder = tmp_path_factory.mktemp("toys")
     vocab, corpus = toys.vocabulary(folder), toys.corpus(folder, 2000)
     tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]
     words = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(vocab), "--split-sentences", "--workers", "1"]
@@ -55,5 +70,4 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     flags = [*f"{BERT} {LENGTH} {REST} --make-vocab-size-divisible-by 8".split(), *data]
     defaults = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
     assert pretrain(flags, program="pretrain_bert.py", defaults=defaults) == 0
-    made = {split: toys.files(folder / split, seed) for seed, split in enumerate(("train", "dev"))}
-    return SimpleNamespace(folder=folder, checkpoint=str(folder / "bert"), vocab=str(vocab), **made)
+    return {"vocab": str(vocab), **{split: toys.files(folder / split, seed) for seed, split in enumerate(("train", "dev"))}}

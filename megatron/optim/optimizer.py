@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from megatron.config.schema import OptimConfig
 from megatron.mesh.mesh import Axis, Mesh
@@ -23,7 +22,7 @@ from megatron.optim.buffers import FlatBuffer
 from megatron.optim.gather import Gathering
 from megatron.optim.norm import Held, count_zeros, global_norm
 from megatron.optim.reduction import Reduction
-from megatron.optim.update import Update
+from megatron.optim.update import Target, Update
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.spec import Shard, spec_of
 
@@ -63,11 +62,9 @@ class Optimizer:
         self.log_zeros, self.log_params_norm = log_zeros, log_params_norm
         self.reduction = Reduction(self.buffers, mesh.dp_cp, overlap=overlap_grad_reduce)
         self.gathering = Gathering(self.buffers, overlap=overlap_param_gather)
-        groups = []
-        for buffer in self.buffers:
-            main, spec = nn.Parameter(buffer.main), spec_of(buffer.parameters[0])
-            groups.append({"params": [main], "decay": spec.decay, "lr_scale": spec.lr_scale})
-        self.update = Update(config, groups)
+        specs = [spec_of(buffer.parameters[0]) for buffer in self.buffers]
+        targets = (Target(buffer.main, spec.decay, spec.lr_scale) for buffer, spec in zip(self.buffers, specs, strict=True))
+        self.update = Update(config, targets)
         sharded = [buffer.axis for buffer in self.buffers[:1] if buffer.axis.size > 1]
         self._counting = [mesh.tp_pp, *sharded]  # axes whose ranks count different elements
         self._grads = Held.of(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)

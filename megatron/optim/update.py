@@ -1,98 +1,177 @@
 """The arithmetic of a step: torch's fused or foreach AdamW, apex's FusedAdam, or SGD, with state that a checkpoint can fill.
 
-What differs between them is said here and nowhere else: where they keep the number of steps, and what they call a moment.
+What differs between them is said here and nowhere else: who divides the gradient, where the number of steps is kept, and
+what a moment is called. torch's are called as functions: its optimizer classes import the compiler, seconds for each process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from megatron.config.schema import OptimConfig
 
 
-class Update:
-    """An optimizer of torch's kind for each of some fp32 tensors; its state is there from the beginning.
+@dataclass(frozen=True)
+class Target:
+    """An fp32 tensor to update. decay: whether weight decay reaches it. lr_scale: what its learning rate is multiplied with."""
 
-    groups: torch's parameter groups, each with one tensor. ImportError when apex is asked for and not installed.
-    One optimizer each, so that an update can follow the other, with what one of them needs made and forgotten in between.
+    main: Tensor
+    decay: bool
+    lr_scale: float
+
+
+@dataclass(frozen=True)
+class _Factor:
+    """What the gradients of a step are multiplied with: a number, and its inverse where torch's fused kernels take it."""
+
+    value: float = 1.0
+    inverse: Tensor | None = None
+
+
+class _Method(Protocol):
+    """One optimizer of one tensor. state: its moments by name, there from the beginning. steps: updates so far."""
+
+    state: dict[str, Tensor]
+
+    @property
+    def steps(self) -> int: ...
+
+    @steps.setter
+    def steps(self, count: int) -> None: ...
+
+    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None: ...
+
+
+class Update:
+    """An optimizer for each of some fp32 tensors.
+
+    One each, so that an update can follow the other, with what one of them needs made and forgotten in between.
+    ImportError when apex is asked for and not installed.
     """
 
-    def __init__(self, config: OptimConfig, groups: Iterable[dict[str, Any]]) -> None:
-        self.adam = config.optimizer == "adam"
-        self.state_names = ("exp_avg", "exp_avg_sq") if self.adam else ("momentum_buffer",)
-        self._in_groups = self.adam and config.adam_kernel == "apex"  # apex counts steps once a group
-        self._scales = not self.adam or config.adam_kernel == "fused"  # torch's fused kernels divide the gradient themselves
-        self._multiplier = 1.0
-        self._made = [_adam(config, [group]) if self.adam else _sgd(config, [group]) for group in groups]
-        for optimizer in self._made:
-            main = optimizer.param_groups[0]["params"][0]
-            state = optimizer.state[main]
-            state.update({name: torch.zeros_like(main) for name in self.state_names})
-            if self.adam and not self._in_groups:
-                state["step"] = torch.zeros((), device=main.device)
+    def __init__(self, config: OptimConfig, targets: Iterable[Target]) -> None:
+        self._targets = list(targets)
+        self._methods = [_method(config, target.main) for target in self._targets]
+        self._factor, self._lr, self._weight_decay = _Factor(), 0.0, 0.0
 
     def begin(self, *, lr: float, weight_decay: float, multiplier: float) -> None:
-        """Say what the updates of this step have: `lr` times each group's scale, the decay where it has any, and what all
+        """Say what the updates of this step have: `lr` times each target's scale, the decay where it has any, and what all
         gradients are multiplied with."""
-        self._multiplier = multiplier
-        divisor = None
-        if self._scales and multiplier != 1.0:
-            device = self._made[0].param_groups[0]["params"][0].device
-            divisor = torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device)
-        for optimizer in self._made:
-            (group,) = optimizer.param_groups
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = weight_decay if group["decay"] else 0.0
-            optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # where torch's own gradient scaler puts it
+        self._lr, self._weight_decay, self._factor = lr, weight_decay, _Factor()
+        if multiplier != 1.0:
+            device = self._targets[0].main.device
+            self._factor = _Factor(multiplier, torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device))
 
+    @torch.no_grad()
     def step(self, number: int, grad: Tensor) -> None:
         """Update tensor `number`. grad: fp32, of its length; afterwards multiplied with what `begin` was told."""
-        optimizer = self._made[number]
-        main = optimizer.param_groups[0]["params"][0]
-        if not self._scales and self._multiplier != 1.0:
-            grad.mul_(self._multiplier)
-        main.grad = grad
-        optimizer.step()
-        main.grad = None
+        target = self._targets[number]
+        weight_decay = self._weight_decay if target.decay else 0.0
+        self._methods[number].step(grad, self._factor, lr=self._lr * target.lr_scale, weight_decay=weight_decay)
 
     def state(self, number: int) -> dict[str, Tensor]:
         """The moments of tensor `number`, by name: live, of its length."""
-        optimizer = self._made[number]
-        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-        return {name: state[name] for name in self.state_names}
+        return self._methods[number].state
 
     @property
     def steps(self) -> int:
         """Updates made so far; 0 where the method does not count them."""
-        (group,) = self._made[0].param_groups
-        kept = group if self._in_groups else self._made[0].state[group["params"][0]]
-        return int(kept.get("step", 0))
+        return self._methods[0].steps
 
     @steps.setter
     def steps(self, count: int) -> None:
-        for optimizer in self._made:
-            (group,) = optimizer.param_groups
-            if self._in_groups:
-                group["step"] = count
-            elif self.adam:
-                optimizer.state[group["params"][0]]["step"].fill_(count)
+        for method in self._methods:
+            method.steps = count
 
 
-def _adam(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    betas = (config.adam_beta1, config.adam_beta2)
-    if config.adam_kernel == "apex":
-        made: torch.optim.Optimizer = import_module("apex.optimizers").FusedAdam(
-            groups, lr=0.0, betas=betas, eps=config.adam_eps, adam_w_mode=True
+def _method(config: OptimConfig, main: Tensor) -> _Method:
+    if config.optimizer == "sgd":
+        return _SGD(config, main)
+    return _ApexAdam(config, main) if config.adam_kernel == "apex" else _AdamW(config, main)
+
+
+class _AdamW:
+    """torch's, fused or foreach."""
+
+    def __init__(self, config: OptimConfig, main: Tensor) -> None:
+        self._main, self._fused = main, config.adam_kernel == "fused"
+        self._config = config
+        self.state = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+        self._count = torch.zeros((), device=main.device)
+
+    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+        if not self._fused and factor.inverse is not None:
+            grad.mul_(factor.value)
+        adamw(
+            [self._main], [grad], [self.state["exp_avg"]], [self.state["exp_avg_sq"]], [], [self._count],
+            fused=self._fused, foreach=not self._fused, grad_scale=factor.inverse if self._fused else None,
+            beta1=self._config.adam_beta1, beta2=self._config.adam_beta2, eps=self._config.adam_eps,
+            amsgrad=False, maximize=False, lr=lr, weight_decay=weight_decay,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return int(self._count)
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._count.fill_(count)
+
+
+class _SGD:
+    """torch's fused SGD with momentum; it counts no steps."""
+
+    def __init__(self, config: OptimConfig, main: Tensor) -> None:
+        self._main, self._momentum = main, config.sgd_momentum
+        self.state = {"momentum_buffer": torch.zeros_like(main)}
+
+    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+        sgd(
+            [self._main], [grad], [self.state["momentum_buffer"]], fused=True, foreach=False, grad_scale=factor.inverse,
+            momentum=self._momentum, dampening=0.0, nesterov=False, maximize=False, lr=lr, weight_decay=weight_decay,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return 0
+
+    @steps.setter
+    def steps(self, count: int) -> None: ...
+
+
+class _ApexAdam:
+    """apex's FusedAdam, which keeps the number of steps in its group."""
+
+    def __init__(self, config: OptimConfig, main: Tensor) -> None:
+        self._main = torch.nn.Parameter(main)
+        betas = (config.adam_beta1, config.adam_beta2)
+        kernel = import_module("apex.optimizers").FusedAdam
+        self._optimizer: torch.optim.Optimizer = kernel(
+            [self._main], lr=0.0, betas=betas, eps=config.adam_eps, adam_w_mode=True
         )
-        return made
-    fused = config.adam_kernel == "fused"
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.adam_eps, fused=fused, foreach=not fused)
+        self.state = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
+        self._optimizer.state[self._main].update(self.state)
 
+    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+        if factor.inverse is not None:
+            grad.mul_(factor.value)
+        self._optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
+        self._main.grad = grad
+        self._optimizer.step()
+        self._main.grad = None
 
-def _sgd(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.0, momentum=config.sgd_momentum, fused=True)
+    @property
+    def steps(self) -> int:
+        return int(self._optimizer.param_groups[0].get("step", 0))
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        self._optimizer.param_groups[0]["step"] = count

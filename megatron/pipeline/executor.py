@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from megatron.contract import Batch, Loss, StagePart
 from megatron.mesh.watch import Watch
@@ -228,7 +228,7 @@ class Executor:
         """Back through the stage; its graph and its input are free afterwards."""
         if live.edge is None or grad is None:
             raise RuntimeError(f"{in_words(action)} has nothing to start from")
-        torch.autograd.backward(live.edge, grad)
+        _run_backward(live.edge, grad)
         if live.x is not None and live.x.grad is not None:
             self._give(action, live.x.grad)
         live.x = live.edge = None
@@ -236,6 +236,15 @@ class Executor:
     def _weight_grad(self, action: Action, _: Tensor | None) -> None:
         for product in self._live.pop((action.stage, action.micro_batch)).products:
             product.run()
+
+
+def _run_backward(edge: GradientEdge, grad: Tensor) -> None:
+    """Accumulate the gradients of the leaves behind `edge`. grad: of its shape.
+
+    It is torch.autograd.backward from its second half on. The first half compares two shapes, and for that imports sympy:
+    half a second of every process.
+    """
+    _engine_run_backward((edge,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def in_words(action: Action) -> str:

@@ -89,10 +89,10 @@ def test_a_thousand_row_slices_are_cheap():
 def test_a_hostile_list_of_pieces_takes_no_longer():
     """Columns all lie side by side in a sweep along the rows: comparing each with each would take minutes."""
     columns = [Part((0, i), (8, 1)) for i in range(20000)]
-    began = time.monotonic()
+    began = time.process_time()
     assert fault((8, 20000), columns) is None
     assert "overlap" in fault((8, 20000), [*columns[:-1], Part((0, 9999), (8, 1))])
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (4, 1), (1, 16), (8, 16)])

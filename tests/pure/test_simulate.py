@@ -227,6 +227,6 @@ def test_free_actions_have_no_bubble():
 
 def test_large_schedules_are_quick():
     """49152 actions take a fraction of a second; anything quadratic in them would take minutes."""
-    before = time.perf_counter()
+    before = time.process_time()
     simulate(make("zb-v", 32, 256), Costs()).bubble_rate  # noqa: B018
-    assert time.perf_counter() - before < 5
+    assert time.process_time() - before < 5

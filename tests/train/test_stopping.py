@@ -94,7 +94,7 @@ def test_a_stop_before_the_ranks_have_joined(slices, command, tmp_path, ranks):
     early = {"ranks": ranks, "fault": (ranks - 1, "dataset build", 1, "SIGTERM"), "launcher": False}
     first = slices(command("split"), **early)
     said = f"stopping before the first step: SIGTERM to rank {ranks - 1}; there is nothing to save; start again to go on\n"
-    assert first.statuses == [75] * ranks and first.err == said and first.seconds < 10.0
+    assert first.statuses == [75] * ranks and first.err == said and first.seconds < 60.0
     second = slices(command("split"), **early)
     assert second.statuses[ranks - 1] == 1 and "2 slices in a row ended without a single step" in second.err
     assert len(second.errors) == 1
