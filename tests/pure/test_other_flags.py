@@ -115,7 +115,7 @@ def test_what_would_change_a_result_is_never_without_effect() -> None:
         "--fp8-format hybrid", "--fp8-format=e4m3", "--fp4-format e2m1", "--num-experts 8", "--expert-model-parallel-size 2",
         "--moe-router-topk 2", "--moe-anything-new 1", "--qk-layernorm", "--qk-l2-norm", "--multi-latent-attention",
         "--mtp-num-layers 1", "--use-rope-scaling", "--rotary-scaling-factor 2.0", "--rope-type yarn",
-        "--window-size 128,0", "--softmax-type learnable", "--quick-geglu", "--add-qkv-bias", "--decoupled-lr 1", "--sft",
+        "--window-size 128,0", "--softmax-type learnable", "--quick-geglu", "--add-qkv-bias", "--sft",
         "--use-torch-fsdp2", "--data-parallel-sharding-strategy optim_grads_params", "--main-grads-dtype bf16",
         "--exp-avg-dtype fp8", "--transformer-impl inference_optimized", "--spec my_module my_spec", "--ckpt-format nemo",
         "--mid-level-dataset-surplus 0.1", "--freeze-all-layers", "--perform-rl-step", "--fim-data",
