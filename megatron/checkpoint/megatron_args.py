@@ -27,6 +27,7 @@ SWITCHES = (
     "untie_embeddings_and_output_weights",
     "apply_residual_connection_post_layernorm",
     "init_method_xavier_uniform",
+    "rotary_interleaved",
 )
 NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
 
@@ -36,7 +37,6 @@ UNSUPPORTED: Mapping[str, tuple[Harmless, str]] = MappingProxyType(
     {
         "num_experts": (lambda v: v in (None, [], [None], 1, [1], 0), "a mixture of experts (--num-experts)"),
         "retro_add_retriever": (lambda v: not v, "Retro's retriever (--retro-add-retriever)"),
-        "rotary_interleaved": (lambda v: not v, "rotary positions that turn neighbouring features (--rotary-interleaved)"),
         "rotary_seq_len_interpolation_factor": (
             lambda v: v in (None, 1),
             "rotary positions that are stretched (--rotary-seq-len-interpolation-factor)",

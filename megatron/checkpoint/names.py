@@ -115,6 +115,8 @@ def _llama_obstacles(config: ModelConfig) -> list[str]:
         found.append(f"--position-embedding-type {config.position_embedding_type}: it has rope")
     elif config.rotary_percent != 1.0:
         found.append(f"--rotary-percent {config.rotary_percent:g}: it turns the whole head")
+    elif config.rotary_interleaved:
+        found.append("--rotary-interleaved: it turns the halves of a head")
     if config.activation != "swiglu":
         found.append(f"the activation {config.activation}: it has --swiglu")
     if hidden % heads:

@@ -25,8 +25,8 @@ from megatron.config import file_rules
 from megatron.config.case import Case
 from megatron.config.data_args import FILES, expand
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.legacy import LEGACY
 from megatron.config.options import Option, by_name, options, sections
+from megatron.config.other_flags.table import other_flags
 from megatron.config.output_rules import check_outputs
 from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
@@ -111,7 +111,11 @@ def parse(
     if saved is not None and not checkpoint and (task or chosen.get("checkpoint.use_checkpoint_args")):
         # One cause, one message: say nothing of the sizes that it would have given.
         bad |= {name for name in by_name() if name.startswith(("model.", "data.seq_length")[: 1 + task]) and name not in chosen}
-    config = _assemble({**(defaults or {}), **checkpoint, **preset, **chosen})
+    below = {**(defaults or {}), **checkpoint, **preset}
+    alone, wrong = _settle_yielding(below, chosen, (flags, file))
+    problems += wrong
+    typed |= alone.keys()
+    config = _assemble({**below, **alone, **chosen})
     dry_run = bool(chosen.get("command.dry_run"))
     if (wanted := chosen.get("command.world_size")) is not None:
         if not dry_run:
@@ -156,6 +160,32 @@ def _assemble(values: Mapping[str, Any]) -> RunConfig:
         own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
         built[section] = config(**own)
     return RunConfig(**built)
+
+
+def _settle_yielding(
+    below: Mapping[str, Any], chosen: Mapping[str, Any], sources: Sequence[Reading]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Settle the flags that give way: `--no-position-embedding` beside rotary positions means no learned table, and no more.
+
+    Args:
+        below: what preset, checkpoint and program say.
+        chosen: what the user says, by flags that do not give way.
+        sources: the command line and the file.
+
+    Returns:
+        The values that nothing stands against, and a problem for each that contradicts what the user says.
+    """
+    alone: dict[str, Any] = {}
+    problems = []
+    for source in sources:
+        for name, spelling in source.yielding.items():
+            default = spelling.option.default
+            if name not in chosen and below.get(name, default) == default:
+                alone.setdefault(name, spelling.value)
+            elif name in chosen and chosen[name] == default != spelling.value:
+                how = next(s.spelled[name] for s in sources if name in s.spelled)
+                problems.append(Problem(f"`{how}` and `{spelling.flag}`", "set the same thing to different values"))
+    return alone, problems
 
 
 def _alone(chosen: Mapping[str, Any]) -> Case:
@@ -205,9 +235,12 @@ def help_text(program: str, *, task: bool = False) -> str:
         for option in options():
             if option.section == section:
                 lines += _describe(option)
-    quiet = sorted(row.flag for row in LEGACY.values() if not row.refused)
+    lines += ["", "Old flags of Megatron-LM, read as ours (with a note):"]
+    lines += [f"  {row.flag:<40}  {' '.join(row.means)}" for row in other_flags().values() if row.means]
+    quiet = sorted(row.flag for row in other_flags().values() if not row.refused and not row.means)
     lines += ["", "Accepted, and without effect (each says why when it is used):"]
     lines += textwrap.wrap(", ".join(quiet), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines += ["", "Every other flag of Megatron-LM, 23.06 to Core 0.19, is an error that names the feature it belongs to."]
     lines += ["", "In a TOML file the names in brackets are tables, and keys are the flags without their dashes."]
     return "\n".join(lines) + "\n"
 
@@ -220,7 +253,10 @@ def _describe(option: Option) -> list[str]:
         facts.append("one of " + ", ".join(option.choices))
     if option.kind is not bool and option.default not in (None, ()):
         facts.append(f"default {option.default}")
-    facts += [f"{flag} means {value}" for flag, value in option.constants.items()]
+    facts += [
+        f"{flag} means {value}" + (" unless another is given" if flag in option.yielding else "")
+        for flag, value in option.constants.items()
+    ]
     if option.aliases:
         facts.append("also " + ", ".join(option.aliases))
     text = ("turns off: " if option.off else "") + option.help + (f" ({'; '.join(facts)})" if facts else "")

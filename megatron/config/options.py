@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from megatron.config.other_flags.refused import VALUES
 from megatron.config.presets import PRESETS
 from megatron.config.schema import RunConfig, option
 
@@ -44,6 +45,7 @@ class Option:
     aliases: tuple[str, ...]
     choices: tuple[str, ...] | None
     constants: Mapping[str, Any]
+    yielding: tuple[str, ...]
     metavar: str | None
     bare: str | None
 
@@ -68,7 +70,8 @@ class Option:
                 raise ValueError("is not a finite number")
             return number
         if self.choices and text not in self.choices:
-            raise ValueError(f"is not known; legal: {', '.join(self.choices)}")
+            elsewhere = VALUES.get(self.flag, {}).get(text)
+            raise ValueError(elsewhere or f"is not known; legal: {', '.join(self.choices)}")
         return text
 
     def accept(self, value: Any) -> Any:
@@ -99,11 +102,12 @@ TAKES_VALUE: Any = object()
 
 @dataclass(frozen=True)
 class Spelling:
-    """One flag as typed. `value` is what it sets, or TAKES_VALUE when the value follows."""
+    """One flag as typed. `value` is what it sets, or TAKES_VALUE when the value follows; whether it `yields` to others."""
 
     flag: str
     option: Option
     value: Any = TAKES_VALUE
+    yields: bool = False
 
 
 def sections() -> dict[str, type]:
@@ -126,7 +130,7 @@ def options() -> tuple[Option, ...]:
             found.append(
                 Option(
                     section, f.name, kind, many, f.default, meta["help"], flag, meta["off"],
-                    meta["aliases"], meta["choices"], meta["values"], meta["metavar"], meta["bare"],
+                    meta["aliases"], meta["choices"], meta["values"], meta["yielding"], meta["metavar"], meta["bare"],
                 )
             )  # fmt: skip
     return tuple(found)
@@ -155,7 +159,7 @@ def spellings() -> Mapping[str, Spelling]:
         for flag in (o.flag, *o.aliases):
             table[plain(flag)] = Spelling(flag, o, value)
         for flag, constant in o.constants.items():
-            table[plain(flag)] = Spelling(flag, o, constant)
+            table[plain(flag)] = Spelling(flag, o, constant, flag in o.yielding)
     return table
 
 

@@ -23,6 +23,7 @@ from megatron.config.ranges import out_of_range
 from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.resolve import data_parallel_size, resolve
 from megatron.config.schema import RunConfig
+from megatron.config.shares import split_shares
 
 
 def required(c: Case) -> Iterator[Problem]:
@@ -37,7 +38,8 @@ def required(c: Case) -> Iterator[Problem]:
 
 def required_to_pretrain(c: Case) -> Iterator[Problem]:
     """A run that no task describes also needs its length and its tokenizer."""
-    if not c["eval.skip_train"] and c["batch.train_samples"] is None and "batch.train_samples" not in c.bad:
+    open_length = c["batch.train_samples"] is None and "batch.train_samples" not in c.bad
+    if not c["eval.skip_train"] and open_length and not c.given("task.epochs"):  # no_task speaks of epochs
         yield from missing(c, ["batch.train_iters"])
     yield from missing(c, ["tokenizer.tokenizer_type"])
 
@@ -233,10 +235,8 @@ def one_of_two(c: Case) -> Iterator[Problem]:
 def split(c: Case) -> Iterator[Problem]:
     """Up to three shares, not negative, not all zero."""
     try:
-        shares = [float(part) for part in c["data.split"].replace("/", ",").split(",")]
+        split_shares(c["data.split"])
     except ValueError:
-        shares = []
-    if not (1 <= len(shares) <= 3 and all(0 <= s < float("inf") for s in shares) and sum(shares) > 0):
         yield Problem(c.say("data.split"), "is not up to three shares of training, validation and test", "e.g. 969,30,1")
 
 
@@ -305,7 +305,10 @@ def tokenizer(c: Case) -> Iterator[Problem]:
 def no_task(c: Case) -> Iterator[Problem]:
     """Settings of another program."""
     for name in by_name():
-        if name.startswith("task.") and c.given(name):
+        if name == "task.epochs" and c.given(name):
+            rule = "belongs to tasks/main.py; say how long with --train-iters, or with --train-samples"
+            yield Problem(c.say(name), f"{rule} (an epoch is as many as the data has)")
+        elif name.startswith("task.") and c.given(name):
             yield Problem(c.say(name), "belongs to tasks/main.py; leave it out")
 
 

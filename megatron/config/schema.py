@@ -28,6 +28,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     nargs: str | None = None,
     values: Mapping[str, Any] | None = None,
+    yielding: tuple[str, ...] = (),
     metavar: str | None = None,
     bare: str | None = None,
 ) -> Any:
@@ -37,6 +38,7 @@ def option(
     off: for a bool that is on by default, the flag that turns it off.
     aliases: other spellings of the same flag. values: further flags that take no argument and set this field to a
     value (`--use-rotary-position-embeddings` sets `position_embedding_type` to "rope").
+    yielding: those of `values` that hold only where nothing else sets the field to something of its own.
     choices: the legal strings. nargs: argparse's, for a field that takes several values.
     bare: for a flag whose value may be left out, what the flag alone sets; in TOML, what `true` sets.
     """
@@ -50,6 +52,7 @@ def option(
             choices=choices,
             nargs=nargs,
             values=values or {},
+            yielding=yielding,
             metavar=metavar,
             bare=bare,
         ),
@@ -64,7 +67,12 @@ class ModelConfig:
     hidden_size: int | None = option(None, "width of the residual stream")
     ffn_hidden_size: int | None = option(None, "width of the MLP; default 4 x hidden, with --swiglu 2/3 of that in steps of 64")
     num_attention_heads: int | None = option(None, "query heads")
-    num_query_groups: int | None = option(None, "key-value heads (grouped-query attention); default one per query head")
+    num_query_groups: int | None = option(
+        None,
+        "key-value heads (grouped-query attention); default one per query head",
+        values={"--group-query-attention": 1},
+        yielding=("--group-query-attention",),
+    )
     kv_channels: int | None = option(None, "width of one head; default hidden / heads")
     max_position_embeddings: int | None = option(None, "longest sequence the model can see")
     position_embedding_type: str = option(
@@ -72,8 +80,10 @@ class ModelConfig:
         "how positions enter: a learned table, rotary (RoPE, arXiv 2104.09864), or not at all",
         choices=("learned_absolute", "rope", "none"),
         values={"--use-rotary-position-embeddings": "rope", "--no-position-embedding": "none"},
+        yielding=("--no-position-embedding",),
     )
     rotary_percent: float = option(1.0, "share of each head that RoPE turns")
+    rotary_interleaved: bool = option(False, "RoPE turns neighbouring channels as a pair, not the halves of a head")
     rotary_base: float = option(10000.0, "base of the RoPE frequencies", aliases=("--rope-theta",))
     normalization: str = option("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
     layernorm_epsilon: float = option(1e-5, "added to the variance", aliases=("--norm-epsilon",))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron.config.shares import split_shares
 from megatron.data.errors import DataError
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.indexed import IndexedDataset
@@ -123,11 +123,9 @@ def parse_split(split: str) -> list[tuple[float, float] | None]:
     The arithmetic is Megatron-Core 0.16's to the last bit, since the borders are rounded to whole documents.
     """
     try:
-        shares = [float(s) for s in re.split(r"[,/\s]+", split.strip().strip(","))]
+        shares = split_shares(split)
     except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise DataError(f"--split {split}: give up to three shares, of training, validation and test, as in 969,30,1")
+        raise DataError(f"--split {split}: give up to three shares, of training, validation and test, as in 969,30,1") from None
     weights = np.array(shares + [0.0] * (3 - len(shares)), dtype=np.float64)
     borders: list[float] = [0.0]
     for weight in (weights / np.sum(weights)).tolist():

@@ -142,7 +142,8 @@ class GPT(nn.Module):
         config = self.config
         rotary = None
         if config.position_embedding_type == "rope":
-            rotary = Rotary.at(batch.positions, config.size("kv_channels"), config.rotary_percent, config.rotary_base)
+            width, interleaved = config.size("kv_channels"), config.rotary_interleaved
+            rotary = Rotary.at(batch.positions, width, config.rotary_percent, config.rotary_base, interleaved)
         probability, fused = config.attention_dropout, config.fused_attention_dropout
         masks = Masks(self._allowed(batch), probability, keys, fused, batch.documents)
         blocks = list(self.layers.values())

@@ -31,6 +31,7 @@ CASES = {
         num_query_groups=2,
         kv_channels=12,
         rotary_percent=0.5,
+        rotary_interleaved=True,
     ),
     "no biases, no positions": dict(
         add_bias_linear=False, position_embedding_type="none", apply_residual_connection_post_layernorm=True
@@ -170,7 +171,6 @@ def test_what_cannot_be_read(tmp_path):
     [
         ({"num_experts": 8}, "a mixture of experts (--num-experts)"),
         ({"use_rotary_position_embeddings": True}, "rotary and learned positions at once"),
-        ({"rotary_interleaved": True}, "--rotary-interleaved"),
         ({"ffn_hidden_size": 96}, "layers.0.mlp.up.weight is (80, 32), not (96, 32)"),
         ({"num_layers": 5}, "its settings say 5 layers, and there are 4"),
         ({"num_layers": 10**9}, "`num_layers` is 1000000000, which makes no sense"),  # at once, and in little memory

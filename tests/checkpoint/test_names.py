@@ -66,6 +66,7 @@ def test_the_family_follows_from_the_configuration():
         (dict(kv_channels=16), "kv-channels 16", "the activation gelu"),
         (dict(activation="swiglu"), "no gate", "position-embedding-type learned_absolute"),
         (dict(LLAMA_SETTINGS, rotary_percent=0.5), "normalization RMSNorm", "rotary-percent 0.5"),
+        (dict(LLAMA_SETTINGS, rotary_interleaved=True), "normalization RMSNorm", "rotary-interleaved"),
         (dict(LLAMA_SETTINGS, num_attention_heads=5, num_query_groups=5), "learned positions", "multiple of the 5 heads"),
         (dict(apply_residual_connection_post_layernorm=True), "residual", "residual"),
     ],

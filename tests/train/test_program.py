@@ -51,6 +51,27 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "shard_00000.safetensors")
 
 
+def test_flags_of_todays_and_old_scripts_train_as_ours_do(flags, tmp_path, capsys):
+    """What the notes say: flags without effect change no loss, and old names mean what the new ones do."""
+    short = ["--train-iters", 2, "--eval-iters", 0, "--position-embedding-type", "rope", "--num-query-groups", 1]
+    full = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+    assert run([*flags, *short, *full, "--save", tmp_path / "ours"]) == Exit.FINISHED
+    theirs = (
+        "--use-mcore-models --transformer-impl transformer_engine --attention-backend unfused --deterministic-mode "
+        "--ckpt-format torch_dist --dist-ckpt-strictness log_all --ckpt-fully-parallel-load --manual-gc --no-mmap-bin-files "
+        "--no-create-attention-mask-in-dataloader --cross-entropy-loss-fusion --tp-comm-overlap --te-rng-tracker "
+        "--async-strategy mcore --rerun-mode validate_results --cp-comm-type p2p --DDP-impl local --timing-log-level 2 "
+        "--no-position-embedding --group-query-attention --checkpoint-activations --use-precision-aware-optimizer"
+    )
+    batch = flags.index("--micro-batch-size")
+    old = [*flags[:batch], "--batch-size", *flags[batch + 1 :], "--split", "'80,10,10'"]
+    capsys.readouterr()
+    assert run([*old, *short, *theirs.split(), "--save", tmp_path / "theirs"]) == Exit.FINISHED
+    notes = capsys.readouterr().out
+    assert notes.count(" changes nothing: ") == 19 and notes.count(" is read as ") == 2
+    assert timeless(metrics(tmp_path / "ours")) == timeless(metrics(tmp_path / "theirs"))
+
+
 def test_a_run_writes_what_the_contract_says(flags, tmp_path, capsys):
     assert run([*flags, "--tensorboard-dir", tmp_path / "tb"]) == Exit.FINISHED
     out = capsys.readouterr().out
