@@ -27,7 +27,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
 from megatron.model import size
 from megatron.pipeline.draw import draw_text
-from megatron.pipeline.schedule import Op, Schedule, make
+from megatron.pipeline.schedule import DEFAULT, Op, Schedule, make
 from megatron.pipeline.simulate import MeasuredCosts, simulate
 from megatron.stages import StagePlan, stages_of
 
@@ -145,7 +145,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     yield ""
     plan = stages_of(config)
     micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
-    schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
+    schedule = make(layout.pipeline_schedule or DEFAULT, pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
         return
