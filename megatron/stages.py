@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron.config.resolve import pipeline_chunks
 from megatron.config.schema import RunConfig
-from megatron.model.size import Slice, head_flops, layer_flops
+from megatron.model.flops import head_flops, layer_flops
+from megatron.model.size import Slice
 from megatron.pipeline.partition import cut, split
 from megatron.pipeline.schedule import kind_of
 

@@ -48,6 +48,7 @@ PURE = [
     "train/going_on.py",
     "train/lock.py",
     "model/size.py",
+    "model/flops.py",
     "data/sample_index.py",
     "data/sentence_index.py",
     "data/masking.py",

@@ -1,7 +1,7 @@
 """Two schedules that the package does not have, as CONTRIBUTING.md says to write them. Pure.
 
-`vee` prescribes two chunks on each rank and splits the backward pass. `backwards` begins on the last rank and ends on the first,
-and takes micro-batches in pairs. Below the first mark is what goes into `megatron/pipeline/schedule.py`.
+`vee` prescribes two chunks on each rank and splits the backward pass. `backwards` begins on the last rank and ends on the
+first, and takes micro-batches in pairs. Below the first mark is what goes into `megatron/pipeline/schedule.py`.
 """
 
 from __future__ import annotations

@@ -444,7 +444,11 @@ class LogConfig:
         metavar="[DIR]",
         bare="",
     )
-    peak_tflops: float | None = option(None, "dense peak of one device in TFLOP/s, for MFU; default from the device's name")
+    peak_tflops: float | None = option(
+        None,
+        "dense peak of one device in TFLOP/s, for MFU; default from the device's name. MFU counts attention over the whole "
+        "square, mfu_causal its causal half, as NVIDIA's tables do",
+    )
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,12 @@ class Exit(IntEnum):
 class Surroundings:
     """What the loop uses beside the run; sinks are the first rank's.
 
-    train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
-    that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
-    the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
-    run's slices. start: the iteration that this slice began after. skips: its steps without an update. score: what else is
-    measured and told, every score_interval iterations; it is handed what to ask whether to give up.
-    again: what to say of how this run goes on.
+    train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so that
+    every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for the
+    whole model; causal_share: what is left of them with the causal half of attention, None for BERT. saver: writes
+    checkpoints; None without --save. stopping: says when to stop. progress: the file of the run's slices. start: the
+    iteration that this slice began after. skips: its steps without an update. score: what else is measured and told, every
+    score_interval iterations; it is handed what to ask whether to give up. again: what to say of how this run goes on.
     """
 
     train: Loader | None
@@ -50,6 +50,7 @@ class Surroundings:
     sinks: Sequence[Sink]
     saver: Saver | None
     flops: float
+    causal_share: float | None
     peak_tflops: float | None
     stopping: Stopping
     progress: Progress
@@ -361,6 +362,7 @@ class Clock:
     def _metrics(self, report: StepReport, seconds: float, steps: int, tokens: int, samples: int) -> Metrics:
         state, device = self.run.state, self.run.job.device
         tflops = self.around.flops * samples / seconds / self.run.job.place.world_size / 1e12
+        mfu, share = tflops / self.around.peak_tflops if self.around.peak_tflops else None, self.around.causal_share
         return Metrics(
             iteration=state.iteration,
             lm_loss=None,
@@ -375,6 +377,7 @@ class Clock:
             iteration_time_ms=1000.0 * seconds / steps,
             tokens_per_second=tokens / seconds,
             tflops_per_gpu=tflops,
-            mfu=tflops / self.around.peak_tflops if self.around.peak_tflops else None,
+            mfu=mfu,
+            mfu_causal=None if mfu is None or share is None else mfu * share,
             peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )

@@ -29,7 +29,7 @@ from megatron.data.loader import Loader, MakeBatch
 from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.dryrun import stage_table
+from megatron.dryrun import flops_in_words, stage_table
 from megatron.kept import carried
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
@@ -38,7 +38,8 @@ from megatron.mesh.launch import Job, guarded, job
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.watch import Watch
-from megatron.model.size import flops_per_token, padded_vocabulary
+from megatron.model.flops import causal_flops_per_token, flops_per_token
+from megatron.model.size import padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
 from megatron.train.errors import Refused, TrainingError
@@ -248,6 +249,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary) if out is not None else [],
         saver=saver,
         flops=sample_flops(config),
+        causal_share=causal_share(config),
         peak_tflops=peak_tflops(started.device, config.log.peak_tflops),
         stopping=Stopping(
             config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0
@@ -318,6 +320,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
         *stage_table(config, grid_of(layout, started.place.world_size), stages_of(config)),
+        " > throughput and MFU: " + flops_in_words(config.model, vocab, config.data.seq_length or 0),
     )
 
 
@@ -357,3 +360,10 @@ def sample_flops(config: RunConfig) -> float:
     """FLOPs of training on one sample, with all its choices where it has some."""
     model, seq_length = config.model, config.data.seq_length or 0
     return float(flops_per_token(model, model.size("vocab_size"), seq_length) * seq_length * model.rows)
+
+
+def causal_share(config: RunConfig) -> float | None:
+    """The share of `sample_flops` that is left with the causal half of attention; None for BERT."""
+    sizes = config.model, config.model.size("vocab_size"), config.data.seq_length or 0
+    causal = causal_flops_per_token(*sizes)
+    return None if causal is None else causal / flops_per_token(*sizes)

@@ -90,7 +90,8 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
     if metrics.tflops_per_gpu is not None:
         parts.append(f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_gpu:.3f}")
     if metrics.mfu is not None:
-        parts.append(f"MFU: {100 * metrics.mfu:.1f}%")
+        causal = "" if metrics.mfu_causal is None else f" (causal half: {100 * metrics.mfu_causal:.1f}%)"
+        parts.append(f"MFU: {100 * metrics.mfu:.1f}%{causal}")
     if context.eta_seconds is not None:
         parts.append(f"ETA: {timedelta(seconds=round(context.eta_seconds))}")
     return " | ".join(parts) + " |"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from legal_run import argv
+from legal_run import argv, problems
 
 from megatron.pipeline import schedule as book
 from megatron.pipeline.schedule import SCHEDULES, Kind, Schedule, gpipe, looped, one_f_one_b, v_shaped, zero_bubble_h1
@@ -96,8 +96,8 @@ def test_dry_run_rules_and_drawing_know_what_a_new_row_says(project):
     for (status, _, err), wrong in (
         (
             few,
-            "`--pipeline-model-parallel-size 2` and `--pipeline-schedule vee` make 4 stages, and `--num-layers 3` leaves some of "
-            "them empty; legal: --num-layers 4 or more, or --pipeline-model-parallel-size 1 or less",
+            "`--pipeline-model-parallel-size 2` and `--pipeline-schedule vee` make 4 stages, and `--num-layers 3` leaves some "
+            "of them empty; legal: --num-layers 4 or more, or --pipeline-model-parallel-size 1 or less",
         ),
         (
             compiled,
@@ -115,6 +115,14 @@ def test_dry_run_rules_and_drawing_know_what_a_new_row_says(project):
     assert chunks == [("vee", 2), ("backwards", 1)]
     wrong = "error: backwards needs an even number of micro-batches, not 2 pipeline ranks, 3 micro-batches and 1 chunks\n"
     assert odd == (2, "", wrong)
+
+
+def test_chunks_of_its_own_and_chosen_ones_do_not_go_together():
+    own = "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-schedule zb-v --num-layers-per-virtual-pipeline-stage 1"
+    assert problems(own, 2) == [
+        "`--pipeline-schedule zb-v` has 2 virtual stages of its own on each rank, and cannot go with "
+        "`--num-layers-per-virtual-pipeline-stage 1`; legal: --pipeline-schedule interleaved, or leave one of them out"
+    ]
 
 
 def test_a_row_that_does_not_say_what_its_function_does_is_refused(monkeypatch):
