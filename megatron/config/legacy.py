@@ -89,10 +89,6 @@ LATER = {
         --recompute-modules *""",
     "is not available: one seed gives the same weights on every data-parallel rank": """
         --data-parallel-random-init 0""",
-    "is not available: the only sinks are the console, --metrics-path and --tensorboard-dir": """
-        --wandb-project 1
-        --wandb-exp-name 1
-        --wandb-save-dir 1""",
     "belongs to retrieval with BERT, which is not available": """
         --bert-load 1
         --output-bert-embeddings 0

@@ -51,6 +51,8 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         optim=_optim(config.optim, batch),
         log=replace(
             log,
+            wandb_project=log.wandb_project or None,  # an empty one turns W&B off, as in Megatron-LM
+            wandb_save_dir=log.wandb_save_dir or (_within(config.checkpoint.save, "wandb") if log.wandb_project else None),
             metrics_path=log.metrics_path or _within(config.checkpoint.save, "metrics.jsonl"),
             profile_pipeline=_profile(log.profile_pipeline, config.checkpoint.save),
         ),

@@ -425,6 +425,12 @@ class LogConfig:
     tensorboard_dir: str | None = option(None, "directory for TensorBoard")
     tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
     tensorboard_queue_size: int = option(1000, "points held before they are written")
+    wandb_project: str | None = option(
+        None, "project of Weights & Biases to log to, beside TensorBoard and under its tags; needs the extra `wandb`"
+    )
+    wandb_exp_name: str | None = option(None, "name of the run in W&B; default one that W&B makes up")
+    wandb_entity: str | None = option(None, "user or team of W&B; default the user's own")
+    wandb_save_dir: str | None = option(None, "directory for W&B's files; default `wandb` in --save, else here")
     log_params_norm: bool = option(False, "also log the norm of the parameters")
     log_num_zeros_in_grad: bool = option(False, "also log the number of zeros in the gradient")
     log_learning_rate_to_tensorboard: bool = option(

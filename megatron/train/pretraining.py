@@ -53,9 +53,10 @@ from megatron.train.resumed_schedule import check_schedule, choose_schedule, war
 from megatron.train.run import Run, build, grid_of, sample_counts
 from megatron.train.save_directory import check_save, set_metrics_aside
 from megatron.train.saving import Saver
-from megatron.train.sinks import open_sinks
+from megatron.train.sinks import Ended, open_sinks
 from megatron.train.source import Source
 from megatron.train.stopping import Stopping
+from megatron.train.wandb_sink import wandb_sink
 
 
 @dataclass(frozen=True)
@@ -240,13 +241,16 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
+    wandb = wandb_sink(run, save, own, source.directory is not None) if out is not None else None
     files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
     saver = Saver(run, files, partial(say, out)) if save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
         test,
-        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary) if out is not None else [],
+        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary, wandb=wandb)
+        if out is not None
+        else [],
         saver=saver,
         flops=sample_flops(config),
         causal_share=causal_share(config),
@@ -262,6 +266,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
     if started.is_main:
         progress.began(started.place.job, announced_in(save), started.place.attempt)
+    ended: Ended = "failed"
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
@@ -271,6 +276,9 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         if status is Exit.FINISHED:
             around.stopping.obeyed()  # a request that came too late to be one
             say(out, *filter(None, [warning]))
+        # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
+        status = status if around.saver is not None or around.train is None else Exit.FINISHED
+        ended = "finished" if status is Exit.FINISHED else "preempted"
     except TrainingError:  # on all ranks: a save under way is what to go on from
         if around.saver is not None:
             with suppress(CheckpointError):
@@ -280,9 +288,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         if around.train is not None:
             around.train.close()
         for sink in around.sinks:
-            sink.close()
-    # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
-    return status if around.saver is not None or around.train is None else Exit.FINISHED
+            sink.close(ended)
+    return status
 
 
 def announced_in(save: str | None) -> int | None:

@@ -146,7 +146,7 @@ def test_removed_flags_name_their_replacement(old: str, new: str) -> None:
 
 def test_all_mistakes_at_once_and_each_once() -> None:
     lines = mistakes(
-        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--wandb-project", "x", "stray",
+        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--bert-load", "x", "stray",
         "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
     )  # fmt: skip
     assert sorted(lines) == sorted(
@@ -154,7 +154,7 @@ def test_all_mistakes_at_once_and_each_once() -> None:
             "`--num-layers abc` is not an integer",
             "`--nmu-workers` is not a known flag; did you mean --num-workers or --num-layers?",
             "`stray` belongs to no flag",
-            "`--wandb-project` is not available: the only sinks are the console, --metrics-path and --tensorboard-dir",
+            "`--bert-load` belongs to retrieval with BERT, which is not available",
             "`--optimizer lamb` is not known; legal: adam, sgd",
             "`--lr nan` is not a finite number",
             "`--sequence-parallel=yes` takes no value",
