@@ -267,10 +267,10 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
 def flops_in_words(model: ModelConfig, vocab: int, seq: int) -> str:
     """By which convention FLOPs are counted, and what a token takes by it and by the other one."""
     whole, causal = flops.flops_per_token(model, vocab, seq), flops.causal_flops_per_token(model, vocab, seq)
-    text = f"attention counts over the whole square, {whole / 1e9:.2f} GFLOP a token"
+    text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
     if causal is None:
         return text
-    return f"{text}; NVIDIA's tables count its causal half, {causal / 1e9:.2f}, which is {causal / whole:.1%} of that"
+    return f"{text}; NVIDIA's tables count its causal half, {causal / 1e9:.4g}, which is {causal / whole:.1%} of that"
 
 
 def _schedule(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:

@@ -71,7 +71,7 @@ def test_no_failure_of_it_ends_or_delays_a_run(flags, tmp_path, wandb, monkeypat
     if fault == "hang":
         monkeypatch.setattr(wandb_link, "END_SECONDS", 0.2)
     with caplog.at_level(logging.WARNING):
-        assert run([*flags, "--train-iters", 2, "--eval-iters", 0, "--wandb-project", "p"]) == Exit.FINISHED
+        assert run([*flags, "--train-iters", 3, "--eval-iters", 1, "--wandb-project", "p"]) == Exit.FINISHED
     warned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("W&B: ")]
     assert any(said in line for line in warned) and len(warned) == (2 if fault == "init" else 1), warned
     if fault == "log":
