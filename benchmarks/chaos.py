@@ -62,7 +62,7 @@ LAYOUTS = MappingProxyType(  # name -> ranks, flags
     }
 )
 SAVING = MappingProxyType({"sync": "", "async": "--async-save"})
-CLOCKED = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "peak_memory_bytes"})
+CLOCKED = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal", "peak_memory_bytes"})
 PATIENCE = 60.0  # seconds without progress that end the benchmark
 END_WITHIN = 30.0  # seconds that ranks have to notice a death
 SAVED = re.compile(r"successfully saved checkpoint at iteration +(\d+)")

@@ -19,16 +19,16 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.saved import from_json, to_toml
-from megatron.config.schema import RunConfig
+from megatron.config.schema import ModelConfig, RunConfig
 from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
-from megatron.model import size
+from megatron.model import flops, size
 from megatron.pipeline.draw import draw_text
-from megatron.pipeline.schedule import Op, Schedule, make
+from megatron.pipeline.schedule import DEFAULT, Op, Schedule, make
 from megatron.pipeline.simulate import MeasuredCosts, simulate
 from megatron.stages import StagePlan, stages_of
 
@@ -148,7 +148,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     yield ""
     plan = stages_of(config)
     micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
-    schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
+    schedule = make(layout.pipeline_schedule or DEFAULT, pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
         return
@@ -261,9 +261,19 @@ def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
-    flops = size.flops_per_iteration(config.model, vocab, seq, rows)
-    per_token = size.flops_per_token(config.model, vocab, seq)
-    yield f"{flops:.4g} FLOPs an iteration, {flops / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
+    total = flops.flops_per_iteration(config.model, vocab, seq, rows)
+    per_token = flops.flops_per_token(config.model, vocab, seq)
+    yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
+    yield flops_in_words(config.model, vocab, seq)
+
+
+def flops_in_words(model: ModelConfig, vocab: int, seq: int) -> str:
+    """By which convention FLOPs are counted, and what a token takes by it and by the other one."""
+    whole, causal = flops.flops_per_token(model, vocab, seq), flops.causal_flops_per_token(model, vocab, seq)
+    text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
+    if causal is None:
+        return text
+    return f"{text}; NVIDIA's tables count its causal half, {causal / 1e9:.4g}, which is {causal / whole:.1%} of that"
 
 
 def _schedule(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
@@ -275,7 +285,7 @@ def _schedule(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterato
 def flop_costs(config: RunConfig, plan: StagePlan) -> MeasuredCosts:
     """The durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
     seq, vocab = config.data.seq_length or 0, config.model.size("vocab_size")
-    stages = [size.stage_flops(config.model, vocab, seq, part) for part in plan.parts]
+    stages = [flops.stage_flops(config.model, vocab, seq, part) for part in plan.parts]
     unit = sum(stage.forward for stage in stages) / len(stages)
     times: dict[tuple[Op, int], float] = {}
     for number, stage in enumerate(stages):

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.config.case import Case
@@ -25,7 +26,7 @@ def check_outputs(case: Case, settings: Sequence[str]) -> list[Problem]:
     read = Reads([*_read(case), *settings])
     found = list(_overwritten(case, read))
     said = {problem.what for problem in found}
-    return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case)]
+    return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case), *_wandb(case)]
 
 
 def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
@@ -33,7 +34,8 @@ def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
     for name in (*FILES, "batch.stop_file"):
         if c[name] is not None:
             yield name, Path(c[name])
-    names = ("latest_checkpointed_iteration.txt", "progress.json", *(() if c["batch.stop_file"] is not None else ("stop",)))
+    names: tuple[str, ...] = ("latest_checkpointed_iteration.txt", "progress.json", "wandb.json")
+    names += () if c["batch.stop_file"] is not None else ("stop",)
     folders = {"log.profile_pipeline": ("pipeline_profile.svg", "pipeline_profile.json"), "checkpoint.save": names}
     for name, files in folders.items():
         if c[name] is not None:
@@ -80,6 +82,14 @@ def _other_kind(c: Case) -> Iterator[Problem]:
             known = b'{"iteration"' if name == "log.metrics_path" else b"{"
             if head and not head.startswith(known) and not known.startswith(head):
                 yield Problem(say(name, c[name]), f"is there already and is not {kind}; choose another place")
+
+
+def _wandb(c: Case) -> Iterator[Problem]:
+    """W&B's package is there. A directory `wandb`, which it leaves where it runs, is none."""
+    if c["log.wandb_project"] is not None:
+        spec = find_spec("wandb")
+        if spec is None or spec.origin is None:
+            yield Problem(c.say("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
 
 
 def _save(c: Case) -> Iterator[Problem]:

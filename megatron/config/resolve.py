@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.config.batch_size import iterations_for
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
@@ -18,13 +19,14 @@ def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
 def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
     """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
 
-    zb-v runs down the ranks and up again. Virtual stages are Megatron-LM's num_layers / pp / N, rounded down where that
+    What the schedule prescribes; where it is free, Megatron-LM's num_layers / pp / N virtual stages, rounded down where that
     leaves a rest, and never none.
     """
-    if layout.pipeline_schedule == "zb-v":
-        return 2
+    prescribed = kind_of(layout.pipeline_schedule).chunks
+    if prescribed is not None:
+        return prescribed
     wanted = layout.num_layers_per_virtual_pipeline_stage
-    if layout.pipeline_schedule != "interleaved" or wanted is None:
+    if wanted is None:
         return 1
     return max(1, layers // (layout.pipeline_model_parallel_size * wanted))
 
@@ -43,12 +45,14 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         layout=replace(
             layout,
             sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-            pipeline_schedule=layout.pipeline_schedule or ("interleaved" if virtual else "1f1b"),
+            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if virtual else DEFAULT),
         ),
         batch=batch,
         optim=_optim(config.optim, batch),
         log=replace(
             log,
+            wandb_project=log.wandb_project or None,  # an empty one turns W&B off, as in Megatron-LM
+            wandb_save_dir=log.wandb_save_dir or (_within(config.checkpoint.save, "wandb") if log.wandb_project else None),
             metrics_path=log.metrics_path or _within(config.checkpoint.save, "metrics.jsonl"),
             profile_pipeline=_profile(log.profile_pipeline, config.checkpoint.save),
         ),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.tasks import TASKS
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
 
 
 def option(
@@ -179,8 +180,8 @@ class LayoutConfig:
     sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
     pipeline_schedule: str | None = option(
         None,
-        "order of work in the pipeline; default 1f1b, or interleaved with virtual stages",
-        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
+        f"order of work in the pipeline; default {DEFAULT}, or {DEFAULT_WITH_CHUNKS} with virtual stages",
+        choices=tuple(SCHEDULES),
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down"
@@ -447,6 +448,12 @@ class LogConfig:
     tensorboard_dir: str | None = option(None, "directory for TensorBoard")
     tensorboard_log_interval: int = option(1, "steps between TensorBoard points")
     tensorboard_queue_size: int = option(1000, "points held before they are written")
+    wandb_project: str | None = option(
+        None, "project of Weights & Biases to log to, beside TensorBoard and under its tags; needs the extra `wandb`"
+    )
+    wandb_exp_name: str | None = option(None, "name of the run in W&B; default one that W&B makes up")
+    wandb_entity: str | None = option(None, "user or team of W&B; default the user's own")
+    wandb_save_dir: str | None = option(None, "directory for W&B's files; default `wandb` in --save, else here")
     log_params_norm: bool = option(False, "also log the norm of the parameters")
     log_num_zeros_in_grad: bool = option(False, "also log the number of zeros in the gradient")
     log_learning_rate_to_tensorboard: bool = option(
@@ -471,7 +478,11 @@ class LogConfig:
         metavar="[DIR]",
         bare="",
     )
-    peak_tflops: float | None = option(None, "dense peak of one device in TFLOP/s, for MFU; default from the device's name")
+    peak_tflops: float | None = option(
+        None,
+        "dense peak of one device in TFLOP/s, for MFU; default from the device's name. MFU counts attention over the whole "
+        "square, mfu_causal its causal half, as NVIDIA's tables do",
+    )
 
 
 @dataclass(frozen=True)

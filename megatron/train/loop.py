@@ -36,12 +36,12 @@ class Exit(IntEnum):
 class Surroundings:
     """What the loop uses beside the run; sinks are the first rank's.
 
-    train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so
-    that every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for
-    the whole model. saver: writes checkpoints; None without --save. stopping: says when to stop. progress: the file of the
-    run's slices. start: the iteration that this slice began after. skips: its steps without an update. score: what else is
-    measured and told, every score_interval iterations; it is handed what to ask whether to give up.
-    again: what to say of how this run goes on.
+    train: at the run's position; None to train nothing. valid, test: open the held-out samples at their beginning, so that
+    every evaluation sees the same ones; None where there are none. flops: of one sample, forward and backward, for the
+    whole model; causal_share: what is left of them with the causal half of attention, None for BERT. saver: writes
+    checkpoints; None without --save. stopping: says when to stop. progress: the file of the run's slices. start: the
+    iteration that this slice began after. skips: its steps without an update. score: what else is measured and told, every
+    score_interval iterations; it is handed what to ask whether to give up. again: what to say of how this run goes on.
     """
 
     train: Loader | None
@@ -50,6 +50,7 @@ class Surroundings:
     sinks: Sequence[Sink]
     saver: Saver | None
     flops: float
+    causal_share: float | None
     peak_tflops: float | None
     stopping: Stopping
     progress: Progress
@@ -365,6 +366,8 @@ class Clock:
         """The values of steps that took so long together. Steps that were left out are none of them: they trained nothing."""
         state, device = self.run.state, self.run.job.device
         tflops = self.around.flops * samples / seconds / self.run.job.place.world_size / 1e12 if steps else None
+        peak, share = self.around.peak_tflops, self.around.causal_share
+        mfu = tflops / peak if tflops is not None and peak else None
         return Metrics(
             iteration=state.iteration,
             lm_loss=None,
@@ -379,6 +382,7 @@ class Clock:
             iteration_time_ms=1000.0 * seconds / steps if steps else None,
             tokens_per_second=tokens / seconds if steps else None,
             tflops_per_gpu=tflops,
-            mfu=tflops / self.around.peak_tflops if self.around.peak_tflops and tflops is not None else None,
+            mfu=mfu,
+            mfu_causal=None if mfu is None or share is None else mfu * share,
             peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )

@@ -30,7 +30,7 @@ from megatron.data.mock import MADE_UP
 from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.dryrun import stage_table
+from megatron.dryrun import flops_in_words, stage_table
 from megatron.kept import carried
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
@@ -39,7 +39,8 @@ from megatron.mesh.launch import Job, guarded, job
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.watch import Watch
-from megatron.model.size import flops_per_token, padded_vocabulary
+from megatron.model.flops import causal_flops_per_token, flops_per_token
+from megatron.model.size import padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
 from megatron.train.errors import Refused, TrainingError
@@ -53,9 +54,10 @@ from megatron.train.resumed_schedule import check_schedule, choose_schedule, war
 from megatron.train.run import Run, build, grid_of, sample_counts
 from megatron.train.save_directory import check_save, set_metrics_aside
 from megatron.train.saving import Saver
-from megatron.train.sinks import open_sinks
+from megatron.train.sinks import Ended, open_sinks
 from megatron.train.source import Source
 from megatron.train.stopping import Stopping
+from megatron.train.wandb_sink import wandb_sink
 
 
 @dataclass(frozen=True)
@@ -242,15 +244,19 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     training, validation, test = openers(run, prepared)
     evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
     binary = config.model.predicts_order
+    wandb = wandb_sink(run, save, own, source.directory is not None) if out is not None else None
     files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
     saver = Saver(run, files, partial(say, out)) if save is not None else None
     around = Surroundings(
         None if training is None or config.eval.skip_train else training(),
         validation,
         test,
-        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary) if out is not None else [],
+        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary, wandb=wandb)
+        if out is not None
+        else [],
         saver=saver,
         flops=sample_flops(config),
+        causal_share=causal_share(config),
         peak_tflops=peak_tflops(started.device, config.log.peak_tflops),
         stopping=Stopping(
             config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0
@@ -263,6 +269,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
     if started.is_main:
         progress.began(started.place.job, announced_in(save), started.place.attempt)
+    ended: Ended = "failed"
     try:
         status = train(run, around) if around.train is not None else Exit.FINISHED
         if status is Exit.FINISHED:
@@ -272,6 +279,9 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         if status is Exit.FINISHED:
             around.stopping.obeyed()  # a request that came too late to be one
             say(out, *filter(None, [warning]))
+        # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
+        status = status if around.saver is not None or around.train is None else Exit.FINISHED
+        ended = "finished" if status is Exit.FINISHED else "preempted"
     except TrainingError:  # on all ranks: a save under way is what to go on from
         if around.saver is not None:
             with suppress(CheckpointError):
@@ -281,9 +291,8 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         if around.train is not None:
             around.train.close()
         for sink in around.sinks:
-            sink.close()
-    # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
-    return status if around.saver is not None or around.train is None else Exit.FINISHED
+            sink.close(ended)
+    return status
 
 
 def announced_in(save: str | None) -> int | None:
@@ -321,6 +330,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
         *stage_table(config, grid_of(layout, started.place.world_size), stages_of(config)),
+        " > throughput and MFU: " + flops_in_words(config.model, vocab, config.data.seq_length or 0),
     )
 
 
@@ -360,3 +370,10 @@ def sample_flops(config: RunConfig) -> float:
     """FLOPs of training on one sample, with all its choices where it has some."""
     model, seq_length = config.model, config.data.seq_length or 0
     return float(flops_per_token(model, model.size("vocab_size"), seq_length) * seq_length * model.rows)
+
+
+def causal_share(config: RunConfig) -> float | None:
+    """The share of `sample_flops` that is left with the causal half of attention; None for BERT."""
+    sizes = config.model, config.model.size("vocab_size"), config.data.seq_length or 0
+    causal = causal_flops_per_token(*sizes)
+    return None if causal is None else causal / flops_per_token(*sizes)

@@ -48,7 +48,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Metrics:
-    """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown."""
+    """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown.
+
+    tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `model/flops.py`.
+    """
 
     iteration: int
     lm_loss: float | None
@@ -64,6 +67,7 @@ class Metrics:
     tokens_per_second: float | None
     tflops_per_gpu: float | None
     mfu: float | None
+    mfu_causal: float | None
     peak_memory_bytes: int | None
 
 

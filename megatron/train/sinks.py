@@ -1,4 +1,4 @@
-"""Where reports go: console, JSON lines, TensorBoard. Each a few lines; one rank holds them, the others hold none."""
+"""Where reports go: console, JSON lines, TensorBoard; W&B is `wandb_sink.py`. One rank holds them, the others hold none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from megatron.config.schema import LogConfig
 from megatron.files.pending import write_whole
@@ -18,6 +18,7 @@ from megatron.files.side import SideFile, optional, warn
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 
+Ended = Literal["finished", "preempted", "failed"]
 TORN = (math.inf, True)  # the place of a line that a kill cut off: beyond all others
 
 
@@ -36,8 +37,8 @@ class Sink:
     def event(self, text: str) -> None:
         """Something that is worth a line of its own, when it happens."""
 
-    def close(self) -> None:
-        """At the end of the run."""
+    def close(self, ended: Ended) -> None:
+        """At the end of the run, or of this slice of it."""
 
 
 class Console(Sink):
@@ -92,7 +93,8 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
     if metrics.tflops_per_gpu is not None:
         parts.append(f"throughput per GPU (TFLOP/s/GPU): {metrics.tflops_per_gpu:.3f}")
     if metrics.mfu is not None:
-        parts.append(f"MFU: {100 * metrics.mfu:.1f}%")
+        causal = "" if metrics.mfu_causal is None else f" (causal half: {100 * metrics.mfu_causal:.1f}%)"
+        parts.append(f"MFU: {100 * metrics.mfu:.1f}%{causal}")
     if context.eta_seconds is not None:
         parts.append(f"ETA: {timedelta(seconds=round(context.eta_seconds))}")
     return " | ".join(parts) + " |"
@@ -168,51 +170,78 @@ class TensorBoard(Sink):
     def step(self, metrics: Metrics, context: LogContext) -> None:
         if metrics.iteration % self.config.tensorboard_log_interval:
             return
-        values: list[tuple[str, float | None]] = [
-            ("lm loss", metrics.lm_loss),
-            ("sop loss", metrics.sop_loss),
-            ("grad-norm", metrics.grad_norm),
-            ("num-zeros", context.zeros),
-            ("params-norm", context.params_norm),
-        ]
-        if self.config.log_learning_rate_to_tensorboard:
-            values.append(("learning-rate", metrics.learning_rate))
-        if self.config.log_loss_scale_to_tensorboard:
-            values.append(("loss-scale", metrics.loss_scale))
-        if self.config.log_batch_size_to_tensorboard:
-            values.append(("batch-size", context.global_batch_size))
-        if self.config.log_world_size_to_tensorboard:
-            values.append(("world-size", context.world_size))
-        for tag, value in values:
-            if value is not None:
-                self._file.scalar(tag, value, metrics.iteration)
-                self._file.scalar(f"{tag} vs samples", value, metrics.consumed_samples)
-        if metrics.iteration_time_ms is not None:
-            self._file.scalar("iteration-time", metrics.iteration_time_ms / 1000, metrics.iteration)
-        if metrics.tflops_per_gpu is not None:
-            self._file.scalar("throughput", metrics.tflops_per_gpu, metrics.iteration)
-        if self.config.log_memory_to_tensorboard and metrics.peak_memory_bytes is not None:
-            self._file.scalar("mem-max-allocated-bytes", metrics.peak_memory_bytes, metrics.iteration)
+        for tag, value in learning_points(self.config, metrics, context).items():
+            self._file.scalar(tag, value, metrics.iteration)
+            self._file.scalar(f"{tag} vs samples", value, metrics.consumed_samples)
+        for tag, value in speed_points(self.config, metrics).items():
+            self._file.scalar(tag, value, metrics.iteration)
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        tag = "lm loss validation" if result.split == "validation" else f"lm loss {result.split}"
-        values = [(tag, result.lm_loss)]
-        if self.config.log_validation_ppl_to_tensorboard:
-            values.append((f"{tag} ppl", result.ppl))
-        if result.sop_loss is not None:
-            values.append((tag.replace("lm", "sop"), result.sop_loss))
-        for name, value in values:
+        for name, value in evaluation_points(self.config, result).items():
             self._file.scalar(name, value, result.iteration)
             self._file.scalar(f"{name} vs samples", value, result.consumed_samples)
 
-    def close(self) -> None:
+    def close(self, ended: Ended) -> None:
         self._file.flush()
 
 
+def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) -> dict[str, float]:
+    """Megatron-LM's tags of what was learnt in a step, and the values, where there are some."""
+    values: dict[str, float | None] = {
+        "lm loss": metrics.lm_loss,
+        "sop loss": metrics.sop_loss,
+        "grad-norm": metrics.grad_norm,
+        "num-zeros": context.zeros,
+        "params-norm": context.params_norm,
+    }
+    if config.log_learning_rate_to_tensorboard:
+        values["learning-rate"] = metrics.learning_rate
+    if config.log_loss_scale_to_tensorboard:
+        values["loss-scale"] = metrics.loss_scale
+    if config.log_batch_size_to_tensorboard:
+        values["batch-size"] = context.global_batch_size
+    if config.log_world_size_to_tensorboard:
+        values["world-size"] = context.world_size
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
+    """The same of what a step took."""
+    points: dict[str, float] = {}
+    if metrics.iteration_time_ms is not None:
+        points["iteration-time"] = metrics.iteration_time_ms / 1000
+    if metrics.tflops_per_gpu is not None:
+        points["throughput"] = metrics.tflops_per_gpu
+    if metrics.mfu is not None:
+        points["mfu"] = metrics.mfu
+    if metrics.mfu_causal is not None:
+        points["mfu-causal"] = metrics.mfu_causal
+    if config.log_memory_to_tensorboard and metrics.peak_memory_bytes is not None:
+        points["mem-max-allocated-bytes"] = metrics.peak_memory_bytes
+    return points
+
+
+def evaluation_points(config: LogConfig, result: Evaluation) -> dict[str, float]:
+    """The same of an evaluation."""
+    tag = f"lm loss {result.split}"
+    points = {tag: result.lm_loss}
+    if config.log_validation_ppl_to_tensorboard:
+        points[f"{tag} ppl"] = result.ppl
+    if result.sop_loss is not None:
+        points[tag.replace("lm", "sop")] = result.sop_loss
+    return points
+
+
 def open_sinks(
-    config: LogConfig, out: TextIO, *, resume_at: int | None, evaluated: bool = True, binary: bool = False
+    config: LogConfig,
+    out: TextIO,
+    *,
+    resume_at: int | None,
+    evaluated: bool = True,
+    binary: bool = False,
+    wandb: Callable[[], Sink] | None = None,
 ) -> Sequence[Sink]:
-    """The sinks that the configuration asks for; resume_at, evaluated, binary: see `JsonLines`.
+    """The sinks that the configuration asks for; resume_at, evaluated, binary: see `JsonLines`. wandb: opens that of W&B.
 
     A TensorBoard that is not installed is said, and done without.
     """
@@ -226,4 +255,6 @@ def open_sinks(
             print("TensorBoard is not installed, going on without it: pip install tensorboard", file=out, flush=True)
         except Exception as error:  # whatever its packages trip over as they are loaded
             warn(config.tensorboard_dir, "TensorBoard cannot be used", error)
+    if wandb is not None:
+        sinks.append(wandb())
     return sinks

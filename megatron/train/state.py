@@ -12,7 +12,7 @@ from megatron.parallel.spec import Shard
 
 @dataclass
 class TrainState:
-    """Saved with every checkpoint; equal on all ranks.
+    """Saved with every checkpoint; equal on all ranks, but for wandb_run.
 
     consumed_samples: training samples taken, those of skipped steps included; the data position.
     skipped_samples: those of iterations that --skip-train-iterations left out, among the consumed ones.
@@ -23,6 +23,7 @@ class TrainState:
     training_samples: how many the training set was built for.
     order: marks of the order of samples, by which a resumed run knows it again; see `data/order.py`.
     evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
+    wandb_run: the id of the run's W&B run, "" for none; the first rank's.
     window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
     """
 
@@ -37,6 +38,7 @@ class TrainState:
     training_samples: int = 0
     order: dict[str, str] = field(default_factory=dict)
     evaluation_due: bool = False
+    wandb_run: str = ""
     window_loss: float = 0.0
     window_sop: float = 0.0
     window_steps: int = 0

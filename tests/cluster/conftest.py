@@ -51,7 +51,7 @@ def tiny_bert(corpus: Path) -> list[str]:
 class Lines:
     """Reads `metrics.jsonl`: what must be equal in two runs, and how far one is."""
 
-    TIMES = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "peak_memory_bytes"})
+    TIMES = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal", "peak_memory_bytes"})
 
     def of(self, save: Path) -> list[dict[str, object]]:
         """All lines, without what a clock says."""

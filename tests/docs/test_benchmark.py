@@ -28,7 +28,7 @@ from cases import CASES, PIPELINES, Case, Dims
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
-from megatron.model.size import flops_per_token
+from megatron.model.flops import causal_flops_per_token, flops_per_token
 from megatron.pipeline.schedule import Action, Op
 
 TINY = Dims(layers=2, width=32, heads=4, seq=16, vocab=96, micro_batch=4)
@@ -234,3 +234,4 @@ def test_flops_are_those_of_the_package(name: str) -> None:
     )
     model = resolve(RunConfig(model=model)).model
     assert dims.flops_per_token == pytest.approx(flops_per_token(model, dims.vocab, dims.seq), rel=1e-9)
+    assert dims.causal_flops_per_token == pytest.approx(causal_flops_per_token(model, dims.vocab, dims.seq), rel=1e-9)

@@ -101,7 +101,7 @@ def test_a_prefix_is_noted_and_an_ambiguous_one_refused() -> None:
 
 def test_all_mistakes_at_once_and_each_once() -> None:
     lines = mistakes(
-        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--wandb-project", "x", "stray",
+        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--bert-load", "x", "stray",
         "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
     )  # fmt: skip
     assert sorted(lines) == sorted(
@@ -109,7 +109,7 @@ def test_all_mistakes_at_once_and_each_once() -> None:
             "`--num-layers abc` is not an integer",
             "`--nmu-workers` is not a known flag; did you mean --num-workers?",
             "`stray` belongs to no flag",
-            "`--wandb-project` is not available: the only sinks are the console, --metrics-path and --tensorboard-dir",
+            "`--bert-load` belongs to retrieval with BERT, which is not available",
             "`--optimizer lamb` is not known; legal: adam, sgd",
             "`--lr nan` is not a finite number",
             "`--sequence-parallel=yes` takes no value",

@@ -14,7 +14,8 @@ from megatron.config.cli import parse
 from megatron.config.options import by_name
 from megatron.config.resolve import pipeline_chunks
 from megatron.config.schema import LayoutConfig, RunConfig
-from megatron.model.size import Slice, head_flops, layer_flops
+from megatron.model.flops import head_flops, layer_flops
+from megatron.model.size import Slice
 from megatron.pipeline.partition import cut, even_counts, split
 from megatron.pipeline.schedule import SCHEDULES, looped, v_shaped
 from megatron.stages import StagePlan, stages_of

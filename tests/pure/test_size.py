@@ -15,22 +15,25 @@ from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
+from megatron.model.flops import (
+    causal_flops_per_token,
+    flops_per_iteration,
+    flops_per_token,
+    forward_flops_per_token,
+    head_flops,
+    layer_flops,
+    stage_flops,
+)
 from megatron.model.size import (
     CHUNK,
     FEWEST_ROWS,
     Slice,
     activations_of,
-    flops_per_iteration,
-    flops_per_token,
-    forward_flops_per_token,
-    head_flops,
     head_loss_bytes,
-    layer_flops,
     memory_per_rank,
     padded_vocabulary,
     parameter_list,
     parameters,
-    stage_flops,
 )
 from megatron.optim import buffers
 from megatron.parallel import cross_entropy
@@ -174,6 +177,21 @@ def test_flops_by_hand() -> None:
     # Grouped queries and SwiGLU: 4 heads of 4 in 2 groups, h = 16, f = 24.
     llama = complete(replace(FORMS["llama"], num_layers=1, hidden_size=16, num_attention_heads=4, ffn_hidden_size=24))
     assert forward_flops_per_token(llama, 11, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
+
+
+def test_both_conventions_of_attention() -> None:
+    """Llama-3-8B at 8,192 tokens: 57.91 GFLOP a token over the whole square, and 51.47 in NVIDIA's tables."""
+    shape = replace(FORMS["llama"], num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
+    model, vocab, seq = complete(replace(shape, ffn_hidden_size=14336)), 128256, 8192
+    weights = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) + 4096 * vocab
+    # Megatron-Core 0.19, num_floating_point_operations: 3 x 2 x (weights + query width x s / 2 x 2) for each token.
+    assert causal_flops_per_token(model, vocab, seq) == 6 * (weights + 32 * 4096 * seq // 2 * 2) == 51_470_401_536
+    assert flops_per_token(model, vocab, seq) == 6 * (weights + 32 * 4096 * seq * 2) == 57_912_852_480
+    assert round(57_912_852_480 / 51_470_401_536 - 1, 3) == 0.125
+    odd = complete(replace(PLAIN, num_layers=1, hidden_size=6, num_attention_heads=2))
+    core = 3 * 2 * 2 * 5 * 6
+    assert causal_flops_per_token(odd, 11, 5) == flops_per_token(odd, 11, 5) - core // 2 and core % 2 == 0
+    assert causal_flops_per_token(replace(model, architecture="bert"), vocab, seq) is None
 
 
 def test_flops_are_the_published_formula() -> None:

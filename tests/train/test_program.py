@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
 KEYS = {
     "iteration", "lm_loss", "grad_norm", "learning_rate", "loss_scale", "skipped_iterations", "nan_iterations",
-    "consumed_samples", "consumed_tokens", "iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu",
+    "consumed_samples", "consumed_tokens", "iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal",
     "peak_memory_bytes",
 }  # fmt: skip
 LINE = re.compile(
@@ -43,7 +43,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    times = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu")
+    times = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal")
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 

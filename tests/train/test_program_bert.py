@@ -22,10 +22,10 @@ from megatron.train.program import pretrain
 ROOT = Path(__file__).parents[2]
 KEYS = {
     "iteration", "lm_loss", "sop_loss", "grad_norm", "learning_rate", "loss_scale", "skipped_iterations", "nan_iterations",
-    "consumed_samples", "consumed_tokens", "iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu",
+    "consumed_samples", "consumed_tokens", "iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal",
     "peak_memory_bytes",
 }  # fmt: skip
-TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu")
+TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal")
 SMALL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 48 --max-position-embeddings 48 "
     "--micro-batch-size 4 --global-batch-size 8 --train-iters 12 --lr 1e-2 --lr-warmup-iters 2 "

@@ -28,7 +28,7 @@ from megatron.train.progress import Progress
 from megatron.train.stopping import Request, Stopping
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu")
+TIMES = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal")
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -115,7 +115,7 @@ MEANT = {
     "is no flag: a run trains and evaluates; --skip-train only evaluates, --eval-iters 0 only trains": "do-train do-eval",
     "is no flag: --eval-interval says how often to evaluate, --save-interval how often to save": """
         eval-strategy evaluation-strategy save-strategy logging-strategy save-safetensors""",
-    "is no flag: metrics go to the console, to --metrics-path and to --tensorboard-dir": """
+    "is no flag: metrics go to the console, and to --metrics-path, --tensorboard-dir and --wandb-project": """
         report-to logger logger-name run-name wandb-log use-wandb log-with enable-tensorboard enable-wandb wandb-run-name
         wandb-name""",
     "is no flag: checkpoints are saved with --save DIR --save-interval N": """

@@ -128,19 +128,10 @@ OTHERWISE = {
     "is not available; --recompute-granularity selective is that of core_attn, and full that of whole layers": """
         --recompute-modules=core_attn""",
     "is not available: one seed gives the same weights on every data-parallel rank": "--data-parallel-random-init",
-    "is not available: the only sinks are the console, --metrics-path and --tensorboard-dir": """
-        --wandb-project=? --wandb-exp-name=? --wandb-save-dir=? --wandb-entity=?""",
     "needs a private library; use --auto-resume": "--adlr-autoresume --adlr-autoresume-interval",
     "is now --pipeline-stage-layers 0 N N ..., the layers of each stage from the first to the last": """
         --standalone-embedding-stage""",
     "is not available: settings come from a TOML file, --config FILE": "--yaml-cfg",
-    # SOON: each of these is about to be a field of schema.py; then its name leaves this list.
-    "is not available yet": """
-        --mock-data --data-args-path --per-split-data-args-path --log-throughput --iterations-to-skip --lr-wsd-decay-style
-        --lr-wsd-decay-iters --lr-wsd-decay-samples --lr-warmup-init --step-batch-size-schedule
-        --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers --account-for-embedding-in-pipeline-split
-        --account-for-loss-in-pipeline-split --num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout
-        --decrease-batch-size-if-needed --disable-log-loss-scale-to-tensorboard""",
 }
 
 # Values of Megatron-LM that a flag of ours does not take: what follows in the error "`--flag value` ...".

@@ -1,0 +1,92 @@
+"""Which run of Weights & Biases a slice writes to, and how far that came, so that each iteration stands there once. Pure.
+
+W&B's history is only added to. What an interrupted slice has logged beyond its checkpoint is not logged again: the same
+settings give the same values. Where they were changed the values are others, and a new W&B run begins, which names the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron.config.saved import to_json
+from megatron.config.schema import RunConfig
+from megatron.files.pending import write_whole
+from megatron.files.regular import read_json
+
+FILE = "wandb.json"  # in --save
+# What decides the values of a run's points, less what only says how it is carried out, or when it stops.
+SECTIONS = ("model", "data", "batch", "optim", "precision")
+WITHOUT_EFFECT = ("num_workers", "data_cache_path", "micro_batch_size", "compile", "stop_file", "exit_", "train_")
+SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt")
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """A W&B run. id: its own, "" for none. iteration: of the newest training point; evaluations: of each split's newest.
+
+    parent, fork: the run that it went on from with other settings, and after which iteration. settings: see `settings_of`.
+    """
+
+    id: str = ""
+    iteration: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
+    parent: str = ""
+    fork: int = 0
+    settings: str = ""
+
+    def write(self, path: Path) -> None:
+        """Keep it beside the checkpoints. OSError where the disk refuses."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(asdict(self)) + "\n")
+
+
+def read_run(path: Path | None) -> WandbRun:
+    """What a slice before has kept; nothing where there is no such file, or none that can be read."""
+    values: Any = None
+    if path is not None:
+        with suppress(OSError, ValueError):
+            values = read_json(path)
+    empty = asdict(WandbRun())
+    if not isinstance(values, dict) or any(type(values.get(name)) is not type(value) for name, value in empty.items()):
+        return WandbRun()
+    if not all(type(number) is int for number in values["evaluations"].values()):
+        return WandbRun()
+    return WandbRun(**{each.name: values[each.name] for each in fields(WandbRun)})
+
+
+def settings_of(config: RunConfig, schedule: Mapping[str, Any]) -> str:
+    """A mark of all settings that change what is logged. schedule: of the learning rate, as it is in use."""
+    values = to_json(config)
+    kept: dict[str, Any] = {
+        section: {k: v for k, v in values[section].items() if not k.startswith(WITHOUT_EFFECT)} for section in SECTIONS
+    }
+    kept["optim"] = {k: v for k, v in kept["optim"].items() if not k.startswith(SCHEDULED)}
+    text = json.dumps([kept, dict(schedule)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def choose_run(held: str, iteration: int, kept: WandbRun, settings: str) -> WandbRun:
+    """The W&B run of a slice that goes on with a run after an iteration.
+
+    Args:
+        held: the id in the checkpoint; "" where there is none.
+        iteration: that the slice goes on after.
+        kept: what the slice before has written down, as `read_run` gives it.
+        settings: of this slice, as `settings_of` gives them.
+
+    Returns:
+        The run before, with what it has logged already; or a new one, with the run before as its parent.
+    """
+    followed = kept.id and (kept.id == held or (kept.parent == held and kept.fork == iteration))
+    if followed and (kept.iteration <= iteration or kept.settings == settings):
+        return replace(kept, settings=settings)
+    if held and not kept.id:  # the file is lost: W&B itself leaves out points that it has
+        return WandbRun(held, iteration, settings=settings)
+    return WandbRun(secrets.token_hex(4), iteration, parent=held, fork=iteration if held else 0, settings=settings)

@@ -1,0 +1,74 @@
+"""Reports to Weights & Biases, through a process of their own."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron.config.saved import to_json
+from megatron.config.schema import LogConfig
+from megatron.train.report import Evaluation, LogContext, Metrics
+from megatron.train.run import Run
+from megatron.train.sinks import Ended, Sink, evaluation_points, learning_points, speed_points
+from megatron.train.wandb_link import WandbLink
+from megatron.train.wandb_run import FILE, WandbRun, choose_run, read_run, settings_of
+
+
+class Wandb(Sink):
+    """The same tags to a run of Weights & Biases, at the iteration, each once; see `wandb_run.py`.
+
+    run: the W&B run. record: the file in which it is kept how far it came, None without --save. settings: what W&B shows as
+    the run's configuration.
+    """
+
+    def __init__(self, config: LogConfig, run: WandbRun, record: Path | None, settings: Mapping[str, Any], out: TextIO) -> None:
+        self.config = config
+        about = dict(settings) | ({"forked_from": {"run": run.parent, "iteration": run.fork}} if run.parent else {})
+        init: dict[str, Any] = {"project": config.wandb_project, "name": config.wandb_exp_name, "id": run.id}
+        init["entity"] = config.wandb_entity
+        init |= {"dir": os.path.abspath(config.wandb_save_dir or "."), "config": about}
+        setup = {"init": init, "run": asdict(run), "record": None if record is None else os.path.abspath(record)}
+        self._link = WandbLink(setup, lambda text: print(text, file=out, flush=True))
+
+    def step(self, metrics: Metrics, context: LogContext) -> None:
+        if metrics.iteration % self.config.tensorboard_log_interval:
+            return
+        values = learning_points(self.config, metrics, context) | speed_points(self.config, metrics)
+        values["samples vs steps"] = metrics.consumed_samples
+        self._send(metrics.iteration, None, values)
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        self._send(result.iteration, result.split, evaluation_points(self.config, result))
+
+    def _send(self, step: int, split: str | None, values: Mapping[str, float]) -> None:
+        sent = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
+        self._link.send({"step": step, "split": split, "values": sent})
+
+    def close(self, ended: Ended) -> None:
+        self._link.end(ended)
+
+
+def wandb_sink(run: Run, save: str | None, own: bool, resumed: bool) -> Callable[[], Wandb] | None:
+    """What opens the sink of W&B, on the first rank; None where none is asked for. Sets the id that checkpoints keep.
+
+    own: the slice goes on with the run of --save. resumed: from a checkpoint.
+    """
+    config, state = run.config, run.state
+    if not own:
+        state.wandb_run = ""
+    if config.log.wandb_project is None:
+        return None
+    record = None if save is None else Path(save) / FILE
+    kept = read_run(record) if own else WandbRun()
+    settings = settings_of(config, state.schedule)
+    held = state.wandb_run if resumed else kept.id
+    chosen = choose_run(held, state.iteration, kept, settings)
+    state.wandb_run = chosen.id
+    about = to_json(config) | {"world_size": run.job.place.world_size}
+    return partial(Wandb, config.log, chosen, record, about, sys.stdout)

@@ -1,0 +1,189 @@
+"""The process that speaks with Weights & Biases for a run: `python -m megatron.train.wandb_writer`, a socket as its input.
+
+The run must neither wait for W&B nor fall with it, and W&B waits: minutes for a network that is not there, at the end of the
+interpreter for an upload. It also replaces sys.exit and asks for keys on a terminal. So it lives here, hears a line of JSON for
+each point, and outlives a run that is killed, which it then calls failed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron.files.regular import parse_json
+from megatron.train.wandb_run import WandbRun, read_run
+
+EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # the contract's
+LOCK_SECONDS = 30.0  # that the next slice waits for this process of the slice before
+LAST_SECONDS = 600  # that this process lives at most after its run
+OFFLINE = ("offline", "dryrun", "disabled")
+
+Reply = Callable[[Mapping[str, Any]], None]
+
+
+def heard(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
+    """The messages of the run, as many at once as have come. The end of the run ends it."""
+    left = b""
+    while True:
+        try:
+            data = channel.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return
+        *lines, left = (left + data).split(b"\n")
+        if lines:
+            yield [parse_json(line) for line in lines]
+
+
+def opened(setup: Mapping[str, Any], reply: Reply) -> Any:
+    """W&B's own run; without a network one whose points stay on the disk. Any exception of W&B."""
+    import wandb
+
+    wanted = {name: value for name, value in setup["init"].items() if value is not None}
+    try:
+        return wandb.init(**wanted, resume="allow", settings={"console": "off"})
+    except Exception as error:
+        if os.environ.get("WANDB_MODE") in OFFLINE:
+            raise
+        then = f"points are kept below {wanted['dir']}, and `wandb sync` sends them"
+        reply({"failed": "cannot be reached", "error": words_of(error), "then": then})
+        return wandb.init(**wanted, resume="allow", settings={"console": "off"}, mode="offline")
+
+
+class Writer:
+    """Hands points to a W&B run, each once, and keeps how far it came."""
+
+    def __init__(self, setup: Mapping[str, Any], run: Any, reply: Reply) -> None:
+        self._run, self._reply, self._failing = run, reply, set[str]()
+        self._path = Path(setup["record"]) if setup["record"] else None
+        kept, wanted = read_run(self._path), WandbRun(**setup["run"])
+        # A slice before may have handed over more since this one began.
+        self.record = replace(kept, settings=wanted.settings) if kept.id == wanted.id else wanted
+        self._begun = self.record.iteration
+
+    def take(self, messages: list[dict[str, Any]]) -> str | None:
+        """Log what is new; how the run ended, where it says so."""
+        ended = None
+        for message in messages:
+            if "ended" in message:
+                ended = str(message["ended"])
+                continue
+            step, split = message["step"], message["split"]
+            newest = self.record.iteration if split is None else self.record.evaluations.get(split, -1)
+            if step <= newest:
+                continue
+            # W&B takes nothing at a step that an earlier slice has closed: what comes late to one stands at the next.
+            with self._surviving("points cannot be logged"):
+                # As text come NaN and the infinite, which JSON has not.
+                values = {tag: float(v) if isinstance(v, str) else v for tag, v in message["values"].items()}
+                self._run.log(values, step=max(step, self._begun + 1))
+            if split is None:
+                self.record = replace(self.record, iteration=step)
+            else:
+                self.record = replace(self.record, evaluations={**self.record.evaluations, split: step})
+        self.keep()
+        return ended
+
+    def keep(self) -> None:
+        """Write down how far the run came."""
+        if self._path is not None:
+            with self._surviving(f"{self._path} cannot be written"):
+                self.record.write(self._path)
+
+    def finish(self, ended: str) -> None:
+        """Tell W&B how the run ended, and wait until it has everything."""
+        with self._surviving("the run cannot be finished"):
+            if ended == "preempted":
+                self._run.mark_preempting()
+        with self._surviving("the run cannot be finished"):
+            self._run.finish(exit_code=EXIT_CODES[ended])
+
+    def _surviving(self, what: str) -> _Surviving:
+        return _Surviving(what, self._failing, self._reply)
+
+
+class _Surviving:
+    """Anything that goes wrong inside is told, each kind once."""
+
+    def __init__(self, what: str, told: set[str], reply: Reply) -> None:
+        self._what, self._told, self._reply = what, told, reply
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None and self._what not in self._told:
+            self._told.add(self._what)
+            self._reply({"failed": self._what, "error": words_of(error), "then": "the run goes on"})
+        return True
+
+
+def words_of(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def wait_for_the_slice_before(directory: Path) -> None:
+    """Hold the W&B directory, which the process of the slice before may still write to. Where locks are unknown, go on."""
+    with suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor, until = os.open(directory, os.O_RDONLY), time.monotonic() + LOCK_SECONDS
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)
+            else:
+                return  # held until this process ends
+
+
+def serve(channel: socket.socket) -> None:
+    """Carry out what a run asks for, until its end."""
+
+    def reply(values: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # a run that is gone
+            channel.sendall(json.dumps(values).encode() + b"\n")
+
+    messages = heard(channel)
+    first = next(messages, None)
+    if first is None:
+        return
+    setup, *rest = first
+    wait_for_the_slice_before(Path(setup["init"]["dir"]))
+    try:
+        run = opened(setup, reply)
+    except BaseException as error:
+        reply({"failed": "cannot be used", "error": words_of(error), "then": "the run goes on without it"})
+        return
+    reply({"told": f"W&B: run {setup['run']['id']}, {getattr(run, 'url', None) or 'below ' + setup['init']['dir']}"})
+    writer = Writer(setup, run, reply)
+    ended = writer.take(rest)
+    for batch in messages:
+        ended = writer.take(batch) or ended
+    signal.alarm(LAST_SECONDS)
+    writer.finish(ended or "failed")
+    reply({"done": True})
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the run, whose end is heard of
+    channel = socket.socket(fileno=os.dup(0))
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, 0)  # W&B's own processes must not hold the socket
+    os.close(nowhere)
+    serve(channel)
+
+
+if __name__ == "__main__":
+    main()
