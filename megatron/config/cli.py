@@ -33,6 +33,7 @@ from megatron.config.reading import Reading, read_arguments, read_toml
 from megatron.config.resolve import pipeline_chunks
 from megatron.config.rules import PRETRAINING_RULES, examine
 from megatron.config.saved import from_json, to_json, to_toml
+from megatron.config.schedule_rules import schedule_remarks
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.config.task_rules import TASK_RULES
 from megatron.config.tasks import implied
@@ -185,7 +186,7 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
         notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
     if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
         notes.append("--save-interval changes nothing: nothing is saved without --save")
-    return [*notes, *precision_remarks(typed.precision)]
+    return [*notes, *schedule_remarks(typed.optim, resolved.optim), *precision_remarks(typed.precision)]
 
 
 def help_text(program: str, *, task: bool = False) -> str:

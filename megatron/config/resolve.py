@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-from megatron.config.batch_size import iterations_for
+from megatron.config.batch_size import iterations_for, parse_steps
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
 
 
@@ -34,7 +35,7 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
 
     A setting stays open where what it follows from is missing or does not fit; `rules.check` says why.
     """
-    batch = _batch(config.batch, data_parallel_size(config.layout, world_size))
+    batch = _batch(config.batch, data_parallel_size(config.layout, world_size), config.data.seq_length)
     layout, log = config.layout, config.log
     virtual = layout.num_layers_per_virtual_pipeline_stage is not None
     return replace(
@@ -70,7 +71,10 @@ def _model(model: ModelConfig, seq_length: int | None) -> ModelConfig:
     return replace(model, ffn_hidden_size=ffn, kv_channels=kv, num_query_groups=groups, max_position_embeddings=positions)
 
 
-def _batch(batch: BatchConfig, dp: int | None) -> BatchConfig:
+def _batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> BatchConfig:
+    batch = replace(batch, batch_size_steps=_steps(batch, seq_length))
+    if batch.batch_size_steps:
+        batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
     if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
     size, ramp = batch.global_batch_size, batch.rampup_batch_size
@@ -78,6 +82,15 @@ def _batch(batch: BatchConfig, dp: int | None) -> BatchConfig:
     if batch.train_iters is None and batch.train_samples is not None and sound:
         batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
     return batch
+
+
+def _steps(batch: BatchConfig, seq_length: int | None) -> tuple[int, ...]:
+    if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
+        return ()
+    try:
+        return tuple(chain(*parse_steps(batch.step_batch_size_schedule, seq_length)))
+    except ValueError:  # which a rule reports
+        return ()
 
 
 def _optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:

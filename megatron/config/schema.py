@@ -255,6 +255,16 @@ class BatchConfig:
     rampup_batch_size: tuple[int, ...] = option(
         (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
     )
+    step_batch_size_schedule: tuple[str, ...] = option(
+        (),
+        "0:SIZE TOKENS:SIZE ...: the global batch has SIZE samples from so many trained tokens on, in place of "
+        "--global-batch-size, which is the last; numbers may end in K, M, B or T",
+        nargs="*",
+        metavar="TOKENS:SIZE",
+    )
+    batch_size_steps: tuple[int, ...] = option(
+        (), "samples and global batch size of each entry of --step-batch-size-schedule, in turn", flag=None
+    )
     train_iters: int | None = option(None, "steps to train")
     train_samples: int | None = option(None, "samples to train, instead of steps")
     skip_train_iterations: tuple[str, ...] = option(
@@ -281,13 +291,21 @@ class OptimConfig:
     lr: float | None = option(None, "peak learning rate")
     min_lr: float = option(0.0, "floor of the learning rate")
     lr_decay_style: str = option(
-        "linear", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root")
+        "linear",
+        "shape after warm-up; WSD: at --lr until a decay at the end (warm-up, stable, decay; arXiv 2404.06395)",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
+    lr_wsd_decay_style: str = option(
+        "exponential", "shape of the decay of WSD", choices=("exponential", "linear", "cosine", "minus_sqrt")
+    )
+    lr_wsd_decay_iters: int | None = option(None, "of WSD: steps of the decay, the last ones of --lr-decay-iters")
+    lr_wsd_decay_samples: int | None = option(None, "of WSD: samples of the decay, the last ones of --lr-decay-samples")
     lr_decay_iters: int | None = option(None, "steps until --min-lr; default --train-iters")
     lr_decay_samples: int | None = option(None, "samples until --min-lr; default --train-samples")
     lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up")
     lr_warmup_iters: int = option(0, "steps of linear warm-up")
     lr_warmup_samples: int = option(0, "samples of linear warm-up")
+    lr_warmup_init: float = option(0.0, "learning rate that the warm-up begins with")
     weight_decay: float = option(
         0.01, "of matrices, not of biases and norms; decoupled with adam, part of the gradient with sgd"
     )

@@ -16,8 +16,8 @@ from megatron.files.regular import kind_of_file
 # What decides the samples and the length of a pretraining run.
 FOREIGN = (
     "data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path", "data.split",
-    "data.dataloader_type", "batch.train_iters", "batch.train_samples", "batch.rampup_batch_size", "data.mask_prob",
-    "data.short_seq_prob",
+    "data.dataloader_type", "batch.train_iters", "batch.train_samples", "batch.rampup_batch_size",
+    "batch.step_batch_size_schedule", "data.mask_prob", "data.short_seq_prob",
 )  # fmt: skip
 
 

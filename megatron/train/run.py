@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron.config.batch_size import samples_for
 from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
@@ -164,7 +165,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
     """Samples that training, each validation and the test will read."""
-    size, steps = config.batch.global_batch_size or 1, config.batch.train_iters or 0
-    evaluation = config.eval.eval_iters * size
-    training = config.batch.train_samples if config.batch.train_samples is not None else steps * size
+    batch = config.batch
+    evaluation = config.eval.eval_iters * (batch.global_batch_size or 1)
+    training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters or 0)
     return training, evaluation, evaluation

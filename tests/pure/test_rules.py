@@ -14,6 +14,7 @@ from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import RANGES
 from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.rules import PRETRAINING_RULES, check
+from megatron.config.schedule_rules import SCHEDULE_RULES, step_sizes
 from megatron.config.schema import ModelConfig, RunConfig
 
 # rule, change to the legal run, world size, the whole message
@@ -319,7 +320,15 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like.
-    elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}
+    elsewhere = {
+        *ARCHITECTURE_RULES,
+        *CONTEXT_RULES,
+        *OPTIM_RULES,
+        *PRECISION_RULES,
+        *RECOMPUTE_RULES,
+        *SCHEDULE_RULES,
+        step_sizes,
+    }
     assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py, and for the third test_task_rules.py.
     files = ["tokenizer_files", "datasets", "task_files", "load", "writable", "stop_file"]
