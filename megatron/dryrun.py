@@ -28,7 +28,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
 from megatron.model import size
 from megatron.pipeline.draw import draw_text
-from megatron.pipeline.schedule import Op, Schedule, make
+from megatron.pipeline.schedule import DEFAULT, Op, Schedule, make
 from megatron.pipeline.simulate import MeasuredCosts, simulate
 from megatron.stages import StagePlan, stages_of
 
@@ -150,7 +150,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     yield ""
     plan = stages_of(config)
     micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
-    schedule = make(layout.pipeline_schedule or "1f1b", pp, micro_batches, plan.chunks)
+    schedule = make(layout.pipeline_schedule or DEFAULT, pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
         return

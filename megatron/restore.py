@@ -117,7 +117,7 @@ def _stages(
     if word is None:
         raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
     _not_far_larger(directory, manifest, config)
-    layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size, pipeline_schedule="1f1b")
+    layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size)
     try:
         plan = stages_of(RunConfig(model=config, layout=layout))
         stages = build_stages(

@@ -8,7 +8,7 @@ from megatron.config.resolve import pipeline_chunks
 from megatron.config.schema import RunConfig
 from megatron.model.size import Slice, head_flops, layer_flops
 from megatron.pipeline.partition import cut, split
-from megatron.pipeline.schedule import SCHEDULES
+from megatron.pipeline.schedule import kind_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def stages_of(config: RunConfig) -> StagePlan:
     model, layout = config.model, config.layout
     layers = model.size("num_layers")
     chunks = pipeline_chunks(layout, layers)
-    placement = SCHEDULES[layout.pipeline_schedule or "1f1b"].place(layout.pipeline_model_parallel_size, chunks)
+    placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
     if layout.pipeline_stage_layers:
         ranges = cut(layout.pipeline_stage_layers)
     else:

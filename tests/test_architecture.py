@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megatron"
 GROUND = {"files", "config", "mesh", "contract"}
 FLOORS: dict[str, set[str]] = {
     "files": set(),
-    "config": {"files"},
+    "config": {"files", "pipeline.schedule"},
     "contract": {"config"},
     "mesh": {"files", "config", "contract"},
     "parallel": GROUND,

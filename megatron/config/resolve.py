@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron.config.batch_size import iterations_for, parse_steps
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
@@ -19,13 +20,14 @@ def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
 def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
     """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
 
-    zb-v runs down the ranks and up again. Virtual stages are Megatron-LM's num_layers / pp / N, rounded down where that
+    What the schedule prescribes; where it is free, Megatron-LM's num_layers / pp / N virtual stages, rounded down where that
     leaves a rest, and never none.
     """
-    if layout.pipeline_schedule == "zb-v":
-        return 2
+    prescribed = kind_of(layout.pipeline_schedule).chunks
+    if prescribed is not None:
+        return prescribed
     wanted = layout.num_layers_per_virtual_pipeline_stage
-    if layout.pipeline_schedule != "interleaved" or wanted is None:
+    if wanted is None:
         return 1
     return max(1, layers // (layout.pipeline_model_parallel_size * wanted))
 
@@ -44,7 +46,7 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
         layout=replace(
             layout,
             sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-            pipeline_schedule=layout.pipeline_schedule or ("interleaved" if virtual else "1f1b"),
+            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if virtual else DEFAULT),
         ),
         batch=batch,
         optim=_optim(config.optim, batch),

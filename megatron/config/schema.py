@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.tasks import TASKS
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
 
 
 def option(
@@ -169,8 +170,8 @@ class LayoutConfig:
     sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
     pipeline_schedule: str | None = option(
         None,
-        "order of work in the pipeline; default 1f1b, or interleaved with virtual stages",
-        choices=("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"),
+        f"order of work in the pipeline; default {DEFAULT}, or {DEFAULT_WITH_CHUNKS} with virtual stages",
+        choices=tuple(SCHEDULES),
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down"

@@ -62,13 +62,13 @@ class Mesh:
         grid: Grid,
         rank: int,
         timeout: timedelta | None = None,
-        last_stage: int = -1,
+        ends: tuple[int, int] = (0, -1),
         watch: Watch | None = None,
     ) -> Mesh:
         """Collective: every rank calls this, creates every group in the same order, and opens its own in that order.
 
-        timeout: a collective that takes longer is a failure; default torch's own. last_stage: the pipeline rank that owns
-        it; the first stage is on rank 0. watch: hears which group is being opened.
+        timeout: a collective that takes longer is a failure; default torch's own. ends: the pipeline ranks that own the
+        first and the last stage. watch: hears which group is being opened.
 
         ValueError when the running job has another number of ranks than the grid; JobError naming a group that does not open.
         """
@@ -105,7 +105,7 @@ class Mesh:
             add("pp_back", tuple(members), {})
             if rank in members:
                 axes["embedding"] = Axis.alone("embedding", rank)
-            add("embedding", tuple(dict.fromkeys((members[0], members[last_stage]))), known)
+            add("embedding", tuple(sorted({members[end] for end in ends})), known)
         for ranks, name in opening.items():
             watch.doing(f"opening the communicator {name} of {ranks_of(ranks)}")
             with communicator(name, ranks, rank):

@@ -69,7 +69,7 @@ class Live:
 class Executor:
     """Forward and backward over micro-batches on this rank's stages.
 
-    stages: stage number -> module. schedule: number of micro-batches -> Schedule.
+    stages: stage number -> module. schedule: number of micro-batches -> Schedule. placement: its stages'.
     objective: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
     work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
     share: a whole micro-batch -> what this rank has of it; all of it unless given.
@@ -81,6 +81,7 @@ class Executor:
         self,
         stages: Mapping[int, Stage],
         schedule: Callable[[int], Schedule],
+        placement: tuple[int, ...],
         channels: Channels,
         objective: Callable[[Loss, int], Tensor],
         work: WeightWork,
@@ -96,7 +97,6 @@ class Executor:
         self._lowered: dict[tuple[int, bool, int], list[Item]] = {}
         self._ran: set[object] = set()
         self._handlers = {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_grad, Op.W: self._weight_grad}
-        placement = schedule(1).placement
         self._last = len(placement) - 1
         channels.connect(list(channels_of(placement)))
 

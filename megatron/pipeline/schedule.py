@@ -5,8 +5,9 @@
     program     the ordered actions of one rank
 
 A schedule is generated here, checked, timed and drawn by `simulate.py` and `draw.py`, completed with transfers by `lower.py`
-and run by `executor.py`, which knows none of them by name. To add one: a function here, its row in `SCHEDULES`, and its name in
-`config/schema.py`.
+and run by `executor.py`. To add one: a function here and its row in `SCHEDULES`. The row says all that others need to know of
+it: command line, rules, dry run, partition and executor read it there, and none of them knows a schedule by name. Which is why
+`config` may import this file, which imports the standard library alone.
 
 The functions' docstrings compare them by two numbers, for p ranks, m micro-batches and v chunks on each rank, where F, B and W
 are the times of a micro-batch's forward, input gradient and weight gradient on one rank, and communication takes none:
@@ -14,14 +15,15 @@ are the times of a micro-batch's forward, input gradient and weight gradient on 
     idle    what a step takes on the first rank beyond m (F + B + W). The bubble rate is idle / (idle + m (F + B + W)).
     peak    activations held at once, each of one stage and one micro-batch, on rank r = 0 .. p - 1
 
-Every schedule works for any number of micro-batches. On every stage, forwards, backwards and weight gradients each run in the
+Every schedule here works for any number of ranks and micro-batches, and with any cut of the layers; `Kind.objection` is for one
+that does not. On every stage, forwards, backwards and weight gradients each run in the
 order of the micro-batches, so gradients are summed in the same order whatever the schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from types import MappingProxyType
@@ -184,12 +186,14 @@ class Kind:
 
     make: (ranks, micro-batches, chunks) -> Schedule. place: (ranks, chunks) -> placement.
     chunks: stages of each rank; None where the user chooses. splits: whether backward is I and W.
+    objection: (ranks, micro-batches, chunks) -> "needs ..." where the schedule cannot have these numbers, else None.
     """
 
     make: Callable[[int, int, int], Schedule]
     place: Callable[[int, int], tuple[int, ...]] = looped
     chunks: int | None = 1
     splits: bool = False
+    objection: Callable[[int, int, int], str | None] = lambda ranks, micro_batches, chunks: None
 
 
 SCHEDULES: Mapping[str, Kind] = MappingProxyType(
@@ -202,13 +206,27 @@ SCHEDULES: Mapping[str, Kind] = MappingProxyType(
         "zb-v": Kind(lambda p, m, v: zero_bubble_v(p, m), place=v_shaped, chunks=2, splits=True),
     }
 )
+DEFAULT = "1f1b"
+DEFAULT_WITH_CHUNKS = "interleaved"  # where the user asks for virtual stages and names no schedule
 DEFAULT_CHUNKS = 2  # where the user may choose and did not
+
+
+def kind_of(name: str | None) -> Kind:
+    """The row of a schedule, or of the default one. KeyError for an unknown name."""
+    return SCHEDULES[name or DEFAULT]
+
+
+def names_of(wanted: Callable[[Kind], bool]) -> str:
+    """The schedules whose row is as wanted, for a message: `a, b or c`."""
+    *names, last = [name for name, kind in SCHEDULES.items() if wanted(kind)]
+    return f"{', '.join(names)} or {last}" if names else last
 
 
 def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
     """The schedule called `name`. chunks: stages of each rank; None takes what the schedule prescribes, or 2 where it is free.
 
-    ValueError for an unknown name, for less than one rank, micro-batch or chunk, and for chunks that the schedule cannot have.
+    ValueError for an unknown name, for less than one rank, micro-batch or chunk, and for numbers that the schedule cannot have;
+    also where its function does not do what its row says.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name}; known are {', '.join(SCHEDULES)}")
@@ -219,9 +237,24 @@ def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -
         if count < 1:
             raise ValueError(f"{name} needs at least 1 of {what}, not {count}")
     if kind.chunks not in (None, chunks):
-        free = ", ".join(other for other, has in SCHEDULES.items() if has.chunks is None)
+        free = names_of(lambda other: other.chunks is None)
         raise ValueError(f"{name} has chunks per rank: {kind.chunks}, not {chunks}; leave chunks out, or take {free}")
-    return kind.make(ranks, micro_batches, chunks)
+    if (objection := kind.objection(ranks, micro_batches, chunks)) is not None:
+        raise ValueError(f"{name} {objection}, not {ranks} pipeline ranks, {micro_batches} micro-batches and {chunks} chunks")
+    schedule = replace(kind.make(ranks, micro_batches, chunks), name=name)
+    _check_row(schedule, kind, chunks)
+    return schedule
+
+
+def _check_row(schedule: Schedule, kind: Kind, chunks: int) -> None:
+    """ValueError unless a schedule is what its row says: its stages would be built on other ranks, or in another form."""
+    place = kind.place(schedule.ranks, chunks)
+    if schedule.placement != place:
+        raise ValueError(f"{schedule.name}: its stages are on ranks {schedule.placement}, and its row's `place` says {place}")
+    if len(place) != schedule.ranks * chunks:
+        raise ValueError(f"{schedule.name}: its row says {chunks} chunks per rank, and `place` gives {len(place)} stages")
+    if any((action.op is Op.B) == kind.splits for action in schedule.programs[0] if action.op is not Op.F):
+        raise ValueError(f"{schedule.name}: its row says splits={kind.splits}, and its backward actions say otherwise")
 
 
 def _actions(op: Op, stage: int, micro_batches: int) -> list[Action]:

@@ -30,7 +30,7 @@ from megatron.parallel.spec import Checkpointable, spec_of
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.lower import EARLY
-from megatron.pipeline.schedule import SCHEDULES, make
+from megatron.pipeline.schedule import DEFAULT, kind_of, make
 from megatron.pipeline.transfer import Channels
 from megatron.stages import stages_of
 from megatron.train.report import StepReport
@@ -89,7 +89,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     """
     plan, precision = stages_of(config), Precision.of(config.precision)
     grid = grid_of(config.layout, job.place.world_size)
-    mesh = Mesh.build(grid, job.place.rank, job.timeout, plan.placement[-1], job.watch)
+    mesh = Mesh.build(grid, job.place.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
     job.watch.waiting("building the model")
     draws = config.model.fused_attention_dropout and config.model.attention_dropout > 0.0
     stages = build_stages(
@@ -132,8 +132,8 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
     fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
-    name, work = config.layout.pipeline_schedule or "1f1b", WeightWork(fused=fused)
-    if SCHEDULES[name].splits or work.fused:
+    name, work = config.layout.pipeline_schedule or DEFAULT, WeightWork(fused=fused)
+    if kind_of(name).splits or work.fused:
         for stage in stages.values():
             manage_weight_gradients(stage, work)
     schedule = schedule or Schedule.of(config.optim, config.batch)
@@ -150,6 +150,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     pipeline = Executor(
         stages,
         partial(make, name, mesh.pp.size, chunks=plan.chunks),
+        plan.placement,
         Channels(mesh.pp, mesh.pp_back, job.device),
         aim,
         work,
