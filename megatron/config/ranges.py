@@ -40,6 +40,8 @@ _ROWS: tuple[tuple[Range, str, str], ...] = (
     (NOT_NEGATIVE, "model", "init_method_std"),
     (POSITIVE, "layout", "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"),
     (POSITIVE, "layout", "num_layers_per_virtual_pipeline_stage distributed_timeout_minutes ddp_bucket_size"),
+    (POSITIVE, "layout", "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers"),
+    (LAYERS, "layout", "num_virtual_stages_per_pipeline_rank"),
     (NOT_NEGATIVE, "layout", "hang_timeout_seconds"),
     (POSITIVE, "tokenizer", "vocab_size"),
     (NOT_NEGATIVE, "tokenizer", "vocab_extra_ids"),

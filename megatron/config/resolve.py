@@ -8,28 +8,14 @@ from pathlib import Path
 
 from megatron.config.batch_size import iterations_for, parse_steps
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
-from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of
+from megatron.config.stage_split import wants_virtual_stages
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
     """What the other axes leave of the world; None where they do not divide it."""
     model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
-
-
-def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
-    """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
-
-    What the schedule prescribes; where it is free, Megatron-LM's num_layers / pp / N virtual stages, rounded down where that
-    leaves a rest, and never none.
-    """
-    prescribed = kind_of(layout.pipeline_schedule).chunks
-    if prescribed is not None:
-        return prescribed
-    wanted = layout.num_layers_per_virtual_pipeline_stage
-    if wanted is None:
-        return 1
-    return max(1, layers // (layout.pipeline_model_parallel_size * wanted))
 
 
 def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
@@ -39,14 +25,13 @@ def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
     """
     batch = _batch(config.batch, data_parallel_size(config.layout, world_size), config.data.seq_length)
     layout, log = config.layout, config.log
-    virtual = layout.num_layers_per_virtual_pipeline_stage is not None
     return replace(
         config,
         model=_model(config.model, config.data.seq_length),
         layout=replace(
             layout,
             sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if virtual else DEFAULT),
+            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if wants_virtual_stages(layout) else DEFAULT),
         ),
         batch=batch,
         optim=_optim(config.optim, batch),

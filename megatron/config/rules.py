@@ -136,15 +136,15 @@ def ramp_up(c: Case) -> Iterator[Problem]:
         sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
         rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"
         yield Problem(what, rule, f"START and INCREMENT multiples of {micro * c.dp}")
-    elif c["batch.train_samples"] is not None and c["batch.train_samples"] < ramp[2]:
-        yield Problem(what, f"does not end within `--train-samples {c['batch.train_samples']}`")
 
 
 def some_training(c: Case) -> Iterator[Problem]:
     """The samples make at least one step."""
-    samples, size = c["batch.train_samples"], c["batch.global_batch_size"]
-    if samples and size and not c["batch.rampup_batch_size"] and samples < (size := global_batch_size_at(c.resolved.batch, 0)):
-        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {size} samples")
+    samples, size, ramp = c["batch.train_samples"], c["batch.global_batch_size"], c["batch.rampup_batch_size"]
+    if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
+        return
+    if samples < (first := global_batch_size_at(c.resolved.batch, 0)):
+        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {first} samples")
 
 
 def one_unit(c: Case) -> Iterator[Problem]:

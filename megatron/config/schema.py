@@ -176,8 +176,26 @@ class LayoutConfig:
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down"
     )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "virtual stages of each rank, in place of --num-layers-per-virtual-pipeline-stage"
+    )
     pipeline_stage_layers: tuple[int, ...] = option(
         (), "layers of each stage, first to last; default cut so that the ranks have equal work, the head's included", nargs="*"
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "the same, drawn: stages between |, of E (embedding), t (layer), L (loss); x*3 is xxx, (tt|)*2 is tt|tt|",
+        metavar='"Et*3|(tt|)*2L"',
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first pipeline rank, in all its stages; the other ranks share the rest evenly"
+    )
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last pipeline rank, likewise")
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "even stages, in which the embedding counts as a layer: the first one has one less"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "even stages, in which output layer and loss count as a layer: the last one has one less"
     )
     use_distributed_optimizer: bool = option(
         False, "each data-parallel rank keeps a slice of main weights and optimizer state (ZeRO-1, arXiv 1910.02054)"

@@ -162,6 +162,21 @@ def test_explicit_cuts(schedule, layout, layers):
     same_run(on_ranks(LAYOUTS[layout][0], pipeline_run, wanted, 5), expected, initial, final, TOLERANCE)
 
 
+SPLITS = [
+    ("1f1b", {"decoder_first_pipeline_num_layers": 2}),
+    ("zb-h1", {"account_for_loss_in_pipeline_split": True}),
+    ("interleaved", {"pipeline_model_parallel_layout": "Et|tt|tt|L"}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "split"), SPLITS)
+def test_megatrons_ways_to_cut(schedule, split):
+    setting = MODELS["tied"]
+    expected, initial, final = one_process(setting, 2)
+    wanted = replace(laid_out(setting, schedule, split=tuple(split.items())), per_virtual_stage=None)
+    same_run(on_ranks(2, pipeline_run, wanted, 2), expected, initial, final, TOLERANCE)
+
+
 # Evaluation.
 
 

@@ -10,7 +10,7 @@ from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.file_rules import FILE_RULES
 from megatron.config.optim_rules import OPTIM_RULES
 from megatron.config.options import options
-from megatron.config.pipeline_rules import numbers_that_fit
+from megatron.config.pipeline_rules import numbers_that_fit, one_split, shared_layers
 from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import RANGES
 from megatron.config.recompute_rules import RECOMPUTE_RULES
@@ -117,12 +117,6 @@ CASES: list[tuple[str, str, int, str]] = [
         2,
         "`--rampup-batch-size 2 2 9` passes through 2, 6, not divisible by `--micro-batch-size 2` x 2 data-parallel ranks; "
         "legal: START and INCREMENT multiples of 4",
-    ),
-    (
-        "ramp_up",
-        "--rampup-batch-size 2 2 9 --train-samples 8 --no:train-iters --global-batch-size 8",
-        1,
-        "`--rampup-batch-size 2 2 9` does not end within `--train-samples 8`",
     ),
     (
         "some_training",
@@ -247,7 +241,8 @@ CASES: list[tuple[str, str, int, str]] = [
         "virtual_stages",
         "--pipeline-model-parallel-size 2 --pipeline-schedule interleaved",
         2,
-        "`--pipeline-schedule interleaved` needs `--num-layers-per-virtual-pipeline-stage`, the layers of one virtual stage",
+        "`--pipeline-schedule interleaved` needs `--num-layers-per-virtual-pipeline-stage`, the layers of one virtual stage, "
+        "or `--num-virtual-stages-per-pipeline-rank`",
     ),
     (
         "virtual_stages",
@@ -329,7 +324,8 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like.
     elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES, *SCHEDULE_RULES}
-    elsewhere |= {step_sizes, numbers_that_fit}  # the second: test_new_schedule.py, no schedule of ours has such a need
+    elsewhere |= {step_sizes, one_split, shared_layers}
+    elsewhere.add(numbers_that_fit)  # test_new_schedule.py: no schedule of ours has such a need
     assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py, and for the third test_task_rules.py.
     files = ["tokenizer_files", "datasets", "task_files", "load", "writable", "stop_file"]
@@ -346,6 +342,7 @@ def test_every_rule_is_tested() -> None:
         ("--position-embedding-type rope --no:max-position-embeddings", 1),
         ("--global-batch-size 12", 2),
         ("--rampup-batch-size 4 4 16 --train-samples 99 --no:train-iters --global-batch-size 16", 2),
+        ("--rampup-batch-size 2 2 9 --train-samples 8 --no:train-iters --global-batch-size 8", 1),  # ends within the ramp-up
         ("--lr-warmup-fraction 0.1 --lr-decay-iters 20", 1),
         ("--lr-decay-style constant --min-lr 1e-3", 1),
         ("--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1", 1),
