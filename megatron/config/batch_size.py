@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from itertools import pairwise
 
@@ -58,6 +59,15 @@ def _number(text: str) -> Decimal | None:
 
 def global_batch_size_at(batch: BatchConfig, consumed_samples: int) -> int:
     """Samples of the step that follows `consumed_samples`. ValueError while the global batch size is open."""
+    return _shared(batch, _wanted_at(batch, consumed_samples))
+
+
+def full_batch_size(batch: BatchConfig) -> int:
+    """Samples of a step when the batch size changes no more, and of an evaluation's."""
+    return _shared(batch, _full(batch))
+
+
+def _wanted_at(batch: BatchConfig, consumed_samples: int) -> int:
     full = _full(batch)
     if batch.batch_size_steps:
         return next(size for begin, size in reversed(_steps(batch)) if consumed_samples >= begin)
@@ -81,9 +91,9 @@ def ramp_sizes(batch: BatchConfig) -> list[int]:
     if batch.batch_size_steps:
         return [size for _, size in _steps(batch)]
     if not batch.rampup_batch_size:
-        return [full]
+        return [_shared(batch, full)]
     start, increment, _ = batch.rampup_batch_size
-    return list(range(start, full + 1, increment))
+    return [_shared(batch, size) for size in range(start, full + 1, increment)]
 
 
 def stretches(batch: BatchConfig, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
@@ -102,13 +112,13 @@ def stretches(batch: BatchConfig, consumed: int = 0) -> Iterator[tuple[int | Non
             size = global_batch_size_at(batch, consumed)
             consumed += size
             yield 1, size
-    yield None, _full(batch)
+    yield None, full_batch_size(batch)
 
 
 def iterations_for(batch: BatchConfig, samples: int) -> int:
-    """Steps that `samples` samples make; a last part batch is dropped."""
+    """Steps that `samples` samples make; a last part batch is dropped. A batch that had to be decreased counts as it was."""
     iterations = 0
-    for steps, size in stretches(batch):
+    for steps, size in stretches(replace(batch, batch_multiple=1)):
         whole = samples // size
         if steps is None or whole < steps:
             return iterations + whole
@@ -117,9 +127,12 @@ def iterations_for(batch: BatchConfig, samples: int) -> int:
 
 
 def samples_for(batch: BatchConfig, iterations: int) -> int:
-    """Samples that the first `iterations` steps take."""
+    """Samples that the first `iterations` steps take. A batch that had to be decreased counts as it was.
+
+    So a run's lengths stay the same on any number of ranks.
+    """
     samples = 0
-    for steps, size in stretches(batch):
+    for steps, size in stretches(replace(batch, batch_multiple=1)):
         taken = iterations if steps is None else min(steps, iterations)
         iterations, samples = iterations - taken, samples + taken * size
         if not iterations:
@@ -131,6 +144,11 @@ def _steps(batch: BatchConfig) -> Steps:
     """The pairs of `BatchConfig.batch_size_steps`."""
     numbers = batch.batch_size_steps
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _shared(batch: BatchConfig, size: int) -> int:
+    """A global batch size, decreased to what the ranks can share where that is asked for."""
+    return size - size % batch.batch_multiple
 
 
 def _full(batch: BatchConfig) -> int:

@@ -33,7 +33,7 @@ from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
 from megatron.config.rules import PRETRAINING_RULES, examine
 from megatron.config.saved import from_json, to_json, to_toml
-from megatron.config.schedule_rules import schedule_remarks
+from megatron.config.schedule_rules import batch_remarks, schedule_remarks
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.config.stage_split import pipeline_chunks
 from megatron.config.task_rules import TASK_RULES
@@ -187,7 +187,7 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
         notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
     if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
         notes.append("--save-interval changes nothing: nothing is saved without --save")
-    notes += split_remarks(typed.layout)
+    notes += [*split_remarks(typed.layout), *batch_remarks(resolved.batch)]
     return [*notes, *schedule_remarks(typed.optim, resolved.optim), *precision_remarks(typed.precision)]
 
 

@@ -135,8 +135,8 @@ def numbers_that_fit(c: Case) -> Iterator[Problem]:
     chunks, micro, full = _chunks(c), c["batch.micro_batch_size"], c["batch.global_batch_size"]
     if chunks is None or not micro or not full or not c.dp or c.bad & BATCH:
         return
-    ramp, stepped = c["batch.rampup_batch_size"], c["batch.batch_size_steps"]
-    sizes = ramp_sizes(c.resolved.batch) if stepped or (len(ramp) == 3 and min(ramp) > 0) else [full]
+    ramp = c["batch.rampup_batch_size"]
+    sizes = ramp_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
     for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules speak of the rest
         count = size // (micro * c.dp)
         if (objection := kind_of(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:

@@ -64,6 +64,8 @@ def _batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> BatchC
         batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
     if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
+    multiple = (batch.micro_batch_size or 1) * (dp or 1) if batch.decrease_batch_size_if_needed else 1
+    batch = replace(batch, batch_multiple=max(1, multiple))
     size, ramp = batch.global_batch_size, batch.rampup_batch_size
     sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
     if batch.train_iters is None and batch.train_samples is not None and sound:

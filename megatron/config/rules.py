@@ -109,8 +109,10 @@ def world_size(c: Case) -> Iterator[Problem]:
 def global_batch(c: Case) -> Iterator[Problem]:
     """Every rank does the same number of micro-batches in a step."""
     micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
-    scheduled = c["batch.step_batch_size_schedule"]  # whose sizes have a rule of their own
-    if micro and size and c.dp and size % (micro * c.dp) and not scheduled:
+    decreased = c["batch.decrease_batch_size_if_needed"] and size and size >= c["batch.batch_multiple"]
+    if decreased or c["batch.step_batch_size_schedule"]:  # whose sizes have a rule of their own
+        return
+    if micro and size and c.dp and size % (micro * c.dp):
         rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
         yield Problem(c.say("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
 
@@ -132,6 +134,9 @@ def ramp_up(c: Case) -> Iterator[Problem]:
         yield Problem(what, "needs `--global-batch-size`, the size at its end")
     elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
         yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
+    elif ramp[0] < c["batch.batch_multiple"]:
+        rule = f"begins with less than `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {c['batch.batch_multiple']}"
+        yield Problem(what, rule)
     elif micro and c.dp and (uneven := [s for s in ramp_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
         sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
         rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"

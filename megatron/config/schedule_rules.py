@@ -55,9 +55,10 @@ def step_sizes(c: Case) -> Iterator[Problem]:
     if not c[STEPS] or STEPS in c.bad:
         return
     what = c.say(STEPS)
-    if c["batch.rampup_batch_size"]:
-        yield Problem(c.say(STEPS, "batch.rampup_batch_size"), "exclude each other; give one of them")
-        return
+    for other in ("batch.rampup_batch_size", "batch.decrease_batch_size_if_needed"):
+        if c[other]:
+            yield Problem(c.say(STEPS, other), "exclude each other; give one of them")
+            return
     if seq_length is None:  # which is said elsewhere
         return
     try:
@@ -89,6 +90,14 @@ def uneven_ahead(config: RunConfig, world_size: int, consumed: int) -> list[Prob
     sizes = [size for _, size in stretches(batch, consumed)]
     what = say("batch.step_batch_size_schedule", batch.step_batch_size_schedule)
     return list(uneven_sizes(what, sizes, batch.micro_batch_size or 1, dp or 1))
+
+
+def batch_remarks(batch: BatchConfig) -> list[str]:
+    """That a resolved run's batches had to be smaller than what was asked for."""
+    if batch.global_batch_size is None or not (rest := batch.global_batch_size % batch.batch_multiple):
+        return []
+    full = batch.global_batch_size
+    return [f"the global batch has {full - rest} samples, not {full}: the ranks share multiples of {batch.batch_multiple}"]
 
 
 def schedule_remarks(typed: OptimConfig, resolved: OptimConfig) -> list[str]:

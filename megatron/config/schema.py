@@ -274,6 +274,10 @@ class BatchConfig:
     rampup_batch_size: tuple[int, ...] = option(
         (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
     )
+    decrease_batch_size_if_needed: bool = option(
+        False, "where the ranks cannot share a global batch in whole micro-batches, take the largest smaller one that they can"
+    )
+    batch_multiple: int = option(1, "what --decrease-batch-size-if-needed takes multiples of", flag=None)
     step_batch_size_schedule: tuple[str, ...] = option(
         (),
         "0:SIZE TOKENS:SIZE ...: the global batch has SIZE samples from so many trained tokens on, in place of "

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import torch
 
-from megatron.config.batch_size import global_batch_size_at
+from megatron.config.batch_size import full_batch_size, global_batch_size_at
 from megatron.config.iterations import ranges_of
 from megatron.mesh.last_words import tell_launcher
 from megatron.train.errors import TrainingError
@@ -196,7 +196,7 @@ def validate(run: Run, around: Surroundings, request: Request | None = None) -> 
 
 def final_evaluations(run: Run, around: Surroundings) -> Exit:
     """Validation and test loss of the finished model. Collective. A stop leaves both to the next start."""
-    draw = f"{run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)}-sample draw"
+    draw = f"{run.config.eval.eval_iters * full_batch_size(run.config.batch)}-sample draw"
     for samples, split in ((around.valid, "validation"), (around.test, "test")):
         if samples is None:
             continue
@@ -267,7 +267,7 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
 
     Gives what was agreed last; with a stop the evaluation was given up, and nothing is told.
     """
-    size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
+    size, steps = full_batch_size(run.config.batch), run.config.eval.eval_iters
     run.job.watch.doing(f"opening the {split} data", alone=True)
     loader, give_up = samples(), GiveUp(around.stopping)
     try:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron.config.batch_size import samples_for
+from megatron.config.batch_size import full_batch_size, samples_for
 from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
@@ -167,6 +167,6 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
     """Samples that training, each validation and the test will read."""
     batch = config.batch
-    evaluation = config.eval.eval_iters * (batch.global_batch_size or 1)
+    evaluation = config.eval.eval_iters * full_batch_size(batch)
     training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters or 0)
     return training, evaluation, evaluation

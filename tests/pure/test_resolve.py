@@ -11,6 +11,7 @@ import pytest
 from legal_run import argv, problems
 
 from megatron.config.batch_size import (
+    full_batch_size,
     global_batch_size_at,
     iterations_for,
     micro_batch_count,
@@ -103,6 +104,28 @@ def test_step_batch_size_schedule() -> None:
     again = resolve(c)
     assert again == c and check(c) == []
     assert resolve(replace(c, batch=replace(c.batch, step_batch_size_schedule=()))).batch.batch_size_steps == ()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_decreased() -> None:
+    """With micro-batches of 2 on 3 ranks 10 samples become 6; the lengths of run and schedule stay those of 10."""
+    decrease = "--decrease-batch-size-if-needed --global-batch-size 10"
+    c = resolved(f"{decrease} --no:train-iters --train-samples 100", 3)
+    assert (c.batch.global_batch_size, full_batch_size(c.batch), global_batch_size_at(c.batch, 7)) == (10, 6, 6)
+    assert c.batch.train_iters == 10 and ramp_sizes(c.batch) == [6] and [*stretches(c.batch)] == [(None, 6)]
+    assert samples_for(resolved(decrease, 3).batch, 10) == 100
+    assert full_batch_size(resolved(decrease, 5).batch) == 10 and resolve(c, 3) == c
+    ramp = resolved(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 7 1 30", 3)
+    assert [global_batch_size_at(ramp.batch, n) for n in (0, 10, 30)] == [6, 6, 6] and ramp_sizes(ramp.batch) == [6] * 4
+    notes = parse(argv(decrease), program="t", world_size=3, files=False).notes
+    assert notes == ("the global batch has 6 samples, not 10: the ranks share multiples of 6",)
+    too_few = (
+        "`--global-batch-size 4` is not divisible by `--micro-batch-size 2` x 3 data-parallel ranks = 6; legal: multiples of 6"
+    )
+    assert problems("--decrease-batch-size-if-needed --global-batch-size 4", 3) == [too_few]
+    begins = "begins with less than `--micro-batch-size 2` x 3 data-parallel ranks = 6"
+    assert problems(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 4 2 30", 3) == [
+        f"`--rampup-batch-size 4 2 30` {begins}"
+    ]
 
 
 def test_thresholds_have_suffixes() -> None:

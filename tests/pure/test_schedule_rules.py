@@ -84,6 +84,10 @@ def test_a_mistake_has_one_message(change: str, message: str) -> None:
 
 def test_a_ramp_up_and_a_schedule_exclude_each_other() -> None:
     both = f"{STEPS} 0:2 16:8 --rampup-batch-size 2 2 8 --global-batch-size 8 {SAMPLES}"
+    decreased = f"{STEPS} 0:2 16:8 --decrease-batch-size-if-needed"
+    assert problems(decreased) == [
+        f"`{STEPS} 0:2 16:8` and `--decrease-batch-size-if-needed` exclude each other; give one of them"
+    ]
     assert problems(both) == [f"`{STEPS} 0:2 16:8` and `--rampup-batch-size 2 2 8` exclude each other; give one of them"]
 
 
