@@ -204,6 +204,7 @@ def weight_decay_growth(c: Case) -> Iterator[Problem]:
 def companions(c: Case) -> Iterator[Problem]:
     """Settings that mean nothing without another."""
     needs = {
+        "optim.decoupled_min_lr": "optim.decoupled_lr",
         "checkpoint.auto_resume": "checkpoint.save",
         "checkpoint.keep_last": "checkpoint.save",
         "checkpoint.keep_every": "checkpoint.save",

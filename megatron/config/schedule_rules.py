@@ -46,6 +46,13 @@ def warm_up_begin(c: Case) -> Iterator[Problem]:
         yield Problem(c.say("optim.lr_warmup_init"), f"is greater than `--lr {lr}`, where the warm-up ends", f"0 to {lr}")
 
 
+def decoupled_rates(c: Case) -> Iterator[Problem]:
+    """The floor of word embedding and output layer is not above their peak."""
+    peak, name = c["optim.decoupled_lr"], "optim.min_lr" if c["optim.decoupled_min_lr"] is None else "optim.decoupled_min_lr"
+    if peak is not None and c[name] > peak:
+        yield Problem(c.say(name), f"is greater than `--decoupled-lr {peak}`", f"0 to {peak}, also by --decoupled-min-lr")
+
+
 def step_sizes(c: Case) -> Iterator[Problem]:
     """A schedule of batch sizes is alone in saying them, and each makes whole micro-batches.
 
@@ -114,4 +121,4 @@ def schedule_remarks(typed: OptimConfig, resolved: OptimConfig) -> list[str]:
     return notes
 
 
-SCHEDULE_RULES: tuple[Rule, ...] = (wsd_phases, warm_up_begin)  # of every run that trains
+SCHEDULE_RULES: tuple[Rule, ...] = (wsd_phases, warm_up_begin, decoupled_rates)  # of every run that trains

@@ -313,6 +313,8 @@ class OptimConfig:
     optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=("adam", "sgd"))
     lr: float | None = option(None, "peak learning rate")
     min_lr: float = option(0.0, "floor of the learning rate")
+    decoupled_lr: float | None = option(None, "peak learning rate of word embedding and output layer; default --lr")
+    decoupled_min_lr: float | None = option(None, "floor of --decoupled-lr; default --min-lr")
     lr_decay_style: str = option(
         "linear",
         "shape after warm-up; WSD: at --lr until a decay at the end (warm-up, stable, decay; arXiv 2404.06395)",

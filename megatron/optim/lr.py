@@ -23,7 +23,8 @@ class Schedule:
     peak, floor: learning rates. warmup, decay: lengths in samples; the decay is measured from the start of the run.
     decay_weights_over: samples over which the weight decay goes from its first value to its last. initial: learning rate at
     the begin of the warm-up. annealing: of WSD (warm-up, stable, decay; arXiv 2404.06395), the samples at the decay's end in
-    which the rate falls; before them it is the peak. annealing_style: the shape of that fall.
+    which the rate falls; before them it is the peak. annealing_style: the shape of that fall. decoupled: whether the word
+    embedding and the output layer have a peak and a floor of their own.
     """
 
     peak: float
@@ -38,6 +39,9 @@ class Schedule:
     initial: float = 0.0
     annealing: int = 0
     annealing_style: str = "exponential"
+    decoupled: bool = False
+    decoupled_peak: float = 0.0
+    decoupled_floor: float = 0.0
 
     @classmethod
     def of(cls, optim: OptimConfig, batch: BatchConfig) -> Schedule:
@@ -53,7 +57,7 @@ class Schedule:
             annealing = decay - samples_for(batch, max(0, end - (optim.lr_wsd_decay_iters or 0)))
         if optim.lr_warmup_fraction is not None:
             warmup = int(optim.lr_warmup_fraction * decay)
-        constant = optim.weight_decay_incr_style == "constant"
+        constant, own = optim.weight_decay_incr_style == "constant", optim.decoupled_min_lr
         first = optim.weight_decay if constant or optim.start_weight_decay is None else optim.start_weight_decay
         last = optim.weight_decay if constant or optim.end_weight_decay is None else optim.end_weight_decay
         return cls(
@@ -69,6 +73,9 @@ class Schedule:
             initial=optim.lr_warmup_init,
             annealing=annealing if optim.lr_decay_style == "WSD" else 0,
             annealing_style=optim.lr_wsd_decay_style,
+            decoupled=optim.decoupled_lr is not None,
+            decoupled_peak=optim.decoupled_lr or 0.0,
+            decoupled_floor=0.0 if optim.decoupled_lr is None else optim.min_lr if own is None else own,
         )
 
     @classmethod
@@ -78,20 +85,27 @@ class Schedule:
 
     def rate(self, samples: int) -> float:
         """Learning rate of the update made after `samples` samples."""
+        return self._rate(samples, self.peak, self.floor)
+
+    def decoupled_rate(self, samples: int) -> float:
+        """The same of the word embedding and the output layer."""
+        return self._rate(samples, self.decoupled_peak, self.decoupled_floor) if self.decoupled else self.rate(samples)
+
+    def _rate(self, samples: int, peak: float, floor: float) -> float:
         if self.warmup > 0 and samples <= self.warmup:
-            return self.initial + (self.peak - self.initial) * samples / self.warmup
+            return self.initial + (peak - self.initial) * samples / self.warmup
         if self.style == "constant":
-            return self.peak
+            return peak
         if samples > self.decay:
-            return self.floor
+            return floor
         if self.style == "inverse-square-root":
-            return max(self.floor, self.peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
+            return max(floor, peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
         if self.style == "WSD":
             begin = self.decay - self.annealing
             left = 1.0 if samples <= begin else _left(self.annealing_style, (samples - begin) / self.annealing)
         else:
             left = _left(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
-        return self.floor + left * (self.peak - self.floor)
+        return floor + left * (peak - floor)
 
     def weight_decay(self, samples: int) -> float:
         """Weight decay of the update made after `samples` samples."""

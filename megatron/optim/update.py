@@ -36,9 +36,14 @@ class Update:
             if self.adam and not self._in_groups:
                 state["step"] = torch.zeros((), device=main.device)
 
-    def begin(self, *, lr: float, weight_decay: float, multiplier: float) -> None:
-        """Say what the updates of this step have: `lr` times each group's scale, the decay where it has any, and what all
-        gradients are multiplied with."""
+    def begin(self, rates: tuple[float, float], *, weight_decay: float, multiplier: float) -> None:
+        """Say what the updates of this step have.
+
+        Args:
+            rates: the learning rate, and that of decoupled groups; each group's scale multiplies its own.
+            weight_decay: of the groups that decay.
+            multiplier: of all gradients.
+        """
         self._multiplier = multiplier
         divisor = None
         if self._scales and multiplier != 1.0:
@@ -46,7 +51,7 @@ class Update:
             divisor = torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device)
         for optimizer in self._made:
             (group,) = optimizer.param_groups
-            group["lr"] = lr * group["lr_scale"]
+            group["lr"] = rates[group["decoupled"]] * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
             optimizer.grad_scale = divisor  # type: ignore[attr-defined]  # where torch's own gradient scaler puts it
 

@@ -335,6 +335,7 @@ class Clock:
             own = replace(own, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
         self._step_mark = now
         elapsed = now - self._mark
+        schedule = self.run.schedule
         context = LogContext(
             global_batch_size=report.samples,
             train_iters=self.run.config.batch.train_iters or 0,
@@ -342,6 +343,7 @@ class Clock:
             zeros=report.zeros,
             params_norm=report.params_norm,
             eta_seconds=elapsed / self._steps * ((self.run.config.batch.train_iters or 0) - state.iteration),
+            decoupled_lr=schedule.decoupled_rate(state.scheduled_samples) if schedule.decoupled else None,
         )
         for sink in self.around.sinks:
             sink.step(own, context)

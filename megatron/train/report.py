@@ -77,6 +77,7 @@ class LogContext:
     zeros: int | None
     params_norm: float | None
     eta_seconds: float | None
+    decoupled_lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ from megatron.train.source import Source
 from megatron.train.state import TrainState
 
 # Settings that are told as fields of the schedule.
-SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt")
+SCHEDULED = (
+    "lr", "min_lr", "decoupled", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt",
+)  # fmt: skip
 # Settings about this start of the run rather than about the run.
 UNIMPORTANT = ("checkpoint", "log")
 # What decides which samples a training run sees, and in which order.
@@ -136,7 +138,7 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
     if state.schedule:
         kinds = {f.name: f.type for f in fields(Schedule)}
         for name, value in state.schedule.items():
-            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": ""}[str(kinds[name])]):
+            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
                 raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
             legal = by_name()[f"optim.{STYLES[name]}"].choices or () if name in STYLES else None
             if legal is not None and value not in legal:

@@ -40,7 +40,9 @@ def differing(source: Source, config: RunConfig) -> list[Difference]:
     asked = asdict(Schedule.of(config.optim, config.batch))
     idle: set[str] = set()
     if held["style"] == asked["style"] == "constant":
-        idle |= {"floor", "decay"}
+        idle |= {"floor", "decay", "decoupled_floor"}
+    if held["decoupled"] != asked["decoupled"]:  # which says it all
+        idle |= {"decoupled_peak", "decoupled_floor"}
     if held["decay_weights_style"] == asked["decay_weights_style"] == "constant":
         idle |= {"decay_weights_from", "decay_weights_over"}
     if "WSD" not in (held["style"], asked["style"]):
@@ -72,6 +74,9 @@ def _setting(field: str, config: RunConfig) -> str:
         "floor": "`--min-lr`",
         "style": "`--lr-decay-style`",
         "initial": "`--lr-warmup-init`",
+        "decoupled": "a learning rate of their own for word embedding and output layer (`--decoupled-lr`)",
+        "decoupled_peak": "`--decoupled-lr`",
+        "decoupled_floor": "`--decoupled-min-lr`",
         "annealing_style": "`--lr-wsd-decay-style`",
         "decay_weights_from": "`--start-weight-decay`",
         "decay_weights_to": f"`--{last}weight-decay`",

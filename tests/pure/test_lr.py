@@ -77,6 +77,14 @@ def test_a_warm_up_can_begin_above_zero():
     assert [schedule.rate(4 * step) for step in (0, 5, 10, 60)] == pytest.approx([0.2, 0.6, 1.0, 0.55])
 
 
+def test_embedding_and_output_layer_can_have_a_peak_and_a_floor_of_their_own():
+    optim = replace(OPTIM, lr_warmup_init=0.2, decoupled_lr=3.0, decoupled_min_lr=1.0)
+    schedule = Schedule.of(optim, BATCH)
+    assert [schedule.decoupled_rate(4 * step) for step in (0, 5, 10, 60, 111)] == pytest.approx([0.2, 1.6, 3.0, 2.0, 1.0])
+    assert schedule.rate(240) == pytest.approx(0.55) == Schedule.of(OPTIM, BATCH).decoupled_rate(240)
+    assert Schedule.of(replace(optim, decoupled_min_lr=None), BATCH).decoupled_rate(444) == 0.1
+
+
 def test_lengths_in_steps_are_those_of_a_changing_batch_size():
     """100 steps of 2, then steps of 4: warm-up ends at step 10, the decay of WSD goes from step 105 to step 110."""
     batch = BatchConfig(global_batch_size=4, batch_size_steps=(0, 2, 200, 4), train_iters=120)

@@ -45,6 +45,11 @@ CASES = [
         "`--lr-warmup-init 0.1` is greater than `--lr 0.001`, where the warm-up ends; legal: 0 to 0.001",
     ),
     ("--lr-warmup-init -1", "`--lr-warmup-init -1.0` must be 0 or greater"),
+    ("--decoupled-min-lr 1e-5", "`--decoupled-min-lr 1e-05` needs `--decoupled-lr`"),
+    (
+        "--decoupled-lr 1e-4 --min-lr 5e-4",
+        "`--min-lr 0.0005` is greater than `--decoupled-lr 0.0001`; legal: 0 to 0.0001, also by --decoupled-min-lr",
+    ),
     (
         f"{STEPS} 0:2 256=4",
         f"`{STEPS} 0:2 256=4` has the entry 256=4, which is not TOKENS:SIZE, such as 0:768 or 250B:1536",

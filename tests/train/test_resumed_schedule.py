@@ -48,6 +48,7 @@ CHANGES = [
 ]
 
 
+CHANGES += [(run(decoupled_lr=1e-4), "for word embedding and output layer (`--decoupled-lr`)", False, True)]
 # The same from a run of WSD with a warm-up.
 WSD_CHANGES = [
     (run(**WSD | {"lr_wsd_decay_iters": 1}, lr_warmup_iters=1), "`--lr-wsd-decay-iters 1` x `--global-batch-size 4`", 8, 4),
