@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from megatron.config.batch_size import ramp_sizes
+from megatron.config.batch_size import ramp_sizes, samples_for
 from megatron.config.cli import Parsed, explain
 from megatron.config.compare import different_model
 from megatron.config.directories import traces
@@ -19,6 +19,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.saved import from_json, to_toml
+from megatron.config.schedule_rules import uneven_ahead
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
@@ -55,7 +56,7 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     config = parsed.config
     try:
         if look is None:
-            found = inspect(config)
+            found = inspect(config, parsed.world_size)
         else:
             config, told = look(parsed)
             found = Found(config.model.size("vocab_size"), "the checkpoint's", tuple(told))
@@ -68,7 +69,7 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     return 0
 
 
-def inspect(config: RunConfig) -> Found:
+def inspect(config: RunConfig, world_size: int = 1) -> Found:
     """Open everything that the run reads. ConfigError with all that is wrong."""
     problems: list[Problem] = []
     lines: list[str] = []
@@ -87,7 +88,9 @@ def inspect(config: RunConfig) -> Found:
         problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
-        lines += _checkpoint(config, problems)
+        lines += _checkpoint(config, world_size, problems)
+    else:
+        problems += uneven_ahead(config, world_size, 0)
     if problems:
         raise ConfigError(problems)
     return Found(count, source, tuple(lines))
@@ -109,7 +112,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
     return lines or ["a run also needs --data-path"]
 
 
-def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
+def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source, weights_alone
     from megatron.train.resumed_schedule import check_schedule
@@ -119,6 +122,8 @@ def _checkpoint(config: RunConfig, problems: list[Problem]) -> list[str]:
     try:
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)
+        if not config.checkpoint.auto_resume:
+            problems += uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0)
         if source.directory is None:
             return [*source.lines[:-1], *lines]
         if not config.checkpoint.auto_resume:
@@ -147,7 +152,7 @@ def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
     yield f"vocabulary: {found.vocabulary} → {padded}, {padded - found.vocabulary} padding rows ({found.source})"
     yield ""
     plan = stages_of(config)
-    micro_batches = (config.batch.global_batch_size or 0) // ((config.batch.micro_batch_size or 1) * grid.dp)
+    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
     schedule = make(layout.pipeline_schedule or DEFAULT, pp, micro_batches, plan.chunks)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
@@ -249,17 +254,19 @@ def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, r
 
 def _batches(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
-    full = batch.global_batch_size or 0
+    full = max(ramp_sizes(batch))
     rows = full * config.model.rows
     yield "# Batches"
     sizes = ramp_sizes(batch)
-    if len(sizes) > 1:
+    for begin, now in zip(batch.batch_size_steps[::2], sizes, strict=False):
+        yield f"global batch {now} from sample {begin:,} on ({begin * seq:,} tokens)"
+    if len(sizes) > 1 and batch.rampup_batch_size:
         shown = ", ".join(map(str, sizes[:6])) + (", ..." if len(sizes) > 6 else "")
         yield f"global batch grows over {batch.rampup_batch_size[2]:,} samples: {shown} to {full}"
     micro = f"micro-batch {batch.micro_batch_size} x {micro_batches} micro-batches"
     yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
-        samples = batch.train_samples if batch.train_samples is not None else batch.train_iters * full
+        samples = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters)
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
     total = flops.flops_per_iteration(config.model, vocab, seq, rows)
     per_token = flops.flops_per_token(config.model, vocab, seq)

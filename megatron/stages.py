@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.resolve import pipeline_chunks
 from megatron.config.schema import RunConfig
+from megatron.config.stage_split import asked_stage_layers, pipeline_chunks
 from megatron.model.flops import head_flops, layer_flops
 from megatron.model.size import Slice
 from megatron.pipeline.partition import cut, split
@@ -28,15 +28,15 @@ class StagePlan:
 def stages_of(config: RunConfig) -> StagePlan:
     """The stages of a resolved, legal configuration, with model.vocab_size set.
 
-    --pipeline-stage-layers is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
+    What the flags say of it is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
     lookup, and its backward pass adds up as many rows as there are tokens, with no matrix product.
     """
     model, layout = config.model, config.layout
     layers = model.size("num_layers")
     chunks = pipeline_chunks(layout, layers)
     placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
-    if layout.pipeline_stage_layers:
-        ranges = cut(layout.pipeline_stage_layers)
+    if (counts := asked_stage_layers(layout, layers)) is not None:
+        ranges = cut(counts)
     else:
         layer = layer_flops(model, config.data.seq_length or model.size("max_position_embeddings"))
         ranges = split([layer] * layers, placement, last=head_flops(model, model.size("vocab_size")))

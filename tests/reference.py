@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,7 @@ class Setting:
     schedule: str | None = None
     per_virtual_stage: int | None = None
     stage_layers: tuple[int, ...] = ()
+    split: tuple[tuple[str, Any], ...] = ()  # further settings of the layout
     sequence_parallel: bool = False
     micro_batch: int = 1
     global_batch: int = 4
@@ -94,6 +96,7 @@ class Setting:
                     num_layers_per_virtual_pipeline_stage=self.per_virtual_stage,
                     pipeline_stage_layers=self.stage_layers,
                     sequence_parallel=self.sequence_parallel,
+                    **dict(self.split),
                 ),
                 data=DataConfig(seq_length=SEQ, eod_mask_loss=self.masked),
                 batch=BatchConfig(

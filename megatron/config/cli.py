@@ -28,13 +28,15 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import Option, by_name, options, sections
 from megatron.config.other_flags.table import other_flags
 from megatron.config.output_rules import check_outputs
+from megatron.config.pipeline_rules import split_remarks
 from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
 from megatron.config.reading import Reading, read_arguments, read_toml
-from megatron.config.resolve import pipeline_chunks
 from megatron.config.rules import PRETRAINING_RULES, examine
 from megatron.config.saved import from_json, to_json, to_toml
+from megatron.config.schedule_rules import batch_remarks, schedule_remarks
 from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.stage_split import pipeline_chunks
 from megatron.config.task_rules import TASK_RULES
 from megatron.config.tasks import implied
 
@@ -220,7 +222,8 @@ def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:
         notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
     if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
         notes.append("--save-interval changes nothing: nothing is saved without --save")
-    return [*notes, *precision_remarks(typed.precision)]
+    notes += [*split_remarks(typed.layout), *batch_remarks(resolved.batch)]
+    return [*notes, *schedule_remarks(typed.optim, resolved.optim), *precision_remarks(typed.precision)]
 
 
 def help_text(program: str, *, task: bool = False) -> str:

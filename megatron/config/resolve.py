@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
-from megatron.config.batch_size import iterations_for
+from megatron.config.batch_size import iterations_for, parse_steps
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
-from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of
+from megatron.config.stage_split import wants_virtual_stages
+from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
@@ -16,36 +18,20 @@ def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
 
 
-def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
-    """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
-
-    What the schedule prescribes; where it is free, Megatron-LM's num_layers / pp / N virtual stages, rounded down where that
-    leaves a rest, and never none.
-    """
-    prescribed = kind_of(layout.pipeline_schedule).chunks
-    if prescribed is not None:
-        return prescribed
-    wanted = layout.num_layers_per_virtual_pipeline_stage
-    if wanted is None:
-        return 1
-    return max(1, layers // (layout.pipeline_model_parallel_size * wanted))
-
-
 def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
     """`config` with every derived setting filled in. Resolving twice changes nothing.
 
     A setting stays open where what it follows from is missing or does not fit; `rules.check` says why.
     """
-    batch = _batch(config.batch, data_parallel_size(config.layout, world_size))
+    batch = _batch(config.batch, data_parallel_size(config.layout, world_size), config.data.seq_length)
     layout, log = config.layout, config.log
-    virtual = layout.num_layers_per_virtual_pipeline_stage is not None
     return replace(
         config,
         model=_model(config.model, config.data.seq_length),
         layout=replace(
             layout,
             sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if virtual else DEFAULT),
+            pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if wants_virtual_stages(layout) else DEFAULT),
         ),
         batch=batch,
         optim=_optim(config.optim, batch),
@@ -74,14 +60,28 @@ def _model(model: ModelConfig, seq_length: int | None) -> ModelConfig:
     return replace(model, ffn_hidden_size=ffn, kv_channels=kv, num_query_groups=groups, max_position_embeddings=positions)
 
 
-def _batch(batch: BatchConfig, dp: int | None) -> BatchConfig:
+def _batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> BatchConfig:
+    batch = replace(batch, batch_size_steps=_steps(batch, seq_length))
+    if batch.batch_size_steps:
+        batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
     if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
+    multiple = (batch.micro_batch_size or 1) * (dp or 1) if batch.decrease_batch_size_if_needed else 1
+    batch = replace(batch, batch_multiple=max(1, multiple))
     size, ramp = batch.global_batch_size, batch.rampup_batch_size
     sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
     if batch.train_iters is None and batch.train_samples is not None and sound:
         batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
     return batch
+
+
+def _steps(batch: BatchConfig, seq_length: int | None) -> tuple[int, ...]:
+    if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
+        return ()
+    try:
+        return tuple(chain(*parse_steps(batch.step_batch_size_schedule, seq_length)))
+    except ValueError:  # which a rule reports
+        return ()
 
 
 def _optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:

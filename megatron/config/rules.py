@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from math import inf
 
 from megatron.config.architecture_rules import ARCHITECTURE_RULES
-from megatron.config.batch_size import ramp_sizes
+from megatron.config.batch_size import global_batch_size_at, ramp_sizes
 from megatron.config.case import Case, Rule, divisors
 from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.errors import Problem
@@ -22,6 +22,7 @@ from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import out_of_range
 from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.resolve import data_parallel_size, resolve
+from megatron.config.schedule_rules import SCHEDULE_RULES, step_sizes, unit_of
 from megatron.config.schema import RunConfig
 from megatron.config.shares import split_shares
 
@@ -110,6 +111,9 @@ def world_size(c: Case) -> Iterator[Problem]:
 def global_batch(c: Case) -> Iterator[Problem]:
     """Every rank does the same number of micro-batches in a step."""
     micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
+    decreased = c["batch.decrease_batch_size_if_needed"] and size and size >= c["batch.batch_multiple"]
+    if decreased or c["batch.step_batch_size_schedule"]:  # whose sizes have a rule of their own
+        return
     if micro and size and c.dp and size % (micro * c.dp):
         rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
         yield Problem(c.say("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
@@ -132,19 +136,22 @@ def ramp_up(c: Case) -> Iterator[Problem]:
         yield Problem(what, "needs `--global-batch-size`, the size at its end")
     elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
         yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
+    elif ramp[0] < c["batch.batch_multiple"]:
+        rule = f"begins with less than `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {c['batch.batch_multiple']}"
+        yield Problem(what, rule)
     elif micro and c.dp and (uneven := [s for s in ramp_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
         sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
         rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"
         yield Problem(what, rule, f"START and INCREMENT multiples of {micro * c.dp}")
-    elif c["batch.train_samples"] is not None and c["batch.train_samples"] < ramp[2]:
-        yield Problem(what, f"does not end within `--train-samples {c['batch.train_samples']}`")
 
 
 def some_training(c: Case) -> Iterator[Problem]:
     """The samples make at least one step."""
-    samples, size = c["batch.train_samples"], c["batch.global_batch_size"]
-    if samples and size and not c["batch.rampup_batch_size"] and samples < size:
-        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {size} samples")
+    samples, size, ramp = c["batch.train_samples"], c["batch.global_batch_size"], c["batch.rampup_batch_size"]
+    if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
+        return
+    if samples < (first := global_batch_size_at(c.resolved.batch, 0)):
+        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {first} samples")
 
 
 def one_unit(c: Case) -> Iterator[Problem]:
@@ -154,10 +161,10 @@ def one_unit(c: Case) -> Iterator[Problem]:
         yield Problem(c.say("batch.train_iters", "batch.train_samples"), "exclude each other; give one of them")
         return
     families = {
-        "batch.train_iters": ("optim.lr_decay_samples", "optim.lr_warmup_samples"),
-        "batch.train_samples": ("optim.lr_decay_iters", "optim.lr_warmup_iters"),
+        "batch.train_iters": ("optim.lr_decay_samples", "optim.lr_warmup_samples", "optim.lr_wsd_decay_samples"),
+        "batch.train_samples": ("optim.lr_decay_iters", "optim.lr_warmup_iters", "optim.lr_wsd_decay_iters"),
     }
-    unit = "batch.train_samples" if typed.batch.train_samples is not None else "batch.train_iters"
+    unit = f"batch.train_{unit_of(typed.batch)}"
     for name in families[unit]:
         if c[unit] is not None and c.given(name):
             yield Problem(c.say(name), f"cannot go with `{by_name()[unit].flag}`: iterations and samples do not mix")
@@ -199,6 +206,7 @@ def weight_decay_growth(c: Case) -> Iterator[Problem]:
 def companions(c: Case) -> Iterator[Problem]:
     """Settings that mean nothing without another."""
     needs = {
+        "optim.decoupled_min_lr": "optim.decoupled_lr",
         "checkpoint.auto_resume": "checkpoint.save",
         "checkpoint.keep_last": "checkpoint.save",
         "checkpoint.keep_every": "checkpoint.save",
@@ -315,10 +323,10 @@ def no_task(c: Case) -> Iterator[Problem]:
 COMMON_RULES: tuple[Rule, ...] = (
     required, head_width, query_groups, tensor_split, rotary_width, positions, world_size, global_batch, warm_up,
     learning_rates, weight_decay_growth, companions, one_of_two, tokenizer, *ARCHITECTURE_RULES, *CONTEXT_RULES,
-    *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES,
+    *OPTIM_RULES, *PIPELINE_RULES, *PRECISION_RULES, *RECOMPUTE_RULES, *SCHEDULE_RULES,
 )  # fmt: skip
 PRETRAINING_RULES: tuple[Rule, ...] = (
-    *COMMON_RULES, required_to_pretrain, ramp_up, some_training, one_unit, saving, split, data_paths, no_task,
+    *COMMON_RULES, required_to_pretrain, ramp_up, step_sizes, some_training, one_unit, saving, split, data_paths, no_task,
 )  # fmt: skip
 
 

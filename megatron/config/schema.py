@@ -186,8 +186,26 @@ class LayoutConfig:
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down"
     )
+    num_virtual_stages_per_pipeline_rank: int | None = option(
+        None, "virtual stages of each rank, in place of --num-layers-per-virtual-pipeline-stage"
+    )
     pipeline_stage_layers: tuple[int, ...] = option(
         (), "layers of each stage, first to last; default cut so that the ranks have equal work, the head's included", nargs="*"
+    )
+    pipeline_model_parallel_layout: str | None = option(
+        None,
+        "the same, drawn: stages between |, of E (embedding), t (layer), L (loss); x*3 is xxx, (tt|)*2 is tt|tt|",
+        metavar='"Et*3|(tt|)*2L"',
+    )
+    decoder_first_pipeline_num_layers: int | None = option(
+        None, "layers of the first pipeline rank, in all its stages; the other ranks share the rest evenly"
+    )
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last pipeline rank, likewise")
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "even stages, in which the embedding counts as a layer: the first one has one less"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "even stages, in which output layer and loss count as a layer: the last one has one less"
     )
     use_distributed_optimizer: bool = option(
         False, "each data-parallel rank keeps a slice of main weights and optimizer state (ZeRO-1, arXiv 1910.02054)"
@@ -276,6 +294,20 @@ class BatchConfig:
     rampup_batch_size: tuple[int, ...] = option(
         (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
     )
+    decrease_batch_size_if_needed: bool = option(
+        False, "where the ranks cannot share a global batch in whole micro-batches, take the largest smaller one that they can"
+    )
+    batch_multiple: int = option(1, "what --decrease-batch-size-if-needed takes multiples of", flag=None)
+    step_batch_size_schedule: tuple[str, ...] = option(
+        (),
+        "0:SIZE TOKENS:SIZE ...: the global batch has SIZE samples from so many trained tokens on, in place of "
+        "--global-batch-size, which is the last; numbers may end in K, M, B or T",
+        nargs="*",
+        metavar="TOKENS:SIZE",
+    )
+    batch_size_steps: tuple[int, ...] = option(
+        (), "samples and global batch size of each entry of --step-batch-size-schedule, in turn", flag=None
+    )
     train_iters: int | None = option(None, "steps to train")
     train_samples: int | None = option(None, "samples to train, instead of steps")
     skip_train_iterations: tuple[str, ...] = option(
@@ -304,14 +336,24 @@ class OptimConfig:
     optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=("adam", "sgd"))
     lr: float | None = option(None, "peak learning rate")
     min_lr: float = option(0.0, "floor of the learning rate")
+    decoupled_lr: float | None = option(None, "peak learning rate of word embedding and output layer; default --lr")
+    decoupled_min_lr: float | None = option(None, "floor of --decoupled-lr; default --min-lr")
     lr_decay_style: str = option(
-        "linear", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root")
+        "linear",
+        "shape after warm-up; WSD: at --lr until a decay at the end (warm-up, stable, decay; arXiv 2404.06395)",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
+    lr_wsd_decay_style: str = option(
+        "exponential", "shape of the decay of WSD", choices=("exponential", "linear", "cosine", "minus_sqrt")
+    )
+    lr_wsd_decay_iters: int | None = option(None, "of WSD: steps of the decay, the last ones of --lr-decay-iters")
+    lr_wsd_decay_samples: int | None = option(None, "of WSD: samples of the decay, the last ones of --lr-decay-samples")
     lr_decay_iters: int | None = option(None, "steps until --min-lr; default --train-iters")
     lr_decay_samples: int | None = option(None, "samples until --min-lr; default --train-samples")
     lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up")
     lr_warmup_iters: int = option(0, "steps of linear warm-up")
     lr_warmup_samples: int = option(0, "samples of linear warm-up")
+    lr_warmup_init: float = option(0.0, "learning rate that the warm-up begins with")
     weight_decay: float = option(
         0.01, "of matrices, not of biases and norms; decoupled with adam, part of the gradient with sgd"
     )

@@ -17,8 +17,8 @@ from megatron.files.regular import kind_of_file
 FOREIGN = (
     "data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path", "data.mock_data",
     "data.data_args_path", "data.per_split_data_args_path", "data.split",
-    "data.dataloader_type", "batch.train_iters", "batch.train_samples", "batch.rampup_batch_size", "data.mask_prob",
-    "data.short_seq_prob",
+    "data.dataloader_type", "batch.train_iters", "batch.train_samples", "batch.rampup_batch_size",
+    "batch.step_batch_size_schedule", "batch.decrease_batch_size_if_needed", "data.mask_prob", "data.short_seq_prob",
 )  # fmt: skip
 
 

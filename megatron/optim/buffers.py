@@ -135,6 +135,6 @@ def flat_buffers(
     """
     held, axis = list(parameters), axis or Axis.alone("dp_cp")
     specs = [spec_of(p) for p in held]
-    kinds = [(spec.decay, spec.lr_scale, "embedding" in spec.sum_grad_over) for spec in specs]
+    kinds = [(spec.decay, spec.lr_scale, spec.decoupled, "embedding" in spec.sum_grad_over) for spec in specs]
     found = buckets([p.numel() for p in held], kinds, limit, axis.size)
     return [FlatBuffer([held[i] for i in bucket.members], bucket, axis, grad_dtype) for bucket in found]

@@ -1,14 +1,18 @@
 """Learning rate and weight decay as functions of the samples trained. Pure.
 
 Everything is counted in samples, as in Megatron-LM: a step of the run adds its global batch size, so a ramp-up of the
-batch size stretches nothing. The rate used by an update is the one before it, so a warm-up's first update has rate 0.
+batch size stretches nothing. The rate used by an update is the one before it, so a warm-up's first update has the rate
+that the warm-up begins with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from megatron.config.batch_size import samples_for
 from megatron.config.schema import BatchConfig, OptimConfig
 
 
@@ -17,6 +21,10 @@ class Schedule:
     """Learning rate and weight decay at each number of samples trained.
 
     peak, floor: learning rates. warmup, decay: lengths in samples; the decay is measured from the start of the run.
+    decay_weights_over: samples over which the weight decay goes from its first value to its last. initial: learning rate at
+    the begin of the warm-up. annealing: of WSD (warm-up, stable, decay; arXiv 2404.06395), the samples at the decay's end in
+    which the rate falls; before them it is the peak. annealing_style: the shape of that fall. decoupled: whether the word
+    embedding and the output layer have a peak and a floor of their own.
     """
 
     peak: float
@@ -27,47 +35,95 @@ class Schedule:
     decay_weights_from: float
     decay_weights_to: float
     decay_weights_style: str
+    decay_weights_over: int = 0
+    initial: float = 0.0
+    annealing: int = 0
+    annealing_style: str = "exponential"
+    decoupled: bool = False
+    decoupled_peak: float = 0.0
+    decoupled_floor: float = 0.0
 
     @classmethod
     def of(cls, optim: OptimConfig, batch: BatchConfig) -> Schedule:
-        """From a resolved configuration. Lengths given in steps are multiplied by the global batch size."""
-        size = batch.global_batch_size or 1
+        """From a resolved configuration. Lengths given in steps are the samples of so many steps from the run's begin on."""
         if batch.train_samples is not None:
-            decay = optim.lr_decay_samples or batch.train_samples
-            warmup = optim.lr_warmup_samples
+            length = batch.train_samples
+            decay = optim.lr_decay_samples or length
+            warmup, annealing = optim.lr_warmup_samples, optim.lr_wsd_decay_samples or 0
         else:
-            decay = (optim.lr_decay_iters or batch.train_iters or 0) * size
-            warmup = optim.lr_warmup_iters * size
+            length = samples_for(batch, batch.train_iters or 0)
+            end = optim.lr_decay_iters or batch.train_iters or 0
+            decay, warmup = samples_for(batch, end), samples_for(batch, optim.lr_warmup_iters)
+            annealing = decay - samples_for(batch, max(0, end - (optim.lr_wsd_decay_iters or 0)))
         if optim.lr_warmup_fraction is not None:
             warmup = int(optim.lr_warmup_fraction * decay)
-        constant = optim.weight_decay_incr_style == "constant"
-        start = optim.weight_decay if constant or optim.start_weight_decay is None else optim.start_weight_decay
-        end = optim.weight_decay if constant or optim.end_weight_decay is None else optim.end_weight_decay
+        constant, own = optim.weight_decay_incr_style == "constant", optim.decoupled_min_lr
+        first = optim.weight_decay if constant or optim.start_weight_decay is None else optim.start_weight_decay
+        last = optim.weight_decay if constant or optim.end_weight_decay is None else optim.end_weight_decay
         return cls(
-            optim.lr or 0.0, optim.min_lr, optim.lr_decay_style, warmup, decay, start, end, optim.weight_decay_incr_style
+            peak=optim.lr or 0.0,
+            floor=optim.min_lr,
+            style=optim.lr_decay_style,
+            warmup=warmup,
+            decay=decay,
+            decay_weights_from=first,
+            decay_weights_to=last,
+            decay_weights_style=optim.weight_decay_incr_style,
+            decay_weights_over=length,
+            initial=optim.lr_warmup_init,
+            annealing=annealing if optim.lr_decay_style == "WSD" else 0,
+            annealing_style=optim.lr_wsd_decay_style,
+            decoupled=optim.decoupled_lr is not None,
+            decoupled_peak=optim.decoupled_lr or 0.0,
+            decoupled_floor=0.0 if optim.decoupled_lr is None else optim.min_lr if own is None else own,
         )
+
+    @classmethod
+    def of_saved(cls, values: Mapping[str, Any]) -> Schedule:
+        """From the fields in a checkpoint. Where it says no more, the weight decay grows as long as the rate falls."""
+        return cls(**{"decay_weights_over": values["decay"], **values})
 
     def rate(self, samples: int) -> float:
         """Learning rate of the update made after `samples` samples."""
+        return self._rate(samples, self.peak, self.floor)
+
+    def decoupled_rate(self, samples: int) -> float:
+        """The same of the word embedding and the output layer."""
+        return self._rate(samples, self.decoupled_peak, self.decoupled_floor) if self.decoupled else self.rate(samples)
+
+    def _rate(self, samples: int, peak: float, floor: float) -> float:
         if self.warmup > 0 and samples <= self.warmup:
-            return self.peak * samples / self.warmup
+            return self.initial + (peak - self.initial) * samples / self.warmup
         if self.style == "constant":
-            return self.peak
+            return peak
         if samples > self.decay:
-            return self.floor
+            return floor
         if self.style == "inverse-square-root":
-            return max(self.floor, self.peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
-        share = (samples - self.warmup) / max(1, self.decay - self.warmup)
-        return self.floor + (1.0 - _eased(self.style, share)) * (self.peak - self.floor)
+            return max(floor, peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
+        if self.style == "WSD":
+            begin = self.decay - self.annealing
+            left = 1.0 if samples <= begin else _left(self.annealing_style, (samples - begin) / self.annealing)
+        else:
+            left = _left(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
+        return floor + left * (peak - floor)
 
     def weight_decay(self, samples: int) -> float:
         """Weight decay of the update made after `samples` samples."""
-        if self.decay_weights_style == "constant" or samples >= self.decay:
+        if self.decay_weights_style == "constant" or samples >= self.decay_weights_over:
             return self.decay_weights_to
         gap = self.decay_weights_to - self.decay_weights_from
-        return self.decay_weights_from + _eased(self.decay_weights_style, samples / self.decay) * gap
+        return self.decay_weights_from + _eased(self.decay_weights_style, samples / self.decay_weights_over) * gap
 
 
 def _eased(style: str, share: float) -> float:
     """0 -> 1 over a run, in a straight line or half a cosine."""
     return share if style == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
+
+
+def _left(style: str, share: float) -> float:
+    """1 -> 0 over a decay: the part of the peak that is left above the floor."""
+    if style == "exponential":  # it halves, and is stretched to end at 0
+        return 2.0 * math.pow(0.5, share) - 1.0
+    if style == "minus_sqrt":
+        return 1.0 - math.sqrt(share)
+    return 1.0 - _eased(style, share)

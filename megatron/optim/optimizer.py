@@ -63,8 +63,8 @@ class Optimizer:
         self.reduction = Reduction(self.buffers, mesh.dp_cp, overlap=overlap_grad_reduce)
         self.gathering = Gathering(self.buffers, overlap=overlap_param_gather)
         specs = [spec_of(buffer.parameters[0]) for buffer in self.buffers]
-        targets = (Target(buffer.main, spec.decay, spec.lr_scale) for buffer, spec in zip(self.buffers, specs, strict=True))
-        self.update = Update(config, targets)
+        pairs = zip(self.buffers, specs, strict=True)
+        self.update = Update(config, [Target(b.main, spec.decay, spec.lr_scale, spec.decoupled) for b, spec in pairs])
         sharded = [buffer.axis for buffer in self.buffers[:1] if buffer.axis.size > 1]
         self._counting = [mesh.tp_pp, *sharded]  # axes whose ranks count different elements
         self._grads = Held.of(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)
@@ -76,15 +76,26 @@ class Optimizer:
         for buffer in self.buffers:
             buffer.grads.zero_()
 
-    def step(self, *, lr: float, weight_decay: float, scale: float) -> UpdateReport:
-        """One update. Collective. scale: what the accumulated gradients are multiplied with before anything else."""
+    def step(self, *, lr: float, weight_decay: float, scale: float, decoupled_lr: float | None = None) -> UpdateReport:
+        """One update. Collective.
+
+        Args:
+            lr: the learning rate.
+            weight_decay: of the parameters that decay.
+            scale: what the accumulated gradients are multiplied with before anything else.
+            decoupled_lr: the learning rate of parameters that are decoupled; None: `lr`.
+
+        Returns:
+            What the step did.
+        """
         self.gathering.finish()
         self._reduce()
         norm = float(global_norm(self._grads, self._counting)) * scale
         zeros = count_zeros(self._grads, self._counting) if self.log_zeros else None
         finite = math.isfinite(norm)
         if finite:
-            self.update.begin(lr=lr, weight_decay=weight_decay, multiplier=scale * self._clipping(norm))
+            rates = (lr, lr if decoupled_lr is None else decoupled_lr)
+            self.update.begin(rates, weight_decay=weight_decay, multiplier=scale * self._clipping(norm))
             # What the forward pass needs first comes last in the order of the buckets.
             for number in reversed(range(len(self.buffers))):
                 self.update.step(number, self.buffers[number].own_grads.float())  # of 16-bit gradients an fp32 copy

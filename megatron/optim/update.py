@@ -21,11 +21,16 @@ from megatron.config.schema import OptimConfig
 
 @dataclass(frozen=True)
 class Target:
-    """An fp32 tensor to update. decay: whether weight decay reaches it. lr_scale: what its learning rate is multiplied with."""
+    """An fp32 tensor to update.
+
+    decay: whether weight decay reaches it. lr_scale: what its learning rate is multiplied with. decoupled: whether it has the
+    rate of the embedding and output layer, where they have one of their own.
+    """
 
     main: Tensor
     decay: bool
     lr_scale: float
+    decoupled: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,17 @@ class Update:
     def __init__(self, config: OptimConfig, targets: Iterable[Target]) -> None:
         self._targets = list(targets)
         self._methods = [_method(config, target.main) for target in self._targets]
-        self._factor, self._lr, self._weight_decay = _Factor(), 0.0, 0.0
+        self._factor, self._rates, self._weight_decay = _Factor(), (0.0, 0.0), 0.0
 
-    def begin(self, *, lr: float, weight_decay: float, multiplier: float) -> None:
-        """Say what the updates of this step have: `lr` times each target's scale, the decay where it has any, and what all
-        gradients are multiplied with."""
-        self._lr, self._weight_decay, self._factor = lr, weight_decay, _Factor()
+    def begin(self, rates: tuple[float, float], *, weight_decay: float, multiplier: float) -> None:
+        """Say what the updates of this step have.
+
+        Args:
+            rates: the learning rate, and that of decoupled targets; each target's scale multiplies its own.
+            weight_decay: of the targets that decay.
+            multiplier: of all gradients.
+        """
+        self._rates, self._weight_decay, self._factor = rates, weight_decay, _Factor()
         if multiplier != 1.0:
             device = self._targets[0].main.device
             self._factor = _Factor(multiplier, torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device))
@@ -75,7 +85,8 @@ class Update:
         """Update tensor `number`. grad: fp32, of its length; afterwards multiplied with what `begin` was told."""
         target = self._targets[number]
         weight_decay = self._weight_decay if target.decay else 0.0
-        self._methods[number].step(grad, self._factor, lr=self._lr * target.lr_scale, weight_decay=weight_decay)
+        lr = self._rates[target.decoupled] * target.lr_scale
+        self._methods[number].step(grad, self._factor, lr=lr, weight_decay=weight_decay)
 
     def state(self, number: int) -> dict[str, Tensor]:
         """The moments of tensor `number`, by name: live, of its length."""

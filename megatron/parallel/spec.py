@@ -46,7 +46,8 @@ class ParamSpec:
     split_over: axes whose ranks hold different rectangles.
     sum_grad_over: axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
         must be summed (data parallelism aside, which holds for every parameter).
-    decay: whether weight decay applies. lr_scale: what the learning rate is multiplied with.
+    decay: whether weight decay applies. lr_scale: what the learning rate is multiplied with. decoupled: whether its
+        learning rate is that of --decoupled-lr.
     init: the rule of `model/init.py` that draws it.
     """
 
@@ -58,6 +59,7 @@ class ParamSpec:
     decay: bool = True
     init: str = "normal"
     lr_scale: float = 1.0
+    decoupled: bool = False
 
     def local(self, tensor: Tensor) -> Tensor:
         """The view of a local tensor that holds `part`, i.e. without padding."""

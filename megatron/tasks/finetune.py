@@ -18,6 +18,7 @@ from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
 from megatron.config.rules import warm_up
+from megatron.config.schedule_rules import wsd_phases
 from megatron.config.schema import RunConfig
 from megatron.data.bert_batch import BertBatches
 from megatron.data.errors import DataError
@@ -126,7 +127,8 @@ def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConf
         eval=replace(config.eval, eval_interval=interval),
     )
     config = resolve(config, parsed.world_size)
-    if problems := list(warm_up(Case(config, config, parsed.world_size, None))):
+    case = Case(config, config, parsed.world_size, None)
+    if problems := [*warm_up(case), *wsd_phases(case)]:
         raise ConfigError(problems)
     return config
 

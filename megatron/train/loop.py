@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import torch
 
-from megatron.config.batch_size import global_batch_size_at
+from megatron.config.batch_size import full_batch_size, global_batch_size_at
 from megatron.config.iterations import ranges_of
 from megatron.mesh.last_words import tell_launcher
 from megatron.train.errors import TrainingError
@@ -197,7 +197,7 @@ def validate(run: Run, around: Surroundings, request: Request | None = None) -> 
 
 def final_evaluations(run: Run, around: Surroundings) -> Exit:
     """Validation and test loss of the finished model. Collective. A stop leaves both to the next start."""
-    draw = f"{run.config.eval.eval_iters * (run.config.batch.global_batch_size or 1)}-sample draw"
+    draw = f"{run.config.eval.eval_iters * full_batch_size(run.config.batch)}-sample draw"
     for samples, split in ((around.valid, "validation"), (around.test, "test")):
         if samples is None:
             continue
@@ -269,7 +269,7 @@ def held_out(run: Run, around: Surroundings, samples: Callable[[], Loader], spli
 
     Gives what was agreed last; with a stop the evaluation was given up, and nothing is told.
     """
-    size, steps = run.config.batch.global_batch_size or 1, run.config.eval.eval_iters
+    size, steps = full_batch_size(run.config.batch), run.config.eval.eval_iters
     run.job.watch.doing(f"opening the {split} data", alone=True)
     loader, give_up = samples(), GiveUp(around.stopping)
     try:
@@ -338,6 +338,7 @@ class Clock:
             own = replace(own, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
         self._step_mark = now
         elapsed, to_go = now - self._mark, (self.run.config.batch.train_iters or 0) - state.iteration
+        schedule = self.run.schedule
         context = LogContext(
             global_batch_size=report.samples,
             train_iters=self.run.config.batch.train_iters or 0,
@@ -346,6 +347,7 @@ class Clock:
             params_norm=report.params_norm,
             eta_seconds=elapsed / self._steps * to_go if self._steps else None,
             skipped_samples=state.skipped_samples,
+            decoupled_lr=schedule.decoupled_rate(state.scheduled_samples) if schedule.decoupled else None,
         )
         for sink in self.around.sinks:
             sink.step(own, context)

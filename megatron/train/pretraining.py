@@ -50,7 +50,7 @@ from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
 from megatron.train.resume import check_source, differences, find_source, restore, verify_source
-from megatron.train.resumed_schedule import check_schedule, choose_schedule, warning_of_rate_zero
+from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.run import Run, build, grid_of, sample_counts
 from megatron.train.save_directory import check_save, set_metrics_aside
 from megatron.train.saving import Saver
@@ -198,6 +198,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         source = find_source(config.checkpoint)
         check_source(source, config)
         check_schedule(source, config)
+        check_batch_sizes(source, config, parsed.world_size)
         notes = (*parsed.notes, *check_save(source, config))
         watch.waiting("building the datasets")
         recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)

@@ -82,6 +82,7 @@ class LogContext:
     params_norm: float | None
     eta_seconds: float | None
     skipped_samples: int = 0
+    decoupled_lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,7 +38,7 @@ from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
 from megatron.config.directories import starts_fresh
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import say
+from megatron.config.options import by_name, say
 from megatron.config.saved import from_json
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
@@ -53,7 +53,9 @@ from megatron.train.source import Source
 from megatron.train.state import TrainState
 
 # Settings that are told as fields of the schedule.
-SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt")
+SCHEDULED = (
+    "lr", "min_lr", "decoupled", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt",
+)  # fmt: skip
 # Settings about this start of the run rather than about the run.
 UNIMPORTANT = ("checkpoint", "log")
 # What decides which samples a training run sees, and in which order.
@@ -61,7 +63,10 @@ DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
 MOCK = "--mock-data"
 # What else decides it, for a checkpoint that says nothing of its order.
 ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.mock_data", "data.seq_length", "batch.seed"})
-STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+# The settings whose words a saved schedule holds.
+STYLES = MappingProxyType(
+    {"style": "lr_decay_style", "annealing_style": "lr_wsd_decay_style", "decay_weights_style": "weight_decay_incr_style"}
+)
 # What a model with the head of a task may have beyond a pretrained one.
 HEAD_PARAMETERS = ("pooler.", "task_head.")
 NONE: Mapping[Path, str] = MappingProxyType({})
@@ -134,11 +139,12 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
     if state.schedule:
         kinds = {f.name: f.type for f in fields(Schedule)}
         for name, value in state.schedule.items():
-            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": ""}[str(kinds[name])]):
+            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
                 raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
-            if kinds[name] == "str" and value not in STYLES:
-                raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(STYLES)}")
-        if missing := kinds.keys() - state.schedule.keys():
+            legal = by_name()[f"optim.{STYLES[name]}"].choices or () if name in STYLES else None
+            if legal is not None and value not in legal:
+                raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(legal)}")
+        if missing := {f.name for f in fields(Schedule) if f.default is MISSING} - state.schedule.keys():
             raise CheckpointError(f"{path}: train.schedule: {min(missing)} is missing")
     for name, value in values.get("scaler", {}).items():
         if not _like(value, 0.0):

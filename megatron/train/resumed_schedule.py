@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron.config.batch_size import global_batch_size_at
+from megatron.config.batch_size import stretches
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name
+from megatron.config.schedule_rules import uneven_ahead, unit_of
 from megatron.config.schema import BatchConfig, RunConfig
 from megatron.optim.lr import Schedule
 from megatron.train.source import Source
@@ -33,15 +34,21 @@ class Difference:
 
 def differing(source: Source, config: RunConfig) -> list[Difference]:
     """Where the schedules differ, field by field; a field that has no effect in either is left out."""
-    held, asked = source.state.schedule, asdict(Schedule.of(config.optim, config.batch))
-    if not held or not source.progress:
+    if not source.state.schedule or not source.progress:
         return []
+    held = asdict(Schedule.of_saved(source.state.schedule))
+    asked = asdict(Schedule.of(config.optim, config.batch))
     idle: set[str] = set()
     if held["style"] == asked["style"] == "constant":
-        idle.add("floor")
+        idle |= {"floor", "decay", "decoupled_floor"}
+    if held["decoupled"] != asked["decoupled"]:  # which says it all
+        idle |= {"decoupled_peak", "decoupled_floor"}
     if held["decay_weights_style"] == asked["decay_weights_style"] == "constant":
-        idle.add("decay_weights_from")
-        idle |= {"decay"} if "floor" in idle else set()
+        idle |= {"decay_weights_from", "decay_weights_over"}
+    if "WSD" not in (held["style"], asked["style"]):
+        idle |= {"annealing", "annealing_style"}
+    if held["warmup"] == asked["warmup"] == 0:
+        idle.add("initial")
     return [Difference(name, there, asked[name]) for name, there in held.items() if there != asked[name] and name not in idle]
 
 
@@ -61,36 +68,62 @@ def check_schedule(source: Source, config: RunConfig) -> None:
 
 def _setting(field: str, config: RunConfig) -> str:
     """A field of the schedule as the flags that decide it."""
-    optim, batch = config.optim, config.batch
-    size, unit = batch.global_batch_size, "iters" if batch.train_samples is None else "samples"
+    last = "end-" if config.optim.weight_decay_incr_style != "constant" else ""
     names = {
         "peak": "`--lr`",
         "floor": "`--min-lr`",
         "style": "`--lr-decay-style`",
+        "initial": "`--lr-warmup-init`",
+        "decoupled": "a learning rate of their own for word embedding and output layer (`--decoupled-lr`)",
+        "decoupled_peak": "`--decoupled-lr`",
+        "decoupled_floor": "`--decoupled-min-lr`",
+        "annealing_style": "`--lr-wsd-decay-style`",
         "decay_weights_from": "`--start-weight-decay`",
-        "decay_weights_to": "`--end-weight-decay`" if optim.weight_decay_incr_style != "constant" else "`--weight-decay`",
+        "decay_weights_to": f"`--{last}weight-decay`",
         "decay_weights_style": "`--weight-decay-incr-style`",
     }
-    if field in names:
-        return names[field]
-    times = f" x `--global-batch-size {size}`" if unit == "iters" else ""
+    return names.get(field) or _length(field, config)
+
+
+def _length(field: str, config: RunConfig) -> str:
+    """A length of the schedule, as the flags that decide it."""
+    optim, batch, unit = config.optim, config.batch, unit_of(config.batch)
+    sizes = f"--global-batch-size {batch.global_batch_size}"
+    if batch.step_batch_size_schedule:
+        sizes = f"--step-batch-size-schedule {' '.join(batch.step_batch_size_schedule)}"
+    times = f" x `{sizes}`" if unit == "iters" else ""
+    run = f"`--train-{unit} {getattr(batch, f'train_{unit}')}`{times}"
+    if config.task.epochs is not None:
+        run = f"`--epochs {config.task.epochs}`"
+    if field == "decay_weights_over":
+        return f"the length of the weight decay's change in samples ({run})"
     decay = getattr(optim, f"lr_decay_{unit}")
-    own = f"`--lr-decay-{unit} {decay}`{times}"
-    if decay == getattr(batch, f"train_{unit}"):
-        own = f"`--train-{unit} {decay}`{times}" if config.task.epochs is None else f"`--epochs {config.task.epochs}`"
+    own = run if decay == getattr(batch, f"train_{unit}") else f"`--lr-decay-{unit} {decay}`{times}"
     if field == "decay":
         return f"the length of the learning rate's decay in samples ({own})"
+    if field == "annealing":
+        wsd = f"`--lr-wsd-decay-{unit} {getattr(optim, f'lr_wsd_decay_{unit}')}`{times}"
+        return f"the length of the decay at the end in samples ({wsd})"
     warmup = f"`--lr-warmup-{unit} {getattr(optim, f'lr_warmup_{unit}')}`{times}"
     if optim.lr_warmup_fraction is not None:
         warmup = f"`--lr-warmup-fraction {optim.lr_warmup_fraction}` of the decay, {own}"
     return f"the length of the learning rate's warm-up in samples ({warmup})"
 
 
+def check_batch_sizes(source: Source, config: RunConfig, world_size: int) -> None:
+    """ConfigError where a size that --step-batch-size-schedule still has before it is no whole micro-batches of each rank.
+
+    Sizes that lie behind a resumed run may be smaller than its ranks can share.
+    """
+    if problems := uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0):
+        raise ConfigError(problems)
+
+
 def choose_schedule(source: Source, config: RunConfig) -> Schedule:
     """A resumed run keeps the checkpoint's schedule, unless --override-opt_param-scheduler says otherwise."""
     if not source.state.schedule or not source.progress or config.optim.override_opt_param_scheduler:
         return Schedule.of(config.optim, config.batch)
-    return Schedule(**source.state.schedule)
+    return Schedule.of_saved(source.state.schedule)
 
 
 def schedule_rows(source: Source, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
@@ -117,7 +150,7 @@ def warning_of_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConf
         return None
     which = f"iterations {first} to {last} lie" if first < last else f"iteration {last} lies"
     rule = f"{which} beyond the end of the learning-rate schedule, after {schedule.decay} samples, where --min-lr is 0"
-    ways = f"give a longer --lr-decay-{'iters' if batch.train_samples is None else 'samples'} or a --min-lr"
+    ways = f"give a longer --lr-decay-{unit_of(batch)} or a --min-lr"
     return f"***** WARNING: learning rate 0, nothing is learnt: {rule}; {ways}, on resume with {OVERRIDE} *****"
 
 
@@ -127,9 +160,10 @@ def _first_at_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConfi
     end = next((samples for samples in (schedule.decay, schedule.decay + 1) if schedule.rate(samples) == 0.0), None)
     if end is None or schedule.peak == 0.0 or end <= schedule.warmup:
         return None
-    iteration, consumed, left = state.iteration, state.consumed_samples, end - state.scheduled_samples
-    ramp = batch.rampup_batch_size[2] if batch.rampup_batch_size else -1
-    while left > 0 and consumed <= ramp:
-        size = global_batch_size_at(batch, consumed)
-        iteration, consumed, left = iteration + 1, consumed + size, left - size
-    return iteration + 1 + max(0, -(-left // (batch.global_batch_size or 1)))
+    iteration, left = state.iteration, end - state.scheduled_samples
+    for steps, size in stretches(batch, state.consumed_samples):
+        needed = max(0, -(-left // size))
+        if steps is None or needed <= steps:
+            return iteration + needed + 1
+        iteration, left = iteration + steps, left - steps * size
+    return None

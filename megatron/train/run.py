@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
+from megatron.config.batch_size import full_batch_size, samples_for
 from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
@@ -25,7 +26,7 @@ from megatron.optim.optimizer import Optimizer
 from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.ring import RingAttention, share
-from megatron.parallel.spec import Checkpointable, spec_of
+from megatron.parallel.spec import Checkpointable, describe, spec_of
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.lower import EARLY
@@ -35,6 +36,8 @@ from megatron.stages import stages_of
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 from megatron.train.step import Objective, Step
+
+DECOUPLED = ("embedding.word.weight", "head.weight")  # what --decoupled-lr is for
 
 
 @dataclass
@@ -105,6 +108,9 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         device=job.device,
     )
     layout, parameters = config.layout, list(nn.ModuleList(stages.values()).parameters())
+    schedule = schedule or Schedule.of(config.optim, config.batch)
+    for p in parameters if schedule.decoupled else ():
+        describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
     owners = mesh.dp_cp if layout.use_distributed_optimizer else None
     buffers = flat_buffers(parameters, layout.ddp_bucket_size, owners, precision.gradients)
     for buffer in buffers:
@@ -135,7 +141,6 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     if kind_of(name).splits or work.fused:
         for stage in stages.values():
             manage_weight_gradients(stage, work)
-    schedule = schedule or Schedule.of(config.optim, config.batch)
     state = TrainState(schedule=asdict(schedule), scaler=precision.scaler())
     aim = Objective(
         config.batch,
@@ -165,7 +170,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
     """Samples that training, each validation and the test will read."""
-    size, steps = config.batch.global_batch_size or 1, config.batch.train_iters or 0
-    evaluation = config.eval.eval_iters * size
-    training = config.batch.train_samples if config.batch.train_samples is not None else steps * size
+    batch = config.batch
+    evaluation = config.eval.eval_iters * full_batch_size(batch)
+    training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters or 0)
     return training, evaluation, evaluation

@@ -72,7 +72,10 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
         parts.append(f"skipped samples: {context.skipped_samples:12d}")
     if metrics.iteration_time_ms is not None:
         parts.append(f"elapsed time per iteration (ms): {metrics.iteration_time_ms:.1f}")
-    parts += [f"learning rate: {metrics.learning_rate:.3E}", f"global batch size: {context.global_batch_size:5d}"]
+    parts.append(f"learning rate: {metrics.learning_rate:.3E}")
+    if context.decoupled_lr is not None:
+        parts.append(f"decoupled learning rate: {context.decoupled_lr:.3E}")
+    parts += [f"global batch size: {context.global_batch_size:5d}"]
     if metrics.lm_loss is not None:
         parts.append(f"lm loss: {metrics.lm_loss:.6E}")
     if metrics.sop_loss is not None:

@@ -105,6 +105,7 @@ class Step:
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
+            decoupled_lr=self.schedule.decoupled_rate(state.scheduled_samples),
             scale=1.0 / state.scaler.scale,
         )
         nonfinite = None

@@ -319,16 +319,17 @@ def parameter(name: str, values: list[float], **kind: object) -> nn.Parameter:
 def test_groups_have_their_own_rates_and_decay(kernel):
     values = [1.0, -2.0, 3.0]
     cases = {"plain": {}, "bias": {"decay": False}, "slow": {"lr_scale": 0.25}, "slow bias": {"decay": False, "lr_scale": 0.25}}
+    cases |= {"decoupled": {"decoupled": True}}
     parameters = [parameter(name, values, **kind) for name, kind in cases.items()]
     buffers = flat_buffers(parameters)
     optimizer = Optimizer(buffers, OptimConfig(clip_grad=0.0, adam_kernel=kernel), Mesh.single())
-    assert len(buffers) == 4
+    assert len(buffers) == 5
     for each in parameters:
         each.main_grad.copy_(torch.tensor([0.5, 0.0, -1.0]))
-    report = optimizer.step(lr=0.1, weight_decay=0.2, scale=1.0)
-    assert report.grad_norm == pytest.approx((4 * 1.25) ** 0.5)
+    report = optimizer.step(lr=0.1, weight_decay=0.2, scale=1.0, decoupled_lr=0.3)
+    assert report.grad_norm == pytest.approx((5 * 1.25) ** 0.5)
     for each, (name, kind) in zip(parameters, cases.items(), strict=True):
-        lr, decay = 0.1 * kind.get("lr_scale", 1.0), 0.2 if kind.get("decay", True) else 0.0
+        lr, decay = (0.3 if name == "decoupled" else 0.1) * kind.get("lr_scale", 1.0), 0.2 if kind.get("decay", True) else 0.0
         moved = [v - lr * decay * v - lr * sign for v, sign in zip(values, (1.0, 0.0, -1.0), strict=True)]
         assert each.tolist() == pytest.approx(moved, rel=1e-5), name
 

@@ -162,6 +162,34 @@ def test_explicit_cuts(schedule, layout, layers):
     same_run(on_ranks(LAYOUTS[layout][0], pipeline_run, wanted, 5), expected, initial, final, TOLERANCE)
 
 
+SPLITS = [
+    ("1f1b", {"decoder_first_pipeline_num_layers": 2}),
+    ("zb-h1", {"account_for_loss_in_pipeline_split": True}),
+    ("interleaved", {"pipeline_model_parallel_layout": "Et|tt|tt|L"}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "split"), SPLITS)
+def test_megatrons_ways_to_cut(schedule, split):
+    """With a learning rate of its own for the tied matrix on both of its stages."""
+    setting = replace(MODELS["tied"], optim=replace(SGD, decoupled_lr=0.3))
+    expected, initial, final = one_process(setting, 2)
+    wanted = replace(laid_out(setting, schedule, split=tuple(split.items())), per_virtual_stage=None)
+    same_run(on_ranks(2, pipeline_run, wanted, 2), expected, initial, final, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_embedding_and_output_layer_learn_at_their_own_rate(name):
+    """One step of SGD: what they move is as many times as much, and all else the same."""
+    plain = OptimConfig(optimizer="sgd", lr=0.01, lr_decay_style="constant", sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0)
+    setting = replace(MODELS[name], optim=plain)
+    _, begin, end = one_process(setting, 1)
+    _, _, decoupled = one_process(replace(setting, optim=replace(plain, decoupled_lr=0.04)), 1)
+    for key, (_, first) in begin.items():
+        times = 4.0 if key in (WORD, "head.weight") else 1.0
+        torch.testing.assert_close(decoupled[key][1] - first, times * (end[key][1] - first), rtol=1e-3, atol=1e-7)
+
+
 # Evaluation.
 
 

@@ -44,7 +44,7 @@ def test_it_is_torchs_own(name: str, multiplier: float) -> None:
             divided = name == "adam foreach"  # the fused kernels divide by the inverse
             parameter.grad = gradient * multiplier if divided else gradient / torch.tensor(1.0 / multiplier)
         reference.step()
-        update.begin(lr=LR, weight_decay=DECAY, multiplier=multiplier)
+        update.begin((LR, 0.0), weight_decay=DECAY, multiplier=multiplier)
         for number, gradient in enumerate(gradients):
             update.step(number, gradient)
     for number, parameter in enumerate(expected):

@@ -79,6 +79,35 @@ def test_a_large_run_on_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
     assert "gradients         4,174,196,736" in text and "optimizer         8,348,393,472" in text
 
 
+def test_stages_and_batches_that_flags_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks 0 and 2 with an end of the model each, and a step of the batch size whose fullest is neither first nor last."""
+    flags = "--pipeline-model-parallel-size 4 --world-size 4 --num-virtual-stages-per-pipeline-rank 2 "
+    flags += "--account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --num-layers 6 "
+    flags += "--step-batch-size-schedule 0:2,80:8,480:4 --tokenizer-type NullTokenizer --vocab-size 10"
+    text = output([*SMALL, *flags.split()], capsys)
+    table = re.findall(r"^ +(\d) +(\d) +(none|\d-\d) +(embedding|head|) ", text, re.MULTILINE)
+    assert [row[:3] for row in table] == [
+        ("0", "0", "none"), ("1", "1", "0-0"), ("2", "2", "1-1"), ("3", "3", "2-2"),
+        ("4", "0", "3-3"), ("5", "1", "4-4"), ("6", "2", "5-5"), ("7", "3", "none"),
+    ]  # fmt: skip
+    for line in (
+        "global batch 2 from sample 0 on (0 tokens)",
+        "global batch 8 from sample 10 on (80 tokens)",
+        "global batch 4 from sample 60 on (480 tokens)",
+        "global batch 8 = micro-batch 2 x 4 micro-batches x 1 data-parallel ranks",
+        "10 iterations, 50 samples, 400 tokens",  # five of 2, five of 8
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_sizes_that_a_run_still_has_before_it(tmp_path: Path) -> None:
+    flags = "--step-batch-size-schedule 0:2,80:8 --world-size 2 --tokenizer-type NullTokenizer --vocab-size 10"
+    flags += f" --auto-resume --save {tmp_path} --save-interval 5"
+    parsed = parse([*SMALL, *flags.split()], program="test")
+    with pytest.raises(ConfigError, match="has the sizes 2, not divisible by `--micro-batch-size 2` x 2 data-parallel ranks"):
+        inspect(parsed.config, parsed.world_size)
+
+
 def pipeline(schedule: str, ranks: int, *more: str) -> tuple[RunConfig, StagePlan, Schedule]:
     """GPT-2 small with a vocabulary of one token, so that its ends weigh nothing; 8 micro-batches of 2 samples of 64."""
     words = (

@@ -12,8 +12,8 @@ from legal_run import argv
 
 from megatron.config.cli import parse
 from megatron.config.options import by_name
-from megatron.config.resolve import pipeline_chunks
 from megatron.config.schema import LayoutConfig, RunConfig
+from megatron.config.stage_split import pipeline_chunks
 from megatron.model.flops import head_flops, layer_flops
 from megatron.model.size import Slice
 from megatron.pipeline.partition import cut, even_counts, split

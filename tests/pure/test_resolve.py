@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.batch_size import global_batch_size_at, iterations_for, micro_batch_count, ramp_sizes
+from megatron.config.batch_size import (
+    full_batch_size,
+    global_batch_size_at,
+    iterations_for,
+    micro_batch_count,
+    parse_steps,
+    ramp_sizes,
+    samples_for,
+    stretches,
+)
 from megatron.config.cli import parse
 from megatron.config.presets import PRESETS
-from megatron.config.resolve import pipeline_chunks
 from megatron.config.rules import check, resolve
 from megatron.config.schema import BatchConfig, LayoutConfig, RunConfig
+from megatron.config.stage_split import pipeline_chunks
 
 
 def resolved(change: str, world: int = 1) -> RunConfig:
@@ -81,6 +92,70 @@ def test_ramp_up_arithmetic() -> None:
     assert global_batch_size_at(level, 5) == 48
     with pytest.raises(ValueError, match="not resolved"):
         global_batch_size_at(BatchConfig(), 0)
+
+
+def test_step_batch_size_schedule() -> None:
+    """The sizes by samples, the last one as the global batch size, and what a run makes of them."""
+    c = resolved("--step-batch-size-schedule 0:2 64:4,120:6 --no:train-iters --train-samples 31")
+    assert c.batch.batch_size_steps == (0, 2, 8, 4, 15, 6) and c.batch.global_batch_size == 6
+    # 4 steps of 2, 2 of 4 to sample 16, 2 of 6 to 28; three samples are left over.
+    assert [global_batch_size_at(c.batch, n) for n in (0, 7, 8, 14, 15, 10**9)] == [2, 2, 4, 4, 6, 6]
+    assert c.batch.train_iters == 8 and samples_for(c.batch, 8) == 28 and ramp_sizes(c.batch) == [2, 4, 6]
+    again = resolve(c)
+    assert again == c and check(c) == []
+    assert resolve(replace(c, batch=replace(c.batch, step_batch_size_schedule=()))).batch.batch_size_steps == ()
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_decreased() -> None:
+    """With micro-batches of 2 on 3 ranks 10 samples become 6; the lengths of run and schedule stay those of 10."""
+    decrease = "--decrease-batch-size-if-needed --global-batch-size 10"
+    c = resolved(f"{decrease} --no:train-iters --train-samples 100", 3)
+    assert (c.batch.global_batch_size, full_batch_size(c.batch), global_batch_size_at(c.batch, 7)) == (10, 6, 6)
+    assert c.batch.train_iters == 10 and ramp_sizes(c.batch) == [6] and [*stretches(c.batch)] == [(None, 6)]
+    assert samples_for(resolved(decrease, 3).batch, 10) == 100
+    assert full_batch_size(resolved(decrease, 5).batch) == 10 and resolve(c, 3) == c
+    ramp = resolved(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 7 1 30", 3)
+    assert [global_batch_size_at(ramp.batch, n) for n in (0, 10, 30)] == [6, 6, 6] and ramp_sizes(ramp.batch) == [6] * 4
+    notes = parse(argv(decrease), program="t", world_size=3, files=False).notes
+    assert notes == ("the global batch has 6 samples, not 10: the ranks share multiples of 6",)
+    too_few = (
+        "`--global-batch-size 4` is not divisible by `--micro-batch-size 2` x 3 data-parallel ranks = 6; legal: multiples of 6"
+    )
+    assert problems("--decrease-batch-size-if-needed --global-batch-size 4", 3) == [too_few]
+    begins = "begins with less than `--micro-batch-size 2` x 3 data-parallel ranks = 6"
+    assert problems(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 4 2 30", 3) == [
+        f"`--rampup-batch-size 4 2 30` {begins}"
+    ]
+
+
+def test_thresholds_have_suffixes() -> None:
+    assert parse_steps(["0:768 250B:1536", "500b:3K,1.5T:6144"], 4096) == (
+        (0, 768), (61035156, 1536), (122070312, 3000), (366210937, 6144),
+    )  # fmt: skip
+    assert parse_steps(["1e3:4 0.0:2"], 10) == ((0, 2), (100, 4))  # in any order
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_stretches_are_the_steps_of_a_walk(seed: int) -> None:
+    random.seed(seed)
+    sizes = [random.randint(1, 9) for _ in range(4)]
+    begins = [0, *sorted(random.sample(range(1, 60), 3))]
+    stepped = BatchConfig(global_batch_size=sizes[-1], batch_size_steps=tuple(chain(*zip(begins, sizes, strict=True))))
+    ramp = BatchConfig(global_batch_size=8, rampup_batch_size=(2, 2, random.randint(1, 50)))
+    for batch in (stepped, ramp):
+        consumed, walk = 0, [0]
+        for _ in range(80):
+            consumed += global_batch_size_at(batch, consumed)
+            walk.append(consumed)
+        for start in (0, random.randint(0, 70)):
+            counts = [size for steps, size in stretches(batch, start) for _ in range(80 if steps is None else steps)]
+            at = start
+            for size in counts[:80]:
+                assert size == global_batch_size_at(batch, at)
+                at += size
+        assert [samples_for(batch, n) for n in range(80)] == walk[:80]
+        for samples in range(walk[-1]):
+            assert iterations_for(batch, samples) == max(n for n, done in enumerate(walk) if done <= samples)
 
 
 @pytest.mark.parametrize("name", PRESETS)

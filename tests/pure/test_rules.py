@@ -10,10 +10,12 @@ from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.file_rules import FILE_RULES
 from megatron.config.optim_rules import OPTIM_RULES
 from megatron.config.options import options
+from megatron.config.pipeline_rules import PIPELINE_RULES
 from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.ranges import RANGES
 from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.rules import PRETRAINING_RULES, check
+from megatron.config.schedule_rules import SCHEDULE_RULES, step_sizes
 from megatron.config.schema import ModelConfig, RunConfig
 
 # rule, change to the legal run, world size, the whole message
@@ -115,12 +117,6 @@ CASES: list[tuple[str, str, int, str]] = [
         2,
         "`--rampup-batch-size 2 2 9` passes through 2, 6, not divisible by `--micro-batch-size 2` x 2 data-parallel ranks; "
         "legal: START and INCREMENT multiples of 4",
-    ),
-    (
-        "ramp_up",
-        "--rampup-batch-size 2 2 9 --train-samples 8 --no:train-iters --global-batch-size 8",
-        1,
-        "`--rampup-batch-size 2 2 9` does not end within `--train-samples 8`",
     ),
     (
         "some_training",
@@ -241,74 +237,6 @@ CASES: list[tuple[str, str, int, str]] = [
         1,
         "`--tokenizer-type HuggingFaceTokenizer` needs `--tokenizer-model`",
     ),
-    (
-        "virtual_stages",
-        "--pipeline-model-parallel-size 2 --pipeline-schedule interleaved",
-        2,
-        "`--pipeline-schedule interleaved` needs `--num-layers-per-virtual-pipeline-stage`, the layers of one virtual stage",
-    ),
-    (
-        "virtual_stages",
-        "--pipeline-model-parallel-size 2 --pipeline-schedule 1f1b --num-layers-per-virtual-pipeline-stage 1",
-        2,
-        "`--pipeline-schedule 1f1b` has no virtual stages, and cannot go with `--num-layers-per-virtual-pipeline-stage 1`; "
-        "legal: --pipeline-schedule interleaved, or leave one of them out",
-    ),
-    (
-        "virtual_stages",
-        "--num-layers-per-virtual-pipeline-stage 1",
-        1,
-        "`--num-layers-per-virtual-pipeline-stage 1` needs `--pipeline-model-parallel-size` of at least 2: "
-        "one rank has nobody to interleave with",
-    ),
-    (
-        "enough_layers",
-        "--pipeline-model-parallel-size 4",
-        4,
-        "`--pipeline-model-parallel-size 4` makes 4 stages, and `--num-layers 2` leaves some of them empty; "
-        "legal: --num-layers 4 or more, or --pipeline-model-parallel-size 2 or less",
-    ),
-    (
-        "enough_layers",
-        "--num-layers 5 --pipeline-model-parallel-size 3 --pipeline-schedule zb-v",
-        3,
-        "`--pipeline-model-parallel-size 3` and `--pipeline-schedule zb-v` make 6 stages, and `--num-layers 5` leaves some of "
-        "them empty; legal: --num-layers 6 or more, or --pipeline-model-parallel-size 2 or less",
-    ),
-    (
-        "enough_layers",
-        "--num-layers 1 --pipeline-schedule zb-v",
-        1,
-        "`--pipeline-model-parallel-size 1` and `--pipeline-schedule zb-v` make 2 stages, and `--num-layers 1` leaves some of "
-        "them empty; legal: --num-layers 2 or more",
-    ),
-    (
-        "stage_layers",
-        "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-stage-layers 4",
-        2,
-        "`--pipeline-stage-layers 4` names 1 stage, not the 2 of 2 pipeline ranks; legal: 2 numbers, 0 or greater, of sum 4",
-    ),
-    (
-        "stage_layers",
-        "--num-layers 4 --pipeline-model-parallel-size 2 --pipeline-stage-layers 1 2",
-        2,
-        "`--pipeline-stage-layers 1 2` adds up to 3 layers, not to `--num-layers 4`; legal: 2 numbers, 0 or greater, of sum 4",
-    ),
-    (
-        "stage_layers",
-        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --num-layers 4 "
-        "--pipeline-stage-layers 5 -2",
-        2,
-        "`--pipeline-stage-layers 5 -2` names 2 stages, not the 4 of 2 pipeline ranks x 2 and has a negative number of layers; "
-        "legal: 4 numbers, 0 or greater, of sum 4",
-    ),
-    (
-        "split_backward",
-        "--pipeline-model-parallel-size 2 --pipeline-schedule zb-h1 --compile",
-        2,
-        "`--pipeline-schedule zb-h1` cannot go with `--compile`: it computes weight gradients apart from the layers, which "
-        "would cut their graph; legal: gpipe, 1f1b or interleaved, or leave out --compile",
-    ),
 ]
 
 
@@ -319,8 +247,9 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like, and test_new_schedule.py.
-    elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES}
-    assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES} | {"numbers_that_fit"}
+    elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES, *SCHEDULE_RULES}
+    elsewhere |= {step_sizes, *PIPELINE_RULES}
+    assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py, and for the third test_task_rules.py.
     files = ["tokenizer_files", "datasets", "task_files", "load", "writable", "stop_file"]
     assert [r.__name__ for r in FILE_RULES] == files
@@ -336,6 +265,7 @@ def test_every_rule_is_tested() -> None:
         ("--position-embedding-type rope --no:max-position-embeddings", 1),
         ("--global-batch-size 12", 2),
         ("--rampup-batch-size 4 4 16 --train-samples 99 --no:train-iters --global-batch-size 16", 2),
+        ("--rampup-batch-size 2 2 9 --train-samples 8 --no:train-iters --global-batch-size 8", 1),  # ends within the ramp-up
         ("--lr-warmup-fraction 0.1 --lr-decay-iters 20", 1),
         ("--lr-decay-style constant --min-lr 1e-3", 1),
         ("--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1", 1),

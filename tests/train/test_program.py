@@ -235,6 +235,32 @@ def test_ramp_up_and_reshuffling_resume_exactly(flags, tmp_path):
     assert {line["iteration"]: line for line in timeless(metrics(tmp_path / "split")) if "split" not in line} == whole
 
 
+def test_a_schedule_of_batch_sizes_resumes_exactly(flags, tmp_path):
+    """Three steps of 2 samples, then three of 4; warm-up over two steps, WSD's decay over the last two."""
+    kept = [flag for name, flag in zip(["", *flags], flags, strict=False) if "--global-batch-size" not in (name, flag)]
+    steps = [
+        *kept,
+        "--step-batch-size-schedule",
+        "0:2 192:4",
+        "--train-iters",
+        "6",
+        "--eval-iters",
+        "1",
+        "--lr-warmup-init",
+        "1e-3",
+    ]
+    steps += ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "2", "--lr-wsd-decay-style", "linear"]
+    assert run(steps) == 0
+    whole = {line["iteration"]: line for line in timeless(metrics(tmp_path / "run")) if "split" not in line}
+    assert [line["consumed_samples"] for line in whole.values()] == [2, 4, 6, 10, 14, 18]
+    rates = [5.5e-3, 1e-2, 1e-2, 1e-2, 5e-3, 0.0]  # of the step that follows
+    assert [line["learning_rate"] for line in whole.values()] == pytest.approx(rates)
+    split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in steps]
+    assert run([*split, "--auto-resume", "--exit-interval", "2"]) == Exit.STOPPED
+    assert run([*split, "--auto-resume"]) == 0
+    assert {line["iteration"]: line for line in timeless(metrics(tmp_path / "split")) if "split" not in line} == whole
+
+
 def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path):
     fused = [*flags, "--fused-attention-dropout", "--hidden-dropout", "0"]
     assert run(fused) == 0

@@ -9,13 +9,14 @@ import pytest
 
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
-from megatron.config.schema import BatchConfig, OptimConfig, RunConfig
+from megatron.config.schema import BatchConfig, DataConfig, OptimConfig, RunConfig
 from megatron.optim.lr import Schedule
-from megatron.train.resumed_schedule import check_schedule, choose_schedule, warning_of_rate_zero
+from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.source import Source
 from megatron.train.state import TrainState
 
-STYLES = ("linear", "cosine", "constant", "inverse-square-root")
+STYLES = ("linear", "cosine", "constant", "inverse-square-root", "WSD")
+WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
 
 
 def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: object) -> RunConfig:
@@ -47,9 +48,19 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "what", "held", "wanted"), CHANGES)
+CHANGES += [(run(decoupled_lr=1e-4), "for word embedding and output layer (`--decoupled-lr`)", False, True)]
+# The same from a run of WSD with a warm-up.
+WSD_CHANGES = [
+    (run(**WSD | {"lr_wsd_decay_iters": 1}, lr_warmup_iters=1), "`--lr-wsd-decay-iters 1` x `--global-batch-size 4`", 8, 4),
+    (run(**WSD, lr_warmup_iters=1, lr_wsd_decay_style="cosine"), "`--lr-wsd-decay-style`", "exponential", "cosine"),
+    (run(**WSD, lr_warmup_iters=1, lr_warmup_init=1e-5), "`--lr-warmup-init`", 0.0, 1e-05),
+]
+
+
+@pytest.mark.parametrize(("asked", "what", "held", "wanted"), [*CHANGES, *WSD_CHANGES])
 def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, held, wanted):
-    source = saved(run())
+    old_run = run(**WSD, lr_warmup_iters=1) if asked.optim.lr_decay_style == "WSD" else run()
+    source = saved(old_run)
     with pytest.raises(ConfigError) as caught:
         check_schedule(source, asked)
     (problem,) = map(str, caught.value.problems)
@@ -60,7 +71,7 @@ def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, h
     for config in (new, old):
         check_schedule(source, config)
     assert choose_schedule(source, new) == Schedule.of(asked.optim, asked.batch)
-    assert choose_schedule(source, old) == Schedule.of(run().optim, run().batch)
+    assert choose_schedule(source, old) == Schedule.of(old_run.optim, old_run.batch)
 
 
 def test_what_changes_nothing_is_silent():
@@ -69,10 +80,11 @@ def test_what_changes_nothing_is_silent():
     constant = {"lr_decay_style": "constant"}
     check_schedule(saved(run(**constant)), run(8, **constant))  # the length of no decay
     growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
-    with pytest.raises(ConfigError, match="length of the learning rate's decay"):  # which is that of the weight decay as well
+    with pytest.raises(ConfigError, match="length of the weight decay's change"):
         check_schedule(saved(run(**constant, **growing)), run(8, **constant, **growing))
     with pytest.raises(ConfigError, match=r"`--end-weight-decay` is 0\.2"):
         check_schedule(saved(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
+    check_schedule(saved(run()), run(lr_wsd_decay_style="cosine", lr_warmup_init=1e-4))  # of no WSD, of no warm-up
     check_schedule(replace(saved(run()), progress=False), run(8))  # --finetune
     check_schedule(Source(state=TrainState(iteration=0)), run(8))  # imported weights
     check_schedule(saved(run()), replace(run(8), eval=replace(run().eval, skip_train=True)))
@@ -81,7 +93,8 @@ def test_what_changes_nothing_is_silent():
 @pytest.mark.parametrize("style", STYLES)
 def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
     """To the last bit, wherever the run stands; skipped steps moved neither."""
-    old, asked = run(10, lr_decay_style=style), run(20, size=8, lr=3e-3, min_lr=1e-4, lr_decay_style=style, lr_warmup_iters=3)
+    old = run(10, lr_decay_style=style, lr_wsd_decay_iters=4)
+    asked = run(20, size=8, lr=3e-3, min_lr=1e-4, lr_decay_style=style, lr_wsd_decay_iters=5, lr_warmup_iters=3)
     new = replace(asked, optim=replace(asked.optim, override_opt_param_scheduler=True))
     for iteration in range(1, 11):
         source = saved(old, iteration)
@@ -92,15 +105,15 @@ def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("ramp", [(), (2, 2, 12)])
+@pytest.mark.parametrize("ramp", [{}, {"rampup_batch_size": (2, 2, 12)}, {"batch_size_steps": (0, 2, 7, 6, 16, 4)}])
 @pytest.mark.parametrize(("begun", "decay"), [(0, 5), (0, 12), (3, 5), (8, 5)])
 def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
     """Those that a walk through the run finds."""
     from megatron.config.batch_size import global_batch_size_at
 
-    batch = replace(run(12).batch, rampup_batch_size=ramp)
+    batch = replace(run(12).batch, **ramp)
     for floor, warmup in ((0.0, 0), (0.0, 3), (1e-9, 0)):
-        schedule = Schedule(1e-3, floor, style, warmup, 4 * decay, 0.0, 0.0, "constant")
+        schedule = Schedule(1e-3, floor, style, warmup, 4 * decay, 0.0, 0.0, "constant", annealing=6)
         consumed, zero, state = 0, [], TrainState()
         for iteration in range(1, 13):
             if iteration == begun + 1:
@@ -112,3 +125,28 @@ def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
         assert (line is None) == (zero == [])
         if line is not None and len(zero) > 1:
             assert f"iterations {zero[0]} to {zero[-1]} lie beyond the end" in line and zero[-1] == 12
+
+
+def test_a_checkpoint_that_says_nothing_of_what_came_later():
+    """Its weight decay went on growing as long as its learning rate fell, and does so."""
+    growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.2}
+    config = run(8, lr_decay_iters=4, **growing)
+    source = saved(config)
+    for name in ("decay_weights_over", "initial", "annealing", "annealing_style"):
+        del source.state.schedule[name]
+    kept = replace(config, optim=replace(config.optim, use_checkpoint_opt_param_scheduler=True))
+    assert choose_schedule(source, kept).weight_decay(8) == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match=r"weight decay's change in samples \(`--train-iters 8` .* is 32; .* has 16"):
+        check_schedule(source, config)
+
+
+def test_more_ranks_go_on_with_the_sizes_that_are_left():
+    batch = BatchConfig(micro_batch_size=1, step_batch_size_schedule=("0:2 64:8",), train_iters=9)
+    config = resolve(RunConfig(data=DataConfig(seq_length=8), batch=batch, optim=OptimConfig(lr=1e-3)), 8)
+    behind = Source(state=TrainState(consumed_samples=8), progress=True)
+    check_batch_sizes(behind, config, 8)
+    for source in (replace(behind, progress=False), Source(state=TrainState(consumed_samples=6), progress=True)):
+        with pytest.raises(
+            ConfigError, match="has the sizes 2, not divisible by `--micro-batch-size 1` x 8 data-parallel ranks"
+        ):
+            check_batch_sizes(source, config, 8)
