@@ -101,8 +101,8 @@ def test_a_prefix_is_noted_and_an_ambiguous_one_refused() -> None:
 
 def test_all_mistakes_at_once_and_each_once() -> None:
     lines = mistakes(
-        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--bert-load", "x", "stray",
-        "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
+        *BASE, "--num-layers", "abc", "--hidden-dropout", "1.5", "--nmu-workers", "4", "--bert-load", "x", "--bf16",
+        "stray", "--seq-length", "1024", "--optimizer", "lamb", "--lr", "nan", "--sequence-parallel=yes", "--save",
     )  # fmt: skip
     assert sorted(lines) == sorted(
         [

@@ -57,7 +57,6 @@ FEATURES = {
         --disable-bf16-reduced-precision-matmul --batch-invariant-mode""",
     # the optimizer
     "other optimizers, which are not available; --optimizer is adam or sgd": "--muon-* --lion-*",
-    "a learning rate of their own for embedding and output layer, which is not available": """""",
     "initial weights of their own for embeddings, which are not available": "--embedding-init-method-std",
     "frozen layers, which are not available": "--freeze-all-layers",
     # layout and memory

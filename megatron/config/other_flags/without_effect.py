@@ -118,6 +118,7 @@ WITHOUT_EFFECT = {
     "the weights of data-parallel replicas are not compared": "--check-weight-hash-across-dp-replicas-interval=?",
     "there are no timers inside a step": """
         --timing-log-level=? --timing-log-option=? --no-barrier-with-level-1-timing --log-timers-to-tensorboard""",
+    "throughput is always told, in TFLOP/s and tokens/s": "--log-throughput",
     "the console and metrics.jsonl tell what is told": """
         --log-progress --log-straggler --disable-straggler-on-startup --straggler-ctrlr-port=? --straggler-minmax-count=?
         --log-energy --log-device-memory-used --log-memory-interval=? --log-max-attention-logit --logging-level=?""",
