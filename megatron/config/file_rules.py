@@ -17,6 +17,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
+from megatron.files.outputs import unwritable
 from megatron.files.regular import kind_of_file
 
 
@@ -132,7 +133,8 @@ def first_start(c: Case) -> bool:
 def writable(c: Case) -> Iterator[Problem]:
     """What a run will write can be written."""
     folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
-    for name, typed in (("log.metrics_path", c.typed.log.metrics_path), ("task.results_path", c.typed.task.results_path)):
+    files = {"log.metrics_path": c.typed.log.metrics_path, "task.results_path": c.typed.task.results_path}
+    for name, typed in files.items():
         if typed is not None:
             folders[name] = str(Path(typed).absolute().parent)
         if c[name] is not None and Path(c[name]).is_dir():
@@ -140,16 +142,10 @@ def writable(c: Case) -> Iterator[Problem]:
     for name, folder in folders.items():
         if folder is None:
             continue
-        path = Path(folder).absolute()
-        while not os.path.lexists(path):
-            path = path.parent
-        if not path.exists():
-            rule = f"cannot be written: {path} is a link to {os.readlink(path)}, which does not exist"
+        if rule := unwritable(folder):
             yield Problem(say(name, c[name]), rule)
-        elif not path.is_dir():
-            yield Problem(say(name, c[name]), f"cannot be written: {path} is a file, not a directory")
-        elif not os.access(path, os.W_OK | os.X_OK):
-            yield Problem(say(name, c[name]), f"cannot be written: permission denied in {path}")
+        elif name in files and os.path.isfile(c[name]) and not os.access(c[name], os.W_OK):
+            yield Problem(say(name, c[name]), "cannot be written: permission denied")
 
 
 def stop_file(c: Case) -> Iterator[Problem]:
