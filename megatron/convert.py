@@ -46,7 +46,7 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
     out = path.parent
     try:
         read = Reads([path, *([given.config_file] if given.config_file else [])])
-        for name in OUTPUTS if path.exists() else ():
+        for name in OUTPUTS if os.path.exists(path) else ():
             check_file("the output", out / name, read)
         print(f"reading {path}")
         file = read_archive(path)

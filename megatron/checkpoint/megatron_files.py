@@ -31,6 +31,7 @@ from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
+from megatron.files.foreign import foreign, foreign_directory
 from megatron.files.outputs import is_foreign
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import read_text, reason
@@ -53,8 +54,13 @@ class Imported:
 
 def find_megatron(root: Path) -> Path:
     """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: there is no such directory")
+    if not os.path.isdir(root):
+        what = "it is a file; give the directory that it lies in" if os.path.isfile(root) else "there is no such directory"
+        raise CheckpointError(f"{root}: {f'it is {found}' if (found := foreign(root)) else what}")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{root}: it cannot be read: permission denied")
+    if (found := foreign_directory(root, "Megatron-LM")) is not None:
+        raise CheckpointError(f"{root}: it is {found}")
     if any(RANK.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
@@ -64,10 +70,10 @@ def find_megatron(root: Path) -> Path:
         raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
-    found = root / (word if word == "release" else directory_name(int(word)))
-    if not found.is_dir() or not any(RANK.fullmatch(path.name) for path in found.iterdir()):
-        raise CheckpointError(f"{found}: {TRACKER} names it, and there is no mp_rank_ directory in it")
-    return found
+    named = root / (word if word == "release" else directory_name(int(word)))
+    if not named.is_dir() or not any(RANK.fullmatch(path.name) for path in named.iterdir()):
+        raise CheckpointError(f"{named}: {TRACKER} names it, and there is no mp_rank_ directory in it")
+    return named
 
 
 def rank_files(directory: Path) -> list[list[Path]]:

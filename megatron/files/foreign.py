@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron.files.regular import open_regular, read_json
 
@@ -50,15 +51,15 @@ class Foreign:
         return f"{self.what}; {self.advice}"
 
 
-def foreign_bytes(head: bytes) -> Foreign | None:
-    """Recognise a file that should be text or weights by its first bytes; None for what may be either.
+def foreign_bytes(head: bytes, *, text: bool = True) -> Foreign | None:
+    """Recognise a file that is something else than it should be by its first bytes; None where they show nothing.
 
-    head: at most HEAD_BYTES of it.
+    head: at most HEAD_BYTES of it. text: whether it should be text, in which null bytes are rare.
     """
     for magic, what, advice in MAGIC:
         if head.startswith(magic):
             return Foreign(what, advice)
-    if head.count(0) > MAX_NULLS * len(head):
+    if text and head.count(0) > MAX_NULLS * len(head):
         return Foreign("no text, or text in UTF-16", "save it as UTF-8")
     return None
 
@@ -67,7 +68,7 @@ def foreign_file(path: str | os.PathLike[str]) -> Foreign | None:
     """Recognise a file by its first bytes, as `foreign_bytes`; None for one that cannot be read."""
     try:
         with open_regular(path) as file:
-            return foreign_bytes(file.read(HEAD_BYTES))
+            return foreign_bytes(file.read(HEAD_BYTES), text=False)
     except OSError:
         return None
 
@@ -81,10 +82,17 @@ def is_pointer(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def hub_name(name: str | os.PathLike[str]) -> Foreign | None:
+def hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> Foreign | None:
     """Recognise the name of a model on the Hugging Face hub where a path on this machine should stand.
 
     A path whose first directory is there, or is called as people call those of their own, is none.
+
+    Args:
+        name: what was given; there is nothing of that name here.
+        then: what to do when it was downloaded to DIR, for the advice.
+
+    Returns:
+        What it is; None for what is no such name, and for a path that is there.
     """
     text = os.fspath(name)
     found = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf://", "", text)
@@ -100,13 +108,16 @@ def hub_name(name: str | os.PathLike[str]) -> Foreign | None:
         if not owned and not OLDEST.fullmatch(found):
             return None
     get = f"huggingface-cli download {found} --local-dir DIR"
-    return Foreign("a name on the Hugging Face hub, from which nothing is downloaded", f"`{get}`, and give DIR")
+    return Foreign("a name on the Hugging Face hub, from which nothing is downloaded", f"`{get}`, then {then}")
 
 
-def foreign_directory(path: str | os.PathLike[str]) -> Foreign | None:
-    """Recognise a directory of weights that another program made; None for any other, and for one that cannot be read."""
+def foreign_directory(path: str | os.PathLike[str], reader: str = "ours") -> Foreign | None:
+    """Recognise a directory of weights that another program made; None for any other, and for one that cannot be read.
+
+    reader: what is to be read there: a checkpoint of ours, one of `Megatron-LM`, or a `Hugging Face` directory.
+    """
     root = Path(path)
-    for kind in KINDS:
+    for kind in KINDS[reader]:
         try:
             found = kind(root)
         except OSError:
@@ -120,12 +131,13 @@ def foreign(path: str | os.PathLike[str]) -> Foreign | None:
     """Recognise whatever stands in the place of a directory of checkpoints: a directory, a file or the name of neither."""
     if os.path.isdir(path):
         return foreign_directory(path)
-    return foreign_file(path) if os.path.lexists(path) else hub_name(path)
+    if os.path.lexists(path):
+        return foreign_file(path)
+    return hub_name(path, f"`{_importing('DIR')}`, and give CKPT")
 
 
-def own_checkpoint(root: Path) -> Foreign | None:
-    """Recognise a checkpoint of this program, for what reads others."""
-    if any(path.name == "manifest.json" for path in _inside(root)):
+def _own(root: Path) -> Foreign | None:
+    if any(path.name == "manifest.json" and path.with_name("state.json").exists() for path in _inside(root)):
         return Foreign("a checkpoint of this program, which needs no import", f"give it to --load: --load {root}")
     return None
 
@@ -171,9 +183,13 @@ def _megatron_lm(root: Path) -> Foreign | None:
 
 
 def _hub_cache(root: Path) -> Foreign | None:
-    if not (found := sorted(root.glob("snapshots/*/config.json"))) or os.path.lexists(root / "config.json"):
+    if os.path.lexists(root / "config.json"):
         return None
-    return Foreign("a directory of the Hugging Face hub's cache", f"the model is in {found[-1].parent}")
+    kept = {"snapshots/*/config.json": "the Hugging Face hub's cache", "checkpoint-*/config.json": "the Hugging Face Trainer"}
+    for pattern, maker in kept.items():
+        if found := sorted(root.glob(pattern), key=os.path.getmtime):
+            return Foreign(f"a directory of {maker}", f"the model is in {found[-1].parent}")
+    return None
 
 
 def _adapter(root: Path) -> Foreign | None:
@@ -227,6 +243,11 @@ def _importing_megatron(directory: object) -> str:
     return f"python tools/import_megatron.py --load {directory} --save CKPT"
 
 
-KINDS: tuple[Callable[[Path], Foreign | None], ...] = (
-    _deepspeed, _megatron_core, _megatron_lm, _hub_cache, _adapter, _hugging_face, _single_files,
-)  # fmt: skip
+Kind = Callable[[Path], Foreign | None]
+KINDS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(  # for what each reader takes a directory
+    {
+        "ours": (_deepspeed, _megatron_core, _megatron_lm, _hub_cache, _adapter, _hugging_face, _single_files),
+        "Megatron-LM": (_own, _deepspeed, _megatron_core, _hub_cache, _adapter, _hugging_face),
+        "Hugging Face": (_own, _deepspeed, _megatron_core, _megatron_lm, _hub_cache),
+    }
+)

@@ -11,12 +11,24 @@ from legal_run import argv, problems
 
 from megatron.config.cli import parse
 from megatron.config.errors import ConfigError
+from megatron.files.prefixes import meant_prefix
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     for name in ("good.bin", "good.idx", "half.bin", "vocab.json", "merges.txt"):
         (tmp_path / name).write_text("x")
+    for name in ("corpus_text_document", "data/x", "data/y", "split_text_sentence"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        for ending in (".bin", ".idx"):
+            (tmp_path / (name + ending)).write_text("x")
+    for name in ("corpus.jsonl", "raw.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "hf/model.safetensors").write_text("x")
+    (tmp_path / "lm/iter_0000004/mp_rank_00").mkdir(parents=True)
     (tmp_path / "empty.bin").write_text("")
     (tmp_path / "empty.idx").write_text("x")
     for folder in (
@@ -40,6 +52,17 @@ def disk(tmp_path: Path) -> Path:
         (tmp_path / folder / "manifest.json").write_text("{}")
     (tmp_path / "loose").symlink_to("nowhere")
     return tmp_path
+
+
+LONG = "x" * 250
+CLONED = "where it was cloned"
+HUB = (
+    "from which nothing is downloaded; `huggingface-cli download openai-community/gpt2 --local-dir DIR`, then `python "
+    "tools/import_hf.py --input DIR --save CKPT`, and give CKPT"
+)
+LOAD = "then --load CKPT --finetune"
+MAKE = "python tools/preprocess_data.py"
+NO_CORPUS = "names no dataset: corpus.bin and corpus.idx do not exist"
 
 
 def on_disk(disk: Path, change: str) -> list[str]:
@@ -122,13 +145,77 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
             "--save @loose/x --save-interval 1",
             "`--save loose/x` cannot be written: loose is a link to nowhere, which does not exist",
         ),
+        (
+            "--save @a-name-of-LONG --save-interval 1",
+            "`--save a-name-of-LONG` cannot be made: a name in it has more than 255 bytes",
+        ),
+        (
+            "--save /proc/run --save-interval 1",
+            "`--save /proc/run` cannot be written: /proc belongs to the kernel, and no file can be made there",
+        ),
+        (
+            "--save /dev/null/x --save-interval 1",
+            "`--save /dev/null/x` cannot be written: /dev/null is a device, not a directory",
+        ),
+        (
+            "--load @pointer",
+            "`--load pointer` is a file, a pointer of Git LFS, in place of the file itself; run `git lfs pull` " + CLONED,
+        ),
+        ("--load openai-community/gpt2", "`--load openai-community/gpt2` is a name on the Hugging Face hub, " + HUB),
+        (
+            "--load @hf",
+            "`--load hf` is a Hugging Face directory; import it: `python tools/import_hf.py --input hf --save CKPT`, " + LOAD,
+        ),
+        (
+            "--load @lm",
+            "`--load lm` is a checkpoint of Megatron-LM; import it: `python tools/import_megatron.py --load lm --save CKPT`, "
+            + LOAD,
+        ),
+        (
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model gpt2",
+            "`--tokenizer-model gpt2` is a name on the Hugging Face hub, from which nothing is downloaded; "
+            "`huggingface-cli download gpt2 --local-dir DIR`, then give DIR",
+        ),
+        (
+            "--tokenizer-type GPT2BPETokenizer --vocab-file @pointer --merge-file @merges.txt",
+            "`--vocab-file pointer` is a pointer of Git LFS, in place of the file itself; run `git lfs pull` " + CLONED,
+        ),
+        ("--data-path @corpus", f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
+        ("--data-path @corpus.bin", f"`--data-path corpus.bin` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
+        (
+            "--data-path 0.5 @corpus 0.5 @good",
+            f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it",
+        ),
+        (
+            "--data-path @corpus.jsonl",
+            "`--data-path corpus.jsonl` "
+            + NO_CORPUS.replace("corpus.", "corpus.jsonl.")
+            + "; give corpus_text_document, which lies "
+            "beside it",
+        ),
+        (
+            "--data-path @data",
+            "`--data-path data` names no dataset: data.bin and data.idx do not exist; give one of data/x, data/y",
+        ),
+        (
+            "--data-path @raw.jsonl",
+            "`--data-path raw.jsonl` names no dataset: raw.jsonl.bin and raw.jsonl.idx do not exist; raw.jsonl is a text, of "
+            f"which a dataset is to be made first: `{MAKE} --input raw.jsonl --output-prefix raw --tokenizer-type ... "
+            "--append-eod`, then give raw_text_document",
+        ),
+        (
+            "--data-path @split",
+            "`--data-path split` names no dataset: split.bin and split.idx do not exist; beside it is only "
+            f"split_text_sentence, of sentences, of BERT; make the other: `{MAKE} --input TEXT.jsonl --output-prefix split "
+            "--tokenizer-type ... --append-eod`",
+        ),
         ("--tensorboard-dir @good.bin", "`--tensorboard-dir good.bin` cannot be written: good.bin is a file, not a directory"),
         ("--metrics-path @good.bin/m", "`--metrics-path good.bin/m` cannot be written: good.bin is a file, not a directory"),
     ],
 )
 def test_wrong_files(change: str, message: str, disk: Path) -> None:
-    change = change if "--data-path" in change else f"--data-path @good {change}"
-    assert on_disk(disk, change) == [message.replace("DISK", str(disk))]
+    change = (change if "--data-path" in change else f"--data-path @good {change}").replace("LONG", LONG)
+    assert on_disk(disk, change) == [message.replace("DISK", str(disk)).replace("LONG", LONG)]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +253,21 @@ def test_what_may_not_be_read_or_written(disk: Path, monkeypatch: pytest.MonkeyP
     assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
         "`--save nothing/run` cannot be written: permission denied in nothing"
     ]
+
+
+def test_a_disk_that_is_mounted_read_only(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = os.statvfs(disk)
+    read_only = os.statvfs_result((*about[:8], about.f_flag | os.ST_RDONLY, *about[9:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)
+    assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
+        "`--save nothing/run` cannot be written: nothing is on a file system that is mounted read-only"
+    ]
+
+
+def test_a_prefix_for_bert(disk: Path) -> None:
+    assert meant_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which lies beside it"
+    assert "beside it is only" in (meant_prefix(str(disk / "corpus"), "sentence") or "")
+    assert meant_prefix(str(disk / "nowhere"), "document") is None
 
 
 def test_a_stop_file_can_appear_and_go(disk: Path) -> None:
