@@ -82,6 +82,9 @@ def rank_files(directory: Path) -> list[list[Path]]:
     for path in directory.iterdir():
         if match := RANK.fullmatch(path.name):
             files = [path / name for name in FILES if os.path.lexists(path / name)]
+            if not files and os.path.lexists(path / "optim.pt"):
+                what = "it is of Megatron-LM's distributed optimizer, with an optim.pt, which is not read"
+                raise CheckpointError(f"{directory}: {what}; save it there without --use-distributed-optimizer")
             if not files:
                 raise CheckpointError(f"{path}: there is no {FILES[0]} in it")
             if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.directories import MANIFEST, iterations, starts_fresh
 from megatron.config.errors import Problem
-from megatron.config.options import say
+from megatron.config.options import by_name, say
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
 from megatron.files.foreign import foreign, foreign_directory, hub_name, is_pointer
@@ -39,13 +39,14 @@ def _near(path: Path, names: list[str] | None = None) -> str:
     return f"; near it: {', '.join(str(folder / name) for name in close)}" if close else ""
 
 
-def _unreadable(path: Path) -> str | None:
-    """Why a file cannot be read; None when it can."""
+def _unreadable(path: Path, flag: str = "") -> str | None:
+    """Why a file cannot be read; None when it can. flag: that names it, where it may be given the name of a model instead."""
     if os.path.isdir(path):
         return "is a directory, not a file"
     if not os.path.exists(path):
         near = _near(path)
-        hub = None if near.startswith("; near it") else hub_name(path.parent if path.name == "tokenizer.json" else path)
+        then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
+        hub = hub_name(path, then) if flag and not near.startswith("; near it") else None
         return f"is {hub}" if hub else f"does not exist{near}"
     if kind := kind_of_file(path.stat().st_mode):
         return f"is {kind}, not a regular file"
@@ -65,7 +66,7 @@ def tokenizer_files(c: Case) -> Iterator[Problem]:
         path = Path(c[name])
         if kind == "HuggingFaceTokenizer" and os.path.isdir(path):
             path = path / "tokenizer.json"
-        if wrong := _unreadable(path):
+        if wrong := _unreadable(path, by_name()[name].flag):
             where = "" if str(path) == c[name] else f"{path} "
             yield Problem(say(name, c[name]), where + wrong)
 

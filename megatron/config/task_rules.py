@@ -11,6 +11,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import COMMON_RULES
 from megatron.config.tasks import TASKS
+from megatron.files.prefixes import meant_prefix
 from megatron.files.regular import kind_of_file
 
 # What decides the samples and the length of a pretraining run.
@@ -91,7 +92,8 @@ def task_files(c: Case) -> Iterator[Problem]:
             path = Path(word)
             dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
             if not os.path.exists(path) and not dataset:
-                yield Problem(say(name, (word,)), "does not exist")
+                meant = meant_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
+                yield Problem(say(name, (word,)), "does not exist" + (f"; {meant}" if meant else ""))
             elif os.path.exists(path) and os.path.isdir(path) != (c["task.task"] == "RACE"):
                 kind = "directories" if c["task.task"] == "RACE" else "files"
                 yield Problem(

@@ -40,6 +40,9 @@ LOCAL = re.compile(  # how people call directories of their own
 )
 
 
+THEN = "then --load CKPT (training begins from it with --finetune)"
+
+
 @dataclass(frozen=True)
 class Foreign:
     """Something that another program made. what: its kind, in words. advice: what to do with it here."""
@@ -179,7 +182,10 @@ def _megatron_core(root: Path) -> Foreign | None:
 def _megatron_lm(root: Path) -> Foreign | None:
     if not _names(_inside(root), r"mp_rank_\d+(_\d+)*"):
         return None
-    return Foreign("a checkpoint of Megatron-LM", f"import it: `{_importing_megatron(root)}`, then --load CKPT --finetune")
+    return Foreign(
+        "a checkpoint of Megatron-LM",
+        f"import it: `{_importing_megatron(root)}`, then --load CKPT (training begins from it with --finetune)",
+    )
 
 
 def _hub_cache(root: Path) -> Foreign | None:
@@ -212,7 +218,10 @@ def _hugging_face(root: Path) -> Foreign | None:
     if pointers := [path for path in safe if is_pointer(path)]:
         what = f"a Hugging Face directory whose {pointers[0].name} is a pointer of Git LFS"
         return Foreign(what, f"run `git lfs pull` in it, then `{_importing(root)}`")
-    return Foreign("a Hugging Face directory", f"import it: `{_importing(root)}`, then --load CKPT --finetune")
+    return Foreign(
+        "a Hugging Face directory",
+        f"import it: `{_importing(root)}`, then --load CKPT (training begins from it with --finetune)",
+    )
 
 
 def _is_hugging_face(config: Path) -> bool:

@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from megatron.files.foreign import is_pointer
-
 TEXTS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 MAX_LISTED = 5  # datasets in a message
@@ -45,11 +43,6 @@ def meant_prefix(prefix: str, level: str) -> str | None:
     if text is not None:
         return f"{text} is a text, of which a dataset is to be made first: `{making}`, then give {stem}_text_{level}"
     return None
-
-
-def broken_file(path: str | Path) -> str | None:
-    """Say that a dataset's file is a pointer of Git LFS; None for any other."""
-    return "is a pointer of Git LFS, in place of the file itself; run `git lfs pull`" if is_pointer(path) else None
 
 
 def _stem(prefix: str) -> str:
