@@ -247,6 +247,8 @@ def find(
         names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
         near = difflib.get_close_matches(path.name, names, n=3)
         hint = f". Near it: {', '.join(str(path.parent / n) for n in near)}" if near else ""
+        if os.path.isdir(path.parent) and not os.access(path.parent, os.X_OK):
+            raise NoCheckpoint(f"{path}: it cannot be read: permission denied in {path.parent}")
         if not near and (found := foreign(path)) is not None:
             raise NoCheckpoint(f"{path}: it is {found}")
         raise NoCheckpoint(f"{path}: there is no such directory{hint}")

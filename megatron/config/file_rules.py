@@ -85,7 +85,7 @@ def _dataset(what: str, prefix: str, level: str) -> Iterator[Problem]:
     wrong = [(path, why) for path in files if (why := _unreadable(path))]
     if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
         folder = files[0].parent
-        names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.path.isdir(folder) else None
+        names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None
         meant = meant_prefix(prefix, level)
         hint = f"; {meant}" if meant else _near(Path(prefix), names)
         yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
@@ -114,7 +114,7 @@ def load(c: Case) -> Iterator[Problem]:
         empty, present = next(os.scandir(root), None) is None, iterations(root)
         other = None if os.path.exists(root / MANIFEST) or first_finished(root) else foreign_directory(root)
     except OSError as error:
-        yield Problem(what, f"cannot be read: {error}")
+        yield Problem(what, f"cannot be read: {error.strerror}")
         return
     listed = ", ".join(map(str, present[-8:])) or "none"
     finished = [number for number in present if os.path.exists(root / f"iter_{number:07d}" / MANIFEST)]
@@ -144,7 +144,7 @@ def _no_directory(root: Path, fresh: str) -> str:
     found = None if near.startswith("; near it") else foreign(root)
     if os.path.isfile(root):
         return f"is a file, {found}" if found else f"is a file; a checkpoint is a directory{fresh}"
-    if root.is_symlink():
+    if os.path.islink(root):
         return f"is a link to {os.readlink(root)}, which does not exist{fresh}"
     return f"is {found}" if found else f"does not exist{near}{fresh}"
 
@@ -186,6 +186,8 @@ def stop_file(c: Case) -> Iterator[Problem]:
         yield Problem(say("batch.stop_file", name), "is a directory, not a file")
     elif not os.path.isdir(path.parent):
         yield Problem(say("batch.stop_file", name), f"can never appear: there is no directory {path.parent}")
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        yield Problem(say("batch.stop_file", name), f"could not be seen and removed: permission denied in {path.parent}")
 
 
 FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, task_files, load, writable, stop_file)

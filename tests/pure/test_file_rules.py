@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,46 @@ def test_what_may_not_be_read_or_written(disk: Path, monkeypatch: pytest.MonkeyP
     assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
         "`--save nothing/run` cannot be written: permission denied in nothing"
     ]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("place", ["no", "no/x"])
+def test_another_user_hears_of_permissions_in_words(place: str, disk: Path) -> None:
+    """Really as one, to whom a directory is closed: no look at the disk may fail in another way."""
+    (disk / "no").mkdir(mode=0o700)
+    (disk / "no/x").mkdir()
+    settings = {
+        "--data-path @good --load @P": "--load",
+        "--data-path @good --save @P --save-interval 1": "--save",
+        "--data-path @good --load @P --save @P/run --save-interval 1": "--load",
+        "--data-path @P": "--data-path",
+        "--data-path @good --tensorboard-dir @P": "--tensorboard-dir",
+        "--data-path @good --metrics-path @P/m": "--metrics-path",
+        "--data-path @good --tokenizer-type HuggingFaceTokenizer --tokenizer-model @P": "--tokenizer-model",
+        "--data-path @good --tokenizer-type BertWordPieceCase --vocab-file @P": "--vocab-file",
+        "--data-path @good --stop-file @P/stop": "--stop-file",
+    }
+    on_disk(disk, "--data-path @good")  # everything is imported before, of what he may not read either
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            for folder in (disk, *disk.parents[:2]):
+                os.chmod(folder, 0o755)
+            os.setgid(65534)
+            os.setuid(65534)
+            found = {change: on_disk(disk, change.replace("@P", f"@{place}")) for change in settings}
+        except BaseException as error:
+            found = {"failed": [repr(error)]}
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        found = json.loads(pipe.read())
+    assert found.keys() == settings.keys(), found
+    for change, lines in found.items():
+        assert lines and lines[0].startswith(f"`{settings[change]} "), (change, lines)
+        assert not any("Errno" in line for line in lines), lines
 
 
 def test_a_disk_that_is_mounted_read_only(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
