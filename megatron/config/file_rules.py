@@ -91,7 +91,7 @@ def _dataset(what: str, prefix: str, level: str) -> Iterator[Problem]:
         yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
         return
     for path, why in wrong:
-        yield Problem(what, f"is no dataset: {path} {why.split(';')[0]}")
+        yield Problem(what, f"is no dataset: {path} {why.split(';')[0] if why.startswith('does not exist') else why}")
 
 
 def load(c: Case) -> Iterator[Problem]:
@@ -142,7 +142,7 @@ def _no_directory(root: Path, fresh: str) -> str:
     """What is wrong with a --load that is no directory; the words of `fresh` help where nothing else does."""
     near = "" if os.path.lexists(root) else _near(root)
     found = None if near.startswith("; near it") else foreign(root)
-    if os.path.isfile(root):
+    if os.path.exists(root):
         return f"is a file, {found}" if found else f"is a file; a checkpoint is a directory{fresh}"
     if os.path.islink(root):
         return f"is a link to {os.readlink(root)}, which does not exist{fresh}"

@@ -234,7 +234,10 @@ def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
         hint = f"; it belongs under [{homes[0]}]"
         reading.bad.add(_keys(homes[0])[word].option.name)  # which is not missing as well
     else:
-        hint = nearest(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
+        keys = {key: spelling for name in ([section] if section else sections()) for key, spelling in _keys(name).items()}
+        hint = nearest(word, list(keys))
+        # What was meant is not missing as well.
+        reading.bad |= {keys[key].option.name for key in difflib.get_close_matches(word, keys, n=1, cutoff=0.6)}
     reading.problems.append(Problem(f"`{key}`{place} in {path}", "is not a known key" + hint))
 
 

@@ -38,8 +38,6 @@ LOCAL = re.compile(  # how people call directories of their own
     r"(runs?|checkpoints?|ckpts?|data(sets?)?|out(puts?)?|saved?|saves|results?|exps?|experiments|logs?|te?mp|work(space)?|scratch|"
     r"models?|weights|pretrained|tests?|home|root|mnt|examples|tools|tasks)"
 )
-
-
 THEN = "then --load CKPT (training begins from it with --finetune)"
 
 
@@ -182,10 +180,7 @@ def _megatron_core(root: Path) -> Foreign | None:
 def _megatron_lm(root: Path) -> Foreign | None:
     if not _names(_inside(root), r"mp_rank_\d+(_\d+)*"):
         return None
-    return Foreign(
-        "a checkpoint of Megatron-LM",
-        f"import it: `{_importing_megatron(root)}`, then --load CKPT (training begins from it with --finetune)",
-    )
+    return Foreign("a checkpoint of Megatron-LM", f"import it: `{_importing_megatron(root)}`, {THEN}")
 
 
 def _hub_cache(root: Path) -> Foreign | None:
@@ -218,10 +213,7 @@ def _hugging_face(root: Path) -> Foreign | None:
     if pointers := [path for path in safe if is_pointer(path)]:
         what = f"a Hugging Face directory whose {pointers[0].name} is a pointer of Git LFS"
         return Foreign(what, f"run `git lfs pull` in it, then `{_importing(root)}`")
-    return Foreign(
-        "a Hugging Face directory",
-        f"import it: `{_importing(root)}`, then --load CKPT (training begins from it with --finetune)",
-    )
+    return Foreign("a Hugging Face directory", f"import it: `{_importing(root)}`, {THEN}")
 
 
 def _is_hugging_face(config: Path) -> bool:

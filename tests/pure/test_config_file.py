@@ -38,5 +38,8 @@ def test_a_file_of_settings_that_cannot_be_read_is_the_only_mistake(tmp_path: Pa
     file.write_text("num-layers = 2\n")
     lines = mistakes(*argv("--no:num-layers"), "--config", str(file))
     assert lines == [f"`num-layers` before the first table in {file} is not a known key; it belongs under [model]"]
+    file.write_text("[model]\nnum-layer = 2\n")
+    lines = mistakes(*argv("--no:num-layers"), "--config", str(file))
+    assert len(lines) == 1 and "is not a known key; did you mean num-layers" in lines[0], lines
     file.write_bytes(b"\xef\xbb\xbf[model]\nnum-layers = 2\n")
     assert parse([*argv("--no:num-layers"), "--config", str(file)], program="t", files=False).config.model.num_layers == 2
