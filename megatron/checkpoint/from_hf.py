@@ -27,7 +27,7 @@ from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, ME
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
-from megatron.files.foreign import foreign_directory, foreign_file, hub_name, is_pointer
+from megatron.files.foreign import foreign_file, is_pointer, unfit_directory
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
@@ -208,13 +208,8 @@ def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) ->
 
 def _check_directory(directory: Path) -> None:
     """CheckpointError where there is no such directory, or where it is that of the hub's cache above the model's."""
-    if not os.path.isdir(directory):
-        what = "it is a file; give the directory that it lies in" if os.path.isfile(directory) else "there is no such directory"
-        raise CheckpointError(f"{directory}: {f'it is {found}' if (found := hub_name(directory)) else what}")
-    if not os.access(directory, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{directory}: it cannot be read: permission denied")
-    if (found := foreign_directory(directory, "Hugging Face")) is not None:
-        raise CheckpointError(f"{directory}: it is {found}")
+    if (why := unfit_directory(directory, "Hugging Face")) is not None:
+        raise CheckpointError(f"{directory}: {why}")
 
 
 def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:

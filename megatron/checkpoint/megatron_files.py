@@ -31,7 +31,7 @@ from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
-from megatron.files.foreign import foreign, foreign_directory
+from megatron.files.foreign import unfit_directory
 from megatron.files.outputs import is_foreign
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import read_text, reason
@@ -54,13 +54,8 @@ class Imported:
 
 def find_megatron(root: Path) -> Path:
     """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
-    if not os.path.isdir(root):
-        what = "it is a file; give the directory that it lies in" if os.path.isfile(root) else "there is no such directory"
-        raise CheckpointError(f"{root}: {f'it is {found}' if (found := foreign(root)) else what}")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{root}: it cannot be read: permission denied")
-    if (found := foreign_directory(root, "Megatron-LM")) is not None:
-        raise CheckpointError(f"{root}: it is {found}")
+    if (why := unfit_directory(root, "Megatron-LM")) is not None:
+        raise CheckpointError(f"{root}: {why}")
     if any(RANK.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:

@@ -128,6 +128,22 @@ def foreign_directory(path: str | os.PathLike[str], reader: str = "ours") -> For
     return None
 
 
+def unfit_directory(path: str | os.PathLike[str], reader: str) -> str | None:
+    """Say why weights of another program cannot be read there, in words that go on after the name; None where they may be.
+
+    reader: as of `foreign_directory`.
+    """
+    if not os.path.isdir(path):
+        hub = hub_name(path, "give DIR" if reader == "Hugging Face" else f"`{_importing('DIR')}`")
+        what = "it is a file; give the directory that it lies in" if os.path.exists(path) else "there is no such directory"
+        other = foreign_file(path) or hub
+        return f"it is {other}" if other else what
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "it cannot be read: permission denied"
+    found = foreign_directory(path, reader)
+    return f"it is {found}" if found else None
+
+
 def foreign(path: str | os.PathLike[str]) -> Foreign | None:
     """Recognise whatever stands in the place of a directory of checkpoints: a directory, a file or the name of neither."""
     if os.path.isdir(path):
