@@ -45,6 +45,9 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
     path: Path = given.path_to_checkpoint
     out = path.parent
     try:
+        read = Reads([path, *([given.config_file] if given.config_file else [])])
+        for name in OUTPUTS if os.path.exists(path) else ():
+            check_file("the output", out / name, read)
         print(f"reading {path}")
         file = read_archive(path)
         if given.print_checkpoint_structure:
@@ -52,9 +55,6 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
         config_file = read_config_file(Path(given.config_file)) if given.config_file else None
         found = understand(file, kind, config_file)
         compare(found.model, found.weights)
-        read = Reads([path, *([given.config_file] if given.config_file else [])])
-        for name in OUTPUTS:
-            check_file("the output", out / name, read)
         write(found, kind, out)
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:

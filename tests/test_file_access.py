@@ -95,7 +95,7 @@ def imported_readers(module: ast.Module) -> set[str]:
     return {
         alias.asname or alias.name
         for node in ast.walk(module)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(("files.regular", "tasks.sources"))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(("files.regular", "tasks.reading"))
         for alias in node.names
     }
 

@@ -6,7 +6,7 @@ Costs are times of one action, in any unit: F forward, B input gradient, W weigh
 backward takes B + W for it), COMM from the end of an action until its result is on another rank. Where ranks have several
 chunks, an action is one chunk's.
 
-Exit status: 0; 2 the schedule does not exist or cannot be made, or the file cannot be written.
+Exit status: 0; 2 the schedule does not exist or cannot be made, or the file has no place; 1 the disk refuses it.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> int:
         return 2
     except OSError as error:
         print(f"error: cannot write {given.output}: {error.strerror}", file=sys.stderr)
-        return 2
+        return 1
     if given.json:
         print(json.dumps(describe(schedule, timeline), indent=1))
     elif given.output is None:

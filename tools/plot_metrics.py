@@ -139,6 +139,7 @@ def main() -> int:
     try:
         train, validation = read(arguments.metrics)
         check_picture("--output", arguments.output, [arguments.metrics])
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.output, draw(train, validation, arguments.title))
     except (MetricsError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -51,3 +51,6 @@ if __name__ == "__main__":
     except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

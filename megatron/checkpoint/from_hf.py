@@ -8,6 +8,7 @@ compared with it.
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,11 @@ from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, ME
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
+from megatron.files.foreign import foreign_file, is_pointer, unfit_directory
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-LFS = b"version https://git-lfs."
 # Constants that older versions of transformers saved beside the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 
@@ -207,11 +208,8 @@ def _labels(head: str, found: Mapping[str, Tensor], about: Mapping[str, Any]) ->
 
 def _check_directory(directory: Path) -> None:
     """CheckpointError where there is no such directory, or where it is that of the hub's cache above the model's."""
-    if not directory.is_dir():
-        what = "it is a file; give the directory that it lies in" if directory.is_file() else "there is no such directory"
-        raise CheckpointError(f"{directory}: {what}")
-    if not os.path.lexists(directory / "config.json") and (found := sorted(directory.glob("snapshots/*/config.json"))):
-        raise CheckpointError(f"{directory}: there is no config.json in it; the model is in {found[-1].parent}")
+    if (why := unfit_directory(directory, "Hugging Face")) is not None:
+        raise CheckpointError(f"{directory}: {why}")
 
 
 def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
@@ -221,19 +219,15 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
         why = f"{path} is {error.strerror}" if path.is_symlink() else f"there is no {path.name} in it"
         raise CheckpointError(f"{path.parent}: {why}") from error
     except (OSError, ValueError) as error:
+        if (found := foreign_file(path)) is not None:
+            raise CheckpointError(f"{path}: it is {found}") from error
         raise CheckpointError(f"{path}: not readable: {reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
+    with open_regular(path) as file:
+        if file.read(len(BOM_UTF8)) == BOM_UTF8:
+            raise CheckpointError(f"{path}: it begins with a byte-order mark, which transformers refuses; save it without")
     return values
-
-
-def _is_pointer(path: Path) -> bool:
-    """Return whether a file is what Git leaves in place of a large one that it did not fetch."""
-    try:
-        with open_regular(path) as file:
-            return file.read(len(LFS)) == LFS
-    except OSError:
-        return False
 
 
 def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
@@ -259,7 +253,7 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
             with safe_open(str(directory / name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
-            if _is_pointer(directory / name):
+            if is_pointer(directory / name):
                 raise CheckpointError(f"{directory / name}: a pointer of Git LFS, no weights; run `git lfs pull`") from error
             raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
         if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):

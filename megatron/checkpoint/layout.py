@@ -32,6 +32,7 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
 from megatron.checkpoint.storage import record_of
+from megatron.files.foreign import foreign
 from megatron.files.regular import read_bytes, read_text
 
 __all__ = [
@@ -242,13 +243,22 @@ def find(
         CheckpointError: when none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
             iteration, only the manifest's presence is tested.
     """
-    if not path.exists():
-        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not os.path.exists(path):  # which, unlike the path's own, fails for no name
+        names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
         near = difflib.get_close_matches(path.name, names, n=3)
         hint = f". Near it: {', '.join(str(path.parent / n) for n in near)}" if near else ""
+        if os.path.isdir(path.parent) and not os.access(path.parent, os.X_OK):
+            raise NoCheckpoint(f"{path}: it cannot be read: permission denied in {path.parent}")
+        if not near and (found := foreign(path)) is not None:
+            raise NoCheckpoint(f"{path}: it is {found}")
         raise NoCheckpoint(f"{path}: there is no such directory{hint}")
-    if not path.is_dir():
-        raise NoCheckpoint(f"{path}: expected a directory of checkpoints, this is a file")
+    if not os.path.isdir(path):
+        what = f"it is a file, {found}" if (found := foreign(path)) else "this is a file"
+        raise NoCheckpoint(f"{path}: expected a directory of checkpoints, {what}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise NoCheckpoint(f"{path}: it cannot be read: permission denied")
+    if not _any_finished(path) and (found := foreign(path)) is not None:
+        raise NoCheckpoint(f"{path}: it is {found}")
     if (path / MANIFEST).is_file():
         if iteration is not None and (held := read_manifest(path).iteration) != iteration:
             raise NoCheckpoint(f"{path}: it is of iteration {held}, not {iteration}")
@@ -266,6 +276,10 @@ def find(
     for line in newest.lines:
         tell(line)
     return newest.path
+
+
+def _any_finished(path: Path) -> bool:
+    return any((each / MANIFEST).is_file() for each in (path, *iterations(path).values()))
 
 
 def _meant(root: Path) -> Newest:

@@ -31,6 +31,7 @@ from megatron.checkpoint.pickled import Inert, read_pickled
 from megatron.checkpoint.soundness import zero_matrices
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
+from megatron.files.foreign import unfit_directory
 from megatron.files.outputs import is_foreign
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import read_text, reason
@@ -53,8 +54,8 @@ class Imported:
 
 def find_megatron(root: Path) -> Path:
     """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: there is no such directory")
+    if (why := unfit_directory(root, "Megatron-LM")) is not None:
+        raise CheckpointError(f"{root}: {why}")
     if any(RANK.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
@@ -64,10 +65,10 @@ def find_megatron(root: Path) -> Path:
         raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
-    found = root / (word if word == "release" else directory_name(int(word)))
-    if not found.is_dir() or not any(RANK.fullmatch(path.name) for path in found.iterdir()):
-        raise CheckpointError(f"{found}: {TRACKER} names it, and there is no mp_rank_ directory in it")
-    return found
+    named = root / (word if word == "release" else directory_name(int(word)))
+    if not named.is_dir() or not any(RANK.fullmatch(path.name) for path in named.iterdir()):
+        raise CheckpointError(f"{named}: {TRACKER} names it, and there is no mp_rank_ directory in it")
+    return named
 
 
 def rank_files(directory: Path) -> list[list[Path]]:
@@ -76,6 +77,9 @@ def rank_files(directory: Path) -> list[list[Path]]:
     for path in directory.iterdir():
         if match := RANK.fullmatch(path.name):
             files = [path / name for name in FILES if os.path.lexists(path / name)]
+            if not files and os.path.lexists(path / "optim.pt"):
+                what = "it is of Megatron-LM's distributed optimizer, with an optim.pt, which is not read"
+                raise CheckpointError(f"{directory}: {what}; save it there without --use-distributed-optimizer")
             if not files:
                 raise CheckpointError(f"{path}: there is no {FILES[0]} in it")
             if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:

@@ -91,6 +91,8 @@ def parse(
         raise HelpAsked(f"megatron {megatron.__version__}\n")
     path = flags.values.get("command.config")
     file = read_toml(path) if path is not None else Reading()
+    if file.broken:  # one cause, one message: nothing of the settings that it would have given
+        raise ConfigError([*flags.problems, *file.problems])
     chosen = {**file.values, **flags.values}
     typed = frozenset(name for name in chosen if not name.startswith("command."))
     settings = [chosen[name] for name in ("command.config", *FILES) if chosen.get(name) is not None]

@@ -35,7 +35,7 @@ def traces(root: Path) -> list[str]:
 
     Empty also for a directory that is not there. OSError where it cannot be read.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         return []
     return sorted(name for name in os.listdir(root) if name in (MANIFEST, TRACKER) or re.match(r"iter_\d+(\.replaced)?$", name))
 
@@ -49,7 +49,7 @@ def starts_fresh(checkpoint: CheckpointConfig) -> bool:
     if not same_directory(checkpoint.load, checkpoint.save) or checkpoint.exit_on_missing_checkpoint:
         return False
     root = Path(checkpoint.load or "")
-    if checkpoint.finetune or checkpoint.load_iteration is not None or (root.exists() and not root.is_dir()):
+    if checkpoint.finetune or checkpoint.load_iteration is not None or (os.path.exists(root) and not os.path.isdir(root)):
         return False
     try:
         return not traces(root)

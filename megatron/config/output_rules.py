@@ -53,9 +53,9 @@ def _read(c: Case) -> Iterator[str | Path]:
             yield from files_in(c[name])
     yield from (*c["task.valid_data"], *c["task.train_data"])
     for name in ("checkpoint.load", "checkpoint.save"):
-        if c[name] is not None:
+        if c[name] is not None and os.path.isdir(c[name]):
             yield from Path(c[name]).glob("iter_*/")
-    if c["checkpoint.load"] is not None and (Path(c["checkpoint.load"]) / MANIFEST).is_file():
+    if c["checkpoint.load"] is not None and os.path.isfile(Path(c["checkpoint.load"]) / MANIFEST):
         yield c["checkpoint.load"]  # one itself
 
 
@@ -98,7 +98,7 @@ def _save(c: Case) -> Iterator[Problem]:
         return
     root, what = Path(c["checkpoint.save"]), say("checkpoint.save", c["checkpoint.save"])
     with suppress(OSError):
-        if (root / MANIFEST).is_file():
+        if os.path.isfile(root / MANIFEST):
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
         foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and is_foreign(p))
         if foreign:

@@ -18,6 +18,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import TAKES_VALUE, Option, Spelling, options, plain, sections, spellings
 from megatron.config.other_flags.other_frameworks import CALLED, HOW_LONG, meaning_elsewhere
 from megatron.config.other_flags.table import VALUE, OtherFlag, find_other, other_flags
+from megatron.files.foreign import foreign_file
 from megatron.files.regular import MAX_TOML_BYTES, read_text
 
 BELONGS = "belongs to "  # how the rule of a feature that is not there begins
@@ -31,6 +32,7 @@ class Reading:
 
     yielding: values that hold only where no other source and no other flag sets the field to something of its own.
     meant: fields that an unknown flag seems to mean, so that nobody says they are missing too.
+    broken: whole tables of it could not be read, so what is missing is no mistake of its own.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Reading:
     problems: list[Problem] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
     meant: set[str] = field(default_factory=set)
+    broken: bool = False
 
     def set(self, option: Option, value: Any, how: str) -> None:
         """Take a value. Two spellings of one setting that disagree are a mistake.
@@ -254,8 +257,9 @@ def read_toml(path: str) -> Reading:
     """Settings of a TOML file: a table per section of `RunConfig`, keys as the flags without their dashes or as the
     schema's fields, `-` and `_` alike; `preset` stands before the first table."""
     reading = Reading()
+    reading.broken = True
     try:
-        data = tomllib.loads(read_text(path, MAX_TOML_BYTES))
+        data = tomllib.loads(read_text(path, MAX_TOML_BYTES).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
     except OSError as error:
         reading.problems.append(Problem(f"`--config {path}`", f"cannot be read: {error.strerror}"))
         return reading
@@ -263,11 +267,15 @@ def read_toml(path: str) -> Reading:
         reading.problems.append(Problem(f"`--config {path}`", "is not a text file in UTF-8"))
         return reading
     except RecursionError:
-        reading.problems.append(Problem(f"`{path}`", "is nested too deeply"))
+        reading.problems.append(Problem(f"`--config {path}`", "is nested too deeply"))
         return reading
     except ValueError as error:  # TOMLDecodeError, and a number with too many digits
-        reading.problems.append(Problem(f"`{path}`", f"is not valid TOML: {error}"))
+        if (found := foreign_file(path)) is not None:
+            reading.problems.append(Problem(f"`--config {path}`", f"is {found}"))
+            return reading
+        reading.problems.append(Problem(f"`--config {path}`", f"is not valid TOML: {error}"))
         return reading
+    reading.broken = False
     for name, table in data.items():
         if name in sections() and isinstance(table, Mapping):
             for key, value in table.items():
@@ -277,6 +285,7 @@ def read_toml(path: str) -> Reading:
         elif isinstance(table, Mapping):
             rule = f"is not a table of a run{nearest(name, list(sections()))}"
             reading.problems.append(Problem(f"`[{name}]` in {path}", rule, ", ".join(sections())))
+            reading.broken = True
         else:
             _unknown_key(reading, path, "", name)
     return reading.closed()
@@ -320,6 +329,7 @@ def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
     rule = "is not a known key"
     if homes:
         rule += f"; it belongs under [{homes[0]}]"
+        reading.bad.add(_keys(homes[0])[word].option.name)  # which is not missing as well
     else:
         near = nearest(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
         rule = rule + near if near else (_elsewhere(word) or rule)

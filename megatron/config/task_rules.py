@@ -11,6 +11,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import say
 from megatron.config.rules import COMMON_RULES
 from megatron.config.tasks import TASKS
+from megatron.files.prefixes import meant_prefix
 from megatron.files.regular import kind_of_file
 
 # What decides the samples and the length of a pretraining run.
@@ -90,17 +91,19 @@ def task_files(c: Case) -> Iterator[Problem]:
     for name in ("task.train_data", "task.valid_data"):
         for word in c[name]:
             path = Path(word)
-            dataset = c["task.task"] == "PERPLEXITY" and Path(f"{word}.idx").exists()
-            if not path.exists() and not dataset:
-                yield Problem(say(name, (word,)), "does not exist")
-            elif path.exists() and path.is_dir() != (c["task.task"] == "RACE"):
+            dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
+            if not os.path.exists(path) and not dataset:
+                meant = meant_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
+                yield Problem(say(name, (word,)), "does not exist" + (f"; {meant}" if meant else ""))
+            elif os.path.exists(path) and os.path.isdir(path) != (c["task.task"] == "RACE"):
                 kind = "directories" if c["task.task"] == "RACE" else "files"
                 yield Problem(
-                    say(name, (word,)), f"is a {'directory' if path.is_dir() else 'file'}; {c['task.task']} comes in {kind}"
+                    say(name, (word,)),
+                    f"is a {'directory' if os.path.isdir(path) else 'file'}; {c['task.task']} comes in {kind}",
                 )
-            elif path.exists() and not path.is_dir() and (kind := kind_of_file(path.stat().st_mode)):
+            elif os.path.exists(path) and not os.path.isdir(path) and (kind := kind_of_file(path.stat().st_mode)):
                 yield Problem(say(name, (word,)), f"is {kind}, not a regular file")
-            elif path.exists() and not os.access(path, os.R_OK):
+            elif os.path.exists(path) and not os.access(path, os.R_OK):
                 yield Problem(say(name, (word,)), "cannot be read: permission denied")
 
 

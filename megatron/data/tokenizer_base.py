@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from megatron.data.cuts import Seam, parts
 from megatron.data.errors import DataError
+from megatron.files.foreign import HEAD_BYTES, foreign_bytes, hub_name
 from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
@@ -156,6 +157,11 @@ PROBES = (
 def read(path: str, flag: str) -> bytes:
     """The content of a tokenizer file; DataError naming the flag it came from."""
     try:
-        return read_bytes(path, MAX_VOCABULARY_BYTES)
+        data = read_bytes(path, MAX_VOCABULARY_BYTES)
     except OSError as error:
-        raise DataError(f"{flag} {path}: {error.strerror or error}") from error
+        then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
+        missing = hub_name(path.removesuffix("/tokenizer.json"), then) if isinstance(error, FileNotFoundError) else None
+        raise DataError(f"{flag} {path}: {f'it is {missing}' if missing else error.strerror or error}") from error
+    if (found := foreign_bytes(data[:HEAD_BYTES], text=False)) is not None:
+        raise DataError(f"{flag} {path}: it is {found}")
+    return data

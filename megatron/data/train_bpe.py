@@ -62,19 +62,16 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     backend.train_from_iterator(words_of(backend, texts(files, keys)), trainer)
     backend.add_special_tokens([END_OF_TEXT])
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "tokenizer.json", backend.to_str(pretty=False) + "\n")
-        model = json.loads(backend.to_str())["model"]
-        vocab = {**model["vocab"], END_OF_TEXT: backend.token_to_id(END_OF_TEXT)}
-        write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
-        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
-        about = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        }
-        write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write the tokenizer to {output}: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=False) + "\n")
+    model = json.loads(backend.to_str())["model"]
+    vocab = {**model["vocab"], END_OF_TEXT: backend.token_to_id(END_OF_TEXT)}
+    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    write_whole(folder / "merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n")
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+    }
+    write_whole(folder / "tokenizer_config.json", json.dumps(about, indent=2) + "\n")
     return backend.get_vocab_size()

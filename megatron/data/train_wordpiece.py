@@ -46,11 +46,8 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     if len(pieces) > vocab_size:
         raise DataError(f"--vocab-size {vocab_size}: at least {len(pieces)}, this text's characters and the special tokens")
     folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "vocab.txt", "\n".join(pieces) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot write the vocabulary to {output}: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "vocab.txt", "\n".join(pieces) + "\n")
     return len(pieces)
 
 

@@ -12,13 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.files.regular import open_regular, read_json
+from megatron.files.regular import kind_of_file, open_regular, read_json, reason
 
 MARKER = ".made-by-megatron"  # in a directory that a tool made as a whole, and may replace
 TEMPORARY = r"\.\d+(-[0-9a-f]{8})?\.tmp"  # how the names of files/pending.py end
 MAX_MARKER = 1 << 20  # bytes
 CHECKPOINT_FILES = ("manifest.json", "state.json")  # one of them at least is in every checkpoint, be it damaged
 SVG = (b"<svg", b"<?xml")
+KERNEL = ("/proc", "/sys")  # file systems in which nobody makes files
+ROOM = 32  # bytes of a name that files/pending.py needs for its ending
+MAX_NAME_BYTES = 255  # of a file or directory, on every file system that is in use
 
 
 class BadOutput(Exception):
@@ -42,6 +45,41 @@ class Reads:
         return found
 
 
+def unwritable(folder: str | Path) -> str | None:
+    """Return why nothing can be written into a directory that is there or is to be made; None where it can.
+
+    Words that go on after its name. Nothing is made to find out.
+    """
+    if "\0" in os.fspath(folder):
+        return "is no name of a directory: it holds a null byte"
+    path = Path(os.path.abspath(folder))
+    while not os.path.lexists(path):
+        if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+            return f"cannot be made: a name in it has more than {MAX_NAME_BYTES} bytes"
+        path = path.parent
+    try:
+        about = os.stat(path)
+    except FileNotFoundError:
+        return f"cannot be written: {path} is a link to {os.readlink(path)}, which does not exist"
+    except OSError as error:
+        return f"cannot be written: {path}: {reason(error)}"
+    if not os.path.isdir(path):
+        return f"cannot be written: {path} is {kind_of_file(about.st_mode) or 'a file'}, not a directory"
+    if any(os.path.ismount(place) and os.stat(place).st_dev == about.st_dev for place in KERNEL):
+        return f"cannot be written: {path} belongs to the kernel, and no file can be made there"
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return f"cannot be written: {path} is on a file system that is mounted read-only"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"cannot be written: permission denied in {path}"
+    return None
+
+
+def _check_place(flag: str, output: str | Path, folder: str | Path) -> None:
+    """Raise BadOutput unless something can be written into the directory `folder`, which is or holds the output."""
+    if why := unwritable(folder):
+        raise BadOutput(f"{flag} {output}: {why}; choose another place")
+
+
 def check_file(flag: str, output: str | Path, reads: Reads) -> None:
     """Raise BadOutput unless a command may write this file.
 
@@ -55,6 +93,13 @@ def check_file(flag: str, output: str | Path, reads: Reads) -> None:
     if (read := reads.around(output)) is not None:
         what = "lies in" if os.path.isdir(read) else "is"
         raise BadOutput(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
+    if os.path.exists(output) and not os.path.isfile(output):  # a device or a pipe, which is written to and not replaced
+        if not os.access(output, os.W_OK):
+            raise BadOutput(f"{flag} {output}: cannot be written: permission denied; choose another place")
+    elif not os.path.abspath(output).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
+        if len(os.fsencode(os.path.basename(output))) > MAX_NAME_BYTES - ROOM:
+            raise BadOutput(f"{flag} {output}: cannot be written: its name is too long; choose another one")
+        _check_place(flag, output, os.path.dirname(os.path.abspath(output)))
 
 
 def files_in(path: str | Path) -> list[str | Path]:
@@ -76,9 +121,8 @@ def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = (
 
 
 def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> None:
-    """Raise BadOutput unless a command may add files of its own to this directory: it is none that it reads."""
-    if os.path.lexists(output) and not os.path.isdir(output):
-        raise BadOutput(f"{flag} {output}: a file is in the way")
+    """Raise BadOutput unless a command can and may add files of its own to this directory: it is none that it reads."""
+    _check_place(flag, output, output)
     for read in reads:
         if _place(output) == _place(read):
             raise BadOutput(f"{flag} {output}: is {read}, which this command reads; choose another place")
@@ -104,6 +148,7 @@ def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path]
     if os.path.islink(os.path.abspath(output)):
         raise BadOutput(f"{flag} {output}: is a link, to {real}; name that itself")
     check_folder(flag, output, reads)
+    _check_place(flag, output, real.parent)  # where it is renamed
     for read in reads:
         if _place(output) in _upwards(read) or _place(read) in _upwards(output):
             what = "holds" if _place(output) in _upwards(read) else "lies in"

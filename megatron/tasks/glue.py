@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.tasks.reading import read_text
 from megatron.tasks.samples import Item, Score, Task
-from megatron.tasks.sources import read_text
 
 
 @dataclass(frozen=True)

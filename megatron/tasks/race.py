@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.files.regular import MAX_TASK_JSON_BYTES, parse_json
 from megatron.tasks.glue import accuracy
+from megatron.tasks.reading import read_value
 from megatron.tasks.samples import Item, Score, Task
-from megatron.tasks.sources import read_text
 
+FORM = "RACE's JSON: {article, questions: [...], options: [[four each], ...], answers: [A to D, ...]}"
 LONGEST_QUESTION = 128
 
 
@@ -39,27 +39,23 @@ class Race(Task):
         return items
 
     def _questions(self, file: Path) -> Iterator[Item]:
-        text = read_text(str(file), MAX_TASK_JSON_BYTES)
-        try:
-            whole = parse_json(text)
-            article = " ".join(whole["article"].split())
-            asked = list(zip(whole["questions"], whole["options"], whole["answers"], strict=True))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            form = "a JSON object with article, questions, options and answers, as many of each"
-            raise DataError(f"{file}: it is not {form}: {type(error).__name__}: {error}") from error
-        context = self.tokenizer.tokenize(article)
-        for number, (question, options, answer) in enumerate(asked):
-            where = f"{file}, question {number}"
-            if not isinstance(question, str) or not isinstance(options, list) or not all(isinstance(o, str) for o in options):
-                raise DataError(f"{where}: question and options are not text")
-            if len(options) != self.rows or answer not in self.labels:
-                legal = f"{self.rows} options, answer one of {', '.join(self.labels)}"
-                raise DataError(f"{where}: {len(options)} options, answer {answer!r}; legal: {legal}")
-            right = self.labels.index(answer)
-            rows = tuple(self._row(question, option, context, right) for option in options)
+        whole = read_value(str(file), FORM)
+        context = self.tokenizer.tokenize(" ".join(whole["article"].text().split()))
+        columns = [list(whole[name].items()) for name in ("questions", "options", "answers")]
+        if len({len(column) for column in columns}) > 1:
+            counts = f"{len(columns[0])} questions, {len(columns[1])} options, {len(columns[2])} answers"
+            raise whole.wrong(f"it has {counts}, which should be as many of each; expected {FORM}")
+        for number, (question, choices, answer) in enumerate(zip(*columns, strict=True)):
+            options, right = [choice.text() for choice in choices.items()], answer.text()
+            if len(options) != self.rows:
+                raise choices.wrong(f"it holds {len(options)} options; legal: {self.rows}")
+            if right not in self.labels:
+                raise answer.wrong(f"it is {right[:60]!r}; legal: {', '.join(self.labels)}")
+            place = self.labels.index(right)
+            rows = tuple(self._row(question.text(), option, context, place) for option in options)
             for row in rows[1:]:  # the first stands for all
                 row.guessed[:] = False
-            yield Item(rows, f"{file.stem}-{number}", answer)
+            yield Item(rows, f"{file.stem}-{number}", right)
 
     def _row(self, question: str, option: str, context: Sequence[int], right: int) -> Any:
         text = question.replace("_", option) if "_" in question else f"{question} {option}"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron.data.build import check_tokenizer
-from megatron.data.corpus import BadLine, blocks, open_text, parse
+from megatron.data.corpus import BadLine, blocks, parse
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import Tokenizer
-from megatron.files.regular import MAX_TEXT_BYTES, check_regular, reason
+from megatron.tasks.reading import check_head, read_text
 
 KEY = "text"
 
@@ -48,12 +47,13 @@ class TextFile:
     def __init__(self, file: str, *, lines: bool | None = None) -> None:
         name = file.removesuffix(".gz").removesuffix(".zst")
         self.file, self.lines = file, name.endswith((".jsonl", ".json")) if lines is None else lines
-        if not any(text.text.strip() for text in self.texts()):
+        if not sum(bool(text.text.strip()) for text in self.texts()):  # all are read, and found good
             raise DataError(f"{file}: there is no text in it")
 
     def texts(self) -> Iterator[Text]:
         """One after the other."""
         if self.lines:
+            check_head(self.file)
             for block in blocks([self.file]):
                 for line in block:
                     try:
@@ -110,18 +110,3 @@ def open_source(file: str) -> Source:
     if file.endswith((".bin", ".idx")) or (not os.path.exists(file) and os.path.exists(file + ".idx")):
         return TokenFile(file)
     return TextFile(file)
-
-
-def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A whole file as text; DataError where it cannot be read, is damaged, no UTF-8, or has more than `max_bytes` unpacked."""
-    try:
-        check_regular(file, max_bytes)
-        with open_text(file) as stream:
-            data = stream.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise DataError(f"{file}: more than the {max_bytes:,} bytes that are read of such a file")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({reason(error)})") from error

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from megatron.data.errors import DataError
+from megatron.data.slow_patterns import failures_in_words
 from megatron.data.tokenizer import Tokenizer
-from megatron.files.regular import MAX_TASK_JSON_BYTES, parse_json
+from megatron.tasks.reading import Value, read_value
 from megatron.tasks.samples import Item, Score, Task
-from megatron.tasks.sources import read_text
 
+FORM = "SQuAD's JSON: {data: [{paragraphs: [{context, qas: [{id, question, answers: [{text, answer_start}]}]}]}]}"
 LONGEST_QUESTION = 64  # tokens, and at most half of a row
 LONGEST_ANSWER = 30  # tokens
 STEP = 128  # tokens from one window's begin to the next one's, and at most half of a window
@@ -39,6 +40,17 @@ class Window:
     impossible: bool
 
 
+@dataclass(frozen=True)
+class Question:
+    """place: in its file. answers: (text, first character in the paragraph) of each."""
+
+    place: Value
+    name: str
+    text: str
+    impossible: bool
+    answers: list[tuple[str, int]]
+
+
 class Squad(Task):
     """Items are windows; those of one question have its name."""
 
@@ -50,37 +62,27 @@ class Squad(Task):
         self.longest_question = min(LONGEST_QUESTION, seq_length // 2)
 
     def read(self, path: str, *, training: bool) -> list[Item]:
-        text = read_text(path, MAX_TASK_JSON_BYTES)
-        try:
-            whole = parse_json(text)
-            paragraphs = [(_text(p["context"]), p["qas"]) for article in whole["data"] for p in article["paragraphs"]]
-            impossible = any(qa.get("is_impossible", False) for _, qas in paragraphs for qa in qas)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: it is not SQuAD's JSON, `data` of `paragraphs` of `qas`: {error}") from error
+        articles = list(read_value(path, FORM)["data"].items())
+        paragraphs = [p for article in articles for p in article["paragraphs"].items()]
+        asked = [(p["context"].text(), [_question(qa, p["context"].text()) for qa in p["qas"].items()]) for p in paragraphs]
+        impossible = any(question.impossible for _, questions in asked for question in questions)
         items: list[Item] = []
-        names: set[str] = set()
-        for context, qas in paragraphs:
-            encoding = self.backend.encode(context, add_special_tokens=False)
+        names: dict[str, str] = {}
+        for context, questions in asked:
+            with failures_in_words(self.tokenizer.kind):
+                encoding = self.backend.encode(context, add_special_tokens=False)
             ids, offsets = encoding.ids, encoding.offsets  # once: each access makes a list
-            for qa in qas:
-                try:
-                    answers = [(_text(a["text"]), int(a["answer_start"])) for a in qa.get("answers", [])]
-                    name, question = str(qa["id"]), _text(qa["question"])
-                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                    raise DataError(f"{path}: a question without id, text or answers: {str(qa)[:120]}: {error}") from error
-                if name in names:
-                    raise DataError(f"{path}: it has two questions with the id {name}")
-                names.add(name)
-                wrong = next((text for text, start in answers if context[start : start + len(text)] != text), None)
-                if wrong is not None:
-                    raise DataError(f"{path}, question {name}: its paragraph has no {wrong[:60]!r} where answer_start says")
-                if training and not answers and not qa.get("is_impossible", False):
-                    raise DataError(f"{path}, question {name}: it has no answer: a test file cannot be trained on")
-                truth = [text for text, _ in answers] if answers or qa.get("is_impossible", False) else None
+            for question in questions:
+                if (first := names.setdefault(question.name, question.place.place)) != question.place.place:
+                    raise question.place.wrong(f"its id {question.name!r} is that of {first} as well; ids differ")
+                answers = question.answers
+                if training and not answers and not question.impossible:
+                    raise question.place.wrong("it has no answer: a test file cannot be trained on")
+                truth = [text for text, _ in answers] if answers or question.impossible else None
                 found = _place(offsets, *answers[0]) if answers else (-1, -1)
-                items += self._windows(context, ids, offsets, question, found, name, truth, impossible)
+                items += self._windows(context, ids, offsets, question.text, found, question.name, truth, impossible)
         if not items:
-            raise DataError(f"{path}: it holds no questions")
+            raise DataError(f"{path}: it holds no questions; expected {FORM}")
         return items
 
     def _windows(
@@ -135,11 +137,24 @@ class Squad(Task):
         return Score(metrics, {"correct": int(exact), "total": total})
 
 
-def _text(value: object) -> str:
-    """TypeError for what JSON has in place of a text."""
-    if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:60]!r} is no text")
-    return value
+def _question(qa: Value, context: str) -> Question:
+    """One of `qas`, checked. DataError names what of it is wrong."""
+    name = str(qa["id"].held) if type(qa["id"].held) is int else qa["id"].text()
+    impossible = "is_impossible" in qa and qa["is_impossible"].flag()
+    answers = [_answer(answer, context) for answer in qa["answers"].items()] if "answers" in qa else []
+    return Question(qa, name, qa["question"].text(), impossible, answers)
+
+
+def _answer(answer: Value, context: str) -> tuple[str, int]:
+    """The text of an answer, and its first character in the paragraph."""
+    text, start = answer["text"].text(), answer["answer_start"].whole(len(context))
+    if not text.strip():
+        rule = "it is empty; a question without an answer has an empty list of `answers`, and is_impossible true"
+        raise answer["text"].wrong(rule)
+    if context[start : start + len(text)] != text:
+        there = context[start : start + len(text)][:60]
+        raise answer.wrong(f"the paragraph has no {text[:60]!r} at character {start}, where answer_start says, but {there!r}")
+    return text, start
 
 
 def _place(offsets: Sequence[tuple[int, int]], answer: str, begin: int) -> tuple[int, int]:

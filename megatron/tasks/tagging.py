@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.tasks.reading import read_text
 from megatron.tasks.samples import Item, Score, Task
-from megatron.tasks.sources import read_text
 
 DOCUMENT = "-DOCSTART-"
 Sentence = list[tuple[str, str]]
@@ -22,15 +22,20 @@ Sentence = list[tuple[str, str]]
 
 def sentences(path: str) -> Iterator[Sentence]:
     """(word, tag) of each word, sentence by sentence. DataError names file and line."""
+    return (words for _, words in numbered_sentences(path))
+
+
+def numbered_sentences(path: str) -> Iterator[tuple[int, Sentence]]:
+    """As `sentences`, each with the line of its first word; those of the others follow."""
     words: Sentence = []
     for number, line in enumerate([*read_text(path).split("\n"), ""], 1):
         columns = line.split()
         if columns and columns[0] != DOCUMENT:
             if len(columns) < 2:
-                raise DataError(f"{path}:{number}: {line!r} is not a word and its tag, separated by white space")
+                raise DataError(f"{path}:{number}: {line[:60]!r} is not a word and its tag, separated by white space")
             words.append((columns[0], columns[-1]))
         elif words:
-            yield words
+            yield number - len(words), words
             words = []
 
 
@@ -50,11 +55,11 @@ class Tagging(Task):
     def read(self, path: str, *, training: bool) -> list[Item]:
         numbers = {tag: number for number, tag in enumerate(self.labels)}
         items, cut = [], 0
-        for count, words in enumerate(sentences(path)):
-            if strange := [tag for _, tag in words if tag not in numbers]:
+        for count, (line, words) in enumerate(numbered_sentences(path)):
+            if strange := [(line + n, tag) for n, (_, tag) in enumerate(words) if tag not in numbers]:
                 has = ", ".join(self.labels)
                 has = has if len(has) <= 200 else f"{has[:200]}... ({len(self.labels)} in all)"
-                raise DataError(f"{path}, sentence {count}: the model has no tag {strange[0]}; it has {has}")
+                raise DataError(f"{path}:{strange[0][0]}: the model has no tag {strange[0][1][:60]}; it has {has}")
             tokens, places = [self.cls], {}
             for position, (word, _) in enumerate(words):
                 pieces = self.tokenizer.tokenize(word) or [self.tokenizer.token("unk")]

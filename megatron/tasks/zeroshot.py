@@ -31,8 +31,9 @@ from megatron.mesh.watch import Watch
 from megatron.parallel.collectives import all_reduce
 from megatron.pipeline.inference import Pipeline
 from megatron.restore import Opened
+from megatron.tasks.reading import read_text
 from megatron.tasks.scoring import check_finite, check_scored, check_vocabulary, needed_tokenizer, score
-from megatron.tasks.sources import Source, Text, TextFile, open_source, read_text
+from megatron.tasks.sources import Source, Text, TextFile, open_source
 from megatron.tasks.wikitext import detokenize, word_count
 from megatron.tasks.windows import Window, windows
 

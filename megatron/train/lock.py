@@ -164,9 +164,9 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
         The lock; None, with a warning, where the disk takes no file.
 
     Raises:
-        Refused: another run holds it, and goes on to hold it.
+        Refused: another run holds it, and goes on to hold it; or the directory cannot be made.
     """
-    began, own, told, before, made = time.monotonic(), holder.ranks[0], "", None, not root.exists()
+    began, own, told, before, made = time.monotonic(), holder.ranks[0], "", None, not os.path.exists(root)
     since = began  # how long `before` stands there unchanged
     while True:
         try:
@@ -179,6 +179,8 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
                 if state == "gone" and (seen is None or _cleared(root / FILE, seen)) and _create(root / FILE, holder):
                     return Lock(root, holder, made=made)
         except OSError as error:
+            if not os.path.isdir(root):  # then no checkpoint could be written either
+                raise Refused(f"--save {root}: cannot be made: {error.strerror}; choose another place") from error
             logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
             return None
         if seen is None or state == "gone":

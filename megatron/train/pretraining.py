@@ -18,6 +18,7 @@ from typing import TextIO, TypeVar
 
 import torch
 
+from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
@@ -52,7 +53,7 @@ from megatron.train.report import peak_tflops
 from megatron.train.resume import check_source, differences, find_source, restore, verify_source
 from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.run import Run, build, grid_of, sample_counts
-from megatron.train.save_directory import check_save, set_metrics_aside
+from megatron.train.save_directory import begins_beside, check_save, set_metrics_aside, set_run_aside
 from megatron.train.saving import Saver
 from megatron.train.sinks import Ended, open_sinks
 from megatron.train.source import Source
@@ -238,6 +239,9 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         return Exit.FINISHED
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
         say(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
+    if save is not None and begins_beside(source, config):
+        aside = partial(set_run_aside, Path(save), config.log.metrics_path)
+        say(out, *filter(None, [together(run.mesh.world, lambda: aside() if started.is_main else None)]))
     warning = None if config.eval.skip_train else warning_of_rate_zero(run.schedule, run.state, config.batch)
     say(out, *filter(None, [warning]))
     if config.log.profile_pipeline is not None:

@@ -111,7 +111,7 @@ def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, st
     newest = newest_complete(path, damaged)
     if newest.path is None:
         why = "; ".join(newest.skipped) or "there is no iter_ directory"
-        raise CheckpointError(f"--load {path}: no whole checkpoint is there: {why}")
+        raise CheckpointError(f"{path}: no whole checkpoint is there: {why}")
     lines += newest.lines
     return newest.path
 

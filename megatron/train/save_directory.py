@@ -7,7 +7,10 @@ checkpoints             --skip-train                     nothing is written ther
                         --auto-resume                    goes on from the newest whole one
                         --load of one of them            goes on from it; a note where later ones are left behind
                         --load of one, --finetune        refused: it would begin anew over them
-                        --load from elsewhere            refused: it would mix two runs
+                        --load from elsewhere            goes on from it; a note, and when the run starts the other's are
+                                                         set aside, whole, in a directory set_aside_1 in --save: neither
+                                                         is written over, deleted or gone on with in place of the other
+                        --pretrained-checkpoint          refused: fine-tuning would begin anew over them
                         no --load                        refused: it would begin anew over them
                         --overwrite                      begins anew; they go when its first checkpoint is whole
                         --overwrite, --load of one       refused, but for --finetune: it cannot go on and begin anew
@@ -16,16 +19,18 @@ checkpoints             --skip-train                     nothing is written ther
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.layout import DIRECTORY, MANIFEST, CheckpointError, iterations, read_manifest
+from megatron.checkpoint.layout import DIRECTORY, MANIFEST, NEXT_TRACKER, TRACKER, CheckpointError, iterations, read_manifest
 from megatron.checkpoint.save import put_aside
 from megatron.checkpoint.storage import Storage
 from megatron.config.directories import same_directory, traces
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import say
 from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.train.progress import FILE as PROGRESS
 from megatron.train.source import Source
 
 ELSEWHERE = "another --save keeps both"
@@ -42,20 +47,36 @@ def check_save(source: Source, config: RunConfig) -> list[str]:
         raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
     if not found:
         return []
-    inside = source.directory is not None and _inside(source.directory, checkpoint.save)
-    if (why := _refusal(checkpoint, found, inside=inside)) is not None:
+    if (why := _refusal(source, config, found)) is not None:
         rule, legal = why
         raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
     if checkpoint.overwrite:
         return _overwriting(root)
+    if begins_beside(source, config):
+        held = _listed(list(iterations(root))) if iterations(root) else "the traces of checkpoints"
+        instead = "--auto-resume would go on with them instead"
+        return [f"note: {root} holds {held}, of another run than --load {checkpoint.load}: {instead}. {_going_aside(root)}"]
     later = [number for number in iterations(root) if number > source.state.iteration]
     if not checkpoint.auto_resume and _names_one(checkpoint) and later:
         return [f"going back to iteration {source.state.iteration}: {_listed(later)} in {root} stay until this run comes there"]
     return []
 
 
-def _refusal(checkpoint: CheckpointConfig, found: list[str], *, inside: bool) -> tuple[str, str] | None:
-    """The table: what is wrong and the ways out, None where the run may go on. inside: --load is one of --save's own."""
+def begins_beside(source: Source, config: RunConfig) -> bool:
+    """Return whether a run writes to --save and begins from a checkpoint elsewhere, so that what lies there is another's.
+
+    The same on all ranks: it follows from what they were told, not from what they see.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint.save is None or config.eval.skip_train or checkpoint.auto_resume or checkpoint.overwrite:
+        return False
+    return source.directory is not None and not _inside(source.directory, checkpoint.save)
+
+
+def _refusal(source: Source, config: RunConfig, found: list[str]) -> tuple[str, str] | None:
+    """The table: what is wrong and the ways out, None where the run may go on."""
+    checkpoint, pretrained = config.checkpoint, config.task.pretrained_checkpoint
+    inside = source.directory is not None and _inside(source.directory, checkpoint.save or ".")
     anew = "--overwrite begins anew over them"
     on = "--auto-resume goes on with them"
     held = f"holds checkpoints already ({', '.join(found[:3])}{', ...' * (len(found) > 3)})"
@@ -70,9 +91,9 @@ def _refusal(checkpoint: CheckpointConfig, found: list[str], *, inside: bool) ->
     if inside and checkpoint.finetune:
         rule = f"{held}, and --finetune would begin anew over them, the one that it loads among them"
         return rule, f"{on}, or --load without --finetune; {anew}; {ELSEWHERE}"
-    if not inside:
-        rule = f"{held}, and --load {checkpoint.load} would write another run's among them"
-        return rule, f"{on}, whatever --load says; {anew}; {ELSEWHERE}"
+    if not inside and pretrained is not None:
+        rule = f"{held}, and fine-tuning from --pretrained-checkpoint {pretrained} would begin anew over them"
+        return rule, f"{on}; {anew}; {ELSEWHERE}"
     return None
 
 
@@ -151,6 +172,54 @@ class Overwritten:
                 put_aside(directory.path, number, self._root, storage)
             if not directory.still_there():
                 del self._old[number]
+
+
+def set_run_aside(root: Path, metrics: str | None) -> str | None:
+    """Move all checkpoints of another run in --save into a directory beside them, in which any program finds them whole.
+
+    Made by the first rank before anything is saved, so a run that dies early finds nothing here that is not its own.
+
+    Args:
+        root: --save.
+        metrics: the file of metrics that this run will append to; it goes along if it lies in `root`.
+
+    Returns:
+        A line that says where they are; None where there is nothing to move.
+
+    Raises:
+        OSError: where the disk refuses.
+    """
+    if not traces(root):
+        return None
+    numbers, aside = list(iterations(root)), _next_aside(root)
+    aside.mkdir()
+    # The tracker first: what is not moved yet would otherwise be announced by it.
+    names = [NEXT_TRACKER, TRACKER, PROGRESS, *(name for name in sorted(os.listdir(root)) if DIRECTORY.fullmatch(name))]
+    if metrics is not None and same_directory(str(Path(metrics).absolute().parent), str(root)):
+        names.append(Path(metrics).name)
+    for name in names:
+        if os.path.lexists(root / name):
+            _move(root / name, aside / name)
+    held = _listed(numbers) if numbers else "the traces of checkpoints"
+    return f"{held} of another run are in {aside} now: --load {aside} goes on with them"
+
+
+def _move(path: Path, aside: Path) -> None:
+    """Rename into a directory beside; a relative link still leads where it did."""
+    if path.is_symlink() and not os.path.isabs(target := os.readlink(path)):
+        aside.symlink_to(Path("..", target))
+        path.unlink()
+    else:
+        path.rename(aside)
+
+
+def _next_aside(root: Path) -> Path:
+    numbers = [int(found[1]) for name in os.listdir(root) if (found := re.fullmatch(r"set_aside_(\d{1,9})", name))]
+    return root / f"set_aside_{max(numbers, default=0) + 1}"
+
+
+def _going_aside(root: Path) -> str:
+    return f"When this run starts they are set aside, in {_next_aside(root)}; another --save leaves them where they are"
 
 
 def set_metrics_aside(path: Path, save: str | None) -> str | None:

@@ -240,7 +240,7 @@ def test_json_of_another_version_names_what_is_unknown() -> None:
         ("[precision]\nfp32-residual-connection = true", "`fp32-residual-connection in FILE` is not available yet"),
         ("[model]\nactivation = 'tanh'", "`activation = 'tanh'` in FILE is not known; legal: gelu, gelu-exact"),
         ("[model]\nswiglu = true\nactivation = 'gelu'", "`swiglu` and `activation` set the same thing"),
-        ("[model\n", "`FILE` is not valid TOML: "),
+        ("[model\n", "`--config FILE` is not valid TOML: "),
         ("preset = 'gpt5'", "`preset = 'gpt5'` in FILE is not known; legal: gpt2-125m"),
     ],
 )

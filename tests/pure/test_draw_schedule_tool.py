@@ -66,7 +66,7 @@ def test_output_is_an_svg(tmp_path):
         ([*flags("1f1b", 4, 8), "--chunks", "2"], "1f1b has chunks per rank: 1, not 2"),
         ([*flags("1f1b", 4, 8), "--costs", "1,1,1"], "--costs 1,1,1: give four numbers F,B,W,COMM, for example 1,1,1,0"),
         ([*flags("1f1b", 4, 8), "--costs", "1,1,nan,0"], "cost of weight is nan"),
-        ([*flags("1f1b", 4, 8), "--output", "/dev/null/a.svg"], "cannot write /dev/null/a.svg"),
+        ([*flags("1f1b", 4, 8), "--output", "/dev/null/a.svg"], "cannot be written: /dev/null is a device, not a directory"),
     ],
 )
 def test_bad_input_gets_one_message_and_exit_2(arguments, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,24 @@ from legal_run import argv, problems
 
 from megatron.config.cli import parse
 from megatron.config.errors import ConfigError
+from megatron.files.prefixes import meant_prefix
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
     for name in ("good.bin", "good.idx", "half.bin", "vocab.json", "merges.txt"):
         (tmp_path / name).write_text("x")
+    for name in ("corpus_text_document", "data/x", "data/y", "split_text_sentence"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        for ending in (".bin", ".idx"):
+            (tmp_path / (name + ending)).write_text("x")
+    for name in ("corpus.jsonl", "raw.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "hf/model.safetensors").write_text("x")
+    (tmp_path / "lm/iter_0000004/mp_rank_00").mkdir(parents=True)
     (tmp_path / "empty.bin").write_text("")
     (tmp_path / "empty.idx").write_text("x")
     for folder in (
@@ -40,6 +53,17 @@ def disk(tmp_path: Path) -> Path:
         (tmp_path / folder / "manifest.json").write_text("{}")
     (tmp_path / "loose").symlink_to("nowhere")
     return tmp_path
+
+
+LONG = "x" * 250
+CLONED = "where it was cloned"
+HUB = (
+    "from which nothing is downloaded; `huggingface-cli download openai-community/gpt2 --local-dir DIR`, then `python "
+    "tools/import_hf.py --input DIR --save CKPT`, and give CKPT"
+)
+LOAD = "then --load CKPT (training begins from it with --finetune)"
+MAKE = "python tools/preprocess_data.py"
+NO_CORPUS = "names no dataset: corpus.bin and corpus.idx do not exist"
 
 
 def on_disk(disk: Path, change: str) -> list[str]:
@@ -122,13 +146,77 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
             "--save @loose/x --save-interval 1",
             "`--save loose/x` cannot be written: loose is a link to nowhere, which does not exist",
         ),
+        (
+            "--save @a-name-of-LONG --save-interval 1",
+            "`--save a-name-of-LONG` cannot be made: a name in it has more than 255 bytes",
+        ),
+        (
+            "--save /proc/run --save-interval 1",
+            "`--save /proc/run` cannot be written: /proc belongs to the kernel, and no file can be made there",
+        ),
+        (
+            "--save /dev/null/x --save-interval 1",
+            "`--save /dev/null/x` cannot be written: /dev/null is a device, not a directory",
+        ),
+        (
+            "--load @pointer",
+            "`--load pointer` is a file, a pointer of Git LFS, in place of the file itself; run `git lfs pull` " + CLONED,
+        ),
+        ("--load openai-community/gpt2", "`--load openai-community/gpt2` is a name on the Hugging Face hub, " + HUB),
+        (
+            "--load @hf",
+            "`--load hf` is a Hugging Face directory; import it: `python tools/import_hf.py --input hf --save CKPT`, " + LOAD,
+        ),
+        (
+            "--load @lm",
+            "`--load lm` is a checkpoint of Megatron-LM; import it: `python tools/import_megatron.py --load lm --save CKPT`, "
+            + LOAD,
+        ),
+        (
+            "--tokenizer-type HuggingFaceTokenizer --tokenizer-model gpt2",
+            "`--tokenizer-model gpt2` is a name on the Hugging Face hub, from which nothing is downloaded; "
+            "`huggingface-cli download gpt2 --local-dir DIR`, then give DIR",
+        ),
+        (
+            "--tokenizer-type GPT2BPETokenizer --vocab-file @pointer --merge-file @merges.txt",
+            "`--vocab-file pointer` is a pointer of Git LFS, in place of the file itself; run `git lfs pull` " + CLONED,
+        ),
+        ("--data-path @corpus", f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
+        ("--data-path @corpus.bin", f"`--data-path corpus.bin` {NO_CORPUS}; give corpus_text_document, which lies beside it"),
+        (
+            "--data-path 0.5 @corpus 0.5 @good",
+            f"`--data-path corpus` {NO_CORPUS}; give corpus_text_document, which lies beside it",
+        ),
+        (
+            "--data-path @corpus.jsonl",
+            "`--data-path corpus.jsonl` "
+            + NO_CORPUS.replace("corpus.", "corpus.jsonl.")
+            + "; give corpus_text_document, which lies "
+            "beside it",
+        ),
+        (
+            "--data-path @data",
+            "`--data-path data` names no dataset: data.bin and data.idx do not exist; give one of data/x, data/y",
+        ),
+        (
+            "--data-path @raw.jsonl",
+            "`--data-path raw.jsonl` names no dataset: raw.jsonl.bin and raw.jsonl.idx do not exist; raw.jsonl is a text, of "
+            f"which a dataset is to be made first: `{MAKE} --input raw.jsonl --output-prefix raw --tokenizer-type ... "
+            "--append-eod`, then give raw_text_document",
+        ),
+        (
+            "--data-path @split",
+            "`--data-path split` names no dataset: split.bin and split.idx do not exist; beside it is only "
+            f"split_text_sentence, of sentences, of BERT; make the other: `{MAKE} --input TEXT.jsonl --output-prefix split "
+            "--tokenizer-type ... --append-eod`",
+        ),
         ("--tensorboard-dir @good.bin", "`--tensorboard-dir good.bin` cannot be written: good.bin is a file, not a directory"),
         ("--metrics-path @good.bin/m", "`--metrics-path good.bin/m` cannot be written: good.bin is a file, not a directory"),
     ],
 )
 def test_wrong_files(change: str, message: str, disk: Path) -> None:
-    change = change if "--data-path" in change else f"--data-path @good {change}"
-    assert on_disk(disk, change) == [message.replace("DISK", str(disk))]
+    change = (change if "--data-path" in change else f"--data-path @good {change}").replace("LONG", LONG)
+    assert on_disk(disk, change) == [message.replace("DISK", str(disk)).replace("LONG", LONG)]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +254,61 @@ def test_what_may_not_be_read_or_written(disk: Path, monkeypatch: pytest.MonkeyP
     assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
         "`--save nothing/run` cannot be written: permission denied in nothing"
     ]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("place", ["no", "no/x"])
+def test_another_user_hears_of_permissions_in_words(place: str, disk: Path) -> None:
+    """Really as one, to whom a directory is closed: no look at the disk may fail in another way."""
+    (disk / "no").mkdir(mode=0o700)
+    (disk / "no/x").mkdir()
+    settings = {
+        "--data-path @good --load @P": "--load",
+        "--data-path @good --save @P --save-interval 1": "--save",
+        "--data-path @good --load @P --save @P/run --save-interval 1": "--load",
+        "--data-path @P": "--data-path",
+        "--data-path @good --tensorboard-dir @P": "--tensorboard-dir",
+        "--data-path @good --metrics-path @P/m": "--metrics-path",
+        "--data-path @good --tokenizer-type HuggingFaceTokenizer --tokenizer-model @P": "--tokenizer-model",
+        "--data-path @good --tokenizer-type BertWordPieceCase --vocab-file @P": "--vocab-file",
+        "--data-path @good --stop-file @P/stop": "--stop-file",
+    }
+    on_disk(disk, "--data-path @good")  # everything is imported before, of what he may not read either
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            for folder in (disk, *disk.parents[:2]):
+                os.chmod(folder, 0o755)
+            os.setgid(65534)
+            os.setuid(65534)
+            found = {change: on_disk(disk, change.replace("@P", f"@{place}")) for change in settings}
+        except BaseException as error:
+            found = {"failed": [repr(error)]}
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        found = json.loads(pipe.read())
+    assert found.keys() == settings.keys(), found
+    for change, lines in found.items():
+        assert any(line.startswith(f"`{settings[change]} ") for line in lines), (change, lines)
+        assert not any("Errno" in line for line in lines), lines
+
+
+def test_a_disk_that_is_mounted_read_only(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = os.statvfs(disk)
+    read_only = os.statvfs_result((*about[:8], about.f_flag | os.ST_RDONLY, *about[9:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: read_only)
+    assert on_disk(disk, "--data-path @good --save @nothing/run --save-interval 1") == [
+        "`--save nothing/run` cannot be written: nothing is on a file system that is mounted read-only"
+    ]
+
+
+def test_a_prefix_for_bert(disk: Path) -> None:
+    assert meant_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which lies beside it"
+    assert "beside it is only" in (meant_prefix(str(disk / "corpus"), "sentence") or "")
+    assert meant_prefix(str(disk / "nowhere"), "document") is None
 
 
 def test_a_stop_file_can_appear_and_go(disk: Path) -> None:

@@ -175,7 +175,7 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
     score = task.score([first, second], answers)
     assert score.counts == {"correct": 2, "total": 4, "entities": 3}
     assert score.metrics == {"accuracy": 50.0, "f1": pytest.approx(100 * 2 * 2 / (3 + 3))}
-    with pytest.raises(DataError, match=r"sentence 0: the model has no tag B-OBJ"):
+    with pytest.raises(DataError, match=r"t\.txt:5: the model has no tag B-OBJ"):
         Tagging(words, 8, ("O", "B-PER")).read(str(tmp_path / "t.txt"), training=False)
 
 
@@ -230,14 +230,30 @@ BROKEN = [
     ("MNLI", "", "names no column pairID, sentence1, sentence2"),
     ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n", "holds no samples"),
     ("MNLI", "pairID\tsentence1\tsentence2\tgold_label\n1\ta\tb\tmaybe\n", ":2: gold_label is 'maybe'; legal: contradiction"),
-    ("SQUAD", "nonsense", "is not SQuAD's JSON"),
+    ("SQUAD", "nonsense", ": it is not JSON: Expecting value: line 1 column 1 (char 0); expected SQuAD's JSON"),
     ("SQUAD", '{"data": []}', "holds no questions"),
-    ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}', "a question without id, text or answers"),
-    ("SQUAD", ("a red hat", [("hat", 2)]), "question q: its paragraph has no 'hat' where answer_start says"),
-    ("SQUAD", ("a red hat", []), "question q: it has no answer: a test file cannot be trained on"),
-    ("SQUAD", '{"data": [{"paragraphs": [{"context": 5, "qas": []}]}]}', "is not SQuAD's JSON"),
-    ("SQUAD", '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": 2}]}]}]}', "'2' is no text"),
-    ("SQUAD", TWICE, "two questions with the id 1"),
+    (
+        "SQUAD",
+        '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1}]}]}]}',
+        ": data[0].paragraphs[0].qas[0]: it has no `question` (its keys: id)",
+    ),
+    (
+        "SQUAD",
+        ("a red hat", [("hat", 2)]),
+        ".qas[0].answers[0]: the paragraph has no 'hat' at character 2, where answer_start says, but 'red'",
+    ),
+    ("SQUAD", ("a red hat", []), ": data[0].paragraphs[0].qas[0]: it has no answer: a test file cannot be trained on"),
+    (
+        "SQUAD",
+        '{"data": [{"paragraphs": [{"context": 5, "qas": []}]}]}',
+        ": data[0].paragraphs[0].context: it is a number 5, not text; expected SQuAD's",
+    ),
+    (
+        "SQUAD",
+        '{"data": [{"paragraphs": [{"context": "c", "qas": [{"id": 1, "question": 2}]}]}]}',
+        "qas[0].question: it is a number 2, not text",
+    ),
+    ("SQUAD", TWICE, ".qas[1]: its id '1' is that of data[0].paragraphs[0].qas[0] as well"),
     ("NER", "tom\n", ":1: 'tom' is not a word and its tag"),
     ("NER", "\n\n", "holds no words"),
 ]
@@ -263,9 +279,15 @@ def test_broken_files_are_named(name, content, message, words, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "is not a JSON object with article"),
-        ('{"article": "a", "questions": ["q"], "options": [["a", "b"]], "answers": ["A"]}', "2 options, answer 'A'; legal: 4"),
-        ('{"article": "a", "questions": ["q"], "options": [[1, 2, 3, 4]], "answers": ["A"]}', "are not text"),
+        ("{}", "1.txt: it has no `article` (its keys: none); expected RACE's JSON"),
+        (
+            '{"article": "a", "questions": ["q"], "options": [["a", "b"]], "answers": ["A"]}',
+            ": options[0]: it holds 2 options; legal: 4",
+        ),
+        (
+            '{"article": "a", "questions": ["q"], "options": [[1, 2, 3, 4]], "answers": ["A"]}',
+            ": options[0][0]: it is a number 1, not text",
+        ),
         ('{"article": "a", "questions": ["q", "r"], "options": [], "answers": []}', "as many of each"),
     ],
 )

@@ -30,6 +30,10 @@ def iterations(folder: Path) -> list[int]:
     return [line["iteration"] for line in lines if "split" not in line]
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture
 def short(flags):
     return [*flags, "--train-iters", "4", "--eval-iters", "0", "--save-interval", "2"]
@@ -63,6 +67,24 @@ def test_the_stop_line_is_the_command_that_goes_on(short, tmp_path, capsys):
     assert "--overwrite: the checkpoints of iterations 2, 4 in" in said and " --exit-interval 2 --auto-resume" in said
     assert "--overwrite" not in said.splitlines()[-1]
     assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000002"], "4 was the old run's"
+
+
+def test_a_run_from_elsewhere_sets_the_other_aside_and_is_gone_on_with_alone(short, tmp_path, capsys):
+    assert run(short) == 0
+    assert run([*short, "--save", tmp_path / "other", "--exit-interval", "2"]) == Exit.STOPPED
+    before = content(tmp_path / "run" / "iter_0000004")
+    capsys.readouterr()
+    assert run([*short, "--load", tmp_path / "other", "--exit-interval", "3"]) == Exit.STOPPED
+    said, aside = capsys.readouterr().out, tmp_path / "run" / "set_aside_1"
+    assert (
+        said.count("note: ") == 1 and f"note: {tmp_path}/run holds the checkpoints of iterations 2, 4, of another run" in said
+    )
+    assert f"the checkpoints of iterations 2, 4 of another run are in {aside} now" in said
+    assert iterations(aside) == [1, 2, 3, 4] and iterations(tmp_path / "run") == [3]
+    assert content(aside / "iter_0000004") == before
+    assert run([*short, "--load", tmp_path / "other", "--auto-resume"]) == 0
+    assert "run/iter_0000003: weights with optimizer" in capsys.readouterr().out
+    assert [p.name for p in sorted((tmp_path / "run").glob("iter_*"))] == ["iter_0000003", "iter_0000004"]
 
 
 def test_an_extended_run_is_asked_for_its_schedule_and_never_trains_at_rate_zero_in_silence(short, tmp_path, capsys):

@@ -167,10 +167,11 @@ def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
     assert lock._cleared(tmp_path / FILE, Look(text, 0, 0.0)) and os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_takes_no_lock_is_said_and_done_without(tmp_path, caplog):
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    """No checkpoint could be written there either, at the end of the first interval."""
     (tmp_path / "file").touch()
-    assert take(tmp_path / "file" / "run", ours(), pytest.fail) is None
-    assert "no lock can be kept here" in caplog.text
+    with pytest.raises(Refused, match=f"--save {tmp_path}/file/run: cannot be made: Not a directory; choose another place"):
+        take(tmp_path / "file" / "run", ours(), pytest.fail)
 
 
 def test_a_directory_that_was_there_before_stays(tmp_path):

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from legal_run import problems
 
+from megatron.checkpoint.layout import newest_complete
 from megatron.checkpoint.save import save
 from megatron.checkpoint.storage import Storage
 from megatron.config.errors import ConfigError
-from megatron.config.schema import CheckpointConfig, EvalConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, EvalConfig, RunConfig, TaskConfig
 from megatron.mesh.mesh import Mesh
 from megatron.train.going_on import how_to_go_on
 from megatron.train.resume import find_source
-from megatron.train.save_directory import Overwritten, check_save, set_metrics_aside
+from megatron.train.save_directory import Overwritten, check_save, set_metrics_aside, set_run_aside
 from megatron.train.source import Source
 from megatron.train.state import TrainState
 
@@ -71,6 +72,16 @@ GOES = [
     ("--save run --load run/iter_0000008", ""),
     ("--save run --load run --load-iteration 4", "going back to iteration 4: the checkpoints of iterations 8 in run stay"),
     ("--save run --load run/iter_0000004", "going back to iteration 4: "),
+    (
+        "--save run --load other",
+        "note: run holds the checkpoints of iterations 4, 8, of another run than --load other: ",
+    ),
+    ("--save run --load other --finetune", "note: run holds the checkpoints of iterations 4, 8, of another run than --load "),
+    (
+        "--save torn --load other",
+        "note: torn holds the checkpoints of iterations 4, of another run than --load ",
+    ),
+    ("--save emptied --load other", "note: emptied holds the traces of checkpoints, of another run than --load other: "),
     ("--save run --skip-train", ""),
     ("--save run --skip-train --load other", ""),
     ("--save new --overwrite", ""),
@@ -84,8 +95,6 @@ REFUSED = [
     ("--save torn", "would begin anew over them"),
     ("--save emptied", "would begin anew over them"),
     ("--save run --finetune --load run", "--finetune would begin anew over them, the one that it loads among them"),
-    ("--save run --load other", "--load other would write another run's among them"),
-    ("--save run --load other --finetune", "--load other would write another run's among them"),
     ("--save run --overwrite --load run", "while --overwrite begins anew over them"),
     ("--save run/iter_0000004", "is one checkpoint, not a directory of them"),
     ("--save run/iter_0000004 --auto-resume", "is one checkpoint, not a directory of them"),
@@ -107,6 +116,34 @@ def test_what_is_refused(disk, flags, why):
     assert problem.startswith(f"`{flags.split(' --')[0]}`") and why in problem
     if "iter_" not in flags and "torn --over" not in flags:
         assert "another --save keeps both" in problem
+
+
+def test_fine_tuning_again_is_refused_since_it_is_no_load(disk):
+    task = TaskConfig(pretrained_checkpoint="other")
+    config = RunConfig(checkpoint=CheckpointConfig(save="run", load="other", finetune=True), task=task)
+    with pytest.raises(ConfigError, match="fine-tuning from --pretrained-checkpoint other would begin anew over them"):
+        check_save(Source(Path("other/iter_0000006")), config)
+
+
+def test_another_runs_checkpoints_are_set_aside_whole(disk):
+    """Before the first save of the new run: so that its number never meets theirs, and --auto-resume never takes them."""
+    Path("run/iter_0000002").symlink_to("../other/iter_0000006")
+    for name in ("metrics.jsonl", "progress.json", "notes.txt"):
+        Path("run", name).write_text(name)
+    for number in (1, 2):
+        before = {path.name: path.read_bytes() for path in Path("run/iter_0000008").iterdir()} if number == 1 else {}
+        said = set_run_aside(Path("run"), "run/metrics.jsonl")
+        aside = Path(f"run/set_aside_{number}")
+        assert said is not None and said.endswith(f"of another run are in {aside} now: --load {aside} goes on with them")
+        assert sorted(os.listdir("run")) == ["notes.txt", *(f"set_aside_{n + 1}" for n in range(number))]
+        assert newest_complete(Path("run")).empty  # --auto-resume finds nothing: the run begins from --load again
+        if number == 1:
+            assert {path.name: path.read_bytes() for path in (aside / "iter_0000008").iterdir()} == before
+            assert find_source(CheckpointConfig(load=str(aside))).state.iteration == 8
+            assert (aside / "iter_0000002").is_dir() and {"metrics.jsonl", "progress.json"} <= {*os.listdir(aside)}
+            save(Path("run"), 7, {"train": TrainState(iteration=7)}, Mesh.single(), config={})
+            assert find_source(CheckpointConfig(save="run", auto_resume=True)).state.iteration == 7
+    assert set_run_aside(Path("run"), None) is None and not Path("run/set_aside_3").exists()
 
 
 def test_a_first_start_by_the_same_directory_twice(disk):
