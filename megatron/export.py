@@ -78,7 +78,7 @@ def export(
     with PendingDirectory(output, "export_hf") as pending:
         temporary = pending.temporary
         tokenizer = open_tokenizer(directory)
-        files = kept.in_checkpoint(directory)
+        files = kept.with_chosen_end(kept.in_checkpoint(directory), tokenizer)
         say(f"writing {directory} as a Hugging Face directory")
         ids = kept.token_ids(files)
         special = _token_ids(tokenizer) if ids is None else ids

@@ -222,6 +222,10 @@ class TokenizerConfig:
     tokenizer_model: str | None = option(None, "SentencePiece model; or a tokenizer.json or its directory")
     vocab_size: int | None = option(None, "number of ids, for NullTokenizer only")
     vocab_extra_ids: int = option(0, "additional <extra_id_N> tokens")
+    eod_token: str | None = option(None, "the token that ends a document, by its text or its id; default the tokenizer's own")
+    bos_token: str | None = option(
+        None, "the first token of a document, by its text or its id; preprocessing puts it before each"
+    )
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,21 @@ class FastTokenizer(Tokenizer):
         with failures_in_words(self.kind):
             return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @property
+    def marks(self) -> Mapping[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def read_marks_as_text(self) -> None:
+        self._backend.encode_special_tokens = True
+        unknown = getattr(self._backend.model, "unk_token", None)
+        for mark, number in self.marks.items():
+            if mark != unknown and number in self.tokenize(mark):
+                raise DataError(
+                    f"--special-tokens-in-text plain: {self.kind} cannot do it with this vocabulary, whose model itself makes "
+                    f"its id of {mark!r} in a text; take such texts out, or leave the flag out"
+                )
+
     def detokenize(self, ids: Sequence[int]) -> str:
         with failures_in_words(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
