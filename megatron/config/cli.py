@@ -16,7 +16,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from megatron.config import file_rules
 from megatron.config.case import Case
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.legacy import LEGACY
-from megatron.config.options import Option, by_name, options, sections
+from megatron.config.options import Option, by_name, options, say, sections
 from megatron.config.output_rules import check_outputs
 from megatron.config.precision_rules import precision_remarks
 from megatron.config.presets import PRESETS
@@ -119,7 +119,8 @@ def parse(
         problems += [*file_rules.check_files(case), *check_outputs(case, path)]
     if problems:
         raise ConfigError(problems)
-    notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
+    taken = () if task else _taken({name: value for name, value in checkpoint.items() if name not in chosen})
+    notes = (*flags.notes, *file.notes, *taken, *_remarks(config, case.resolved))
     return Parsed(case.resolved, dry_run, world_size, typed, tuple(dict.fromkeys(notes)))
 
 
@@ -189,7 +190,15 @@ def _checkpoint_model(
     own = {f"tokenizer.{f.name}" for f in dataclasses.fields(held.tokenizer)} - {"tokenizer.eod_token", "tokenizer.bos_token"}
     if not task and not typed & own:
         found |= {f"tokenizer.{f.name}": getattr(held.tokenizer, f.name) for f in dataclasses.fields(held.tokenizer)}
-    return found, []
+    return {name: value for name, value in found.items() if value is not None or name.startswith("model.")}, []
+
+
+def _taken(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what to say of settings beyond the model's shape that the checkpoint gives."""
+    taken = {name: checkpoint.get(name) for name in ("data.seq_length", "tokenizer.tokenizer_type")}
+    words = [say(name, value).strip("`") for name, value in taken.items() if value is not None]
+    if words:
+        yield f"from the checkpoint, by --use-checkpoint-args: {', '.join(words)}"
 
 
 def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:

@@ -405,7 +405,9 @@ class CheckpointConfig:
     finetune: bool = option(False, "take only the weights of --load: iteration 0, new optimizer, data from the start")
     no_load_optim: bool = option(False, "start with a new optimizer state")
     no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")
-    use_checkpoint_args: bool = option(False, "take the model's shape from the checkpoint")
+    use_checkpoint_args: bool = option(
+        False, "take the model's shape, the sequence length and the tokenizer from the checkpoint, where no flag gives them"
+    )
     keep_last: int | None = option(None, "how many of the newest checkpoints stay; default all")
     keep_every: int | None = option(None, "checkpoints at multiples of this stay for ever")
 
