@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=config,
         keys=tuple(args.json_keys),
         append_eod=args.append_eod,
-        plain_marks=args.special_tokens_in_text == "plain",
+        plain_special_tokens=args.special_tokens_in_text == "plain",
         split_sentences=args.split_sentences,
         keep_newlines=args.keep_newlines,
         skip_bad_lines=args.on_bad_line == "skip",

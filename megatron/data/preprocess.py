@@ -29,7 +29,7 @@ from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, pars
 from megatron.data.errors import DataError
 from megatron.data.indexed import ENDINGS, IndexedWriter, token_dtype
 from megatron.data.sentences import sentences
-from megatron.data.special_tokens import MarkCounter, about_documents, about_marks
+from megatron.data.special_tokens import SpecialTokenCounter, about_documents, about_special_tokens
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.outputs import Reads, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
@@ -43,13 +43,13 @@ HUGE_PART = 1 << 24  # characters that are worth a word when they cannot be cut
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_marks: special tokens in a text are
+    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: special tokens in a text are
     text like any other."""
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    plain_marks: bool = False
+    plain_special_tokens: bool = False
     split_sentences: bool = False
     keep_newlines: bool = False
     skip_bad_lines: bool = False
@@ -57,20 +57,20 @@ class Settings:
 
 @dataclass
 class Encoded:
-    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. marks: how often which
+    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often which
     special token stands in the texts."""
 
     columns: list[Column]
     documents: int
     size: int
     bad: list[tuple[str, bytes]] = field(default_factory=list)
-    marks: Counter[str] = field(default_factory=Counter)
+    special_tokens: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class Totals:
     """What a run did. size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `Column`.
-    marks: as in `Encoded`."""
+    special_tokens: as in `Encoded`."""
 
     documents: int = 0
     tokens: int = 0
@@ -80,7 +80,7 @@ class Totals:
     seconds: float = 0.0
     longest_part: int = 0
     prefixes: list[str] = field(default_factory=list)
-    marks: Counter[str] = field(default_factory=Counter)
+    special_tokens: Counter[str] = field(default_factory=Counter)
 
 
 class UnreadableText(Exception):
@@ -97,12 +97,12 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
-        if settings.plain_marks:
-            self.tokenizer.read_marks_as_text()
+        if settings.plain_special_tokens:
+            self.tokenizer.read_special_as_text()
         self.ends = [self.tokenizer.eod] if settings.append_eod else []
         self.begins = [self.tokenizer.token("bos")] if settings.tokenizer.bos_token is not None else []
         self.dtype = token_dtype(self.tokenizer.vocab_size)
-        self._marks = MarkCounter(self.tokenizer.marks)
+        self._special = SpecialTokenCounter(self.tokenizer.special_in_text)
 
     def __call__(self, lines: Sequence[Line]) -> Encoded:
         """Raises DataError for a bad line, unless those are to be skipped."""
@@ -120,8 +120,8 @@ class Encoder:
             except UnreadableText as error:
                 line, _ = good.pop(error.document)
                 self._reject(line, BadLine(f"{line.file}:{line.number}: {error}"), bad)
-        marks = self._marks(text for _, texts in good for text in texts)
-        return Encoded(columns, len(good), sum(len(line.text) for line in lines), bad, marks)
+        met = self._special(text for _, texts in good for text in texts)
+        return Encoded(columns, len(good), sum(len(line.text) for line in lines), bad, met)
 
     def _texts(self, line: Line) -> list[str]:
         texts = parse(line, self.settings.keys)
@@ -274,7 +274,7 @@ def preprocess(
                 totals.tokens += len(column.tokens)
                 totals.empty += column.empty
             totals.documents += encoded.documents
-            totals.marks += encoded.marks
+            totals.special_tokens += encoded.special_tokens
             totals.bad += len(encoded.bad)
             totals.size += encoded.size
             totals.seconds = time.monotonic() - start
@@ -290,7 +290,7 @@ def preprocess(
         for writer in writers:
             writer.finish(meta)
         rejected.finish()
-    say(about_marks(tokenizer, totals.marks, plain=settings.plain_marks))
+    say(about_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
     return totals
 
 
@@ -320,7 +320,7 @@ def sidecar(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
         eod=tokenizer.special.get("eod"),
         append_eod=settings.append_eod,
         prepend_bos=settings.tokenizer.bos_token is not None,
-        special_tokens_in_text="plain" if settings.plain_marks else "ids",
+        special_tokens_in_text="plain" if settings.plain_special_tokens else "ids",
     )
 
 

@@ -59,7 +59,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return self._pieces[number] if number < len(self._pieces) else ""
 
     @property
-    def marks(self) -> Mapping[str, int]:
+    def special_in_text(self) -> Mapping[str, int]:
         return self._symbols()
 
     def _symbols(self) -> Mapping[str, int]:
@@ -68,7 +68,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         found = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
         return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
 
-    def read_marks_as_text(self) -> None:
+    def read_special_as_text(self) -> None:
         if own := self._symbols():
             names = ", ".join(map(repr, list(own)[:4]))
             raise DataError(
@@ -105,23 +105,23 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
                 ids[name] = len(self._pieces)
                 self._pieces.append(name)
             self._known[name] = ids[name]
-        self._marks_are_text = False
+        self._special_is_text = False
         self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
         self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
 
     @property
-    def marks(self) -> Mapping[str, int]:
+    def special_in_text(self) -> Mapping[str, int]:
         return {**self._symbols(), **self._known}
 
-    def read_marks_as_text(self) -> None:
-        super().read_marks_as_text()
-        self._marks_are_text = True
+    def read_special_as_text(self) -> None:
+        super().read_special_as_text()
+        self._special_is_text = True
 
     def added_tokens(self) -> list[str]:
         return list(self._known)
 
     def tokenize(self, text: str) -> list[int]:
-        if self._marks_are_text:
+        if self._special_is_text:
             return super().tokenize(text)
         ids: list[int] = []
         for whole in self.parts(text):

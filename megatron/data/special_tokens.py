@@ -42,7 +42,9 @@ def find_token(tokenizer: Tokenizer, flag: str, wanted: str) -> int:
         raise DataError(f"{flag} {wanted}: {tokenizer.kind} has the ids 0 to {size - 1}")
     number = None if not wanted else next((n for n in range(size) if tokenizer.piece(n) == wanted), None)
     if number is None:
-        names = [in_words(tokenizer, n) for n in dict.fromkeys([*tokenizer.special.values(), *tokenizer.marks.values()])]
+        names = [
+            in_words(tokenizer, n) for n in dict.fromkeys([*tokenizer.special.values(), *tokenizer.special_in_text.values()])
+        ]
         more = ", ..." if len(names) > MAX_NAMED else ""
         have = f"special ones are {', '.join(names[:MAX_NAMED])}{more}" if names else "it has no special ones"
         raise DataError(f"{flag} {wanted!r}: {tokenizer.kind} has no such token; {have}; any other can be named by its id")
@@ -67,7 +69,7 @@ def about_documents(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod
         use = "appended to each document" if append_eod else "not appended, since --append-eod is not given"
         yield f"end of document: {in_words(tokenizer, eod)}, {use}"
         if config.eod_token is None and tokenizer.piece(eod) not in USUAL_ENDS:
-            usual = next((n for n in map(tokenizer.marks.get, USUAL_ENDS) if n is not None), None)
+            usual = next((n for n in map(tokenizer.special_in_text.get, USUAL_ENDS) if n is not None), None)
             if usual is not None:
                 way = f"--eod-token '{tokenizer.piece(usual)}' chooses it"
                 yield f"note: the tokenizer also has {in_words(tokenizer, usual)}, as base models end documents; {way}"
@@ -77,25 +79,25 @@ def about_documents(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod
         yield f"first token: {in_words(tokenizer, tokenizer.token('bos'))}, put before each document"
 
 
-class MarkCounter:
-    """Counts the special tokens that stand in texts. marks: as of `Tokenizer.marks`."""
+class SpecialTokenCounter:
+    """Counts the special tokens that stand in texts. tokens: as of `Tokenizer.special_in_text`."""
 
-    def __init__(self, marks: Iterable[str]) -> None:
-        longest_first = sorted(marks, key=len, reverse=True)
+    def __init__(self, tokens: Iterable[str]) -> None:
+        longest_first = sorted(tokens, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def __call__(self, texts: Iterable[str]) -> Counter[str]:
         """Return how often each stands in these texts."""
-        return Counter[str]() if self._any is None else Counter(mark for text in texts for mark in self._any.findall(text))
+        return Counter[str]() if self._any is None else Counter(token for text in texts for token in self._any.findall(text))
 
 
-def about_marks(tokenizer: Tokenizer, met: Mapping[str, int], *, plain: bool) -> str:
+def about_special_tokens(tokenizer: Tokenizer, met: Mapping[str, int], *, plain: bool) -> str:
     """Return what became of the special tokens that were met in the texts."""
-    if not tokenizer.marks:
+    if not tokenizer.special_in_text:
         return f"special tokens in the text: {tokenizer.kind} has none there, everything is plain text"
     if not met:
         return "special tokens in the text: none"
     first = sorted(met.items(), key=lambda entry: (-entry[1], entry[0]))
-    listed = ", ".join(f"{mark} {count}" for mark, count in first[:MAX_NAMED]) + (", ..." if len(met) > MAX_NAMED else "")
+    listed = ", ".join(f"{token} {count}" for token, count in first[:MAX_NAMED]) + (", ..." if len(met) > MAX_NAMED else "")
     how = "read as plain text" if plain else "kept as ids; --special-tokens-in-text plain reads them as plain text"
     return f"special tokens in the text: {sum(met.values())} ({listed}), {how}"

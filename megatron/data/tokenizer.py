@@ -93,7 +93,7 @@ class NullTokenizer(Tokenizer):
                 return f"NullTokenizer: {what}: its ids are 0 to {self._numbers - 1}, and {self._numbers} ends a document"
         return None
 
-    def read_marks_as_text(self) -> None:
+    def read_special_as_text(self) -> None:
         raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")
 
     @cached_property

@@ -68,11 +68,11 @@ class Tokenizer(ABC):
         return [self.tokenize(text) for text in texts]
 
     @property
-    def marks(self) -> Mapping[str, int]:
+    def special_in_text(self) -> Mapping[str, int]:
         """The special tokens that `tokenize` finds in a text and makes their ids of, by how they are written there."""
         return {}
 
-    def read_marks_as_text(self) -> None:
+    def read_special_as_text(self) -> None:
         """Have special tokens in texts tokenized as any other text from now on; DataError where that cannot be."""
         return
 

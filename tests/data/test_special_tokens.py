@@ -66,7 +66,7 @@ def config(kind: str, files: Path, **more: Any) -> TokenizerConfig:
 
 def documents(files: Path, folder: Path, tokenizer: TokenizerConfig, **settings: Any) -> tuple[IndexedDataset, dict[str, int]]:
     totals = preprocess([str(files / "c.jsonl")], str(folder / "o"), Settings(tokenizer, append_eod=True, **settings))
-    return IndexedDataset(totals.prefixes[0]), dict(totals.marks)
+    return IndexedDataset(totals.prefixes[0]), dict(totals.special_tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,11 +96,11 @@ def test_flags_choose_the_ends_of_documents(kind: str, files: Path, tmp_path: Pa
 def test_special_tokens_in_texts(kind: str, files: Path, tmp_path: Path) -> None:
     """They are counted, and get their ids or none of a special token."""
     met, tokenizer = KINDS[kind][3], build_tokenizer(config(kind, files))
-    special = {tokenizer.marks[mark] for mark in met}
+    special = {tokenizer.special_in_text[mark] for mark in met}
     end = config(kind, files, eod_token="0")  # not among them
     with_ids, counted = documents(files, tmp_path, end)
     assert counted == met and special <= set(with_ids[0].tolist())
-    as_text, counted = documents(files, tmp_path, end, plain_marks=True)
+    as_text, counted = documents(files, tmp_path, end, plain_special_tokens=True)
     assert counted == met and not special & set(as_text[0].tolist())
     assert as_text.meta()["special_tokens_in_text"] == "plain"
     if not met:
@@ -116,7 +116,9 @@ def test_where_there_is_no_plain_text(files: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     (tmp_path / "sp.model").write_bytes(buffer.getvalue())
     symbols = config("SentencePieceTokenizer", tmp_path)
-    assert "<mask>" in build_tokenizer(symbols).marks and "\u2581\u2581" not in build_tokenizer(symbols).marks
+    assert (
+        "<mask>" in build_tokenizer(symbols).special_in_text and "\u2581\u2581" not in build_tokenizer(symbols).special_in_text
+    )
     unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "</s>ab ")], 0))
     unigram.add_special_tokens(["</s>"])
     unigram.save(str(tmp_path / "tokenizer.json"))
@@ -124,7 +126,7 @@ def test_where_there_is_no_plain_text(files: Path, tmp_path: Path) -> None:
     numbers = TokenizerConfig("NullTokenizer", vocab_size=9)
     for tokenizer, words in ((symbols, "itself finds '<mask>'"), (word, "of '</s>' in a text"), (numbers, "ids already")):
         with pytest.raises(DataError, match=rf"--special-tokens-in-text plain: .*{words}"):
-            documents(files, tmp_path, tokenizer, plain_marks=True)
+            documents(files, tmp_path, tokenizer, plain_special_tokens=True)
 
 
 def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -> None:
@@ -176,3 +178,12 @@ def test_foreign_ids_without_a_sidecar(place: int, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(matching, "PIECE", 4)
     with pytest.raises(DataError, match=words):
         build_datasets(data, 1, (4, 0, 0), byte)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tokenizer.model", "GPTSentencePiece"), ("merges.txt", "GPT2BPE"), ("vocab.txt", "BertWord")]
+)
+def test_a_directory_with_an_older_form(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"holds no tokenizer\.json but an older form: give --tokenizer-type {kind}.*{name}"):
+        build_tokenizer(TokenizerConfig("HuggingFaceTokenizer", tokenizer_model=str(tmp_path)))
