@@ -65,10 +65,6 @@ OTHERS = (
     (0, b"\x00\x00\xfe\xff", "text in UTF-32, not UTF-8", ENCODING % "UTF-32"),
     (0, b"\xff\xfe", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
     (0, b"\xfe\xff", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
-    (0, b"{\x00", "text in UTF-16, not UTF-8", ENCODING % "UTF-16LE"),
-    (0, b"[\x00", "text in UTF-16, not UTF-8", ENCODING % "UTF-16LE"),
-    (0, b"\x00{", "text in UTF-16, not UTF-8", ENCODING % "UTF-16BE"),
-    (0, b"\x00[", "text in UTF-16, not UTF-8", ENCODING % "UTF-16BE"),
 )
 
 
@@ -178,6 +174,11 @@ def _refuse_others(name: str, head: bytes) -> None:
     for place, magic, what, advice in OTHERS:
         if head[place:].startswith(magic) and (binary or not magic.isalnum()):
             raise DataError(f"{name}: {what}; {advice.replace('FILE', name)}")
+    # Two Latin characters in UTF-16 without a mark at its beginning; as UTF-8 they are text as well, with zeros.
+    zeros = [byte == 0 for byte in head[:4]]
+    if zeros in ([False, True, False, True], [True, False, True, False]):
+        advice = ENCODING % ("UTF-16BE" if zeros[0] else "UTF-16LE")
+        raise DataError(f"{name}: text in UTF-16, not UTF-8; {advice.replace('FILE', name)}")
 
 
 def _refuse_cut_off(name: str, head: bytes) -> None:

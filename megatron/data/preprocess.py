@@ -43,8 +43,8 @@ HUGE_PART = 1 << 24  # characters that are worth a word when they cannot be cut
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: special tokens in a text are
-    text like any other."""
+    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: those that stand in a
+    text are text like any other."""
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
@@ -57,8 +57,8 @@ class Settings:
 
 @dataclass
 class Encoded:
-    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often which
-    special token stands in the texts."""
+    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often
+    which one stands in the texts."""
 
     columns: list[Column]
     documents: int

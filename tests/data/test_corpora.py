@@ -147,6 +147,14 @@ def test_text_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert found[0] == found[1] or "\ufeff" not in found[0].splitlines()[5]
 
 
+def test_plain_text_in_utf_16(tmp_path: Path) -> None:
+    """Which would be text in UTF-8 too, with a zero after each letter."""
+    for form in ("utf-16-le", "utf-16-be", "utf-16"):
+        file = written(tmp_path, "words and words\n".encode(form), "a.txt")
+        with pytest.raises(DataError, match=r"a\.txt: text in UTF-16, not UTF-8; convert it: `iconv"):
+            train_bpe([str(file)], ["text"], 300, str(tmp_path / "t"))
+
+
 def test_numbers_of_any_size_are_json(tmp_path: Path) -> None:
     """But a number is no text."""
     assert made(written(tmp_path, '{"text": "ab", "id": ' + "7" * 5000 + "}\n")).tokens == 2

@@ -20,6 +20,7 @@ from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer, chosen_for_data
+from megatron.data.merge import merge
 from megatron.data.preprocess import Settings, preprocess
 from megatron.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron.data.tokenizer_base import Tokenizer as Ours
@@ -144,7 +145,10 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
     (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({"pad_token": "<EOD>"}))
     with pytest.raises(DataError, match=r"pad is none there and '<EOD>' \(id 5\) in this run; use the tokenizer files"):
         check_tokenizer(dataset, build_tokenizer(config(kind, tmp_path)))
-    dataset, _ = documents(files, tmp_path, other)
+    (tmp_path / "other").mkdir()
+    first, (dataset, _) = dataset, documents(files, tmp_path / "other", other)
+    with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ in special tokens alone"):
+        merge([first.prefix, dataset.prefix], str(tmp_path / "m"))
     tokenizer, data = build_tokenizer(own), DataConfig(data_path=(dataset.prefix,))
     settings, lines = chosen_for_data(data, own, tokenizer)
     assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as --eod-token said" in lines[0]
