@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -83,12 +83,12 @@ class Totals:
     special_tokens: Counter[str] = field(default_factory=Counter)
 
 
-class UnreadableText(Exception):
-    """A text that the tokenizer gives up on. document: its number among those that were to be tokenized."""
+class UnreadableTexts(Exception):
+    """Texts that the tokenizer gives up on. reasons: why, by the number of the document among those to be tokenized."""
 
-    def __init__(self, document: int, reason: str) -> None:
-        super().__init__(reason)
-        self.document = document
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__()
+        self.reasons = reasons
 
 
 class Encoder:
@@ -110,25 +110,20 @@ class Encoder:
         bad: list[tuple[str, bytes]] = []
         for line in lines:
             try:
-                good.append((line, self._texts(line)))
+                good.append((line, parse(line, self.settings.keys)))
             except BadLine as error:
                 self._reject(line, error, bad)
         while True:
             try:
                 columns = [self.column([texts[i] for _, texts in good]) for i in range(len(self.settings.keys))]
                 break
-            except UnreadableText as error:
-                line, _ = good.pop(error.document)
-                self._reject(line, BadLine(f"{line.file}:{line.number}: {error}"), bad)
+            except UnreadableTexts as error:
+                for number, why in error.reasons.items():
+                    line = good[number][0]
+                    self._reject(line, BadLine(f"{line.file}:{line.number}: {why}"), bad)
+                good = [row for number, row in enumerate(good) if number not in error.reasons]
         met = self._special(text for _, texts in good for text in texts)
         return Encoded(columns, len(good), sum(len(line.text) for line in lines), bad, met)
-
-    def _texts(self, line: Line) -> list[str]:
-        texts = parse(line, self.settings.keys)
-        for text in texts:
-            if wrong := self.tokenizer.fault(text):
-                raise BadLine(f"{line.file}:{line.number}: {wrong}")
-        return texts
 
     def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
         if not self.settings.skip_bad_lines:
@@ -138,8 +133,25 @@ class Encoder:
     def column(self, texts: Sequence[str]) -> Column:
         """The texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
 
-        UnreadableText for one that the tokenizer gives up on.
+        UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
         """
+        try:
+            return self._column(texts)
+        except DataError:
+            reasons = {number: why for number, text in enumerate(texts) if (why := self._refusal(text))}
+            if reasons:
+                raise UnreadableTexts(reasons) from None
+            raise
+
+    def _refusal(self, text: str) -> str | None:
+        """Why the tokenizer gives up on a text; None where it does not."""
+        try:
+            self.tokenizer.tokenize_many([part for *_, part in self.parts([text])])
+        except DataError as error:
+            return str(error)
+        return None
+
+    def _column(self, texts: Sequence[str]) -> Column:
         column = Sequences(len(texts), self.begins, self.ends, self.dtype)
         parts: list[tuple[int, int, str]] = []
         size = 0
@@ -162,16 +174,7 @@ class Encoder:
 
     def append(self, parts: Sequence[tuple[int, int, str]], column: Sequences) -> None:
         """Tokenize parts of texts and append their tokens. DataError for an id that the tokenizer says it does not have."""
-        try:
-            found = self.tokenizer.tokenize_many([text for *_, text in parts])
-        except DataError:
-            for document, _, text in parts:
-                try:
-                    self.tokenizer.tokenize(text)
-                except DataError as error:
-                    raise UnreadableText(document, str(error)) from error
-            raise
-        for (document, sequence, _), ids in zip(parts, found, strict=True):
+        for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
             if ids and max(ids) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
             column.append(document, sequence, ids)

@@ -79,19 +79,17 @@ class NullTokenizer(Tokenizer):
         return self._numbers + 1
 
     def tokenize(self, text: str) -> list[int]:
-        if wrong := self.fault(text):
-            raise DataError(wrong)
-        return [int(word) for word in text.split()]
-
-    def fault(self, text: str) -> str | None:
-        for place, word in enumerate(text.split(), 1):
+        words = text.split()
+        for place, word in enumerate(words, 1):
             # int() also reads 1_000 and digits of other scripts, which nobody means.
             if not (word.isascii() and word.isdecimal()):
-                return f"NullTokenizer reads whole numbers separated by spaces; word {place} is {word[:40]!r}"
+                raise DataError(f"NullTokenizer reads whole numbers separated by spaces; word {place} is {word[:40]!r}")
             if len(word) > 10 or int(word) >= self.vocab_size:
                 what = f"word {place} is {word[:40]}, outside of --vocab-size {self._numbers}"
-                return f"NullTokenizer: {what}: its ids are 0 to {self._numbers - 1}, and {self._numbers} ends a document"
-        return None
+                raise DataError(
+                    f"NullTokenizer: {what}: its ids are 0 to {self._numbers - 1}, and {self._numbers} ends a document"
+                )
+        return [int(word) for word in words]
 
     def read_special_as_text(self) -> None:
         raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")

@@ -76,10 +76,6 @@ class Tokenizer(ABC):
         """Have special tokens in texts tokenized as any other text from now on; DataError where that cannot be."""
         return
 
-    def fault(self, text: str) -> str | None:
-        """Return why this can be no text of the tokenizer, in words; None for one that can."""
-        return None
-
     def choose(self, role: str, number: int) -> None:
         """Give a role of `special` to another token."""
         self.special, self.chosen = {**self.special, role: number}, {**self.chosen, role: number}

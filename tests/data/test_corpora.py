@@ -202,9 +202,10 @@ def test_bad_text_of_the_null_tokenizer(text: str, tmp_path: Path) -> None:
 def test_a_text_that_the_tokenizer_gives_up_on_is_a_bad_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.data.tokenizer import ByteTokenizer
 
-    plain = ByteTokenizer.tokenize
+    plain, asked = ByteTokenizer.tokenize, []
 
     def tokenize(self: ByteTokenizer, text: str) -> list[int]:
+        asked.append(text)
         if "!" in text:
             raise DataError("gives up")
         return plain(self, text)
@@ -215,6 +216,8 @@ def test_a_text_that_the_tokenizer_gives_up_on_is_a_bad_line(tmp_path: Path, mon
         made(file)
     totals = made(file, skip_bad_lines=True)
     assert (totals.documents, totals.tokens, totals.bad, totals.empty) == (3, 2, 2, 1)
+    file, asked[:] = written(tmp_path, "".join(json.dumps({"text": f"{n}!" if n else "ok"}) + "\n" for n in range(300))), []
+    assert made(file, skip_bad_lines=True).bad == 299 and len(asked) < 3 * 300  # not the rest again for each
 
 
 def test_documents_without_a_token(tmp_path: Path) -> None:
