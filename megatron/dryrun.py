@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,9 @@ from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.saved import from_json, to_toml
 from megatron.config.schedule_rules import uneven_ahead
 from megatron.config.schema import ModelConfig, RunConfig
-from megatron.data.build import check_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
+from megatron.data.matching import check_tokenizer, chosen_for_data
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.mesh.grid import Grid
@@ -98,6 +99,9 @@ def inspect(config: RunConfig, world_size: int = 1) -> Found:
 
 def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:
     lines = []
+    if tokenizer is not None:
+        with suppress(DataError):  # said of the dataset below
+            lines += chosen_for_data(config.data, config.tokenizer, tokenizer)[1]
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for prefix in prefixes(getattr(config.data, name)) or ():
             try:

@@ -18,6 +18,7 @@ from megatron.checkpoint.names import rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
 from megatron.data.hugging_face import ROLES, read_object
+from megatron.data.special_tokens import in_words
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.files.outputs import check_replaceable
 from megatron.files.pending import PendingDirectory
@@ -78,7 +79,8 @@ def export(
     with PendingDirectory(output, "export_hf") as pending:
         temporary = pending.temporary
         tokenizer = open_tokenizer(directory)
-        files = kept.in_checkpoint(directory)
+        imported = kept.in_checkpoint(directory)
+        files = kept.with_chosen_end(imported, tokenizer)
         say(f"writing {directory} as a Hugging Face directory")
         ids = kept.token_ids(files)
         special = _token_ids(tokenizer) if ids is None else ids
@@ -93,6 +95,8 @@ def export(
             tokenizer = None
         elif kept.has_tokenizer(files):
             say("tokenizer files and generation settings as they were imported")
+            if files != imported and tokenizer is not None:
+                say(f"but for the end of a text, which is also {in_words(tokenizer, tokenizer.eod)}, chosen by --eod-token")
             if verify:
                 _same_tokenizer(temporary, tokenizer)
         else:

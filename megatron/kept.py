@@ -6,6 +6,7 @@ writes them again: generation settings, lists of end tokens, chat templates, and
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -98,6 +99,21 @@ def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
     return None if about is None else {name: value for name, value in about.items() if name.endswith("_token_id")}
 
 
+def with_chosen_end(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """Return the kept files in which the token that --eod-token chose ends a text too, before those that did already."""
+    files, end = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
+    for name in SETTINGS:
+        about = _object(files, name)
+        if end is None or about is None:
+            continue
+        ends = about.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        if end not in ends:
+            about["eos_token_id"] = [end, *ends] if ends else end
+            files[name] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
 def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
     """The settings of generation that the kept config.json holds, where no file of their own is kept."""
     about = None if GENERATION in kept else _config(kept)
@@ -105,14 +121,19 @@ def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _config(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
-    if "config.json" not in kept:
+    return _object(kept, "config.json")
+
+
+def _object(kept: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
+    """The JSON object in a kept file; None where it is not kept."""
+    if name not in kept:
         return None
     try:
-        about = parse_json(kept["config.json"])
+        about = parse_json(kept[name])
     except ValueError as error:
-        raise DataError(f"the kept config.json is no JSON: {error}") from error
+        raise DataError(f"the kept {name} is no JSON: {error}") from error
     if not isinstance(about, dict):
-        raise DataError("the kept config.json is no JSON object")
+        raise DataError(f"the kept {name} is no JSON object")
     return about
 
 

@@ -25,6 +25,7 @@ READ_BY = {"compile", "match", "search", "fullmatch", "split", "findall", "findi
 KNOWN_TOKENS = "'(' + '|'.join(map(re.escape, self._known)) + ')'"
 BUILT = {
     ("megatron/data/sentence_piece.py", KNOWN_TOKENS): r"(<CLS>|<EOD>|<extra_id_0>)",
+    ("megatron/data/special_tokens.py", "'|'.join(map(re.escape, longest_first))"): r"<\|endoftext\|>|<\|im_end\|>|<EOD>",
     ("megatron/files/pending.py", "re.escape(path.name) + TEMPORARY"): r"vocab\.txt\.\d+(-[0-9a-f]{8})?\.tmp",
     (
         "megatron/mesh/slate.py",

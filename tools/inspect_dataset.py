@@ -12,9 +12,10 @@ from megatron.config.ranges import out_of_range
 from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
 from megatron.data.bert import SPECIAL, PairSample
 from megatron.data.blend import parse_blend
-from megatron.data.build import MakeSamples, bert_samples, build_datasets, check_tokenizer
+from megatron.data.build import MakeSamples, bert_samples, build_datasets
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
+from megatron.data.matching import check_tokenizer, chosen_for_data
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
@@ -146,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
     if tokenizer is not None:
+        chosen_for_data(DataConfig(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
     report: dict[str, Any] = {"datasets": [describe(dataset, tokenizer, args.documents) for dataset in datasets]}

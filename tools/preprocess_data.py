@@ -16,18 +16,34 @@ from megatron.files.outputs import BadOutput
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--input", required=True, nargs="+", metavar="FILE", help="JSON lines, plain, .gz or .zst; globs too")
+    p.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSON lines, plain or packed (gzip, zstandard, bzip2, xz); globs too",
+    )
     p.add_argument("--output-prefix", required=True, help="path of the output, without its ending")
     p.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
     )
     add_tokenizer_flags(p)
     p.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
+    p.add_argument(
+        "--special-tokens-in-text",
+        choices=("ids", "plain"),
+        default="ids",
+        help="ids: a special token that stands in a text, such as <|endoftext|>, gets its id; plain: it is text as any other",
+    )
     p.add_argument("--split-sentences", action="store_true", help="one sequence per sentence, as BERT needs it")
     p.add_argument("--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between them")
     p.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same for any number")
     p.add_argument(
-        "--on-bad-line", choices=("error", "skip"), default="error", help="skip: count it, and write it to PREFIX.bad.jsonl"
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default="error",
+        help="of a line that is no JSON object with text under each key, or whose text the tokenizer refuses; "
+        "skip: count it, and write it to PREFIX.bad.jsonl",
     )
     p.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
     p.add_argument("--partitions", type=int, default=1, help="accepted for Megatron-LM's scripts; only 1")
@@ -68,13 +84,14 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer=config,
         keys=tuple(args.json_keys),
         append_eod=args.append_eod,
+        plain_special_tokens=args.special_tokens_in_text == "plain",
         split_sentences=args.split_sentences,
         keep_newlines=args.keep_newlines,
         skip_bad_lines=args.on_bad_line == "skip",
     )
     progress = Progress(args.log_interval)
     try:
-        totals = preprocess(args.input, args.output_prefix, settings, args.workers, progress)
+        totals = preprocess(args.input, args.output_prefix, settings, args.workers, progress, print)
     finally:
         progress.end()
     for prefix in totals.prefixes:

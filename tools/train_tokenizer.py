@@ -21,7 +21,11 @@ FILES = {  # by --tokenizer-type, what is written
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
-        "--input", required=True, nargs="+", metavar="FILE", help="JSON lines, plain, .gz or .zst; or plain text as .txt"
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSON lines, or plain text as .txt; also packed (gzip, zstandard, bzip2, xz)",
     )
     p.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys of the JSON objects to read"

@@ -16,7 +16,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -25,7 +25,7 @@ from megatron.config import file_rules
 from megatron.config.case import Case
 from megatron.config.data_args import FILES, expand
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import Option, by_name, options, sections
+from megatron.config.options import Option, by_name, options, say, sections
 from megatron.config.other_flags.table import other_flags
 from megatron.config.output_rules import check_outputs
 from megatron.config.pipeline_rules import split_remarks
@@ -108,13 +108,11 @@ def parse(
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None and file_rules.first_start(_alone(chosen)):
         saved = None  # the sizes are those that the command itself gives
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
-        checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved)
+        checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved, typed, task=task)
         problems += wrong
-    if task and checkpoint:  # the longest that the model sees
-        checkpoint["data.seq_length"] = checkpoint["model.max_position_embeddings"]
     if saved is not None and not checkpoint and (task or chosen.get("checkpoint.use_checkpoint_args")):
         # One cause, one message: say nothing of the sizes that it would have given.
-        bad |= {name for name in by_name() if name.startswith(("model.", "data.seq_length")[: 1 + task]) and name not in chosen}
+        bad |= {n for n in by_name() if n.startswith(("model.", "tokenizer.", "data.seq_length")) and n not in chosen}
     below = {**(defaults or {}), **checkpoint, **preset}
     alone, wrong = _settle_yielding(below, chosen, (flags, file))
     problems += wrong
@@ -134,7 +132,8 @@ def parse(
         problems += [*file_rules.check_files(case), *check_outputs(case, settings)]
     if problems:
         raise ConfigError(problems)
-    notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
+    taken = () if task else _taken({name: value for name, value in checkpoint.items() if name not in chosen})
+    notes = (*flags.notes, *file.notes, *taken, *_remarks(config, case.resolved))
     return Parsed(case.resolved, dry_run, world_size, typed, tuple(dict.fromkeys(notes)))
 
 
@@ -198,18 +197,47 @@ def _alone(chosen: Mapping[str, Any]) -> Case:
     return Case(config, config, 1, 1)
 
 
-def _checkpoint_model(config: RunConfig, saved: ReadSaved) -> tuple[dict[str, Any], list[Problem]]:
-    """The model's settings of the checkpoint of --load; nothing where `file_rules.load` has something to say of it."""
+def _checkpoint_model(
+    config: RunConfig, saved: ReadSaved, typed: frozenset[str], *, task: bool
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the settings that the checkpoint of --load gives, and what is wrong with it.
+
+    Args:
+        config: as the command line and its file say.
+        saved: reads the checkpoint's configuration.
+        typed: settings that the user gave.
+        task: whether the program is tasks/main.py, which sees as much as the model can, and asks the checkpoint itself for
+            its tokenizer.
+
+    Returns:
+        The model's shape, the length of a sample and the tokenizer, each by `section.field`; nothing where `file_rules.load`
+        has something to say of the checkpoint.
+    """
     if config.checkpoint.load is None or list(file_rules.load(Case(config, config, 1, 1))):
         return {}, []
     try:
-        model = from_json(saved(config.checkpoint)).model
+        held = from_json(saved(config.checkpoint))
     except ConfigError as error:
         return {}, list(error.problems)
     except (OSError, ValueError) as error:
         return {}, [Problem("`--use-checkpoint-args`", f"cannot read the checkpoint's configuration: {error}")]
-    names = [f.name for f in dataclasses.fields(model) if f"model.{f.name}" in by_name()]  # not the tokenizer's size
-    return {f"model.{name}": getattr(model, name) for name in names}, []
+    names = [f.name for f in dataclasses.fields(held.model) if f"model.{f.name}" in by_name()]  # not the tokenizer's size
+    found = {f"model.{name}": getattr(held.model, name) for name in names}
+    longest = held.model.max_position_embeddings
+    found["data.seq_length"] = longest if task or held.data.seq_length is None else held.data.seq_length
+    # A tokenizer comes whole from one place; which token ends a document can be said of any.
+    own = {f"tokenizer.{f.name}" for f in dataclasses.fields(held.tokenizer)} - {"tokenizer.eod_token", "tokenizer.bos_token"}
+    if not task and not typed & own:
+        found |= {f"tokenizer.{f.name}": getattr(held.tokenizer, f.name) for f in dataclasses.fields(held.tokenizer)}
+    return {name: value for name, value in found.items() if value is not None or name.startswith("model.")}, []
+
+
+def _taken(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what to say of settings beyond the model's shape that the checkpoint gives."""
+    taken = {name: checkpoint.get(name) for name in ("data.seq_length", "tokenizer.tokenizer_type")}
+    words = [say(name, value).strip("`") for name, value in taken.items() if value is not None]
+    if words:
+        yield f"from the checkpoint, by --use-checkpoint-args: {', '.join(words)}"
 
 
 def _remarks(typed: RunConfig, resolved: RunConfig) -> list[str]:

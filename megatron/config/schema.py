@@ -251,6 +251,10 @@ class TokenizerConfig:
     tokenizer_model: str | None = option(None, "SentencePiece model; or a tokenizer.json or its directory")
     vocab_size: int | None = option(None, "number of ids, for NullTokenizer only")
     vocab_extra_ids: int = option(0, "additional <extra_id_N> tokens")
+    eod_token: str | None = option(None, "the token that ends a document, by its text or its id; default the tokenizer's own")
+    bos_token: str | None = option(
+        None, "the first token of a document, by its text or its id; preprocessing puts it before each"
+    )
 
 
 @dataclass(frozen=True)
@@ -467,7 +471,9 @@ class CheckpointConfig:
     finetune: bool = option(False, "take only the weights of --load: iteration 0, new optimizer, data from the start")
     no_load_optim: bool = option(False, "start with a new optimizer state")
     no_save_optim: bool = option(False, "leave the optimizer state out of checkpoints")
-    use_checkpoint_args: bool = option(False, "take the model's shape from the checkpoint")
+    use_checkpoint_args: bool = option(
+        False, "take the model's shape, the sequence length and the tokenizer from the checkpoint, where no flag gives them"
+    )
     keep_last: int | None = option(None, "how many of the newest checkpoints stay; default all")
     keep_every: int | None = option(None, "checkpoints at multiples of this stay for ever")
 

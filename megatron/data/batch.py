@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron.config.schema import DataConfig
 from megatron.contract import Batch
-from megatron.data.errors import DataError
+from megatron.data.errors import DataError, ForeignIdError
 from megatron.data.gpt import SampleSource
 
 
@@ -48,7 +48,7 @@ class GPTBatches:
         tokens = np.stack([dataset[number].tokens for number in numbers])
         if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
             row, column = np.argwhere((tokens >= self.vocab_size) | (tokens < 0))[0].tolist()
-            raise DataError(
+            raise ForeignIdError(
                 f"{dataset.locate(numbers[row], column)}: id {tokens[row, column]} is outside of the vocabulary of "
                 f"{self.vocab_size} ids; the data was made with another tokenizer"
             )

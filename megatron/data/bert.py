@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.errors import DataError
+from megatron.data.errors import DataError, ForeignIdError
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.indexed import IndexedDataset
 from megatron.data.masking import MaskingRules, mask_tokens
@@ -119,7 +119,7 @@ class BertDataset:
         if wrong is not None:
             document = self._document(number)
             sentence = number - int(self.indexed.documents[document])
-            raise DataError(
+            raise ForeignIdError(
                 f"{self.indexed.bin_path}, document {document}, sentence {sentence}, token {wrong}: id {ids[wrong]} is outside "
                 f"of the vocabulary of {vocab_size} ids; the data was made with another tokenizer"
             )

@@ -16,6 +16,7 @@ from megatron.data.gpt import SPLITS, GPTDataset, SampleSource, parse_split, spl
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.indexed import IndexedDataset, allow_open_files
 from megatron.data.masking import MaskingRules
+from megatron.data.matching import check_tokenizer
 from megatron.data.tokenizer import Tokenizer
 
 MOST_DATASETS = 32766  # their numbers are int16
@@ -145,17 +146,6 @@ class Builder:
 
         arrays = self.cache.get(prefix, dict(weights=list(weights), size=size), build)
         return arrays["order"], arrays["numbers"]
-
-
-def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
-    """DataError if the dataset's sidecar names another tokenizer than this one. Without a sidecar all is well."""
-    meta = dataset.meta()
-    if meta.get("tokenizer_digest") not in (None, tokenizer.digest()):
-        raise DataError(
-            f"{dataset.prefix} was made with {meta.get('tokenizer_type')} ({meta.get('tokenizer_digest')}, "
-            f"{meta.get('vocab_size')} ids), but this run uses {tokenizer.kind} ({tokenizer.digest()}, "
-            f"{tokenizer.vocab_size} ids); use the same tokenizer files, or preprocess the text again"
-        )
 
 
 def build_datasets(

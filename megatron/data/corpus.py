@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
-import gzip
-import io
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from megatron.data.errors import DataError
+from megatron.data.packed import BLOCK_BYTES, unpacked
 from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json
 
-BLOCK_BYTES = 1 << 20
-PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
+ARRAY = "a JSON array, not JSON lines; write one object a line, as `jq -c '.[]' %s` does"
+KINDS = ((type(None), "null"), (bool, "true or false"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
 
 
 @dataclass(frozen=True)
@@ -45,64 +45,20 @@ def expand(patterns: Sequence[str]) -> list[str]:
     return files
 
 
-class ZstdFile(io.RawIOBase):
-    """The unpacked bytes of a .zst file of any number of frames. EOFError if the last one is cut off.
-
-    The package's own reader ends there without a word.
-    """
-
-    def __init__(self, path: str, file: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(
-                f"{path}: reading .zst needs the package zstandard (pip install zstandard), or unpack it"
-            ) from error
-        self._file = file
-        self._new_frame, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self._frame: Any = None
-        self._packed, self._ready = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._file.read(PACKED_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            try:
-                self._ready = self._frame.decompress(self._packed)
-            except self._error as error:
-                raise OSError(str(error)) from error
-            self._packed = b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
 def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
-    """The bytes of a file, unpacked if it ends in .gz or .zst. pipes: a pipe may stand for the file; it is read once."""
+    """The bytes of a file, unpacked if it is packed. pipes: a pipe may stand for the file; it is read once.
+
+    DataError for one that cannot be read, and for one that is no text, see `unpacked`.
+    """
     try:
-        packed = open_stream(file) if pipes else open_regular(file)
-        if file.endswith(".gz"):
-            unpacked: Any = gzip.GzipFile(fileobj=packed, mode="rb")
-            unpacked.myfileobj = packed  # closed with it
-            return cast(IO[bytes], unpacked)
-        if file.endswith(".zst"):
-            return io.BufferedReader(ZstdFile(file, packed), BLOCK_BYTES)
-        return packed
+        stream = open_stream(file) if pipes else open_regular(file)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    try:
+        return unpacked(file, stream)
+    except BaseException:
+        stream.close()
+        raise
 
 
 def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]:
@@ -125,7 +81,8 @@ def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]
                 number += 1
                 if len(text) > MAX_LINE_BYTES:
                     most = f"{MAX_LINE_BYTES:,} bytes"
-                    raise DataError(f"{file}:{number}: a line of more than {most}; cut it into several documents")
+                    array = f"; if it is a JSON array, write one object a line, as `jq -c '.[]' {file}` does"
+                    raise DataError(f"{file}:{number}: a line of more than {most}; cut it into several documents{array}")
                 if text.strip():
                     block.append(Line(file, number, text))
                     size += len(text)
@@ -136,6 +93,15 @@ def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]
         yield block
 
 
+def check_keys(keys: Sequence[str]) -> None:
+    """DataError for keys of --json-keys that are none, or that stand there twice: each is a dataset of its own."""
+    for key in keys:
+        if not key:
+            raise DataError("--json-keys: a key is empty; name keys of the JSON objects, such as text")
+        if keys.count(key) > 1:
+            raise DataError(f"--json-keys {' '.join(keys)}: {key} stands there {keys.count(key)} times; name each key once")
+
+
 def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
     """The texts under these keys of a line; BadLine if it is not a JSON object that has them all as valid text.
 
@@ -143,27 +109,41 @@ def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-k
     """
     where = f"{line.file}:{line.number}"
     try:
-        document: Any = parse_json(line.text.decode("utf-8-sig"))
+        # No number of a corpus is used: of those with thousands of digits, which are JSON as well, Python makes no int.
+        document: Any = parse_json(line.text.decode("utf-8-sig"), parse_int=float)
     except UnicodeDecodeError as error:
         raise BadLine(f"{where}: not UTF-8 ({error})") from error
     except ValueError as error:
+        if line.number == 1 and line.text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise BadLine(f"{where}: {ARRAY % line.file}") from error
         raise BadLine(
             f"{where}: not JSON ({error}); the input must be JSON lines, one object a line such as "
             f'{{"{keys[0]}": "..."}}, plain text is not accepted'
         ) from error
+    if isinstance(document, list):
+        raise BadLine(f"{where}: {ARRAY % line.file}")
     if not isinstance(document, dict):
-        raise BadLine(f"{where}: a JSON {type(document).__name__}, not an object with the key {keys[0]!r}")
-    texts: list[str] = []
-    for key in keys:
-        text = document.get(key)
-        if key not in document:
-            have = ", ".join(map(repr, list(document)[:8])) or "none"
-            raise BadLine(f"{where}: no key {key!r} (the keys are: {have}){advice}")
-        if not isinstance(text, str):
-            raise BadLine(f"{where}: the value of {key!r} is no text but {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadLine(f"{where}: the text of {key!r} holds half of a surrogate pair ({error.reason})") from error
-        texts.append(text)
-    return texts
+        raise BadLine(f"{where}: {kind_of(document)} in JSON, not an object with the key {keys[0]!r}")
+    return [_text(document, key, where, advice) for key in keys]
+
+
+def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
+    """The text under a key; BadLine where it is not there, and for any other value than text."""
+    if key not in document:
+        have = ", ".join(map(repr, list(document)[:8])) or "none"
+        within = next((name for name, value in document.items() if isinstance(value, dict) and key in value), None)
+        lift = "" if within is None else f"; the one within {within!r} is not read: `jq -c .{within}` lifts it out"
+        raise BadLine(f"{where}: no key {key!r} (the keys are: {have}){lift or advice}")
+    text = document[key]
+    if not isinstance(text, str):
+        raise BadLine(f"{where}: the value of {key!r} is no text but {kind_of(text)}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadLine(f"{where}: the text of {key!r} holds half of a surrogate pair ({error.reason})") from error
+    return text
+
+
+def kind_of(value: object) -> str:
+    """The name of a JSON value's kind."""
+    return next((name for kind, name in KINDS if isinstance(value, kind)), "a text")

@@ -50,6 +50,21 @@ class FastTokenizer(Tokenizer):
         with failures_in_words(self.kind):
             return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    @property
+    def special_in_text(self) -> Mapping[str, int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    def read_special_as_text(self) -> None:
+        self._backend.encode_special_tokens = True
+        unknown = getattr(self._backend.model, "unk_token", None)
+        for token, number in self.special_in_text.items():
+            if token != unknown and number in self.tokenize(token):
+                raise DataError(
+                    f"--special-tokens-in-text plain: {self.kind} cannot do it with this vocabulary, whose model itself makes "
+                    f"its id of {token!r} in a text; take such texts out, or leave the flag out"
+                )
+
     def detokenize(self, ids: Sequence[int]) -> str:
         with failures_in_words(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
@@ -150,6 +165,17 @@ class BertWordPieceCase(BertWordPieceTokenizer):
     kind, lower_case = "BertWordPieceCase", False
 
 
+def _older_form(directory: Path) -> str | None:
+    """The flags of a tokenizer that lies in a directory in a form before tokenizer.json; None where there is none."""
+    forms = {
+        "tokenizer.model": f"--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {directory / 'tokenizer.model'}",
+        "merges.txt": f"--tokenizer-type GPT2BPETokenizer --vocab-file {directory / 'vocab.json'} --merge-file "
+        f"{directory / 'merges.txt'}",
+        "vocab.txt": f"--tokenizer-type BertWordPieceLowerCase (or ...Case) --vocab-file {directory / 'vocab.txt'}",
+    }
+    return next((flags for name, flags in forms.items() if os.path.lexists(directory / name)), None)
+
+
 class HuggingFaceTokenizer(FastTokenizer):
     """Any tokenizer.json; what lies beside it (tokenizer_config.json, special_tokens_map.json) names the special tokens."""
 
@@ -157,6 +183,8 @@ class HuggingFaceTokenizer(FastTokenizer):
 
     def __init__(self, path: str) -> None:
         file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
+        if os.path.isdir(path) and not os.path.lexists(file) and (instead := _older_form(Path(path))):
+            raise DataError(f"--tokenizer-model {path} holds no tokenizer.json but an older form: give {instead}")
         data = read(str(file), "--tokenizer-model")
         try:
             with panics_in_words(str(file)):

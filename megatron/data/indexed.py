@@ -95,6 +95,20 @@ def stamp(path: str) -> tuple[int, int, int]:
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
+def read_sidecar(prefix: str) -> dict[str, Any]:
+    """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
+    path = prefix + ".meta.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        meta = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)}); delete it to go on without it") from error
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: not a JSON object; delete it to go on without it")
+    return meta
+
+
 class IndexedDataset:
     """A dataset on disk, memory-mapped: `dataset[i]` is sequence i, int array `[tokens]`.
 
@@ -226,17 +240,8 @@ class IndexedDataset:
         return len(self.tokens)
 
     def meta(self) -> dict[str, Any]:
-        """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
-        path = self.prefix + ".meta.json"
-        if not os.path.lexists(path):
-            return {}
-        try:
-            meta = read_json(path)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({reason(error)}); delete it to go on without it") from error
-        if not isinstance(meta, dict):
-            raise DataError(f"{path}: not a JSON object; delete it to go on without it")
-        return meta
+        """As `read_sidecar`."""
+        return read_sidecar(self.prefix)
 
 
 class IndexedWriter:

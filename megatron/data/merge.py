@@ -38,7 +38,12 @@ def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
     metas = [dataset.meta() for dataset in datasets]
     known = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
     if len(known) > 1:
-        kinds = "; ".join(f"{prefixes[n]} with {metas[n].get('tokenizer_type')} ({digest})" for digest, n in known.items())
+        kinds = "; ".join(
+            f"{prefixes[n]} with {metas[n].get('tokenizer_type')} ({digest}, end of document {metas[n].get('eod')})"
+            for digest, n in known.items()
+        )
+        if len({metas[n].get("vocabulary_digest", n) for n in known.values()}) == 1:
+            kinds += "; they differ in special tokens alone"
         raise DataError(f"these datasets were made by different tokenizers: {kinds}")
     with IndexedWriter(output_prefix, datasets[0].dtype) as writer:
         for dataset in datasets:

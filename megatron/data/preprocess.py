@@ -15,22 +15,21 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron.config.schema import TokenizerConfig
-from megatron.data.corpus import BadLine, Line, blocks, expand, parse
+from megatron.data.columns import Column, Sequences
+from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, parse
 from megatron.data.errors import DataError
 from megatron.data.indexed import ENDINGS, IndexedWriter, token_dtype
 from megatron.data.sentences import sentences
+from megatron.data.special_tokens import SpecialTokenCounter, about_documents, about_special_tokens
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.outputs import Reads, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
@@ -44,43 +43,34 @@ HUGE_PART = 1 << 24  # characters that are worth a word when they cannot be cut
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made of each line. keys: of the JSON objects, each its own dataset."""
+    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: those that stand in a
+    text are text like any other."""
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
+    plain_special_tokens: bool = False
     split_sentences: bool = False
     keep_newlines: bool = False
     skip_bad_lines: bool = False
 
 
 @dataclass
-class Column:
-    """What one block gives for one key: all tokens, tokens of each sequence, sequences of each document.
-
-    empty: documents without tokens. longest_part: characters that the tokenizer was given at once, at most.
-    """
-
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]
-    sequences: NDArray[np.int64]
-    empty: int
-    longest_part: int
-
-
-@dataclass
 class Encoded:
-    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason."""
+    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often
+    which one stands in the texts."""
 
     columns: list[Column]
     documents: int
     size: int
     bad: list[tuple[str, bytes]] = field(default_factory=list)
+    special_tokens: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class Totals:
-    """What a run did. size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `Column`."""
+    """What a run did. size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `Column`.
+    special_tokens: as in `Encoded`."""
 
     documents: int = 0
     tokens: int = 0
@@ -90,6 +80,15 @@ class Totals:
     seconds: float = 0.0
     longest_part: int = 0
     prefixes: list[str] = field(default_factory=list)
+    special_tokens: Counter[str] = field(default_factory=Counter)
+
+
+class UnreadableTexts(Exception):
+    """Texts that the tokenizer gives up on. reasons: why, by the number of the document among those to be tokenized."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__()
+        self.reasons = reasons
 
 
 class Encoder:
@@ -98,26 +97,62 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
-        self.eod = self.tokenizer.eod if settings.append_eod else None
+        if settings.plain_special_tokens:
+            self.tokenizer.read_special_as_text()
+        self.ends = [self.tokenizer.eod] if settings.append_eod else []
+        self.begins = [self.tokenizer.token("bos")] if settings.tokenizer.bos_token is not None else []
         self.dtype = token_dtype(self.tokenizer.vocab_size)
+        self._special = SpecialTokenCounter(self.tokenizer.special_in_text)
 
     def __call__(self, lines: Sequence[Line]) -> Encoded:
         """Raises DataError for a bad line, unless those are to be skipped."""
-        texts: list[list[str]] = []
+        good: list[tuple[Line, list[str]]] = []
         bad: list[tuple[str, bytes]] = []
         for line in lines:
             try:
-                texts.append(parse(line, self.settings.keys))
+                good.append((line, parse(line, self.settings.keys)))
             except BadLine as error:
-                if not self.settings.skip_bad_lines:
-                    raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
-                bad.append((str(error), line.text))
-        columns = [self.column([row[i] for row in texts]) for i in range(len(self.settings.keys))]
-        return Encoded(columns, len(texts), sum(len(line.text) for line in lines), bad)
+                self._reject(line, error, bad)
+        while True:
+            try:
+                columns = [self.column([texts[i] for _, texts in good]) for i in range(len(self.settings.keys))]
+                break
+            except UnreadableTexts as error:
+                for number, why in error.reasons.items():
+                    line = good[number][0]
+                    self._reject(line, BadLine(f"{line.file}:{line.number}: {why}"), bad)
+                good = [row for number, row in enumerate(good) if number not in error.reasons]
+        met = self._special(text for _, texts in good for text in texts)
+        return Encoded(columns, len(good), sum(len(line.text) for line in lines), bad, met)
+
+    def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
+        if not self.settings.skip_bad_lines:
+            raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
+        bad.append((str(error), line.text))
 
     def column(self, texts: Sequence[str]) -> Column:
-        """The texts of one key. A document without tokens has no sequence, and gets no end of document."""
-        column = Sequences(len(texts), [] if self.eod is None else [self.eod], self.dtype)
+        """The texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
+
+        UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
+        """
+        try:
+            return self._column(texts)
+        except DataError:
+            reasons = {number: why for number, text in enumerate(texts) if (why := self._refusal(text))}
+            if reasons:
+                raise UnreadableTexts(reasons) from None
+            raise
+
+    def _refusal(self, text: str) -> str | None:
+        """Why the tokenizer gives up on a text; None where it does not."""
+        try:
+            self.tokenizer.tokenize_many([part for *_, part in self.parts([text])])
+        except DataError as error:
+            return str(error)
+        return None
+
+    def _column(self, texts: Sequence[str]) -> Column:
+        column = Sequences(len(texts), self.begins, self.ends, self.dtype)
         parts: list[tuple[int, int, str]] = []
         size = 0
         for part in self.parts(texts):
@@ -143,43 +178,6 @@ class Encoder:
             if ids and max(ids) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
             column.append(document, sequence, ids)
-
-
-class Sequences:
-    """A `Column` while it grows, part of a sequence by part. eod: what ends a document."""
-
-    def __init__(self, documents: int, eod: list[int], dtype: np.dtype[Any]) -> None:
-        self._eod, self._dtype = eod, dtype
-        self._tokens: list[NDArray[Any]] = []
-        self._lengths: list[int] = []
-        self._sequences = np.zeros(documents, np.int64)
-        self._last: tuple[int, int] | None = None  # document and sequence of the last tokens
-        self.longest_part = 0
-
-    def append(self, document: int, sequence: int, ids: Sequence[int]) -> None:
-        """Append tokens to a sequence of a document; nothing is nothing. Both numbers grow from call to call."""
-        if not ids:
-            return
-        if self._last is not None and self._last[0] != document:
-            self._end_document()
-        if self._last != (document, sequence):
-            self._lengths.append(0)
-            self._sequences[document] += 1
-        self._last = (document, sequence)
-        self._lengths[-1] += len(ids)
-        self._tokens.append(np.array(ids, self._dtype))
-
-    def _end_document(self) -> None:
-        self._lengths[-1] += len(self._eod)
-        self._tokens.append(np.array(self._eod, self._dtype))
-
-    def finish(self) -> Column:
-        """Return the column; nothing can be appended after that."""
-        if self._last is not None:
-            self._end_document()
-        tokens = np.concatenate([np.empty(0, self._dtype), *self._tokens])
-        empty = int((self._sequences == 0).sum())
-        return Column(tokens, np.array(self._lengths, np.int64), self._sequences, empty, self.longest_part)
 
 
 def start_worker() -> None:
@@ -239,12 +237,24 @@ def preprocess(
     settings: Settings,
     workers: int = 1,
     report: Callable[[Totals], None] | None = None,
+    say: Callable[[str], object] = str,
 ) -> Totals:
     """Write `PREFIX_KEY_document.bin/.idx` (or `_sentence`) for each key, with a sidecar that names the tokenizer.
 
-    report: called after each block. With bad lines skipped they go to `PREFIX.bad.jsonl`. Nothing is left behind, and
-    older outputs stay as they were, if this fails or is interrupted. Raises DataError for wrong input.
+    Nothing is left behind, and older outputs stay as they were, if this fails or is interrupted.
+
+    Args:
+        inputs: files and globs.
+        output_prefix: PREFIX. Bad lines that are skipped go to `PREFIX.bad.jsonl`.
+        settings: what is made of each line.
+        workers: processes; the output is the same for any number.
+        report: called after each block.
+        say: told, a line at a time, what documents begin and end with, and of special tokens in their texts.
+
+    Raises:
+        DataError: for wrong input, also for documents without a single token.
     """
+    check_keys(settings.keys)
     files = expand(inputs)
     tokenizer = Encoder(settings).tokenizer  # whatever is wrong with it shows before any work
     given = asdict(settings.tokenizer)
@@ -254,6 +264,8 @@ def preprocess(
     read = Reads([*files, *(file for path in named for file in files_in(path))])
     for output in [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in ENDINGS)]:
         check_file("--output-prefix", output, read)
+    for line in about_documents(tokenizer, settings.tokenizer, append_eod=settings.append_eod):
+        say(line)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
@@ -265,6 +277,7 @@ def preprocess(
                 totals.tokens += len(column.tokens)
                 totals.empty += column.empty
             totals.documents += encoded.documents
+            totals.special_tokens += encoded.special_tokens
             totals.bad += len(encoded.bad)
             totals.size += encoded.size
             totals.seconds = time.monotonic() - start
@@ -275,23 +288,43 @@ def preprocess(
             totals.longest_part = max(totals.longest_part, longest)
             if report is not None:
                 report(totals)
-        if not totals.documents:
-            raise DataError(
-                f"no documents in {', '.join(inputs)}" + (f": all {totals.bad} lines are bad" if totals.bad else "")
-            )
-        paths = {k: os.path.abspath(v) if isinstance(v, str) and k.endswith(("file", "model")) else v for k, v in given.items()}
-        meta = dict(
-            tokenizer=paths,
-            tokenizer_type=tokenizer.kind,
-            tokenizer_digest=tokenizer.digest(),
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.special.get("eod"),
-            append_eod=settings.append_eod,
-        )
+        _refuse_nothing(inputs, settings, totals, [writer.token_count for writer in writers])
+        meta = sidecar(tokenizer, settings)
         for writer in writers:
             writer.finish(meta)
         rejected.finish()
+    say(about_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
     return totals
+
+
+def _refuse_nothing(inputs: Sequence[str], settings: Settings, totals: Totals, tokens: Sequence[int]) -> None:
+    """DataError where there are no documents, or no tokens in those of a key: nothing could be trained on them."""
+    if not totals.documents:
+        why = f": all {totals.bad} lines are bad" if totals.bad else ""
+        raise DataError(f"no documents in {', '.join(inputs)}{why}")
+    for key, count in zip(settings.keys, tokens, strict=True):
+        if not count:
+            texts = f"the texts under the key {key!r} of all {totals.documents} documents are empty"
+            raise DataError(f"no tokens in {', '.join(inputs)}: {texts}; name another key with --json-keys, or other files")
+
+
+def sidecar(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+    """Return what `PREFIX.meta.json` says of how the tokens were made."""
+    given = asdict(settings.tokenizer)
+    paths = {k: os.path.abspath(v) if isinstance(v, str) and k.endswith(("file", "model")) else v for k, v in given.items()}
+    return dict(
+        tokenizer=paths,
+        tokenizer_type=tokenizer.kind,
+        tokenizer_digest=tokenizer.digest(),
+        vocabulary_digest=tokenizer.vocabulary_digest(),
+        vocab_size=tokenizer.vocab_size,
+        special=dict(tokenizer.special),
+        chosen=dict(tokenizer.chosen),
+        eod=tokenizer.special.get("eod"),
+        append_eod=settings.append_eod,
+        prepend_bos=settings.tokenizer.bos_token is not None,
+        special_tokens_in_text="plain" if settings.plain_special_tokens else "ids",
+    )
 
 
 def no_cut(characters: int, kind: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -58,6 +58,24 @@ class GPTSentencePieceTokenizer(Tokenizer):
     def piece(self, number: int) -> str:
         return self._pieces[number] if number < len(self._pieces) else ""
 
+    @property
+    def special_in_text(self) -> Mapping[str, int]:
+        return self._symbols()
+
+    def _symbols(self) -> Mapping[str, int]:
+        """Pieces that the model itself finds in text before anything else, without runs of white space."""
+        entries = (dict(fields(value)) for field, value in fields(self.assets["tokenizer.model"]) if field == 1)
+        found = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
+        return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
+
+    def read_special_as_text(self) -> None:
+        if own := self._symbols():
+            names = ", ".join(map(repr, list(own)[:4]))
+            raise DataError(
+                f"--special-tokens-in-text plain: this SentencePiece model itself finds {names} in texts; use its "
+                "tokenizer.json with --tokenizer-type HuggingFaceTokenizer, or leave the flag out"
+            )
+
     def added_tokens(self) -> list[str]:
         """Tokens that are found in text before the model sees it."""
         return []
@@ -87,13 +105,24 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
                 ids[name] = len(self._pieces)
                 self._pieces.append(name)
             self._known[name] = ids[name]
+        self._special_is_text = False
         self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
         self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
+
+    @property
+    def special_in_text(self) -> Mapping[str, int]:
+        return {**self._symbols(), **self._known}
+
+    def read_special_as_text(self) -> None:
+        super().read_special_as_text()
+        self._special_is_text = True
 
     def added_tokens(self) -> list[str]:
         return list(self._known)
 
     def tokenize(self, text: str) -> list[int]:
+        if self._special_is_text:
+            return super().tokenize(text)
         ids: list[int] = []
         for whole in self.parts(text):
             for part in filter(None, self._cut.split(whole)):  # each a known token or free of them

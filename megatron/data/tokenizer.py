@@ -22,6 +22,7 @@ from megatron.data.cuts import MAX_PART, Seam, WhiteSpaceSeam
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceCase, BertWordPieceLowerCase, GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer, SentencePieceTokenizer
+from megatron.data.special_tokens import CHOSEN, choose_tokens
 from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read
 from megatron.files.regular import parse_json
 
@@ -78,13 +79,20 @@ class NullTokenizer(Tokenizer):
         return self._numbers + 1
 
     def tokenize(self, text: str) -> list[int]:
-        try:
-            ids = [int(word) for word in text.split()]
-        except ValueError as error:
-            raise DataError(f"NullTokenizer reads whole numbers separated by spaces: {error}") from error
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise DataError(f"NullTokenizer: an id of {min(ids)} to {max(ids)} is outside of --vocab-size {self._numbers}")
-        return ids
+        words = text.split()
+        for place, word in enumerate(words, 1):
+            # int() also reads 1_000 and digits of other scripts, which nobody means.
+            if not (word.isascii() and word.isdecimal()):
+                raise DataError(f"NullTokenizer reads whole numbers separated by spaces; word {place} is {word[:40]!r}")
+            if len(word) > 10 or int(word) >= self.vocab_size:
+                what = f"word {place} is {word[:40]}, outside of --vocab-size {self._numbers}"
+                raise DataError(
+                    f"NullTokenizer: {what}: its ids are 0 to {self._numbers - 1}, and {self._numbers} ends a document"
+                )
+        return [int(word) for word in words]
+
+    def read_special_as_text(self) -> None:
+        raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")
 
     @cached_property
     def seam(self) -> Seam | None:
@@ -113,7 +121,13 @@ def byte_symbols() -> list[str]:
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that these settings name; DataError if a file is missing, unreadable or of another kind."""
+    """The tokenizer that these settings name; DataError if a file is missing, unreadable or of another kind, and for an
+    --eod-token or a --bos-token that it does not have."""
+    return choose_tokens(_of_kind(config), config)
+
+
+def _of_kind(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer with the special tokens of its files."""
     kind = config.tokenizer_type
     if kind is None:
         raise DataError("no tokenizer: give --tokenizer-type (ByteTokenizer needs no file)")
@@ -144,27 +158,47 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     raise DataError(f"unknown --tokenizer-type {kind}")
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
-    folder = Path(directory)
+def saved_settings(directory: str | os.PathLike[str]) -> TokenizerConfig:
+    """The settings of the tokenizer that `save` put into a directory; DataError if it is missing or damaged."""
+    return _saved(Path(directory))[0]
+
+
+def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
+    """The settings of a saved tokenizer, and its digest."""
     try:
         about = parse_json(read(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
+        chosen = about.get("chosen", {})
         if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MOST_EXTRA_IDS)):
             raise ValueError("its type, vocab_size or extra_ids is none")
+        if not all(role in CHOSEN and type(number) is int for role, number in chosen.items()):
+            raise ValueError("its chosen tokens are none")
     except KeyError as error:
         raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / SAVED} is damaged: {error}") from error
-    model = "tokenizer.json" if kind == "HuggingFaceTokenizer" else "tokenizer.model"
+
+    def path(name: str, *kinds: str) -> str | None:
+        return str(folder / name) if kind.startswith(kinds) else None
+
+    eod, bos = (str(chosen[role]) if role in chosen else None for role in ("eod", "bos"))
     config = TokenizerConfig(
         tokenizer_type=kind,
-        vocab_file=str(folder / ("vocab.json" if kind == "GPT2BPETokenizer" else "vocab.txt")),
-        merge_file=str(folder / "merges.txt"),
-        tokenizer_model=str(folder / model),
-        vocab_size=size - 1,
+        vocab_file=path("vocab.json", "GPT2") or path("vocab.txt", "Bert"),
+        merge_file=path("merges.txt", "GPT2"),
+        tokenizer_model=path("tokenizer.json", "HuggingFace") or path("tokenizer.model", "SentencePiece", "GPTSentencePiece"),
+        vocab_size=size - 1 if kind == "NullTokenizer" else None,
         vocab_extra_ids=extra,
+        eod_token=eod,
+        bos_token=bos,
     )
+    return config, digest
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
+    folder = Path(directory)
+    config, digest = _saved(folder)
     tokenizer = build_tokenizer(config)
     if tokenizer.digest() != digest:
         raise DataError(f"the tokenizer in {folder} was changed after it was saved ({digest} then, {tokenizer.digest()} now)")

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from tokenizers import Tokenizer as Backend
@@ -37,6 +38,7 @@ class Tokenizer(ABC):
     special: Mapping[str, int]
     assets: Mapping[str, bytes]
     extra_ids: int = 0
+    chosen: Mapping[str, int] = MappingProxyType({})  # roles of `special` that a flag gave to another token
 
     @property
     @abstractmethod
@@ -66,6 +68,19 @@ class Tokenizer(ABC):
         """`tokenize` of each."""
         return [self.tokenize(text) for text in texts]
 
+    @property
+    def special_in_text(self) -> Mapping[str, int]:
+        """The special tokens that `tokenize` finds in a text and makes their ids of, by how they are written there."""
+        return {}
+
+    def read_special_as_text(self) -> None:
+        """Have special tokens in texts tokenized as any other text from now on; DataError where that cannot be."""
+        return
+
+    def choose(self, role: str, number: int) -> None:
+        """Give a role of `special` to another token."""
+        self.special, self.chosen = {**self.special, role: number}, {**self.chosen, role: number}
+
     @cached_property
     def seam(self) -> Seam | None:
         """Where a text can be cut without changing its tokens; None where no such place is known."""
@@ -79,7 +94,10 @@ class Tokenizer(ABC):
         """The id with this role; DataError if the tokenizer has none."""
         if role not in self.special:
             have = ", ".join(sorted(self.special)) or "none"
-            raise DataError(f"{self.kind} has no {role} token (it has: {have}); use another --tokenizer-type or vocabulary")
+            way = "--eod-token names one, or " if role == "eod" else ""
+            raise DataError(
+                f"{self.kind} has no {role} token (it has: {have}); {way}use another --tokenizer-type or vocabulary"
+            )
         return self.special[role]
 
     @property
@@ -97,6 +115,11 @@ class Tokenizer(ABC):
         """A name for this tokenizer: 16 hexadecimal digits, equal for equal files, type and extra ids."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def vocabulary_digest(self) -> str:
+        """As `digest`, equal also for tokenizers that differ in which tokens have which role in `special`."""
+        identity = {**self.identity(), "special": {}}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files and a small JSON about them, for `load_tokenizer`."""
         folder = Path(directory)
@@ -106,7 +129,7 @@ class Tokenizer(ABC):
 
     def files(self) -> dict[str, bytes]:
         """What `save` writes, by name."""
-        about = {**self.identity(), "digest": self.digest()}
+        about = {**self.identity(), "chosen": dict(self.chosen), "digest": self.digest()}
         return {**self.assets, SAVED: (json.dumps(about, indent=1) + "\n").encode()}
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
@@ -122,10 +145,9 @@ class Tokenizer(ABC):
         for text in PROBES:
             if backend.encode(text, add_special_tokens=False).ids != self.tokenize(text):
                 raise DataError(f"this {self.kind} has no exact Hugging Face form: it splits {text!r} differently")
-        roles = {
-            "eos": "eod",
-            **{role: role for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask") if role in self.special},
-        }
+        roles = {role: role for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask") if role in self.special}
+        if "eod" in self.chosen or "eos" not in self.special:
+            roles["eos"] = "eod"  # what the model learns to end with
         tokens = {f"{role}_token": self.piece(self.special[named]) for role, named in roles.items() if named in self.special}
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",

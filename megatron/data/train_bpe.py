@@ -9,10 +9,11 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron.data.corpus import BadLine, blocks, expand, parse
+from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, parse
 from megatron.data.cuts import parts
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
+from megatron.data.packed import bare_name
 from megatron.data.tokenizer_base import END_OF_TEXT
 from megatron.files.outputs import Reads, check_file
 from megatron.files.pending import write_whole
@@ -21,17 +22,32 @@ FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
-    """The text of JSON lines; of a .txt file, its lines."""
+    """The text of JSON lines; of a .txt file, its lines. DataError where there is none, and for bad lines."""
+    check_keys(keys)
+    some = False
     for file in files:
-        plain = file.endswith((".txt", ".txt.gz", ".txt.zst"))
+        plain = bare_name(file).endswith(".txt")
         for lines in blocks([file], pipes=True):
             for line in lines:
-                try:
-                    yield from [line.text.decode("utf-8")] if plain else parse(line, keys)
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{line.file}:{line.number}: not UTF-8 ({error})") from error
-                except BadLine as error:
-                    raise DataError(str(error)) from error
+                found = [_plain(line)] if plain else _values(line, keys)
+                some = some or any(map(str.strip, found))
+                yield from found
+    if not some:
+        raise DataError(f"no text in {', '.join(files)}: nothing can be learnt from it")
+
+
+def _plain(line: Line) -> str:
+    try:
+        return line.text.decode("utf-8-sig" if line.number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{line.file}:{line.number}: not UTF-8 ({error})") from error
+
+
+def _values(line: Line, keys: Sequence[str]) -> list[str]:
+    try:
+        return parse(line, keys)
+    except BadLine as error:
+        raise DataError(str(error)) from error
 
 
 def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ import re
 import stat
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 PathLike = str | os.PathLike[str]
@@ -164,8 +165,8 @@ def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
     return parse_json(read_bytes(path, max_bytes))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str | bytes, parse_int: Callable[[str], Any] | None = None) -> Any:
+    """The value of a JSON text. parse_int: makes whole numbers of their digits, default `int`.
 
     ValueError, in words, also for more nesting than Python reads, for endless numbers and for more values than `MAX_VALUES`.
     """
@@ -173,7 +174,7 @@ def parse_json(text: str | bytes) -> Any:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
         if count_values(text) > MAX_VALUES:
             raise ValueError(f"it holds more than {MAX_VALUES:,} values")
-        value = json.loads(text)
+        value = json.loads(text, parse_int=parse_int)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:

@@ -21,7 +21,7 @@ KINDS = ((bool, "true or false"), (str, "text"), (int, "a number"), (float, "a n
 
 
 def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a whole file of text, unpacked where its name ends in .gz or .zst, without its byte-order mark.
+    """Read a whole file of text, unpacked where it is packed, without its byte-order mark.
 
     DataError where it cannot be read, is damaged, no UTF-8, or has more than `max_bytes` unpacked.
     """

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron.data.build import check_tokenizer
 from megatron.data.corpus import BadLine, blocks, parse
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
+from megatron.data.matching import check_tokenizer
+from megatron.data.packed import bare_name
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.reading import check_head, read_text
 
@@ -38,15 +39,14 @@ class Document:
 class TextFile:
     """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
 
-    Packed by gzip or zstandard where the name ends in .gz or .zst. Made with one reading of the whole file: DataError, with
+    It may be packed, as `unpacked` reads it. Made with one reading of the whole file: DataError, with
     file and line, for what is no text.
     """
 
     has_text = True
 
     def __init__(self, file: str, *, lines: bool | None = None) -> None:
-        name = file.removesuffix(".gz").removesuffix(".zst")
-        self.file, self.lines = file, name.endswith((".jsonl", ".json")) if lines is None else lines
+        self.file, self.lines = file, bare_name(file).endswith((".jsonl", ".json")) if lines is None else lines
         if not sum(bool(text.text.strip()) for text in self.texts()):  # all are read, and found good
             raise DataError(f"{file}: there is no text in it")
 

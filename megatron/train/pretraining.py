@@ -27,6 +27,7 @@ from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader, MakeBatch
+from megatron.data.matching import chosen_for_data
 from megatron.data.mock import MADE_UP
 from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
@@ -35,7 +36,7 @@ from megatron.dryrun import flops_in_words, stage_table
 from megatron.kept import carried
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
-from megatron.mesh.last_words import tell_launcher
+from megatron.mesh.last_words import status_of, tell_launcher
 from megatron.mesh.launch import Job, guarded, job
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
@@ -160,7 +161,7 @@ def in_a_job(
         words = in_words(error, where)
         text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
         tell_launcher(text)
-        return fail(text if words else traceback.format_exc() + text, 1)
+        return fail(text if words else traceback.format_exc() + text, status_of(error))
 
 
 def in_words(error: BaseException, where: str) -> str | None:
@@ -194,13 +195,14 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
         tokenizer = build_tokenizer(config.tokenizer)
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        chosen, lines = chosen_for_data(config.data, config.tokenizer, tokenizer)
+        config = replace(config, tokenizer=chosen, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
         check_source(source, config)
         check_schedule(source, config)
         check_batch_sizes(source, config, parsed.world_size)
-        notes = (*parsed.notes, *check_save(source, config))
+        notes = (*parsed.notes, *lines, *check_save(source, config))
         watch.waiting("building the datasets")
         recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
         datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples, recipe.mock)

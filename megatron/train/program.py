@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron.config.cli import HelpAsked, Parsed, explain, parse
@@ -131,14 +131,19 @@ def restarted(parsed: Parsed, place: Place) -> Parsed | None:
 
 
 def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
-    """The configuration saved with the checkpoint to load, for --use-checkpoint-args."""
-    from megatron.checkpoint.layout import CheckpointError, read_config
+    """The configuration saved with the checkpoint to load, for --use-checkpoint-args. Its tokenizer is the checkpoint's own."""
+    from megatron.checkpoint.layout import TOKENIZER, CheckpointError, read_config
+    from megatron.data.errors import DataError
+    from megatron.data.tokenizer import saved_settings
+    from megatron.data.tokenizer_base import SAVED
     from megatron.train.resume import find_source
 
     try:
         directory = find_source(checkpoint).directory
         if directory is None:
             raise CheckpointError("there is none to start from")
-        return read_config(directory)
-    except CheckpointError as error:
+        folder = directory / TOKENIZER
+        own = asdict(saved_settings(folder)) if os.path.lexists(folder / SAVED) else {}
+        return {**read_config(directory), "tokenizer": own}
+    except (CheckpointError, DataError) as error:
         raise ConfigError([Problem("`--use-checkpoint-args`", f"finds no configuration: {error}")]) from error

@@ -15,9 +15,10 @@ from bert_recipes import CLS, LONGEST, MASK, SEP, VOCAB, continues, digest, inde
 from recipes import write_corpus
 
 from megatron.config.schema import DataConfig, ModelConfig, TokenizerConfig
+from megatron.data import matching
 from megatron.data.bert import BertDataset, PairRules, PairSample, truncate
 from megatron.data.build import build_datasets
-from megatron.data.errors import DataError
+from megatron.data.errors import DataError, ForeignIdError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.loader import Loader
 from megatron.data.masking import MaskingRules, mask_tokens
@@ -296,13 +297,17 @@ def test_the_cache_tells_settings_apart(tmp_path: Path, tokenizer) -> None:
     assert rows(seed=2) != before and rows(model=replace(BERT, bert_binary_head=False)) != before
 
 
-def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer) -> None:
-    """The vocabulary has 92 ids: those of vocab.txt, [BOS] and [EOS]."""
+def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer, monkeypatch) -> None:
+    """The vocabulary has 92 ids: those of vocab.txt, [BOS] and [EOS]. Where opening did not look, training does."""
     documents = [[np.arange(5, 12), np.arange(20, 26)] for _ in range(4)]
     documents[2][1][3] = 92
-    dataset, make = built(tokenizer, write_corpus(tmp_path / "bad", documents))
+    prefix = write_corpus(tmp_path / "bad", documents)
     message = rf"{tmp_path}/bad.bin, document 2, sentence 1, token 3: id 92 is outside of the vocabulary of 92 ids"
     with pytest.raises(DataError, match=message):
+        built(tokenizer, prefix)
+    monkeypatch.setattr(matching, "_starts", lambda tokens: iter(()))
+    dataset, make = built(tokenizer, prefix)
+    with pytest.raises(ForeignIdError, match=message):
         make(dataset, range(40), range(40))
 
 

@@ -77,7 +77,7 @@ def test_packed_files_globs_and_several_keys(corpus: Path, tmp_path: Path) -> No
     assert documents(str(tmp_path / "o_title_document")) == [f"t{i}" for i in range(5)] * 3
     assert totals.documents == 15
     for end, packed in {".gz": gzip.compress(data), ".zst": pack(data)}.items():
-        for damage in (packed[:-9], packed[:20] + b"\xff" * 20 + packed[40:], b"text"):
+        for damage in (packed[:-9], packed[:20] + b"\xff" * 20 + packed[40:], packed[:1], b""):
             (tmp_path / f"bad.jsonl{end}").write_bytes(damage)
             with pytest.raises(DataError, match=rf"bad\.jsonl{end}: damaged after line"):
                 preprocess([str(tmp_path / f"bad.jsonl{end}")], str(tmp_path / "b"), settings)
@@ -138,10 +138,10 @@ def test_where_sentences_end(text: str, expected: list[str]) -> None:
     ("line", "reason"),
     [
         ("plain words", "plain text is not accepted"),
-        ("[1, 2]", "a JSON list"),
+        ("[1, 2]", "a JSON array, not JSON lines"),
         ('{"body": "x"}', "no key 'text' (the keys are: 'body')"),
-        ('{"text": 7}', "is no text but int"),
-        ('{"text": null}', "is no text but NoneType"),
+        ('{"text": 7}', "is no text but a number"),
+        ('{"text": null}', "is no text but null"),
         (r'{"text": "\ud800"}', "surrogate"),
         ('{"text": "cut off', "not JSON"),
         ("[" * 100000, "not JSON"),

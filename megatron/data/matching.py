@@ -1,0 +1,120 @@
+"""Whether datasets and a tokenizer belong together: by what a sidecar says, and without one by the ids themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron.config.schema import DataConfig, TokenizerConfig
+from megatron.data.blend import parse_blend
+from megatron.data.errors import DataError
+from megatron.data.indexed import IndexedDataset, read_sidecar
+from megatron.data.special_tokens import CHOSEN, in_words
+from megatron.data.tokenizer_base import Tokenizer
+
+MAX_LOOKED_AT = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
+PIECE = 1 << 16
+ROLES = {"eod": "the end of document", "bos": "the first token"}  # others go by their own name
+
+
+def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """DataError if the dataset's sidecar names another tokenizer than this one, and without a sidecar for ids that the
+    tokenizer does not have."""
+    meta = dataset.meta()
+    made_with = meta.get("tokenizer_digest")
+    if made_with is None:
+        check_ids(dataset, tokenizer.vocab_size)
+    elif made_with != tokenizer.digest():
+        if meta.get("vocabulary_digest") == tokenizer.vocabulary_digest() and isinstance(meta.get("special"), dict):
+            raise DataError(_other_special_tokens(dataset.prefix, meta["special"], tokenizer))
+        raise DataError(
+            f"{dataset.prefix} was made with {meta.get('tokenizer_type')} ({made_with}, "
+            f"{meta.get('vocab_size')} ids), but this run uses {tokenizer.kind} ({tokenizer.digest()}, "
+            f"{tokenizer.vocab_size} ids); use the same tokenizer files, or preprocess the text again"
+        )
+
+
+def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Tokenizer) -> str:
+    """What to say where only the roles of special tokens differ. there: ids by role."""
+    other = [role for role in {**there, **tokenizer.special} if there.get(role) != tokenizer.special.get(role)]
+    here = {role: _named(tokenizer, tokenizer.special.get(role)) for role in other}
+    words = [
+        f"{ROLES.get(role, role)} is {_named(tokenizer, there.get(role))} there and {here[role]} in this run" for role in other
+    ]
+    ways = [f"{CHOSEN[role]} {there[role]}" for role in other if role in CHOSEN and role in there]
+    way = f"give {' '.join(ways)}" if len(ways) == len(other) else "use the tokenizer files that it was made with"
+    return (
+        f"{prefix} was made with a {tokenizer.kind} of the same vocabulary but other special tokens: {'; '.join(words)}; "
+        f"{way}, or preprocess the text again"
+    )
+
+
+def _named(tokenizer: Tokenizer, number: object) -> str:
+    return in_words(tokenizer, number) if isinstance(number, int) else "none"
+
+
+def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
+    """DataError, with file, document and token, for an id outside of the vocabulary; of a large dataset a part is looked at."""
+    limits = np.iinfo(dataset.dtype)
+    if limits.min >= 0 and limits.max < vocab_size:
+        return
+    for start in _starts(dataset.token_count):
+        tokens = dataset.tokens[start : start + PIECE]
+        if not len(tokens) or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
+            continue
+        place = start + int(((tokens < 0) | (tokens >= vocab_size)).argmax())
+        sequence = int(np.searchsorted(dataset.offsets, place * dataset.dtype.itemsize, side="right")) - 1
+        document = int(np.searchsorted(dataset.documents, sequence, side="right")) - 1
+        token = place - int(dataset.offsets[sequence]) // dataset.dtype.itemsize
+        first, end = dataset.documents[document : document + 2].tolist()
+        sentence = f"sentence {sequence - first}, " if end - first > 1 else ""
+        raise DataError(
+            f"{dataset.bin_path}, document {document}, {sentence}token {token}: id {int(dataset.tokens[place])} is outside of "
+            f"the vocabulary of {vocab_size} ids; the data was made with another tokenizer"
+        )
+
+
+def _starts(tokens: int) -> Iterator[int]:
+    """Where pieces of a dataset begin: all of a small one, else some that are spread over it, the first and last among them."""
+    if tokens <= MAX_LOOKED_AT:
+        return iter(range(0, tokens, PIECE))
+    return iter(np.linspace(0, tokens - PIECE, MAX_LOOKED_AT // PIECE).astype(np.int64).tolist())
+
+
+def chosen_for_data(data: DataConfig, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
+    """Have a tokenizer end and begin documents as the preprocessing of the data did, where flags chose that there alone.
+
+    Args:
+        data: names the datasets.
+        given: the settings that the tokenizer was made of.
+        tokenizer: is given these roles.
+
+    Returns:
+        The settings that make such a tokenizer, and what to tell.
+
+    Raises:
+        DataError: for a sidecar that cannot be read.
+    """
+    lines: list[str] = []
+    for words in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
+        for prefix in parse_blend(words)[0] if words else ():
+            for role, number in _chosen(prefix, tokenizer):
+                if getattr(given, f"{role}_token") is None:
+                    tokenizer.choose(role, number)
+                    eod = role == "eod"
+                    given = replace(given, eod_token=str(number)) if eod else replace(given, bos_token=str(number))
+                    flag = CHOSEN[role]
+                    lines.append(f"{ROLES[role]} is {in_words(tokenizer, number)}, as {flag} said when {prefix} was made")
+    return given, lines
+
+
+def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
+    """The roles that flags gave to tokens when a dataset was made with this vocabulary, each with the token."""
+    meta = read_sidecar(prefix.removesuffix(".bin").removesuffix(".idx"))
+    chosen = meta.get("chosen")
+    if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
+        return []
+    return [(r, n) for r, n in chosen.items() if r in CHOSEN and type(n) is int and 0 <= n < tokenizer.vocab_size]
