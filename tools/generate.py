@@ -16,20 +16,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.beam import BeamSearch
-from megatron.checkpoint.layout import CheckpointError, find
-from megatron.config.errors import ConfigError
-from megatron.data.errors import DataError
-from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
-from megatron.generate import Sampling, Text, check_prompt, room_after, write
-from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job, job
-from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.model_flags import add_model_flags, layout_of
-from megatron.restore import open_pipeline, text_tokenizer
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
+
+    from megatron.beam import BeamSearch
+    from megatron.checkpoint.layout import CheckpointError, find
+    from megatron.config.errors import ConfigError
+    from megatron.data.errors import DataError
+    from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
+    from megatron.generate import Sampling, Text, check_prompt, room_after, write
+    from megatron.mesh.grid import Grid
+    from megatron.mesh.launch import Job, job
+    from megatron.mesh.mesh import Mesh
+    from megatron.mesh.place import Place
+    from megatron.model_flags import add_model_flags, layout_of
+    from megatron.restore import open_pipeline, text_tokenizer
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
@@ -164,4 +169,4 @@ def read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -13,25 +13,30 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
-from megatron.config.errors import ConfigError
-from megatron.data.errors import DataError
-from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job, guarded, job
-from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.model_flags import add_model_flags, layout_of
-from megatron.restore import open_pipeline, text_tokenizer
-from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
-from megatron.serving.app import Service, largest_body
-from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
-from megatron.serving.connections import ConnectionLimits
-from megatron.serving.control import Control
-from megatron.serving.engine import Engine
-from megatron.serving.server import open_port, require_packages, say, serve
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
+
+    from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
+    from megatron.config.errors import ConfigError
+    from megatron.data.errors import DataError
+    from megatron.mesh.grid import Grid
+    from megatron.mesh.launch import Job, guarded, job
+    from megatron.mesh.mesh import Mesh
+    from megatron.mesh.place import Place
+    from megatron.mesh.signals import StopSignals
+    from megatron.model_flags import add_model_flags, layout_of
+    from megatron.restore import open_pipeline, text_tokenizer
+    from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
+    from megatron.serving.app import Service, largest_body
+    from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
+    from megatron.serving.connections import ConnectionLimits
+    from megatron.serving.control import Control
+    from megatron.serving.engine import Engine
+    from megatron.serving.server import open_port, require_packages, say, serve
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
@@ -131,4 +136,4 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

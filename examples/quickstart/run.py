@@ -13,7 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from megatron.files.outputs import BadOutput, check_replaceable, mark
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.files.outputs import BadOutput, check_replaceable, mark
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs
@@ -138,4 +143,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -15,7 +15,6 @@ import dataclasses
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -100,7 +99,7 @@ def parse(
         saved = None  # the sizes are those that the command itself gives
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
         checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved)
-        problems += wrong
+        problems += _on_disk(wrong)
     if task and checkpoint:  # the longest that the model sees
         checkpoint["data.seq_length"] = checkpoint["model.max_position_embeddings"]
     if saved is not None and not checkpoint and (task or chosen.get("checkpoint.use_checkpoint_args")):
@@ -118,23 +117,33 @@ def parse(
     case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
-        problems += [*file_rules.check_files(case), *check_outputs(case, path)]
-    if problems:
-        raise ConfigError(problems)
+        problems += _on_disk([*file_rules.check_files(case), *check_outputs(case, path)])
+    if problems:  # what a file lacks that could not be read may be in another host's
+        raise ConfigError(_on_disk(problems) if file.problems else problems)
     notes = (*flags.notes, *file.notes, *_remarks(config, case.resolved))
     return Parsed(case.resolved, dry_run, world_size, typed, tuple(dict.fromkeys(notes)))
 
 
-def explain(error: ConfigError, program: str, rank: int | None = None) -> NoReturn:
-    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints."""
+def explain(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:
+    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints.
+
+    Args:
+        error: the mistakes.
+        program: its name, for the closing line.
+        rank: of this process; by default what the launcher's variables say.
+        advice: lines that follow the mistakes.
+    """
     if _first(rank):
         lines = [f"error: {problem}" for problem in error.problems]
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
         closing = f"{program}: {count} in the configuration; nothing was started. --help lists all flags."
-        print(*lines, closing, sep="\n", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)  # a launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken
+        print(*lines, *advice, closing, sep="\n", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _on_disk(problems: Sequence[Problem]) -> list[Problem]:
+    """The same problems, marked as found on this host's disk."""
+    return [dataclasses.replace(problem, on_disk=True) for problem in problems]
 
 
 def _first(rank: int | None) -> bool:

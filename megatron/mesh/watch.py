@@ -40,7 +40,7 @@ Explain = Callable[[BaseException, str], str | None]
 Early = Callable[[str, int], tuple[str, int]]
 
 COMPUTING, DOING, ALONE, WAITING = "computing", "doing", "alone", "waiting"
-STOPPED = 75  # the exit status of a job that ended on request
+STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
 NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
 
@@ -330,8 +330,8 @@ class LiveWatch(Watch):
         tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
         self._exchange([], ending="ended")
         time.sleep(2 * self._patience.period)
-        stopped = told["status"] == STOPPED
-        self._leave(STOPPED if stopped else 1 if self._error is None else status_of(self._error))
+        alike = told["status"] in (STOPPED, REFUSED)
+        self._leave(told["status"] if alike else 1 if self._error is None else status_of(self._error))
 
     def _outstay(self) -> None:
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
