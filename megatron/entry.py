@@ -32,12 +32,18 @@ def loading() -> "Iterator[None]":
     Ctrl-C ends the program silently with status 130: there is nothing to say yet.
     """
     check_python()
+    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not speaks()
+    if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     try:
         yield
     except ModuleNotFoundError as error:
         refuse(missing_package(error) or _raise(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    finally:
+        if quiet:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_main(main: "Callable[..., int]", *arguments: object, **named: object) -> int:
@@ -80,16 +86,17 @@ def missing_package(error: ModuleNotFoundError) -> str:
     name = (error.name or "").split(".")[0]
     if name not in NEEDED and name not in EXTRAS:
         return ""
-    way = activation() if name in NEEDED else how_to_install(name)
+    way = activation() if name in NEEDED else f"run `{how_to_install(name)}`"
     return f"{name} is not installed for {sys.executable}: {way}"
 
 
 def activation() -> str:
-    """Return how a shell gets the Python that the project is installed for: from its environment, or a new one."""
-    root = os.path.relpath(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    script = os.path.normpath(os.path.join(root, ".venv", "bin", "activate"))
-    activate = f"source {script}"
-    return activate if os.path.exists(script) else f"make install creates an environment, and {activate} activates it"
+    """Return what gives a shell the Python that the project is installed for: that of its environment, or of a new one."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    script = os.path.join(root, ".venv", "bin", "activate")
+    near = os.path.relpath(script)
+    activate = f"`source {script if near.startswith(os.pardir) else near}`"
+    return f"run {activate} first" if os.path.exists(script) else f"run `make install` first, and then {activate}"
 
 
 def refuse(words: str) -> NoReturn:

@@ -4,6 +4,7 @@ Each step is one command that anybody can type; this script prints it, runs it a
 comes out lies in runs/quickstart/, which every run begins anew.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -72,6 +73,8 @@ def begin_anew(out: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # it takes nothing but --help
     started = time.monotonic()
     python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
     torchrun = Path(sys.executable).with_name("torchrun")

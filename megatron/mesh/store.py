@@ -33,6 +33,8 @@ def connect(place: Place, timeout: timedelta, *, again: bool = False) -> Any:
     blocks others on the same connection.
     """
     _check_address(place, min(timeout.total_seconds(), NAME_SECONDS))
+    if not serves_store(place.rank):
+        _wait_for_server(place, timeout)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             place.address,
@@ -61,6 +63,20 @@ def _check_address(place: Place, seconds: float) -> None:
                 what = f"finds no host of the name {place.address!r}, where rank 0 should be ({error.strerror})"
                 raise JobError(f"{_who(place)} {what}: set MASTER_ADDR to the name or address of its host", 2) from error
             time.sleep(0.5)
+        else:
+            return
+
+
+def _wait_for_server(place: Place, timeout: timedelta) -> None:
+    """Wait until somebody listens where the store should be. torch waits as well, but with a stack of C++ in the end."""
+    until = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=max(1.0, until - time.monotonic())).close()
+        except OSError as error:
+            if time.monotonic() > until:
+                raise _unreachable(place, timeout, error.strerror or str(error)) from error
+            time.sleep(0.2)
         else:
             return
 

@@ -51,6 +51,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         problem = Problem("what the launcher says of this process", f"cannot be: {error}")
         explain(ConfigError([problem]), program, 0 if error.own else None)
     early = EarlyStop(place.rank)
+    early.reading = place.rank > 0 and place.job is not None
     ctrl_c = CtrlC(place)
     signals = StopSignals(early.at_once, ctrl_c)
     signals.install()
@@ -65,6 +66,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         except ConfigError as error:
             signals.close()
             return refused(error, place, program, argv)
+        early.reading = False
         if parsed.dry_run:
             with piped_streams():
                 return planned(parsed, program, task) if place.rank == 0 else 0
