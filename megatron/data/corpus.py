@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
 from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json
+from megatron.packages import how_to_install
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
@@ -56,7 +57,7 @@ class ZstdFile(io.RawIOBase):
             import zstandard
         except ImportError as error:
             raise DataError(
-                f"{path}: reading .zst needs the package zstandard (pip install zstandard), or unpack it"
+                f"{path}: reading .zst needs the package zstandard ({how_to_install('zstandard')}), or unpack it"
             ) from error
         self._file = file
         self._new_frame, self._error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError

@@ -6,7 +6,7 @@
 
 What is not listed here goes to lm_eval's own command line; --output_path writes its JSON. From Python the model is known as
 "megatron" once `register()` was called: `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`.
-Needs `pip install megatron[eval]`. On several processes the first one runs lm_eval, the others compute along with it.
+Needs `pip install -e '.[eval]'`. On several processes the first one runs lm_eval, the others compute along with it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
 from megatron.model_flags import add_model_flags, layout_of
+from megatron.packages import how_to_install
 from megatron.restore import open_pipeline
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
@@ -146,7 +147,7 @@ def main(argv: list[str]) -> int:
         speaks = place.rank == 0
         grid, device = layout_of(args, place)
         if find_spec("lm_eval") is None:
-            raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
+            raise ValueError(f"lm-evaluation-harness is not installed: {how_to_install('lm_eval')}")
         find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
     except (ValueError, *REFUSED) as error:
         return refuse(error, speaks)

@@ -90,8 +90,8 @@ class EarlyStop:
     """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
 
     progress, again: set as soon as the command has been read; again: what to say of how a run goes on that has saved. before:
-    what the end comes before. reading: this is not the first rank, torchrun has started it, and it still reads the command: what
-    ends it is mostly what the first one has found there, and torchrun reports whoever does not end with 0.
+    what the end comes before. reading: this is not the first rank, torchrun has started it, and it still reads the command:
+    what ends it is mostly what the first one has found there, and torchrun reports whoever does not end with 0.
     """
 
     def __init__(self, rank: int) -> None:
