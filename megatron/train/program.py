@@ -25,7 +25,7 @@ from megatron.mesh.signals import StopSignals
 from megatron.train.going_on import CtrlC, how_to_go_on, typed_command, with_torchrun
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
-ALONE_MINUTES = 3.0  # that a rank waits for the first one, to tell what it alone may have found
+ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
