@@ -36,7 +36,9 @@ def compiled(source: str) -> Any:
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
     if version < MIN_JINJA:
         least = ".".join(map(str, MIN_JINJA))
-        raise ValueError(f"jinja2 {jinja2.__version__} is too old for strangers' templates, {least} is not: {how_to_install('jinja2')}")
+        raise ValueError(
+            f"jinja2 {jinja2.__version__} is too old for strangers' templates, {least} is not: {how_to_install('jinja2')}"
+        )
 
     class Generation(Extension):
         """The tag around an assistant's words, which matters only to training."""
