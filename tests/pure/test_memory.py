@@ -71,18 +71,17 @@ class OutOfMemoryError(RuntimeError):
             "out of memory: can't allocate memory: you tried to allocate 400 bytes.",
         ),
         (
-            OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB. If reserved "
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB. If reserved "
                              "but unallocated memory is large try setting X"),
-            "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.",
+            "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 79 GiB.",
         ),
         (MemoryError(), "out of memory: MemoryError"),
         (OSError(12, "Cannot allocate memory"), "out of memory: [Errno 12]"),
     ],
 )  # fmt: skip
 def test_what_allocators_say(error: BaseException, said: str) -> None:
-    assert (
-        out_of_memory(error).startswith(said) and "\n" not in out_of_memory(error) and "try setting" not in out_of_memory(error)
-    )
+    text = out_of_memory(error)
+    assert text.startswith(said) and "\n" not in text and "try setting" not in text
 
 
 def test_other_errors_are_none() -> None:

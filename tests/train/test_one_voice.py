@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron.config.cli import parse
 from megatron.config.errors import ConfigError
+from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.train.going_on import with_torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,9 +24,11 @@ SIZES += " --micro-batch-size 1 --global-batch-size 6 --train-iters 1 --lr 1 --t
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    """A legal command for six ranks or fewer; what is in its dataset does not matter."""
-    for suffix in ("bin", "idx"):
-        (tmp_path / f"data.{suffix}").write_bytes(b"")
+    """A legal command for six ranks or fewer."""
+    with IndexedWriter(str(tmp_path / "data"), token_dtype(257)) as writer:
+        for _ in range(9):
+            writer.add_document(np.ones(50), [50])
+        writer.finish()
     return [*SIZES.split(), "--data-path", str(tmp_path / "data")]
 
 
