@@ -75,8 +75,10 @@ def layout_of(args: argparse.Namespace, place: Place) -> tuple[Grid, torch.devic
     if min(grid.shape) < 1:
         raise ValueError(f"{sizes}; legal: 1 and above")
     if grid.world_size != place.world_size:
+        command = with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
+        words = f": {shlex.join(command)}" if place.source == "python" else ""
         raise ValueError(
             f"{sizes} needs as many processes; there are {place.world_size}: "
-            f"start with {shlex.join(with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:]))}"
+            f"start with torchrun --nproc_per_node {grid.world_size}{words}"
         )
     return grid, device
