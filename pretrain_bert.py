@@ -6,9 +6,12 @@ sentences: `tools/preprocess_data.py --split-sentences`.
 
 import sys
 
-from megatron.train.program import pretrain
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.train.program import pretrain
 
 DEFAULTS = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
 
 if __name__ == "__main__":
-    sys.exit(pretrain(sys.argv[1:], program="pretrain_bert.py", defaults=DEFAULTS))
+    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_bert.py", defaults=DEFAULTS))

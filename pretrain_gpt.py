@@ -5,7 +5,12 @@ The recipe is `megatron/train/program.py`; all flags are in `--help`, and `--dry
 
 import sys
 
-from megatron.train.program import pretrain
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.train.program import pretrain
+
+DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
 
 if __name__ == "__main__":
-    sys.exit(pretrain(sys.argv[1:], program="pretrain_gpt.py", defaults={"tokenizer.tokenizer_type": "GPT2BPETokenizer"}))
+    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_gpt.py", defaults=DEFAULTS))

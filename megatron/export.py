@@ -25,6 +25,7 @@ from megatron.files.pending import PendingDirectory
 from megatron.files.regular import read_json
 from megatron.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
 from megatron.logits import LogitsError, NoTransformersError, agree, import_transformers, open_theirs
+from megatron.packages import how_to_install
 from megatron.restore import open_model, open_tokenizer
 
 # What config.json must say, beside what the logits show.
@@ -74,7 +75,7 @@ def export(
             import_transformers()
         except NoTransformersError as error:
             raise ExportError(
-                f"{error}, so the export cannot be verified: pip install transformers, or pass --no-verify"
+                f"{error}, so the export cannot be verified: {how_to_install('transformers')}, or pass --no-verify"
             ) from error
     with PendingDirectory(output, "export_hf") as pending:
         temporary = pending.temporary

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import TypeVar
 
 import torch
 
+from megatron.entry import speaks
 from megatron.generate import device_of
 from megatron.mesh.grid import Grid
+from megatron.mesh.last_words import leave_to_first, tell_launcher
 from megatron.mesh.place import Place
+from megatron.train.going_on import with_torchrun
+
+T = TypeVar("T")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +32,34 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{axis}-model-parallel-size", type=int, default=1, help=f"processes that share {what} (default 1)"
         )
+
+
+def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
+    """Return `parse(argv)`, an argparse method, of which only the first of several processes prints help and mistakes."""
+    if speaks():
+        return parse(argv)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return parse(argv)
+    except SystemExit:
+        leave_to_first(Place(job=os.environ.get("TORCHELASTIC_RUN_ID")))
+        raise
+
+
+def refuse(error: Exception, place: Place) -> int:
+    """Say once for all ranks what cannot be done; the exit status. On other hosts the first rank says it too, a little later.
+
+    Args:
+        error: what was found before the ranks have met.
+        place: of this process.
+    """
+    if place.rank == 0:
+        tell_launcher(f"error: {error}")
+    else:
+        leave_to_first(place)  # and torchrun ends this process meanwhile
+    if place.local_rank == 0 or getattr(error, "own", False):
+        print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def layout_of(args: argparse.Namespace, place: Place) -> tuple[Grid, torch.device]:
@@ -35,8 +75,10 @@ def layout_of(args: argparse.Namespace, place: Place) -> tuple[Grid, torch.devic
     if min(grid.shape) < 1:
         raise ValueError(f"{sizes}; legal: 1 and above")
     if grid.world_size != place.world_size:
+        command = with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
+        words = f": {shlex.join(command)}" if place.source == "python" else ""
         raise ValueError(
             f"{sizes} needs as many processes; there are {place.world_size}: "
-            f"start with torchrun --nproc_per_node {grid.world_size}"
+            f"start with torchrun --nproc_per_node {grid.world_size}{words}"
         )
     return grid, device

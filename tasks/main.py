@@ -5,10 +5,16 @@ all flags are in `--help`.
 """
 
 import sys
+from pathlib import Path
 
-from megatron.train.program import run_task
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.train.program import run_task
 
 DEFAULTS = {"batch.micro_batch_size": 8}
 
 if __name__ == "__main__":
-    sys.exit(run_task(sys.argv[1:], program="tasks/main.py", defaults=DEFAULTS))
+    sys.exit(run_main(run_task, sys.argv[1:], program="tasks/main.py", defaults=DEFAULTS))

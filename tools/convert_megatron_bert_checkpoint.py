@@ -9,9 +9,15 @@ status: 0 done; 2 bad input; 1 a failure.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from megatron.checkpoint.released import BERT_KIND
-from megatron.convert import main
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.checkpoint.released import BERT_KIND
+    from megatron.convert import main
 
 if __name__ == "__main__":
-    sys.exit(main(BERT_KIND, __doc__))
+    sys.exit(run_main(main, BERT_KIND, __doc__))

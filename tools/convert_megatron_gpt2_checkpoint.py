@@ -9,9 +9,15 @@ is run. Exit status: 0 done; 2 bad input; 1 a failure.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from megatron.checkpoint.released import GPT2_KIND
-from megatron.convert import main
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.checkpoint.released import GPT2_KIND
+    from megatron.convert import main
 
 if __name__ == "__main__":
-    sys.exit(main(GPT2_KIND, __doc__))
+    sys.exit(run_main(main, GPT2_KIND, __doc__))

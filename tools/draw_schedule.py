@@ -18,11 +18,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron.files.outputs import BadOutput, check_picture
-from megatron.files.pending import write_whole
-from megatron.pipeline.draw import Panel, draw_svg, draw_text
-from megatron.pipeline.schedule import SCHEDULES, Schedule, make
-from megatron.pipeline.simulate import Costs, Timeline, simulate
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.files.outputs import BadOutput, check_picture
+    from megatron.files.pending import write_whole
+    from megatron.pipeline.draw import Panel, draw_svg, draw_text
+    from megatron.pipeline.schedule import SCHEDULES, Schedule, make
+    from megatron.pipeline.simulate import Costs, Timeline, simulate
 
 
 def costs_of(text: str) -> Costs:
@@ -84,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

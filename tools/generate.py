@@ -16,20 +16,25 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.beam import BeamSearch
-from megatron.checkpoint.layout import CheckpointError, find
-from megatron.config.errors import ConfigError
-from megatron.data.errors import DataError
-from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
-from megatron.generate import Sampling, Text, check_prompt, room_after, write
-from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job, job
-from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.model_flags import add_model_flags, layout_of
-from megatron.restore import open_pipeline, text_tokenizer
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
+
+    from megatron.beam import BeamSearch
+    from megatron.checkpoint.layout import CheckpointError, find
+    from megatron.config.errors import ConfigError
+    from megatron.data.errors import DataError
+    from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
+    from megatron.generate import Sampling, Text, check_prompt, room_after, write
+    from megatron.mesh.grid import Grid
+    from megatron.mesh.launch import Job, job
+    from megatron.mesh.mesh import Mesh
+    from megatron.mesh.place import Place
+    from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.restore import open_pipeline, text_tokenizer
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
@@ -50,11 +55,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--micro-batch-size", type=int, default=32, help="prompts that are continued together (default 32)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
-    args = parser.parse_args(argv)
-    speaks = True
+    args = parse_once(parser.parse_args, argv)
+    place = Place()
     try:
         place = Place.of(os.environ)
-        speaks = place.rank == 0
         grid, device = layout_of(args, place)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         search = search_of(args)
@@ -63,15 +67,17 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
         if args.micro_batch_size < 1:
             raise ValueError(f"--micro-batch-size {args.micro_batch_size} takes no prompt; legal: 1 and above")
-        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
+        find(
+            Path(args.load),
+            args.load_iteration,
+            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+        )
         with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if place.world_size == 1 else started.device
             answers, notes = answer(args, started, grid, own, prompts, search or sampling)
     except REFUSED as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if speaks:
+        return refuse(error, place)
+    if place.rank == 0:
         print(notes, end="", file=sys.stderr)
         if args.prompt_file is None and len(prompts) == 1:
             print(answers[0]["text"])
@@ -164,4 +170,4 @@ def read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

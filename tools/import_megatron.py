@@ -13,7 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def arguments() -> argparse.Namespace:
@@ -54,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -14,7 +14,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -69,12 +74,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     beside = [n for n in iterations(directory.parent) if n != about["iteration"]]
-    try:
-        print(json.dumps(about, indent=1) if given.json else "\n".join(table(about, beside)))
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        sys.stderr.close()
+    print(json.dumps(about, indent=1) if given.json else "\n".join(table(about, beside)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

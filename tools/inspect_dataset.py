@@ -6,18 +6,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from megatron.config.ranges import out_of_range
-from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
-from megatron.data.bert import SPECIAL, PairSample
-from megatron.data.blend import parse_blend
-from megatron.data.build import MakeSamples, bert_samples, build_datasets
-from megatron.data.errors import DataError
-from megatron.data.indexed import IndexedDataset
-from megatron.data.matching import check_tokenizer, chosen_for_data
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.config.ranges import out_of_range
+    from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
+    from megatron.data.bert import SPECIAL, PairSample
+    from megatron.data.blend import parse_blend
+    from megatron.data.build import MakeSamples, bert_samples, build_datasets
+    from megatron.data.errors import DataError
+    from megatron.data.indexed import IndexedDataset
+    from megatron.data.matching import check_tokenizer, chosen_for_data
+    from megatron.data.tokenizer import Tokenizer, build_tokenizer
+    from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def parser() -> argparse.ArgumentParser:
@@ -162,11 +168,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def guarded() -> int:
+    """Return the exit status of the tool; mistakes are said in a line."""
     try:
-        sys.exit(main())
+        return main()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(guarded))

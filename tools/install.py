@@ -67,24 +67,36 @@ def install_in_venv(venv):
     say("installing torch (the large download)")
     pip(python, "install", "-c", "constraints.txt", "torch", "setuptools")
     say("installing megatron and its other needs")
+    if has_old(python):  # or one project would be there twice
+        pip(python, "uninstall", "--yes", OLD_NAME)
     pip(python, "install", "-c", "constraints.txt", "-e", ".[dev]")
     stamp.write_text(wanted)
 
 
 def name_of(requirement):
-    """The bare, normalised name of `tokenizers>=0.20`, `megatron[hf]`, …"""
+    """The bare, normalised name of `tokenizers>=0.20`, `megatron-plain[hf]`, …"""
     name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def asked_for(extra, extras):
-    """The requirements of an extra and of those that it names, `megatron[hf,zstd]`."""
-    for requirement in extras[extra]:
-        named = re.match(r"megatron\[(.*)\]", requirement)
+def asked_for(extra, project):
+    """The requirements of an extra and of those that it names in turn, as `NAME[hf,zstd]` of this very project."""
+    for requirement in project["optional-dependencies"][extra]:
+        named = re.match(re.escape(project["name"]) + r"\[(.*)\]", requirement)
         if named is None:
             yield requirement
         for other in named[1].split(",") if named else ():
-            yield from asked_for(other.strip(), extras)
+            yield from asked_for(other.strip(), project)
+
+
+OLD_NAME = "megatron"  # under which earlier versions of this project were installed
+
+
+def has_old(python):
+    """Whether this checkout is installed under its old name. A package of that name from elsewhere is somebody else's."""
+    code = "from importlib.metadata import distribution as d; print(d('" + OLD_NAME + "').read_text('direct_url.json') or '')"
+    found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return '"' + ROOT.as_uri() + '"' in found.stdout
 
 
 def install_in_place():
@@ -96,7 +108,7 @@ def install_in_place():
     if "torch" not in present:
         raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave VENV= away")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [*project["dependencies"], *asked_for("dev", project["optional-dependencies"])]
+    listed = [*project["dependencies"], *asked_for("dev", project)]
     missing = [r for r in listed if name_of(r) != project["name"] and name_of(r) not in present]
     if missing:
         say("installing " + ", ".join(sorted({name_of(r) for r in missing})))
@@ -107,7 +119,7 @@ def install_in_place():
             constraints = Path(folder) / "constraints.txt"
             constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
             pip(sys.executable, "install", "-c", constraints, *missing)
-    if project["name"] not in present:
+    if project["name"] not in present and not has_old(sys.executable):
         say("installing megatron")
         pip(sys.executable, "install", "--no-deps", "-e", ".")
 

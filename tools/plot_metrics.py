@@ -14,9 +14,14 @@ import sys
 from html import escape
 from pathlib import Path
 
-from megatron.files.outputs import BadOutput, check_picture
-from megatron.files.pending import write_whole
-from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.files.outputs import BadOutput, check_picture
+    from megatron.files.pending import write_whole
+    from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
@@ -152,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

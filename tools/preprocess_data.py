@@ -6,12 +6,18 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 
-from megatron.config.schema import TokenizerConfig
-from megatron.data.errors import DataError
-from megatron.data.preprocess import Settings, Totals, preprocess
-from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
-from megatron.files.outputs import BadOutput
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.config.schema import TokenizerConfig
+    from megatron.data.errors import DataError
+    from megatron.data.preprocess import Settings, Totals, preprocess
+    from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+    from megatron.files.outputs import BadOutput
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,16 +116,21 @@ def stop(number: int, _: object) -> None:
     raise KeyboardInterrupt(number)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+def guarded() -> int:
+    """Return the exit status of the tool; mistakes are said in a line."""
     try:
-        sys.exit(main())
+        return main()
     except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except (OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    sys.exit(run_main(guarded))

@@ -13,25 +13,30 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
-from megatron.config.errors import ConfigError
-from megatron.data.errors import DataError
-from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job, guarded, job
-from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.model_flags import add_model_flags, layout_of
-from megatron.restore import open_pipeline, text_tokenizer
-from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
-from megatron.serving.app import Service, largest_body
-from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
-from megatron.serving.connections import ConnectionLimits
-from megatron.serving.control import Control
-from megatron.serving.engine import Engine
-from megatron.serving.server import open_port, require_packages, say, serve
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
+
+    from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
+    from megatron.config.errors import ConfigError
+    from megatron.data.errors import DataError
+    from megatron.mesh.grid import Grid
+    from megatron.mesh.launch import Job, guarded, job
+    from megatron.mesh.mesh import Mesh
+    from megatron.mesh.place import Place
+    from megatron.mesh.signals import StopSignals
+    from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.restore import open_pipeline, text_tokenizer
+    from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
+    from megatron.serving.app import Service, largest_body
+    from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
+    from megatron.serving.connections import ConnectionLimits
+    from megatron.serving.control import Control
+    from megatron.serving.engine import Engine
+    from megatron.serving.server import open_port, require_packages, say, serve
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
@@ -45,11 +50,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens-to-oom", type=int, default=12000, help="most tokens of a request (default 12000)")
     parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template; default that of the checkpoint")
     add_access_flags(parser)
-    args = parser.parse_args(argv)
-    speaks = True
+    args = parse_once(parser.parse_args, argv)
+    place = Place()
     try:
         place = Place.of(os.environ)
-        speaks = place.rank == 0
         grid, device = layout_of(args, place)
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
@@ -59,7 +63,11 @@ def main(argv: list[str]) -> int:
         template = None if args.chat_template is None else read_template(args.chat_template)
         access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
-        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
+        find(
+            Path(args.load),
+            args.load_iteration,
+            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+        )
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
@@ -67,9 +75,7 @@ def main(argv: list[str]) -> int:
             run(args, started, grid, device if place.world_size == 1 else started.device, signals, access, limits, template)
         signals.close()
     except REFUSED as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, place)
     return 0
 
 
@@ -131,4 +137,4 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from megatron.data.errors import DataError
-from megatron.data.train_bpe import train_bpe
-from megatron.data.train_wordpiece import train_wordpiece
-from megatron.files.outputs import BadOutput
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.data.errors import DataError
+    from megatron.data.train_bpe import train_bpe
+    from megatron.data.train_wordpiece import train_wordpiece
+    from megatron.files.outputs import BadOutput
 
 FILES = {  # by --tokenizer-type, what is written
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
@@ -49,12 +55,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def guarded() -> int:
+    """Return the exit status of the tool; mistakes are said in a line."""
     try:
-        sys.exit(main())
+        return main()
     except (DataError, BadOutput) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(guarded))

@@ -12,7 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
 
 
 def main() -> int:
@@ -35,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

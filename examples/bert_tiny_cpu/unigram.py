@@ -13,17 +13,22 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
 
-from megatron.checkpoint.layout import CheckpointError, find, read_config
-from megatron.config.saved import from_json
-from megatron.data.build import build_datasets
-from megatron.data.errors import DataError
-from megatron.data.gpt import SampleSource
-from megatron.data.recipe import recipe_of
-from megatron.data.tokenizer import build_tokenizer
-from megatron.train.run import sample_counts
+from megatron.entry import loading, run_main
+
+with loading():
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from megatron.checkpoint.layout import CheckpointError, find, read_config
+    from megatron.config.saved import from_json
+    from megatron.data.build import build_datasets
+    from megatron.data.errors import DataError
+    from megatron.data.gpt import SampleSource
+    from megatron.data.recipe import recipe_of
+    from megatron.data.tokenizer import build_tokenizer
+    from megatron.train.run import sample_counts
 
 MOST = 5_000  # samples of a split that are counted
 
@@ -69,4 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

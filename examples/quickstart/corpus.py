@@ -14,8 +14,13 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron.files.outputs import BadOutput, Reads, check_file
-from megatron.files.pending import write_whole
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.files.outputs import BadOutput, Reads, check_file
+    from megatron.files.pending import write_whole
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -37,7 +42,7 @@ def documents() -> Iterator[tuple[str, str]]:
             print(f"note: {path} is not UTF-8 and is left out", file=sys.stderr)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="file to write")
     output: Path = parser.parse_args().output
@@ -45,13 +50,14 @@ def main() -> None:
         check_file("output", output, Reads([sysconfig.get_path("stdlib")]))
     except BadOutput as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     found = [(source, text) for source, text in documents() if text.strip()]
     random.Random(0).shuffle(found)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, "".join(json.dumps({"text": text, "source": source}) + "\n" for source, text in found))
     print(f"{output}: {len(found)} documents, {sum(len(text) for _, text in found):,} characters")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(main))

@@ -12,9 +12,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the directory holds all there is to load
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils.logging import disable_progress_bar
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils.logging import disable_progress_bar
 
 
 def main() -> int:
@@ -46,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -4,6 +4,7 @@ Each step is one command that anybody can type; this script prints it, runs it a
 comes out lies in runs/quickstart/, which every run begins anew.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -13,7 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from megatron.files.outputs import BadOutput, check_replaceable, mark
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
+
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.files.outputs import BadOutput, check_replaceable, mark
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs
@@ -67,6 +73,8 @@ def begin_anew(out: Path) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # it takes nothing but --help
     started = time.monotonic()
     python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
     torchrun = Path(sys.executable).with_name("torchrun")
@@ -138,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -11,10 +11,15 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, also where it is not installed
 
-from megatron.files.outputs import BadOutput, Reads, check_file
-from megatron.files.pending import write_whole
+from megatron.entry import loading, run_main
+
+with loading():
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    from megatron.files.outputs import BadOutput, Reads, check_file
+    from megatron.files.pending import write_whole
 
 
 def character_tokenizer(text: str) -> Tokenizer:
@@ -55,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

@@ -15,7 +15,6 @@ import dataclasses
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -92,7 +91,7 @@ def parse(
     path = flags.values.get("command.config")
     file = read_toml(path) if path is not None else Reading()
     if file.broken:  # one cause, one message: nothing of the settings that it would have given
-        raise ConfigError([*flags.problems, *file.problems])
+        raise ConfigError([*flags.problems, *_on_disk(file.problems)])
     chosen = {**file.values, **flags.values}
     typed = frozenset(name for name in chosen if not name.startswith("command."))
     settings = [chosen[name] for name in ("command.config", *FILES) if chosen.get(name) is not None]
@@ -109,7 +108,7 @@ def parse(
         saved = None  # the sizes are those that the command itself gives
     if chosen.get("checkpoint.use_checkpoint_args") and saved is not None:
         checkpoint, wrong = _checkpoint_model(_assemble(chosen), saved, typed, task=task)
-        problems += wrong
+        problems += _on_disk(wrong)
     if saved is not None and not checkpoint and (task or chosen.get("checkpoint.use_checkpoint_args")):
         # One cause, one message: say nothing of the sizes that it would have given.
         bad |= {n for n in by_name() if n.startswith(("model.", "tokenizer.", "data.seq_length")) and n not in chosen}
@@ -129,24 +128,34 @@ def parse(
     case, broken = examine(config, world_size, bad, planning=dry_run, rules=TASK_RULES if task else PRETRAINING_RULES)
     problems += broken
     if files:
-        problems += [*file_rules.check_files(case), *check_outputs(case, settings)]
-    if problems:
-        raise ConfigError(problems)
+        problems += _on_disk([*file_rules.check_files(case), *check_outputs(case, settings)])
+    if problems:  # what a file lacks that could not be read may be in another host's
+        raise ConfigError(_on_disk(problems) if file.problems else problems)
     taken = () if task else _taken({name: value for name, value in checkpoint.items() if name not in chosen})
     notes = (*flags.notes, *file.notes, *taken, *_remarks(config, case.resolved))
     return Parsed(case.resolved, dry_run, world_size, typed, tuple(dict.fromkeys(notes)))
 
 
-def explain(error: ConfigError, program: str, rank: int | None = None) -> NoReturn:
-    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints."""
+def explain(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:
+    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints.
+
+    Args:
+        error: the mistakes.
+        program: its name, for the closing line.
+        rank: of this process; by default what the launcher's variables say.
+        advice: lines that follow the mistakes.
+    """
     if _first(rank):
         lines = [f"error: {problem}" for problem in error.problems]
         count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
         closing = f"{program}: {count} in the configuration; nothing was started. --help lists all flags."
-        print(*lines, closing, sep="\n", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)  # a launcher ends all ranks when the first one leaves, which must not be before rank 0 has spoken
+        print(*lines, *advice, closing, sep="\n", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _on_disk(problems: Sequence[Problem]) -> list[Problem]:
+    """The same problems, marked as found on this host's disk."""
+    return [dataclasses.replace(problem, on_disk=True) for problem in problems]
 
 
 def _first(rank: int | None) -> bool:

@@ -13,11 +13,15 @@ class Problem:
     what: the flags with their values, or the file and key, between backticks.
     rule: what is wrong with them; continues the sentence that `what` begins.
     legal: what would be right; empty where the rule says it.
+    ranks: where the number of processes is wrong, one that would be right; else 0.
+    on_disk: it was found on this host's disk, so that other hosts may not have it.
     """
 
     what: str
     rule: str
     legal: str = ""
+    ranks: int = 0
+    on_disk: bool = False
 
     def __str__(self) -> str:
         return f"{self.what} {self.rule}" + (f"; legal: {self.legal}" if self.legal else "")
@@ -29,3 +33,8 @@ class ConfigError(Exception):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(dict.fromkeys(problems))
         super().__init__("\n".join(str(p) for p in self.problems))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether every mistake was found on this host's disk, so that other ranks may see none."""
+        return all(problem.on_disk for problem in self.problems)

@@ -105,7 +105,23 @@ def world_size(c: Case) -> Iterator[Problem]:
         sizes = [name for name in names if c[name] != 1]
         size = c[names[0]] * c[names[1]] * c[names[2]]
         of = f" = {size}" if len(sizes) > 1 else ""
-        yield Problem(f"world size {c.world}", f"is not divisible by {c.say(*sizes)}{of}", f"multiples of {size}")
+        ranks = fitting_ranks(c, size)
+        legal = f"multiples of {size}" + (f", such as {ranks}" if ranks else "") + (" (--world-size)" if c.planning else "")
+        yield Problem(f"world size {c.world}", f"is not divisible by {c.say(*sizes)}{of}", legal, ranks)
+
+
+def fitting_ranks(c: Case, size: int) -> int:
+    """The number of ranks nearest to the world's, not above where that can be, over which the batch divides too; 0 for none.
+
+    size: ranks that one copy of the model takes.
+    """
+    nearest = max(1, c.world // size)
+    for copies in (*range(nearest, 0, -1), *range(nearest + 1, nearest + 65)):
+        resolved = resolve(c.typed, size * copies)
+        case = dataclasses.replace(c, resolved=resolved, world=size * copies, dp=copies)
+        if not [*global_batch(case), *ramp_up(case)]:
+            return int(case.world)
+    return 0
 
 
 def global_batch(c: Case) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
+from megatron.packages import how_to_install
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
@@ -208,7 +209,7 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f"{name}: reading zstandard needs the package (pip install zstandard), or unpack it") from error
+        raise DataError(f"{name}: reading zstandard needs its package ({how_to_install('zstandard')}), or unpack it") from error
     return UnpackedFile(file, zstandard.ZstdDecompressor().decompressobj, (zstandard.ZstdError,))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import stat
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -116,18 +117,15 @@ class SideStream:
         try:
             self._stream.flush()
         except OSError:
-            with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
-                self._stream.flush()
+            _drop(self._stream)
 
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
     """Let nothing that is printed inside fail. Where a stream is closed from the beginning, it goes nowhere."""
     before = sys.stdout, sys.stderr
-    streams = [SideStream(before[0] or _nothing(), "standard output"), SideStream(before[1] or _nothing(), "standard error")]
+    names = ("standard output", "standard error")
+    streams = [SideStream(_bare(stream) or _nothing(), name) for stream, name in zip(before, names, strict=True)]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield
@@ -140,3 +138,75 @@ def forgiving_streams() -> Iterator[None]:
 
 def _nothing() -> TextIO:
     return io.TextIOWrapper(open(os.devnull, "wb"), encoding="utf-8")
+
+
+class PipedStream:
+    """Standard output or error of a program that ends where nobody reads it any more, silently, as one that SIGPIPE ends.
+
+    SystemExit says so, which no handler of errors takes for one of its own. Another failure, a full disk say, is named.
+    """
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, or end the program."""
+        with self._ending():
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write the lines, or end the program."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Pass on what is in the buffer, or end the program."""
+        with self._ending():
+            self._stream.flush()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            _drop(self._stream)
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(128 + signal.SIGPIPE) from None
+            if self._name != "standard error":
+                print(f"error: {self._name} cannot be written: {error.strerror}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+@contextmanager
+def piped_streams() -> Iterator[None]:
+    """Let what is printed inside end the program where it cannot be written, what waits in buffers at the end included."""
+    before = sys.stdout, sys.stderr
+    names = ("standard output", "standard error")
+    streams = [bare and PipedStream(bare, name) for bare, name in zip(map(_bare, before), names, strict=True)]
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
+    try:
+        yield
+    finally:
+        try:
+            for stream in filter(None, streams):
+                stream.flush()
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _bare(stream: Any) -> Any:
+    """The stream itself, without what another block has put around it; None where it is closed from the beginning."""
+    return stream._stream if isinstance(stream, SideStream | PipedStream) else stream
+
+
+def _drop(stream: TextIO) -> None:
+    """Lead a stream that cannot be written nowhere, or the interpreter would report it once more at its end."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron.mesh.place import Place
+
+FIRST_SECONDS = 10.0  # that a first rank may take longer to its words than another one
 ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -40,6 +43,22 @@ def briefly(work: Callable[[], object]) -> None:
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(2.0)
+
+
+def leave_to_first(place: Place) -> None:
+    """Wait, on another rank than the first, which says what is wrong with the command that all have, and leaves.
+
+    A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
+    reports each that does not end with 0, so this process then does.
+    """
+    leave_with_launcher(place)
+    time.sleep(1.0 if place.job is None else FIRST_SECONDS)
+
+
+def leave_with_launcher(place: Place) -> None:
+    """From now on end with 0 where torchrun ends this process, since another one has failed."""
+    if place.job is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def tell_launcher(text: str) -> None:

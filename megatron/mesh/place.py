@@ -10,6 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+OF_A_RANK = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")  # which differ between the processes of a job
+HOW = "leave these variables to torchrun or srun, or unset them for a single process"
+
+
+class PlaceError(ValueError):
+    """What a launcher's variables say cannot be. own: it may be this process's alone, so that it must say so itself."""
+
+    def __init__(self, text: str, *, own: bool = False) -> None:
+        super().__init__(f"the environment variable {text}")
+        self.own = own
+
 
 @dataclass(frozen=True)
 class Place:
@@ -32,22 +43,27 @@ class Place:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Place:
-        """Read the launcher's variables. ValueError naming the variable that is missing or no number."""
+        """Read the launcher's variables. PlaceError naming what is wrong with them."""
         blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
         return replace(cls._started(environ), blocking=blocking)
 
     @classmethod
     def _started(cls, environ: Mapping[str, str]) -> Place:
-        if "RANK" in environ and "WORLD_SIZE" in environ:
-            world = _number(environ, "WORLD_SIZE")
+        if "RANK" in environ or "WORLD_SIZE" in environ:
+            world = _number(environ, "WORLD_SIZE", 1)
+            rank = _position(environ, "RANK", world, "WORLD_SIZE", default=0 if world == 1 else None)
+            local_world = _number(environ, "LOCAL_WORLD_SIZE", world)
+            if not 0 < local_world <= world:
+                raise PlaceError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {HOW}")
             return cls(
-                _number(environ, "RANK"),
+                rank,
                 world,
-                _number(environ, "LOCAL_RANK", 0),
-                _number(environ, "LOCAL_WORLD_SIZE", world),
+                # Without the variable all processes are taken to be on one host, as without LOCAL_WORLD_SIZE.
+                _position(environ, "LOCAL_RANK", local_world, "LOCAL_WORLD_SIZE", default=rank % local_world),
+                local_world,
                 "torchrun",
-                environ.get("MASTER_ADDR", "127.0.0.1"),
-                _number(environ, "MASTER_PORT", 29500),
+                environ.get("MASTER_ADDR") or "127.0.0.1",
+                _port(environ, 29500),
                 environ.get("TORCHELASTIC_RUN_ID"),
                 _number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             )
@@ -57,14 +73,17 @@ class Place:
             hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1")))
             # Steps of several jobs may share a host: a port of their own for each.
             own_port = 20000 + (_number(environ, "SLURM_JOB_ID", 0) * 7 + _number(environ, "SLURM_STEP_ID")) % 12000
+            world = _number(environ, "SLURM_STEP_NUM_TASKS")
+            local_rank = _number(environ, "SLURM_LOCALID", 0)
             return cls(
-                _number(environ, "SLURM_PROCID"),
-                _number(environ, "SLURM_STEP_NUM_TASKS"),
-                _number(environ, "SLURM_LOCALID", 0),
-                int(per_node.group()) if per_node else 1,
+                _position(environ, "SLURM_PROCID", world, "SLURM_STEP_NUM_TASKS"),
+                world,
+                local_rank,
+                # Of the first host; one that has more tasks has at least those up to this one.
+                min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
                 "srun",
-                environ.get("MASTER_ADDR", hosts[0]),
-                _number(environ, "MASTER_PORT", own_port),
+                environ.get("MASTER_ADDR") or hosts[0],
+                _port(environ, own_port),
             )
         return cls()
 
@@ -73,9 +92,28 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     text = environ.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
-        raise ValueError(f"the environment variable {name} is {text!r}, not a number; start with torchrun, srun or python")
+    if text is None:
+        raise PlaceError(f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in OF_A_RANK)
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
+        raise PlaceError(f"{name} is {text!r}, not a number: {HOW}", own=name in OF_A_RANK)
     return int(text)
+
+
+def _position(environ: Mapping[str, str], name: str, size: int, size_name: str, default: int | None = None) -> int:
+    """A number from 0 to below `size`, which the variable `size_name` says."""
+    if size < 1:
+        raise PlaceError(f"{size_name} is {size}; legal: 1 and above; {HOW}")
+    number = _number(environ, name, default)
+    if number >= size:
+        raise PlaceError(f"{name} is {number}, and {size_name} {size}; legal: 0 to {size - 1}; {HOW}", own=True)
+    return number
+
+
+def _port(environ: Mapping[str, str], default: int) -> int:
+    port = _number(environ, "MASTER_PORT", default)
+    if not 0 < port < 65536:
+        raise PlaceError(f"MASTER_PORT is {port}; legal: 1 to 65535, one that is free on the host of rank 0")
+    return port
 
 
 def expand_hosts(nodelist: str) -> list[str]:
@@ -89,5 +127,7 @@ def expand_hosts(nodelist: str) -> list[str]:
         before, ranges, after = match.groups()
         for part in ranges.split(","):
             low, _, high = part.partition("-")
+            if not (low.isdecimal() and (high or low).isdecimal()):
+                raise PlaceError(f"SLURM_STEP_NODELIST is {nodelist!r}, which is no list of hosts: {HOW}")
             hosts += [f"{before}{n:0{len(low)}d}{after}" for n in range(int(low), int(high or low) + 1)]
     return hosts

@@ -83,6 +83,13 @@ class StopSignals:
         self._at_once = None
         self.held = True
 
+    def comes(self, name: str, within: float) -> bool:
+        """Wait these seconds, less where this signal is the one that has come or comes; returns whether it is."""
+        until = time.monotonic() + within
+        while self.name != name and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.name == name
+
     def close(self, *, ignore: bool = False) -> None:
         """Give the signals back. ignore: the end is near, and what comes now is a launcher's echo of it."""
         if not self._previous:

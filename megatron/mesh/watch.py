@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from types import FrameType
 from typing import NoReturn
 
 from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
@@ -36,11 +35,11 @@ from megatron.mesh.store import Store, serves_store
 What = object  # a phase in words, by its str() or, where it can be called, by its result
 # An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
 Explain = Callable[[BaseException, str], str | None]
-# What a job that a signal ends says, and its exit status, given the signal's name and the rank.
+# What a job that a signal ends says, and its status, given the signal's name and the rank.
 Early = Callable[[str, int], tuple[str, int]]
 
 COMPUTING, DOING, ALONE, WAITING = "computing", "doing", "alone", "waiting"
-STOPPED = 75  # the exit status of a job that ended on request
+STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
 NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
 
@@ -270,11 +269,8 @@ class LiveWatch(Watch):
 
     def _communicates(self) -> bool:
         """Whether the main thread is inside a collective, as a stage's forward is with tensor parallelism."""
-        frame = self._main_frame()
+        frame = sys._current_frames().get(self._main)
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
-
-    def _main_frame(self) -> FrameType | None:
-        return sys._current_frames().get(self._main)
 
     def _words(self) -> str:
         return in_words(self._seen_phase[3])
@@ -294,7 +290,7 @@ class LiveWatch(Watch):
             return
         longest = self._pace.longest(phase[2])
         usual = f", where {longest:.2f} s was the longest before" if longest is not None else ""
-        frame = self._main_frame()
+        frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  unknown\n"
         what = f"hangs, for {self._age:.0f} s{usual} (--hang-timeout-seconds)"
         self._tell(f"error: {self._where()}: {what}; its main thread is at:\n{stack}")
@@ -327,11 +323,14 @@ class LiveWatch(Watch):
     def _follow(self, failure: bytes) -> NoReturn:
         """Another rank has told the failure, and ends first."""
         told = json.loads(failure)
-        tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
         self._exchange([], ending="ended")
-        time.sleep(2 * self._patience.period)
-        stopped = told["status"] == STOPPED
-        self._leave(STOPPED if stopped else 1 if self._error is None else status_of(self._error))
+        if told["status"] == STOPPED or self._place.job is None:
+            time.sleep(2 * self._patience.period)
+        elif self._signals.comes("SIGTERM", within=2 * self._patience.period):
+            self._leave(0)  # torchrun has seen the other one end, and would report each that does not end with 0
+        tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
+        own = 1 if self._error is None else status_of(self._error)
+        self._leave(told["status"] if told["status"] in (STOPPED, REFUSED) else own)
 
     def _outstay(self) -> None:
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""

@@ -31,10 +31,14 @@ def compiled(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
+    from megatron.packages import how_to_install
+
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
     if version < MIN_JINJA:
         least = ".".join(map(str, MIN_JINJA))
-        raise ValueError(f"jinja2 {jinja2.__version__} is too old for strangers' templates: pip install 'jinja2>={least}'")
+        raise ValueError(
+            f"jinja2 {jinja2.__version__} is too old for strangers' templates, {least} is not: {how_to_install('jinja2')}"
+        )
 
     class Generation(Extension):
         """The tag around an assistant's words, which matters only to training."""

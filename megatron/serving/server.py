@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from megatron.mesh.signals import StopSignals
+from megatron.packages import how_to_install
 from megatron.serving.app import Service, build
 from megatron.serving.connections import ConnectionLimits, guarded_protocol
 from megatron.serving.engine import Engine
@@ -33,7 +34,7 @@ def require_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ServerError(f"the server needs the package {error.name}: pip install 'megatron[server]'") from error
+        raise ServerError(f"the server needs the package {error.name}: {how_to_install('uvicorn')}") from error
 
 
 def open_port(host: str, port: int) -> socket.socket:

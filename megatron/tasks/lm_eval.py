@@ -6,7 +6,7 @@
 
 What is not listed here goes to lm_eval's own command line; --output_path writes its JSON. From Python the model is known as
 "megatron" once `register()` was called: `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`.
-Needs `pip install megatron[eval]`. On several processes the first one runs lm_eval, the others compute along with it.
+Needs `pip install -e '.[eval]'`. On several processes the first one runs lm_eval, the others compute along with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.entry import loading, run_main
+
+with loading():
+    import torch
 
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
@@ -28,7 +31,8 @@ from megatron.generate import Sampling, device_of
 from megatron.mesh.launch import Job, job
 from megatron.mesh.mesh import Mesh
 from megatron.mesh.place import Place
-from megatron.model_flags import add_model_flags, layout_of
+from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
+from megatron.packages import how_to_install
 from megatron.restore import open_pipeline
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
@@ -139,37 +143,33 @@ def main(argv: list[str]) -> int:
     add_model_flags(parser)
     parser.add_argument("--seq-length", type=int, help="tokens that the model sees at once; default all its positions")
     parser.add_argument("--micro-batch-size", type=int, default=MICRO_BATCH, help=f"texts in one pass (default {MICRO_BATCH})")
-    args, theirs = parser.parse_known_args(argv)
-    speaks = True
+    args, theirs = parse_once(parser.parse_known_args, argv)
+    place = Place()
     try:
         place = Place.of(os.environ)
-        speaks = place.rank == 0
         grid, device = layout_of(args, place)
         if find_spec("lm_eval") is None:
-            raise ValueError("lm-evaluation-harness is not installed: pip install 'megatron[eval]'")
-        find(Path(args.load), args.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr) if speaks else None)
+            raise ValueError(f"lm-evaluation-harness is not installed: {how_to_install('lm_eval')}")
+        find(
+            Path(args.load),
+            args.load_iteration,
+            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+        )
     except (ValueError, *REFUSED) as error:
-        return refuse(error, speaks)
+        return refuse(error, place)
     try:
         with job(place, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
             own = device if place.world_size == 1 else started.device
             mesh = Mesh.build(grid, place.rank, started.timeout, watch=started.watch)
             run(args, theirs, started, mesh, own)
     except REFUSED as error:
-        return refuse(error, speaks)
+        return refuse(error, place)
     return 0
 
 
 def in_words(error: BaseException, where: str) -> str | None:
     """An error that needs no traceback; None for any other."""
     return str(error) if isinstance(error, REFUSED) else None
-
-
-def refuse(error: BaseException, speaks: bool) -> int:
-    """The exit status of what cannot be done; one process says why."""
-    if speaks:
-        print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mesh, device: torch.device) -> None:
@@ -209,4 +209,4 @@ def harness(model: Likelihoods, load: str, theirs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -36,8 +36,9 @@ from megatron.dryrun import flops_in_words, stage_table
 from megatron.kept import carried
 from megatron.mesh.beats import Patience
 from megatron.mesh.errors import JobError
-from megatron.mesh.last_words import status_of, tell_launcher
+from megatron.mesh.last_words import leave_with_launcher, status_of, tell_launcher
 from megatron.mesh.launch import Job, guarded, job
+from megatron.mesh.memory import out_of_memory
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.watch import Watch
@@ -45,6 +46,7 @@ from megatron.model.flops import causal_flops_per_token, flops_per_token
 from megatron.model.size import padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
+from megatron.train.enough_memory import LOWER_MEMORY, check_memory
 from megatron.train.errors import Refused, TrainingError
 from megatron.train.lock import locked
 from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
@@ -105,9 +107,14 @@ def run_prepared(
         signals.hold()
         return run_job(replace(prepared, again=early.again), started, began, signals, early.progress)
 
+    def ready(watch: Watch) -> Prepared:
+        prepared = prepare(parsed, watch)
+        check_memory(prepared.config, place)
+        return prepared
+
     config = parsed.config
     return in_a_job(
-        partial(prepare, parsed),
+        ready,
         run,
         config.layout,
         place,
@@ -164,11 +171,30 @@ def in_a_job(
         return fail(text if words else traceback.format_exc() + text, status_of(error))
 
 
+def refuse_on_all(error: ConfigError, place: Place, minutes: float) -> bool:
+    """End all ranks with what this one has found; does not return then. False where there is no first rank to tell it to.
+
+    Args:
+        error: the mistakes.
+        place: of this process.
+        minutes: to wait for the first rank.
+    """
+    leave_with_launcher(place)
+    try:
+        with guarded(place, minutes, explain=in_words), refusing():
+            raise error
+    except JobError:
+        return False
+
+
 def in_words(error: BaseException, where: str) -> str | None:
     """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
     if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
         return str(error)
-    return f"{where}: {error}" if isinstance(error, DataError | Refused) else None
+    if isinstance(error, DataError | Refused):
+        return f"{where}: {error}"
+    memory = out_of_memory(error)
+    return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
 
 
 def fail(message: str, status: int, speak: bool = True) -> int:

@@ -6,6 +6,7 @@ A command is read, checked and explained before torch is even imported, so a mis
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -17,12 +18,14 @@ from megatron.config.cli import HelpAsked, Parsed, explain, parse
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.dryrun import dry_run
-from megatron.files.side import forgiving_streams
-from megatron.mesh.last_words import say, tell_launcher
-from megatron.mesh.place import Place
+from megatron.files.side import forgiving_streams, piped_streams
+from megatron.mesh.last_words import leave_to_first, say, tell_launcher
+from megatron.mesh.place import Place, PlaceError
 from megatron.mesh.signals import StopSignals
-from megatron.train.going_on import CtrlC, how_to_go_on, typed_command
+from megatron.train.going_on import CtrlC, how_to_go_on, typed_command, with_torchrun
 from megatron.train.progress import STOPPED, EarlyStop, Progress
+
+ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
@@ -44,9 +47,11 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     began = time.monotonic()
     try:
         place = Place.of(os.environ)
-    except ValueError as error:
-        explain(ConfigError([Problem("the launcher's environment", f"cannot be read: {error}")]), program)
+    except PlaceError as error:
+        problem = Problem("what the launcher says of this process", f"cannot be: {error}")
+        explain(ConfigError([problem]), program, 0 if error.own else None)
     early = EarlyStop(place.rank)
+    early.reading = place.rank > 0 and place.job is not None
     ctrl_c = CtrlC(place)
     signals = StopSignals(early.at_once, ctrl_c)
     signals.install()
@@ -54,11 +59,17 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         try:
             parsed = read(argv, place, program, defaults, task)
         except HelpAsked as answer:
-            if place.rank == 0:
-                sys.stdout.write(str(answer))
+            with piped_streams():
+                if place.rank == 0:
+                    sys.stdout.write(str(answer))
             return 0
+        except ConfigError as error:
+            signals.close()
+            return refused(error, place, program, argv)
+        early.reading = False
         if parsed.dry_run:
-            return planned(parsed, program, task) if place.rank == 0 else 0
+            with piped_streams():
+                return planned(parsed, program, task) if place.rank == 0 else 0
         ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, place)
         early.again = how_to_go_on(ctrl_c.command, ctrl_c.checkpoint)
         again = restarted(parsed, place)
@@ -87,13 +98,10 @@ def planned(parsed: Parsed, program: str, task: bool) -> int:
 
 
 def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
-    """The command, checked. A rank that finds something wrong with it alone leaves that where its launcher looks."""
+    """The command, checked. ConfigError where it is wrong, SystemExit where it cannot be read."""
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config, task=task)
-    except ConfigError as error:
-        tell_launcher("\n".join(f"error: rank {place.rank}: {problem}" for problem in error.problems))
-        explain(error, program, place.rank)
-    except HelpAsked:
+    except (ConfigError, HelpAsked):
         raise
     except Exception as error:
         where = f"rank {place.rank} on host {os.uname().nodename}, reading the command"
@@ -102,6 +110,29 @@ def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str,
         say(traceback.format_exc() + line)
         sys.exit(1)
     return parsed
+
+
+def refused(error: ConfigError, place: Place, program: str, argv: Sequence[str]) -> int:
+    """Say what is wrong with the command, once for all ranks; the exit status.
+
+    The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
+    the job to tell it, which ends all; where the first rank does not come, it has found the same.
+    """
+    if place.rank and error.on_disk:
+        from megatron.train.pretraining import refuse_on_all
+
+        if refuse_on_all(error, place, ALONE_MINUTES) or place.local_rank:
+            return 2
+    elif place.rank:
+        leave_to_first(place)
+    else:
+        first, *more = error.problems
+        tell_launcher(f"error: {first}" + (f" (and {len(more)} more, listed above)" if more else ""))
+    ranks = next((problem.ranks for problem in error.problems if problem.ranks), 0)
+    advice = []
+    if ranks and place.source == "python" and "--dry-run" not in argv:
+        advice = [f"start {ranks} processes: {shlex.join(with_torchrun(ranks, program, argv))}"]
+    explain(error, program, 0 if error.on_disk else place.rank, advice)
 
 
 def restarted(parsed: Parsed, place: Place) -> Parsed | None:

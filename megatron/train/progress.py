@@ -90,13 +90,15 @@ class EarlyStop:
     """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
 
     progress, again: set as soon as the command has been read; again: what to say of how a run goes on that has saved. before:
-    what the end comes before.
+    what the end comes before. reading: this is not the first rank, torchrun has started it, and it still reads the command:
+    what ends it is mostly what the first one has found there, and torchrun reports whoever does not end with 0.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self.progress = Progress(None)
         self.again, self.before = "start again to go on", "the first step"
+        self.reading = False
 
     def __call__(self, name: str, rank: int) -> tuple[str, int]:
         """What to say, and the exit status. One rank calls it for all, or each for itself. rank: that got the signal."""
@@ -110,6 +112,8 @@ class EarlyStop:
 
     def at_once(self, name: str) -> None:
         """End this process, which no other watches yet. The first rank speaks, for they are mostly all told to stop."""
+        if self.reading and name == "SIGTERM":
+            os._exit(0)
         text, status = self(name, self._rank)
         if self._rank == 0:
             say(text)

@@ -15,6 +15,7 @@ from megatron.config.schema import LogConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import MAX_METRICS_BYTES, read_bytes
 from megatron.files.side import SideFile, optional, warn
+from megatron.packages import how_to_install
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 
@@ -255,7 +256,8 @@ def open_sinks(
         try:
             sinks.append(TensorBoard(config, resume_at))
         except ImportError:
-            print("TensorBoard is not installed, going on without it: pip install tensorboard", file=out, flush=True)
+            how = how_to_install("tensorboard")
+            print(f"TensorBoard is not installed, going on without it: {how}", file=out, flush=True)
         except Exception as error:  # whatever its packages trip over as they are loaded
             warn(config.tensorboard_dir, "TensorBoard cannot be used", error)
     if wandb is not None:

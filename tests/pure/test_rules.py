@@ -72,7 +72,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "world_size",
         "--tensor-model-parallel-size 2",
         3,
-        "world size 3 is not divisible by `--tensor-model-parallel-size 2`; legal: multiples of 2",
+        "world size 3 is not divisible by `--tensor-model-parallel-size 2`; legal: multiples of 2, such as 2",
     ),
     (
         "world_size",

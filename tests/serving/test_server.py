@@ -137,7 +137,7 @@ def test_what_cannot_be_served(root, flags, message, capsys) -> None:
 def test_without_the_extra(root, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert tool_main()(["--load", str(root)]) == 2
-    assert capsys.readouterr().err == "error: the server needs the package uvicorn: pip install 'megatron[server]'\n"
+    assert capsys.readouterr().err == "error: the server needs the package uvicorn: pip install -e '.[server]'\n"
 
 
 def tool_main():

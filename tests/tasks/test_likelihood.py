@@ -136,7 +136,7 @@ def test_the_program_refuses_what_it_cannot_do(model, tmp_path, monkeypatch, cap
         return told.err
 
     monkeypatch.setattr("megatron.tasks.lm_eval.find_spec", lambda name: None)
-    assert "pip install 'megatron[eval]'" in said(model / "run")
+    assert "pip install -e '.[eval]'" in said(model / "run")
     monkeypatch.setattr("megatron.tasks.lm_eval.find_spec", lambda name: object())
     assert "nowhere" in said(tmp_path / "nowhere")
     assert "start with torchrun --nproc_per_node 2" in said(model / "run", "--tensor-model-parallel-size", 2)

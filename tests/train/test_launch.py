@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from megatron.mesh.place import Place, expand_hosts
+from megatron.mesh.place import Place, PlaceError, expand_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -41,6 +43,43 @@ def test_plain_python():
 def test_a_broken_variable_is_named():
     with pytest.raises(ValueError, match="WORLD_SIZE is 'many', not a number"):
         Place.of({"RANK": "0", "WORLD_SIZE": "many"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "said", "own"),
+    [
+        ("RANK=x WORLD_SIZE=2", "RANK is 'x', not a number", True),
+        ("RANK=-1 WORLD_SIZE=2", "RANK is '-1', not a number", True),
+        ("RANK=² WORLD_SIZE=2", "RANK is '²', not a number", True),
+        ("RANK=2 WORLD_SIZE=2", "RANK is 2, and WORLD_SIZE 2; legal: 0 to 1", True),
+        ("RANK=3", "RANK is 3, and WORLD_SIZE 1", True),
+        ("WORLD_SIZE=2", "RANK is not set", True),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is 0; legal: 1 and above", False),
+        ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK is 2, and LOCAL_WORLD_SIZE 2", True),
+        ("RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=3", "LOCAL_WORLD_SIZE is 3, and WORLD_SIZE 2", False),
+        ("RANK=1 WORLD_SIZE=2 MASTER_PORT=http", "MASTER_PORT is 'http', not a number", False),
+        ("RANK=1 WORLD_SIZE=2 MASTER_PORT=0", "MASTER_PORT is 0; legal: 1 to 65535", False),
+        ("RANK=1 WORLD_SIZE=2 MASTER_PORT=70000", "MASTER_PORT is 70000", False),
+    ],
+)
+def test_what_cannot_be_is_refused(environ, said, own):
+    """own: the process itself must say it, where it may be the only one of which it is true."""
+    with pytest.raises(PlaceError, match=re.escape(f"the environment variable {said}")) as error:
+        Place.of(dict(pair.split("=") for pair in environ.split()))
+    assert error.value.own == own
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_NODELIST", "MASTER_PORT"])
+def test_what_slurm_cannot_mean_is_refused(name):
+    for value in {"SLURM_PROCID": ("4", "x"), "SLURM_STEP_NODELIST": ("n[1-x]",), "MASTER_PORT": ("x", "99999")}[name]:
+        with pytest.raises(PlaceError, match=name):
+            Place.of(SLURM | {name: value})
+
+
+def test_one_host_is_assumed_where_nothing_says_otherwise():
+    place = Place.of({"RANK": "3", "WORLD_SIZE": "4"})
+    assert (place.local_rank, place.local_size) == (3, 4)
+    assert Place.of({"RANK": "0", "MASTER_ADDR": ""}).address == "127.0.0.1"
 
 
 def test_host_lists():

@@ -1,0 +1,89 @@
+"""How much memory this host can still give to processes, and what an error says that ran out of it. Imports no torch.
+
+Linux tells: what it could free, and what the control groups allow that this process is in, as those of containers and jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOM_FOR_WORDS = 400  # characters of an allocator's message
+# What allocators say: torch's for the host, torch's for a GPU, the system's.
+ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate")
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes that processes of this host can still get, and what there is, in words."""
+
+    free: int
+    words: str
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory | None:
+    """Return what is left for this process and its siblings; None where the system does not say.
+
+    Rather too much than too little: all swap counts as free, and of a control group all that is no process's own memory.
+    """
+    said = _table(root / "proc/meminfo")
+    if "MemAvailable" not in said:
+        return None
+    swap = 1024 * said.get("SwapFree", 0)
+    free, total = 1024 * said["MemAvailable"], 1024 * said.get("MemTotal", 0)
+    more = f", and {gib(swap)} of swap" if swap else ""
+    found = [HostMemory(free + swap, f"this host has {gib(total)}, of which {gib(free)} are free{more}")]
+    for maximum, used in _groups(root):
+        left = max(0, maximum - used) + swap
+        found.append(HostMemory(left, f"the control group of this process has {gib(maximum)}, of which {gib(used)} are taken"))
+    return min(found, key=lambda one: one.free)
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and own memory of every control group that limits this process: its own one and those around it."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, place = line.split(":", 2)
+        second = controllers == ""
+        if not second and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("" if second else "memory")
+        limit, own = ("memory.max", "anon") if second else ("memory.limit_in_bytes", "total_rss")
+        parts = [part for part in place.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            folder = base.joinpath(*parts[:depth])
+            with suppress(ValueError):  # `max`, or no such group where its files are seen from
+                yield int(_text(folder / limit)), _table(folder / "memory.stat").get(own, 0)
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The kernel's tables: a name, perhaps a colon, and a number."""
+    rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Return what to say of an error of an allocator, of the host or a GPU; nothing where it is another one."""
+    text = " ".join(str(error).split())
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    allocator = "RuntimeError" in kinds and any(words in text for words in ALLOCATORS)
+    if not allocator and not kinds & {"MemoryError", "OutOfMemoryError"} and getattr(error, "errno", None) != 12:
+        return ""
+    # From torch's message the place in its sources goes, and advice on fragments that fill the rest of a screen.
+    text = text.partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2]
+    there = host_memory()
+    left = "" if there is None or "CUDA" in text else f"; {there.words}"
+    return f"out of memory: {text[:ROOM_FOR_WORDS] or type(error).__name__}{left}"

@@ -1,0 +1,103 @@
+"""A run that cannot fit is refused before anything is allocated, in numbers; one that may fit is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron.config.cli import parse
+from megatron.config.schema import RunConfig
+from megatron.mesh.place import Place
+from megatron.train import enough_memory
+from megatron.train.enough_memory import Room, check_memory, states, total
+from megatron.train.errors import Refused
+from megatron.train.pretraining import in_words
+from megatron.train.run import grid_of
+
+GIB = 2**30
+COMMAND = (
+    "--preset gpt-8.3b --seq-length 8 --micro-batch-size 1 --train-iters 9 --lr 1 --tokenizer-type ByteTokenizer --data-path x"
+)
+
+
+def config_of(flags: str = "", world: int = 1) -> RunConfig:
+    words = f"{COMMAND} {flags}".split()
+    parsed = parse(words, program="p", world_size=world, files=False)
+    return replace(parsed.config, model=replace(parsed.config.model, vocab_size=50257))
+
+
+def state(config: RunConfig, world: int, rank: int = 0) -> int:
+    return total(states(config, grid_of(config.layout, world), [rank])[0])
+
+
+@pytest.fixture(autouse=True)
+def tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 0.0)
+
+
+def refusal(config: RunConfig, place: Place, free: int, *, own: bool = False) -> str:
+    """What is said where so many bytes are free; nothing where the run may begin."""
+    try:
+        check_memory(config, place, lambda config, place: Room(free, "there is what there is", own))
+    except Refused as error:
+        return str(error)
+    return ""
+
+
+def test_what_is_needed_and_what_is_there() -> None:
+    config = config_of()
+    need = state(config, 1)
+    assert 16 * 8.2e9 < need < 16 * 8.5e9  # weights, gradients and two moments in fp32
+    said = refusal(config, Place(), need - 1)
+    assert said.startswith(f"out of memory before the start: one process would hold {need / GIB:.1f} GiB without activations")
+    assert f"weights {need / 4 / GIB:.1f} GiB" in said and "there is what there is" in said
+    for flag in ("--num-layers", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--dry-run"):
+        assert flag in said
+    assert refusal(config, Place(), need) == ""
+
+
+def test_an_evaluation_holds_weights_alone() -> None:
+    config = config_of()
+    only = replace(config, eval=replace(config.eval, skip_train=True))
+    assert state(only, 1) == state(config, 1) // 4
+    assert "gradients" not in refusal(only, Place(), 1)
+
+
+def test_the_ranks_of_a_host_share_its_memory() -> None:
+    """Two hosts of two ranks, each host with a stage of its own; one rank of each host asks for both."""
+    config = config_of("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
+    first, second = (state(config, 4, rank) for rank in (0, 2))
+    assert first != second
+    for rank, need in ((0, 2 * first), (2, 2 * second)):
+        place = Place(rank, 4, 0, 2, "torchrun")
+        assert "the 2 ranks of this host" in refusal(config, place, need - 1) and refusal(config, place, need) == ""
+        assert refusal(config, Place(rank + 1, 4, 1, 2, "torchrun"), 0) == ""
+        srun = replace(place, source="srun")  # which may have dealt its ranks out: the least that they can be
+        assert refusal(config, srun, 2 * min(first, second)) == "" and refusal(config, srun, 2 * min(first, second) - 1)
+
+
+def test_a_gpu_is_one_ranks_own() -> None:
+    config = config_of("--tensor-model-parallel-size 2", 2)
+    need = state(config, 2)
+    for rank in (0, 1):
+        place = Place(rank, 2, rank, 2, "torchrun")
+        assert refusal(config, place, need - 1, own=True).startswith("out of memory before the start: this rank would hold")
+        assert refusal(config, place, need, own=True) == ""
+
+
+def test_what_a_dying_process_gives_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 5.0)
+    rooms = [Room(0, "", True), Room(0, "", True), Room(state(config_of(), 1), "", True)]
+    check_memory(config_of(), Place(), lambda config, place: rooms.pop(0))
+    assert not rooms
+
+
+def test_an_allocation_that_fails_later_is_said_in_a_line() -> None:
+    try:
+        torch.empty(2**60, dtype=torch.uint8)
+    except RuntimeError as error:
+        said = in_words(error, "rank 0 on host h, forward")
+    assert said is not None and said.startswith("rank 0 on host h, forward: out of memory: ") and "\n" not in said
+    assert "--micro-batch-size" in said and "--recompute-activations" in said

@@ -1,0 +1,66 @@
+"""Where processes do not find one another: in words, in time, with the variable that is wrong."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+
+from megatron.mesh import store
+from megatron.mesh.errors import JobError
+from megatron.mesh.place import Place
+from megatron.mesh.store import connect
+
+HOST = os.uname().nodename
+SHORT = timedelta(seconds=1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(JobError, match="MASTER_PORT") as error:
+            connect(Place(0, 2, port=port), SHORT)
+    assert str(error.value).startswith(f"port {port} of host {HOST} is in use by another program") and error.value.status == 2
+
+
+def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unknown(*where: object, **how: object) -> None:
+        asked.append(where)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(store.socket, "getaddrinfo", unknown)
+    with pytest.raises(JobError, match=f"rank 1 on host {HOST} finds no host of the name 'nohost'.*set MASTER_ADDR") as error:
+        connect(Place(1, 2, address="nohost"), SHORT)
+    assert error.value.status == 2 and len(asked) > 1
+
+
+def test_a_first_rank_that_does_not_run() -> None:
+    """torch would add a stack of C++ to it."""
+    place, began = Place(1, 2, port=free_port()), time.monotonic()
+    with pytest.raises(JobError, match=f"rank 1 on host {HOST} found no rank 0 at 127.0.0.1:{place.port} in 0.01") as error:
+        connect(place, SHORT)
+    assert error.value.status == 1 and time.monotonic() - began < 30.0
+
+
+def test_ranks_that_do_not_come() -> None:
+    with pytest.raises(JobError, match=r"of 3 processes not all came to 127.0.0.1:.*WORLD_SIZE") as error:
+        connect(Place(0, 3, port=free_port()), SHORT)
+    assert error.value.status == 1
