@@ -1,12 +1,15 @@
 # VENV=.venv (default) is created and filled; VENV=other names another environment; VENV=system uses the Python at hand
-# and installs only what it lacks, never torch. PYTHON names the interpreter that creates the environment.
+# and installs only what it lacks, never torch. PYTHON names the interpreter that creates the environment; one that is there
+# keeps its own.
 VENV ?= .venv
-PYTHON ?= python3
+PYTHON ?= $(firstword $(wildcard $(VENV)/bin/python) python3)
 # Test files go to so many processes, which start ranks of their own. Plain `pytest` runs in one.
 WORKERS ?= 3
+# A part of the tests: make test TESTS=tests/pure
+TESTS ?=
 RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
-.PHONY: install quickstart test bench lint
+.PHONY: install quickstart test test-all-pythons bench lint
 install:
 	@$(PYTHON) tools/install.py --venv $(VENV)
 
@@ -14,7 +17,11 @@ quickstart: install
 	@$(RUN) examples/quickstart/run.py
 
 test: install
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# Every Python here that torch has builds for, or PYTHONS="python3.11 python3.13"
+test-all-pythons:
+	@$(PYTHON) tests/pythons.py $(PYTHONS)
 
 bench: install
 	$(RUN) benchmarks/train.py

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
+NEWEST = (3, 14)  # the last one that the torch of constraints.txt has builds for
 
 
 class InstallError(Exception):
@@ -50,9 +51,36 @@ def stamp_of(python_version):
     return digest.hexdigest()
 
 
+def check_version(venv):
+    """Return why the Python that runs this will not do, in one line, or None. With `system` its torch is there already."""
+    found = ".".join(map(str, sys.version_info[:3]))
+    torch = re.search("torch==(.*)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))[1]
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    text = None
+    if sys.version_info < OLDEST:
+        text = f"Python {oldest} or newer is needed"
+    elif venv != "system" and sys.version_info[:2] > NEWEST:
+        text = f"torch {torch} needs Python {oldest} to {newest}"
+    return text and f"{text}, {sys.executable} is {found}; name another: make PYTHON=python3.12 ..."
+
+
+def check_same_python(venv, python):
+    """Refuse an environment of another Python: it keeps the one that created it, and ours would be passed over in silence."""
+    ask = "import sys; print('{}.{}'.format(*sys.version_info))"
+    done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
+    asked = "{}.{}".format(*sys.version_info)
+    if done.returncode == 0 and done.stdout.strip() != asked:
+        raise InstallError(
+            f"{venv} is an environment of Python {done.stdout.strip()}, and {sys.executable} is {asked}; "
+            f"name another environment: make VENV=.venvs/{asked} ..., or remove {venv}"
+        )
+
+
 def install_in_venv(venv):
     """Create `venv` if need be and install everything into it."""
     python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if python.exists():
+        check_same_python(venv, python)
     stamp = venv / "megatron-installed"
     wanted = stamp_of(sys.version)
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
@@ -128,12 +156,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", default=".venv", help="directory of the environment, or `system`")
     venv = parser.parse_args().venv
-    if sys.version_info < OLDEST:
-        found = ".".join(map(str, sys.version_info[:3]))
-        print(
-            f"error: Python 3.11 or newer is needed, {sys.executable} is {found}; name another: make PYTHON=python3.12 ...",
-            file=sys.stderr,
-        )
+    unfit = check_version(venv)
+    if unfit:
+        print(f"error: {unfit}", file=sys.stderr)
         return 2
     try:
         if venv == "system":

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from texts import pages
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
@@ -89,7 +89,8 @@ UNKNOWN: dict[str, tuple[Any, Any, str]] = {
     "bytes first": (N.ByteLevel(), None, "bpe"),
     "a word replaced": (N.Replace("foo bar", "X"), BYTES, "bpe"),
 }
-TEXTS = [topics.topics[k][:3000] for k in sorted(topics.topics)[:12]] + [
+TEXTS = [
+    *pages(12, 2500),
     "foo bar 中文，文字。 de l'été 123,456 ",
     "x, y. " * 30,
 ]

@@ -6,17 +6,17 @@ import io
 import json
 import os
 from pathlib import Path
-from pydoc_data import topics
 
 import pytest
 import sentencepiece
+from texts import pages
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from megatron.data.train_bpe import train_bpe
 
-TEXTS = sorted(topics.topics.values(), key=len)[:24]
+TEXTS = pages(24, 560)
 TRICKY = ["", " ", "a  b\n\n\tc ", "naïve café, 東京 🙂 Привет", "x" * 300, "don't 1,234.5 <s> </s> [CLS]"]
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the quick brown fox un ##aff ##able The , . ##s a b ##c jump over"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
+COMMAND = re.compile(r"(\w+=\S+ )*(pip|python|torchrun|make|curl|sbatch|srun|source|bash|cd) ")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 EVERY = [(d.relative_to(ROOT).as_posix(), b) for d in DOCUMENTS for b in blocks(d, "sh")]
 
 
@@ -41,6 +44,9 @@ def checkout(tmp_path: Path) -> Path:
     """The repository as a fresh clone's user sees it, with nothing of theirs in it."""
     for name in ("README.md", "pretrain_gpt.py", "tasks", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
+    activate = tmp_path / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
     return tmp_path
 
 
@@ -53,7 +59,11 @@ def test_shell_blocks_run(document: str, block: str, checkout: Path) -> None:
     if len(made) == len(lines):
         return
     programs = Path(sys.executable).parent
-    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    path = os.environ["PATH"]
+    if "source .venv/bin/activate" in lines:  # which a newcomer needs, whose shell knows nothing of the environment
+        path = os.pathsep.join(place for place in path.split(os.pathsep) if Path(place) != programs)
+    else:
+        path = os.pathsep.join([str(programs), path])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=checkout,
@@ -65,6 +75,14 @@ def test_shell_blocks_run(document: str, block: str, checkout: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{document}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.relative_to(ROOT).as_posix())
+def test_commands_mean_the_same_in_zsh(document: Path) -> None:
+    """Typed there, an unquoted bracket, star or question mark that fits no file is an error, and `#` begins no comment."""
+    lines = [line for tag in ("", "sh") for block in blocks(document, tag) for line in commands(block) if COMMAND.match(line)]
+    wrong = [line for line in lines if re.search(r"[][*?#!~^{}`]|\s=", QUOTED.sub("", line))]
+    assert not wrong, wrong
 
 
 def test_there_are_blocks_to_run() -> None:

@@ -1,16 +1,16 @@
-"""A small real corpus, preprocessed once: Python's own language reference in bytes."""
+"""A small corpus, preprocessed once: pages of a manual in bytes."""
 
 from __future__ import annotations
 
 import json
 import os
-import pydoc_data.topics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from texts import pages
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,13 +18,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    with (folder / "topics.jsonl").open("w") as out:
-        for _, text in sorted(pydoc_data.topics.topics.items()):
-            out.write(json.dumps({"text": text[:2000]}) + "\n")
-    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", folder / "topics.jsonl", "--append-eod"]
-    command += ["--output-prefix", folder / "topics", "--tokenizer-type", "ByteTokenizer", "--workers", "1"]
+    (folder / "pages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pages(64, 1600)))
+    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", folder / "pages.jsonl", "--append-eod"]
+    command += ["--output-prefix", folder / "pages", "--tokenizer-type", "ByteTokenizer", "--workers", "1"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    return folder / "topics_text_document"
+    return folder / "pages_text_document"
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pydoc_data.topics
 import re
 import runpy
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from texts import pages
 from tokenizers import BertWordPieceTokenizer
 
 from megatron.export import export
@@ -35,9 +35,9 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory):
-    """A vocabulary, and Python's language reference in sentences, made with the tools."""
+    """A vocabulary, and pages of a manual in sentences, made with the tools."""
     folder = tmp_path_factory.mktemp("bert")
-    texts = [re.sub(r"[*`_=|+~^-]{2,}|\s+", " ", text)[:3000] for _, text in sorted(pydoc_data.topics.topics.items())]
+    texts = [re.sub(r"[*`_=|+~^-]{2,}|\s+", " ", text) for text in pages(80, 2000)]
     (folder / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = BertWordPieceTokenizer(lowercase=True)
     words.train_from_iterator(texts, vocab_size=600, show_progress=False)
