@@ -16,6 +16,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_files import arguments_of
 from megatron.checkpoint.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
 from megatron.checkpoint.storage import Storage
+from megatron.config.tool_parser import ToolParser
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.files.outputs import BadOutput, Reads, check_file
@@ -28,7 +29,7 @@ VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.t
 
 
 def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
     parser.add_argument(
         "path_to_checkpoint", type=Path, metavar="PATH", help=f"the archive (.zip) of a Megatron {kind.name}, or the .pt file"

@@ -54,25 +54,19 @@ PURE = [
     "train/wandb_writer.py",
     "train/going_on.py",
     "train/lock.py",
-    "model/size.py",
-    "model/flops.py",
     "data/sample_index.py",
     "data/sentence_index.py",
     "data/masking.py",
     "data/indexed.py",
-    "optim/lr.py",
-    "optim/scaler.py",
     "checkpoint/shards.py",
     "stages.py",
-    "model/state_size.py",
-    "optim/scaler.py",
-    "optim/sharding.py",
     "parallel/buckets.py",
-    "tasks/windows.py",
-    "tasks/wikitext.py",
     "serving/stops.py",
 ]
 PURE += [f"pipeline/{name}.py" for name in ("schedule", "simulate", "draw", "lower", "partition")]
+PURE += [f"model/{name}.py" for name in ("size", "flops", "state_size")]
+PURE += [f"optim/{name}.py" for name in ("lr", "scaler", "sharding")]
+PURE += [f"tasks/{name}.py" for name in ("windows", "wikitext")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "lm_eval"}
 OPTIONAL |= {"starlette", "uvicorn"}
 LONGEST = 400

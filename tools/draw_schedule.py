@@ -23,6 +23,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
+    from megatron.config.tool_parser import ToolParser
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
     from megatron.pipeline.draw import Panel, draw_svg, draw_text
@@ -54,7 +55,7 @@ def describe(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", required=True, help=", ".join(SCHEDULES))
     parser.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")
     parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a step")

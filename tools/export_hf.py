@@ -15,13 +15,14 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
+from megatron.config.tool_parser import ToolParser
 from megatron.entry import run_main
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load", type=Path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )

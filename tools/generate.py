@@ -26,6 +26,7 @@ with loading():
     from megatron.beam import BeamSearch
     from megatron.checkpoint.layout import CheckpointError, find
     from megatron.config.errors import ConfigError
+    from megatron.config.tool_parser import ToolParser
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
     from megatron.generate import Sampling, Text, check_prompt, room_after, write
@@ -40,7 +41,7 @@ REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was aske
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = ToolParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_model_flags(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")

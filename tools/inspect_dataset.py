@@ -16,6 +16,7 @@ from megatron.entry import loading, run_main
 with loading():
     from megatron.config.ranges import out_of_range
     from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
+    from megatron.config.tool_parser import ToolParser, count
     from megatron.data.bert import SPECIAL, PairSample
     from megatron.data.blend import parse_blend
     from megatron.data.build import MakeSamples, bert_samples, build_datasets
@@ -27,9 +28,9 @@ with loading():
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument("prefix", nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
-    p.add_argument("--samples", type=int, default=0, help="also the first N training samples, as a run with --train-samples N")
+    p.add_argument("--samples", type=count, default=0, help="also the first N training samples of a run with --train-samples N")
     p.add_argument("--split", default=DataConfig().split, help="shares of training, validation and test documents")
     p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")
     p.add_argument("--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there")
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seq-length", type=int, help="tokens per sample")
     p.add_argument("--seed", type=int, default=1234, help="the run's seed")
     p.add_argument("--data-cache-path", help="directory for built sample indices")
-    p.add_argument("--documents", type=int, default=3, help="how many documents to decode")
+    p.add_argument("--documents", type=count, default=3, help="how many documents to decode")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_tokenizer_flags(p)
     return p

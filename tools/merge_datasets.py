@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,15 +11,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
+    from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.merge import find_datasets, merge
     from megatron.files.outputs import BadOutput
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument("--input", required=True, nargs="+", metavar="DIR_OR_PREFIX", help="prefixes, or a directory for all in it")
-    p.add_argument("--output-prefix", required=True, help="path of the output, without its ending")
+    p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
     args = p.parse_args(argv)
     prefixes = find_datasets(args.input)
     joined = merge(prefixes, args.output_prefix)

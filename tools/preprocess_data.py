@@ -14,6 +14,7 @@ from megatron.entry import loading, run_main
 
 with loading():
     from megatron.config.schema import TokenizerConfig
+    from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.preprocess import Settings, Totals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
@@ -21,7 +22,7 @@ with loading():
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument(
         "--input",
         required=True,
@@ -29,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines, plain or packed (gzip, zstandard, bzip2, xz); globs too",
     )
-    p.add_argument("--output-prefix", required=True, help="path of the output, without its ending")
+    p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
     p.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
     )

@@ -22,6 +22,7 @@ with loading():
 
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
     from megatron.config.errors import ConfigError
+    from megatron.config.tool_parser import ToolParser
     from megatron.data.errors import DataError
     from megatron.mesh.grid import Grid
     from megatron.mesh.launch import Job, guarded, job
@@ -42,7 +43,7 @@ REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was aske
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = ToolParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 is any free one (default 5000)")

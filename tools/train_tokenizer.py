@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
+    from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.train_bpe import train_bpe
     from megatron.data.train_wordpiece import train_wordpiece
@@ -25,7 +25,7 @@ FILES = {  # by --tokenizer-type, what is written
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",
         required=True,
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>, or BERT's special tokens"
     )
-    p.add_argument("--output", required=True, metavar="DIR", help="directory for the files")
+    p.add_argument("--output", type=some_name, required=True, metavar="DIR", help="directory for the files")
     args = p.parse_args(argv)
     if args.tokenizer_type == "GPT2BPETokenizer":
         size = train_bpe(args.input, args.json_keys, args.vocab_size, args.output)

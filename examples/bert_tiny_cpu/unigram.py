@@ -23,6 +23,7 @@ with loading():
 
     from megatron.checkpoint.layout import CheckpointError, find, read_config
     from megatron.config.saved import from_json
+    from megatron.config.tool_parser import ToolParser
     from megatron.data.build import build_datasets
     from megatron.data.errors import DataError
     from megatron.data.gpt import SampleSource
@@ -48,7 +49,7 @@ def cross_entropy(counts: NDArray[np.int64], shares: NDArray[np.float64]) -> flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, help="SAVE of a run of pretrain_bert.py, or one iter_ directory")
     try:
         config = from_json(read_config(find(parser.parse_args().checkpoints)))

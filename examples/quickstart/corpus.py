@@ -19,6 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
+    from megatron.config.tool_parser import ToolParser
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
 
@@ -43,7 +44,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="file to write")
     output: Path = parser.parse_args().output
     try:

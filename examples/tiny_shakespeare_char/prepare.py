@@ -18,6 +18,7 @@ from megatron.entry import loading, run_main
 with loading():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    from megatron.config.tool_parser import ToolParser
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
 
@@ -32,7 +33,7 @@ def character_tokenizer(text: str) -> Tokenizer:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a plain text file in UTF-8")
     parser.add_argument("output", type=Path, help="directory to write to")
     arguments = parser.parse_args()

@@ -72,6 +72,8 @@ class Option:
         if self.choices and text not in self.choices:
             elsewhere = VALUES.get(self.flag, {}).get(text)
             raise ValueError(elsewhere or f"is not known; legal: {', '.join(self.choices)}")
+        if not text:
+            raise ValueError("is empty")
         return text
 
     def accept(self, value: Any) -> Any:

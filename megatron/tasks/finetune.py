@@ -34,8 +34,9 @@ from megatron.tasks.samples import Epochs, Item, ItemBatches, Items, Score, Task
 from megatron.tasks.squad import Squad
 from megatron.tasks.tagging import Tagging, labels_of
 from megatron.train.errors import TrainingError
+from megatron.train.in_job import refusing, say
 from megatron.train.loop import Exit, GiveUp, Surroundings, stop
-from megatron.train.pretraining import Prepared, refusing, say
+from megatron.train.pretraining import Prepared
 from megatron.train.resume import check_source, find_source
 from megatron.train.resumed_schedule import check_schedule
 from megatron.train.run import Run

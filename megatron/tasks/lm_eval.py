@@ -24,6 +24,8 @@ from megatron.entry import loading, run_main
 with loading():
     import torch
 
+    from megatron.config.tool_parser import ToolParser
+
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
@@ -134,7 +136,7 @@ def register(ready: Likelihoods | None = None) -> None:
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="python -m megatron.tasks.lm_eval",
         description="lm-evaluation-harness on a checkpoint of any layout",
         epilog="Everything else goes to lm_eval: --tasks, --num_fewshot, --limit, --output_path, ...; see lm_eval --help.",

@@ -21,7 +21,8 @@ from megatron.restore import open_pipeline
 from megatron.tasks.finetune import prepare, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
 from megatron.train.errors import Refused
-from megatron.train.pretraining import in_a_job, refusing, run_prepared, say
+from megatron.train.in_job import in_a_job, refusing, say
+from megatron.train.pretraining import run_prepared
 from megatron.train.progress import EarlyStop
 from megatron.train.resume import check_source, find_source
 from megatron.train.run import grid_of

@@ -5,26 +5,21 @@ What can be wrong with them is found before any process group forms, and said on
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 import torch
 
 from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.config.cli import Parsed
-from megatron.config.errors import ConfigError
-from megatron.config.schema import LayoutConfig, RunConfig
+from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
-from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import Loader, MakeBatch
 from megatron.data.matching import chosen_for_data
@@ -34,11 +29,7 @@ from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.dryrun import flops_in_words, stage_table
 from megatron.kept import carried
-from megatron.mesh.beats import Patience
-from megatron.mesh.errors import JobError
-from megatron.mesh.last_words import leave_with_launcher, status_of, tell_launcher
-from megatron.mesh.launch import Job, guarded, job
-from megatron.mesh.memory import out_of_memory
+from megatron.mesh.launch import Job
 from megatron.mesh.place import Place
 from megatron.mesh.signals import StopSignals
 from megatron.mesh.watch import Watch
@@ -46,9 +37,9 @@ from megatron.model.flops import causal_flops_per_token, flops_per_token
 from megatron.model.size import padded_vocabulary
 from megatron.parallel.collectives import all_reduce
 from megatron.stages import stages_of
-from megatron.train.enough_memory import LOWER_MEMORY, check_memory
+from megatron.train.enough_memory import check_memory
 from megatron.train.errors import Refused, TrainingError
-from megatron.train.lock import locked
+from megatron.train.in_job import in_a_job, refusing, say
 from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
@@ -123,96 +114,6 @@ def run_prepared(
         save=None if config.eval.skip_train else config.checkpoint.save,
         compiled=config.batch.compile,
     )
-
-
-T = TypeVar("T")
-
-
-def in_a_job(
-    prepare: Callable[[Watch], T],
-    run: Callable[[T, Job], int],
-    layout: LayoutConfig,
-    place: Place,
-    signals: StopSignals,
-    early: EarlyStop,
-    *,
-    save: str | None = None,
-    compiled: bool = False,
-) -> int:
-    """What each rank prepares by itself, then what they do together; its exit status, or that of what went wrong, said once.
-
-    prepare: raises Refused. signals, early: as of `run_prepared`. save: the directory that is this job's alone meanwhile.
-    compiled: the first work of a kind may take any time.
-    """
-    hang = layout.hang_timeout_seconds or math.inf
-    patience = Patience(hang=hang, first=math.inf if compiled else hang)
-    timeout = layout.distributed_timeout_minutes
-    try:
-        tell = partial(say, sys.stdout if place.rank == 0 else None)
-        with (
-            guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard,
-            locked(save, guard, place, tell) as joined,
-        ):
-            prepared = prepare(guard.watch)
-            guard.wait_for_all("preparing their data", tell)
-            joined()
-            with job(place, layout.distributed_backend, timeout, guard=guard) as started:
-                return run(prepared, started)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130, place.rank == 0)
-    except (Refused, JobError) as error:
-        tell_launcher(f"error: {error}")
-        return fail(f"error: {error}", error.status)
-    except Exception as error:  # of several ranks only what no watch saw: they did not find one another
-        where = f"rank {place.rank} on host {os.uname().nodename}"
-        words = in_words(error, where)
-        text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
-        tell_launcher(text)
-        return fail(text if words else traceback.format_exc() + text, status_of(error))
-
-
-def refuse_on_all(error: ConfigError, place: Place, minutes: float) -> bool:
-    """End all ranks with what this one has found; does not return then. False where there is no first rank to tell it to.
-
-    Args:
-        error: the mistakes.
-        place: of this process.
-        minutes: to wait for the first rank.
-    """
-    leave_with_launcher(place)
-    try:
-        with guarded(place, minutes, explain=in_words), refusing():
-            raise error
-    except JobError:
-        return False
-
-
-def in_words(error: BaseException, where: str) -> str | None:
-    """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
-    if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
-        return str(error)
-    if isinstance(error, DataError | Refused):
-        return f"{where}: {error}"
-    memory = out_of_memory(error)
-    return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
-
-
-def fail(message: str, status: int, speak: bool = True) -> int:
-    """Say why, and give the exit status."""
-    if speak:
-        print(message, file=sys.stderr, flush=True)
-    return status
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """What is wrong with a setting, with data or with a checkpoint becomes Refused."""
-    try:
-        yield
-    except ConfigError as error:
-        raise Refused("\nerror: ".join(map(str, error.problems))) from error
-    except (DataError, CheckpointError) as error:
-        raise Refused(str(error)) from error
 
 
 def prepare(parsed: Parsed, watch: Watch) -> Prepared:
@@ -339,12 +240,6 @@ def first_says(run: Run, answer: bool) -> bool:
     """The first rank's answer, on all ranks: each may see a file at another moment. Collective."""
     vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)
     return bool(all_reduce(vote, run.mesh.world, "max").item())
-
-
-def say(out: TextIO | None, *lines: str) -> None:
-    for line in lines:
-        if out is not None:
-            print(line, file=out, flush=True)
 
 
 def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:

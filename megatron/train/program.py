@@ -119,7 +119,7 @@ def refused(error: ConfigError, place: Place, program: str, argv: Sequence[str])
     the job to tell it, which ends all; where the first rank does not come, it has found the same.
     """
     if place.rank and error.on_disk:
-        from megatron.train.pretraining import refuse_on_all
+        from megatron.train.in_job import refuse_on_all
 
         if refuse_on_all(error, place, ALONE_MINUTES) or place.local_rank:
             return 2

@@ -194,7 +194,7 @@ def test_places_that_are_taken(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "keep").write_text("")
-    with pytest.raises(BadOutput, match="a file is in the way"):
+    with pytest.raises(BadOutput, match="is a file, not a directory"):
         export(tmp_path / "run", tmp_path / "file", verify=False, overwrite=True)
     with pytest.raises(BadOutput, match=r"it is not empty.*--overwrite"):
         export(tmp_path / "run", tmp_path / "full", verify=False)

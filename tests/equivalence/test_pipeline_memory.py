@@ -10,6 +10,7 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, Setting, micro_batches, start
 
+from megatron.pipeline import executor
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedule import SCHEDULES, Op
 from megatron.pipeline.simulate import Costs, simulate
@@ -76,6 +77,7 @@ def held_at_most(setting: Setting, leak: bool = False) -> tuple[int, int, int]:
                 patch.setattr(stage, "hidden", lambda x, batch, hidden=hidden: leaked.append(hidden(x, batch)) or leaked[-1])
             backward = torch.autograd.backward
             patch.setattr(torch.autograd, "backward", lambda y, grad=None, *_, **__: backward(y, grad, retain_graph=True))
+            patch.setattr(executor, "_run_backward", torch.autograd.backward)
         run.pipeline.step(batches)
     predicted = simulate(run.pipeline.schedule(len(batches)), Costs()).peak_activations[run.mesh.pp.rank]
     return ledger.peak, predicted, len(ledger.held)

@@ -13,7 +13,7 @@ from megatron.mesh.place import Place
 from megatron.train import enough_memory
 from megatron.train.enough_memory import Room, check_memory, states, total
 from megatron.train.errors import Refused
-from megatron.train.pretraining import in_words
+from megatron.train.in_job import in_words
 from megatron.train.run import grid_of
 
 GIB = 2**30

@@ -1,0 +1,32 @@
+"""The command line of a tool, whose mistakes are a line each."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+MAX_DIGITS = 18
+MAX_MESSAGE = 400  # characters of a mistake: a value may be a whole file, by mistake
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse's parser, without its usage before each mistake, which fills the screen and hides the mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line, and exit with status 2."""
+        shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        self.exit(2, f"error: {shown}\n{self.prog}: --help lists what it takes\n")
+
+
+def some_name(text: str) -> str:
+    """Read the name of a file, a directory or a prefix, as `type=` of an argument: it has at least one letter."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+def count(text: str) -> int:
+    """Read how many, as `type=` of an argument: an integer, 0 or greater."""
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text[:MAX_DIGITS]!r} is not an integer, 0 or greater")
+    return int(text)
