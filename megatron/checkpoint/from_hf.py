@@ -27,7 +27,7 @@ from megatron.checkpoint.names import FINE_TUNED, GPT2, LLAMA, MEGATRON_BERT, ME
 from megatron.checkpoint.soundness import refuse_unsound, zero_matrices
 from megatron.config.schema import ModelConfig
 from megatron.config.tasks import TASKS
-from megatron.files.foreign import foreign_file, is_pointer, unfit_directory
+from megatron.files.foreign import POINTER, foreign_file, is_pointer, unfit_directory
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
 
 INDEX = "model.safetensors.index.json"
@@ -254,7 +254,7 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
         except Exception as error:  # the package raises its own kind and others
             if is_pointer(directory / name):
-                raise CheckpointError(f"{directory / name}: a pointer of Git LFS, no weights; run `git lfs pull`") from error
+                raise CheckpointError(f"{directory / name}: it is {POINTER}") from error
             raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
         if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):
             raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")

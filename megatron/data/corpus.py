@@ -5,17 +5,16 @@ from __future__ import annotations
 import codecs
 import glob
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 from megatron.data.errors import DataError
-from megatron.data.packed import BLOCK_BYTES, unpacked
-from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json
+from megatron.data.packed import BLOCK_BYTES, DAMAGE, damaged, unpacked
+from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json, reason
 
 ARRAY = "a JSON array, not JSON lines; write one object a line, as `jq -c '.[]' %s` does"
-KINDS = ((type(None), "null"), (bool, "true or false"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
+KINDS = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
     try:
         stream = open_stream(file) if pipes else open_regular(file)
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+        raise DataError(f"{file}: cannot be read ({reason(error)})") from error
     try:
         return unpacked(file, stream)
     except BaseException:
@@ -74,8 +73,8 @@ def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]
             while True:
                 try:
                     text = stream.readline(MAX_LINE_BYTES + 1)
-                except (OSError, EOFError, zlib.error) as error:
-                    raise DataError(f"{file}: damaged after line {number} ({error})") from error
+                except DAMAGE as error:
+                    raise damaged(file, number, error) from error
                 if not text:
                     break
                 number += 1
@@ -112,7 +111,7 @@ def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-k
         # No number of a corpus is used: of those with thousands of digits, which are JSON as well, Python makes no int.
         document: Any = parse_json(line.text.decode("utf-8-sig"), parse_int=float)
     except UnicodeDecodeError as error:
-        raise BadLine(f"{where}: not UTF-8 ({error})") from error
+        raise BadLine(f"{where}: {not_utf8(error)}") from error
     except ValueError as error:
         if line.number == 1 and line.text.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise BadLine(f"{where}: {ARRAY % line.file}") from error
@@ -146,4 +145,10 @@ def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
 
 def kind_of(value: object) -> str:
     """The name of a JSON value's kind."""
-    return next((name for kind, name in KINDS if isinstance(value, kind)), "a text")
+    return next((name for kind, name in KINDS if isinstance(value, kind)), "null")
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Say what is wrong with a line, or with the line of a text, that is not UTF-8."""
+    start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1)
+    return f"not UTF-8 ({error.reason} at byte {start}); save the file as UTF-8"

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.errors import DataError
-from megatron.files.foreign import is_pointer
+from megatron.files.foreign import POINTER, is_pointer
 from megatron.files.pending import PendingFile, remove_leftovers
 from megatron.files.regular import check_regular, open_regular, read_json, reason
 
@@ -136,7 +136,7 @@ class IndexedDataset:
         if head.startswith(LEGACY_MAGIC):
             raise self._bad("it has the old lazy/cached format; preprocess the text again")
         if pointer := next(filter(is_pointer, (self.idx_path, self.bin_path)), None):
-            raise DataError(f"{pointer}: it is a pointer of Git LFS, in place of the file itself; run `git lfs pull`")
+            raise DataError(f"{pointer}: it is {POINTER}")
         if not head.startswith(MAGIC):
             raise self._bad("not an index of an indexed dataset (wrong first bytes)")
         if len(head) < HEADER.size:

@@ -184,6 +184,6 @@ def read(path: str, flag: str) -> bytes:
         then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
         missing = hub_name(path.removesuffix("/tokenizer.json"), then) if isinstance(error, FileNotFoundError) else None
         raise DataError(f"{flag} {path}: {f'it is {missing}' if missing else error.strerror or error}") from error
-    if (found := foreign_bytes(data[:HEAD_BYTES], text=False)) is not None:
+    if (found := foreign_bytes(data[:HEAD_BYTES], path, text=False)) is not None:
         raise DataError(f"{flag} {path}: it is {found}")
     return data

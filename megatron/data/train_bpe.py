@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, parse
+from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, not_utf8, parse
 from megatron.data.cuts import parts
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
@@ -40,7 +40,7 @@ def _plain(line: Line) -> str:
     try:
         return line.text.decode("utf-8-sig" if line.number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{line.file}:{line.number}: not UTF-8 ({error})") from error
+        raise DataError(f"{line.file}:{line.number}: {not_utf8(error)}") from error
 
 
 def _values(line: Line, keys: Sequence[str]) -> list[str]:

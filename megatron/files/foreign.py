@@ -11,22 +11,55 @@ from types import MappingProxyType
 
 from megatron.files.regular import open_regular, read_json
 
-HEAD_BYTES = 1 << 10  # of a file, by which it is recognised
+HEAD_BYTES = 1 << 10  # of a file, by which it is recognised; tar's mark stands at byte 257
 LFS = b"version https://git-lfs."
-MAGIC = (  # how a file begins, what it is, what to do
-    (LFS, "a pointer of Git LFS, in place of the file itself", "run `git lfs pull` where it was cloned"),
-    (b"\x1f\x8b", "compressed with gzip", "unpack it, or give it a name that ends in .gz"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstandard", "unpack it, or give it a name that ends in .zst"),
-    (b"BZh", "compressed with bzip2", "unpack it first"),
-    (b"\xfd7zXZ", "compressed with xz", "unpack it first"),
-    (b"PK\x03\x04", "a zip archive", "unpack it first"),
-    (b"PAR1", "a Parquet file", "write its rows as JSON lines first"),
-    (b"GGUF", "a GGUF file, of llama.cpp", "get the model's safetensors instead"),
-    (b"%PDF", "a PDF file", "give its text"),
-    (b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
-    (b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
+# What is unpacked where text is read: how it begins, by the kind of packing; and the program that unpacks it elsewhere.
+PACKED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstandard"),
+    *((bytes([n]) + b"\x2a\x4d\x18", "zstandard") for n in range(0x50, 0x60)),  # a frame that is to be skipped
+    *((b"BZh%d" % level + begin, "bzip2") for level in range(1, 10) for begin in (b"1AY&SY", b"\x17rE8P\x90")),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"\x5d\x00\x00", "lzma"),
 )
-MAX_NULLS = 0.2  # share of null bytes in a text; UTF-16 of Latin letters has a half
+UNPACKERS = MappingProxyType({"gzip": "gzip", "zstandard": "zstd", "bzip2": "bzip2", "xz": "xz", "lzma": "xz"})
+LINES = 'write one JSON object a line, such as {"text": "..."}'
+TABLE = f"{LINES}: `python -c \"import pandas; pandas.read_%s('FILE').to_json('FILE.jsonl', orient='records', lines=True)\"`"
+UNPACK = "unpack it and name the files in it"
+ENCODING = "convert it: `iconv -f %s -t UTF-8 FILE > NEW`"
+# What is read nowhere: the place of its mark, the mark, what it is, what to do with FILE. A mark of letters alone could begin
+# a text, and counts beside bytes that no text has.
+MARKS = (
+    (0, LFS, "a pointer of Git LFS, in place of the file itself", "run `git lfs pull` where it was cloned"),
+    (0, b"PAR1", "a Parquet file", TABLE % "parquet"),
+    (0, b"ARROW1", "an Arrow file", TABLE % "feather"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream, as the package datasets keeps them", f"{LINES}: its `Dataset.to_json`"),
+    (0, b"ORC", "an ORC file", TABLE % "orc"),
+    (0, b"Obj\x01", "an Avro file", LINES),
+    (0, b"\x89HDF", "an HDF5 file", LINES),
+    (0, b"SQLite format 3\x00", "an SQLite database", LINES),
+    (0, b"%PDF-", "a PDF file", "give its text"),
+    (0, b"GGUF", "a GGUF file, of llama.cpp", "get the model's safetensors instead"),
+    (0, b"MMIDIDX\x00", "the index of an indexed dataset, which was preprocessed already", "name its prefix as --data-path"),
+    (0, b"PK\x03\x04", "a zip archive", UNPACK),
+    (0, b"PK\x05\x06", "an empty zip archive", UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", UNPACK),
+    (0, b"Rar!\x1a\x07", "a RAR archive", UNPACK),
+    (257, b"ustar", "a tar archive", UNPACK),
+    (0, b"\x04\x22\x4d\x18", "compressed with LZ4", "unpack it: `lz4 -d FILE`"),
+    (0, b"\xff\x06\x00\x00sNaPpY", "compressed with Snappy", "unpack it"),
+    (0, b"\x1f\x9d", "compressed with compress", "unpack it: `gzip -d FILE`"),
+    (0, b"LZIP", "compressed with lzip", "unpack it: `lzip -d FILE`"),
+    (0, b"\xff\xfe\x00\x00", "text in UTF-32, not UTF-8", ENCODING % "UTF-32"),
+    (0, b"\x00\x00\xfe\xff", "text in UTF-32, not UTF-8", ENCODING % "UTF-32"),
+    (0, b"\xff\xfe", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
+    (0, b"\xfe\xff", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
+)
+# Two Latin characters in UTF-16 without a mark, by which of their bytes are zeros; as UTF-8 they are text as well.
+UNMARKED: Mapping[tuple[bool, ...], str] = MappingProxyType(
+    {(False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"}
+)
+MAX_ZEROS = 0.2  # share of zero bytes in a text
 
 # Names on the Hugging Face hub: of an owner and a model, or of the oldest models alone.
 OWNED = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -52,16 +85,36 @@ class Foreign:
         return f"{self.what}; {self.advice}"
 
 
-def foreign_bytes(head: bytes, *, text: bool = True) -> Foreign | None:
-    """Recognise a file that is something else than it should be by its first bytes; None where they show nothing.
+POINTER = Foreign(*next((what, advice) for _, mark, what, advice in MARKS if mark == LFS))
 
-    head: at most HEAD_BYTES of it. text: whether it should be text, in which null bytes are rare.
+
+def packing(head: bytes) -> str | None:
+    """Return how a file is packed that begins with these bytes; None where it is not."""
+    return next((kind for mark, kind in PACKED if head.startswith(mark)), None)
+
+
+def foreign_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: bool = True) -> Foreign | None:
+    """Recognise a file that is something else than it should be by its first bytes.
+
+    Args:
+        head: at most HEAD_BYTES of it.
+        file: its name, for commands in the advice.
+        text: whether it should be text, in which zero bytes are rare.
+
+    Returns:
+        What it is; None where they show nothing.
     """
-    for magic, what, advice in MAGIC:
-        if head.startswith(magic):
-            return Foreign(what, advice)
-    if text and head.count(0) > MAX_NULLS * len(head):
-        return Foreign("no text, or text in UTF-16", "save it as UTF-8")
+    name = os.fspath(file)
+    if kind := packing(head):
+        return Foreign(f"compressed with {kind}", f"unpack it: `{UNPACKERS[kind]} -d {name}`")
+    binary = any(byte < 9 for byte in head)
+    for place, mark, what, advice in MARKS:
+        if head[place:].startswith(mark) and (binary or not mark.isalnum()):
+            return Foreign(what, advice.replace("FILE", name))
+    if text and (encoding := UNMARKED.get(tuple(byte == 0 for byte in head[:4]))):
+        return Foreign("text in UTF-16, not UTF-8", (ENCODING % encoding).replace("FILE", name))
+    if text and head.count(0) > MAX_ZEROS * len(head):
+        return Foreign("no text: many of its bytes are zeros", "give a file of text in UTF-8")
     return None
 
 
@@ -69,7 +122,7 @@ def foreign_file(path: str | os.PathLike[str]) -> Foreign | None:
     """Recognise a file by its first bytes, as `foreign_bytes`; None for one that cannot be read."""
     try:
         with open_regular(path) as file:
-            return foreign_bytes(file.read(HEAD_BYTES), text=False)
+            return foreign_bytes(file.read(HEAD_BYTES), path, text=False)
     except OSError:
         return None
 

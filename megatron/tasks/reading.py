@@ -6,18 +6,16 @@ A place is a line, `dev.tsv:12`, or the way to a value of a JSON file, `train.js
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.corpus import open_text
+from megatron.data.corpus import kind_of, not_utf8, open_text
 from megatron.data.errors import DataError
-from megatron.files.foreign import HEAD_BYTES, foreign_bytes
+from megatron.data.packed import BLOCK_BYTES, DAMAGE, damaged
 from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_regular, parse_json, reason
 
 MAX_SHOWN = 60  # characters of a wrong value in a message
-KINDS = ((bool, "true or false"), (str, "text"), (int, "a number"), (float, "a number"), (list, "a list"), (dict, "an object"))
 
 
 def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
@@ -27,33 +25,22 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """
     try:
         check_regular(file, max_bytes)
-        with open_text(file) as stream:
-            data = stream.read(max_bytes + 1)
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+    data = bytearray()
+    with open_text(file) as stream:
+        try:
+            while len(data) <= max_bytes and (more := stream.read(BLOCK_BYTES)):
+                data += more
+        except DAMAGE as error:
+            raise damaged(file, data.count(b"\n"), error) from error
     if len(data) > max_bytes:
         raise DataError(f"{file}: more than the {max_bytes:,} bytes that are read of such a file")
-    check_text(file, data[:HEAD_BYTES])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}:{line}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
-
-
-def check_text(file: str, head: bytes) -> None:
-    """DataError where a file's first bytes show that it is no text but something else that has a name."""
-    if (found := foreign_bytes(head)) is not None:
-        raise DataError(f"{file}: it is {found}")
-
-
-def check_head(file: str) -> None:
-    """DataError as `check_text`, for a file that is read line by line later, and for one that cannot be read."""
-    try:
-        with open_text(file) as stream:
-            check_text(file, stream.read(HEAD_BYTES))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+        raise DataError(f"{file}:{line}: {not_utf8(error)}") from error
 
 
 def read_value(file: str, form: str) -> Value:
@@ -87,7 +74,7 @@ class Value:
         """Return the value itself; DataError unless it is of this kind. wanted: the kind in words."""
         if isinstance(self.held, kind):
             return self.held
-        found = next((words for known, words in KINDS if isinstance(self.held, known)), "null")
+        found = kind_of(self.held)
         shown = f" {self._shown()}" if found in ("a number", "text", "true or false") else ""
         raise self.wrong(f"it is {found}{shown}, not {wanted}; expected {self.form}")
 

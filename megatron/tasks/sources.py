@@ -13,7 +13,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer
 from megatron.data.packed import bare_name
 from megatron.data.tokenizer import Tokenizer
-from megatron.tasks.reading import check_head, read_text
+from megatron.tasks.reading import read_text
 
 KEY = "text"
 
@@ -53,7 +53,6 @@ class TextFile:
     def texts(self) -> Iterator[Text]:
         """One after the other."""
         if self.lines:
-            check_head(self.file)
             for block in blocks([self.file]):
                 for line in block:
                     try:

@@ -138,7 +138,7 @@ def test_what_people_give_instead_of_a_directory(tmp_path):
         (tmp_path / "absent", "there is no such directory"),
         (snapshot / "config.json", "it is a file; give the directory"),
         (tmp_path / "models--gpt2", f"the model is in {snapshot}"),
-        (snapshot, "a pointer of Git LFS, no weights; run `git lfs pull`"),
+        (snapshot, "it is a pointer of Git LFS, in place of the file itself; run `git lfs pull`"),
     ):
         with pytest.raises(CheckpointError, match=words):
             read_hf(given)

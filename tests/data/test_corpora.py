@@ -114,7 +114,7 @@ OTHERS = {
     "an ORC file": b"ORC\x08\x03" + bytes(40),
     "a zip archive": zipped(LINES),
     "a tar archive": tar(LINES),
-    "packed by LZ4": b"\x04\x22\x4d\x18" + bytes(40),
+    "compressed with LZ4": b"\x04\x22\x4d\x18" + bytes(40),
     "text in UTF-16": LINES.decode().encode("utf-16"),
     "UTF-16LE": LINES.decode().encode("utf-16-le"),
     "UTF-16BE": LINES.decode().encode("utf-16-be"),
@@ -151,7 +151,7 @@ def test_plain_text_in_utf_16(tmp_path: Path) -> None:
     """Which would be text in UTF-8 too, with a zero after each letter."""
     for form in ("utf-16-le", "utf-16-be", "utf-16"):
         file = written(tmp_path, "words and words\n".encode(form), "a.txt")
-        with pytest.raises(DataError, match=r"a\.txt: text in UTF-16, not UTF-8; convert it: `iconv"):
+        with pytest.raises(DataError, match=r"a\.txt: it is text in UTF-16, not UTF-8; convert it: `iconv"):
             train_bpe([str(file)], ["text"], 300, str(tmp_path / "t"))
 
 
@@ -171,7 +171,7 @@ def test_numbers_of_any_size_are_json(tmp_path: Path) -> None:
         ('{"text": true}', "no text but true or false"),
         ('{"meta": {"text": "inside"}}', "the one within 'meta' is not read: `jq -c .meta` lifts it out"),
         ('{"content": "x"}', r"no key 'text' \(the keys are: 'content'\)"),
-        ('"text"', "a text in JSON, not an object"),
+        ('"text"', "text in JSON, not an object with the key 'text'"),
         ("[" * 9, "a JSON array|not JSON"),
         (r'{"text": "\ud83d"}', "half of a surrogate pair"),
         ('{"text": "a" "b"}', "not JSON"),

@@ -86,11 +86,11 @@ def test_a_line_without_an_end(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     path = tmp_path / name
     match path.suffix:
         case ".gz":
-            path.write_bytes(gzip.compress(bytes(1 << 26), 1))
+            path.write_bytes(gzip.compress(b"a" * (1 << 26), 1))
         case ".zst":
-            path.write_bytes(zstandard.compress(bytes(1 << 26)))
+            path.write_bytes(zstandard.compress(b"a" * (1 << 26)))
         case _:
-            path.touch()
+            path.write_bytes(b"a" * 4096)
             os.truncate(path, 1 << 40)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=r"c\.jsonl.*:1: a line of more than 1,048,576 bytes"):

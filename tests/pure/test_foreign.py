@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 from pathlib import Path
 
@@ -116,13 +117,23 @@ def test_names_on_the_hub(name: str, model: str | None, tmp_path: Path, monkeypa
 
 def test_files_by_their_first_bytes(tmp_path: Path) -> None:
     for head, what in (
-        (LFS.encode(), "Git LFS"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard"), (b"BZh9", "bzip2"),
-        (b"\xfd7zXZ\x00", "xz"), (b"PK\x03\x04", "zip"), (b"PAR1", "Parquet"), (b"GGUF", "GGUF"),
-        ("a b".encode("utf-16"), "UTF-16"), ("a b".encode("utf-16-be"), "UTF-16"),
+        (LFS.encode(), "Git LFS"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard"), (bz2.compress(b"a"), "bzip2"),
+        (b"\xfd7zXZ\x00", "xz"), (b"PK\x03\x04", "zip"), (b"PAR1\x15\x04", "Parquet"), (b"GGUF\x03\x00", "GGUF"),
+        ("a b".encode("utf-16"), "UTF-16"), ("a b".encode("utf-16-be"), "UTF-16"), ("a b".encode("utf-16-le"), "UTF-16"),
+        ("a b".encode("utf-32"), "UTF-32"), (bytes(257) + b"ustar", "tar"), (b"ab\x00\x00\x00", "no text"),
     ):  # fmt: skip
         found = foreign_bytes(head)
         assert found is not None and what in found.what, head
-    for head in (b"", b"text", b"\xef\xbb\xbftext", b'{"a": 1}'):
+    for head in (
+        b"",
+        b"text",
+        b"PAR1 and ORC",
+        b"GGUF is a format",
+        b"BZh9 is a mark",
+        b"a" * 257 + b"ustar",
+        b"\xef\xbb\xbftext",
+        b'{"a": 1}',
+    ):
         assert foreign_bytes(head) is None, head
     (tmp_path / "model.safetensors").write_text(LFS)
     assert "git lfs pull" in str(foreign(tmp_path / "model.safetensors"))

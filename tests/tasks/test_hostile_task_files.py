@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,8 +124,9 @@ LINES = [
     ("MNLI", MNLI_HEAD.replace("\t", ",") + "1,a,b,neutral\n", ": its first line names no column pairID"),
     ("NER", "tom B-PER\n\nann\n", ":3: 'ann' is not a word and its tag"),
     ("LAMBADA", '{"text": "a b"}\n{"text": "a \\ud83d"}\n', ":2: the text of 'text' holds half of a surrogate pair"),
-    ("LAMBADA", '{"text": "a b"}\n{"text": 1e999}\n', ":2: the value of 'text' is no text but float"),
-    ("LAMBADA", '{"text": "a b"}\n[]\n', ":2: a JSON list, not an object"),
+    ("LAMBADA", '{"text": "a b"}\n{"text": 1e999}\n', ":2: the value of 'text' is no text but a number"),
+    ("LAMBADA", '{"text": "a b"}\n5\n', ":2: a number in JSON, not an object with the key 'text'"),
+    ("LAMBADA", '{"text": "a b"}\n[]\n', ":2: a JSON array, not JSON lines; write one object a line"),
     ("LAMBADA", '{"texts": "a b"}\n', ":1: no key 'text' (the keys are: 'texts')"),
     ("LAMBADA", '{"text": ' + "[" * 100_000, ":1: not JSON (it is nested too deeply)"),
     *((task, "\n \n", ": ") for task in ("NER", "WIKITEXT103", "LAMBADA", "PERPLEXITY")),
@@ -131,11 +134,20 @@ LINES = [
 TEXTS = [*(("SQUAD", *row) for row in SQUAD), *(("RACE", *row) for row in RACE), *LINES]
 TASKS = ("MNLI", "RACE", "SQUAD", "NER", "WIKITEXT103", "LAMBADA", "PERPLEXITY")
 BYTES = {
-    "Git LFS": (LFS, ": it is a pointer of Git LFS, in place of the file itself; run `git lfs pull`"),
-    "gzip": (gzip.compress(b"some text\n" * 9), ": it is compressed with gzip; unpack it, or give it a name that ends in .gz"),
-    "UTF-16": ("a b\n".encode("utf-16"), ": it is text in UTF-16; save it as UTF-8"),
-    "UTF-16 without a mark": ("a b\n".encode("utf-16-le") * 9, ": it is no text, or text in UTF-16; save it as UTF-8"),
-    "Latin-1": ("a b\ncafé x\n".encode("latin-1"), ":2: not UTF-8"),
+    "Git LFS": (LFS, ": it is a pointer of Git LFS, in place of the file itself; run `git lfs pull` where it was cloned"),
+    "zip": (b"PK\x03\x04" + bytes(40), ": it is a zip archive; unpack it and name the files in it"),
+    "a cut gzip": (gzip.compress(b"some text\n" * 9)[:-9], ": damaged after line "),
+    "LZ4": (b"\x04\x22\x4d\x18" + bytes(40), ": it is compressed with LZ4; unpack it: `lz4 -d FILE`"),
+    "zeros": (b"text" + bytes(40), ": it is no text: many of its bytes are zeros; give a file of text in UTF-8"),
+    "UTF-16": (
+        "a b\n".encode("utf-16"),
+        ": it is text in UTF-16, not UTF-8; convert it: `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
+    ),
+    "UTF-16 without a mark": (
+        "a b\n".encode("utf-16-le") * 9,
+        ": it is text in UTF-16, not UTF-8; convert it: `iconv -f UTF-16LE -t UTF-8 FILE > NEW`",
+    ),
+    "Latin-1": ("a b\ncafé x\n".encode("latin-1"), ":2: not UTF-8 (invalid continuation byte at byte 3); save"),
 }
 
 
@@ -165,11 +177,13 @@ def test_another_kind_of_file_is_named_as_what_it_is(task: str, form: str, reade
     (tmp_path / "wrong.txt").write_bytes(data)
     if (task, form) in {("LAMBADA", "Latin-1"), ("MNLI", "Latin-1")}:
         rule = ":1: not JSON" if task == "LAMBADA" else rule
+    rule = rule.replace("FILE", str(tmp_path / "wrong.txt"))
     assert said(readers[task], tmp_path / "wrong.txt").removeprefix(str(tmp_path / "wrong.txt")).startswith(rule)
 
 
 def test_what_windows_programs_leave_is_read(readers: dict[str, Read], tmp_path: Path) -> None:
-    """A byte-order mark and line ends of two characters, in all of them; and packed under the right name."""
+    """A byte-order mark and line ends of two characters, in all of them; and packed in any way, under any name."""
+    zstandard = pytest.importorskip("zstandard")
     good = {
         "MNLI": MNLI_HEAD + "1\ta\tb\tneutral\n",
         "RACE": race(),
@@ -185,6 +199,7 @@ def test_what_windows_programs_leave_is_read(readers: dict[str, Read], tmp_path:
         data = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
         (folder / "good.txt").write_bytes(data)
         assert readers[task](folder / "good.txt")
-        if task != "RACE":
-            (folder / "good.txt.gz").write_bytes(gzip.compress(data))
-            assert readers[task](folder / "good.txt.gz")
+        for pack in (gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress):
+            for name in ("good.txt", "good.txt.gz"):
+                (folder / name).write_bytes(pack(data))
+                assert readers[task](folder / name)

@@ -264,7 +264,7 @@ def refused(whole, task, files, error=DataError, **options):
         ("LAMBADA", b"", "there is no text in it"),
         ("LAMBADA", b'{"text": "a b"}\nhello', ":2: not JSON"),
         ("LAMBADA", b'{"txt": "a b"}', ":1: no key 'text' (the keys are: 'txt')"),
-        ("LAMBADA", b'{"text": 5}', ":1: the value of 'text' is no text but int"),
+        ("LAMBADA", b'{"text": 5}', ":1: the value of 'text' is no text but a number"),
         ("LAMBADA", b'{"text": "a b"}\n{"text": "a"}', ":2: the text has 1 tokens"),
         ("LAMBADA", b'{"text": "a b"}\n{"text": ""}', ":2: the text has 0 tokens"),
     ],
@@ -288,13 +288,13 @@ def test_documents_without_targets_and_damaged_files(whole, tmp_path):
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}' * 999)[:-20])
     assert "damaged after line" in refused(whole, "PERPLEXITY", [tmp_path / "f.jsonl.gz"])
     (tmp_path / "f.txt.gz").write_bytes(gzip.compress(b"abc" * 999)[:-20])
-    assert "f.txt.gz: cannot be read" in refused(whole, "PERPLEXITY", [tmp_path / "f.txt.gz"])
+    assert "f.txt.gz: damaged after line 0 (" in refused(whole, "PERPLEXITY", [tmp_path / "f.txt.gz"])
     assert "No such file" in refused(whole, "PERPLEXITY", [tmp_path / "nothing"])
     assert "a directory" in refused(whole, "WIKITEXT103", [tmp_path])
     with IndexedWriter(str(tmp_path / "d"), np.dtype("<u2")) as writer:
         writer.add_document(np.array([1, VOCABULARY], "<u2"), [2])
         writer.finish()
-    assert "document 0: token 257 is outside" in refused(whole, "PERPLEXITY", [tmp_path / "d"])
+    assert "d.bin, document 0, token 1: id 257 is outside" in refused(whole, "PERPLEXITY", [tmp_path / "d"])
     with IndexedWriter(str(tmp_path / "e"), np.dtype("<u2")) as writer:
         writer.add_document(np.array([1, 2], "<u2"), [2])
         writer.finish({"tokenizer_digest": "another"})
