@@ -26,6 +26,13 @@ KNOWN_TOKENS = "'(' + '|'.join(map(re.escape, self._known)) + ')'"
 BUILT = {
     ("megatron/data/sentence_piece.py", KNOWN_TOKENS): r"(<CLS>|<EOD>|<extra_id_0>)",
     ("megatron/data/special_tokens.py", "'|'.join(map(re.escape, longest_first))"): r"<\|endoftext\|>|<\|im_end\|>|<EOD>",
+    ("megatron/files/foreign.py", "pattern"): (
+        r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?"
+    ),
+    ("megatron/files/prefixes.py", "'.*' if not name else re.escape(name) + '_.+_(document|sentence)'"): (
+        r"corpus_.+_(document|sentence)"
+    ),
+    ("tools/install.py", "re.escape(project['name']) + '\\\\[(.*)\\\\]'"): r"megatron\-plain\[(.*)\]",
     ("megatron/files/pending.py", "re.escape(path.name) + TEMPORARY"): r"vocab\.txt\.\d+(-[0-9a-f]{8})?\.tmp",
     (
         "megatron/mesh/slate.py",

@@ -62,7 +62,7 @@ UNMARKED: Mapping[tuple[bool, ...], str] = MappingProxyType(
 MAX_ZEROS = 0.2  # share of zero bytes in a text
 
 # Names on the Hugging Face hub: of an owner and a model, or of the oldest models alone.
-OWNED = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OWNED = re.compile(r"(?<![\w.-])[\w-][\w.-]*/[\w-][\w.-]*")
 OLDEST = re.compile(
     r"(gpt2(-medium|-large|-xl)?|distilgpt2|openai-gpt|bert-(base|large)-.*|distilbert-.*|roberta-(base|large)|"
     r"albert-.*|electra-.*|t5-(small|base|large|3b|11b)|xlnet-.*|xlm-.*|megatron-bert-.*)"

@@ -18,7 +18,7 @@ from megatron.checkpoint.load import load, verify_together
 from megatron.checkpoint.save import save
 from megatron.config.errors import ConfigError
 from megatron.config.saved import to_json
-from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from megatron.config.schema import BatchConfig, CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
 from megatron.mesh.grid import Grid
 from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
@@ -32,6 +32,7 @@ CONFIG = RunConfig(
     model=ModelConfig(num_layers=2, hidden_size=32, vocab_size=257),
     data=DataConfig(data_path=("data/text",)),
     optim=OptimConfig(lr=0.1),
+    batch=BatchConfig(global_batch_size=1),
 )
 
 

@@ -78,7 +78,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "world_size",
         "--tensor-model-parallel-size 4",
         2,
-        "world size 2 is not divisible by `--tensor-model-parallel-size 4`; legal: multiples of 4",
+        "world size 2 is not divisible by `--tensor-model-parallel-size 4`; legal: multiples of 4, such as 4",
     ),
     (
         "global_batch",

@@ -69,8 +69,8 @@ def rank_of(job, rank: int, port: int) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | job.get("env", {})
     os.environ["TORCHELASTIC_ERROR_FILE"] = f"{job['err']}.{rank}.json"
-    if job["ranks"] == 1:
-        del os.environ["RANK"]
+    if job["ranks"] == 1 and "RANK" not in job.get("env", {}):  # as plain python starts it
+        del os.environ["RANK"], os.environ["WORLD_SIZE"]
     if job["fault"] and job["fault"]["rank"] == rank:
         arm(job["fault"])
     return program.pretrain(job["argv"], program="pretrain_gpt.py", defaults={})

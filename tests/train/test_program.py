@@ -53,7 +53,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_flags_of_todays_and_old_scripts_train_as_ours_do(flags, tmp_path, capsys):
     """What the notes say: flags without effect change no loss, and old names mean what the new ones do."""
-    short = ["--train-iters", 2, "--eval-iters", 0, "--position-embedding-type", "rope", "--num-query-groups", 1]
+    short = ["--train-iters", 2, "--lr-warmup-iters", 1, "--eval-iters", 0]
+    short += ["--position-embedding-type", "rope", "--num-query-groups", 1]
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
     assert run([*flags, *short, *full, "--save", tmp_path / "ours"]) == Exit.FINISHED
     theirs = (
