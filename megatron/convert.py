@@ -16,7 +16,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.megatron_files import arguments_of
 from megatron.checkpoint.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
 from megatron.checkpoint.storage import Storage
-from megatron.config.tool_parser import ToolParser
+from megatron.config.tool_parser import ToolParser, some_path
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.files.outputs import BadOutput, Reads, check_file
@@ -32,7 +32,10 @@ def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argpar
     parser = ToolParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
     parser.add_argument(
-        "path_to_checkpoint", type=Path, metavar="PATH", help=f"the archive (.zip) of a Megatron {kind.name}, or the .pt file"
+        "path_to_checkpoint",
+        type=some_path,
+        metavar="PATH",
+        help=f"the archive (.zip) of a Megatron {kind.name}, or the .pt file",
     )
     parser.add_argument(
         "--config_file", default="", metavar="F", help="a config.json with the model's sizes, where the archive has none"

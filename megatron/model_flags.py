@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from megatron.config.tool_parser import some_name
 from megatron.entry import speaks
 from megatron.generate import device_of
 from megatron.mesh.grid import Grid
@@ -25,7 +26,7 @@ T = TypeVar("T")
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, on which device, over how many processes."""
-    parser.add_argument("--load", required=True, help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("--load", type=some_name, required=True, help="directory of checkpoints, or one iter_ directory")
     parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
     for axis, what in (("tensor", "each layer"), ("pipeline", "the depth")):

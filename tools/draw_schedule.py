@@ -23,7 +23,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
     from megatron.pipeline.draw import Panel, draw_svg, draw_text
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a step")
     parser.add_argument("--chunks", type=int, metavar="V", help="stages of each rank; default what the schedule has, or 2")
     parser.add_argument("--costs", default="1,1,1,0", metavar="F,B,W,COMM", help="times of one action; default 1,1,1,0")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
+    parser.add_argument("--output", type=some_path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of drawing in the terminal")
     given = parser.parse_args()
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.config.tool_parser import ToolParser
+from megatron.config.tool_parser import ToolParser, some_path
 from megatron.entry import run_main
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -24,9 +24,9 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+        "--load", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Hugging Face directory to make")
+    parser.add_argument("--output", type=some_path, required=True, metavar="DIR", help="the Hugging Face directory to make")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved, rounding none")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is an earlier export")

@@ -14,16 +14,16 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.config.tool_parser import ToolParser
+from megatron.config.tool_parser import ToolParser, some_path
 from megatron.entry import run_main
 
 
 def arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=Path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+        "--load", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="directory for Megatron-LM's checkpoints")
+    parser.add_argument("--save", type=some_path, required=True, metavar="DIR", help="directory for Megatron-LM's checkpoints")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     for axis in ("tensor", "pipeline"):
         parser.add_argument(

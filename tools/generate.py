@@ -26,7 +26,7 @@ with loading():
     from megatron.beam import BeamSearch
     from megatron.checkpoint.layout import CheckpointError, find
     from megatron.config.errors import ConfigError
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
     from megatron.generate import Sampling, Text, check_prompt, room_after, write
@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     add_model_flags(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
-    given.add_argument("--prompt-file", help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}')
+    given.add_argument(
+        "--prompt-file", type=some_name, help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}'
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k most probable tokens; 0 is all")

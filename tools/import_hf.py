@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.config.tool_parser import ToolParser
+from megatron.config.tool_parser import ToolParser, some_path
 from megatron.entry import run_main
 
 
 def arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="the Hugging Face directory")
-    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
+    parser.add_argument("--input", type=some_path, required=True, metavar="DIR", help="the Hugging Face directory")
+    parser.add_argument("--save", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
     parser.add_argument(
         "--vocab-size",
         type=int,

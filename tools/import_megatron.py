@@ -18,14 +18,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
 
 
 def arguments() -> argparse.Namespace:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory")
-    parser.add_argument("--save", type=Path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
+    parser.add_argument(
+        "--load", type=some_path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory"
+    )
+    parser.add_argument("--save", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
     add_tokenizer_flags(parser)
     return parser.parse_args()
 

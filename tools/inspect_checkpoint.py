@@ -20,7 +20,7 @@ from megatron.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def table(about: dict[str, Any], others: list[int]) -> list[str]:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("directory", type=some_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()

@@ -16,7 +16,7 @@ from megatron.entry import loading, run_main
 with loading():
     from megatron.config.ranges import out_of_range
     from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
-    from megatron.config.tool_parser import ToolParser, count
+    from megatron.config.tool_parser import ToolParser, count, some_name
     from megatron.data.bert import SPECIAL, PairSample
     from megatron.data.blend import parse_blend
     from megatron.data.build import MakeSamples, bert_samples, build_datasets
@@ -29,7 +29,7 @@ with loading():
 
 def parser() -> argparse.ArgumentParser:
     p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument("prefix", nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
+    p.add_argument("prefix", type=some_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
     p.add_argument("--samples", type=count, default=0, help="also the first N training samples of a run with --train-samples N")
     p.add_argument("--split", default=DataConfig().split, help="shares of training, validation and test documents")
     p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")

@@ -19,7 +19,14 @@ with loading():
 
 def main(argv: list[str] | None = None) -> int:
     p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument("--input", required=True, nargs="+", metavar="DIR_OR_PREFIX", help="prefixes, or a directory for all in it")
+    p.add_argument(
+        "--input",
+        type=some_name,
+        required=True,
+        nargs="+",
+        metavar="DIR_OR_PREFIX",
+        help="prefixes, or a directory for all in it",
+    )
     p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
     args = p.parse_args(argv)
     prefixes = find_datasets(args.input)

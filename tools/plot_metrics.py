@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
     from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
@@ -138,8 +138,8 @@ def draw(train: Points, validation: Points, title: str) -> str:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", type=Path, help="metrics.jsonl of a run")
-    parser.add_argument("--output", type=Path, required=True, help="SVG file to write")
+    parser.add_argument("metrics", type=some_path, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=some_path, required=True, help="SVG file to write")
     parser.add_argument("--title", default="Loss", help="heading of the picture")
     arguments = parser.parse_args()
     try:

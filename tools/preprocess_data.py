@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument(
         "--input",
+        type=some_name,
         required=True,
         nargs="+",
         metavar="FILE",

@@ -22,7 +22,7 @@ with loading():
 
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
     from megatron.config.errors import ConfigError
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.data.errors import DataError
     from megatron.mesh.grid import Grid
     from megatron.mesh.launch import Job, guarded, job
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 is any free one (default 5000)")
     parser.add_argument("--model-name", help="the model's name for clients; default that of the directory of --load")
     parser.add_argument("--max-tokens-to-oom", type=int, default=12000, help="most tokens of a request (default 12000)")
-    parser.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja template; default that of the checkpoint")
+    parser.add_argument("--chat-template", type=some_path, metavar="FILE", help="Jinja template; default the checkpoint's")
     add_access_flags(parser)
     args = parse_once(parser.parse_args, argv)
     place = Place()

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",
+        type=some_name,
         required=True,
         nargs="+",
         metavar="FILE",

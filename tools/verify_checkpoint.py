@@ -18,12 +18,12 @@ from megatron.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
 
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("directory", type=some_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     given = parser.parse_args()
     try:

@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
 
@@ -45,7 +45,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="file to write")
+    parser.add_argument("output", type=some_path, help="file to write")
     output: Path = parser.parse_args().output
     try:
         check_file("output", output, Reads([sysconfig.get_path("stdlib")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 MAX_DIGITS = 18
@@ -23,6 +24,11 @@ def some_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
+
+
+def some_path(text: str) -> Path:
+    """Read a path, as `type=` of an argument: an empty one would mean the directory at hand."""
+    return Path(some_name(text))
 
 
 def count(text: str) -> int:
