@@ -15,8 +15,10 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.config.tool_parser import ToolParser, some_path
-from megatron.entry import run_main
+from megatron.entry import loading, run_main
+
+with loading():
+    from megatron.config.tool_parser import ToolParser, some_path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -27,6 +27,9 @@ class CommandConfig:
     version: bool = option(False, "print the version and exit")
 
 
+NAMES_OF_FILES = ("checkpoint", "data", "tokenizer")  # sections whose words name files, or what is in them
+
+
 @dataclass(frozen=True)
 class Option:
     """One field that a user can set. `default` is the schema's; `flag` the spelling that messages use.
@@ -72,7 +75,7 @@ class Option:
         if self.choices and text not in self.choices:
             elsewhere = VALUES.get(self.flag, {}).get(text)
             raise ValueError(elsewhere or f"is not known; legal: {', '.join(self.choices)}")
-        if not text:
+        if not text and self.section in NAMES_OF_FILES:
             raise ValueError("is empty")
         return text
 

@@ -95,7 +95,7 @@ class LiveWatch(Watch):
         self._peers: dict[int, Peer] = {}
         others = [(place.rank + i) % place.world_size for i in range(1, place.world_size)]
         self._others, self._near = others, others[:NEIGHBOURS]
-        self._number, self._asking, self._ending = 0, 0, ""
+        self._number, self._asking, self._ending, self._said = 0, 0, "", ""
         self._error: BaseException | None = None
         self._signals, self._early = signals or StopSignals(), early
         self._asked = self._trouble = 0.0  # seconds since the signal, and since the error
@@ -171,7 +171,9 @@ class LiveWatch(Watch):
                 self._rest()
             self._over.set()
         except RuntimeError as error:  # what torch's stores raise
-            self._lost_store(str(error))
+            if self._said != "finished":  # else all are done, and the one that serves the store has left
+                self._lost_store(str(error))
+            self._over.set()
         except Exception as error:
             self._end(1, f"{traceback.format_exc()}error: {self._where()}: the watch failed: {error}\n")
 
@@ -245,9 +247,10 @@ class LiveWatch(Watch):
         self._seen_phase = phase
         self._number += 1
         self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
-        beat = Beat(self._process, self._number, self._words(), round(self._age, 2), self._left(), self._ending)
+        beat = Beat(self._process, self._number, in_words(self._seen_phase[3]), round(self._age, 2), self._left(), self._ending)
         self._asking = self._number
         self._store.set(f"beat {self._place.rank}", beat.to_bytes().decode())
+        self._said = self._ending
         here = [rank for rank in ranks if rank in self._peers or self._store.check([f"beat {rank}"])]
         failure, *beats = self._store.multi_get(["failure", *(f"beat {rank}" for rank in here)])
         self._asking = 0
@@ -272,12 +275,9 @@ class LiveWatch(Watch):
         frame = sys._current_frames().get(self._main)
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
 
-    def _words(self) -> str:
-        return in_words(self._seen_phase[3])
-
     def _where(self, rank: int | None = None) -> str:
         if rank is None or rank == self._place.rank:
-            return f"rank {self._place.rank} on host {self._process.host}, {self._words()}"
+            return f"rank {self._place.rank} on host {self._process.host}, {in_words(self._seen_phase[3])}"
         beat = self._peers[rank].beat
         # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
         what = left_by(beat.process, self._process) or beat.what

@@ -295,3 +295,28 @@ def test_who_comes_second_is_silent(monkeypatch):
     with pytest.raises(SystemExit, match="1"):
         watch._tell("error: my own\n")
     assert not any(said)
+
+
+class Left(Beaten):
+    """A store whose rank left when it saw that this one is done, before this one had its last answer."""
+
+    def __init__(self) -> None:
+        self.beats: list[str] = []
+
+    def set(self, key: str, value: str) -> None:
+        self.beats.append(value)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        if '"finished"' in self.beats[-1]:
+            raise RuntimeError("Connection reset by peer")
+        return super().multi_get(keys)
+
+
+def test_the_store_may_leave_as_soon_as_all_are_done(monkeypatch):
+    left: list[int] = []
+    monkeypatch.setattr("os._exit", left.append)
+    store = Left()
+    watch = LiveWatch(store, Place(1, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    watch.start()
+    watch.stop()
+    assert '"finished"' in store.beats[-1] and not left
