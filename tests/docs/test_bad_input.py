@@ -98,7 +98,7 @@ PLACES = {  # where something is to be written
     "somebody's directory": directory(thesis__txt=b"mine\n"),
 }
 NEVER = ("below a file", "a place that cannot be", "nothing", "a name too long")  # also where a file may be written over
-MEANS_SOMETHING = {("--config", "an empty file"), ("--split", "1.5"), ("--temperature", "1.5")}
+MEANS_SOMETHING = {("--config", "an empty file"), ("--split", "1.5"), ("--temperature", "1.5"), ("--lr", "1.5")}
 # A text may be anything.
 MEANS_SOMETHING |= {
     (flag, kind)
