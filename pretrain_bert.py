@@ -1,15 +1,15 @@
 """Pretrain a BERT: `torchrun --nproc_per_node N pretrain_bert.py --flags`, or plain `python` for one process.
 
-The recipe is `megatron/train/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do. The data are
+The recipe is `megatron/cli/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do. The data are
 sentences: `tools/preprocess_data.py --split-sentences`.
 """
 
 import sys
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.train.program import pretrain
+    from megatron.cli.program import pretrain
 
 DEFAULTS = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
 

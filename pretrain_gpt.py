@@ -1,14 +1,14 @@
 """Pretrain a GPT: `torchrun --nproc_per_node N pretrain_gpt.py --flags`, or plain `python` for one process.
 
-The recipe is `megatron/train/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do.
+The recipe is `megatron/cli/program.py`; all flags are in `--help`, and `--dry-run` says what a command would do.
 """
 
 import sys
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.train.program import pretrain
+    from megatron.cli.program import pretrain
 
 DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
 

@@ -37,8 +37,8 @@ from ours import batches_of, config_of
 
 from megatron.checkpoint.content import shard_name
 from megatron.config.schema import CheckpointConfig
-from megatron.mesh.launch import job
-from megatron.mesh.place import Place
+from megatron.launch.environment import Place
+from megatron.launch.job import job
 from megatron.train.run import Run, build
 from megatron.train.saving import Saver
 

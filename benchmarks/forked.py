@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.cli.program import pretrain
 from megatron.data.loader import Loader
 from megatron.train import loop, pretraining  # noqa: F401 - the second, so that the children need not import it
-from megatron.train.program import pretrain
 
 TRAINED = re.compile(r"\] iteration +(\d+)/")
 

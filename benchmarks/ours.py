@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, OptimConfig, PrecisionConfig, RunConfig
 from megatron.contract import Batch, StagePart
-from megatron.mesh.launch import Job, job
+from megatron.launch.environment import Place
+from megatron.launch.job import Job, job
 from megatron.mesh.mesh import Axis
-from megatron.mesh.place import Place
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.train.run import build

@@ -33,8 +33,8 @@ from train import WARM_UP, Answer, Contest, Failure, Turns, measure, settle, spr
 
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Stopwatch
-from megatron.pipeline.schedule import Action, Schedule, make
-from megatron.pipeline.simulate import MeasuredCosts, simulate
+from megatron.pipeline.schedules.schedule import Action, Schedule, make
+from megatron.pipeline.schedules.simulate import MeasuredCosts, simulate
 
 STEPS, GRADIENTS, PROFILE = "steps", "gradients", "profile"
 BAR = "torch-1f1b"

@@ -29,10 +29,9 @@ from megatron.contract import Batch, StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
-from megatron.model.size import Slice
 from megatron.pipeline.executor import Executor, StepOutput
 from megatron.pipeline.partition import cut
-from megatron.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.run import Run, build
 
 OUR_SCHEDULES = {f"ours-{name}": name for name in ("1f1b", "zb-h1", "zb-h2", "zb-v")}
@@ -57,7 +56,7 @@ def plan_of(case: Case, contender: str) -> StagePlan:
     if not contender.endswith("even"):
         return plan
     counts = [(case.dims.layers + stage) // case.pp for stage in range(case.pp)]
-    parts = tuple(Slice(layers, s == 0, s == case.pp - 1) for s, layers in enumerate(cut(counts)))
+    parts = tuple(StagePart(layers, s == 0, s == case.pp - 1) for s, layers in enumerate(cut(counts)))
     return StagePlan(plan.placement, parts, plan.chunks)
 
 
@@ -163,7 +162,7 @@ def our_weight(name: str, weights: dict[str, Tensor], heads: int) -> Tensor:
 class PlainStage(nn.Module):
     """What `part` names of a PlainGPT: tokens or hidden states in, hidden states or logits out."""
 
-    def __init__(self, model: PlainGPT, part: Slice) -> None:
+    def __init__(self, model: PlainGPT, part: StagePart) -> None:
         super().__init__()
         self.embedding = model.embedding if part.embedding else None
         self.blocks = nn.ModuleList(model.blocks[layer] for layer in part.layers)

@@ -1,4 +1,4 @@
-"""The types that floors share: what the data hands to the pipeline, and what a model's last stage hands back.
+"""The types that floors share: what the data hands to the pipeline, and what a model's last stage hands back. Imports no torch.
 
 Tensors of a batch are batch-first, `[micro_batch, seq]`, as the dataset makes them; hidden states inside the model are
 sequence-first, `[seq, micro_batch, hidden]`, so that a sequence-parallel shard is contiguous (arXiv 2205.05198).
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Batch:
 
     def pin(self) -> Batch:
         """The same batch in pinned host memory."""
-        return self._each(Tensor.pin_memory)
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         present = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
@@ -79,12 +81,6 @@ class Prediction:
     log_probs: Tensor
     ids: Tensor
 
-    @classmethod
-    def empty(cls, seq: int, batch: int, vocab: int, top: int | None, device: torch.device) -> Prediction:
-        """One to be filled. top: None when nobody asks for log-probabilities."""
-        shape = (0, batch, 1) if top is None else (seq - 1, batch, 1 + top)
-        logits = torch.empty(batch, vocab, device=device)
-        return cls(logits, torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int64, device=device))
 
 
 @dataclass(frozen=True)
@@ -92,5 +88,5 @@ class StagePart:
     """The slice of a model that one pipeline stage owns: layers by global number, embedding, head."""
 
     layers: range
-    embedding: bool
-    head: bool
+    embedding: bool = True
+    head: bool = True

@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.train.program import run_task
+    from megatron.cli.program import run_task
 
 DEFAULTS = {"batch.micro_batch_size": 8}
 

@@ -60,7 +60,7 @@ def train_toy(folder: Path) -> dict[str, Any]:
     """Train the BERT of the toy world into `folder`/bert; the path of its vocabulary, and for each split its tasks' files."""
     import toys
 
-    from megatron.train.program import pretrain
+    from megatron.cli.program import pretrain
 
     vocab, corpus = toys.vocabulary(folder), toys.corpus(folder, 2000)
     tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]

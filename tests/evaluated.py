@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
@@ -17,11 +16,12 @@ from megatron.config.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
+from megatron.inference.restore import Opened, open_pipeline
+from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.build import MODELS
 from megatron.model.init import initialize
-from megatron.restore import Opened, open_pipeline
 from megatron.tasks.scoring import batch_of
 from megatron.tasks.windows import Window
 

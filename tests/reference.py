@@ -22,8 +22,8 @@ from megatron.config.schema import (
 )
 from megatron.contract import Batch
 from megatron.data.batch import document_starts, documents_before
-from megatron.mesh.launch import Job
-from megatron.mesh.place import Place
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.parallel.spec import spec_of
 from megatron.train.loop import advance
 from megatron.train.run import Run, build

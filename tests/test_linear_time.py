@@ -35,7 +35,7 @@ BUILT = {
     ("tools/install.py", "re.escape(project['name']) + '\\\\[(.*)\\\\]'"): r"megatron\-plain\[(.*)\]",
     ("megatron/files/pending.py", "re.escape(path.name) + TEMPORARY"): r"vocab\.txt\.\d+(-[0-9a-f]{8})?\.tmp",
     (
-        "megatron/mesh/slate.py",
+        "megatron/launch/status_file.py",
         "re.escape(_name(own).rsplit('-', 2)[0]) + '-(\\\\d+)-(\\\\d+)'",
     ): r"slate\-0123456789ab-(\d+)-(\d+)",
 }
@@ -122,7 +122,7 @@ def functions() -> dict[str, Callable[[str], Any]]:
     from megatron.data.corpus import Line, parse
     from megatron.data.fast_cuts import RUN, alternatives
     from megatron.data.sentences import split_sentences
-    from megatron.mesh.place import expand_hosts
+    from megatron.launch.environment import expand_hosts
     from megatron.serving.stops import StopScan, StopTexts
     from megatron.tasks.squad import normalized, overlap
     from megatron.tasks.tagging import entities

@@ -1,12 +1,12 @@
 """Two schedules that the package does not have, as CONTRIBUTING.md says to write them. Pure.
 
 `vee` prescribes two chunks on each rank and splits the backward pass. `backwards` begins on the last rank and ends on the
-first, and takes micro-batches in pairs. Below the first mark is what goes into `megatron/pipeline/schedule.py`.
+first, and takes micro-batches in pairs. Below the first mark is what goes into `megatron/pipeline/schedules/schedule.py`.
 """
 
 from __future__ import annotations
 
-from megatron.pipeline.schedule import Action, Kind, Op, Schedule, v_shaped
+from megatron.pipeline.schedules.schedule import Action, Kind, Op, Schedule, v_shaped
 
 # The functions
 

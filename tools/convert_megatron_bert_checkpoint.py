@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.checkpoint.released import BERT_KIND
-    from megatron.convert import main
+    from megatron.interop.convert_released import main
+    from megatron.interop.released import BERT_KIND
 
 if __name__ == "__main__":
     sys.exit(run_main(main, BERT_KIND, __doc__))

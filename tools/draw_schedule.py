@@ -20,15 +20,15 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
-    from megatron.pipeline.draw import Panel, draw_svg, draw_text
-    from megatron.pipeline.schedule import SCHEDULES, Schedule, make
-    from megatron.pipeline.simulate import Costs, Timeline, simulate
+    from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
+    from megatron.pipeline.schedules.schedule import SCHEDULES, Schedule, make
+    from megatron.pipeline.schedules.simulate import Costs, Timeline, simulate
 
 
 def costs_of(text: str) -> Costs:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.tool_parser import ToolParser, some_path
@@ -44,8 +44,8 @@ def main() -> int:
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
-    from megatron.export import ExportError, export
     from megatron.files.outputs import BadOutput
+    from megatron.interop.checked_export import ExportError, export
 
     try:
         source = export(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.tool_parser import ToolParser, some_path
@@ -37,13 +37,13 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     given = arguments()
 
-    from megatron.checkpoint.hf import model_config
     from megatron.checkpoint.layout import CheckpointError, find, read_manifest
-    from megatron.checkpoint.megatron_files import write_megatron
-    from megatron.checkpoint.whole import read_weights
+    from megatron.checkpoint.model_config import model_config
+    from megatron.checkpoint.tokenizer import open_tokenizer
     from megatron.data.errors import DataError
     from megatron.files.outputs import BadOutput, check_folder
-    from megatron.restore import open_tokenizer
+    from megatron.interop.megatron_files import write_megatron
+    from megatron.interop.whole_tensors import read_weights
 
     try:
         directory = find(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))

@@ -18,24 +18,24 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     import torch
 
-    from megatron.beam import BeamSearch
     from megatron.checkpoint.layout import CheckpointError, find
     from megatron.config.errors import ConfigError
     from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
-    from megatron.generate import Sampling, Text, check_prompt, room_after, write
+    from megatron.inference.beam_search import BeamSearch
+    from megatron.inference.generate import Sampling, Text, check_prompt, room_after, write
+    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.inference.restore import open_pipeline, text_tokenizer
+    from megatron.launch.environment import Place
+    from megatron.launch.job import Job, job
     from megatron.mesh.grid import Grid
-    from megatron.mesh.launch import Job, job
     from megatron.mesh.mesh import Mesh
-    from megatron.mesh.place import Place
-    from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
-    from megatron.restore import open_pipeline, text_tokenizer
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 

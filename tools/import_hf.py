@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.tool_parser import ToolParser, some_path
@@ -51,16 +51,16 @@ def main() -> int:
     given = arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 
-    from megatron.checkpoint.from_hf import read_hf
     from megatron.checkpoint.layout import CheckpointError
-    from megatron.checkpoint.megatron_lm import resized
-    from megatron.checkpoint.whole import refuse_taken
     from megatron.data.errors import DataError
     from megatron.files.outputs import BadOutput, check_folder
-    from megatron.hf_tokenizers import import_tokenizer
-    from megatron.imports import compare, rows_and_tokens, store
-    from megatron.kept import of_source
-    from megatron.logits import LogitsError, compared_with_source
+    from megatron.interop.checked_import import compare, rows_and_tokens, store
+    from megatron.interop.compare_logits import LogitsError, compared_with_source
+    from megatron.interop.hf_import import read_hf
+    from megatron.interop.hf_tokenizers import import_tokenizer
+    from megatron.interop.megatron_lm import resized
+    from megatron.interop.side_files import of_source
+    from megatron.interop.whole_tensors import refuse_taken
 
     try:
         check_folder("--save", given.save, [given.input])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.tool_parser import ToolParser, some_path
@@ -36,10 +36,10 @@ def main() -> int:
     given = arguments()
 
     from megatron.checkpoint.layout import CheckpointError
-    from megatron.checkpoint.megatron_files import read_megatron
     from megatron.data.errors import DataError
     from megatron.files.outputs import BadOutput, check_folder
-    from megatron.imports import chosen_tokenizer, store
+    from megatron.interop.checked_import import chosen_tokenizer, store
+    from megatron.interop.megatron_files import read_megatron
 
     try:
         tokenizer, vocab_size = chosen_tokenizer(tokenizer_config(given))

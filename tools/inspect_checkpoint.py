@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state

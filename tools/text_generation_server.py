@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     import torch
@@ -24,13 +24,13 @@ with loading():
     from megatron.config.errors import ConfigError
     from megatron.config.tool_parser import ToolParser, some_path
     from megatron.data.errors import DataError
+    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.inference.restore import open_pipeline, text_tokenizer
+    from megatron.launch.environment import Place
+    from megatron.launch.job import Job, guarded, job
+    from megatron.launch.signals import StopSignals
     from megatron.mesh.grid import Grid
-    from megatron.mesh.launch import Job, guarded, job
     from megatron.mesh.mesh import Mesh
-    from megatron.mesh.place import Place
-    from megatron.mesh.signals import StopSignals
-    from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
-    from megatron.restore import open_pipeline, text_tokenizer
     from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
     from megatron.serving.app import Service, largest_body
     from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify

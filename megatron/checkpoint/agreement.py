@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.layout import CheckpointError
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Axis
-from megatron.mesh.watch import Watch
 
 T = TypeVar("T")
 

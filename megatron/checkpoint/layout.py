@@ -390,3 +390,8 @@ def others(directory: Path) -> str:
     return (
         f"Other iterations there: {'..., ' if len(numbers) > 10 else ''}{listed}" if numbers else "No other iteration is there"
     )
+
+
+def holds_weights_alone(directory: Path) -> bool:
+    """Return whether a checkpoint was imported: it has no optimizer, no counters and no position in the data."""
+    return read_state(directory).keys() == {"model"}

@@ -36,8 +36,8 @@ from megatron.checkpoint.layout import (
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.files.regular import check_regular, reason
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable, Part, Shard
 
 SHOWN = 20

@@ -29,8 +29,8 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.storage import FileRecord, Storage, safetensors
 from megatron.files.outputs import is_foreign
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.mesh.watch import Watch
 from megatron.parallel.spec import Checkpointable
 
 UNFINISHED = re.compile(r"\.iter_(\d{7,})\.tmp")

@@ -1,6 +1,6 @@
 """The rules of pipeline parallelism: which schedule goes with which stages, and enough layers for them all.
 
-What a schedule needs is said in its row in `pipeline/schedule.py`.
+What a schedule needs is said in its row in `pipeline/schedules/schedule.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import by_name
 from megatron.config.schema import LayoutConfig
 from megatron.config.stage_split import asked_stage_layers, parse_layout, pipeline_chunks
-from megatron.pipeline.schedule import kind_of, names_of
+from megatron.pipeline.schedules.schedule import kind_of, names_of
 
 PP = "layout.pipeline_model_parallel_size"
 VIRTUAL = "layout.num_layers_per_virtual_pipeline_stage"

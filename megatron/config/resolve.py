@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.config.batch_size import iterations_for, parse_steps
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, OptimConfig, RunConfig, TaskConfig
 from megatron.config.stage_split import wants_virtual_stages
-from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS
+from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:

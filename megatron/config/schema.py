@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.config.tasks import TASKS
-from megatron.pipeline.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
+from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
 
 
 def option(

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from megatron.config.schema import LayoutConfig
-from megatron.pipeline.schedule import kind_of
+from megatron.pipeline.schedules.schedule import kind_of
 
 MAX_SIGNS = 1 << 17  # of a layout written out: a stage and a layer for each of 65,536
 GROUP = re.compile(r"\(([^()]*)\)\*(\d{1,6})", re.ASCII)

@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
 from megatron.files.foreign import HEAD_BYTES, PACKED, foreign_bytes, packing
-from megatron.packages import how_to_install
+from megatron.launch.packages import how_to_install
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
+from megatron.config.schema import LayoutConfig
+
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
 
 
@@ -22,6 +24,14 @@ class Grid:
     dp: int = 1
     cp: int = 1
     tp: int = 1
+
+    @classmethod
+    def from_layout(cls, layout: LayoutConfig, world_size: int) -> Grid:
+        """Return a layout's grid; data parallelism takes what is left. ValueError when the sizes do not divide the world."""
+        tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
+        if world_size % (tp * pp * cp):
+            raise ValueError(f"{world_size} ranks do not divide by tp {tp} x pp {pp} x cp {cp}")
+        return cls(pp=pp, dp=world_size // (tp * pp * cp), cp=cp, tp=tp)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,10 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron.mesh.errors import JobError
+from megatron.launch.device import ranks_of
+from megatron.launch.errors import JobError
+from megatron.launch.watchdog import Watch
 from megatron.mesh.grid import Grid
-from megatron.mesh.means import ranks_of
-from megatron.mesh.watch import Watch
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
-from megatron.model.size import Slice
 from megatron.model.task_heads import HEADS
 
 MODELS: Mapping[str, type[GPT]] = MappingProxyType({"gpt": GPT, "bert": Bert})
 
 
 def build_stages(
-    config: ModelConfig, placement: Sequence[int], parts: Sequence[Slice], tp: Axis, rank: int, **options: Any
+    config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: Axis, rank: int, **options: Any
 ) -> dict[int, GPT]:
     """The stages of pipeline rank `rank`, by their number; uninitialised.
 
@@ -31,5 +30,5 @@ def build_stages(
         if placement[number] == rank:
             first = stages[0].embedding if 0 in stages else None
             word = None if first is None else first.word.weight
-            stages[number] = model(config, StagePart(part.layers, part.embedding, part.head), tp, word=word, **options)
+            stages[number] = model(config, part, tp, word=word, **options)
     return stages

@@ -169,7 +169,7 @@ class GPT(nn.Module):
     def answer(self, x: Tensor, batch: Batch, top: int | None = None) -> Prediction:
         """The prediction from the final hidden states, whole sequences of them, a piece at a time: a vocabulary is wide."""
         batch_size, seq = batch.tokens.shape
-        found = Prediction.empty(seq, batch_size, self.shard.vocab, top, x.device)
+        found = empty_prediction(seq, batch_size, self.shard.vocab, top, x.device)
         found.logits.copy_(self.output(x[-1:])[0])
         positions = found.log_probs.shape[0]
         piece = max(1, MOST_LOGITS // found.logits.numel())
@@ -237,3 +237,18 @@ def local_columns(seq: int, tp: Axis) -> slice:
     """The positions that a rank holds under sequence parallelism."""
     share = seq // tp.size
     return slice(tp.rank * share, (tp.rank + 1) * share)
+
+
+def empty_prediction(seq: int, batch: int, vocab: int, top: int | None, device: torch.device) -> Prediction:
+    """Return a prediction to be filled.
+
+    Args:
+        seq: tokens of each sequence.
+        batch: sequences.
+        vocab: tokens of the vocabulary.
+        top: most probable tokens at each place; None when nobody asks for log-probabilities.
+        device: of its tensors.
+    """
+    shape = (0, batch, 1) if top is None else (seq - 1, batch, 1 + top)
+    logits = torch.empty(batch, vocab, device=device)  # [batch, vocab]
+    return Prediction(logits, torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int64, device=device))

@@ -1,7 +1,7 @@
 """Which parameters lie together in one bucket of flat memory, and where. Pure: sizes in, places out.
 
 A bucket is the unit of communication: its gradients are summed over the data-parallel ranks in one collective, and under
-the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `model/size.py` and
+the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `plan/size.py` and
 the buffers of `optim/buffers.py` both read the places off here.
 """
 

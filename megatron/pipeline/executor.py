@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from megatron.contract import Batch, Loss, StagePart
-from megatron.mesh.watch import Watch
+from megatron.launch.watchdog import Watch
 from megatron.parallel.weight_grad import WeightProduct, WeightWork
-from megatron.pipeline.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
 from megatron.pipeline.profile import Recorder
-from megatron.pipeline.schedule import Action, Op, Schedule
+from megatron.pipeline.schedules.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.pipeline.transfer import Channels, Receiving
 
 WORDS = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}

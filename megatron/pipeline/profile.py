@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron.pipeline.schedule import Action
+from megatron.pipeline.schedules.schedule import Action
 
 
 class Recorder:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron.generate import Predictor
+from megatron.inference.generate import Predictor
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.openai_api import count
 from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream

@@ -31,7 +31,7 @@ def compiled(source: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    from megatron.packages import how_to_install
+    from megatron.launch.packages import how_to_install
 
     version = tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdigit())
     if version < MIN_JINJA:

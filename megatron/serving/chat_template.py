@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.tokenizer import KEPT
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.files.regular import parse_json, read_bytes, reason
@@ -23,7 +24,6 @@ TEMPLATE, CONFIG, TOKENS, GENERATION = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-KEPT = "hugging_face"  # folder beside the tokenizer, with the files of the directory that an import read
 MODEL = "config.json"  # of that directory
 MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
 MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.beam import Beam
 from megatron.data.tokenizer import Tokenizer
-from megatron.generate import Predictor, Score, Text, write
-from megatron.mesh.watch import Watch
+from megatron.inference.beam_search import Beam
+from megatron.inference.generate import Predictor, Score, Text, write
+from megatron.launch.watchdog import Watch
 from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
 from megatron.serving.fields import RequestError
 from megatron.serving.task import Task

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from megatron.beam import HARDEST, WIDEST, BeamSearch
 from megatron.data.tokenizer import Tokenizer
-from megatron.generate import Sampling
+from megatron.inference.beam_search import HARDEST, WIDEST, BeamSearch
+from megatron.inference.generate import Sampling
 from megatron.serving.engine import Done
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.record import Record

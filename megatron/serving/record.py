@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
-from megatron.generate import Score
+from megatron.inference.generate import Score
 from megatron.serving.engine import Update
 from megatron.serving.stops import StopScan
 from megatron.serving.task import Task

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron.mesh.signals import StopSignals
-from megatron.packages import how_to_install
+from megatron.launch.packages import how_to_install
+from megatron.launch.signals import StopSignals
 from megatron.serving.app import Service, build
 from megatron.serving.connections import ConnectionLimits, guarded_protocol
 from megatron.serving.engine import Engine

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from megatron.beam import BeamSearch
 from megatron.data.tokenizer import Tokenizer
-from megatron.generate import Predictor, Sampling, Text, check_prompt, room_after
+from megatron.inference.beam_search import BeamSearch
+from megatron.inference.generate import Predictor, Sampling, Text, check_prompt, room_after
 from megatron.serving.fields import RequestError
 from megatron.serving.stops import StopScan, StopTexts
 from megatron.serving.words import UNFINISHED, added_text

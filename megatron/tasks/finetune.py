@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.config.case import Case
 from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError
@@ -24,10 +25,9 @@ from megatron.data.bert_batch import BertBatches
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.pending import write_whole
-from megatron.mesh.watch import Watch
-from megatron.pipeline.inference import Pipeline
-from megatron.restore import open_tokenizer
-from megatron.stages import stages_of
+from megatron.inference.pipeline import Pipeline
+from megatron.launch.watchdog import Watch
+from megatron.plan.stages import stages_of
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
 from megatron.tasks.samples import Epochs, Item, ItemBatches, Items, Score, Task

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.contract import Batch, Prediction
-from megatron.generate import batch_of_rows
+from megatron.inference.generate import batch_of_rows
 from megatron.mesh.mesh import Axis
 from megatron.model.attention import Cache
 from megatron.parallel.collectives import all_reduce

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.generate import Predictor, Sampling, generate
+from megatron.inference.generate import Predictor, Sampling, generate
 from megatron.mesh.mesh import Axis
 from megatron.tasks.scoring import Score, Scorer, check_finite, check_vocabulary, score
 from megatron.tasks.windows import Window, windows

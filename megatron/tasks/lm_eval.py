@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron.entry import loading, run_main
+from megatron.launch.entry import loading, run_main
 
 with loading():
     import torch
@@ -29,13 +29,13 @@ with loading():
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, device_of
-from megatron.mesh.launch import Job, job
+from megatron.inference.generate import Sampling, device_of
+from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+from megatron.inference.restore import open_pipeline
+from megatron.launch.environment import Place
+from megatron.launch.job import Job, job
+from megatron.launch.packages import how_to_install
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.model_flags import add_model_flags, layout_of, parse_once, refuse
-from megatron.packages import how_to_install
-from megatron.restore import open_pipeline
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
 from megatron.tasks.scoring import check_scored, needed_tokenizer

@@ -11,21 +11,21 @@ from megatron.config.cli import Parsed
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
 from megatron.config.tasks import TASKS
-from megatron.mesh.launch import Job
+from megatron.inference.restore import open_pipeline
+from megatron.launch.environment import Place
+from megatron.launch.errors import Refused
+from megatron.launch.job import Job
+from megatron.launch.signals import StopSignals
+from megatron.launch.watchdog import Watch
+from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.mesh.watch import Watch
 from megatron.optim.precision import Precision
-from megatron.restore import open_pipeline
 from megatron.tasks.finetune import prepare, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
-from megatron.train.errors import Refused
 from megatron.train.in_job import in_a_job, refusing, say
 from megatron.train.pretraining import run_prepared
 from megatron.train.progress import EarlyStop
 from megatron.train.resume import check_source, find_source
-from megatron.train.run import grid_of
 from megatron.train.source import Source
 
 
@@ -73,7 +73,7 @@ def ask(config: RunConfig, job: Job) -> int:
     with refusing():
         source = find_source(config.checkpoint)
         say(out, *source.lines, job.describe())
-        grid = grid_of(config.layout, job.place.world_size)
+        grid = Grid.from_layout(config.layout, job.place.world_size)
         mesh = Mesh.build(grid, job.place.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
         # As saved, unless a precision is asked for.

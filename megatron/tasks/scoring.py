@@ -16,10 +16,10 @@ from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.inference.pipeline import Pipeline
+from megatron.inference.restore import Opened
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Axis
-from megatron.mesh.watch import Watch
-from megatron.pipeline.inference import Pipeline
-from megatron.restore import Opened
 from megatron.tasks.windows import Window
 
 

@@ -26,11 +26,11 @@ import torch
 from megatron.config.errors import ConfigError, Problem
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.inference.pipeline import Pipeline
+from megatron.inference.restore import Opened
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.watch import Watch
 from megatron.parallel.collectives import all_reduce
-from megatron.pipeline.inference import Pipeline
-from megatron.restore import Opened
 from megatron.tasks.reading import read_text
 from megatron.tasks.scoring import check_finite, check_scored, check_vocabulary, needed_tokenizer, score
 from megatron.tasks.sources import Source, Text, TextFile, open_source

@@ -7,7 +7,3 @@ class TrainingError(Exception):
     """Training cannot go on; the message says why and what to do. Programs print it and exit with status 1."""
 
 
-class Refused(Exception):
-    """What a command names cannot be used; the message says why. Found before any process group; exit status 2."""
-
-    status = 2

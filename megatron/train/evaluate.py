@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from megatron.contract import Batch
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.watch import Watch
 from megatron.pipeline.executor import Executor
 from megatron.train.step import totals
 

@@ -8,57 +8,20 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from megatron.config.schema import CheckpointConfig
-from megatron.mesh.last_words import say, tell_launcher
-from megatron.mesh.place import Place
-from megatron.mesh.signals import Interrupts
+from megatron.launch.environment import Place
+from megatron.launch.exit_report import say, tell_launcher
+from megatron.launch.signals import Interrupts
 
 INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells have it
 
 
-def typed_command(program: str, argv: Sequence[str], place: Place) -> list[str]:
-    """The words that started this process as a user typed them, launcher and all, as far as that can be seen.
-
-    Args:
-        program: name of the entry script, for a command that cannot be seen.
-        argv: its arguments.
-        place: of this process; says who started it.
-    """
-    seen = list(sys.orig_argv)
-    if place.source == "torchrun":
-        with suppress(OSError):
-            seen = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
-    elif place.source == "srun":
-        seen = ["srun", *seen]
-    ours = bool(argv) and len(seen) > len(argv) and seen[-len(argv) :] == list(argv)
-    return seen if ours else [program, *argv]
 
 
-def with_torchrun(processes: int, program: str, argv: Sequence[str]) -> list[str]:
-    """The words that start the same program on several processes, where it was started by plain python.
-
-    Args:
-        processes: how many.
-        program: its name, where how it was started cannot be seen.
-        argv: its arguments.
-    """
-    seen = list(sys.orig_argv)
-    at = len(seen) - len(argv) - 1
-    if at < 1 or seen[at + 1 :] != list(argv):
-        return ["torchrun", "--nproc_per_node", str(processes), program, *argv]
-    module = ["-m"] if seen[at - 1] == "-m" else []
-    # Where its environment is not active, torchrun lies beside the Python that was named.
-    named = "/" in seen[0]
-    beside = Path(seen[0]).with_name("torchrun") if named else Path("torchrun")
-    there = beside.exists() if named else shutil.which(beside) is not None
-    launcher = [str(beside)] if there else [seen[0], "-m", "torch.distributed.run"]
-    return [*launcher, "--nproc_per_node", str(processes), *module, *seen[at:]]
 
 
 def how_to_go_on(command: Sequence[str], checkpoint: CheckpointConfig) -> str:

@@ -15,16 +15,16 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.config.schema import LayoutConfig
 from megatron.data.errors import DataError
-from megatron.mesh.beats import Patience
-from megatron.mesh.errors import JobError
-from megatron.mesh.last_words import leave_with_launcher, status_of, tell_launcher
-from megatron.mesh.launch import Job, guarded, job
-from megatron.mesh.memory import out_of_memory
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.mesh.watch import Watch
-from megatron.train.enough_memory import LOWER_MEMORY
-from megatron.train.errors import Refused, TrainingError
+from megatron.launch.environment import Place
+from megatron.launch.errors import JobError, Refused
+from megatron.launch.exit_report import leave_with_launcher, status_of, tell_launcher
+from megatron.launch.heartbeat import Patience
+from megatron.launch.job import Job, guarded, job
+from megatron.launch.memory import out_of_memory
+from megatron.launch.signals import StopSignals
+from megatron.launch.watchdog import Watch
+from megatron.plan.enough_memory import LOWER_MEMORY
+from megatron.train.errors import TrainingError
 from megatron.train.lock import locked
 from megatron.train.progress import EarlyStop
 

@@ -22,13 +22,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.mesh.beats import Process
-from megatron.mesh.last_words import say, tell_launcher
-from megatron.mesh.place import Place
-from megatron.train.errors import Refused
+from megatron.launch.environment import Place
+from megatron.launch.errors import Refused
+from megatron.launch.exit_report import say, tell_launcher
+from megatron.launch.heartbeat import Process
 
 if TYPE_CHECKING:
-    from megatron.mesh.launch import Guard
+    from megatron.launch.job import Guard
 
 FILE = ".lock"
 MAX_BYTES = 1 << 24  # of the file: a hundred thousand processes

@@ -13,7 +13,7 @@ import torch
 
 from megatron.config.batch_size import full_batch_size, global_batch_size_at
 from megatron.config.iterations import ranges_of
-from megatron.mesh.last_words import tell_launcher
+from megatron.launch.exit_report import tell_launcher
 from megatron.train.errors import TrainingError
 from megatron.train.evaluate import Loader, evaluate
 from megatron.train.progress import Progress

@@ -21,11 +21,11 @@ from megatron.contract import Batch
 from megatron.files.pending import write_whole
 from megatron.files.side import optional
 from megatron.mesh.mesh import Mesh
-from megatron.pipeline.draw import Panel, draw_svg
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Recorder, Stopwatch
-from megatron.pipeline.schedule import Action, Op, Schedule
-from megatron.pipeline.simulate import MeasuredCosts, Timeline, simulate, timeline_of
+from megatron.pipeline.schedules.draw import Panel, draw_svg
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule
+from megatron.pipeline.schedules.simulate import MeasuredCosts, Timeline, simulate, timeline_of
 from megatron.train.report import StepReport
 from megatron.train.run import Run
 from megatron.train.state import TrainState

@@ -17,6 +17,7 @@ import torch
 
 from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
+from megatron.checkpoint.side_files import carried
 from megatron.config.cli import Parsed
 from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
@@ -27,18 +28,19 @@ from megatron.data.mock import MADE_UP
 from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.dryrun import flops_in_words, stage_table
-from megatron.kept import carried
-from megatron.mesh.launch import Job
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.mesh.watch import Watch
-from megatron.model.flops import causal_flops_per_token, flops_per_token
-from megatron.model.size import padded_vocabulary
+from megatron.launch.environment import Place
+from megatron.launch.errors import Refused
+from megatron.launch.job import Job
+from megatron.launch.signals import StopSignals
+from megatron.launch.watchdog import Watch
+from megatron.mesh.grid import Grid
 from megatron.parallel.collectives import all_reduce
-from megatron.stages import stages_of
-from megatron.train.enough_memory import check_memory
-from megatron.train.errors import Refused, TrainingError
+from megatron.plan.enough_memory import check_memory
+from megatron.plan.flops import causal_flops_per_token, flops_per_token
+from megatron.plan.size import padded_vocabulary
+from megatron.plan.stages import stages_of
+from megatron.plan.tables import flops_in_words, stage_table
+from megatron.train.errors import TrainingError
 from megatron.train.in_job import in_a_job, refusing, say
 from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
 from megatron.train.pipeline_profile import ProfiledStep
@@ -46,7 +48,7 @@ from megatron.train.progress import EarlyStop, Progress
 from megatron.train.report import peak_tflops
 from megatron.train.resume import check_source, differences, find_source, restore, verify_source
 from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
-from megatron.train.run import Run, build, grid_of, sample_counts
+from megatron.train.run import Run, build, sample_counts
 from megatron.train.save_directory import begins_beside, check_save, set_metrics_aside, set_run_aside
 from megatron.train.saving import Saver
 from megatron.train.sinks import Ended, open_sinks
@@ -257,7 +259,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
-        *stage_table(config, grid_of(layout, started.place.world_size), stages_of(config)),
+        *stage_table(config, Grid.from_layout(layout, started.place.world_size), stages_of(config)),
         " > throughput and MFU: " + flops_in_words(config.model, vocab, config.data.seq_length or 0),
     )
 

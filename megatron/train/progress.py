@@ -15,7 +15,7 @@ from typing import Any
 from megatron.files.pending import write_whole
 from megatron.files.regular import read_json
 from megatron.files.side import optional
-from megatron.mesh.last_words import say, tell_launcher
+from megatron.launch.exit_report import say, tell_launcher
 
 FILE = "progress.json"
 STOPPED = 75

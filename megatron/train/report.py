@@ -50,7 +50,7 @@ class StepReport:
 class Metrics:
     """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown.
 
-    tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `model/flops.py`.
+    tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `plan/flops.py`.
     """
 
     iteration: int

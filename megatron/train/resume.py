@@ -27,6 +27,7 @@ from megatron.checkpoint.layout import (
     STATE,
     CheckpointError,
     find,
+    holds_weights_alone,
     newest_complete,
     others,
     read_config,
@@ -34,7 +35,6 @@ from megatron.checkpoint.layout import (
     read_state,
 )
 from megatron.checkpoint.load import load, verify_together
-from megatron.checkpoint.whole import holds_weights_alone
 from megatron.config.compare import different_head, different_model
 from megatron.config.directories import starts_fresh
 from megatron.config.errors import ConfigError, Problem
@@ -43,10 +43,10 @@ from megatron.config.saved import from_json
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
 from megatron.files.regular import read_bytes
-from megatron.mesh.launch import Job
+from megatron.launch.job import Job
 from megatron.mesh.mesh import Axis
-from megatron.model.size import parameter_list
 from megatron.optim.lr import Schedule
+from megatron.plan.size import parameter_list
 from megatron.train.resumed_schedule import check_schedule, schedule_rows
 from megatron.train.run import Run, sample_counts
 from megatron.train.source import Source

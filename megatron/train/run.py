@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from megatron.config.batch_size import full_batch_size, samples_for
-from megatron.config.schema import LayoutConfig, RunConfig
+from megatron.config.schema import RunConfig
 from megatron.contract import Batch
+from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
 from megatron.model.attention import Attend, bidirectional_attention, causal_attention
 from megatron.model.build import build_stages
@@ -29,10 +29,10 @@ from megatron.parallel.ring import RingAttention, share
 from megatron.parallel.spec import Checkpointable, describe, spec_of
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
-from megatron.pipeline.lower import EARLY
-from megatron.pipeline.schedule import DEFAULT, kind_of, make
+from megatron.pipeline.schedules.lower import EARLY
+from megatron.pipeline.schedules.schedule import DEFAULT, kind_of, make
 from megatron.pipeline.transfer import Channels
-from megatron.stages import stages_of
+from megatron.plan.stages import stages_of
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 from megatron.train.step import Objective, Step
@@ -68,14 +68,6 @@ class Run:
         return parts
 
 
-def grid_of(layout: LayoutConfig, world_size: int) -> Grid:
-    """The grid of a layout; data parallelism takes what is left. ValueError when the sizes do not divide the world."""
-    tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
-    if world_size % (tp * pp * cp):
-        raise ValueError(f"{world_size} ranks do not divide by tp {tp} x pp {pp} x cp {cp}")
-    return Grid(pp=pp, dp=world_size // (tp * pp * cp), cp=cp, tp=tp)
-
-
 def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
     """The core attention of a layout. compiled: for layers that are compiled, which go around what communicates."""
     if mesh.cp.size == 1:
@@ -90,7 +82,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
     plan, precision = stages_of(config), Precision.of(config.precision)
-    grid = grid_of(config.layout, job.place.world_size)
+    grid = Grid.from_layout(config.layout, job.place.world_size)
     mesh = Mesh.build(grid, job.place.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
     job.watch.waiting("building the model")
     draws = config.model.fused_attention_dropout and config.model.attention_dropout > 0.0

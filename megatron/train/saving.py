@@ -19,7 +19,7 @@ from megatron.checkpoint.save import delete, set_aside, write
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
 from megatron.config.saved import to_json
-from megatron.mesh.watch import Watch, What
+from megatron.launch.watchdog import Watch, What
 from megatron.train.run import Run
 from megatron.train.save_directory import Overwritten
 

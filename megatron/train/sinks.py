@@ -15,7 +15,7 @@ from megatron.config.schema import LogConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import MAX_METRICS_BYTES, read_bytes
 from megatron.files.side import SideFile, optional, warn
-from megatron.packages import how_to_install
+from megatron.launch.packages import how_to_install
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron.config.schema import BatchConfig
 from megatron.contract import Batch, Loss
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.mesh.watch import Watch
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaler import Scaler

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from megatron.config.schema import RunConfig
+from megatron.launch.signals import STOPS, StopSignals
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.signals import STOPS, StopSignals
 from megatron.parallel.collectives import all_reduce
 
 SLURM_FLOOR = 5.0  # seconds before SLURM's limit that are left in any case: it counts from before the program's start

@@ -14,8 +14,8 @@ from cuts import mesh_of, state
 
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import CheckpointConfig, RunConfig
-from megatron.mesh.launch import Job
-from megatron.mesh.place import Place
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.train.saving import Saver
 
 ASSETS = {"vocab.json": b"{}", "deep/merges.txt": b"a b\n"}

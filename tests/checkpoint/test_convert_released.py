@@ -9,9 +9,9 @@ import torch
 from archives import build, config_of, content, released, weights_of, write_archive
 from safetensors.torch import load_file
 
-from megatron.checkpoint.released import BERT_KIND, GPT2_KIND
 from megatron.contract import Batch
-from megatron.convert import main
+from megatron.interop.convert_released import main
+from megatron.interop.released import BERT_KIND, GPT2_KIND
 
 transformers = pytest.importorskip("transformers")
 

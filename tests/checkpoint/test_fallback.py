@@ -19,10 +19,10 @@ from megatron.checkpoint.save import save
 from megatron.config.errors import ConfigError
 from megatron.config.saved import to_json
 from megatron.config.schema import BatchConfig, CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
 from megatron.optim.lr import Schedule
 from megatron.train import resume
 from megatron.train.resume import Source, check_source, differences, find_source, verify_source

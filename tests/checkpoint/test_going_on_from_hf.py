@@ -12,10 +12,10 @@ import pytest
 from sources import CHAT, model, put
 from tokenizers import AddedToken
 
+from megatron.checkpoint.tokenizer import open_tokenizer
+from megatron.cli.program import pretrain
 from megatron.data.indexed import IndexedDataset
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.restore import open_tokenizer
-from megatron.train.program import pretrain
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]

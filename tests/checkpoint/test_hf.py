@@ -14,21 +14,21 @@ from models import BASE, LLAMA, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.forms import CONV1D, SAME
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import CheckpointError, find
-from megatron.checkpoint.names import GPT2
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
-from megatron.export import ExportError, export
 from megatron.files.outputs import BadOutput
-from megatron.logits import logit_difference
+from megatron.inference.restore import open_model
+from megatron.interop.checked_export import ExportError, export
+from megatron.interop.compare_logits import logit_difference
+from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_families import GPT2
+from megatron.interop.tensor_mapping import CONV1D, SAME
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.restore import open_model
 
 transformers = pytest.importorskip("transformers")
 TOOL = Path(__file__).parents[2] / "tools" / "export_hf.py"
@@ -161,7 +161,7 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
     square = "layers.{n}.attention.dense.weight"
     assert any(row.ours == square and row.form is CONV1D for row in GPT2.rows)
     rows = tuple(replace(row, form=SAME) if row.ours == square else row for row in GPT2.rows)
-    monkeypatch.setattr("megatron.checkpoint.names.FAMILIES", (replace(GPT2, rows=rows),))
+    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(GPT2, rows=rows),))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf.failed", "run"]
@@ -171,7 +171,7 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
 def test_a_tensor_too_few_fails_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", {**BASE, "add_norm_bias": False})
     rows = tuple(row for row in GPT2.rows if row.ours != "final_norm.bias")
-    monkeypatch.setattr("megatron.checkpoint.names.FAMILIES", (replace(GPT2, rows=rows),))
+    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(GPT2, rows=rows),))
     with pytest.raises(ExportError, match=r"missing keys: transformer\.ln_f\.bias"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
 

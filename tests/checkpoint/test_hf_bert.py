@@ -9,17 +9,17 @@ from models import BERT, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.forms import SAME, split_qkv
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import find
-from megatron.checkpoint.names import MEGATRON_BERT
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
-from megatron.export import ExportError, export
-from megatron.logits import bert_differences
+from megatron.inference.restore import open_model
+from megatron.interop.checked_export import ExportError, export
+from megatron.interop.compare_logits import bert_differences
+from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_families import MEGATRON_BERT
+from megatron.interop.tensor_mapping import SAME, split_qkv
 from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
-from megatron.restore import open_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,7 +153,7 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch, wrong):
     if "qkv" in wrong:
         form = replace(SAME, write=swapped_queries)
     rows = tuple(replace(row, form=form) if row.ours == wrong else row for row in MEGATRON_BERT.rows)
-    monkeypatch.setattr("megatron.export.rounded", lambda weights, config, dtype: {})
-    monkeypatch.setattr("megatron.checkpoint.names.FAMILIES", (replace(MEGATRON_BERT, rows=rows),))
+    monkeypatch.setattr("megatron.interop.checked_export.rounded", lambda weights, config, dtype: {})
+    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(MEGATRON_BERT, rows=rows),))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)

@@ -12,21 +12,24 @@ import pytest
 import torch
 from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, put
 
-from megatron import hf_tokenizers, kept
 from megatron.checkpoint.layout import CheckpointError, find, read_manifest
-from megatron.checkpoint.megatron_lm import resized
 from megatron.checkpoint.save import save
-from megatron.checkpoint.whole import read_weights
+from megatron.checkpoint.side_files import assets, carried, in_checkpoint
+from megatron.checkpoint.tokenizer import open_tokenizer
+from megatron.cli.program import pretrain
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import read_tokenizer
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, load_tokenizer
-from megatron.export import ExportError, _same_tokenizer
 from megatron.files.outputs import MARKER
-from megatron.hf_tokenizers import disagreement, import_tokenizer
-from megatron.imports import store
+from megatron.inference.restore import open_model
+from megatron.interop import hf_tokenizers
+from megatron.interop import side_files as kept
+from megatron.interop.checked_export import ExportError, _same_tokenizer
+from megatron.interop.checked_import import store
+from megatron.interop.hf_tokenizers import disagreement, import_tokenizer
+from megatron.interop.megatron_lm import resized
+from megatron.interop.whole_tensors import read_weights
 from megatron.mesh.mesh import Mesh
-from megatron.restore import open_model, open_tokenizer
-from megatron.train.program import pretrain
 
 transformers = pytest.importorskip("transformers")
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -224,20 +227,20 @@ def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
 def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     source, said = sources / "gpt2_added_tokens", []
     tokenizer = import_tokenizer(source, print)
-    own = kept.assets(tokenizer, kept.of_source(source, tokenizer=True))
+    own = assets(tokenizer, kept.of_source(source, tokenizer=True))
     directory = save(tmp_path / "run", 1, {}, Mesh.single(), config={}, assets=own)
-    assert kept.carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
+    assert carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     assert not said
     size = byte_vocabulary(tmp_path, ("<pad>", "<sep>"))
     other = read_tokenizer(tmp_path)
     assert other.vocab_size == size == tokenizer.vocab_size  # as many tokens, but in text `<pad>` is none
-    left = kept.carried(other, directory, said.append)
+    left = carried(other, directory, said.append)
     assert not any(name.startswith("hugging_face") for name in left)
     assert len(said) == 1 and "are of another tokenizer and are not kept on: added_tokens.json, config.json, gener" in said[0]
     directory = save(tmp_path / "bad", 1, {}, Mesh.single(), config={}, assets={"hugging_face/model.safetensors": b"x"})
     assert "tokenizer/hugging_face/model.safetensors" in read_manifest(directory).files
     with pytest.raises(CheckpointError, match="nothing of that name is kept"):
-        kept.in_checkpoint(directory)
+        in_checkpoint(directory)
 
 
 def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
@@ -254,7 +257,7 @@ def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
     ):
         content, said = json.dumps({"eos_token_id": ends}).encode(), []
         directory = save(tmp_path, iteration, {}, Mesh.single(), config={}, assets={"hugging_face/config.json": content})
-        assert ("hugging_face/config.json" in kept.carried(tokenizer, directory, said.append)) == stay
+        assert ("hugging_face/config.json" in carried(tokenizer, directory, said.append)) == stay
         assert ["are of another tokenizer and are not kept on: config.json" in line for line in said] == [True] * (not stay)
 
 

@@ -17,11 +17,11 @@ transformers = pytest.importorskip("transformers")
 import foreign  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from megatron.checkpoint.from_hf import read_hf  # noqa: E402
-from megatron.checkpoint.hf_config import CONFIG_READERS, SHARED  # noqa: E402
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
-from megatron.imports import compare  # noqa: E402
-from megatron.logits import LogitsError, model_with, open_theirs, pairs, prompt_of  # noqa: E402
+from megatron.interop.checked_import import compare  # noqa: E402
+from megatron.interop.compare_logits import LogitsError, model_with, open_theirs, pairs, prompt_of  # noqa: E402
+from megatron.interop.hf_config import CONFIG_READERS, SHARED  # noqa: E402
+from megatron.interop.hf_import import read_hf  # noqa: E402
 
 # Fields of the classes that change nothing that a model computes: ids of tokens, caches, forms of outputs, how the same product
 # is computed, the pooling of classes that are not read. The sweep proves it of each.

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron.checkpoint.from_hf import read_hf
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.megatron_files import arguments_of, sizes_of
-from megatron.checkpoint.pickled import read_pickled
-from megatron.checkpoint.released import MEMBER, read_archive
+from megatron.interop.hf_import import read_hf
+from megatron.interop.megatron_files import arguments_of, sizes_of
+from megatron.interop.pickled import read_pickled
+from megatron.interop.released import MEMBER, read_archive
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
@@ -49,7 +49,7 @@ def test_an_archive_that_would_fill_the_memory_is_never_unpacked(tmp_path: Path)
     path = packed(tmp_path / "bomb.zip", 256 * MB)
     assert path.stat().st_size < MB // 2
     code = (
-        "import resource, sys, torch, megatron.convert as c, megatron.checkpoint.released as r\n"
+        "import resource, sys, torch, megatron.interop.convert_released as c, megatron.interop.released as r\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "status = c.main(r.GPT2_KIND, None, [sys.argv[1]])\n"
         "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -13,19 +13,20 @@ import pytest
 import torch
 from models import BASE, build
 
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import CheckpointError, find, newest_complete, read_config, read_state, verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.manifest import plain_json
 from megatron.checkpoint.save import save
+from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.reading import read_toml
 from megatron.config.saved import to_json
 from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
+from megatron.inference.restore import open_model
+from megatron.interop.hf_export import export_hf
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.restore import open_model, open_tokenizer
 from megatron.train.resume import find_source
 from megatron.train.state import TrainState
 

@@ -10,14 +10,14 @@ import torch
 from archives import build, config_of, weights_of
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.from_hf import read_hf
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import CheckpointError, find
-from megatron.checkpoint.whole import read_weights
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.imports import store
-from megatron.logits import logit_difference
-from megatron.restore import open_model
+from megatron.inference.restore import open_model
+from megatron.interop.checked_import import store
+from megatron.interop.compare_logits import logit_difference
+from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_import import read_hf
+from megatron.interop.whole_tensors import read_weights
 
 transformers = pytest.importorskip("transformers")
 TOOL = Path(__file__).parents[2] / "tools" / "import_hf.py"

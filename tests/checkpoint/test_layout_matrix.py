@@ -18,12 +18,12 @@ from reference import GPT2, Setting, dropping, go, start
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.layout import find, verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.saved import to_json
 from megatron.config.schema import OptimConfig, RunConfig
+from megatron.interop.hf_export import export_hf
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Dynamic
 from megatron.parallel.spec import spec_of

@@ -9,12 +9,12 @@ import pytest
 import torch
 from archives import build, config_of, content, released, weights_of, write_archive
 
-from megatron.checkpoint.hf import model_config
 from megatron.checkpoint.layout import CheckpointError, find
-from megatron.checkpoint.megatron_files import read_megatron, write_megatron
-from megatron.checkpoint.pickled import read_pickled
-from megatron.checkpoint.whole import read_weights
-from megatron.imports import store
+from megatron.checkpoint.model_config import model_config
+from megatron.interop.checked_import import store
+from megatron.interop.megatron_files import read_megatron, write_megatron
+from megatron.interop.pickled import read_pickled
+from megatron.interop.whole_tensors import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
 CASES = {

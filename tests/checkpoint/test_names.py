@@ -5,10 +5,10 @@ import torch
 from models import BASE, BERT, build
 from models import LLAMA as LLAMA_SETTINGS
 
-from megatron.checkpoint.forms import join_qkv, split_qkv
-from megatron.checkpoint.names import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, rounded
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
+from megatron.interop.hf_families import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, rounded
+from megatron.interop.tensor_mapping import join_qkv, split_qkv
 from megatron.mesh.mesh import Axis
 
 

@@ -29,11 +29,8 @@ from cuts import save_cut
 from safetensors.torch import save_file
 from stand_ins import STAND_INS, put
 
-from megatron.checkpoint.from_hf import read_hf
 from megatron.checkpoint.layout import CheckpointError, find, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import read_tensor
-from megatron.checkpoint.megatron_files import read_megatron
-from megatron.checkpoint.released import read_archive, read_config_file
 from megatron.config.data_args import expand
 from megatron.config.errors import ConfigError
 from megatron.config.reading import read_toml
@@ -45,7 +42,10 @@ from megatron.data.index_cache import load as load_index
 from megatron.data.index_cache import publish
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
-from megatron.kept import of_source
+from megatron.interop.hf_import import read_hf
+from megatron.interop.megatron_files import read_megatron
+from megatron.interop.released import read_archive, read_config_file
+from megatron.interop.side_files import of_source
 from megatron.serving.chat_template import ChatFiles
 from megatron.tasks.glue import MNLI, PairClassification
 from megatron.tasks.race import Race

@@ -20,11 +20,11 @@ from ranks import on_ranks
 from megatron.checkpoint.layout import CheckpointError, find, iterations, read_manifest, read_state, verify
 from megatron.checkpoint.load import verify_together
 from megatron.checkpoint.storage import Storage
-from megatron.mesh.beats import Patience
-from megatron.mesh.launch import job
+from megatron.launch.environment import Place
+from megatron.launch.heartbeat import Patience
+from megatron.launch.job import job
+from megatron.launch.watchdog import Watch
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.mesh.watch import Watch
 from megatron.train.saving import Saver
 
 LINES = [

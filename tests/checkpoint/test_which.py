@@ -15,9 +15,9 @@ from archives import build, config_of, weights_of
 from crashes import Faulty, die, in_children, save_once, steps_of
 
 from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
-from megatron.checkpoint.whole import write_weights
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.data.tokenizer import ByteTokenizer
+from megatron.interop.whole_tensors import write_weights
 from megatron.train.resume import find_source
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -16,11 +16,11 @@ import torch
 from archives import build, config_of, content, released, weights_of, write_archive
 from models import BASE, save_model
 
-from megatron.checkpoint.megatron_files import write_megatron
+from megatron.cli.program import pretrain, run_task
 from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.export import export
-from megatron.train.program import pretrain, run_task
+from megatron.interop.checked_export import export
+from megatron.interop.megatron_files import write_megatron
 
 ROOT = Path(__file__).parents[2]
 BYTES = "--tokenizer-type ByteTokenizer"

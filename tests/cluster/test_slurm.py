@@ -23,7 +23,7 @@ FLAGS = f"--train-iters {ITERATIONS} --save-interval 50 --eval-interval 40".spli
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, os.getcwd())
-from megatron.train.program import pretrain
+from megatron.cli.program import pretrain
 from megatron.train.step import Step
 plain = Step.__call__
 def paced(step, *args):

@@ -28,8 +28,8 @@ from cases import CASES, PIPELINES, Case, Dims
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
-from megatron.model.flops import causal_flops_per_token, flops_per_token
-from megatron.pipeline.schedule import Action, Op
+from megatron.pipeline.schedules.schedule import Action, Op
+from megatron.plan.flops import causal_flops_per_token, flops_per_token
 
 TINY = Dims(layers=2, width=32, heads=4, seq=16, vocab=96, micro_batch=4)
 SMALL = replace(CASES["small"], dims=TINY, steps=6, threads=1)

@@ -14,10 +14,10 @@ from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectan
 from test_precision import STEADY, UNTIED, distance, losses_of
 
 from megatron.config.schema import OptimConfig, PrecisionConfig
-from megatron.model.size import memory_per_rank
 from megatron.optim.precision import Precision
 from megatron.parallel.spec import spec_of
-from megatron.stages import stages_of
+from megatron.plan.size import memory_per_rank
+from megatron.plan.stages import stages_of
 
 BF16 = PrecisionConfig(bf16=True)
 HALF = PrecisionConfig(bf16=True, grad_reduce_in_bf16=True)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from megatron.config.schema import MemoryConfig, OptimConfig, RunConfig
 from megatron.mesh.mesh import Mesh
-from megatron.model.size import memory_per_rank
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import collectives
 from megatron.parallel.spec import ParamSpec, Part, Shard, describe, spec_of
-from megatron.stages import stages_of
+from megatron.plan.size import memory_per_rank
+from megatron.plan.stages import stages_of
 from megatron.train.run import Run
 
 STEPS = 8

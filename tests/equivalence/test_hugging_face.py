@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from reference import GPT2, LLAMA, Setting, go, micro_batches, start
 
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.save import save
 from megatron.config.saved import to_json
 from megatron.config.schema import OptimConfig
+from megatron.interop.hf_export import export_hf
 
 transformers = pytest.importorskip("transformers")
 STEPS, LR = 4, 3e-3

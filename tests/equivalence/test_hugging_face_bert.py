@@ -6,10 +6,10 @@ import pytest
 import torch
 from reference import BERT, SEQ, Setting, go, micro_batches, start
 
-from megatron.checkpoint.hf import export_hf
 from megatron.checkpoint.save import save
 from megatron.config.saved import to_json
 from megatron.config.schema import OptimConfig
+from megatron.interop.hf_export import export_hf
 
 transformers = pytest.importorskip("transformers")
 STEPS, LR = 5, 3e-3

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import OptimConfig
 from megatron.parallel.spec import spec_of
-from megatron.pipeline.schedule import SCHEDULES, Op, make
-from megatron.pipeline.simulate import Costs, simulate
+from megatron.pipeline.schedules.schedule import SCHEDULES, Op, make
+from megatron.pipeline.schedules.simulate import Costs, simulate
 from megatron.train.evaluate import evaluate
 from megatron.train.run import Run
 

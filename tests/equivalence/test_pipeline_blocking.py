@@ -15,10 +15,10 @@ import torch.distributed as dist
 from ranks import on_ranks
 from reference import LLAMA, Setting, go, micro_batches
 
-from megatron.mesh.launch import Job
-from megatron.mesh.place import Place
-from megatron.pipeline.lower import EARLY
-from megatron.pipeline.schedule import SCHEDULES
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
+from megatron.pipeline.schedules.lower import EARLY
+from megatron.pipeline.schedules.schedule import SCHEDULES
 from megatron.pipeline.transfer import Channels, Receiving
 from megatron.train.run import Run, build
 

@@ -12,8 +12,8 @@ from reference import GPT2, Setting, micro_batches, start
 
 from megatron.pipeline import executor
 from megatron.pipeline.executor import Executor
-from megatron.pipeline.schedule import SCHEDULES, Op
-from megatron.pipeline.simulate import Costs, simulate
+from megatron.pipeline.schedules.schedule import SCHEDULES, Op
+from megatron.pipeline.schedules.simulate import Costs, simulate
 
 LAYERS = 9
 

@@ -12,7 +12,7 @@ from reference import GPT2, Setting, dropping, trajectory
 from test_pipeline import SGD, pipeline_run, same_run
 from toy_schedules import TOYS
 
-from megatron.pipeline import schedule as book
+from megatron.pipeline.schedules import schedule as book
 
 TIED = Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD)
 STEPS = 4

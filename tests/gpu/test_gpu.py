@@ -12,8 +12,8 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA, Setting, dropping, go, trajectory
 
 from megatron.config.schema import PrecisionConfig
-from megatron.mesh.launch import Job
-from megatron.mesh.place import Place
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.parallel.weight_grad import add_product, can_add_products
 from megatron.train.run import build
 

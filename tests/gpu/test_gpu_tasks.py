@@ -8,11 +8,11 @@ import pytest
 import torch
 from evaluated import sentences, trained
 
-from megatron.generate import Sampling, Text, write
+from megatron.cli.program import run_task
+from megatron.inference.generate import Sampling, Text, write
+from megatron.inference.restore import open_pipeline
 from megatron.mesh.mesh import Mesh
-from megatron.restore import open_pipeline
 from megatron.tasks.zeroshot import zero_shot
-from megatron.train.program import run_task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 

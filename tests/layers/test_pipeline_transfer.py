@@ -14,8 +14,8 @@ from ranks import on_ranks
 
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.pipeline.lower import channels_of
-from megatron.pipeline.schedule import looped, v_shaped
+from megatron.pipeline.schedules.lower import channels_of
+from megatron.pipeline.schedules.schedule import looped, v_shaped
 from megatron.pipeline.transfer import Channels
 
 CPU = torch.device("cpu")

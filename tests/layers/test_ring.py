@@ -18,11 +18,11 @@ from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.attention import Masks, causal_attention
-from megatron.model.size import ring_bytes
 from megatron.parallel import ring
 from megatron.parallel.collectives import start_shift
 from megatron.parallel.random import DropoutKeys, head_keys
 from megatron.parallel.ring import RingAttention, blocks_of, chunks_of, share
+from megatron.plan.size import ring_bytes
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -19,10 +19,10 @@ from torch import nn
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch, StagePart
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.mesh.place import Place
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.optim.buffers import flat_buffers

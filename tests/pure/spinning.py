@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.pipeline.lower import Item, Receive, Send, Transfer
-from megatron.pipeline.schedule import Action, Op, Schedule
-from megatron.pipeline.simulate import dependencies
+from megatron.pipeline.schedules.lower import Item, Receive, Send, Transfer
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule
+from megatron.pipeline.schedules.simulate import dependencies
 
 Programs = list[list[Item]]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron.cli.program import pretrain
 from megatron.config.cli import HelpAsked, Parsed, from_json, help_text, parse, to_json, to_toml
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import options, sections, spellings
 from megatron.config.presets import PRESETS
 from megatron.config.schema import MemoryConfig, ModelConfig, PrecisionConfig, RunConfig
-from megatron.train.program import pretrain
 
 BASE = shlex.split(
     "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -129,7 +129,7 @@ def test_two_spellings_that_disagree() -> None:
 
 
 def test_the_process_prints_all_mistakes_fast_and_without_a_traceback(tmp_path: Path) -> None:
-    program = "import sys; from megatron.train.program import pretrain; pretrain(sys.argv[1:], program='p', defaults={})"
+    program = "import sys; from megatron.cli.program import pretrain; pretrain(sys.argv[1:], program='p', defaults={})"
     five = ["--num-layers", "x", "--lr", "y", "--unheard-of", "1", "--num-experts", "3", "--load", str(tmp_path / "gone")]
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", program, *BASE, *five], capture_output=True, text=True, check=False)

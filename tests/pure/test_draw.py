@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron.pipeline.draw import Panel, draw_svg, draw_text
-from megatron.pipeline.schedule import SCHEDULES, make
-from megatron.pipeline.simulate import Costs, simulate, timeline_of
+from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
+from megatron.pipeline.schedules.schedule import SCHEDULES, make
+from megatron.pipeline.schedules.simulate import Costs, simulate, timeline_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 
 from megatron.checkpoint.save import save
+from megatron.cli.dry_run import dry_run, inspect
 from megatron.config.cli import parse, to_json
 from megatron.config.compare import FREE
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter
-from megatron.dryrun import dry_run, flop_costs, inspect, memory_of
 from megatron.mesh.mesh import Mesh
-from megatron.model.size import ring_bytes
-from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
-from megatron.pipeline.simulate import Costs, simulate
-from megatron.stages import StagePlan, stages_of
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
+from megatron.pipeline.schedules.simulate import Costs, simulate
+from megatron.plan.memory import memory_of
+from megatron.plan.size import ring_bytes
+from megatron.plan.stages import StagePlan, stages_of
+from megatron.plan.time import flop_costs
 
 SMALL = shlex.split(
     "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -316,7 +318,7 @@ def test_what_a_loading_run_may_choose_is_made_of_model_fields() -> None:
 
 def test_the_process_needs_no_torch_and_exits_with_2_on_mistakes(data: str) -> None:
     program = (
-        "import sys\nfrom megatron.train.program import pretrain\n"
+        "import sys\nfrom megatron.cli.program import pretrain\n"
         "status = pretrain(sys.argv[1:], program='p', defaults={})\nsys.exit(77 if 'torch' in sys.modules else status)"
     )
     argv = [sys.executable, "-c", program, *SMALL, "--tokenizer-type", "ByteTokenizer", "--data-path", data]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.entry import loading, missing_package, run_main
-from megatron.mesh.errors import JobError
-from megatron.packages import EXTRAS, how_to_install
+from megatron.launch.entry import loading, missing_package, run_main
+from megatron.launch.errors import JobError
+from megatron.launch.packages import EXTRAS, how_to_install
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -40,12 +40,12 @@ def test_nothing_is_imported_before_the_python_is_known_to_fit(name: str) -> Non
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module or "")
-    assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} == {"megatron.entry"}
+    assert {m for m in modules if m.split(".")[0] not in sys.stdlib_module_names} == {"megatron.launch.entry"}
     assert "sys.exit(run_main(" in ast.unparse(module.body[-1])
 
 
 def test_the_first_file_reads_in_old_pythons() -> None:
-    for name in ("__init__", "entry", "packages"):
+    for name in ("__init__", "launch/__init__", "launch/entry", "launch/packages"):
         ast.parse((ROOT / "megatron" / f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 7))
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from spinning import Device, Programs, stuck, unsafe
 
-from megatron.pipeline.lower import Item, Receive, forward_only, lower
-from megatron.pipeline.schedule import SCHEDULES, Action, Schedule, make
+from megatron.pipeline.schedules.lower import Item, Receive, forward_only, lower
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make
 
 RANKS, MICRO_BATCHES = range(2, 9), range(1, 17)
 EVERY = Device(whole=lambda rank, action: True)

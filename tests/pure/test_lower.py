@@ -12,9 +12,9 @@ from functools import cache
 import pytest
 from spinning import counts_before
 
-from megatron.pipeline.lower import Done, Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
-from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, make
-from megatron.pipeline.simulate import Costs, dependencies, simulate
+from megatron.pipeline.schedules.lower import Done, Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
+from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 
 SIZES = list(itertools.product(range(1, 7), range(1, 13)))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.mesh.memory import HostMemory, host_memory, out_of_memory
+from megatron.launch.memory import HostMemory, host_memory, out_of_memory
 
 GIB = 2**30
 

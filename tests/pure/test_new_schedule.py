@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from legal_run import argv, problems
 
-from megatron.pipeline import schedule as book
-from megatron.pipeline.schedule import SCHEDULES, Kind, Schedule, gpipe, looped, one_f_one_b, v_shaped, zero_bubble_h1
+from megatron.pipeline.schedules import schedule as book
+from megatron.pipeline.schedules.schedule import SCHEDULES, Kind, Schedule, gpipe, looped, one_f_one_b, v_shaped, zero_bubble_h1
 
 ROOT = Path(__file__).parents[2]
-BOOK = Path("megatron") / "pipeline" / "schedule.py"
+BOOK = Path("megatron") / "pipeline" / "schedules" / "schedule.py"
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ from megatron.config.cli import parse
 from megatron.config.options import by_name
 from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.config.stage_split import pipeline_chunks
-from megatron.model.flops import head_flops, layer_flops
-from megatron.model.size import Slice
+from megatron.contract import StagePart
 from megatron.pipeline.partition import cut, even_counts, split
-from megatron.pipeline.schedule import SCHEDULES, looped, v_shaped
-from megatron.stages import StagePlan, stages_of
+from megatron.pipeline.schedules.schedule import SCHEDULES, looped, v_shaped
+from megatron.plan.flops import head_flops, layer_flops
+from megatron.plan.stages import StagePlan, stages_of
 
 PLACEMENTS = [looped(ranks, chunks) for ranks in range(1, 6) for chunks in (1, 2, 3)] + [v_shaped(r) for r in range(1, 6)]
 
@@ -128,13 +128,13 @@ def with_vocabulary(config: RunConfig, vocab: int) -> RunConfig:
 
 
 def test_one_rank_has_the_whole_model() -> None:
-    assert plan("", 1) == StagePlan((0,), (Slice(range(2), True, True),), 1)
+    assert plan("", 1) == StagePlan((0,), (StagePart(range(2), True, True),), 1)
     assert plan("", 1).of_rank(0) == (0,)
 
 
 def test_a_plan_has_the_head_at_its_end() -> None:
     found = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2)
-    assert found == StagePlan((0, 1), (Slice(range(3), True, False), Slice(range(3, 6), False, True)), 1)
+    assert found == StagePlan((0, 1), (StagePart(range(3), True, False), StagePart(range(3, 6), False, True)), 1)
     config = parse(argv(SIZES), program="t", files=False).config
     layer, token = layer_flops(config.model, 8), head_flops(config.model, 1)
     heavy = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2, vocab=2 * layer // token)

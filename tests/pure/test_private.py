@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron.files.private import PrivateDirectory
-from megatron.mesh.beats import Process
-from megatron.mesh.slate import SIZE, Slate, forget, left_by
+from megatron.launch.heartbeat import Process
+from megatron.launch.status_file import SIZE, Slate, forget, left_by
 
 
 @pytest.fixture(autouse=True)

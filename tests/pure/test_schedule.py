@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.pipeline.schedule import SCHEDULES, Op, Schedule, looped, make, v_shaped
-from megatron.pipeline.simulate import Costs, simulate, validate
+from megatron.pipeline.schedules.schedule import SCHEDULES, Op, Schedule, looped, make, v_shaped
+from megatron.pipeline.schedules.simulate import Costs, simulate, validate
 
 
 def programs(schedule: Schedule) -> list[str]:

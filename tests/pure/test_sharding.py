@@ -8,9 +8,9 @@ from math import prod
 
 import pytest
 
-from megatron.model.state_size import state_bytes
 from megatron.optim.sharding import owned, rectangles, stretches
 from megatron.parallel.buckets import ALIGN, aligned, buckets
+from megatron.plan.state_size import state_bytes
 
 
 def places(start: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> list[int]:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from megatron.pipeline.schedule import SCHEDULES, Action, Op, Schedule, looped, make
-from megatron.pipeline.simulate import Costs, MeasuredCosts, dependencies, simulate, timeline_of, validate
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, looped, make
+from megatron.pipeline.schedules.simulate import Costs, MeasuredCosts, dependencies, simulate, timeline_of, validate
 
 UNEQUAL = [Costs(1, 1, 1), Costs(1, 2, 0.5), Costs(3, 2, 1.5), Costs(2, 2.5, 2), Costs(0.7, 0.6, 0.1)]
 PROFILED = Costs(18.522, 18.086, 9.337, 0.601)  # milliseconds

@@ -15,7 +15,11 @@ from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
-from megatron.model.flops import (
+from megatron.optim import buffers
+from megatron.parallel import cross_entropy
+from megatron.parallel.embedding import VocabShard
+from megatron.parallel.spec import spec_of
+from megatron.plan.flops import (
     causal_flops_per_token,
     flops_per_iteration,
     flops_per_token,
@@ -24,10 +28,9 @@ from megatron.model.flops import (
     layer_flops,
     stage_flops,
 )
-from megatron.model.size import (
+from megatron.plan.size import (
     CHUNK,
     FEWEST_ROWS,
-    Slice,
     activations_of,
     head_loss_bytes,
     memory_per_rank,
@@ -35,10 +38,6 @@ from megatron.model.size import (
     parameter_list,
     parameters,
 )
-from megatron.optim import buffers
-from megatron.parallel import cross_entropy
-from megatron.parallel.embedding import VocabShard
-from megatron.parallel.spec import spec_of
 
 VOCAB = 127
 PLAIN = ModelConfig(
@@ -124,7 +123,7 @@ def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stages_of_one_rank_together(form: str) -> None:
-    model, first, last = complete(FORMS[form]), Slice(range(1), True, False), Slice(range(1, 3), False, True)
+    model, first, last = complete(FORMS[form]), StagePart(range(1), True, False), StagePart(range(1, 3), False, True)
     sizes = dict(tp=2, seq=8, micro_batch=1, bf16=True)
     both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], in_flight=[3, 1])  # type: ignore[arg-type]
     whole = memory_per_rank(model, VOCAB, **sizes)  # type: ignore[arg-type]
@@ -139,7 +138,7 @@ def test_the_stages_of_one_rank_together(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     model, seq = complete(FORMS[form]), 8
-    parts = [Slice(range(1), True, False), Slice(range(1, 3), False, False), Slice(range(3, 3), False, True)]
+    parts = [StagePart(range(1), True, False), StagePart(range(1, 3), False, False), StagePart(range(3, 3), False, True)]
     flops = [stage_flops(model, VOCAB, seq, part) for part in parts]
     assert sum(f.forward + f.backward + f.weight for f in flops) == flops_per_token(model, VOCAB, seq)
     assert flops[0].forward == layer_flops(model, seq) and flops[1].forward == 2 * layer_flops(model, seq)
@@ -255,7 +254,7 @@ def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> Non
 
 def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
     model, sizes = complete(PLAIN), dict(tp=1, seq=8, micro_batch=1, bf16=True)
-    first, last, memory = Slice(range(1), True, False), Slice(range(1, 3), False, False), MemoryConfig("full", "block")
+    first, last, memory = StagePart(range(1), True, False), StagePart(range(1, 3), False, False), MemoryConfig("full", "block")
     alone = [memory_per_rank(model, VOCAB, **sizes, stages=[s], memory=memory) for s in (first, last)]  # type: ignore[arg-type]
     both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], memory=memory)  # type: ignore[arg-type]
     passing = activations_of(model, VOCAB, 1, 8, 1, True, False, first, 1, memory).passing
@@ -288,7 +287,7 @@ def test_the_chunks_are_those_of_the_loss() -> None:
 def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the allocator's own record of four chunks; the input is there before the record begins."""
     tokens, hidden, held = 4 * FEWEST_ROWS, 256, 2048
-    monkeypatch.setattr("megatron.model.size.CHUNK", 0)
+    monkeypatch.setattr("megatron.plan.size.CHUNK", 0)
     dtype, axis = torch.bfloat16 if bf16 else torch.float32, Axis.alone("tp")
     x, weight = (torch.randn(rows, hidden).to(dtype).requires_grad_() for rows in (tokens, held))
     labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)

@@ -10,7 +10,7 @@ from legal_run import argv, problems
 from megatron.config.cli import parse
 from megatron.config.saved import from_json, to_json
 from megatron.config.stage_split import parse_layout
-from megatron.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, stages_of
 
 PP = "--pipeline-model-parallel-size"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"

@@ -10,9 +10,9 @@ from reference import GPT2, LLAMA
 from serving import VOCAB, Letters, served, tireless
 from writers import build
 
-from megatron.beam import BeamSearch
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, Text, write
+from megatron.inference.beam_search import BeamSearch
+from megatron.inference.generate import Sampling, Text, write
 from megatron.serving.fields import Fields
 from megatron.serving.megatron_api import task_of
 from megatron.serving.words import added_text, width

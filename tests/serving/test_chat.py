@@ -11,7 +11,7 @@ from serving import Letters, served, tireless
 from writers import build
 
 from megatron.data.errors import DataError
-from megatron.generate import Sampling, Text, write
+from megatron.inference.generate import Sampling, Text, write
 from megatron.serving import chat_template
 from megatron.serving.chat_template import ChatFiles, ChatTemplate
 from megatron.serving.fields import RequestError

@@ -16,7 +16,7 @@ import pytest
 from serving import Client, checkpoint, tireless
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, Text, write
+from megatron.inference.generate import Sampling, Text, write
 
 TOOL = Path(__file__).parents[2] / "tools" / "text_generation_server.py"
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from ranks import on_ranks
 
+from megatron.cli.program import run_task
 from megatron.config.resolve import resolve
 from megatron.config.schema import DataConfig, ModelConfig, RunConfig
-from megatron.export import export
-from megatron.pipeline.inference import Pipeline
+from megatron.inference.pipeline import Pipeline
+from megatron.interop.checked_export import export
 from megatron.tasks.tagging import entities, sentences
 from megatron.train.pretraining import sample_flops
-from megatron.train.program import run_task
 
 DEFAULTS = {"batch.micro_batch_size": 8}
 DRY = ("--hidden-dropout", "0", "--attention-dropout", "0")

@@ -11,7 +11,7 @@ from ranks import on_ranks
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling
+from megatron.inference.generate import Sampling
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
 from megatron.tasks.lm_eval import main, written

@@ -14,7 +14,7 @@ import pytest
 from evaluated import Reference, sentences, trained
 from ranks import on_ranks
 
-from megatron.train.program import run_task
+from megatron.cli.program import run_task
 
 ROOT = Path(__file__).parents[2]
 TP_PP = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")

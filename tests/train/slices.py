@@ -15,9 +15,10 @@ import socket
 import sys
 import time
 
+from megatron.cli import program
 from megatron.optim.optimizer import Optimizer
 from megatron.pipeline.executor import Executor
-from megatron.train import pretraining, program, saving
+from megatron.train import pretraining, saving
 from megatron.train.stopping import Stopping
 
 PHASES = {

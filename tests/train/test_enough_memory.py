@@ -9,12 +9,12 @@ import torch
 
 from megatron.config.cli import parse
 from megatron.config.schema import RunConfig
-from megatron.mesh.place import Place
-from megatron.train import enough_memory
-from megatron.train.enough_memory import Room, check_memory, states, total
-from megatron.train.errors import Refused
+from megatron.launch.environment import Place
+from megatron.launch.errors import Refused
+from megatron.mesh.grid import Grid
+from megatron.plan import enough_memory
+from megatron.plan.enough_memory import Room, check_memory, states, total
 from megatron.train.in_job import in_words
-from megatron.train.run import grid_of
 
 GIB = 2**30
 COMMAND = (
@@ -29,7 +29,7 @@ def config_of(flags: str = "", world: int = 1) -> RunConfig:
 
 
 def state(config: RunConfig, world: int, rank: int = 0) -> int:
-    return total(states(config, grid_of(config.layout, world), [rank])[0])
+    return total(states(config, Grid.from_layout(config.layout, world), [rank])[0])
 
 
 @pytest.fixture(autouse=True)

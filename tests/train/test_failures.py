@@ -17,10 +17,10 @@ from types import MappingProxyType
 
 import pytest
 
-from megatron.mesh.beats import Beat, Pace, Patience, Peer, Process, excused
-from megatron.mesh.last_words import is_echo
-from megatron.mesh.place import Place
-from megatron.mesh.watch import LiveWatch
+from megatron.launch.environment import Place
+from megatron.launch.exit_report import is_echo
+from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
+from megatron.launch.watchdog import LiveWatch
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "watched.py"
@@ -289,7 +289,7 @@ class Beaten:
 
 def test_who_comes_second_is_silent(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("megatron.mesh.watch.say", said.append)
+    monkeypatch.setattr("megatron.launch.watchdog.say", said.append)
     monkeypatch.setattr("os._exit", sys.exit)
     watch = LiveWatch(Beaten(), Place(0, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
     with pytest.raises(SystemExit, match="1"):

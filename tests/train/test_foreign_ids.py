@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.cli.program import pretrain
 from megatron.data import matching
 from megatron.data.indexed import IndexedWriter
-from megatron.train.program import pretrain
 
 FLAGS = """--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 16 --max-position-embeddings 16 --lr 1e-3
 --micro-batch-size 1 --global-batch-size 1 --train-iters 2 --eval-iters 0 --split 1,0,0 --tokenizer-type ByteTokenizer"""

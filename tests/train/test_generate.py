@@ -15,13 +15,13 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA
 from writers import POSITIONS, build, save_model
 
-from megatron.checkpoint.hf import export_hf
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, batch_of_rows, device_of, generate
+from megatron.inference.generate import Sampling, batch_of_rows, device_of, generate
+from megatron.inference.restore import open_pipeline
+from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
-from megatron.restore import open_pipeline
 
 TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
 GREEDY = Sampling(temperature=0.0)

@@ -13,13 +13,13 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA
 from writers import POSITIONS, build, save_model
 
-from megatron.beam import Beam, BeamSearch
-from megatron.checkpoint.hf import export_hf
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.generate import Sampling, Text, batch_of_rows, generate, write
+from megatron.inference.beam_search import Beam, BeamSearch
+from megatron.inference.generate import Sampling, Text, batch_of_rows, generate, write
+from megatron.inference.restore import open_pipeline
+from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
-from megatron.restore import open_pipeline
 
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(0.8, 20, 0.9)
 PROMPTS = ([5, 99, 17, 3], [8], [40, 41, 42, 43, 44, 45, 46, 47, 1], [5, 99, 17, 3])

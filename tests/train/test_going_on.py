@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron.mesh.beats import Process
-from megatron.mesh.place import Place
-from megatron.train.going_on import typed_command
+from megatron.cli.program import pretrain
+from megatron.launch.command_line import typed_command
+from megatron.launch.environment import Place
+from megatron.launch.heartbeat import Process
 from megatron.train.lock import FILE, Holder
 from megatron.train.loop import Exit
-from megatron.train.program import pretrain
 
 NOTE = "which is --save as well"
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron.mesh.place import Place, PlaceError, expand_hosts
+from megatron.launch.environment import Place, PlaceError, expand_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "77",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.mesh.beats import Process
+from megatron.launch.errors import Refused
+from megatron.launch.heartbeat import Process
 from megatron.train import lock
-from megatron.train.errors import Refused
 from megatron.train.lock import FILE, Holder, Look, take
 
 OWN = Process.own()

@@ -16,12 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.mesh.errors import JobError
+from megatron.launch.device import Hardware, Means, agree, choose, disagreement, means_of, ranks_of
+from megatron.launch.environment import Place
+from megatron.launch.errors import JobError
+from megatron.launch.job import Guard, job
 from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Guard, job
-from megatron.mesh.means import Hardware, Means, agree, choose, disagreement, means_of, ranks_of
 from megatron.mesh.mesh import Mesh, communicator
-from megatron.mesh.place import Place
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "watched.py"

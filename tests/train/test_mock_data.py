@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron.cli.program import pretrain
 from megatron.config.schema import EvalConfig
 from megatron.train.loop import Exit, validate
-from megatron.train.program import pretrain
 from megatron.train.state import TrainState
 
 TINY = (

@@ -11,10 +11,10 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, Setting, advance, micro_batches, start
 
+from megatron.cli.program import pretrain
 from megatron.config.schema import OptimConfig, PrecisionConfig
 from megatron.train.errors import TrainingError
 from megatron.train.nonfinite import FORWARD, Finding, NonFinite, spans
-from megatron.train.program import pretrain
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 

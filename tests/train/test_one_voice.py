@@ -14,7 +14,7 @@ import pytest
 from megatron.config.cli import parse
 from megatron.config.errors import ConfigError
 from megatron.data.indexed import IndexedWriter, token_dtype
-from megatron.train.going_on import with_torchrun
+from megatron.launch.command_line import with_torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt.py"

@@ -12,8 +12,8 @@ from ranks import on_ranks
 from reference import GPT2, Setting, go, start
 
 from megatron.pipeline.profile import Recorder
-from megatron.pipeline.schedule import Action, Op, make
-from megatron.pipeline.simulate import Costs, dependencies, simulate
+from megatron.pipeline.schedules.schedule import Action, Op, make
+from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 from megatron.train.pipeline_profile import STEPS, ProfiledStep, aligned, measured_costs
 
 # Actions of a millisecond or so, which clocks that were set apart would put out of order.

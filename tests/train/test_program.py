@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron.mesh.beats import Process
+from megatron.cli.program import pretrain
+from megatron.launch.heartbeat import Process
 from megatron.train.lock import Holder
 from megatron.train.loop import Exit
-from megatron.train.program import pretrain
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from texts import pages
 from tokenizers import BertWordPieceTokenizer
 
-from megatron.export import export
+from megatron.cli.program import pretrain
+from megatron.interop.checked_export import export
 from megatron.train.loop import Exit
-from megatron.train.program import pretrain
 
 ROOT = Path(__file__).parents[2]
 KEYS = {

@@ -12,10 +12,10 @@ from ranks import on_ranks
 from reference import LLAMA, Setting, micro_batches
 
 from megatron.checkpoint.layout import CheckpointError
+from megatron.launch.environment import Place
+from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
-from megatron.mesh.launch import Job
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
 from megatron.train.resume import Source, agree
 from megatron.train.run import build
 

@@ -17,7 +17,7 @@ PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import megatron.pipeline.executor as executor
-from megatron.train.program import pretrain
+from megatron.cli.program import pretrain
 plain, seen = executor.Executor._forward, []
 def forward(self, action, x):
     if os.environ["RANK"] == "1" and action.micro_batch == 2:

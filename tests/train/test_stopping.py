@@ -19,11 +19,11 @@ import torch
 from legal_run import argv
 from ranks import on_ranks
 
+from megatron.cli.program import restarted
 from megatron.config.cli import parse
+from megatron.launch.environment import Place
+from megatron.launch.signals import StopSignals
 from megatron.mesh.mesh import Mesh
-from megatron.mesh.place import Place
-from megatron.mesh.signals import StopSignals
-from megatron.train.program import restarted
 from megatron.train.progress import Progress
 from megatron.train.stopping import Request, Stopping
 

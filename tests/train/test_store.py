@@ -9,10 +9,10 @@ from datetime import timedelta
 
 import pytest
 
-from megatron.mesh import store
-from megatron.mesh.errors import JobError
-from megatron.mesh.place import Place
-from megatron.mesh.store import connect
+from megatron.launch import store
+from megatron.launch.environment import Place
+from megatron.launch.errors import JobError
+from megatron.launch.store import connect
 
 HOST = os.uname().nodename
 SHORT = timedelta(seconds=1.0)

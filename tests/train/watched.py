@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.mesh.beats import Patience
-from megatron.mesh.launch import job
-from megatron.mesh.means import Hardware
-from megatron.mesh.place import Place
+from megatron.launch.device import Hardware
+from megatron.launch.environment import Place
+from megatron.launch.heartbeat import Patience
+from megatron.launch.job import job
 
 # Small limits; what is tested is which one counts, and that nothing else takes long.
 QUICK = Patience(period=0.2, silent=3.0, hang=5.0, settle=2.0)

@@ -1,0 +1,25 @@
+"""The model that a checkpoint holds, as its own config.json says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.checkpoint.layout import CONFIG, CheckpointError, read_config, read_manifest
+from megatron.config.errors import ConfigError
+from megatron.config.saved import from_json
+from megatron.config.schema import ModelConfig
+
+
+def model_config(directory: Path) -> ModelConfig:
+    """The architecture that a checkpoint was saved with. CheckpointError when its config.json does not say."""
+    saved = read_config(directory)
+    try:
+        model = from_json({"model": saved["model"]}).model
+    except KeyError as error:
+        raise CheckpointError(f"{directory / CONFIG}: it has no section {error}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    # Tables of the tensors are made from this number, and every layer has one at least.
+    if model.num_layers is not None and model.num_layers > 10 * (have := len(read_manifest(directory).tensors)):
+        raise CheckpointError(f"{directory / CONFIG}: it asks for {model.num_layers:,} layers, and there are {have} tensors")
+    return model

@@ -1,0 +1,183 @@
+"""What a run would do, without doing it: `--dry-run` prints it for any number of ranks, in one CPU process.
+
+Opens the tokenizer, the datasets and the checkpoint that the run names. Imports torch only to look at a checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron.config.batch_size import ramp_sizes
+from megatron.config.cli import Parsed, explain
+from megatron.config.compare import different_model
+from megatron.config.directories import traces
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.options import by_name, say
+from megatron.config.rules import TOKENIZER_FILES, prefixes
+from megatron.config.saved import from_json, to_toml
+from megatron.config.schedule_rules import uneven_ahead
+from megatron.config.schema import RunConfig
+from megatron.data.errors import DataError
+from megatron.data.indexed import IndexedDataset
+from megatron.data.matching import check_tokenizer, chosen_for_data
+from megatron.data.mock import MADE_UP
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.mesh.grid import Grid
+from megatron.pipeline.schedules.schedule import DEFAULT, make
+from megatron.plan import size
+from megatron.plan.stages import stages_of
+from megatron.plan.tables import batch_table, memory_table, schedule_table, stage_table
+
+GPT2_VOCABULARY = 50257
+
+Look = Callable[[Parsed], tuple[RunConfig, list[str]]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies on the disk: the size of the vocabulary and where it comes from; a line per dataset and checkpoint."""
+
+    vocabulary: int
+    source: str
+    lines: tuple[str, ...]
+
+
+def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
+    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
+
+    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.look`.
+    """
+    config = parsed.config
+    try:
+        if look is None:
+            found = inspect(config, parsed.world_size)
+        else:
+            config, told = look(parsed)
+            found = Found(config.model.size("vocab_size"), "the checkpoint's", tuple(told))
+    except ConfigError as error:
+        explain(error, program)
+    lines = [f"note: {note}" for note in parsed.notes]
+    again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
+    lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
+    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
+    return 0
+
+
+def inspect(config: RunConfig, world_size: int = 1) -> Found:
+    """Open everything that the run reads. ConfigError with all that is wrong."""
+    problems: list[Problem] = []
+    lines: list[str] = []
+    tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
+    kind = config.tokenizer.tokenizer_type
+    missing = [by_name()[n].flag for n in TOKENIZER_FILES.get(kind or "", ()) if getattr(config.tokenizer, n[10:]) is None]
+    if not missing:
+        try:
+            tokenizer = build_tokenizer(config.tokenizer)
+            count, source = tokenizer.vocab_size, str(kind)
+        except DataError as error:
+            problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"cannot be opened: {error}"))
+    elif kind == "GPT2BPETokenizer":
+        lines.append(f"a run also needs {' and '.join(missing)}")
+    else:
+        problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
+    lines += _datasets(config, tokenizer, problems)
+    if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
+        lines += _checkpoint(config, world_size, problems)
+    else:
+        problems += uneven_ahead(config, world_size, 0)
+    if problems:
+        raise ConfigError(problems)
+    return Found(count, source, tuple(lines))
+
+
+def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:
+    lines = []
+    if tokenizer is not None:
+        with suppress(DataError):  # said of the dataset below
+            lines += chosen_for_data(config.data, config.tokenizer, tokenizer)[1]
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for prefix in prefixes(getattr(config.data, name)) or ():
+            try:
+                dataset = IndexedDataset(prefix)
+                if tokenizer is not None:
+                    check_tokenizer(dataset, tokenizer)
+                lines.append(f"dataset {dataset.prefix}: {dataset.document_count:,} documents, {dataset.token_count:,} tokens")
+            except DataError as error:
+                problems.append(Problem(say(f"data.{name}", (prefix,)), f"cannot be opened: {error}"))
+    if config.data.mock_data:
+        return [MADE_UP]
+    return lines or ["a run also needs --data-path"]
+
+
+def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
+    from megatron.checkpoint.layout import CheckpointError, read_config
+    from megatron.train.resume import find_source, weights_alone
+    from megatron.train.resumed_schedule import check_schedule
+    from megatron.train.save_directory import check_save
+
+    what = say("checkpoint.load", config.checkpoint.load)
+    try:
+        source = find_source(replace(config.checkpoint, auto_resume=False))
+        lines = check_save(source, config)
+        if not config.checkpoint.auto_resume:
+            problems += uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0)
+        if source.directory is None:
+            return [*source.lines[:-1], *lines]
+        if not config.checkpoint.auto_resume:
+            check_schedule(source, config)
+        held = from_json(read_config(source.directory)).model
+        problems.extend(weights_alone(source))
+    except CheckpointError as error:
+        problems.append(Problem(what, f"cannot be loaded: {error}"))
+        return []
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return []
+    problems.extend(different_model(held, config.model, str(source.directory)))
+    return [*source.lines[:-1], *lines, f"checkpoint {source.directory}: complete"]
+
+
+def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
+    """The lines of a dry run that follow the configuration."""
+    config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
+    layout = config.layout
+    grid = Grid.from_layout(layout, world)
+    yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
+    yield from found.lines
+    padded = size.padded_vocabulary(config.model, found.vocabulary, grid.tp)
+    yield f"vocabulary: {found.vocabulary} → {padded}, {padded - found.vocabulary} padding rows ({found.source})"
+    yield ""
+    plan = stages_of(config)
+    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
+    schedule = make(layout.pipeline_schedule or DEFAULT, grid.pp, micro_batches, plan.chunks)
+    yield from stage_table(config, grid, plan)
+    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
+        return
+    yield ""
+    yield from memory_table(config, grid, plan, schedule)
+    yield ""
+    yield from batch_table(config, grid, micro_batches)
+    yield ""
+    yield from schedule_table(config, plan, schedule)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+

@@ -1,0 +1,181 @@
+"""What an entry script does: from a command line to an exit status.
+
+A command is read, checked and explained before torch is even imported, so a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron.cli.dry_run import dry_run
+from megatron.config.cli import HelpAsked, Parsed, explain, parse
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.schema import CheckpointConfig
+from megatron.files.side import forgiving_streams, piped_streams
+from megatron.launch.command_line import typed_command, with_torchrun
+from megatron.launch.environment import Place, PlaceError
+from megatron.launch.exit_report import leave_to_first, say, tell_launcher
+from megatron.launch.signals import StopSignals
+from megatron.train.going_on import CtrlC, how_to_go_on
+from megatron.train.progress import STOPPED, EarlyStop, Progress
+
+ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
+
+
+def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
+    """Run a pretraining command; returns the exit status of the contract: 0, 1, 2 or 75.
+
+    defaults: the program's own, `section.field` -> value. SystemExit with status 2 for a wrong configuration.
+    """
+    with forgiving_streams():
+        return _carry_out(argv, program, defaults, task=False)
+
+
+def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
+    """Run a command of tasks/main.py; otherwise as `pretrain`."""
+    with forgiving_streams():
+        return _carry_out(argv, program, defaults, task=True)
+
+
+def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:
+    began = time.monotonic()
+    try:
+        place = Place.of(os.environ)
+    except PlaceError as error:
+        problem = Problem("what the launcher says of this process", f"cannot be: {error}")
+        explain(ConfigError([problem]), program, 0 if error.own else None)
+    early = EarlyStop(place.rank)
+    early.reading = place.rank > 0 and place.job is not None
+    ctrl_c = CtrlC(place)
+    signals = StopSignals(early.at_once, ctrl_c)
+    signals.install()
+    try:
+        try:
+            parsed = read(argv, place, program, defaults, task)
+        except HelpAsked as answer:
+            with piped_streams():
+                if place.rank == 0:
+                    sys.stdout.write(str(answer))
+            return 0
+        except ConfigError as error:
+            signals.close()
+            return refused(error, place, program, argv)
+        early.reading = False
+        if parsed.dry_run:
+            with piped_streams():
+                return planned(parsed, program, task) if place.rank == 0 else 0
+        ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, place)
+        early.again = how_to_go_on(ctrl_c.command, ctrl_c.checkpoint)
+        again = restarted(parsed, place)
+        if again is None:
+            if place.rank == 0:
+                sys.stdout.write("this job was stopped on request before torchrun started it again: nothing is done\n")
+            return STOPPED
+        parsed = again
+        early.progress = Progress(None if parsed.config.eval.skip_train else parsed.config.checkpoint.save)
+        if task:
+            from megatron.tasks.program import start
+        else:
+            from megatron.train.pretraining import start
+        return start(parsed, place, began, signals, early)
+    finally:
+        signals.close(ignore=place.world_size > 1)
+
+
+def planned(parsed: Parsed, program: str, task: bool) -> int:
+    """A dry run; of a task it reads what that names."""
+    if not task:
+        return dry_run(parsed, program)
+    from megatron.tasks.program import look
+
+    return dry_run(parsed, program, look)
+
+
+def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
+    """The command, checked. ConfigError where it is wrong, SystemExit where it cannot be read."""
+    try:
+        parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config, task=task)
+    except (ConfigError, HelpAsked):
+        raise
+    except Exception as error:
+        where = f"rank {place.rank} on host {os.uname().nodename}, reading the command"
+        line = f"error: {where}: {type(error).__name__}: {error}\n"
+        tell_launcher(line)
+        say(traceback.format_exc() + line)
+        sys.exit(1)
+    return parsed
+
+
+def refused(error: ConfigError, place: Place, program: str, argv: Sequence[str]) -> int:
+    """Say what is wrong with the command, once for all ranks; the exit status.
+
+    The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
+    the job to tell it, which ends all; where the first rank does not come, it has found the same.
+    """
+    if place.rank and error.on_disk:
+        from megatron.train.in_job import refuse_on_all
+
+        if refuse_on_all(error, place, ALONE_MINUTES) or place.local_rank:
+            return 2
+    elif place.rank:
+        leave_to_first(place)
+    else:
+        first, *more = error.problems
+        tell_launcher(f"error: {first}" + (f" (and {len(more)} more, listed above)" if more else ""))
+    ranks = next((problem.ranks for problem in error.problems if problem.ranks), 0)
+    advice = []
+    if ranks and place.source == "python" and "--dry-run" not in argv:
+        advice = [f"start {ranks} processes: {shlex.join(with_torchrun(ranks, program, argv))}"]
+    explain(error, program, 0 if error.on_disk else place.rank, advice)
+
+
+def restarted(parsed: Parsed, place: Place) -> Parsed | None:
+    """The command that torchrun repeats after a failure: it goes on from what an earlier attempt of this job has saved.
+
+    Where none has saved anything it stays as it was given. None when the attempt before was stopped on request.
+    """
+    checkpoint = parsed.config.checkpoint
+    if not place.attempt or checkpoint.save is None:
+        return parsed
+    progress = Progress(checkpoint.save)
+    ours = progress.job == place.job
+    if ours and progress.stopped:
+        return None
+    if checkpoint.auto_resume:
+        return parsed
+    line = f"restart {place.attempt} by torchrun: "
+    from megatron.train.pretraining import announced_in
+
+    if ours and announced_in(checkpoint.save) != progress.tracker:
+        line += "going on from the newest checkpoint of --save, as with --auto-resume"
+        checkpoint = replace(checkpoint, auto_resume=True, overwrite=False)
+        parsed = replace(parsed, config=replace(parsed.config, checkpoint=checkpoint))
+    else:
+        line += "this job has saved nothing yet, so the command is carried out as before"
+    return replace(parsed, notes=(*parsed.notes, line))
+
+
+def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
+    """The configuration saved with the checkpoint to load, for --use-checkpoint-args. Its tokenizer is the checkpoint's own."""
+    from megatron.checkpoint.layout import TOKENIZER, CheckpointError, read_config
+    from megatron.data.errors import DataError
+    from megatron.data.tokenizer import saved_settings
+    from megatron.data.tokenizer_base import SAVED
+    from megatron.train.resume import find_source
+
+    try:
+        directory = find_source(checkpoint).directory
+        if directory is None:
+            raise CheckpointError("there is none to start from")
+        folder = directory / TOKENIZER
+        own = asdict(saved_settings(folder)) if os.path.lexists(folder / SAVED) else {}
+        return {**read_config(directory), "tokenizer": own}
+    except (CheckpointError, DataError) as error:
+        raise ConfigError([Problem("`--use-checkpoint-args`", f"finds no configuration: {error}")]) from error

@@ -1,0 +1,1 @@
+"""A trained model at work: opened from a checkpoint, predicting, generating."""

@@ -1,0 +1,105 @@
+"""Beam search: the most probable whole continuations, several at a time, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron.inference.generate import Predictor, allowed, batch_of_rows, check_prompt, room_after
+from megatron.model.attention import Cache
+
+WIDEST = 1000
+HARDEST = 50  # penalty: a power of the length that a float still holds
+
+
+@dataclass(frozen=True)
+class Beam:
+    """One continuation of a prompt.
+
+    tokens: the written ones, with the one that ended it. score: their summed log-probability, divided by their number to the
+    power of the length penalty. end: "stop" or "length".
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    end: str
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """How to search.
+
+    width: continuations that are followed at once. length_penalty: 0 favours short texts, above 1 long ones; 1 is the mean
+    log-probability of a token. stop: the token that ends a text. ValueError for values that make no sense.
+    """
+
+    width: int
+    length_penalty: float = 1.0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.width <= WIDEST:
+            raise ValueError(f"--beam-width {self.width} is no width; legal: 1 to {WIDEST}")
+        if not abs(self.length_penalty) <= HARDEST:
+            raise ValueError(f"--length-penalty {self.length_penalty} is none; legal: -{HARDEST} to {HARDEST}")
+
+    def score(self, log_prob: float, length: int) -> float:
+        return log_prob / float(length**self.length_penalty)
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: Predictor,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        banned: Callable[[int], Sequence[int]] = lambda last: (),
+        use_cache: bool = True,
+    ) -> Iterator[list[Beam]]:
+        """Yields after every token the finished continuations so far, best first; the last time `width` of them.
+
+        Of the 2 x width most probable continuations by a token, those among the first `width` that end are finished, and the
+        best `width` that do not end are followed. It is over when the best one followed, scored at its present length, is no
+        better than the worst of `width` finished ones; with positive penalties that is the rule of `early_stopping=False` in
+        transformers. banned: tokens that must not follow a token. On several ranks all call this, and all get the same.
+        ValueError for a prompt that cannot be continued.
+        """
+        check_prompt(model, prompt)
+        vocabulary = model.config.size("vocab_size")
+        if 2 * self.width > vocabulary:
+            raise ValueError(f"--beam-width {self.width} is too wide for a vocabulary of {vocabulary}: at most half of it")
+        room = room_after(model, prompt)
+        limit = max_new_tokens if room is None else min(max_new_tokens, room)
+        model.eval()
+        cache = Cache() if use_cache else None
+        followed: list[tuple[int, ...]] = [()]
+        sums = torch.zeros(1)
+        finished: list[Beam] = []
+        for length in range(1, limit + 1):
+            seen = cache.length if cache is not None else 0
+            rows = [[*prompt, *tokens][seen:] for tokens in followed]
+            logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
+            if cache is not None:
+                cache.length = seen + len(rows[0])
+            logits = torch.stack([allowed(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
+            totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()
+            best, places = totals.topk(2 * self.width)
+            going: list[tuple[int, tuple[int, ...], float]] = []
+            for rank, (total, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
+                row, token = divmod(place, vocabulary)
+                tokens = (*followed[row], token)
+                if token != self.stop and length < limit:
+                    going.append((row, tokens, total))
+                elif rank < self.width:
+                    finished.append(Beam(tokens, self.score(total, length), "stop" if token == self.stop else "length"))
+            finished = sorted(finished, key=lambda beam: -beam.score)[: self.width]
+            yield finished
+            going = going[: self.width]
+            full = len(finished) == self.width
+            if not going or (full and self.score(going[0][2], length) <= finished[-1].score):
+                return
+            followed, sums = [tokens for _, tokens, _ in going], torch.tensor([total for *_, total in going])
+            if cache is not None:
+                cache.select([row for row, *_ in going])

@@ -1,0 +1,85 @@
+"""The flags of tools that open a trained model, in one process or cut over several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import TypeVar
+
+import torch
+
+from megatron.config.tool_parser import some_name
+from megatron.inference.generate import device_of
+from megatron.launch.command_line import with_torchrun
+from megatron.launch.entry import speaks
+from megatron.launch.environment import Place
+from megatron.launch.exit_report import leave_to_first, tell_launcher
+from megatron.mesh.grid import Grid
+
+T = TypeVar("T")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint, on which device, over how many processes."""
+    parser.add_argument("--load", type=some_name, required=True, help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
+    for axis, what in (("tensor", "each layer"), ("pipeline", "the depth")):
+        parser.add_argument(
+            f"--{axis}-model-parallel-size", type=int, default=1, help=f"processes that share {what} (default 1)"
+        )
+
+
+def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
+    """Return `parse(argv)`, an argparse method, of which only the first of several processes prints help and mistakes."""
+    if speaks():
+        return parse(argv)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            return parse(argv)
+    except SystemExit:
+        leave_to_first(Place(job=os.environ.get("TORCHELASTIC_RUN_ID")))
+        raise
+
+
+def refuse(error: Exception, place: Place) -> int:
+    """Say once for all ranks what cannot be done; the exit status. On other hosts the first rank says it too, a little later.
+
+    Args:
+        error: what was found before the ranks have met.
+        place: of this process.
+    """
+    if place.rank == 0:
+        tell_launcher(f"error: {error}")
+    else:
+        leave_to_first(place)  # and torchrun ends this process meanwhile
+    if place.local_rank == 0 or getattr(error, "own", False):
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def layout_of(args: argparse.Namespace, place: Place) -> tuple[Grid, torch.device]:
+    """How the model is cut, and the device of a process that is alone; of several each has its own, see `Job`.
+
+    ValueError for sizes whose product is not the number of processes, and for a device that is not there.
+    """
+    grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
+    if args.device is not None and place.world_size > 1:
+        raise ValueError(f"--device {args.device} is for one process; several each take the device of their own number")
+    device = device_of(args.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
+    if min(grid.shape) < 1:
+        raise ValueError(f"{sizes}; legal: 1 and above")
+    if grid.world_size != place.world_size:
+        command = with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
+        words = f": {shlex.join(command)}" if place.source == "python" else ""
+        raise ValueError(
+            f"{sizes} needs as many processes; there are {place.world_size}: "
+            f"start with torchrun --nproc_per_node {grid.world_size}{words}"
+        )
+    return grid, device

@@ -1,0 +1,138 @@
+"""A trained model from its checkpoint, whatever layout saved it: what export and generation start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, find, read_manifest
+from megatron.checkpoint.load import load
+from megatron.checkpoint.model_config import model_config
+from megatron.checkpoint.storage import TORCH_DTYPES
+from megatron.checkpoint.tokenizer import open_tokenizer
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer
+from megatron.inference.pipeline import Pipeline
+from megatron.mesh.mesh import Mesh
+from megatron.model.build import build_stages
+from megatron.model.gpt import GPT
+from megatron.pipeline.transfer import Channels
+from megatron.plan.size import parameters
+from megatron.plan.stages import stages_of
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Opened(Generic[Model]):
+    """model: in evaluation mode. tokenizer: the one it was trained with; None when the checkpoint holds none.
+
+    directory: the iter_ directory that all of it came from.
+    """
+
+    model: Model
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    iteration: int
+    directory: Path
+
+
+
+
+def open_model(
+    checkpoint: Path | str,
+    *,
+    iteration: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Opened[GPT]:
+    """Read a whole model into this process, from a directory of checkpoints or from one iter_ directory.
+
+    iteration: default the latest. dtype: default that of the saved embedding. CheckpointError or DataError says what is
+    not there or damaged.
+    """
+    mesh = Mesh.single()
+    directory, manifest, config = _find(checkpoint, iteration)
+    stages = _stages(directory, manifest, config, mesh, device, dtype)[1]
+    load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
+    return Opened(stages[0].eval(), config, open_tokenizer(directory), manifest.iteration, directory)
+
+
+def open_pipeline(
+    checkpoint: Path | str,
+    mesh: Mesh,
+    *,
+    iteration: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Opened[Pipeline]:
+    """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; like `open_model`. Collective."""
+    directory, manifest, config = _find(checkpoint, iteration)
+    placement, stages = _stages(directory, manifest, config, mesh, device, dtype)
+    load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
+    model = Pipeline(config, stages, placement, Channels(mesh.pp, mesh.pp_back, torch.device(device)))
+    model.eval()
+    return Opened(model, config, open_tokenizer(directory), manifest.iteration, directory)
+
+
+def text_tokenizer(opened: Opened[Pipeline]) -> Tokenizer:
+    """The tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
+    if opened.config.architecture != "gpt":
+        raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
+    if opened.tokenizer is None:
+        raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run")
+    return opened.tokenizer
+
+
+def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest, ModelConfig]:
+    directory = find(Path(checkpoint), iteration)
+    return directory, read_manifest(directory), model_config(directory)
+
+
+def _stages(
+    directory: Path, manifest: Manifest, config: ModelConfig, mesh: Mesh, device: torch.device | str, dtype: torch.dtype | None
+) -> tuple[tuple[int, ...], dict[int, GPT]]:
+    """Where every stage lies, and this rank's, empty."""
+    word = manifest.tensors.get("model.embedding.word.weight")
+    if word is None:
+        raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
+    _not_far_larger(directory, manifest, config)
+    layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size)
+    try:
+        plan = stages_of(RunConfig(model=config, layout=layout))
+        stages = build_stages(
+            config,
+            plan.placement,
+            plan.parts,
+            mesh.tp,
+            mesh.pp.rank,
+            dtype=dtype or TORCH_DTYPES[word.dtype],
+            device=device,
+        )
+    except ValueError as error:
+        cut = f" that can be cut for tensor parallel {mesh.tp.size} x pipeline parallel {mesh.pp.size}"
+        what = "no model" + (cut if mesh.world.size > 1 else "")
+        raise CheckpointError(f"{directory}: its config.json describes {what}: {error}") from error
+    return plan.placement, stages
+
+
+def _not_far_larger(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """CheckpointError for a configuration of a model of another order of size, before memory is taken for it.
+
+    A smaller difference is found when the weights are loaded, and then said tensor by tensor.
+    """
+    held = sum(prod(t.shape) for n, t in manifest.tensors.items() if n.startswith("model."))
+    try:
+        asked = parameters(config, config.size("vocab_size"))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its {CONFIG} describes no model: {error}") from error
+    if asked > 2 * held:
+        raise CheckpointError(
+            f"{directory}: its {CONFIG} describes a model of {asked:,} parameters, of which {held:,} are here"
+        )

@@ -1,0 +1,197 @@
+"""A checkpoint as a Hugging Face directory that proves itself: it appears under its name only once transformers has opened it
+and computed the same logits as this framework."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.checkpoint.layout import find
+from megatron.checkpoint.model_config import model_config
+from megatron.checkpoint.side_files import in_checkpoint, token_ids
+from megatron.checkpoint.tokenizer import open_tokenizer
+from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.schema import ModelConfig
+from megatron.data.hugging_face import ROLES, read_object
+from megatron.data.special_tokens import in_words
+from megatron.data.tokenizer import NullTokenizer, Tokenizer
+from megatron.files.outputs import check_replaceable
+from megatron.files.pending import PendingDirectory
+from megatron.files.regular import read_json
+from megatron.inference.restore import open_model
+from megatron.interop import side_files as kept
+from megatron.interop.compare_logits import LogitsError, NoTransformersError, agree, import_transformers, open_theirs
+from megatron.interop.hf_config import CONFIG_READERS, model_settings
+from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_families import rounded
+from megatron.interop.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
+from megatron.launch.packages import how_to_install
+
+# What config.json must say, beside what the logits show.
+SETTINGS = (
+    "vocab_size",
+    "max_position_embeddings",
+    "layernorm_epsilon",
+    "hidden_dropout",
+    "attention_dropout",
+    "init_method_std",
+    "untie_embeddings_and_output_weights",
+)
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning, 1 + 1 was 2; isn't it still?",
+    "def f(x):\n    return x ** 2\n",
+)
+
+
+class ExportError(Exception):
+    """The export was written and does not hold what it should, or could not be tried."""
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    *,
+    iteration: int | None = None,
+    dtype: torch.dtype | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write `output` from a checkpoint of any layout; returns the iter_ directory it was made from.
+
+    dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
+    models on fixed prompts, of a BERT with padding, and those of its binary head too; then again with random weights in both.
+    overwrite: replace an earlier export.
+    BadOutput for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
+    fails, and then what was written is `output` with `.failed` behind its name.
+    """
+    directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))
+    output = check_replaceable("--output", output, [directory], overwrite=overwrite)
+    failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
+    if verify:
+        try:
+            import_transformers()
+        except NoTransformersError as error:
+            raise ExportError(
+                f"{error}, so the export cannot be verified: {how_to_install('transformers')}, or pass --no-verify"
+            ) from error
+    with PendingDirectory(output, "export_hf") as pending:
+        temporary = pending.temporary
+        tokenizer = open_tokenizer(directory)
+        imported = in_checkpoint(directory)
+        files = kept.with_chosen_end(imported, tokenizer)
+        say(f"writing {directory} as a Hugging Face directory")
+        ids = token_ids(files)
+        special = _token_ids(tokenizer) if ids is None else ids
+        written = export_hf(directory, temporary, dtype, special=special, generation=kept.old_settings(files))
+        config = model_config(directory)
+        if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
+            say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
+        kept.write(files, temporary)
+        if tokenizer is None or isinstance(tokenizer, NullTokenizer):
+            what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
+            say(f"no tokenizer files: {what}")
+            tokenizer = None
+        elif kept.has_tokenizer(files):
+            say("tokenizer files and generation settings as they were imported")
+            if files != imported and tokenizer is not None:
+                say(f"but for the end of a text, which is also {in_words(tokenizer, tokenizer.eod)}, chosen by --eod-token")
+            if verify:
+                _same_tokenizer(temporary, tokenizer)
+        else:
+            segments = config.architecture == "bert" and config.bert_binary_head
+            tokenizer.hf_files(temporary, config.size("max_position_embeddings"), segments=segments)
+        if verify:
+            try:
+                difference, positions = prove(directory, temporary, tokenizer, written)
+            except ExportError as error:
+                pending.commit(failed)
+                raise ExportError(f"{error}. What was written is {failed}") from error
+            say(f"transformers opens it; logits differ by at most {difference:.2e} (fp32, {positions} positions)")
+        else:
+            say("not verified (--no-verify)")
+        pending.commit()
+    return directory
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """What config.json says of special tokens where nothing else does."""
+    special = dict(tokenizer.special) if tokenizer else {}
+    ids = {"bos": special.get("bos", special.get("eod")), "eos": special.get("eod"), "pad": special.get("pad")}
+    return {f"{role}_token_id": number for role, number in ids.items()}
+
+
+def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
+    """Compare transformers' tokenizer of the exported directory with the checkpoint's. ExportError when they differ.
+
+    A family may stand under another name than at its source, and transformers then read the same files in another way. So
+    where they differ the checkpoint's own tokenizer.json is written, under the class that takes it as it is.
+    """
+    for last in (False, True):
+        try:
+            why = disagreement(tokenizer, auto_tokenizer(exported))
+        except TokenizerError as error:
+            why = str(error)
+        if why is None:
+            return
+        if last:
+            raise ExportError(f"the tokenizers disagree: {why}")
+        tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
+        path = exported / "tokenizer_config.json"
+        about = read_object(path)
+        roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
+        about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> tuple[float, int]:
+    """Open `exported` with transformers and compare it with the checkpoint; the largest difference of logits, the positions.
+
+    Both models compute in fp32 from the weights in the type that was written. ExportError when the directory does not open
+    cleanly, when its settings or the tokenizers disagree, or when the logits do.
+    """
+    try:
+        transformers = import_transformers()
+        about = read_json(exported / "config.json")
+        theirs, info = open_theirs(exported, about["architectures"][0])
+        words = None
+        if tokenizer is not None:
+            words = transformers.AutoTokenizer.from_pretrained(str(exported), local_files_only=True)
+    except LogitsError as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:  # whatever transformers trips over is what the user must hear
+        raise ExportError(f"transformers cannot open it: {type(error).__name__}: {error}") from error
+    if unexpected := info["unexpected_keys"]:
+        raise ExportError(f"transformers finds unexpected keys: {', '.join(map(str, sorted(unexpected)[:20]))}")
+    ours = open_model(directory, dtype=torch.float32)
+    _same_settings(ours.config, about)
+    weights = {shard.name: shard.data for shard in ModuleWeights(ours.model).shards()}
+    for name, value in rounded(weights, ours.config, written).items():
+        weights[name].copy_(value)
+    prompts = []
+    for text in PROMPTS:
+        if tokenizer is None or words is None:
+            continue
+        ids = tokenizer.tokenize(text)
+        if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
+            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
+        within = [number for number in ids if number < ours.config.size("vocab_size")]  # there may be fewer rows than tokens
+        prompts.append(within[: ours.config.size("max_position_embeddings")])
+    try:
+        found = agree(ours.model, theirs, prompts)
+    except LogitsError as error:
+        raise ExportError(str(error)) from error
+    return found.largest, found.positions
+
+
+def _same_settings(config: ModelConfig, about: Mapping[str, Any]) -> None:
+    """ExportError when config.json does not say what the logits cannot show: what training needs, and the vocabulary."""
+    back = model_settings(about, CONFIG_READERS[about["model_type"]])
+    for name in SETTINGS:
+        if getattr(back, name) != getattr(config, name) and (name, about["model_type"]) != ("hidden_dropout", "llama"):
+            raise ExportError(f"config.json says {name} {getattr(back, name)}, the checkpoint {getattr(config, name)}")

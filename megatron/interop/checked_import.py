@@ -1,0 +1,108 @@
+"""Weights from elsewhere as a checkpoint of ours: compared with the model that they are for, written with the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import Tensor
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.side_files import assets
+from megatron.config.ranges import out_of_range
+from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
+from megatron.data.errors import DataError
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.interop.whole_tensors import refuse_taken, write_weights
+from megatron.mesh.mesh import Axis
+from megatron.model.build import build_stages
+from megatron.parallel.spec import spec_of
+from megatron.plan.stages import stages_of
+
+NOTHING: Mapping[str, bytes] = MappingProxyType({})
+
+
+def store(
+    root: Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
+    iteration: int = 0,
+    kept: Mapping[str, bytes] = NOTHING,
+) -> Path:
+    """Write the checkpoint `root/iter_<iteration>`, weights only; returns it.
+
+    Args:
+        root: directory of checkpoints.
+        config: resolved.
+        weights: under our global names, whole.
+        tokenizer: is kept with the weights.
+        iteration: of the checkpoint.
+        kept: files of the Hugging Face directory that the weights come from, see megatron/interop/side_files.py.
+
+    Raises:
+        CheckpointError: when the weights are not exactly the model's, and when `root` holds other checkpoints.
+    """
+    refuse_taken(root, iteration)
+    compare(config, weights)
+    run = RunConfig(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
+    return write_weights(root, iteration, run, weights, assets(tokenizer, kept))
+
+
+def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """What to say where a model has not one row for each token of its tokenizer; None where it has."""
+    rows, tokens = config.size("vocab_size"), tokenizer.vocab_size
+    if rows == tokens:
+        return None
+    way = f"to train on with this tokenizer, import with --vocab-size {tokens}"
+    if tokens < rows:
+        return f"the tokenizer has {tokens} tokens, the model {rows}; {way}"
+    names = ", ".join(repr(tokenizer.piece(number)) for number in range(rows, min(tokens, rows + 5)))
+    more = ", ..." if tokens > rows + 5 else ""
+    return (
+        f"the tokenizer has {tokens} tokens, the model {rows}: there is no row for {names}{more}, and a text with such a token "
+        f"is refused; {way}, which makes new rows"
+    )
+
+
+def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """CheckpointError when names or shapes of the weights are not those of a model with this configuration, and when there
+    can be no such model."""
+    there = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    if config.num_layers != there:  # before anything is made for every layer
+        raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")
+    try:
+        if config.kv_channels is None:
+            raise ValueError(f"{config.num_attention_heads} attention heads do not divide the width {config.hidden_size}")
+        if problems := [problem for _, problem in out_of_range(RunConfig(model=config))]:
+            raise ValueError("; ".join(map(str, problems)))
+        plan = stages_of(RunConfig(model=config))
+        stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"its settings describe no model: {error}") from error
+    wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}
+    wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]
+    wrong += [f"{name} has no place" for name in sorted(weights.keys() - wanted.keys())]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in weights and tuple(weights[name].shape) != tuple(shape)
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise CheckpointError(f"the weights are not those of a model with its settings: {'; '.join(wrong[:5])}{more}")
+
+
+def chosen_tokenizer(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
+
+    DataError as `build_tokenizer`, and for a file without a --tokenizer-type.
+    """
+    if given.tokenizer_type is None:
+        if given != replace(TokenizerConfig(), vocab_size=given.vocab_size):
+            raise DataError("the tokenizer's files need --tokenizer-type")
+        return None, given.vocab_size
+    tokenizer = build_tokenizer(given)
+    return tokenizer, tokenizer.vocab_size

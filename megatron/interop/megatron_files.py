@@ -1,0 +1,237 @@
+"""Megatron-LM's directories of checkpoints: which file holds which rank's share, read and written.
+
+    latest_checkpointed_iteration.txt               a number, or `release`
+    iter_0000100/mp_rank_01/model_optim_rng.pt      tensor-parallel rank 1, where there is one pipeline stage
+    iter_0000100/mp_rank_01_002/model_optim_rng.pt  of pipeline stage 2
+    release/mp_rank_00/...                          weights that were published
+
+With virtual stages a file holds `model0`, `model1`, ...: the first of every pipeline rank come first in the model, then the
+second of every rank, and so on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
+from megatron.checkpoint.storage import Storage
+from megatron.config.schema import ModelConfig
+from megatron.files.foreign import unfit_directory
+from megatron.files.outputs import is_foreign
+from megatron.files.pending import PendingDirectory, write_whole
+from megatron.files.regular import read_text, reason
+from megatron.interop.foreign_numbers import check_args
+from megatron.interop.megatron_args import cannot_write, even_stages, namespace, padded, settings
+from megatron.interop.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
+from megatron.interop.pickled import Inert, read_pickled
+from megatron.interop.soundness import zero_matrices
+
+FILES = ("model_optim_rng.pt", "model_rng.pt")
+RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+VERSION = 3.0  # of what is written
+
+
+@dataclass(frozen=True)
+class Imported:
+    """config: resolved. weights: whole, under our names. notes: lines for the user. directory: where it was read."""
+
+    config: ModelConfig
+    weights: Weights
+    iteration: int
+    notes: tuple[str, ...]
+    directory: Path
+
+
+def find_megatron(root: Path) -> Path:
+    """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
+    if (why := unfit_directory(root, "Megatron-LM")) is not None:
+        raise CheckpointError(f"{root}: {why}")
+    if any(RANK.fullmatch(path.name) for path in root.iterdir()):
+        return root
+    try:
+        word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error)
+        raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
+    if word != "release" and not (word.isdecimal() and len(word) < 16):
+        raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
+    named = root / (word if word == "release" else directory_name(int(word)))
+    if not named.is_dir() or not any(RANK.fullmatch(path.name) for path in named.iterdir()):
+        raise CheckpointError(f"{named}: {TRACKER} names it, and there is no mp_rank_ directory in it")
+    return named
+
+
+def rank_files(directory: Path) -> list[list[Path]]:
+    """The file of every rank: of each pipeline stage, of each tensor-parallel rank. CheckpointError when one is absent."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in directory.iterdir():
+        if match := RANK.fullmatch(path.name):
+            files = [path / name for name in FILES if os.path.lexists(path / name)]
+            if not files and os.path.lexists(path / "optim.pt"):
+                what = "it is of Megatron-LM's distributed optimizer, with an optim.pt, which is not read"
+                raise CheckpointError(f"{directory}: {what}; save it there without --use-distributed-optimizer")
+            if not files:
+                raise CheckpointError(f"{path}: there is no {FILES[0]} in it")
+            if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
+                raise CheckpointError(f"{directory}: it holds one rank twice, with and without a stage in its name")
+    pp, tp = (1 + max(at[i] for at in found) for i in (0, 1))
+    if lacking := next(((p, t) for p in range(pp) for t in range(tp) if (p, t) not in found), None):
+        p, t = lacking
+        raise CheckpointError(f"{directory}: tensor-parallel rank {t} of pipeline stage {p} is not there; it needs {tp} x {pp}")
+    return [[found[p, t] for t in range(tp)] for p in range(pp)]
+
+
+def arguments_of(file: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
+
+    CheckpointError for sizes that no model has.
+    """
+    args = file.get("args")
+    held = args.values() if isinstance(args, Inert) else args if isinstance(args, Mapping) else {}
+    found = {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    check_args(found, "the file's args")
+    return found
+
+
+def version_of(file: Mapping[str, Any], name: str) -> float:
+    """The file's checkpoint_version; 0 where it does not say. CheckpointError for one that is not known."""
+    version = file.get("checkpoint_version", 0.0)
+    if not isinstance(version, int | float) or version not in (0, 1.0, 2.0, 3.0):
+        raise CheckpointError(f"{name}: its checkpoint_version is {str(version)[:40]!r}; known are 0, 1.0, 2.0 and 3.0")
+    return float(version)
+
+
+def sizes_of(args: Mapping[str, Any]) -> Sizes:
+    """What the order of queries, keys and values follows from."""
+    try:
+        heads = int(args["num_attention_heads"])
+        width = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
+        groups = int(args["num_query_groups"]) if args.get("group_query_attention") else heads
+        return Sizes(heads, groups, width, bool(args.get("swiglu")))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise CheckpointError("the file's args do not say hidden_size and num_attention_heads") from error
+
+
+def read_megatron(root: Path, vocab_size: int | None = None) -> Imported:
+    """The model in a directory of Megatron-LM's checkpoints, whole. CheckpointError says what is not there or not known.
+
+    vocab_size: the true one; default the one that our own export wrote, else the padded one, with a note.
+    """
+    directory = find_megatron(root)
+    try:
+        return _read(directory, vocab_size)
+    except CheckpointError as error:
+        raise error if str(directory) in str(error) else CheckpointError(f"{directory}: {error}") from error
+
+
+def _read(directory: Path, vocab_size: int | None) -> Imported:
+    files = rank_files(directory)
+    chunks: list[list[list[Weights]]] = []  # of each pipeline rank, of each tensor-parallel rank, of each virtual stage
+    args: dict[str, Any] = {}
+    iteration, version = 0, VERSION
+    for p, ranks in enumerate(files):
+        chunks.append([])
+        for t, path in enumerate(ranks):
+            file = read_pickled(path, str(path))
+            if p == t == 0:
+                args, version = arguments_of(file), version_of(file, str(path))
+                iteration = file["iteration"] if type(file.get("iteration")) is int and file["iteration"] >= 0 else 0
+            elif version_of(file, str(path)) != version:
+                raise CheckpointError(f"{path}: its checkpoint_version is not that of the other ranks' files")
+            chunks[-1].append(chunks_of(file, str(path)))
+    if not args:
+        raise CheckpointError(
+            "the files hold no args, so the model's settings are not known; is it a released archive? then "
+            "use tools/convert_megatron_gpt2_checkpoint.py or tools/convert_megatron_bert_checkpoint.py"
+        )
+    _same_layout(args, tp=len(files[0]), pp=len(files))
+    if len({len(rank) for ranks in chunks for rank in ranks}) != 1:
+        raise CheckpointError("its ranks have different numbers of virtual stages")
+    stages = [[rank[v] for rank in ranks] for v in range(len(chunks[0][0])) for ranks in chunks]
+    copies_agree(stages)
+    whole = join(stages, sizes_of(args), version)
+    if "embedding.word.weight" not in whole:
+        raise CheckpointError("there are no word embeddings in it")
+    rows, notes = whole["embedding.word.weight"].shape[0], []
+    if vocab_size is None and type(args.get("true_vocab_size")) is int:
+        vocab_size = args["true_vocab_size"]
+    if vocab_size is None:
+        vocab_size = rows
+        notes.append(
+            f"the vocabulary has {rows} rows with its padding, and all are kept: the files do not say how many are true. Give "
+            "--vocab-size, or the tokenizer, before you train on"
+        )
+    config = settings(args, whole, vocab_size)
+    notes += [f"{name} is all zeros; was the model saved whole?" for name in zero_matrices(whole)]
+    if config.architecture == "bert" and config.activation == "gelu":
+        notes.append("the masked-word head had the exact GELU there; here it has the tanh approximation, as the layers have")
+    return Imported(config, unpadded(whole, vocab_size), iteration, tuple(notes), directory)
+
+
+def _same_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
+    names = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
+    said = [(name, args[name], there) for name, there in names if type(args.get(name)) is int and args[name] != there]
+    if said:
+        name, wanted, there = said[0]
+        raise CheckpointError(f"its args say {name} {wanted}, and there are directories for {there}; are all of them here?")
+
+
+def copies_agree(stages: Sequence[Sequence[Weights]]) -> None:
+    """CheckpointError where the last stage's copy of the tied matrix is not the first stage's."""
+    for first, last in zip(stages[0], stages[-1], strict=True):
+        if COPY in last and not torch.equal(last[COPY], first.get(TABLE[0].theirs, last[COPY])):
+            raise CheckpointError("the last stage's copy of the word embeddings differs from the first stage's: it is damaged")
+
+
+def write_megatron(
+    root: Path, iteration: int, config: ModelConfig, weights: Mapping[str, Tensor], tp: int, pp: int, tokenizer_type: str | None
+) -> Path:
+    """Write `root/iter_<iteration>` for Megatron-LM on tp x pp ranks, then the tracker; returns the directory.
+
+    Equal weights give equal bytes. CheckpointError for a model or a layout that Megatron-LM does not have, and when the
+    directory is there already.
+    """
+    if found := cannot_write(config, tp, pp):
+        raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
+    final = root / directory_name(iteration)
+    if final.exists():
+        raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
+    if later := [n for n, path in iterations(root).items() if n > iteration or not is_foreign(path)]:
+        listed = ", ".join(map(str, later[-5:]))
+        raise CheckpointError(
+            f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
+            f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
+        )
+    rows = padded(config.size("vocab_size"), config.make_vocab_size_divisible_by, tp)
+    tied = not config.untie_embeddings_and_output_weights
+    dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
+    args = namespace(config, tp, pp, tokenizer_type, dtype)
+    parts = split(weights, tp, even_stages(config.size("num_layers"), pp), rows, tied=tied)
+    storage = Storage()
+    with PendingDirectory(final, "export_megatron") as pending:
+        for p, ranks in enumerate(parts):
+            for t, model in enumerate(ranks):
+                folder = pending.temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
+                storage.make_directory(folder)
+                storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
+                storage.sync(folder)
+        pending.commit(marked=False)
+    storage.sync(root)
+    write_whole(root / TRACKER, str(iteration))
+    return final
+
+
+def _bytes(args: argparse.Namespace, iteration: int, model: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"args": args, "checkpoint_version": VERSION, "iteration": iteration, "model": model}, buffer)
+    return buffer.getvalue()

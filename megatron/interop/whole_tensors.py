@@ -1,0 +1,77 @@
+"""Whole tensors in hand as a checkpoint, and a checkpoint as whole tensors in hand: what imports write and exports read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron.checkpoint.content import Assets
+from megatron.checkpoint.layout import CheckpointError, holds_weights_alone, iterations, verify
+from megatron.checkpoint.load import read_tensor
+from megatron.checkpoint.save import save
+from megatron.config.saved import to_json
+from megatron.config.schema import RunConfig
+from megatron.mesh.mesh import Mesh
+from megatron.parallel.spec import Part, Shard
+
+PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """The `Checkpointable` of tensors by their global names, each whole on this one process."""
+
+    tensors: Mapping[str, Tensor]
+
+    def shards(self) -> Iterator[Shard]:
+        for name, tensor in self.tensors.items():
+            shape = tuple(tensor.shape)
+            yield Shard(name, shape, Part.whole(shape), frozenset(), tensor)
+
+    def scalars(self) -> dict[str, Any]:
+        return {}
+
+    def load_scalars(self, values: Mapping[str, Any]) -> None:
+        """There are none."""
+
+
+def write_weights(root: Path, iteration: int, config: RunConfig, weights: Mapping[str, Tensor], assets: Assets = None) -> Path:
+    """Write a checkpoint that holds weights alone, and make it the latest of `root`; returns its directory.
+
+    config: resolved. weights: under our global names. assets: the tokenizer's files. CheckpointError when the disk refuses.
+    """
+    return save(root, iteration, {"model": WholeTensors(weights)}, Mesh.single(), config=to_json(config), assets=assets)
+
+
+
+
+def refuse_taken(root: Path, iteration: int) -> None:
+    """CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
+
+    An import alone may be repeated: nothing but the same weights is replaced.
+    """
+    present = iterations(root)
+    with suppress(CheckpointError):
+        if list(present) == [iteration] and holds_weights_alone(present[iteration]):
+            return
+    if not present:
+        return
+    held = f"{', '.join(map(str, list(present)[-5:]))}"
+    raise CheckpointError(
+        f"--save {root} holds checkpoints already, of iteration {held}: one of iteration {iteration} there would be taken for "
+        "the latest, and a run that goes on would be wound back to it. Give --save a new directory, or move away what is there"
+    )
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Every weight in an iter_ directory, whole, by its global name. CheckpointError when a byte is not as it was written."""
+    manifest = verify(directory)
+    names = [name for name in manifest.tensors if name.startswith(PREFIX)]
+    if not names:
+        raise CheckpointError(f"{directory}: it holds no model")
+    return {name.removeprefix(PREFIX): read_tensor(directory, manifest, name) for name in names}

@@ -1,0 +1,1 @@
+"""A process and its job: environment, signals, store, watchdog, and how it ends."""

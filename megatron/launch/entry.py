@@ -1,0 +1,115 @@
+"""What every program does first and last, so that it ends in one line where a traceback would help nobody.
+
+    with loading():
+        import torch
+
+    if __name__ == "__main__":
+        sys.exit(run_main(main))
+
+A program imports this before anything else. So it needs the standard library alone, and reads as Python 3.6 does: what is
+wrong may be the interpreter, or that nothing is installed for it.
+"""
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron.launch.packages import EXTRAS, NEEDED, how_to_install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OLDEST = (3, 11)
+INTERRUPTED = 128 + signal.SIGINT  # exit statuses as shells have them
+
+
+@contextmanager
+def loading() -> "Iterator[None]":
+    """Import what a program needs. SystemExit, after one line, where this Python is too old or lacks a package.
+
+    Ctrl-C ends the program silently with status 130: there is nothing to say yet.
+    """
+    check_python()
+    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not speaks()
+    if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        refuse(missing_package(error) or _raise(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    finally:
+        if quiet:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_main(main: "Callable[..., int]", *arguments: object, **named: object) -> int:
+    """Return the exit status of `main` with these arguments, or of what ended it, of which one line is said.
+
+    A reader of its output that leaves early, as `head` does, ends it silently with the status of SIGPIPE. What nobody expects
+    still ends in a traceback.
+    """
+    check_python()
+    from megatron.files.side import piped_streams
+    from megatron.launch.errors import JobError
+    from megatron.launch.memory import out_of_memory
+
+    with piped_streams():
+        try:
+            return main(*arguments, **named)
+        except KeyboardInterrupt:
+            if speaks():
+                print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except JobError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.status
+        except ModuleNotFoundError as error:
+            refuse(missing_package(error) or _raise(error))
+        except Exception as error:
+            print(f"error: {out_of_memory(error) or _raise(error)}", file=sys.stderr)
+            return 1
+
+
+def check_python() -> None:
+    """End the program with status 2, after one line, where Python is older than what the package needs."""
+    if sys.version_info < OLDEST:
+        needed, found = (".".join(map(str, version[:3])) for version in (OLDEST, sys.version_info))
+        refuse(f"Python {needed} or newer is needed, and {sys.executable} is {found}: {activation()}")
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Return what to say of a package of ours that is not installed; nothing where it is another one."""
+    name = (error.name or "").split(".")[0]
+    if name not in NEEDED and name not in EXTRAS:
+        return ""
+    way = activation() if name in NEEDED else f"run `{how_to_install(name)}`"
+    return f"{name} is not installed for {sys.executable}: {way}"
+
+
+def activation() -> str:
+    """Return what gives a shell the Python that the project is installed for: that of its environment, or of a new one."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    script = os.path.join(root, ".venv", "bin", "activate")
+    near = os.path.relpath(script)
+    activate = f"`source {script if near.startswith(os.pardir) else near}`"
+    return f"run {activate} first" if os.path.exists(script) else f"run `make install` first, and then {activate}"
+
+
+def refuse(words: str) -> NoReturn:
+    """End the program with status 2, after one line from the first of its processes."""
+    if speaks():
+        sys.stderr.write(f"error: {words}\n")
+    sys.exit(2)
+
+
+def speaks() -> bool:
+    """Return whether this process speaks for all that a launcher has started, of which the first one does."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("", "0")
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

@@ -1,0 +1,89 @@
+"""How a process of a job ends after a failure: what it says, its exit status, and whether the error was its own. Pure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from megatron.launch.environment import Place
+
+FIRST_SECONDS = 10.0  # that a first rank may take longer to its words than another one
+ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a process that ends with this error; an error may carry its own as `status`."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else int(getattr(error, "status", 1))
+
+
+def say(text: str) -> None:
+    """Write what is in the buffers, then the text to stderr in one piece. Takes two seconds at most."""
+
+    def write() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        with suppress(OSError):
+            os.write(2, text.encode(errors="replace"))
+
+    briefly(write)  # nobody may read the other end, or the main thread may hold a stream's lock for ever
+
+
+def briefly(work: Callable[[], object]) -> None:
+    """Do something that may never end; it gets two seconds."""
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(2.0)
+
+
+def leave_to_first(place: Place) -> None:
+    """Wait, on another rank than the first, which says what is wrong with the command that all have, and leaves.
+
+    A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
+    reports each that does not end with 0, so this process then does.
+    """
+    leave_with_launcher(place)
+    time.sleep(1.0 if place.job is None else FIRST_SECONDS)
+
+
+def leave_with_launcher(place: Place) -> None:
+    """From now on end with 0 where torchrun ends this process, since another one has failed."""
+    if place.job is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+
+
+def tell_launcher(text: str) -> None:
+    """Leave the root cause where torchrun looks for it, so that its own report names it too. Nothing under other launchers.
+
+    The format is that of torch.distributed.elastic's error files. Of a failure only the lines that name it: torchrun shows the
+    file of each rank that it found dead, and one traceback is enough.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    lines = text.strip().splitlines()
+    words = "\n".join([line for line in lines if line.startswith("error: ")] or lines)
+    if path and words:
+        extra = {"py_callstack": words, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}), encoding="utf-8")
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error may only show that another rank failed: torch's errors of communication, and their text."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause).lower()
+        # By its name, because a process can end before it has imported torch.
+        of_torch = any(kind.__name__ == "DistError" for kind in type(cause).__mro__)
+        if of_torch or (isinstance(cause, RuntimeError) and any(echo in text for echo in ECHOES)):
+            return True
+        cause = cause.__cause__
+    return False

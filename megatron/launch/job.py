@@ -1,0 +1,207 @@
+"""Starting and stopping torch.distributed, on the device and with the backend that all ranks have."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron.launch.device import Hardware, agree, means_of
+from megatron.launch.environment import Place
+from megatron.launch.errors import JobError
+from megatron.launch.exit_report import status_of
+from megatron.launch.heartbeat import Patience, Process
+from megatron.launch.host_memory import keep_freed_memory
+from megatron.launch.signals import StopSignals
+from megatron.launch.store import connect, serves_store
+from megatron.launch.watchdog import Early, Explain, LiveWatch, Watch
+
+SPARE = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
+
+
+@dataclass(frozen=True)
+class Job:
+    """A started process: where it stands, what it computes on, how it communicates, and whom it tells what it does.
+
+    timeout: of a collective.
+    """
+
+    place: Place
+    device: torch.device
+    backend: str | None
+    timeout: timedelta | None = None
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def is_main(self) -> bool:
+        return self.place.rank == 0
+
+    def describe(self) -> str:
+        talk = f"{self.backend}" if self.backend else "no communication needed"
+        return f"{self.place.world_size} process(es) started by {self.place.source}, on {self.device.type}, {talk}"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The watch of this process, its connection to the job's store, and what asks it to stop; for one process none of them."""
+
+    watch: Watch = field(default_factory=Watch)
+    store: Any = None
+    timeout: timedelta = timedelta(minutes=10)
+    world_size: int = 1
+    signals: StopSignals = field(default_factory=StopSignals)
+
+    def wait_for_all(self, what: str, tell: Callable[[str], object]) -> None:
+        """Wait until every rank has come here, for as long as it takes; a rank that dies meanwhile is found by the watch.
+
+        tell: gets a line every half minute of waiting. what: the ranks that are missing are still doing.
+        """
+        if self.store is None:
+            return
+        self.watch.waiting(f"waiting for ranks that are still {what}")
+        while self.signals.name is not None:  # before all are here there is nothing to save: the watch ends the job
+            time.sleep(0.05)
+        here, next_line = self.store.add("here", 1), time.monotonic() + 30.0
+        while here < self.world_size:
+            time.sleep(0.05)
+            here = self.store.add("here", 0)
+            if time.monotonic() > next_line:
+                tell(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
+                next_line += 30.0
+
+    def heard_from_first(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
+        """The first rank's answer, on all ranks, which wait for it as long as it takes. Called by all of them, once.
+
+        Args:
+            rank: of this process.
+            what: the first rank does, in words.
+            work: its answer: what is wrong in words, or None.
+        """
+        if self.store is None:
+            answers = [work() if rank == 0 else None]
+            if dist.is_initialized():
+                dist.broadcast_object_list(answers, 0)
+            return answers[0]
+        key = f"first {what}"
+        if rank == 0:
+            answer = work()
+            self.store.set(key, answer or "")
+            return answer
+        self.watch.waiting(f"waiting for rank 0, which is {what}")
+        while not self.store.check([key]):
+            time.sleep(0.05)
+        return str(self.store.get(key).decode()) or None
+
+    def processes(self, own: Process, rank: int) -> list[Process] | None:
+        """The processes of all ranks on the first one, None on the others. To be called when all have come: `wait_for_all`."""
+        if self.store is None:
+            return [own] if rank == 0 else None
+        self.store.set(f"process {rank}", json.dumps(asdict(own)))
+        if rank:
+            return None
+        texts = self.store.multi_get([f"process {each}" for each in range(self.world_size)])
+        return [Process(**json.loads(text)) for text in texts]
+
+
+@contextmanager
+def guarded(
+    place: Place,
+    timeout_minutes: float = 10.0,
+    *,
+    explain: Explain = lambda error, where: None,
+    patience: Patience | None = None,
+    signals: StopSignals | None = None,
+    early: Early | None = None,
+) -> Iterator[Guard]:
+    """Have the processes of a job watch one another. No process group is needed for that, so it can begin before there is one.
+
+    An error that leaves the block, and a rank that dies or hangs, ends all of them with one message, and this process does not
+    return. explain: errors that need no traceback, in words; see `watch.Explain`. signals, early: who answers a signal that
+    asks for the end, see `LiveWatch`; by default it ends the job. One process, and a group that is there, are not watched;
+    errors just pass through.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    if place.world_size == 1 or dist.is_initialized():
+        yield Guard(timeout=timeout)
+        return
+    own = signals is None
+    signals = signals or StopSignals()
+    store = connect(place, timeout)
+    watch = LiveWatch(
+        connect(place, timeout, again=True),
+        place,
+        timeout,
+        keeps_store=serves_store(place.rank),
+        patience=patience,
+        explain=explain,
+        signals=signals,
+        early=early,
+    )
+    if own:
+        signals.install()
+    watch.start()
+    signals.watched()
+    try:
+        yield Guard(watch, store, timeout, place.world_size, signals)
+    except BaseException as error:
+        if status_of(error):
+            watch.fail(error)  # and take nothing apart: it could block for ever
+        raise
+    finally:
+        watch.stop()
+        if own:
+            signals.close()
+
+
+@contextmanager
+def job(
+    place: Place,
+    backend: str | None = None,
+    timeout_minutes: float = 10.0,
+    *,
+    explain: Explain = lambda error, where: None,
+    patience: Patience | None = None,
+    guard: Guard | None = None,
+    look: Callable[[], Hardware] = Hardware.own,
+) -> Iterator[Job]:
+    """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
+
+    The processes watch one another while the job lasts, see `guarded`, which has explain and patience. guard: where they do
+    so already. look: what this process has to compute on; JobError where that is not enough, or differs between ranks.
+
+    For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
+    """
+    device, means = means_of(place, backend, look())
+    with nullcontext(guard) if guard else guarded(place, timeout_minutes, explain=explain, patience=patience) as there:
+        if there.store is not None:
+            there.watch.waiting("comparing what the ranks compute on")
+            agree(there.store, place, means, there.timeout)
+        elif means.problem:
+            raise JobError(means.problem, status=2)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+            if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+        if there.store is None:
+            yield Job(place, device, means.backend if place.world_size > 1 else None, there.timeout)
+            return
+        # NCCL's own watchdog aborts the process; the watch, which knows what it did, has its say before.
+        limit = there.timeout + SPARE if means.backend == "nccl" else there.timeout
+        # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
+        # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
+        ranks = place.world_size
+        dist.init_process_group(means.backend, store=there.store, rank=place.rank, world_size=ranks, timeout=limit)
+        yield Job(place, device, means.backend, limit, there.watch)
+        there.watch.waiting("the end of the job")
+        if dist.is_initialized():
+            dist.destroy_process_group()

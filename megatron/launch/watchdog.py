@@ -1,0 +1,399 @@
+"""Ends a job of several ranks when one of them dies or hangs, with one error that names rank, host and what it did.
+
+Every rank has a thread with a connection of its own to the job's store. It writes a beat every half second, reads those of
+its neighbours, and looks for a failure that somebody has published. Only the first failure is published, and only the rank
+that published it speaks. The thread ends the process even while the main thread is blocked inside a collective.
+
+An error of a rank's own work is published at once. An error of communication is mostly the echo of something else, and so is
+a launcher's SIGTERM, so the rank first looks around for a rank that died, froze or failed. Where a SIGTERM has no such cause it
+asks the job to stop: a training loop does so at its next step boundary, anything else is ended by the watch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn
+
+from megatron.launch.environment import Place
+from megatron.launch.errors import JobError
+from megatron.launch.exit_report import briefly, is_echo, say, status_of, tell_launcher
+from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
+from megatron.launch.signals import StopSignals
+from megatron.launch.status_file import Slate, forget, left_by
+from megatron.launch.store import Store, serves_store
+
+What = object  # a phase in words, by its str() or, where it can be called, by its result
+# An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
+Explain = Callable[[BaseException, str], str | None]
+# What a job that a signal ends says, and its status, given the signal's name and the rank.
+Early = Callable[[str, int], tuple[str, int]]
+
+COMPUTING, DOING, ALONE, WAITING = "computing", "doing", "alone", "waiting"
+STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
+NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
+COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
+
+
+class Watch:
+    """What a rank says about its work. This one tells nobody: for one process.
+
+    what: the phase in words, or something that gives them when called; they are made only when somebody reads them.
+    """
+
+    at_end: Callable[[], object] | None = None  # called where a watch ends the process, if all others have ended
+
+    def computing(self, kind: str, what: What) -> None:
+        """Work that waits for nobody. Work of one kind takes about as long each time; far longer counts as a hang."""
+
+    def doing(self, what: What, *, alone: bool = False) -> None:
+        """Work that may take as long as the job's timeout. alone: it waits for nobody, though others may wait for it."""
+
+    def waiting(self, what: What) -> None:
+        """Waiting for other ranks or for the device, for as long as it takes."""
+
+    def idle(self) -> None:
+        """None of these."""
+
+
+class LiveWatch(Watch):
+    """The watch of one rank of several. `start`, then the phases, then `stop` or `fail`.
+
+    store: a connection for this watch alone. keeps_store: this process serves it. timeout: of the job. signals: what asks this
+    process to stop. early: how the job ends when that is before anybody has said `signals.hold()`; default as any process
+    that a signal ends.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        place: Place,
+        timeout: timedelta,
+        *,
+        keeps_store: bool = False,
+        patience: Patience | None = None,
+        explain: Explain = lambda error, where: None,
+        signals: StopSignals | None = None,
+        early: Early | None = None,
+    ) -> None:
+        self._store, self._place, self._explain, self._keeps_store = store, place, explain, keeps_store
+        self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
+        self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout, self._patience.first)
+        self._slate = Slate(self._process)
+        self._phase: tuple[float, str, str, What] = (time.monotonic(), WAITING, "", "starting up")
+        self._seen_phase: tuple[float, str, str, What] = self._phase
+        self._age = 0.0
+        self._peers: dict[int, Peer] = {}
+        others = [(place.rank + i) % place.world_size for i in range(1, place.world_size)]
+        self._others, self._near = others, others[:NEIGHBOURS]
+        self._number, self._asking, self._ending, self._said = 0, 0, "", ""
+        self._error: BaseException | None = None
+        self._signals, self._early = signals or StopSignals(), early
+        self._asked = self._trouble = 0.0  # seconds since the signal, and since the error
+        self._stopping, self._over = threading.Event(), threading.Event()
+        self._main = threading.get_ident()
+        self._last_round = time.monotonic()
+        self._threads: list[threading.Thread] = []
+
+    # What the main thread says: some microseconds each.
+
+    def computing(self, kind: str, what: What) -> None:
+        self._change(COMPUTING, kind, what)
+
+    def doing(self, what: What, *, alone: bool = False) -> None:
+        self._change(ALONE if alone else DOING, "", what)
+
+    def waiting(self, what: What) -> None:
+        self._change(WAITING, "", what)
+
+    def idle(self) -> None:
+        self._change(WAITING, "", "between two phases")
+
+    def _change(self, mode: str, kind: str, what: What) -> None:
+        now = time.monotonic()
+        since, before, old_kind, _ = self._phase
+        if before is COMPUTING:
+            self._pace.record(old_kind, now - since)
+        self._phase = (now, mode, kind, what)
+        self._slate.write(in_words(what))
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._wake, self._waker = os.pipe()
+        os.set_blocking(self._wake, False)
+        os.set_blocking(self._waker, False)
+        self._store.compare_set("failure", "", "-")
+        self._threads = [threading.Thread(target=t, name="watch", daemon=True) for t in (self._watch, self._watch_store)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """The rank's work is done. A rank that serves the store stays until the others are done as well."""
+        self._change(WAITING, "", "waiting for the other ranks to finish")
+        self._stopping.set()
+        self._nudge()
+        for thread in self._threads:
+            thread.join()
+        self._slate.wipe()
+        os.close(self._wake)
+        os.close(self._waker)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """The rank's work ended with an error: find the cause, tell it once, end the process."""
+        self._seen_phase = self._phase  # the thread may not have looked since the phase began
+        self._error = error
+        self._nudge()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends one more after Ctrl-C
+        # The other thread ends the process well before this.
+        threading.Event().wait(2 * self._patience.silent + 10.0)
+        self._end(1, "".join(traceback.format_exception(error)))
+
+    def _nudge(self) -> None:
+        with suppress(BlockingIOError):  # then there is enough to wake it
+            os.write(self._waker, b"\0")
+
+    # The thread.
+
+    def _watch(self) -> None:
+        try:
+            while not self._finished():
+                self._round()
+                self._rest()
+            self._over.set()
+        except RuntimeError as error:  # what torch's stores raise
+            if self._said != "finished":  # else all are done, and the one that serves the store has left
+                self._lost_store(str(error))
+            self._over.set()
+        except Exception as error:
+            self._end(1, f"{traceback.format_exc()}error: {self._where()}: the watch failed: {error}\n")
+
+    def _rest(self) -> None:
+        """Until the next beat is due, or something happens."""
+        ready, _, _ = select.select([self._wake], [], [], self._patience.period)
+        if ready:
+            os.read(self._wake, 512)
+
+    def _ends_early(self) -> bool:
+        """Whether a signal asks for the end, and nobody but this watch will answer."""
+        return self._signals.name is not None and not self._signals.held
+
+    def _finished(self) -> bool:
+        """Whether this rank's work is done, which it has said, and nobody needs the store that it may serve."""
+        if not self._stopping.is_set():
+            return False
+        self._exchange(self._others if self._keeps_store else [])
+        return not self._keeps_store or all(peer.beat.ending for peer in self._peers.values())
+
+    def _round(self) -> None:
+        looking = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        troubled = looking or self._error is not None
+        everyone = troubled or len(self._peers) < len(self._others)
+        passed = self._exchange(self._others if everyone else self._near)
+        if self._error is not None and not is_echo(self._error):
+            self._tell(self._story(self._error), status_of(self._error))
+        ranks = sorted(self._peers) if everyone else self._near
+        if any(self._verdict(rank, troubled) for rank in ranks):
+            # A process that is gone may have said goodbye after its beat was read.
+            self._exchange(self._others)
+            for rank in ranks:
+                if (verdict := self._verdict(rank, troubled)) is not None:
+                    self._tell(f"error: {self._where(rank)}: {verdict}\n")
+        if troubled:
+            self._asked += passed if looking else 0.0
+            self._trouble += passed if self._error is not None else 0.0
+            self._settle()
+        elif self._ending == "" and (left := self._left()) is not None and left <= 0:
+            self._tell_hang()
+
+    def _verdict(self, rank: int, troubled: bool) -> str | None:
+        return self._peers[rank].verdict(self._patience, self._process, trouble=troubled)
+
+    def _settle(self) -> None:
+        """After a signal or an error of communication, when no cause has shown so far."""
+        peers, patience = self._peers.values(), self._patience
+        if self._error is not None and self._trouble >= patience.settle:
+            self._tell(self._story(self._error), status_of(self._error))
+        if not self._ends_early():
+            return
+        # One that never came has told its story before there was a watch.
+        alike = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
+        if not alike and self._asked < patience.settle:
+            return
+        name = self._signals.name or ""
+        if self._early is not None:
+            self._tell(*self._early(name, self._place.rank))
+        if not alike:
+            text = f"error: {self._where()}: ended by {name}, which other ranks did not get\n"
+            self._tell(text, 128 + signal.Signals[name])
+        self._leave(128 + signal.Signals[name])
+
+    def _exchange(self, ranks: Sequence[int], ending: str | None = None) -> float:
+        """Write this rank's beat and read those of `ranks`. Follows a failure. Gives the seconds since the last round."""
+        now = time.monotonic()
+        # A process that was suspended, or waits for a slow store, must not take its own pause for the others'.
+        passed, self._last_round = min(now - self._last_round, 2 * self._patience.period), now
+        phase = self._phase
+        self._age = self._age + passed if phase is self._seen_phase else 0.0
+        self._seen_phase = phase
+        self._number += 1
+        self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
+        beat = Beat(self._process, self._number, in_words(self._seen_phase[3]), round(self._age, 2), self._left(), self._ending)
+        self._asking = self._number
+        self._store.set(f"beat {self._place.rank}", beat.to_bytes().decode())
+        self._said = self._ending
+        here = [rank for rank in ranks if rank in self._peers or self._store.check([f"beat {rank}"])]
+        failure, *beats = self._store.multi_get(["failure", *(f"beat {rank}" for rank in here)])
+        self._asking = 0
+        for rank, data in zip(here, beats, strict=True):
+            read = Beat.of(data)
+            self._peers.setdefault(rank, Peer(read)).heard(read, passed)
+        if failure != b"-" and ending is None:
+            self._follow(failure)
+        return passed
+
+    def _left(self) -> float | None:
+        """Seconds that this rank's phase may still take; None for one that is not judged."""
+        _, mode, kind, _ = self._seen_phase
+        if mode == WAITING or (self._age > 1.0 and self._communicates()):
+            return None
+        limit = self._pace.limit(kind) if mode == COMPUTING else self._timeout
+        # Work that may contain waiting excuses nobody else until it is over its limit.
+        return None if mode == DOING and self._age < limit else round(limit - self._age, 2)
+
+    def _communicates(self) -> bool:
+        """Whether the main thread is inside a collective, as a stage's forward is with tensor parallelism."""
+        frame = sys._current_frames().get(self._main)
+        return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
+
+    def _where(self, rank: int | None = None) -> str:
+        if rank is None or rank == self._place.rank:
+            return f"rank {self._place.rank} on host {self._process.host}, {in_words(self._seen_phase[3])}"
+        beat = self._peers[rank].beat
+        # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
+        what = left_by(beat.process, self._process) or beat.what
+        return f"rank {rank} on host {beat.process.host}, {what}"
+
+    def _tell_hang(self) -> None:
+        phase = self._seen_phase
+        self._exchange(self._others)
+        if self._phase is not phase or excused(self._age, list(self._peers.values())):
+            return
+        longest = self._pace.longest(phase[2])
+        usual = f", where {longest:.2f} s was the longest before" if longest is not None else ""
+        frame = sys._current_frames().get(self._main)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else "  unknown\n"
+        what = f"hangs, for {self._age:.0f} s{usual} (--hang-timeout-seconds)"
+        self._tell(f"error: {self._where()}: {what}; its main thread is at:\n{stack}")
+
+    def _story(self, error: BaseException) -> str:
+        """What to say of an error that ended this rank's work."""
+        if isinstance(error, KeyboardInterrupt):
+            return "interrupted\n"
+        if isinstance(error, SystemExit):  # whoever raised it has said why
+            return ""
+        words = str(error) if isinstance(error, JobError) else self._explain(error, self._where())
+        if words is not None:
+            return f"error: {words}\n"
+        text = " ".join(str(error).split())[:1000]
+        return f"{''.join(traceback.format_exception(error))}error: {self._where()}: {type(error).__name__}: {text}\n"
+
+    def _tell(self, text: str, status: int = 1) -> NoReturn:
+        """Publish a failure and say it; follow another's where one came first. Ends the process."""
+        own = json.dumps({"told by": self._place.rank, "text": text[:10000], "status": status})
+        self._asking = self._number
+        told = self._store.compare_set("failure", "-", own)
+        self._asking = 0
+        if told.decode() != own:
+            self._follow(told)
+        say(text)
+        tell_launcher(text)
+        self._outstay()
+        self._leave(status)
+
+    def _follow(self, failure: bytes) -> NoReturn:
+        """Another rank has told the failure, and ends first."""
+        told = json.loads(failure)
+        self._exchange([], ending="ended")
+        if told["status"] == STOPPED or self._place.job is None:
+            time.sleep(2 * self._patience.period)
+        elif self._signals.comes("SIGTERM", within=2 * self._patience.period):
+            self._leave(0)  # torchrun has seen the other one end, and would report each that does not end with 0
+        tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
+        own = 1 if self._error is None else status_of(self._error)
+        self._leave(told["status"] if told["status"] in (STOPPED, REFUSED) else own)
+
+    def _outstay(self) -> None:
+        """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
+        for _ in range(int(self._patience.settle / 0.1)):
+            self._exchange(self._others, ending="ended")
+            if all(peer.over(self._process) for peer in self._peers.values()):
+                return
+            time.sleep(0.1)
+
+    def _leave(self, status: int) -> NoReturn:
+        """End this process, and those of this host that are too frozen to end themselves."""
+        if self._keeps_store:
+            self._outstay()
+        elif self._ending != "ended":
+            self._exchange([], ending="ended")
+        for peer in self._peers.values():
+            if not peer.beat.ending and peer.quiet >= self._patience.settle * 2 / 3:
+                peer.beat.process.kill(self._process)
+            if peer.beat.process.state(self._process) == "gone":
+                forget(peer.beat.process)
+        self._end(status)
+
+    def _watch_store(self) -> None:
+        """The second thread. An answer of the store may never come, when its host is lost or its process frozen."""
+        before, ticks = 0, 0.0
+        while not self._over.wait(self._patience.period):
+            # Counted, not measured: a pause of this process is no delay of the store.
+            ticks = ticks + self._patience.period if self._asking and self._asking == before else 0.0
+            before = self._asking
+            if ticks >= self._patience.silent:
+                self._lost_store(f"no answer for {ticks:.0f} s")
+
+    def _lost_store(self, why: str) -> NoReturn:
+        """Nothing can be agreed on any more: by its number alone, one rank away from the store's host speaks."""
+        echo = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        if echo or self._ending == "ended":
+            self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
+        if self._error is not None and not is_echo(self._error):
+            self._end(status_of(self._error), self._story(self._error))
+        hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._place.rank: self._process.host}
+        keeper = f"{self._place.address}:{self._place.port}, on host {hosts.get(0, self._place.address)}"
+        away = [rank for rank, host in hosts.items() if host != hosts.get(0)]
+        speaker = min(away or [rank for rank in hosts if rank or not serves_store(0)] or [self._place.rank])
+        text = ""
+        if speaker == self._place.rank:
+            first = f"{self._where(0)}: " if serves_store(0) and 0 in self._peers else ""
+            what = "died or is lost, and with it" if first else "contact was lost with"
+            text = f"error: {first}{what} the job's store at {keeper} ({' '.join(why.split())[:200]})\n"
+        self._end(1, text)
+
+    def _end(self, status: int, text: str = "") -> NoReturn:
+        """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
+        say(text)
+        tell_launcher(text)
+        if self.at_end is not None and all(peer.over(self._process) for peer in self._peers.values()):
+            briefly(self.at_end)
+        self._slate.wipe()
+        os._exit(status)
+
+
+def in_words(what: What) -> str:
+    """A phase as its rank describes it."""
+    try:
+        return str(what()) if callable(what) else str(what)
+    except Exception as error:  # a wrong description must not end a healthy job
+        return f"a phase that cannot be described ({error})"

@@ -1,0 +1,255 @@
+"""Check a schedule and time it without running it: from the durations of its actions to a timeline. Pure.
+
+A rank does one action at a time, in the order of its program. An action starts when the rank is free and everything it needs
+is there; a result needed on another rank is there `communication` later, while both ranks go on computing. That is the model
+of "Zero Bubble Pipeline Parallelism" (https://arxiv.org/abs/2401.10241), and so is the bubble rate measured here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule
+
+
+class CostModel(Protocol):
+    """How long things take, in any one unit of time."""
+
+    @property
+    def communication(self) -> float:
+        """Time from the end of an action until its result is on another rank."""
+
+    def of(self, action: Action) -> float:
+        """Time the action occupies its rank."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Every stage costs the same. backward: the input gradient alone, so that a whole backward takes backward + weight.
+
+    Any unit of time. ValueError for a negative or infinite cost.
+    """
+
+    forward: float = 1.0
+    backward: float = 1.0
+    weight: float = 1.0
+    communication: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, cost in vars(self).items():
+            _check_cost(name, cost)
+
+    def of(self, action: Action) -> float:
+        match action.op:
+            case Op.F:
+                return self.forward
+            case Op.I:
+                return self.backward
+            case Op.W:
+                return self.weight
+            case Op.B:
+                return self.backward + self.weight
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Every stage has costs of its own: times[op, stage], in any unit of time.
+
+    ValueError for a negative or infinite cost, and from `of` for an action that was not measured.
+    """
+
+    times: Mapping[tuple[Op, int], float]
+    communication: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_cost("communication", self.communication)
+        for (op, stage), cost in self.times.items():
+            _check_cost(f"{op.value} of stage {stage}", cost)
+
+    def of(self, action: Action) -> float:
+        try:
+            return self.times[action.op, action.stage]
+        except KeyError:
+            raise ValueError(f"no time was measured for {action.op.value} of stage {action.stage}") from None
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When every action of a schedule starts and ends, in one unit of time on one clock; and what follows from it."""
+
+    schedule: Schedule
+    start: Mapping[Action, float]
+    end: Mapping[Action, float]
+
+    @cached_property
+    def origin(self) -> float:
+        """Start of the first action of all: 0 in a simulation, whatever the clock said in a measurement."""
+        return min(self.start.values(), default=0.0)
+
+    @cached_property
+    def makespan(self) -> float:
+        """From the first start to the last end over all ranks."""
+        return max(self.end.values(), default=0.0) - self.origin
+
+    @cached_property
+    def span(self) -> tuple[float, ...]:
+        """Per rank: from its own first start to its own last end. A rank without actions has 0."""
+        return tuple(
+            max(self.end[a] for a in program) - min(self.start[a] for a in program) if program else 0.0
+            for program in self.schedule.programs
+        )
+
+    @cached_property
+    def cost(self) -> float:
+        """The largest span: what one step adds when steps follow each other without waiting for all ranks to finish."""
+        return max(self.span)
+
+    @cached_property
+    def work(self) -> tuple[float, ...]:
+        """Per rank: the time it computes."""
+        return tuple(sum(self.end[a] - self.start[a] for a in program) for program in self.schedule.programs)
+
+    @cached_property
+    def bubble_per_rank(self) -> tuple[float, ...]:
+        """Per rank: the share of `cost` in which it does not compute."""
+        return tuple(1 - work / self.cost if self.cost > 0 else 0.0 for work in self.work)
+
+    @cached_property
+    def bubble_rate(self) -> float:
+        """The idle share of `cost`, mean over ranks.
+
+        Where all ranks have the same work, m micro-batches of F + B + W, this is (cost - m (F + B + W)) / cost as
+        https://arxiv.org/abs/2401.10241 defines it in its section on schedule efficiency.
+        """
+        return sum(self.bubble_per_rank) / self.schedule.ranks
+
+    @cached_property
+    def peak_activations(self) -> tuple[int, ...]:
+        """Per rank: the most activations of one stage and micro-batch held at once. F adds one; B or W lets go of one."""
+        change = {Op.F: 1, Op.B: -1, Op.I: 0, Op.W: -1}
+        peaks = []
+        for program in self.schedule.programs:
+            held = peak = 0
+            for action in program:
+                held += change[action.op]
+                peak = max(peak, held)
+            peaks.append(peak)
+        return tuple(peaks)
+
+
+def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
+    """The actions whose results `action` needs.
+
+    F needs F of the stage before; B and I need their own F and the B or I of the stage behind; W needs its own I.
+    """
+    stage, m = action.stage, action.micro_batch
+    if action.op is Op.F:
+        return (Action(Op.F, stage - 1, m),) if stage else ()
+    if action.op is Op.W:
+        return (Action(Op.I, stage, m),)
+    own = Action(Op.F, stage, m)
+    if stage == schedule.stages - 1:
+        return (own,)
+    alone = Action(Op.I, stage + 1, m)
+    return own, alone if alone in schedule.actions else Action(Op.B, stage + 1, m)
+
+
+def validate(schedule: Schedule) -> None:
+    """Check that every stage sees every micro-batch once forward and once backward (B, or I and W), on the stage's rank.
+
+    ValueError says which action is missing, doubled or in the wrong place. Whether the order works out, `simulate` finds.
+    """
+    if schedule.stages == 0 or set(schedule.placement) != set(range(schedule.ranks)):
+        raise ValueError(f"{schedule.name}: placement {schedule.placement} leaves one of {schedule.ranks} ranks out")
+    seen: set[Action] = set()
+    for rank, program in enumerate(schedule.programs):
+        for action in program:
+            if not (0 <= action.stage < schedule.stages and 0 <= action.micro_batch < schedule.micro_batches):
+                raise ValueError(
+                    f"{schedule.name}: rank {rank} runs {action}, but there are {schedule.stages} stages "
+                    f"and {schedule.micro_batches} micro-batches"
+                )
+            owner = schedule.placement[action.stage]
+            if owner != rank:
+                raise ValueError(f"{schedule.name}: rank {rank} runs {action}, but stage {action.stage} is on rank {owner}")
+            if action in seen:
+                raise ValueError(f"{schedule.name}: rank {rank} runs {action} twice")
+            seen.add(action)
+    for stage in range(schedule.stages):
+        for m in range(schedule.micro_batches):
+            ran = {op for op in Op if Action(op, stage, m) in seen}
+            if ran not in ({Op.F, Op.B}, {Op.F, Op.I, Op.W}):
+                names = " ".join(op.value for op in Op if op in ran) or "nothing"
+                raise ValueError(
+                    f"{schedule.name}: stage {stage} runs {names} for micro-batch {m}; it needs F and B, or F, I and W"
+                )
+
+
+def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
+    """When every action runs, from time 0, if each starts as early as it can.
+
+    ValueError when the programs wait for one another for ever; it names what waits for what.
+    """
+    start: dict[Action, float] = {}
+    end: dict[Action, float] = {}
+    position = [0] * schedule.ranks
+    free = [0.0] * schedule.ranks
+    waiting: dict[Action, list[int]] = {}  # an action that has not run -> the ranks that wait for it
+    # In which order ranks are looked at does not matter: times follow from the programs alone.
+    runnable = deque(range(schedule.ranks))
+    while runnable:
+        rank = runnable.popleft()
+        program = schedule.programs[rank]
+        while position[rank] < len(program):
+            action = program[position[rank]]
+            begin = free[rank]
+            missing = None
+            for needed in dependencies(action, schedule):
+                if needed not in end:
+                    missing = needed
+                    break
+                delay = 0.0 if schedule.placement[needed.stage] == rank else costs.communication
+                begin = max(begin, end[needed] + delay)
+            if missing is not None:
+                waiting.setdefault(missing, []).append(rank)
+                break
+            start[action], end[action] = begin, begin + costs.of(action)
+            free[rank] = end[action]
+            position[rank] += 1
+            runnable.extend(waiting.pop(action, ()))
+    if waiting:
+        raise ValueError(_deadlock(schedule, position, waiting))
+    return Timeline(schedule, start, end)
+
+
+def timeline_of(schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float]) -> Timeline:
+    """A timeline from measured times, in one unit on a clock that all ranks share.
+
+    ValueError when an action of the schedule has no time, or ends before it starts. Times of other actions are left out.
+    """
+    for program in schedule.programs:
+        for action in program:
+            if action not in start or action not in end:
+                raise ValueError(f"{schedule.name}: {action} has no {'end' if action in start else 'start'} time")
+            if not start[action] <= end[action]:
+                raise ValueError(f"{schedule.name}: {action} ends at {end[action]}, before it starts at {start[action]}")
+    actions = schedule.actions
+    return Timeline(schedule, {a: start[a] for a in actions}, {a: end[a] for a in actions})
+
+
+def _deadlock(schedule: Schedule, position: list[int], waiting: Mapping[Action, list[int]]) -> str:
+    waits = []
+    for missing, ranks in waiting.items():
+        where = f"on rank {schedule.placement[missing.stage]}" if missing in schedule.actions else "which no rank runs"
+        waits += [(rank, f"rank {rank} at {schedule.programs[rank][position[rank]]} for {missing} {where}") for rank in ranks]
+    return f"{schedule.name}: the ranks wait for each other: " + "; ".join(text for _, text in sorted(waits))
+
+
+def _check_cost(name: str, cost: float) -> None:
+    if not (math.isfinite(cost) and cost >= 0):
+        raise ValueError(f"cost of {name} is {cost}; it must be a finite time of 0 or more")

@@ -1,0 +1,130 @@
+"""Whether a run can fit into memory at all, found out before anything is allocated.
+
+Compared is what is certain: weights, gradients and optimizer state of a rank, exact, without activations, with what the
+device says it has. A run that passes may still run out of memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron.config.schema import RunConfig
+from megatron.launch.device import Hardware, means_of
+from megatron.launch.environment import Place
+from megatron.launch.errors import Refused
+from megatron.launch.memory import gib, host_memory
+from megatron.mesh.grid import Grid
+from megatron.plan.size import parameter_list, state_of
+from megatron.plan.stages import stages_of
+from megatron.plan.state_size import StateBytes
+
+RELEASE_SECONDS = 10.0  # that the processes of a run before this one may take to give a GPU's memory back
+LOWER_MEMORY = (
+    "smaller are a --micro-batch-size, --seq-length, --num-layers and --hidden-size; --recompute-activations keeps less; "
+    "more ranks share it with --tensor-model-parallel-size, --pipeline-model-parallel-size or --use-distributed-optimizer"
+)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a device has left, in bytes and in words. own: this rank's alone, else all ranks of the host share it."""
+
+    free: int
+    words: str
+    own: bool
+
+
+def check_memory(config: RunConfig, place: Place, look: Callable[[RunConfig, Place], Room | None] | None = None) -> None:
+    """Refused where the state of this host's ranks cannot fit. To be called before any of them allocates it.
+
+    Args:
+        config: of the run, with the vocabulary's size.
+        place: of this process.
+        look: what the device has; by default `room_of`.
+    """
+    grid = Grid.from_layout(config.layout, place.world_size)
+    look = look or room_of
+    room = look(config, place)
+    if room is None or (place.local_rank and not room.own):  # one rank asks for all of its host
+        return
+    every = states(config, grid, [place.rank] if room.own else range(place.world_size))
+    if not room.own and place.source == "srun":  # which may deal its ranks out over the hosts, so the smallest of all
+        every = sorted(every, key=total)[: place.local_size]
+    elif not room.own:
+        every = every[place.rank - place.local_rank :][: place.local_size]
+    needed = sum(map(total, every))
+    if room.own:  # memory that another process is about to give back counts
+        until = time.monotonic() + RELEASE_SECONDS
+        while needed > room.free and time.monotonic() < until:
+            time.sleep(0.5)
+            room = look(config, place) or room
+    if needed > room.free:
+        fullest = max(every, key=total)
+        parts = [f"weights {gib(fullest.weights)}"]
+        if not config.eval.skip_train:
+            parts += [f"gradients {gib(fullest.gradients)}", f"optimizer {gib(fullest.optimizer)}"]
+        who = "this rank" if room.own else "one process" if len(every) == 1 else f"the {len(every)} ranks of this host"
+        raise Refused(
+            f"out of memory before the start: {who} would hold {gib(needed)} without activations "
+            f"({'of each ' if len(every) > 1 else ''}{', '.join(parts)}), and {room.words}. "
+            f"--dry-run says what each rank needs; lower it: {_advice(config)}"
+        )
+
+
+def total(state: StateBytes) -> int:
+    return state.weights + state.gradients + state.optimizer
+
+
+def states(config: RunConfig, grid: Grid, ranks: Sequence[int]) -> list[StateBytes]:
+    """What each of these ranks will hold from its first step to its last; an evaluation alone, its weights."""
+    plan, model = stages_of(config), config.model
+    copies = model.tied and any(stage.embedding != stage.head for stage in plan.parts)
+    by_stage: dict[int, StateBytes] = {}
+    every = []
+    for rank in ranks:
+        pp = grid.coordinate(rank)["pp"]
+        if pp not in by_stage:
+            stages = [plan.parts[stage] for stage in plan.of_rank(pp)]
+            own = {p.name: p for stage in stages for p in parameter_list(model, model.size("vocab_size"), stage)}
+            state = state_of(
+                model,
+                own.values(),
+                grid.tp,
+                copies=copies,
+                two_bytes=config.precision.two_bytes,
+                optimizer=config.optim.optimizer,
+                bucket=config.layout.ddp_bucket_size,
+                shards=grid.dp * grid.cp if config.layout.use_distributed_optimizer else 1,
+                bf16_gradients=config.precision.grad_reduce_in_bf16,
+            )
+            by_stage[pp] = StateBytes(state.weights, 0, 0) if config.eval.skip_train else state
+        every.append(by_stage[pp])
+    return every
+
+
+def room_of(config: RunConfig, place: Place) -> Room | None:
+    """Return what this rank's device has; None where nothing can be said of it."""
+    found = Hardware.own()
+    device, means = means_of(place, config.layout.distributed_backend, found)
+    if means.problem:  # which the job will say
+        return None
+    if device.type != "cuda":
+        there = host_memory()
+        return None if there is None else Room(there.free, there.words, own=False)
+    free, capacity = torch.cuda.mem_get_info(device)
+    if found.gpus < place.local_size and means.backend != "nccl":  # shared, and others may have allocated already
+        return Room(capacity, f"the GPU has {gib(capacity)}", own=True)
+    return Room(free, f"GPU {device.index} has {gib(capacity)}, of which {gib(free)} are free", own=True)
+
+
+def _advice(config: RunConfig) -> str:
+    """The flags that make a rank's state smaller, of those that are not used yet."""
+    flags = ["a smaller model (--num-layers, --hidden-size)", "more GPUs or hosts with a larger --tensor-model-parallel-size"]
+    flags += ["--pipeline-model-parallel-size"]
+    if not config.layout.use_distributed_optimizer:
+        flags.append("--use-distributed-optimizer")
+    return f"{', '.join(flags[:-1])} or {flags[-1]}"

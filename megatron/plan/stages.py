@@ -1,0 +1,44 @@
+"""The pipeline stages of a run: which layers, on which rank. The same for all ranks, from the configuration alone. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.schema import RunConfig
+from megatron.config.stage_split import asked_stage_layers, pipeline_chunks
+from megatron.contract import StagePart
+from megatron.pipeline.partition import cut, split
+from megatron.pipeline.schedules.schedule import kind_of
+from megatron.plan.flops import head_flops, layer_flops
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """placement: stage -> pipeline rank. parts: what each stage owns of the model. chunks: stages of each rank."""
+
+    placement: tuple[int, ...]
+    parts: tuple[StagePart, ...]
+    chunks: int
+
+    def of_rank(self, rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, in order."""
+        return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
+
+
+def stages_of(config: RunConfig) -> StagePlan:
+    """The stages of a resolved, legal configuration, with model.vocab_size set.
+
+    What the flags say of it is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
+    lookup, and its backward pass adds up as many rows as there are tokens, with no matrix product.
+    """
+    model, layout = config.model, config.layout
+    layers = model.size("num_layers")
+    chunks = pipeline_chunks(layout, layers)
+    placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
+    if (counts := asked_stage_layers(layout, layers)) is not None:
+        ranges = cut(counts)
+    else:
+        layer = layer_flops(model, config.data.seq_length or model.size("max_position_embeddings"))
+        ranges = split([layer] * layers, placement, last=head_flops(model, model.size("vocab_size")))
+    last = len(placement) - 1
+    return StagePlan(placement, tuple(StagePart(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)

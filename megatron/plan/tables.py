@@ -1,0 +1,93 @@
+"""A run in tables: its stages, its memory, its batches and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.config.batch_size import ramp_sizes, samples_for
+from megatron.config.schema import ModelConfig, RunConfig
+from megatron.mesh.grid import Grid
+from megatron.pipeline.schedules.draw import draw_text
+from megatron.pipeline.schedules.schedule import Schedule
+from megatron.pipeline.schedules.simulate import simulate
+from megatron.plan import flops, size
+from megatron.plan.memory import memory_of, shards
+from megatron.plan.stages import StagePlan
+from megatron.plan.time import flop_costs
+
+MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def _ranks(grid: Grid, rank: int) -> str:
+    """The ranks of the job that are pipeline rank `rank`: neighbours, since the pipeline is the slowest axis."""
+    first, count = grid.rank(pp=rank), grid.world_size // grid.pp
+    return f"{first}-{first + count - 1}" if count > 1 else str(first)
+
+
+def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
+    """A row for each stage. A tied word embedding counts on each rank that holds it, and in all once."""
+    model, vocab = config.model, config.model.size("vocab_size")
+    yield f"# Parameters: {size.parameters(model, vocab):,} in all, without padding"
+    yield f"{'stage':>5} {'ranks':>11} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
+    held: set[tuple[int, str]] = set()
+    for stage, (rank, part) in enumerate(zip(plan.placement, plan.parts, strict=True)):
+        own = [p for p in size.parameter_list(model, vocab, part) if (rank, p.name) not in held]
+        held |= {(rank, p.name) for p in own}
+        layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
+        ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
+        count, local = sum(p.count for p in own), sum(p.local(model, grid.tp) for p in own)
+        weights = size.state_of(model, own, grid.tp, two_bytes=config.precision.two_bytes, shards=shards(config, grid)).weights
+        yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {weights:>16,}"
+
+
+def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
+    """What each pipeline rank holds at its fullest, and the fullest of them in detail."""
+    every = [memory_of(config, grid.tp, plan, schedule, rank, shards(config, grid)) for rank in range(grid.pp)]
+    fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
+    which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
+    yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"
+    for name in MEMORY:
+        value = getattr(every[fullest], name)
+        yield f"{name:<12} {value:>18,}  ({value / 2**30:.2f} GiB)"
+    if grid.pp > 1:
+        yield ""
+        yield f"{'ranks':>11}" + "".join(f" {name:>18}" for name in MEMORY)
+        for rank, memory in enumerate(every):
+            yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY)
+
+
+def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
+    batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
+    full = max(ramp_sizes(batch))
+    rows = full * config.model.rows
+    yield "# Batches"
+    sizes = ramp_sizes(batch)
+    for begin, now in zip(batch.batch_size_steps[::2], sizes, strict=False):
+        yield f"global batch {now} from sample {begin:,} on ({begin * seq:,} tokens)"
+    if len(sizes) > 1 and batch.rampup_batch_size:
+        shown = ", ".join(map(str, sizes[:6])) + (", ..." if len(sizes) > 6 else "")
+        yield f"global batch grows over {batch.rampup_batch_size[2]:,} samples: {shown} to {full}"
+    micro = f"micro-batch {batch.micro_batch_size} x {micro_batches} micro-batches"
+    yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
+    if batch.train_iters is not None:
+        samples = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters)
+        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
+    total = flops.flops_per_iteration(config.model, vocab, seq, rows)
+    per_token = flops.flops_per_token(config.model, vocab, seq)
+    yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
+    yield flops_in_words(config.model, vocab, seq)
+
+
+def flops_in_words(model: ModelConfig, vocab: int, seq: int) -> str:
+    """By which convention FLOPs are counted, and what a token takes by it and by the other one."""
+    whole, causal = flops.flops_per_token(model, vocab, seq), flops.causal_flops_per_token(model, vocab, seq)
+    text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
+    if causal is None:
+        return text
+    return f"{text}; NVIDIA's tables count its causal half, {causal / 1e9:.4g}, which is {causal / whole:.1%} of that"
+
+
+def schedule_table(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
+    """The schedule of a full global batch: what it idles and holds, and its picture."""
+    yield "# Schedule, if FLOPs alone took time, in units of the mean stage's forward pass"
+    yield draw_text(schedule, simulate(schedule, flop_costs(config, plan)))
