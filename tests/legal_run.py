@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 
 LEGAL: dict[str, str] = {

@@ -118,7 +118,7 @@ def test_the_sweep_sees_a_slow_one() -> None:
 
 
 def functions() -> dict[str, Callable[[str], Any]]:
-    from megatron.config.reading import known_flags, nearest
+    from megatron.config.command_line.spelling import known_flags, nearest
     from megatron.data.corpus import Line, parse
     from megatron.data.fast_cuts import RUN, alternatives
     from megatron.data.sentences import split_sentences

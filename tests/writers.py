@@ -9,8 +9,8 @@ import torch
 
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
+from megatron.config.command_line.saved import to_json
 from megatron.config.resolve import resolve
-from megatron.config.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis, Mesh

@@ -24,8 +24,8 @@ with loading():
     import torch
 
     from megatron.checkpoint.layout import CheckpointError, find
+    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.config.errors import ConfigError
-    from megatron.config.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
     from megatron.inference.beam_search import BeamSearch

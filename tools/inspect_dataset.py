@@ -14,9 +14,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
+    from megatron.config.command_line.tool_parser import ToolParser, count, some_name
     from megatron.config.ranges import out_of_range
     from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
-    from megatron.config.tool_parser import ToolParser, count, some_name
     from megatron.data.bert import SPECIAL, PairSample
     from megatron.data.blend import parse_blend
     from megatron.data.build import MakeSamples, bert_samples, build_datasets

@@ -11,7 +11,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser, some_name
+    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.merge import find_datasets, merge
     from megatron.files.outputs import BadOutput

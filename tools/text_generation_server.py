@@ -21,8 +21,8 @@ with loading():
     import torch
 
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
+    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.config.errors import ConfigError
-    from megatron.config.tool_parser import ToolParser, some_path
     from megatron.data.errors import DataError
     from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
     from megatron.inference.restore import open_pipeline, text_tokenizer

@@ -22,8 +22,8 @@ with loading():
     from numpy.typing import NDArray
 
     from megatron.checkpoint.layout import CheckpointError, find, read_config
-    from megatron.config.saved import from_json
-    from megatron.config.tool_parser import ToolParser
+    from megatron.config.command_line.saved import from_json
+    from megatron.config.command_line.tool_parser import ToolParser
     from megatron.data.build import build_datasets
     from megatron.data.errors import DataError
     from megatron.data.gpt import SampleSource

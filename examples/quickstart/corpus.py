@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.tool_parser import ToolParser, some_path
+    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
 

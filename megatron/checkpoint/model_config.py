@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron.checkpoint.layout import CONFIG, CheckpointError, read_config, read_manifest
+from megatron.config.command_line.saved import from_json
 from megatron.config.errors import ConfigError
-from megatron.config.saved import from_json
 from megatron.config.schema import ModelConfig
 
 

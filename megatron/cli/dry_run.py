@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.config.batch_size import ramp_sizes
-from megatron.config.cli import Parsed, explain
+from megatron.config.command_line.parse import Parsed, explain
+from megatron.config.command_line.saved import from_json, to_toml
 from megatron.config.compare import different_model
 from megatron.config.directories import traces
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.rules import TOKENIZER_FILES, prefixes
-from megatron.config.saved import from_json, to_toml
 from megatron.config.schedule_rules import uneven_ahead
 from megatron.config.schema import RunConfig
 from megatron.data.errors import DataError
@@ -79,11 +79,11 @@ def inspect(config: RunConfig, world_size: int = 1) -> Found:
             tokenizer = build_tokenizer(config.tokenizer)
             count, source = tokenizer.vocab_size, str(kind)
         except DataError as error:
-            problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"cannot be opened: {error}"))
+            problems.append(Problem(flag_text("tokenizer.tokenizer_type", kind), f"cannot be opened: {error}"))
     elif kind == "GPT2BPETokenizer":
         lines.append(f"a run also needs {' and '.join(missing)}")
     else:
-        problems.append(Problem(say("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
+        problems.append(Problem(flag_text("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
         lines += _checkpoint(config, world_size, problems)
@@ -107,7 +107,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
                     check_tokenizer(dataset, tokenizer)
                 lines.append(f"dataset {dataset.prefix}: {dataset.document_count:,} documents, {dataset.token_count:,} tokens")
             except DataError as error:
-                problems.append(Problem(say(f"data.{name}", (prefix,)), f"cannot be opened: {error}"))
+                problems.append(Problem(flag_text(f"data.{name}", (prefix,)), f"cannot be opened: {error}"))
     if config.data.mock_data:
         return [MADE_UP]
     return lines or ["a run also needs --data-path"]
@@ -119,7 +119,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
     from megatron.train.resumed_schedule import check_schedule
     from megatron.train.save_directory import check_save
 
-    what = say("checkpoint.load", config.checkpoint.load)
+    what = flag_text("checkpoint.load", config.checkpoint.load)
     try:
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron.cli.dry_run import dry_run
-from megatron.config.cli import HelpAsked, Parsed, explain, parse
+from megatron.config.command_line.parse import HelpAsked, Parsed, explain, parse
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.files.side import forgiving_streams, piped_streams

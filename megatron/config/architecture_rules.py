@@ -28,14 +28,14 @@ def foreign(c: Case) -> Iterator[Problem]:
     for name in FOREIGN[own]:
         if c.given(name):
             other = {"gpt": "BERT (pretrain_bert.py)", "bert": "GPT (pretrain_gpt.py)"}[own]
-            yield Problem(c.say(name), f"belongs to {other}; leave it out")
+            yield Problem(c.flag_text(name), f"belongs to {other}; leave it out")
 
 
 def shortest_pair(c: Case) -> Iterator[Problem]:
     """[CLS], two segments of a token each, and two [SEP]."""
     seq = c["data.seq_length"]
     if c["model.architecture"] == "bert" and seq is not None and seq < 5 and "data.seq_length" not in c.bad:
-        yield Problem(c.say("data.seq_length"), "is too short for [CLS], two segments and two [SEP]", "5 and more")
+        yield Problem(c.flag_text("data.seq_length"), "is too short for [CLS], two segments and two [SEP]", "5 and more")
 
 
 ARCHITECTURE_RULES: tuple[Rule, ...] = (foreign, shortest_pair)

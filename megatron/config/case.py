@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.resolve import resolve
 from megatron.config.schema import RunConfig
 
@@ -29,9 +29,9 @@ class Case:
     bad: frozenset[str] = frozenset()
     planning: bool = False
 
-    def say(self, *names: str) -> str:
+    def flag_text(self, *names: str) -> str:
         """The settings as flags with their resolved values: `--a 1` and `--b 2`."""
-        parts = [say(name, self[name]) for name in names]
+        parts = [flag_text(name, self[name]) for name in names]
         return " and ".join(parts) if len(parts) < 3 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
     def __getitem__(self, name: str) -> Any:

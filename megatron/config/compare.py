@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.schema import ModelConfig
 
 # Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
@@ -42,7 +42,7 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
             given = here is not (option.flag == option.off)
             rule = f"is {'given' if given else 'not given'}, and {source} was made {'without' if given else 'with'} it"
             legal = "without it" if given else "with it"
-        problems.append(Problem(say(option.name, here), rule, f"{legal}; --use-checkpoint-args takes them all"))
+        problems.append(Problem(flag_text(option.name, here), rule, f"{legal}; --use-checkpoint-args takes them all"))
     return problems
 
 

@@ -20,15 +20,17 @@ def context_split(c: Case) -> Iterator[Problem]:
         of = f"2 x `--context-parallel-size {cp}`"
         if cut > 1:
             of += f", of which `--sequence-parallel` cuts each rank's part over `--tensor-model-parallel-size {tp}`"
-        yield Problem(c.say("data.seq_length"), f"is not divisible by {unit}: it is cut into {of}", f"multiples of {unit}")
+        yield Problem(
+            c.flag_text("data.seq_length"), f"is not divisible by {unit}: it is cut into {of}", f"multiples of {unit}"
+        )
 
 
 def context_dropout(c: Case) -> Iterator[Problem]:
     """Attention around the ring has no fused kernel, so nothing that could draw by itself."""
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0
     if fused and c["layout.context_parallel_size"] > 1:
-        rule = f"cannot go with {c.say('layout.context_parallel_size')}, whose attention has no kernel that draws numbers"
-        yield Problem(c.say("model.fused_attention_dropout"), rule, "leave it out, or --attention-dropout 0")
+        rule = f"cannot go with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws numbers"
+        yield Problem(c.flag_text("model.fused_attention_dropout"), rule, "leave it out, or --attention-dropout 0")
 
 
 CONTEXT_RULES: tuple[Rule, ...] = (context_split, context_dropout)

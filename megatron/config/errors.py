@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,8 @@ class ConfigError(Exception):
     def on_disk(self) -> bool:
         """Whether every mistake was found on this host's disk, so that other ranks may see none."""
         return all(problem.on_disk for problem in self.problems)
+
+
+def found_on_disk(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the same problems, marked as found on this host's disk."""
+    return [replace(problem, on_disk=True) for problem in problems]

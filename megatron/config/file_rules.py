@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron.config.case import Case, Rule
 from megatron.config.directories import MANIFEST, iterations, starts_fresh
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.config.task_rules import task_files
 from megatron.files.foreign import foreign, foreign_directory, hub_name, is_pointer
@@ -68,7 +68,7 @@ def tokenizer_files(c: Case) -> Iterator[Problem]:
             path = path / "tokenizer.json"
         if wrong := _unreadable(path, by_name()[name].flag):
             where = "" if str(path) == c[name] else f"{path} "
-            yield Problem(say(name, c[name]), where + wrong)
+            yield Problem(flag_text(name, c[name]), where + wrong)
 
 
 def datasets(c: Case) -> Iterator[Problem]:
@@ -76,7 +76,7 @@ def datasets(c: Case) -> Iterator[Problem]:
     for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
         for prefix in prefixes(c[name]) or ():
             level = "sentence" if c["model.architecture"] == "bert" else "document"
-            yield from missing_dataset(say(name, (prefix,)), prefix, level)
+            yield from missing_dataset(flag_text(name, (prefix,)), prefix, level)
 
 
 def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator[Problem]:
@@ -111,7 +111,7 @@ def load(c: Case) -> Iterator[Problem]:
         return
     root, wanted = Path(c["checkpoint.load"]), c["checkpoint.load_iteration"]
     pretrained = c["task.pretrained_checkpoint"] == c["checkpoint.load"]
-    what = say("task.pretrained_checkpoint" if pretrained else "checkpoint.load", c["checkpoint.load"])
+    what = flag_text("task.pretrained_checkpoint" if pretrained else "checkpoint.load", c["checkpoint.load"])
     fresh = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"
     if c["task.task"] is not None:
         fresh = ""  # a task asks a model that is there, or teaches it
@@ -133,9 +133,9 @@ def load(c: Case) -> Iterator[Problem]:
     elif os.path.exists(root / MANIFEST):  # one checkpoint itself
         own = re.fullmatch(r"iter_(\d+)", root.resolve().name)
         if own and wanted is not None and wanted != int(own[1]):
-            yield Problem(f"{what} and {say('checkpoint.load_iteration', wanted)}", "name different iterations")
+            yield Problem(f"{what} and {flag_text('checkpoint.load_iteration', wanted)}", "name different iterations")
     elif wanted is not None and wanted not in present:
-        yield Problem(say("checkpoint.load_iteration", wanted), f"is not in {root}", listed)
+        yield Problem(flag_text("checkpoint.load_iteration", wanted), f"is not in {root}", listed)
     elif not present:
         yield Problem(what, f"holds no checkpoint: neither {MANIFEST} nor an iter_ directory" + fresh)
     elif wanted is not None and wanted not in finished:
@@ -175,14 +175,14 @@ def writable(c: Case) -> Iterator[Problem]:
         if typed is not None:
             folders[name] = str(Path(typed).absolute().parent)
         if c[name] is not None and os.path.isdir(c[name]):
-            yield Problem(say(name, c[name]), "cannot be written: it is a directory, not a file")
+            yield Problem(flag_text(name, c[name]), "cannot be written: it is a directory, not a file")
     for name, folder in folders.items():
         if folder is None:
             continue
         if rule := unwritable(folder):
-            yield Problem(say(name, c[name]), rule)
+            yield Problem(flag_text(name, c[name]), rule)
         elif name in files and os.path.isfile(c[name]) and not os.access(c[name], os.W_OK):
-            yield Problem(say(name, c[name]), "cannot be written: permission denied")
+            yield Problem(flag_text(name, c[name]), "cannot be written: permission denied")
 
 
 def stop_file(c: Case) -> Iterator[Problem]:
@@ -191,11 +191,11 @@ def stop_file(c: Case) -> Iterator[Problem]:
         return
     path = Path(name).absolute()
     if os.path.isdir(path):
-        yield Problem(say("batch.stop_file", name), "is a directory, not a file")
+        yield Problem(flag_text("batch.stop_file", name), "is a directory, not a file")
     elif not os.path.isdir(path.parent):
-        yield Problem(say("batch.stop_file", name), f"can never appear: there is no directory {path.parent}")
+        yield Problem(flag_text("batch.stop_file", name), f"can never appear: there is no directory {path.parent}")
     elif not os.access(path.parent, os.W_OK | os.X_OK):
-        yield Problem(say("batch.stop_file", name), f"could not be seen and removed: permission denied in {path.parent}")
+        yield Problem(flag_text("batch.stop_file", name), f"could not be seen and removed: permission denied in {path.parent}")
 
 
 FILE_RULES: tuple[Rule, ...] = (tokenizer_files, datasets, task_files, load, writable, stop_file)

@@ -17,9 +17,11 @@ def param_gather(c: Case) -> Iterator[Problem]:
     if not c[GATHER]:
         return
     if not c["layout.use_distributed_optimizer"]:
-        yield Problem(c.say(GATHER), "needs `--use-distributed-optimizer`: without it every rank updates all its weights")
+        yield Problem(c.flag_text(GATHER), "needs `--use-distributed-optimizer`: without it every rank updates all its weights")
     if c["batch.compile"]:
-        yield Problem(c.say(GATHER), "cannot go with `--compile`, whose layers do not wait for their weights; leave one out")
+        yield Problem(
+            c.flag_text(GATHER), "cannot go with `--compile`, whose layers do not wait for their weights; leave one out"
+        )
 
 
 def adam_kernel(c: Case) -> Iterator[Problem]:
@@ -27,9 +29,9 @@ def adam_kernel(c: Case) -> Iterator[Problem]:
     if KERNEL in c.bad or not c.given(KERNEL):
         return
     if c["optim.optimizer"] != "adam":
-        yield Problem(c.say(KERNEL), f"cannot go with {c.say('optim.optimizer')}", "--optimizer adam")
+        yield Problem(c.flag_text(KERNEL), f"cannot go with {c.flag_text('optim.optimizer')}", "--optimizer adam")
     elif c[KERNEL] == "apex" and not c.planning and find_spec("apex") is None:
-        yield Problem(c.say(KERNEL), "needs apex, which is not installed", "fused, foreach")
+        yield Problem(c.flag_text(KERNEL), "needs apex, which is not installed", "fused, foreach")
 
 
 OPTIM_RULES: tuple[Rule, ...] = (param_gather, adam_kernel)

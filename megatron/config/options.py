@@ -1,18 +1,16 @@
-"""The options of a run, read off the schema: how each field is spelled, what it takes, and text to value."""
+"""The options of a run, read off the schema: how each field is spelled and what it takes."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from megatron.config.other_flags.refused import VALUES
 from megatron.config.presets import PRESETS
-from megatron.config.schema import RunConfig, option
+from megatron.config.schema import option, sections
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,6 @@ class CommandConfig:
     world_size: int | None = option(None, "number of ranks that --dry-run assumes; default one")
     help: bool = option(False, "print this and exit", aliases=("-h",))
     version: bool = option(False, "print the version and exit")
-
-
-NAMES_OF_FILES = ("checkpoint", "data", "tokenizer")  # sections whose words name files, or what is in them
 
 
 @dataclass(frozen=True)
@@ -56,68 +51,6 @@ class Option:
     def name(self) -> str:
         """`section.field`, unique over a run."""
         return f"{self.section}.{self.field}"
-
-    def convert(self, text: str) -> Any:
-        """The value that `text` means. ValueError saying what it is not."""
-        if self.kind is int:
-            try:
-                return int(text)
-            except ValueError:
-                raise ValueError("is not an integer") from None
-        if self.kind is float:
-            try:
-                number = float(text)
-            except ValueError:
-                raise ValueError("is not a number") from None
-            if not math.isfinite(number):
-                raise ValueError("is not a finite number")
-            return number
-        if self.choices and text not in self.choices:
-            elsewhere = VALUES.get(self.flag, {}).get(text)
-            raise ValueError(elsewhere or f"is not known; legal: {', '.join(self.choices)}")
-        if not text and self.section in NAMES_OF_FILES:
-            raise ValueError("is empty")
-        return text
-
-    def accept(self, value: Any) -> Any:
-        """A TOML or JSON value as the field holds it. ValueError saying what it is not."""
-        if self.many:
-            items = value if isinstance(value, (list, tuple)) else [value]
-            return tuple(self._accept_one(item) for item in items)
-        return self._accept_one(value)
-
-    def _accept_one(self, value: Any) -> Any:
-        if self.bare is not None and isinstance(value, bool):
-            return self.bare if value else self.default
-        if self.kind is bool or isinstance(value, bool):
-            if self.kind is bool and isinstance(value, bool):
-                return value
-            raise ValueError("must be true or false" if self.kind is bool else "cannot be true or false")
-        if self.kind is int and not isinstance(value, int):
-            raise ValueError("is not an integer")
-        if self.kind is float and not isinstance(value, (int, float)):
-            raise ValueError("is not a number")
-        if self.kind is str and not isinstance(value, (str, int, float) if self.many else str):
-            raise ValueError("is not a string")
-        return self.convert(str(value))
-
-
-TAKES_VALUE: Any = object()
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """One flag as typed. `value` is what it sets, or TAKES_VALUE when the value follows; whether it `yields` to others."""
-
-    flag: str
-    option: Option
-    value: Any = TAKES_VALUE
-    yields: bool = False
-
-
-def sections() -> dict[str, type]:
-    """Name and dataclass of every section of a run, in order."""
-    return dict(get_type_hints(RunConfig))
 
 
 @cache
@@ -150,32 +83,14 @@ def _kind(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
-def plain(flag: str) -> str:
-    """A spelling with dashes only: `--num_layers` and `--num-layers` are the same flag."""
-    return "-" * (len(flag) - len(flag.lstrip("-"))) + flag.lstrip("-").replace("_", "-")
-
-
-@cache
-def spellings() -> Mapping[str, Spelling]:
-    """Plain flag -> what it sets."""
-    table: dict[str, Spelling] = {}
-    for o in options():
-        value = TAKES_VALUE if o.kind is not bool else o.off is None
-        for flag in (o.flag, *o.aliases):
-            table[plain(flag)] = Spelling(flag, o, value)
-        for flag, constant in o.constants.items():
-            table[plain(flag)] = Spelling(flag, o, constant, flag in o.yielding)
-    return table
-
-
 @cache
 def by_name() -> Mapping[str, Option]:
     """`section.field` -> option."""
     return {o.name: o for o in options()}
 
 
-def say(name: str, value: Any) -> str:
-    """A setting as a user would type it, between backticks: `--num-layers 12`; a value that is still open is left out."""
+def flag_text(name: str, value: Any) -> str:
+    """Return a setting as a user would type it, between backticks: `--num-layers 12`; an open value is left out."""
     o = by_name()[name]
     if o.kind is bool or value is None or value == ():
         return f"`{o.flag}`"

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron.config.case import Case
 from megatron.config.directories import MANIFEST
 from megatron.config.errors import Problem
-from megatron.config.options import say
+from megatron.config.options import flag_text
 from megatron.config.rules import TOKENIZER_FILES, prefixes
 from megatron.files.outputs import Reads, files_in, is_foreign
 from megatron.files.regular import open_regular
@@ -66,10 +66,10 @@ def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
         if (over := read.around(path)) is not None and not os.path.isdir(path):  # which another rule says
             where = "lies in" if os.path.isdir(over) else "is"
             rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
-            yield Problem(say(name, c[name]), rule)
+            yield Problem(flag_text(name, c[name]), rule)
         place = os.path.realpath(path)
         if (other := seen.setdefault(place, name)) != name:
-            yield Problem(f"{say(other, c[other])} and {say(name, c[name])}", f"are both written to {path}")
+            yield Problem(f"{flag_text(other, c[other])} and {flag_text(name, c[name])}", f"are both written to {path}")
 
 
 def _other_kind(c: Case) -> Iterator[Problem]:
@@ -81,7 +81,7 @@ def _other_kind(c: Case) -> Iterator[Problem]:
             head = file.read(HEAD).lstrip()
             known = b'{"iteration"' if name == "log.metrics_path" else b"{"
             if head and not head.startswith(known) and not known.startswith(head):
-                yield Problem(say(name, c[name]), f"is there already and is not {kind}; choose another place")
+                yield Problem(flag_text(name, c[name]), f"is there already and is not {kind}; choose another place")
 
 
 def _wandb(c: Case) -> Iterator[Problem]:
@@ -89,14 +89,14 @@ def _wandb(c: Case) -> Iterator[Problem]:
     if c["log.wandb_project"] is not None:
         spec = find_spec("wandb")
         if spec is None or spec.origin is None:
-            yield Problem(c.say("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
+            yield Problem(c.flag_text("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
 
 
 def _save(c: Case) -> Iterator[Problem]:
     """--save is a directory of checkpoints of this program, not one of them, and not another's."""
     if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
         return
-    root, what = Path(c["checkpoint.save"]), say("checkpoint.save", c["checkpoint.save"])
+    root, what = Path(c["checkpoint.save"]), flag_text("checkpoint.save", c["checkpoint.save"])
     with suppress(OSError):
         if os.path.isfile(root / MANIFEST):
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")

@@ -34,19 +34,19 @@ def virtual_stages(c: Case) -> Iterator[Problem]:
     asked = [name for name in (VIRTUAL, COUNT, DRAWN) if c[name] is not None]
     own = kind_of(c[SCHEDULE]).chunks
     if len(asked) > 1:
-        yield Problem(c.say(*asked), "exclude each other: each says how many stages a rank has; give one of them")
+        yield Problem(c.flag_text(*asked), "exclude each other: each says how many stages a rank has; give one of them")
     elif not asked:
         if own is None:
             other = f"or `{by_name()[COUNT].flag}`"
-            yield Problem(c.say(SCHEDULE), f"needs `{by_name()[VIRTUAL].flag}`, the layers of one virtual stage, {other}")
+            yield Problem(c.flag_text(SCHEDULE), f"needs `{by_name()[VIRTUAL].flag}`, the layers of one virtual stage, {other}")
     elif own is not None and asked != [DRAWN] and c[COUNT] != own:
         has = "no virtual stages" if own == 1 else f"{own} virtual stages of its own on each rank"
-        rule = f"has {has}, and cannot go with {c.say(*asked)}"
+        rule = f"has {has}, and cannot go with {c.flag_text(*asked)}"
         others = names_of(lambda kind: kind.chunks is None)
-        yield Problem(c.say(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
+        yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
     elif c[PP] < 2 and own is None and asked != [DRAWN]:
         rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has nobody to interleave with"
-        yield Problem(c.say(*asked), rule)
+        yield Problem(c.flag_text(*asked), rule)
 
 
 def one_split(c: Case) -> Iterator[Problem]:
@@ -56,10 +56,10 @@ def one_split(c: Case) -> Iterator[Problem]:
     ways = [[name for name in way if c.given(name)] for way in ((STAGE_LAYERS,), (DRAWN,), ENDS, COUNTED)]
     given = [names[0] for names in ways if names]
     if len(given) > 1:
-        yield Problem(c.say(*given), "exclude each other: each says how many layers the stages have; give one of them")
+        yield Problem(c.flag_text(*given), "exclude each other: each says how many layers the stages have; give one of them")
     elif ways[2] and c[VIRTUAL] is not None:
-        rule = f"does not go with {c.say(VIRTUAL)}: stages of several sizes have no number of layers in common"
-        yield Problem(c.say(given[0]), rule, f"{by_name()[COUNT].flag}")
+        rule = f"does not go with {c.flag_text(VIRTUAL)}: stages of several sizes have no number of layers in common"
+        yield Problem(c.flag_text(given[0]), rule, f"{by_name()[COUNT].flag}")
 
 
 def _chunks(c: Case) -> int | None:
@@ -76,7 +76,7 @@ def enough_layers(c: Case) -> Iterator[Problem]:
     if chunks is None or c[STAGE_LAYERS] or c[DRAWN] is not None or layers + sum(c[name] for name in COUNTED) >= c[PP] * chunks:
         return
     stages = c[PP] * chunks
-    makes = f"{c.say(PP)} makes" if chunks == 1 else f"{c.say(PP, SCHEDULE)} make"
+    makes = f"{c.flag_text(PP)} makes" if chunks == 1 else f"{c.flag_text(PP, SCHEDULE)} make"
     legal = f"--num-layers {stages} or more"
     if layers >= chunks:
         legal += f", or --pipeline-model-parallel-size {layers // chunks} or less"
@@ -93,7 +93,7 @@ def stage_layers(c: Case) -> Iterator[Problem]:
         try:
             given = parse_layout(c[DRAWN])
         except ValueError as error:
-            yield Problem(c.say(DRAWN), str(error))
+            yield Problem(c.flag_text(DRAWN), str(error))
             return
     stages, rules = c[PP] * chunks, []
     if len(given) != stages:
@@ -109,7 +109,7 @@ def stage_layers(c: Case) -> Iterator[Problem]:
         legal = f"{stages} number{'s' if stages > 1 else ''}, 0 or greater, of sum {layers}"
         if name == DRAWN:
             legal = f"stages in a multiple of {c[PP]}, with {layers} t in all"
-        yield Problem(c.say(name), " and ".join(rules), legal)
+        yield Problem(c.flag_text(name), " and ".join(rules), legal)
 
 
 def shared_layers(c: Case) -> Iterator[Problem]:
@@ -120,14 +120,14 @@ def shared_layers(c: Case) -> Iterator[Problem]:
     try:
         asked_stage_layers(c.resolved.layout, c["model.num_layers"])
     except ValueError as error:
-        yield Problem(c.say(*names), f"cannot be had: {error}", "also --pipeline-stage-layers, the layers of each stage")
+        yield Problem(c.flag_text(*names), f"cannot be had: {error}", "also --pipeline-stage-layers, the layers of each stage")
 
 
 def split_backward(c: Case) -> Iterator[Problem]:
     """Zero-bubble schedules take the weights' gradients out of the layers' backward pass."""
     if c["batch.compile"] and SCHEDULE not in c.bad and kind_of(c[SCHEDULE]).splits:
         rule = "cannot go with `--compile`: it computes weight gradients apart from the layers, which would cut their graph"
-        yield Problem(c.say(SCHEDULE), rule, f"{names_of(lambda kind: not kind.splits)}, or leave out --compile")
+        yield Problem(c.flag_text(SCHEDULE), rule, f"{names_of(lambda kind: not kind.splits)}, or leave out --compile")
 
 
 def numbers_that_fit(c: Case) -> Iterator[Problem]:
@@ -141,7 +141,9 @@ def numbers_that_fit(c: Case) -> Iterator[Problem]:
         count = size // (micro * c.dp)
         if (objection := kind_of(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:
             batch = f"a global batch of {size} makes {count} micro-batch{'es' if count > 1 else ''}"
-            yield Problem(c.say(SCHEDULE), f"{objection}; here {batch}, on {c[PP]} pipeline rank{'s' if c[PP] > 1 else ''}")
+            yield Problem(
+                c.flag_text(SCHEDULE), f"{objection}; here {batch}, on {c[PP]} pipeline rank{'s' if c[PP] > 1 else ''}"
+            )
             return
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.schema import RunConfig
 
 
@@ -83,6 +83,6 @@ def out_of_range(config: RunConfig) -> Iterator[tuple[str, Problem]]:
         if value is None:
             continue
         if name in RANGES and not RANGES[name].holds(value):
-            yield name, Problem(say(name, value), f"must be {RANGES[name].text}")
+            yield name, Problem(flag_text(name, value), f"must be {RANGES[name].text}")
         elif option.choices and value not in option.choices:
-            yield name, Problem(say(name, value), "is not known", ", ".join(option.choices))
+            yield name, Problem(flag_text(name, value), "is not known", ", ".join(option.choices))

@@ -17,14 +17,15 @@ from megatron.config.context_rules import CONTEXT_RULES
 from megatron.config.errors import Problem
 from megatron.config.optim_rules import OPTIM_RULES
 from megatron.config.options import by_name
-from megatron.config.pipeline_rules import PIPELINE_RULES
-from megatron.config.precision_rules import PRECISION_RULES
+from megatron.config.pipeline_rules import PIPELINE_RULES, split_remarks
+from megatron.config.precision_rules import PRECISION_RULES, precision_remarks
 from megatron.config.ranges import out_of_range
 from megatron.config.recompute_rules import RECOMPUTE_RULES
 from megatron.config.resolve import data_parallel_size, resolve
-from megatron.config.schedule_rules import SCHEDULE_RULES, step_sizes, unit_of
+from megatron.config.schedule_rules import SCHEDULE_RULES, batch_remarks, schedule_remarks, step_sizes, unit_of
 from megatron.config.schema import RunConfig
 from megatron.config.shares import split_shares
+from megatron.config.stage_split import pipeline_chunks
 
 
 def required(c: Case) -> Iterator[Problem]:
@@ -57,7 +58,9 @@ def head_width(c: Case) -> Iterator[Problem]:
     """Heads share the hidden size evenly, unless --kv-channels says otherwise."""
     hidden, heads = c["model.hidden_size"], c["model.num_attention_heads"]
     if c["model.kv_channels"] is None and hidden and heads and hidden % heads and "model.kv_channels" not in c.bad:
-        yield Problem(c.say("model.hidden_size"), f"is not divisible by `--num-attention-heads {heads}`", divisors(hidden, 32))
+        yield Problem(
+            c.flag_text("model.hidden_size"), f"is not divisible by `--num-attention-heads {heads}`", divisors(hidden, 32)
+        )
 
 
 def query_groups(c: Case) -> Iterator[Problem]:
@@ -65,7 +68,7 @@ def query_groups(c: Case) -> Iterator[Problem]:
     heads, groups = c["model.num_attention_heads"], c["model.num_query_groups"]
     if heads and groups and heads % groups:
         rule = f"is not divisible by `--num-query-groups {groups}`"
-        yield Problem(c.say("model.num_attention_heads"), rule, divisors(heads))
+        yield Problem(c.flag_text("model.num_attention_heads"), rule, divisors(heads))
 
 
 def tensor_split(c: Case) -> Iterator[Problem]:
@@ -80,7 +83,7 @@ def tensor_split(c: Case) -> Iterator[Problem]:
         if c[name] and c[name] % tp:
             why = " under `--sequence-parallel`" if name == "data.seq_length" else ""
             rule = f"is not divisible by `--tensor-model-parallel-size {tp}`{why}"
-            yield Problem(c.say(name), rule, divisors(c[name]))
+            yield Problem(c.flag_text(name), rule, divisors(c[name]))
 
 
 def rotary_width(c: Case) -> Iterator[Problem]:
@@ -88,14 +91,16 @@ def rotary_width(c: Case) -> Iterator[Problem]:
     kv, percent = c["model.kv_channels"], c["model.rotary_percent"]
     if c["model.position_embedding_type"] == "rope" and kv and (int(kv * percent) < 2 or int(kv * percent) % 2):
         rule = f"turns {int(kv * percent)} of the {kv} channels of a head, which must be an even number of at least 2"
-        yield Problem(c.say("model.rotary_percent"), rule)
+        yield Problem(c.flag_text("model.rotary_percent"), rule)
 
 
 def positions(c: Case) -> Iterator[Problem]:
     """The model must see a whole sample."""
     most, length = c["model.max_position_embeddings"], c["data.seq_length"]
     if most and length and most < length:
-        yield Problem(c.say("model.max_position_embeddings"), f"is less than `--seq-length {length}`", f"{length} or more")
+        yield Problem(
+            c.flag_text("model.max_position_embeddings"), f"is less than `--seq-length {length}`", f"{length} or more"
+        )
 
 
 def world_size(c: Case) -> Iterator[Problem]:
@@ -107,7 +112,7 @@ def world_size(c: Case) -> Iterator[Problem]:
         of = f" = {size}" if len(sizes) > 1 else ""
         ranks = fitting_ranks(c, size)
         legal = f"multiples of {size}" + (f", such as {ranks}" if ranks else "") + (" (--world-size)" if c.planning else "")
-        yield Problem(f"world size {c.world}", f"is not divisible by {c.say(*sizes)}{of}", legal, ranks)
+        yield Problem(f"world size {c.world}", f"is not divisible by {c.flag_text(*sizes)}{of}", legal, ranks)
 
 
 def fitting_ranks(c: Case, size: int) -> int:
@@ -132,7 +137,7 @@ def global_batch(c: Case) -> Iterator[Problem]:
         return
     if micro and size and c.dp and size % (micro * c.dp):
         rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
-        yield Problem(c.say("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
+        yield Problem(c.flag_text("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
 
 
 def ramp_up(c: Case) -> Iterator[Problem]:
@@ -140,12 +145,14 @@ def ramp_up(c: Case) -> Iterator[Problem]:
     ramp, size, micro = c["batch.rampup_batch_size"], c["batch.global_batch_size"], c["batch.micro_batch_size"]
     if not ramp or "batch.rampup_batch_size" in c.bad:
         return
-    what = c.say("batch.rampup_batch_size")
+    what = c.flag_text("batch.rampup_batch_size")
     if len(ramp) != 3 or min(ramp) <= 0:
         yield Problem(what, "must be three numbers above 0: START INCREMENT SAMPLES")
         return
     if c.iterations_chosen:
-        yield Problem(f"{what} and {c.say('batch.train_iters')}", "exclude each other; use --train-samples with a ramp-up")
+        yield Problem(
+            f"{what} and {c.flag_text('batch.train_iters')}", "exclude each other; use --train-samples with a ramp-up"
+        )
     if size is None or "batch.global_batch_size" in c.bad:
         return
     if not c.given("batch.global_batch_size"):
@@ -167,14 +174,14 @@ def some_training(c: Case) -> Iterator[Problem]:
     if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
         return
     if samples < (first := global_batch_size_at(c.resolved.batch, 0)):
-        yield Problem(c.say("batch.train_samples"), f"is less than one global batch of {first} samples")
+        yield Problem(c.flag_text("batch.train_samples"), f"is less than one global batch of {first} samples")
 
 
 def one_unit(c: Case) -> Iterator[Problem]:
     """A run is measured in iterations or in samples, and so is its schedule."""
     typed = c.typed
     if c.iterations_chosen and typed.batch.train_samples is not None:
-        yield Problem(c.say("batch.train_iters", "batch.train_samples"), "exclude each other; give one of them")
+        yield Problem(c.flag_text("batch.train_iters", "batch.train_samples"), "exclude each other; give one of them")
         return
     families = {
         "batch.train_iters": ("optim.lr_decay_samples", "optim.lr_warmup_samples", "optim.lr_wsd_decay_samples"),
@@ -183,26 +190,26 @@ def one_unit(c: Case) -> Iterator[Problem]:
     unit = f"batch.train_{unit_of(typed.batch)}"
     for name in families[unit]:
         if c[unit] is not None and c.given(name):
-            yield Problem(c.say(name), f"cannot go with `{by_name()[unit].flag}`: iterations and samples do not mix")
+            yield Problem(c.flag_text(name), f"cannot go with `{by_name()[unit].flag}`: iterations and samples do not mix")
 
 
 def warm_up(c: Case) -> Iterator[Problem]:
     """Warm-up is given once, and ends before the decay does."""
     explicit = [n for n in ("optim.lr_warmup_iters", "optim.lr_warmup_samples") if c.given(n) and n not in c.bad]
     if c["optim.lr_warmup_fraction"] is not None and explicit:
-        yield Problem(c.say("optim.lr_warmup_fraction", *explicit), "exclude each other; give one of them")
+        yield Problem(c.flag_text("optim.lr_warmup_fraction", *explicit), "exclude each other; give one of them")
     for unit in ("iters", "samples"):
         warm, decay = c[f"optim.lr_warmup_{unit}"], c[f"optim.lr_decay_{unit}"]
         if warm and decay and warm >= decay:
             rule = f"is not less than `--lr-decay-{unit} {decay}`, where the decay ends"
-            yield Problem(c.say(f"optim.lr_warmup_{unit}"), rule, f"0 to {decay - 1}")
+            yield Problem(c.flag_text(f"optim.lr_warmup_{unit}"), rule, f"0 to {decay - 1}")
 
 
 def learning_rates(c: Case) -> Iterator[Problem]:
     """The floor is not above the peak."""
     lr, low = c["optim.lr"], c["optim.min_lr"]
     if lr is not None and low > lr:
-        yield Problem(c.say("optim.min_lr"), f"is greater than `--lr {lr}`", f"0 to {lr}")
+        yield Problem(c.flag_text("optim.min_lr"), f"is greater than `--lr {lr}`", f"0 to {lr}")
 
 
 def weight_decay_growth(c: Case) -> Iterator[Problem]:
@@ -215,7 +222,7 @@ def weight_decay_growth(c: Case) -> Iterator[Problem]:
         if missing:
             yield Problem(style, f"needs {' and '.join(f'`{flag}`' for flag in missing)}")
     elif any(v is not None and v != c["optim.weight_decay"] for v in typed):
-        spoken = c.say(*(n for n, v in zip(names, typed, strict=True) if v is not None))
+        spoken = c.flag_text(*(n for n, v in zip(names, typed, strict=True) if v is not None))
         yield Problem(spoken, f"cannot go with {style}", "--weight-decay-incr-style linear or cosine")
 
 
@@ -236,14 +243,14 @@ def companions(c: Case) -> Iterator[Problem]:
     }
     for name, other in needs.items():
         if c.given(name) and c[other] is None and other not in c.bad:
-            yield Problem(c.say(name), f"needs `{by_name()[other].flag}`")
+            yield Problem(c.flag_text(name), f"needs `{by_name()[other].flag}`")
 
 
 def saving(c: Case) -> Iterator[Problem]:
     """A run says how often it saves."""
     intervals = ("checkpoint.save_interval", "checkpoint.save_interval_mins")
     if c.given("checkpoint.save") and all(c[name] is None and name not in c.bad for name in intervals):
-        yield Problem(c.say("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
+        yield Problem(c.flag_text("checkpoint.save"), "needs `--save-interval` or `--save-interval-mins`")
 
 
 def one_of_two(c: Case) -> Iterator[Problem]:
@@ -253,7 +260,7 @@ def one_of_two(c: Case) -> Iterator[Problem]:
         ("checkpoint.auto_resume", "checkpoint.overwrite"),
     ):
         if all(c[name] for name in pair):
-            yield Problem(c.say(*pair), "exclude each other; give one of them")
+            yield Problem(c.flag_text(*pair), "exclude each other; give one of them")
 
 
 def split(c: Case) -> Iterator[Problem]:
@@ -261,7 +268,7 @@ def split(c: Case) -> Iterator[Problem]:
     try:
         split_shares(c["data.split"])
     except ValueError:
-        yield Problem(c.say("data.split"), "is not up to three shares of training, validation and test", "e.g. 969,30,1")
+        yield Problem(c.flag_text("data.split"), "is not up to three shares of training, validation and test", "e.g. 969,30,1")
 
 
 def data_paths(c: Case) -> Iterator[Problem]:
@@ -269,14 +276,16 @@ def data_paths(c: Case) -> Iterator[Problem]:
     own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
     given = [n for n in ("data.data_path", *own) if c[n]]
     if c["data.mock_data"] and given:
-        yield Problem(f"`--mock-data` and {c.say(given[0])}", "exclude each other: the samples are made up, or those of files")
+        yield Problem(
+            f"`--mock-data` and {c.flag_text(given[0])}", "exclude each other: the samples are made up, or those of files"
+        )
     elif c["data.data_path"] and own:
         yield Problem(f"`--data-path` and `{by_name()[own[0]].flag}`", "exclude each other: one mixes, the other does not")
     elif not given and not c["data.mock_data"] and not c.planning:
         yield from missing(c, ["data.data_path"])
     for name in given:
         if fault := blend_fault(c[name]):
-            yield Problem(c.say(name), fault)
+            yield Problem(c.flag_text(name), fault)
 
 
 def blend_fault(words: Sequence[str]) -> str | None:
@@ -318,12 +327,12 @@ def tokenizer(c: Case) -> Iterator[Problem]:
     """Each tokenizer needs its files, and only NullTokenizer its size."""
     kind = c["tokenizer.tokenizer_type"]
     if kind == "NullTokenizer" and c["tokenizer.vocab_size"] is None and "tokenizer.vocab_size" not in c.bad:
-        yield Problem(c.say("tokenizer.tokenizer_type"), "needs `--vocab-size`, the number of ids")
+        yield Problem(c.flag_text("tokenizer.tokenizer_type"), "needs `--vocab-size`, the number of ids")
     if c.planning:
         return
     for name in TOKENIZER_FILES.get(kind, ()):
         if c[name] is None:
-            yield Problem(c.say("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
+            yield Problem(c.flag_text("tokenizer.tokenizer_type"), f"needs `{by_name()[name].flag}`")
 
 
 def no_task(c: Case) -> Iterator[Problem]:
@@ -331,9 +340,9 @@ def no_task(c: Case) -> Iterator[Problem]:
     for name in by_name():
         if name == "task.epochs" and c.given(name):
             rule = "belongs to tasks/main.py; say how long with --train-iters, or with --train-samples"
-            yield Problem(c.say(name), f"{rule} (an epoch is as many as the data has)")
+            yield Problem(c.flag_text(name), f"{rule} (an epoch is as many as the data has)")
         elif name.startswith("task.") and c.given(name):
-            yield Problem(c.say(name), "belongs to tasks/main.py; leave it out")
+            yield Problem(c.flag_text(name), "belongs to tasks/main.py; leave it out")
 
 
 COMMON_RULES: tuple[Rule, ...] = (
@@ -371,3 +380,20 @@ def examine(
 def check(config: RunConfig, world_size: int = 1) -> list[Problem]:
     """Everything that is wrong with `config` on `world_size` ranks, apart from files; empty when it is legal."""
     return examine(config, world_size)[1]
+
+
+def remarks(case: Case) -> list[str]:
+    """Return what was asked for and has no effect in this combination."""
+    typed, resolved = case.typed, case.resolved
+    notes = []
+    if typed.layout.sequence_parallel and not resolved.layout.sequence_parallel:
+        notes.append("--sequence-parallel changes nothing: --tensor-model-parallel-size is 1")
+    layout, layers = resolved.layout, resolved.model.num_layers
+    virtual, ranks = layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_size
+    if virtual is not None and layers is not None and pipeline_chunks(layout, layers) == 1:
+        why = f"{layers} layers on {ranks} pipeline ranks are one stage each"
+        notes.append(f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}")
+    if typed.checkpoint.save_interval is not None and typed.checkpoint.save is None:
+        notes.append("--save-interval changes nothing: nothing is saved without --save")
+    notes += [*split_remarks(typed.layout), *batch_remarks(resolved.batch)]
+    return [*notes, *schedule_remarks(typed.optim, resolved.optim), *precision_remarks(typed.precision)]

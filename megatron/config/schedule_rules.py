@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron.config.batch_size import parse_steps, stretches
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
-from megatron.config.options import by_name, say
+from megatron.config.options import by_name, flag_text
 from megatron.config.resolve import data_parallel_size
 from megatron.config.schema import BatchConfig, OptimConfig, RunConfig
 
@@ -28,7 +28,9 @@ def wsd_phases(c: Case) -> Iterator[Problem]:
     if c[own] is None:
         other = "optim.lr_wsd_decay_samples" if unit == "iters" else "optim.lr_wsd_decay_iters"
         if c[other] is None or c["task.task"] is not None:  # else it is said that the two units do not mix
-            yield Problem(c.say("optim.lr_decay_style"), f"needs `{by_name()[own].flag}`, the length of the decay at its end")
+            yield Problem(
+                c.flag_text("optim.lr_decay_style"), f"needs `{by_name()[own].flag}`, the length of the decay at its end"
+            )
         return
     if decay is None or {f"optim.lr_decay_{unit}", f"optim.lr_warmup_{unit}", "optim.lr_warmup_fraction"} & c.bad:
         return
@@ -36,21 +38,21 @@ def wsd_phases(c: Case) -> Iterator[Problem]:
     warm = warm if fraction is None else int(fraction * decay)
     if warm < decay < warm + c[own]:
         rule = f"is longer than what the warm-up of {warm} leaves of `--lr-decay-{unit} {decay}`"
-        yield Problem(c.say(own), rule, f"1 to {decay - warm}")
+        yield Problem(c.flag_text(own), rule, f"1 to {decay - warm}")
 
 
 def warm_up_begin(c: Case) -> Iterator[Problem]:
     """A warm-up goes up."""
     lr, begin = c["optim.lr"], c["optim.lr_warmup_init"]
     if lr is not None and begin > lr:
-        yield Problem(c.say("optim.lr_warmup_init"), f"is greater than `--lr {lr}`, where the warm-up ends", f"0 to {lr}")
+        yield Problem(c.flag_text("optim.lr_warmup_init"), f"is greater than `--lr {lr}`, where the warm-up ends", f"0 to {lr}")
 
 
 def decoupled_rates(c: Case) -> Iterator[Problem]:
     """The floor of word embedding and output layer is not above their peak."""
     peak, name = c["optim.decoupled_lr"], "optim.min_lr" if c["optim.decoupled_min_lr"] is None else "optim.decoupled_min_lr"
     if peak is not None and c[name] > peak:
-        yield Problem(c.say(name), f"is greater than `--decoupled-lr {peak}`", f"0 to {peak}, also by --decoupled-min-lr")
+        yield Problem(c.flag_text(name), f"is greater than `--decoupled-lr {peak}`", f"0 to {peak}, also by --decoupled-min-lr")
 
 
 def step_sizes(c: Case) -> Iterator[Problem]:
@@ -61,10 +63,10 @@ def step_sizes(c: Case) -> Iterator[Problem]:
     seq_length, micro = c["data.seq_length"], c["batch.micro_batch_size"]
     if not c[STEPS] or STEPS in c.bad:
         return
-    what = c.say(STEPS)
+    what = c.flag_text(STEPS)
     for other in ("batch.rampup_batch_size", "batch.decrease_batch_size_if_needed"):
         if c[other]:
-            yield Problem(c.say(STEPS, other), "exclude each other; give one of them")
+            yield Problem(c.flag_text(STEPS, other), "exclude each other; give one of them")
             return
     if seq_length is None:  # which is said elsewhere
         return
@@ -95,7 +97,7 @@ def uneven_ahead(config: RunConfig, world_size: int, consumed: int) -> list[Prob
     if not batch.step_batch_size_schedule or config.eval.skip_train:
         return []
     sizes = [size for _, size in stretches(batch, consumed)]
-    what = say("batch.step_batch_size_schedule", batch.step_batch_size_schedule)
+    what = flag_text("batch.step_batch_size_schedule", batch.step_batch_size_schedule)
     return list(uneven_sizes(what, sizes, batch.micro_batch_size or 1, dp or 1))
 
 

@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
 
-Each field is written with `option(default, help, ...)`. `config/cli.py` derives everything a user types from it:
+Each field is written with `option(default, help, ...)`. `config/command_line/` derives everything a user types from it:
 the field `tensor_model_parallel_size` of `LayoutConfig` is the flag `--tensor-model-parallel-size` and the TOML key
 `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the
 setting. `None` means "derived": `config/rules.py` fills it in, so code that runs a model only sees resolved values.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 from megatron.config.tasks import TASKS
 from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
@@ -565,3 +565,17 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+
+
+def sections() -> dict[str, type]:
+    """Name and dataclass of every section of a run, in order."""
+    return dict(get_type_hints(RunConfig))
+
+
+def assemble(values: Mapping[str, Any]) -> RunConfig:
+    """Return the schema's defaults with `section.field` values put in."""
+    built = {}
+    for section, config in sections().items():
+        own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
+        built[section] = config(**own)
+    return RunConfig(**built)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.config.case import Case, Rule
 from megatron.config.errors import Problem
-from megatron.config.options import say
+from megatron.config.options import flag_text
 from megatron.config.rules import COMMON_RULES
 from megatron.config.tasks import TASKS
 from megatron.files.prefixes import meant_prefix
@@ -38,7 +38,7 @@ def model_named(c: Case) -> Iterator[Problem]:
             "`--load`", "is missing: the checkpoint to evaluate; `--pretrained-checkpoint` begins fine-tuning from one"
         )
     if c["task.pretrained_checkpoint"] is not None and c["checkpoint.load"] != c["task.pretrained_checkpoint"]:
-        both = c.say("task.pretrained_checkpoint", "checkpoint.load")
+        both = c.flag_text("task.pretrained_checkpoint", "checkpoint.load")
         rule = "exclude each other: the first begins fine-tuning, the second goes on with it or evaluates what it gave"
         yield Problem(both, f"{rule}; with --auto-resume a run that was interrupted goes on from its --save")
 
@@ -52,11 +52,11 @@ def task_data(c: Case) -> Iterator[Problem]:
     if kind.head is None:
         for name in ("task.train_data", "task.epochs", "task.pretrained_checkpoint"):
             if c.given(name):
-                yield Problem(c.say(name), f"does not go with --task {c['task.task']}, which trains nothing")
+                yield Problem(c.flag_text(name), f"does not go with --task {c['task.task']}, which trains nothing")
     elif train and c["task.epochs"] is None and "task.epochs" not in c.bad:
-        yield Problem(c.say("task.train_data"), "needs `--epochs`, the number of passes over it")
+        yield Problem(c.flag_text("task.train_data"), "needs `--epochs`, the number of passes over it")
     elif c["task.epochs"] and not train:
-        yield Problem(c.say("task.epochs"), "needs `--train-data`")
+        yield Problem(c.flag_text("task.epochs"), "needs `--train-data`")
     if not valid and (kind.head is None or c["eval.skip_train"]):
         yield Problem("`--valid-data`", "is missing: the files to evaluate")
 
@@ -66,14 +66,16 @@ def foreign_to_tasks(c: Case) -> Iterator[Problem]:
     for name in FOREIGN:
         if c.given(name):
             instead = "--train-data, --valid-data and --epochs say what is read, and how long"
-            yield Problem(c.say(name), f"belongs to pretraining; leave it out: {instead}")
+            yield Problem(c.flag_text(name), f"belongs to pretraining; leave it out: {instead}")
 
 
 def whole_sequences(c: Case) -> Iterator[Problem]:
     """Windows and samples of a task are short: their ranks are better used for data parallelism."""
     if c["layout.context_parallel_size"] != 1:
         yield Problem(
-            c.say("layout.context_parallel_size"), "is for pretraining; a task takes these ranks for data parallelism", "1"
+            c.flag_text("layout.context_parallel_size"),
+            "is for pretraining; a task takes these ranks for data parallelism",
+            "1",
         )
 
 
@@ -82,7 +84,7 @@ def windows(c: Case) -> Iterator[Problem]:
     step, seq = c["task.overlapping_eval"], c["data.seq_length"]
     if seq and c["task.task"] in ("WIKITEXT103", "PERPLEXITY") and step > seq:
         yield Problem(
-            c.say("task.overlapping_eval"), f"is more than `--seq-length {seq}`: tokens would be left out", f"1 to {seq}"
+            c.flag_text("task.overlapping_eval"), f"is more than `--seq-length {seq}`: tokens would be left out", f"1 to {seq}"
         )
 
 
@@ -94,17 +96,17 @@ def task_files(c: Case) -> Iterator[Problem]:
             dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
             if not os.path.exists(path) and not dataset:
                 meant = meant_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
-                yield Problem(say(name, (word,)), "does not exist" + (f"; {meant}" if meant else ""))
+                yield Problem(flag_text(name, (word,)), "does not exist" + (f"; {meant}" if meant else ""))
             elif os.path.exists(path) and os.path.isdir(path) != (c["task.task"] == "RACE"):
                 kind = "directories" if c["task.task"] == "RACE" else "files"
                 yield Problem(
-                    say(name, (word,)),
+                    flag_text(name, (word,)),
                     f"is a {'directory' if os.path.isdir(path) else 'file'}; {c['task.task']} comes in {kind}",
                 )
             elif os.path.exists(path) and not os.path.isdir(path) and (kind := kind_of_file(path.stat().st_mode)):
-                yield Problem(say(name, (word,)), f"is {kind}, not a regular file")
+                yield Problem(flag_text(name, (word,)), f"is {kind}, not a regular file")
             elif os.path.exists(path) and not os.access(path, os.R_OK):
-                yield Problem(say(name, (word,)), "cannot be read: permission denied")
+                yield Problem(flag_text(name, (word,)), "cannot be read: permission denied")
 
 
 TASK_RULES: tuple[Rule, ...] = (

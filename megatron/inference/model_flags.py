@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron.config.tool_parser import some_name
+from megatron.config.command_line.tool_parser import some_name
 from megatron.inference.generate import device_of
 from megatron.launch.command_line import with_torchrun
 from megatron.launch.entry import speaks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.storage import Storage
-from megatron.config.tool_parser import ToolParser, some_path
+from megatron.config.command_line.tool_parser import ToolParser, some_path
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.files.outputs import BadOutput, Reads, check_file

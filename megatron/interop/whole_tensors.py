@@ -14,7 +14,7 @@ from megatron.checkpoint.content import Assets
 from megatron.checkpoint.layout import CheckpointError, holds_weights_alone, iterations, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.save import save
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import RunConfig
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.spec import Part, Shard

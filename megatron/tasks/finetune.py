@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.config.case import Case
-from megatron.config.cli import Parsed
+from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
 from megatron.config.rules import warm_up
@@ -74,7 +74,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         size, training = config.batch.global_batch_size or 1, None
         held_out = Items([item for file in files for item in file.items], task, size)
         draw = len(held_out) // size
-        draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.given else draw
+        draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else draw
         config = replace(config, eval=replace(config.eval, eval_iters=draw))
         if not config.eval.skip_train:
             items = [item for path in config.task.train_data for item in task.read(path, training=True)]
@@ -121,7 +121,7 @@ def _labels(config: RunConfig, source: Source) -> tuple[str, ...]:
 def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConfig:
     """The configuration of so many epochs, validated after each one unless --eval-interval says otherwise."""
     each = training.each // (config.batch.global_batch_size or 1)
-    interval = config.eval.eval_interval if "eval.eval_interval" in parsed.given else each
+    interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else each
     config = replace(
         config,
         batch=replace(config.batch, train_iters=training.epochs * each),

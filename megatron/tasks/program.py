@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from megatron.config.cli import Parsed
+from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
 from megatron.config.tasks import TASKS

@@ -18,7 +18,7 @@ import torch
 from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.checkpoint.side_files import carried
-from megatron.config.cli import Parsed
+from megatron.config.command_line.parse import Parsed
 from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
 from megatron.data.gpt import SampleSource

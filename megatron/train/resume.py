@@ -35,11 +35,11 @@ from megatron.checkpoint.layout import (
     read_state,
 )
 from megatron.checkpoint.load import load, verify_together
+from megatron.config.command_line.saved import from_json
 from megatron.config.compare import different_head, different_model
 from megatron.config.directories import starts_fresh
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import by_name, say
-from megatron.config.saved import from_json
+from megatron.config.options import by_name, flag_text
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron.data.blend import parse_blend
 from megatron.files.regular import read_bytes
@@ -180,7 +180,7 @@ def check_source(source: Source, config: RunConfig) -> None:
     elif source.optimizer and source.saved.optim.optimizer != config.optim.optimizer:
         rule = f"does not fit {source.directory}, which was made with {source.saved.optim.optimizer}"
         legal = f"{source.saved.optim.optimizer}, or --no-load-optim"
-        problems.append(Problem(say("optim.optimizer", config.optim.optimizer), rule, legal))
+        problems.append(Problem(flag_text("optim.optimizer", config.optim.optimizer), rule, legal))
     if source.progress and not config.checkpoint.allow_data_change and not config.eval.skip_train:
         problems += _other_data(source.saved.data, config.data, source.directory)
     if problems:
@@ -202,7 +202,7 @@ def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) ->
             was = " ".join(there) if isinstance(there, tuple) else there
             rule = f"changes the training data of {directory}, which went through `{was or 'no ' + name}`"
             legal = f"{was or 'leave it out'}; --allow-data-change goes on at the same position of the new order"
-            yield Problem(f"`{here}`" if here == MOCK else say(f"data.{name}", here), rule, legal)
+            yield Problem(f"`{here}`" if here == MOCK else flag_text(f"data.{name}", here), rule, legal)
 
 
 def _source(data: DataConfig, name: str) -> str | tuple[str, ...]:

@@ -28,7 +28,7 @@ from megatron.checkpoint.save import put_aside
 from megatron.checkpoint.storage import Storage
 from megatron.config.directories import same_directory, traces
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import say
+from megatron.config.options import flag_text
 from megatron.config.schema import CheckpointConfig, RunConfig
 from megatron.train.progress import FILE as PROGRESS
 from megatron.train.source import Source
@@ -44,12 +44,12 @@ def check_save(source: Source, config: RunConfig) -> list[str]:
     found = traces(root)
     if MANIFEST in found:
         rule, legal = "is one checkpoint, not a directory of them", str(root.parent)
-        raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
+        raise ConfigError([Problem(flag_text("checkpoint.save", checkpoint.save), rule, legal)])
     if not found:
         return []
     if (why := _refusal(source, config, found)) is not None:
         rule, legal = why
-        raise ConfigError([Problem(say("checkpoint.save", checkpoint.save), rule, legal)])
+        raise ConfigError([Problem(flag_text("checkpoint.save", checkpoint.save), rule, legal)])
     if checkpoint.overwrite:
         return _overwriting(root)
     if begins_beside(source, config):
@@ -118,7 +118,7 @@ def _overwriting(root: Path) -> list[str]:
     for path in iterations(root).values():
         if strange := _strange(path):
             rule = f"cannot be written over with --overwrite: {strange}"
-            raise ConfigError([Problem(say("checkpoint.save", str(root)), rule, "move it away, or another --save")])
+            raise ConfigError([Problem(flag_text("checkpoint.save", str(root)), rule, "move it away, or another --save")])
     numbers = list(iterations(root))
     listed = _listed(numbers) if numbers else "the traces of checkpoints"
     return [f"--overwrite: {listed} in {root} stay until this run's first one is whole, and are removed then"]

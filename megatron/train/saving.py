@@ -18,7 +18,7 @@ from megatron.checkpoint.layout import CheckpointError, directory_name
 from megatron.checkpoint.save import delete, set_aside, write
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.launch.watchdog import Watch, What
 from megatron.train.run import Run
 from megatron.train.save_directory import Overwritten

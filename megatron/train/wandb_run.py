@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import RunConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import read_json

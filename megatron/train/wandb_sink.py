@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import LogConfig
 from megatron.train.report import Evaluation, LogContext, Metrics
 from megatron.train.run import Run

@@ -16,8 +16,8 @@ from ranks import on_ranks
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.load import load, verify_together
 from megatron.checkpoint.save import save
+from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.saved import to_json
 from megatron.config.schema import BatchConfig, CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
 from megatron.launch.environment import Place
 from megatron.launch.job import Job

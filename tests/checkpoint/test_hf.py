@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer

@@ -19,8 +19,8 @@ from megatron.checkpoint.manifest import plain_json
 from megatron.checkpoint.save import save
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.reading import read_toml
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
+from megatron.config.command_line.toml_file import read_toml
 from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import find, verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimConfig, RunConfig
 from megatron.interop.hf_export import export_hf
 from megatron.optim.precision import Precision

@@ -31,9 +31,9 @@ from stand_ins import STAND_INS, put
 
 from megatron.checkpoint.layout import CheckpointError, find, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import read_tensor
-from megatron.config.data_args import expand
+from megatron.config.command_line.data_args import expand
+from megatron.config.command_line.toml_file import read_toml
 from megatron.config.errors import ConfigError
-from megatron.config.reading import read_toml
 from megatron.config.schema import TokenizerConfig
 from megatron.data import corpus
 from megatron.data.errors import DataError

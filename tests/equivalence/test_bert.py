@@ -14,7 +14,7 @@ from reference import BERT, Setting, dropping, go, gradients, micro_batches, mis
 from megatron.checkpoint.layout import find
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import MemoryConfig, OptimConfig, PrecisionConfig, RunConfig
 from megatron.parallel import cross_entropy
 from megatron.parallel.spec import spec_of

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from reference import GPT2, LLAMA, Setting, go, micro_batches, start
 
 from megatron.checkpoint.save import save
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimConfig
 from megatron.interop.hf_export import export_hf
 

@@ -7,7 +7,7 @@ import torch
 from reference import BERT, SEQ, Setting, go, micro_batches, start
 
 from megatron.checkpoint.save import save
-from megatron.config.saved import to_json
+from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimConfig
 from megatron.interop.hf_export import export_hf
 

@@ -6,7 +6,7 @@ import pytest
 from legal_run import argv, problems
 
 from megatron.config.architecture_rules import ARCHITECTURE_RULES, FOREIGN
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 from megatron.config.options import by_name
 

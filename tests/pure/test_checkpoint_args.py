@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron.config.cli import Parsed, parse
+from megatron.config.command_line.parse import Parsed, parse
+from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.saved import to_json
 from megatron.config.schema import DataConfig, ModelConfig, RunConfig, TokenizerConfig
 
 MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=64)

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from megatron.cli.program import pretrain
-from megatron.config.cli import HelpAsked, Parsed, from_json, help_text, parse, to_json, to_toml
+from megatron.config.command_line.help import help_text
+from megatron.config.command_line.parse import HelpAsked, Parsed, parse
+from megatron.config.command_line.saved import from_json, to_json, to_toml
+from megatron.config.command_line.spelling import spellings
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import options, sections, spellings
+from megatron.config.options import options
 from megatron.config.presets import PRESETS
-from megatron.config.schema import MemoryConfig, ModelConfig, PrecisionConfig, RunConfig
+from megatron.config.schema import MemoryConfig, ModelConfig, PrecisionConfig, RunConfig, sections
 
 BASE = shlex.split(
     "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -41,12 +44,13 @@ def test_flags_set_their_fields() -> None:
     assert (c.model.num_layers, c.precision.bf16, c.optim.lr, c.data.split) == (3, True, 2e-4, "90,10")
     assert (c.model.add_bias_linear, c.model.activation) == (False, "swiglu")
     assert c.data.data_path == ("data",)
-    assert "model.num_layers" in parsed.given and "model.kv_channels" not in parsed.given
+    assert "model.num_layers" in parsed.set_by_user and "model.kv_channels" not in parsed.set_by_user
 
 
 @pytest.mark.parametrize("option", [o for o in options() if o.section != "command"], ids=lambda o: o.name)
 def test_every_option_can_be_typed_and_written_to_a_file(option: Any, tmp_path: Path) -> None:
-    from megatron.config.reading import read_arguments, read_toml
+    from megatron.config.command_line.arguments import read_arguments
+    from megatron.config.command_line.toml_file import read_toml
 
     other = {int: 7, float: 0.25, str: (option.choices or ("word",))[-1], bool: not option.default}[option.kind]
     words = [option.flag] if option.kind is bool else [option.flag, str(other)]
@@ -144,7 +148,7 @@ def test_the_process_prints_all_mistakes_fast_and_without_a_traceback(tmp_path: 
 
 
 def test_importing_the_command_line_imports_no_torch() -> None:
-    code = "import sys, megatron.config.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, megatron.config.command_line.parse; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

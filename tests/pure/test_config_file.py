@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from legal_run import argv
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from legal_run import LEGAL
 
-from megatron.config.cli import Parsed, parse
+from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.errors import ConfigError
 
 BASE = [word for name, value in LEGAL.items() if name != "data-path" for word in (f"--{name}", value)]

@@ -17,7 +17,8 @@ import pytest
 
 from megatron.checkpoint.save import save
 from megatron.cli.dry_run import dry_run, inspect
-from megatron.config.cli import parse, to_json
+from megatron.config.command_line.parse import parse
+from megatron.config.command_line.saved import to_json
 from megatron.config.compare import FREE
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig

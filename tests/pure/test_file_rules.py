@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 from megatron.files.prefixes import meant_prefix
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.cli import Parsed, help_text, parse
+from megatron.config.command_line.arguments import read_arguments
+from megatron.config.command_line.help import help_text
+from megatron.config.command_line.other_flags.other_frameworks import ELSEWHERE, MEANT, NAMES
+from megatron.config.command_line.other_flags.refused import FEATURES, VALUES
+from megatron.config.command_line.other_flags.table import OtherFlag, find_other, other_flags
+from megatron.config.command_line.parse import Parsed, parse
+from megatron.config.command_line.reading import Reading
+from megatron.config.command_line.spelling import plain, spellings
 from megatron.config.errors import ConfigError
-from megatron.config.options import plain, spellings
-from megatron.config.other_flags.other_frameworks import ELSEWHERE, MEANT, NAMES
-from megatron.config.other_flags.refused import FEATURES, VALUES
-from megatron.config.other_flags.table import OtherFlag, find_other, other_flags
-from megatron.config.reading import Reading, read_arguments
 
 HERE = Path(__file__).parent
 BASE = shlex.split(
@@ -79,7 +81,7 @@ def test_every_flag_of_megatron_is_known_by_its_full_name() -> None:
 
 def test_no_flag_is_both_in_the_schema_and_in_the_tables() -> None:
     both = [flag for flag in spellings() if find_other(flag) is not None]
-    assert not both, f"these flags have a field now: take them out of config/other_flags: {both}"
+    assert not both, f"these flags have a field now: take them out of config/command_line/other_flags: {both}"
 
 
 def outcome(row: OtherFlag, *values: str) -> Reading:

@@ -10,7 +10,7 @@ from itertools import chain, combinations, pairwise
 import pytest
 from legal_run import argv
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.options import by_name
 from megatron.config.schema import LayoutConfig, RunConfig
 from megatron.config.stage_split import pipeline_chunks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.precision_rules import PRECISION_RULES
 from megatron.config.rules import PRETRAINING_RULES
 

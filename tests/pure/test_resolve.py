@@ -20,7 +20,7 @@ from megatron.config.batch_size import (
     samples_for,
     stretches,
 )
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.presets import PRESETS
 from megatron.config.rules import check, resolve
 from megatron.config.schema import BatchConfig, LayoutConfig, RunConfig

@@ -7,8 +7,8 @@ import tomllib
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.cli import parse
-from megatron.config.saved import from_json, to_json, to_toml
+from megatron.config.command_line.parse import parse
+from megatron.config.command_line.saved import from_json, to_json, to_toml
 
 STEPS = "--step-batch-size-schedule"
 SAMPLES = "--no:train-iters --train-samples 100"

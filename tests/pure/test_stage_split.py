@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.cli import parse
-from megatron.config.saved import from_json, to_json
+from megatron.config.command_line.parse import parse
+from megatron.config.command_line.saved import from_json, to_json
 from megatron.config.stage_split import parse_layout
 from megatron.plan.stages import StagePlan, stages_of
 

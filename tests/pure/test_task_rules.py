@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.cli import Parsed, parse, to_json
+from megatron.config.command_line.parse import Parsed, parse
+from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
 from megatron.config.rules import COMMON_RULES
 from megatron.config.schema import ModelConfig, RunConfig

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.schema import RunConfig
 from megatron.launch.environment import Place
 from megatron.launch.errors import Refused

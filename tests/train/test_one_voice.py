@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.launch.command_line import with_torchrun

@@ -20,7 +20,7 @@ from legal_run import argv
 from ranks import on_ranks
 
 from megatron.cli.program import restarted
-from megatron.config.cli import parse
+from megatron.config.command_line.parse import parse
 from megatron.launch.environment import Place
 from megatron.launch.signals import StopSignals
 from megatron.mesh.mesh import Mesh

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from megatron.config.other_flags.refused import FEATURES, OTHERWISE
-from megatron.config.other_flags.renamed import RENAMED
-from megatron.config.other_flags.without_effect import WITHOUT_EFFECT
+from megatron.config.command_line.other_flags.refused import FEATURES, OTHERWISE
+from megatron.config.command_line.other_flags.renamed import RENAMED
+from megatron.config.command_line.other_flags.without_effect import WITHOUT_EFFECT
 
 VALUE = "VALUE"  # in the words that a renamed flag is read as
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.config.errors import Problem
 from megatron.config.file_rules import missing_dataset
-from megatron.config.options import say
+from megatron.config.options import flag_text
 from megatron.config.rules import as_number, blend_fault, prefixes
 from megatron.files.regular import MAX_SETTINGS_BYTES, read_json, read_text, reason
 
@@ -44,9 +44,9 @@ def expand(values: Mapping[str, Any], *, files: bool) -> tuple[dict[str, Any], l
     for name in FILES:
         if (path := values.get(name)) is None:
             continue
-        what = say(name, path)
+        what = flag_text(name, path)
         if other := next((o for o in OTHERS if o != name and values.get(o)), None):
-            problems.append(Problem(f"{what} and {say(other, values[other])}", "exclude each other; give one of them"))
+            problems.append(Problem(f"{what} and {flag_text(other, values[other])}", "exclude each other; give one of them"))
             continue
         try:
             lists = {"data.data_path": _words(path)} if name == FILES[0] else dict(_lists(path))

@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config.command_line.values import accept
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.options import by_name, sections
-from megatron.config.schema import RunConfig
+from megatron.config.options import by_name
+from megatron.config.schema import RunConfig, sections
 
 
 def to_json(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -44,7 +45,7 @@ def from_json(data: Mapping[str, Any]) -> RunConfig:
                 taken[key] = tuple(value) if isinstance(value, list) else value
                 continue
             try:
-                taken[key] = value if value is None else option.accept(value)
+                taken[key] = value if value is None else accept(option, value)
             except ValueError as error:
                 problems.append(Problem(f"`{name}.{key} = {value!r}` of the saved configuration", str(error)))
         built[name] = sections()[name](**taken)

@@ -1,0 +1,53 @@
+"""The text of `--help`: every flag by section, with its default and its legal values."""
+
+from __future__ import annotations
+
+import textwrap
+
+from megatron.config.command_line.other_flags.table import other_flags
+from megatron.config.options import Option, options
+from megatron.config.schema import sections
+
+
+def help_text(program: str, *, task: bool = False) -> str:
+    """Every flag by section, with its default and its legal values. task: also those of tasks/main.py."""
+    lines = [f"usage: {program} [--config run.toml] [--flag value ...]", "", "The command:"]
+    known = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
+    if not task:
+        del known["task"]
+    for section, doc in known.items():
+        if section != "command":
+            lines += ["", f"[{section}] {doc}"]
+        for option in options():
+            if option.section == section:
+                lines += _describe(option)
+    lines += ["", "Old flags of Megatron-LM, read as ours (with a note):"]
+    lines += [f"  {row.flag:<40}  {' '.join(row.means)}" for row in other_flags().values() if row.means]
+    quiet = sorted(row.flag for row in other_flags().values() if not row.refused and not row.means)
+    lines += ["", "Accepted, and without effect (each says why when it is used):"]
+    lines += textwrap.wrap(", ".join(quiet), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines += ["", "Every other flag of Megatron-LM, 23.06 to Core 0.19, is an error that names the feature it belongs to."]
+    lines += ["", "In a TOML file the names in brackets are tables, and keys are the flags without their dashes."]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(option: Option) -> list[str]:
+    kind = option.metavar or {int: "N", float: "X", str: "TEXT", bool: ""}[option.kind]
+    argument = f" {kind} ..." if option.many else f" {kind}" if kind else ""
+    facts = []
+    if option.choices:
+        facts.append("one of " + ", ".join(option.choices))
+    if option.kind is not bool and option.default not in (None, ()):
+        facts.append(f"default {option.default}")
+    facts += [
+        f"{flag} means {value}" + (" unless another is given" if flag in option.yielding else "")
+        for flag, value in option.constants.items()
+    ]
+    if option.aliases:
+        facts.append("also " + ", ".join(option.aliases))
+    text = ("turns off: " if option.off else "") + option.help + (f" ({'; '.join(facts)})" if facts else "")
+    head = f"  {option.flag}{argument}"
+    wrapped = textwrap.wrap(text, 82, break_on_hyphens=False)
+    if len(head) > 36:
+        return [head, *(" " * 38 + line for line in wrapped)]
+    return [f"{head:<38}{wrapped[0]}", *(" " * 38 + line for line in wrapped[1:])]

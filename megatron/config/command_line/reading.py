@@ -1,0 +1,147 @@
+"""What one source of settings says, a command line or a file, with every mistake in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.config.command_line.other_flags.other_frameworks import CALLED, HOW_LONG
+from megatron.config.command_line.other_flags.table import VALUE, OtherFlag
+from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, is_flag, plain, spellings
+from megatron.config.command_line.values import convert
+from megatron.config.errors import Problem
+from megatron.config.options import Option
+
+BELONGS = "belongs to "  # how the rule of a feature that is not there begins
+
+
+@dataclass
+class Reading:
+    """What one source says: `section.field` -> value. `invalid` names fields whose value could not be read.
+
+    yielding: values that hold only where no other source and no other flag sets the field to something of its own.
+    meant: fields that an unknown flag seems to mean, so that nobody says they are missing too.
+    broken: whole tables of it could not be read, so what is missing is no mistake of its own.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    yielding: dict[str, Spelling] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    invalid: set[str] = field(default_factory=set)
+    meant: set[str] = field(default_factory=set)
+    broken: bool = False
+
+    def set(self, option: Option, value: Any, how: str) -> None:
+        """Take a value. Two spellings of one setting that disagree are a mistake.
+
+        Args:
+            option: the setting.
+            value: its value, of the field's type.
+            how: the flag or key as the user spelled it.
+        """
+        before = self.values.get(option.name, value)
+        if before != value and self.spelled[option.name] != how:
+            both = f"`{self.spelled[option.name]}` and `{how}`"
+            self.problems.append(Problem(both, "set the same thing to different values"))
+        self.values[option.name] = value
+        self.spelled[option.name] = how
+
+    def refuse(self, option: Option, what: str, rule: str) -> None:
+        """Record a value that cannot be read."""
+        self.problems.append(Problem(what, rule))
+        self.invalid.add(option.name)
+
+    def closed(self) -> Reading:
+        """Return this at the end of its source: one message for one feature, and for one cause."""
+        self.problems = by_feature(self.problems)
+        self.invalid |= self.meant - self.values.keys()
+        return self
+
+    def unknown(self, what: str, rule: str) -> None:
+        """Record a flag or key that is none of ours, and the fields that `rule` sends the user to."""
+        self.problems.append(Problem(what, rule))
+        words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, HOW_LONG)) else []
+        words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")  # keys of a file have no dashes before them
+        named = (spellings().get("--" + word.lstrip("-")) for word in words)
+        self.meant |= {spelling.option.name for spelling in named if spelling}
+
+    def take_other(self, row: OtherFlag, typed: str, values: Sequence[str], where: str = "") -> None:
+        """Take a flag that is no field: as the flags that it is read as, as a note, or as a mistake.
+
+        Args:
+            row: what is known of the flag.
+            typed: the flag or key as the user spelled it.
+            values: the words after it.
+            where: ` in FILE` for a key of one.
+        """
+        whole = " ".join([typed, *values]) + where
+        if row.means and row.takes == "1" and not values:
+            self.problems.append(Problem(f"`{typed}`{where}", "needs a value after it"))
+        elif row.means:
+            words = [values[0] if word == VALUE else word for word in row.means]
+            self.notes.append(f"{whole} is read as {' '.join(words)}")
+            while words:
+                spelling = dataclasses.replace(spellings()[plain(words.pop(0))], flag=typed)
+                following = leading_values(words)
+                del words[: len(following)]
+                self.take(spelling, following)
+        elif row.accepts(values):
+            why = "it asks for nothing that is not there" if row.refused else row.text
+            self.notes.append(f"{whole} changes nothing: {why}")
+        elif row.legal and not row.refused:
+            self.problems.append(Problem(f"`{whole}`", f"is not available: {row.text}", " or ".join(row.legal)))
+        else:
+            self.problems.append(Problem(f"`{whole if row.legal else typed + where}`", row.text))
+
+    def take(self, spelling: Spelling, words: Sequence[str]) -> None:
+        """Take a flag with the words after it, or record that they are no value of it."""
+        option = spelling.option
+        if spelling.yields:
+            self.yielding[option.name] = spelling
+            return
+        if spelling.value is not TAKES_VALUE:
+            self.set(option, spelling.value, spelling.flag)
+            return
+        if not words and option.bare is not None:
+            words = [option.bare]
+        if option.many and option.kind is int:
+            words = _without_brackets(words)
+        try:
+            values = [convert(option, word) for word in words]
+        except ValueError as error:
+            self.refuse(option, f"`{' '.join([spelling.flag, *words])}`", str(error))
+            return
+        self.set(option, tuple(values) if option.many else values[0], spelling.flag)
+
+
+def by_feature(problems: Sequence[Problem]) -> list[Problem]:
+    """Say of a feature that is not there once what several flags ask of it."""
+    merged: dict[str, list[str]] = {}
+    for problem in problems:
+        merged.setdefault(problem.rule if problem.rule.startswith(BELONGS) else str(problem), []).append(problem.what)
+    rest = []
+    for problem in problems:
+        same = list(dict.fromkeys(merged.pop(problem.rule, ())))
+        if len(same) > 1:
+            what = f"{', '.join(same[:-1])} and {same[-1]}"
+            rest.append(Problem(what, "belong to " + problem.rule.removeprefix(BELONGS)))
+        elif same or not problem.rule.startswith(BELONGS):
+            rest.append(problem)
+    return rest
+
+
+def leading_values(words: Sequence[str]) -> list[str]:
+    """The words before the next flag."""
+    end = next((i for i, word in enumerate(words) if is_flag(word)), len(words))
+    return list(words[:end])
+
+
+def _without_brackets(words: Sequence[str]) -> Sequence[str]:
+    """Numbers as a YAML file holds them, `[384 384 97656250]` in one word or several, as one word each."""
+    text = " ".join(words)
+    return text[1:-1].replace(",", " ").split() if text.startswith("[") and text.endswith("]") else words

@@ -1,0 +1,105 @@
+"""Read a TOML file into settings: a table for each section of a run, keys as the flags without their dashes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.config.command_line.other_flags.table import find_other
+from megatron.config.command_line.reading import Reading
+from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, called_here, nearest, spellings
+from megatron.config.command_line.values import accept
+from megatron.config.errors import Problem
+from megatron.config.options import options
+from megatron.config.schema import sections
+from megatron.files.foreign import foreign_file
+from megatron.files.regular import MAX_TOML_BYTES, read_text
+
+
+def read_toml(path: str) -> Reading:
+    """Settings of a TOML file: a table per section of `RunConfig`, keys as the flags without their dashes or as the
+    schema's fields, `-` and `_` alike; `preset` stands before the first table."""
+    reading = Reading()
+    reading.broken = True
+    try:
+        data = tomllib.loads(read_text(path, MAX_TOML_BYTES).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
+    except OSError as error:
+        reading.problems.append(Problem(f"`--config {path}`", f"cannot be read: {error.strerror}"))
+        return reading
+    except UnicodeDecodeError:
+        reading.problems.append(Problem(f"`--config {path}`", "is not a text file in UTF-8"))
+        return reading
+    except RecursionError:
+        reading.problems.append(Problem(f"`--config {path}`", "is nested too deeply"))
+        return reading
+    except ValueError as error:  # TOMLDecodeError, and a number with too many digits
+        if (found := foreign_file(path)) is not None:
+            reading.problems.append(Problem(f"`--config {path}`", f"is {found}"))
+            return reading
+        reading.problems.append(Problem(f"`--config {path}`", f"is not valid TOML: {error}"))
+        return reading
+    reading.broken = False
+    for name, table in data.items():
+        if name in sections() and isinstance(table, Mapping):
+            for key, value in table.items():
+                _take_key(reading, path, name, key, value)
+        elif name == "preset":
+            _take_key(reading, path, "command", name, table)
+        elif isinstance(table, Mapping):
+            rule = f"is not a table of a run{nearest(name, list(sections()))}"
+            reading.problems.append(Problem(f"`[{name}]` in {path}", rule, ", ".join(sections())))
+            reading.broken = True
+        else:
+            _unknown_key(reading, path, "", name)
+    return reading.closed()
+
+
+def _keys(section: str) -> dict[str, Spelling]:
+    """Key -> what it sets, for one table: every flag of the section, and every field by its own name."""
+    table = {key.lstrip("-"): s for key, s in spellings().items() if s.option.section == section}
+    table |= {o.field.replace("_", "-"): Spelling(o.flag, o) for o in options() if o.section == section}
+    return table
+
+
+def _take_key(reading: Reading, path: str, section: str, key: str, value: Any) -> None:
+    known = _keys(section)
+    word = key.replace("_", "-")
+    where = f"`{key} = {_shown(value)}` in {path}"
+    if word not in known:
+        if row := find_other("--" + word):
+            if value is not False:
+                items = value if isinstance(value, list) else [] if value is True else [value]
+                reading.take_other(row, key, [str(item) for item in items], f" in {path}")
+            return
+        _unknown_key(reading, path, section, key)
+        return
+    spelling = known[word]
+    try:
+        if spelling.value is TAKES_VALUE:
+            reading.set(spelling.option, accept(spelling.option, value), key)
+        elif not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        elif value:
+            reading.take(dataclasses.replace(spelling, flag=key), [])
+    except ValueError as error:
+        reading.refuse(spelling.option, where, str(error))
+
+
+def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
+    word = key.replace("_", "-")
+    homes = [name for name in sections() if word in _keys(name)]
+    place = f" under [{section}]" if section else " before the first table"
+    rule = "is not a known key"
+    if homes:
+        rule += f"; it belongs under [{homes[0]}]"
+        reading.invalid.add(_keys(homes[0])[word].option.name)  # which is not missing as well
+    else:
+        near = nearest(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
+        rule = rule + near if near else (called_here(word) or rule)
+    reading.unknown(f"`{key}`{place} in {path}", rule)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
