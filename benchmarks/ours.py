@@ -18,9 +18,9 @@ from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelC
 from megatron.contract import Batch, StagePart
 from megatron.launch.environment import Place
 from megatron.launch.job import Job, job
-from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.train.run import build
 
 
@@ -115,7 +115,7 @@ class MeanLoss(nn.Module):
 
     def __init__(self, dims: Dims, config: ModelConfig) -> None:
         super().__init__()
-        self.gpt = GPT(config, StagePart(range(dims.layers), embedding=True, head=True), Axis.alone("tp"))
+        self.gpt = GPT(config, StagePart(range(dims.layers), embedding=True, head=True), TensorParallel.alone())
         initialize(self.gpt, config, seed=1234)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleZBVZeroBubble
 
 from megatron.contract import Batch, StagePart
-from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.executor import Executor, StepOutput
 from megatron.pipeline.partition import cut
 from megatron.plan.stages import StagePlan, stages_of
@@ -138,7 +138,7 @@ def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
 def plain_model(case: Case) -> PlainGPT:
     """PlainGPT with the weights that ours begins with."""
     dims, config = case.dims, ours.config_of(case)
-    gpt = GPT(config.model, StagePart(range(dims.layers), embedding=True, head=True), Axis.alone("tp"))
+    gpt = GPT(config.model, StagePart(range(dims.layers), embedding=True, head=True), TensorParallel.alone())
     initialize(gpt, config.model, config.batch.seed)
     weights = gpt.state_dict()
     plain = PlainGPT(dims)

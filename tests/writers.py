@@ -13,8 +13,9 @@ from megatron.config.command_line.saved import to_json
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
-from megatron.mesh.mesh import Axis, Mesh
+from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
+from megatron.parallel.tensor_parallel import TensorParallel
 
 POSITIONS = 48
 
@@ -23,7 +24,7 @@ def build(form: ModelConfig, vocab: int = 127) -> GPT:
     """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
     wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
     config = replace(resolve(RunConfig(model=wanted)).model, vocab_size=vocab)
-    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), Axis.alone("tp"))
+    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -22,6 +22,7 @@ from megatron.inference.pipeline import Pipeline
 from megatron.mesh.mesh import Mesh
 from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.transfer import Channels
 from megatron.plan.size import parameters
 from megatron.plan.stages import stages_of
@@ -41,8 +42,6 @@ class Opened(Generic[Model]):
     tokenizer: Tokenizer | None
     iteration: int
     directory: Path
-
-
 
 
 def open_model(
@@ -110,7 +109,7 @@ def _stages(
             config,
             plan.placement,
             plan.parts,
-            mesh.tp,
+            TensorParallel(mesh.tp),
             mesh.pp.rank,
             dtype=dtype or TORCH_DTYPES[word.dtype],
             device=device,

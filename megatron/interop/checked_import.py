@@ -16,9 +16,9 @@ from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.interop.whole_tensors import refuse_taken, write_weights
-from megatron.mesh.mesh import Axis
 from megatron.model.build import build_stages
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.stages import stages_of
 
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
@@ -79,7 +79,7 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         if problems := [problem for _, problem in out_of_range(RunConfig(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
         plan = stages_of(RunConfig(model=config))
-        stages = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0, device="meta")
+        stages = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
     wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}

@@ -21,12 +21,12 @@ from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.interop.hf_families import family_of
 from megatron.interop.tensor_mapping import Row
-from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
 from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
 from megatron.parallel.random import derive_seed
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.stages import stages_of
 
 TOLERANCE = 1e-4
@@ -110,7 +110,7 @@ def compared_with_source(directory: Path, config: ModelConfig, weights: Mapping[
 def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT:
     """A whole model in evaluation mode, fp32, with these weights, by our names."""
     plan = stages_of(RunConfig(model=config))
-    model = build_stages(config, plan.placement, plan.parts, Axis.alone("tp"), 0)[0].eval()
+    model = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0)[0].eval()
     for shard in ModuleWeights(model).shards():
         shard.data.copy_(weights[shard.name])
     return model

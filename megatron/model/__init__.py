@@ -1,1 +1,1 @@
-"""The models. They know one axis, tensor parallelism, and read like a textbook."""
+"""The models. They are handed one `TensorParallel` and read like a textbook."""

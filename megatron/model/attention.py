@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.mesh.mesh import Axis
 from megatron.model.rotary import Rotary
 from megatron.parallel.linear import ColumnLinear, RowLinear
 from megatron.parallel.random import DropoutKeys, drop, head_keys
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Cache:
@@ -110,24 +110,22 @@ class Attention(nn.Module):
     key, its value. So a slice of rows is a number of whole groups, for any tensor-parallel size that divides them.
     """
 
-    def __init__(
-        self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool, seed: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
         super().__init__()
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         groups, self.head_dim = config.size("num_query_groups"), config.size("kv_channels")
-        if groups % tp.size or heads % groups:
-            raise ValueError(f"{heads} heads in {groups} groups do not divide over {tp.size} tensor-parallel ranks")
+        if heads % groups:
+            raise ValueError(f"{heads} heads do not divide into {groups} groups")
+        own = tp.share(groups, f"{heads} heads in {groups} groups")
         self.layer, self.attend = layer, attend
-        self.groups, self.per_group = groups // tp.size, heads // groups
-        local = self.groups * self.per_group
-        self.heads = local
-        keys = head_keys(seed, layer, range(tp.rank * local, (tp.rank + 1) * local))
+        self.groups, self.per_group = len(own), heads // groups
+        self.heads = self.groups * self.per_group
+        keys = head_keys(seed, layer, range(own.start * self.per_group, own.stop * self.per_group))
         self.register_buffer("keys", keys, persistent=False)
         bias = config.add_bias_linear
         rows = (heads + 2 * groups) * self.head_dim
-        self.qkv = ColumnLinear(hidden, rows, tp, bias=bias, sequence_parallel=sequence_parallel)
-        self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, sequence_parallel=sequence_parallel, init="output")
+        self.qkv = ColumnLinear(hidden, rows, tp, bias=bias)
+        self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, init="output")
 
     def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: Cache | None) -> Tensor:
         mixed = self.qkv(x)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.mesh.mesh import Axis
 from megatron.model.attention import Attend, Attention, Cache, Masks
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.random import DropoutKeys, drop, site_key
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class HiddenDropout(nn.Module):
@@ -34,16 +34,14 @@ class Block(nn.Module):
     apply_residual_connection_post_layernorm takes the residual from the norm's output, as the original BERT does.
     """
 
-    def __init__(
-        self, config: ModelConfig, layer: int, tp: Axis, attend: Attend, *, sequence_parallel: bool, seed: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
         super().__init__()
         self.residual_from_norm = config.apply_residual_connection_post_layernorm
-        self.input_norm = Norm(config, sequence_parallel=sequence_parallel)
-        self.attention = Attention(config, layer, tp, attend, sequence_parallel=sequence_parallel, seed=seed)
+        self.input_norm = Norm(config, tp)
+        self.attention = Attention(config, layer, tp, attend, seed=seed)
         self.after_attention = HiddenDropout(seed, layer, "attention", config.hidden_dropout)
-        self.mlp_norm = Norm(config, sequence_parallel=sequence_parallel)
-        self.mlp = MLP(config, tp, sequence_parallel=sequence_parallel)
+        self.mlp_norm = Norm(config, tp)
+        self.mlp = MLP(config, tp)
         self.after_mlp = HiddenDropout(seed, layer, "mlp", config.hidden_dropout)
 
     def forward(

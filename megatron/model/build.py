@@ -8,16 +8,16 @@ from typing import Any
 
 from megatron.config.schema import ModelConfig
 from megatron.contract import StagePart
-from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import HEADS
+from megatron.parallel.tensor_parallel import TensorParallel
 
 MODELS: Mapping[str, type[GPT]] = MappingProxyType({"gpt": GPT, "bert": Bert})
 
 
 def build_stages(
-    config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: Axis, rank: int, **options: Any
+    config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: TensorParallel, rank: int, **options: Any
 ) -> dict[int, GPT]:
     """The stages of pipeline rank `rank`, by their number; uninitialised.
 

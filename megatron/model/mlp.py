@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.mesh.mesh import Axis
 from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -29,15 +29,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """`[seq, batch, hidden] -> [seq, batch, hidden]`. Gate and up are two weights, so each shard is one rectangle."""
 
-    def __init__(self, config: ModelConfig, tp: Axis, *, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         hidden, ffn, bias = config.size("hidden_size"), config.size("ffn_hidden_size"), config.add_bias_linear
         self.activation = ACTIVATIONS[config.activation]
         self.gate = None
         if config.activation == "swiglu":
-            self.gate = ColumnLinear(hidden, ffn, tp, bias=bias, sequence_parallel=sequence_parallel)
-        self.up = ColumnLinear(hidden, ffn, tp, bias=bias, sequence_parallel=sequence_parallel)
-        self.down = RowLinear(ffn, hidden, tp, bias=bias, sequence_parallel=sequence_parallel, init="output")
+            self.gate = ColumnLinear(hidden, ffn, tp, bias=bias)
+        self.up = ColumnLinear(hidden, ffn, tp, bias=bias)
+        self.down = RowLinear(ffn, hidden, tp, bias=bias, init="output")
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.parallel.linear import replicated
-from megatron.parallel.spec import describe
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Norm(nn.Module):
@@ -17,17 +15,14 @@ class Norm(nn.Module):
     With apply_layernorm_1p the stored weight is gamma - 1.
     """
 
-    def __init__(self, config: ModelConfig, *, sequence_parallel: bool) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.hidden, self.epsilon = config.size("hidden_size"), config.layernorm_epsilon
         self.rms, self.zero_centred = config.normalization == "RMSNorm", config.apply_layernorm_1p
-        init = "zeros" if self.zero_centred else "ones"
-        spec = replicated((self.hidden,), sequence_parallel, decay=False, init=init)
-        self.weight = describe(nn.Parameter(torch.empty(self.hidden)), spec)
+        self.weight = tp.parameter(self.hidden, init="zeros" if self.zero_centred else "ones", decay=False)
         self.bias = None
         if config.add_norm_bias and not self.rms:
-            spec = replicated((self.hidden,), sequence_parallel, decay=False, init="zeros")
-            self.bias = describe(nn.Parameter(torch.empty(self.hidden)), spec)
+            self.bias = tp.parameter(self.hidden, init="zeros", decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight + 1.0 if self.zero_centred else self.weight

@@ -22,7 +22,6 @@ from torch import Tensor
 from megatron.contract import Batch, Loss
 from megatron.model.bert import Bert, Dense
 from megatron.model.block import HiddenDropout
-from megatron.parallel.collectives import gather_from
 from megatron.parallel.random import DropoutKeys
 
 
@@ -37,7 +36,7 @@ class FineTuned(Bert):
     def _add_heads(self) -> None:
         self.task_head: Dense | None = None
         if self.part.head:
-            self.task_head = Dense(self.config.size("hidden_size"), self.config.task_outputs)
+            self.task_head = Dense(self.config.size("hidden_size"), self.config.task_outputs, self.tp.on_whole_sequences)
         self.task_dropout = HiddenDropout(self.seed, -1, "task_head", self.config.hidden_dropout)
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
@@ -59,9 +58,6 @@ class FineTuned(Bert):
     @abstractmethod
     def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross-entropies, and which of them count: two fp32 tensors of one shape."""
-
-    def _whole(self, x: Tensor) -> Tensor:
-        return gather_from(x, self.tp, 0) if self.sequence_parallel else x
 
     def _linear(self, x: Tensor) -> Tensor:
         if self.task_head is None:
@@ -110,7 +106,7 @@ class SpanFinder(FineTuned):
         return 2, *batch.tokens.shape
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        scores = self._linear(self._whole(x)).permute(2, 1, 0)
+        scores = self._linear(self.tp.join(x)).permute(2, 1, 0)
         return scores if batch.documents is None else scores.masked_fill(batch.documents > 0, -torch.inf)
 
     def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -125,7 +121,7 @@ class Tagger(FineTuned):
         return *batch.tokens.shape, self.config.task_outputs
 
     def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        return self._linear(self.task_dropout(self._whole(x), keys)).transpose(0, 1)
+        return self._linear(self.task_dropout(self.tp.join(x), keys)).transpose(0, 1)
 
     def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none"), batch.loss_mask.flatten()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.mesh.mesh import Axis
-from megatron.parallel.collectives import reduce_from, scatter_sum
 from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,18 @@ def vocab_parameter(shard: VocabShard, hidden: int) -> nn.Parameter:
     return describe(nn.Parameter(torch.empty(shard.held, hidden)), spec)
 
 
+def vocab_bias(shard: VocabShard) -> nn.Parameter:
+    """A bias `[held]` of the output layer's logits."""
+    spec = ParamSpec("", (shard.vocab,), Part((shard.start,), (shard.used,)), frozenset({"tp"}), decay=False, init="zeros")
+    return describe(nn.Parameter(torch.empty(shard.held)), spec)
+
+
 class VocabEmbedding(nn.Module):
-    """Token ids `[...]`, the same on every rank -> `[..., hidden]`.
+    """Token ids `[...]`, the same on every rank -> `[..., hidden]`, under sequence parallelism this rank's slice of them."""
 
-    sequence_parallel: the result is this rank's slice of dimension 0.
-    """
-
-    def __init__(self, shard: VocabShard, hidden: int, tp: Axis, *, sequence_parallel: bool = False) -> None:
+    def __init__(self, shard: VocabShard, hidden: int, tp: TensorParallel) -> None:
         super().__init__()
-        self.shard, self.tp, self.sequence_parallel = shard, tp, sequence_parallel and tp.size > 1
+        self.shard, self.tp = shard, tp
         self.weight = vocab_parameter(shard, hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -59,4 +62,4 @@ class VocabEmbedding(nn.Module):
         elsewhere = (tokens < self.shard.start) | (tokens >= self.shard.start + self.shard.used)
         rows = F.embedding((tokens - self.shard.start).masked_fill(elsewhere, 0), self.weight)
         mine = rows.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return scatter_sum(mine, self.tp, 0) if self.sequence_parallel else reduce_from(mine, self.tp)
+        return self.tp.leave(mine)

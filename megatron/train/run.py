@@ -27,6 +27,7 @@ from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.ring import RingAttention, share
 from megatron.parallel.spec import Checkpointable, describe, spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
@@ -90,9 +91,8 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         config.model,
         plan.placement,
         plan.parts,
-        mesh.tp,
+        TensorParallel(mesh.tp, config.layout.sequence_parallel),
         mesh.pp.rank,
-        sequence_parallel=config.layout.sequence_parallel,
         seed=config.batch.seed,
         attend=core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
         recompute=Recompute.of(config.memory, mesh.tp, draws=draws),

@@ -15,6 +15,7 @@ from megatron.parallel.cross_entropy import head_loss
 from megatron.parallel.embedding import VocabEmbedding, VocabShard
 from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 def tp_axis() -> Axis:
@@ -98,12 +99,12 @@ def test_conjugate_pairs(world, dim):
 
 def mlp(sequence_parallel: bool, two: bool):
     """Column then row, as in a layer; output, input gradient and parameter gradients as their parts."""
-    tp = tp_axis()
+    tp, cut = tp_axis(), TensorParallel(tp_axis(), sequence_parallel)
     layers = torch.nn.ModuleDict(
         {
-            "up": ColumnLinear(12, 16, tp, bias=True, sequence_parallel=sequence_parallel),
-            "gate": ColumnLinear(12, 16, tp, bias=False, sequence_parallel=sequence_parallel),
-            "down": RowLinear(16, 12, tp, bias=True, sequence_parallel=sequence_parallel),
+            "up": ColumnLinear(12, 16, cut, bias=True),
+            "gate": ColumnLinear(12, 16, cut, bias=False),
+            "down": RowLinear(16, 12, cut, bias=True),
         }
     )
     filled(layers.double())  # so that only the order of sums differs, far below the tolerance
@@ -144,18 +145,18 @@ def test_column_and_row_are_the_whole_layers(world, sequence_parallel, two):
 
 
 def test_size_one_is_the_plain_layer_bit_for_bit():
-    alone, x = Axis.alone("tp"), draw(4, 2, 12)
-    column = filled(ColumnLinear(12, 16, alone, bias=True, sequence_parallel=True))
-    row = filled(RowLinear(12, 16, alone, bias=True, sequence_parallel=True))
+    alone, x = TensorParallel(Axis.alone("tp"), sequence_parallel=True), draw(4, 2, 12)
+    column = filled(ColumnLinear(12, 16, alone, bias=True))
+    row = filled(RowLinear(12, 16, alone, bias=True))
     for layer in (column, row):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    table = filled(VocabEmbedding(VocabShard.of(100, alone, 64), 12, alone))
+    table = filled(VocabEmbedding(VocabShard.of(100, alone.axis, 64), 12, alone))
     tokens = torch.randint(0, 100, (4, 5))
     assert torch.equal(table(tokens), F.embedding(tokens, table.weight))
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    two = Axis("tp", 2, 0, (0, 1))
+    two = TensorParallel(Axis("tp", 2, 0, (0, 1)))
     with pytest.raises(ValueError, match="15 output features do not divide over 2"):
         ColumnLinear(8, 15, two, bias=False)
     with pytest.raises(ValueError, match="15 input features do not divide over 2"):
@@ -178,7 +179,7 @@ def vocabulary(vocab: int, divisor: int, sequence_parallel: bool, rows: int):
     """Embedding and loss over a cut vocabulary, `rows` tokens a chunk: outputs, gradients of table, input and head."""
     tp = tp_axis()
     shard = VocabShard.of(vocab, tp, divisor)
-    table = filled(VocabEmbedding(shard, 6, tp, sequence_parallel=sequence_parallel))
+    table = filled(VocabEmbedding(shard, 6, TensorParallel(tp, sequence_parallel)))
     tokens = torch.randint(0, vocab, (8, 2), generator=torch.Generator().manual_seed(3))
     x = table(tokens)
     weight = draw(8, 2, 6)

@@ -11,11 +11,11 @@ from reference import GPT2, LLAMA
 from megatron.config.resolve import resolve
 from megatron.config.schema import RunConfig
 from megatron.contract import StagePart
-from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.random import DropoutKeys, derive_seed, drop, head_keys, site_key
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 def keys(samples=(3, 4, 2**40 + 3), seq: int = 64, local: slice = slice(None), seed: int = 1) -> DropoutKeys:
@@ -82,7 +82,7 @@ def test_seeds_of_different_things_differ():
 @pytest.mark.parametrize("model", [GPT2, LLAMA])
 def test_initial_weights_have_megatrons_spread(model):
     config = resolve(RunConfig(model=model)).model
-    gpt = GPT(config, StagePart(range(2), True, True), Axis.alone("tp"))
+    gpt = GPT(config, StagePart(range(2), True, True), TensorParallel.alone())
     initialize(gpt, config, 7)
     for name, p in gpt.named_parameters():
         spec, values = spec_of(p), spec_of(p).local(p).detach()

@@ -19,6 +19,7 @@ from megatron.model.attention import causal_attention
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.recompute import Recompute
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.size import layer_activations
 
 LAYERS = 5
@@ -58,7 +59,7 @@ class Stage:
         part = StagePart(range(1, 1 + LAYERS), False, False)
         self.config, self.tp = config, tp
         self.model = GPT(
-            config, part, tp, sequence_parallel=sequence_parallel, seed=3, attend=self.attend, recompute=recompute, dtype=dtype
+            config, part, TensorParallel(tp, sequence_parallel), seed=3, attend=self.attend, recompute=recompute, dtype=dtype
         )
         initialize(self.model, config, 3)
         self.calls: list[int] = []
@@ -67,7 +68,7 @@ class Stage:
         tokens = torch.zeros(2, seq, dtype=torch.int64)
         places = torch.arange(seq).expand(2, seq)
         self.batch = Batch(tokens, tokens, torch.ones(2, seq), places, torch.arange(2))
-        own = tp.rank if self.model.sequence_parallel else 0
+        own = tp.rank if self.model.tp.sequence_parallel else 0
         generator = torch.Generator().manual_seed(own)
         self.x = torch.randn(self.model.hidden_shape(self.batch), generator=generator).to(dtype).requires_grad_()
 

@@ -29,6 +29,7 @@ from megatron.optim.buffers import flat_buffers
 from megatron.optim.reduction import report_to
 from megatron.parallel import weight_grad
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightProduct, WeightWork, can_add_products, manage_weight_gradients
 from megatron.train import run as run_module
 
@@ -49,7 +50,7 @@ def tp_axis() -> Axis:
 def stage(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
     """One layer between others, with weights and biases that hide nothing."""
     config = resolve(RunConfig(model=form)).model
-    model = GPT(config, StagePart(range(1, 2), False, False), tp_axis(), sequence_parallel=sequence_parallel, dtype=dtype)
+    model = GPT(config, StagePart(range(1, 2), False, False), TensorParallel(tp_axis(), sequence_parallel), dtype=dtype)
     initialize(model, config, 3)
     with torch.no_grad():
         for p in model.parameters():
@@ -68,7 +69,7 @@ class Pass:
         positions = torch.arange(SEQ).expand(ROWS, SEQ)
         batch = Batch(tokens, tokens, torch.ones(ROWS, SEQ), positions, torch.arange(ROWS))
         # Where the sequence is whole, all ranks of tp have the same; where it is cut, each has its own part.
-        own = model.tp.rank if model.sequence_parallel else 0
+        own = model.tp.axis.rank if model.tp.sequence_parallel else 0
         generator = torch.Generator().manual_seed(100 * number + own)
         shape = model.hidden_shape(batch)
         self.x = torch.randn(shape, generator=generator).to(model.dtype).requires_grad_()

@@ -1,0 +1,64 @@
+"""The output layer: final hidden states times the vocabulary's matrix, whose rows may be cut over ranks.
+
+Whatever is asked of it, hidden states come as layers hand them on, and every rank gets the whole answer.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.parallel.collectives import gather_from
+from megatron.parallel.cross_entropy import head_loss, label_scores
+from megatron.parallel.embedding import VocabShard, vocab_parameter
+from megatron.parallel.linear import column_products
+from megatron.parallel.tensor_parallel import TensorParallel
+
+
+class VocabOutput(nn.Module):
+    """Loss, logits and scores of hidden states `[seq, batch, hidden]`, under sequence parallelism of this rank's slice of them.
+
+    tied: the embedding's weight, `[held, hidden]`, where the output layer has none of its own; no parameter of this module.
+    bias, of each method: `[held]`, this rank's part.
+    """
+
+    def __init__(self, shard: VocabShard, hidden: int, tp: TensorParallel, *, tied: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.shard, self.tp = shard, tp
+        self.weight = vocab_parameter(shard, hidden) if tied is None else None
+        self._tied = (tied,)  # in a tuple, so that it stays the embedding's parameter
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        """`[held, hidden]`: this rank's rows, whoever owns them."""
+        matrix = self._tied[0] if self.weight is None else self.weight
+        if matrix is None:
+            raise ValueError("the output layer has lost its matrix")
+        return matrix
+
+    def loss(self, x: Tensor, labels: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the sum of the cross-entropies that count, fp32; see `head_loss`.
+
+        Args:
+            x: hidden states.
+            labels: int64 `[batch, seq]`.
+            mask: fp32 `[batch, seq]`, 1 where a label counts.
+            bias: of the logits.
+        """
+        labels, mask = labels.t().reshape(-1), mask.t().reshape(-1)  # [seq * batch]
+        whole = self.tp.enter(x).flatten(0, 1)  # [seq * batch, hidden]
+        return head_loss(whole, self.matrix, labels, mask, self.shard, self.tp.axis, bias=bias)
+
+    def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return fp32 `[seq, batch, vocab]`, padding left out."""
+        columns = column_products(x, self.tp, [self.matrix], [bias])[0]  # [seq, batch, held]
+        return gather_from(columns, self.tp.axis, -1)[..., : self.shard.vocab].float()
+
+    def label_scores(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and bool: is each the most probable token there?
+
+        Only a few tokens' logits are there at a time. labels: int64 `[batch, seq]`.
+        """
+        labels = labels.t()  # [seq, batch]
+        whole = self.tp.join(x).flatten(0, 1)  # [seq * batch, hidden]
+        scores, hits = label_scores(whole, self.matrix, labels.reshape(-1), self.shard, self.tp.axis)
+        return scores.view(labels.shape), hits.view(labels.shape)

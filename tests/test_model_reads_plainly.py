@@ -1,0 +1,44 @@
+"""The model's files read like a textbook: few of their lines speak of how the model is cut over ranks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MODEL = Path(__file__).resolve().parent.parent / "megatron" / "model"
+MAX_SHARE = 0.12
+WORDS = (
+    *("tp", "ranks?", "ax[ei]s", "mesh", r"\w*parallel\w*", "world_size"),
+    *("collectives?", r"gather\w*", r"scatter\w*", r"reduc(?:e|tion)\w*", "all_gather", "all_reduce", "copy_to"),
+    *(r"shard\w*", "split_over", "split_to", "sum_grad_over"),
+)
+PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
+
+
+def speaks_of_ranks(line: str) -> bool:
+    return PATTERN.search(line) is not None
+
+
+def test_the_words_are_found_where_they_stand() -> None:
+    for line in (
+        "    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:",
+        "from megatron.parallel.linear import ColumnLinear",
+        "        x = gather_sum(x, axis)",
+        "every rank holds it whole",
+        "        if self.sequence_parallel:",
+    ):
+        assert speaks_of_ranks(line), line
+    for line in (
+        "        x = self.norm(x)",
+        "    output: of the whole layer",
+        "        http = attempt(step)",
+        "self.groups = groups",
+    ):
+        assert not speaks_of_ranks(line), line
+
+
+def test_at_most_a_tenth_of_the_lines_speaks_of_ranks() -> None:
+    lines = {path.name: path.read_text().splitlines() for path in sorted(MODEL.glob("*.py"))}
+    found = {name: sum(map(speaks_of_ranks, text)) for name, text in lines.items()}
+    share = sum(found.values()) / sum(map(len, lines.values()))
+    assert share <= MAX_SHARE, f"{share:.1%} of the lines: {found}"
