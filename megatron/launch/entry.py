@@ -92,7 +92,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 def activation() -> str:
     """Return what gives a shell the Python that the project is installed for: that of its environment, or of a new one."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = os.path.join(root, ".venv", "bin", "activate")
     near = os.path.relpath(script)
     activate = f"`source {script if near.startswith(os.pardir) else near}`"

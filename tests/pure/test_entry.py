@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.entry import loading, missing_package, run_main
+from megatron.launch.entry import activation, loading, missing_package, run_main
 from megatron.launch.errors import JobError
 from megatron.launch.packages import EXTRAS, how_to_install
 
@@ -64,6 +64,13 @@ def test_a_package_that_is_needed_later() -> None:
     assert (
         done.returncode == 2 and done.stderr.startswith("error: torch is not installed for ") and done.stderr.count("\n") == 1
     )
+
+
+def test_the_environment_that_is_named_is_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "`source .venv/bin/activate`" in activation()
+    monkeypatch.chdir(tmp_path)
+    assert f"`source {ROOT}/.venv/bin/activate`" in activation()
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
