@@ -19,9 +19,10 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import Opened, open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
-from megatron.mesh.mesh import Axis, Mesh
+from megatron.mesh.mesh import Mesh
 from megatron.model.build import MODELS
 from megatron.model.init import initialize
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.tasks.scoring import batch_of
 from megatron.tasks.windows import Window
 
@@ -56,7 +57,7 @@ def sentences(count: int, seed: int) -> list[str]:
 def trained(root: Path, steps: int, **change: Any) -> Path:
     """A checkpoint of a model that has seen some sentences, with a byte tokenizer; exported to root/hf."""
     config = resolve(RunConfig(model=ModelConfig(**{**FORM, **change}))).model
-    model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), Axis.alone("tp"))
+    model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     text = ByteTokenizer().tokenize(". ".join(sentences(400, 1)))
     adam, draw = torch.optim.Adam(model.parameters(), lr=4e-3), random.Random(2)

@@ -14,11 +14,11 @@ import torch
 
 from megatron.config.schema import ModelConfig
 from megatron.contract import StagePart
-from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
 from megatron.model.init import initialize
 from megatron.parallel.random import derive_seed
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 
 SMALL = dict(
     num_layers=4,
@@ -42,7 +42,7 @@ NAMES = {
 
 def build(config, half=False):
     """The whole model with random weights; half: rounded to fp16, computed in fp32."""
-    model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), Axis.alone("tp"))
+    model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,6 +19,7 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.random import derive_seed
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 
 BASE: dict[str, Any] = dict(
     num_layers=2,
@@ -42,7 +43,8 @@ BERT: dict[str, Any] = dict(BASE, architecture="bert")
 
 
 def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> GPT:
-    model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), tp, dtype=dtype)
+    part = StagePart(range(config.size("num_layers")), True, True)
+    model = MODELS[config.architecture](config, part, TensorParallel(tp), dtype=dtype)
     initialize(model, config, 7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -28,9 +28,9 @@ from megatron.interop.compare_logits import LogitsError, compared_with_source  #
 from megatron.interop.hf_families import GPT2  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 from megatron.interop.tensor_mapping import SAME  # noqa: E402
-from megatron.mesh.mesh import Axis  # noqa: E402
 from megatron.model.build import MODELS  # noqa: E402
 from megatron.model.init import initialize  # noqa: E402
+from megatron.parallel.tensor_parallel import TensorParallel  # noqa: E402
 
 TOOL = Path(__file__).parents[2] / "tools" / "import_hf.py"
 TIED = {"gpt2": "transformer.wte.weight", "llama tied": "model.embed_tokens.weight"}
@@ -204,7 +204,7 @@ def test_settings_that_the_weights_of_a_model_hide(tmp_path, written):
 def fresh(root, settings):
     """A model that was never trained: biases of zero, norms of one."""
     config = ModelConfig(**settings)
-    model = MODELS[config.architecture](config, StagePart(range(2), True, True), Axis.alone("tp"))
+    model = MODELS[config.architecture](config, StagePart(range(2), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     store(root, config, {shard.name: shard.data for shard in ModuleWeights(model).shards()})
     return root

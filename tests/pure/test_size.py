@@ -19,6 +19,7 @@ from megatron.optim import buffers
 from megatron.parallel import cross_entropy
 from megatron.parallel.embedding import VocabShard
 from megatron.parallel.spec import spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.flops import (
     causal_flops_per_token,
     flops_per_iteration,
@@ -88,7 +89,8 @@ STAGES = [
 @pytest.mark.parametrize(("form", "part"), STAGES)
 def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: int) -> None:
     model = complete(FORMS[form])
-    built = MODELS[model.architecture](model, part, Axis("tp", tp, tp - 1, tuple(range(tp))), dtype=torch.float32)
+    last = TensorParallel(Axis("tp", tp, tp - 1, tuple(range(tp))))
+    built = MODELS[model.architecture](model, part, last, dtype=torch.float32)
     real = {spec_of(p).name: (spec_of(p).shape, p.numel()) for p in built.parameters()}
     listed = list(parameter_list(model, VOCAB, part))
     assert {p.name: (p.shape, p.local(model, tp)) for p in listed} == real
@@ -101,7 +103,8 @@ def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: in
 def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
     model = complete(FORMS[form])
     dtype = torch.bfloat16 if bf16 else torch.float32
-    built = MODELS[model.architecture](model, StagePart(range(3), True, True), Axis("tp", 2, 0, (0, 1)), dtype=dtype)
+    first = TensorParallel(Axis("tp", 2, 0, (0, 1)))
+    built = MODELS[model.architecture](model, StagePart(range(3), True, True), first, dtype=dtype)
     flat = buffers.flat_buffers(built.parameters())
     memory = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16)
     held = {t.data_ptr(): t.nbytes for buffer in flat for t in (buffer.weights, buffer.main)}
