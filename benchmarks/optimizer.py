@@ -80,7 +80,7 @@ Step = Callable[[int], object]
 
 
 def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
-    buffers = flat_buffers(list(model.parameters()), 4_000_000, mesh.dp_cp if sharded else None)
+    buffers = flat_buffers(model.parameters(), 4_000_000, mesh, sharded=sharded)
     optimizer = Optimizer(buffers, OptimConfig(clip_grad=CLIP), mesh, overlap_grad_reduce=overlap)
 
     def step(number: int) -> None:

@@ -6,14 +6,37 @@ which talk most are neighbours on a node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from types import MappingProxyType
 
 from megatron.config.schema import LayoutConfig
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
+
+# The axes of a mesh, each with those of the grid along which its ranks differ.
+UNIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "tp": ("tp",),
+        "cp": ("cp",),
+        "dp": ("dp",),
+        "pp": ("pp",),
+        "dp_cp": ("dp", "cp"),
+        "world": ("pp", "dp", "cp", "tp"),
+    }
+)
+
+
+def within_stage(axis: str) -> bool:
+    """Whether all ranks of an axis share one pipeline stage, so that they hold the same list of parameters."""
+    return "pp" not in UNIONS.get(axis, ("pp",))
+
+
+def completing(axis: str) -> frozenset[str]:
+    """The axes of the grid that together with `axis` span every rank of a pipeline stage, each rank once."""
+    return frozenset(AXES) - {"pp", *UNIONS[axis]}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.launch.device import ranks_of
 from megatron.launch.errors import JobError
 from megatron.launch.watchdog import Watch
-from megatron.mesh.grid import Grid
+from megatron.mesh.grid import UNIONS, Grid
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Mesh:
     cp: Axis
     dp: Axis
     pp: Axis
-    dp_cp: Axis  # gradients of a parameter are summed here
-    tp_pp: Axis  # norms over the whole model are summed here
+    dp_cp: Axis  # gradients of a parameter are summed here, unless its spec names another axis
     world: Axis
     pp_back: Axis  # pp again, with communicators of its own for what travels to lower ranks
     embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
@@ -75,15 +74,6 @@ class Mesh:
         watch = watch or Watch()
         if dist.is_initialized() and dist.get_world_size() != grid.world_size:
             raise ValueError(f"layout {grid} needs {grid.world_size} ranks, the job has {dist.get_world_size()}")
-        unions = {
-            "tp": ("tp",),
-            "cp": ("cp",),
-            "dp": ("dp",),
-            "pp": ("pp",),
-            "dp_cp": ("dp", "cp"),
-            "tp_pp": ("pp", "tp"),
-            "world": ("pp", "dp", "cp", "tp"),
-        }
         known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # equal groups share one communicator
         opening: dict[tuple[int, ...], str] = {}
         axes: dict[str, Axis] = {}
@@ -98,7 +88,7 @@ class Mesh:
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
-        for name, along in unions.items():
+        for name, along in UNIONS.items():
             for members in grid.groups(*along):
                 add(name, tuple(members), known)
         for members in grid.groups("pp"):
@@ -117,6 +107,13 @@ class Mesh:
     def single(cls) -> Mesh:
         """The mesh of one process: every axis has size 1, and no process group exists."""
         return cls.build(Grid(), 0)
+
+    def axis(self, name: str) -> Axis:
+        """Return the axis that a parameter's spec names. ValueError when the mesh has none of that name."""
+        axes = {own: axis for own, axis in vars(self).items() if isinstance(axis, Axis)}
+        if name not in axes:
+            raise ValueError(f"the mesh has no axis {name}; it has {', '.join(axes)}")
+        return axes[name]
 
 
 @contextmanager

@@ -10,36 +10,45 @@ bucket: it keeps the main weights and moments of the slice alone, and is given t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.mesh.mesh import Axis
-from megatron.optim.sharding import owned, rectangles, stretches
+from megatron.mesh.grid import within_stage
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import Bucket, buckets
 from megatron.parallel.collectives import Pending, start_gather_slices
-from megatron.parallel.spec import Part, Shard, spec_of
+from megatron.parallel.spec import ParamSpec, Part, Shard, spec_of
 
 
 class FlatBuffer:
     """A bucket of parameters of one kind.
 
-    axis: the ranks that own a slice each; alone, a rank owns it all. own: this rank's slice of the bucket.
+    data_axis: the ranks that sum its gradients. owners: those that own a slice each; alone, a rank owns it all. own: this
+    rank's slice of the bucket.
     weights: compute dtype `[length]`. grads: `[length]`, in the dtype that gradients are accumulated and reduced in: fp32, or
     that of the weights. own_grads: a view of grads, the slice. main: fp32, of the slice; in an fp32 run a view of weights.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], bucket: Bucket, axis: Axis, grad_dtype: torch.dtype = torch.float32
+        self,
+        parameters: Sequence[nn.Parameter],
+        bucket: Bucket,
+        data_axis: Axis,
+        *,
+        sharded: bool = False,
+        grad_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.parameters, self.bucket, self.axis = list(parameters), bucket, axis
-        self.own = owned(bucket.length, axis.size, axis.rank)
+        self.parameters, self.bucket, self.data_axis = list(parameters), bucket, data_axis
+        self.owners = data_axis if sharded else Axis.alone(data_axis.name)
+        self.own = owned(bucket.length, self.owners.size, self.owners.rank)
         example = self.parameters[0]
-        self.weights = torch.zeros(bucket.length, dtype=example.dtype, device=example.device)
-        self.grads = torch.zeros(bucket.length, dtype=grad_dtype, device=example.device)
+        self.weights = torch.zeros(bucket.length, dtype=example.dtype, device=example.device)  # [length]
+        self.grads = torch.zeros(bucket.length, dtype=grad_dtype, device=example.device)  # [length]
         for p, weight, grad in zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True):
             weight.copy_(p.detach())
             p.data = weight
@@ -48,49 +57,53 @@ class FlatBuffer:
                 p.grad = grad  # autograd adds to it in place
             else:
                 p.register_post_accumulate_grad_hook(_adder(grad))  # type: ignore[no-untyped-call]
-        self.main = self.weights[self.own] if example.dtype == torch.float32 else self.weights[self.own].float()
-        self.own_grads = self.grads[self.own]
+        own_weights = self.weights[self.own]  # [own]
+        self.main = own_weights if example.dtype == torch.float32 else own_weights.float()  # [own]
+        self.own_grads = self.grads[self.own]  # [own]
 
     def views(self, flat: Tensor) -> Iterator[Tensor]:
-        """The parameters' places in a flat tensor of the whole bucket, in their shapes."""
+        """Yield the parameters' places in a flat tensor `[length]` of the whole bucket, in their shapes."""
         for p, offset in zip(self.parameters, self.bucket.offsets, strict=True):
             yield flat[offset : offset + p.numel()].view(p.shape)
 
-    def stretches(self, own: Tensor) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-        """What a tensor of this rank's slice holds: parameter, first element of it, the values; padding left out."""
+    def param_ranges(self, own: Tensor) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+        """Yield what a tensor of this rank's slice `[own]` holds: parameter, its first element there, the values.
+
+        Padding is left out.
+        """
         # Only dimension 0 is ever padded, so what is no padding comes first in the flattened parameter.
         sizes = [prod(spec_of(p).part.shape) for p in self.parameters]
-        for stretch in stretches(self.bucket.offsets, sizes, self.own):
-            values = own[stretch.place : stretch.place + stretch.high - stretch.low]
-            yield self.parameters[stretch.member], stretch.low, values
+        for each in param_ranges(self.bucket.offsets, sizes, self.own):
+            values = own[each.place : each.place + each.high - each.low]  # [high - low]
+            yield self.parameters[each.member], each.low, values
 
     def shards(self, own: Tensor, prefix: str = "") -> Iterator[Shard]:
-        """A tensor of this rank's slice as a checkpoint sees it: rectangles of the parameters, views of the slice."""
-        for p, low, values in self.stretches(own):
+        """Yield a tensor of this rank's slice `[own]` as a checkpoint sees it: rectangles of the parameters, as views."""
+        for p, low, values in self.param_ranges(own):
             spec = spec_of(p)
             for piece in rectangles(spec.part.shape, low, low + values.numel()):
                 start = tuple(a + b for a, b in zip(spec.part.start, piece.start, strict=True))
                 data = values[piece.first - low : piece.first - low + piece.size].view(piece.shape)
                 yield Shard(prefix + spec.name, spec.shape, Part(start, piece.shape), spec.split_over, data)
 
-    def draft(self) -> Tensor:
-        """A flat fp32 tensor for new weights of the whole bucket; `adopt` takes it."""
+    def staging_tensor(self) -> Tensor:
+        """Return a flat fp32 tensor `[length]` for new weights of the whole bucket; `load` takes it."""
         return torch.zeros_like(self.weights, dtype=torch.float32)
 
-    def adopt(self, whole: Tensor) -> None:
-        """Take fp32 weights of the whole bucket, equal on all ranks. No communication."""
+    def load(self, whole: Tensor) -> None:
+        """Take fp32 weights `[length]` of the whole bucket, equal on all ranks. No communication."""
         self.weights.copy_(whole)
         self.main.copy_(whole[self.own])
 
-    def start_publish(self) -> Pending:
+    def start_all_gather_params(self) -> Pending:
         """Give the model the main weights, rounded to its dtype: this rank's slice at once, the others' as they come."""
         if self.weights.dtype != torch.float32:
             self.weights[self.own].copy_(self.main)
-        return start_gather_slices(self.weights, self.axis)
+        return start_gather_slices(self.weights, self.owners)
 
-    def publish(self) -> None:
-        """The same, complete. Collective over `axis`."""
-        self.start_publish().wait()
+    def all_gather_params(self) -> None:
+        """Give the model the main weights, all of them. Collective over `owners`."""
+        self.start_all_gather_params().wait()
 
 
 def _adder(total: Tensor) -> Any:
@@ -118,23 +131,47 @@ class Weights:
     def load_scalars(self, values: Mapping[str, Any]) -> None:
         """Called when the main weights were filled. Collective where ranks own slices."""
         for buffer in self._buffers:
-            buffer.publish()
+            buffer.all_gather_params()
 
 
 def flat_buffers(
-    parameters: Sequence[nn.Parameter] | Iterator[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     limit: int | None = None,
-    axis: Axis | None = None,
+    mesh: Mesh | None = None,
+    *,
+    sharded: bool = False,
     grad_dtype: torch.dtype = torch.float32,
 ) -> list[FlatBuffer]:
-    """Buckets for all parameters, in the order in which the backward pass completes them.
+    """Lay all parameters into buckets, in the order in which the backward pass completes them.
 
-    parameters: in the order of the forward pass. limit: elements of a bucket; None: one bucket a kind. axis: the ranks that
-    own a slice of each bucket; None: this one owns all. grad_dtype: of the gradients, fp32 or the parameters' own.
-    The copies of a tied matrix have a bucket of their own: it is the same on both stages, and so are the slices.
+    Args:
+        parameters: in the order of the forward pass.
+        limit: elements of a bucket; None: one bucket a kind.
+        mesh: knows the axes that the parameters' specs name; None: this rank is alone on all of them.
+        sharded: whether each rank of a bucket's data axis owns a slice of it.
+        grad_dtype: of the gradients, fp32 or the parameters' own.
+
+    Returns:
+        The buckets. Parameters of one bucket have one dtype, one data axis, one rate and one weight decay.
     """
-    held, axis = list(parameters), axis or Axis.alone("dp_cp")
-    specs = [spec_of(p) for p in held]
-    kinds = [(spec.decay, spec.lr_scale, spec.decoupled, "embedding" in spec.sum_grad_over) for spec in specs]
-    found = buckets([p.numel() for p in held], kinds, limit, axis.size)
-    return [FlatBuffer([held[i] for i in bucket.members], bucket, axis, grad_dtype) for bucket in found]
+    held, find = list(parameters), Axis.alone if mesh is None else mesh.axis
+    kinds = [(p.dtype, bucket_kind(spec_of(p))) for p in held]
+    axes = {kind: find(spec_of(p).data_axis) for p, kind in zip(held, kinds, strict=True)}
+    shards = {kind: axis.size if sharded else 1 for kind, axis in axes.items()}
+    found = buckets([p.numel() for p in held], kinds, limit, shards)
+    return [
+        FlatBuffer(
+            [held[i] for i in bucket.members], bucket, axes[kinds[bucket.members[0]]], sharded=sharded, grad_dtype=grad_dtype
+        )
+        for bucket in found
+    ]
+
+
+def bucket_kind(spec: ParamSpec) -> Hashable:
+    """Return what parameters of one bucket have in common, beside their dtype.
+
+    Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
+    several stages share a tied matrix alone, so its copies have a bucket of their own.
+    """
+    between_stages = frozenset(axis for axis in spec.sum_grad_over if not within_stage(axis))
+    return spec.data_axis, between_stages, spec.decay, spec.decoupled

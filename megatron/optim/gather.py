@@ -15,8 +15,8 @@ from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import Pending
 
 
-class Gathering:
-    """The gathers of all buckets' weights. overlap: `started` returns before they are complete."""
+class ParamGatherer:
+    """Gathers the weights of all buckets. overlap: `all_started` returns before they are here."""
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
         self.buffers, self.overlap = list(buffers), overlap
@@ -24,10 +24,10 @@ class Gathering:
 
     def start(self, number: int) -> None:
         """Give every rank the new weights of a bucket, in the same order on all of them. Collective."""
-        self._pending[number] = self.buffers[number].start_publish()
+        self._pending[number] = self.buffers[number].start_all_gather_params()
 
-    def started(self) -> None:
-        """All buckets were started. With overlap, whoever reads weights calls `finish` before."""
+    def all_started(self) -> None:
+        """Say that all buckets were started. With overlap, whoever reads weights calls `finish` before."""
         if not self.overlap:
             self.finish()
 
@@ -36,7 +36,7 @@ class Gathering:
         self._wait(list(self._pending))
 
     def wait_before(self, module: nn.Module, parameters: Iterable[Tensor]) -> None:
-        """From now on a call of `module` first waits for the buckets of `parameters`."""
+        """Let each later call of `module` first wait for the buckets of `parameters`."""
         wanted = {id(p) for p in parameters}
         needed = [n for n, b in enumerate(self.buffers) if any(id(p) in wanted for p in b.parameters)]
 
@@ -52,12 +52,15 @@ class Gathering:
                 self._pending.pop(number).wait()
 
 
-def wait_in_turn(gathering: Gathering, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
+def wait_in_turn(gatherer: ParamGatherer, modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> None:
     """Let each of `modules`, which are called in this order, wait for its own parameters.
 
-    parameters: all that the modules' forward passes need, and what follows them. Those of no module wait with the last one.
+    Args:
+        gatherer: gathers the parameters' buckets.
+        modules: in the order of the forward pass.
+        parameters: all that the modules' forward passes need, and what follows them. Those of no module wait with the last one.
     """
     own = {id(p) for module in modules for p in module.parameters()}
     for module in modules:
         rest = [p for p in parameters if id(p) not in own] if module is modules[-1] else []
-        gathering.wait_before(module, [*module.parameters(), *rest])
+        gatherer.wait_before(module, [*module.parameters(), *rest])

@@ -11,25 +11,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.mesh.grid import completing
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.spec import ParamSpec, spec_of
 
 
-def counted_here(spec: ParamSpec, mesh: Mesh) -> bool:
-    """Whether this rank is the one that counts its copy of a parameter.
+def owns_in_norm(spec: ParamSpec, mesh: Mesh) -> bool:
+    """Whether this rank is the first of those that hold copies of a parameter, data-parallel ones aside.
 
-    A parameter split over tp is counted on every tp rank, a part each; another one on the first tp rank alone. Of a tied
-    matrix that the first and the last stage hold, the first stage's copy counts.
+    The ranks of a stage are those of the data axis times those of some further axes; over each of the further ones a
+    parameter is split, or copied. Axes that its gradients are summed over have copies too, also on other stages.
     """
-    first_copy = "embedding" not in spec.sum_grad_over or mesh.embedding.first
-    return first_copy and ("tp" in spec.split_over or mesh.tp.first)
+    copied = (completing(spec.data_axis) - spec.split_over) | spec.sum_grad_over
+    return all(mesh.axis(name).first for name in copied)
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a rank holds of its slices of the buckets, without padding; views, each `[elements]`.
+class LocalTensors:
+    """This rank's slices of the buckets, without padding; views, each `[elements]`.
 
     counted: what this rank counts. copies: what another one counts.
     """
@@ -38,42 +39,48 @@ class Held:
     copies: list[Tensor]
 
     @classmethod
-    def of(cls, buffers: Sequence[FlatBuffer], slices: Sequence[Tensor], mesh: Mesh) -> Held:
-        """slices: one tensor of this rank's slice of each bucket.
+    def from_slices(cls, buffers: Sequence[FlatBuffer], slices: Sequence[Tensor], mesh: Mesh) -> LocalTensors:
+        """Sort the parameters in `slices` by whether this rank counts them.
 
-        counted has an empty tensor on a rank that counts nothing, such as one with a copy of a tied matrix alone.
+        Args:
+            buffers: the buckets.
+            slices: one tensor `[own]` of this rank's slice of each bucket.
+            mesh: knows the axes that the parameters' specs name.
+
+        Returns:
+            The views. `counted` has an empty tensor on a rank that counts nothing.
         """
         found: dict[bool, list[Tensor]] = {True: [], False: []}
         for buffer, own in zip(buffers, slices, strict=True):
-            for p, _, values in buffer.stretches(own):
-                found[counted_here(spec_of(p), mesh)].append(values)
+            # Where ranks own slices, each counts its own; where all have the whole bucket, the first one does.
+            first = buffer.owners.size > 1 or buffer.data_axis.first
+            for p, _, values in buffer.param_ranges(own):
+                found[first and owns_in_norm(spec_of(p), mesh)].append(values)
         return cls(found[True] or [slices[0][:0]], found[False])
 
 
-def global_norm(held: Held, axes: Sequence[Axis]) -> Tensor:
-    """L2 norm over all ranks that hold different elements, fp32 scalar, equal on every rank; not finite where a copy is not.
+def global_norm(tensors: LocalTensors, everyone: Axis) -> Tensor:
+    """Return the L2 norm over all ranks, fp32 scalar, equal on every rank; not finite where a copy is not.
 
-    held: already summed over data-parallel ranks. axes: those whose ranks count different elements. Squares are added in
-    fp64, so that the result does not depend on which rank adds which.
+    Squares are added in fp64, so that the result does not depend on which rank adds which.
+
+    Args:
+        tensors: already summed over the ranks that sum them.
+        everyone: all ranks of the run.
     """
-    none = held.counted[0].new_zeros((), dtype=torch.float64)
-    squares, of_copies = _total(torch.stack([_squares(held.counted), _squares(held.copies) if held.copies else none]), axes)
+    none = tensors.counted[0].new_zeros((), dtype=torch.float64)
+    copies = _squares(tensors.copies) if tensors.copies else none
+    squares, of_copies = all_reduce(torch.stack([_squares(tensors.counted), copies]), everyone)
     return torch.where(of_copies.isfinite(), squares, of_copies).sqrt().float()
 
 
-def count_zeros(held: Held, axes: Sequence[Axis]) -> int:
-    """Number of exact zeros over all ranks' different elements."""
-    zeros = torch.stack([tensor.numel() - tensor.count_nonzero() for tensor in held.counted]).sum()
-    return int(_total(zeros, axes).item())
+def count_zeros(tensors: LocalTensors, everyone: Axis) -> int:
+    """Return the number of exact zeros over all ranks' different elements."""
+    zeros = torch.stack([tensor.numel() - tensor.count_nonzero() for tensor in tensors.counted]).sum()
+    return int(all_reduce(zeros, everyone).item())
 
 
 def _squares(tensors: list[Tensor]) -> Tensor:
     """The sum of all squares, fp64 scalar."""
     # A 16-bit norm would be rounded to three digits.
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).double().square().sum()
-
-
-def _total(value: Tensor, axes: Sequence[Axis]) -> Tensor:
-    for axis in axes:
-        value = all_reduce(value, axis)
-    return value

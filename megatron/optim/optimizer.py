@@ -1,4 +1,4 @@
-"""The update, in named phases: reduce, scale, clip, step, publish.
+"""The update, in named phases: reduce, scale, clip, step, gather.
 
 The arithmetic of the step is a library's (`optim/update.py`), run over the flat main weights: one kernel for each bucket,
 which scales and clips the gradient as it reads it. While a bucket is updated, the one before is on its way to the others.
@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron.config.schema import OptimConfig
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
-from megatron.optim.gather import Gathering
-from megatron.optim.norm import Held, count_zeros, global_norm
-from megatron.optim.reduction import Reduction
-from megatron.optim.update import Target, Update
+from megatron.optim.gather import ParamGatherer
+from megatron.optim.norm import LocalTensors, count_zeros, global_norm
+from megatron.optim.reduction import GradReducer
+from megatron.optim.update import ShardedUpdate, Target
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.spec import Shard, spec_of
 
@@ -42,9 +43,9 @@ class UpdateReport:
 class Optimizer:
     """AdamW or SGD over flat buffers, with fp32 state. Knows no model: parameters tell what they need by their spec.
 
-    overlap_grad_reduce: sum gradients over data-parallel ranks while the backward passes run (see `Reduction`).
+    overlap_grad_reduce: sum gradients over data-parallel ranks while the backward passes run (see `GradReducer`).
     overlap_param_gather: `step` returns before the other ranks' weights are here; who reads weights calls
-    `gathering.finish()` before, or lets modules wait (see `Gathering`).
+    `gatherer.finish()` before, or lets modules wait (see `ParamGatherer`).
     """
 
     def __init__(
@@ -60,19 +61,18 @@ class Optimizer:
     ) -> None:
         self.buffers, self.config, self.mesh = list(buffers), config, mesh
         self.log_zeros, self.log_params_norm = log_zeros, log_params_norm
-        self.reduction = Reduction(self.buffers, mesh.dp_cp, overlap=overlap_grad_reduce)
-        self.gathering = Gathering(self.buffers, overlap=overlap_param_gather)
+        self.reducer = GradReducer(self.buffers, overlap=overlap_grad_reduce)
+        self.gatherer = ParamGatherer(self.buffers, overlap=overlap_param_gather)
         specs = [spec_of(buffer.parameters[0]) for buffer in self.buffers]
         pairs = zip(self.buffers, specs, strict=True)
-        self.update = Update(config, [Target(b.main, spec.decay, spec.lr_scale, spec.decoupled) for b, spec in pairs])
-        sharded = [buffer.axis for buffer in self.buffers[:1] if buffer.axis.size > 1]
-        self._counting = [mesh.tp_pp, *sharded]  # axes whose ranks count different elements
-        self._grads = Held.of(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)
-        self._mains = Held.of(self.buffers, [buffer.main for buffer in self.buffers], mesh)
+        self.update = ShardedUpdate(config, [Target(b.main, spec.decay, spec.decoupled) for b, spec in pairs])
+        self._grads = LocalTensors.from_slices(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)
+        self._copies = list(self._gradients_of_copies())
+        self._mains = LocalTensors.from_slices(self.buffers, [buffer.main for buffer in self.buffers], mesh)
 
     def zero(self, micro_batches: int | None = None) -> None:
-        """Forget the gradients of the last step. micro_batches: of the step that begins, for --overlap-grad-reduce."""
-        self.reduction.begin(micro_batches)
+        """Zero the gradient buffers. micro_batches: of the step that begins, for --overlap-grad-reduce."""
+        self.reducer.begin(micro_batches)
         for buffer in self.buffers:
             buffer.grads.zero_()
 
@@ -88,10 +88,10 @@ class Optimizer:
         Returns:
             What the step did.
         """
-        self.gathering.finish()
+        self.gatherer.finish()
         self._reduce()
-        norm = float(global_norm(self._grads, self._counting)) * scale
-        zeros = count_zeros(self._grads, self._counting) if self.log_zeros else None
+        norm = float(global_norm(self._grads, self.mesh.world)) * scale
+        zeros = count_zeros(self._grads, self.mesh.world) if self.log_zeros else None
         finite = math.isfinite(norm)
         if finite:
             rates = (lr, lr if decoupled_lr is None else decoupled_lr)
@@ -99,40 +99,36 @@ class Optimizer:
             # What the forward pass needs first comes last in the order of the buckets.
             for number in reversed(range(len(self.buffers))):
                 self.update.step(number, self.buffers[number].own_grads.float())  # of 16-bit gradients an fp32 copy
-                self.gathering.start(number)
-            self.gathering.started()
-        params_norm = float(global_norm(self._mains, self._counting)) if self.log_params_norm else None
+                self.gatherer.start(number)
+            self.gatherer.all_started()
+        params_norm = float(global_norm(self._mains, self.mesh.world)) if self.log_params_norm else None
         return UpdateReport(norm, not finite, zeros, params_norm)
 
     def _reduce(self) -> None:
-        """Sum the gradients: over data-parallel ranks, and over axes whose copies saw different work.
+        """Sum the gradients: over each bucket's data axis, and over axes whose copies saw different work.
 
         The copies of a tied matrix come after the data-parallel sums: whatever order these took on the two stages, a sum of
         two is the same on both, so the copies stay equal bit for bit.
         """
-        self.reduction.finish()
-        self._sum_copies(self.mesh.tp)
-        self._sum_copies(self.mesh.embedding)
+        self.reducer.finish()
+        for axis, views in self._copies:
+            self._sum_copies(axis, views)
 
-    def _sum_copies(self, axis: Axis) -> None:
-        """One all-reduce for all parameters whose gradients are summed over `axis`, as far as this rank's slices go.
+    def _gradients_of_copies(self) -> Iterator[tuple[Axis, list[Tensor]]]:
+        """Yield each axis that further sums are made over, in one order on all ranks, and the gradients of its parameters."""
+        ranges = [(spec_of(p), values) for b in self.buffers for p, _, values in b.param_ranges(b.own_grads)]
+        for name in sorted({name for spec, _ in ranges for name in spec.sum_grad_over}):
+            if self.mesh.axis(name).size > 1:
+                yield self.mesh.axis(name), [values for spec, values in ranges if name in spec.sum_grad_over]
 
-        Slices of all ranks of the axis agree: the buckets of copies are laid out alike.
-        """
-        views = [
-            values
-            for buffer in self.buffers
-            for p, _, values in buffer.stretches(buffer.own_grads)
-            if axis.name in spec_of(p).sum_grad_over
-        ]
-        if not views or axis.size == 1:
-            return
-        flat = all_reduce(torch.cat(views), axis)
+    def _sum_copies(self, axis: Axis, views: list[Tensor]) -> None:
+        """Sum `views` over `axis` in one all-reduce: they agree on all its ranks, which laid out their buckets alike."""
+        flat = all_reduce(torch.cat(views), axis)  # [elements of all views]
         for view, total in zip(views, torch.split(flat, [view.numel() for view in views]), strict=True):
             view.copy_(total)
 
     def _clipping(self, norm: float) -> float:
-        """What gradients of that norm are multiplied with."""
+        """Return what gradients of that norm are multiplied with."""
         limit = self.config.clip_grad
         return min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0.0 else 1.0
 

@@ -1,33 +1,30 @@
-"""Gradients summed over the data-parallel ranks, one collective a bucket: after the backward passes, or during them.
+"""Gradients summed over each bucket's data axis, one collective a bucket: after the backward passes, or during them.
 
 A bucket is complete when the last gradient of the last micro-batch was added to it. Nobody needs to know which that is:
-every parameter reports each gradient that is added to it, every micro-batch adds the same number of them, and a step says
-how many micro-batches it has. So the first step is counted, and from the second on a bucket's reduction starts while the
-backward pass makes the gradients of the next one, whatever the pipeline's schedule.
+a hook of every parameter counts the gradients that are added to it, every micro-batch adds the same number of them, and a
+step says how many micro-batches it has. So the first step is counted, and from the second on a bucket's reduction starts
+while the backward pass makes the gradients of the next one, whatever the pipeline's schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
-
-from megatron.mesh.mesh import Axis
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import Pending, start_all_reduce, start_reduce_slices
-from megatron.parallel.spec import report_gradient
+from megatron.parallel.spec import register_grad_ready_hook
 
 
-class Reduction:
-    """The sums of all buckets' gradients over `axis`.
+class GradReducer:
+    """Sums all buckets' gradients, each over its data axis.
 
-    overlap: start them during the backward passes. Buckets start in their own order, which is the same on all ranks of the
-    axis: collectives of one group must be.
+    overlap: start during the backward passes. Buckets start in their own order, which is the same on all ranks of a stage:
+    collectives of one group must be.
     """
 
-    def __init__(self, buffers: Sequence[FlatBuffer], axis: Axis, *, overlap: bool = False) -> None:
-        self.buffers, self.axis = list(buffers), axis
-        self.overlap = overlap and axis.size > 1
+    def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
+        self.buffers = list(buffers)
+        self.overlap = overlap and any(buffer.data_axis.size > 1 for buffer in self.buffers)
         self.started_early = 0  # buckets of the last step whose reduction began before `finish`
         self._micro_batches: int | None = None
         self._per_micro_batch: list[int] | None = None
@@ -36,16 +33,16 @@ class Reduction:
         if self.overlap:
             for number, buffer in enumerate(self.buffers):
                 for parameter in buffer.parameters:
-                    report_to(parameter, self._reporter(number))
+                    register_grad_ready_hook(parameter, self._grad_ready_hook(number))
 
     def begin(self, micro_batches: int | None) -> None:
-        """A step begins. micro_batches: how many it has; None, not said: nothing starts before `finish`."""
+        """Begin a step. micro_batches: how many it has; None, not said: nothing starts before `finish`."""
         for each in self._pending:  # of a step that was given up
             each.wait()
         self._micro_batches, self._added, self._pending = micro_batches, [0] * len(self.buffers), []
 
     def finish(self) -> None:
-        """Afterwards each rank has the sums of what it owns: `own_grads` of every bucket. Collective."""
+        """Sum what is not summed yet: `own_grads` of every bucket is complete afterwards. Collective."""
         self.started_early = len(self._pending)
         for buffer in self.buffers[len(self._pending) :]:
             self._start(buffer)
@@ -65,11 +62,11 @@ class Reduction:
         return added // micro_batches
 
     def _start(self, buffer: FlatBuffer) -> None:
-        start = start_reduce_slices if buffer.axis.size > 1 else start_all_reduce
-        self._pending.append(start(buffer.grads, self.axis))
+        start = start_reduce_slices if buffer.owners.size > 1 else start_all_reduce
+        self._pending.append(start(buffer.grads, buffer.data_axis))
 
-    def _reporter(self, number: int) -> Callable[[], None]:
-        def gradient_added() -> None:
+    def _grad_ready_hook(self, number: int) -> Callable[[], None]:
+        def grad_ready() -> None:
             self._added[number] += 1
             if self._micro_batches is None or self._per_micro_batch is None:
                 return
@@ -78,18 +75,8 @@ class Reduction:
             while len(self._pending) < len(self.buffers) and self._complete(len(self._pending)):
                 self._start(self.buffers[len(self._pending)])
 
-        return gradient_added
+        return grad_ready
 
     def _complete(self, number: int) -> bool:
         each = (self._per_micro_batch or [0])[number]
         return self._added[number] == each * (self._micro_batches or 0)
-
-
-def report_to(parameter: nn.Parameter, gradient_added: Callable[[], None]) -> None:
-    """Call it after each gradient: one that autograd adds, or one that `parallel.spec.accumulate` does."""
-    parameter.gradient_added = gradient_added  # type: ignore[attr-defined]
-
-    def added(parameter: Tensor) -> None:
-        report_gradient(parameter)
-
-    parameter.register_post_accumulate_grad_hook(added)  # type: ignore[no-untyped-call]

@@ -29,9 +29,11 @@ class Rectangle:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """What a slice holds of one parameter: elements `low` to `high` of the flattened parameter, which begin at element
-    `place` of the slice. member: the parameter's number in its bucket."""
+class ParamRange:
+    """The part of one parameter that lies in a slice: elements `low` to `high` of the flattened parameter.
+
+    member: the parameter's number in its bucket. place: the element of the slice at which the range begins.
+    """
 
     member: int
     low: int
@@ -47,12 +49,18 @@ def owned(length: int, shards: int, shard: int) -> slice:
     return slice(shard * share, (shard + 1) * share)
 
 
-def stretches(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> Iterator[Stretch]:
-    """The parameters that the slice `own` of a bucket touches. sizes: their elements without padding."""
+def param_ranges(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> Iterator[ParamRange]:
+    """Yield a range for each parameter that the slice `own` of a bucket touches.
+
+    Args:
+        offsets: where the parameters begin in the bucket, in elements.
+        sizes: their elements without padding.
+        own: the slice.
+    """
     for member, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
         low, high = max(own.start - offset, 0), min(own.stop - offset, size)
         if low < high:
-            yield Stretch(member, low, high, offset + low - own.start)
+            yield ParamRange(member, low, high, offset + low - own.start)
 
 
 def rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[Rectangle]:

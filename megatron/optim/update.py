@@ -23,13 +23,12 @@ from megatron.config.schema import OptimConfig
 class Target:
     """An fp32 tensor to update.
 
-    decay: whether weight decay reaches it. lr_scale: what its learning rate is multiplied with. decoupled: whether it has the
-    rate of the embedding and output layer, where they have one of their own.
+    decay: whether weight decay reaches it. decoupled: whether it has the rate of the embedding and output layer, where they
+    have one of their own.
     """
 
     main: Tensor
     decay: bool
-    lr_scale: float
     decoupled: bool = False
 
 
@@ -55,8 +54,8 @@ class _Method(Protocol):
     def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None: ...
 
 
-class Update:
-    """An optimizer for each of some fp32 tensors.
+class ShardedUpdate:
+    """An optimizer for each of some fp32 tensors, this rank's slices of the buckets.
 
     One each, so that an update can follow the other, with what one of them needs made and forgotten in between.
     ImportError when apex is asked for and not installed.
@@ -71,7 +70,7 @@ class Update:
         """Say what the updates of this step have.
 
         Args:
-            rates: the learning rate, and that of decoupled targets; each target's scale multiplies its own.
+            rates: the learning rate, and that of decoupled targets.
             weight_decay: of the targets that decay.
             multiplier: of all gradients.
         """
@@ -85,8 +84,7 @@ class Update:
         """Update tensor `number`. grad: fp32, of its length; afterwards multiplied with what `begin` was told."""
         target = self._targets[number]
         weight_decay = self._weight_decay if target.decay else 0.0
-        lr = self._rates[target.decoupled] * target.lr_scale
-        self._methods[number].step(grad, self._factor, lr=lr, weight_decay=weight_decay)
+        self._methods[number].step(grad, self._factor, lr=self._rates[target.decoupled], weight_decay=weight_decay)
 
     def state(self, number: int) -> dict[str, Tensor]:
         """The moments of tensor `number`, by name: live, of its length."""

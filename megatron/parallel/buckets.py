@@ -7,8 +7,9 @@ the buffers of `optim/buffers.py` both read the places off here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 ALIGN = 64  # elements: every parameter and every slice starts on a 256-byte line in fp32
 
@@ -23,12 +24,21 @@ class Bucket:
     length: int
 
 
-def buckets(sizes: Sequence[int], kinds: Sequence[Hashable], limit: int | None = None, shards: int = 1) -> list[Bucket]:
-    """The buckets of a rank's parameters, in the order in which the backward pass completes them.
+def buckets(
+    sizes: Sequence[int],
+    kinds: Sequence[Hashable],
+    limit: int | None = None,
+    shards: int | Mapping[Any, int] = 1,
+) -> list[Bucket]:
+    """Return the buckets of a rank's parameters, in the order in which the backward pass completes them.
 
-    sizes: elements of each parameter, in the order of the forward pass. kinds: parameters of different kinds never share a
-    bucket. limit: elements that a bucket should not exceed; a larger parameter has one of its own. shards: ranks that each
-    own a slice of every bucket. Parameters lie in the reverse of the forward order, as their gradients come.
+    Parameters lie in the reverse of the forward order, as their gradients come.
+
+    Args:
+        sizes: elements of each parameter, in the order of the forward pass.
+        kinds: of each parameter; those of different kinds never share a bucket.
+        limit: elements that a bucket should not exceed; a larger parameter has one of its own.
+        shards: ranks that each own a slice of a bucket, of every one or by its kind.
     """
     filling: dict[Hashable, list[int]] = {}
     done: list[list[int]] = []
@@ -40,7 +50,8 @@ def buckets(sizes: Sequence[int], kinds: Sequence[Hashable], limit: int | None =
             held = []
         filling[kind] = [*held, number]
     done += filling.values()
-    return [_laid_out(members, sizes, shards) for members in sorted(done, key=lambda members: -members[-1])]
+    share = shards if isinstance(shards, Mapping) else dict.fromkeys(kinds, shards)
+    return [_laid_out(members, sizes, share[kinds[members[0]]]) for members in sorted(done, key=lambda members: -members[-1])]
 
 
 def aligned(size: int, step: int = ALIGN) -> int:

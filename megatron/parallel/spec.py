@@ -44,10 +44,11 @@ class ParamSpec:
     part: the rectangle this rank holds. The local tensor can be longer in dimension 0: the surplus is padding (of the
         vocabulary), always zero, and no part of the parameter.
     split_over: axes whose ranks hold different rectangles.
-    sum_grad_over: axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
-        must be summed (data parallelism aside, which holds for every parameter).
-    decay: whether weight decay applies. lr_scale: what the learning rate is multiplied with. decoupled: whether its
-        learning rate is that of --decoupled-lr.
+    data_axis: the axis whose ranks hold equal copies that saw other samples. Its gradients are summed there, and under the
+        distributed optimizer each of these ranks owns a slice of its state.
+    sum_grad_over: further axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
+        must be summed too.
+    decay: whether weight decay applies. decoupled: whether its learning rate is that of --decoupled-lr.
     init: the rule of `model/init.py` that draws it.
     """
 
@@ -58,8 +59,8 @@ class ParamSpec:
     sum_grad_over: frozenset[str] = frozenset()
     decay: bool = True
     init: str = "normal"
-    lr_scale: float = 1.0
     decoupled: bool = False
+    data_axis: str = "dp_cp"
 
     def local(self, tensor: Tensor) -> Tensor:
         """The view of a local tensor that holds `part`, i.e. without padding."""
@@ -92,14 +93,20 @@ def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
         parameter.grad = grad
     else:
         total.add_(grad)
-    report_gradient(parameter)
+    run_grad_ready_hook(parameter)
 
 
-def report_gradient(parameter: Tensor) -> None:
-    """Tell who waits for the parameter's gradients, if anybody does, that one was added."""
-    report: Callable[[], None] | None = getattr(parameter, "gradient_added", None)
-    if report is not None:
-        report()
+def register_grad_ready_hook(parameter: nn.Parameter, hook: Callable[[], None]) -> None:
+    """Call `hook` after each gradient that is added to the parameter, by autograd or by `accumulate`."""
+    parameter.grad_ready_hook = hook  # type: ignore[attr-defined]
+    parameter.register_post_accumulate_grad_hook(run_grad_ready_hook)  # type: ignore[no-untyped-call]
+
+
+def run_grad_ready_hook(parameter: Tensor) -> None:
+    """Call the parameter's grad-ready hook, if it has one: a gradient was added."""
+    hook: Callable[[], None] | None = getattr(parameter, "grad_ready_hook", None)
+    if hook is not None:
+        hook()
 
 
 @dataclass(frozen=True)

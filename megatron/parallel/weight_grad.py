@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.parallel.spec import accumulate, report_gradient
+from megatron.parallel.spec import accumulate, run_grad_ready_hook
 
 
 def add_product(total: Tensor, rows: Tensor, x: Tensor) -> None:
@@ -52,7 +52,7 @@ def weight_gradient(weight: nn.Parameter, rows: Tensor, x: Tensor, *, fused: boo
     if not fused or total is None or total.dtype != torch.float32 or weight.dtype == torch.float32:
         return rows.t().matmul(x)
     add_product(total, rows, x)
-    report_gradient(weight)
+    run_grad_ready_hook(weight)
     return None
 
 

@@ -103,12 +103,12 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     schedule = schedule or Schedule.of(config.optim, config.batch)
     for p in parameters if schedule.decoupled else ():
         describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
-    owners = mesh.dp_cp if layout.use_distributed_optimizer else None
-    buffers = flat_buffers(parameters, layout.ddp_bucket_size, owners, precision.gradients)
+    sharded, grad_dtype = layout.use_distributed_optimizer, precision.gradients
+    buffers = flat_buffers(parameters, layout.ddp_bucket_size, mesh, sharded=sharded, grad_dtype=grad_dtype)
     for buffer in buffers:
-        specs, whole = (spec_of(p) for p in buffer.parameters), buffer.draft()
+        specs, whole = (spec_of(p) for p in buffer.parameters), buffer.staging_tensor()
         fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
-        buffer.adopt(whole)
+        buffer.load(whole)
     if config.batch.compile:
         for stage in stages.values():
             for block in stage.layers.values():
@@ -125,7 +125,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     if layout.overlap_param_gather:
         for stage in stages.values():
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)
-            wait_in_turn(optimizer.gathering, [m for m in called if m is not None], list(stage.parameters()))
+            wait_in_turn(optimizer.gatherer, [m for m in called if m is not None], list(stage.parameters()))
     seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
     fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)

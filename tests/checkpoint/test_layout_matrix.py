@@ -100,7 +100,7 @@ def scalars(run: Run) -> dict[str, Any]:
 
 def model_weights(run: Run) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
     """What the model computes with, by name, where it belongs, without padding."""
-    run.optimizer.gathering.finish()
+    run.optimizer.gatherer.finish()
     parameters = [p for stage in run.stages.values() for p in stage.parameters()]
     return {spec_of(p).name: (spec_of(p).part.slices, spec_of(p).local(p.detach()).clone()) for p in parameters}
 

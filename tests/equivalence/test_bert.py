@@ -85,7 +85,7 @@ def bert_run(setting: Setting, steps: int):
     initial, curve, copies = pieces(run), [], []
     for _ in range(steps):
         curve += go(run, setting, 1)
-        run.optimizer.gathering.finish()
+        run.optimizer.gatherer.finish()
         held = {p for stage in run.stages.values() for p in stage.parameters() if spec_of(p).name == WORD}
         copies.append([p.detach().clone() for p in held])
     return curve, initial, pieces(run), copies

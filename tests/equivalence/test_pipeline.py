@@ -317,7 +317,7 @@ def broken_run(setting: Setting, fault: str):
         backward = executor._backward
         executor._handlers[Op.B] = lambda action, grad: backward(action, grad * 1.01)
     if fault == "copies not summed":
-        run.optimizer._sum_copies = lambda axis: None
+        run.optimizer._sum_copies = lambda axis, views: None
     return go(run, setting, 1)[0], pieces(run)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.config.schema import OptimConfig
-from megatron.optim.update import Target, Update
+from megatron.optim.update import ShardedUpdate, Target
 
 LR, DECAY = 1e-2, 0.1
 METHODS = {
@@ -37,14 +37,14 @@ def test_it_is_torchs_own(name: str, multiplier: float) -> None:
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in begun]
     reference = of_torch(config, list(expected))
     mains = [tensor.clone() for tensor in begun]
-    update = Update(config, [Target(mains[0], decay=True, lr_scale=1.0), Target(mains[1], decay=False, lr_scale=0.5)])
+    update = ShardedUpdate(config, [Target(mains[0], decay=True), Target(mains[1], decay=False, decoupled=True)])
     for _ in range(4):
         gradients = [torch.randn(tensor.shape, generator=draw) for tensor in begun]
         for parameter, gradient in zip(expected, gradients, strict=True):
             divided = name == "adam foreach"  # the fused kernels divide by the inverse
             parameter.grad = gradient * multiplier if divided else gradient / torch.tensor(1.0 / multiplier)
         reference.step()
-        update.begin((LR, 0.0), weight_decay=DECAY, multiplier=multiplier)
+        update.begin((LR, LR / 2), weight_decay=DECAY, multiplier=multiplier)
         for number, gradient in enumerate(gradients):
             update.step(number, gradient)
     for number, parameter in enumerate(expected):

@@ -26,9 +26,8 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.optim.buffers import flat_buffers
-from megatron.optim.reduction import report_to
 from megatron.parallel import weight_grad
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import register_grad_ready_hook, spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightProduct, WeightWork, can_add_products, manage_weight_gradients
 from megatron.train import run as run_module
@@ -292,7 +291,7 @@ def backward(form: ModelConfig, sequence_parallel: bool, way: str, grad_dtype: t
     buffers = flat_buffers(model.parameters(), grad_dtype=grad_dtype)
     reported: dict[str, int] = {}
     for name, p in model.named_parameters():
-        report_to(p, partial(count, reported, name))
+        register_grad_ready_hook(p, partial(count, reported, name))
     with mock.patch.object(weight_grad, "add_product", side_effect=exact_product) as product:
         for number in range(3):
             each = Pass(model, number)
@@ -380,7 +379,7 @@ def run_fused(setting: Setting, fused: bool):
         place = Place(dist.get_rank(), dist.get_world_size())
         run = run_module.build(replace(config, precision=precision, layout=layout), Job(place, torch.device("cpu"), "gloo"))
         curve = go(run, setting, 4)
-    return curve, product.call_count, run.optimizer.reduction.started_early, len(run.optimizer.buffers)
+    return curve, product.call_count, run.optimizer.reducer.started_early, len(run.optimizer.buffers)
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(tp=2, sequence_parallel=True), dict(pp=2, schedule="zb-h1")], ids=str)

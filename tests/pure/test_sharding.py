@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 
-from megatron.optim.sharding import owned, rectangles, stretches
+from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import ALIGN, aligned, buckets
 from megatron.plan.state_size import state_bytes
 
@@ -89,7 +89,7 @@ def test_slices_share_a_bucket_without_gap_or_overlap() -> None:
         for shard in range(shards):
             own = owned(bucket.length, shards, shard)
             assert own.stop - own.start == bucket.length // shards
-            for s in stretches(bucket.offsets, inside, own):
+            for s in param_ranges(bucket.offsets, inside, own):
                 assert bucket.offsets[s.member] + s.low == own.start + s.place
                 assert s.place >= 0 and s.place + s.high - s.low <= own.stop - own.start
                 seen += [(s.member, n) for n in range(s.low, s.high)]

@@ -178,7 +178,7 @@ def test_every_group_is_opened_in_one_order(monkeypatch):
         mesh = Mesh.build(Grid(pp=4, dp=2, tp=2), rank)
         orders.append(groups.opened)
         assert groups.opened == [g for g in dict.fromkeys(groups.groups) if g in groups.opened]
-        used = (mesh.tp, mesh.dp, mesh.pp, mesh.dp_cp, mesh.tp_pp, mesh.world, mesh.embedding)
+        used = (mesh.tp, mesh.dp, mesh.pp, mesh.dp_cp, mesh.world, mesh.embedding)
         assert set(groups.opened) == {axis.ranks for axis in used if axis.size > 1}
         assert len(groups.opened) == len(set(groups.opened))
     for group in {group for order in orders for group in order}:

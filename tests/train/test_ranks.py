@@ -44,7 +44,7 @@ def test_ranks_that_see_different_checkpoints_stop(tmp_path):
 
 def timeouts() -> list[timedelta]:
     mesh = Mesh.build(Grid(tp=2, dp=2), dist.get_rank(), timedelta(seconds=77))
-    groups = [axis.group for axis in (mesh.tp, mesh.dp, mesh.tp_pp, mesh.world) if axis.group is not None]
+    groups = [axis.group for axis in (mesh.tp, mesh.dp, mesh.dp_cp, mesh.world) if axis.group is not None]
     return [group._get_backend(dist.distributed_c10d._get_pg_default_device(group)).options._timeout for group in groups]
 
 
