@@ -15,7 +15,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.command_line.tool_parser import ToolParser, count, some_name
-    from megatron.config.ranges import out_of_range
+    from megatron.config.rules import out_of_range
     from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
     from megatron.data.bert import SPECIAL, PairSample
     from megatron.data.blend import parse_blend

@@ -11,16 +11,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.config.batch_size import ramp_sizes
+from megatron.config.batch import ramp_sizes
 from megatron.config.command_line.parse import Parsed, explain
 from megatron.config.command_line.saved import from_json, to_toml
 from megatron.config.compare import different_model
+from megatron.config.data import prefixes
 from megatron.config.directories import traces
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, flag_text
-from megatron.config.rules import TOKENIZER_FILES, prefixes
-from megatron.config.schedule_rules import uneven_ahead
+from megatron.config.rules import uneven_ahead
 from megatron.config.schema import RunConfig
+from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer, chosen_for_data

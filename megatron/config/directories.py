@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-from megatron.config.schema import CheckpointConfig
-
 MANIFEST = "manifest.json"  # written last into a checkpoint
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -38,20 +36,3 @@ def traces(root: Path) -> list[str]:
     if not os.path.isdir(root):
         return []
     return sorted(name for name in os.listdir(root) if name in (MANIFEST, TRACKER) or re.match(r"iter_\d+(\.replaced)?$", name))
-
-
-def starts_fresh(checkpoint: CheckpointConfig) -> bool:
-    """Whether --load names the directory of --save and nothing was saved there yet, so that this is a run's first start.
-
-    Megatron-LM's scripts say `--save C --load C` each time. Not so where something certain is asked for: weights alone
-    (--finetune), an iteration, or by --exit-on-missing-checkpoint an error.
-    """
-    if not same_directory(checkpoint.load, checkpoint.save) or checkpoint.exit_on_missing_checkpoint:
-        return False
-    root = Path(checkpoint.load or "")
-    if checkpoint.finetune or checkpoint.load_iteration is not None or (os.path.exists(root) and not os.path.isdir(root)):
-        return False
-    try:
-        return not traces(root)
-    except OSError:
-        return False

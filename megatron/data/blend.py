@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.rules import as_number
+from megatron.config.data import as_number
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 

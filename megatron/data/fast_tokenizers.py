@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from megatron.config.ranges import MAX_TOKENS
+from megatron.config.option import MAX_TOKENS
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.shares import split_shares
+from megatron.config.notation import split_shares
 from megatron.data.errors import DataError
 from megatron.data.index_cache import Arrays, IndexCache
 from megatron.data.indexed import IndexedDataset

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.side_files import assets
-from megatron.config.ranges import out_of_range
+from megatron.config.rules import out_of_range
 from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer

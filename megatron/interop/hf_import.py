@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.schema import ModelConfig
-from megatron.config.tasks import TASKS
+from megatron.config.task import TASKS
 from megatron.files.foreign import POINTER, foreign_file, is_pointer, unfit_directory
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
 from megatron.interop.foreign_numbers import check_config

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.config.ranges import MAX_TOKENS
+from megatron.config.option import MAX_TOKENS
 from megatron.interop.soundness import refuse_unsound
 
 Weights = dict[str, Tensor]

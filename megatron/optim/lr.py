@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.batch_size import samples_for
+from megatron.config.batch import samples_for
 from megatron.config.schema import BatchConfig, OptimConfig
 
 

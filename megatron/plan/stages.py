@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
 from megatron.config.schema import RunConfig
-from megatron.config.stage_split import asked_stage_layers, pipeline_chunks
 from megatron.contract import StagePart
 from megatron.pipeline.partition import cut, split
 from megatron.pipeline.schedules.schedule import kind_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron.config.batch_size import ramp_sizes, samples_for
+from megatron.config.batch import ramp_sizes, samples_for
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.mesh.grid import Grid
 from megatron.pipeline.schedules.draw import draw_text

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.tokenizer import open_tokenizer
-from megatron.config.case import Case
 from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError
+from megatron.config.optim import warm_up, wsd_phases
 from megatron.config.resolve import resolve
-from megatron.config.rules import warm_up
-from megatron.config.schedule_rules import wsd_phases
+from megatron.config.rules import as_it_is
 from megatron.config.schema import RunConfig
 from megatron.data.bert_batch import BertBatches
 from megatron.data.errors import DataError
@@ -128,7 +127,7 @@ def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConf
         eval=replace(config.eval, eval_interval=interval),
     )
     config = resolve(config, parsed.world_size)
-    case = Case(config, config, parsed.world_size, None)
+    case = as_it_is(config, parsed.world_size)
     if problems := [*warm_up(case), *wsd_phases(case)]:
         raise ConfigError(problems)
     return config

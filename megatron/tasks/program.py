@@ -10,7 +10,7 @@ from functools import partial
 from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
-from megatron.config.tasks import TASKS
+from megatron.config.task import TASKS
 from megatron.inference.restore import open_pipeline
 from megatron.launch.environment import Place
 from megatron.launch.errors import Refused

@@ -11,8 +11,8 @@ from enum import IntEnum
 
 import torch
 
-from megatron.config.batch_size import full_batch_size, global_batch_size_at
-from megatron.config.iterations import ranges_of
+from megatron.config.batch import full_batch_size, global_batch_size_at
+from megatron.config.notation import iteration_ranges
 from megatron.launch.exit_report import tell_launcher
 from megatron.train.errors import TrainingError
 from megatron.train.evaluate import Loader, evaluate
@@ -84,7 +84,7 @@ def train(run: Run, around: Surroundings) -> Exit:
     config, state = run.config, run.state
     total = config.batch.train_iters or 0
     saved_at = state.iteration
-    left_out = ranges_of(config.batch.skip_train_iterations)
+    left_out = iteration_ranges(config.batch.skip_train_iterations)
     request = validate(run, around) if state.evaluation_due and state.iteration < total else Request()
     clock = Clock(run, around)
     while request.stop is None and state.iteration < total and around.train is not None:

@@ -35,9 +35,9 @@ from megatron.checkpoint.layout import (
     read_state,
 )
 from megatron.checkpoint.load import load, verify_together
+from megatron.config.checkpoint import starts_fresh
 from megatron.config.command_line.saved import from_json
 from megatron.config.compare import different_head, different_model
-from megatron.config.directories import starts_fresh
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, flag_text
 from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron.config.batch_size import stretches
+from megatron.config.batch import stretches
 from megatron.config.errors import ConfigError, Problem
+from megatron.config.optim import unit_of
 from megatron.config.options import by_name
-from megatron.config.schedule_rules import uneven_ahead, unit_of
+from megatron.config.rules import uneven_ahead
 from megatron.config.schema import BatchConfig, RunConfig
 from megatron.optim.lr import Schedule
 from megatron.train.source import Source

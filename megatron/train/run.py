@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron.config.batch_size import full_batch_size, samples_for
+from megatron.config.batch import full_batch_size, samples_for
 from megatron.config.schema import RunConfig
 from megatron.contract import Batch
 from megatron.launch.job import Job

@@ -12,8 +12,8 @@ from legal_run import argv
 
 from megatron.config.command_line.parse import parse
 from megatron.config.options import by_name
+from megatron.config.pipeline import pipeline_chunks
 from megatron.config.schema import LayoutConfig, RunConfig
-from megatron.config.stage_split import pipeline_chunks
 from megatron.contract import StagePart
 from megatron.pipeline.partition import cut, even_counts, split
 from megatron.pipeline.schedules.schedule import SCHEDULES, looped, v_shaped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from legal_run import problems
 
-from megatron.config.pipeline_rules import PIPELINE_RULES, numbers_that_fit, one_split, shared_layers
+from megatron.config.pipeline import RULES, numbers_that_fit, one_split, shared_layers
 
 # rule, change to the legal run, world size, the whole message
 CASES: list[tuple[str, str, int, str]] = [
@@ -96,4 +96,4 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 def test_every_rule_is_tested() -> None:
     # See test_stage_split.py, and for the last test_new_schedule.py: no schedule of ours has such a need.
     elsewhere = {one_split, shared_layers, numbers_that_fit}
-    assert {rule.__name__ for rule in PIPELINE_RULES if rule not in elsewhere} == {case[0] for case in CASES}
+    assert {rule.__name__ for rule in RULES.every_run if rule not in elsewhere} == {case[0] for case in CASES}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from legal_run import argv, problems
 
+from megatron.config.batch import skipped_iterations
 from megatron.config.command_line.parse import parse
-from megatron.config.precision_rules import PRECISION_RULES
+from megatron.config.precision import RULES
 from megatron.config.rules import PRETRAINING_RULES
 
 # rule, change to the legal run, the whole message
@@ -43,8 +44,8 @@ def test_a_rule_has_its_message(rule: str, change: str, message: str) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    assert {rule.__name__ for rule in PRECISION_RULES} == {case[0] for case in CASES}
-    assert set(PRECISION_RULES) <= set(PRETRAINING_RULES)
+    assert {rule.__name__ for rule in (*RULES.every_run, skipped_iterations)} == {case[0] for case in CASES}
+    assert {*RULES.every_run, skipped_iterations} <= set(PRETRAINING_RULES)
 
 
 @pytest.mark.parametrize(

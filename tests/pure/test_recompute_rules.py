@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from legal_run import problems
 
-from megatron.config.recompute_rules import RECOMPUTE_RULES
+from megatron.config.memory import RULES
 from megatron.config.rules import PRETRAINING_RULES
 
 # rule, change to the legal run, world size, the whole message
@@ -76,8 +76,8 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 
 
 def test_every_rule_is_tested() -> None:
-    assert {r.__name__ for r in RECOMPUTE_RULES} == {case[0] for case in CASES}
-    assert set(RECOMPUTE_RULES) <= set(PRETRAINING_RULES)
+    assert {r.__name__ for r in RULES.every_run} == {case[0] for case in CASES}
+    assert set(RULES.every_run) <= set(PRETRAINING_RULES)
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,22 @@ from itertools import chain
 import pytest
 from legal_run import argv, problems
 
-from megatron.config.batch_size import (
+from megatron.config.batch import (
     full_batch_size,
     global_batch_size_at,
     iterations_for,
     micro_batch_count,
-    parse_steps,
     ramp_sizes,
     samples_for,
     stretches,
 )
 from megatron.config.command_line.parse import parse
+from megatron.config.notation import parse_steps
+from megatron.config.pipeline import pipeline_chunks
 from megatron.config.presets import PRESETS
-from megatron.config.rules import check, resolve
+from megatron.config.resolve import resolve
+from megatron.config.rules import check
 from megatron.config.schema import BatchConfig, LayoutConfig, RunConfig
-from megatron.config.stage_split import pipeline_chunks
 
 
 def resolved(change: str, world: int = 1) -> RunConfig:

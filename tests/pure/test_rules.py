@@ -5,26 +5,25 @@ from __future__ import annotations
 import pytest
 from legal_run import problems
 
-from megatron.config.architecture_rules import ARCHITECTURE_RULES
-from megatron.config.context_rules import CONTEXT_RULES
-from megatron.config.file_rules import FILE_RULES
-from megatron.config.optim_rules import OPTIM_RULES
+from megatron.config import memory, pipeline, precision
+from megatron.config.batch import skipped_iterations, step_sizes
+from megatron.config.data import shortest_pair
+from megatron.config.layout import context_dropout, context_split, param_gather
+from megatron.config.model import of_other_architecture
+from megatron.config.optim import adam_kernel, decoupled_rates, warm_up_begin, wsd_phases
 from megatron.config.options import options
-from megatron.config.pipeline_rules import PIPELINE_RULES
-from megatron.config.precision_rules import PRECISION_RULES
-from megatron.config.ranges import RANGES
-from megatron.config.recompute_rules import RECOMPUTE_RULES
-from megatron.config.rules import PRETRAINING_RULES, check
-from megatron.config.schedule_rules import SCHEDULE_RULES, step_sizes
+from megatron.config.rules import DISK_RULES, PRETRAINING_RULES, check
 from megatron.config.schema import ModelConfig, RunConfig
 
 # rule, change to the legal run, world size, the whole message
 CASES: list[tuple[str, str, int, str]] = [
-    ("required", "--no:hidden-size", 1, "`--hidden-size` is missing, and has no default"),
-    ("required_to_pretrain", "--no:train-iters", 1, "`--train-iters` (or `--train-samples`) is missing, and has no default"),
-    ("required", "--no:max-position-embeddings", 1, "`--max-position-embeddings` is missing, and has no default"),
-    ("required", "--no:lr", 1, "`--lr` is missing, and has no default"),
-    ("required_to_pretrain", "--no:tokenizer-type", 1, "`--tokenizer-type` is missing, and has no default"),
+    ("sizes_given", "--no:hidden-size", 1, "`--hidden-size` is missing, and has no default"),
+    ("run_length_given", "--no:train-iters", 1, "`--train-iters` (or `--train-samples`) is missing, and has no default"),
+    ("sizes_given", "--no:max-position-embeddings", 1, "`--max-position-embeddings` is missing, and has no default"),
+    ("sample_length_given", "--no:seq-length", 1, "`--seq-length` is missing, and has no default"),
+    ("micro_batch_given", "--no:micro-batch-size", 1, "`--micro-batch-size` is missing, and has no default"),
+    ("learning_rate_given", "--no:lr", 1, "`--lr` is missing, and has no default"),
+    ("tokenizer_given", "--no:tokenizer-type", 1, "`--tokenizer-type` is missing, and has no default"),
     (
         "head_width",
         "--hidden-size 18",
@@ -165,18 +164,18 @@ CASES: list[tuple[str, str, int, str]] = [
     ),
     ("saving", "--save x", 1, "`--save x` needs `--save-interval` or `--save-interval-mins`"),
     ("no_task", "--task MNLI", 1, "`--task MNLI` belongs to tasks/main.py; leave it out"),
-    ("companions", "--save-interval-mins 5", 1, "`--save-interval-mins 5.0` needs `--save`"),
-    ("companions", "--async-save", 1, "`--async-save` needs `--save`"),
-    ("companions", "--on-save-error continue", 1, "`--on-save-error continue` needs `--save`"),
-    ("companions", "--auto-resume", 1, "`--auto-resume` needs `--save`"),
-    ("companions", "--keep-last 2", 1, "`--keep-last 2` needs `--save`"),
-    ("companions", "--keep-every 2", 1, "`--keep-every 2` needs `--save`"),
-    ("companions", "--overwrite", 1, "`--overwrite` needs `--save`"),
-    ("companions", "--finetune", 1, "`--finetune` needs `--load`"),
-    ("companions", "--load-iteration 5", 1, "`--load-iteration 5` needs `--load`"),
-    ("companions", "--use-checkpoint-args", 1, "`--use-checkpoint-args` needs `--load`"),
+    ("checkpoint_companions", "--save-interval-mins 5", 1, "`--save-interval-mins 5.0` needs `--save`"),
+    ("checkpoint_companions", "--async-save", 1, "`--async-save` needs `--save`"),
+    ("checkpoint_companions", "--on-save-error continue", 1, "`--on-save-error continue` needs `--save`"),
+    ("checkpoint_companions", "--auto-resume", 1, "`--auto-resume` needs `--save`"),
+    ("checkpoint_companions", "--keep-last 2", 1, "`--keep-last 2` needs `--save`"),
+    ("checkpoint_companions", "--keep-every 2", 1, "`--keep-every 2` needs `--save`"),
+    ("checkpoint_companions", "--overwrite", 1, "`--overwrite` needs `--save`"),
+    ("checkpoint_companions", "--finetune", 1, "`--finetune` needs `--load`"),
+    ("checkpoint_companions", "--load-iteration 5", 1, "`--load-iteration 5` needs `--load`"),
+    ("checkpoint_companions", "--use-checkpoint-args", 1, "`--use-checkpoint-args` needs `--load`"),
     (
-        "one_of_two",
+        "optim_companions",
         "--override-opt_param-scheduler --use-checkpoint-opt_param-scheduler",
         1,
         "`--override-opt_param-scheduler` and `--use-checkpoint-opt_param-scheduler` exclude each other; give one of them",
@@ -220,19 +219,19 @@ CASES: list[tuple[str, str, int, str]] = [
         "`--data-path 0 a 1 b` has the weight 0; weights are greater than 0: leave the dataset out instead",
     ),
     (
-        "tokenizer",
+        "tokenizer_settings",
         "--tokenizer-type NullTokenizer",
         1,
         "`--tokenizer-type NullTokenizer` needs `--vocab-size`, the number of ids",
     ),
     (
-        "tokenizer",
+        "tokenizer_settings",
         "--tokenizer-type GPT2BPETokenizer --vocab-file v",
         1,
         "`--tokenizer-type GPT2BPETokenizer` needs `--merge-file`",
     ),
     (
-        "tokenizer",
+        "tokenizer_settings",
         "--tokenizer-type HuggingFaceTokenizer",
         1,
         "`--tokenizer-type HuggingFaceTokenizer` needs `--tokenizer-model`",
@@ -247,12 +246,14 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like, and test_new_schedule.py.
-    elsewhere = {*ARCHITECTURE_RULES, *CONTEXT_RULES, *OPTIM_RULES, *PRECISION_RULES, *RECOMPUTE_RULES, *SCHEDULE_RULES}
-    elsewhere |= {step_sizes, *PIPELINE_RULES}
+    elsewhere = {*memory.RULES.every_run, *pipeline.RULES.every_run, *precision.RULES.every_run}
+    elsewhere |= {of_other_architecture, shortest_pair, context_split, context_dropout, param_gather, adam_kernel}
+    elsewhere |= {skipped_iterations, step_sizes, wsd_phases, warm_up_begin, decoupled_rates}
+    assert elsewhere < set(PRETRAINING_RULES)
     assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py, and for the third test_task_rules.py.
-    files = ["tokenizer_files", "datasets", "task_files", "load", "writable", "stop_file"]
-    assert [r.__name__ for r in FILE_RULES] == files
+    files = ["tokenizer_files", "datasets", "stop_file", "load", "task_files", "writable"]
+    assert [r.__name__ for r in DISK_RULES] == files
 
 
 @pytest.mark.parametrize(
@@ -311,11 +312,12 @@ def test_one_mistake_in_the_pipeline_is_told_once() -> None:
 
 def test_every_number_has_a_range_and_its_message() -> None:
     numbers = {o.name: o for o in options() if o.kind in (int, float) and not o.many and o.section != "command"}
-    assert set(RANGES) == set(numbers)
+    assert all(option.legal is not None for option in numbers.values())
+    assert not [o.name for o in options() if o.legal is not None and o.name not in numbers]
     for name, option in numbers.items():
         word = "-1" if option.kind is int else "-0.5"
         lines = problems(f"{option.flag} {word}")
-        assert lines == [f"`{option.flag} {word}` must be {RANGES[name].text}"], name
+        assert lines == [f"`{option.flag} {word}` must be {option.legal.text}"], name
     assert problems("--attention-dropout 1.0") == ["`--attention-dropout 1.0` must be at least 0 and less than 1"]
     assert problems("--num-layers 0") == ["`--num-layers 0` must be greater than 0 and at most 65,536"]
     assert problems("--num-layers 65537") == ["`--num-layers 65537` must be greater than 0 and at most 65,536"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.config.presets import PRESETS
-from megatron.config.rules import resolve
+from megatron.config.resolve import resolve
 from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis

@@ -9,7 +9,7 @@ from legal_run import argv, problems
 
 from megatron.config.command_line.parse import parse
 from megatron.config.command_line.saved import from_json, to_json
-from megatron.config.stage_split import parse_layout
+from megatron.config.notation import parse_layout
 from megatron.plan.stages import StagePlan, stages_of
 
 PP = "--pipeline-model-parallel-size"

@@ -10,10 +10,9 @@ import pytest
 from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.rules import COMMON_RULES
+from megatron.config.rules import EVERY_RUN, TASK_RULES, as_it_is
 from megatron.config.schema import ModelConfig, RunConfig
-from megatron.config.task_rules import TASK_RULES, task_files
-from megatron.config.tasks import TASKS
+from megatron.config.task import TASKS, task_files
 
 MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, max_position_embeddings=64, vocab_size=99)
 # A legal command of each kind; `:` stands for what takes part of it away.
@@ -111,7 +110,7 @@ def test_a_rule_has_its_message(rule: str, text: str, messages: list[str]) -> No
 
 
 def test_every_rule_is_tested() -> None:
-    assert {r.__name__ for r in TASK_RULES if r not in COMMON_RULES} == {case[0] for case in CASES}
+    assert {r.__name__ for r in TASK_RULES if r not in EVERY_RUN} == {case[0] for case in CASES}
 
 
 def test_files_are_looked_for(tmp_path: Path) -> None:
@@ -121,9 +120,8 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
 
     def said(task: str, word: str) -> list[str]:
         case_config = replace(RunConfig(), task=replace(RunConfig().task, task=task, valid_data=(word,)))
-        from megatron.config.case import Case
 
-        return [str(p) for p in task_files(Case(case_config, case_config, 1, 1))]
+        return [str(p) for p in task_files(as_it_is(case_config))]
 
     assert said("MNLI", "tsv") == said("RACE", "dir") == said("PERPLEXITY", "set") == []
     assert said("MNLI", "gone") == ["`--valid-data gone` does not exist"]

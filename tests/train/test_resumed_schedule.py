@@ -109,7 +109,7 @@ def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
 @pytest.mark.parametrize(("begun", "decay"), [(0, 5), (0, 12), (3, 5), (8, 5)])
 def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
     """Those that a walk through the run finds."""
-    from megatron.config.batch_size import global_batch_size_at
+    from megatron.config.batch import global_batch_size_at
 
     batch = replace(run(12).batch, **ramp)
     for floor, warmup in ((0.0, 0), (0.0, 3), (1e-9, 0)):

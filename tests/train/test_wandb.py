@@ -13,7 +13,7 @@ import pytest
 from legal_run import problems
 from test_program import run
 
-from megatron.config import output_rules
+from megatron.config import outputs
 from megatron.train import wandb_link
 from megatron.train.loop import Exit
 from megatron.train.wandb_link import WandbLink
@@ -112,6 +112,6 @@ def test_a_missing_package_is_said_before_any_work(monkeypatch, tmp_path):
     wanted, message = "--wandb-project p", "`--wandb-project p` needs W&B, which is not installed: pip install -e '.[wandb]'"
     folder = ModuleSpec("wandb", None, is_package=True)  # the directory that W&B leaves where it runs
     for spec in (None, folder):
-        monkeypatch.setattr(output_rules, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(outputs, "find_spec", lambda name, spec=spec: spec)
         assert [line for line in problems(f"{wanted} --save {tmp_path}", files=True) if "wandb" in line] == [message]
     assert not [line for line in problems("--wandb-project= --save x", files=True) if "wandb" in line]

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.config.data import as_number, blend_fault, missing_dataset, prefixes
 from megatron.config.errors import Problem
-from megatron.config.file_rules import missing_dataset
 from megatron.config.options import flag_text
-from megatron.config.rules import as_number, blend_fault, prefixes
 from megatron.files.regular import MAX_SETTINGS_BYTES, read_json, read_text, reason
 
 SPLITS = {"train": "data.train_data_path", "valid": "data.valid_data_path", "test": "data.test_data_path"}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.config import file_rules
-from megatron.config.case import Case
+from megatron.config.checkpoint import CheckpointConfig, first_start, load
 from megatron.config.command_line.saved import from_json
 from megatron.config.errors import ConfigError, Problem, found_on_disk
 from megatron.config.options import by_name, flag_text
-from megatron.config.schema import CheckpointConfig, RunConfig, assemble
+from megatron.config.rules import as_it_is
+from megatron.config.schema import RunConfig, assemble
 
 ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
 FREE_OF_TOKENIZER = {"tokenizer.eod_token", "tokenizer.bos_token"}  # which token ends a document can be said of any tokenizer
@@ -56,7 +56,7 @@ def read_checkpoint(
             its tokenizer.
 
     Returns:
-        The checkpoint's settings; none where `file_rules.load` has something to say of it.
+        The checkpoint's settings; none where `checkpoint.load` has something to say of it.
     """
     asked = bool(chosen.get("checkpoint.use_checkpoint_args"))
     if saved is None or not (task or asked):
@@ -65,10 +65,10 @@ def read_checkpoint(
     problems: list[Problem] = []
     if asked:
         config = assemble(chosen)
-        case = Case(config, config, 1, 1)
-        if file_rules.first_start(case):  # the sizes are those that the command itself gives
+        checked = as_it_is(config)
+        if first_start(checked):  # the sizes are those that the command itself gives
             return FromCheckpoint()
-        if config.checkpoint.load is not None and not list(file_rules.load(case)):
+        if config.checkpoint.load is not None and not list(load(checked)):
             values, problems = _settings(config, saved, set_by_user, task=task)
     if values:
         return FromCheckpoint(values)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from megatron.config.command_line.other_flags.table import other_flags
-from megatron.config.options import Option, options
+from megatron.config.option import Option
+from megatron.config.options import options
 from megatron.config.schema import sections
 
 

@@ -25,14 +25,12 @@ from megatron.config.command_line.help import help_text
 from megatron.config.command_line.reading import Reading
 from megatron.config.command_line.toml_file import read_toml
 from megatron.config.errors import ConfigError, Problem, found_on_disk
-from megatron.config.file_rules import check_files
 from megatron.config.options import by_name
-from megatron.config.output_rules import check_outputs
+from megatron.config.outputs import check_outputs
 from megatron.config.presets import PRESETS
-from megatron.config.rules import PRETRAINING_RULES, examine, remarks
+from megatron.config.rules import PRETRAINING_RULES, TASK_RULES, check_files, examine, remarks
 from megatron.config.schema import RunConfig, assemble
-from megatron.config.task_rules import TASK_RULES
-from megatron.config.tasks import implied
+from megatron.config.task import implied
 
 
 @dataclass(frozen=True)
@@ -94,15 +92,15 @@ def parse(
     dry_run = bool(raw.values.get("command.dry_run"))
     ranks, wrong_ranks = _ranks(raw.values.get("command.world_size"), world_size, dry_run)
     rules = TASK_RULES if task else PRETRAINING_RULES
-    case, broken = examine(config, ranks, raw.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
+    checked, broken = examine(config, ranks, raw.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
     problems = [*raw.problems, *checkpoint.problems, *contradictions, *wrong_ranks, *broken]
     if files:
-        problems += found_on_disk([*check_files(case), *check_outputs(case, raw.settings_files)])
+        problems += found_on_disk([*check_files(checked), *check_outputs(checked, raw.settings_files)])
     if problems:  # what a file lacks that could not be read may be in another host's
         raise ConfigError(found_on_disk(problems) if file.problems else problems)
     taken = () if task else checkpoint.notes(raw.values)
-    notes = (*flags.notes, *file.notes, *taken, *remarks(case))
-    return Parsed(case.resolved, dry_run, ranks, raw.set_by_user | yielding.keys(), tuple(dict.fromkeys(notes)))
+    notes = (*flags.notes, *file.notes, *taken, *remarks(checked))
+    return Parsed(checked.resolved, dry_run, ranks, raw.set_by_user | yielding.keys(), tuple(dict.fromkeys(notes)))
 
 
 def explain(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:

@@ -13,7 +13,7 @@ from megatron.config.command_line.other_flags.table import VALUE, OtherFlag
 from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, is_flag, plain, spellings
 from megatron.config.command_line.values import convert
 from megatron.config.errors import Problem
-from megatron.config.options import Option
+from megatron.config.option import Option
 
 BELONGS = "belongs to "  # how the rule of a feature that is not there begins
 

@@ -10,7 +10,8 @@ from functools import cache
 from typing import Any
 
 from megatron.config.command_line.other_flags.other_frameworks import CALLED, meaning_elsewhere
-from megatron.config.options import Option, options
+from megatron.config.option import Option
+from megatron.config.options import options
 
 MIN_LIKENESS = 0.8  # difflib's ratio from which a spelling counts as near
 MAX_WRONG_LETTERS = 3

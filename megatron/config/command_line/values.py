@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from megatron.config.command_line.other_flags.refused import VALUES
-from megatron.config.options import Option
+from megatron.config.option import Option
 
 NAMES_OF_FILES = ("checkpoint", "data", "tokenizer")  # sections whose words name files, or what is in them
 

@@ -1,11 +1,13 @@
-"""The rules of recomputation: what goes with which granularity, as in Megatron-LM, but never in silence."""
+"""Settings of recomputation: what is kept for the backward pass, and what is computed again, never in silence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from megatron.config.case import Case, Rule, divisors
+from megatron.config.check import ConfigCheck, Rules, divisors
 from megatron.config.errors import Problem
+from megatron.config.option import POSITIVE, option
 
 GRANULARITY = "memory.recompute_granularity"
 METHOD = "memory.recompute_method"
@@ -14,16 +16,39 @@ DISTRIBUTE = "memory.distribute_saved_activations"
 FULL = "--recompute-granularity full"
 
 
-def recompute_method(c: Case) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Which activations are kept for the backward pass, and which are computed again."""
+
+    recompute_granularity: str | None = option(
+        None,
+        "run again in the backward pass instead of keeping: selective: the core attention; full: whole layers",
+        choices=("full", "selective"),
+        values={"--recompute-activations": "selective"},
+    )
+    recompute_method: str | None = option(
+        None,
+        "of full: uniform: all layers, in chunks of --recompute-num-layers; block: that many first layers of each stage",
+        choices=("uniform", "block"),
+    )
+    recompute_num_layers: int = option(
+        1, "layers of a chunk (uniform), or layers of each stage that are run again (block)", legal=POSITIVE
+    )
+    distribute_saved_activations: bool = option(
+        False, "of full: each tensor-parallel rank keeps its share of what a chunk starts from"
+    )
+
+
+def recompute_method(c: ConfigCheck) -> Iterator[Problem]:
     """Whole layers are run again by a method; the core attention alone has none."""
-    if c.bad & {GRANULARITY, METHOD}:
+    if c.invalid & {GRANULARITY, METHOD}:
         return
     if c[GRANULARITY] == "full":
         if c[METHOD] is None:
             yield Problem(c.flag_text(GRANULARITY), "needs `--recompute-method`", "uniform, block")
         return
     for name in (METHOD, LAYERS):
-        if not c.given(name) or name in c.bad:
+        if not c.is_set(name) or name in c.invalid:
             continue
         if c[GRANULARITY] is None:
             yield Problem(c.flag_text(name), f"needs `{FULL}`")
@@ -31,10 +56,10 @@ def recompute_method(c: Case) -> Iterator[Problem]:
             yield Problem(c.flag_text(name), f"cannot go with {c.flag_text(GRANULARITY)}, which is that of every layer", FULL)
 
 
-def distributed_activations(c: Case) -> Iterator[Problem]:
+def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
     """Saved inputs are cut over tensor parallelism where they are whole on every rank."""
     tp, hidden, what = c["layout.tensor_model_parallel_size"], c["model.hidden_size"], c.flag_text(DISTRIBUTE)
-    if not c[DISTRIBUTE] or c.bad & {GRANULARITY, "layout.tensor_model_parallel_size"}:
+    if not c[DISTRIBUTE] or c.invalid & {GRANULARITY, "layout.tensor_model_parallel_size"}:
         return
     if c[GRANULARITY] != "full":
         yield Problem(what, f"needs `{FULL}`: it cuts what chunks of whole layers start from")
@@ -47,7 +72,7 @@ def distributed_activations(c: Case) -> Iterator[Problem]:
         yield Problem(c.flag_text("model.hidden_size"), rule, divisors(hidden))
 
 
-def compiled_recompute(c: Case) -> Iterator[Problem]:
+def compiled_recompute(c: ConfigCheck) -> Iterator[Problem]:
     """Nothing makes sure that a compiled attention draws the same mask twice."""
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0.0
     if c[GRANULARITY] == "selective" and c["batch.compile"] and fused:
@@ -55,4 +80,4 @@ def compiled_recompute(c: Case) -> Iterator[Problem]:
         yield Problem(c.flag_text(GRANULARITY), rule, "--recompute-granularity full, or leave one of them out")
 
 
-RECOMPUTE_RULES: tuple[Rule, ...] = (recompute_method, distributed_activations, compiled_recompute)
+RULES = Rules(every_run=(recompute_method, distributed_activations, compiled_recompute))

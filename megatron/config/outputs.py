@@ -1,4 +1,4 @@
-"""The rules of what a run writes: over nothing that it reads, and over no file that is something else."""
+"""The rules of what a run writes: over nothing that it reads, over no file that is something else, and where it may."""
 
 from __future__ import annotations
 
@@ -9,27 +9,50 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron.config.case import Case
+from megatron.config.check import ConfigCheck
+from megatron.config.data import PATHS, prefixes
 from megatron.config.directories import MANIFEST
 from megatron.config.errors import Problem
-from megatron.config.options import flag_text
-from megatron.config.rules import TOKENIZER_FILES, prefixes
-from megatron.files.outputs import Reads, files_in, is_foreign
+from megatron.config.tokenizer import TOKENIZER_FILES
+from megatron.files.outputs import Reads, files_in, is_foreign, unwritable
 from megatron.files.regular import open_regular
 
 HEAD = 1 << 12  # bytes of a file that show what it is
 FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
 
 
-def check_outputs(case: Case, settings: Sequence[str]) -> list[Problem]:
+def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem]:
     """Everything that is wrong with where a run is to write. settings: the files that its settings were read from."""
-    read = Reads([*_read(case), *settings])
-    found = list(_overwritten(case, read))
+    read = Reads([*_read(checked), *settings])
+    found = list(_overwritten(checked, read))
     said = {problem.what for problem in found}
-    return [*found, *(problem for problem in _other_kind(case) if problem.what not in said), *_save(case), *_wandb(case)]
+    return [
+        *found,
+        *(problem for problem in _other_kind(checked) if problem.what not in said),
+        *_save(checked),
+        *_wandb(checked),
+    ]
 
 
-def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
+def writable(c: ConfigCheck) -> Iterator[Problem]:
+    """What a run will write can be written."""
+    folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
+    files = {"log.metrics_path": c.raw.log.metrics_path, "task.results_path": c.raw.task.results_path}
+    for name, typed in files.items():
+        if typed is not None:
+            folders[name] = str(Path(typed).absolute().parent)
+        if c[name] is not None and os.path.isdir(c[name]):
+            yield Problem(c.flag_text(name), "cannot be written: it is a directory, not a file")
+    for name, folder in folders.items():
+        if folder is None:
+            continue
+        if rule := unwritable(folder):
+            yield Problem(c.flag_text(name), rule)
+        elif name in files and os.path.isfile(c[name]) and not os.access(c[name], os.W_OK):
+            yield Problem(c.flag_text(name), "cannot be written: permission denied")
+
+
+def _outputs(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
     """Every single file that a run writes or removes, with the setting it comes from."""
     for name in (*FILES, "batch.stop_file"):
         if c[name] is not None:
@@ -42,9 +65,9 @@ def _outputs(c: Case) -> Iterator[tuple[str, Path]]:
             yield from ((name, Path(c[name]) / file) for file in files)
 
 
-def _read(c: Case) -> Iterator[str | Path]:
+def _read(c: ConfigCheck) -> Iterator[str | Path]:
     """Every file that a run reads, and every directory of a checkpoint or of a task's samples."""
-    for name in ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path"):
+    for name in PATHS:
         for prefix in prefixes(c[name]) or ():
             stem = prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
             yield from (stem + ending for ending in (".bin", ".idx", ".meta.json"))
@@ -59,20 +82,20 @@ def _read(c: Case) -> Iterator[str | Path]:
         yield c["checkpoint.load"]  # one itself
 
 
-def _overwritten(c: Case, read: Reads) -> Iterator[Problem]:
+def _overwritten(c: ConfigCheck, read: Reads) -> Iterator[Problem]:
     """Nothing is written over what is read, or twice to one place."""
     seen: dict[str, str] = {}
     for name, path in _outputs(c):
         if (over := read.around(path)) is not None and not os.path.isdir(path):  # which another rule says
             where = "lies in" if os.path.isdir(over) else "is"
             rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
-            yield Problem(flag_text(name, c[name]), rule)
+            yield Problem(c.flag_text(name), rule)
         place = os.path.realpath(path)
         if (other := seen.setdefault(place, name)) != name:
-            yield Problem(f"{flag_text(other, c[other])} and {flag_text(name, c[name])}", f"are both written to {path}")
+            yield Problem(f"{c.flag_text(other, name)}", f"are both written to {path}")
 
 
-def _other_kind(c: Case) -> Iterator[Problem]:
+def _other_kind(c: ConfigCheck) -> Iterator[Problem]:
     """What is there already under the name of metrics or results is that."""
     for name, kind in FILES.items():
         if c[name] is None or not os.path.isfile(c[name]):
@@ -81,10 +104,10 @@ def _other_kind(c: Case) -> Iterator[Problem]:
             head = file.read(HEAD).lstrip()
             known = b'{"iteration"' if name == "log.metrics_path" else b"{"
             if head and not head.startswith(known) and not known.startswith(head):
-                yield Problem(flag_text(name, c[name]), f"is there already and is not {kind}; choose another place")
+                yield Problem(c.flag_text(name), f"is there already and is not {kind}; choose another place")
 
 
-def _wandb(c: Case) -> Iterator[Problem]:
+def _wandb(c: ConfigCheck) -> Iterator[Problem]:
     """W&B's package is there. A directory `wandb`, which it leaves where it runs, is none."""
     if c["log.wandb_project"] is not None:
         spec = find_spec("wandb")
@@ -92,11 +115,11 @@ def _wandb(c: Case) -> Iterator[Problem]:
             yield Problem(c.flag_text("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
 
 
-def _save(c: Case) -> Iterator[Problem]:
+def _save(c: ConfigCheck) -> Iterator[Problem]:
     """--save is a directory of checkpoints of this program, not one of them, and not another's."""
     if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
         return
-    root, what = Path(c["checkpoint.save"]), flag_text("checkpoint.save", c["checkpoint.save"])
+    root, what = Path(c["checkpoint.save"]), c.flag_text("checkpoint.save")
     with suppress(OSError):
         if os.path.isfile(root / MANIFEST):
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")

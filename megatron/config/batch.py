@@ -1,0 +1,333 @@
+"""Settings of the batch: how much is trained, in which portions, and the arithmetic of batch sizes that change.
+
+With `--rampup-batch-size START INCREMENT SAMPLES` the global batch begins with START samples and grows by INCREMENT in
+equal portions of SAMPLES until it reaches `--global-batch-size`. With `--step-batch-size-schedule "0:SIZE TOKENS:SIZE ..."`
+it has each SIZE from so many trained tokens on. Its size is a function of the samples consumed so far, so a resumed run
+needs no other state. The arithmetic is Megatron-LM's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from pathlib import Path
+
+from megatron.config.check import ConfigCheck, Rules, missing
+from megatron.config.errors import Problem
+from megatron.config.notation import Steps, iteration_ranges, parse_steps
+from megatron.config.option import NOT_NEGATIVE, POSITIVE, SAMPLES, option
+
+STEPS = "batch.step_batch_size_schedule"
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How much is trained, in which portions."""
+
+    micro_batch_size: int | None = option(None, "samples per rank and forward pass", legal=POSITIVE)
+    global_batch_size: int | None = option(
+        None, "samples per step over all ranks; default micro batch x data-parallel size", legal=SAMPLES
+    )
+    rampup_batch_size: tuple[int, ...] = option(
+        (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
+    )
+    decrease_batch_size_if_needed: bool = option(
+        False, "where the ranks cannot share a global batch in whole micro-batches, take the largest smaller one that they can"
+    )
+    batch_multiple: int = option(1, "what --decrease-batch-size-if-needed takes multiples of", flag=None)
+    step_batch_size_schedule: tuple[str, ...] = option(
+        (),
+        "0:SIZE TOKENS:SIZE ...: the global batch has SIZE samples from so many trained tokens on, in place of "
+        "--global-batch-size, which is the last; numbers may end in K, M, B or T",
+        nargs="*",
+        metavar="TOKENS:SIZE",
+    )
+    batch_size_steps: tuple[int, ...] = option(
+        (), "samples and global batch size of each entry of --step-batch-size-schedule, in turn", flag=None
+    )
+    train_iters: int | None = option(None, "steps to train", legal=POSITIVE)
+    train_samples: int | None = option(None, "samples to train, instead of steps", legal=POSITIVE)
+    skip_train_iterations: tuple[str, ...] = option(
+        (),
+        "iterations N and ranges A-B that read their samples and make no update",
+        nargs="*",
+        aliases=("--iterations-to-skip",),
+    )
+    exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this", legal=POSITIVE)
+    exit_duration_in_mins: float | None = option(None, "save and exit before this many minutes have passed", legal=POSITIVE)
+    stop_file: str | None = option(None, "save and exit when this file appears, and remove it; default `stop` in --save")
+    seed: int = option(1234, "the one seed: weights, sample order and dropout all follow from it", legal=NOT_NEGATIVE)
+    loss_average: str = option(
+        "token",
+        "token: mean over all tokens of the global batch that count; micro-batch: Megatron-LM's mean of micro-batch means",
+        choices=("token", "micro-batch"),
+        values={"--calculate-per-token-loss": "token"},
+    )
+    compile: bool = option(False, "compile the transformer layers with torch.compile; pays off at tensor-parallel size 1")
+
+
+def global_batch_size_at(batch: BatchConfig, consumed_samples: int) -> int:
+    """Samples of the step that follows `consumed_samples`. ValueError while the global batch size is open."""
+    return _shared(batch, _wanted_at(batch, consumed_samples))
+
+
+def full_batch_size(batch: BatchConfig) -> int:
+    """Samples of a step when the batch size changes no more, and of an evaluation's."""
+    return _shared(batch, _full(batch))
+
+
+def _wanted_at(batch: BatchConfig, consumed_samples: int) -> int:
+    full = _full(batch)
+    if batch.batch_size_steps:
+        return next(size for begin, size in reversed(_steps(batch)) if consumed_samples >= begin)
+    if not batch.rampup_batch_size:
+        return full
+    start, increment, samples = batch.rampup_batch_size
+    steps = (full - start) // increment
+    if steps == 0 or consumed_samples > samples:
+        return full
+    return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
+
+
+def micro_batch_count(batch: BatchConfig, dp: int, consumed_samples: int) -> int:
+    """Micro-batches of each rank in the step that follows `consumed_samples`, with `dp` data-parallel ranks."""
+    return global_batch_size_at(batch, consumed_samples) // (_micro(batch) * dp)
+
+
+def ramp_sizes(batch: BatchConfig) -> list[int]:
+    """Every global batch size that the run passes through, in order."""
+    full = _full(batch)
+    if batch.batch_size_steps:
+        return [size for _, size in _steps(batch)]
+    if not batch.rampup_batch_size:
+        return [_shared(batch, full)]
+    start, increment, _ = batch.rampup_batch_size
+    return [_shared(batch, size) for size in range(start, full + 1, increment)]
+
+
+def stretches(batch: BatchConfig, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
+    """(steps, global batch size) of the run from `consumed` samples on, where steps follow that have one size.
+
+    The steps of the last stretch are None: it goes on for ever. Steps of a ramp-up are stretches of their own.
+    """
+    if batch.batch_size_steps:
+        for (_, size), (end, _) in pairwise(_steps(batch)):
+            if consumed < end:
+                steps = -(-(end - consumed) // size)
+                consumed += steps * size
+                yield steps, size
+    elif batch.rampup_batch_size:
+        while consumed <= batch.rampup_batch_size[2]:
+            size = global_batch_size_at(batch, consumed)
+            consumed += size
+            yield 1, size
+    yield None, full_batch_size(batch)
+
+
+def iterations_for(batch: BatchConfig, samples: int) -> int:
+    """Steps that `samples` samples make; a last part batch is dropped. A batch that had to be decreased counts as it was."""
+    iterations = 0
+    for steps, size in stretches(replace(batch, batch_multiple=1)):
+        whole = samples // size
+        if steps is None or whole < steps:
+            return iterations + whole
+        iterations, samples = iterations + steps, samples - steps * size
+    return iterations
+
+
+def samples_for(batch: BatchConfig, iterations: int) -> int:
+    """Samples that the first `iterations` steps take. A batch that had to be decreased counts as it was.
+
+    So a run's lengths stay the same on any number of ranks.
+    """
+    samples = 0
+    for steps, size in stretches(replace(batch, batch_multiple=1)):
+        taken = iterations if steps is None else min(steps, iterations)
+        iterations, samples = iterations - taken, samples + taken * size
+        if not iterations:
+            break
+    return samples
+
+
+def _steps(batch: BatchConfig) -> Steps:
+    """The pairs of `BatchConfig.batch_size_steps`."""
+    numbers = batch.batch_size_steps
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _shared(batch: BatchConfig, size: int) -> int:
+    """A global batch size, decreased to what the ranks can share where that is asked for."""
+    return size - size % batch.batch_multiple
+
+
+def _full(batch: BatchConfig) -> int:
+    if batch.global_batch_size is None:
+        raise ValueError("BatchConfig.global_batch_size is not resolved yet")
+    return batch.global_batch_size
+
+
+def _micro(batch: BatchConfig) -> int:
+    if batch.micro_batch_size is None:
+        raise ValueError("BatchConfig.micro_batch_size is not given")
+    return batch.micro_batch_size
+
+
+def derive_batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> BatchConfig:
+    """Fill in the global batch size and the length of the run. The values are Megatron-LM's."""
+    batch = replace(batch, batch_size_steps=_derive_steps(batch, seq_length))
+    if batch.batch_size_steps:
+        batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
+    if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
+        batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
+    multiple = (batch.micro_batch_size or 1) * (dp or 1) if batch.decrease_batch_size_if_needed else 1
+    batch = replace(batch, batch_multiple=max(1, multiple))
+    size, ramp = batch.global_batch_size, batch.rampup_batch_size
+    sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
+    if batch.train_iters is None and batch.train_samples is not None and sound:
+        batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
+    return batch
+
+
+def _derive_steps(batch: BatchConfig, seq_length: int | None) -> tuple[int, ...]:
+    if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
+        return ()
+    try:
+        return tuple(chain(*parse_steps(batch.step_batch_size_schedule, seq_length)))
+    except ValueError:  # which a rule reports
+        return ()
+
+
+def micro_batch_given(c: ConfigCheck) -> Iterator[Problem]:
+    """A run needs the size of its micro-batches."""
+    yield from missing(c, ["batch.micro_batch_size"])
+
+
+def run_length_given(c: ConfigCheck) -> Iterator[Problem]:
+    """A run that no task describes needs its length."""
+    open_length = c["batch.train_samples"] is None and "batch.train_samples" not in c.invalid
+    if not c["eval.skip_train"] and open_length and not c.is_set("task.epochs"):  # another rule speaks of epochs
+        yield from missing(c, ["batch.train_iters"], " (or `--train-samples`)")
+
+
+def global_batch(c: ConfigCheck) -> Iterator[Problem]:
+    """Every rank does the same number of micro-batches in a step."""
+    micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
+    decreased = c["batch.decrease_batch_size_if_needed"] and size and size >= c["batch.batch_multiple"]
+    if decreased or c["batch.step_batch_size_schedule"]:  # whose sizes have a rule of their own
+        return
+    if micro and size and c.dp and size % (micro * c.dp):
+        rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
+        yield Problem(c.flag_text("batch.global_batch_size"), rule, f"multiples of {micro * c.dp}")
+
+
+def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
+    """START INCREMENT SAMPLES: whole steps from START to the global batch size, each of whole micro-batches."""
+    ramp, size, micro = c["batch.rampup_batch_size"], c["batch.global_batch_size"], c["batch.micro_batch_size"]
+    if not ramp or "batch.rampup_batch_size" in c.invalid:
+        return
+    what = c.flag_text("batch.rampup_batch_size")
+    if len(ramp) != 3 or min(ramp) <= 0:
+        yield Problem(what, "must be three numbers above 0: START INCREMENT SAMPLES")
+        return
+    if c.iterations_chosen:
+        yield Problem(
+            f"{what} and {c.flag_text('batch.train_iters')}", "exclude each other; use --train-samples with a ramp-up"
+        )
+    if size is None or "batch.global_batch_size" in c.invalid:
+        return
+    if not c.is_set("batch.global_batch_size"):
+        yield Problem(what, "needs `--global-batch-size`, the size at its end")
+    elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
+        yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
+    elif ramp[0] < c["batch.batch_multiple"]:
+        rule = f"begins with less than `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {c['batch.batch_multiple']}"
+        yield Problem(what, rule)
+    elif micro and c.dp and (uneven := [s for s in ramp_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
+        sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
+        rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"
+        yield Problem(what, rule, f"START and INCREMENT multiples of {micro * c.dp}")
+
+
+def some_training(c: ConfigCheck) -> Iterator[Problem]:
+    """The samples make at least one step."""
+    samples, size, ramp = c["batch.train_samples"], c["batch.global_batch_size"], c["batch.rampup_batch_size"]
+    if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
+        return
+    if samples < (first := global_batch_size_at(c.resolved.batch, 0)):
+        yield Problem(c.flag_text("batch.train_samples"), f"is less than one global batch of {first} samples")
+
+
+def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
+    """A schedule of batch sizes is alone in saying them, and each makes whole micro-batches.
+
+    A run that goes on with more ranks may have smaller sizes behind it; see `rules.uneven_ahead`.
+    """
+    seq_length, micro = c["data.seq_length"], c["batch.micro_batch_size"]
+    if not c[STEPS] or STEPS in c.invalid:
+        return
+    what = c.flag_text(STEPS)
+    for other in ("batch.rampup_batch_size", "batch.decrease_batch_size_if_needed"):
+        if c[other]:
+            yield Problem(c.flag_text(STEPS, other), "exclude each other; give one of them")
+            return
+    if seq_length is None:  # which is said elsewhere
+        return
+    try:
+        sizes = [size for _, size in parse_steps(c[STEPS], seq_length)]
+    except ValueError as error:
+        yield Problem(what, str(error))
+        return
+    size = c.raw.batch.global_batch_size
+    if size is not None and size != sizes[-1]:
+        rule = "exclude each other: the schedule says every size, and its last one is the global batch size"
+        yield Problem(f"{what} and `--global-batch-size {size}`", rule)
+    elif micro and c.dp and c["checkpoint.load"] is None and not c["checkpoint.auto_resume"]:
+        yield from uneven_sizes(what, sizes, micro, c.dp)
+
+
+def uneven_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[Problem]:
+    """A problem where some of these global batch sizes are no whole micro-batches of each rank."""
+    if uneven := [size for size in sizes if size % (micro * dp)]:
+        shown = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
+        rule = f"has the sizes {shown}, not divisible by `--micro-batch-size {micro}` x {dp} data-parallel ranks"
+        yield Problem(what, rule, f"multiples of {micro * dp}")
+
+
+def skipped_iterations(c: ConfigCheck) -> Iterator[Problem]:
+    """Iterations that are left out are numbers and ranges of numbers."""
+    try:
+        iteration_ranges(c["batch.skip_train_iterations"])
+    except ValueError as error:
+        yield Problem(
+            c.flag_text("batch.skip_train_iterations"), str(error), "numbers and ranges such as 120 300-310, from 1 on"
+        )
+
+
+def stop_file(c: ConfigCheck) -> Iterator[Problem]:
+    """A stop file can appear, and be removed."""
+    if (name := c["batch.stop_file"]) is None:
+        return
+    path = Path(name).absolute()
+    if os.path.isdir(path):
+        yield Problem(c.flag_text("batch.stop_file"), "is a directory, not a file")
+    elif not os.path.isdir(path.parent):
+        yield Problem(c.flag_text("batch.stop_file"), f"can never appear: there is no directory {path.parent}")
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        yield Problem(c.flag_text("batch.stop_file"), f"could not be seen and removed: permission denied in {path.parent}")
+
+
+def remarks(c: ConfigCheck) -> Iterator[str]:
+    """Say that the batches had to be smaller than what was asked for."""
+    full, multiple = c["batch.global_batch_size"], c["batch.batch_multiple"]
+    if full is not None and (rest := full % multiple):
+        yield f"the global batch has {full - rest} samples, not {full}: the ranks share multiples of {multiple}"
+
+
+RULES = Rules(
+    every_run=(micro_batch_given, global_batch, skipped_iterations),
+    pretraining=(run_length_given, ramp_up, step_sizes, some_training),
+    disk=(stop_file,),
+    remarks=(remarks,),
+)

@@ -1,0 +1,148 @@
+"""Settings of the data: from indexed datasets to micro-batches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from megatron.config.check import ConfigCheck, Rules, missing
+from megatron.config.errors import Problem
+from megatron.config.notation import split_shares
+from megatron.config.option import CHANCE, NOT_NEGATIVE, POSITIVE, WITHIN, option
+from megatron.config.paths import near, unreadable
+from megatron.files.prefixes import meant_prefix
+
+PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From indexed datasets to micro-batches."""
+
+    data_path: tuple[str, ...] = option((), "PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", nargs="*")
+    train_data_path: tuple[str, ...] = option((), "the same, for training alone", nargs="*")
+    valid_data_path: tuple[str, ...] = option((), "the same, for validation alone", nargs="*")
+    test_data_path: tuple[str, ...] = option((), "the same, for testing alone", nargs="*")
+    data_args_path: str | None = option(None, "a file that holds what would follow --data-path", metavar="FILE")
+    per_split_data_args_path: str | None = option(
+        None,
+        "a JSON file with what would follow --train-data-path, --valid-data-path and --test-data-path, as lists under the keys "
+        "train, valid and test",
+        metavar="FILE",
+    )
+    mock_data: bool = option(
+        False, "made-up samples that follow from --seed, in place of data: the losses say nothing, but the run is a real one"
+    )
+    split: str = option("969,30,1", "shares of training, validation and test documents")
+    data_cache_path: str | None = option(None, "directory for built sample indices; default `cache` beside the data")
+    seq_length: int | None = option(None, "tokens per sample", aliases=("--encoder-seq-length",), legal=POSITIVE)
+    num_workers: int = option(2, "batches that are read ahead; 0 reads in the training loop", legal=NOT_NEGATIVE)
+    dataloader_type: str = option(
+        "single", "single: in dataset order; cyclic: reshuffled each epoch", choices=("single", "cyclic")
+    )
+    reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
+    reset_attention_mask: bool = option(False, "no attention across an end of document")
+    mask_prob: float = option(0.15, "of BERT: share of the tokens that are to be guessed", legal=WITHIN)
+    short_seq_prob: float = option(
+        0.1, "of BERT: share of the samples that are shorter than --seq-length, at random", legal=CHANCE
+    )
+    eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
+
+
+def sample_length_given(c: ConfigCheck) -> Iterator[Problem]:
+    """A run needs the length of its samples."""
+    yield from missing(c, ["data.seq_length"])
+
+
+def shortest_pair(c: ConfigCheck) -> Iterator[Problem]:
+    """[CLS], two segments of a token each, and two [SEP]."""
+    seq = c["data.seq_length"]
+    if c["model.architecture"] == "bert" and seq is not None and seq < 5 and "data.seq_length" not in c.invalid:
+        yield Problem(c.flag_text("data.seq_length"), "is too short for [CLS], two segments and two [SEP]", "5 and more")
+
+
+def split(c: ConfigCheck) -> Iterator[Problem]:
+    """Up to three shares, not negative, not all zero."""
+    try:
+        split_shares(c["data.split"])
+    except ValueError:
+        yield Problem(c.flag_text("data.split"), "is not up to three shares of training, validation and test", "e.g. 969,30,1")
+
+
+def data_paths(c: ConfigCheck) -> Iterator[Problem]:
+    """Data comes from one set of flags, each PREFIX or WEIGHT PREFIX WEIGHT PREFIX ..., or is made up."""
+    own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
+    given = [n for n in ("data.data_path", *own) if c[n]]
+    if c["data.mock_data"] and given:
+        yield Problem(
+            f"`--mock-data` and {c.flag_text(given[0])}", "exclude each other: the samples are made up, or those of files"
+        )
+    elif c["data.data_path"] and own:
+        yield Problem(f"`--data-path` and `{c.flag(own[0])}`", "exclude each other: one mixes, the other does not")
+    elif not given and not c["data.mock_data"] and not c.planning:
+        yield from missing(c, ["data.data_path"])
+    for name in given:
+        if fault := blend_fault(c[name]):
+            yield Problem(c.flag_text(name), fault)
+
+
+def blend_fault(words: Sequence[str]) -> str | None:
+    """Return what is wrong with the words of a --data-path; None where nothing is."""
+    if prefixes(words) is None:
+        return "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
+    if light := [w for w in words[::2] if len(words) > 1 and (weight := as_number(w)) is not None and not 0 < weight < inf]:
+        return f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead"
+    return None
+
+
+def prefixes(words: Sequence[str]) -> list[str] | None:
+    """The dataset prefixes of a --data-path; None where it is neither prefixes alone nor a weight before each."""
+    weights = [as_number(word) is not None for word in words[::2]]
+    if len(words) % 2 or not any(weights):
+        return None if len(words) > 1 and any(as_number(word) is not None for word in words) else list(words)
+    return list(words[1::2]) if all(weights) else None
+
+
+def as_number(word: str) -> float | None:
+    """The number that a word spells, or None."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def datasets(c: ConfigCheck) -> Iterator[Problem]:
+    """Every prefix has its .bin and .idx."""
+    for name in PATHS:
+        for prefix in prefixes(c[name]) or ():
+            level = "sentence" if c["model.architecture"] == "bert" else "document"
+            yield from missing_dataset(c.options[name].text((prefix,)), prefix, level)
+
+
+def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator[Problem]:
+    """A problem where a prefix has no .bin and .idx.
+
+    Args:
+        what: the setting that names it, in words.
+        prefix: the prefix, or one of the two files.
+        level: sentence or document, what the program takes: the end of the name that preprocessing gave.
+    """
+    if prefix.endswith((".bin", ".idx")):
+        prefix = prefix[:-4]
+    files = [Path(prefix + ending) for ending in (".bin", ".idx")]
+    wrong = [(path, why) for path in files if (why := unreadable(path))]
+    if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
+        folder = files[0].parent
+        names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None
+        meant = meant_prefix(prefix, level)
+        hint = f"; {meant}" if meant else near(Path(prefix), names)
+        yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
+        return
+    for path, why in wrong:
+        yield Problem(what, f"is no dataset: {path} {why.split(';')[0] if why.startswith('does not exist') else why}")
+
+
+RULES = Rules(every_run=(sample_length_given, shortest_pair), pretraining=(split, data_paths), disk=(datasets,))

@@ -1,0 +1,270 @@
+"""Settings of the pipeline, a part of the layout: how many layers each stage has, and which schedule goes with which stages.
+
+The layers of the stages are cut by work, or as flags say in Megatron-LM's ways:
+
+    --pipeline-stage-layers N N ...              of each stage, first to last
+    --pipeline-model-parallel-layout "Et|tt|tL"  the same, drawn
+    --decoder-{first,last}-pipeline-num-layers   of the first and the last rank; the others share the rest evenly
+    --account-for-{embedding,loss}-in-pipeline-split   even shares in which that end of the model counts as a layer
+
+A rank with several stages shares its layers evenly among them. What a schedule needs is said in its row in
+`pipeline/schedules/schedule.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megatron.config.batch import ramp_sizes
+from megatron.config.check import ConfigCheck, Rules
+from megatron.config.errors import Problem
+from megatron.config.layout import LayoutConfig
+from megatron.config.notation import parse_layout
+from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of, names_of
+
+PP = "layout.pipeline_model_parallel_size"
+VIRTUAL = "layout.num_layers_per_virtual_pipeline_stage"
+COUNT = "layout.num_virtual_stages_per_pipeline_rank"
+SCHEDULE = "layout.pipeline_schedule"
+STAGE_LAYERS = "layout.pipeline_stage_layers"
+DRAWN = "layout.pipeline_model_parallel_layout"
+ENDS = ("layout.decoder_first_pipeline_num_layers", "layout.decoder_last_pipeline_num_layers")
+COUNTED = ("layout.account_for_embedding_in_pipeline_split", "layout.account_for_loss_in_pipeline_split")
+SPLIT = frozenset({PP, VIRTUAL, COUNT, SCHEDULE, STAGE_LAYERS, DRAWN, *ENDS, "model.num_layers"})
+BATCH = frozenset({"batch.micro_batch_size", "batch.global_batch_size", "batch.rampup_batch_size"})
+
+
+def derive_layout(layout: LayoutConfig) -> LayoutConfig:
+    """Fill in the schedule, and turn off sequence parallelism where there is nobody to share with."""
+    return replace(
+        layout,
+        sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
+        pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if wants_virtual_stages(layout) else DEFAULT),
+    )
+
+
+def layout_stages(layout: LayoutConfig) -> int:
+    """Stages that --pipeline-model-parallel-layout draws; 0 where it is not given, or is none."""
+    try:
+        text = layout.pipeline_model_parallel_layout
+        return 0 if text is None else len(parse_layout(text))
+    except ValueError:
+        return 0
+
+
+def wants_virtual_stages(layout: LayoutConfig) -> bool:
+    """Whether the ranks are to have several stages each, whatever the schedule."""
+    if layout.num_layers_per_virtual_pipeline_stage is not None or (layout.num_virtual_stages_per_pipeline_rank or 1) > 1:
+        return True
+    return layout_stages(layout) > layout.pipeline_model_parallel_size
+
+
+def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
+    """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
+
+    What the schedule prescribes; where it is free, what the flags say: a number, a drawn layout, or Megatron-LM's num_layers
+    / pp / N virtual stages, rounded down where that leaves a rest, and never none.
+    """
+    prescribed = kind_of(layout.pipeline_schedule).chunks
+    if prescribed is not None:
+        return prescribed
+    if layout.num_virtual_stages_per_pipeline_rank is not None:
+        return layout.num_virtual_stages_per_pipeline_rank
+    drawn, wanted = layout_stages(layout), layout.num_layers_per_virtual_pipeline_stage
+    if wanted is None:
+        return max(1, drawn // layout.pipeline_model_parallel_size)
+    counted = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
+    return max(1, (layers + counted) // (layout.pipeline_model_parallel_size * wanted))
+
+
+def asked_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | None:
+    """The layers of each stage as the flags say; None where they leave it open, and the stages are cut by work.
+
+    ValueError saying what is wrong: which the rules find out before a run.
+    """
+    if layout.pipeline_stage_layers:
+        return layout.pipeline_stage_layers
+    if layout.pipeline_model_parallel_layout is not None:
+        return parse_layout(layout.pipeline_model_parallel_layout)
+    first, last = layout.decoder_first_pipeline_num_layers, layout.decoder_last_pipeline_num_layers
+    embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
+    ranks, chunks = layout.pipeline_model_parallel_size, pipeline_chunks(layout, layers)
+    if first is not None or last is not None:
+        shares = _around(first, last, layers, ranks)
+    elif embedding or loss:
+        total = layers + embedding + loss
+        if total % ranks:
+            raise ValueError(
+                f"{total} layers, those included that the ends count as, are not divisible by {ranks} pipeline ranks"
+            )
+        shares = [total // ranks] * ranks
+    else:
+        return None
+    if uneven := [share for share in shares if share % chunks]:
+        raise ValueError(f"a rank has {uneven[0]} layers, not divisible by its {chunks} stages")
+    counts = [shares[rank] // chunks for rank in kind_of(layout.pipeline_schedule).place(ranks, chunks)]
+    counts[0] -= embedding
+    counts[-1] -= loss
+    if min(counts) < 0 or 0 in counts[1:-1]:
+        raise ValueError(f"a stage is left without layers: {' '.join(map(str, counts))}")
+    return tuple(counts)
+
+
+def _around(first: int | None, last: int | None, layers: int, ranks: int) -> Sequence[int]:
+    """The layers of each rank where those of the first or the last are given."""
+    given = [count for count in (first, last) if count is not None]
+    between, rest = ranks - len(given), layers - sum(given)
+    if between < 0:
+        raise ValueError(
+            "one pipeline rank is the first and the last; `--pipeline-model-parallel-size` of at least 2 is needed"
+        )
+    if between == 0 and rest:
+        raise ValueError(f"all pipeline ranks together have {sum(given)} layers, not `--num-layers {layers}`")
+    if between and (rest < between or rest % between):
+        raise ValueError(
+            f"{rest} of `--num-layers {layers}` are left, which the other {between} pipeline ranks cannot share evenly"
+        )
+    shares = [rest // between] * between if between else []
+    return [*([] if first is None else [first]), *shares, *([] if last is None else [last])]
+
+
+def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
+    """Virtual stages and a schedule that leaves their number to the user go together, on at least two ranks."""
+    if c.invalid & {PP, VIRTUAL, COUNT, SCHEDULE, DRAWN}:
+        return
+    asked = [name for name in (VIRTUAL, COUNT, DRAWN) if c[name] is not None]
+    own = kind_of(c[SCHEDULE]).chunks
+    if len(asked) > 1:
+        yield Problem(c.flag_text(*asked), "exclude each other: each says how many stages a rank has; give one of them")
+    elif not asked:
+        if own is None:
+            other = f"or `{c.flag(COUNT)}`"
+            yield Problem(c.flag_text(SCHEDULE), f"needs `{c.flag(VIRTUAL)}`, the layers of one virtual stage, {other}")
+    elif own is not None and asked != [DRAWN] and c[COUNT] != own:
+        has = "no virtual stages" if own == 1 else f"{own} virtual stages of its own on each rank"
+        rule = f"has {has}, and cannot go with {c.flag_text(*asked)}"
+        others = names_of(lambda kind: kind.chunks is None)
+        yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
+    elif c[PP] < 2 and own is None and asked != [DRAWN]:
+        rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has nobody to interleave with"
+        yield Problem(c.flag_text(*asked), rule)
+
+
+def one_split(c: ConfigCheck) -> Iterator[Problem]:
+    """The layers are given to the stages in one way."""
+    if c.invalid & SPLIT:
+        return
+    ways = [[name for name in way if c.is_set(name)] for way in ((STAGE_LAYERS,), (DRAWN,), ENDS, COUNTED)]
+    given = [names[0] for names in ways if names]
+    if len(given) > 1:
+        yield Problem(c.flag_text(*given), "exclude each other: each says how many layers the stages have; give one of them")
+    elif ways[2] and c[VIRTUAL] is not None:
+        rule = f"does not go with {c.flag_text(VIRTUAL)}: stages of several sizes have no number of layers in common"
+        yield Problem(c.flag_text(given[0]), rule, f"{c.flag(COUNT)}")
+
+
+def _chunks(c: ConfigCheck) -> int | None:
+    """Stages of each rank; None where another rule has something to say of what they follow from."""
+    layers = c["model.num_layers"]
+    if layers is None or c.invalid & SPLIT or any(virtual_stages(c)) or any(one_split(c)):
+        return None
+    return pipeline_chunks(c.resolved.layout, layers)
+
+
+def enough_layers(c: ConfigCheck) -> Iterator[Problem]:
+    """Each stage has at least one layer or an end that counts as one, unless the user says how many each has."""
+    chunks, layers = _chunks(c), c["model.num_layers"]
+    if chunks is None or c[STAGE_LAYERS] or c[DRAWN] is not None or layers + sum(c[name] for name in COUNTED) >= c[PP] * chunks:
+        return
+    stages = c[PP] * chunks
+    makes = f"{c.flag_text(PP)} makes" if chunks == 1 else f"{c.flag_text(PP, SCHEDULE)} make"
+    legal = f"--num-layers {stages} or more"
+    if layers >= chunks:
+        legal += f", or --pipeline-model-parallel-size {layers // chunks} or less"
+    yield Problem(makes, f"{stages} stages, and `--num-layers {layers}` leaves some of them empty", legal)
+
+
+def stage_layers(c: ConfigCheck) -> Iterator[Problem]:
+    """An explicit cut names every stage and every layer; only a stage with an end of the model can do without layers."""
+    chunks, layers, given, name = _chunks(c), c["model.num_layers"], c[STAGE_LAYERS], STAGE_LAYERS
+    if chunks is None or not (given or c[DRAWN] is not None):
+        return
+    if not given:
+        name = DRAWN
+        try:
+            given = parse_layout(c[DRAWN])
+        except ValueError as error:
+            yield Problem(c.flag_text(DRAWN), str(error))
+            return
+    stages, rules = c[PP] * chunks, []
+    if len(given) != stages:
+        each = f"{c[PP]} pipeline rank{'s' if c[PP] > 1 else ''}" + (f" x {chunks}" if chunks > 1 else "")
+        rules.append(f"names {len(given)} stage{'s' if len(given) > 1 else ''}, not the {stages} of {each}")
+    if min(given) < 0:
+        rules.append("has a negative number of layers")
+    elif sum(given) != layers:
+        rules.append(f"adds up to {sum(given)} layers, not to `--num-layers {layers}`")
+    if 0 in given[1:-1]:
+        rules.append("leaves a stage between the first and the last without layers, so with nothing to do")
+    if rules:
+        legal = f"{stages} number{'s' if stages > 1 else ''}, 0 or greater, of sum {layers}"
+        if name == DRAWN:
+            legal = f"stages in a multiple of {c[PP]}, with {layers} t in all"
+        yield Problem(c.flag_text(name), " and ".join(rules), legal)
+
+
+def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
+    """What the first and the last rank leave, or what the ends of the model make of it, can be shared evenly."""
+    names = [name for name in (*ENDS, *COUNTED) if c.is_set(name)]
+    if not names or _chunks(c) is None or any(enough_layers(c)):
+        return
+    try:
+        asked_stage_layers(c.resolved.layout, c["model.num_layers"])
+    except ValueError as error:
+        yield Problem(c.flag_text(*names), f"cannot be had: {error}", "also --pipeline-stage-layers, the layers of each stage")
+
+
+def split_backward(c: ConfigCheck) -> Iterator[Problem]:
+    """Zero-bubble schedules take the weights' gradients out of the layers' backward pass."""
+    if c["batch.compile"] and SCHEDULE not in c.invalid and kind_of(c[SCHEDULE]).splits:
+        rule = "cannot go with `--compile`: it computes weight gradients apart from the layers, which would cut their graph"
+        yield Problem(c.flag_text(SCHEDULE), rule, f"{names_of(lambda kind: not kind.splits)}, or leave out --compile")
+
+
+def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
+    """Ranks, chunks and micro-batches are such that the schedule can have them, also while the batch size grows."""
+    chunks, micro, full = _chunks(c), c["batch.micro_batch_size"], c["batch.global_batch_size"]
+    if chunks is None or not micro or not full or not c.dp or c.invalid & BATCH:
+        return
+    ramp = c["batch.rampup_batch_size"]
+    sizes = ramp_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
+    for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules speak of the rest
+        count = size // (micro * c.dp)
+        if (objection := kind_of(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:
+            batch = f"a global batch of {size} makes {count} micro-batch{'es' if count > 1 else ''}"
+            yield Problem(
+                c.flag_text(SCHEDULE), f"{objection}; here {batch}, on {c[PP]} pipeline rank{'s' if c[PP] > 1 else ''}"
+            )
+            return
+
+
+def remarks(c: ConfigCheck) -> Iterator[str]:
+    """Yield what was said of the pipeline's stages and has no effect."""
+    layout, layers = c.resolved.layout, c["model.num_layers"]
+    virtual, ranks = layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_size
+    if virtual is not None and layers is not None and pipeline_chunks(layout, layers) == 1:
+        why = f"{layers} layers on {ranks} pipeline ranks are one stage each"
+        yield f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}"
+    if layout.num_virtual_stages_per_pipeline_rank == 1:
+        yield "--num-virtual-stages-per-pipeline-rank 1 changes nothing: a rank has one stage anyway"
+    counted = [c.flag(name) for name in COUNTED if c[name]]
+    if counted and ranks == 1:
+        verb = "changes" if len(counted) == 1 else "change"
+        yield f"{' and '.join(counted)} {verb} nothing: --pipeline-model-parallel-size is 1"
+
+
+RULES = Rules(
+    every_run=(virtual_stages, one_split, enough_layers, stage_layers, shared_layers, split_backward, numbers_that_fit),
+    remarks=(remarks,),
+)
