@@ -185,7 +185,7 @@ def accumulate(run: Run, setting: Setting) -> None:
     vocab = run.config.model.size("vocab_size")
     batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
     run.optimizer.zero()
-    run.step.objective.count(batches)
+    run.step.scaled_loss.count(batches)
     run.pipeline.step(batches)
 
 

@@ -70,7 +70,7 @@ class Executor:
     """Forward and backward over micro-batches on this rank's stages.
 
     stages: stage number -> module. schedule: number of micro-batches -> Schedule. placement: its stages'.
-    objective: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
+    scaled_loss: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
     work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
     share: a whole micro-batch -> what this rank has of it; all of it unless given.
     early: see `lower.py`; 0 where the calls of a transfer block. What runs for the first time always has 0.
@@ -83,13 +83,13 @@ class Executor:
         schedule: Callable[[int], Schedule],
         placement: tuple[int, ...],
         channels: Channels,
-        objective: Callable[[Loss, int], Tensor],
+        scaled_loss: Callable[[Loss, int], Tensor],
         work: WeightWork,
         watch: Watch,
         share: Callable[[Batch], Batch] = lambda batch: batch,
         early: int = EARLY,
     ) -> None:
-        self.stages, self.schedule, self.channels, self.objective = stages, schedule, channels, objective
+        self.stages, self.schedule, self.channels, self.scaled_loss = stages, schedule, channels, scaled_loss
         self.work, self.watch, self.share, self.device = work, watch, share, channels.device
         self.early = early
         self.recorder = Recorder()
@@ -202,12 +202,12 @@ class Executor:
     def _lose(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
         """Loss and gradient of the final hidden states: made together, so that nothing of the output layer is kept.
 
-        The objective is told how many tokens of the whole micro-batch count, since a mean over a part is not the mean.
+        The scaled loss is told how many tokens of the whole micro-batch count, since a mean over a part is not the mean.
         """
         count = self._counts[action.micro_batch]
         if torch.is_grad_enabled():
             loss = stage.loss(x.requires_grad_(), batch)
-            self.objective(replace(loss, tokens=count), len(self._batches)).backward()  # type: ignore[no-untyped-call]
+            self.scaled_loss(replace(loss, tokens=count), len(self._batches)).backward()  # type: ignore[no-untyped-call]
             if x.grad is not None:
                 self._mail[action.stage, action.micro_batch, False] = x.grad
         else:

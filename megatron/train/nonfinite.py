@@ -117,9 +117,9 @@ class Search:
 
         Leaves no gradients.
         """
-        objective = self.pipeline.objective
+        scaled_loss = self.pipeline.scaled_loss
         # Each with the weight that it had among the others, or a loss scale would overflow elsewhere.
-        self.pipeline.objective = lambda loss, _: objective(loss, len(batches))
+        self.pipeline.scaled_loss = lambda loss, _: scaled_loss(loss, len(batches))
         try:
             for number, batch in enumerate(batches):
                 samples = samples_of([batch])
@@ -129,7 +129,7 @@ class Search:
                 self.loss(output, samples, number)
                 self.gradients(samples, number)
         finally:
-            self.pipeline.objective = objective
+            self.pipeline.scaled_loss = scaled_loss
             self.zero()
 
     @contextmanager

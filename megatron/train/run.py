@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megatron.config.batch import full_batch_size, samples_for
-from megatron.config.schema import RunConfig
+from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
@@ -19,7 +19,7 @@ from megatron.model.attention import Attend, bidirectional_attention, causal_att
 from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
 from megatron.model.init import fill
-from megatron.optim.buffers import Weights, flat_buffers
+from megatron.optim.buffers import FlatBuffer, Weights, flat_buffers
 from megatron.optim.gather import wait_in_turn
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
@@ -33,10 +33,10 @@ from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
 from megatron.pipeline.schedules.schedule import DEFAULT, kind_of, make
 from megatron.pipeline.transfer import Channels
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
-from megatron.train.step import Objective, Step
+from megatron.train.step import ScaledLoss, Step
 
 DECOUPLED = ("embedding.word.weight", "head.weight")  # what --decoupled-lr is for
 
@@ -69,6 +69,53 @@ class Run:
         return parts
 
 
+def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
+    """Build mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
+
+    config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
+    """
+    plan, grid = stages_of(config), Grid.from_layout(config.layout, job.place.world_size)
+    mesh = Mesh.build(grid, job.place.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
+    job.watch.waiting("building the model")
+    schedule = schedule or Schedule.of(config.optim, config.batch)
+    stages = build_model(config, plan, mesh, job.device)
+    buffers = build_buffers(config, stages, mesh, decoupled=schedule.decoupled)
+    if config.batch.compile:
+        for layer in transformer_layers(stages):
+            layer.compile()
+    optimizer = build_optimizer(config, stages, mesh, buffers)
+    state = TrainState(schedule=asdict(schedule), scaler=Precision.of(config.precision).scaler())
+    scaled_loss = ScaledLoss(
+        config.batch,
+        sample_length(config),
+        mesh.dp,
+        state.scaler,
+        masked=config.data.eod_mask_loss or config.model.architecture == "bert",
+        binary=config.model.predicts_order,
+        device=job.device,
+    )
+    pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
+    own_random = job.device if draws_by_kernel(config.model) else None
+    step = Step(scaled_loss, pipeline, optimizer, schedule, mesh, config.batch, job.watch, own_random)
+    return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
+
+
+def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.device) -> dict[int, GPT]:
+    """Build this rank's stages, by their number; uninitialised."""
+    return build_stages(
+        config.model,
+        plan.placement,
+        plan.parts,
+        TensorParallel(mesh.tp, config.layout.sequence_parallel),
+        mesh.pp.rank,
+        seed=config.batch.seed,
+        attend=core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
+        recompute=Recompute.of(config.memory, mesh.tp, draws=draws_by_kernel(config.model)),
+        dtype=Precision.of(config.precision).compute,
+        device=device,
+    )
+
+
 def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
     """The core attention of a layout. compiled: for layers that are compiled, which go around what communicates."""
     if mesh.cp.size == 1:
@@ -77,42 +124,42 @@ def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
     return torch.compiler.disable(ring.__call__) if compiled else ring  # type: ignore[no-untyped-call]
 
 
-def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
-    """Mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
+def draws_by_kernel(model: ModelConfig) -> bool:
+    """Return whether a fused kernel draws random numbers of its own, for the dropout of attention."""
+    return model.fused_attention_dropout and model.attention_dropout > 0.0
 
-    config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
+
+def sample_length(config: RunConfig) -> int:
+    """Return the tokens of one sample."""
+    return config.data.seq_length or config.model.size("max_position_embeddings")
+
+
+def transformer_layers(stages: Mapping[int, GPT]) -> list[nn.Module]:
+    """Return the transformer layers of all stages."""
+    return [layer for stage in stages.values() for layer in stage.layers.values()]
+
+
+def build_buffers(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, *, decoupled: bool) -> list[FlatBuffer]:
+    """Move the parameters into contiguous memory, and fill them with their initial values.
+
+    decoupled: embedding and head have a learning rate of their own.
     """
-    plan, precision = stages_of(config), Precision.of(config.precision)
-    grid = Grid.from_layout(config.layout, job.place.world_size)
-    mesh = Mesh.build(grid, job.place.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
-    job.watch.waiting("building the model")
-    draws = config.model.fused_attention_dropout and config.model.attention_dropout > 0.0
-    stages = build_stages(
-        config.model,
-        plan.placement,
-        plan.parts,
-        TensorParallel(mesh.tp, config.layout.sequence_parallel),
-        mesh.pp.rank,
-        seed=config.batch.seed,
-        attend=core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
-        recompute=Recompute.of(config.memory, mesh.tp, draws=draws),
-        dtype=precision.compute,
-        device=job.device,
-    )
-    layout, parameters = config.layout, list(nn.ModuleList(stages.values()).parameters())
-    schedule = schedule or Schedule.of(config.optim, config.batch)
-    for p in parameters if schedule.decoupled else ():
-        describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
-    sharded, grad_dtype = layout.use_distributed_optimizer, precision.gradients
-    buffers = flat_buffers(parameters, layout.ddp_bucket_size, mesh, sharded=sharded, grad_dtype=grad_dtype)
+    parameters = list(nn.ModuleList(stages.values()).parameters())
+    if decoupled:
+        for p in parameters:
+            describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
+    sharded, grad_dtype = config.layout.use_distributed_optimizer, Precision.of(config.precision).gradients
+    buffers = flat_buffers(parameters, config.layout.ddp_bucket_size, mesh, sharded=sharded, grad_dtype=grad_dtype)
     for buffer in buffers:
         specs, whole = (spec_of(p) for p in buffer.parameters), buffer.staging_tensor()
         fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
         buffer.load(whole)
-    if config.batch.compile:
-        for stage in stages.values():
-            for block in stage.layers.values():
-                block.compile()
+    return buffers
+
+
+def build_optimizer(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, buffers: Sequence[FlatBuffer]) -> Optimizer:
+    """Build the optimizer; with --overlap-param-gather, modules wait for their weights."""
+    layout = config.layout
     optimizer = Optimizer(
         buffers,
         config.optim,
@@ -126,38 +173,31 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
         for stage in stages.values():
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)
             wait_in_turn(optimizer.gatherer, [m for m in called if m is not None], list(stage.parameters()))
-    seq_length = config.data.seq_length or config.model.size("max_position_embeddings")
+    return optimizer
+
+
+def build_pipeline(
+    config: RunConfig, plan: StagePlan, stages: Mapping[int, GPT], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
+) -> Executor:
+    """Build what runs forward and backward passes in the order of the schedule. Collective."""
+    name = config.layout.pipeline_schedule or DEFAULT
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
     fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
-    name, work = config.layout.pipeline_schedule or DEFAULT, WeightWork(fused=fused)
-    if kind_of(name).splits or work.fused:
+    work = WeightWork(fused=fused)
+    if fused or kind_of(name).splits:
         for stage in stages.values():
             manage_weight_gradients(stage, work)
-    state = TrainState(schedule=asdict(schedule), scaler=precision.scaler())
-    aim = Objective(
-        config.batch,
-        seq_length,
-        mesh.dp,
-        state.scaler,
-        masked=config.data.eod_mask_loss or config.model.architecture == "bert",
-        binary=config.model.predicts_order,
-        device=job.device,
-    )
-    pipeline = Executor(
+    return Executor(
         stages,
         partial(make, name, mesh.pp.size, chunks=plan.chunks),
         plan.placement,
         Channels(mesh.pp, mesh.pp_back, job.device),
-        aim,
+        scaled_loss,
         work,
         job.watch,
         partial(share, cp=mesh.cp),
         early=0 if job.place.blocking else EARLY,
     )
-    step = Step(aim, pipeline, optimizer, schedule, mesh, config.batch, seq_length, job.watch)
-    if draws:
-        step.torch_random = job.device
-    return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
 
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:

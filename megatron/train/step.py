@@ -24,7 +24,7 @@ from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
 
-class Objective:
+class ScaledLoss:
     """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step; times the loss scale.
 
     token: the mean over all tokens of the global batch that count. micro-batch: the mean of the micro-batches' means. To both
@@ -59,12 +59,12 @@ class Objective:
 
     def __call__(self, loss: Loss, micro_batches: int) -> Tensor:
         if self.by_token:
-            aim = loss.sum * (self.scaler.scale / self.tokens)
+            scaled = loss.sum * (self.scaler.scale / self.tokens)
         else:
-            aim = loss.sum / loss.tokens.clamp(min=1.0) * (self.scaler.scale / (micro_batches * self.dp.size))
+            scaled = loss.sum / loss.tokens.clamp(min=1.0) * (self.scaler.scale / (micro_batches * self.dp.size))
         if loss.order is None:
-            return aim
-        return aim + loss.order * (self.scaler.scale / (micro_batches * self.micro_batch_size * self.dp.size))
+            return scaled
+        return scaled + loss.order * (self.scaler.scale / (micro_batches * self.micro_batch_size * self.dp.size))
 
 
 class Step:
@@ -75,25 +75,24 @@ class Step:
 
     def __init__(
         self,
-        objective: Objective,
+        scaled_loss: ScaledLoss,
         pipeline: Executor,
         optimizer: Optimizer,
         schedule: Schedule,
         mesh: Mesh,
         batch: BatchConfig,
-        seq_length: int,
         watch: Watch,
+        torch_random: torch.device | None = None,
     ) -> None:
-        self.objective, self.pipeline, self.optimizer = objective, pipeline, optimizer
-        self.schedule, self.mesh = schedule, mesh
-        self.batch, self.seq_length, self.watch = batch, seq_length, watch
-        self.torch_random: torch.device | None = None
+        self.scaled_loss, self.pipeline, self.optimizer = scaled_loss, pipeline, optimizer
+        self.schedule, self.mesh, self.batch = schedule, mesh, batch
+        self.watch, self.torch_random = watch, torch_random
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
         """Forward, backward and update over this rank's micro-batches of the step. Collective."""
         self.optimizer.zero(len(batches))
         self.watch.waiting("the other ranks' count of tokens")
-        self.objective.count(batches)
+        self.scaled_loss.count(batches)
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
@@ -101,7 +100,7 @@ class Step:
         # A sample can have several rows, the choices of a task.
         samples = len(batches) * (self.batch.micro_batch_size or 1) * self.mesh.dp.size
         possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
-        mean = loss / max(tokens, 1.0) if self.objective.by_token else means / (len(batches) * self.mesh.dp.size)
+        mean = loss / max(tokens, 1.0) if self.scaled_loss.by_token else means / (len(batches) * self.mesh.dp.size)
         update = self.optimizer.step(
             lr=self.schedule.rate(state.scheduled_samples),
             weight_decay=self.schedule.weight_decay(state.scheduled_samples),
@@ -115,7 +114,7 @@ class Step:
         self.watch.idle()
         return StepReport(
             lm_loss=mean,
-            sop_loss=order / samples if self.objective.binary else None,
+            sop_loss=order / samples if self.scaled_loss.binary else None,
             grad_norm=update.grad_norm,
             skipped=update.skipped,
             nan=math.isnan(mean),

@@ -68,7 +68,7 @@ def held_at_most(setting: Setting, leak: bool = False) -> tuple[int, int, int]:
     run = start(setting, 1)
     ledger = Ledger(run.pipeline)
     batches = micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size)
-    run.step.objective.count(batches)
+    run.step.scaled_loss.count(batches)
     leaked: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         if leak:  # outputs and their graphs stay

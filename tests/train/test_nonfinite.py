@@ -145,15 +145,15 @@ def test_of_several_stages_the_one_that_goes_back_first_is_named():
 def test_the_second_run_weighs_each_micro_batch_as_the_first_did():
     setting = Setting(DEEP, precision=PrecisionConfig(fp16=True))
     run = start(setting, 2)
-    objective, weights = run.pipeline.objective, []
+    scaled_loss, weights = run.pipeline.scaled_loss, []
 
     def counting(loss, micro_batches):
         weights.append(micro_batches)
-        return objective(loss, micro_batches)
+        return scaled_loss(loss, micro_batches)
 
-    run.pipeline.objective = counting
+    run.pipeline.scaled_loss = counting
     assert steps(run, setting, 1).skipped
-    assert weights == [4] * 8 and run.pipeline.objective is counting
+    assert weights == [4] * 8 and run.pipeline.scaled_loss is counting
     assert all(not p.main_grad.any() for p in run.stages[0].parameters())
 
 
