@@ -23,9 +23,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
+    from megatron.launch.tool_parser import ToolParser, some_path
     from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
     from megatron.pipeline.schedules.schedule import SCHEDULES, Schedule, make
     from megatron.pipeline.schedules.simulate import Costs, Timeline, simulate

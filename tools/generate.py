@@ -24,7 +24,6 @@ with loading():
     import torch
 
     from megatron.checkpoint.layout import CheckpointError, find
-    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
@@ -34,6 +33,7 @@ with loading():
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import Place
     from megatron.launch.job import Job, job
+    from megatron.launch.tool_parser import ToolParser, some_name
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
 

@@ -20,7 +20,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def arguments() -> argparse.Namespace:

@@ -18,8 +18,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def arguments() -> argparse.Namespace:

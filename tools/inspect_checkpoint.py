@@ -20,7 +20,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def describe(directory: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, count, some_name
     from megatron.config.rules import out_of_range
     from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
     from megatron.data.bert import SPECIAL, PairSample
@@ -25,6 +24,7 @@ with loading():
     from megatron.data.matching import check_tokenizer, chosen_for_data
     from megatron.data.tokenizer import Tokenizer, build_tokenizer
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
+    from megatron.launch.tool_parser import ToolParser, count, some_name
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,10 +11,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.merge import find_datasets, merge
     from megatron.files.outputs import BadOutput
+    from megatron.launch.tool_parser import ToolParser, some_name
 
 
 def main(argv: list[str] | None = None) -> int:

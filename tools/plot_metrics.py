@@ -19,10 +19,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
     from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52

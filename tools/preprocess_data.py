@@ -13,12 +13,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.config.schema import TokenizerConfig
     from megatron.data.errors import DataError
     from megatron.data.preprocess import Settings, Totals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.files.outputs import BadOutput
+    from megatron.launch.tool_parser import ToolParser, some_name
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,7 +21,6 @@ with loading():
     import torch
 
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
     from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
@@ -29,6 +28,7 @@ with loading():
     from megatron.launch.environment import Place
     from megatron.launch.job import Job, guarded, job
     from megatron.launch.signals import StopSignals
+    from megatron.launch.tool_parser import ToolParser, some_path
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
     from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key

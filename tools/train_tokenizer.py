@@ -11,11 +11,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_name
     from megatron.data.errors import DataError
     from megatron.data.train_bpe import train_bpe
     from megatron.data.train_wordpiece import train_wordpiece
     from megatron.files.outputs import BadOutput
+    from megatron.launch.tool_parser import ToolParser, some_name
 
 FILES = {  # by --tokenizer-type, what is written
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",

@@ -18,7 +18,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def main() -> int:

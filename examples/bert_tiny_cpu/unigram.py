@@ -23,12 +23,12 @@ with loading():
 
     from megatron.checkpoint.layout import CheckpointError, find, read_config
     from megatron.config.command_line.saved import from_json
-    from megatron.config.command_line.tool_parser import ToolParser
     from megatron.data.build import build_datasets
     from megatron.data.errors import DataError
     from megatron.data.gpt import SampleSource
     from megatron.data.recipe import recipe_of
     from megatron.data.tokenizer import build_tokenizer
+    from megatron.launch.tool_parser import ToolParser
     from megatron.train.run import sample_counts
 
 MOST = 5_000  # samples of a split that are counted

@@ -19,9 +19,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def documents() -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ with loading():
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron.config.command_line.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, some_path
 
 
 def main() -> int:

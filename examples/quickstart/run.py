@@ -19,8 +19,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.config.command_line.tool_parser import ToolParser
     from megatron.files.outputs import BadOutput, check_replaceable, mark
+    from megatron.launch.tool_parser import ToolParser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs

@@ -18,9 +18,9 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    from megatron.config.command_line.tool_parser import ToolParser
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
+    from megatron.launch.tool_parser import ToolParser
 
 
 def character_tokenizer(text: str) -> Tokenizer:

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from megatron.config.command_line.tool_parser import some_name
 from megatron.inference.generate import device_of
 from megatron.launch.command_line import with_torchrun
 from megatron.launch.entry import speaks
 from megatron.launch.environment import Place
 from megatron.launch.exit_report import leave_to_first, tell_launcher
+from megatron.launch.tool_parser import some_name
 from megatron.mesh.grid import Grid
 
 T = TypeVar("T")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.storage import Storage
-from megatron.config.command_line.tool_parser import ToolParser, some_path
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.files.outputs import BadOutput, Reads, check_file
@@ -22,6 +21,7 @@ from megatron.files.regular import read_json
 from megatron.interop.checked_import import compare
 from megatron.interop.megatron_files import arguments_of
 from megatron.interop.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
+from megatron.launch.tool_parser import ToolParser, some_path
 
 OUTPUTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Where GPT-2's two files are looked for beside the archive: the names under which they are published.

@@ -24,7 +24,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     import torch
 
-    from megatron.config.command_line.tool_parser import ToolParser
+    from megatron.launch.tool_parser import ToolParser
 
 from megatron.checkpoint.layout import CheckpointError, find
 from megatron.config.errors import ConfigError

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.launch.entry import speaks
+from megatron.launch.exit_report import tell_launcher
+
 MAX_DIGITS = 18
 MAX_MESSAGE = 400  # characters of a mistake: a value may be a whole file, by mistake
 
@@ -14,8 +17,10 @@ class ToolParser(argparse.ArgumentParser):
     """argparse's parser, without its usage before each mistake, which fills the screen and hides the mistake."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, and exit with status 2."""
+        """Say what is wrong with the command line, to a launcher too, and exit with status 2."""
         shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        if speaks():
+            tell_launcher(f"error: {shown}")
         self.exit(2, f"error: {shown}\n{self.prog}: --help lists what it takes\n")
 
 
