@@ -28,6 +28,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleZB
 from megatron.contract import Batch, StagePart
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
+from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.executor import Executor, StepOutput
 from megatron.pipeline.partition import cut
@@ -88,7 +89,7 @@ class OurStage(nn.Module):
     Hidden states are `[seq, micro_batch, width]`. The loss is a micro-batch's share of the step's mean.
     """
 
-    def __init__(self, stage: GPT, micro_batches: int) -> None:
+    def __init__(self, stage: Transformer, micro_batches: int) -> None:
         super().__init__()
         self.stage, self.micro_batches = stage, micro_batches
 
@@ -106,7 +107,7 @@ class OurStage(nn.Module):
 class TorchExecutor:
     """torch's 1F1B in the place of our executor: `step` adds the gradients of all micro-batches, and gives the totals."""
 
-    def __init__(self, case: Case, stage: GPT, rank: int) -> None:
+    def __init__(self, case: Case, stage: Transformer, rank: int) -> None:
         wrapped = PipelineStage(OurStage(stage, case.micro_batches), rank, case.pp, torch.device("cpu"))
         # The stage's output is the loss, and already a share of the mean.
         self.schedule = Schedule1F1B(wrapped, case.micro_batches, loss_fn=lambda loss, _: loss, scale_grads=False)

@@ -69,21 +69,6 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What a whole model says of some sequences of equal length.
-
-    logits: fp32 `[batch, vocab]`, of what follows the last token. log_probs, ids: fp32 and int64 `[seq - 1, batch, 1 + top]`,
-    for each token after the first given those before it: its own log-probability and id, then those of the `top` most
-    probable ones. `[0, batch, 1]` where nobody asked.
-    """
-
-    logits: Tensor
-    log_probs: Tensor
-    ids: Tensor
-
-
-
-@dataclass(frozen=True)
 class StagePart:
     """The slice of a model that one pipeline stage owns: layers by global number, embedding, head."""
 

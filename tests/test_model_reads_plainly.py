@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 MODEL = Path(__file__).resolve().parent.parent / "megatron" / "model"
-MAX_SHARE = 0.12
+MAX_SHARE = 0.10
 WORDS = (
     *("tp", "ranks?", "ax[ei]s", "mesh", r"\w*parallel\w*", "world_size"),
     *("collectives?", r"gather\w*", r"scatter\w*", r"reduc(?:e|tion)\w*", "all_gather", "all_reduce", "copy_to"),

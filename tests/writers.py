@@ -13,6 +13,7 @@ from megatron.config.command_line.saved import to_json
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
+from megatron.inference.pipeline import Pipeline
 from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -31,6 +32,11 @@ def build(form: ModelConfig, vocab: int = 127) -> GPT:
             scale = 0.1 if name.endswith("bias") else 0.3 if parameter.dim() > 1 else 1.0
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def predictor(model: GPT | Pipeline) -> Pipeline:
+    """The model as one that generates: itself, or as the only stage of a pipeline."""
+    return model if isinstance(model, Pipeline) else Pipeline.alone(model)
 
 
 def save_model(model: GPT, root: Path, assets=None) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.inference.generate import Predictor, allowed, batch_of_rows, check_prompt, room_after
-from megatron.model.attention import Cache
+from megatron.inference.kv_cache import KVCache
 
 WIDEST = 1000
 HARDEST = 50  # penalty: a power of the length that a float still holds
@@ -73,7 +73,7 @@ class BeamSearch:
         room = room_after(model, prompt)
         limit = max_new_tokens if room is None else min(max_new_tokens, room)
         model.eval()
-        cache = Cache() if use_cache else None
+        cache = KVCache() if use_cache else None
         followed: list[tuple[int, ...]] = [()]
         sums = torch.zeros(1)
         finished: list[Beam] = []

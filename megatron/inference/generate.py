@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.contract import Batch, Prediction
-from megatron.model.attention import Cache
-from megatron.model.gpt import log_probabilities
+from megatron.contract import Batch
+from megatron.inference.kv_cache import KVCache
+from megatron.inference.prediction import Prediction, log_probabilities
 from megatron.parallel.random import derive_seed
 
 
@@ -92,14 +92,14 @@ def device_of(name: str | None, gpus: int) -> torch.device:
 
 
 class Predictor(Protocol):
-    """A whole model: a `model.gpt.GPT`, or a `pipeline.inference.Pipeline` over several ranks."""
+    """A whole model: an `inference.pipeline.Pipeline`, in one process or over several ranks."""
 
     config: ModelConfig
     device: torch.device
 
     def eval(self) -> object: ...
 
-    def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
+    def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
         """What follows `batch`, and with `top` how probable its own tokens were; with a cache, `batch` holds only the new
         tokens."""
         ...
@@ -190,7 +190,7 @@ def write(
     # Number 0 has the seed that a text alone has.
     generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in numbers]
     model.eval()
-    live, cache = list(range(len(texts))), Cache() if use_cache else None
+    live, cache = list(range(len(texts))), KVCache() if use_cache else None
     while live:
         seen = cache.length if cache is not None else 0
         known = min(len(texts[i].tokens) for i in live)

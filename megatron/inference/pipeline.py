@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.contract import Batch, Prediction, StagePart
-from megatron.model.gpt import empty_prediction
+from megatron.contract import Batch
+from megatron.inference.kv_cache import KVCache
+from megatron.inference.prediction import Prediction, empty_prediction, predict
+from megatron.mesh.mesh import Axis
+from megatron.model.gpt import GPT
+from megatron.model.task_heads import FineTuned
+from megatron.model.transformer import Transformer
 from megatron.pipeline.schedules.lower import channels_of
 from megatron.pipeline.transfer import Channels
-
-
-class Stage(Protocol):
-    """What a stage's module does for a prediction; `model.gpt.GPT` is one."""
-
-    part: StagePart
-    dtype: torch.dtype
-
-    def hidden(self, x: Tensor | None, batch: Batch, cache: Any = None) -> Tensor: ...
-    def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
-    def scores(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]: ...
-    def answer(self, x: Tensor, batch: Batch, top: int | None = None) -> Prediction: ...
-    def train(self, mode: bool = True) -> object: ...
-
-
-class TaskStage(Stage, Protocol):
-    """A stage of a model with a task's head; `model.task_heads.FineTuned` is one."""
-
-    def task_logits(self, x: Tensor, batch: Batch) -> Tensor: ...
-    def task_shape(self, batch: Batch) -> tuple[int, ...]: ...
 
 
 class Pipeline:
@@ -42,11 +27,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, config: ModelConfig, stages: Mapping[int, Stage], placement: tuple[int, ...], channels: Channels
+        self, config: ModelConfig, stages: Mapping[int, Transformer], placement: tuple[int, ...], channels: Channels
     ) -> None:
         self.config, self.stages, self.placement, self.channels = config, stages, placement, channels
         self.device = channels.device
         channels.connect(list(channels_of(placement)))
+
+    @classmethod
+    def alone(cls, model: Transformer) -> Pipeline:
+        """Return a whole model of this process as a pipeline of one stage."""
+        return cls(model.config, {0: model}, (0,), Channels(Axis.alone("pp"), Axis.alone("pp"), model.device))
 
     def eval(self) -> None:
         """Dropout off."""
@@ -54,15 +44,15 @@ class Pipeline:
             stage.train(False)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, cache: Any = None, top: int | None = None) -> Prediction:
+    def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
         """The prediction on every rank, padding left out. Collective. Only what was asked for travels: one row of logits for
         each sequence, and with `top` the log-probabilities of the tokens inside."""
         x = self._final_hidden(batch, cache)
-        rows, seq = batch.tokens.shape
+        (rows, seq), vocab = batch.tokens.shape, self.config.size("vocab_size")
         if x is not None:
-            found = self.stages[len(self.placement) - 1].answer(x, batch, top)
+            found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
         else:
-            found = empty_prediction(seq, rows, self.config.size("vocab_size"), top, self.device)
+            found = empty_prediction(seq, rows, vocab, top, self.device)
         for part in (found.logits, found.log_probs, found.ids):
             if part.numel():
                 self._to_all(part)
@@ -78,7 +68,7 @@ class Pipeline:
         rows, seq = batch.tokens.shape
         answer = torch.empty(2, seq, rows, device=self.device)
         if x is not None:
-            for part, made in zip(answer, self.stages[len(self.placement) - 1].scores(x, batch), strict=True):
+            for part, made in zip(answer, cast(GPT, self._last).output.label_scores(x, batch.labels), strict=True):
                 part.copy_(made)
         answer = self._to_all(answer)
         return answer[0], answer[1] > 0.5
@@ -86,13 +76,18 @@ class Pipeline:
     @torch.no_grad()
     def task_logits(self, batch: Batch) -> Tensor:
         """Of a model with a task's head, fp32, on every rank. Collective."""
-        x, stages = self._final_hidden(batch, None), cast(Mapping[int, TaskStage], self.stages)
-        answer = torch.empty(next(iter(stages.values())).task_shape(batch), device=self.device)
+        x = self._final_hidden(batch, None)
+        answer = torch.empty(cast(FineTuned, next(iter(self.stages.values()))).task_shape(batch), device=self.device)
         if x is not None:
-            answer.copy_(stages[len(self.placement) - 1].task_logits(x, batch))
+            answer.copy_(cast(FineTuned, self._last).task_logits(x, batch))
         return self._to_all(answer)
 
-    def _final_hidden(self, batch: Batch, cache: Any) -> Tensor | None:
+    @property
+    def _last(self) -> Transformer:
+        """The stage with the heads, where it is on this rank."""
+        return self.stages[len(self.placement) - 1]
+
+    def _final_hidden(self, batch: Batch, cache: KVCache | None) -> Tensor | None:
         """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1

@@ -21,7 +21,7 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
 from megatron.mesh.mesh import Mesh
 from megatron.model.build import build_stages
-from megatron.model.gpt import GPT
+from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.transfer import Channels
 from megatron.plan.size import parameters
@@ -50,7 +50,7 @@ def open_model(
     iteration: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Opened[GPT]:
+) -> Opened[Transformer]:
     """Read a whole model into this process, from a directory of checkpoints or from one iter_ directory.
 
     iteration: default the latest. dtype: default that of the saved embedding. CheckpointError or DataError says what is
@@ -96,7 +96,7 @@ def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest
 
 def _stages(
     directory: Path, manifest: Manifest, config: ModelConfig, mesh: Mesh, device: torch.device | str, dtype: torch.dtype | None
-) -> tuple[tuple[int, ...], dict[int, GPT]]:
+) -> tuple[tuple[int, ...], dict[int, Transformer]]:
     """Where every stage lies, and this rank's, empty."""
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:

@@ -25,6 +25,7 @@ from megatron.model.bert import Bert
 from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
+from megatron.model.transformer import Transformer
 from megatron.parallel.random import derive_seed
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.stages import stages_of
@@ -107,7 +108,7 @@ def compared_with_source(directory: Path, config: ModelConfig, weights: Mapping[
     return f"transformers' logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
 
 
-def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT:
+def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
     """A whole model in evaluation mode, fp32, with these weights, by our names."""
     plan = stages_of(RunConfig(model=config))
     model = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0)[0].eval()
@@ -116,7 +117,7 @@ def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> GPT:
     return model
 
 
-def agree(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> Agreement:
+def agree(ours: Transformer, theirs: Any, prompts: Sequence[Sequence[int]]) -> Agreement:
     """Compare two models, whose weights are random afterwards.
 
     Args:
@@ -157,7 +158,7 @@ def prompt_of(config: ModelConfig) -> list[int]:
     return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
 
 
-def _randomize(ours: GPT, theirs: Any) -> None:
+def _randomize(ours: Transformer, theirs: Any) -> None:
     """The same random weights in both models: matrices that keep the size of what they multiply, norms and biases about it."""
     mine = {shard.name: shard.data for shard in ModuleWeights(ours).shards()}
     there = dict(theirs.named_parameters())  # tied ones once
@@ -193,7 +194,7 @@ def _random(name: str, like: Tensor) -> Tensor:
     return 0.3 * noise + (1.0 if name.endswith("norm.weight") else 0.1)
 
 
-def _faint(ours: GPT, theirs: Any) -> None:
+def _faint(ours: Transformer, theirs: Any) -> None:
     """Scale the embeddings of both models, so that their variance is about the epsilon of the norms."""
     scale = ours.config.layernorm_epsilon**0.5
     mine = {shard.name: shard.data for shard in ModuleWeights(ours).shards()}
@@ -205,7 +206,7 @@ def _faint(ours: GPT, theirs: Any) -> None:
                 _put(there, row, mine[row.ours], ours.config)
 
 
-def pairs(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Pair]:
+def pairs(ours: Transformer, theirs: Any, prompts: Sequence[Sequence[int]]) -> Iterator[Pair]:
     """For a GPT of each prompt; for a BERT of all in one padded batch, and of the binary head."""
     if isinstance(ours, FineTuned):
         for ids in prompts:
@@ -214,7 +215,7 @@ def pairs(ours: GPT, theirs: Any, prompts: Sequence[Sequence[int]]) -> Iterator[
         longest = max(map(len, prompts))
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
         yield from _bert_pairs(ours, theirs, tokens, torch.tensor([len(ids) for ids in prompts]))
-    else:
+    elif isinstance(ours, GPT):
         yield from (_gpt_pair(ours, theirs, torch.tensor([ids])) for ids in prompts)
 
 
@@ -241,7 +242,7 @@ def _task_pairs(ours: FineTuned, theirs: Any, prompt: Sequence[int]) -> Iterator
             yield answers[seen], found.logits[seen]
 
 
-def _bert_batch(ours: Bert, tokens: Tensor, padding: Tensor) -> tuple[Batch, Tensor | None]:
+def _bert_batch(ours: Transformer, tokens: Tensor, padding: Tensor) -> tuple[Batch, Tensor | None]:
     """Rows with the second half of each as the second segment; and the segments, None for a model without token types."""
     places, lengths = torch.arange(tokens.shape[1]).expand_as(tokens), (~padding).sum(dim=1, keepdim=True)
     segments = ((2 * places >= lengths) & ~padding).long() if ours.config.segment_kinds else None
@@ -257,7 +258,7 @@ def _bert_pairs(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Ite
         final = ours.hidden(None, batch)
         found = _answer(theirs, input_ids=tokens, attention_mask=(~padding).long(), token_type_ids=segments)
         words = found.prediction_logits if ours.order is not None else found.logits
-        yield ours.output(final).transpose(0, 1)[~padding], words[~padding]
+        yield ours.logits(final).transpose(0, 1)[~padding], words[~padding]
         if ours.order is not None:
             yield ours.order_logits(final), found.seq_relationship_logits
 
@@ -266,7 +267,7 @@ def _gpt_pair(ours: GPT, theirs: Any, tokens: Tensor) -> Pair:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, tokens, torch.ones(tokens.shape), positions, torch.zeros(len(tokens), dtype=torch.int64))
     with torch.no_grad():
-        return ours.logits(batch).transpose(0, 1), _answer(theirs, input_ids=tokens).logits
+        return ours.logits(ours.hidden(None, batch)).transpose(0, 1), _answer(theirs, input_ids=tokens).logits
 
 
 def _answer(theirs: Any, **words: Tensor | None) -> Any:

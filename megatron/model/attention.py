@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,39 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.contract import Batch
 from megatron.model.rotary import Rotary
 from megatron.parallel.linear import ColumnLinear, RowLinear
 from megatron.parallel.random import DropoutKeys, drop, head_keys
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
-class Cache:
-    """Keys and values of the tokens generated so far, for every layer: `[batch, groups, positions, head_dim]`."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0
+class AttentionCache(Protocol):
+    """What attention asks of the keys and values of earlier tokens; `inference/kv_cache.py` keeps them."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values; returns all of them. Memory grows by doubling."""
-        start, end = self.length, self.length + key.shape[2]
-        held = self._held.get(layer)
-        if held is None or held[0].shape[2] < end:
-            room = (*key.shape[:2], max(64, 2 * end), key.shape[3])
-            grown = key.new_empty(room), value.new_empty(room)
-            if held is not None:
-                for new, old in zip(grown, held, strict=True):
-                    new[:, :, :start] = old[:, :, :start]
-            held = self._held[layer] = grown
-        held[0][:, :, start:end] = key
-        held[1][:, :, start:end] = value
-        return held[0][:, :, :end], held[1][:, :, :end]
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences of the batch, in this order; one may be taken several times."""
-        for layer, (key, value) in self._held.items():
-            chosen = torch.tensor(rows, device=key.device)
-            self._held[layer] = key.index_select(0, chosen), value.index_select(0, chosen)
+        """Append a layer's new keys and values `[batch, groups, positions, head_dim]`; returns all of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +42,20 @@ class Masks:
     documents: Tensor | None = None
 
 
+def visible(batch: Batch, *, causal: bool) -> Tensor | None:
+    """Return which tokens may see which within documents, bool `[batch, 1, seq, seq]`.
+
+    None where there is one document, and the core attention alone says what is seen. None as well for a part of a sequence:
+    its keys are in several places, and the core attention knows which.
+    """
+    if batch.documents is None or batch.places is not None:
+        return None
+    same = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)  # [batch, seq, seq]
+    return (same.tril() if causal else same).unsqueeze(1)
+
+
 class Attend(Protocol):
-    """Core attention: softmax(q k^T / sqrt(d)) v on this rank's heads. The model is handed one."""
+    """Core attention: softmax(q k^T / sqrt(d)) v on the heads at hand. The model is handed one."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
         """q: `[batch, heads, seq, head_dim]`; k, v: `[batch, groups, keys, head_dim]`; the result is like q.
@@ -127,7 +118,7 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(hidden, rows, tp, bias=bias)
         self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, init="output")
 
-    def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
         mixed = self.qkv(x)
         seq, batch = mixed.shape[:2]
         mixed = mixed.view(seq, batch, self.groups, self.per_group + 2, self.head_dim)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.model.attention import Attend, Attention, Cache, Masks
+from megatron.model.attention import Attend, Attention, AttentionCache, Masks
 from megatron.model.mlp import MLP
-from megatron.model.norm import Norm
+from megatron.model.norm import make_norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.random import DropoutKeys, drop, site_key
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -37,15 +37,20 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
         super().__init__()
         self.residual_from_norm = config.apply_residual_connection_post_layernorm
-        self.input_norm = Norm(config, tp)
+        self.input_norm = make_norm(config, tp)
         self.attention = Attention(config, layer, tp, attend, seed=seed)
         self.after_attention = HiddenDropout(seed, layer, "attention", config.hidden_dropout)
-        self.mlp_norm = Norm(config, tp)
+        self.mlp_norm = make_norm(config, tp)
         self.mlp = MLP(config, tp)
         self.after_mlp = HiddenDropout(seed, layer, "mlp", config.hidden_dropout)
 
     def forward(
-        self, x: Tensor, masks: Masks, keys: DropoutKeys | None, rotary: Rotary | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        masks: Masks,
+        keys: DropoutKeys | None,
+        rotary: Rotary | None = None,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
         normed = self.input_norm(x)
         attended = self.attention(normed, masks, rotary, cache)

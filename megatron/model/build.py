@@ -10,22 +10,22 @@ from megatron.config.schema import ModelConfig
 from megatron.contract import StagePart
 from megatron.model.bert import Bert
 from megatron.model.gpt import GPT
-from megatron.model.task_heads import HEADS
+from megatron.model.task_heads import FineTuned
+from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 
-MODELS: Mapping[str, type[GPT]] = MappingProxyType({"gpt": GPT, "bert": Bert})
+MODELS: Mapping[str, type[Transformer]] = MappingProxyType({"gpt": GPT, "bert": Bert})
 
 
 def build_stages(
     config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: TensorParallel, rank: int, **options: Any
-) -> dict[int, GPT]:
+) -> dict[int, Transformer]:
     """The stages of pipeline rank `rank`, by their number; uninitialised.
 
-    placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `GPT`.
+    placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `Transformer`.
     """
-    model, stages = MODELS[config.architecture], dict[int, GPT]()
-    if config.task_head is not None:
-        model = HEADS[config.task_head]
+    model = MODELS[config.architecture] if config.task_head is None else FineTuned
+    stages = dict[int, Transformer]()
     for number, part in enumerate(parts):
         if placement[number] == rank:
             first = stages[0].embedding if 0 in stages else None

@@ -1,6 +1,9 @@
-"""LayerNorm and RMSNorm over the last dimension."""
+"""Normalisation over the last dimension; to add one, a class here, its row in `NORMALIZATIONS` and its name in the schema."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,22 +13,48 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Norm(nn.Module):
-    """`[..., hidden] -> [..., hidden]`; the kind, its bias and its epsilon come from the configuration.
+    """`[..., hidden] -> [..., hidden]`: a weight, and where the kind has one and the configuration wants it a bias.
 
     With apply_layernorm_1p the stored weight is gamma - 1.
     """
 
+    has_bias = False
+
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
         self.hidden, self.epsilon = config.size("hidden_size"), config.layernorm_epsilon
-        self.rms, self.zero_centred = config.normalization == "RMSNorm", config.apply_layernorm_1p
+        self.zero_centred = config.apply_layernorm_1p
         self.weight = tp.parameter(self.hidden, init="zeros" if self.zero_centred else "ones", decay=False)
-        self.bias = None
-        if config.add_norm_bias and not self.rms:
-            self.bias = tp.parameter(self.hidden, init="zeros", decay=False)
+        biased = self.has_bias and config.add_norm_bias
+        self.bias = tp.parameter(self.hidden, init="zeros", decay=False) if biased else None
+
+    @property
+    def gamma(self) -> Tensor:
+        """`[hidden]`, what the normalised values are multiplied with."""
+        return self.weight + 1.0 if self.zero_centred else self.weight
+
+
+class LayerNorm(Norm):
+    """Mean 0 and variance 1 (arXiv 1607.06450)."""
+
+    has_bias = True
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + 1.0 if self.zero_centred else self.weight
-        if self.rms:
-            return F.rms_norm(x, (self.hidden,), weight, self.epsilon)
-        return F.layer_norm(x, (self.hidden,), weight, self.bias, self.epsilon)
+        return F.layer_norm(x, (self.hidden,), self.gamma, self.bias, self.epsilon)
+
+
+class RMSNorm(Norm):
+    """Mean square 1 (arXiv 1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.hidden,), self.gamma, self.epsilon)
+
+
+NORMALIZATIONS: Mapping[str, Callable[[ModelConfig, TensorParallel], nn.Module]] = MappingProxyType(
+    {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
+)
+
+
+def make_norm(config: ModelConfig, tp: TensorParallel) -> nn.Module:
+    """Return the normalisation that the configuration names."""
+    return NORMALIZATIONS[config.normalization](config, tp)

@@ -6,7 +6,7 @@
     tags             dropout and a linear layer on each token: a class of each token
 
 Transformers' names for them are MegatronBertFor{SequenceClassification, MultipleChoice, QuestionAnswering,
-TokenClassification}. Every tensor-parallel rank holds a head whole and computes it on the whole sequence: it is small.
+TokenClassification}. A head is never cut, and is computed on whole sequences: it is small.
 """
 
 from __future__ import annotations
@@ -17,116 +17,159 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron.config.schema import ModelConfig
 from megatron.contract import Batch, Loss
-from megatron.model.bert import Bert, Dense
+from megatron.model.bert import Dense, Pooler
 from megatron.model.block import HiddenDropout
+from megatron.model.transformer import Transformer
 from megatron.parallel.random import DropoutKeys
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
-class FineTuned(Bert):
-    """A BERT that answers a task. `labels` and `loss_mask` of a batch say what is right and where that counts:
+class TaskHead(Dense):
+    """The last linear layer of a task, and what its logits mean. `labels` and `loss_mask` of a batch say what is right and
+    where that counts:
 
     classification, choice: at the first token of each row, of a choice of its first row; the number of the class or choice.
     span: at the first two tokens, the positions of start and end.
     tags: at every token that has a tag.
     """
 
-    def _add_heads(self) -> None:
-        self.task_head: Dense | None = None
-        if self.part.head:
-            self.task_head = Dense(self.config.size("hidden_size"), self.config.task_outputs, self.tp.on_whole_sequences)
-        self.task_dropout = HiddenDropout(self.seed, -1, "task_head", self.config.hidden_dropout)
+    def __init__(self, config: ModelConfig, tp: TensorParallel, *, seed: int) -> None:
+        super().__init__(config.size("hidden_size"), config.task_outputs, tp.on_whole_sequences)
+        self.config, self.join = config, tp.join
+        self.dropout = HiddenDropout(seed, -1, "task_head", config.hidden_dropout)
 
-    def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """The sum of the cross-entropies of what counts, and how many these are."""
-        losses, counted = self._losses(self._scores(x, batch, self._random_rows(batch)), batch)
-        return Loss((losses * counted).sum(), batch.loss_mask.sum())
-
-    def task_logits(self, x: Tensor, batch: Batch) -> Tensor:
-        """Final hidden states to the task's logits, fp32, of the shape `task_shape`; on every tensor-parallel rank."""
-        return self._scores(x, batch, None)
+    @staticmethod
+    @abstractmethod
+    def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the logits, which a stage without the head must know too."""
 
     @abstractmethod
-    def task_shape(self, batch: Batch) -> tuple[int, ...]:
-        """Of the logits."""
+    def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        """Return the task's logits, fp32.
+
+        Args:
+            x: final hidden states `[seq, batch, hidden]`, as the last layer hands them on.
+            pooled: `[batch, hidden]`, for the heads that read it.
+            batch: whose they are.
+            keys: the random identities of all tokens; None where nothing is dropped.
+        """
 
     @abstractmethod
-    def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor: ...
-
-    @abstractmethod
-    def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross-entropies, and which of them count: two fp32 tensors of one shape."""
-
-    def _linear(self, x: Tensor) -> Tensor:
-        if self.task_head is None:
-            raise ValueError("this stage is not the last, and has no head")
-        scores: Tensor = self.task_head(x)
-        return scores.float()
-
-    def _random_rows(self, batch: Batch) -> DropoutKeys | None:
-        """The random identities of all tokens, also under sequence parallelism; None where nothing is dropped."""
-        if not self.training or self.config.hidden_dropout == 0.0:
-            return None
-        seq = batch.tokens.shape[1]
-        return DropoutKeys.of(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), slice(0, seq))
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return cross-entropies, and which of them count: two fp32 tensors of one shape."""
 
 
-class Classifier(FineTuned):
+class Classifier(TaskHead):
     """Logits `[rows, classes]`."""
 
-    def task_shape(self, batch: Batch) -> tuple[int, ...]:
-        return batch.tokens.shape[0], self.config.task_outputs
+    @staticmethod
+    def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        return batch.tokens.shape[0], config.task_outputs
 
-    def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+    def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        if pooled is None:
+            raise ValueError("this model has no pooler")
         first = None if keys is None else DropoutKeys(keys.whole[:1], keys.local[:1], keys.feature, keys.weight)
-        return self._linear(self.task_dropout(self.pooled(x).unsqueeze(0), first).squeeze(0))
+        logits: Tensor = self(self.dropout(pooled.unsqueeze(0), first).squeeze(0))
+        return logits.float()
 
-    def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        every = batch.tokens.shape[0] // scores.shape[0]  # rows of a sample
-        return F.cross_entropy(scores, batch.labels[::every, 0], reduction="none"), batch.loss_mask[::every, 0]
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        every = batch.tokens.shape[0] // logits.shape[0]  # rows of a sample
+        return F.cross_entropy(logits, batch.labels[::every, 0], reduction="none"), batch.loss_mask[::every, 0]
 
 
 class Chooser(Classifier):
     """Logits `[samples, choices]`; the rows of a batch are samples x choices."""
 
-    def task_shape(self, batch: Batch) -> tuple[int, ...]:
-        choices = len(self.config.labels)
+    @staticmethod
+    def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        choices = len(config.labels)
         return batch.tokens.shape[0] // choices, choices
 
-    def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        return super()._scores(x, batch, keys).view(self.task_shape(batch))
+    def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        return super().logits(x, pooled, batch, keys).view(self.shape(self.config, batch))
 
 
-class SpanFinder(FineTuned):
+class SpanFinder(TaskHead):
     """Logits `[2, rows, seq]` of start and end; minus infinity at padding."""
 
-    def task_shape(self, batch: Batch) -> tuple[int, ...]:
+    @staticmethod
+    def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
         return 2, *batch.tokens.shape
 
-    def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        scores = self._linear(self.tp.join(x)).permute(2, 1, 0)
-        return scores if batch.documents is None else scores.masked_fill(batch.documents > 0, -torch.inf)
+    def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        logits: Tensor = self(self.join(x)).float().permute(2, 1, 0)
+        return logits if batch.documents is None else logits.masked_fill(batch.documents > 0, -torch.inf)
 
-    def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        ends = F.cross_entropy(scores.flatten(0, 1), batch.labels[:, :2].t().flatten(), reduction="none")
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        ends = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, :2].t().flatten(), reduction="none")
         return ends, batch.loss_mask[:, :2].t().flatten()
 
 
-class Tagger(FineTuned):
+class Tagger(TaskHead):
     """Logits `[rows, seq, classes]`."""
 
-    def task_shape(self, batch: Batch) -> tuple[int, ...]:
-        return *batch.tokens.shape, self.config.task_outputs
+    @staticmethod
+    def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        return *batch.tokens.shape, config.task_outputs
 
-    def _scores(self, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        return self._linear(self.task_dropout(self.tp.join(x), keys)).transpose(0, 1)
+    def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        logits: Tensor = self(self.dropout(self.join(x), keys))
+        return logits.float().transpose(0, 1)
 
-    def _losses(self, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return F.cross_entropy(scores.flatten(0, 1), batch.labels.flatten(), reduction="none"), batch.loss_mask.flatten()
+    def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none"), batch.loss_mask.flatten()
 
 
-HEADS: Mapping[str, type[FineTuned]] = MappingProxyType(
+HEADS: Mapping[str, type[TaskHead]] = MappingProxyType(
     {"classification": Classifier, "choice": Chooser, "span": SpanFinder, "tags": Tagger}
 )
+
+
+class FineTuned(Transformer):
+    """The part of a fine-tuned BERT that `part` names; arguments as for `Transformer`."""
+
+    causal = False
+
+    def build_heads(self, word: nn.Parameter | None) -> None:
+        config, tp, here = self.config, self.tp, self.part.head
+        self.pooler = Pooler(config, tp) if here and config.pooled else None
+        self.task_head = self._kind(config, tp, seed=self.seed) if here else None
+
+    @property
+    def _kind(self) -> type[TaskHead]:
+        return HEADS[self.config.task_head or ""]
+
+    def loss(self, x: Tensor, batch: Batch) -> Loss:
+        """Return the sum of the cross-entropies of what counts, and how many these are."""
+        head = self._head()
+        losses, counted = head.losses(self._logits(head, x, batch, self._task_keys(batch)), batch)
+        return Loss((losses * counted).sum(), batch.loss_mask.sum())
+
+    def task_logits(self, x: Tensor, batch: Batch) -> Tensor:
+        """Return from the final hidden states the task's logits, fp32, of the shape `task_shape`."""
+        return self._logits(self._head(), x, batch, None)
+
+    def task_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the task's logits, on a stage without the head too."""
+        return self._kind.shape(self.config, batch)
+
+    def _logits(self, head: TaskHead, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        pooled = None if self.pooler is None else self.pooler(x)
+        return head.logits(x, pooled, batch, keys)
+
+    def _head(self) -> TaskHead:
+        if self.task_head is None:
+            raise ValueError("this stage is not the last, and has no head")
+        return self.task_head
+
+    def _task_keys(self, batch: Batch) -> DropoutKeys | None:
+        """The random identities of whole sequences' tokens; None where nothing is dropped."""
+        if not self.training or self.config.hidden_dropout == 0.0:
+            return None
+        seq = batch.tokens.shape[1]
+        return DropoutKeys.of(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), slice(0, seq))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.mesh.mesh import Axis
-from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.spec import ParamSpec, Part, describe, spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -46,6 +46,11 @@ def vocab_bias(shard: VocabShard) -> nn.Parameter:
     """A bias `[held]` of the output layer's logits."""
     spec = ParamSpec("", (shard.vocab,), Part((shard.start,), (shard.used,)), frozenset({"tp"}), decay=False, init="zeros")
     return describe(nn.Parameter(torch.empty(shard.held)), spec)
+
+
+def describe_copy(weight: nn.Parameter) -> None:
+    """Make one parameter of an embedding and a tied output layer that are far apart: their gradients are summed."""
+    describe(weight, replace(spec_of(weight), name="embedding.word.weight", sum_grad_over=frozenset({"embedding"})))
 
 
 class VocabEmbedding(nn.Module):

@@ -42,7 +42,7 @@ class StepOutput:
 
 
 class Stage(Protocol):
-    """What a stage's module does; `model.gpt.GPT` is one."""
+    """What a stage's module does; `model.transformer.Transformer` is one."""
 
     part: StagePart
     dtype: torch.dtype

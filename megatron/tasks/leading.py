@@ -11,10 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron.contract import Batch, Prediction
+from megatron.contract import Batch
 from megatron.inference.generate import batch_of_rows
+from megatron.inference.kv_cache import KVCache
+from megatron.inference.prediction import Prediction
 from megatron.mesh.mesh import Axis
-from megatron.model.attention import Cache
 from megatron.parallel.collectives import all_reduce
 from megatron.tasks.likelihood import Model
 
@@ -37,7 +38,7 @@ class Led:
         self._tell(SCORES, batch, 0)
         return self.model.scores(batch)
 
-    def predict(self, batch: Batch, cache: Cache | None = None, top: int | None = None) -> Prediction:
+    def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
         """The model's prediction, of sequences that stay together. top: None, as the other ranks take it."""
         first = cache.length if cache is not None else 0
         self._tell(PREDICTION, batch, first)
@@ -55,7 +56,7 @@ class Led:
 
 def follow(model: Model, world: Axis) -> None:
     """Compute along with the leader until it has finished: what every other rank does. In the sums they add zeros."""
-    cache = Cache()
+    cache = KVCache()
     while True:
         what, rows, seq, first = all_reduce(torch.zeros(4, dtype=torch.int64, device=model.device), world).tolist()
         if what == END:
@@ -65,6 +66,6 @@ def follow(model: Model, world: Axis) -> None:
         if what == SCORES:
             model.scores(batch)
         else:
-            cache = cache if first else Cache()
+            cache = cache if first else KVCache()
             model.predict(batch, cache)
             cache.length = first + seq

@@ -24,7 +24,7 @@ from megatron.tasks.windows import Window
 
 
 class Scorer(Protocol):
-    """A whole model: a `pipeline.inference.Pipeline`, on one rank or on several."""
+    """A whole model: a `inference.pipeline.Pipeline`, on one rank or on several."""
 
     config: ModelConfig
     device: torch.device

@@ -17,8 +17,8 @@ from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.model.attention import Attend, bidirectional_attention, causal_attention
 from megatron.model.build import build_stages
-from megatron.model.gpt import GPT
 from megatron.model.init import fill
+from megatron.model.transformer import Transformer
 from megatron.optim.buffers import FlatBuffer, Weights, flat_buffers
 from megatron.optim.gather import wait_in_turn
 from megatron.optim.lr import Schedule
@@ -51,7 +51,7 @@ class Run:
     config: RunConfig
     job: Job
     mesh: Mesh
-    stages: dict[int, GPT]
+    stages: dict[int, Transformer]
     weights: Weights
     optimizer: Optimizer
     pipeline: Executor
@@ -100,7 +100,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
 
 
-def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.device) -> dict[int, GPT]:
+def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.device) -> dict[int, Transformer]:
     """Build this rank's stages, by their number; uninitialised."""
     return build_stages(
         config.model,
@@ -134,12 +134,12 @@ def sample_length(config: RunConfig) -> int:
     return config.data.seq_length or config.model.size("max_position_embeddings")
 
 
-def transformer_layers(stages: Mapping[int, GPT]) -> list[nn.Module]:
+def transformer_layers(stages: Mapping[int, Transformer]) -> list[nn.Module]:
     """Return the transformer layers of all stages."""
     return [layer for stage in stages.values() for layer in stage.layers.values()]
 
 
-def build_buffers(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, *, decoupled: bool) -> list[FlatBuffer]:
+def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, *, decoupled: bool) -> list[FlatBuffer]:
     """Move the parameters into contiguous memory, and fill them with their initial values.
 
     decoupled: embedding and head have a learning rate of their own.
@@ -157,7 +157,9 @@ def build_buffers(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, *, d
     return buffers
 
 
-def build_optimizer(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, buffers: Sequence[FlatBuffer]) -> Optimizer:
+def build_optimizer(
+    config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, buffers: Sequence[FlatBuffer]
+) -> Optimizer:
     """Build the optimizer; with --overlap-param-gather, modules wait for their weights."""
     layout = config.layout
     optimizer = Optimizer(
@@ -177,7 +179,7 @@ def build_optimizer(config: RunConfig, stages: Mapping[int, GPT], mesh: Mesh, bu
 
 
 def build_pipeline(
-    config: RunConfig, plan: StagePlan, stages: Mapping[int, GPT], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
+    config: RunConfig, plan: StagePlan, stages: Mapping[int, Transformer], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
 ) -> Executor:
     """Build what runs forward and backward passes in the order of the schedule. Collective."""
     name = config.layout.pipeline_schedule or DEFAULT

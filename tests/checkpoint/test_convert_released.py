@@ -54,7 +54,7 @@ def opened(kind, directory):
 def gpt_difference(model, directory):
     theirs = opened(transformers.AutoModelForCausalLM, directory)
     with torch.no_grad():
-        return (model.logits(batch(TOKENS)).transpose(0, 1) - theirs(input_ids=TOKENS).logits).abs().max()
+        return (model.logits(model.hidden(None, batch(TOKENS))).transpose(0, 1) - theirs(input_ids=TOKENS).logits).abs().max()
 
 
 def bert_difference(model, directory):
@@ -63,7 +63,7 @@ def bert_difference(model, directory):
     with torch.no_grad():
         hidden = model.hidden(None, batch(TOKENS, segments))
         there = theirs(input_ids=TOKENS, token_type_ids=segments)
-        words = (model.output(hidden).transpose(0, 1) - there.prediction_logits).abs().max()
+        words = (model.logits(hidden).transpose(0, 1) - there.prediction_logits).abs().max()
         return max(words, (model.order_logits(hidden) - there.seq_relationship_logits).abs().max())
 
 

@@ -100,7 +100,7 @@ def test_the_whole_tool(tmp_path):
     ours = open_model(tmp_path / "run").model
     row = [72, 105]
     for _ in range(greedy.shape[1] - 2):
-        row.append(int(ours.logits(batch_of(row))[-1, 0].argmax()))
+        row.append(int(ours.logits(ours.hidden(None, batch_of(row)))[-1, 0].argmax()))
     assert greedy[0].tolist() == row
 
 

@@ -46,11 +46,11 @@ def test_logits(both):
         with torch.no_grad():
             final, expected = model.hidden(None, batch), theirs(**words)
         seen = words["attention_mask"].bool()
-        assert (model.output(final).transpose(0, 1) - expected.prediction_logits)[seen].abs().max() < 1e-4
+        assert (model.logits(final).transpose(0, 1) - expected.prediction_logits)[seen].abs().max() < 1e-4
         assert (model.order_logits(final) - expected.seq_relationship_logits).abs().max() < 1e-4
         unmasked = theirs(**{**words, "attention_mask": torch.ones_like(batch.tokens)})
         if not seen.all():  # what padding would do
-            assert (model.output(final).transpose(0, 1) - unmasked.prediction_logits)[seen].abs().max() > 1e-2
+            assert (model.logits(final).transpose(0, 1) - unmasked.prediction_logits)[seen].abs().max() > 1e-2
     assert len(lengths) > 2 and SEQ in lengths
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from reference import LLAMA
-from writers import build, save_model
+from writers import build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron.mesh.mesh import Axis
@@ -105,7 +105,7 @@ def served(
     that nobody reads; 0 for its own number. service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MOST_WAITING", most_waiting):
-        engine = Engine(model, tokenizer, Control(Axis.alone("world")))
+        engine = Engine(predictor(model), tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
     if buffer:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

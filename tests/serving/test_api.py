@@ -8,7 +8,7 @@ import time
 import pytest
 from reference import GPT2, LLAMA
 from serving import VOCAB, Letters, served, tireless
-from writers import build
+from writers import build, predictor
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch
@@ -24,7 +24,7 @@ def texts(model, prompts, count=8, sampling=None, **options) -> list[Text]:
     """What a batch of prompts gives, without a server."""
     found = [Text.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
     ends = lambda text: text.tokens[-1] == 256  # noqa: E731
-    for _ in write(model, found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options):
+    for _ in write(predictor(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options):
         pass
     return found
 
@@ -70,7 +70,7 @@ def test_megatron_sampling_and_seeds(client, model):
 
 
 def test_megatron_beams(client, model):
-    *_, beams = BeamSearch(3, 0.5, 65).run(model, TOKENIZER.tokenize("Hello"), max_new_tokens=8)
+    *_, beams = BeamSearch(3, 0.5, 65).run(predictor(model), TOKENIZER.tokenize("Hello"), max_new_tokens=8)
     asked = {"prompts": ["Hello"], "tokens_to_generate": 8, "beam_width": 3, "length_penalty": 0.5, "stop_token": 65}
     status, reply = client("PUT", "/api", asked)
     assert status == 200 and reply.keys() == {"text", "segments", "scores"}

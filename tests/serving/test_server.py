@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from serving import Client, checkpoint, tireless
+from writers import predictor
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling, Text, write
@@ -72,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def greedy(prompts: list[str], count: int) -> list[str]:
     texts = [Text.after(prompt.encode()) for prompt in prompts]
-    for _ in write(tireless(), texts, max_new_tokens=count, sampling=Sampling(0.0)):
+    for _ in write(predictor(tireless()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
         pass
     return [ByteTokenizer().detokenize(text.tokens) for text in texts]
 

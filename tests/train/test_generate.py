@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, build, save_model
+from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling, batch_of_rows, device_of, generate
@@ -29,7 +29,7 @@ PROMPT = [5, 99, 17, 3]
 
 
 def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
-    return list(generate(model, PROMPT, max_new_tokens=count, sampling=sampling, **options))
+    return list(generate(predictor(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
@@ -99,7 +99,7 @@ def test_samples_follow_the_probabilities():
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_padding_rows_are_never_sampled(form):
     model = build(form)
-    weight = model.embedding.word.weight if model.head is None else model.head.weight
+    weight = model.output.matrix
     assert weight.shape[0] == 128
     with torch.no_grad():  # the padding row would win: its logit is the largest of all
         x = model.hidden(None, batch_of_rows([PROMPT], 0, torch.device("cpu")))[-1, 0]
@@ -130,7 +130,7 @@ def test_the_stop_token_and_the_last_position_end_the_text():
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
-        list(generate(build(GPT2), prompt, max_new_tokens=2, sampling=GREEDY))
+        list(generate(predictor(build(GPT2)), prompt, max_new_tokens=2, sampling=GREEDY))
 
 
 def test_a_damaged_model_is_refused():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, build, save_model
+from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
@@ -28,13 +28,13 @@ COUNT = 12
 
 def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[Text]:
     texts = [Text.after(prompt) for prompt in prompts]
-    for _ in write(model, texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
+    for _ in write(predictor(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
         pass
     return texts
 
 
 def alone(model, prompt, **options) -> list[int]:
-    return [*prompt, *generate(model, prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
+    return [*prompt, *generate(predictor(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -55,7 +55,10 @@ def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
 def test_sampled_texts_follow_from_the_seed_and_their_place():
     model = build(LLAMA)
     texts = together(model, SAMPLED, seed=3)
-    assert texts[0].tokens == [*PROMPTS[0], *generate(model, PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3)]
+    assert texts[0].tokens == [
+        *PROMPTS[0],
+        *generate(predictor(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
+    ]
     others = together(model, SAMPLED, seed=3, prompts=([9, 9], [8], [7, 6, 5, 4, 3, 2, 1], [5, 99, 17, 3]))
     assert (others[1].tokens, others[3].tokens) == (texts[1].tokens, texts[3].tokens)
     assert texts[0].tokens != texts[3].tokens  # the same prompt at two places
@@ -65,7 +68,7 @@ def test_sampled_texts_follow_from_the_seed_and_their_place():
 def test_texts_end_at_the_last_position_each_for_itself():
     texts = together(build(GPT2), max_new_tokens=1000)
     assert {len(text.tokens) for text in texts} == {POSITIONS}
-    assert list(generate(build(GPT2), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
+    assert list(generate(predictor(build(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="48 tokens, the model 48 positions"):
         together(build(GPT2), prompts=([1], [1] * POSITIONS))
 
@@ -76,7 +79,9 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
     for count in (COUNT, 0):
         for text in together(model, max_new_tokens=count, top=3, use_cache=use_cache):
             assert text.written == count and len(text.scores) == len(text.tokens) - 1
-            expected = model.logits(batch_of_rows([text.tokens], 0, model.device)).detach()[:, 0].log_softmax(-1)
+            expected = (
+                model.logits(model.hidden(None, batch_of_rows([text.tokens], 0, model.device))).detach()[:, 0].log_softmax(-1)
+            )
             for place, score in enumerate(text.scores):
                 best, ids = expected[place].topk(3)
                 assert score.log_prob == pytest.approx(float(expected[place, text.tokens[place + 1]]), abs=1e-4)
@@ -88,7 +93,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
 def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
     model = build(LLAMA)
     whole = [score.log_prob for score in together(model, top=0)[2].scores]
-    monkeypatch.setattr("megatron.model.gpt.MOST_LOGITS", 3 * 127)
+    monkeypatch.setattr("megatron.inference.prediction.MAX_LOGITS", 3 * 127)
     assert [score.log_prob for score in together(model, top=0)[2].scores] == pytest.approx(whole, abs=1e-5)
     prompts = [PROMPTS[2]]
     assert [s.log_prob for s in together(model, top=0, prompts=prompts)[0].scores] == pytest.approx(whole, abs=1e-4)
@@ -113,7 +118,7 @@ def test_banned_tokens_and_a_falling_top_p():
 
 
 def last(search: BeamSearch, model, **options) -> list[Beam]:
-    *_, beams = search.run(model, PROMPTS[0], **{"max_new_tokens": 16, **options})
+    *_, beams = search.run(predictor(model), PROMPTS[0], **{"max_new_tokens": 16, **options})
     return beams
 
 

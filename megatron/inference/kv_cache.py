@@ -1,0 +1,37 @@
+"""The key-value cache: what generation keeps of the tokens so far, so that each is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens generated so far, for every layer: `[batch, groups, positions, head_dim]`."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; returns all of them. Memory grows by doubling."""
+        start, end = self.length, self.length + key.shape[2]
+        held = self._held.get(layer)
+        if held is None or held[0].shape[2] < end:
+            room = (*key.shape[:2], max(64, 2 * end), key.shape[3])
+            grown = key.new_empty(room), value.new_empty(room)
+            if held is not None:
+                for new, old in zip(grown, held, strict=True):
+                    new[:, :, :start] = old[:, :, :start]
+            held = self._held[layer] = grown
+        held[0][:, :, start:end] = key
+        held[1][:, :, start:end] = value
+        return held[0][:, :, :end], held[1][:, :, :end]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences of the batch, in this order; one may be taken several times."""
+        for layer, (key, value) in self._held.items():
+            chosen = torch.tensor(rows, device=key.device)
+            self._held[layer] = key.index_select(0, chosen), value.index_select(0, chosen)

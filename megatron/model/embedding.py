@@ -1,0 +1,39 @@
+"""Tokens to hidden states: words, learned positions and kinds of segment."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.model.block import HiddenDropout
+from megatron.parallel.embedding import VocabEmbedding, VocabShard
+from megatron.parallel.random import DropoutKeys
+from megatron.parallel.tensor_parallel import TensorParallel
+
+
+class Embedding(nn.Module):
+    """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word, learned position and kind of segment, then dropout."""
+
+    def __init__(self, config: ModelConfig, vocabulary: VocabShard, tp: TensorParallel, *, seed: int) -> None:
+        super().__init__()
+        hidden = config.size("hidden_size")
+        self.positions_here = tp.positions
+        self.dropout = HiddenDropout(seed, -1, "embedding", config.hidden_dropout)
+        self.word = VocabEmbedding(vocabulary, hidden, tp)
+        self.position: nn.Module | None = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position = nn.Module()
+            self.position.weight = tp.parameter(config.size("max_position_embeddings"), hidden, init="normal")
+        self.segment: nn.Module | None = None
+        if config.segment_kinds:
+            self.segment = nn.Module()
+            self.segment.weight = tp.parameter(config.segment_kinds, hidden, init="normal")
+
+    def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, keys: DropoutKeys | None) -> Tensor:
+        x: Tensor = self.word(tokens.t())  # [seq, batch, hidden]
+        here = self.positions_here(tokens.shape[1])
+        for table, numbers in ((self.position, positions), (self.segment, segments)):
+            if table is not None and numbers is not None:
+                x = x + nn.functional.embedding(numbers.t()[here], table.get_parameter("weight"))
+        dropped: Tensor = self.dropout(x, keys)
+        return dropped

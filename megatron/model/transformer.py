@@ -1,0 +1,144 @@
+"""The transformer: embedding, layers and final norm; the whole of it, or the slice that one pipeline stage owns.
+
+What reads the final hidden states, an output layer or other heads, is added by the models: `gpt.py`, `bert.py`,
+`task_heads.py`. By default GPT-2's form (pre-norm, GELU, learned positions). RMSNorm, SwiGLU, rotary positions, grouped
+queries and no biases are options; together they are the Llama family's form. Hidden states are `[seq, batch, hidden]`; where
+the sequence is cut between layers, `seq` is what is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config.schema import ModelConfig
+from megatron.contract import Batch, Loss, StagePart
+from megatron.model.attention import Attend, AttentionCache, Masks, bidirectional_attention, causal_attention, visible
+from megatron.model.block import Block
+from megatron.model.embedding import Embedding
+from megatron.model.norm import make_norm
+from megatron.model.rotary import Rotary
+from megatron.parallel.embedding import VocabShard, describe_copy
+from megatron.parallel.output import VocabOutput
+from megatron.parallel.random import DropoutKeys
+from megatron.parallel.recompute import Recompute
+from megatron.parallel.spec import name_parameters
+from megatron.parallel.tensor_parallel import TensorParallel
+
+
+class Transformer(nn.Module):
+    """The part of a model that `part` names. Parameters have global names, and are uninitialised until `initialize`.
+
+    A model says whether its attention is `causal`, builds its heads in `build_heads`, and gives their `loss`.
+    """
+
+    causal: bool
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        part: StagePart,
+        tp: TensorParallel,
+        *,
+        seed: int = 0,
+        attend: Attend | None = None,
+        recompute: Recompute | None = None,
+        word: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Build the part.
+
+        Args:
+            config: resolved, with vocab_size set.
+            part: the layers, and whether embedding and heads.
+            tp: how layers are cut.
+            seed: of the dropout masks.
+            attend: the core attention; plain unless given.
+            recompute: what is run again in the backward pass; nothing unless given.
+            word: the embedding's weight, for a tied output layer on a stage without the embedding, when both stages are held
+                by one process; elsewhere such a stage holds a copy.
+            dtype: of the parameters.
+            device: of the parameters.
+        """
+        super().__init__()
+        self.config, self.part, self.tp, self.seed = config, part, tp, seed
+        self.dtype, self.device = dtype, torch.device(device)
+        self.recompute = recompute or Recompute()
+        attend = self.recompute.attention(attend or (causal_attention if self.causal else bidirectional_attention))
+        self.vocabulary = VocabShard.of(config.size("vocab_size"), tp.axis, config.make_vocab_size_divisible_by)
+        with torch.device(device):
+            self.embedding: Embedding | None = None
+            if part.embedding:
+                self.embedding = Embedding(config, self.vocabulary, tp, seed=seed)
+                if config.tied and not part.head:
+                    describe_copy(self.embedding.word.weight)
+            self.layers = nn.ModuleDict({str(i): Block(config, i, tp, attend, seed=seed) for i in part.layers})
+            self.final_norm = make_norm(config, tp) if part.head else None
+            self.build_heads(word if self.embedding is None else self.embedding.word.weight)
+        self.to(dtype)
+        name_parameters(self)
+
+    @abstractmethod
+    def build_heads(self, word: nn.Parameter | None) -> None:
+        """Add what reads the final hidden states, where `part.head`; None for each elsewhere.
+
+        word: the embedding's weight, where this process holds it.
+        """
+
+    @abstractmethod
+    def loss(self, x: Tensor, batch: Batch) -> Loss:
+        """Return the loss of the final hidden states."""
+
+    def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
+        """Hidden states in (None on the first stage); hidden states out, or the loss where the head is."""
+        x = self.hidden(x, batch)
+        return self.loss(x, batch) if self.part.head else x
+
+    def hidden(self, x: Tensor | None, batch: Batch, cache: AttentionCache | None = None) -> Tensor:
+        """Go through embedding, layers and final norm, as far as this part has them.
+
+        Args:
+            x: hidden states of the stage before; None where the embedding is.
+            batch: the micro-batch; with a cache its new tokens alone, at their true positions.
+            cache: keys and values of the tokens before.
+        """
+        config, keys = self.config, self._dropout_keys(batch)
+        if self.embedding is not None:
+            x = self.embedding(batch.tokens, batch.positions, batch.segments, keys)
+        if x is None:
+            raise ValueError("a stage without the embedding needs hidden states")
+        rotary = None
+        if config.position_embedding_type == "rope":
+            width, interleaved = config.size("kv_channels"), config.rotary_interleaved
+            rotary = Rotary.at(batch.positions, width, config.rotary_percent, config.rotary_base, interleaved)
+        probability, fused = config.attention_dropout, config.fused_attention_dropout
+        masks = Masks(visible(batch, causal=self.causal), probability, keys, fused, batch.documents)
+        blocks = list(self.layers.values())
+        x = self.recompute.through(blocks, lambda block, x: block(x, masks, keys, rotary, cache), x)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """Return the shape of the hidden states between stages, as they are here."""
+        rows, seq = batch.tokens.shape
+        return len(range(seq)[self.tp.positions(seq)]), rows, self.config.size("hidden_size")
+
+    def build_output(self, word: nn.Parameter | None) -> VocabOutput | None:
+        """Return the output layer where this part has it, without a matrix of its own where it is tied to `word`."""
+        config, part = self.config, self.part
+        if not (part.head and config.predicts_words):
+            return None
+        output = VocabOutput(self.vocabulary, config.size("hidden_size"), self.tp, tied=word if config.tied else None)
+        if config.tied and output.weight is not None:
+            describe_copy(output.weight)
+        return output
+
+    def _dropout_keys(self, batch: Batch) -> DropoutKeys | None:
+        """The tokens' random identities; None where nothing is dropped."""
+        if not self.training or max(self.config.hidden_dropout, self.config.attention_dropout) == 0.0:
+            return None
+        seq = batch.tokens.shape[1]
+        places = torch.arange(seq, device=batch.tokens.device) if batch.places is None else batch.places
+        return DropoutKeys.of(self.seed, batch.samples, places, self.tp.positions(seq))
