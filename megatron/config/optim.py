@@ -9,16 +9,18 @@ from importlib.util import find_spec
 from megatron.config.batch import BatchConfig
 from megatron.config.check import ConfigCheck, Rules, exclusive, missing, needs
 from megatron.config.errors import Problem
+from megatron.config.optimizers import ADAMW, OPTIMIZERS, update_rules
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, PROBABILITY, option
 
 KERNEL = "optim.adam_kernel"
+OPTIMIZER = "optim.optimizer"
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=("adam", "sgd"))
+    optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=tuple(OPTIMIZERS))
     lr: float | None = option(None, "peak learning rate", legal=NOT_NEGATIVE)
     min_lr: float = option(0.0, "floor of the learning rate", legal=NOT_NEGATIVE)
     decoupled_lr: float | None = option(
@@ -158,12 +160,22 @@ def weight_decay_growth(c: ConfigCheck) -> Iterator[Problem]:
         yield Problem(spoken, f"cannot go with {style}", "--weight-decay-incr-style linear or cosine")
 
 
+def optimizer_package(c: ConfigCheck) -> Iterator[Problem]:
+    """An optimizer of another package can be loaded."""
+    if OPTIMIZER in c.invalid:
+        return
+    try:
+        update_rules(c[OPTIMIZER])
+    except ValueError as error:
+        yield Problem(c.flag_text(OPTIMIZER), str(error))
+
+
 def adam_kernel(c: ConfigCheck) -> Iterator[Problem]:
     """A kernel is there, and belongs to the optimizer that runs."""
-    if KERNEL in c.invalid or not c.is_set(KERNEL):
+    if KERNEL in c.invalid or not c.is_set(KERNEL) or OPTIMIZER in c.invalid or any(optimizer_package(c)):
         return
-    if c["optim.optimizer"] != "adam":
-        yield Problem(c.flag_text(KERNEL), f"cannot go with {c.flag_text('optim.optimizer')}", "--optimizer adam")
+    if ADAMW not in update_rules(c[OPTIMIZER]):
+        yield Problem(c.flag_text(KERNEL), f"cannot go with {c.flag_text(OPTIMIZER)}", "--optimizer adam")
     elif c[KERNEL] == "apex" and not c.planning and find_spec("apex") is None:
         yield Problem(c.flag_text(KERNEL), "needs apex, which is not installed", "fused, foreach")
 
@@ -222,8 +234,8 @@ def remarks(c: ConfigCheck) -> Iterator[str]:
 
 RULES = Rules(
     every_run=(
-        *(learning_rate_given, warm_up, learning_rates, weight_decay_growth, optim_companions, adam_kernel),
-        *(wsd_phases, warm_up_begin, decoupled_rates),
+        *(learning_rate_given, warm_up, learning_rates, weight_decay_growth, optim_companions),
+        *(optimizer_package, adam_kernel, wsd_phases, warm_up_begin, decoupled_rates),
     ),
     pretraining=(one_unit,),
     remarks=(remarks,),

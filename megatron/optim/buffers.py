@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron.config.optimizers import rule_for
 from megatron.mesh.grid import within_stage
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.sharding import owned, param_ranges, rectangles
@@ -76,6 +77,17 @@ class FlatBuffer:
         for each in param_ranges(self.bucket.offsets, sizes, self.own):
             values = own[each.place : each.place + each.high - each.low]  # [high - low]
             yield self.parameters[each.member], each.low, values
+
+    def whole_params(self, own: Tensor) -> Iterator[tuple[ParamSpec, Tensor]]:
+        """Yield the parameters in a tensor of this rank's slice `[own]`, each with its values in the shape of its part.
+
+        ValueError where the slice cuts one: those of a rule that needs them whole are laid out so that none is.
+        """
+        for p, _, values in self.param_ranges(own):
+            spec = spec_of(p)
+            if values.numel() != prod(spec.part.shape):
+                raise ValueError(f"this rank's slice cuts {spec.name}, which its optimizer needs whole")
+            yield spec, values.view(spec.part.shape)
 
     def shards(self, own: Tensor, prefix: str = "") -> Iterator[Shard]:
         """Yield a tensor of this rank's slice `[own]` as a checkpoint sees it: rectangles of the parameters, as views."""
@@ -141,6 +153,7 @@ def flat_buffers(
     *,
     sharded: bool = False,
     grad_dtype: torch.dtype = torch.float32,
+    optimizer: str = "adam",
 ) -> list[FlatBuffer]:
     """Lay all parameters into buckets, in the order in which the backward pass completes them.
 
@@ -150,15 +163,18 @@ def flat_buffers(
         mesh: knows the axes that the parameters' specs name; None: this rank is alone on all of them.
         sharded: whether each rank of a bucket's data axis owns a slice of it.
         grad_dtype: of the gradients, fp32 or the parameters' own.
+        optimizer: which will update them.
 
     Returns:
-        The buckets. Parameters of one bucket have one dtype, one data axis, one rate and one weight decay.
+        The buckets. Parameters of one bucket have one dtype, one data axis, one rate, one weight decay and one rule of update.
     """
     held, find = list(parameters), Axis.alone if mesh is None else mesh.axis
-    kinds = [(p.dtype, bucket_kind(spec_of(p))) for p in held]
+    rules = [rule_for(optimizer, spec_of(p).name, spec_of(p).shape) for p in held]
+    kinds = [(p.dtype, rule, bucket_kind(spec_of(p))) for p, rule in zip(held, rules, strict=True)]
     axes = {kind: find(spec_of(p).data_axis) for p, kind in zip(held, kinds, strict=True)}
     shards = {kind: axis.size if sharded else 1 for kind, axis in axes.items()}
-    found = buckets([p.numel() for p in held], kinds, limit, shards)
+    whole = {kind for kind, rule in zip(kinds, rules, strict=True) if rule.whole}
+    found = buckets([p.numel() for p in held], kinds, limit, shards, whole)
     return [
         FlatBuffer(
             [held[i] for i in bucket.members], bucket, axes[kinds[bucket.members[0]]], sharded=sharded, grad_dtype=grad_dtype
@@ -168,7 +184,7 @@ def flat_buffers(
 
 
 def bucket_kind(spec: ParamSpec) -> Hashable:
-    """Return what parameters of one bucket have in common, beside their dtype.
+    """Return what parameters of one bucket have in common, beside dtype and rule of update.
 
     Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
     several stages share a tied matrix alone, so its copies have a bucket of their own.

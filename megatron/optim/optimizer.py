@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.config.optimizers import rule_for
 from megatron.config.schema import OptimConfig
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
@@ -41,7 +42,9 @@ class UpdateReport:
 
 
 class Optimizer:
-    """AdamW or SGD over flat buffers, with fp32 state. Knows no model: parameters tell what they need by their spec.
+    """An optimizer of `config/optimizers.py` over flat buffers, with fp32 state.
+
+    It knows no model and no axis: parameters tell what they need by their spec.
 
     overlap_grad_reduce: sum gradients over data-parallel ranks while the backward passes run (see `GradReducer`).
     overlap_param_gather: `step` returns before the other ranks' weights are here; who reads weights calls
@@ -63,12 +66,20 @@ class Optimizer:
         self.log_zeros, self.log_params_norm = log_zeros, log_params_norm
         self.reducer = GradReducer(self.buffers, overlap=overlap_grad_reduce)
         self.gatherer = ParamGatherer(self.buffers, overlap=overlap_param_gather)
-        specs = [spec_of(buffer.parameters[0]) for buffer in self.buffers]
-        pairs = zip(self.buffers, specs, strict=True)
-        self.update = ShardedUpdate(config, [Target(b.main, spec.decay, spec.decoupled) for b, spec in pairs])
+        self.update = ShardedUpdate(config, [self._target(buffer) for buffer in self.buffers])
         self._grads = LocalTensors.from_slices(self.buffers, [buffer.own_grads for buffer in self.buffers], mesh)
         self._copies = list(self._gradients_of_copies())
         self._mains = LocalTensors.from_slices(self.buffers, [buffer.main for buffer in self.buffers], mesh)
+
+    def _target(self, buffer: FlatBuffer) -> Target:
+        """Return this rank's slice of a bucket as `update` sees it. ValueError when its parameters follow several rules."""
+        specs = [spec_of(p) for p in buffer.parameters]
+        rules = {rule_for(self.config.optimizer, spec.name, spec.shape) for spec in specs}
+        if len(rules) > 1:
+            raise ValueError(f"a bucket was not laid out for the optimizer {self.config.optimizer}: it has {len(rules)} rules")
+        (rule,) = rules
+        decay, decoupled = specs[0].decay, specs[0].decoupled
+        return Target(buffer.main, decay, decoupled, rule.method, buffer.whole_params, self.mesh.axis)
 
     def zero(self, micro_batches: int | None = None) -> None:
         """Zero the gradient buffers. micro_batches: of the step that begins, for --overlap-grad-reduce."""

@@ -2,11 +2,12 @@
 
 What differs between them is said here and nowhere else: who divides the gradient, where the number of steps is kept, and
 what a moment is called. torch's are called as functions: its optimizer classes import the compiler, seconds for each process.
+Which method updates a target is a rule of `config/optimizers.py`; other packages' rules bring methods of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -16,32 +17,57 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from megatron.config.optimizers import ADAMW
 from megatron.config.schema import OptimConfig
+from megatron.mesh.mesh import Axis
+from megatron.parallel.collectives import all_reduce
+from megatron.parallel.spec import ParamSpec
+
+
+def no_params(own: Tensor) -> Iterator[tuple[ParamSpec, Tensor]]:
+    """Yield nothing: of a tensor in which no parameters are known."""
+    return iter(())
 
 
 @dataclass(frozen=True)
 class Target:
-    """An fp32 tensor to update.
+    """A flat fp32 tensor to update: main weights of several parameters, or this rank's slice of them, `[own]`.
 
     decay: whether weight decay reaches it. decoupled: whether it has the rate of the embedding and output layer, where they
-    have one of their own.
+    have one of their own. method: `module:function` that makes what updates it. whole_params: yields the parameters in a tensor
+    `[own]`, as views in the shapes of their parts. axis: the axis that a spec names.
     """
 
     main: Tensor
     decay: bool
     decoupled: bool = False
+    method: str = ADAMW.method
+    whole_params: Callable[[Tensor], Iterator[tuple[ParamSpec, Tensor]]] = no_params
+    axis: Callable[[str], Axis] = Axis.alone
+
+    def join(self, spec: ParamSpec, part: Tensor) -> Tensor:
+        """Return the whole tensor of `spec.shape`, given each rank's part of it. Collective over the axes that split it."""
+        whole = part.new_zeros(spec.shape)
+        whole[spec.part.slices] = part
+        for name in sorted(spec.split_over):
+            whole = all_reduce(whole, self.axis(name))
+        return whole
 
 
 @dataclass(frozen=True)
-class _Factor:
+class Factor:
     """What the gradients of a step are multiplied with: a number, and its inverse where torch's fused kernels take it."""
 
     value: float = 1.0
     inverse: Tensor | None = None
 
 
-class _Method(Protocol):
-    """One optimizer of one tensor. state: its moments by name, there from the beginning. steps: updates so far."""
+class Method(Protocol):
+    """One optimizer of one target.
+
+    state: its moments by name, fp32 `[own]`, there from the beginning; a checkpoint fills them in place. steps: updates so far,
+    0 where the method does not count them.
+    """
 
     state: dict[str, Tensor]
 
@@ -51,7 +77,9 @@ class _Method(Protocol):
     @steps.setter
     def steps(self, count: int) -> None: ...
 
-    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None: ...
+    def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
+        """Update the target. grad: `[own]`, to be multiplied with `factor`, in place or as it is read."""
+        ...
 
 
 class ShardedUpdate:
@@ -63,8 +91,8 @@ class ShardedUpdate:
 
     def __init__(self, config: OptimConfig, targets: Iterable[Target]) -> None:
         self._targets = list(targets)
-        self._methods = [_method(config, target.main) for target in self._targets]
-        self._factor, self._rates, self._weight_decay = _Factor(), (0.0, 0.0), 0.0
+        self._methods = [make_method(config, target) for target in self._targets]
+        self._factor, self._rates, self._weight_decay = Factor(), (0.0, 0.0), 0.0
 
     def begin(self, rates: tuple[float, float], *, weight_decay: float, multiplier: float) -> None:
         """Say what the updates of this step have.
@@ -74,10 +102,10 @@ class ShardedUpdate:
             weight_decay: of the targets that decay.
             multiplier: of all gradients.
         """
-        self._rates, self._weight_decay, self._factor = rates, weight_decay, _Factor()
+        self._rates, self._weight_decay, self._factor = rates, weight_decay, Factor()
         if multiplier != 1.0:
             device = self._targets[0].main.device
-            self._factor = _Factor(multiplier, torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device))
+            self._factor = Factor(multiplier, torch.tensor(1.0 / multiplier, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def step(self, number: int, grad: Tensor) -> None:
@@ -92,8 +120,8 @@ class ShardedUpdate:
 
     @property
     def steps(self) -> int:
-        """Updates made so far; 0 where the method does not count them."""
-        return self._methods[0].steps
+        """Updates made so far; 0 where no method counts them."""
+        return max(method.steps for method in self._methods)
 
     @steps.setter
     def steps(self, count: int) -> None:
@@ -101,10 +129,21 @@ class ShardedUpdate:
             method.steps = count
 
 
-def _method(config: OptimConfig, main: Tensor) -> _Method:
-    if config.optimizer == "sgd":
-        return _SGD(config, main)
-    return _ApexAdam(config, main) if config.adam_kernel == "apex" else _AdamW(config, main)
+def make_method(config: OptimConfig, target: Target) -> Method:
+    """Make what updates a target: import the function that its rule names, and call it."""
+    module, _, function = target.method.partition(":")
+    method: Method = getattr(import_module(module), function)(config, target)
+    return method
+
+
+def adamw_method(config: OptimConfig, target: Target) -> Method:
+    """Make the AdamW of the kernel that is asked for."""
+    return _ApexAdam(config, target.main) if config.adam_kernel == "apex" else _AdamW(config, target.main)
+
+
+def sgd_method(config: OptimConfig, target: Target) -> Method:
+    """Make SGD with momentum."""
+    return _SGD(config, target.main)
 
 
 class _AdamW:
@@ -116,7 +155,7 @@ class _AdamW:
         self.state = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
         self._count = torch.zeros((), device=main.device)
 
-    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+    def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
         if not self._fused and factor.inverse is not None:
             grad.mul_(factor.value)
         adamw(
@@ -142,7 +181,7 @@ class _SGD:
         self._main, self._momentum = main, config.sgd_momentum
         self.state = {"momentum_buffer": torch.zeros_like(main)}
 
-    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+    def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
         sgd(
             [self._main], [grad], [self.state["momentum_buffer"]], fused=True, foreach=False, grad_scale=factor.inverse,
             momentum=self._momentum, dampening=0.0, nesterov=False, maximize=False, lr=lr, weight_decay=weight_decay,
@@ -169,7 +208,7 @@ class _ApexAdam:
         self.state = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
         self._optimizer.state[self._main].update(self.state)
 
-    def step(self, grad: Tensor, factor: _Factor, *, lr: float, weight_decay: float) -> None:
+    def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
         if factor.inverse is not None:
             grad.mul_(factor.value)
         self._optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)

@@ -7,7 +7,7 @@ the buffers of `optim/buffers.py` both read the places off here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ def buckets(
     kinds: Sequence[Hashable],
     limit: int | None = None,
     shards: int | Mapping[Any, int] = 1,
+    whole: Collection[Hashable] = (),
 ) -> list[Bucket]:
     """Return the buckets of a rank's parameters, in the order in which the backward pass completes them.
 
@@ -39,19 +40,27 @@ def buckets(
         kinds: of each parameter; those of different kinds never share a bucket.
         limit: elements that a bucket should not exceed; a larger parameter has one of its own.
         shards: ranks that each own a slice of a bucket, of every one or by its kind.
+        whole: kinds whose parameters no slice may cut. Where ranks own slices, all of such a kind share one bucket, since
+            one with fewer parameters than ranks would be padding for the most part; and they lie where there is most room.
     """
+    share = shards if isinstance(shards, Mapping) else dict.fromkeys(kinds, shards)
+    shared_out = {kind for kind in whole if share.get(kind, 1) > 1}
     filling: dict[Hashable, list[int]] = {}
     done: list[list[int]] = []
     for number in reversed(range(len(sizes))):
         kind = kinds[number]
         held = filling.get(kind, [])
-        if held and limit is not None and sum(aligned(sizes[i]) for i in [*held, number]) > limit:
+        if held and limit is not None and kind not in shared_out and sum(aligned(sizes[i]) for i in [*held, number]) > limit:
             done.append(held)
             held = []
         filling[kind] = [*held, number]
     done += filling.values()
-    share = shards if isinstance(shards, Mapping) else dict.fromkeys(kinds, shards)
-    return [_laid_out(members, sizes, share[kinds[members[0]]]) for members in sorted(done, key=lambda members: -members[-1])]
+    found = []
+    for members in sorted(done, key=lambda members: -members[-1]):
+        kind = kinds[members[0]]
+        lay_out = _laid_out_whole if kind in shared_out else _laid_out
+        found.append(lay_out(members, sizes, share[kind]))
+    return found
 
 
 def aligned(size: int, step: int = ALIGN) -> int:
@@ -65,3 +74,21 @@ def _laid_out(members: Sequence[int], sizes: Sequence[int], shards: int) -> Buck
         offsets.append(length)
         length += aligned(sizes[number])
     return Bucket(tuple(members), tuple(offsets), aligned(length, ALIGN * shards))
+
+
+def _laid_out_whole(members: Sequence[int], sizes: Sequence[int], shards: int) -> Bucket:
+    """Give each parameter to one slice, the largest first and each to the emptiest; all slices are as long as the fullest."""
+    held: list[list[int]] = [[] for _ in range(shards)]
+    filled = [0] * shards
+    for number in sorted(members, key=lambda number: -sizes[number]):
+        shard = filled.index(min(filled))
+        held[shard].append(number)
+        filled[shard] += aligned(sizes[number])
+    numbers, offsets = [], []
+    for shard, own in enumerate(held):
+        offset = shard * max(filled)
+        for number in own:
+            numbers.append(number)
+            offsets.append(offset)
+            offset += aligned(sizes[number])
+    return Bucket(tuple(numbers), tuple(offsets), max(filled) * shards)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from megatron.config.optimizers import rule_for
 from megatron.config.schema import MemoryConfig, ModelConfig
 from megatron.contract import StagePart
 from megatron.plan.state_size import StateBytes, state_bytes
@@ -110,11 +111,29 @@ def parameters(model: ModelConfig, vocab: int, stage: StagePart | None = None) -
     return sum(p.count for p in parameter_list(model, vocab, stage))
 
 
-def state_of(model: ModelConfig, own: Iterable[ParameterSize], tp: int, *, copies: bool = False, **how: Any) -> StateBytes:
-    """Of the parameters `own` on one rank. copies: another stage holds the tied matrix too. how: as for `state_bytes`."""
+def state_of(
+    model: ModelConfig,
+    own: Iterable[ParameterSize],
+    tp: int,
+    *,
+    copies: bool = False,
+    optimizer: str = "adam",
+    **how: Any,
+) -> StateBytes:
+    """Return the bytes of the parameters `own` on one rank.
+
+    Args:
+        model: resolved.
+        own: the parameters.
+        tp: the tensor-parallel size.
+        copies: whether another stage holds the tied matrix too.
+        optimizer: its name.
+        how: as for `state_bytes`.
+    """
     listed = list(own)
     kinds = [(len(p.shape) > 1, copies and p.name == "embedding.word.weight") for p in listed]  # vectors do not decay
-    return state_bytes([p.local(model, tp) for p in listed], kinds, **how)
+    rules = [rule_for(optimizer, p.name, p.shape) for p in listed]
+    return state_bytes([p.local(model, tp) for p in listed], kinds, rules=rules, **how)
 
 
 @dataclass(frozen=True)
@@ -160,8 +179,8 @@ def memory_per_rank(
     stages = stages or [StagePart(range(model.size("num_layers")))]
     own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
     copies = model.tied and any(s.embedding != s.head for s in stages)
-    how = dict(two_bytes=bf16, optimizer=optimizer, bucket=bucket, shards=shards, bf16_gradients=bf16_gradients)
-    state = state_of(model, own.values(), tp, copies=copies, **how)
+    how = dict(two_bytes=bf16, bucket=bucket, shards=shards, bf16_gradients=bf16_gradients)
+    state = state_of(model, own.values(), tp, copies=copies, optimizer=optimizer, **how)
     counted = [
         activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting, memory, cp, halfway)
         for stage, waiting, halfway in zip(stages, in_flight or [1] * len(stages), split or [0] * len(stages), strict=True)

@@ -1,7 +1,8 @@
 """Bytes of weights, gradients and optimizer state on one rank: exact for `optim/buffers.py`. Pure arithmetic.
 
 With d ranks that own a slice each, a parameter takes 6 + 12 / d bytes where the model computes in 16 bit, 8 + 8 / d in fp32:
-weights and fp32 gradients whole; of the slice fp32 main weights (the weights themselves in an fp32 run) and two fp32 moments.
+weights and fp32 gradients whole; of the slice fp32 main weights (the weights themselves in an fp32 run) and AdamW's two fp32
+moments. Another rule of `config/optimizers.py` keeps as many as it says.
 With bf16 gradients it takes 4 + 12 / d. Then the update makes an fp32 copy of the slice's gradients, one bucket after the
 other, when activations are gone already: it is not counted.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from megatron.config.optimizers import ADAMW, UpdateRule
 from megatron.parallel.buckets import buckets
 
 
@@ -28,20 +30,30 @@ def state_bytes(
     kinds: Sequence[Hashable],
     *,
     two_bytes: bool,
-    optimizer: str = "adam",
+    rules: Sequence[UpdateRule] | None = None,
     bucket: int | None = None,
     shards: int = 1,
     bf16_gradients: bool = False,
 ) -> StateBytes:
-    """sizes, kinds: of a rank's parameters, as for `parallel.buckets.buckets`. two_bytes: the model computes in 16 bit.
+    """Return the bytes that one rank keeps for its parameters.
 
-    optimizer: adam has two moments, sgd one. bucket: --ddp-bucket-size. shards: ranks that own a slice each.
-    bf16_gradients: they are accumulated and reduced in bf16.
+    Args:
+        sizes: elements of each parameter, as for `parallel.buckets.buckets`.
+        kinds: of each parameter, beside its rule.
+        two_bytes: whether the model computes in 16 bit.
+        rules: how each parameter is updated; None: all by AdamW.
+        bucket: --ddp-bucket-size.
+        shards: ranks that own a slice each.
+        bf16_gradients: whether gradients are accumulated and reduced in bf16.
     """
-    held = sum(b.length for b in buckets(sizes, kinds, bucket, shards))
+    rules = [ADAMW] * len(sizes) if rules is None else rules
+    full_kinds = list(zip(kinds, rules, strict=True))
+    whole = {(kind, rule) for kind, rule in full_kinds if rule.whole}
+    found = buckets(sizes, full_kinds, bucket, shards, whole)
+    held = sum(b.length for b in found)
     own = held // shards
     return StateBytes(
         weights=2 * held + 4 * own if two_bytes else 4 * held,
         gradients=(2 if bf16_gradients else 4) * held,
-        optimizer=own * (8 if optimizer == "adam" else 4),
+        optimizer=sum(4 * rules[b.members[0]].moments * (b.length // shards) for b in found),
     )

@@ -36,8 +36,15 @@ def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]
         layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
         ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
         count, local = sum(p.count for p in own), sum(p.local(model, grid.tp) for p in own)
-        weights = size.state_of(model, own, grid.tp, two_bytes=config.precision.two_bytes, shards=shards(config, grid)).weights
-        yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {weights:>16,}"
+        state = size.state_of(
+            model,
+            own,
+            grid.tp,
+            optimizer=config.optim.optimizer,
+            two_bytes=config.precision.two_bytes,
+            shards=shards(config, grid),
+        )
+        yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {state.weights:>16,}"
 
 
 def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:

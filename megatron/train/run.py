@@ -148,8 +148,14 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
     if decoupled:
         for p in parameters:
             describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
-    sharded, grad_dtype = config.layout.use_distributed_optimizer, Precision.of(config.precision).gradients
-    buffers = flat_buffers(parameters, config.layout.ddp_bucket_size, mesh, sharded=sharded, grad_dtype=grad_dtype)
+    buffers = flat_buffers(
+        parameters,
+        config.layout.ddp_bucket_size,
+        mesh,
+        sharded=config.layout.use_distributed_optimizer,
+        grad_dtype=Precision.of(config.precision).gradients,
+        optimizer=config.optim.optimizer,
+    )
     for buffer in buffers:
         specs, whole = (spec_of(p) for p in buffer.parameters), buffer.staging_tensor()
         fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)

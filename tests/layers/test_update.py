@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.config.optimizers import update_rules
 from megatron.config.schema import OptimConfig
 from megatron.optim.update import ShardedUpdate, Target
 
@@ -37,7 +38,9 @@ def test_it_is_torchs_own(name: str, multiplier: float) -> None:
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in begun]
     reference = of_torch(config, list(expected))
     mains = [tensor.clone() for tensor in begun]
-    update = ShardedUpdate(config, [Target(mains[0], decay=True), Target(mains[1], decay=False, decoupled=True)])
+    (rule,) = update_rules(config.optimizer)
+    targets = [Target(mains[0], True, method=rule.method), Target(mains[1], False, decoupled=True, method=rule.method)]
+    update = ShardedUpdate(config, targets)
     for _ in range(4):
         gradients = [torch.randn(tensor.shape, generator=draw) for tensor in begun]
         for parameter, gradient in zip(expected, gradients, strict=True):
@@ -61,6 +64,7 @@ def test_a_step_imports_no_compiler(kernel: str) -> None:
     program = f"""
 import sys
 from reference import GPT2, Setting, trajectory
+from megatron.config.optimizers import update_rules
 from megatron.config.schema import OptimConfig
 trajectory(Setting(GPT2, optim=OptimConfig(lr=1e-2, adam_kernel="{kernel}")), 1)
 sys.exit(" ".join({{"torch._dynamo", "sympy"}} & sys.modules.keys()) or 0)

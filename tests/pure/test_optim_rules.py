@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from legal_run import problems
 
-from megatron.config import optim
+from megatron.config import optim, optimizers
 from megatron.config.layout import param_gather
 from megatron.config.rules import PRETRAINING_RULES
 
@@ -38,7 +38,18 @@ def test_each_mistake_has_one_message(monkeypatch: pytest.MonkeyPatch, rule: str
 
 def test_every_rule_is_tested_and_in_force() -> None:
     assert {r.__name__ for r in (param_gather, optim.adam_kernel)} == {rule for rule, _, _ in CASES}
-    assert {param_gather, optim.adam_kernel} <= set(PRETRAINING_RULES)
+    assert {param_gather, optim.adam_kernel, optim.optimizer_package} <= set(PRETRAINING_RULES)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [("gone:RULES", "cannot be loaded: No module named 'gone'"), ("math:pi", "is no tuple of UpdateRule")]
+)
+@pytest.mark.parametrize("kernel", ["", " --adam-kernel foreach"])
+def test_optimizer_package(monkeypatch: pytest.MonkeyPatch, value: str, why: str, kernel: str) -> None:
+    """An installed package whose entry point does not hold what it says: once, whatever else is asked of the optimizer."""
+    entry = optimizers.EntryPoint("sgd", value, optimizers.GROUP)
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", {**optimizers.OPTIMIZERS, "sgd": entry})
+    assert problems("--optimizer sgd" + kernel) == [f"`--optimizer sgd` needs {value}, which {why}"]
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
 
+from megatron.config.optimizers import SGD
 from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import ALIGN, aligned, buckets
 from megatron.plan.state_size import state_bytes
@@ -96,6 +97,31 @@ def test_slices_share_a_bucket_without_gap_or_overlap() -> None:
         assert seen == sorted(set(seen)) and len(seen) == sum(inside)
 
 
+def test_parameters_that_must_stay_whole_are_cut_by_no_slice() -> None:
+    draw = random.Random(5)
+    for _ in range(200):
+        sizes = [draw.randint(1, 900) for _ in range(draw.randint(1, 12))]
+        kinds = [draw.choice("ab") for _ in sizes]
+        limit, shards = draw.choice([None, 1, 1000]), draw.choice([1, 2, 3, 4])
+        plain, found = buckets(sizes, kinds, limit, shards), buckets(sizes, kinds, limit, shards, whole="a")
+        if shards == 1:
+            assert found == plain
+            continue
+        assert [b for b in found if kinds[b.members[0]] == "b"] == [b for b in plain if kinds[b.members[0]] == "b"]
+        assert sorted(i for b in found for i in b.members) == list(range(len(sizes)))
+        matrices = [b for b in found if kinds[b.members[0]] == "a"]
+        assert len(matrices) == ("a" in kinds)
+        for bucket in matrices:
+            share = bucket.length // shards
+            assert bucket.length == share * shards and share % ALIGN == 0
+            places = [(o, o + sizes[i]) for i, o in zip(bucket.members, bucket.offsets, strict=True)]
+            assert all(o % ALIGN == 0 and o // share == (end - 1) // share for o, end in places)
+            assert all(end <= o for (_, end), (o, _) in pairwise(places))
+            # No slice is longer than an even share and the largest parameter.
+            filled = [aligned(sizes[i]) for i in bucket.members]
+            assert share <= sum(filled) / shards + max(filled)
+
+
 def test_ranks_that_cannot_share_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="130 elements do not divide over 4 ranks"):
         owned(130, 4, 0)
@@ -110,5 +136,5 @@ def test_bytes_of_a_parameter(shards: int) -> None:
         assert state.weights + state.gradients + state.optimizer == count * each
     half = state_bytes([count], [0], two_bytes=True, shards=shards, bf16_gradients=True)
     assert half.weights + half.gradients + half.optimizer == count * (4 + 12 / shards)
-    sgd = state_bytes([count], [0], two_bytes=True, optimizer="sgd", shards=shards)
+    sgd = state_bytes([count], [0], two_bytes=True, rules=[SGD], shards=shards)
     assert sgd.optimizer * 2 == state_bytes([count], [0], two_bytes=True, shards=shards).optimizer

@@ -1,0 +1,83 @@
+"""The optimizers that a run can have: rules of update, chosen by a parameter's name and shape. Imports no torch.
+
+An optimizer is a row of `OWN`: rules, of which each parameter follows the first that applies to it. A rule says which
+code updates (a function of another file, imported when a run is built) and how much that code keeps, so configuration, memory
+plan, optimizer and checkpoints follow from the row alone.
+
+A package outside this one adds an optimizer by an entry point of the group `megatron.optimizers`, in its pyproject.toml:
+
+    [project.entry-points."megatron.optimizers"]
+    muon = "my_package.muon:RULES"
+
+RULES is such a tuple of rules. The package is imported only where the optimizer is used, and cannot take the
+name of one of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+
+GROUP = "megatron.optimizers"
+
+
+def every_parameter(name: str, shape: tuple[int, ...]) -> bool:
+    """Return True: the default of `UpdateRule.applies`."""
+    return True
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """How an optimizer updates some of the parameters.
+
+    method: `module:function`; the function makes a `megatron.optim.update.Method` from an OptimConfig and a `Target`.
+    moments: tensors that the method keeps for each target, as long as it is and fp32.
+    applies: whether a parameter of this global name and whole shape follows the rule.
+    whole: whether the method needs each parameter whole, so that a rank's slice of the state must not cut one.
+    """
+
+    method: str
+    moments: int
+    applies: Callable[[str, tuple[int, ...]], bool] = every_parameter
+    whole: bool = False
+
+
+ADAMW = UpdateRule("megatron.optim.update:adamw_method", moments=2)
+SGD = UpdateRule("megatron.optim.update:sgd_method", moments=1)
+
+OWN: Mapping[str, tuple[UpdateRule, ...]] = MappingProxyType({"adam": (ADAMW,), "sgd": (SGD,)})
+OPTIMIZERS: Mapping[str, tuple[UpdateRule, ...] | EntryPoint] = MappingProxyType(
+    {**OWN, **{found.name: found for found in entry_points(group=GROUP) if found.name not in OWN}}
+)
+
+
+def update_rules(optimizer: str) -> tuple[UpdateRule, ...]:
+    """Return the rules of an optimizer. ValueError when it is unknown, or its package does not hold what it should."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer}; known are {', '.join(OPTIMIZERS)}")
+    found = OPTIMIZERS[optimizer]
+    if isinstance(found, tuple):
+        return found
+    try:
+        rules = found.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"needs {found.value}, which cannot be loaded: {error}") from error
+    if not isinstance(rules, tuple) or not all(isinstance(rule, UpdateRule) for rule in rules):
+        raise ValueError(f"needs {found.value}, which is no tuple of UpdateRule")
+    return rules
+
+
+def rule_for(optimizer: str, name: str, shape: tuple[int, ...]) -> UpdateRule:
+    """Return the rule of an optimizer that a parameter follows. ValueError when none applies.
+
+    Args:
+        optimizer: a name in `OPTIMIZERS`.
+        name: the parameter's global name.
+        shape: its whole shape.
+    """
+    for rule in update_rules(optimizer):
+        if rule.applies(name, shape):
+            return rule
+    raise ValueError(f"no rule of the optimizer {optimizer} applies to {name} {list(shape)}")
