@@ -19,6 +19,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 # A shell starts what runs in its background deaf to interrupts, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start what forks the tests' processes, once for all workers, which have its name in their environment."""
+    if not hasattr(config, "workerinput"):
+        from warm_start import Warm
+
+        config.add_cleanup(Warm().end)
+
+
 # Files that take a minute or more begin first, so that at the end of the suite no process is left alone with one of them.
 SLOW = (
     "test_two_hosts", "test_chaos_short", "test_megatron_lm_scripts", "test_real_failures", "test_task_program",

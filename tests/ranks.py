@@ -5,6 +5,8 @@
 `function` is looked up by module and name in each process, so it must stand at the top of a module. Inside it,
 torch.distributed is initialised with that many ranks and one thread each. The first failure is raised here, with its rank
 and traceback; a failed pool is thrown away, since its ranks may wait in a collective for ever.
+
+A rank is this file as a program, whose standard input is the connection to the tests; `warm.py` forks it.
 """
 
 from __future__ import annotations
@@ -12,24 +14,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import json
 import multiprocessing as mp
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240.0
 
 
-def _serve(rank: int, world: int, port: int, path: list[str], pipe: Any) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, OMP_NUM_THREADS="1")
-    sys.path[:] = path
+def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
@@ -63,15 +65,16 @@ class Pool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
-        path = [str(Path(__file__).parent), *sys.path]
+        path = json.dumps([str(Path(__file__).parent), *sys.path])
+        key = mp.current_process().authkey.hex()  # who sends a tensor asks for it
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, path, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.pipes.append(ours)
+            ours, theirs = socket.socketpair()
+            place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"}
+            with theirs:
+                process = subprocess.Popen([os.environ["WARM_PYTHON"], __file__, key, path], stdin=theirs, env=environment)
+            self.pipes.append(Connection(ours.detach()))
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
@@ -100,13 +103,15 @@ class Pool:
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
+            process.wait()
 
     def close(self) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
         for process in self.processes:
-            process.join(5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
         self.kill()
 
 
@@ -134,3 +139,10 @@ class Pools:
 
 
 on_ranks = Pools().run
+
+if __name__ == "__main__":
+    mp.current_process().authkey = bytes.fromhex(sys.argv[1])
+    sys.path[:] = json.loads(sys.argv[2])
+    tasks = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _serve(int(os.environ["RANK"]), tasks)
