@@ -56,7 +56,7 @@ def test_how_a_program_ends(way: str, tmp_path: Path) -> None:
 
 
 def test_torch_is_there_already() -> None:
-    loaded = "import sys; print('torch' in sys.modules, 'megatron.train.program' in sys.modules)"
+    loaded = "import sys; print('torch' in sys.modules, 'megatron.contract' in sys.modules)"
     real, warm = both("-c", loaded)
     assert real.stdout == "False False\n" and warm.stdout == "True True\n"
 
