@@ -72,7 +72,7 @@ def train_toy(folder: Path) -> dict[str, Any]:
     from megatron.cli.program import pretrain
 
     vocab, corpus = toys.vocabulary(folder), toys.corpus(folder, 2000)
-    tool = [sys.executable, str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]
+    tool = [os.environ["WARM_PYTHON"], str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]
     words = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(vocab), "--split-sentences", "--workers", "1"]
     subprocess.run([*tool, "--output-prefix", str(folder / "c"), *words], check=True, capture_output=True)
     data = ["--vocab-file", str(vocab), "--data-path", str(folder / "c_text_sentence"), "--save", str(folder / "bert")]

@@ -18,7 +18,7 @@ FLAGS = (
 
 
 def tool(name: str, *arguments: str | Path) -> None:
-    command = [sys.executable, f"tools/{name}.py", *map(str, arguments)]
+    command = [os.environ["WARM_PYTHON"], f"tools/{name}.py", *map(str, arguments)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 

@@ -33,7 +33,7 @@ BYTES = Settings(TokenizerConfig(tokenizer_type="ByteTokenizer"), append_eod=Tru
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     """A tool, run from elsewhere as a user would."""
-    command = [sys.executable, TOOLS / name, *map(str, args)]
+    command = [os.environ["WARM_PYTHON"], TOOLS / name, *map(str, args)]
     return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=120, check=False)
 
 

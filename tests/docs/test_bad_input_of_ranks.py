@@ -10,7 +10,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -50,12 +49,11 @@ def as_torchrun(words: list[str], folder: Path) -> tuple[list[int], list[str], l
         port = str(free.getsockname()[1])
     job = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     job |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
-    python = os.environ.get("WARM_PYTHON", sys.executable)
     started = []
     for rank in range(RANKS):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(folder / f"left.{rank}")}
         with open(folder / f"err.{rank}", "w") as err:
-            command = [python, str(ROOT / words[0]), *words[1:]]
+            command = [os.environ["WARM_PYTHON"], str(ROOT / words[0]), *words[1:]]
             environment = {**os.environ, **job, **own}
             started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=err))
     told = False

@@ -6,14 +6,13 @@ import json
 import math
 import re
 import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT, run
+from commands import PYTHON, ROOT, run
 
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(p.parent.name for p in EXAMPLES.glob("*/run.toml") if "bert" not in p.parent.name)  # BERT's is run below
@@ -26,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": f"{i} green bottles. " * 40}) + "\n" for i in range(60)), encoding="utf-8")
     flags = ["--tokenizer-type", "ByteTokenizer", "--append-eod"]
-    done = run(sys.executable, "tools/preprocess_data.py", "--input", corpus, "--output-prefix", folder / "corpus", *flags)
+    done = run(PYTHON, "tools/preprocess_data.py", "--input", corpus, "--output-prefix", folder / "corpus", *flags)
     assert done.returncode == 0, done.stderr
     return folder / "corpus_text_document"
 
@@ -36,7 +35,7 @@ def test_recipes_are_legal(name: str, data: Path, tmp_path: Path) -> None:
     flags = ["--tokenizer-type", "ByteTokenizer", "--data-path", data, "--save", tmp_path / "save"]
     recipe = EXAMPLES / name / "run.toml"
     done = run(
-        sys.executable,
+        PYTHON,
         "pretrain_gpt.py",
         "--config",
         recipe,
@@ -52,7 +51,7 @@ def test_a_wrong_recipe_is_noticed(data: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "run.toml"
     wrong.write_text((EXAMPLES / "gpt2_125m" / "run.toml").read_text(encoding="utf-8").replace("train-iters", "train-iterz"))
     flags = ["--tokenizer-type", "ByteTokenizer", "--data-path", data, "--dry-run", "--world-size", "8"]
-    done = run(sys.executable, "pretrain_gpt.py", "--config", wrong, *flags)
+    done = run(PYTHON, "pretrain_gpt.py", "--config", wrong, *flags)
     assert done.returncode == 2
     assert "train-iterz" in done.stderr
 
@@ -115,7 +114,7 @@ def test_the_character_tokenizer_gives_the_text_back(tmp_path: Path) -> None:
 
     text = "First Citizen:\n  Speak,\tspeak — œ!\n" * 20
     (tmp_path / "input.txt").write_text(text, encoding="utf-8")
-    done = run(sys.executable, EXAMPLES / "tiny_shakespeare_char" / "prepare.py", tmp_path / "input.txt", tmp_path)
+    done = run(PYTHON, EXAMPLES / "tiny_shakespeare_char" / "prepare.py", tmp_path / "input.txt", tmp_path)
     assert done.returncode == 0, done.stderr
     parts = [json.loads((tmp_path / f"{part}.jsonl").read_text(encoding="utf-8"))["text"] for part in ("train", "valid")]
     assert "".join(parts) == text

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import ROOT, run
+from commands import PYTHON, ROOT, run
 
 FOLDER = ROOT / "examples" / "megatron_lm"
 SIZES = {  # ranks, and the samples of a step, that each script has on 8 GPUs, or on the only one
@@ -42,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     (folder / "c.jsonl").write_text("\n".join(text))
 
     def tool(name: str, *flags: str | Path) -> None:
-        done = run(sys.executable, f"tools/{name}.py", "--input", folder / "c.jsonl", *flags)
+        done = run(PYTHON, f"tools/{name}.py", "--input", folder / "c.jsonl", *flags)
         assert done.returncode == 0, done.stderr
 
     gpt, bert = ["--tokenizer-type", "GPT2BPETokenizer"], ["--tokenizer-type", "BertWordPieceLowerCase"]
@@ -103,7 +102,7 @@ def test_bert_on_two_machines(data: dict[str, list[Path]], tmp_path: Path) -> No
 def test_the_sizes_are_legal(data: dict[str, list[Path]], tmp_path: Path) -> None:
     """The scripts start 8 processes of that model, of that batch. A stand-in for Python says what it was to start, alone."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nuntil [ "${{1%.py}}" != "$1" ]; do echo "$1"; shift; done\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nuntil [ "${{1%.py}}" != "$1" ]; do echo "$1"; shift; done\nexec {PYTHON} "$@"\n')
     python.chmod(0o755)
     vocab = {"gpt": 300, "bert": len(data["bert"][1].read_text().splitlines()) + 2}  # [BOS] and [EOS]
     for script, (ranks, batch) in SIZES.items():

@@ -39,7 +39,7 @@ def started(root: Path, count: int, *flags: str) -> Iterator[tuple[list[subproce
         "MASTER_PORT": master,
         "OMP_NUM_THREADS": 1,
     }
-    command = [sys.executable, str(TOOL), "--load", str(root), "--port", str(port), *flags]
+    command = [os.environ["WARM_PYTHON"], str(TOOL), "--load", str(root), "--port", str(port), *flags]
     processes = []
     try:
         for rank in range(count):

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,7 +120,7 @@ def test_the_scripts_that_fine_tune(name, bert, tmp_path):
     small = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --epochs 1"
     command = [str(ROOT / "examples" / "megatron_lm" / f"finetune_{name}_distributed.sh"), str(folder), bert.vocab]
     command += [bert.checkpoint, str(tmp_path / "save"), *small.split(), "--initial-loss-scale", "1024"]
-    environment = {**os.environ, "GPUS": "2", "PYTHON": sys.executable}
+    environment = {**os.environ, "GPUS": "2", "PYTHON": os.environ["WARM_PYTHON"]}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "save" / "results.json").read_text())
@@ -134,7 +133,7 @@ def test_the_script_that_asks(gpt, tmp_path):
     command = [str(ROOT / "examples" / "megatron_lm" / "evaluate_zeroshot_gpt.sh"), str(tmp_path / "l.jsonl"), "v", "m"]
     small = "--num-layers 3 --hidden-size 32 --num-attention-heads 4 --seq-length 40 --max-position-embeddings 40"
     command += [str(gpt / "run"), *small.split(), "--tokenizer-type", "ByteTokenizer"]
-    environment = {**os.environ, "GPUS": "1", "PYTHON": sys.executable}
+    environment = {**os.environ, "GPUS": "1", "PYTHON": os.environ["WARM_PYTHON"]}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and " validation results on LAMBADA | " in done.stdout, done.stdout + done.stderr
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "pages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pages(64, 1600)))
-    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", folder / "pages.jsonl", "--append-eod"]
+    command = [os.environ["WARM_PYTHON"]]
+    command += [ROOT / "tools" / "preprocess_data.py", "--input", folder / "pages.jsonl", "--append-eod"]
     command += ["--output-prefix", folder / "pages", "--tokenizer-type", "ByteTokenizer", "--workers", "1"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     return folder / "pages_text_document"

@@ -253,7 +253,7 @@ def on_processes(root: Path, count: int, *flags: str) -> list[tuple[int, str, st
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, str(TOOL), "--load", str(root), "--prompt", "Hello", *flags]
+    command = [os.environ["WARM_PYTHON"], str(TOOL), "--load", str(root), "--prompt", "Hello", *flags]
     job = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -42,7 +43,8 @@ def sentences(tmp_path_factory):
     words = BertWordPieceTokenizer(lowercase=True)
     words.train_from_iterator(texts, vocab_size=600, show_progress=False)
     words.save_model(str(folder))
-    command = [sys.executable, ROOT / "tools" / "preprocess_data.py", "--input", folder / "c.jsonl", "--split-sentences"]
+    command = [os.environ["WARM_PYTHON"]]
+    command += [ROOT / "tools" / "preprocess_data.py", "--input", folder / "c.jsonl", "--split-sentences"]
     command += ["--output-prefix", folder / "c", "--tokenizer-type", "BertWordPieceLowerCase", "--workers", "1"]
     subprocess.run(list(map(str, [*command, "--vocab-file", folder / "vocab.txt"])), check=True, capture_output=True)
     return folder

@@ -40,7 +40,7 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     lines = [json.dumps({"text": "To be, or not to be: that is the question. " * 20}) for _ in range(20)]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    tool = [sys.executable, "tools/preprocess_data.py", "--input", folder / "corpus.jsonl"]
+    tool = [os.environ["WARM_PYTHON"], "tools/preprocess_data.py", "--input", folder / "corpus.jsonl"]
     tool += ["--output-prefix", folder / "corpus"]
     subprocess.run([*tool, "--tokenizer-type", "ByteTokenizer", "--append-eod"], cwd=ROOT, check=True, capture_output=True)
     return folder / "corpus_text_document"
