@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from serving import Letters, served, tireless
+from writers import predictor
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -98,7 +99,7 @@ def test_no_room_has_a_status_also_before_a_stream():
 
 def test_health_tells_when_the_model_is_stuck():
     """A pass that does not come back for long. When it does, requests are answered again."""
-    model, go_on, asked = tireless(), threading.Event(), {"prompt": "x", "max_tokens": 3}
+    model, go_on, asked = predictor(tireless()), threading.Event(), {"prompt": "x", "max_tokens": 3}
     predict = model.predict
 
     def stalled(batch, cache=None, top=None):
@@ -131,7 +132,7 @@ def test_health_tells_when_another_rank_is_gone():
 
 
 def test_too_little_memory_ends_the_request_and_not_the_server():
-    model = tireless()
+    model = predictor(tireless())
     predict = model.predict
 
     def short(batch, cache=None, top=None):
