@@ -29,7 +29,7 @@ ENDS = {
 
 
 def both(*words: str, **keywords: object) -> list[subprocess.CompletedProcess[str]]:
-    """What comes of the real one, and of the stand-in."""
+    """Run the real one and the stand-in, and return what comes of both."""
     run = [
         subprocess.run([python, *words], capture_output=True, text=True, check=False, **keywords)  # type: ignore[call-overload]
         for python in (sys.executable, WARM)

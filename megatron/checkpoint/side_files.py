@@ -1,4 +1,4 @@
-"""What a Hugging Face directory said beside its weights, kept byte for byte in the checkpoints that come of it.
+"""Keep what a Hugging Face directory said beside its weights, byte for byte in the checkpoints that come of it.
 
 An import puts the files into the checkpoint, training on from it carries them from checkpoint to checkpoint, and an export
 writes them again: generation settings, lists of end tokens, chat templates, and the tokenizer as its authors wrote it.

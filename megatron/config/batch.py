@@ -24,7 +24,7 @@ STEPS = "batch.step_batch_size_schedule"
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """How much is trained, in which portions."""
+    """Amount of training, and its portions."""
 
     micro_batch_size: int | None = option(None, "samples per rank and forward pass", legal=POSITIVE)
     global_batch_size: int | None = option(

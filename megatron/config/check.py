@@ -50,7 +50,7 @@ class ConfigCheck:
 
     @property
     def iterations_chosen(self) -> bool:
-        """Whether --train-iters was set to something else than what follows from --train-samples."""
+        """Return whether --train-iters was set to something else than what follows from --train-samples."""
         chosen = self.raw.batch.train_iters
         without = dataclasses.replace(self.raw, batch=dataclasses.replace(self.raw.batch, train_iters=None))
         return chosen is not None and chosen != self.resolve(without, self.world).batch.train_iters

@@ -18,7 +18,7 @@ from megatron.files.foreign import foreign, foreign_directory
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Where a run's state is kept, and where it comes from."""
+    """Checkpoints that a run writes, and those that it starts from."""
 
     save: str | None = option(None, "directory that checkpoints go to")
     save_interval: int | None = option(None, "steps between checkpoints", legal=POSITIVE)
@@ -59,7 +59,7 @@ class CheckpointConfig:
 
 
 def starts_fresh(checkpoint: CheckpointConfig) -> bool:
-    """Whether --load names the directory of --save and nothing was saved there yet, so that this is a run's first start.
+    """Return whether --load names the directory of --save and nothing was saved there yet, so that this is a run's first start.
 
     Megatron-LM's scripts say `--save C --load C` each time. Not so where something certain is asked for: weights alone
     (--finetune), an iteration, or by --exit-on-missing-checkpoint an error.
@@ -151,7 +151,7 @@ def _missing_iteration(c: ConfigCheck, what: str, root: Path, present: list[int]
 
 
 def _no_directory(root: Path, fresh: str) -> str:
-    """What is wrong with a --load that is no directory; the words of `fresh` help where nothing else does."""
+    """Yield the problem of a --load that is no directory; the words of `fresh` help where nothing else does."""
     nearby = "" if os.path.lexists(root) else near(root)
     found = None if nearby.startswith("; near it") else foreign(root)
     if os.path.exists(root):
@@ -167,7 +167,7 @@ def first_finished(root: Path) -> bool:
 
 
 def first_start(c: ConfigCheck) -> bool:
-    """Whether --load is allowed to name nothing yet. An evaluation, or a task, would have random weights."""
+    """Return whether --load is allowed to name nothing yet. An evaluation, or a task, would have random weights."""
     return starts_fresh(c.resolved.checkpoint) and not c["eval.skip_train"] and c["task.task"] is None
 
 

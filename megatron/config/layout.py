@@ -16,7 +16,7 @@ from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, S
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """How the ranks are arranged. Data parallelism takes what the other axes leave of the world."""
+    """Arrangement of the ranks. Data parallelism takes what the other axes leave of the world."""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer (tp); keep them within a node", legal=POSITIVE)
     pipeline_model_parallel_size: int = option(1, "ranks that share the depth (pp)", legal=POSITIVE)
@@ -76,7 +76,7 @@ class LayoutConfig:
 
 
 def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
-    """What the other axes leave of the world; None where they do not divide it."""
+    """Return what the other axes leave of the world; None where they do not divide it."""
     model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
 

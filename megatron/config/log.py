@@ -11,7 +11,7 @@ from megatron.config.paths import within
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run tells."""
+    """Metrics, and the places that they go to."""
 
     log_interval: int = option(100, "steps between console and metrics lines", legal=POSITIVE)
     metrics_path: str | None = option(None, "JSON lines, one object a line; default metrics.jsonl in --save")

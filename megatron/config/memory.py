@@ -18,7 +18,7 @@ FULL = "--recompute-granularity full"
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Which activations are kept for the backward pass, and which are computed again."""
+    """Activations kept for the backward pass, or computed again."""
 
     recompute_granularity: str | None = option(
         None,

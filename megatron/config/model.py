@@ -98,22 +98,22 @@ class ModelConfig:
 
     @property
     def predicts_words(self) -> bool:
-        """Whether there is an output layer over the vocabulary."""
+        """True where there is an output layer over the vocabulary."""
         return self.task_head is None
 
     @property
     def tied(self) -> bool:
-        """Whether the output layer is the embedding's matrix."""
+        """True where the output layer is the embedding's matrix."""
         return self.predicts_words and not self.untie_embeddings_and_output_weights
 
     @property
     def predicts_order(self) -> bool:
-        """Whether there is BERT's head that tells if two segments were swapped."""
+        """True where there is BERT's head that tells if two segments were swapped."""
         return self.segment_kinds > 0 and self.predicts_words
 
     @property
     def pooled(self) -> bool:
-        """Whether there is a pooler: a dense layer and tanh on the first token."""
+        """True where there is a pooler: a dense layer and tanh on the first token."""
         return self.predicts_order or self.task_head in ("classification", "choice")
 
     @property

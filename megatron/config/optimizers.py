@@ -30,7 +30,7 @@ def every_parameter(name: str, shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How an optimizer updates some of the parameters.
+    """The update of some of the parameters by an optimizer.
 
     method: `module:function`; the function makes a `megatron.optim.update.Method` from an OptimConfig and a `Target`.
     moments: tensors that the method keeps for each target, as long as it is and fp32.

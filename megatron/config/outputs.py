@@ -35,7 +35,7 @@ def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem
 
 
 def writable(c: ConfigCheck) -> Iterator[Problem]:
-    """What a run will write can be written."""
+    """Check that a run can write what it is going to."""
     folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
     files = {"log.metrics_path": c.raw.log.metrics_path, "task.results_path": c.raw.task.results_path}
     for name, typed in files.items():

@@ -1,4 +1,4 @@
-"""What is wrong with a path that is to be read, with what may have been meant."""
+"""Mistakes in a path that is to be read, with what may have been meant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def near(path: Path, names: list[str] | None = None) -> str:
 
 
 def unreadable(path: Path, flag: str = "") -> str | None:
-    """Why a file cannot be read; None when it can. flag: that names it, where it may be given the name of a model instead."""
+    """Return why a file cannot be read; None when it can. flag: its flag, where the name of a model may stand instead."""
     if os.path.isdir(path):
         return "is a directory, not a file"
     if not os.path.exists(path):

@@ -54,7 +54,7 @@ def layout_stages(layout: LayoutConfig) -> int:
 
 
 def wants_virtual_stages(layout: LayoutConfig) -> bool:
-    """Whether the ranks are to have several stages each, whatever the schedule."""
+    """Return whether the ranks are to have several stages each, whatever the schedule."""
     if layout.num_layers_per_virtual_pipeline_stage is not None or (layout.num_virtual_stages_per_pipeline_rank or 1) > 1:
         return True
     return layout_stages(layout) > layout.pipeline_model_parallel_size
@@ -215,7 +215,7 @@ def stage_layers(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
-    """What the first and the last rank leave, or what the ends of the model make of it, can be shared evenly."""
+    """Check that what the first and the last rank leave, or the ends of the model make of it, can be shared evenly."""
     names = [name for name in (*ENDS, *COUNTED) if c.is_set(name)]
     if not names or _chunks(c) is None or any(enough_layers(c)):
         return

@@ -42,12 +42,12 @@ class PrecisionConfig:
 
     @property
     def two_bytes(self) -> bool:
-        """Whether the model's weights and activations are 16-bit numbers."""
+        """True where the model's weights and activations are 16-bit numbers."""
         return self.bf16 or self.fp16
 
 
 def dynamic_scale(precision: PrecisionConfig) -> bool:
-    """Whether the loss scale is found by trying."""
+    """True where the loss scale is found by trying."""
     return precision.fp16 and not precision.loss_scale
 
 

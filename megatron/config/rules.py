@@ -1,4 +1,4 @@
-"""What makes a configuration legal: the rules of all sections, one after the other."""
+"""Check that a configuration is legal: the rules of all sections, one after the other."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ TASKS: Mapping[str, TaskKind] = MappingProxyType(
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Of tasks/main.py: evaluation and fine-tuning."""
+    """Evaluation and fine-tuning, by tasks/main.py."""
 
     task: str | None = option(None, "what to evaluate or to fine-tune on", choices=tuple(TASKS))
     train_data: tuple[str, ...] = option((), "files (of RACE directories) to fine-tune on", nargs="*")
@@ -114,7 +114,7 @@ def no_task(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_named(c: ConfigCheck) -> Iterator[Problem]:
-    """Which task."""
+    """Check that a task is named."""
     if c["task.task"] is None and "task.task" not in c.invalid:
         yield Problem("`--task`", "is missing, and has no default", ", ".join(TASKS))
 
@@ -179,7 +179,7 @@ def windows(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_files(c: ConfigCheck) -> Iterator[Problem]:
-    """What is to be read is there."""
+    """Check that what is to be read is there."""
     for name in ("task.train_data", "task.valid_data"):
         for word in c[name]:
             path = Path(word)

@@ -17,6 +17,19 @@ from megatron.data.tokenizer_base import PROBES, Tokenizer
 
 MAX_LOOKED_AT = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
 PIECE = 1 << 16
+# What every tokenizer of a pair must cut alike: punctuation, numbers, accents, other scripts, names of common special tokens.
+TEXTS = (
+    *PROBES,
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning, 1 + 1 was 2; isn't it still?",
+    "ÀÉÎÕÜ naïve café — “quotes” … ½ № 株式会社 สวัสดี 👩‍👩‍👧 e\u0301",
+    "a\u00a0b\u200bc\r\nd\x00e\ufffdf",
+    "<s> </s> <unk> <pad> [CLS] [SEP] [MASK] <|endoftext|> <mask>",
+    "",
+    " ",
+    "   \n\n\t ",
+    "x" * 250,
+)
 ROLES = {"eod": "the end of document", "bos": "the first token"}  # others go by their own name
 
 
@@ -118,23 +131,10 @@ def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
     if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
         return []
     return [(r, n) for r, n in chosen.items() if r in CHOSEN and type(n) is int and 0 <= n < tokenizer.vocab_size]
-# What every tokenizer of a pair must cut alike: punctuation, numbers, accents, other scripts, names of common special tokens.
-TEXTS = (
-    *PROBES,
-    "The quick brown fox jumps over the lazy dog.",
-    "In the beginning, 1 + 1 was 2; isn't it still?",
-    "ÀÉÎÕÜ naïve café — “quotes” … ½ № 株式会社 สวัสดี 👩‍👩‍👧 e\u0301",
-    "a\u00a0b\u200bc\r\nd\x00e\ufffdf",
-    "<s> </s> <unk> <pad> [CLS] [SEP] [MASK] <|endoftext|> <mask>",
-    "",
-    " ",
-    "   \n\n\t ",
-    "x" * 250,
-)
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers of ours have one vocabulary, and cut texts alike."""
+    """Return whether two tokenizers of ours have one vocabulary, and cut texts alike."""
     return (
         one.vocab_size == other.vocab_size
         and all(one.piece(number) == other.piece(number) for number in range(one.vocab_size))

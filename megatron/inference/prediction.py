@@ -13,7 +13,7 @@ MAX_LOGITS = 1 << 24  # that are in memory at once for log-probabilities: 64 MiB
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a whole model says of some sequences of equal length.
+    """The answer of a whole model to some sequences of equal length.
 
     logits: fp32 `[batch, vocab]`, of what follows the last token. log_probs, ids: fp32 and int64 `[seq - 1, batch, 1 + top]`,
     for each token after the first given those before it: its own log-probability and id, then those of the `top` most
@@ -48,7 +48,7 @@ def predict(output: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor, vocab
 
 
 def log_probabilities(logits: Tensor, following: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """How probable tokens are: log-probabilities fp32 and ids int64, `[..., 1 + top]`, see `Prediction`.
+    """Return how probable tokens are: log-probabilities fp32 and ids int64, `[..., 1 + top]`, see `Prediction`.
 
     logits: fp32 `[..., vocab]`. following: int64 `[...]`.
     """

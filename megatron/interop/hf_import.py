@@ -1,4 +1,4 @@
-"""A Hugging Face directory as our configuration and weights: the tables of names.py read backwards.
+"""A Hugging Face directory as our configuration and weights: the tables of hf_families.py read backwards.
 
 Read are `config.json` and safetensors files, one or several with an index. What the model here does not have is refused by its
 name, and so are tensors that no trained model has. A matrix that transformers ties to another and that a file holds as well is

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says beside its weights, kept byte for byte in the checkpoints that come of it.
+"""Read and write what a Hugging Face directory says beside its weights, byte for byte in the checkpoints that come of it.
 
 An import puts the files into the checkpoint, training on from it carries them from checkpoint to checkpoint, and an export
 writes them again: generation settings, lists of end tokens, chat templates, and the tokenizer as its authors wrote it.
@@ -72,7 +72,7 @@ def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def has_tokenizer(kept: Mapping[str, bytes]) -> bool:
-    """Whether a vocabulary is among the kept files."""
+    """Return whether a vocabulary is among the kept files."""
     return any(name in kept for name in VOCABULARIES)
 
 

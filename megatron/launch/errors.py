@@ -15,6 +15,6 @@ class JobError(Exception):
 
 
 class Refused(Exception):
-    """What a command names cannot be used; the message says why. Found before any process group; exit status 2."""
+    """A file or setting of the command cannot be used; the message says why. Found before any process group; exit status 2."""
 
     status = 2

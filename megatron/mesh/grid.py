@@ -30,7 +30,7 @@ UNIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def within_stage(axis: str) -> bool:
-    """Whether all ranks of an axis share one pipeline stage, so that they hold the same list of parameters."""
+    """Return whether all ranks of an axis share one pipeline stage, so that they hold the same list of parameters."""
     return "pp" not in UNIONS.get(axis, ("pp",))
 
 

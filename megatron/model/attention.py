@@ -18,7 +18,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class AttentionCache(Protocol):
-    """What attention asks of the keys and values of earlier tokens; `inference/kv_cache.py` keeps them."""
+    """Keys and values of earlier tokens, as attention asks for them; `inference/kv_cache.py` keeps them."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values `[batch, groups, positions, head_dim]`; returns all of them."""

@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension; to add one, a class here, its row in `NORMALIZATIONS` and its name in the schema."""
+"""Normalisation over the last dimension. To add one: a class here, its row in `NORMALIZATIONS`, its name in config/model.py."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from megatron.parallel.spec import ParamSpec, spec_of
 
 
 def owns_in_norm(spec: ParamSpec, mesh: Mesh) -> bool:
-    """Whether this rank is the first of those that hold copies of a parameter, data-parallel ones aside.
+    """Return whether this rank is the first of those that hold copies of a parameter, data-parallel ones aside.
 
     The ranks of a stage are those of the data axis times those of some further axes; over each of the further ones a
     parameter is split, or copied. Axes that its gradients are summed over have copies too, also on other stages.

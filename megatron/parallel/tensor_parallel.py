@@ -35,7 +35,7 @@ from megatron.parallel.spec import ParamSpec, Part, describe
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How the layers of a model are cut over ranks.
+    """The ranks that the layers of a model are cut over.
 
     axis: the tensor-parallel ranks. sequence_parallel: cut activations between the regions too; False on an axis of size 1.
     """

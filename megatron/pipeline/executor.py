@@ -42,7 +42,7 @@ class StepOutput:
 
 
 class Stage(Protocol):
-    """What a stage's module does; `model.transformer.Transformer` is one."""
+    """A stage's module, as the executor calls it; `model.transformer.Transformer` is one."""
 
     part: StagePart
     dtype: torch.dtype

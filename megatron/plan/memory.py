@@ -1,4 +1,4 @@
-"""What each rank holds at its fullest."""
+"""Memory of each rank at its fullest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shards(config: RunConfig, grid: Grid) -> int:
 
 
 def memory_of(config: RunConfig, tp: int, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> size.Memory:
-    """What each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
+    """Return what each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
 
     Those of a stage and micro-batch are there from its F until its B or W.
     """

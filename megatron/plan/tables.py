@@ -48,7 +48,7 @@ def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]
 
 
 def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
-    """What each pipeline rank holds at its fullest, and the fullest of them in detail."""
+    """Yield what each pipeline rank holds at its fullest, and the fullest of them in detail."""
     every = [memory_of(config, grid.tp, plan, schedule, rank, shards(config, grid)) for rank in range(grid.pp)]
     fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
     which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"

@@ -1,4 +1,4 @@
-"""How long the actions of a step take, as far as FLOPs say it."""
+"""Durations of the actions of a step, as far as FLOPs say them."""
 
 from __future__ import annotations
 

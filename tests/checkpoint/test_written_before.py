@@ -63,7 +63,7 @@ def go_on(name: str, layout: str, cache: str) -> list[tuple[float, ...]]:
 
 
 def losses_before(name: str) -> list[tuple[float, ...]]:
-    """What the earlier version wrote of the steps after its checkpoint."""
+    """Read what the earlier version wrote of the steps after its checkpoint."""
     lines = [json.loads(line) for line in (BEFORE / name / "metrics.jsonl").read_text().splitlines()]
     return [tuple(line[key] for key in VALUES if key in line) for line in lines if line["iteration"] > SAVED_AT]
 

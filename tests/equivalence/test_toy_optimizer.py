@@ -125,7 +125,7 @@ def test_the_plan_knows_its_bytes(layout):
 
 
 def test_a_slice_that_cuts_a_matrix_is_refused():
-    """What lays matrices out whole is the rule's own word: without it a slice would hold half of one."""
+    """The rule's own word lays matrices out whole: without it a slice would hold half of one."""
     with pytest.raises(AssertionError, match=r"this rank's slice cuts layers.*, which its optimizer needs whole"):
         on_ranks(2, cut, replace(PLAIN, sharded=True))
 

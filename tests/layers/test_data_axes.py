@@ -31,7 +31,7 @@ DATA = 4  # parts of the data, whatever the layout
 
 @dataclass(frozen=True)
 class Case:
-    """How the run is laid out. data_axis: what the experts' specs say of it."""
+    """A layout of the run. data_axis: what the experts' specs say of it."""
 
     sharded: bool = False
     overlap: bool = False
@@ -126,7 +126,7 @@ def test_experts_have_a_data_axis_of_their_own(sharded: bool, overlap: bool, buc
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_an_expert_summed_over_the_wrong_ranks_is_another_run(sharded: bool) -> None:
-    """What the tolerances above are worth: summed over all ranks, each expert has another one's gradient in its own."""
+    """Show that the tolerances above can fail: summed over all ranks, each expert has another one's gradient in its own."""
     expected, _, _ = train(Case())
     for norms, _, _ in on_ranks(4, train, Case(sharded, data_axis="dp_cp")):
         assert abs(norms[0][0] / expected[0][0] - 1.0) > 1e-2
@@ -151,7 +151,7 @@ def axis_names() -> set[str]:
 
 
 def named_axes(path: Path, names: set[str]) -> list[str]:
-    """Where a file has an axis's name as a text of its own, or asks something for an attribute of that name."""
+    """Find where a file has an axis's name as a text of its own, or asks something for an attribute of that name."""
     found = []
     for node in ast.walk(tree(path)):
         text = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names

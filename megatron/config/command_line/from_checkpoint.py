@@ -20,7 +20,7 @@ FREE_OF_TOKENIZER = {"tokenizer.eod_token", "tokenizer.bos_token"}  # which toke
 
 @dataclass(frozen=True)
 class FromCheckpoint:
-    """What a checkpoint says of a run.
+    """The settings that a checkpoint gives to a run.
 
     values: `section.field` -> value. problems: what is wrong with the checkpoint. unknown: settings that it would have given
     if it could be read, of which nobody says that they are missing: one cause, one message.

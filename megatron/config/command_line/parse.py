@@ -121,7 +121,7 @@ def explain(error: ConfigError, program: str, rank: int | None = None, advice: S
 
 
 def _is_first(rank: int | None) -> bool:
-    """Whether this process speaks for all; a launcher's environment says which one it is."""
+    """Return whether this process speaks for all; a launcher's environment says which one it is."""
     if rank is not None:
         return rank == 0
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
@@ -146,7 +146,7 @@ def _read_file(flags: Reading) -> Reading:
 
 @dataclass(frozen=True)
 class _Raw:
-    """What the user set, flags and file together.
+    """The settings of the user, flags and file together.
 
     values: by `section.field`, with files of data paths read and with what a task implies. set_by_user: names that were
     given. settings_files: the files that settings were read from. invalid: fields whose value could not be read.

@@ -1,4 +1,4 @@
-"""What one source of settings says, a command line or a file, with every mistake in it."""
+"""The settings of one source, a command line or a file, with every mistake in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BELONGS = "belongs to "  # how the rule of a feature that is not there begins
 
 @dataclass
 class Reading:
-    """What one source says: `section.field` -> value. `invalid` names fields whose value could not be read.
+    """The settings of one source: `section.field` -> value. `invalid` names fields whose value could not be read.
 
     yielding: values that hold only where no other source and no other flag sets the field to something of its own.
     meant: fields that an unknown flag seems to mean, so that nobody says they are missing too.

@@ -1,4 +1,4 @@
-"""How settings are spelled on a command line: each flag, its aliases, and the flags that look like one."""
+"""Spellings of the settings on a command line: each flag, its aliases, and the flags that look like one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def spellings() -> Mapping[str, Spelling]:
 
 
 def is_flag(word: str) -> bool:
-    """Whether a word of the command line is a flag; `-1e-5` is a value."""
+    """Return whether a word of the command line is a flag; `-1e-5` is a value."""
     return re.match(r"--?[A-Za-z]", word) is not None
 
 
