@@ -74,41 +74,12 @@ def export(
     output = check_replaceable("--output", output, [directory], overwrite=overwrite)
     failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
-        try:
-            import_transformers()
-        except NoTransformersError as error:
-            raise ExportError(
-                f"{error}, so the export cannot be verified: {how_to_install('transformers')}, or pass --no-verify"
-            ) from error
+        _need_transformers()
     with PendingDirectory(output, "export_hf") as pending:
-        temporary = pending.temporary
-        tokenizer = open_tokenizer(directory)
-        imported = in_checkpoint(directory)
-        files = kept.with_chosen_end(imported, tokenizer)
-        say(f"writing {directory} as a Hugging Face directory")
-        ids = token_ids(files)
-        special = _token_ids(tokenizer) if ids is None else ids
-        written = export_hf(directory, temporary, dtype, special=special, generation=kept.old_settings(files))
-        config = model_config(directory)
-        if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
-            say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
-        kept.write(files, temporary)
-        if tokenizer is None or isinstance(tokenizer, NullTokenizer):
-            what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
-            say(f"no tokenizer files: {what}")
-            tokenizer = None
-        elif kept.has_tokenizer(files):
-            say("tokenizer files and generation settings as they were imported")
-            if files != imported and tokenizer is not None:
-                say(f"but for the end of a text, which is also {in_words(tokenizer, tokenizer.eod)}, chosen by --eod-token")
-            if verify:
-                _same_tokenizer(temporary, tokenizer)
-        else:
-            segments = config.architecture == "bert" and config.bert_binary_head
-            tokenizer.hf_files(temporary, config.size("max_position_embeddings"), segments=segments)
+        tokenizer, written = _write(directory, pending.temporary, dtype, verify=verify, say=say)
         if verify:
             try:
-                difference, positions = prove(directory, temporary, tokenizer, written)
+                difference, positions = prove(directory, pending.temporary, tokenizer, written)
             except ExportError as error:
                 pending.commit(failed)
                 raise ExportError(f"{error}. What was written is {failed}") from error
@@ -117,6 +88,51 @@ def export(
             say("not verified (--no-verify)")
         pending.commit()
     return directory
+
+
+def _need_transformers() -> None:
+    """Raise ExportError, before anything is written, where transformers cannot be imported."""
+    try:
+        import_transformers()
+    except NoTransformersError as error:
+        raise ExportError(
+            f"{error}, so the export cannot be verified: {how_to_install('transformers')}, or pass --no-verify"
+        ) from error
+
+
+def _write(
+    directory: Path, out: Path, dtype: torch.dtype | None, *, verify: bool, say: Callable[[str], None]
+) -> tuple[Tokenizer | None, torch.dtype]:
+    """Write all files of the Hugging Face directory `out`: configuration, weights, tokenizer and generation settings.
+
+    Returns:
+        The tokenizer whose files are in it, or None, and the type of the tensors.
+    """
+    tokenizer = open_tokenizer(directory)
+    imported = in_checkpoint(directory)
+    files = kept.with_chosen_end(imported, tokenizer)
+    say(f"writing {directory} as a Hugging Face directory")
+    ids = token_ids(files)
+    special = _token_ids(tokenizer) if ids is None else ids
+    written = export_hf(directory, out, dtype, special=special, generation=kept.old_settings(files))
+    config = model_config(directory)
+    if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
+        say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
+    kept.write(files, out)
+    if tokenizer is None or isinstance(tokenizer, NullTokenizer):
+        what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
+        say(f"no tokenizer files: {what}")
+        return None, written
+    if kept.has_tokenizer(files):
+        say("tokenizer files and generation settings as they were imported")
+        if files != imported:
+            say(f"but for the end of a text, which is also {in_words(tokenizer, tokenizer.eod)}, chosen by --eod-token")
+        if verify:
+            _same_tokenizer(out, tokenizer)
+    else:
+        segments = config.architecture == "bert" and config.bert_binary_head
+        tokenizer.hf_files(out, config.size("max_position_embeddings"), segments=segments)
+    return tokenizer, written
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:

@@ -232,30 +232,9 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
 
 def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors in the directory's safetensors files, without the constants, with the prefix that a bare model lacks."""
-    if os.path.lexists(directory / "model.safetensors"):
-        names = ["model.safetensors"]
-    elif os.path.lexists(directory / INDEX):
-        where = _json(directory / INDEX, MAX_INDEX_BYTES).get("weight_map")
-        files = where.values() if isinstance(where, dict) else ()
-        names = sorted({name for name in files if isinstance(name, str) and Path(name).name == name})
-        if not names or any(name not in names for name in files):
-            raise CheckpointError(f"{directory / INDEX}: its weight_map does not name files of this directory")
-    else:
-        pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        held = f"{pickled[0]} is a pickle, which can run code, and is not read" if pickled else "there is no model.safetensors"
-        raise CheckpointError(
-            f"{directory}: {held}; open the model with transformers and save_pretrained it, to have safetensors"
-        )
     found: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            check_regular(directory / name)
-            with safe_open(str(directory / name), framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-        except Exception as error:  # the package raises its own kind and others
-            if is_pointer(directory / name):
-                raise CheckpointError(f"{directory / name}: it is {POINTER}") from error
-            raise CheckpointError(f"{directory / name}: not a readable safetensors file: {reason(error)}") from error
+    for name in _tensor_files(directory):
+        tensors = _read_tensors(directory / name)
         if twice := sorted(key for key in tensors.keys() & found.keys() if not _equal(tensors[key], found[key])):
             raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")
         found |= tensors
@@ -263,3 +242,31 @@ def _tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     if not any(key.startswith(prefix) for key in found):
         found = {key if key.startswith(("lm_head.", "cls.")) else prefix + key: tensor for key, tensor in found.items()}
     return found
+
+
+def _tensor_files(directory: Path) -> list[str]:
+    """The names of the directory's safetensors files: the single one, or those that the index names."""
+    if os.path.lexists(directory / "model.safetensors"):
+        return ["model.safetensors"]
+    if os.path.lexists(directory / INDEX):
+        where = _json(directory / INDEX, MAX_INDEX_BYTES).get("weight_map")
+        files = where.values() if isinstance(where, dict) else ()
+        names = sorted({name for name in files if isinstance(name, str) and Path(name).name == name})
+        if not names or any(name not in names for name in files):
+            raise CheckpointError(f"{directory / INDEX}: its weight_map does not name files of this directory")
+        return names
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    held = f"{pickled[0]} is a pickle, which can run code, and is not read" if pickled else "there is no model.safetensors"
+    raise CheckpointError(f"{directory}: {held}; open the model with transformers and save_pretrained it, to have safetensors")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, by their names there. CheckpointError when it cannot be read."""
+    try:
+        check_regular(path)
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except Exception as error:  # the package raises its own kind and others
+        if is_pointer(path):
+            raise CheckpointError(f"{path}: it is {POINTER}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from error

@@ -30,6 +30,7 @@ SWITCHES = (
     "rotary_interleaved",
 )
 NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
+LEARNED_POSITIONS = "embedding.position.weight"
 
 # What the model here does not have: the name there, when its value is harmless, and the words for it otherwise.
 Harmless = Callable[[Any], bool]
@@ -56,19 +57,46 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
 
     vocab_size: the true one. CheckpointError for sizes that are absent, and for what the model here does not have.
     """
+    positions = _position_embedding(args, weights)
+    _refuse_unsupported(args, weights)
+    if lost := _lost(args, weights, positions=positions != "none"):
+        raise CheckpointError(f"there is no {'; no '.join(lost)}")
+    bert = "masked_words.dense.weight" in weights
+    model = ModelConfig(
+        **_values(args, vocab_size),
+        architecture="bert" if bert else "gpt",
+        bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
+        activation=activation(args),
+        normalization=args.get("normalization", "LayerNorm"),
+        position_embedding_type=positions,
+        add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
+        make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
+    )
+    return resolve(RunConfig(model=_with_length(model, args, weights))).model
+
+
+def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """The kind of positions, by our name for it. Learned ones are known by their tensor."""
+    if _rope(args):
+        return "rope"
+    return "learned_absolute" if LEARNED_POSITIONS in weights else "none"
+
+
+def _refuse_unsupported(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError, with everything at once, for what the model there has and the model here does not."""
     found = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
-    rope, learned = _rope(args), "embedding.position.weight" in weights
-    if rope and learned:
+    if _rope(args) and LEARNED_POSITIONS in weights:
         found.append("rotary and learned positions at once (there, add --no-position-embedding)")
-    lost = _lost(args, weights, positions=rope or learned)
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
         found.append(f"--position-embedding-type {args['position_embedding_type']}")
     if args.get("normalization", "LayerNorm") not in ("LayerNorm", "RMSNorm"):
         found.append(f"--normalization {args['normalization']}")
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
-    if lost:
-        raise CheckpointError(f"there is no {'; no '.join(lost)}")
+
+
+def _values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The settings that have the same meaning on both sides, each of its type. CheckpointError where one is not, or lacks."""
     if (epsilon := args.get("norm_epsilon")) is not None:  # its name since September 2023
         if (older := args.get("layernorm_epsilon")) not in (None, epsilon):
             raise CheckpointError(f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, which are one")
@@ -78,33 +106,34 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
         raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
     values["vocab_size"] = vocab_size
     for name, value in values.items():
-        kinds = bool if name in SWITCHES else int if name in (*SIZES, "vocab_size") else int | float
-        if not isinstance(value, kinds) or (kinds is not bool and isinstance(value, bool)):
-            raise CheckpointError(
-                f"the file's args say {name} = {value!r}, which is no {'switch' if kinds is bool else 'number'}"
-            )
+        _check_type(name, value)
     if "rotary_base" in values:
         values["rotary_base"] = float(values["rotary_base"])
     if args.get("group_query_attention") and args.get("num_query_groups") is not None:
         values["num_query_groups"] = args["num_query_groups"]
-    bert = "masked_words.dense.weight" in weights
-    model = ModelConfig(
-        **values,
-        architecture="bert" if bert else "gpt",
-        bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
-        activation=activation(args),
-        normalization=args.get("normalization", "LayerNorm"),
-        position_embedding_type="rope" if rope else "learned_absolute" if learned else "none",
-        add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
-        make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
-    )
-    if model.position_embedding_type == "learned_absolute" and model.max_position_embeddings is None:
-        model = replace(model, max_position_embeddings=weights["embedding.position.weight"].shape[0])
-    if model.max_position_embeddings is None:
-        model = replace(model, max_position_embeddings=args.get("seq_length"))
-    if model.max_position_embeddings is None:
+    return values
+
+
+def _check_type(name: str, value: object) -> None:
+    """Raise CheckpointError for a switch that is no bool, and for a number that is none."""
+    if name in SWITCHES:
+        if not isinstance(value, bool):
+            raise CheckpointError(f"the file's args say {name} = {value!r}, which is no switch")
+        return
+    number = int if name in (*SIZES, "vocab_size") else int | float
+    if not isinstance(value, number) or isinstance(value, bool):  # a bool is an int to Python
+        raise CheckpointError(f"the file's args say {name} = {value!r}, which is no number")
+
+
+def _with_length(model: ModelConfig, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelConfig:
+    """Return `model` with its number of positions: the one that the args say, else that of the tensor, else of a sample."""
+    if model.max_position_embeddings is not None:
+        return model
+    if model.position_embedding_type == "learned_absolute":
+        return replace(model, max_position_embeddings=weights[LEARNED_POSITIONS].shape[0])
+    if args.get("seq_length") is None:
         raise CheckpointError("the file's args do not say max_position_embeddings")
-    return resolve(RunConfig(model=model)).model
+    return replace(model, max_position_embeddings=args["seq_length"])
 
 
 def _lost(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: bool) -> list[str]:
