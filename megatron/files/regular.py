@@ -82,8 +82,9 @@ def _stat(path: PathLike) -> os.stat_result:
             what = f"a link to {os.readlink(path)}, which is not there"
             raise FileNotFoundError(errno.ENOENT, what, os.fspath(path)) from None
         raise
-    except ValueError as error:  # a null byte in the name
-        raise UnfitFile(repr(os.fspath(path)), f"no name of a file: {error}") from None
+    except ValueError as error:
+        why = "it holds a null byte" if "\0" in os.fsdecode(path) else error  # Python's own words differ between versions
+        raise UnfitFile(repr(os.fspath(path)), f"no name of a file: {why}") from None
 
 
 def _check(path: PathLike, found: os.stat_result, max_bytes: int | None) -> int:
