@@ -73,7 +73,7 @@ def test_a_name_that_cannot_be_one_is_refused() -> None:
     with pytest.raises(UnfitFile) as caught:
         read_bytes("a\0b", 10)
     assert str(caught.value) == r"'a\x00b': no name of a file: it holds a null byte"
-    with pytest.raises(UnfitFile, match="no name of a file: .*surrogates not allowed"):
+    with pytest.raises(UnfitFile, match=r"no name of a file: .*surrogates not allowed"):
         read_bytes("a\ud800b", 10)
 
 
