@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.layout import find
+from megatron.checkpoint.find import find
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json

@@ -37,7 +37,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     given = arguments()
 
-    from megatron.checkpoint.layout import CheckpointError, find, read_manifest
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import CheckpointError, read_manifest
     from megatron.checkpoint.model_config import model_config
     from megatron.checkpoint.tokenizer import open_tokenizer
     from megatron.data.errors import DataError

@@ -23,7 +23,8 @@ from megatron.launch.entry import loading, run_main
 with loading():
     import torch
 
-    from megatron.checkpoint.layout import CheckpointError, find
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text

@@ -19,7 +19,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.checkpoint.layout import CheckpointError, find, iterations, read_config, read_manifest, read_state
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import CheckpointError, iterations, read_config, read_manifest, read_state
     from megatron.launch.tool_parser import ToolParser, some_path
 
 

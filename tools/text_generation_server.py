@@ -20,7 +20,8 @@ from megatron.launch.entry import loading, run_main
 with loading():
     import torch
 
-    from megatron.checkpoint.layout import TOKENIZER, CheckpointError, find
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import TOKENIZER, CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
     from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse

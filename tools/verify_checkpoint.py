@@ -17,7 +17,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, find, verify
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, verify
     from megatron.launch.tool_parser import ToolParser, some_path
 
 

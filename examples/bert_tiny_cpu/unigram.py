@@ -21,7 +21,8 @@ with loading():
     import numpy as np
     from numpy.typing import NDArray
 
-    from megatron.checkpoint.layout import CheckpointError, find, read_config
+    from megatron.checkpoint.find import find
+    from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.config.command_line.saved import from_json
     from megatron.data.build import build_datasets
     from megatron.data.errors import DataError

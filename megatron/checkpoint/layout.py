@@ -19,7 +19,6 @@ Which checkpoint is the latest follows from these files alone, never from time s
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -32,13 +31,12 @@ from typing import Any
 
 from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
 from megatron.checkpoint.storage import record_of
-from megatron.files.foreign import foreign
 from megatron.files.regular import read_bytes, read_text
 
 __all__ = [
     "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "TrialOrder", "announced", "check_bytes",
-    "check_sizes", "directory_name", "find", "iterations", "newest_complete", "others", "path_in", "read_config", "read_json",
-    "read_manifest", "read_state", "read_tracker", "trial_order", "verify",
+    "check_sizes", "directory_name", "iterations", "iterations_there", "newest_complete", "others", "path_in", "read_config",
+    "read_json", "read_manifest", "read_state", "read_tracker", "trial_order", "verify",
 ]  # fmt: skip
 
 MANIFEST, CONFIG, STATE, TOKENIZER = "manifest.json", "config.json", "state.json", "tokenizer"
@@ -186,7 +184,7 @@ def read_tracker(root: Path) -> int | None:
         return None
     text = text.strip()
     if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise CheckpointError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}. {_present(root)}")
+        raise CheckpointError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}. {iterations_there(root)}")
     return int(text)
 
 
@@ -219,81 +217,13 @@ def _unannounced(root: Path) -> int | None:
     return int(text) if (root / directory_name(int(text)) / MANIFEST).is_file() else None
 
 
-def _present(root: Path) -> str:
+def iterations_there(root: Path) -> str:
+    """Say in words which iterations are under `root`, for somebody who must choose one."""
     numbers = list(iterations(root))
     if not numbers:
         return "No iter_ directory is there"
     listed = ", ".join(map(str, numbers[-10:]))
     return f"Iterations there: {'..., ' if len(numbers) > 10 else ''}{listed}; choose one with --load-iteration"
-
-
-def find(
-    path: Path, iteration: int | None = None, tell: Callable[[str], None] = lambda line: None, *, whole: bool = True
-) -> Path:
-    """The checkpoint directory that `path` means: itself, or under it the newest whole one, or the given iteration.
-
-    Args:
-        path: a directory of checkpoints, or one iter_ directory.
-        iteration: exactly this one.
-        tell: is told, in a line each, what is passed over, and where the tracker and the newest iteration differ.
-        whole: False: the one that is meant, damaged or not; nothing is passed over, also not a tracker that names none.
-
-    Raises:
-        NoCheckpoint: when there is none, naming near candidates.
-        CheckpointError: when none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
-            iteration, only the manifest's presence is tested.
-    """
-    if not os.path.exists(path):  # which, unlike the path's own, fails for no name
-        names = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
-        near = difflib.get_close_matches(path.name, names, n=3)
-        hint = f". Near it: {', '.join(str(path.parent / n) for n in near)}" if near else ""
-        if os.path.isdir(path.parent) and not os.access(path.parent, os.X_OK):
-            raise NoCheckpoint(f"{path}: it cannot be read: permission denied in {path.parent}")
-        if not near and (found := foreign(path)) is not None:
-            raise NoCheckpoint(f"{path}: it is {found}")
-        raise NoCheckpoint(f"{path}: there is no such directory{hint}")
-    if not os.path.isdir(path):
-        what = f"it is a file, {found}" if (found := foreign(path)) else "this is a file"
-        raise NoCheckpoint(f"{path}: expected a directory of checkpoints, {what}")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise NoCheckpoint(f"{path}: it cannot be read: permission denied")
-    if not _any_finished(path) and (found := foreign(path)) is not None:
-        raise NoCheckpoint(f"{path}: it is {found}")
-    if (path / MANIFEST).is_file():
-        if iteration is not None and (held := read_manifest(path).iteration) != iteration:
-            raise NoCheckpoint(f"{path}: it is of iteration {held}, not {iteration}")
-        return path
-    if iteration is not None:
-        return _numbered(path, iteration)
-    if DIRECTORY.fullmatch(path.name):
-        raise CheckpointError(f"{path}: {NO_MANIFEST}")
-    newest = newest_complete(path) if whole else _meant(path)
-    if newest.path is None:
-        if not iterations(path) and not newest.skipped:
-            raise NoCheckpoint(f"{path}: no checkpoint here, there is no {TRACKER}. {_present(path)}")
-        what = "no checkpoint is whole" if whole else "which checkpoint is meant is not clear"
-        raise CheckpointError(f"{path}: {what}: {'; '.join(newest.skipped)}. {_present(path)}")
-    for line in newest.lines:
-        tell(line)
-    return newest.path
-
-
-def _any_finished(path: Path) -> bool:
-    return any((each / MANIFEST).is_file() for each in (path, *iterations(path).values()))
-
-
-def _meant(root: Path) -> Newest:
-    order = trial_order(root)
-    return Newest(None if order.lines or not order.paths else order.paths[0], order.lines, order.note)
-
-
-def _numbered(root: Path, iteration: int) -> Path:
-    present = iterations(root)
-    if iteration not in present:
-        raise NoCheckpoint(f"{root}: there is no iteration {iteration}. {_present(root)}")
-    if not (present[iteration] / MANIFEST).is_file():
-        raise CheckpointError(f"{present[iteration]}: {NO_MANIFEST}. {_present(root)}")
-    return present[iteration]
 
 
 @dataclass(frozen=True)

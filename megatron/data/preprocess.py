@@ -66,6 +66,11 @@ class Encoded:
     bad: list[tuple[str, bytes]] = field(default_factory=list)
     special_tokens: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def longest_part(self) -> int:
+        """Characters of the longest text that the tokenizer was given at once."""
+        return max(column.longest_part for column in self.columns)
+
 
 @dataclass
 class Totals:
@@ -81,6 +86,16 @@ class Totals:
     longest_part: int = 0
     prefixes: list[str] = field(default_factory=list)
     special_tokens: Counter[str] = field(default_factory=Counter)
+
+    def add(self, block: Encoded) -> None:
+        """Count a block in."""
+        self.documents += block.documents
+        self.tokens += sum(len(column.tokens) for column in block.columns)
+        self.empty += sum(column.empty for column in block.columns)
+        self.bad += len(block.bad)
+        self.size += block.size
+        self.longest_part = max(self.longest_part, block.longest_part)
+        self.special_tokens += block.special_tokens
 
 
 class UnreadableTexts(Exception):
@@ -257,13 +272,11 @@ def preprocess(
     check_keys(settings.keys)
     files = expand(inputs)
     tokenizer = Encoder(settings).tokenizer  # whatever is wrong with it shows before any work
-    given = asdict(settings.tokenizer)
     level = "sentence" if settings.split_sentences else "document"
     totals = Totals(prefixes=[f"{output_prefix}_{key}_{level}" for key in settings.keys])
-    named = [v for k, v in given.items() if isinstance(v, str) and k.endswith(("file", "model"))]
-    read = Reads([*files, *(file for path in named for file in files_in(path))])
-    for output in [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in ENDINGS)]:
-        check_file("--output-prefix", output, read)
+    _check_outputs(
+        [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in ENDINGS)], files, settings
+    )
     for line in about_documents(tokenizer, settings.tokenizer, append_eod=settings.append_eod):
         say(line)
     start = time.monotonic()
@@ -274,18 +287,11 @@ def preprocess(
         for encoded in encode_all(settings, blocks(files, pipes=True), workers):
             for writer, column in zip(writers, encoded.columns, strict=True):
                 writer.add_documents(column.tokens, column.lengths, column.sequences)
-                totals.tokens += len(column.tokens)
-                totals.empty += column.empty
-            totals.documents += encoded.documents
-            totals.special_tokens += encoded.special_tokens
-            totals.bad += len(encoded.bad)
-            totals.size += encoded.size
-            totals.seconds = time.monotonic() - start
             rejected.add(encoded.bad)
-            longest = max(column.longest_part for column in encoded.columns)
-            if longest > HUGE_PART >= totals.longest_part:
-                print(f"note: {no_cut(longest, tokenizer.kind)}", file=sys.stderr)
-            totals.longest_part = max(totals.longest_part, longest)
+            if encoded.longest_part > HUGE_PART >= totals.longest_part:
+                print(f"note: {no_cut(encoded.longest_part, tokenizer.kind)}", file=sys.stderr)
+            totals.add(encoded)
+            totals.seconds = time.monotonic() - start
             if report is not None:
                 report(totals)
         _refuse_nothing(inputs, settings, totals, [writer.token_count for writer in writers])
@@ -295,6 +301,18 @@ def preprocess(
         rejected.finish()
     say(about_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
     return totals
+
+
+def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
+    """The settings of a tokenizer that name files."""
+    return {k: v for k, v in asdict(tokenizer).items() if isinstance(v, str) and k.endswith(("file", "model"))}
+
+
+def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: Settings) -> None:
+    """BadOutput for an output that would replace something else, or a file that is read here."""
+    read = Reads([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
+    for output in outputs:
+        check_file("--output-prefix", output, read)
 
 
 def _refuse_nothing(inputs: Sequence[str], settings: Settings, totals: Totals, tokens: Sequence[int]) -> None:
@@ -310,10 +328,9 @@ def _refuse_nothing(inputs: Sequence[str], settings: Settings, totals: Totals, t
 
 def sidecar(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
     """Return what `PREFIX.meta.json` says of how the tokens were made."""
-    given = asdict(settings.tokenizer)
-    paths = {k: os.path.abspath(v) if isinstance(v, str) and k.endswith(("file", "model")) else v for k, v in given.items()}
+    files = {name: os.path.abspath(path) for name, path in _named_files(settings.tokenizer).items()}
     return dict(
-        tokenizer=paths,
+        tokenizer={**asdict(settings.tokenizer), **files},
         tokenizer_type=tokenizer.kind,
         tokenizer_digest=tokenizer.digest(),
         vocabulary_digest=tokenizer.vocabulary_digest(),

@@ -182,13 +182,8 @@ def write(
     reference for the cache.
     ValueError for prompts that cannot be continued.
     """
-    for text in texts:
-        check_prompt(model, text.tokens, reads_only=max_new_tokens == 0)
-    rooms = [room_after(model, text.tokens) for text in texts]
-    limits = [max_new_tokens if room is None else min(max_new_tokens, room) for room in rooms]
-    numbers = range(first, first + len(texts))
-    # Number 0 has the seed that a text alone has.
-    generators = [torch.Generator().manual_seed(derive_seed(seed, "generate", *([i] if i else []))) for i in numbers]
+    limits = [_limit(model, text.tokens, max_new_tokens) for text in texts]
+    generators = [_generator(seed, first + i) for i in range(len(texts))]
     model.eval()
     live, cache = list(range(len(texts))), KVCache() if use_cache else None
     while live:
@@ -215,6 +210,18 @@ def write(
         if cache is not None and 0 < len(rows) < len(live):
             cache.select(rows)
         live = [live[row] for row in rows]
+
+
+def _limit(model: Predictor, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """How many tokens are written after `prompt`, at most. ValueError for one that cannot be continued."""
+    check_prompt(model, prompt, reads_only=max_new_tokens == 0)
+    room = room_after(model, prompt)
+    return max_new_tokens if room is None else min(max_new_tokens, room)
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    """The random choices of one text. Number 0 has those of a text that is written alone."""
+    return torch.Generator().manual_seed(derive_seed(seed, "generate", *([number] if number else [])))
 
 
 def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, top: int) -> None:

@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 
 import torch
 
-from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, find, read_manifest
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_manifest
 from megatron.checkpoint.load import load
 from megatron.checkpoint.model_config import model_config
 from megatron.checkpoint.storage import TORCH_DTYPES

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.layout import find
+from megatron.checkpoint.find import find
 from megatron.checkpoint.model_config import model_config
 from megatron.checkpoint.side_files import in_checkpoint, token_ids
 from megatron.checkpoint.tokenizer import open_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -119,16 +119,40 @@ def build(service: Service) -> Any:
     """Return the application: `PUT /api`, OpenAI's routes, `GET /health`, and in front of them all who may ask."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    began = int(time.time())
+    handlers = Handlers(service)
+    routes = Starlette(
+        routes=[
+            Route("/api", handlers.api, methods=["PUT", "POST"]),
+            Route("/v1/completions", handlers.completions, methods=["POST"]),
+            Route("/v1/chat/completions", handlers.chat_completions, methods=["POST"]),
+            Route("/v1/models", handlers.list_models),
+            Route("/v1/models/{name:path}", handlers.one_model),
+            Route("/health", handlers.health),
+        ],
+        exception_handlers={kind: handlers.refuse for kind in (RequestError, DataError, HTTPException)},
+    )
+    return gated(routes, service.access, service.log)
 
-    def line(request: Request, what: str) -> None:
-        client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
-        service.log(f"{client} {request.method} {one_line(request.url.path)}: {one_line(what)}, {passed:.2f} s")
 
-    async def api(request: Request) -> Response:
+def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a reply in JSON."""
+    from starlette.responses import JSONResponse
+
+    return JSONResponse(body, status, headers)
+
+
+class Handlers:
+    """One method for each route, and for what goes wrong on the way to it."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._began = int(time.time())
+
+    async def api(self, request: Request) -> Response:
+        """Megatron-LM's own route. Its errors are plain text, as they are there."""
+        service = self.service
         quiet, request.state.began = False, time.monotonic()
         try:
             fields = await read(request, service.largest_body)
@@ -140,15 +164,19 @@ def build(service: Service) -> Any:
         except (RequestError, DataError) as error:
             answer, status = str(error), getattr(error, "status", 400)
         if not quiet:
-            line(request, f"status {status}" if status == 200 else f"status {status}, {answer}")
-        return JSONResponse(answer, status)
+            self._log(request, f"status {status}" if status == 200 else f"status {status}, {answer}")
+        return json_response(answer, status)
 
-    async def completions(request: Request) -> Response:
+    async def completions(self, request: Request) -> Response:
+        """OpenAI's completions of a text."""
+        service = self.service
         request.state.began = time.monotonic()
         fields = await read(request, service.largest_body)
-        return await answered(request, Completion.of(fields, service.engine.tokenizer, service.model, service.ends))
+        return await self._reply(request, Completion.of(fields, service.engine.tokenizer, service.model, service.ends))
 
-    async def chats(request: Request) -> Response:
+    async def chat_completions(self, request: Request) -> Response:
+        """OpenAI's completions of a conversation."""
+        service = self.service
         request.state.began = time.monotonic()
         fields = await read(request, service.largest_body)
         Chat.check(fields, service.model)
@@ -159,53 +187,53 @@ def build(service: Service) -> Any:
         wanted = Chat.of(
             fields, prompt, service.engine.model, model=service.model, ends=service.ends, most_tokens=service.most_tokens
         )
-        return await answered(request, wanted)
+        return await self._reply(request, wanted)
 
-    async def answered(request: Request, wanted: Completion | Chat) -> Response:
+    async def _reply(self, request: Request, wanted: Completion | Chat) -> Response:
+        from starlette.responses import StreamingResponse
+
+        service = self.service
         if wanted.stream:
             wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
             service.engine.check_room()
-            line(request, "a stream begins")
+            self._log(request, "a stream begins")
             return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
         records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
         body = wanted.whole(records)
-        line(request, "status 200")
-        return JSONResponse(body)
+        self._log(request, "status 200")
+        return json_response(body)
 
-    async def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [model_body(service.model, began)]})
+    async def list_models(self, request: Request) -> Response:
+        """The only model, in a list."""
+        return json_response({"object": "list", "data": [model_body(self.service.model, self._began)]})
 
-    async def one_model(request: Request) -> Response:
+    async def one_model(self, request: Request) -> Response:
+        """The model, by its name."""
         request.state.began = time.monotonic()
-        if (name := request.path_params["name"]) != service.model:
-            raise no_model(name, service.model)
-        return JSONResponse(model_body(service.model, began))
+        if (name := request.path_params["name"]) != self.service.model:
+            raise no_model(name, self.service.model)
+        return json_response(model_body(self.service.model, self._began))
 
-    async def health(request: Request) -> Response:
-        if trouble := service.engine.trouble(service.patience):
-            return JSONResponse({"status": "stuck", "message": trouble}, 503)
-        return JSONResponse({"status": "ok"})
+    async def health(self, request: Request) -> Response:
+        """Status 200 while the model makes progress, 503 when it is stuck."""
+        if trouble := self.service.engine.trouble(self.service.patience):
+            return json_response({"status": "stuck", "message": trouble}, 503)
+        return json_response({"status": "ok"})
 
-    async def refused(request: Request, error: Exception) -> Response:
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """Answer a request that a route has refused, or that no route takes."""
+        from starlette.exceptions import HTTPException
+
         if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-            return JSONResponse(wrong.body(), wrong.status, error.headers)
+            return json_response(wrong.body(), wrong.status, error.headers)
         wrong = error if isinstance(error, RequestError) else RequestError(str(error))
-        line(request, f"status {wrong.status}, {wrong}")
-        return JSONResponse(wrong.body(), wrong.status)
+        self._log(request, f"status {wrong.status}, {wrong}")
+        return json_response(wrong.body(), wrong.status)
 
-    routes = Starlette(
-        routes=[
-            Route("/api", api, methods=["PUT", "POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
-            Route("/v1/chat/completions", chats, methods=["POST"]),
-            Route("/v1/models", list_models),
-            Route("/v1/models/{name:path}", one_model),
-            Route("/health", health),
-        ],
-        exception_handlers={RequestError: refused, DataError: refused, HTTPException: refused},
-    )
-    return gated(routes, service.access, service.log)
+    def _log(self, request: Request, what: str) -> None:
+        client, passed = request.client.host if request.client else "?", time.monotonic() - request.state.began
+        self.service.log(f"{client} {request.method} {one_line(request.url.path)}: {one_line(what)}, {passed:.2f} s")
 
 
 async def read(request: Request, largest: int) -> Fields:

@@ -41,131 +41,190 @@ class ConnectionLimits:
 
 
 def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with these limits. log: gets a line for each request that is refused here."""
-    import h11
+    """Return uvicorn's protocol with these limits. log: gets a line for each request that is refused here.
+
+    uvicorn makes one object of it for each connection. What it overrides, `ConnectionGuard` decides.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class GuardedProtocol(H11Protocol):
-        """One connection. Its timers: one for a request that arrives, one for a reply that leaves."""
-
         def connection_made(self, transport: Any) -> None:
-            self._arriving: asyncio.TimerHandle | None = None
-            self._leaving: asyncio.TimerHandle | None = None
-            self._unsent, self._quiet_since, self._refused = 0, self.loop.time(), False
+            self.guard = ConnectionGuard(self, limits, log)
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that nobody takes
-            self._watch_request()
-            self._make_room()
+            self.guard.watch_request()
+            self.guard.make_room()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._arriving, self._leaving = self._cancelled(self._arriving), self._cancelled(self._leaving)
+            self.guard.cancel()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            if self._refused:
-                return
-            super().data_received(data)
-            self._watch_request()
+            if not self.guard.refused:
+                super().data_received(data)
+                self.guard.watch_request()
 
         def on_response_complete(self) -> None:
-            self._quiet_since = self.loop.time()
+            self.guard.quiet_since = self.loop.time()
             super().on_response_complete()
-            self._watch_request()
-
-        @property
-        def busy(self) -> bool:
-            """Whether a request is here that has not been answered."""
-            answered = self.cycle is None or self.cycle.response_complete or self._refused
-            return not answered and self.conn.their_state is not h11.SEND_BODY
-
-        def _watch_request(self) -> None:
-            """Run the timer from the first to the last byte of a request; between two of them uvicorn's own runs."""
-            if self._refused:
-                return
-            begun = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
-            if self.transport.is_closing() or not (begun or self.conn.their_state is h11.SEND_BODY):
-                self._arriving = self._cancelled(self._arriving)
-            elif self._arriving is None:
-                self._arriving = self.loop.call_later(limits.request_timeout, self._too_late)
-
-        def _too_late(self) -> None:
-            self._arriving = None
-            if self.conn.their_state is h11.SEND_BODY or self.conn.trailing_data[0]:
-                self._refuse(408, f"the request was not here whole after {limits.request_timeout:g} s (--request-timeout)")
-            else:
-                self.transport.close()
+            self.guard.watch_request()
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._unsent = self.transport.get_write_buffer_size()
-            self._leaving = self._cancelled(self._leaving)
-            self._leaving = self.loop.call_later(limits.send_timeout, self._look_at_reply)
+            self.guard.watch_reply()
 
         def resume_writing(self) -> None:
-            self._leaving = self._cancelled(self._leaving)
+            self.guard.reply_taken()
             super().resume_writing()
 
-        def _look_at_reply(self) -> None:
-            before, self._unsent = self._unsent, self.transport.get_write_buffer_size()
-            if before - self._unsent >= MIN_RATE * limits.send_timeout:
-                self._leaving = self.loop.call_later(limits.send_timeout, self._look_at_reply)
-                return
-            log(f"{self._name()}: closed, since the reply was not read for {limits.send_timeout:g} s (--send-timeout)")
-            self.transport.abort()
-
-        def _make_room(self) -> None:
-            """Close the connection that has been quiet longest where there are too many; this one where all have requests."""
-            if len(self.connections) <= limits.max_connections:
-                return
-            others = [other for other in self.connections if isinstance(other, GuardedProtocol) and other is not self]
-            idle = [other for other in others if not other.busy]
-            if idle:
-                oldest = min(idle, key=lambda other: other._quiet_since)
-                self.connections.discard(oldest)
-                oldest.transport.abort()
-            else:
-                self._refuse(503, f"{limits.max_connections} requests are open already (--max-connections): try again later")
-
-        def send_400_response(self, msg: str) -> None:
-            """Answer what is no HTTP. uvicorn calls it where it handles h11's error."""
+        def send_400_response(self, msg: str) -> None:  # where uvicorn handles h11's error: what came is no HTTP
             error = sys.exc_info()[1]
             status = getattr(error, "error_status_hint", 400)
-            self._refuse(status, f"the request is no HTTP that this server reads: {error or msg}")
-
-        def _refuse(self, status: int, message: str) -> None:
-            """Answer where there is no answer yet, and close the connection."""
-            error = RequestError(message, status=status)
-            body = json.dumps(error.body()).encode()
-            kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            reason = HTTPStatus(status).phrase.encode()
-            try:
-                events = (
-                    h11.Response(status_code=status, headers=[*kind, (b"connection", b"close")], reason=reason),
-                    h11.Data(data=body),
-                    h11.EndOfMessage(),
-                )
-                self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-            except h11.LocalProtocolError:  # an answer has begun already, or must have no body
-                self.transport.abort()
-                return
-            log(f"{self._name()}: status {status}, {one_line(str(error))}")
-            self._refused = True
-            if self.cycle is not None:  # an application that waits for the body waits no longer
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            self.transport.write_eof()
-            self._arriving = self._cancelled(self._arriving)
-            self._arriving = self.loop.call_later(LINGER, self.transport.close)
+            self.guard.refuse(status, f"the request is no HTTP that this server reads: {error or msg}")
 
         def _should_upgrade(self) -> bool:
             return False  # a client that asks for a WebSocket gets HTTP
 
-        def _name(self) -> str:
-            return self.client[0] if self.client else "?"
-
-        @staticmethod
-        def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-            if timer is not None:
-                timer.cancel()
-
     return GuardedProtocol
+
+
+class ConnectionGuard:
+    """The deadlines of one connection: a timer for the request that arrives, another for the reply that leaves.
+
+    Args:
+        protocol: uvicorn's, with `guard`, this object; of it are read `conn` (h11's state of the connection), `cycle` (the
+            request that is being answered), `transport`, `client`, and `connections`, all of the server.
+        limits: of every connection.
+        log: gets a line for each request that is refused here.
+    """
+
+    def __init__(self, protocol: Any, limits: ConnectionLimits, log: Callable[[str], object]) -> None:
+        self._protocol, self._limits, self._log = protocol, limits, log
+        self._arriving, self._leaving = Timer(protocol.loop), Timer(protocol.loop)
+        self._unsent = 0  # bytes of the reply that nobody had taken when its timer was set
+        self.quiet_since: float = protocol.loop.time()
+        self.refused = False
+
+    def cancel(self) -> None:
+        """Stop both timers."""
+        self._arriving.cancel()
+        self._leaving.cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is here that has not been answered."""
+        cycle = self._protocol.cycle
+        answered = cycle is None or cycle.response_complete or self.refused
+        return not answered and not self._body_arrives()
+
+    def _body_arrives(self) -> bool:
+        import h11
+
+        return self._protocol.conn.their_state is h11.SEND_BODY
+
+    def _head_arrives(self) -> bool:
+        """Whether a request's first line and headers are waited for. Between two requests uvicorn's own timer runs."""
+        import h11
+
+        return self._protocol.conn.their_state is h11.IDLE and self._protocol.timeout_keep_alive_task is None
+
+    def watch_request(self) -> None:
+        """Run the timer from the first to the last byte of a request."""
+        if self.refused:
+            return
+        if self._protocol.transport.is_closing() or not (self._head_arrives() or self._body_arrives()):
+            self._arriving.cancel()
+        elif not self._arriving.running:
+            self._arriving.start(self._limits.request_timeout, self._too_late)
+
+    def _too_late(self) -> None:
+        self._arriving.cancel()
+        if self._body_arrives() or self._protocol.conn.trailing_data[0]:
+            limit = self._limits.request_timeout
+            self.refuse(408, f"the request was not here whole after {limit:g} s (--request-timeout)")
+        else:
+            self._protocol.transport.close()
+
+    def watch_reply(self) -> None:
+        """Run the timer of a reply that waits to be read."""
+        self._unsent = self._protocol.transport.get_write_buffer_size()
+        self._leaving.start(self._limits.send_timeout, self._look_at_reply)
+
+    def reply_taken(self) -> None:
+        """Stop the timer of the reply."""
+        self._leaving.cancel()
+
+    def _look_at_reply(self) -> None:
+        seconds, before = self._limits.send_timeout, self._unsent
+        self._unsent = self._protocol.transport.get_write_buffer_size()
+        if before - self._unsent >= MIN_RATE * seconds:
+            self._leaving.start(seconds, self._look_at_reply)
+            return
+        self._log(f"{self._client()}: closed, since the reply was not read for {seconds:g} s (--send-timeout)")
+        self._protocol.transport.abort()
+
+    def make_room(self) -> None:
+        """Close the connection that has been quiet longest where there are too many; this one where all have requests."""
+        protocol, limit = self._protocol, self._limits.max_connections
+        if len(protocol.connections) <= limit:
+            return
+        idle = [other for other in protocol.connections if other is not protocol and not other.guard.busy]
+        if idle:
+            oldest = min(idle, key=lambda other: other.guard.quiet_since)
+            protocol.connections.discard(oldest)
+            oldest.transport.abort()
+        else:
+            self.refuse(503, f"{limit} requests are open already (--max-connections): try again later")
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer where there is no answer yet, and close the connection."""
+        import h11
+
+        protocol, error = self._protocol, RequestError(message, status=status)
+        body = json.dumps(error.body()).encode()
+        kind = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        reason = HTTPStatus(status).phrase.encode()
+        try:
+            events = (
+                h11.Response(status_code=status, headers=[*kind, (b"connection", b"close")], reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            )
+            protocol.transport.write(b"".join(protocol.conn.send(event) or b"" for event in events))
+        except h11.LocalProtocolError:  # an answer has begun already, or must have no body
+            protocol.transport.abort()
+            return
+        self._log(f"{self._client()}: status {status}, {one_line(str(error))}")
+        self.refused = True
+        if protocol.cycle is not None:  # an application that waits for the body waits no longer
+            protocol.cycle.disconnected = True
+            protocol.cycle.message_event.set()
+        protocol.transport.write_eof()
+        self._arriving.start(LINGER, protocol.transport.close)
+
+    def _client(self) -> str:
+        return self._protocol.client[0] if self._protocol.client else "?"
+
+
+class Timer:
+    """A call that an event loop makes later, unless it is put off or cancelled."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._due: asyncio.TimerHandle | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a call has been set and not cancelled; one that was made counts until then."""
+        return self._due is not None
+
+    def start(self, seconds: float, call: Callable[[], object]) -> None:
+        """Make this call after so many seconds, in place of any that was set before."""
+        self.cancel()
+        self._due = self._loop.call_later(seconds, call)
+
+    def cancel(self) -> None:
+        """Make no call."""
+        if self._due is not None:
+            self._due.cancel()
+        self._due = None

@@ -26,7 +26,8 @@ with loading():
 
     from megatron.launch.tool_parser import ToolParser
 
-from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
 from megatron.inference.generate import Sampling, device_of

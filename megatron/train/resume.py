@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron.checkpoint.agreement import together
+from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import (
     CONFIG,
     DIRECTORY,
@@ -26,7 +27,6 @@ from megatron.checkpoint.layout import (
     MOST_JSON,
     STATE,
     CheckpointError,
-    find,
     holds_weights_alone,
     newest_complete,
     others,

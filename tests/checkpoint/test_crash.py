@@ -13,7 +13,8 @@ from crashes import Faulty, die, in_children, raiser, run_of, save_at, save_once
 from cuts import load_cut, mesh_of, save_cut, state
 from ranks import on_ranks
 
-from megatron.checkpoint.layout import CheckpointError, find, iterations, newest_complete, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, iterations, newest_complete, verify
 from megatron.checkpoint.save import prune, save
 
 MODES = pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])

@@ -13,10 +13,10 @@ import pytest
 import torch
 from cuts import Cut, save_cut, state
 
+from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import (
     CheckpointError,
     Manifest,
-    find,
     newest_complete,
     read_config,
     read_manifest,

@@ -14,7 +14,8 @@ from models import BASE, LLAMA, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json

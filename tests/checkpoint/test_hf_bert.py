@@ -9,7 +9,7 @@ from models import BERT, build, save_model
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.layout import find
+from megatron.checkpoint.find import find
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.inference.restore import open_model

@@ -12,7 +12,8 @@ import pytest
 import torch
 from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, put
 
-from megatron.checkpoint.layout import CheckpointError, find, read_manifest
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, read_manifest
 from megatron.checkpoint.save import save
 from megatron.checkpoint.side_files import assets, carried, in_checkpoint
 from megatron.checkpoint.tokenizer import open_tokenizer

@@ -13,7 +13,8 @@ import pytest
 import torch
 from models import BASE, build
 
-from megatron.checkpoint.layout import CheckpointError, find, newest_complete, read_config, read_state, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, newest_complete, read_config, read_state, verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.manifest import plain_json
 from megatron.checkpoint.save import save

@@ -10,7 +10,8 @@ import torch
 from archives import build, config_of, weights_of
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import open_model
 from megatron.interop.checked_import import store

@@ -18,7 +18,8 @@ from reference import GPT2, Setting, dropping, go, start
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint.layout import find, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json

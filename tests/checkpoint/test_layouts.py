@@ -10,7 +10,8 @@ from ranks import on_ranks
 from safetensors import safe_open
 
 from megatron.checkpoint.content import Held, make_plan
-from megatron.checkpoint.layout import CheckpointError, find, read_config, read_manifest, read_state, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import load, read_tensor
 from megatron.checkpoint.save import save
 from megatron.checkpoint.storage import Storage

@@ -9,7 +9,8 @@ import pytest
 import torch
 from archives import build, config_of, content, released, weights_of, write_archive
 
-from megatron.checkpoint.layout import CheckpointError, find
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.model_config import model_config
 from megatron.interop.checked_import import store
 from megatron.interop.megatron_files import read_megatron, write_megatron

@@ -29,7 +29,8 @@ from cuts import save_cut
 from safetensors.torch import save_file
 from stand_ins import STAND_INS, put
 
-from megatron.checkpoint.layout import CheckpointError, find, read_config, read_manifest, read_state, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.config.command_line.data_args import expand
 from megatron.config.command_line.toml_file import read_toml

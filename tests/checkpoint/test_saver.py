@@ -17,7 +17,8 @@ from crashes import ASSETS, Faulty, in_children, raiser, run_of, save_at, save_o
 from cuts import Cut, load_cut, mesh_of, state
 from ranks import on_ranks
 
-from megatron.checkpoint.layout import CheckpointError, find, iterations, read_manifest, read_state, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError, iterations, read_manifest, read_state, verify
 from megatron.checkpoint.load import verify_together
 from megatron.checkpoint.storage import Storage
 from megatron.launch.environment import Place

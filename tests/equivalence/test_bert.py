@@ -11,7 +11,7 @@ import torch
 from ranks import on_ranks
 from reference import BERT, Setting, dropping, go, gradients, micro_batches, mismatch, pieces, start, trajectory, worst
 
-from megatron.checkpoint.layout import find
+from megatron.checkpoint.find import find
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json

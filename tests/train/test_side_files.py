@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from test_program import metrics, run
 
-from megatron.checkpoint.layout import find, verify
+from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import verify
 from megatron.files.side import SideFile, forgiving_streams
 from megatron.tasks.finetune import write_results
 from megatron.train.errors import TrainingError
