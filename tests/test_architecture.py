@@ -67,7 +67,7 @@ PURE += [
         "status_file",
     )
 ]
-PURE += [f"plan/{name}.py" for name in ("flops", "memory", "size", "stages", "state_size", "tables", "time")]
+PURE += [f"plan/{name}.py" for name in ("flops", "stages", "state_size", "time")]
 PURE += [f"optim/{name}.py" for name in ("lr", "scaler", "sharding")]
 PURE += [f"tasks/{name}.py" for name in ("windows", "wikitext")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "lm_eval"}

@@ -1,17 +1,17 @@
 """What a run would do, without doing it: `--dry-run` prints it for any number of ranks, in one CPU process.
 
-Opens the tokenizer, the datasets and the checkpoint that the run names. Imports torch only to look at a checkpoint.
+Opens the tokenizer, the datasets and the checkpoint that the run names, and says what is wrong before torch is
+imported, which takes a checkpoint to look at or a model to read its sizes from.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.config.batch import ramp_sizes
 from megatron.config.command_line.parse import Parsed, explain
 from megatron.config.command_line.saved import from_json, to_toml
 from megatron.config.compare import different_model
@@ -27,11 +27,6 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer, chosen_for_data
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.mesh.grid import Grid
-from megatron.pipeline.schedules.schedule import DEFAULT, make
-from megatron.plan import size
-from megatron.plan.stages import stages_of
-from megatron.plan.tables import batch_table, memory_table, schedule_table, stage_table
 
 GPT2_VOCABULARY = 50257
 
@@ -64,7 +59,10 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     lines = [f"note: {note}" for note in parsed.notes]
     again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
     lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
-    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found)]) + "\n")
+    from megatron.plan.tables import report  # reads sizes from the model, which takes torch: after all mistakes
+
+    config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
+    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found.source, found.lines)]) + "\n")
     return 0
 
 
@@ -140,45 +138,3 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
         return []
     problems.extend(different_model(held, config.model, str(source.directory)))
     return [*source.lines[:-1], *lines, f"checkpoint {source.directory}: complete"]
-
-
-def report(config: RunConfig, world: int, found: Found) -> Iterator[str]:
-    """The lines of a dry run that follow the configuration."""
-    config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
-    layout = config.layout
-    grid = Grid.from_layout(layout, world)
-    yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
-    yield from found.lines
-    padded = size.padded_vocabulary(config.model, found.vocabulary, grid.tp)
-    yield f"vocabulary: {found.vocabulary} → {padded}, {padded - found.vocabulary} padding rows ({found.source})"
-    yield ""
-    plan = stages_of(config)
-    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
-    schedule = make(layout.pipeline_schedule or DEFAULT, grid.pp, micro_batches, plan.chunks)
-    yield from stage_table(config, grid, plan)
-    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
-        return
-    yield ""
-    yield from memory_table(config, grid, plan, schedule)
-    yield ""
-    yield from batch_table(config, grid, micro_batches)
-    yield ""
-    yield from schedule_table(config, plan, schedule)
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

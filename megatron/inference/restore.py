@@ -25,7 +25,7 @@ from megatron.model.build import build_stages
 from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.transfer import Channels
-from megatron.plan.size import parameters
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 
 Model = TypeVar("Model")
@@ -129,8 +129,8 @@ def _not_far_larger(directory: Path, manifest: Manifest, config: ModelConfig) ->
     """
     held = sum(prod(t.shape) for n, t in manifest.tensors.items() if n.startswith("model."))
     try:
-        asked = parameters(config, config.size("vocab_size"))
-    except (TypeError, ValueError) as error:
+        asked = MetaModel(config).count()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{directory}: its {CONFIG} describes no model: {error}") from error
     if asked > 2 * held:
         raise CheckpointError(

@@ -17,6 +17,11 @@ from megatron.parallel.tensor_parallel import TensorParallel
 MODELS: Mapping[str, type[Transformer]] = MappingProxyType({"gpt": GPT, "bert": Bert})
 
 
+def model_class(config: ModelConfig) -> type[Transformer]:
+    """Return the class of the model that a configuration names."""
+    return MODELS[config.architecture] if config.task_head is None else FineTuned
+
+
 def build_stages(
     config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: TensorParallel, rank: int, **options: Any
 ) -> dict[int, Transformer]:
@@ -24,8 +29,7 @@ def build_stages(
 
     placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `Transformer`.
     """
-    model = MODELS[config.architecture] if config.task_head is None else FineTuned
-    stages = dict[int, Transformer]()
+    model, stages = model_class(config), dict[int, Transformer]()
     for number, part in enumerate(parts):
         if placement[number] == rank:
             first = stages[0].embedding if 0 in stages else None

@@ -9,6 +9,7 @@ the sequence is cut between layers, `seq` is what is here.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +76,20 @@ class Transformer(nn.Module):
                 self.embedding = Embedding(config, self.vocabulary, tp, seed=seed)
                 if config.tied and not part.head:
                     describe_copy(self.embedding.word.weight)
-            self.layers = nn.ModuleDict({str(i): Block(config, i, tp, attend, seed=seed) for i in part.layers})
+            self.layers = nn.ModuleDict({str(i): self.build_layer(i, attend) for i in part.layers})
             self.final_norm = make_norm(config, tp) if part.head else None
             self.build_heads(word if self.embedding is None else self.embedding.word.weight)
         self.to(dtype)
         name_parameters(self)
+
+    @staticmethod
+    def layer_kind(config: ModelConfig, number: int) -> Hashable:
+        """Return what a layer shares with its likes: those of one kind have equal parameters and equal work. Here all do."""
+        return None
+
+    def build_layer(self, number: int, attend: Attend) -> Block:
+        """Return the layer of this number, with this core attention."""
+        return Block(self.config, number, self.tp, attend, seed=self.seed)
 
     @abstractmethod
     def build_heads(self, word: nn.Parameter | None) -> None:

@@ -10,7 +10,7 @@ bucket: it keeps the main weights and moments of the slice alone, and is given t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config.optimizers import rule_for
-from megatron.mesh.grid import within_stage
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import Bucket, buckets
@@ -170,7 +169,7 @@ def flat_buffers(
     """
     held, find = list(parameters), Axis.alone if mesh is None else mesh.axis
     rules = [rule_for(optimizer, spec_of(p).name, spec_of(p).shape) for p in held]
-    kinds = [(p.dtype, rule, bucket_kind(spec_of(p))) for p, rule in zip(held, rules, strict=True)]
+    kinds = [(p.dtype, rule, spec_of(p).bucket_kind) for p, rule in zip(held, rules, strict=True)]
     axes = {kind: find(spec_of(p).data_axis) for p, kind in zip(held, kinds, strict=True)}
     shards = {kind: axis.size if sharded else 1 for kind, axis in axes.items()}
     whole = {kind for kind, rule in zip(kinds, rules, strict=True) if rule.whole}
@@ -181,13 +180,3 @@ def flat_buffers(
         )
         for bucket in found
     ]
-
-
-def bucket_kind(spec: ParamSpec) -> Hashable:
-    """Return what parameters of one bucket have in common, beside dtype and rule of update.
-
-    Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
-    several stages share a tied matrix alone, so its copies have a bucket of their own.
-    """
-    between_stages = frozenset(axis for axis in spec.sum_grad_over if not within_stage(axis))
-    return spec.data_axis, between_stages, spec.decay, spec.decoupled

@@ -1,7 +1,7 @@
 """Which parameters lie together in one bucket of flat memory, and where. Pure: sizes in, places out.
 
 A bucket is the unit of communication: its gradients are summed over the data-parallel ranks in one collective, and under
-the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `plan/size.py` and
+the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `plan/state_size.py` and
 the buffers of `optim/buffers.py` both read the places off here.
 """
 
@@ -46,14 +46,15 @@ def buckets(
     share = shards if isinstance(shards, Mapping) else dict.fromkeys(kinds, shards)
     shared_out = {kind for kind in whole if share.get(kind, 1) > 1}
     filling: dict[Hashable, list[int]] = {}
+    filled: dict[Hashable, int] = {}  # elements of those
     done: list[list[int]] = []
     for number in reversed(range(len(sizes))):
-        kind = kinds[number]
-        held = filling.get(kind, [])
-        if held and limit is not None and kind not in shared_out and sum(aligned(sizes[i]) for i in [*held, number]) > limit:
-            done.append(held)
-            held = []
-        filling[kind] = [*held, number]
+        kind, size = kinds[number], aligned(sizes[number])
+        if kind in filling and limit is not None and kind not in shared_out and filled[kind] + size > limit:
+            done.append(filling.pop(kind))
+            filled[kind] = 0
+        filling.setdefault(kind, []).append(number)
+        filled[kind] = filled.get(kind, 0) + size
     done += filling.values()
     found = []
     for members in sorted(done, key=lambda members: -members[-1]):

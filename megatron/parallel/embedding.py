@@ -13,6 +13,12 @@ from megatron.parallel.spec import ParamSpec, Part, describe, spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
+def padded_vocabulary(vocab: int, tp: int, divisible_by: int) -> int:
+    """Return the smallest multiple of `divisible_by` x tp that holds `vocab` tokens, Megatron-LM's rule."""
+    step = divisible_by * tp
+    return -(-vocab // step) * step
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """The rows of a vocabulary that one rank holds: `held` rows of which the first `used` are true tokens.
@@ -28,9 +34,8 @@ class VocabShard:
 
     @classmethod
     def of(cls, vocab: int, tp: Axis, divisible_by: int) -> VocabShard:
-        """Each rank's share is the smallest multiple of `divisible_by` that fits, Megatron-LM's rule."""
-        step = divisible_by * tp.size
-        held = -(-vocab // step) * divisible_by
+        """Each rank holds an equal share of the padded vocabulary."""
+        held = padded_vocabulary(vocab, tp.size, divisible_by) // tp.size
         start = tp.rank * held
         return cls(vocab, min(start, vocab), held, max(0, min(held, vocab - start)))
 

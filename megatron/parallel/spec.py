@@ -7,12 +7,14 @@ same in every layout, and each rank holds one rectangle of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from megatron.mesh.grid import within_stage
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,16 @@ class ParamSpec:
     init: str = "normal"
     decoupled: bool = False
     data_axis: str = "dp_cp"
+
+    @property
+    def bucket_kind(self) -> Hashable:
+        """What parameters of one bucket of the optimizer's memory have in common, beside dtype and rule of update.
+
+        Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
+        several stages share a tied matrix alone, so its copies have a bucket of their own.
+        """
+        between_stages = frozenset(axis for axis in self.sum_grad_over if not within_stage(axis))
+        return self.data_axis, between_stages, self.decay, self.decoupled
 
     def local(self, tensor: Tensor) -> Tensor:
         """The view of a local tensor that holds `part`, i.e. without padding."""

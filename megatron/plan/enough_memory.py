@@ -18,7 +18,8 @@ from megatron.launch.environment import Place
 from megatron.launch.errors import Refused
 from megatron.launch.memory import gib, host_memory
 from megatron.mesh.grid import Grid
-from megatron.plan.size import parameter_list, state_of
+from megatron.plan.memory import shards, state_of_rank
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 from megatron.plan.state_size import StateBytes
 
@@ -81,26 +82,13 @@ def total(state: StateBytes) -> int:
 
 def states(config: RunConfig, grid: Grid, ranks: Sequence[int]) -> list[StateBytes]:
     """What each of these ranks will hold from its first step to its last; an evaluation alone, its weights."""
-    plan, model = stages_of(config), config.model
-    copies = model.tied and any(stage.embedding != stage.head for stage in plan.parts)
+    plan, model, owners = stages_of(config), MetaModel.of(config), shards(config, grid)
     by_stage: dict[int, StateBytes] = {}
     every = []
     for rank in ranks:
         pp = grid.coordinate(rank)["pp"]
         if pp not in by_stage:
-            stages = [plan.parts[stage] for stage in plan.of_rank(pp)]
-            own = {p.name: p for stage in stages for p in parameter_list(model, model.size("vocab_size"), stage)}
-            state = state_of(
-                model,
-                own.values(),
-                grid.tp,
-                copies=copies,
-                two_bytes=config.precision.two_bytes,
-                optimizer=config.optim.optimizer,
-                bucket=config.layout.ddp_bucket_size,
-                shards=grid.dp * grid.cp if config.layout.use_distributed_optimizer else 1,
-                bf16_gradients=config.precision.grad_reduce_in_bf16,
-            )
+            state = state_of_rank(config, model, plan, pp, owners)
             by_stage[pp] = StateBytes(state.weights, 0, 0) if config.eval.skip_train else state
         every.append(by_stage[pp])
     return every

@@ -1,325 +1,102 @@
-"""How large a GPT or BERT is: parameters and bytes, whole and per rank. Pure arithmetic; what it computes: `flops.py`.
+"""How large a model is, read from its own modules.
 
-The parameters are listed by the same names and shapes that `model/gpt.py` and `model/bert.py` build, so that the counts are
-those of a real build. Arguments: `model` is resolved; `vocab` the true number of tokens; `tp` the tensor-parallel size.
+They are built on the meta device, where tensors have shapes and take no memory. One layer of each kind stands for its likes,
+so that a thousand layers cost no more than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
-from megatron.config.optimizers import rule_for
-from megatron.config.schema import MemoryConfig, ModelConfig
+from torch import nn
+
+from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
-from megatron.plan.state_size import StateBytes, state_bytes
-
-# Of the chunks in which `parallel/cross_entropy.py` works through the logits, on a GPU; a CPU's are no larger.
-CHUNK = 1 << 27  # logits
-FEWEST_ROWS = 256  # tokens, however many logits they have
+from megatron.mesh.mesh import Axis
+from megatron.model.build import model_class
+from megatron.model.transformer import Transformer
+from megatron.parallel.spec import ParamSpec, spec_of
+from megatron.parallel.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
 class ParameterSize:
-    """A parameter: global name, whole shape, and whether tensor parallelism cuts it (dimension `cut`; None: a copy each)."""
+    """A parameter of one rank. local: elements that the rank holds; of a vocabulary with the padding."""
 
-    name: str
-    shape: tuple[int, ...]
-    cut: int | None = None
-    vocabulary: bool = False  # the rows are tokens, and padded
+    spec: ParamSpec
+    local: int
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def count(self) -> int:
-        return prod(self.shape)
-
-    def local(self, model: ModelConfig, tp: int) -> int:
-        """Elements that each rank holds; of a vocabulary with the padding."""
-        if self.vocabulary:
-            return padded_vocabulary(model, self.shape[0], tp) // tp * prod(self.shape[1:])
-        return self.count if self.cut is None else self.count // tp
+        """Elements of the whole parameter, without padding."""
+        return prod(self.spec.shape)
 
 
-def padded_vocabulary(model: ModelConfig, vocab: int, tp: int) -> int:
-    """Megatron-LM's rule: the smallest multiple of make_vocab_size_divisible_by x tp that holds `vocab` tokens."""
-    step = model.make_vocab_size_divisible_by * tp
-    return -(-vocab // step) * step
+class MetaModel:
+    """A model on the meta device, as the first of `tp` ranks holds it: each pair of ends and each kind of layer built once."""
+
+    def __init__(self, config: ModelConfig, tp: int = 1, *, sequence_parallel: bool = False) -> None:
+        """Take the model's sizes.
+
+        Args:
+            config: resolved, with vocab_size set.
+            tp: the tensor-parallel size.
+            sequence_parallel: whether activations between the parallel layers are cut as well.
+        """
+        self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
+        self._model = model_class(config)
+        self._ends: dict[tuple[bool, bool], Transformer] = {}
+        self._layers: dict[Hashable, nn.Module] = {}
+
+    @classmethod
+    def of(cls, config: RunConfig) -> MetaModel:
+        """Return the model of a run, as its layout cuts it."""
+        layout = config.layout
+        return cls(config.model, layout.tensor_model_parallel_size, sequence_parallel=layout.sequence_parallel)
+
+    def ends(self, part: StagePart) -> Transformer:
+        """Return a stage without its layers."""
+        key = (part.embedding, part.head)
+        if key not in self._ends:
+            self._ends[key] = self._build(StagePart(range(0), *key))
+        return self._ends[key]
+
+    def layer(self, number: int) -> nn.Module:
+        """Return a layer like that of this number."""
+        kind = self._model.layer_kind(self.config, number)
+        if kind not in self._layers:
+            self._layers[kind] = self._build(StagePart(range(number, number + 1), False, False)).layers[str(number)]
+        return self._layers[kind]
+
+    def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:
+        """Yield every parameter of a stage, by default of the whole model, in the order in which the stage holds them.
+
+        A tied output layer on a stage without the embedding holds a copy of it, under the embedding's name.
+        """
+        part = part or StagePart(range(self.config.size("num_layers")))
+        for name, module in self.ends(part).named_children():
+            if name != "layers":
+                yield from _sizes(module)
+                continue
+            for number in part.layers:
+                for size in _sizes(self.layer(number)):
+                    place = size.name.split(".", 2)[2]
+                    yield ParameterSize(replace(size.spec, name=f"{name}.{number}.{place}"), size.local)
+
+    def count(self, part: StagePart | None = None) -> int:
+        """Return the parameters of a stage, by default of the whole model; without padding, whatever the layout."""
+        return sum(p.count for p in self.parameters(part))
+
+    def _build(self, part: StagePart) -> Transformer:
+        return self._model(self.config, part, self.tp, device="meta")
 
 
-def parameter_list(model: ModelConfig, vocab: int, stage: StagePart | None = None) -> Iterator[ParameterSize]:
-    """Every parameter of a stage; of the whole model by default. A tied output layer on a stage without the embedding
-    holds a copy of it, under the embedding's name."""
-    hidden = model.size("hidden_size")
-    stage = stage or StagePart(range(model.size("num_layers")))
-    if stage.embedding:
-        yield ParameterSize("embedding.word.weight", (vocab, hidden), 0, vocabulary=True)
-        if model.position_embedding_type == "learned_absolute":
-            yield ParameterSize("embedding.position.weight", (model.size("max_position_embeddings"), hidden))
-        if model.segment_kinds:
-            yield ParameterSize("embedding.segment.weight", (model.segment_kinds, hidden))
-    for layer in stage.layers:
-        yield from _layer(model, f"layers.{layer}")
-    if stage.head:
-        yield from _norm(model, "final_norm")
-        if model.predicts_words and not (model.tied and stage.embedding):
-            name = "embedding.word.weight" if model.tied else "head.weight"
-            yield ParameterSize(name, (vocab, hidden), 0, vocabulary=True)
-        if model.architecture == "bert":
-            yield from _bert_heads(model, vocab)
-
-
-def _bert_heads(model: ModelConfig, vocab: int) -> Iterator[ParameterSize]:
-    hidden = model.size("hidden_size")
-    if model.predicts_words:
-        yield from _norm(model, "masked_words.norm")
-        yield ParameterSize("masked_words.bias", (vocab,), 0, vocabulary=True)
-    words, pooler, order = (hidden * model.predicts_words, hidden * model.pooled, 2 * model.predicts_order)
-    dense = {"masked_words.dense": words, "pooler": pooler, "order": order, "task_head": model.task_outputs}
-    for name, rows in dense.items():
-        if rows:
-            yield ParameterSize(f"{name}.weight", (rows, hidden))
-            yield ParameterSize(f"{name}.bias", (rows,))
-
-
-def _layer(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
-    hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
-    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    yield from _norm(model, f"{name}.input_norm")
-    yield from _linear(model, f"{name}.attention.qkv", (heads + 2 * groups) * kv, hidden, cut=0)
-    yield from _linear(model, f"{name}.attention.dense", hidden, heads * kv, cut=1)
-    yield from _norm(model, f"{name}.mlp_norm")
-    for part in ("gate", "up") if model.activation == "swiglu" else ("up",):
-        yield from _linear(model, f"{name}.mlp.{part}", ffn, hidden, cut=0)
-    yield from _linear(model, f"{name}.mlp.down", hidden, ffn, cut=1)
-
-
-def _linear(model: ModelConfig, name: str, rows: int, columns: int, *, cut: int) -> Iterator[ParameterSize]:
-    yield ParameterSize(f"{name}.weight", (rows, columns), cut)
-    if model.add_bias_linear:  # cut with the rows; a copy each where the columns are cut
-        yield ParameterSize(f"{name}.bias", (rows,), 0 if cut == 0 else None)
-
-
-def _norm(model: ModelConfig, name: str) -> Iterator[ParameterSize]:
-    yield ParameterSize(f"{name}.weight", (model.size("hidden_size"),))
-    if model.add_norm_bias and model.normalization == "LayerNorm":
-        yield ParameterSize(f"{name}.bias", (model.size("hidden_size"),))
-
-
-def parameters(model: ModelConfig, vocab: int, stage: StagePart | None = None) -> int:
-    """Parameters of a stage, or of the whole model; without padding, whatever the layout."""
-    return sum(p.count for p in parameter_list(model, vocab, stage))
-
-
-def state_of(
-    model: ModelConfig,
-    own: Iterable[ParameterSize],
-    tp: int,
-    *,
-    copies: bool = False,
-    optimizer: str = "adam",
-    **how: Any,
-) -> StateBytes:
-    """Return the bytes of the parameters `own` on one rank.
-
-    Args:
-        model: resolved.
-        own: the parameters.
-        tp: the tensor-parallel size.
-        copies: whether another stage holds the tied matrix too.
-        optimizer: its name.
-        how: as for `state_bytes`.
-    """
-    listed = list(own)
-    kinds = [(len(p.shape) > 1, copies and p.name == "embedding.word.weight") for p in listed]  # vectors do not decay
-    rules = [rule_for(optimizer, p.name, p.shape) for p in listed]
-    return state_bytes([p.local(model, tp) for p in listed], kinds, rules=rules, **how)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank. activations is an estimate; the others are exact for `optim/buffers.py`."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory_per_rank(
-    model: ModelConfig,
-    vocab: int,
-    *,
-    tp: int,
-    seq: int,
-    micro_batch: int,
-    bf16: bool,
-    sequence_parallel: bool = False,
-    optimizer: str = "adam",
-    stages: Sequence[StagePart] = (),
-    in_flight: Sequence[int] = (),
-    split: Sequence[int] = (),
-    memory: MemoryConfig | None = None,
-    cp: int = 1,
-    bucket: int | None = None,
-    shards: int = 1,
-    bf16_gradients: bool = False,
-) -> Memory:
-    """What one rank holds at its fullest, which owns `stages`; by default one that is the whole model.
-
-    in_flight: for each stage the micro-batches that wait for their backward pass; by default one. split: how many of these
-    have its first part behind them; by default none. memory: what is run again. A word embedding of several stages is one.
-    bucket: --ddp-bucket-size. shards: ranks that each own a slice of main weights and optimizer state. bf16_gradients:
-    --grad-reduce-in-bf16.
-    """
-    stages = stages or [StagePart(range(model.size("num_layers")))]
-    own = {p.name: p for stage in stages for p in parameter_list(model, vocab, stage)}
-    copies = model.tied and any(s.embedding != s.head for s in stages)
-    how = dict(two_bytes=bf16, bucket=bucket, shards=shards, bf16_gradients=bf16_gradients)
-    state = state_of(model, own.values(), tp, copies=copies, optimizer=optimizer, **how)
-    counted = [
-        activations_of(model, vocab, tp, seq, micro_batch, bf16, sequence_parallel, stage, waiting, memory, cp, halfway)
-        for stage, waiting, halfway in zip(stages, in_flight or [1] * len(stages), split or [0] * len(stages), strict=True)
-    ]
-    activations = sum(a.kept for a in counted) + max(a.passing for a in counted)
-    return Memory(state.weights, state.gradients, state.optimizer, activations)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of a stage's activations. kept: from forward to backward pass. passing: while one action runs, at most."""
-
-    kept: int
-    passing: int
-
-
-def activations_of(
-    model: ModelConfig,
-    vocab: int,
-    tp: int,
-    seq: int,
-    micro_batch: int,
-    bf16: bool,
-    sequence_parallel: bool,
-    stage: StagePart | None = None,
-    in_flight: int = 1,
-    memory: MemoryConfig | None = None,
-    cp: int = 1,
-    split: int = 0,
-) -> Activations:
-    """Activations that the backward pass needs, by the count of arXiv 2205.05198, sections 4 and 5.
-
-    Layers keep `layer_activations`. What is run again keeps its input, and passes by once while its gradients are made.
-    So does the output layer with the loss, `head_loss_bytes`; of it a micro-batch in flight keeps the final norm's input and,
-    once it is made, the gradient of the final hidden states. cp: each rank has 1 / cp of the tokens; what attention around
-    the ring takes for a while, `ring_bytes`, passes by with the layer. split: how many of the micro-batches in flight are
-    between the parts of a split backward pass, and have the factors of their weights' gradients, however little they kept.
-    """
-    stage, memory, element = stage or StagePart(range(model.size("num_layers"))), memory or MemoryConfig(), 2 if bf16 else 4
-    shared = tp if sequence_parallel else 1
-    each = layer_activations(model, tp, seq, bf16, sequence_parallel, cp)
-    kept, again = _recomputed(each, len(stage.layers), tp, memory)
-    if memory.distribute_saved_activations and not stage.embedding:  # the executor holds what came from another rank
-        kept += each.input
-    if stage.embedding and model.hidden_dropout > 0:
-        kept += model.size("hidden_size") / shared  # the dropout's mask
-    kept = kept * (in_flight - split) + max(kept, len(stage.layers) * _weight_factors(model, tp, element)) * split
-    loss, tokens = 0, seq // cp * micro_batch
-    if stage.head and in_flight:
-        hidden = model.size("hidden_size")
-        kept += element * hidden / shared * (2 * in_flight - 1)
-        held = padded_vocabulary(model, vocab, tp) // tp
-        loss = head_loss_bytes(tokens, hidden, held, bf16) if model.predicts_words else 0
-    layer = int(tokens * again) + (ring_bytes(model, tp, seq, micro_batch, bf16, cp) if stage.layers else 0)
-    return Activations(int(tokens * kept), max(loss, layer) if in_flight else 0)
-
-
-@dataclass(frozen=True)
-class LayerActivations:
-    """Bytes for each token. all: what a layer keeps; of it core: within the core attention; input: the layer's input."""
-
-    all: float
-    core: float
-    input: float
-
-
-def layer_activations(
-    model: ModelConfig, tp: int, seq: int, bf16: bool, sequence_parallel: bool, cp: int = 1
-) -> LayerActivations:
-    """What one layer keeps on each rank where nothing is run again.
-
-    For 16 bit, a d = h, f = 4 h and attention weights kept, it has s b h (10 + 24/t + 5 a s / (h t)) bytes, all of it over t
-    under sequence parallelism: equations 2 and 4 of arXiv 2205.05198. The a s term falls away where a fused kernel does the
-    attention. Beyond the paper: with the gate of SwiGLU the MLP keeps four tensors instead of two, and the core attention
-    repeats keys and values of grouped queries. Around the ring of context parallelism it keeps one fp32 number for each query
-    and head, and nothing that grows with s. Left out: a few numbers for each token or head, and RMSNorm without a kernel.
-    """
-    hidden, ffn, kv = model.size("hidden_size"), model.size("ffn_hidden_size"), model.size("kv_channels")
-    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    element = 2 if bf16 else 4
-    shared = tp if sequence_parallel else 1  # what norms and dropout hold is cut only then
-    mask = 1 if model.hidden_dropout > 0 else 0
-    between = (4 * element + 2 * mask) * hidden / shared  # inputs of two norms and of two linear layers, two masks
-    # Queries, keys, values and what they make; what the activation takes and what it gives.
-    inside = element * ((2 * heads + 2 * groups) * kv + ffn * (4 if model.activation == "swiglu" else 2)) / tp
-    core = element * 2 * (heads - groups) * kv / tp
-    if model.attention_dropout > 0 and not model.fused_attention_dropout:
-        core += (2 * element + 1) * heads * seq / tp  # softmax, its mask, what is left
-    if cp > 1:
-        core = 4 * heads / tp
-    return LayerActivations(between + inside + core, core, element * hidden / shared)
-
-
-def _weight_factors(model: ModelConfig, tp: int, element: int) -> float:
-    """Bytes for each token: inputs of a layer's linear layers, whole in the sequence, and gradients of their outputs."""
-    heads, groups = model.size("num_attention_heads"), model.size("num_query_groups")
-    ffn = model.size("ffn_hidden_size") * (3 if model.activation == "swiglu" else 2)
-    return element * (4 * model.size("hidden_size") + (2 * (heads + groups) * model.size("kv_channels") + ffn) / tp)
-
-
-def _recomputed(each: LayerActivations, layers: int, tp: int, memory: MemoryConfig) -> tuple[float, float]:
-    """Bytes for each token that a stage's layers keep, and those that one piece takes while it is run again."""
-    if memory.recompute_granularity is None or not layers:
-        return layers * each.all, 0.0
-    if memory.recompute_granularity == "selective":
-        return layers * (each.all - each.core), each.core
-    count = min(memory.recompute_num_layers, layers)
-    # A chunk's layers keep their inputs too: its own is there already, unless each rank has a share of it.
-    share, there = (each.input / tp, 0.0) if memory.distribute_saved_activations else (each.input, each.input)
-    if memory.recompute_method == "uniform":
-        return -(-layers // count) * share, count * each.all - there
-    return count * share + (layers - count) * each.all, each.all - there
-
-
-def ring_bytes(model: ModelConfig, tp: int, seq: int, micro_batch: int, bf16: bool, cp: int) -> int:
-    """What `parallel/ring.py` holds at its fullest beside what a layer keeps: in its backward pass, an estimate.
-
-    Blocks of scores, `[micro_batch, heads / tp, chunk, chunk]` in fp32 with a chunk of seq / 2 cp: three, with dropout six.
-    Of keys and values those at hand and those that arrive, and in fp32 three gradients: made here, leaving and arriving. Of
-    the queries copies of three tensors in the compute dtype, and in fp32 two of their gradients.
-    """
-    if cp == 1:
-        return 0
-    heads, groups, kv = model.size("num_attention_heads"), model.size("num_query_groups"), model.size("kv_channels")
-    element, local = 2 if bf16 else 4, seq // cp
-    blocks = (6 if model.attention_dropout > 0 else 3) * 4 * heads * (local // 2) ** 2
-    travelling = 2 * groups * kv * local * (2 * element + 3 * 4)
-    queries = heads * kv * local * (3 * element + 2 * 4)
-    return micro_batch * (blocks + travelling + queries) // tp
-
-
-def head_loss_bytes(tokens: int, hidden: int, held: int, bf16: bool) -> int:
-    """What output layer and loss hold at their fullest, with `held` rows of the vocabulary on each rank.
-
-    They never hold the logits of all tokens, but make gradients chunk by chunk. So there are the input and its gradient,
-    tokens x hidden each; the weight's gradient, held x hidden in fp32, and a product or a copy of it in the compute dtype;
-    and of one chunk the logits, in bf16 also their fp32 copy, and the fp32 probabilities.
-    """
-    element = 2 if bf16 else 4
-    rows = min(tokens, max(FEWEST_ROWS, CHUNK // held))
-    chunk = rows * held * (element + (4 if bf16 else 0) + 4)
-    return 2 * element * tokens * hidden + (4 + element) * held * hidden + chunk
+def _sizes(module: nn.Module) -> Iterator[ParameterSize]:
+    for parameter in module.parameters():
+        yield ParameterSize(spec_of(parameter), parameter.numel())

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron.config.batch import ramp_sizes, samples_for
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.mesh.grid import Grid
+from megatron.parallel.embedding import padded_vocabulary
 from megatron.pipeline.schedules.draw import draw_text
-from megatron.pipeline.schedules.schedule import Schedule
+from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, make
 from megatron.pipeline.schedules.simulate import simulate
-from megatron.plan import flops, size
-from megatron.plan.memory import memory_of, shards
-from megatron.plan.stages import StagePlan
+from megatron.plan import flops
+from megatron.plan.memory import memory_of, shards, state_of
+from megatron.plan.size import MetaModel
+from megatron.plan.stages import StagePlan, stages_of
 from megatron.plan.time import flop_costs
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a dry run that follow the configuration.
+
+    Args:
+        config: of the run, with model.vocab_size set.
+        world: the number of ranks.
+        source: where the vocabulary's size comes from.
+        found: lines about what the run will read.
+    """
+    layout, vocab = config.layout, config.model.size("vocab_size")
+    grid = Grid.from_layout(layout, world)
+    yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
+    yield from found
+    padded = padded_vocabulary(vocab, grid.tp, config.model.make_vocab_size_divisible_by)
+    yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({source})"
+    yield ""
+    plan = stages_of(config)
+    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
+    schedule = make(layout.pipeline_schedule or DEFAULT, grid.pp, micro_batches, plan.chunks)
+    yield from stage_table(config, grid, plan)
+    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
+        return
+    yield ""
+    yield from memory_table(config, grid, plan, schedule)
+    yield ""
+    yield from batch_table(config, grid, micro_batches)
+    yield ""
+    yield from schedule_table(config, plan, schedule)
 
 
 def _ranks(grid: Grid, rank: int) -> str:
@@ -26,30 +58,24 @@ def _ranks(grid: Grid, rank: int) -> str:
 
 def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
     """A row for each stage. A tied word embedding counts on each rank that holds it, and in all once."""
-    model, vocab = config.model, config.model.size("vocab_size")
-    yield f"# Parameters: {size.parameters(model, vocab):,} in all, without padding"
+    model, owners = MetaModel.of(config), shards(config, grid)
+    yield f"# Parameters: {model.count():,} in all, without padding"
     yield f"{'stage':>5} {'ranks':>11} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
     held: set[tuple[int, str]] = set()
     for stage, (rank, part) in enumerate(zip(plan.placement, plan.parts, strict=True)):
-        own = [p for p in size.parameter_list(model, vocab, part) if (rank, p.name) not in held]
+        own = [p for p in model.parameters(part) if (rank, p.name) not in held]
         held |= {(rank, p.name) for p in own}
         layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
         ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
-        count, local = sum(p.count for p in own), sum(p.local(model, grid.tp) for p in own)
-        state = size.state_of(
-            model,
-            own,
-            grid.tp,
-            optimizer=config.optim.optimizer,
-            two_bytes=config.precision.two_bytes,
-            shards=shards(config, grid),
-        )
+        count, local = sum(p.count for p in own), sum(p.local for p in own)
+        state = state_of(config, own, owners)
         yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {state.weights:>16,}"
 
 
 def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
     """Yield what each pipeline rank holds at its fullest, and the fullest of them in detail."""
-    every = [memory_of(config, grid.tp, plan, schedule, rank, shards(config, grid)) for rank in range(grid.pp)]
+    model, owners = MetaModel.of(config), shards(config, grid)
+    every = [memory_of(config, model, plan, schedule, rank, owners) for rank in range(grid.pp)]
     fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
     which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
     yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"

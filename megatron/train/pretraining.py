@@ -35,9 +35,9 @@ from megatron.launch.signals import StopSignals
 from megatron.launch.watchdog import Watch
 from megatron.mesh.grid import Grid
 from megatron.parallel.collectives import all_reduce
+from megatron.parallel.embedding import padded_vocabulary
 from megatron.plan.enough_memory import check_memory
 from megatron.plan.flops import causal_flops_per_token, flops_per_token
-from megatron.plan.size import padded_vocabulary
 from megatron.plan.stages import stages_of
 from megatron.plan.tables import flops_in_words, stage_table
 from megatron.train.errors import TrainingError
@@ -249,7 +249,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     config, source = prepared.config, prepared.source
     layout, vocab = config.layout, config.model.size("vocab_size")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    padded = padded_vocabulary(config.model, vocab, tp)
+    padded = padded_vocabulary(vocab, tp, config.model.make_vocab_size_divisible_by)
     say(
         out,
         *source.lines,

@@ -46,7 +46,7 @@ from megatron.files.regular import read_bytes
 from megatron.launch.job import Job
 from megatron.mesh.mesh import Axis
 from megatron.optim.lr import Schedule
-from megatron.plan.size import parameter_list
+from megatron.plan.size import MetaModel
 from megatron.train.resumed_schedule import check_schedule, schedule_rows
 from megatron.train.run import Run, sample_counts
 from megatron.train.source import Source
@@ -332,7 +332,7 @@ def _new_parameters(directory: Path, model: ModelConfig) -> list[str]:
     CheckpointError, the same on all ranks, where one is missing that is not of the head.
     """
     held = read_manifest(directory).tensors
-    missing = [p.name for p in parameter_list(model, model.size("vocab_size")) if f"model.{p.name}" not in held]
+    missing = [p.name for p in MetaModel(model).parameters() if f"model.{p.name}" not in held]
     if strange := [name for name in missing if not name.startswith(HEAD_PARAMETERS)]:
         raise CheckpointError(f"{directory}: {len(strange)} tensors are not in the checkpoint: {', '.join(strange[:20])}")
     return missing

@@ -14,10 +14,10 @@ from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectan
 from test_precision import STEADY, UNTIED, distance, losses_of
 
 from megatron.config.schema import OptimConfig, PrecisionConfig
+from megatron.mesh.grid import Grid
 from megatron.optim.precision import Precision
 from megatron.parallel.spec import spec_of
-from megatron.plan.size import memory_per_rank
-from megatron.plan.stages import stages_of
+from megatron.plan.enough_memory import states
 
 BF16 = PrecisionConfig(bf16=True)
 HALF = PrecisionConfig(bf16=True, grad_reduce_in_bf16=True)
@@ -87,13 +87,9 @@ def numbers(setting: Sharing):
 def test_bytes_are_those_of_the_formula(layout, sharded):
     setting = replace(PLAIN, **LAYOUTS[layout], sharded=sharded)
     config = setting.config(2, 1)
-    plan, dp = stages_of(config), 2 // (setting.tp * setting.pp)
+    grid = Grid.from_layout(config.layout, 2)
     for found, given, pp_rank in on_ranks(2, numbers, setting):
-        memory = memory_per_rank(
-            config.model, 127, tp=setting.tp, seq=16, micro_batch=1, bf16=True, bf16_gradients=True,
-            stages=[plan.parts[number] for number in plan.of_rank(pp_rank)],
-            bucket=setting.bucket, shards=dp if sharded else 1,
-        )  # fmt: skip
+        (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == (memory.weights, memory.gradients, memory.optimizer)
         assert given and all(given), "the update works in fp32, on the slice alone"
 

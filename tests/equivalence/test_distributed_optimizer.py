@@ -15,13 +15,13 @@ from reference import GPT2, Setting, accumulate, dropping, go, start, trajectory
 from torch import Tensor, nn
 
 from megatron.config.schema import MemoryConfig, OptimConfig, RunConfig
+from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import collectives
 from megatron.parallel.spec import ParamSpec, Part, Shard, describe, spec_of
-from megatron.plan.size import memory_per_rank
-from megatron.plan.stages import stages_of
+from megatron.plan.enough_memory import states
 from megatron.train.run import Run
 
 STEPS = 8
@@ -294,13 +294,9 @@ def test_bytes_are_those_of_the_formula(layout, sharded, bf16):
     world, setting = laid_out("adam", layout, "sharded" if sharded else "overlapped reduction")
     setting = replace(setting, bf16=bf16)
     config = setting.config(world, 1)
-    plan, dp = stages_of(config), world // (setting.tp * setting.pp)
+    grid, dp = Grid.from_layout(config.layout, world), world // (setting.tp * setting.pp)
     for weights, gradients, moments, pp_rank in on_ranks(world, held_bytes, setting):
-        memory = memory_per_rank(
-            config.model, 127, tp=setting.tp, seq=16, micro_batch=1, bf16=bf16,
-            stages=[plan.parts[number] for number in plan.of_rank(pp_rank)],
-            bucket=setting.bucket, shards=dp if sharded else 1,
-        )  # fmt: skip
+        (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
         assert (weights, gradients, moments) == (memory.weights, memory.gradients, memory.optimizer)
         elements = gradients // 4
         assert moments == 8 * elements // (dp if sharded else 1)

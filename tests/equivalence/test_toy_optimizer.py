@@ -21,11 +21,11 @@ from test_distributed_optimizer import Sharing, alone, difference, held_bytes, j
 
 from megatron.config import optimizers
 from megatron.config.schema import OptimConfig
+from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
-from megatron.plan.size import memory_per_rank
-from megatron.plan.stages import stages_of
+from megatron.plan.enough_memory import states
 
 STEPS = 4
 TOY = OptimConfig(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
@@ -112,15 +112,11 @@ def state_of_a_rank(setting: Sharing):
 def test_the_plan_knows_its_bytes(layout):
     world, changes = LAYOUTS[layout]
     setting = replace(UNTIED, **changes)
-    config, dp = setting.config(world, 1), world // (setting.tp * setting.pp)
-    plan = stages_of(config)
+    config = setting.config(world, 1)
+    grid = Grid.from_layout(config.layout, world)
     for *found, pp_rank in on_ranks(world, state_of_a_rank, setting):
         with registered():
-            memory = memory_per_rank(
-                config.model, 127, tp=setting.tp, seq=16, micro_batch=1, bf16=False, optimizer="toy",
-                stages=[plan.parts[number] for number in plan.of_rank(pp_rank)],
-                bucket=setting.bucket, shards=dp if setting.sharded else 1,
-            )  # fmt: skip
+            (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == [memory.weights, memory.gradients, memory.optimizer]
 
 

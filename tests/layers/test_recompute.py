@@ -20,7 +20,7 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.size import layer_activations
+from megatron.plan.activations import layer_activations
 
 LAYERS = 5
 KINDS = {
@@ -237,7 +237,7 @@ def test_fused_attention_keeps_less_than_the_published():
 
 
 GATED = replace(LLAMA, hidden_size=256, num_attention_heads=8, normalization="LayerNorm", attention_dropout=0.1)
-BEYOND = {  # what the paper does not count, as plan/size.py does
+BEYOND = {  # what the paper does not count, as plan/activations.py does
     "rotary, grouped queries, gate": GATED,
     "grouped queries alone": replace(dropping(WIDE), num_query_groups=2),
     "rotary alone": replace(dropping(WIDE), position_embedding_type="rope"),

@@ -22,7 +22,7 @@ from megatron.parallel import ring
 from megatron.parallel.collectives import start_shift
 from megatron.parallel.random import DropoutKeys, head_keys
 from megatron.parallel.ring import RingAttention, blocks_of, chunks_of, share
-from megatron.plan.size import ring_bytes
+from megatron.plan.activations import ring_bytes
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

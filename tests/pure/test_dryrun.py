@@ -26,8 +26,9 @@ from megatron.data.indexed import IndexedWriter
 from megatron.mesh.mesh import Mesh
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
 from megatron.pipeline.schedules.simulate import Costs, simulate
+from megatron.plan.activations import ring_bytes
 from megatron.plan.memory import memory_of
-from megatron.plan.size import ring_bytes
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan, stages_of
 from megatron.plan.time import flop_costs
 
@@ -135,9 +136,9 @@ def test_activations_are_those_of_the_micro_batches_in_flight(schedule: str, in_
     config, plan, made = pipeline(schedule, 4)
     assert [len(part.layers) for part in plan.parts] == [3, 3, 3, 3]
     for rank in (1, 2):  # those without the ends of the model
-        assert memory_of(config, 1, plan, made, rank).activations == in_flight[rank] * 3 * LAYER
+        assert memory_of(config, MetaModel.of(config), plan, made, rank).activations == in_flight[rank] * 3 * LAYER
     mask = 64 * 2 * 768  # of the dropout after the embedding
-    assert memory_of(config, 1, plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
+    assert memory_of(config, MetaModel.of(config), plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
 
 
 def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,10 +150,10 @@ def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[
         ("--recompute-granularity full --recompute-method uniform", start, LAYER - start),
     ):
         config, plan, made = pipeline("1f1b", 4, *flags.split())
-        assert memory_of(config, 1, plan, made, 1).activations == 3 * 3 * layers + passing, flags
+        assert memory_of(config, MetaModel.of(config), plan, made, 1).activations == 3 * 3 * layers + passing, flags
     # Zero bubble: what I made again waits for W as 32 bytes for each feature, in the worst case of one micro-batch in four.
     config, plan, made = pipeline("zb-h1", 4, "--recompute-granularity", "full", "--recompute-method", "uniform")
-    assert memory_of(config, 1, plan, made, 1).activations > 4 * 3 * start + 3 * 16 * start
+    assert memory_of(config, MetaModel.of(config), plan, made, 1).activations > 4 * 3 * start + 3 * 16 * start
     words = [*BIG, "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "36"]
     printed = [re.search(r"activations +([\d,]+)", output(argv, capsys)) for argv in (BIG, words)]
     plain, block = (int(found[1].replace(",", "")) for found in printed if found)
@@ -165,7 +166,7 @@ def test_each_context_parallel_rank_has_its_part_of_the_tokens() -> None:
     layer = 32 * 2 * (34 * 768 + 4 * 12)  # no attention weights, but a number for each token and head
     for rank in (1, 2):
         passing = ring_bytes(config.model, 1, 64, 2, True, 2)
-        assert memory_of(config, 1, plan, made, rank).activations == (4 - rank) * 3 * layer + passing
+        assert memory_of(config, MetaModel.of(config), plan, made, rank).activations == (4 - rank) * 3 * layer + passing
     # A rank's share of a sequence decides, not the sequence.
     assert ring_bytes(config.model, 2, 8 * 1024, 1, True, 8) == ring_bytes(config.model, 2, 2 * 1024, 1, True, 2)
     assert ring_bytes(config.model, 2, 1024, 1, True, 1) == 0
@@ -178,7 +179,7 @@ def test_stages_of_one_rank_share_its_memory(schedule: str, more: list[str]) -> 
     config, plan, made = pipeline(schedule, 3, *more)
     (layers,) = {len(part.layers) for part in plan.parts}
     peaks = simulate(made, Costs()).peak_activations
-    assert memory_of(config, 1, plan, made, 1).activations == peaks[1] * layers * LAYER
+    assert memory_of(config, MetaModel.of(config), plan, made, 1).activations == peaks[1] * layers * LAYER
 
 
 def test_a_tied_matrix_is_there_once_on_a_rank_and_copied_to_another() -> None:
@@ -186,12 +187,12 @@ def test_a_tied_matrix_is_there_once_on_a_rank_and_copied_to_another() -> None:
     matrix = 128 * 768  # one token, padded
     for schedule, copies in (("1f1b", 2), ("zb-v", 1)):
         config, plan, made = pipeline(schedule, 2)
-        held = [memory_of(config, 1, plan, made, rank).gradients // 4 for rank in (0, 1)]
+        held = [memory_of(config, MetaModel.of(config), plan, made, rank).gradients // 4 for rank in (0, 1)]
         assert sum(held) == 12 * layer + ends + copies * matrix, schedule
     config, plan, made = pipeline("zb-v", 2)
     # The last stage and its loss are on rank 0, and count there.
     assert len(plan.of_rank(0)) == 2 and plan.parts[plan.of_rank(0)[1]].head
-    assert memory_of(config, 1, plan, made, 0).weights == 6 * held[0]
+    assert memory_of(config, MetaModel.of(config), plan, made, 0).weights == 6 * held[0]
 
 
 def test_costs_are_shares_of_the_flops() -> None:
@@ -317,14 +318,24 @@ def test_what_a_loading_run_may_choose_is_made_of_model_fields() -> None:
     assert set(FREE) < set(to_json(RunConfig())["model"])
 
 
-def test_the_process_needs_no_torch_and_exits_with_2_on_mistakes(data: str) -> None:
+def test_mistakes_are_found_before_torch_is_imported(data: str) -> None:
+    """Sizes are read from the model, which takes torch; what is wrong with a command or its files is said before."""
     program = (
-        "import sys\nfrom megatron.cli.program import pretrain\n"
-        "status = pretrain(sys.argv[1:], program='p', defaults={})\nsys.exit(77 if 'torch' in sys.modules else status)"
+        "import sys\nfrom megatron.cli.program import pretrain\nstatus = None\n"
+        "try:\n    status = pretrain(sys.argv[1:], program='p', defaults={})\n"
+        "except SystemExit as end:\n    status = end.code\n"
+        "print('torch' in sys.modules, file=sys.stderr)\nsys.exit(status)"
     )
     argv = [sys.executable, "-c", program, *SMALL, "--tokenizer-type", "ByteTokenizer", "--data-path", data]
-    assert subprocess.run(argv, capture_output=True, check=False).returncode == 0
+
+    def ended(*more: str) -> tuple[int, str, str]:
+        done = subprocess.run([*argv, *more], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = ended()
+    assert status == 0 and "# Parameters: " in out and err.endswith("True\n")
+    status, out, err = ended("--num-attention-heads", "3")
+    assert (status, out) == (2, "") and "--num-attention-heads 3" in err and err.endswith("False\n")
     Path(data + ".bin").write_bytes(b"cut")
-    broken = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert broken.returncode == 2 and "truncated" in broken.stderr and "Traceback" not in broken.stderr
-    assert broken.stdout == ""
+    status, out, err = ended()
+    assert (status, out) == (2, "") and "truncated" in err and "Traceback" not in err and err.endswith("False\n")

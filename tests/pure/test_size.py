@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,26 @@ import torch
 
 from megatron.config.presets import PRESETS
 from megatron.config.resolve import resolve
-from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
+from megatron.config.schema import (
+    BatchConfig,
+    DataConfig,
+    LayoutConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
 from megatron.optim import buffers
 from megatron.parallel import cross_entropy
-from megatron.parallel.embedding import VocabShard
+from megatron.parallel.embedding import VocabShard, padded_vocabulary
 from megatron.parallel.spec import spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule
+from megatron.plan.activations import CHUNK, FEWEST_ROWS, activations_of, head_loss_bytes
 from megatron.plan.flops import (
     causal_flops_per_token,
     flops_per_iteration,
@@ -29,16 +41,9 @@ from megatron.plan.flops import (
     layer_flops,
     stage_flops,
 )
-from megatron.plan.size import (
-    CHUNK,
-    FEWEST_ROWS,
-    activations_of,
-    head_loss_bytes,
-    memory_per_rank,
-    padded_vocabulary,
-    parameter_list,
-    parameters,
-)
+from megatron.plan.memory import Memory, memory_of
+from megatron.plan.size import MetaModel
+from megatron.plan.stages import StagePlan
 
 VOCAB = 127
 PLAIN = ModelConfig(
@@ -68,6 +73,25 @@ def activation_bytes(*args, **options) -> int:
     return found.kept + found.passing
 
 
+def memory_on_a_rank(
+    model: ModelConfig,
+    *parts: StagePart,
+    tp: int = 1,
+    in_flight: Sequence[int] = (),
+    optimizer: str = "adam",
+    bf16: bool = True,
+    memory: MemoryConfig | None = None,
+) -> Memory:
+    """Of a rank with these stages, by default the whole model, and a sample of eight tokens."""
+    layout = LayoutConfig(tensor_model_parallel_size=tp)
+    run = RunConfig(model=model, layout=layout, optim=OptimConfig(optimizer=optimizer), precision=PrecisionConfig(bf16=bf16))
+    run = replace(run, data=DataConfig(seq_length=8), batch=BatchConfig(micro_batch_size=1), memory=memory or MemoryConfig())
+    parts = parts or (StagePart(range(model.size("num_layers"))),)
+    plan = StagePlan((0,) * len(parts), parts, len(parts))
+    forward = [Action(Op.F, stage, i) for stage, count in enumerate(in_flight or [1] * len(parts)) for i in range(count)]
+    return memory_of(run, MetaModel.of(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
+
+
 def complete(model: ModelConfig) -> ModelConfig:
     return replace(resolve(RunConfig(model=model)).model, vocab_size=VOCAB)
 
@@ -91,11 +115,11 @@ def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: in
     model = complete(FORMS[form])
     last = TensorParallel(Axis("tp", tp, tp - 1, tuple(range(tp))))
     built = MODELS[model.architecture](model, part, last, dtype=torch.float32)
-    real = {spec_of(p).name: (spec_of(p).shape, p.numel()) for p in built.parameters()}
-    listed = list(parameter_list(model, VOCAB, part))
-    assert {p.name: (p.shape, p.local(model, tp)) for p in listed} == real
-    assert sum(p.local(model, tp) for p in listed) == sum(p.numel() for p in built.parameters())
-    assert parameters(model, VOCAB, part) == sum(torch.Size(shape).numel() for shape, _ in real.values())
+    real = [(spec_of(p).name, spec_of(p).shape, p.numel()) for p in built.parameters()]
+    sizes = MetaModel(model, tp)
+    listed = list(sizes.parameters(part))
+    assert [(p.spec.name, p.spec.shape, p.local) for p in listed] == real
+    assert sizes.count(part) == sum(torch.Size(shape).numel() for _, shape, _ in real)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -106,33 +130,30 @@ def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
     first = TensorParallel(Axis("tp", 2, 0, (0, 1)))
     built = MODELS[model.architecture](model, StagePart(range(3), True, True), first, dtype=dtype)
     flat = buffers.flat_buffers(built.parameters())
-    memory = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16)
+    memory = memory_on_a_rank(model, tp=2, bf16=bf16)
     held = {t.data_ptr(): t.nbytes for buffer in flat for t in (buffer.weights, buffer.main)}
     assert memory.weights == sum(held.values())
     assert memory.gradients == sum(buffer.grads.nbytes for buffer in flat)
     assert memory.optimizer == 2 * sum(buffer.grads.nbytes for buffer in flat)  # two moments in fp32
-    sgd = memory_per_rank(model, VOCAB, tp=2, seq=8, micro_batch=1, bf16=bf16, optimizer="sgd")
+    sgd = memory_on_a_rank(model, tp=2, bf16=bf16, optimizer="sgd")
     assert sgd.optimizer * 2 == memory.optimizer
     assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
 
 
 def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
     model = complete(PLAIN)
-    last = list(parameter_list(model, VOCAB, StagePart(range(2, 3), False, True)))
-    assert [p.name for p in last if p.vocabulary] == ["embedding.word.weight"]
-    first = parameters(model, VOCAB, StagePart(range(2), True, False))
-    assert first + parameters(model, VOCAB, StagePart(range(2, 3), False, True)) == parameters(model, VOCAB) + VOCAB * 24
+    sizes, first, last = MetaModel(model), StagePart(range(2), True, False), StagePart(range(2, 3), False, True)
+    assert [p.spec.name for p in sizes.parameters(last) if VOCAB in p.spec.shape] == ["embedding.word.weight"]
+    assert sizes.count(first) + sizes.count(last) == sizes.count() + VOCAB * 24
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stages_of_one_rank_together(form: str) -> None:
     model, first, last = complete(FORMS[form]), StagePart(range(1), True, False), StagePart(range(1, 3), False, True)
-    sizes = dict(tp=2, seq=8, micro_batch=1, bf16=True)
-    both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], in_flight=[3, 1])  # type: ignore[arg-type]
-    whole = memory_per_rank(model, VOCAB, **sizes)  # type: ignore[arg-type]
+    both, whole = memory_on_a_rank(model, first, last, tp=2, in_flight=[3, 1]), memory_on_a_rank(model, tp=2)
     assert (both.weights, both.gradients, both.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
     # On two ranks a tied matrix is there twice: 2 x 24 x 64 elements, as 127 tokens are padded to 2 x 64.
-    alone = [memory_per_rank(model, VOCAB, **sizes, stages=[s], in_flight=[n]) for s, n in ((first, 3), (last, 1))]  # type: ignore[arg-type]
+    alone = [memory_on_a_rank(model, stage, tp=2, in_flight=[n]) for stage, n in ((first, 3), (last, 1))]
     twice = 0 if model.untie_embeddings_and_output_weights else 64 * 24
     assert sum(m.gradients for m in alone) == whole.gradients + 4 * twice
     assert both.activations == sum(m.activations for m in alone) > whole.activations
@@ -160,12 +181,13 @@ def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     ],
 )
 def test_known_models(name: str, vocab: int, count: int) -> None:
-    assert parameters(complete(ModelConfig(**PRESETS[name])), vocab) == count
+    model = replace(complete(ModelConfig(**PRESETS[name])), vocab_size=vocab)
+    assert MetaModel(model).count() == count
 
 
 @pytest.mark.parametrize(("tp", "padded"), [(1, 50304), (2, 50432), (8, 51200)])
 def test_padded_vocabulary(tp: int, padded: int) -> None:
-    assert padded_vocabulary(ModelConfig(), 50257, tp) == padded
+    assert padded_vocabulary(50257, tp, 128) == padded
 
 
 def test_flops_by_hand() -> None:
@@ -256,10 +278,10 @@ def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> Non
 
 
 def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
-    model, sizes = complete(PLAIN), dict(tp=1, seq=8, micro_batch=1, bf16=True)
+    model = complete(PLAIN)
     first, last, memory = StagePart(range(1), True, False), StagePart(range(1, 3), False, False), MemoryConfig("full", "block")
-    alone = [memory_per_rank(model, VOCAB, **sizes, stages=[s], memory=memory) for s in (first, last)]  # type: ignore[arg-type]
-    both = memory_per_rank(model, VOCAB, **sizes, stages=[first, last], memory=memory)  # type: ignore[arg-type]
+    alone = [memory_on_a_rank(model, stage, memory=memory) for stage in (first, last)]
+    both = memory_on_a_rank(model, first, last, memory=memory)
     passing = activations_of(model, VOCAB, 1, 8, 1, True, False, first, 1, memory).passing
     assert 0 < passing == sum(m.activations for m in alone) - both.activations
 
@@ -290,7 +312,7 @@ def test_the_chunks_are_those_of_the_loss() -> None:
 def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the allocator's own record of four chunks; the input is there before the record begins."""
     tokens, hidden, held = 4 * FEWEST_ROWS, 256, 2048
-    monkeypatch.setattr("megatron.plan.size.CHUNK", 0)
+    monkeypatch.setattr("megatron.plan.activations.CHUNK", 0)
     dtype, axis = torch.bfloat16 if bf16 else torch.float32, Axis.alone("tp")
     x, weight = (torch.randn(rows, hidden).to(dtype).requires_grad_() for rows in (tokens, held))
     labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)

@@ -1,0 +1,104 @@
+"""What a layer says of itself is in the sizes of a run: layers that the package does not know are counted like its own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from types import MappingProxyType
+from unittest.mock import patch
+
+import pytest
+from reference import GPT2
+from torch import Tensor, nn
+
+from megatron.config.resolve import resolve
+from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, RunConfig
+from megatron.mesh.grid import Grid
+from megatron.mesh.mesh import Axis
+from megatron.model import build, norm
+from megatron.model.attention import Attend
+from megatron.model.block import Block
+from megatron.model.build import build_stages
+from megatron.model.gpt import GPT
+from megatron.model.norm import LayerNorm
+from megatron.optim.buffers import flat_buffers
+from megatron.parallel.linear import ColumnLinear
+from megatron.parallel.tensor_parallel import TensorParallel
+from megatron.plan.enough_memory import states
+from megatron.plan.size import MetaModel
+from megatron.plan.stages import stages_of
+from megatron.plan.tables import report
+
+LAYERS, HIDDEN = 4, 32
+PLAIN = replace(GPT2, num_layers=LAYERS)
+
+
+class ToyNorm(LayerNorm):
+    """A layer norm with one parameter more."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__(config, tp)
+        self.power = tp.parameter(self.hidden, init="ones", decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.power
+
+
+class ToyBlock(Block):
+    """A layer with a matrix more, cut over the ranks."""
+
+    def __init__(self, config: ModelConfig, number: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
+        super().__init__(config, number, tp, attend, seed=seed)
+        self.extra = ColumnLinear(HIDDEN, 2 * HIDDEN, tp, bias=False)
+
+
+class ToyGPT(GPT):
+    """A GPT whose odd layers are of another kind."""
+
+    @staticmethod
+    def layer_kind(config: ModelConfig, number: int) -> Hashable:
+        return number % 2
+
+    def build_layer(self, number: int, attend: Attend) -> Block:
+        kind = ToyBlock if number % 2 else Block
+        return kind(self.config, number, self.tp, attend, seed=self.seed)
+
+
+@pytest.fixture(params=["norm", "layers"])
+def toy(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, int]]:
+    """A toy model of the kind, and how many parameters it has: so many more than GPT-2."""
+    plain = MetaModel(resolve(RunConfig(model=PLAIN)).model).count()
+    model = replace(PLAIN, normalization="toy" if request.param == "norm" else "LayerNorm")
+    kinds = {**norm.NORMALIZATIONS, "toy": ToyNorm}
+    models = {**build.MODELS, "gpt": ToyGPT if request.param == "layers" else GPT}
+    more = (2 * LAYERS + 1) * HIDDEN if request.param == "norm" else LAYERS // 2 * 2 * HIDDEN**2
+    with patch.object(norm, "NORMALIZATIONS", MappingProxyType(kinds)), patch.object(build, "MODELS", MappingProxyType(models)):
+        yield model, plain + more
+
+
+def config_of(model: ModelConfig, tp: int, pp: int) -> RunConfig:
+    layout = LayoutConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_stage_layers=(3, 1)[: 2 * pp - 2]
+    )
+    batch = BatchConfig(micro_batch_size=1, global_batch_size=4, train_iters=1)
+    return resolve(RunConfig(model=model, layout=layout, data=DataConfig(seq_length=16), batch=batch), tp * pp)
+
+
+def counted(config: RunConfig, world: int) -> int:
+    """The parameters that a dry run shows."""
+    (line,) = (line for line in report(config, world, "", ()) if line.startswith("# Parameters: "))
+    return int(line.split()[2].replace(",", ""))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_what_the_package_does_not_know_is_counted(toy: tuple[ModelConfig, int], tp: int, pp: int) -> None:
+    model, parameters = toy
+    config, world = config_of(model, tp, pp), tp * pp
+    assert counted(config, world) == parameters
+    plan, axis = stages_of(config), Axis("tp", tp, 0, tuple(range(tp)))
+    grid = Grid.from_layout(config.layout, world)
+    for rank in range(pp):
+        stages = build_stages(config.model, plan.placement, plan.parts, TensorParallel(axis), rank)
+        buffers = flat_buffers(nn.ModuleList(stages.values()).parameters())
+        (state,) = states(config, grid, [grid.rank(pp=rank)])
+        assert state.gradients == sum(buffer.grads.nbytes for buffer in buffers)
