@@ -55,9 +55,9 @@ def main() -> int:
             read_manifest(directory).iteration,
             config,
             read_weights(directory),
-            given.target_tensor_parallel_size,
-            given.target_pipeline_parallel_size,
-            tokenizer.kind if tokenizer else None,
+            tp=given.target_tensor_parallel_size,
+            pp=given.target_pipeline_parallel_size,
+            tokenizer_type=tokenizer.kind if tokenizer else None,
         )
     except (BadOutput, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
         with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
-            run(args, started, grid, device if place.world_size == 1 else started.device, signals, access, limits, template)
+            device = device if place.world_size == 1 else started.device
+            run(args, started, grid, device, signals, access=access, limits=limits, template=template)
         signals.close()
     except REFUSED as error:
         return refuse(error, place)
@@ -115,6 +116,7 @@ def run(
     grid: Grid,
     device: torch.device,
     signals: StopSignals,
+    *,
     access: Access,
     limits: ConnectionLimits,
     template: str | None,

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = Path("runs/quickstart")  # relative to ROOT, where every command runs
 MADE = ("corpus.jsonl", "tokenizer", "corpus_text_document.bin", "corpus_text_document.idx", "corpus_text_document.meta.json")
 MADE += ("cache", "checkpoints", "hf", "loss.svg", "schedule.svg", "pipeline_profile.svg", "pipeline_profile.json")
+CORPUS, DATA, TOKENIZER, SAVE = f"{OUT}/corpus.jsonl", f"{OUT}/corpus", f"{OUT}/tokenizer", f"{OUT}/checkpoints"
+METRICS, CURVE, SCHEDULE, HF = f"{SAVE}/metrics.jsonl", f"{OUT}/loss.svg", f"{OUT}/schedule.svg", f"{OUT}/hf"
 PROMPT = "The statement"
 LOSS_SHARE = 0.7  # the last loss must be below this share of the first
 
@@ -73,57 +75,58 @@ def begin_anew(out: Path) -> None:
     mark(out, "quickstart", MADE)
 
 
+def run_steps() -> str:
+    """Run every command in its order. Returns what training did to the loss, in words; StepError for the first that fails."""
+    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
+    torchrun = Path(sys.executable).with_name("torchrun")
+    launch = [str(Path(python).with_name("torchrun"))] if torchrun.exists() else [python, "-m", "torch.distributed.run"]
+    with_tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", TOKENIZER]
+    run("corpus: text that comes with Python", python, "examples/quickstart/corpus.py", CORPUS)
+    run(
+        "tokenizer: byte-level BPE",
+        *(python, "tools/train_tokenizer.py", "--input", CORPUS, "--vocab-size", "2048", "--output", TOKENIZER),
+    )
+    run(
+        "indexed dataset",
+        *(python, "tools/preprocess_data.py", "--input", CORPUS, "--output-prefix", DATA),
+        *(*with_tokenizer, "--append-eod", "--workers", "2"),
+    )
+    run(
+        "the pipeline's schedule, drawn",
+        *(python, "tools/draw_schedule.py", "--schedule", "1f1b", "--stages", "2"),
+        *("--microbatches", str(MICRO_BATCHES), "--output", SCHEDULE),
+    )
+    run(
+        "training: tensor parallel 2 x pipeline parallel 2, on 4 processes",
+        *(*launch, "--nproc_per_node", "4", "pretrain_gpt.py"),
+        *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--profile-pipeline", str(OUT)),
+        *(*shlex.split(f"{MODEL} {BATCH} {OPTIM} {PERIODS}"), *with_tokenizer),
+        *("--data-path", f"{DATA}_text_document", "--split", "90,5,5", "--save", SAVE),
+        OMP_NUM_THREADS="1",
+    )
+    words = check_loss(ROOT / METRICS)
+    run("loss curve", python, "tools/plot_metrics.py", METRICS, "--output", CURVE, "--title", "Quickstart GPT")
+    run("export to Hugging Face", python, "tools/export_hf.py", "--load", SAVE, "--output", HF)
+    run(
+        "text from the checkpoint",
+        *(python, "tools/generate.py", "--load", SAVE, "--prompt", PROMPT),
+        *("--max-new-tokens", "60", "--temperature", "0.8", "--top-k", "40", "--seed", "1"),
+    )
+    run("text from transformers", python, "examples/quickstart/open_in_transformers.py", HF, "--prompt", PROMPT)
+    return words
+
+
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()  # it takes nothing but --help
     started = time.monotonic()
-    python = os.path.relpath(sys.executable, ROOT) if Path(sys.executable).is_relative_to(ROOT) else sys.executable
-    torchrun = Path(sys.executable).with_name("torchrun")
-    launch = [str(Path(python).with_name("torchrun"))] if torchrun.exists() else [python, "-m", "torch.distributed.run"]
-    corpus, tokenizer, data = (str(OUT / name) for name in ("corpus.jsonl", "tokenizer", "corpus"))
-    save, hf, curve, schedule, profile = (
-        str(OUT / name) for name in ("checkpoints", "hf", "loss.svg", "schedule.svg", "pipeline_profile.svg")
-    )
-    metrics = f"{save}/metrics.jsonl"
-    with_tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     try:
         begin_anew(ROOT / OUT)
     except BadOutput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        run("corpus: text that comes with Python", python, "examples/quickstart/corpus.py", corpus)
-        run(
-            "tokenizer: byte-level BPE",
-            *(python, "tools/train_tokenizer.py", "--input", corpus, "--vocab-size", "2048", "--output", tokenizer),
-        )
-        run(
-            "indexed dataset",
-            *(python, "tools/preprocess_data.py", "--input", corpus, "--output-prefix", data),
-            *(*with_tokenizer, "--append-eod", "--workers", "2"),
-        )
-        run(
-            "the pipeline's schedule, drawn",
-            *(python, "tools/draw_schedule.py", "--schedule", "1f1b", "--stages", "2"),
-            *("--microbatches", str(MICRO_BATCHES), "--output", schedule),
-        )
-        run(
-            "training: tensor parallel 2 x pipeline parallel 2, on 4 processes",
-            *(*launch, "--nproc_per_node", "4", "pretrain_gpt.py"),
-            *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--profile-pipeline", str(OUT)),
-            *(*shlex.split(f"{MODEL} {BATCH} {OPTIM} {PERIODS}"), *with_tokenizer),
-            *("--data-path", f"{data}_text_document", "--split", "90,5,5", "--save", save),
-            OMP_NUM_THREADS="1",
-        )
-        words = check_loss(ROOT / metrics)
-        run("loss curve", python, "tools/plot_metrics.py", metrics, "--output", curve, "--title", "Quickstart GPT")
-        run("export to Hugging Face", python, "tools/export_hf.py", "--load", save, "--output", hf)
-        run(
-            "text from the checkpoint",
-            *(python, "tools/generate.py", "--load", save, "--prompt", PROMPT),
-            *("--max-new-tokens", "60", "--temperature", "0.8", "--top-k", "40", "--seed", "1"),
-        )
-        run("text from transformers", python, "examples/quickstart/open_in_transformers.py", hf, "--prompt", PROMPT)
+        words = run_steps()
     except StepError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -132,14 +135,14 @@ def main() -> int:
         return 130
     print(f"\nDone in {time.monotonic() - started:.0f} s: {words}. Made:")
     made = {
-        corpus: "the text",
-        tokenizer: "its tokenizer",
-        f"{data}_text_document.bin": "the tokens, with .idx beside them",
-        save: "checkpoints and metrics.jsonl",
-        curve: "the loss curve",
-        schedule: "the pipeline's schedule",
-        profile: "the pipeline as it ran, and as predicted",
-        hf: "the Hugging Face directory",
+        CORPUS: "the text",
+        TOKENIZER: "its tokenizer",
+        f"{DATA}_text_document.bin": "the tokens, with .idx beside them",
+        SAVE: "checkpoints and metrics.jsonl",
+        CURVE: "the loss curve",
+        SCHEDULE: "the pipeline's schedule",
+        f"{OUT}/pipeline_profile.svg": "the pipeline as it ran, and as predicted",
+        HF: "the Hugging Face directory",
     }
     for path, what in made.items():
         print(f"  {path:42} {what}")

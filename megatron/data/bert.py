@@ -75,7 +75,16 @@ class BertDataset:
         def build() -> Arrays:
             starts = np.asarray(indexed.documents[documents.start : documents.stop + 1], dtype=np.int64)
             longest = rules.longest - SPECIAL
-            return dict(rows=build_sentence_index(starts, indexed.lengths, longest, rules.short, rules.seed, wanted, at_least))
+            rows = build_sentence_index(
+                starts,
+                indexed.lengths,
+                longest=longest,
+                short=rules.short,
+                seed=rules.seed,
+                wanted=wanted,
+                at_least=at_least,
+            )
+            return dict(rows=rows)
 
         key: dict[str, object] = dict(
             kind="sentences",

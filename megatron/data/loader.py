@@ -53,8 +53,9 @@ class Loader:
         self.dataset, self.consumed, self.name, self.cyclic = dataset, consumed, name, cyclic
         self.block = dp_size * micro_batch_size
         first = consumed + dp_rank * micro_batch_size
-        shuffle = seed if cyclic else None
-        self._source = micro_batches(dataset, make_batch, first, micro_batch_size, self.block, shuffle, pin_memory)
+        self._source = micro_batches(
+            dataset, make_batch, first, micro_batch_size, self.block, seed=seed if cyclic else None, pin=pin_memory
+        )
         self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
         self._failure: Exception | None = None
         if self._ahead is not None:
@@ -91,7 +92,7 @@ class Loader:
 
 
 def micro_batches(
-    dataset: SampleSource, make_batch: MakeBatch, first: int, size: int, stride: int, seed: int | None, pin: bool
+    dataset: SampleSource, make_batch: MakeBatch, first: int, size: int, stride: int, *, seed: int | None, pin: bool
 ) -> Iterator[Batch]:
     """One rank's micro-batches from sample `first` on. seed: of the reshuffling; None for the dataset's own order."""
     epoch, order = -1, np.empty(0, dtype=np.int64)

@@ -22,17 +22,26 @@ STATE, HALF = 312, 156  # words of the 64-bit Mersenne twister (Nishimura, 2000)
 def build_sentence_index(
     documents: NDArray[np.int64],
     lengths: NDArray[np.int32],
+    *,
     longest: int,
     short: float,
     seed: int,
     wanted: int | None,
     at_least: int,
 ) -> NDArray[np.int64]:
-    """Rows of at least `wanted` samples (None: one epoch), int64 `[samples, 3]`, in training order.
+    """Cut documents into samples of whole sentences, in training order, as Megatron-LM does.
 
-    documents: int64 `[n + 1]`, the sentence at which each document starts, and the end of the last. lengths: tokens of every
-    sentence. longest: tokens of a sample without its special ones. short: share of samples with a random target. at_least:
-    sentences of a sample; 2 when it must be cut into two segments. An empty array when no document has enough sentences.
+    Args:
+        documents: int64 `[n + 1]`, the sentence at which each document starts, and the end of the last.
+        lengths: int32, tokens of every sentence.
+        longest: tokens of a sample without its special ones.
+        short: share of samples with a random target.
+        seed: of the targets and the order.
+        wanted: at least so many samples; None: one epoch.
+        at_least: sentences of a sample; 2 when it must be cut into two segments.
+
+    Returns:
+        int64 `[samples, 3]`: first sentence, end, target of tokens. Empty when no document has enough sentences.
     """
     if longest < 2:
         raise ValueError(f"samples of {longest} tokens")

@@ -194,7 +194,14 @@ def copies_agree(stages: Sequence[Sequence[Weights]]) -> None:
 
 
 def write_megatron(
-    root: Path, iteration: int, config: ModelConfig, weights: Mapping[str, Tensor], tp: int, pp: int, tokenizer_type: str | None
+    root: Path,
+    iteration: int,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tp: int,
+    pp: int,
+    tokenizer_type: str | None,
 ) -> Path:
     """Write `root/iter_<iteration>` for Megatron-LM on tp x pp ranks, then the tracker; returns the directory.
 

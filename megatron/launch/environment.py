@@ -56,16 +56,16 @@ class Place:
             if not 0 < local_world <= world:
                 raise PlaceError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {HOW}")
             return cls(
-                rank,
-                world,
+                rank=rank,
+                world_size=world,
                 # Without the variable all processes are taken to be on one host, as without LOCAL_WORLD_SIZE.
-                _position(environ, "LOCAL_RANK", local_world, "LOCAL_WORLD_SIZE", default=rank % local_world),
-                local_world,
-                "torchrun",
-                environ.get("MASTER_ADDR") or "127.0.0.1",
-                _port(environ, 29500),
-                environ.get("TORCHELASTIC_RUN_ID"),
-                _number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+                local_rank=_position(environ, "LOCAL_RANK", local_world, "LOCAL_WORLD_SIZE", default=rank % local_world),
+                local_size=local_world,
+                source="torchrun",
+                address=environ.get("MASTER_ADDR") or "127.0.0.1",
+                port=_port(environ, 29500),
+                job=environ.get("TORCHELASTIC_RUN_ID"),
+                attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             )
         # A batch script has SLURM_PROCID as well; only a step that srun started has a step with tasks.
         if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -76,14 +76,14 @@ class Place:
             world = _number(environ, "SLURM_STEP_NUM_TASKS")
             local_rank = _number(environ, "SLURM_LOCALID", 0)
             return cls(
-                _position(environ, "SLURM_PROCID", world, "SLURM_STEP_NUM_TASKS"),
-                world,
-                local_rank,
+                rank=_position(environ, "SLURM_PROCID", world, "SLURM_STEP_NUM_TASKS"),
+                world_size=world,
+                local_rank=local_rank,
                 # Of the first host; one that has more tasks has at least those up to this one.
-                min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
-                "srun",
-                environ.get("MASTER_ADDR") or hosts[0],
-                _port(environ, own_port),
+                local_size=min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
+                source="srun",
+                address=environ.get("MASTER_ADDR") or hosts[0],
+                port=_port(environ, own_port),
             )
         return cls()
 

@@ -119,6 +119,7 @@ def head_loss(
     mask: Tensor,
     shard: VocabShard,
     tp: Axis,
+    *,
     rows: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:

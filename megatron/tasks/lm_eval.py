@@ -76,6 +76,7 @@ def harness_model(ready: Likelihoods | None = None) -> type[Any]:
 
         def __init__(
             self,
+            *,
             load: str | None = None,
             pretrained: str | None = None,
             load_iteration: int | None = None,

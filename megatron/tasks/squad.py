@@ -30,6 +30,15 @@ STEP = 128  # tokens from one window's begin to the next one's, and at most half
 
 
 @dataclass(frozen=True)
+class Paragraph:
+    """A paragraph in tokens. offsets: begin and end of each in `text`."""
+
+    text: str
+    ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Window:
     """The part of a paragraph in one row. first: place of its first token in the row. offsets: of its tokens, begin and end in
     `text`. impossible: whether questions of this file can have no answer."""
@@ -71,39 +80,31 @@ class Squad(Task):
         for context, questions in asked:
             with failures_in_words(self.tokenizer.kind):
                 encoding = self.backend.encode(context, add_special_tokens=False)
-            ids, offsets = encoding.ids, encoding.offsets  # once: each access makes a list
+            paragraph = Paragraph(context, encoding.ids, encoding.offsets)  # once: each access makes a list
             for question in questions:
                 if (first := names.setdefault(question.name, question.place.place)) != question.place.place:
                     raise question.place.wrong(f"its id {question.name!r} is that of {first} as well; ids differ")
-                answers = question.answers
-                if training and not answers and not question.impossible:
+                if training and not question.answers and not question.impossible:
                     raise question.place.wrong("it has no answer: a test file cannot be trained on")
-                truth = [text for text, _ in answers] if answers or question.impossible else None
-                found = _place(offsets, *answers[0]) if answers else (-1, -1)
-                items += self._windows(context, ids, offsets, question.text, found, question.name, truth, impossible)
+                items += self._windows(paragraph, question, impossible=impossible)
         if not items:
             raise DataError(f"{path}: it holds no questions; expected {FORM}")
         return items
 
-    def _windows(
-        self,
-        context: str,
-        ids: Sequence[int],
-        offsets: Sequence[tuple[int, int]],
-        question: str,
-        answer: tuple[int, int],
-        name: str,
-        truth: list[str] | None,
-        impossible: bool,
-    ) -> Iterator[Item]:
-        asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.split()))[: self.longest_question], self.sep]
+    def _windows(self, paragraph: Paragraph, question: Question, *, impossible: bool) -> Iterator[Item]:
+        """Yield the rows that show a question and one part of its paragraph each. impossible: as in `Window`."""
+        ids, offsets, answers = paragraph.ids, paragraph.offsets, question.answers
+        truth = [text for text, _ in answers] if answers or question.impossible else None
+        first, last = _place(offsets, *answers[0]) if answers else (-1, -1)
+        asked = [self.cls, *self.tokenizer.tokenize(" ".join(question.text.split()))[: self.longest_question], self.sep]
         room = self.seq_length - len(asked) - 1
-        step, (first, last) = max(1, min(STEP, room // 2)), answer
+        step = max(1, min(STEP, room // 2))
         for begin in range(0, max(1, len(ids) - room + step), step):
             found = begin <= first <= last < begin + room
             ends = (len(asked) + first - begin, len(asked) + last - begin) if found else (0, 0)
             row = self.marked([*asked, *ids[begin : begin + room], self.sep], len(asked), {0: ends[0], 1: ends[1]})
-            yield Item((row,), name, truth, Window(context, len(asked), offsets[begin : begin + room], impossible))
+            window = Window(paragraph.text, len(asked), offsets[begin : begin + room], impossible)
+            yield Item((row,), question.name, truth, window)
 
     def decode(self, item: Item, logits: Tensor) -> list[Any]:
         """[score of the best span, its text, score of no answer]."""

@@ -63,6 +63,7 @@ class Scoring:
         seq_length: int,
         overlap: int,
         micro_batch_size: int,
+        *,
         watch: Watch | None = None,
         say: Say = print,
     ) -> None:
@@ -125,7 +126,7 @@ def zero_shot(
     sources = open_sources(task, files)
     if overlap is None or task == "LAMBADA":
         overlap = min(USUAL_OVERLAP, seq_length)
-    scoring = Scoring(opened, mesh, seq_length, overlap, micro_batch_size, watch, say)
+    scoring = Scoring(opened, mesh, seq_length, overlap, micro_batch_size, watch=watch, say=say)
     about = {"task": task, "files": list(files), "checkpoint": str(opened.directory), "iteration": opened.iteration}
     if task == "PERPLEXITY":
         figures, line = perplexity(scoring, sources)

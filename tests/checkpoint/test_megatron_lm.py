@@ -85,7 +85,7 @@ def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
 def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
     config = config_of()
     weights = weights_of(build(config))
-    made = write_megatron(tmp_path, 7, config, weights, 2, 2, "GPT2BPETokenizer")
+    made = write_megatron(tmp_path, 7, config, weights, tp=2, pp=2, tokenizer_type="GPT2BPETokenizer")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
     file = read_pickled(made / "mp_rank_01_001" / "model_optim_rng.pt", "file")
     args = file["args"].values()
@@ -120,7 +120,7 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
 
 def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
     config = config_of(vocab_size=257)
-    write_megatron(tmp_path / "theirs", 3, config, weights_of(build(config)), 1, 1, None)
+    write_megatron(tmp_path / "theirs", 3, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
     flags = ("--load", tmp_path / "theirs", "--save", tmp_path / "ours", "--tokenizer-type", "ByteTokenizer")
     assert tool("import_megatron.py", monkeypatch, *flags) == 0
     assert (find(tmp_path / "ours") / "tokenizer" / "megatron_tokenizer.json").is_file()
@@ -132,7 +132,7 @@ def test_virtual_stages_are_interleaved(tmp_path):
     """Of four layers on two ranks with two virtual stages each, rank 0 has layers 0 and 2."""
     config = config_of()
     weights = weights_of(build(config))
-    made = write_megatron(tmp_path / "four", 1, config, weights, 1, 4, None)
+    made = write_megatron(tmp_path / "four", 1, config, weights, tp=1, pp=4, tokenizer_type=None)
     parts = [read_pickled(made / f"mp_rank_00_{p:03d}" / "model_optim_rng.pt", "file")["model"] for p in range(4)]
     args = {**ARGS, "padded_vocab_size": 128, "true_vocab_size": 127}
     for rank in range(2):
@@ -155,7 +155,7 @@ def test_what_cannot_be_read(tmp_path):
     assert "neither mp_rank_ directories nor a readable" in refused(tmp_path / "empty")
     config = config_of()
     weights = weights_of(build(config))
-    made = write_megatron(tmp_path / "run", 1, config, weights, 2, 2, None)
+    made = write_megatron(tmp_path / "run", 1, config, weights, tp=2, pp=2, tokenizer_type=None)
     os.replace(made / "mp_rank_01_001", tmp_path / "away")
     assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in refused(tmp_path / "run")
     for name in ("mp_rank_01_000", "mp_rank_00_001"):
@@ -202,7 +202,11 @@ def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
 def test_what_every_model_there_has(tmp_path, settings, lost, words):
     """Without it there would still be a model, of another form, that computes something else."""
     config = config_of(**settings)
-    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), 1, 1, None) / "mp_rank_00" / "model_optim_rng.pt"
+    made = (
+        write_megatron(tmp_path, 1, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
+        / "mp_rank_00"
+        / "model_optim_rng.pt"
+    )
     file = read_pickled(made, "file")
     args = file["args"].values()
     if lost == "args.normalization":
@@ -222,13 +226,13 @@ def test_layouts_that_megatron_lm_does_not_have(tmp_path):
         (0, 1, "1"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            write_megatron(tmp_path, 1, config, weights, tp, pp, None)
+            write_megatron(tmp_path, 1, config, weights, tp=tp, pp=pp, tokenizer_type=None)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_that_differs_is_damage(tmp_path):
     config = config_of()
-    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), 1, 2, None)
+    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), tp=1, pp=2, tokenizer_type=None)
     path = made / "mp_rank_00_001" / "model_optim_rng.pt"
     model = read_pickled(path, "file")["model"]
     model["word_embeddings_for_head"]["weight"][0, 0] += 1

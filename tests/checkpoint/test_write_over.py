@@ -55,7 +55,7 @@ def inputs(tmp_path_factory) -> Path:
     (root / "own").mkdir()
     shutil.copy(root / "hf" / "config.json", root / "own")
     config = config_of(vocab_size=257)
-    write_megatron(root / "megatron", 10, config, weights_of(build(config)), 1, 1, None)
+    write_megatron(root / "megatron", 10, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
     shutil.copytree(root / "megatron", root / "meg2")
     made = released(config, weights_of(build(config)), 3.0, 257)
     args = dict(num_layers=4, hidden_size=32, num_attention_heads=4, max_position_embeddings=48, padded_vocab_size=257)

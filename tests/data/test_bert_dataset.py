@@ -36,13 +36,15 @@ RULES = PairRules(LONGEST, 0.1, True, CLS, SEP, MASKING, seed=1234)
 
 def test_a_map_of_the_reference() -> None:
     documents, lengths = np.array([0, 3, 4, 8]), np.array([5, 6, 7, 20, 3, 4, 5, 6], dtype=np.int32)
-    rows = build_sentence_index(documents, lengths, 12, 0.1, 1234, 6, 2)
+    rows = build_sentence_index(documents, lengths, longest=12, short=0.1, seed=1234, wanted=6, at_least=2)
     assert rows.tolist() == [[4, 8, 12], [4, 8, 12], [0, 3, 12], [0, 3, 12], [0, 3, 12], [4, 8, 12]]
 
 
 def test_maps_of_the_reference() -> None:
     found = [
-        build_sentence_index(c.documents, c.lengths, c.longest, c.short, c.seed, c.wanted, c.at_least).tolist()
+        build_sentence_index(
+            c.documents, c.lengths, longest=c.longest, short=c.short, seed=c.seed, wanted=c.wanted, at_least=c.at_least
+        ).tolist()
         for c in index_cases()
     ]
     assert len(found) == 392 and sum(map(len, found)) == 36361
@@ -83,11 +85,11 @@ def test_every_sentence_once_in_an_epoch() -> None:
     random = np.random.RandomState(3)
     starts = np.concatenate([[0], np.cumsum(random.randint(2, 9, 40))])
     lengths = random.randint(3, 30, starts[-1]).astype(np.int32)
-    rows = build_sentence_index(starts, lengths, 50, 0.1, 5, None, 2)
+    rows = build_sentence_index(starts, lengths, longest=50, short=0.1, seed=5, wanted=None, at_least=2)
     assert sorted(i for begin, end, _ in rows.tolist() for i in range(begin, end)) == list(range(starts[-1]))
     assert all(np.searchsorted(starts, begin, "right") == np.searchsorted(starts, end - 1, "right") for begin, end, _ in rows)
     assert (rows[:, 1] - rows[:, 0]).min() == 2 and rows[:, 0].tolist() != sorted(rows[:, 0])
-    longer = build_sentence_index(starts, lengths, 50, 0.1, 5, 10 * len(rows), 2)
+    longer = build_sentence_index(starts, lengths, longest=50, short=0.1, seed=5, wanted=10 * len(rows), at_least=2)
     assert len(longer) >= 10 * len(rows) and set(longer[:, 0]) >= set(rows[:, 0])
 
 
@@ -95,16 +97,16 @@ def test_documents_that_are_passed_over() -> None:
     """One sentence is too few, and a sentence of more than 512 tokens spoils its document, unless it is all of it."""
     lengths = np.array([9, 9, 513, 9, 9, 512, 700], dtype=np.int32)
     documents = np.array([0, 1, 4, 6, 7])
-    rows = build_sentence_index(documents, lengths, 20, 0.0, 1, None, 2)
+    rows = build_sentence_index(documents, lengths, longest=20, short=0.0, seed=1, wanted=None, at_least=2)
     assert {(begin, end) for begin, end, _ in rows.tolist()} == {(4, 6)}
-    rows = build_sentence_index(documents, lengths, 20, 0.0, 1, None, 1)
+    rows = build_sentence_index(documents, lengths, longest=20, short=0.0, seed=1, wanted=None, at_least=1)
     assert {(begin, end) for begin, end, _ in rows.tolist()} == {(0, 1), (4, 6), (6, 7)}
 
 
 def test_share_of_short_samples() -> None:
     starts, lengths = np.arange(0, 40001, 4), np.full(40000, 10, dtype=np.int32)
     for share, low, high in ((0.0, 0, 0), (0.1, 0.08, 0.12), (1.0, 0.95, 1.0)):
-        targets = build_sentence_index(starts, lengths, 100, share, 1, None, 2)[:, 2]
+        targets = build_sentence_index(starts, lengths, longest=100, short=share, seed=1, wanted=None, at_least=2)[:, 2]
         assert low <= (targets < 100).mean() <= high and targets.min() >= 2
 
 
@@ -323,7 +325,9 @@ def test_what_cannot_be_a_dataset(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(DataError, match="ByteTokenizer has no cls token"):
         recipe_of(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())
     with pytest.raises(ValueError, match="samples of 1 tokens"):
-        build_sentence_index(np.array([0, 2]), np.array([1, 1], dtype=np.int32), 1, 0.1, 1, None, 2)
+        build_sentence_index(
+            np.array([0, 2]), np.array([1, 1], dtype=np.int32), longest=1, short=0.1, seed=1, wanted=None, at_least=2
+        )
 
 
 def test_where_a_sample_lies(tmp_path: Path, tokenizer) -> None:

@@ -100,7 +100,7 @@ def loss_with_bias(rows: int | None):
     weight[: shard.used], bias[: shard.used] = draw(vocab, 6, seed=3)[own], draw(vocab, seed=4)[own]
     weight.requires_grad_(), bias.requires_grad_()
     labels = torch.arange(20) * 7 % vocab
-    loss = head_loss(x, weight, labels, mask, shard, tp, rows, bias=bias)
+    loss = head_loss(x, weight, labels, mask, shard, tp, rows=rows, bias=bias)
     (3.0 * loss).backward()
     return loss.item(), x.grad, own, weight.grad[: shard.used], bias.grad[: shard.used], bias.grad[shard.used :]
 

@@ -188,7 +188,7 @@ def vocabulary(vocab: int, divisor: int, sequence_parallel: bool, rows: int):
     head[: shard.used] = draw(vocab, 6)[shard.start : shard.start + shard.used]
     hidden, head = draw(10, 6, seed=8).requires_grad_(), head.requires_grad_()
     labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
-    loss = head_loss(collectives.copy_to(hidden, tp), head, labels, MASK, shard, tp, rows)
+    loss = head_loss(collectives.copy_to(hidden, tp), head, labels, MASK, shard, tp, rows=rows)
     (loss * 3.0).backward()
     assert not head.grad[shard.used :].any() and not table.weight.grad[shard.used :].any()
     part = slice(shard.start, shard.start + shard.used)

@@ -318,7 +318,7 @@ def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch:
     labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         shard = VocabShard.of(held, axis, 1)
-        cross_entropy.head_loss(x, weight, labels, mask, shard, axis, FEWEST_ROWS).backward()
+        cross_entropy.head_loss(x, weight, labels, mask, shard, axis, rows=FEWEST_ROWS).backward()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     record = [e["args"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]

@@ -1,0 +1,187 @@
+"""How large the pieces of the code may be: lines of a file, lines and branches of a function, and lists of arguments.
+
+Each rule finds what breaks it in one parsed file. What stands in `KNOWN` breaks one today; an entry that does so no longer
+must go, so that the table can only shrink.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from source_files import ROOT, shown, sources, tree
+
+MAX_LINES = 400
+REASON = "Longer than 400 lines because"
+MAX_FUNCTION_LINES = 60
+MAX_BRANCHES = 20
+MAX_POSITIONAL_PARAMETERS = 6  # without self and cls
+MAX_POSITIONAL_ARGUMENTS = 8
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
+
+Found = Iterator[tuple[str, str]]  # the name of what is too large, and how large it is
+
+
+def functions(module: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a file, also those inside of others, which count for both."""
+    return (node for node in ast.walk(module) if isinstance(node, FUNCTIONS))
+
+
+def branches(function: ast.AST) -> int:
+    """Places where the way through a function forks: conditions, loops, handlers, and each further operand of and, or."""
+    forks = 0
+    for node in ast.walk(function):
+        forks += isinstance(node, BRANCHES)
+        forks += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+    return forks
+
+
+def long_files(module: ast.Module, lines: int) -> Found:
+    if lines > MAX_LINES and REASON not in (ast.get_docstring(module) or ""):
+        yield "file", f"{lines} lines; cut it, or begin a sentence of its docstring with '{REASON}'"
+
+
+def long_functions(module: ast.Module, lines: int) -> Found:
+    for function in functions(module):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        if length > MAX_FUNCTION_LINES:
+            yield function.name, f"{length} lines"
+
+
+def branching_functions(module: ast.Module, lines: int) -> Found:
+    for function in functions(module):
+        if (count := branches(function)) > MAX_BRANCHES:
+            yield function.name, f"{count} branches"
+
+
+def is_autograd(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is the forward pass of an autograd function, which PyTorch gives positional arguments alone."""
+    return function.name == "forward" and [arg.arg for arg in function.args.args[:1]] == ["ctx"]
+
+
+def many_parameters(module: ast.Module, lines: int) -> Found:
+    for function in functions(module):
+        names = [arg.arg for arg in (*function.args.posonlyargs, *function.args.args)]
+        count = len(names[1:] if names[:1] in (["self"], ["cls"]) else names)
+        if count > MAX_POSITIONAL_PARAMETERS and not is_autograd(function):
+            yield function.name, f"{count} positional parameters; let the last ones be named, or give them a type"
+
+
+def many_arguments(module: ast.Module, lines: int) -> Found:
+    for call in ast.walk(module):
+        if not isinstance(call, ast.Call) or len(call.args) <= MAX_POSITIONAL_ARGUMENTS:
+            continue
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "apply":
+            continue  # of an autograd function
+        yield ast.unparse(call.func), f"a call with {len(call.args)} positional arguments; name them"
+
+
+Known = Mapping[tuple[str, str], str]  # file, name -> why it still stands
+
+
+@dataclass(frozen=True)
+class Rule:
+    """find: what breaks the rule. bad, good: sources that do and do not, at the limit. known: what does today."""
+
+    find: Callable[[ast.Module, int], Found]
+    bad: str
+    good: str
+    known: Known = field(default_factory=dict)
+
+
+def function_of(lines: int) -> str:
+    return "def f():\n" + "    x = 1\n" * (lines - 1)
+
+
+def function_with(expression: str) -> str:
+    return f"def f(x):\n    return {expression}\n"
+
+
+LOOP = "the loop and the run are being taken apart into hooks"
+SIZES = "sizes are being read from the parameters"
+KNOWN_LINES: Known = {("megatron/train/pretraining.py", "run_job"): LOOP}
+KNOWN_BRANCHES: Known = {
+    ("megatron/train/lock.py", "take"): LOOP,
+    ("megatron/train/loop.py", "train"): LOOP,
+    ("megatron/train/pretraining.py", "run_job"): LOOP,
+}
+KNOWN_PARAMETERS: Known = {
+    ("megatron/train/nonfinite.py", "_note"): LOOP,
+    ("megatron/train/step.py", "__init__"): LOOP,
+    ("megatron/pipeline/executor.py", "__init__"): LOOP,
+    ("megatron/plan/size.py", "activations_of"): SIZES,
+}
+KNOWN_ARGUMENTS: Known = {
+    ("megatron/train/nonfinite.py", "Finding"): LOOP,
+    ("megatron/train/pretraining.py", "say"): LOOP,
+    ("megatron/train/run.py", "Run"): LOOP,
+    ("megatron/plan/size.py", "activations_of"): SIZES,
+}
+RULES = {
+    "lines of a file": Rule(long_files, "x = 1\n" * 401, f'"""A table. {REASON} it is one."""\n' + "x = 1\n" * 401),
+    "lines of a function": Rule(long_functions, function_of(61), function_of(60), KNOWN_LINES),
+    "branches of a function": Rule(
+        branching_functions,
+        function_with(" or ".join(["x"] * 22)),
+        function_with(" or ".join(["x"] * 21)),
+        KNOWN_BRANCHES,
+    ),
+    "positional parameters": Rule(
+        many_parameters,
+        "class A:\n    def f(self, a, b, c, d, e, f, g): ...\n",
+        "class A:\n    def f(self, a, b, c, d, e, f, *, g): ...\n    def forward(ctx, a, b, c, d, e, f, g): ...\n",
+        KNOWN_PARAMETERS,
+    ),
+    "positional arguments": Rule(
+        many_arguments, "f(1, 2, 3, 4, 5, 6, 7, 8, 9)", "f(1, 2, 3, 4, 5, 6, 7, 8, i=9)", KNOWN_ARGUMENTS
+    ),
+}
+
+
+def program_files(rule: Rule) -> list[Path]:
+    """The files of programs and package; of the tests too where a file's length is the matter."""
+    folders = () if rule.find is long_files else ("megatron", "tools", "tasks", "benchmarks", "examples")
+    return [*sources(*folders), *(ROOT.glob("*.py") if folders else ())]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_no_piece_is_too_large(rule: Rule) -> None:
+    found = {
+        (shown(path), name): what
+        for path in program_files(rule)
+        for name, what in rule.find(tree(path), len(path.read_text(encoding="utf-8").splitlines()))
+    }
+    wrong = [f"{path}: {name}: {what}" for (path, name), what in found.items() if (path, name) not in rule.known]
+    assert not wrong, "\n".join(wrong)
+    settled = sorted(rule.known.keys() - found.keys())
+    assert not settled, f"these keep the rule now; take them out of the table: {settled}"
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_the_rule_finds_what_is_over_the_limit_and_nothing_else(rule: Rule) -> None:
+    assert list(rule.find(ast.parse(rule.bad), len(rule.bad.splitlines())))
+    assert not list(rule.find(ast.parse(rule.good), len(rule.good.splitlines())))
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("if x:\n    pass\nelif y:\n    pass\nelse:\n    pass", 2),
+        ("for a in b:\n    pass\nwhile c:\n    pass", 2),
+        ("async def f():\n    async for a in b:\n        pass", 1),
+        ("try:\n    pass\nexcept A:\n    pass\nexcept B:\n    pass", 2),
+        ("x = [a for b in c for d in e if f]", 2),
+        ("x = a if b else c", 1),
+        ("x = a and b and c or d", 3),
+        ("match x:\n    case 1:\n        pass\n    case _:\n        pass", 2),
+        ("def f():\n    def g():\n        if x:\n            pass", 1),
+        ("x = 1", 0),
+    ],
+)
+def test_branches_are_counted(source: str, count: int) -> None:
+    assert branches(ast.parse(source)) == count
