@@ -103,7 +103,6 @@ def function_with(expression: str) -> str:
 
 
 LOOP = "the loop and the run are being taken apart into hooks"
-SIZES = "sizes are being read from the parameters"
 KNOWN_LINES: Known = {("megatron/train/pretraining.py", "run_job"): LOOP}
 KNOWN_BRANCHES: Known = {
     ("megatron/train/lock.py", "take"): LOOP,
@@ -114,13 +113,12 @@ KNOWN_PARAMETERS: Known = {
     ("megatron/train/nonfinite.py", "_note"): LOOP,
     ("megatron/train/step.py", "__init__"): LOOP,
     ("megatron/pipeline/executor.py", "__init__"): LOOP,
-    ("megatron/plan/size.py", "activations_of"): SIZES,
+    ("megatron/plan/activations.py", "activations_of"): "activations are to be said beside the layer they describe",
 }
 KNOWN_ARGUMENTS: Known = {
     ("megatron/train/nonfinite.py", "Finding"): LOOP,
     ("megatron/train/pretraining.py", "say"): LOOP,
     ("megatron/train/run.py", "Run"): LOOP,
-    ("megatron/plan/size.py", "activations_of"): SIZES,
 }
 RULES = {
     "lines of a file": Rule(long_files, "x = 1\n" * 401, f'"""A table. {REASON} it is one."""\n' + "x = 1\n" * 401),
