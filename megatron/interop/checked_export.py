@@ -1,5 +1,8 @@
 """A checkpoint as a Hugging Face directory that proves itself: it appears under its name only once transformers has opened it
-and computed the same logits as this framework."""
+and computed the same logits as this framework.
+
+A family that transformers has no class for, which another package brought, is read back here instead.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.find import find
+from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.model_config import model_config
-from megatron.checkpoint.side_files import in_checkpoint, token_ids
+from megatron.checkpoint.side_files import in_checkpoint, kept_config, token_ids
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
@@ -24,12 +28,25 @@ from megatron.files.pending import PendingDirectory
 from megatron.files.regular import read_json
 from megatron.inference.restore import open_model
 from megatron.interop import side_files as kept
-from megatron.interop.compare_logits import LogitsError, NoTransformersError, agree, import_transformers, open_theirs
-from megatron.interop.hf_config import CONFIG_READERS, model_settings
+from megatron.interop.compare_logits import (
+    TOLERANCE,
+    LogitsError,
+    NoTransformersError,
+    agree,
+    import_transformers,
+    known_to_transformers,
+    model_with,
+    open_theirs,
+    states_differ,
+)
+from megatron.interop.families.family import HFFamily
+from megatron.interop.families.table import family_named, family_of
+from megatron.interop.hf_config import model_settings
 from megatron.interop.hf_export import export_hf
-from megatron.interop.hf_families import rounded
+from megatron.interop.hf_import import read_hf
 from megatron.interop.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
 from megatron.launch.packages import how_to_install
+from megatron.model.transformer import Transformer
 
 # What config.json must say, beside what the logits show.
 SETTINGS = (
@@ -66,6 +83,7 @@ def export(
 
     dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
     models on fixed prompts, of a BERT with padding, and those of its binary head too; then again with random weights in both.
+    Where transformers has no such class, the result is read back here, and tensors and hidden states are compared.
     overwrite: replace an earlier export.
     BadOutput for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
     fails, and then what was written is `output` with `.failed` behind its name.
@@ -79,11 +97,10 @@ def export(
         tokenizer, written = _write(directory, pending.temporary, dtype, verify=verify, say=say)
         if verify:
             try:
-                difference, positions = prove(directory, pending.temporary, tokenizer, written)
+                say(prove(directory, pending.temporary, tokenizer, written))
             except ExportError as error:
                 pending.commit(failed)
                 raise ExportError(f"{error}. What was written is {failed}") from error
-            say(f"transformers opens it; logits differ by at most {difference:.2e} (fp32, {positions} positions)")
         else:
             say("not verified (--no-verify)")
         pending.commit()
@@ -114,10 +131,13 @@ def _write(
     say(f"writing {directory} as a Hugging Face directory")
     ids = token_ids(files)
     special = _token_ids(tokenizer) if ids is None else ids
-    written = export_hf(directory, out, dtype, special=special, generation=kept.old_settings(files))
+    # What came from a family goes back to it, where several families can say the same.
+    source = str((kept_config(imported) or {}).get("model_type"))
+    written = export_hf(directory, out, dtype, model_type=source, special=special, generation=kept.old_settings(files))
     config = model_config(directory)
-    if config.position_embedding_type == "rope" and config.hidden_dropout > 0:
-        say(f"transformers' Llama has no hidden dropout, so {config.hidden_dropout:g} is not written")
+    for setting, why in family_of(config, source).unwritten.items():
+        if getattr(config, setting):
+            say(f"{why}, so {getattr(config, setting):g} is not written")
     kept.write(files, out)
     if tokenizer is None or isinstance(tokenizer, NullTokenizer):
         what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
@@ -165,15 +185,29 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
         path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> tuple[float, int]:
-    """Open `exported` with transformers and compare it with the checkpoint; the largest difference of logits, the positions.
+def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> str:
+    """Compare an export with its checkpoint: opened by transformers, or read back here where that has no such class.
 
-    Both models compute in fp32 from the weights in the type that was written. ExportError when the directory does not open
-    cleanly, when its settings or the tokenizers disagree, or when the logits do.
+    Both models compute in fp32 from the weights in the type that was written.
+
+    Args:
+        directory: the checkpoint's.
+        exported: the Hugging Face directory.
+        tokenizer: whose files are in it, if any.
+        written: the type of its tensors.
+
+    Returns:
+        A line that says what was compared, and how far it differs.
+
+    Raises:
+        ExportError: when the directory does not open cleanly, when its settings or the tokenizers disagree, or the logits do.
     """
+    about = read_json(exported / "config.json")
+    family = family_named(about["model_type"])
+    if not known_to_transformers(about["architectures"][0]):
+        return _read_back(directory, exported, family, written)
     try:
         transformers = import_transformers()
-        about = read_json(exported / "config.json")
         theirs, info = open_theirs(exported, about["architectures"][0])
         words = None
         if tokenizer is not None:
@@ -185,10 +219,8 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
     if unexpected := info["unexpected_keys"]:
         raise ExportError(f"transformers finds unexpected keys: {', '.join(map(str, sorted(unexpected)[:20]))}")
     ours = open_model(directory, dtype=torch.float32)
-    _same_settings(ours.config, about)
-    weights = {shard.name: shard.data for shard in ModuleWeights(ours.model).shards()}
-    for name, value in rounded(weights, ours.config, written).items():
-        weights[name].copy_(value)
+    _same_settings(ours.config, family, about)
+    _round(ours.model, family, written)
     prompts = []
     for text in PROMPTS:
         if tokenizer is None or words is None:
@@ -199,15 +231,51 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         within = [number for number in ids if number < ours.config.size("vocab_size")]  # there may be fewer rows than tokens
         prompts.append(within[: ours.config.size("max_position_embeddings")])
     try:
-        found = agree(ours.model, theirs, prompts)
+        found = agree(ours.model, theirs, family, prompts)
     except LogitsError as error:
         raise ExportError(str(error)) from error
-    return found.largest, found.positions
+    return f"transformers opens it; logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
 
 
-def _same_settings(config: ModelConfig, about: Mapping[str, Any]) -> None:
+def _round(model: Transformer, family: HFFamily, written: torch.dtype) -> None:
+    """Round the weights of a model as those of its export are."""
+    weights = {shard.name: shard.data for shard in ModuleWeights(model).shards()}
+    for name, value in family.rounded(weights, model.config, written).items():
+        weights[name].copy_(value)
+
+
+def _read_back(directory: Path, exported: Path, family: HFFamily, written: torch.dtype) -> str:
+    """Read what was exported with our own reader, and compare every tensor and the hidden states; returns what was compared.
+
+    This shows that the family's two directions belong together, not that another program computes the same.
+    """
+    ours = open_model(directory, dtype=torch.float32)
+    _same_settings(ours.config, family, read_json(exported / "config.json"))
+    _round(ours.model, family, written)
+    try:
+        config, found = read_hf(exported, say=lambda line: None)
+        again = model_with(config, found)
+    except (CheckpointError, KeyError, RuntimeError) as error:
+        raise ExportError(f"it cannot be read back: {error}") from error
+    weights = {shard.name: shard.data for shard in ModuleWeights(ours.model).shards()}
+    for row in family.table(ours.config):
+        if row.ours not in weights:
+            continue
+        pairs = zip(row.form.write(weights[row.ours], ours.config), row.form.write(found[row.ours], config), strict=True)
+        if not all(torch.equal(here.to(written), there.to(written)) for here, there in pairs):
+            raise ExportError(f"read back, {row.ours} is another tensor")
+    architecture, difference = family.written_class(config).architecture, states_differ(ours.model, again)
+    if not difference <= TOLERANCE:
+        raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {TOLERANCE:.1g}")
+    return (
+        f"transformers has no {architecture}, so no logits are compared; read back here, all {len(found)} tensors are the "
+        f"checkpoint's, and hidden states differ by at most {difference:.2e}"
+    )
+
+
+def _same_settings(config: ModelConfig, family: HFFamily, about: Mapping[str, Any]) -> None:
     """ExportError when config.json does not say what the logits cannot show: what training needs, and the vocabulary."""
-    back = model_settings(about, CONFIG_READERS[about["model_type"]])
+    back = model_settings(about, family)
     for name in SETTINGS:
-        if getattr(back, name) != getattr(config, name) and (name, about["model_type"]) != ("hidden_dropout", "llama"):
+        if getattr(back, name) != getattr(config, name) and name not in family.unwritten:
             raise ExportError(f"config.json says {name} {getattr(back, name)}, the checkpoint {getattr(config, name)}")

@@ -19,7 +19,9 @@ from torch import Tensor
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
-from megatron.interop.hf_families import family_of
+from megatron.files.regular import read_json
+from megatron.interop.families.family import HFFamily
+from megatron.interop.families.table import family_named
 from megatron.interop.tensor_mapping import Row
 from megatron.model.bert import Bert
 from megatron.model.build import build_stages
@@ -65,6 +67,11 @@ def import_transformers() -> Any:
     return transformers
 
 
+def known_to_transformers(architecture: str) -> bool:
+    """Return whether the installed transformers has a class of this name; it has none of a family that only a package knows."""
+    return hasattr(import_transformers(), architecture)
+
+
 def open_theirs(directory: Path, name: str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
     """The model in a Hugging Face directory in evaluation mode, and what transformers says of its tensors.
 
@@ -93,7 +100,7 @@ def compared_with_source(directory: Path, config: ModelConfig, weights: Mapping[
         weights: under our names; whole, and of the shapes that `config` wants.
 
     Returns:
-        A line that says how far apart the two are, or that transformers is not installed.
+        A line that says how far apart the two are, or that transformers is not installed, or does not know the family.
 
     Raises:
         LogitsError: when they differ, or transformers cannot open the directory.
@@ -102,9 +109,13 @@ def compared_with_source(directory: Path, config: ModelConfig, weights: Mapping[
         import_transformers()
     except NoTransformersError as error:
         return f"not compared with transformers' logits: {error}"
-    architecture = "AutoModelForCausalLM" if config.architecture == "gpt" else family_of(config).architecture
-    theirs, _ = open_theirs(directory, architecture, dtype=torch.float32)
-    found = agree(model_with(config, weights), theirs, [])
+    family = family_named(read_json(directory / "config.json")["model_type"])
+    architecture = family.written_class(config).architecture
+    if not known_to_transformers(architecture):
+        return f"not compared with transformers' logits: transformers has no {architecture}"
+    name = "AutoModelForCausalLM" if config.architecture == "gpt" else architecture
+    theirs, _ = open_theirs(directory, name, dtype=torch.float32)
+    found = agree(model_with(config, weights), theirs, family, [])
     return f"transformers' logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
 
 
@@ -117,12 +128,13 @@ def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transforme
     return model
 
 
-def agree(ours: Transformer, theirs: Any, prompts: Sequence[Sequence[int]]) -> Agreement:
+def agree(ours: Transformer, theirs: Any, family: HFFamily, prompts: Sequence[Sequence[int]]) -> Agreement:
     """Compare two models, whose weights are random afterwards.
 
     Args:
         ours: whole, fp32, in evaluation mode.
         theirs: of transformers, likewise.
+        family: whose table says which weights are the same.
         prompts: token ids of texts, to which one that goes through the vocabulary is added.
 
     Returns:
@@ -139,10 +151,10 @@ def agree(ours: Transformer, theirs: Any, prompts: Sequence[Sequence[int]]) -> A
         if not difference <= allowed:  # also when it is NaN
             raise LogitsError(f"the logits differ by {difference:.2e}, more than {allowed:.1g}")
         largest = max(largest, difference)
-    _randomize(ours, theirs)
+    _randomize(ours, theirs, family)
     for faint in (False, True):
         if faint:
-            _faint(ours, theirs)
+            _faint(ours, theirs, family)
         for here, there in pairs(ours, theirs, [numbers, numbers[: len(numbers) // 2 + 1]]):
             difference, scale = _largest(here, there), float(there.abs().max())
             if not difference <= RANDOM_TOLERANCE * scale:
@@ -158,12 +170,12 @@ def prompt_of(config: ModelConfig) -> list[int]:
     return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
 
 
-def _randomize(ours: Transformer, theirs: Any) -> None:
+def _randomize(ours: Transformer, theirs: Any, family: HFFamily) -> None:
     """The same random weights in both models: matrices that keep the size of what they multiply, norms and biases about it."""
     mine = {shard.name: shard.data for shard in ModuleWeights(ours).shards()}
     there = dict(theirs.named_parameters())  # tied ones once
     with torch.no_grad():
-        for row in family_of(ours.config).table(ours.config):
+        for row in family.table(ours.config):
             if row.ours in mine:
                 mine[row.ours].copy_(_random(row.ours, mine[row.ours]))
                 value = mine[row.ours]
@@ -194,13 +206,13 @@ def _random(name: str, like: Tensor) -> Tensor:
     return 0.3 * noise + (1.0 if name.endswith("norm.weight") else 0.1)
 
 
-def _faint(ours: Transformer, theirs: Any) -> None:
+def _faint(ours: Transformer, theirs: Any, family: HFFamily) -> None:
     """Scale the embeddings of both models, so that their variance is about the epsilon of the norms."""
     scale = ours.config.layernorm_epsilon**0.5
     mine = {shard.name: shard.data for shard in ModuleWeights(ours).shards()}
     there = dict(theirs.named_parameters())
     with torch.no_grad():
-        for row in family_of(ours.config).table(ours.config):
+        for row in family.table(ours.config):
             if row.ours.startswith("embedding.") and row.ours in mine:
                 mine[row.ours].mul_(scale)
                 _put(there, row, mine[row.ours], ours.config)
@@ -275,6 +287,14 @@ def _answer(theirs: Any, **words: Tensor | None) -> Any:
         return theirs(**words)
     except Exception as error:  # whatever transformers trips over is what the user must hear
         raise LogitsError(f"transformers cannot run it: {type(error).__name__}: {error}") from error
+
+
+def states_differ(ours: Transformer, again: Transformer) -> float:
+    """Return the largest difference of two of our models' last hidden states, on a prompt that goes through the vocabulary."""
+    tokens = torch.tensor([prompt_of(ours.config)])
+    batch, _ = _bert_batch(ours, tokens, torch.zeros_like(tokens, dtype=torch.bool))
+    with torch.no_grad():
+        return _largest(ours.hidden(None, batch), again.hidden(None, batch))
 
 
 def bert_differences(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Iterator[float]:

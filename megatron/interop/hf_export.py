@@ -22,13 +22,12 @@ from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.model_config import model_config
 from megatron.checkpoint.storage import TORCH_DTYPES, Entry, Storage, safetensors
 from megatron.config.schema import ModelConfig
-from megatron.interop.hf_families import family_of
-from megatron.interop.tensor_mapping import Family, Row
+from megatron.interop.families.family import HFClass
+from megatron.interop.families.table import family_of
+from megatron.interop.tensor_mapping import Row
 
 PREFIX = "model."
 SHARD_BYTES = 2_000_000_000
-
-
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class _Source:
         return self.made.pop(name)
 
 
-def plan(directory: Path, manifest: Manifest, config: ModelConfig, family: Family, dtype: torch.dtype) -> list[Group]:
-    """Every tensor of the export in the family's order. CheckpointError when the two sets of tensors do not match."""
+def plan(directory: Path, manifest: Manifest, config: ModelConfig, written_as: HFClass, dtype: torch.dtype) -> list[Group]:
+    """Every tensor of the export in the class's order. CheckpointError when the two sets of tensors do not match."""
     groups: list[Group] = []
-    rows = list(family.table(config))
+    rows = list(written_as.table(config))
     ours = {name.removeprefix(PREFIX) for name in manifest.tensors if name.startswith(PREFIX)}
     if left := sorted(ours - {row.ours for row in rows}):
-        raise CheckpointError(f"{directory}: {family.architecture} has no place for {', '.join(left[:20])}")
+        raise CheckpointError(f"{directory}: {written_as.architecture} has no place for {', '.join(left[:20])}")
     tied = config.tied
     needed = (row.ours for row in rows if not row.ours.endswith(".bias") and not (tied and row.ours == "head.weight"))
     if lacking := sorted({name for name in needed if name not in ours} - {row.ours for row in rows if row.zeros}):
@@ -113,32 +112,36 @@ def export_hf(
     out: Path,
     dtype: torch.dtype | None = None,
     *,
+    model_type: str | None = None,
     special: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] = MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
 ) -> torch.dtype:
     """Write weights and configuration of a checkpoint directory into `out`, which is created. Returns the type written.
 
-    dtype: of the tensors; default the narrowest that rounds none of the saved ones. special: what config.json says of special
-    tokens, such as `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`. generation: what
-    generation_config.json says beside them.
+    dtype: of the tensors; default the narrowest that rounds none of the saved ones. model_type: of the family to write, where
+    it can express the model; default the first that can. special: what config.json says of special tokens, such as
+    `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`. generation: what generation_config.json
+    says beside them.
     One of our tensors at a time is in memory. CheckpointError when the checkpoint is damaged, or when no family of
     transformers has its architecture: then with everything that stands in the way.
     """
     config, manifest = model_config(checkpoint), verify(checkpoint)
     try:
-        family = family_of(config)
+        family = family_of(config, model_type)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
+    written_as = family.written_class(config)
     if PREFIX + "embedding.word.weight" not in manifest.tensors:
         raise CheckpointError(f"{checkpoint}: it holds no model, there is no {PREFIX}embedding.word.weight")
     held = [TORCH_DTYPES[record.dtype] for name, record in manifest.tensors.items() if name.startswith(PREFIX)]
     dtype = dtype or reduce(torch.promote_types, held)
     storage = Storage()
-    write_files(storage, out, plan(checkpoint, manifest, config, family, dtype), shard_bytes)
+    write_files(storage, out, plan(checkpoint, manifest, config, written_as, dtype), shard_bytes)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if special is None else special
     about = {
-        "architectures": [family.architecture],
+        "architectures": [written_as.architecture],
+        "model_type": family.model_type,
         **family.config(config),
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "initializer_range": config.init_method_std,

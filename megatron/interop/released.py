@@ -25,16 +25,18 @@ from megatron.checkpoint.storage import DTYPES, Entry, Storage
 from megatron.config.resolve import resolve
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.files.regular import check_regular, read_json, reason
+from megatron.interop.families.family import HFClass, HFFamily
+from megatron.interop.families.gpt2 import GPT2
+from megatron.interop.families.megatron_bert import MEGATRON_BERT, WITH_ORDER, WORDS_ALONE
+from megatron.interop.families.shared import ACTIVATIONS
+from megatron.interop.families.table import family_named
 from megatron.interop.foreign_numbers import check_config
-from megatron.interop.hf_config import ACTIVATIONS, CONFIG_READERS
 from megatron.interop.hf_export import SHARD_BYTES, Group, write_files, write_json
-from megatron.interop.hf_families import GPT2, MEGATRON_BERT, MEGATRON_BERT_WORDS
 from megatron.interop.megatron_args import NUMBERS, settings
 from megatron.interop.megatron_files import arguments_of, copies_agree, version_of
 from megatron.interop.megatron_lm import Sizes, Weights, chunks_of, join, unpadded
 from megatron.interop.pickled import read_pickled
 from megatron.interop.soundness import zero_matrices
-from megatron.interop.tensor_mapping import Family
 
 MEMBER = "release/mp_rank_00/model_optim_rng.pt"
 NEEDED = ("num_layers", "hidden_size", "num_attention_heads")  # of args
@@ -48,12 +50,13 @@ HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are know
 class Kind:
     """What one of the two commands converts.
 
-    defaults: of config.json. absent: what a field that is not in a --config_file means instead, in transformers. sizes: our
-    name of each size -> its name there. copies: tensors that the family writes a second time, as our name -> theirs. tool: its
-    command.
+    family: that is written. defaults: of config.json. absent: what a field that is not in a --config_file means instead, in
+    transformers. sizes: our name of each size -> its name there. copies: tensors that the family writes a second time, as our
+    name -> theirs. tool: its command.
     """
 
     name: str
+    family: HFFamily
     defaults: Mapping[str, Any]
     absent: Mapping[str, Any]
     sizes: Mapping[str, str]
@@ -63,6 +66,7 @@ class Kind:
 
 GPT2_KIND = Kind(
     "GPT-2",
+    GPT2,
     MappingProxyType(
         {
             "model_type": "gpt2",
@@ -107,6 +111,7 @@ GPT2_KIND = Kind(
 )
 BERT_KIND = Kind(
     "BERT",
+    MEGATRON_BERT,
     MappingProxyType(
         {
             "model_type": "megatron-bert",
@@ -207,12 +212,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What an archive holds. about: of config.json. model: resolved. weights: whole, under our names. family: its class."""
+    """What an archive holds. about: of config.json. model: resolved. weights: whole, under our names. written_as: its class."""
 
     about: dict[str, Any]
     model: ModelConfig
     weights: Weights
-    family: Family
+    written_as: HFClass
 
 
 def understand(
@@ -254,11 +259,11 @@ def understand(
     weights = unpadded(join([chunks], sizes, version), model.size("vocab_size"))
     for name in zero_matrices(weights):
         say(f"{name} is all zeros; was the model saved whole?")
-    family = _family(kind, weights)
-    about["architectures"] = [family.architecture]
+    written_as = _class_of(kind, weights)
+    about["architectures"] = [written_as.architecture]
     if model.untie_embeddings_and_output_weights:
         about["tie_word_embeddings"] = False
-    return Found(about, model, weights, family)
+    return Found(about, model, weights, written_as)
 
 
 def write(found: Found, kind: Kind, out: Path) -> None:
@@ -326,15 +331,15 @@ def _model(about: Mapping[str, Any], args: Mapping[str, Any], known: Weights, ki
             untie_embeddings_and_output_weights="head.weight" in known,
         )
         model = resolve(RunConfig(model=given)).model
-    if obstacles := _family(kind, known).obstacles(model):
-        raise CheckpointError(f"{_family(kind, known).architecture} cannot express it: {'; '.join(obstacles)}")
+    if unsupported := kind.family.unsupported(model):
+        raise CheckpointError(f"{_class_of(kind, known).architecture} cannot express it: {'; '.join(unsupported)}")
     return model
 
 
-def _family(kind: Kind, weights: Mapping[str, Tensor]) -> Family:
-    if kind is GPT2_KIND:
-        return GPT2
-    return MEGATRON_BERT if "order.weight" in weights else MEGATRON_BERT_WORDS
+def _class_of(kind: Kind, weights: Mapping[str, Tensor]) -> HFClass:
+    if kind is BERT_KIND:
+        return WITH_ORDER if "order.weight" in weights else WORDS_ALONE
+    return kind.family.classes[0]
 
 
 def _agree(model: ModelConfig, known: Weights, kind: Kind) -> None:
@@ -358,7 +363,7 @@ def _tell_of_other_settings(
     args: Mapping[str, Any], model: ModelConfig, about: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
     """A line where config.json says something else than the args: the old scripts took sizes alone from these."""
-    fields = CONFIG_READERS[about["model_type"]].fields
+    fields = family_named(about["model_type"]).fields
     both = [(name, field.ours) for name, field in fields.items() if field.ours in NUMBERS and args.get(field.ours) is not None]
     pairs = [(name, about[name], getattr(model, ours)) for name, ours in both if name in about]
     other = [f"{name} {said} ({there})" for name, said, there in pairs if said != there]
@@ -373,9 +378,9 @@ def _tell_of_other_settings(
 
 
 def _groups(found: Found, kind: Kind) -> list[Group]:
-    """Every tensor of the family's table, zeros where the model has none, and the copies."""
+    """Every tensor of the class's table, zeros where the model has none, and the copies."""
     weights, model, groups = found.weights, found.model, []
-    for row in found.family.table(model):
+    for row in found.written_as.table(model):
         tensor = weights.get(row.ours)
         if tensor is None:
             if row.zeros is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,32 +36,6 @@ class Row:
 
     def at(self, n: int) -> Row:
         return replace(self, ours=self.ours.format(n=n), theirs=tuple(t.format(n=n) for t in self.theirs))
-
-
-def _is_gpt(config: ModelConfig) -> bool:
-    return config.architecture == "gpt"
-
-
-@dataclass(frozen=True)
-class Family:
-    """architecture: the class in transformers. obstacles: what of a configuration it cannot express, in words.
-
-    serves: whether it is for this kind of model at all, GPT or BERT.
-    """
-
-    architecture: str
-    rows: tuple[Row, ...]
-    obstacles: Callable[[ModelConfig], list[str]]
-    config: Callable[[ModelConfig], dict[str, Any]]
-    serves: Callable[[ModelConfig], bool] = _is_gpt
-
-    def table(self, config: ModelConfig) -> Iterator[Row]:
-        """The rows with the layers' numbers put in."""
-        for row in self.rows:
-            if "{n}" in row.ours:
-                yield from (row.at(n) for n in range(config.size("num_layers")))
-            else:
-                yield row
 
 
 def _as_it_is(tensor: Tensor, config: ModelConfig) -> Tensors:

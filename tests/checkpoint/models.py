@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import pytest
 import torch
 
 from megatron.checkpoint.save import save
@@ -12,6 +15,9 @@ from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import StagePart
+from megatron.interop.families import table
+from megatron.interop.families.family import HFFamily
+from megatron.interop.tensor_mapping import Row
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.build import MODELS
@@ -52,6 +58,16 @@ def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> 
             noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(derive_seed(3, spec.name)))
             spec.local(parameter).add_(noise[spec.part.slices] * 0.2)
     return model
+
+
+def with_rows(family: HFFamily, rows: tuple[Row, ...]) -> HFFamily:
+    """The family with another table for its first class."""
+    return replace(family, classes=(replace(family.classes[0], rows=rows), *family.classes[1:]))
+
+
+def list_family(monkeypatch: pytest.MonkeyPatch, family: HFFamily) -> None:
+    """The table of families with this one in it, as it is where a package with an entry point is installed."""
+    monkeypatch.setattr(table, "FAMILIES", MappingProxyType({**table.FAMILIES, family.model_type: family}))
 
 
 def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype, tokenizer: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BASE, LLAMA, build, save_model
+from models import BASE, LLAMA, build, list_family, save_model, with_rows
 from ranks import on_ranks
 from safetensors.torch import load_file
 
@@ -26,8 +26,8 @@ from megatron.files.outputs import BadOutput
 from megatron.inference.restore import open_model
 from megatron.interop.checked_export import ExportError, export
 from megatron.interop.compare_logits import logit_difference
+from megatron.interop.families.gpt2 import GPT2
 from megatron.interop.hf_export import export_hf
-from megatron.interop.hf_families import GPT2
 from megatron.interop.tensor_mapping import CONV1D, SAME
 from megatron.mesh.mesh import Axis, Mesh
 
@@ -160,9 +160,9 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", BASE)
     (tmp_path / "hf").mkdir()
     square = "layers.{n}.attention.dense.weight"
-    assert any(row.ours == square and row.form is CONV1D for row in GPT2.rows)
-    rows = tuple(replace(row, form=SAME) if row.ours == square else row for row in GPT2.rows)
-    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(GPT2, rows=rows),))
+    assert any(row.ours == square and row.form is CONV1D for row in GPT2.classes[0].rows)
+    rows = tuple(replace(row, form=SAME) if row.ours == square else row for row in GPT2.classes[0].rows)
+    list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf.failed", "run"]
@@ -171,8 +171,8 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
 
 def test_a_tensor_too_few_fails_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", {**BASE, "add_norm_bias": False})
-    rows = tuple(row for row in GPT2.rows if row.ours != "final_norm.bias")
-    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(GPT2, rows=rows),))
+    rows = tuple(row for row in GPT2.classes[0].rows if row.ours != "final_norm.bias")
+    list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match=r"missing keys: transformer\.ln_f\.bias"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import BERT, build, save_model
+from models import BERT, build, list_family, save_model, with_rows
 from ranks import on_ranks
 from safetensors.torch import load_file
 
@@ -15,8 +15,8 @@ from megatron.data.tokenizer import build_tokenizer
 from megatron.inference.restore import open_model
 from megatron.interop.checked_export import ExportError, export
 from megatron.interop.compare_logits import bert_differences
+from megatron.interop.families.megatron_bert import MEGATRON_BERT
 from megatron.interop.hf_export import export_hf
-from megatron.interop.hf_families import MEGATRON_BERT
 from megatron.interop.tensor_mapping import SAME, split_qkv
 from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
@@ -152,8 +152,8 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch, wrong):
     form = replace(SAME, write=lambda tensor, config: (-tensor,))
     if "qkv" in wrong:
         form = replace(SAME, write=swapped_queries)
-    rows = tuple(replace(row, form=form) if row.ours == wrong else row for row in MEGATRON_BERT.rows)
-    monkeypatch.setattr("megatron.interop.checked_export.rounded", lambda weights, config, dtype: {})
-    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(MEGATRON_BERT, rows=rows),))
+    rows = tuple(replace(row, form=form) if row.ours == wrong else row for row in MEGATRON_BERT.classes[0].rows)
+    monkeypatch.setattr("megatron.interop.checked_export._round", lambda model, family, written: None)
+    list_family(monkeypatch, with_rows(MEGATRON_BERT, rows))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)

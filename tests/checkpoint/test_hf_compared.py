@@ -14,18 +14,19 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import foreign  # noqa: E402
-from models import BASE, BERT, LLAMA  # noqa: E402
+from models import BASE, BERT, LLAMA, list_family, with_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
 from megatron.checkpoint.weights import ModuleWeights  # noqa: E402
 from megatron.config.schema import ModelConfig  # noqa: E402
 from megatron.contract import StagePart  # noqa: E402
-from megatron.interop import hf_families as names  # noqa: E402
 from megatron.interop.checked_export import ExportError, export  # noqa: E402
 from megatron.interop.checked_import import store  # noqa: E402
 from megatron.interop.compare_logits import LogitsError, compared_with_source  # noqa: E402
-from megatron.interop.hf_families import GPT2  # noqa: E402
+from megatron.interop.families.gpt2 import GPT2  # noqa: E402
+from megatron.interop.families.llama import LLAMA as LLAMA_FAMILY  # noqa: E402
+from megatron.interop.families.table import family_of  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 from megatron.interop.tensor_mapping import SAME  # noqa: E402
 from megatron.model.build import MODELS  # noqa: E402
@@ -177,9 +178,9 @@ def test_an_import_that_differs_leaves_nothing(tmp_path, written, monkeypatch, c
     source, *_ = written("llama")
     rows = tuple(
         replace(row, form=replace(SAME, read=lambda tensors, config: tensors[0].flip(0))) if "mlp_norm" in row.ours else row
-        for row in names.LLAMA.rows
+        for row in LLAMA_FAMILY.classes[0].rows
     )
-    monkeypatch.setattr("megatron.interop.hf_import.LLAMA", replace(names.LLAMA, rows=rows))
+    list_family(monkeypatch, with_rows(LLAMA_FAMILY, rows))
     status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
     assert status == 1 and "the logits differ by" in err and "--no-verify" in err and not (tmp_path / "ours").exists()
     status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours", "--no-verify")
@@ -223,10 +224,10 @@ def fresh(root, settings):
     ],
 )
 def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch, settings, field, value, words):
-    family = names.family_of(ModelConfig(**settings))
+    family = family_of(ModelConfig(**settings))
     wrong = {field: value} | ({"embd_pdrop": value} if field == "resid_pdrop" else {})
     changed = replace(family, config=lambda config: {**family.config(config), **wrong})
-    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (changed,))
+    list_family(monkeypatch, changed)
     with pytest.raises((ExportError, CheckpointError), match=words):
         export(fresh(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
     assert not (tmp_path / "hf").exists()
@@ -242,9 +243,9 @@ def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch
 )
 def test_exchanged_tensors_fail_the_export_of_a_fresh_model(tmp_path, monkeypatch, exchanged):
     """Two that are equal in the checkpoint: its own weights do not tell."""
-    theirs = {row.ours: row.theirs for row in GPT2.rows}
+    theirs = {row.ours: row.theirs for row in GPT2.classes[0].rows}
     swap = dict(zip(exchanged, reversed(exchanged), strict=True))
-    rows = tuple(replace(row, theirs=theirs[swap.get(row.ours, row.ours)]) for row in GPT2.rows)
-    monkeypatch.setattr("megatron.interop.hf_families.FAMILIES", (replace(GPT2, rows=rows),))
+    rows = tuple(replace(row, theirs=theirs[swap.get(row.ours, row.ours)]) for row in GPT2.classes[0].rows)
+    list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match="with random weights in both models the logits differ"):
         export(fresh(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
 from megatron.interop.checked_import import compare  # noqa: E402
 from megatron.interop.compare_logits import LogitsError, model_with, open_theirs, pairs, prompt_of  # noqa: E402
-from megatron.interop.hf_config import CONFIG_READERS, SHARED  # noqa: E402
+from megatron.interop.families.table import family_named  # noqa: E402
+from megatron.interop.hf_config import SHARED  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 
 # Fields of the classes that change nothing that a model computes: ids of tokens, caches, forms of outputs, how the same product
@@ -43,13 +44,13 @@ CLASSES = {
 def test_the_tables_are_those_of_the_classes(kind):
     """Every field is read or known to change nothing, and what a field means where it is left out is what the class says."""
     fields = {field.name: field for field in dataclasses.fields(CLASSES[kind])}
-    table = CONFIG_READERS[kind].fields
+    table = family_named(kind).fields
     assert fields.keys() - table.keys() - HARMLESS - OF_THEIR_OWN == set()
     assert table.keys() - fields.keys() <= {"position_embedding_type"}
     for name, field in table.items():
         if name in fields:
             assert field.default == fields[name].default and type(field.default) is type(fields[name].default), name
-    assert dict(CONFIG_READERS[kind].aliases) == CLASSES[kind].attribute_map
+    assert dict(family_named(kind).aliases) == CLASSES[kind].attribute_map
     assert not SHARED.keys() & (fields.keys() - {"is_encoder_decoder"})
 
 

@@ -7,7 +7,10 @@ from models import LLAMA as LLAMA_SETTINGS
 
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
-from megatron.interop.hf_families import GPT2, LLAMA, MEGATRON_BERT, MEGATRON_BERT_WORDS, family_of, rounded
+from megatron.interop.families.gpt2 import GPT2
+from megatron.interop.families.llama import LLAMA
+from megatron.interop.families.megatron_bert import MEGATRON_BERT, WITH_ORDER, WORDS_ALONE
+from megatron.interop.families.table import family_of
 from megatron.interop.tensor_mapping import join_qkv, split_qkv
 from megatron.mesh.mesh import Axis
 
@@ -46,7 +49,7 @@ def test_reading_undoes_writing(settings):
         theirs |= set(rows[name].theirs)
         torch.testing.assert_close(rows[name].form.read(written, config), tensor, rtol=0, atol=1e-6)
     assert len(theirs) == sum(len(rows[n].theirs) for n in weights), "two of our tensors became the same one"
-    for name, value in rounded(weights, config, torch.bfloat16).items():
+    for name, value in family.rounded(weights, config, torch.bfloat16).items():
         torch.testing.assert_close(value, weights[name], rtol=0.01, atol=0.01)
         assert not torch.equal(value, weights[name])
 
@@ -54,8 +57,9 @@ def test_reading_undoes_writing(settings):
 def test_the_family_follows_from_the_configuration():
     assert family_of(ModelConfig(**BASE)) is GPT2
     assert family_of(ModelConfig(**LLAMA_SETTINGS)) is LLAMA
-    assert family_of(ModelConfig(**BERT)) is MEGATRON_BERT
-    assert family_of(ModelConfig(**BERT, bert_binary_head=False)) is MEGATRON_BERT_WORDS
+    for more, written_as in ({}, WITH_ORDER), (dict(bert_binary_head=False), WORDS_ALONE):
+        config = ModelConfig(**BERT, **more)
+        assert family_of(config) is MEGATRON_BERT and MEGATRON_BERT.written_class(config) is written_as
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Llama: rotary positions, RMSNorm, a gated MLP, key-value heads that several query heads share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.config.schema import ModelConfig
+from megatron.interop.families.family import NUMBER, Field, HFClass, HFFamily
+from megatron.interop.families.shared import rotary_base, unsupported_by_all
+from megatron.interop.tensor_mapping import GAMMA, QKV_IN_THREE, SAME, Row
+
+
+def _projections(kind: str) -> tuple[str, ...]:
+    return tuple(f"model.layers.{{n}}.self_attn.{x}_proj.{kind}" for x in "qkv")
+
+
+ROWS = (
+    Row("embedding.word.weight", ("model.embed_tokens.weight",), SAME),
+    Row("layers.{n}.input_norm.weight", ("model.layers.{n}.input_layernorm.weight",), GAMMA),
+    Row("layers.{n}.attention.qkv.weight", _projections("weight"), QKV_IN_THREE),
+    Row("layers.{n}.attention.qkv.bias", _projections("bias"), QKV_IN_THREE),
+    Row("layers.{n}.attention.dense.weight", ("model.layers.{n}.self_attn.o_proj.weight",), SAME),
+    Row("layers.{n}.attention.dense.bias", ("model.layers.{n}.self_attn.o_proj.bias",), SAME),
+    Row("layers.{n}.mlp_norm.weight", ("model.layers.{n}.post_attention_layernorm.weight",), GAMMA),
+    Row("layers.{n}.mlp.gate.weight", ("model.layers.{n}.mlp.gate_proj.weight",), SAME),
+    Row("layers.{n}.mlp.gate.bias", ("model.layers.{n}.mlp.gate_proj.bias",), SAME),
+    Row("layers.{n}.mlp.up.weight", ("model.layers.{n}.mlp.up_proj.weight",), SAME),
+    Row("layers.{n}.mlp.up.bias", ("model.layers.{n}.mlp.up_proj.bias",), SAME),
+    Row("layers.{n}.mlp.down.weight", ("model.layers.{n}.mlp.down_proj.weight",), SAME),
+    Row("layers.{n}.mlp.down.bias", ("model.layers.{n}.mlp.down_proj.bias",), SAME),
+    Row("final_norm.weight", ("model.norm.weight",), GAMMA),
+    Row("head.weight", ("lm_head.weight",), SAME),
+)
+FIELDS_LIKE_LLAMA: Mapping[str, Field] = MappingProxyType(
+    {
+        "vocab_size": Field(int, 32000, "vocab_size"),
+        "hidden_size": Field(int, 4096, "hidden_size"),
+        "num_hidden_layers": Field(int, 32, "num_layers"),
+        "num_attention_heads": Field(int, 32, "num_attention_heads"),
+        "head_dim": Field(int, None, "kv_channels"),
+        "hidden_act": Field(str, "silu"),
+        "initializer_range": Field(float, 0.02, "init_method_std"),
+        "rms_norm_eps": Field(float, 1e-6, "layernorm_epsilon"),
+        "tie_word_embeddings": Field(bool, False),
+        "rope_parameters": Field(dict, None),
+        "attention_dropout": Field(NUMBER, 0.0, "attention_dropout"),
+    }
+)
+FIELDS: Mapping[str, Field] = MappingProxyType(
+    {
+        **FIELDS_LIKE_LLAMA,
+        "intermediate_size": Field(int, 11008, "ffn_hidden_size"),
+        "num_key_value_heads": Field(int, None, "num_query_groups"),
+        "max_position_embeddings": Field(int, 2048, "max_position_embeddings"),
+        "attention_bias": Field(bool, False),
+        "mlp_bias": Field(bool, False),
+    }
+)
+
+
+def settings_like_llama(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of Llama and of families that differ in fields alone. CheckpointError for what is not here.
+
+    Args:
+        values: of the fields.
+        about: config.json.
+    """
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise CheckpointError(f"`hidden_act` is {values['hidden_act']!r}; the model here has 'silu' only")
+    bias = values.get("attention_bias", False)
+    if bias != values.get("mlp_bias", False):
+        raise CheckpointError(
+            "`attention_bias` and `mlp_bias` differ; the model here has biases in all linear layers or in none"
+        )
+    window = values.get("sliding_window")
+    if window is not None and window < values["max_position_embeddings"]:
+        left_out = "" if "sliding_window" in about else ", which it is where it is left out"
+        raise CheckpointError(
+            f"`sliding_window` is {window}{left_out}; the model here sees all {values['max_position_embeddings']} positions"
+        )
+    return {
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "rotary_base": rotary_base(about),
+        "activation": "swiglu",
+        "add_bias_linear": bias,
+        "hidden_dropout": 0.0,  # the family has none
+    }
+
+
+def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    heads, width = values["num_attention_heads"], values["hidden_size"]
+    if width % heads:
+        raise CheckpointError(f"{heads} attention heads do not divide the width {width}")
+    if about.get("sliding_window") is not None:
+        raise CheckpointError(f"`sliding_window` is {about['sliding_window']!r}; the model here has None only")
+    return settings_like_llama(values, about)
+
+
+def _config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.size("vocab_size"),
+        "max_position_embeddings": config.size("max_position_embeddings"),
+        "hidden_size": config.size("hidden_size"),
+        "intermediate_size": config.size("ffn_hidden_size"),
+        "num_hidden_layers": config.size("num_layers"),
+        "num_attention_heads": config.size("num_attention_heads"),
+        "num_key_value_heads": config.size("num_query_groups"),
+        "head_dim": config.size("kv_channels"),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.layernorm_epsilon,
+        "attention_bias": config.add_bias_linear,
+        "mlp_bias": config.add_bias_linear,
+        "attention_dropout": config.attention_dropout,
+        # Transformers 4 reads the first, Transformers 5 the second.
+        "rope_theta": config.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+    }
+
+
+def _unsupported(config: ModelConfig) -> list[str]:
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    found = unsupported_by_all(config)
+    if config.normalization != "RMSNorm":
+        found.append(f"--normalization {config.normalization}: it has RMSNorm")
+    if config.position_embedding_type != "rope":
+        found.append(f"--position-embedding-type {config.position_embedding_type}: it has rope")
+    elif config.rotary_percent != 1.0:
+        found.append(f"--rotary-percent {config.rotary_percent:g}: it turns the whole head")
+    elif config.rotary_interleaved:
+        found.append("--rotary-interleaved: it turns the halves of a head")
+    if config.activation != "swiglu":
+        found.append(f"the activation {config.activation}: it has --swiglu")
+    if hidden % heads:
+        found.append(f"--hidden-size {hidden}: transformers wants a multiple of the {heads} heads")
+    return found
+
+
+LLAMA = HFFamily(
+    model_type="llama",
+    classes=(HFClass("LlamaForCausalLM", ROWS),),
+    fields=FIELDS,
+    settings=_settings,
+    config=_config,
+    unsupported=_unsupported,
+    unwritten=MappingProxyType({"hidden_dropout": "transformers' Llama has no hidden dropout"}),
+    prefix="model.",
+    copies=MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"}),
+)
