@@ -53,7 +53,7 @@ PURE += [
         "status_file",
     )
 ]
-PURE += [f"plan/{name}.py" for name in ("flops", "stages", "state_size", "time")]
+PURE += ["plan/state_size.py"]
 PURE += [f"optim/{name}.py" for name in ("lr", "scaler", "sharding")]
 PURE += [f"tasks/{name}.py" for name in ("windows", "wikitext")]
 PURE += [f"train/{name}.py" for name in ("going_on", "lock", "progress", "wandb_link", "wandb_run", "wandb_writer")]

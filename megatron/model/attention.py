@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.model.rotary import Rotary
+from megatron.parallel.cost import Flops
 from megatron.parallel.linear import ColumnLinear, RowLinear
 from megatron.parallel.random import DropoutKeys, drop, head_keys
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -117,6 +118,10 @@ class Attention(nn.Module):
         rows = (heads + 2 * groups) * self.head_dim
         self.qkv = ColumnLinear(hidden, rows, tp, bias=bias)
         self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, init="output")
+
+    def flops(self, seq: int) -> Flops:
+        """Return the FLOPs of one token's scores with the whole sequence, and of the weighted sum of the values."""
+        return Flops(core=2 * 2 * seq * self.qkv.tp.size * self.heads * self.head_dim)
 
     def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
         mixed = self.qkv(x)

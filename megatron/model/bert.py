@@ -20,13 +20,17 @@ from megatron.contract import Batch, Loss
 from megatron.model.mlp import ACTIVATIONS
 from megatron.model.norm import make_norm
 from megatron.model.transformer import Transformer
+from megatron.parallel.cost import Flops, product_flops
 from megatron.parallel.embedding import VocabShard, vocab_bias
 from megatron.parallel.output import VocabOutput
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Dense(nn.Module):
-    """A linear layer that is not cut, for hidden states as layers hand them on."""
+    """A linear layer that is not cut, for hidden states as layers hand them on.
+
+    It says nothing of FLOPs: most are for one token of a sample, or have a few outputs.
+    """
 
     def __init__(self, in_features: int, out_features: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -47,6 +51,10 @@ class MaskedWordHead(nn.Module):
         self.norm = make_norm(config, tp)
         self.activation = ACTIVATIONS[config.activation]
         self.bias = vocab_bias(vocabulary)
+
+    def flops(self, seq: int) -> Flops:
+        """Return the FLOPs of one token's dense layer."""
+        return product_flops(self.dense.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(self.activation(self.dense(x)))

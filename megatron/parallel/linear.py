@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.parallel.cost import Flops, product_flops
 from megatron.parallel.spec import Part
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightWork, linear, weight_gradient
@@ -85,6 +86,10 @@ class ColumnLinear(nn.Module):
             part = Part((rows.start,), (len(rows),))
             self.bias = tp.slice_parameter((out_features,), part, init="zeros", decay=False)
 
+    def flops(self, seq: int) -> Flops:
+        """Return the FLOPs of one token's product with the whole weight."""
+        return product_flops(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return column_linears(x, [self])[0]
 
@@ -127,6 +132,10 @@ class RowLinear(nn.Module):
         part = Part((0, columns.start), (out_features, len(columns)))
         self.weight = tp.slice_parameter((out_features, in_features), part, init=init)
         self.bias = tp.parameter(out_features, init="zeros", decay=False) if bias else None
+
+    def flops(self, seq: int) -> Flops:
+        """Return the FLOPs of one token's product with the whole weight."""
+        return product_flops(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import gather_from
+from megatron.parallel.cost import Flops, product_flops
 from megatron.parallel.cross_entropy import head_loss, label_scores
 from megatron.parallel.embedding import VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products
@@ -34,6 +35,10 @@ class VocabOutput(nn.Module):
         if matrix is None:
             raise ValueError("the output layer has lost its matrix")
         return matrix
+
+    def flops(self, seq: int) -> Flops:
+        """Return the FLOPs of one token's logits."""
+        return product_flops(self.matrix)
 
     def loss(self, x: Tensor, labels: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the sum of the cross-entropies that count, fp32; see `head_loss`.

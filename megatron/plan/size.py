@@ -6,7 +6,8 @@ so that a thousand layers cost no more than one.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -50,6 +51,7 @@ class MetaModel:
             sequence_parallel: whether activations between the parallel layers are cut as well.
         """
         self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
+        self.whole = StagePart(range(config.size("num_layers")))
         self._model = model_class(config)
         self._ends: dict[tuple[bool, bool], Transformer] = {}
         self._layers: dict[Hashable, nn.Module] = {}
@@ -74,12 +76,20 @@ class MetaModel:
             self._layers[kind] = self._build(StagePart(range(number, number + 1), False, False)).layers[str(number)]
         return self._layers[kind]
 
+    def layers(self, part: StagePart) -> Mapping[nn.Module, int]:
+        """Return the distinct layers of a stage, and how many are like each."""
+        return Counter(self.layer(number) for number in part.layers)
+
+    @property
+    def causal(self) -> bool:
+        return self._model.causal
+
     def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:
         """Yield every parameter of a stage, by default of the whole model, in the order in which the stage holds them.
 
         A tied output layer on a stage without the embedding holds a copy of it, under the embedding's name.
         """
-        part = part or StagePart(range(self.config.size("num_layers")))
+        part = part or self.whole
         for name, module in self.ends(part).named_children():
             if name != "layers":
                 yield from _sizes(module)

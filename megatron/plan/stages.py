@@ -1,4 +1,4 @@
-"""The pipeline stages of a run: which layers, on which rank. The same for all ranks, from the configuration alone. Pure."""
+"""The pipeline stages of a run: which layers, on which rank. The same for all ranks, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
 from megatron.config.schema import RunConfig
 from megatron.contract import StagePart
+from megatron.parallel.cost import flops_of
 from megatron.pipeline.partition import cut, split
 from megatron.pipeline.schedules.schedule import kind_of
-from megatron.plan.flops import head_flops, layer_flops
+from megatron.plan.flops import head_flops
+from megatron.plan.size import MetaModel
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,16 @@ def stages_of(config: RunConfig) -> StagePlan:
     What the flags say of it is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
     lookup, and its backward pass adds up as many rows as there are tokens, with no matrix product.
     """
-    model, layout = config.model, config.layout
-    layers = model.size("num_layers")
+    layout, layers = config.layout, config.model.size("num_layers")
     chunks = pipeline_chunks(layout, layers)
     placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
     if (counts := asked_stage_layers(layout, layers)) is not None:
         ranges = cut(counts)
     else:
-        layer = layer_flops(model, config.data.seq_length or model.size("max_position_embeddings"))
-        ranges = split([layer] * layers, placement, last=head_flops(model, model.size("vocab_size")))
+        model, seq = MetaModel(config.model), config.data.seq_length or config.model.size("max_position_embeddings")
+        each = {layer: flops_of(layer, seq).total for layer in model.layers(model.whole)}
+        ranges = split(
+            [each[model.layer(number)] for number in model.whole.layers], placement, last=head_flops(model, seq, model.whole)
+        )
     last = len(placement) - 1
     return StagePlan(placement, tuple(StagePart(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)

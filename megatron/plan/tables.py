@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from megatron.config.batch import ramp_sizes, samples_for
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import RunConfig
 from megatron.mesh.grid import Grid
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.pipeline.schedules.draw import draw_text
 from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, make
 from megatron.pipeline.schedules.simulate import simulate
-from megatron.plan import flops
+from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.memory import memory_of, shards, state_of
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan, stages_of
@@ -90,7 +90,7 @@ def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Sched
 
 
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
-    batch, seq, vocab = config.batch, config.data.seq_length or 0, config.model.size("vocab_size")
+    batch, seq, model = config.batch, config.data.seq_length or 0, MetaModel(config.model)
     full = max(ramp_sizes(batch))
     rows = full * config.model.rows
     yield "# Batches"
@@ -105,15 +105,15 @@ def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[s
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters)
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
-    total = flops.flops_per_iteration(config.model, vocab, seq, rows)
-    per_token = flops.flops_per_token(config.model, vocab, seq)
+    per_token = flops_per_token(model, seq)
+    total = per_token * seq * rows
     yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
-    yield flops_in_words(config.model, vocab, seq)
+    yield flops_in_words(model, seq)
 
 
-def flops_in_words(model: ModelConfig, vocab: int, seq: int) -> str:
+def flops_in_words(model: MetaModel, seq: int) -> str:
     """By which convention FLOPs are counted, and what a token takes by it and by the other one."""
-    whole, causal = flops.flops_per_token(model, vocab, seq), flops.causal_flops_per_token(model, vocab, seq)
+    whole, causal = flops_per_token(model, seq), causal_flops_per_token(model, seq)
     text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
     if causal is None:
         return text

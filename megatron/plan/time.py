@@ -5,14 +5,15 @@ from __future__ import annotations
 from megatron.config.schema import RunConfig
 from megatron.pipeline.schedules.schedule import Op
 from megatron.pipeline.schedules.simulate import MeasuredCosts
-from megatron.plan import flops
+from megatron.plan.flops import stage_flops
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan
 
 
 def flop_costs(config: RunConfig, plan: StagePlan) -> MeasuredCosts:
     """The durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
-    seq, vocab = config.data.seq_length or 0, config.model.size("vocab_size")
-    stages = [flops.stage_flops(config.model, vocab, seq, part) for part in plan.parts]
+    model = MetaModel(config.model)
+    stages = [stage_flops(model, config.data.seq_length or 0, part) for part in plan.parts]
     unit = sum(stage.forward for stage in stages) / len(stages)
     times: dict[tuple[Op, int], float] = {}
     for number, stage in enumerate(stages):

@@ -38,6 +38,7 @@ from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.plan.enough_memory import check_memory
 from megatron.plan.flops import causal_flops_per_token, flops_per_token
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 from megatron.plan.tables import flops_in_words, stage_table
 from megatron.train.errors import TrainingError
@@ -260,7 +261,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
         *stage_table(config, Grid.from_layout(layout, started.place.world_size), stages_of(config)),
-        " > throughput and MFU: " + flops_in_words(config.model, vocab, config.data.seq_length or 0),
+        " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length or 0),
     )
 
 
@@ -298,12 +299,12 @@ def openers(run: Run, prepared: Prepared) -> tuple[Opener, Opener, Opener]:
 
 def sample_flops(config: RunConfig) -> float:
     """FLOPs of training on one sample, with all its choices where it has some."""
-    model, seq_length = config.model, config.data.seq_length or 0
-    return float(flops_per_token(model, model.size("vocab_size"), seq_length) * seq_length * model.rows)
+    seq_length = config.data.seq_length or 0
+    return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows)
 
 
 def causal_share(config: RunConfig) -> float | None:
     """The share of `sample_flops` that is left with the causal half of attention; None for BERT."""
-    sizes = config.model, config.model.size("vocab_size"), config.data.seq_length or 0
-    causal = causal_flops_per_token(*sizes)
-    return None if causal is None else causal / flops_per_token(*sizes)
+    model, seq_length = MetaModel(config.model), config.data.seq_length or 0
+    causal = causal_flops_per_token(model, seq_length)
+    return None if causal is None else causal / flops_per_token(model, seq_length)

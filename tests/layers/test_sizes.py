@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, RunConfig
+from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis
 from megatron.model import build, norm
@@ -25,6 +26,7 @@ from megatron.optim.buffers import flat_buffers
 from megatron.parallel.linear import ColumnLinear
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.enough_memory import states
+from megatron.plan.flops import flops_per_token, stage_flops
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 from megatron.plan.tables import report
@@ -64,10 +66,14 @@ class ToyGPT(GPT):
         return kind(self.config, number, self.tp, attend, seed=self.seed)
 
 
+def plain_model() -> MetaModel:
+    return MetaModel(resolve(RunConfig(model=PLAIN)).model)
+
+
 @pytest.fixture(params=["norm", "layers"])
 def toy(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, int]]:
     """A toy model of the kind, and how many parameters it has: so many more than GPT-2."""
-    plain = MetaModel(resolve(RunConfig(model=PLAIN)).model).count()
+    plain = plain_model().count()
     model = replace(PLAIN, normalization="toy" if request.param == "norm" else "LayerNorm")
     kinds = {**norm.NORMALIZATIONS, "toy": ToyNorm}
     models = {**build.MODELS, "gpt": ToyGPT if request.param == "layers" else GPT}
@@ -102,3 +108,14 @@ def test_what_the_package_does_not_know_is_counted(toy: tuple[ModelConfig, int],
         buffers = flat_buffers(nn.ModuleList(stages.values()).parameters())
         (state,) = states(config, grid, [grid.rank(pp=rank)])
         assert state.gradients == sum(buffer.grads.nbytes for buffer in buffers)
+
+
+def test_what_a_layer_computes_it_says_itself() -> None:
+    """A matrix more in two of four layers: its product forward, and one for each gradient. The plan finds and weighs them."""
+    seq, each = 16, 2 * 2 * HIDDEN**2
+    expected = flops_per_token(plain_model(), seq) + 3 * 2 * each
+    with patch.object(build, "MODELS", MappingProxyType({**build.MODELS, "gpt": ToyGPT})):
+        model = plain_model()
+        assert flops_per_token(model, seq) == expected
+        even, odd = (stage_flops(model, seq, StagePart(range(n, n + 1), False, False)) for n in (2, 3))
+        assert (odd.forward - even.forward, odd.backward - even.backward, odd.weight - even.weight) == (each, each, each)

@@ -18,6 +18,7 @@ from megatron.contract import StagePart
 from megatron.pipeline.partition import cut, even_counts, split
 from megatron.pipeline.schedules.schedule import SCHEDULES, looped, v_shaped
 from megatron.plan.flops import head_flops, layer_flops
+from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan, stages_of
 
 PLACEMENTS = [looped(ranks, chunks) for ranks in range(1, 6) for chunks in (1, 2, 3)] + [v_shaped(r) for r in range(1, 6)]
@@ -136,7 +137,8 @@ def test_a_plan_has_the_head_at_its_end() -> None:
     found = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2)
     assert found == StagePlan((0, 1), (StagePart(range(3), True, False), StagePart(range(3, 6), False, True)), 1)
     config = parse(argv(SIZES), program="t", files=False).config
-    layer, token = layer_flops(config.model, 8), head_flops(config.model, 1)
+    model = MetaModel(replace(config.model, vocab_size=1))
+    layer, token = layer_flops(model, 8, StagePart(range(1))).total, head_flops(model, 8, model.whole)
     heavy = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2, vocab=2 * layer // token)
     assert [part.layers for part in heavy.parts] == [range(4), range(4, 6)]
 

@@ -34,9 +34,7 @@ from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.plan.activations import CHUNK, FEWEST_ROWS, activations_of, head_loss_bytes
 from megatron.plan.flops import (
     causal_flops_per_token,
-    flops_per_iteration,
     flops_per_token,
-    forward_flops_per_token,
     head_flops,
     layer_flops,
     stage_flops,
@@ -163,10 +161,13 @@ def test_the_stages_of_one_rank_together(form: str) -> None:
 def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     model, seq = complete(FORMS[form]), 8
     parts = [StagePart(range(1), True, False), StagePart(range(1, 3), False, False), StagePart(range(3, 3), False, True)]
-    flops = [stage_flops(model, VOCAB, seq, part) for part in parts]
-    assert sum(f.forward + f.backward + f.weight for f in flops) == flops_per_token(model, VOCAB, seq)
-    assert flops[0].forward == layer_flops(model, seq) and flops[1].forward == 2 * layer_flops(model, seq)
-    assert (flops[2].forward, flops[2].backward, flops[2].weight) == (3 * head_flops(model, VOCAB), 0, 0)
+    whole = MetaModel(model)
+    flops = [stage_flops(whole, seq, part) for part in parts]
+    assert sum(f.forward + f.backward + f.weight for f in flops) == flops_per_token(whole, seq)
+    layer, head = layer_flops(whole, seq, StagePart(range(1))).total, head_flops(whole, seq, parts[2])
+    assert flops[0].forward == layer and flops[1].forward == 2 * layer
+    assert head == 2 * 24 * VOCAB + (2 * 24 * 24 if model.architecture == "bert" else 0)
+    assert (flops[2].forward, flops[2].backward, flops[2].weight) == (3 * head, 0, 0)
     # Scores and weighted sum have two gradients, and none of a weight.
     core = 4 * seq * model.size("num_attention_heads") * model.size("kv_channels")
     assert flops[0].backward - flops[0].forward == flops[0].forward - flops[0].weight == core
@@ -190,40 +191,56 @@ def test_padded_vocabulary(tp: int, padded: int) -> None:
     assert padded_vocabulary(50257, tp, 128) == padded
 
 
+def forward_flops(model: MetaModel, seq: int) -> int:
+    """Of one token."""
+    return layer_flops(model, seq, model.whole).total + head_flops(model, seq, model.whole)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_flops_are_those_of_all_ranks(tp: int) -> None:
+    model = complete(replace(PLAIN, num_attention_heads=8))
+    alone, cut = MetaModel(model), MetaModel(model, tp)
+    assert forward_flops(cut, 8) == forward_flops(alone, 8)
+
+
 def test_flops_by_hand() -> None:
     # GPT: 2 layers, h = 8, 2 heads of 4, f = 12, s = 5, vocabulary 11, one token forward.
     custom = complete(replace(PLAIN, num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12))
     layer = 2 * 8 * 24 + 2 * 5 * 8 + 2 * 5 * 8 + 2 * 8 * 8 + 2 * 8 * 12 + 2 * 12 * 8  # qkv, scores, sum, dense, up, down
     assert layer == 1056
-    assert forward_flops_per_token(custom, 11, 5) == 2 * layer + 2 * 8 * 11 == 2288
-    assert flops_per_token(custom, 11, 5) == 6864
-    assert flops_per_iteration(custom, 11, 5, 3) == 6864 * 15
+    model = MetaModel(replace(custom, vocab_size=11))
+    assert forward_flops(model, 5) == 2 * layer + 2 * 8 * 11 == 2288
+    assert flops_per_token(model, 5) == 6864
     # Grouped queries and SwiGLU: 4 heads of 4 in 2 groups, h = 16, f = 24.
     llama = complete(replace(FORMS["llama"], num_layers=1, hidden_size=16, num_attention_heads=4, ffn_hidden_size=24))
-    assert forward_flops_per_token(llama, 11, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
+    model = MetaModel(replace(llama, vocab_size=11))
+    assert forward_flops(model, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
 
 
 def test_both_conventions_of_attention() -> None:
     """Llama-3-8B at 8,192 tokens: 57.91 GFLOP a token over the whole square, and 51.47 in NVIDIA's tables."""
     shape = replace(FORMS["llama"], num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
-    model, vocab, seq = complete(replace(shape, ffn_hidden_size=14336)), 128256, 8192
+    vocab, seq = 128256, 8192
+    config = replace(complete(replace(shape, ffn_hidden_size=14336)), vocab_size=vocab)
+    model = MetaModel(config)
     weights = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) + 4096 * vocab
     # Megatron-Core 0.19, num_floating_point_operations: 3 x 2 x (weights + query width x s / 2 x 2) for each token.
-    assert causal_flops_per_token(model, vocab, seq) == 6 * (weights + 32 * 4096 * seq // 2 * 2) == 51_470_401_536
-    assert flops_per_token(model, vocab, seq) == 6 * (weights + 32 * 4096 * seq * 2) == 57_912_852_480
+    assert causal_flops_per_token(model, seq) == 6 * (weights + 32 * 4096 * seq // 2 * 2) == 51_470_401_536
+    assert flops_per_token(model, seq) == 6 * (weights + 32 * 4096 * seq * 2) == 57_912_852_480
     assert round(57_912_852_480 / 51_470_401_536 - 1, 3) == 0.125
-    odd = complete(replace(PLAIN, num_layers=1, hidden_size=6, num_attention_heads=2))
+    odd = MetaModel(complete(replace(PLAIN, num_layers=1, hidden_size=6, num_attention_heads=2)))
     core = 3 * 2 * 2 * 5 * 6
-    assert causal_flops_per_token(odd, 11, 5) == flops_per_token(odd, 11, 5) - core // 2 and core % 2 == 0
-    assert causal_flops_per_token(replace(model, architecture="bert"), vocab, seq) is None
+    assert causal_flops_per_token(odd, 5) == flops_per_token(odd, 5) - core // 2 and core % 2 == 0
+    assert causal_flops_per_token(MetaModel(replace(config, architecture="bert")), seq) is None
 
 
 def test_flops_are_the_published_formula() -> None:
     # arXiv 2104.04473 without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12 l h)
-    model, s, vocab, batch = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 51200, 512
+    s, vocab, batch = 1024, 51200, 512
+    model = MetaModel(replace(complete(ModelConfig(**PRESETS["gpt-8.3b"])), vocab_size=vocab))
     layers, h = 72, 3072
     published = 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (12 * layers * h))
-    assert flops_per_iteration(model, vocab, s, batch) == pytest.approx(published, rel=1e-12)
+    assert flops_per_token(model, s) * s * batch == pytest.approx(published, rel=1e-12)
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
