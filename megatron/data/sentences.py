@@ -86,11 +86,6 @@ MAX_WORD = 16  # characters before a full stop that are looked at: more than the
 LAST_WORD = re.compile(rf"([\w.]{{1,{MAX_WORD}}})\.$")
 
 
-def split_sentences(text: str, keep_newlines: bool = False) -> list[str]:
-    """Return all that `sentences` yields."""
-    return list(sentences(text, keep_newlines))
-
-
 def sentences(text: str, keep_newlines: bool = False) -> Iterator[str]:
     """Yield the sentences of a text, stripped of white space around them; a blank line always ends one.
 

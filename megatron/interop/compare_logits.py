@@ -226,9 +226,9 @@ def pairs(ours: Transformer, theirs: Any, prompts: Sequence[Sequence[int]]) -> I
     elif isinstance(ours, Bert):
         longest = max(map(len, prompts))
         tokens = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts])
-        yield from _bert_pairs(ours, theirs, tokens, torch.tensor([len(ids) for ids in prompts]))
+        yield from bert_logits(ours, theirs, tokens, torch.tensor([len(ids) for ids in prompts]))
     elif isinstance(ours, GPT):
-        yield from (_gpt_pair(ours, theirs, torch.tensor([ids])) for ids in prompts)
+        yield from (gpt_logits(ours, theirs, torch.tensor([ids])) for ids in prompts)
 
 
 def _task_pairs(ours: FineTuned, theirs: Any, prompt: Sequence[int]) -> Iterator[Pair]:
@@ -263,7 +263,11 @@ def _bert_batch(ours: Transformer, tokens: Tensor, padding: Tensor) -> tuple[Bat
     return Batch(tokens, tokens, torch.ones(tokens.shape), places, names, documents, segments=segments), segments
 
 
-def _bert_pairs(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Iterator[Pair]:
+def bert_logits(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Iterator[Pair]:
+    """Yield the logits of the masked words of both models, then those of the binary head where there is one.
+
+    tokens: `[batch, seq]`; lengths: `[batch]`, what follows is padding. The second half of each row is the second segment.
+    """
     padding = torch.arange(tokens.shape[1]) >= lengths[:, None]
     batch, segments = _bert_batch(ours, tokens, padding)
     with torch.no_grad():
@@ -275,7 +279,8 @@ def _bert_pairs(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Ite
             yield ours.order_logits(final), found.seq_relationship_logits
 
 
-def _gpt_pair(ours: GPT, theirs: Any, tokens: Tensor) -> Pair:
+def gpt_logits(ours: GPT, theirs: Any, tokens: Tensor) -> Pair:
+    """Return the logits of both models on `[batch, seq]` token ids."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     batch = Batch(tokens, tokens, torch.ones(tokens.shape), positions, torch.zeros(len(tokens), dtype=torch.int64))
     with torch.no_grad():
@@ -295,19 +300,6 @@ def states_differ(ours: Transformer, again: Transformer) -> float:
     batch, _ = _bert_batch(ours, tokens, torch.zeros_like(tokens, dtype=torch.bool))
     with torch.no_grad():
         return _largest(ours.hidden(None, batch), again.hidden(None, batch))
-
-
-def bert_differences(ours: Bert, theirs: Any, tokens: Tensor, lengths: Tensor) -> Iterator[float]:
-    """Largest absolute difference of the masked words' logits, then of the binary head's where there is one.
-
-    tokens: `[batch, seq]`; lengths: `[batch]`, what follows is padding. The second half of each row is the second segment.
-    """
-    yield from (_largest(here, there) for here, there in _bert_pairs(ours, theirs, tokens, lengths))
-
-
-def logit_difference(ours: GPT, theirs: Any, tokens: Tensor) -> float:
-    """Largest absolute difference of the two models' logits on `[batch, seq]` token ids."""
-    return _largest(*_gpt_pair(ours, theirs, tokens))
 
 
 def _largest(here: Tensor, there: Tensor) -> float:

@@ -112,5 +112,3 @@ def _marks(theirs: Any) -> Iterator[str]:
     added = sorted(theirs.get_added_vocab().items(), key=lambda pair: int(pair[1]))
     for token, _ in {**dict(added[:MAX_MARKS]), **dict(added[-MAX_MARKS:])}.items():
         yield f"Hello{token}world {token} and{token}{token}\n{token}  end"
-
-

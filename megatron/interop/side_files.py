@@ -36,16 +36,6 @@ def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): read(str(p), "--input") for p in paths if os.path.lexists(p)}
 
 
-
-
-
-
-
-
-
-
-
-
 def with_chosen_end(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """Return the kept files in which the token that --eod-token chose ends a text too, before those that did already."""
     files, end = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
@@ -65,10 +55,6 @@ def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
     """The settings of generation that the kept config.json holds, where no file of their own is kept."""
     about = None if GENERATION in kept else kept_config(kept)
     return {name: value for name, value in (about or {}).items() if name in OLD_SETTINGS and value is not None}
-
-
-
-
 
 
 def has_tokenizer(kept: Mapping[str, bytes]) -> bool:

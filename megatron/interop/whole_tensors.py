@@ -48,8 +48,6 @@ def write_weights(root: Path, iteration: int, config: RunConfig, weights: Mappin
     return save(root, iteration, {"model": WholeTensors(weights)}, Mesh.single(), config=to_json(config), assets=assets)
 
 
-
-
 def refuse_taken(root: Path, iteration: int) -> None:
     """CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
 

@@ -70,6 +70,12 @@ def list_family(monkeypatch: pytest.MonkeyPatch, family: HFFamily) -> None:
     monkeypatch.setattr(table, "FAMILIES", MappingProxyType({**table.FAMILIES, family.model_type: family}))
 
 
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest absolute difference of the same logits of two models."""
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max())
+
+
 def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype, tokenizer: Any) -> None:
     """Runs on every rank of tp."""
     import torch.distributed as dist

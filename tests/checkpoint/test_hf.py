@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import BASE, LLAMA, build, list_family, save_model, with_rows
+from models import BASE, LLAMA, build, difference, list_family, save_model, with_rows
 from ranks import on_ranks
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 from megatron.files.outputs import BadOutput
 from megatron.inference.restore import open_model
 from megatron.interop.checked_export import ExportError, export
-from megatron.interop.compare_logits import logit_difference
+from megatron.interop.compare_logits import gpt_logits
 from megatron.interop.families.gpt2 import GPT2
 from megatron.interop.hf_export import export_hf
 from megatron.interop.tensor_mapping import CONV1D, SAME
@@ -77,7 +77,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     export_hf(find(tmp_path / "run"), tmp_path / "hf")
     theirs = opened(tmp_path / "hf")
     tokens = torch.arange(2 * 48).reshape(2, 48) * 5 % 127
-    assert logit_difference(build(config, Axis.alone("tp")).eval(), theirs, tokens) <= 1e-4
+    assert difference(*gpt_logits(build(config, Axis.alone("tp")).eval(), theirs, tokens)) <= 1e-4
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert about["vocab_size"] == 127 and about["tie_word_embeddings"] == (not config.untie_embeddings_and_output_weights)
     tensors = load_file(tmp_path / "hf" / "model.safetensors")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from archives import build, config_of, weights_of
+from models import difference
 from safetensors.torch import load_file, save_file
 
 from megatron.checkpoint.find import find
@@ -15,7 +16,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import open_model
 from megatron.interop.checked_import import store
-from megatron.interop.compare_logits import logit_difference
+from megatron.interop.compare_logits import gpt_logits
 from megatron.interop.hf_export import export_hf
 from megatron.interop.hf_import import read_hf
 from megatron.interop.whole_tensors import read_weights
@@ -103,7 +104,7 @@ def test_what_transformers_wrote_computes_the_same_here(tmp_path, monkeypatch, k
     ByteTokenizer().hf_files(tmp_path / "words", 48)
     assert imported(source, tmp_path / "ours", monkeypatch) == 0
     tokens = torch.arange(2 * 40).reshape(2, 40) * 5 % 127
-    assert logit_difference(open_model(tmp_path / "ours").model, model, tokens) <= 1e-4
+    assert difference(*gpt_logits(open_model(tmp_path / "ours").model, model, tokens)) <= 1e-4
 
 
 def test_names_of_the_bare_model_and_its_constants(tmp_path):

@@ -21,7 +21,7 @@ from megatron.data.cuts import MAX_PART
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.preprocess import Settings, preprocess
-from megatron.data.sentences import split_sentences
+from megatron.data.sentences import sentences
 from megatron.data.tokenizer import build_tokenizer
 from megatron.data.train_bpe import train_bpe
 from megatron.data.train_wordpiece import train_wordpiece
@@ -103,8 +103,8 @@ def test_sentences(tmp_path: Path) -> None:
         "A new paragraph without an end",
         "The end.",
     ]
-    assert split_sentences(text) == expected
-    assert "".join(split_sentences(text, keep_newlines=True)) == text
+    assert list(sentences(text)) == expected
+    assert "".join(sentences(text, keep_newlines=True)) == text
     corpus = lines(tmp_path / "c.jsonl", [{"text": text}, {"text": ""}, {"text": "One. Two."}])
     harmless = ("--lang", "english", "--dataset-impl", "mmap", "--partitions", 1)
     flags = ("--input", corpus, "--output-prefix", tmp_path / "o", "--tokenizer-type", "ByteTokenizer", "--append-eod")
@@ -130,8 +130,8 @@ def test_sentences(tmp_path: Path) -> None:
     ],
 )
 def test_where_sentences_end(text: str, expected: list[str]) -> None:
-    assert split_sentences(text) == expected
-    assert "".join(split_sentences(text, keep_newlines=True)).strip() == text.strip()
+    assert list(sentences(text)) == expected
+    assert "".join(sentences(text, keep_newlines=True)).strip() == text.strip()
 
 
 @pytest.mark.parametrize(
