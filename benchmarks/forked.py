@@ -23,7 +23,8 @@ from typing import Any
 
 from megatron.cli.program import pretrain
 from megatron.data.loader import Loader
-from megatron.train import loop, pretraining  # noqa: F401 - the second, so that the children need not import it
+from megatron.train import pretraining  # noqa: F401 - so that the children need not import it
+from megatron.train.hooks.evaluate import HeldOut
 
 TRAINED = re.compile(r"\] iteration +(\d+)/")
 
@@ -50,11 +51,11 @@ def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluati
         place = {"RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": case.ranks}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     read = os.open(folder / f"samples.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    held_out, next_batches = loop.held_out, Loader.next_batches
+    evaluate, next_batches = HeldOut.evaluate, Loader.next_batches
 
     def marked(*args: Any, **more: Any) -> Any:
         evaluating[rank] = 1
-        result = held_out(*args, **more)
+        result = evaluate(*args, **more)
         evaluating[rank] = 0
         return result
 
@@ -66,7 +67,7 @@ def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluati
             os.write(read, (json.dumps([consumed, numbers, tokens]) + "\n").encode())
         return batches
 
-    loop.held_out, Loader.next_batches = marked, recorded
+    HeldOut.evaluate, Loader.next_batches = marked, recorded
     return pretrain([*case.flags, "--save", str(folder / "save"), "--auto-resume"], program="chaos.py", defaults={})
 
 

@@ -34,7 +34,7 @@ from megatron.tasks.squad import Squad
 from megatron.tasks.tagging import Tagging, labels_of
 from megatron.train.errors import TrainingError
 from megatron.train.in_job import refusing, say
-from megatron.train.loop import Exit, GiveUp, Surroundings, stop
+from megatron.train.loop import Training
 from megatron.train.pretraining import Prepared
 from megatron.train.resume import check_source, find_source
 from megatron.train.resumed_schedule import check_schedule
@@ -95,7 +95,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         batches,
         scorer=scorer if files else None,
         score_interval=None if training is None else training.each // size,
-        finale=partial(finale, scorer),
+        final=partial(final_score, scorer),
     )
 
 
@@ -144,31 +144,32 @@ class ScoredFile:
 class Scorer:
     """Answers every sample of the files with the run's model as it is, on its layout, and tells how good the answers are."""
 
-    def __init__(self, task: Task, batches: ItemBatches, files: Sequence[ScoredFile], run: Run, around: Surroundings) -> None:
-        self.task, self.batches, self.files, self.run, self.around = task, batches, files, run, around
+    def __init__(self, task: Task, batches: ItemBatches, files: Sequence[ScoredFile], run: Run) -> None:
+        self.task, self.batches, self.files, self.run = task, batches, files, run
         placement = stages_of(run.config).placement
         self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
 
-    def __call__(self, give_up: GiveUp) -> dict[str, Any] | None:
-        """Scores and answers, file by file, as JSON holds them. Collective. None where it was given up."""
+    def __call__(self, training: Training) -> dict[str, Any] | None:
+        """Return scores and answers, file by file, as JSON holds them. Collective. None where the run is to stop meanwhile."""
         results, every = [], []
         for file in self.files:
-            answers = self._answers(file.items, give_up)
+            answers = self._answers(file.items, training)
             if answers is None:
                 return None
             score = self.task.score(file.items, answers)
-            self._tell(Path(file.path).name, score)
+            training.log(self._line(Path(file.path).name, score))
             named = self.task.named(file.items, answers)
             results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
             every += answers
         if len(results) > 1:
             # Files can have samples of the same name, as SQuAD 1.1 and 2.0 do.
             items = [replace(item, name=f"{n}:{item.name}") for n, file in enumerate(self.files) for item in file.items]
-            self._tell("overall", score := self.task.score(items, every))
+            score = self.task.score(items, every)
+            training.log(self._line("overall", score))
         return {"files": results, **score.metrics, **score.counts}
 
     @torch.no_grad()
-    def _answers(self, items: Sequence[Item], give_up: GiveUp) -> list[Any] | None:
+    def _answers(self, items: Sequence[Item], training: Training) -> list[Any] | None:
         """The answer to each sample, on every rank. Data-parallel ranks share them."""
         dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size or 1
         source, block = Items(items, self.task, size * dp.size), size * dp.size
@@ -176,7 +177,7 @@ class Scorer:
         self.model.eval()
         try:
             for first in range(0, len(source), block):
-                if give_up():
+                if training.should_stop():
                     return None
                 self.run.job.watch.doing("evaluating the task")
                 numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
@@ -206,28 +207,23 @@ class Scorer:
         """None for what fills the last batch, and where the model computes no numbers."""
         return None if number >= len(items) or logits.isnan().any() else self.task.decode(items[number], logits)
 
-    def _tell(self, name: str, score: Score) -> None:
+    def _line(self, name: str, score: Score) -> str:
         """Megatron-LM's line."""
         config, done = self.run.config, self.run.state.iteration
         each = max(1, (config.batch.train_iters or 0) // (config.task.epochs or 1))
         text = f" >> |epoch: {done // each if config.batch.train_iters else 0}| {name}: "
         text += f"correct / total = {score.counts['correct']} / {score.counts['total']}"
-        text += "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
-        for sink in self.around.sinks:
-            sink.event(text)
+        return text + "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
 
 
-def finale(scorer: Any, run: Run, around: Surroundings) -> Exit:
-    """The score of the finished model, also as a file. Collective. A stop leaves it to the next start."""
-    give_up = GiveUp(around.stopping)
-    results = scorer(run, around)(give_up) if run.config.task.valid_data else None
-    if give_up.request.stop is not None:
-        return stop(run, around, give_up.request)
+def final_score(scorer: Callable[[Run], Scorer], training: Training) -> None:
+    """Score the finished model, also as a file. Collective. A stop leaves it to the next start."""
+    run = training.run
+    results = scorer(run)(training) if run.config.task.valid_data else None
     path = run.config.task.results_path
     if results is not None and path is not None and run.job.is_main:
         write_results(path, {"task": run.config.task.task, "iteration": run.state.iteration, **results})
         say(sys.stdout, f"results: {path}")
-    return Exit.FINISHED
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:

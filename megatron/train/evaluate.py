@@ -30,18 +30,18 @@ def evaluate(
     steps: int,
     global_batch_size: int,
     watch: Watch | None = None,
-    give_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
     """Mean losses over `steps` global batches: of the tokens that count, and of the samples' order, 0 for a model without.
 
     Dropout off, no gradients. Collective.
 
-    give_up: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
+    should_stop: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
     """
     loss = tokens = order = 0.0
     watch = watch or Watch()
     for _ in range(steps):
-        if give_up():
+        if should_stop():
             return None
         watch.doing("reading held-out data", alone=True)
         batches = loader.next_batches(global_batch_size)

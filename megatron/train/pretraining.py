@@ -6,7 +6,7 @@ What can be wrong with them is found before any process group forms, and said on
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,22 +37,29 @@ from megatron.mesh.grid import Grid
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.plan.enough_memory import check_memory
-from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 from megatron.plan.tables import flops_in_words, stage_table
+from megatron.train.ending import Ending, Exit
 from megatron.train.errors import TrainingError
+from megatron.train.hooks.evaluate import Evaluate, HeldOut, final_evaluations
+from megatron.train.hooks.first_step import NoteFirstStep
+from megatron.train.hooks.installed import installed_hooks
+from megatron.train.hooks.log import Log
+from megatron.train.hooks.save import CheckSave, Save
+from megatron.train.hooks.skips import TellSkips
+from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
 from megatron.train.in_job import in_a_job, refusing, say
-from megatron.train.loop import Exit, GiveUp, Surroundings, final_evaluations, finish, train
+from megatron.train.loop import Hook, Training, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
-from megatron.train.report import peak_tflops
 from megatron.train.resume import check_source, differences, find_source, restore, verify_source
 from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.run import Run, build, sample_counts
 from megatron.train.save_directory import begins_beside, check_save, set_metrics_aside, set_run_aside
 from megatron.train.saving import Saver
-from megatron.train.sinks import Ended, open_sinks
+from megatron.train.sinks import Ended, Sink, open_sinks
+from megatron.train.skips import Skips
 from megatron.train.source import Source
 from megatron.train.stopping import Stopping
 from megatron.train.wandb_sink import wandb_sink
@@ -62,8 +69,17 @@ from megatron.train.wandb_sink import wandb_sink
 class Prepared:
     """What a rank finds out for itself, before any other is needed.
 
-    datasets: training, validation, test. scorer: a run -> what is measured beside its validation loss, every score_interval
-    iterations. finale: what follows training. again: what to say after `start again`, to go on.
+    Attributes:
+        config: of the run, resolved.
+        notes: lines for the user.
+        tokenizer: of the texts.
+        source: where the weights and the state come from.
+        datasets: training, validation, test.
+        batches: makes samples to a batch.
+        scorer: makes, for a run, what is measured beside its validation loss.
+        score_interval: every so many iterations.
+        final: what follows training; None for the losses of validation and test.
+        hooks: of other packages.
     """
 
     config: RunConfig
@@ -72,10 +88,10 @@ class Prepared:
     source: Source
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
     batches: MakeBatch
-    scorer: Callable[[Run, Surroundings], Callable[[GiveUp], object]] | None = None
+    scorer: Callable[[Run], Callable[[Training], object]] | None = None
     score_interval: int | None = None
-    finale: Callable[[Run, Surroundings], Exit] = final_evaluations
-    again: str = "start again to go on"
+    final: Callable[[Training], None] | None = None
+    hooks: tuple[Hook, ...] = ()
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
@@ -99,12 +115,14 @@ def run_prepared(
 
     def run(prepared: Prepared, started: Job) -> int:
         signals.hold()
-        return run_job(replace(prepared, again=early.again), started, began, signals, early.progress)
+        return run_job(prepared, started, began, signals, early)
 
     def ready(watch: Watch) -> Prepared:
         prepared = prepare(parsed, watch)
         check_memory(prepared.config, place)
-        return prepared
+        hooks = installed_hooks()
+        notes = (*prepared.notes, *(f"> hook of a package: {name}" for name in hooks))
+        return replace(prepared, notes=notes, hooks=tuple(hooks.values()))
 
     config = parsed.config
     return in_a_job(
@@ -114,7 +132,7 @@ def run_prepared(
         place,
         signals,
         early,
-        save=None if config.eval.skip_train else config.checkpoint.save,
+        save=save_directory(config),
         compiled=config.batch.compile,
     )
 
@@ -145,12 +163,92 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
     return Prepared(config, notes, tokenizer, source, datasets, recipe.batches)
 
 
-def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, progress: Progress) -> int:
+def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, early: EarlyStop) -> int:
     """Build the run, restore it, train, evaluate. Collective."""
     prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, started))
-    config, source = prepared.config, prepared.source
-    out, total = sys.stdout if started.is_main else None, config.batch.train_iters or 0
+    config, source, progress = prepared.config, prepared.source, early.progress
+    out, save = sys.stdout if started.is_main else None, save_directory(config)
     announce(prepared, started, out)
+    run = build_restored(prepared, started, out)
+    own, trained = continues_run(source, config), is_trained(source, run)
+    if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
+        say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
+        return Exit.FINISHED
+    set_aside(run, source, out)
+    warning = None if config.eval.skip_train else warning_of_rate_zero(run.schedule, run.state, config.batch)
+    say(out, *filter(None, [warning]))
+    if config.log.profile_pipeline is not None:
+        run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
+    evaluated = not (run.state.evaluation_due or trained)
+    sinks = [] if out is None else run_sinks(run, source, out, own=own, evaluated=evaluated)
+    files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
+    saver = Saver(run, files, partial(say, out)) if save is not None else None
+    open_training, held_out = openers(run, prepared)
+    training = Training(
+        run,
+        None if open_training is None or config.eval.skip_train else open_training(),
+        sinks,
+        Stopping(config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0),
+        start=run.state.iteration,
+    )
+    skips = Skips()
+    hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
+    if started.is_main:
+        progress.began(started.place.job, announced_in(save), started.place.attempt)
+    ending = Ending(training, saver, progress, skips, again=early.again, warning=warning)
+    return carry_out(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
+
+
+def carry_out(training: Training, hooks: Sequence[Hook], final: Callable[[Training], None], ending: Ending) -> Exit:
+    """Train, evaluate what came of it, and end the run or this slice of it. Collective.
+
+    Args:
+        training: the run; whatever happens, its data and sinks are closed.
+        hooks: what is done between steps.
+        final: the evaluations of the finished model.
+        ending: says why, and sees to the last checkpoint.
+    """
+    ended: Ended = "failed"
+    try:
+        if training.loader is not None:
+            train(training, hooks)
+        if training.request.stop is None:
+            final(training)
+        status = ending.finish() if training.request.stop is None else ending.stop(training.request)
+        ended = "finished" if status is Exit.FINISHED else "preempted"
+    except TrainingError:  # on all ranks: a save under way is what to go on from
+        ending.settle()
+        raise
+    finally:
+        if training.loader is not None:
+            training.loader.close()
+        for sink in training.sinks:
+            sink.close(ended)
+    return status
+
+
+def build_hooks(
+    prepared: Prepared, run: Run, saver: Saver | None, progress: Progress, skips: Skips, held_out: Sequence[HeldOut]
+) -> list[Hook]:
+    """Return what is done between steps, in its order."""
+    validation = next((samples for samples in held_out if samples.split == "validation"), None)
+    score = None if prepared.scorer is None else prepared.scorer(run)
+    return [
+        *prepared.hooks,
+        TellSkips(skips),
+        Log(run.config, run.job.device),
+        *([] if saver is None else [CheckSave(saver)]),
+        NoteFirstStep(progress),
+        AgreeOnStop(evaluations_follow=bool(held_out)),
+        Evaluate(validation, score, prepared.score_interval),
+        ExitInterval(),
+        *([] if saver is None else [Save(saver)]),
+    ]
+
+
+def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
+    """Build the run, and give it the weights and the state that it starts from. Collective."""
+    config, source = prepared.config, prepared.source
     started.watch.waiting("building the model")
     run = build(config, started, schedule=choose_schedule(source, config))
     started.watch.waiting("loading the checkpoint")
@@ -159,77 +257,61 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     if prepared.datasets[0] is not None:
         run.state.order = order_marks(prepared.datasets[0], sample_counts(config)[0], config.data, config.batch.seed)
     say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
-    # Lines of this very run beyond the checkpoint will be written again; another run's are left alone.
-    root = None if source.directory is None else source.directory.resolve().parent
-    save = None if config.eval.skip_train else config.checkpoint.save  # an evaluation leaves all alone that lies there
-    own = source.progress and save is not None and root == Path(save).resolve()
-    first_start = config.checkpoint.auto_resume or config.checkpoint.load is not None
-    own = own or (save is not None and first_start and root is None)  # this run, killed before its first checkpoint
-    trained = source.progress and not config.eval.skip_train and run.state.iteration >= total
-    if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
-        say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
-        return Exit.FINISHED
+    return run
+
+
+def save_directory(config: RunConfig) -> str | None:
+    """Return --save; None for an evaluation, which leaves all alone that lies there."""
+    return None if config.eval.skip_train else config.checkpoint.save
+
+
+def continues_run(source: Source, config: RunConfig) -> bool:
+    """Return whether this goes on with the run of --save: its lines beyond the checkpoint will be written again.
+
+    Another run's lines are left alone.
+    """
+    save = save_directory(config)
+    if save is None:
+        return False
+    if source.directory is None:  # this run, killed before its first checkpoint
+        return config.checkpoint.auto_resume or config.checkpoint.load is not None
+    return source.progress and source.directory.resolve().parent == Path(save).resolve()
+
+
+def is_trained(source: Source, run: Run) -> bool:
+    """Return whether the last iteration of the run is in its checkpoint already."""
+    total = run.config.batch.train_iters or 0
+    return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
+
+
+def set_aside(run: Run, source: Source, out: TextIO | None) -> None:
+    """Put aside what another run has left in --save, where this one was told to begin there. Collective."""
+    config, save = run.config, save_directory(run.config)
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
         say(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
     if save is not None and begins_beside(source, config):
         aside = partial(set_run_aside, Path(save), config.log.metrics_path)
-        say(out, *filter(None, [together(run.mesh.world, lambda: aside() if started.is_main else None)]))
-    warning = None if config.eval.skip_train else warning_of_rate_zero(run.schedule, run.state, config.batch)
-    say(out, *filter(None, [warning]))
-    if config.log.profile_pipeline is not None:
-        run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
-    training, validation, test = openers(run, prepared)
-    evaluated, at = not (run.state.evaluation_due or trained), run.state.iteration if own else None
-    binary = config.model.predicts_order
-    wandb = wandb_sink(run, save, own, source.directory is not None) if out is not None else None
-    files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
-    saver = Saver(run, files, partial(say, out)) if save is not None else None
-    around = Surroundings(
-        None if training is None or config.eval.skip_train else training(),
-        validation,
-        test,
-        sinks=open_sinks(config.log, out, resume_at=at, evaluated=evaluated, binary=binary, wandb=wandb)
-        if out is not None
-        else [],
-        saver=saver,
-        flops=sample_flops(config),
-        causal_share=causal_share(config),
-        peak_tflops=peak_tflops(started.device, config.log.peak_tflops),
-        stopping=Stopping(
-            config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0
-        ),
-        progress=progress,
-        start=run.state.iteration,
-        again=prepared.again,
+        say(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
+
+
+def run_sinks(run: Run, source: Source, out: TextIO, *, own: bool, evaluated: bool) -> list[Sink]:
+    """Open the sinks of a run, on the first rank.
+
+    Args:
+        run: at the position that it goes on from.
+        source: that position's.
+        out: the console.
+        own: whether it goes on with the run of --save.
+        evaluated: whether the evaluations after that position were made.
+    """
+    return open_sinks(
+        run.config.log,
+        out,
+        resume_at=run.state.iteration if own else None,
+        evaluated=evaluated,
+        binary=run.config.model.predicts_order,
+        wandb=wandb_sink(run, save_directory(run.config), own, source.directory is not None),
     )
-    if prepared.scorer is not None:
-        around.score, around.score_interval = prepared.scorer(run, around), prepared.score_interval
-    if started.is_main:
-        progress.began(started.place.job, announced_in(save), started.place.attempt)
-    ended: Ended = "failed"
-    try:
-        status = train(run, around) if around.train is not None else Exit.FINISHED
-        if status is Exit.FINISHED:
-            status = prepared.finale(run, around)
-        if status is Exit.FINISHED:
-            finish(run, around)
-        if status is Exit.FINISHED:
-            around.stopping.obeyed()  # a request that came too late to be one
-            say(out, *filter(None, [warning]))
-        # Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
-        status = status if around.saver is not None or around.train is None else Exit.FINISHED
-        ended = "finished" if status is Exit.FINISHED else "preempted"
-    except TrainingError:  # on all ranks: a save under way is what to go on from
-        if around.saver is not None:
-            with suppress(CheckpointError):
-                around.saver.finish()
-        raise
-    finally:
-        if around.train is not None:
-            around.train.close()
-        for sink in around.sinks:
-            sink.close(ended)
-    return status
 
 
 def announced_in(save: str | None) -> int | None:
@@ -268,13 +350,11 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
 Opener = Callable[[], Loader] | None
 
 
-def openers(run: Run, prepared: Prepared) -> tuple[Opener, Opener, Opener]:
-    """What opens each split: training at the run's position, the held-out ones at their beginning."""
+def openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
+    """Return what opens the training samples at the run's position, and the held-out samples that there are."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 
-    def of(dataset: SampleSource | None, name: str, consumed: int = 0, *, cyclic: bool = False) -> Opener:
-        if dataset is None:
-            return None
+    def opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Callable[[], Loader]:
         return lambda: Loader(
             dataset,
             prepared.batches,
@@ -289,22 +369,10 @@ def openers(run: Run, prepared: Prepared) -> tuple[Opener, Opener, Opener]:
             name=name,
         )
 
-    training, validation, test = prepared.datasets
+    training, *others = prepared.datasets
+    consumed, cyclic = run.state.consumed_samples, data.dataloader_type == "cyclic"
+    named = zip(("validation", "test"), others, strict=True)
     return (
-        of(training, "training", run.state.consumed_samples, cyclic=data.dataloader_type == "cyclic"),
-        of(validation, "validation"),
-        of(test, "test"),
+        None if training is None else opener(training, "training", consumed, cyclic=cyclic),
+        [HeldOut(split, opener(dataset, split)) for split, dataset in named if dataset is not None],
     )
-
-
-def sample_flops(config: RunConfig) -> float:
-    """FLOPs of training on one sample, with all its choices where it has some."""
-    seq_length = config.data.seq_length or 0
-    return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows)
-
-
-def causal_share(config: RunConfig) -> float | None:
-    """The share of `sample_flops` that is left with the causal half of attention; None for BERT."""
-    model, seq_length = MetaModel(config.model), config.data.seq_length or 0
-    causal = causal_flops_per_token(model, seq_length)
-    return None if causal is None else causal / flops_per_token(model, seq_length)

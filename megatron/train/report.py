@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from megatron.config.schema import RunConfig
+from megatron.plan.flops import causal_flops_per_token, flops_per_token
+from megatron.plan.size import MetaModel
 from megatron.train.nonfinite import NonFinite
 
 # Dense peaks of the matrix units in bf16, TFLOP/s, from the makers' data sheets; the longest matching name counts.
@@ -51,6 +55,7 @@ class Metrics:
     """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown.
 
     tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `plan/flops.py`.
+    extra: what hooks add, by name; every sink takes it.
     """
 
     iteration: int
@@ -69,6 +74,7 @@ class Metrics:
     mfu: float | None
     mfu_causal: float | None
     peak_memory_bytes: int | None
+    extra: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,3 +116,16 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
     name = torch.cuda.get_device_name(device)
     known = [peak for part, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
     return known[0] if known else None
+
+
+def sample_flops(config: RunConfig) -> float:
+    """Return the FLOPs of training on one sample, with all its choices where it has some."""
+    seq_length = config.data.seq_length or 0
+    return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows)
+
+
+def causal_share(config: RunConfig) -> float | None:
+    """Return the share of `sample_flops` that is left with the causal half of attention; None for BERT."""
+    model, seq_length = MetaModel(config.model), config.data.seq_length or 0
+    causal = causal_flops_per_token(model, seq_length)
+    return None if causal is None else causal / flops_per_token(model, seq_length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -101,6 +101,7 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
         parts.append(f"MFU: {100 * metrics.mfu:.1f}%{causal}")
     if context.eta_seconds is not None:
         parts.append(f"ETA: {timedelta(seconds=round(context.eta_seconds))}")
+    parts += [f"{name}: {value:.6g}" for name, value in metrics.extra.items()]
     return " | ".join(parts) + " |"
 
 
@@ -122,9 +123,10 @@ class JsonLines(Sink):
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         values = asdict(metrics)
+        extra = values.pop("extra")
         if not self.binary:
             del values["sop_loss"]
-        self._write(values)
+        self._write(values | {name: value for name, value in extra.items() if name not in values})
 
     def evaluation(self, result: Evaluation, title: str) -> None:
         values = {"iteration": result.iteration, "split": result.split, "lm_loss": result.lm_loss, "ppl": result.ppl}
@@ -206,7 +208,7 @@ def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) ->
         values["batch-size"] = context.global_batch_size
     if config.log_world_size_to_tensorboard:
         values["world-size"] = context.world_size
-    return {tag: value for tag, value in values.items() if value is not None}
+    return dict(metrics.extra) | {tag: value for tag, value in values.items() if value is not None}
 
 
 def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
@@ -244,7 +246,7 @@ def open_sinks(
     evaluated: bool = True,
     binary: bool = False,
     wandb: Callable[[], Sink] | None = None,
-) -> Sequence[Sink]:
+) -> list[Sink]:
     """The sinks that the configuration asks for; resume_at, evaluated, binary: see `JsonLines`. wandb: opens that of W&B.
 
     A TensorBoard that is not installed is said, and done without.

@@ -45,6 +45,11 @@ class TrainState:
     window_skipped: int = 0
     window_nan: int = 0
 
+    def start_window(self) -> None:
+        """Begin the averages of the next log line."""
+        self.window_loss = self.window_sop = 0.0
+        self.window_steps = self.window_skipped = self.window_nan = 0
+
     # A part of a checkpoint (parallel/spec.py: Checkpointable) that has no tensors.
 
     def shards(self) -> Iterator[Shard]:

@@ -90,8 +90,8 @@ class Stopping:
         """A checkpoint was just written, or begun."""
         self._saved = time.monotonic()
 
-    def obeyed(self) -> None:
-        """The run has stopped: the first rank removes the stop file, or the next start would stop as well."""
+    def acknowledge(self) -> None:
+        """Note that the run has stopped: the first rank removes the stop file, or the next start would stop as well."""
         self._signals.answered = True
         if self.stop_file is not None and self._mesh.rank == 0:
             with suppress(OSError):

@@ -52,7 +52,7 @@ def go_on(name: str, layout: str, cache: str) -> list[tuple[float, ...]]:
         job = Job(place, torch.device("cpu"), "gloo" if dist.is_initialized() else None)
         opened = build(prepared.config, job, schedule=choose_schedule(prepared.source, prepared.config))
         assert restore(prepared.source, opened) == [] and opened.state.iteration == SAVED_AT
-        training, _, _ = openers(opened, prepared)
+        training, _ = openers(opened, prepared)
         loader, curve = training(), []
         for _ in range(SAVED_AT, LAST):
             report = opened.step(loader.next_batches(4), opened.state)

@@ -14,7 +14,7 @@ from megatron.config.schema import DataConfig, ModelConfig, RunConfig
 from megatron.inference.pipeline import Pipeline
 from megatron.interop.checked_export import export
 from megatron.tasks.tagging import entities, sentences
-from megatron.train.pretraining import sample_flops
+from megatron.train.report import sample_flops
 
 DEFAULTS = {"batch.micro_batch_size": 8}
 DRY = ("--hidden-dropout", "0", "--attention-dropout", "0")

@@ -15,8 +15,8 @@ from megatron.cli.program import pretrain
 from megatron.launch.command_line import typed_command
 from megatron.launch.environment import Place
 from megatron.launch.heartbeat import Process
+from megatron.train.ending import Exit
 from megatron.train.lock import FILE, Holder
-from megatron.train.loop import Exit
 
 NOTE = "which is --save as well"
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from megatron.cli.program import pretrain
 from megatron.config.schema import EvalConfig
-from megatron.train.loop import Exit, validate
+from megatron.train.ending import Exit
+from megatron.train.hooks.evaluate import Evaluate, HeldOut
+from megatron.train.loop import Training
 from megatron.train.state import TrainState
 
 TINY = (
@@ -82,9 +84,10 @@ def test_a_step_that_is_left_out_counts_in_no_time_and_no_throughput(tmp_path):
 
 def test_without_an_interval_an_evaluation_that_was_given_up_is_not_made():
     state = TrainState(iteration=3, evaluation_due=True)
-    held = SimpleNamespace(state=state, config=SimpleNamespace(eval=EvalConfig(eval_interval=0)))
-    around = SimpleNamespace(valid=lambda: pytest.fail("it was made"), score=None, scores=lambda _: False)
-    assert validate(held, around).stop is None and not state.evaluation_due
+    config = SimpleNamespace(eval=EvalConfig(eval_interval=0), batch=SimpleNamespace(train_iters=9))
+    training = Training(SimpleNamespace(state=state, config=config), None, [], None, start=3)
+    Evaluate(HeldOut("validation", lambda: pytest.fail("it was made"))).before_training(training)
+    assert training.request.stop is None and not state.evaluation_due
 
 
 def test_what_a_model_can_learn_it_learns(tmp_path):

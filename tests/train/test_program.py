@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from megatron.cli.program import pretrain
 from megatron.launch.heartbeat import Process
+from megatron.train.ending import Exit
 from megatron.train.lock import Holder
-from megatron.train.loop import Exit
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}

@@ -18,7 +18,7 @@ from tokenizers import BertWordPieceTokenizer
 
 from megatron.cli.program import pretrain
 from megatron.interop.checked_export import export
-from megatron.train.loop import Exit
+from megatron.train.ending import Exit
 
 ROOT = Path(__file__).parents[2]
 KEYS = {

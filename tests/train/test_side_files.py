@@ -24,9 +24,9 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import verify
 from megatron.files.side import SideFile, forgiving_streams
 from megatron.tasks.finetune import write_results
+from megatron.train.ending import Exit
 from megatron.train.errors import TrainingError
 from megatron.train.event_file import EventFile
-from megatron.train.loop import Exit
 from megatron.train.report import Evaluation
 from megatron.train.sinks import JsonLines
 

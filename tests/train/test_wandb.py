@@ -15,7 +15,7 @@ from test_program import run
 
 from megatron.config import outputs
 from megatron.train import wandb_link
-from megatron.train.loop import Exit
+from megatron.train.ending import Exit
 from megatron.train.wandb_link import WandbLink
 from megatron.train.wandb_run import WandbRun, choose_run, read_run
 

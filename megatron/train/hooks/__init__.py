@@ -1,0 +1,1 @@
+"""What happens between the steps of a run, one hook a file; `pretraining.build_hooks` has their order."""

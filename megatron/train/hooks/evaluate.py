@@ -1,0 +1,109 @@
+"""Evaluations during training and at its end: losses of held-out samples, and a task's score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from megatron.config.batch import full_batch_size
+from megatron.train.evaluate import Loader, evaluate
+from megatron.train.loop import Hook, Training, due
+from megatron.train.report import Evaluation, StepReport
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out samples of a split.
+
+    Attributes:
+        split: its name, `validation` or `test`.
+        open: opens the samples at their beginning, so that every evaluation sees the same ones.
+    """
+
+    split: str
+    open: Callable[[], Loader]
+
+    def evaluate(self, training: Training, title: str) -> None:
+        """Evaluate the model as it is and tell the sinks. Collective. Training goes on as if this had not been.
+
+        Where the run is to stop meanwhile, the evaluation is given up, nothing is told, and `training.request` says so.
+
+        Args:
+            training: the run.
+            title: what the console says of when this is.
+        """
+        run = training.run
+        run.job.watch.doing(f"opening the {self.split} data", alone=True)
+        loader = self.open()
+        try:
+            losses = evaluate(
+                run.pipeline,
+                loader,
+                run.mesh,
+                steps=run.config.eval.eval_iters,
+                global_batch_size=full_batch_size(run.config.batch),
+                watch=run.job.watch,
+                should_stop=training.should_stop,
+            )
+        finally:
+            loader.close()
+        if losses is None:
+            return
+        lm, sop = losses
+        sop_loss = sop if run.config.model.predicts_order else None
+        result = Evaluation(run.state.iteration, self.split, lm, run.state.consumed_samples, sop_loss)
+        for sink in training.sinks:
+            sink.evaluation(result, title)
+
+
+class Evaluate(Hook):
+    """Makes the evaluations that are due; one that was given up for a stop is the first thing that the resumed run does.
+
+    Args:
+        validation: the samples whose loss is computed every --eval-interval iterations; None where there are none.
+        score: what else is measured and told; it asks `training.should_stop` between its steps.
+        score_interval: every so many iterations.
+    """
+
+    def __init__(
+        self,
+        validation: HeldOut | None,
+        score: Callable[[Training], object] | None = None,
+        score_interval: int | None = None,
+    ) -> None:
+        self._validation, self._score, self._score_interval = validation, score, score_interval
+
+    def before_training(self, training: Training) -> None:
+        if training.run.state.evaluation_due and training.iteration < training.last_iteration:
+            self._evaluate(training)
+
+    def after_step(self, training: Training, report: StepReport) -> None:
+        state, interval = training.run.state, training.run.config.eval.eval_interval
+        validates = self._validation is not None and due(state.iteration, interval)
+        more = training.iteration < training.last_iteration
+        state.evaluation_due = more and (validates or self._scores(state.iteration))
+        if state.evaluation_due and training.request.stop is None:
+            self._evaluate(training)
+
+    def _scores(self, iteration: int) -> bool:
+        return self._score is not None and due(iteration, self._score_interval)
+
+    def _evaluate(self, training: Training) -> None:
+        iteration, interval = training.iteration, training.run.config.eval.eval_interval
+        scores = self._scores(iteration)
+        with training.timer.paused():
+            if self._validation is not None and interval and (due(iteration, interval) or not scores):
+                self._validation.evaluate(training, f"iteration {iteration}")
+            if self._score is not None and scores and training.request.stop is None:
+                self._score(training)
+        training.run.state.evaluation_due = training.request.stop is not None
+
+
+def final_evaluations(training: Training, splits: Iterable[HeldOut]) -> None:
+    """Evaluate the finished model on each split. Collective. A stop leaves all of them to the next start."""
+    config = training.run.config
+    draw = f"{config.eval.eval_iters * full_batch_size(config.batch)}-sample draw"
+    for held_out in splits:
+        held_out.evaluate(training, f"iteration {training.iteration} on {draw} from {held_out.split} set")
+        if training.request.stop is not None:
+            return

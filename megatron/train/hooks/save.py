@@ -1,0 +1,38 @@
+"""Checkpoints during training: when they are written, and what became of those written in the background."""
+
+from __future__ import annotations
+
+from megatron.train.loop import Hook, Training, due
+from megatron.train.report import StepReport
+from megatron.train.saving import Saver
+
+
+class CheckSave(Hook):
+    """Tells how a save in the background went; CheckpointError where it failed."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
+
+    def after_step(self, training: Training, report: StepReport) -> None:
+        self._saver.check()
+
+
+class Save(Hook):
+    """Saves a checkpoint at --save-interval, on request, and after the last iteration; collective."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver, self._tried_at = saver, -1
+
+    def before_training(self, training: Training) -> None:
+        self._tried_at = training.iteration
+
+    def after_step(self, training: Training, report: StepReport) -> None:
+        if due(training.iteration, training.run.config.checkpoint.save_interval) or training.request.save:
+            with training.timer.paused():
+                self._saver.save()
+            training.stopping.saved()
+            self._tried_at = training.iteration
+
+    def after_training(self, training: Training) -> None:
+        if training.request.stop is None and self._tried_at != training.iteration:
+            self._saver.save()

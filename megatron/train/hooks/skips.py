@@ -1,0 +1,32 @@
+"""Steps without an update, counted and told."""
+
+from __future__ import annotations
+
+from megatron.train.loop import Hook, Training
+from megatron.train.report import StepReport
+from megatron.train.skips import Skips
+from megatron.train.state import TrainState
+
+
+class TellSkips(Hook):
+    """Counts the steps without an update, and tells each when it happens, with what was not finite."""
+
+    def __init__(self, skips: Skips) -> None:
+        self._skips = skips
+
+    def after_step(self, training: Training, report: StepReport) -> None:
+        self._skips.count(report)
+        if (text := _event(training.run.state, report)) is not None:
+            training.log(f"iteration {training.iteration}: {text}")
+
+
+def _event(state: TrainState, report: StepReport) -> str | None:
+    """The line on a step that was left out, or in which something was not finite; None for any other."""
+    if report.left_out:
+        return "left out, as --skip-train-iterations says; its samples are passed over"
+    if report.skipped:
+        text = f"skipped: {report.nonfinite or 'the norm of the gradient is not finite'}"
+        return f"{text}; loss scale {state.scaler.scale:g} from now on"
+    if report.nonfinite is not None:
+        return f"{report.nonfinite}; the gradient was, and the update was made"
+    return None

@@ -1,0 +1,55 @@
+"""A periodic action, a metric on the log line and a place for metrics that the package does not have, as another would bring
+them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from megatron.parallel.collectives import all_reduce
+from megatron.train.loop import Hook, Training, due
+from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
+from megatron.train.sinks import Ended, Sink
+
+EVERY = 3  # iterations
+NAME = "embedding norm"
+
+
+class Tally(Sink):
+    """Writes at the end what it was told, as JSON."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.told: dict[str, list[object]] = {"lines": [], "evaluations": []}
+
+    def line(self, metrics: Metrics, context: LogContext) -> None:
+        self.told["lines"].append([metrics.iteration, metrics.lm_loss, metrics.extra[NAME]])
+
+    def evaluation(self, result: Evaluation, title: str) -> None:
+        self.told["evaluations"].append([result.iteration, result.split])
+
+    def close(self, ended: Ended) -> None:
+        self.path.write_text(json.dumps(self.told | {"ended": ended}))
+
+
+class EmbeddingNorm(Hook):
+    """The norm of the embedding after every step; every few steps to a file."""
+
+    def before_training(self, training: Training) -> None:
+        self.folder = Path(training.run.config.checkpoint.save or ".")
+        if training.run.job.is_main:
+            training.sinks.append(Tally(self.folder / "tally.json"))
+
+    def after_step(self, training: Training, report: StepReport) -> None:
+        run = training.run
+        with training.timer.paused(), torch.no_grad():
+            squares = run.stages[0].embedding.word.weight.square().sum()
+            norm = training.extra_metrics[NAME] = all_reduce(squares, run.mesh.tp).sqrt().item()
+            if due(training.iteration, EVERY):
+                with (self.folder / f"norms.{run.job.place.rank}").open("a") as out:
+                    out.write(f"{training.iteration} {norm!r}\n")
+
+    def after_training(self, training: Training) -> None:
+        training.log(f"the last {NAME} is {training.extra_metrics[NAME]:g}")
