@@ -15,7 +15,6 @@ import atexit
 import contextlib
 import gc
 import json
-import multiprocessing as mp
 import os
 import signal
 import socket
@@ -27,6 +26,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from messages import send
 
 TIMEOUT_S = 240.0
 
@@ -47,9 +48,9 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         function, args = task
         try:
-            pipe.send((True, function(*args)))
+            send(pipe, (True, function(*args)))
         except BaseException as error:  # whatever it is, the test must see it
-            pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            send(pipe, (False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that ran here may have left it ignored, and then none ends
         # Every group has threads that wake up a hundred times a second; hundreds of old ones would take the whole machine.
         for group in list(dist.distributed_c10d._world.pg_map):
@@ -67,19 +68,18 @@ class Pool:
             port = s.getsockname()[1]
         self.pipes, self.processes = [], []
         path = json.dumps([str(Path(__file__).parent), *sys.path])
-        key = mp.current_process().authkey.hex()  # who sends a tensor asks for it
         for rank in range(world):
             ours, theirs = socket.socketpair()
             place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "OMP_NUM_THREADS": "1"}
             with theirs:
-                process = subprocess.Popen([os.environ["WARM_PYTHON"], __file__, key, path], stdin=theirs, env=environment)
+                process = subprocess.Popen([os.environ["WARM_PYTHON"], __file__, path], stdin=theirs, env=environment)
             self.pipes.append(Connection(ours.detach()))
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((function, args))
+            send(pipe, (function, args))
         deadline = time.monotonic() + TIMEOUT_S
         results: dict[int, Any] = {}
         while len(results) < len(self.pipes):
@@ -141,8 +141,7 @@ class Pools:
 on_ranks = Pools().run
 
 if __name__ == "__main__":
-    mp.current_process().authkey = bytes.fromhex(sys.argv[1])
-    sys.path[:] = json.loads(sys.argv[2])
+    sys.path[:] = json.loads(sys.argv[1])
     tasks = Connection(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _serve(int(os.environ["RANK"]), tasks)

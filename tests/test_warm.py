@@ -74,6 +74,27 @@ def test_ranks_have_an_order_of_sets_each() -> None:
     assert found[0] == found[2] != found[1]
 
 
+def there_and_back(x: object) -> object:
+    return x
+
+
+def test_tensors_reach_ranks_and_come_back_as_they_are() -> None:
+    """Every type, the numbers that are none, a part of another one, none at all, and what has a gradient."""
+    import torch
+    from ranks import on_ranks
+
+    whole = torch.tensor([[1.0, -0.0, float("nan")], [float("inf"), 1e-45, 3.14159]])
+    sent = [whole.to(kind) for kind in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)]
+    sent += [whole.T, whole[:, 1], whole[1, 2], whole[:0], torch.empty(0, 3, dtype=torch.int32), torch.nn.Parameter(whole)]
+    sent += [torch.complex(whole, whole).conj()]
+    for back in on_ranks(2, there_and_back, sent):
+        for ours, theirs in zip(sent, back, strict=True):
+            assert (type(theirs), theirs.dtype, theirs.requires_grad) == (type(ours), ours.dtype, ours.requires_grad)
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=0, equal_nan=True)
+            assert theirs.is_conj() == ours.is_conj()
+            assert ours.is_complex() or torch.equal(theirs.signbit(), ours.signbit())
+
+
 def test_signals_reach_the_program() -> None:
     program = "import signal\nsignal.signal(10, lambda *_: print('got it', flush=True))\n"
     program += "print('up', flush=True)\nwhile True:\n    signal.pause()"
