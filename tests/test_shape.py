@@ -102,32 +102,16 @@ def function_with(expression: str) -> str:
     return f"def f(x):\n    return {expression}\n"
 
 
-LOOP = "the loop and the run are being taken apart into hooks"
-KNOWN_LINES: Known = {("megatron/train/pretraining.py", "run_job"): LOOP}
-KNOWN_BRANCHES: Known = {
-    ("megatron/train/lock.py", "take"): LOOP,
-    ("megatron/train/loop.py", "train"): LOOP,
-    ("megatron/train/pretraining.py", "run_job"): LOOP,
-}
 KNOWN_PARAMETERS: Known = {
-    ("megatron/train/nonfinite.py", "_note"): LOOP,
-    ("megatron/train/step.py", "__init__"): LOOP,
-    ("megatron/pipeline/executor.py", "__init__"): LOOP,
     ("megatron/plan/activations.py", "activations_of"): "activations are to be said beside the layer they describe",
-}
-KNOWN_ARGUMENTS: Known = {
-    ("megatron/train/nonfinite.py", "Finding"): LOOP,
-    ("megatron/train/pretraining.py", "say"): LOOP,
-    ("megatron/train/run.py", "Run"): LOOP,
 }
 RULES = {
     "lines of a file": Rule(long_files, "x = 1\n" * 401, f'"""A table. {REASON} it is one."""\n' + "x = 1\n" * 401),
-    "lines of a function": Rule(long_functions, function_of(61), function_of(60), KNOWN_LINES),
+    "lines of a function": Rule(long_functions, function_of(61), function_of(60)),
     "branches of a function": Rule(
         branching_functions,
         function_with(" or ".join(["x"] * 22)),
         function_with(" or ".join(["x"] * 21)),
-        KNOWN_BRANCHES,
     ),
     "positional parameters": Rule(
         many_parameters,
@@ -135,9 +119,7 @@ RULES = {
         "class A:\n    def f(self, a, b, c, d, e, f, *, g): ...\n    def forward(ctx, a, b, c, d, e, f, g): ...\n",
         KNOWN_PARAMETERS,
     ),
-    "positional arguments": Rule(
-        many_arguments, "f(1, 2, 3, 4, 5, 6, 7, 8, 9)", "f(1, 2, 3, 4, 5, 6, 7, 8, i=9)", KNOWN_ARGUMENTS
-    ),
+    "positional arguments": Rule(many_arguments, "f(1, 2, 3, 4, 5, 6, 7, 8, 9)", "f(1, 2, 3, 4, 5, 6, 7, 8, i=9)"),
 }
 
 

@@ -85,6 +85,7 @@ class Executor:
         channels: Channels,
         scaled_loss: Callable[[Loss, int], Tensor],
         work: WeightWork,
+        *,
         watch: Watch,
         share: Callable[[Batch], Batch] = lambda batch: batch,
         early: int = EARLY,

@@ -166,16 +166,13 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
     Raises:
         Refused: another run holds it, and goes on to hold it; or the directory cannot be made.
     """
-    began, own, told, before, made = time.monotonic(), holder.ranks[0], "", None, not os.path.exists(root)
-    since = began  # how long `before` stands there unchanged
+    wait, own, made = _Wait(root, tell, patience), holder.ranks[0], not os.path.exists(root)
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root):
                 seen = look(root / FILE)
-                state = "gone" if seen is None else seen.state(own)
-                if state == "silent" and before == seen and time.monotonic() - since > STALE:
-                    state = "gone"  # whatever time its touch bears: one of a clock that was set back is never old
+                state = "gone" if seen is None or wait.is_over(seen, own) else seen.state(own)
                 if state == "gone" and (seen is None or _cleared(root / FILE, seen)) and _create(root / FILE, holder):
                     return Lock(root, holder, made=made)
         except OSError as error:
@@ -183,21 +180,42 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
                 raise Refused(f"--save {root}: cannot be made: {error.strerror}; choose another place") from error
             logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
             return None
-        if seen is None or state == "gone":
-            continue  # another start was faster
-        if before is None or before.text != seen.text:
-            before, since = seen, time.monotonic()
-        touched = state == "silent" and seen.touched != before.touched
-        limit = patience if state == "dying" else STALE + 2 * BEAT
-        if state == "alive" or touched or time.monotonic() - began > limit:
-            ways = f"wait for its end, end it, or give another --save (the lock is {root / FILE})"
-            raise Refused(f"--save {root} is in use by another run, {seen}; {ways}")
+        if seen is not None and state != "gone":  # otherwise another start was faster
+            wait.go_on(seen, state)
+            time.sleep(LOOK)
+
+
+class _Wait:
+    """A start's wait for the end of the run before it; arguments as for `take`."""
+
+    def __init__(self, root: Path, tell: Callable[[str], object], patience: float) -> None:
+        self._root, self._tell, self._patience = root, tell, patience
+        self._began = self._since = time.monotonic()  # since: how long the first look at this lock is ago
+        self._first: Look | None = None
+        self._told = ""
+
+    def is_over(self, seen: Look, own: Process) -> bool:
+        """Return whether a lock that only touches tell of has gone without one for long enough.
+
+        Whatever time its touch bears: one of a clock that was set back is never old.
+        """
+        return self._first == seen and time.monotonic() - self._since > STALE and seen.state(own) == "silent"
+
+    def go_on(self, seen: Look, state: str) -> None:
+        """Tell what is waited for. Refused where the other run lives, or has been given time enough."""
+        now = time.monotonic()
+        if self._first is None or self._first.text != seen.text:
+            self._first, self._since = seen, now
+        touched = state == "silent" and seen.touched != self._first.touched
+        limit = self._patience if state == "dying" else STALE + 2 * BEAT
+        if state == "alive" or touched or now - self._began > limit:
+            ways = f"wait for its end, end it, or give another --save (the lock is {self._root / FILE})"
+            raise Refused(f"--save {self._root} is in use by another run, {seen}; {ways}")
         why = "is ending" if state == "dying" else "gives no sign of life so far"
-        line = f"waiting for up to {limit:.0f} s: a run before this one in {root}, {seen}, {why}"
-        if line != told:
-            tell(line)
-            told = line
-        time.sleep(LOOK)
+        line = f"waiting for up to {limit:.0f} s: a run before this one in {self._root}, {seen}, {why}"
+        if line != self._told:
+            self._tell(line)
+            self._told = line
 
 
 def look(path: Path) -> Look | None:

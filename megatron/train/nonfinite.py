@@ -100,7 +100,7 @@ class Search:
         """Note a loss of this rank that is not finite."""
         if not math.isfinite(float(output.loss)):
             stage = max(self.stages)
-            self._note(micro_batch, LOSS, stage, 0, "the loss", stage, samples)
+            self._note(micro_batch, LOSS, stage, 0, "the loss", stage=stage, samples=samples)
 
     def gradients(self, samples: tuple[int, ...], micro_batch: int = 0) -> None:
         """Note the gradient that is not finite and that the backward pass makes first: in the last of the layers."""
@@ -109,7 +109,7 @@ class Search:
                 grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
                 if grad is not None and not finite(grad):
                     what = f"the gradient of {spec_of(parameter).name}"
-                    self._note(micro_batch, BACKWARD, -stage, place, what, stage, samples)
+                    self._note(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
                     return
 
     def again(self, batches: Sequence[Batch]) -> None:
@@ -141,7 +141,7 @@ class Search:
         def look(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
             place = next(calls)
             if isinstance(output, Tensor) and not finite(output):
-                self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage, samples)
+                self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage=stage, samples=samples)
 
         handles = [
             module.register_forward_hook(partial(look, name, stage))
@@ -156,12 +156,13 @@ class Search:
                 handle.remove()
 
     def _note(
-        self, micro_batch: int, phase: int, depth: int, place: int, what: str, stage: int, samples: tuple[int, ...]
+        self, micro_batch: int, phase: int, depth: int, place: int, what: str, *, stage: int, samples: tuple[int, ...]
     ) -> None:
         mesh = self.mesh
         axes = [axis for axis in (mesh.dp, mesh.pp, mesh.cp, mesh.tp) if axis.size > 1]
         coordinates = f": {', '.join(f'{axis.name} {axis.rank}' for axis in axes)}" if axes else ""
-        self.found.append(Finding(micro_batch, phase, depth, place, mesh.rank, what, stage, samples, coordinates))
+        order = micro_batch, phase, depth, place, mesh.rank
+        self.found.append(Finding(*order, what=what, stage=stage, samples=samples, coordinates=coordinates))
 
     def agree(self) -> tuple[Finding | None, int]:
         """What came first over all ranks, and how many of them found something. Collective."""

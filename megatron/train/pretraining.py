@@ -333,10 +333,10 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     layout, vocab = config.layout, config.model.size("vocab_size")
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocabulary(vocab, tp, config.model.make_vocab_size_divisible_by)
-    say(
-        out,
+    order = another_order(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
+    lines = [
         *source.lines,
-        *differences(source, config, another_order(source.state.order, prepared.datasets[0], config.data, config.batch.seed)),
+        *differences(source, config, order),
         *prepared.notes,
         started.describe(),
         f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "
@@ -344,7 +344,8 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
         *stage_table(config, Grid.from_layout(layout, started.place.world_size), stages_of(config)),
         " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length or 0),
-    )
+    ]
+    say(out, *lines)
 
 
 Opener = Callable[[], Loader] | None

@@ -96,8 +96,28 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     )
     pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
     own_random = job.device if draws_by_kernel(config.model) else None
-    step = Step(scaled_loss, pipeline, optimizer, schedule, mesh, config.batch, job.watch, own_random)
-    return Run(config, job, mesh, stages, Weights(buffers), optimizer, pipeline, step, schedule, state)
+    step = Step(
+        scaled_loss,
+        pipeline,
+        optimizer,
+        schedule=schedule,
+        mesh=mesh,
+        batch=config.batch,
+        watch=job.watch,
+        torch_random=own_random,
+    )
+    return Run(
+        config=config,
+        job=job,
+        mesh=mesh,
+        stages=stages,
+        weights=Weights(buffers),
+        optimizer=optimizer,
+        pipeline=pipeline,
+        step=step,
+        schedule=schedule,
+        state=state,
+    )
 
 
 def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.device) -> dict[int, Transformer]:
@@ -202,8 +222,8 @@ def build_pipeline(
         Channels(mesh.pp, mesh.pp_back, job.device),
         scaled_loss,
         work,
-        job.watch,
-        partial(share, cp=mesh.cp),
+        watch=job.watch,
+        share=partial(share, cp=mesh.cp),
         early=0 if job.place.blocking else EARLY,
     )
 

@@ -78,6 +78,7 @@ class Step:
         scaled_loss: ScaledLoss,
         pipeline: Executor,
         optimizer: Optimizer,
+        *,
         schedule: Schedule,
         mesh: Mesh,
         batch: BatchConfig,
