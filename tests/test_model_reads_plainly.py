@@ -8,9 +8,9 @@ from pathlib import Path
 MODEL = Path(__file__).resolve().parent.parent / "megatron" / "model"
 MAX_SHARE = 0.10
 WORDS = (
-    *("tp", "ranks?", "ax[ei]s", "mesh", r"\w*parallel\w*", "world_size"),
-    *("collectives?", r"gather\w*", r"scatter\w*", r"reduc(?:e|tion)\w*", "all_gather", "all_reduce", "copy_to"),
-    *(r"shard\w*", "split_over", "split_to", "sum_grad_over"),
+    *("tp", "pp", "cp", "dp", "ranks?", "ax[ei]s", "mesh", r"\w*parallel\w*", "world_size"),
+    *("collectives?", r"gather\w*", r"scatter\w*", r"reduc(?:e|tion)(?!=)\w*", "all_gather", "all_reduce", "all_to_all"),
+    *("copy_to", r"\w*shard\w*", "split_over", "split_to", "sum_grad_over", r"column_?linears?", r"row_?linears?"),
 )
 PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 
@@ -26,6 +26,9 @@ def test_the_words_are_found_where_they_stand() -> None:
         "        x = gather_sum(x, axis)",
         "every rank holds it whole",
         "        if self.sequence_parallel:",
+        "        self.up = ColumnLinear(hidden, ffn, bias=bias)",
+        "    def __init__(self, vocabulary: VocabShard) -> None:",
+        "        loss = all_reduce(loss)  # reduce over pp",
     ):
         assert speaks_of_ranks(line), line
     for line in (
@@ -33,6 +36,7 @@ def test_the_words_are_found_where_they_stand() -> None:
         "    output: of the whole layer",
         "        http = attempt(step)",
         "self.groups = groups",
+        'loss = F.cross_entropy(logits, labels, reduction="none")',  # over samples
     ):
         assert not speaks_of_ranks(line), line
 
