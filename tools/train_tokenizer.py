@@ -56,17 +56,5 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def guarded() -> int:
-    """Return the exit status of the tool; mistakes are said in a line."""
-    try:
-        return main()
-    except (DataError, BadOutput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(run_main(guarded))
+    sys.exit(run_main(main, wrong=(DataError, BadOutput), failed=OSError))

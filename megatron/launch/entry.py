@@ -21,6 +21,8 @@ from megatron.launch.packages import EXTRAS, NEEDED, how_to_install
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    Kinds = type[Exception] | tuple[type[Exception], ...]
+
 OLDEST = (3, 11)
 INTERRUPTED = 128 + signal.SIGINT  # exit statuses as shells have them
 
@@ -46,11 +48,17 @@ def loading() -> "Iterator[None]":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run_main(main: "Callable[..., int]", *arguments: object, **named: object) -> int:
+def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = (), failed: "Kinds" = (), **named: object) -> int:
     """Return the exit status of `main` with these arguments, or of what ended it, of which one line is said.
 
     A reader of its output that leaves early, as `head` does, ends it silently with the status of SIGPIPE. What nobody expects
     still ends in a traceback.
+
+    Args:
+        main: the program.
+        arguments: of `main`, as are other named ones.
+        wrong: errors of what the program was asked for, status 2.
+        failed: errors of what it met on its way, status 1.
     """
     check_python()
     from megatron.files.side import piped_streams
@@ -64,6 +72,12 @@ def run_main(main: "Callable[..., int]", *arguments: object, **named: object) ->
             if speaks():
                 print("interrupted", file=sys.stderr)
             return INTERRUPTED
+        except wrong as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except JobError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.status

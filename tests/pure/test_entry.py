@@ -146,6 +146,14 @@ def test_what_ends_a_program_in_a_line(
     assert capsys.readouterr().err.startswith(said)
 
 
+def test_errors_that_a_tool_knows_are_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {"wrong": (KeyError, ValueError), "failed": OSError}
+    assert run_main(raising, ValueError("asked"), **kinds) == 2 and capsys.readouterr().err == "error: asked\n"
+    assert run_main(raising, OSError("met"), **kinds) == 1 and capsys.readouterr().err == "error: met\n"
+    with pytest.raises(ZeroDivisionError):
+        run_main(raising, ZeroDivisionError(), **kinds)
+
+
 def test_other_errors_keep_their_traceback() -> None:
     for error in (ValueError("unknown"), ModuleNotFoundError("No module named 'x'", name="x")):
         with pytest.raises(type(error)):
