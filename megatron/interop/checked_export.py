@@ -251,7 +251,6 @@ def _read_back(directory: Path, exported: Path, family: HFFamily, written: torch
     """
     ours = open_model(directory, dtype=torch.float32)
     _same_settings(ours.config, family, read_json(exported / "config.json"))
-    _round(ours.model, family, written)
     try:
         config, found = read_hf(exported, say=lambda line: None)
         again = model_with(config, found)
@@ -264,6 +263,7 @@ def _read_back(directory: Path, exported: Path, family: HFFamily, written: torch
         pairs = zip(row.form.write(weights[row.ours], ours.config), row.form.write(found[row.ours], config), strict=True)
         if not all(torch.equal(here.to(written), there.to(written)) for here, there in pairs):
             raise ExportError(f"read back, {row.ours} is another tensor")
+    _round(ours.model, family, written)
     architecture, difference = family.written_class(config).architecture, states_differ(ours.model, again)
     if not difference <= TOLERANCE:
         raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {TOLERANCE:.1g}")

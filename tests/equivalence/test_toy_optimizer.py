@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import toy_optimizers
+from installed import install
 from ranks import on_ranks
 from reference import GPT2, LLAMA, dropping, go, start, worst
 from source_files import ROOT
@@ -145,14 +145,8 @@ def test_buckets_of_another_optimizer_are_refused():
 @pytest.fixture
 def installed(tmp_path: Path) -> dict[str, str]:
     """The environment in which a package with the entry point is installed."""
-    site = tmp_path / "site"
-    about = site / "toy_optimizers-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-optimizers\nVersion: 1.0\n")
     known = ("toy = toy_optimizers:RULES", "gone = toy_optimizers_of_old:RULES", "wrong = toy_optimizers:MOMENTUM")
-    (about / "entry_points.txt").write_text("\n".join(("[megatron.optimizers]", *known, "")))
-    (site / "toy_optimizers.py").write_text(Path(toy_optimizers.__file__).read_text())
-    return {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    return install(tmp_path / "site", toy_optimizers, "megatron.optimizers", known)
 
 
 SMALL = (
