@@ -119,6 +119,8 @@ def transformers(case: Case, *, ddp: bool = False) -> Iterator[Step]:
 
 
 class PlainAttention(nn.Module):
+    """Self-attention of four linear layers."""
+
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.head_width = dims.width // dims.heads
@@ -131,6 +133,8 @@ class PlainAttention(nn.Module):
 
 
 class PlainMLP(nn.Module):
+    """Up, GELU, down."""
+
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(dims.width, 4 * dims.width), nn.Linear(4 * dims.width, dims.width)
@@ -140,6 +144,8 @@ class PlainMLP(nn.Module):
 
 
 class PlainBlock(nn.Module):
+    """One pre-norm layer."""
+
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.attention_norm, self.attention = nn.LayerNorm(dims.width), PlainAttention(dims)
@@ -151,6 +157,8 @@ class PlainBlock(nn.Module):
 
 
 class PlainEmbedding(nn.Module):
+    """Words and learned positions."""
+
     def __init__(self, dims: Dims) -> None:
         super().__init__()
         self.word, self.position = nn.Embedding(dims.vocab, dims.width), nn.Embedding(dims.seq, dims.width)
@@ -177,6 +185,7 @@ class PlainGPT(nn.Module):
         self.tie()
 
     def tie(self) -> None:
+        """Give the output layer the embedding's weight."""
         self.head.weight = self.embedding.word.weight
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:

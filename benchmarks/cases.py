@@ -48,10 +48,12 @@ class Case:
 
     @property
     def ranks(self) -> int:
+        """Number of processes."""
         return self.dp * self.tp * self.pp
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens that a step takes on all ranks together."""
         return self.dp * self.micro_batches * self.dims.micro_batch * self.dims.seq
 
 

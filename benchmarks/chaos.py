@@ -95,6 +95,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def key(line: dict[str, Any]) -> tuple[int, str]:
+    """Return what a metrics line is known by: its iteration, and its split or that it is of a step."""
     return line["iteration"], line.get("split", "step")
 
 
@@ -134,6 +135,7 @@ class Victim:
         self.start_over()
 
     def start_over(self) -> None:
+        """Begin a new run in a directory of its own."""
         self.lives += 1
         self.run, self._known = self.folder / f"run{self.lives}", 0
         self._whole: set[int] = set()
@@ -258,6 +260,7 @@ def report(count: Count, cases: Sequence[Case], seconds: float) -> str:
 
 
 def cases_of(layouts: Sequence[str], saving: Sequence[str], iterations: int, data: Path) -> list[Case]:
+    """Return the cases of these layouts and ways of saving."""
     common = (*MODEL.split(), "--data-path", str(data), "--train-iters", str(iterations))
     return [
         Case(layout, how, ranks, (*common, *flags.split(), *SAVING[how].split()))

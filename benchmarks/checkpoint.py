@@ -92,6 +92,7 @@ def slowest(seconds: float) -> float:
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that the slowest rank takes for some work."""
     slowest(0.0)  # all begin together
     began = time.perf_counter()
     work()
@@ -117,6 +118,7 @@ class Bench:
         self.run.state.iteration += 1
 
     def clear(self) -> None:
+        """Wait for every save, and remove what was written."""
         for saver in self.savers.values():
             saver.finish()
         slowest(0.0)
@@ -137,11 +139,13 @@ class Bench:
         return seconds
 
     def foreground(self) -> float:
+        """Return the seconds of a save for which the run waits."""
         seconds = timed(self.savers["foreground"].save)
         self.clear()
         return seconds
 
     def one_round(self, steps: int, dd_first: bool) -> Round:
+        """Measure each way of saving once. dd_first: copy a file before the first of them, not after."""
         step = timed(lambda: [self.step() for _ in range(steps)]) / steps
         dd = self.dd() if dd_first else 0.0
         foreground = self.foreground()
@@ -171,6 +175,7 @@ class Bench:
 
 
 def spread(values: list[float], form: str = ".2f") -> str:
+    """Return median, minimum and maximum in words."""
     return f"{median(values):{form}} ({min(values):{form}} - {max(values):{form}})"
 
 
@@ -189,6 +194,7 @@ def report(rounds: list[Round], size: int) -> None:
 
 
 def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
+    """Measure on one rank; the first one prints the table."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
     with job(Place.of(os.environ), "gloo" if case.ranks > 1 else None) as started:

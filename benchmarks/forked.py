@@ -128,6 +128,7 @@ class Attempt:
         return time.monotonic() - began
 
     def text(self) -> str:
+        """Return what the start has printed so far."""
         return self.log.read_text(errors="replace")
 
     def reached(self) -> int:

@@ -80,6 +80,7 @@ Step = Callable[[int], object]
 
 
 def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
+    """Return a step of this framework's optimizer, and the tensors that it keeps."""
     buffers = flat_buffers(model.parameters(), 4_000_000, mesh, sharded=sharded)
     optimizer = Optimizer(buffers, OptimConfig(clip_grad=CLIP), mesh, overlap_grad_reduce=overlap)
 
@@ -93,6 +94,7 @@ def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step,
 
 
 def torchs(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterator[Tensor]]:
+    """Return a step of PyTorch's own wrapper and optimizer, and the tensors that they keep."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=16, gradient_as_bucket_view=True)
     decays = [p for p in model.parameters() if p.dim() > 1]
     groups = [
@@ -146,6 +148,7 @@ class Contender:
         return (time.perf_counter() - begun[0]) / steps, (time.process_time() - begun[1]) / steps
 
     def weights(self) -> Tensor:
+        """Return all parameters in one vector."""
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 

@@ -25,6 +25,7 @@ from megatron.train.run import build
 
 
 def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
+    """Return tokens `[rows, seq]` and labels as a batch of one document a row."""
     rows, seq = tokens.shape
     return Batch(
         tokens=tokens,

@@ -52,6 +52,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Profile(Answer):
+    """An answer with the times of every action."""
+
     passes: tuple[Pass, ...] = ()
 
 
@@ -83,6 +85,7 @@ def prepared(contender: str, case: Case, rank: int) -> Iterator[Turns]:
 
 
 def gradients_of(pipelined: Pipelined, tokens: torch.Tensor, labels: torch.Tensor) -> float:
+    """Run one step that nobody asks the gradient of."""
     pipelined.gradients(tokens, labels)
     return math.nan  # not asked for: it may be on another rank
 
@@ -102,6 +105,7 @@ def profile(executor: Executor, case: Case, text: tuple[torch.Tensor, torch.Tens
 
 
 def schedule_of(case: Case, contender: str) -> Schedule:
+    """Return the schedule that a contender runs in a case."""
     return make(OUR_SCHEDULES[contender], case.pp, case.micro_batches, plan_of(case, contender).chunks)
 
 

@@ -133,6 +133,7 @@ class Rank:
     pipe: Connection
 
     def tell(self, message: object) -> None:
+        """Send a message to the process."""
         with suppress(BrokenPipeError):  # it ended before its time, and whoever waits for its answer finds out
             self.pipe.send(message)
 
@@ -222,6 +223,7 @@ def take_turns(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
+    """Return median, minimum and maximum."""
     return statistics.median(values), min(values), max(values)
 
 

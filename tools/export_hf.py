@@ -24,6 +24,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"

@@ -24,6 +24,7 @@ with loading():
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=some_path, required=True, metavar="DIR", help="the Hugging Face directory")
     parser.add_argument("--save", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def note(line: str) -> None:
+    """Tell the user something that is no error."""
     print(f"note: {line}", file=sys.stderr)
 
 

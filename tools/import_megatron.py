@@ -23,6 +23,7 @@ with loading():
 
 
 def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load", type=some_path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory"

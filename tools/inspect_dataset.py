@@ -28,6 +28,7 @@ with loading():
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument("prefix", type=some_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
     p.add_argument("--samples", type=count, default=0, help="also the first N training samples of a run with --train-samples N")
@@ -105,6 +106,7 @@ def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> l
 def first_samples(
     args: argparse.Namespace, data: DataConfig, tokenizer: Tokenizer | None, make: MakeSamples | None
 ) -> list[Any]:
+    """Return the first training samples of a run with these flags. DataError where there are none."""
     training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer, make)
     if training is None:
         raise DataError(f"--split {args.split} gives the training split nothing")

@@ -40,6 +40,7 @@ def has_pip(python):
 
 
 def say(text):
+    """Print a line at once."""
     print(text, flush=True)
 
 

@@ -22,6 +22,7 @@ with loading():
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument(
         "--input",
@@ -77,6 +78,7 @@ class Progress:
         )
 
     def end(self) -> None:
+        """Leave the line of progress on a terminal."""
         if self.on_terminal:
             print(file=sys.stderr)
 

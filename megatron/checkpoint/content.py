@@ -106,6 +106,7 @@ class Contents:
 
 
 def shard_name(rank: int) -> str:
+    """Return the name of the file that a rank writes its tensors into."""
     return f"shard_{rank:05d}.safetensors"
 
 

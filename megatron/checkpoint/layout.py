@@ -58,6 +58,7 @@ class NoCheckpoint(CheckpointError):
 
 
 def directory_name(iteration: int) -> str:
+    """Return the name of the directory of an iteration's checkpoint."""
     return f"iter_{iteration:07d}"
 
 

@@ -31,6 +31,7 @@ class Copy:
 
     @property
     def elements(self) -> int:
+        """Number of elements that are copied."""
         return prod(s.stop - s.start for s in self.target)
 
 

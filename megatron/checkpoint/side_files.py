@@ -80,6 +80,7 @@ def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
 
 
 def kept_config(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The kept config.json as an object; None where none is kept."""
     return kept_object(kept, "config.json")
 
 

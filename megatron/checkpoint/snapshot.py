@@ -27,6 +27,7 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
+        """Bytes of host memory that are held."""
         return self._buffer.numel()
 
     def take(self, entries: Sequence[Entry]) -> list[Entry]:

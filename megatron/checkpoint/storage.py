@@ -144,6 +144,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
 

@@ -158,10 +158,14 @@ class BertWordPieceTokenizer(FastTokenizer):
 
 
 class BertWordPieceLowerCase(BertWordPieceTokenizer):
+    """BERT's word pieces of text in lower case, without accents."""
+
     kind, lower_case = "BertWordPieceLowerCase", True
 
 
 class BertWordPieceCase(BertWordPieceTokenizer):
+    """BERT's word pieces of text as it is."""
+
     kind, lower_case = "BertWordPieceCase", False
 
 

@@ -233,10 +233,12 @@ class IndexedDataset:
 
     @property
     def document_count(self) -> int:
+        """Number of documents."""
         return len(self.documents) - 1
 
     @property
     def token_count(self) -> int:
+        """Number of tokens of all sequences."""
         return len(self.tokens)
 
     def meta(self) -> dict[str, Any]:

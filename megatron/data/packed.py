@@ -44,9 +44,11 @@ class UnpackedFile(io.RawIOBase):
         self._packed, self._ready = b"", b""
 
     def readable(self) -> bool:
+        """Return True, as a reader of Python's `io` asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with unpacked bytes; returns how many, 0 at the end."""
         while not self._ready:
             waits = self._stream is not None and not getattr(self._stream, "needs_input", True)
             if not waits and not self._packed:
@@ -76,6 +78,7 @@ class UnpackedFile(io.RawIOBase):
             self._packed, self._stream = self._stream.unused_data, None
 
     def close(self) -> None:
+        """Close the packed file too."""
         self._file.close()
         super().close()
 

@@ -46,6 +46,7 @@ class BeamSearch:
             raise ValueError(f"--length-penalty {self.length_penalty} is none; legal: -{HARDEST} to {HARDEST}")
 
     def score(self, log_prob: float, length: int) -> float:
+        """Return the log-probability of a text, divided by its length to the power of the length penalty."""
         return log_prob / float(length**self.length_penalty)
 
     @torch.no_grad()

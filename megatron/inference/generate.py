@@ -152,10 +152,12 @@ class Text:
 
     @classmethod
     def after(cls, prompt: Sequence[int]) -> Text:
+        """Begin a text after a prompt, with nothing written."""
         return cls(list(prompt), len(prompt))
 
     @property
     def written(self) -> int:
+        """Number of tokens that are written so far."""
         return len(self.tokens) - self.start
 
 

@@ -29,6 +29,7 @@ VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.t
 
 
 def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of the script for one kind of model. doc: its docstring."""
     parser = ToolParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
     parser.add_argument(

@@ -38,6 +38,7 @@ class Group:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all tensors of the group."""
         return sum(e.bytes for e in self.entries)
 
 

@@ -35,6 +35,7 @@ class Row:
     zeros: Callable[[ModelConfig], tuple[int, ...]] | None = None
 
     def at(self, n: int) -> Row:
+        """Return the row with the number of a layer in its names."""
         return replace(self, ours=self.ours.format(n=n), theirs=tuple(t.format(n=n) for t in self.theirs))
 
 

@@ -31,6 +31,7 @@ class Hardware:
 
     @classmethod
     def own(cls) -> Hardware:
+        """Look at the GPUs of this machine."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             return cls(gpus, card=_card() if gpus == 1 else "")

@@ -40,6 +40,7 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
+        """Return this process."""
         return cls.here(os.getpid())
 
     @classmethod
@@ -99,10 +100,12 @@ class Beat:
     ending: str = ""
 
     def to_bytes(self) -> bytes:
+        """Return the beat as JSON, for the store."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def of(cls, data: bytes) -> Beat:
+        """Read a beat that `to_bytes` wrote."""
         fields = json.loads(data)
         return cls(**fields | {"process": Process(**fields["process"])})
 
@@ -120,6 +123,7 @@ class Pace:
         self._longest: dict[str, float] = {}
 
     def record(self, kind: str, seconds: float) -> None:
+        """Record how long a phase of one kind took. The first of its kind does not count once there is another."""
         longest = self._longest.get(kind)
         if longest is None:
             self._longest[kind] = seconds
@@ -131,9 +135,11 @@ class Pace:
             self._longest[kind] = seconds
 
     def longest(self, kind: str) -> float | None:
+        """Return the seconds of the longest phase of a kind; None where none has ended."""
         return self._longest.get(kind)
 
     def limit(self, kind: str) -> float:
+        """Return the seconds after which a phase of a kind counts as hung."""
         longest = self._longest.get(kind)
         return min(self._timeout, self._allowed if longest is None else max(self._hang, 3.0 * longest))
 

@@ -42,9 +42,11 @@ class Job:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
         return self.place.rank == 0
 
     def describe(self) -> str:
+        """Say in words how many processes there are, who started them, and on what."""
         talk = f"{self.backend}" if self.backend else "no communication needed"
         return f"{self.place.world_size} process(es) started by {self.place.source}, on {self.device.type}, {talk}"
 

@@ -58,10 +58,12 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes of all axes, in the order of `AXES`."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def world_size(self) -> int:
+        """Number of ranks of the whole grid."""
         return prod(self.shape)
 
     def coordinate(self, rank: int) -> dict[str, int]:

@@ -25,6 +25,7 @@ class Rectangle:
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return prod(self.shape)
 
 

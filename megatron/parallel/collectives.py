@@ -32,6 +32,7 @@ class Pending:
         self._work, self._result = work, result
 
     def wait(self) -> Tensor:
+        """Wait for the collective; returns its result."""
         if self._work is not None:
             self._work.wait()
         return self._result()

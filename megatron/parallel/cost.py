@@ -30,6 +30,7 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """The sum of all kinds."""
         return self.linear + self.core
 
 

@@ -58,6 +58,7 @@ class Block:
 
     @property
     def diagonal(self) -> bool:
+        """Whether queries and keys are of the same tokens."""
         return self.queries == self.keys
 
 

@@ -26,14 +26,17 @@ class Part:
 
     @property
     def slices(self) -> tuple[slice, ...]:
+        """The rectangle as an index of the whole tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
 
     @property
     def empty(self) -> bool:
+        """Whether it has no element."""
         return 0 in self.shape
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Part:
+        """Return the part that is all of a tensor of `shape`."""
         return cls((0,) * len(shape), shape)
 
 
@@ -136,6 +139,7 @@ class Shard:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Type of the elements."""
         return self.data.dtype
 
 

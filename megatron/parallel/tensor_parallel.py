@@ -53,6 +53,7 @@ class TensorParallel:
 
     @property
     def size(self) -> int:
+        """Number of tensor-parallel ranks."""
         return self.axis.size
 
     @property

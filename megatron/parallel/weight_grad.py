@@ -90,6 +90,7 @@ class WeightWork:
 
     @property
     def keeping(self) -> bool:
+        """Whether weight gradients are put off now."""
         return self._products is not None
 
     def keep(self, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor, grad: Tensor) -> None:

@@ -23,6 +23,7 @@ class Receiving:
         self._work, self._room, self._device = work, room, device
 
     def wait(self) -> Tensor:
+        """Wait for the tensor; returns it on the device of the stage."""
         self._work.wait()
         return self._room.to(self._device, non_blocking=True)
 

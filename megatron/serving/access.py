@@ -44,6 +44,7 @@ def normal_origin(text: str) -> str | None:
 
 
 def is_address(host: str) -> bool:
+    """Return whether `host` is an IP address and no name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

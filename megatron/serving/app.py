@@ -58,6 +58,7 @@ class Service:
 
     @property
     def largest_body(self) -> int:
+        """The most bytes that a request may have."""
         return largest_body(self.most_tokens)
 
 

@@ -39,6 +39,7 @@ class Control:
 
     @property
     def leads(self) -> bool:
+        """Whether this is the rank that the others follow."""
         return self.axis.first
 
     def exchange(self, command: int = NOTHING, payload: bytes = b"", *, stop: bool = False) -> Word:

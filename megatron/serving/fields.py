@@ -51,6 +51,7 @@ class Fields:
             raise RequestError(f"{name} is no field of this request; there are {', '.join(sorted(known))}", name)
 
     def whole(self, name: str, default: int, low: int, high: int | None = None) -> int:
+        """Return a whole number from `low` to `high`; RequestError for anything else."""
         value = self.held.get(name, default)
         if type(value) is not int or not low <= value <= (LARGEST if high is None else high):
             legal = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -66,12 +67,14 @@ class Fields:
         return float(value)
 
     def truth(self, name: str, default: bool = False) -> bool:
+        """Return true or false; RequestError for anything else."""
         value = self.held.get(name, default)
         if not isinstance(value, bool):
             raise RequestError(f"{name} must be true or false", name)
         return value
 
     def text(self, name: str, default: str) -> str:
+        """Return a string; RequestError for anything else."""
         value = self.held.get(name, default)
         if not isinstance(value, str):
             raise RequestError(f"{name} must be a string", name)

@@ -56,6 +56,7 @@ def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[st
 
 
 def no_model(asked: object, model: str) -> RequestError:
+    """Return the error for a client that asked for another model than `model`."""
     return RequestError(f"the model {asked!r} is not here; there is {model!r}", "model", 404, "model_not_found")
 
 
@@ -92,4 +93,5 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
 
 
 def model_body(model: str, created: int) -> dict[str, Any]:
+    """Return a model as OpenAI's routes describe it. created: seconds since 1970."""
     return {"id": model, "object": "model", "created": created, "owned_by": "megatron"}

@@ -29,12 +29,14 @@ class Record:
         self._offsets, self._width = list[int](), 0  # where each token's text begins in what is shown, and where the next one
 
     def add(self, update: Update) -> None:
+        """Add the tokens that a step of the engine gave this text."""
         self.tokens += update.tokens
         self.scores += update.scores
         self.end = update.end
 
     @property
     def written(self) -> int:
+        """Number of tokens after the prompt."""
         return len(self.tokens) - self.start
 
     def show(self) -> tuple[str, dict[str, list[Any]] | None]:

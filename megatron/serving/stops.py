@@ -68,6 +68,7 @@ class StopScan:
 
     @property
     def held(self) -> int:
+        """Number of characters at the end that may be the begin of a stop text."""
         return self._stops.depth[self._state]
 
     def read(self, text: str) -> None:

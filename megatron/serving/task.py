@@ -37,6 +37,7 @@ class Task:
     beam: BeamSearch | None = None
 
     def to_bytes(self) -> bytes:
+        """Return the task as JSON, for the other ranks."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod

@@ -112,6 +112,7 @@ class Items(SampleSource):
         return self.items[number] if number < len(self.items) else self.nothing
 
     def locate(self, number: int, position: int) -> str:
+        """Return the name of a sample, for a message about one of its tokens."""
         return self[number].name
 
 
@@ -137,6 +138,7 @@ class Epochs(SampleSource):
         return self.items[int(self._order[place])]
 
     def locate(self, number: int, position: int) -> str:
+        """Return the name of a sample, for a message about one of its tokens."""
         return self[number].name
 
 

@@ -5,5 +5,3 @@ from __future__ import annotations
 
 class TrainingError(Exception):
     """Training cannot go on; the message says why and what to do. Programs print it and exit with status 1."""
-
-

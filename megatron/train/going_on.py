@@ -20,10 +20,6 @@ from megatron.launch.signals import Interrupts
 INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells have it
 
 
-
-
-
-
 def how_to_go_on(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
     """How a run that has saved goes on, in words: by the same command, which needs --auto-resume, and no --overwrite."""
     if checkpoint.auto_resume:

@@ -52,12 +52,12 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Send(Transfer):
-    pass
+    """Start to send what an action of this rank made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receive(Transfer):
-    pass
+    """Start to receive what an action of this rank will need."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,10 +63,12 @@ class Schedule:
 
     @property
     def ranks(self) -> int:
+        """Number of pipeline ranks."""
         return len(self.programs)
 
     @property
     def stages(self) -> int:
+        """Number of stages of all ranks."""
         return len(self.placement)
 
     @cached_property
