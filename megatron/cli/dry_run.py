@@ -62,7 +62,11 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     from megatron.plan.tables import report  # reads sizes from the model, which takes torch: after all mistakes
 
     config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
-    sys.stdout.write("\n".join([*lines, *report(config, parsed.world_size, found.source, found.lines)]) + "\n")
+    try:
+        lines += report(config, parsed.world_size, found.source, found.lines)
+    except ConfigError as error:
+        explain(error, program)
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from megatron.parallel.weight_grad import WeightProduct, WeightWork
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedules.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
+from megatron.pipeline.schedules.simulate import validate
 from megatron.pipeline.transfer import Channels, Receiving
 
 WORDS = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
@@ -127,6 +128,7 @@ class Executor:
         key = len(batches), backward, early
         if key not in self._lowered:
             schedule = self.schedule(len(batches))
+            validate(schedule)
             programs = lower(schedule if backward else forward_only(schedule), early)
             self._lowered[key] = programs[self.channels.up.rank]
         return self._lowered[key]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.config.batch import ramp_sizes
+from megatron.config.errors import ConfigError, Problem
+from megatron.config.options import flag_text
 from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
 from megatron.config.schema import RunConfig
 from megatron.contract import StagePart
 from megatron.parallel.cost import flops_of
 from megatron.pipeline.partition import cut, split
-from megatron.pipeline.schedules.schedule import kind_of
+from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, kind_of, make
+from megatron.pipeline.schedules.simulate import Costs, simulate, validate
 from megatron.plan.flops import head_flops
 from megatron.plan.size import MetaModel
 
@@ -46,3 +50,25 @@ def stages_of(config: RunConfig) -> StagePlan:
         )
     last = len(placement) - 1
     return StagePlan(placement, tuple(StagePart(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)
+
+
+def schedule_of(config: RunConfig, dp: int) -> Schedule:
+    """Return the schedule of a full global batch, which was checked: each action is there once, and none waits for ever.
+
+    Args:
+        config: resolved and legal.
+        dp: data-parallel ranks, which share the micro-batches.
+
+    Raises:
+        ConfigError: the schedule's function makes another one than it should.
+    """
+    layout, name = config.layout, config.layout.pipeline_schedule or DEFAULT
+    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * dp)
+    chunks = pipeline_chunks(layout, config.model.size("num_layers"))
+    try:
+        schedule = make(name, layout.pipeline_model_parallel_size, micro_batches, chunks)
+        validate(schedule)
+        simulate(schedule, Costs())
+    except ValueError as error:
+        raise ConfigError([Problem(flag_text("layout.pipeline_schedule", name), f"cannot be run: {error}")]) from error
+    return schedule

@@ -9,12 +9,12 @@ from megatron.config.schema import RunConfig
 from megatron.mesh.grid import Grid
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.pipeline.schedules.draw import draw_text
-from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, make
+from megatron.pipeline.schedules.schedule import Schedule
 from megatron.pipeline.schedules.simulate import simulate
 from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.memory import memory_of, shards, state_of
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, schedule_of, stages_of
 from megatron.plan.time import flop_costs
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
@@ -37,15 +37,14 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
     yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({source})"
     yield ""
     plan = stages_of(config)
-    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * grid.dp)
-    schedule = make(layout.pipeline_schedule or DEFAULT, grid.pp, micro_batches, plan.chunks)
+    schedule = schedule_of(config, grid.dp)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
         return
     yield ""
     yield from memory_table(config, grid, plan, schedule)
     yield ""
-    yield from batch_table(config, grid, micro_batches)
+    yield from batch_table(config, grid, schedule.micro_batches)
     yield ""
     yield from schedule_table(config, plan, schedule)
 

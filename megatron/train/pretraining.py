@@ -38,7 +38,7 @@ from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.plan.enough_memory import check_memory
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import schedule_of, stages_of
 from megatron.plan.tables import flops_in_words, stage_table
 from megatron.train.ending import Ending, Exit
 from megatron.train.errors import TrainingError
@@ -119,6 +119,8 @@ def run_prepared(
 
     def ready(watch: Watch) -> Prepared:
         prepared = prepare(parsed, watch)
+        with refusing():
+            schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, place.world_size).dp)
         check_memory(prepared.config, place)
         hooks = installed_hooks()
         notes = (*prepared.notes, *(f"> hook of a package: {name}" for name in hooks))
