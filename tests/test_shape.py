@@ -1,14 +1,13 @@
 """How large the pieces of the code may be: lines of a file, lines and branches of a function, and lists of arguments.
 
-Each rule finds what breaks it in one parsed file. What stands in `KNOWN` breaks one today; an entry that does so no longer
-must go, so that the table can only shrink.
+Each rule finds what breaks it in one parsed file.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,17 +80,13 @@ def many_arguments(module: ast.Module, lines: int) -> Found:
         yield ast.unparse(call.func), f"a call with {len(call.args)} positional arguments; name them"
 
 
-Known = Mapping[tuple[str, str], str]  # file, name -> why it still stands
-
-
 @dataclass(frozen=True)
 class Rule:
-    """find: what breaks the rule. bad, good: sources that do and do not, at the limit. known: what does today."""
+    """find: what breaks the rule. bad, good: sources that do and do not, at the limit."""
 
     find: Callable[[ast.Module, int], Found]
     bad: str
     good: str
-    known: Known = field(default_factory=dict)
 
 
 def function_of(lines: int) -> str:
@@ -102,9 +97,6 @@ def function_with(expression: str) -> str:
     return f"def f(x):\n    return {expression}\n"
 
 
-KNOWN_PARAMETERS: Known = {
-    ("megatron/plan/activations.py", "activations_of"): "activations are to be said beside the layer they describe",
-}
 RULES = {
     "lines of a file": Rule(long_files, "x = 1\n" * 401, f'"""A table. {REASON} it is one."""\n' + "x = 1\n" * 401),
     "lines of a function": Rule(long_functions, function_of(61), function_of(60)),
@@ -117,7 +109,6 @@ RULES = {
         many_parameters,
         "class A:\n    def f(self, a, b, c, d, e, f, g): ...\n",
         "class A:\n    def f(self, a, b, c, d, e, f, *, g): ...\n    def forward(ctx, a, b, c, d, e, f, g): ...\n",
-        KNOWN_PARAMETERS,
     ),
     "positional arguments": Rule(many_arguments, "f(1, 2, 3, 4, 5, 6, 7, 8, 9)", "f(1, 2, 3, 4, 5, 6, 7, 8, i=9)"),
 }
@@ -131,15 +122,12 @@ def program_files(rule: Rule) -> list[Path]:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_no_piece_is_too_large(rule: Rule) -> None:
-    found = {
-        (shown(path), name): what
+    wrong = [
+        f"{shown(path)}: {name}: {what}"
         for path in program_files(rule)
         for name, what in rule.find(tree(path), len(path.read_text(encoding="utf-8").splitlines()))
-    }
-    wrong = [f"{path}: {name}: {what}" for (path, name), what in found.items() if (path, name) not in rule.known]
+    ]
     assert not wrong, "\n".join(wrong)
-    settled = sorted(rule.known.keys() - found.keys())
-    assert not settled, f"these keep the rule now; take them out of the table: {settled}"
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.model.rotary import Rotary
-from megatron.parallel.cost import Flops
+from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear, RowLinear
 from megatron.parallel.random import DropoutKeys, drop, head_keys
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -66,6 +66,17 @@ class Attend(Protocol):
         ...
 
 
+@runtime_checkable
+class SaysBytes(Protocol):
+    """A core attention that keeps something else than those below."""
+
+    def activation_bytes(
+        self, shape: MicroBatchShape, heads: int, groups: int, head_dim: int, dropout: float
+    ) -> ActivationBytes:
+        """Return its bytes for so many heads in so many groups."""
+        ...
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
     """Each token sees itself and what came before; the queries are the last of the keys' positions."""
     square, allowed = q.shape[2] == k.shape[2], masks.allowed
@@ -110,6 +121,7 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} heads do not divide into {groups} groups")
         own = tp.share(groups, f"{heads} heads in {groups} groups")
         self.layer, self.attend = layer, attend
+        self.dropout, self.fused_dropout = config.attention_dropout, config.fused_attention_dropout
         self.groups, self.per_group = len(own), heads // groups
         self.heads = self.groups * self.per_group
         keys = head_keys(seed, layer, range(own.start * self.per_group, own.stop * self.per_group))
@@ -122,6 +134,16 @@ class Attention(nn.Module):
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's scores with the whole sequence, and of the weighted sum of the values."""
         return Flops(core=2 * 2 * seq * self.qkv.tp.size * self.heads * self.head_dim)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of queries, keys and values, and what the core attention says of itself, or torch's takes."""
+        own = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
+        if isinstance(self.attend, SaysBytes):
+            return own + self.attend.activation_bytes(shape, self.heads, self.groups, self.head_dim, self.dropout)
+        core = 2 * (self.heads - self.groups) * self.head_dim * shape.element  # repeated keys and values
+        if self.dropout > 0.0 and not self.fused_dropout:
+            core += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its mask, what is left
+        return own + ActivationBytes(saved=core * shape.tokens, core=core * shape.tokens)
 
     def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
         mixed = self.qkv(x)

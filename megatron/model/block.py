@@ -9,6 +9,7 @@ from megatron.model.attention import Attend, Attention, AttentionCache, Masks
 from megatron.model.mlp import MLP
 from megatron.model.norm import make_norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.random import DropoutKeys, drop, site_key
 from megatron.parallel.tensor_parallel import TensorParallel
 
@@ -20,6 +21,10 @@ class HiddenDropout(nn.Module):
         super().__init__()
         self.probability = probability
         self.register_buffer("key", site_key(seed, layer, site), persistent=False)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of its mask, one for each element."""
+        return ActivationBytes(saved=shape.hidden_elements if self.probability > 0.0 else 0)
 
     def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
         """keys: the random identity of x's tokens; None outside training."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
 from megatron.parallel.tensor_parallel import TensorParallel
 
@@ -35,9 +36,14 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.gate = None
         if config.activation == "swiglu":
-            self.gate = ColumnLinear(hidden, ffn, tp, bias=bias)
+            self.gate = ColumnLinear(hidden, ffn, tp, bias=bias, same_input=True)
         self.up = ColumnLinear(hidden, ffn, tp, bias=bias)
         self.down = RowLinear(ffn, hidden, tp, bias=bias, init="output")
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of what the activation takes; with a gate also of its own output and of what that multiplies."""
+        tensors = 1 if self.gate is None else 3
+        return ActivationBytes(saved=tensors * shape.element * shape.tokens * self.up.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -27,6 +28,10 @@ class Norm(nn.Module):
         self.weight = tp.parameter(self.hidden, init="zeros" if self.zero_centred else "ones", decay=False)
         biased = self.has_bias and config.add_norm_bias
         self.bias = tp.parameter(self.hidden, init="zeros", decay=False) if biased else None
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of its input."""
+        return ActivationBytes(saved=shape.hidden_bytes)
 
     @property
     def gamma(self) -> Tensor:

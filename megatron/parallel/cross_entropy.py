@@ -56,6 +56,23 @@ def _chunk_rows(x: Tensor, shard: VocabShard) -> int:
     return max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
 
 
+def head_loss_bytes(tokens: int, hidden: int, held: int, element: int) -> int:
+    """Return what `head_loss` holds at its fullest on a GPU; on a CPU, whose chunks are smaller, at most.
+
+    There are the input and its gradient, tokens x hidden each; the weight's gradient, held x hidden in fp32, and a product or
+    a copy of it in the compute dtype; and of one chunk the logits, in 16 bit also their fp32 copy, and the fp32 probabilities.
+
+    Args:
+        tokens: of all samples at hand.
+        hidden: width of the hidden states.
+        held: rows of the vocabulary on this rank.
+        element: bytes of a number in the compute dtype.
+    """
+    rows = min(tokens, max(FEWEST_ROWS, max(CHUNK.values()) // held))
+    chunk = rows * held * (element + (4 if element < 4 else 0) + 4)
+    return 2 * element * tokens * hidden + (4 + element) * held * hidden + chunk
+
+
 class _HeadLoss(torch.autograd.Function):
     """Gradients are made along with the loss: that of the sum is each token's own, times what comes from above."""
 

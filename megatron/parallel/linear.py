@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.parallel.cost import Flops, product_flops
+from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, product_flops
 from megatron.parallel.spec import Part
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightWork, linear, weight_gradient
@@ -74,8 +74,20 @@ class ColumnLinear(nn.Module):
     ValueError when the axis does not divide out_features.
     """
 
-    def __init__(self, in_features: int, out_features: int, tp: TensorParallel, *, bias: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, tp: TensorParallel, *, bias: bool, same_input: bool = False
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            in_features: of the input.
+            out_features: of the output, over all ranks.
+            tp: the ranks.
+            bias: whether there is one.
+            same_input: whether another layer is given the same input by `column_linears`, which keeps it once.
+        """
         super().__init__()
+        self.same_input = same_input
         rows = tp.share(out_features, f"{out_features} output features")
         self.tp = tp
         self.weight_work: WeightWork | None = None
@@ -89,6 +101,14 @@ class ColumnLinear(nn.Module):
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's product with the whole weight."""
         return product_flops(self.weight)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of its input, which is kept as it came; a weight's gradient takes it whole, and the output's."""
+        rows, columns = self.weight.shape
+        each = shape.element * shape.tokens
+        if self.same_input:
+            return ActivationBytes(weight_grad=each * rows)
+        return ActivationBytes(saved=each * columns // shape.shared, weight_grad=each * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
         return column_linears(x, [self])[0]
@@ -136,6 +156,12 @@ class RowLinear(nn.Module):
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's product with the whole weight."""
         return product_flops(self.weight)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return the bytes of its input; a weight's gradient takes that and the output's."""
+        rows, columns = self.weight.shape
+        each = shape.element * shape.tokens
+        return ActivationBytes(saved=each * columns, weight_grad=each * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tp.size == 1:

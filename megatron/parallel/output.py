@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import gather_from
-from megatron.parallel.cost import Flops, product_flops
-from megatron.parallel.cross_entropy import head_loss, label_scores
+from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, product_flops
+from megatron.parallel.cross_entropy import head_loss, head_loss_bytes, label_scores
 from megatron.parallel.embedding import VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -39,6 +39,10 @@ class VocabOutput(nn.Module):
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's logits."""
         return product_flops(self.matrix)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        """Return what the loss takes."""
+        return ActivationBytes(transient=head_loss_bytes(shape.tokens, shape.hidden, self.shard.held, shape.element))
 
     def loss(self, x: Tensor, labels: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the sum of the cross-entropies that count, fp32; see `head_loss`.

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron.config.schema import MemoryConfig
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_gather, own_slice
+from megatron.parallel.cost import ActivationBytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,6 +88,27 @@ class Recompute:
             for i in range(count):
                 yield layers[i : i + 1], True
             yield layers[count:], False
+
+    def activation_bytes(self, layers: Sequence[ActivationBytes], start: int) -> ActivationBytes:
+        """Return what a stage's layers take together; what is run again keeps its input, and passes by once (2205.05198, 5).
+
+        Args:
+            layers: what each of them takes where nothing is run again.
+            start: bytes of a layer's input.
+        """
+        weight_grad = sum(layer.weight_grad for layer in layers)
+        transient = max((layer.transient for layer in layers), default=0)
+        if self.granularity == "selective":
+            again = max((layer.core for layer in layers), default=0)
+            return ActivationBytes(sum(y.saved - y.core for y in layers), 0, transient + again, weight_grad)
+        # A chunk's layers keep their inputs too: its own is there already, unless each rank has a share of it.
+        share, there = (start, start) if self.distribute is None else (start // self.distribute.size, 0)
+        saved, most = 0, 0
+        for chunk, again in self.chunks(layers):
+            whole = sum(layer.saved for layer in chunk)
+            saved += share if again else whole
+            most = max(most, whole - there) if again else most
+        return ActivationBytes(saved, 0, transient + most, weight_grad)
 
     def _again(self, function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         def recomputed(*args: P.args, **kwargs: P.kwargs) -> Tensor:

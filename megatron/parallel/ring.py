@@ -36,6 +36,7 @@ from torch import Tensor
 from megatron.contract import Batch
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import start_shift
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.random import DropoutKeys, drop
 
 
@@ -110,6 +111,22 @@ class RingAttention:
 
     def __init__(self, cp: Axis, *, causal: bool = True) -> None:
         self.cp, self.causal = cp, causal
+
+    def activation_bytes(
+        self, shape: MicroBatchShape, heads: int, groups: int, head_dim: int, dropout: float
+    ) -> ActivationBytes:
+        """Return the bytes of the heads of one rank: an fp32 number for each query and head is kept, and nothing that grows
+        with seq; the rest, an estimate, is there in the backward pass alone.
+
+        Blocks of scores, `[micro_batch, heads, chunk, chunk]` in fp32 with a chunk of half of the rank's tokens: three, with
+        dropout six. Of keys and values those at hand and those that arrive, and in fp32 three gradients: made here, leaving
+        and arriving. Of the queries copies of three tensors in the compute dtype, and in fp32 two of their gradients.
+        """
+        statistics = 4 * heads * shape.tokens
+        blocks = (6 if dropout > 0.0 else 3) * 4 * heads * (shape.seq // 2) ** 2
+        travelling = 2 * groups * head_dim * shape.seq * (2 * shape.element + 3 * 4)
+        queries = heads * head_dim * shape.seq * (3 * shape.element + 2 * 4)
+        return ActivationBytes(statistics, core=statistics, transient=shape.rows * (blocks + travelling + queries))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: RingMasks, heads: Tensor) -> Tensor:
         """q: `[batch, heads, seq / cp, head_dim]`; k, v: `[batch, groups, seq / cp, head_dim]`; the result is like q.

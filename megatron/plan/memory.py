@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 from megatron.config.optimizers import rule_for
 from megatron.config.schema import RunConfig
+from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape, activation_bytes_of
+from megatron.parallel.recompute import Recompute
 from megatron.pipeline.schedules.schedule import Op, Schedule
-from megatron.plan.activations import Activations, activations_of
 from megatron.plan.size import MetaModel, ParameterSize
 from megatron.plan.stages import StagePlan
 from megatron.plan.state_size import StateBytes, state_bytes
@@ -62,28 +63,70 @@ def state_of_rank(config: RunConfig, model: MetaModel, plan: StagePlan, rank: in
     )
 
 
+@dataclass(frozen=True)
+class StageActivations:
+    """Bytes of a stage's activations, an estimate after arXiv 2205.05198.
+
+    micro_batch: what the layers and the embedding take for one micro-batch. output: of the input of the final norm, where the
+    stage has the heads; the gradient of its output is as large. transient: while one action runs, at most.
+    """
+
+    micro_batch: ActivationBytes
+    output: int
+    transient: int
+
+    @classmethod
+    def of(cls, config: RunConfig, model: MetaModel, part: StagePart) -> StageActivations:
+        """Return those of a stage of a run."""
+        shape, ends = micro_batch_shape(config, model), model.ends(part)
+        recompute = Recompute.of(config.memory, model.tp.axis, draws=False)
+        each = {layer: activation_bytes_of(layer, shape) for layer in model.layers(part)}
+        layers = recompute.activation_bytes([each[model.layer(number)] for number in part.layers], shape.hidden_bytes)
+        saved = layers.saved
+        if ends.embedding is not None:
+            saved += activation_bytes_of(ends.embedding, shape).saved
+        elif recompute.distribute is not None:  # the executor holds what came from another rank
+            saved += shape.hidden_bytes
+        output = 0 if ends.final_norm is None else activation_bytes_of(ends.final_norm, shape).saved
+        loss = activation_bytes_of(ends, shape).transient
+        return cls(replace(layers, saved=saved), output, max(layers.transient, loss))
+
+    def held(self, in_flight: int, split: int) -> int:
+        """Return what is there between actions.
+
+        Args:
+            in_flight: micro-batches that wait for their backward pass. The loss of each is made, but for the last one's.
+            split: how many of these are between the parts of a split backward pass, and have the factors of their weights'
+                gradients, however little they kept.
+        """
+        each = self.micro_batch
+        layers = each.saved * (in_flight - split) + max(each.saved, each.weight_grad) * split
+        return layers + (self.output * (2 * in_flight - 1) if in_flight else 0)
+
+
+def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
+    """Return the micro-batch of a run as a rank sees it."""
+    return MicroBatchShape(
+        rows=(config.batch.micro_batch_size or 0) * config.model.rows,
+        seq=(config.data.seq_length or 0) // config.layout.context_parallel_size,
+        hidden=config.model.size("hidden_size"),
+        element=2 if config.precision.two_bytes else 4,
+        shared=model.tp.size if model.tp.sequence_parallel else 1,
+    )
+
+
 def memory_of(config: RunConfig, model: MetaModel, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> Memory:
     """Return what each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
 
     Those of a stage and micro-batch are there from its F until its B or W.
     """
-    sizes, vocab, batch = config.model, config.model.size("vocab_size"), config.batch
-    seq, bf16, sequence_parallel = config.data.seq_length or 0, config.precision.two_bytes, config.layout.sequence_parallel
-    cp, rows = config.layout.context_parallel_size, (batch.micro_batch_size or 0) * sizes.rows
-
-    @cache
-    def activations(stage: int, waiting: int, split: int) -> Activations:
-        part, tp = plan.parts[stage], model.tp.size
-        counts = (sizes, vocab, tp, seq, rows, bf16, sequence_parallel, part, waiting, config.memory, cp, split)
-        return activations_of(*counts)
-
-    own = plan.of_rank(rank)
-    held, split = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+    own = {stage: StageActivations.of(config, model, plan.parts[stage]) for stage in plan.of_rank(rank)}
+    in_flight, split = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
     most = 0
     for action in schedule.programs[rank]:
-        held[action.stage] += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
+        in_flight[action.stage] += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
         split[action.stage] += {Op.F: 0, Op.I: 1, Op.B: 0, Op.W: -1}[action.op]
-        counted = [activations(stage, held[stage], split[stage]) for stage in own]
-        most = max(most, sum(a.kept for a in counted) + max(a.passing for a in counted))
+        held = sum(stage.held(in_flight[number], split[number]) for number, stage in own.items())
+        most = max(most, held + max(stage.transient if in_flight[number] else 0 for number, stage in own.items()))
     state = state_of_rank(config, model, plan, rank, owners)
     return Memory(state.weights, state.gradients, state.optimizer, most)

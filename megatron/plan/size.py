@@ -18,6 +18,7 @@ from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
 from megatron.model.build import model_class
 from megatron.model.transformer import Transformer
+from megatron.parallel.ring import RingAttention
 from megatron.parallel.spec import ParamSpec, spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 
@@ -42,17 +43,20 @@ class ParameterSize:
 class MetaModel:
     """A model on the meta device, as the first of `tp` ranks holds it: each pair of ends and each kind of layer built once."""
 
-    def __init__(self, config: ModelConfig, tp: int = 1, *, sequence_parallel: bool = False) -> None:
+    def __init__(self, config: ModelConfig, tp: int = 1, *, sequence_parallel: bool = False, cp: int = 1) -> None:
         """Take the model's sizes.
 
         Args:
             config: resolved, with vocab_size set.
             tp: the tensor-parallel size.
             sequence_parallel: whether activations between the parallel layers are cut as well.
+            cp: the context-parallel size.
         """
         self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
         self.whole = StagePart(range(config.size("num_layers")))
         self._model = model_class(config)
+        axis = Axis("cp", cp, 0, tuple(range(cp)))
+        self._attend = RingAttention(axis, causal=self._model.causal) if cp > 1 else None
         self._ends: dict[tuple[bool, bool], Transformer] = {}
         self._layers: dict[Hashable, nn.Module] = {}
 
@@ -60,7 +64,8 @@ class MetaModel:
     def of(cls, config: RunConfig) -> MetaModel:
         """Return the model of a run, as its layout cuts it."""
         layout = config.layout
-        return cls(config.model, layout.tensor_model_parallel_size, sequence_parallel=layout.sequence_parallel)
+        sequence_parallel, cp = layout.sequence_parallel, layout.context_parallel_size
+        return cls(config.model, layout.tensor_model_parallel_size, sequence_parallel=sequence_parallel, cp=cp)
 
     def ends(self, part: StagePart) -> Transformer:
         """Return a stage without its layers."""
@@ -104,7 +109,7 @@ class MetaModel:
         return sum(p.count for p in self.parameters(part))
 
     def _build(self, part: StagePart) -> Transformer:
-        return self._model(self.config, part, self.tp, device="meta")
+        return self._model(self.config, part, self.tp, attend=self._attend, device="meta")
 
 
 def _sizes(module: nn.Module) -> Iterator[ParameterSize]:

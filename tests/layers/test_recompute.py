@@ -18,9 +18,10 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.attention import causal_attention
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
+from megatron.parallel.cost import MicroBatchShape, activation_bytes_of
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.activations import layer_activations
+from megatron.plan.size import MetaModel
 
 LAYERS = 5
 KINDS = {
@@ -237,7 +238,7 @@ def test_fused_attention_keeps_less_than_the_published():
 
 
 GATED = replace(LLAMA, hidden_size=256, num_attention_heads=8, normalization="LayerNorm", attention_dropout=0.1)
-BEYOND = {  # what the paper does not count, as plan/activations.py does
+BEYOND = {  # what the paper does not count, as the modules do
     "rotary, grouped queries, gate": GATED,
     "grouped queries alone": replace(dropping(WIDE), num_query_groups=2),
     "rotary alone": replace(dropping(WIDE), position_embedding_type="rope"),
@@ -250,8 +251,9 @@ BEYOND = {  # what the paper does not count, as plan/activations.py does
 @pytest.mark.parametrize("form", BEYOND)
 def test_memory_beyond_the_published(form, kind):
     config = resolve(RunConfig(model=BEYOND[form])).model
-    each = layer_activations(config, 1, SEQ, False, False)
-    expected = SEQ * 2 * LAYERS * (each.all - (each.core if kind == "selective" else 0.0))
+    layer = MetaModel(config).layer(0)
+    each = activation_bytes_of(layer, MicroBatchShape(rows=2, seq=SEQ, hidden=256, element=4))
+    expected = LAYERS * (each.saved - (each.core if kind == "selective" else 0))
     # Angles are kept once for all layers: [seq, batch, 1, head] cosines and sines.
     angles = 2 * SEQ * 2 * 32 * 4 if BEYOND[form].position_embedding_type == "rope" else 0
     assert kept_bytes(BEYOND[form], kind) == pytest.approx(expected + angles, rel=0.01)

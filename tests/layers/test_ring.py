@@ -20,9 +20,9 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.attention import Masks, causal_attention
 from megatron.parallel import ring
 from megatron.parallel.collectives import start_shift
+from megatron.parallel.cost import MicroBatchShape
 from megatron.parallel.random import DropoutKeys, head_keys
 from megatron.parallel.ring import RingAttention, blocks_of, chunks_of, share
-from megatron.plan.activations import ring_bytes
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -251,7 +251,9 @@ def backward_bytes(model: ModelConfig, seq: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_memory_that_a_dry_run_shows_is_what_a_backward_pass_takes(world, dropout, dtype):
     model = ModelConfig(num_attention_heads=4, num_query_groups=2, kv_channels=32, attention_dropout=dropout)
-    expected = ring_bytes(model, 1, 1024, 1, dtype == torch.bfloat16, world)
+    shape = MicroBatchShape(rows=1, seq=1024 // world, hidden=128, element=dtype.itemsize)
+    ring = RingAttention(Axis("cp", world, 0, tuple(range(world))))
+    expected = ring.activation_bytes(shape, heads=4, groups=2, head_dim=32, dropout=dropout).transient
     for peak in on_ranks(world, backward_bytes, model, 1024, dtype):
         assert peak == pytest.approx(expected, rel=0.15)
 

@@ -23,10 +23,12 @@ from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
 from megatron.model.norm import LayerNorm
 from megatron.optim.buffers import flat_buffers
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.enough_memory import states
 from megatron.plan.flops import flops_per_token, stage_flops
+from megatron.plan.memory import StageActivations
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import stages_of
 from megatron.plan.tables import report
@@ -41,6 +43,9 @@ class ToyNorm(LayerNorm):
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__(config, tp)
         self.power = tp.parameter(self.hidden, init="ones", decay=False)
+
+    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
+        return super().activation_bytes(shape) + ActivationBytes(saved=shape.hidden_bytes)  # what is multiplied
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * self.power
@@ -119,3 +124,13 @@ def test_what_a_layer_computes_it_says_itself() -> None:
         assert flops_per_token(model, seq) == expected
         even, odd = (stage_flops(model, seq, StagePart(range(n, n + 1), False, False)) for n in (2, 3))
         assert (odd.forward - even.forward, odd.backward - even.backward, odd.weight - even.weight) == (each, each, each)
+
+
+def test_what_a_layer_keeps_it_says_itself(toy: tuple[ModelConfig, int]) -> None:
+    """In hidden states of a micro-batch, of which a plain layer keeps 16 and its weight gradients take as many: of two layers
+    each toy norm keeps one more, or one layer the input of one matrix more, whose gradient takes that and its wide output."""
+    run = config_of(toy[0], 1, 1)
+    found = StageActivations.of(run, MetaModel.of(run), StagePart(range(1, 3), False, False)).micro_batch
+    saved, weight_grad = (4, 0) if toy[0].normalization == "toy" else (1, 3)
+    hidden = 4 * 16 * HIDDEN
+    assert (found.saved, found.weight_grad) == ((32 + saved) * hidden, (32 + weight_grad) * hidden)

@@ -23,11 +23,12 @@ from megatron.config.compare import FREE
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import IndexedWriter
-from megatron.mesh.mesh import Mesh
+from megatron.mesh.mesh import Axis, Mesh
+from megatron.parallel.cost import MicroBatchShape
+from megatron.parallel.ring import RingAttention
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
 from megatron.pipeline.schedules.simulate import Costs, simulate
-from megatron.plan.activations import ring_bytes
-from megatron.plan.memory import memory_of
+from megatron.plan.memory import StageActivations, memory_of
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan, stages_of
 from megatron.plan.time import flop_costs
@@ -163,13 +164,21 @@ def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[
 def test_each_context_parallel_rank_has_its_part_of_the_tokens() -> None:
     more = ["--context-parallel-size", "2", "--world-size", "8"]
     config, plan, made = pipeline("1f1b", 4, *more)
+    shape = MicroBatchShape(rows=2, seq=32, hidden=768, element=2)
+    ring = RingAttention(Axis("cp", 2, 0, (0, 1))).activation_bytes(shape, heads=12, groups=12, head_dim=64, dropout=0.1)
+    assert (passing := ring.transient) > 0
     layer = 32 * 2 * (34 * 768 + 4 * 12)  # no attention weights, but a number for each token and head
     for rank in (1, 2):
-        passing = ring_bytes(config.model, 1, 64, 2, True, 2)
         assert memory_of(config, MetaModel.of(config), plan, made, rank).activations == (4 - rank) * 3 * layer + passing
+
+    def transient(seq: int, cp: int) -> int:
+        layout = replace(config.layout, context_parallel_size=cp, tensor_model_parallel_size=2)
+        run = replace(config, layout=layout, data=replace(config.data, seq_length=seq))
+        return StageActivations.of(run, MetaModel.of(run), plan.parts[1]).transient
+
     # A rank's share of a sequence decides, not the sequence.
-    assert ring_bytes(config.model, 2, 8 * 1024, 1, True, 8) == ring_bytes(config.model, 2, 2 * 1024, 1, True, 2)
-    assert ring_bytes(config.model, 2, 1024, 1, True, 1) == 0
+    assert transient(8 * 1024, 8) == transient(2 * 1024, 2) > 0
+    assert transient(1024, 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
 from megatron.optim import buffers
 from megatron.parallel import cross_entropy
+from megatron.parallel.cross_entropy import CHUNK, FEWEST_ROWS, head_loss_bytes
 from megatron.parallel.embedding import VocabShard, padded_vocabulary
 from megatron.parallel.spec import spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
-from megatron.plan.activations import CHUNK, FEWEST_ROWS, activations_of, head_loss_bytes
 from megatron.plan.flops import (
     causal_flops_per_token,
     flops_per_token,
@@ -39,7 +40,7 @@ from megatron.plan.flops import (
     layer_flops,
     stage_flops,
 )
-from megatron.plan.memory import Memory, memory_of
+from megatron.plan.memory import Memory, StageActivations, memory_of
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan
 
@@ -65,25 +66,43 @@ FORMS = {
 }
 
 
-def activation_bytes(*args, **options) -> int:
+def run_of(
+    model: ModelConfig,
+    *,
+    tp: int = 1,
+    seq: int = 8,
+    rows: int = 1,
+    bf16: bool = True,
+    sequence_parallel: bool = False,
+    memory: MemoryConfig | None = None,
+    optimizer: str = "adam",
+) -> RunConfig:
+    layout = LayoutConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+    run = RunConfig(model=model, layout=layout, optim=OptimConfig(optimizer=optimizer), precision=PrecisionConfig(bf16=bf16))
+    return replace(
+        run, data=DataConfig(seq_length=seq), batch=BatchConfig(micro_batch_size=rows), memory=memory or MemoryConfig()
+    )
+
+
+def activations_of(model: ModelConfig, part: StagePart, **options: Any) -> StageActivations:
+    run = run_of(model, **options)
+    return StageActivations.of(run, MetaModel.of(run), part)
+
+
+def activation_bytes(model: ModelConfig, part: StagePart, in_flight: int = 1, **options: Any) -> int:
     """A stage's activations at their fullest, all together."""
-    found = activations_of(*args, **options)
-    return found.kept + found.passing
+    found = activations_of(model, part, **options)
+    return found.held(in_flight, 0) + (found.transient if in_flight else 0)
 
 
 def memory_on_a_rank(
     model: ModelConfig,
     *parts: StagePart,
-    tp: int = 1,
     in_flight: Sequence[int] = (),
-    optimizer: str = "adam",
-    bf16: bool = True,
-    memory: MemoryConfig | None = None,
+    **options: Any,
 ) -> Memory:
-    """Of a rank with these stages, by default the whole model, and a sample of eight tokens."""
-    layout = LayoutConfig(tensor_model_parallel_size=tp)
-    run = RunConfig(model=model, layout=layout, optim=OptimConfig(optimizer=optimizer), precision=PrecisionConfig(bf16=bf16))
-    run = replace(run, data=DataConfig(seq_length=8), batch=BatchConfig(micro_batch_size=1), memory=memory or MemoryConfig())
+    """Of a rank with these stages, by default the whole model."""
+    run = run_of(model, **options)
     parts = parts or (StagePart(range(model.size("num_layers"))),)
     plan = StagePlan((0,) * len(parts), parts, len(parts))
     forward = [Action(Op.F, stage, i) for stage, count in enumerate(in_flight or [1] * len(parts)) for i in range(count)]
@@ -249,12 +268,12 @@ def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool)
     model, s, b = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 4
     h, a, layers = 3072, 32, 72
     per_layer = s * b * h * ((34 + 5 * a * s / h) / tp if sequence_parallel else 10 + 24 / tp + 5 * a * s / (h * tp))
-    stage = StagePart(range(layers), False, False)
-    assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage) == int(layers * per_layer)
+    stage, how = StagePart(range(layers), False, False), dict(tp=tp, seq=s, rows=b, sequence_parallel=sequence_parallel)
+    assert activation_bytes(model, stage, **how) == int(layers * per_layer)
     fused = replace(model, fused_attention_dropout=True)
-    kept = activation_bytes(fused, 50257, tp, s, b, True, sequence_parallel, stage)
+    kept = activation_bytes(fused, stage, **how)
     assert layers * per_layer - kept == layers * s * b * 5 * a * s / tp
-    assert activation_bytes(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight=3) == 3 * int(layers * per_layer)
+    assert activation_bytes(model, stage, 3, **how) == 3 * int(layers * per_layer)
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
@@ -264,9 +283,9 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
     stage = StagePart(range(1, 73), False, False)
 
     def counted(in_flight: int = 1, **memory: object) -> tuple[int, int]:
-        config = MemoryConfig(**memory)  # type: ignore[arg-type]
-        found = activations_of(model, 50257, tp, s, b, True, sequence_parallel, stage, in_flight, config)
-        return found.kept, found.passing
+        how = dict(tp=tp, seq=s, rows=b, sequence_parallel=sequence_parallel)
+        found = activations_of(model, stage, **how, memory=MemoryConfig(**memory))  # type: ignore[arg-type]
+        return found.held(in_flight, 0), found.transient
 
     linear, square = s * b * h * (34 / tp if sequence_parallel else 10 + 24 / tp), s * b * 5 * a * s // tp
     whole, start = int(linear + square), 2 * s * b * h // (tp if sequence_parallel else 1)
@@ -280,18 +299,17 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
     full["recompute_method"] = "block"
     assert counted(**full, recompute_num_layers=5) == (5 * start + 67 * whole, whole - start)
     assert counted(**full, recompute_num_layers=100) == (72 * start, whole - start)
-    if not sequence_parallel:  # the stage's own input came whole from another rank
+    if tp > 1 and not sequence_parallel:  # the stage's own input came whole from another rank
         assert counted(**full, recompute_num_layers=72, distribute_saved_activations=True) == (72 * start // tp + start, whole)
 
 
 def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> None:
     # h = 3072, 16 bit: inputs h, h, h, 4 h and gradients 3 h, h, 4 h, h of the four linear layers.
     model, stage, tokens = complete(ModelConfig(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
-    memory = MemoryConfig("full", "uniform")
-    found = activations_of(model, 50257, 1, tokens, 1, True, False, stage, 5, memory, split=2)
-    assert found.kept == tokens * 3072 * (3 * 2 + 2 * 32)
-    plain = activations_of(model, 50257, 1, tokens, 1, True, False, stage, 5, split=2)
-    assert plain.kept == 5 * activation_bytes(model, 50257, 1, tokens, 1, True, False, stage)
+    found = activations_of(model, stage, seq=tokens, memory=MemoryConfig("full", "uniform"))
+    assert found.held(5, split=2) == tokens * 3072 * (3 * 2 + 2 * 32)
+    plain = activations_of(model, stage, seq=tokens)
+    assert plain.held(5, split=2) == 5 * activation_bytes(model, stage, seq=tokens)
 
 
 def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
@@ -299,7 +317,7 @@ def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
     first, last, memory = StagePart(range(1), True, False), StagePart(range(1, 3), False, False), MemoryConfig("full", "block")
     alone = [memory_on_a_rank(model, stage, memory=memory) for stage in (first, last)]
     both = memory_on_a_rank(model, first, last, memory=memory)
-    passing = activations_of(model, VOCAB, 1, 8, 1, True, False, first, 1, memory).passing
+    passing = activations_of(model, first, memory=memory).transient
     assert 0 < passing == sum(m.activations for m in alone) - both.activations
 
 
@@ -307,29 +325,33 @@ def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     # Tokens in chunks of 2^27 // 25216 = 5322; on each of 2 ranks 50432 / 2 = 25216 rows; bf16.
     model, tokens, hidden, held = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
     loss = 2 * 2 * tokens * hidden + (4 + 2) * held * hidden + (2 + 4 + 4) * (2**27 // held) * held
-    assert head_loss_bytes(tokens, hidden, held, True) == loss
-    alone = StagePart(range(0), False, True)
-    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone) == loss + 2 * tokens * hidden
-    assert activation_bytes(model, 50257, 2, 1024, 16, True, True, alone) == loss + 2 * tokens * hidden // 2
+    model = replace(model, vocab_size=50257)
+    assert head_loss_bytes(tokens, hidden, held, 2) == loss
+    alone, how = StagePart(range(0), False, True), dict(tp=2, seq=1024, rows=16)
+    assert activation_bytes(model, alone, **how) == loss + 2 * tokens * hidden
+    assert activation_bytes(model, alone, **how, sequence_parallel=True) == loss + 2 * tokens * hidden // 2
     # Two more wait, each with the final norm's input and the gradient of its output; before the first there is nothing.
-    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=3) == loss + 5 * 2 * tokens * hidden
-    assert activation_bytes(model, 50257, 2, 1024, 16, True, False, alone, in_flight=0) == 0
+    assert activation_bytes(model, alone, 3, **how) == loss + 5 * 2 * tokens * hidden
+    assert activation_bytes(model, alone, 0, **how) == 0
     # A vocabulary that fills a chunk in a few rows still gets the fewest; a short batch gets no more rows than tokens.
     chunk = 8 * FEWEST_ROWS * 2**20
-    assert head_loss_bytes(1000, 1, 2**20, False) == 8 * 1000 + 8 * 2**20 + chunk
-    assert head_loss_bytes(10, 1, 100, False) == 8 * 10 + 8 * 100 + 8 * 10 * 100
+    assert head_loss_bytes(1000, 1, 2**20, 4) == 8 * 1000 + 8 * 2**20 + chunk
+    assert head_loss_bytes(10, 1, 100, 4) == 8 * 10 + 8 * 100 + 8 * 10 * 100
 
 
 def test_the_chunks_are_those_of_the_loss() -> None:
-    assert CHUNK == cross_entropy.CHUNK["cuda"] == max(cross_entropy.CHUNK.values())
-    assert FEWEST_ROWS == cross_entropy.FEWEST_ROWS
+    """Twice the rows of the vocabulary take the logits of the same chunk, a GPU's, until that is of the fewest tokens."""
+    assert CHUNK["cuda"] == max(CHUNK.values())
+    tokens, held = 2**22, 2**17
+    logits = [head_loss_bytes(tokens, 1, n, 4) - 8 * tokens - 8 * n for n in (held, 2 * held, 4 * held, 2**20)]
+    assert logits == [8 * CHUNK["cuda"]] * 3 + [8 * FEWEST_ROWS * 2**20]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the allocator's own record of four chunks; the input is there before the record begins."""
     tokens, hidden, held = 4 * FEWEST_ROWS, 256, 2048
-    monkeypatch.setattr("megatron.plan.activations.CHUNK", 0)
+    monkeypatch.setattr(cross_entropy, "CHUNK", {"cpu": 0})
     dtype, axis = torch.bfloat16 if bf16 else torch.float32, Axis.alone("tp")
     x, weight = (torch.randn(rows, hidden).to(dtype).requires_grad_() for rows in (tokens, held))
     labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
@@ -341,4 +363,4 @@ def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch:
     record = [e["args"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]
     before = record[0]["Total Allocated"] - record[0]["Bytes"]
     peak = max(entry["Total Allocated"] for entry in record) - before
-    assert peak == pytest.approx(head_loss_bytes(tokens, hidden, held, bf16) - x.nbytes, rel=0.05)
+    assert peak == pytest.approx(head_loss_bytes(tokens, hidden, held, dtype.itemsize) - x.nbytes, rel=0.05)
