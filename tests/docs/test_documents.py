@@ -44,10 +44,18 @@ def checkout(tmp_path: Path) -> Path:
     """The repository as a fresh clone's user sees it, with nothing of theirs in it."""
     for name in ("README.md", "pretrain_gpt.py", "tasks", "tools", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    activate = tmp_path / ".venv" / "bin" / "activate"
-    activate.parent.mkdir(parents=True)
-    activate.write_text(f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    # In 0.1 s instead of 3; a python of its own has every tool below, and torchrun in tests/train.
+    (programs / "python").symlink_to(os.environ["WARM_PYTHON"])
+    put_script(programs / "torchrun", 'exec "$(dirname "$0")/python" -m torch.distributed.run "$@"')
+    (programs / "activate").write_text(f"PATH={programs}:{shlex.quote(str(Path(sys.executable).parent))}:$PATH\n")
     return tmp_path
+
+
+def put_script(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
 
 
 @pytest.mark.parametrize(("document", "block"), EVERY, ids=[f"{d}-{i}" for i, (d, _) in enumerate(EVERY)])
