@@ -151,7 +151,7 @@ def restarted(parsed: Parsed, place: Place) -> Parsed | None:
     if checkpoint.auto_resume:
         return parsed
     line = f"restart {place.attempt} by torchrun: "
-    from megatron.train.pretraining import announced_in
+    from megatron.train.continuation import announced_in
 
     if ours and announced_in(checkpoint.save) != progress.tracker:
         line += "going on from the newest checkpoint of --save, as with --auto-resume"

@@ -1,0 +1,88 @@
+"""Whether this process goes on with the run of --save, and what that means for the files that lie there."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from megatron.checkpoint.agreement import together
+from megatron.checkpoint.layout import CheckpointError, announced
+from megatron.config.schema import RunConfig
+from megatron.parallel.collectives import all_reduce
+from megatron.train.in_job import say
+from megatron.train.run import Run
+from megatron.train.save_directory import begins_beside, set_metrics_aside, set_run_aside
+from megatron.train.sinks import Sink, open_sinks
+from megatron.train.source import Source
+from megatron.train.wandb_sink import wandb_sink
+
+
+def save_directory(config: RunConfig) -> str | None:
+    """Return --save; None for an evaluation, which leaves all alone that lies there."""
+    return None if config.eval.skip_train else config.checkpoint.save
+
+
+def continues_run(source: Source, config: RunConfig) -> bool:
+    """Return whether this goes on with the run of --save: its lines beyond the checkpoint will be written again.
+
+    Another run's lines are left alone.
+    """
+    save = save_directory(config)
+    if save is None:
+        return False
+    if source.directory is None:  # this run, killed before its first checkpoint
+        return config.checkpoint.auto_resume or config.checkpoint.load is not None
+    return source.progress and source.directory.resolve().parent == Path(save).resolve()
+
+
+def is_trained(source: Source, run: Run) -> bool:
+    """Return whether the last iteration of the run is in its checkpoint already."""
+    total = run.config.batch.train_iters or 0
+    return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
+
+
+def first_says(run: Run, answer: bool) -> bool:
+    """The first rank's answer, on all ranks: each may see a file at another moment. Collective."""
+    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)
+    return bool(all_reduce(vote, run.mesh.world, "max").item())
+
+
+def set_aside(run: Run, source: Source, out: TextIO | None) -> None:
+    """Put aside what another run has left in --save, where this one was told to begin there. Collective."""
+    config, save = run.config, save_directory(run.config)
+    if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
+        say(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
+    if save is not None and begins_beside(source, config):
+        aside = partial(set_run_aside, Path(save), config.log.metrics_path)
+        say(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
+
+
+def run_sinks(run: Run, source: Source, out: TextIO, *, own: bool, evaluated: bool) -> list[Sink]:
+    """Open the sinks of a run, on the first rank.
+
+    Args:
+        run: at the position that it goes on from.
+        source: that position's.
+        out: the console.
+        own: whether it goes on with the run of --save.
+        evaluated: whether the evaluations after that position were made.
+    """
+    return open_sinks(
+        run.config.log,
+        out,
+        resume_at=run.state.iteration if own else None,
+        evaluated=evaluated,
+        binary=run.config.model.predicts_order,
+        wandb=wandb_sink(run, save_directory(run.config), own, source.directory is not None),
+    )
+
+
+def announced_in(save: str | None) -> int | None:
+    """The iteration that --save announces as its latest; None where it says nothing that can be read."""
+    with suppress(CheckpointError):
+        return announced(Path(save)) if save is not None else None
+    return None
