@@ -82,7 +82,8 @@ Step = Callable[[int], object]
 def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
     """Return a step of this framework's optimizer, and the tensors that it keeps."""
     buffers = flat_buffers(model.parameters(), 4_000_000, mesh, sharded=sharded)
-    optimizer = Optimizer(buffers, OptimConfig(clip_grad=CLIP), mesh, overlap_grad_reduce=overlap)
+    config = OptimConfig(clip_grad=CLIP, start_weight_decay=DECAY, end_weight_decay=DECAY)
+    optimizer = Optimizer(buffers, config, mesh, overlap_grad_reduce=overlap)
 
     def step(number: int) -> None:
         optimizer.zero(1)

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron.config.resolve import resolve
-from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, OptimConfig, PrecisionConfig, RunConfig
+from megatron.config.schema import (
+    BatchSettings,
+    DataSettings,
+    LayoutSettings,
+    ModelConfig,
+    ModelSettings,
+    OptimSettings,
+    PrecisionConfig,
+    RunConfig,
+    RunSettings,
+)
 from megatron.contract import Batch, StagePart
 from megatron.launch.environment import Place
 from megatron.launch.job import Job, job
@@ -62,8 +72,8 @@ DEFAULT = Options()
 def config_of(case: Case, schedule: str | None = None, options: Options = DEFAULT) -> RunConfig:
     """The run that a command line with the same numbers would give. schedule: of the pipeline."""
     dims, gpu = case.dims, case.device == "cuda"
-    config = RunConfig(
-        model=ModelConfig(
+    config = RunSettings(
+        model=ModelSettings(
             num_layers=dims.layers,
             hidden_size=dims.width,
             num_attention_heads=dims.heads,
@@ -72,20 +82,20 @@ def config_of(case: Case, schedule: str | None = None, options: Options = DEFAUL
             hidden_dropout=0.0,
             vocab_size=dims.vocab,
         ),
-        layout=LayoutConfig(
+        layout=LayoutSettings(
             tensor_model_parallel_size=case.tp,
             sequence_parallel=case.sequence_parallel,
             pipeline_model_parallel_size=case.pp,
             pipeline_schedule=schedule,
         ),
-        data=DataConfig(seq_length=dims.seq),
-        batch=BatchConfig(
+        data=DataSettings(seq_length=dims.seq),
+        batch=BatchSettings(
             micro_batch_size=dims.micro_batch,
             global_batch_size=dims.micro_batch * case.micro_batches * case.dp,
             train_iters=10**6,
             compile=gpu and not options.eager,
         ),
-        optim=OptimConfig(lr=LR, lr_decay_style="constant", clip_grad=CLIP, adam_kernel=options.kernel),
+        optim=OptimSettings(lr=LR, lr_decay_style="constant", clip_grad=CLIP, adam_kernel=options.kernel),
         precision=PrecisionConfig(
             bf16=gpu,
             grad_reduce_in_bf16=gpu and options.bf16_gradients,

@@ -12,8 +12,8 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelSettings, RunSettings
 from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import Opened, open_pipeline
@@ -56,7 +56,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 def trained(root: Path, steps: int, **change: Any) -> Path:
     """A checkpoint of a model that has seen some sentences, with a byte tokenizer; exported to root/hf."""
-    config = resolve(RunConfig(model=ModelConfig(**{**FORM, **change}))).model
+    config = resolve_model(ModelSettings(**{**FORM, **change}))
     model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     text = ByteTokenizer().tokenize(". ".join(sentences(400, 1)))
@@ -68,7 +68,7 @@ def trained(root: Path, steps: int, **change: Any) -> Path:
         adam.step()
         adam.zero_grad()
     content = {"model": ModuleWeights(model)}
-    saved = to_json(RunConfig(model=config))
+    saved = to_json(RunSettings(model=config))
     save(root / "run", steps, content, Mesh.single(), config=saved, assets=ByteTokenizer().files())
     if config.architecture == "gpt":
         export_hf(find(root / "run"), root / "hf")

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from megatron.config.resolve import resolve
 from megatron.config.schema import (
-    BatchConfig,
-    DataConfig,
-    LayoutConfig,
+    BatchSettings,
+    DataSettings,
+    LayoutSettings,
     MemoryConfig,
-    ModelConfig,
-    OptimConfig,
+    ModelSettings,
+    OptimSettings,
     PrecisionConfig,
     RunConfig,
+    RunSettings,
 )
 from megatron.contract import Batch
 from megatron.data.batch import document_starts, documents_before
@@ -29,7 +30,7 @@ from megatron.train.loop import advance
 from megatron.train.run import Run, build
 
 SEQ = 16
-GPT2 = ModelConfig(
+GPT2 = ModelSettings(
     num_layers=2,
     hidden_size=32,
     num_attention_heads=4,
@@ -51,7 +52,7 @@ LLAMA = replace(
 BERT = replace(GPT2, architecture="bert")
 
 
-def dropping(model: ModelConfig) -> ModelConfig:
+def dropping(model: ModelSettings) -> ModelSettings:
     return replace(model, hidden_dropout=0.1, attention_dropout=0.1)
 
 
@@ -63,7 +64,7 @@ class Setting:
     attention begin anew after it.
     """
 
-    model: ModelConfig = GPT2
+    model: ModelSettings = GPT2
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -78,17 +79,17 @@ class Setting:
     documents: bool = False
     bf16: bool = False
     precision: PrecisionConfig | None = None
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(lr=1e-2, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
     )
     loss_average: str = "token"
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def config(self, world: int, steps: int) -> RunConfig:
         return resolve(
-            RunConfig(
+            RunSettings(
                 model=self.model,
-                layout=LayoutConfig(
+                layout=LayoutSettings(
                     tensor_model_parallel_size=self.tp,
                     pipeline_model_parallel_size=self.pp,
                     context_parallel_size=self.cp,
@@ -98,8 +99,8 @@ class Setting:
                     sequence_parallel=self.sequence_parallel,
                     **dict(self.split),
                 ),
-                data=DataConfig(seq_length=SEQ, eod_mask_loss=self.masked),
-                batch=BatchConfig(
+                data=DataSettings(seq_length=SEQ, eod_mask_loss=self.masked),
+                batch=BatchSettings(
                     micro_batch_size=self.micro_batch,
                     global_batch_size=self.global_batch,
                     train_iters=steps,

@@ -12,7 +12,6 @@ from source_files import ROOT, sources, tree
 
 # What no program uses, and why it stands in the package nonetheless.
 ALLOWED = {
-    "megatron.config.batch.micro_batch_count": "the sections of the configuration are being rewritten",
     "megatron.config.rules.check": "for Python: a configuration without a command line",
     "megatron.data.packed.UnpackedFile.readable": "called by Python's own readers of files",
     "megatron.data.packed._Rejoined.readable": "called by Python's own readers of files",

@@ -10,8 +10,8 @@ import torch
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.inference.pipeline import Pipeline
 from megatron.mesh.mesh import Mesh
@@ -24,7 +24,7 @@ POSITIONS = 48
 def build(form: ModelConfig, vocab: int = 127) -> GPT:
     """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
     wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
-    config = replace(resolve(RunConfig(model=wanted)).model, vocab_size=vocab)
+    config = replace(resolve_model(wanted), vocab_size=vocab)
     model = GPT(config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -40,5 +40,5 @@ def predictor(model: GPT | Pipeline) -> Pipeline:
 
 
 def save_model(model: GPT, root: Path, assets=None) -> Path:
-    config = to_json(RunConfig(model=model.config))
+    config = to_json(RunSettings(model=model.config))
     return save(root, 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config, assets=assets)

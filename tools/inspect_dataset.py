@@ -15,7 +15,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.rules import out_of_range
-    from megatron.config.schema import DataConfig, RunConfig, TokenizerConfig
+    from megatron.config.schema import DataConfig, DataSettings, RunSettings, TokenizerConfig
     from megatron.data.bert import SPECIAL, PairSample
     from megatron.data.blend import parse_blend
     from megatron.data.build import MakeSamples, bert_samples, build_datasets
@@ -32,11 +32,13 @@ def parser() -> argparse.ArgumentParser:
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument("prefix", type=some_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
     p.add_argument("--samples", type=count, default=0, help="also the first N training samples of a run with --train-samples N")
-    p.add_argument("--split", default=DataConfig().split, help="shares of training, validation and test documents")
+    p.add_argument("--split", default=DataSettings().split, help="shares of training, validation and test documents")
     p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")
     p.add_argument("--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there")
-    p.add_argument("--mask-prob", type=float, default=DataConfig().mask_prob, help="of BERT: share of tokens to guess")
-    p.add_argument("--short-seq-prob", type=float, default=DataConfig().short_seq_prob, help="of BERT: share of short samples")
+    p.add_argument("--mask-prob", type=float, default=DataSettings().mask_prob, help="of BERT: share of tokens to guess")
+    p.add_argument(
+        "--short-seq-prob", type=float, default=DataSettings().short_seq_prob, help="of BERT: share of short samples"
+    )
     p.add_argument("--seq-length", type=int, help="tokens per sample")
     p.add_argument("--seed", type=int, default=1234, help="the run's seed")
     p.add_argument("--data-cache-path", help="directory for built sample indices")
@@ -115,7 +117,7 @@ def first_samples(
 
 def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
     """BERT's samples. DataError for settings that pretrain_bert.py would refuse."""
-    if wrong := [str(problem) for name, problem in out_of_range(RunConfig(data=data)) if name.startswith("data.")]:
+    if wrong := [str(problem) for name, problem in out_of_range(RunSettings(data=data)) if name.startswith("data.")]:
         raise DataError("; ".join(wrong))
     if (data.seq_length or 0) < SPECIAL + 2:
         raise DataError(f"--seq-length {data.seq_length} is too short for [CLS], two segments and two [SEP]")
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
     if tokenizer is not None:
-        chosen_for_data(DataConfig(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
+        chosen_for_data(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
     report: dict[str, Any] = {"datasets": [describe(dataset, tokenizer, args.documents) for dataset in datasets]}

@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron.checkpoint.layout import CONFIG, CheckpointError, read_config, read_manifest
 from megatron.config.command_line.saved import from_json
 from megatron.config.errors import ConfigError
+from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig
 
 
@@ -22,4 +23,7 @@ def model_config(directory: Path) -> ModelConfig:
     # Tables of the tensors are made from this number, and every layer has one at least.
     if model.num_layers is not None and model.num_layers > 10 * (have := len(read_manifest(directory).tensors)):
         raise CheckpointError(f"{directory / CONFIG}: it asks for {model.num_layers:,} layers, and there are {have} tensors")
-    return model
+    try:
+        return resolve_model(model)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: its {CONFIG} describes no model: {error}") from error

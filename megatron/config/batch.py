@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -23,7 +23,7 @@ STEPS = "batch.step_batch_size_schedule"
 
 
 @dataclass(frozen=True)
-class BatchConfig:
+class BatchSettings:
     """Amount of training, and its portions."""
 
     micro_batch_size: int | None = option(None, "samples per rank and forward pass", legal=POSITIVE)
@@ -68,17 +68,30 @@ class BatchConfig:
     compile: bool = option(False, "compile the transformer layers with torch.compile; pays off at tensor-parallel size 1")
 
 
-def global_batch_size_at(batch: BatchConfig, consumed_samples: int) -> int:
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(BatchSettings):
+    """Amount of training, and its portions, with the sizes of the batches."""
+
+    micro_batch_size: int = field()
+    global_batch_size: int = field()
+
+    @property
+    def iterations(self) -> int:
+        """Steps to train; 0 where a run trains nothing, or a task's files have not said yet how much."""
+        return self.train_iters or 0
+
+
+def global_batch_size_at(batch: BatchSettings, consumed_samples: int) -> int:
     """Samples of the step that follows `consumed_samples`. ValueError while the global batch size is open."""
     return _shared(batch, _wanted_at(batch, consumed_samples))
 
 
-def full_batch_size(batch: BatchConfig) -> int:
+def full_batch_size(batch: BatchSettings) -> int:
     """Samples of a step when the batch size changes no more, and of an evaluation's."""
     return _shared(batch, _full(batch))
 
 
-def _wanted_at(batch: BatchConfig, consumed_samples: int) -> int:
+def _wanted_at(batch: BatchSettings, consumed_samples: int) -> int:
     full = _full(batch)
     if batch.batch_size_steps:
         return next(size for begin, size in reversed(_steps(batch)) if consumed_samples >= begin)
@@ -91,12 +104,7 @@ def _wanted_at(batch: BatchConfig, consumed_samples: int) -> int:
     return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
 
 
-def micro_batch_count(batch: BatchConfig, dp: int, consumed_samples: int) -> int:
-    """Micro-batches of each rank in the step that follows `consumed_samples`, with `dp` data-parallel ranks."""
-    return global_batch_size_at(batch, consumed_samples) // (_micro(batch) * dp)
-
-
-def ramp_sizes(batch: BatchConfig) -> list[int]:
+def ramp_sizes(batch: BatchSettings) -> list[int]:
     """Every global batch size that the run passes through, in order."""
     full = _full(batch)
     if batch.batch_size_steps:
@@ -107,7 +115,7 @@ def ramp_sizes(batch: BatchConfig) -> list[int]:
     return [_shared(batch, size) for size in range(start, full + 1, increment)]
 
 
-def stretches(batch: BatchConfig, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
+def stretches(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
     """(steps, global batch size) of the run from `consumed` samples on, where steps follow that have one size.
 
     The steps of the last stretch are None: it goes on for ever. Steps of a ramp-up are stretches of their own.
@@ -126,7 +134,7 @@ def stretches(batch: BatchConfig, consumed: int = 0) -> Iterator[tuple[int | Non
     yield None, full_batch_size(batch)
 
 
-def iterations_for(batch: BatchConfig, samples: int) -> int:
+def iterations_for(batch: BatchSettings, samples: int) -> int:
     """Steps that `samples` samples make; a last part batch is dropped. A batch that had to be decreased counts as it was."""
     iterations = 0
     for steps, size in stretches(replace(batch, batch_multiple=1)):
@@ -137,7 +145,7 @@ def iterations_for(batch: BatchConfig, samples: int) -> int:
     return iterations
 
 
-def samples_for(batch: BatchConfig, iterations: int) -> int:
+def samples_for(batch: BatchSettings, iterations: int) -> int:
     """Samples that the first `iterations` steps take. A batch that had to be decreased counts as it was.
 
     So a run's lengths stay the same on any number of ranks.
@@ -151,30 +159,24 @@ def samples_for(batch: BatchConfig, iterations: int) -> int:
     return samples
 
 
-def _steps(batch: BatchConfig) -> Steps:
-    """The pairs of `BatchConfig.batch_size_steps`."""
+def _steps(batch: BatchSettings) -> Steps:
+    """The pairs of `batch_size_steps`."""
     numbers = batch.batch_size_steps
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _shared(batch: BatchConfig, size: int) -> int:
+def _shared(batch: BatchSettings, size: int) -> int:
     """A global batch size, decreased to what the ranks can share where that is asked for."""
     return size - size % batch.batch_multiple
 
 
-def _full(batch: BatchConfig) -> int:
+def _full(batch: BatchSettings) -> int:
     if batch.global_batch_size is None:
-        raise ValueError("BatchConfig.global_batch_size is not resolved yet")
+        raise ValueError("the global batch size is not resolved yet")
     return batch.global_batch_size
 
 
-def _micro(batch: BatchConfig) -> int:
-    if batch.micro_batch_size is None:
-        raise ValueError("BatchConfig.micro_batch_size is not given")
-    return batch.micro_batch_size
-
-
-def derive_batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> BatchConfig:
+def derive_batch(batch: BatchSettings, dp: int | None, seq_length: int | None) -> BatchSettings:
     """Fill in the global batch size and the length of the run. The values are Megatron-LM's."""
     batch = replace(batch, batch_size_steps=_derive_steps(batch, seq_length))
     if batch.batch_size_steps:
@@ -190,7 +192,7 @@ def derive_batch(batch: BatchConfig, dp: int | None, seq_length: int | None) -> 
     return batch
 
 
-def _derive_steps(batch: BatchConfig, seq_length: int | None) -> tuple[int, ...]:
+def _derive_steps(batch: BatchSettings, seq_length: int | None) -> tuple[int, ...]:
     if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
         return ()
     try:

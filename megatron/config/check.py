@@ -15,10 +15,10 @@ from megatron.config.option import Option
 class ConfigCheck:
     """A configuration under examination.
 
-    raw, resolved: the `RunConfig` as the user gave it, and with the derived settings; its sections cannot be named here, since
-    their rules import this file. world: number of ranks. dp: data-parallel ranks, None where the layout does not fit the world.
-    options: by `section.field`. resolve: fills in what follows, for a number of ranks. invalid: fields that already have a
-    problem. planning: a dry run, which may leave out what a run reads from disk.
+    raw, resolved: the `RunSettings` as the user gave them, and with the derived ones as far as they follow; the type cannot be
+    named here, since the sections' rules import this file. world: number of ranks. dp: data-parallel ranks, None where the
+    layout does not fit the world. options: by `section.field`. derive: fills in what follows, for a number of ranks. invalid:
+    fields that already have a problem. planning: a dry run, which may leave out what a run reads from disk.
     """
 
     raw: Any
@@ -26,7 +26,7 @@ class ConfigCheck:
     world: int
     dp: int | None
     options: Mapping[str, Option]
-    resolve: Callable[[Any, int], Any]
+    derive: Callable[[Any, int], Any]
     invalid: frozenset[str] = frozenset()
     planning: bool = False
 
@@ -53,7 +53,7 @@ class ConfigCheck:
         """Return whether --train-iters was set to something else than what follows from --train-samples."""
         chosen = self.raw.batch.train_iters
         without = dataclasses.replace(self.raw, batch=dataclasses.replace(self.raw.batch, train_iters=None))
-        return chosen is not None and chosen != self.resolve(without, self.world).batch.train_iters
+        return chosen is not None and chosen != self.derive(without, self.world).batch.train_iters
 
 
 Rule = Callable[[ConfigCheck], Iterator[Problem]]

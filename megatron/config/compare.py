@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from megatron.config.errors import Problem
 from megatron.config.options import by_name, flag_text
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelSettings
 
 # Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
 FREE = {
@@ -20,13 +20,13 @@ FREE = {
 HEAD = {"task_head", "labels"}
 
 
-def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list[Problem]:
+def different_model(held: ModelSettings, wanted: ModelSettings, source: str) -> list[Problem]:
     """One problem for each setting in which the model in a checkpoint differs from the wanted one.
 
     source: names the checkpoint. A vocabulary that is not known yet is not compared.
     """
     problems = []
-    for field in fields(ModelConfig):
+    for field in fields(ModelSettings):
         there, here = getattr(held, field.name), getattr(wanted, field.name)
         if field.name in FREE | HEAD or there == here or (field.name == "vocab_size" and here is None):
             continue
@@ -46,7 +46,7 @@ def different_model(held: ModelConfig, wanted: ModelConfig, source: str) -> list
     return problems
 
 
-def different_head(held: ModelConfig, wanted: ModelConfig, source: str, *, new: bool) -> list[Problem]:
+def different_head(held: ModelSettings, wanted: ModelSettings, source: str, *, new: bool) -> list[Problem]:
     """A problem where the head in a checkpoint is not the wanted one.
 
     new: whether the run may give a pretrained model the head of a task, with initial weights: when it goes on to train it.
@@ -63,7 +63,7 @@ def different_head(held: ModelConfig, wanted: ModelConfig, source: str, *, new: 
     return [Problem(f"a model for {_kind(wanted)}", f"cannot start from {source}, which was fine-tuned for {_kind(held)}")]
 
 
-def _kind(model: ModelConfig) -> str:
+def _kind(model: ModelSettings) -> str:
     if model.task_head is None:
         return "pretraining"
     return model.task_head + (f" ({', '.join(model.labels)})" if model.labels else "")

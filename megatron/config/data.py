@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataSettings:
     """From indexed datasets to micro-batches."""
 
     data_path: tuple[str, ...] = option((), "PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", nargs="*")
@@ -50,6 +50,13 @@ class DataConfig:
         0.1, "of BERT: share of the samples that are shorter than --seq-length, at random", legal=CHANCE
     )
     eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(DataSettings):
+    """From indexed datasets to micro-batches, with the length of a sample."""
+
+    seq_length: int = field()
 
 
 def sample_length_given(c: ConfigCheck) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 
 from megatron.config.batch import global_batch, ramp_up
@@ -15,7 +15,7 @@ from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, S
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
+class LayoutSettings:
     """Arrangement of the ranks. Data parallelism takes what the other axes leave of the world."""
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer (tp); keep them within a node", legal=POSITIVE)
@@ -75,7 +75,14 @@ class LayoutConfig:
     )
 
 
-def data_parallel_size(layout: LayoutConfig, world_size: int) -> int | None:
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig(LayoutSettings):
+    """Arrangement of the ranks of a run, with its schedule."""
+
+    pipeline_schedule: str = field()
+
+
+def data_parallel_size(layout: LayoutSettings, world_size: int) -> int | None:
     """Return what the other axes leave of the world; None where they do not divide it."""
     model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
@@ -115,7 +122,7 @@ def fitting_ranks(c: ConfigCheck, size: int) -> int:
     """
     nearest = max(1, c.world // size)
     for copies in (*range(nearest, 0, -1), *range(nearest + 1, nearest + 65)):
-        resolved = c.resolve(c.raw, size * copies)
+        resolved = c.derive(c.raw, size * copies)
         fewer = dataclasses.replace(c, resolved=resolved, world=size * copies, dp=copies)
         if not [*global_batch(fewer), *ramp_up(fewer)]:
             return fewer.world

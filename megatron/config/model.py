@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from megatron.config.check import ConfigCheck, Rules, divisors, missing
@@ -24,7 +24,7 @@ FOREIGN: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelSettings:
     """The architecture. Together with the weights this is all that inference and export need."""
 
     num_layers: int | None = option(None, "transformer layers", aliases=("--encoder-num-layers",), legal=LAYERS)
@@ -91,6 +91,26 @@ class ModelConfig:
     )
     labels: tuple[str, ...] = option((), "names of the classes or choices that a task's head tells apart", flag=None)
 
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ModelSettings):
+    """The architecture of a model that can be built. Only its vocabulary may be unknown yet: the tokenizer says it."""
+
+    num_layers: int = field()
+    hidden_size: int = field()
+    ffn_hidden_size: int = field()
+    num_attention_heads: int = field()
+    num_query_groups: int = field()
+    kv_channels: int = field()
+    max_position_embeddings: int = field()
+
+    @property
+    def vocabulary(self) -> int:
+        """True size of the vocabulary. ValueError where no tokenizer and no checkpoint has said it yet."""
+        if self.vocab_size is None:
+            raise ValueError("ModelConfig.vocab_size is not resolved: it comes with a tokenizer or a checkpoint")
+        return self.vocab_size
+
     @property
     def segment_kinds(self) -> int:
         """Rows of the token type table; 0 where there is none."""
@@ -126,17 +146,12 @@ class ModelConfig:
         """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
-    # After config/rules.py has resolved them, the derived sizes are integers; these spare every reader the None test.
-
     def size(self, name: str) -> int:
-        """The resolved integer field `name`; ValueError while it is still open."""
-        value = getattr(self, name)
-        if value is None:
-            raise ValueError(f"ModelConfig.{name} is not resolved yet")
-        return int(value)
+        """The integer field `name`; ValueError for a vocabulary that is not known yet."""
+        return self.vocabulary if name == "vocab_size" else int(getattr(self, name))
 
 
-def derive_model(model: ModelConfig, seq_length: int | None) -> ModelConfig:
+def derive_model(model: ModelSettings, seq_length: int | None) -> ModelSettings:
     """Fill in the widths and numbers of heads that follow from others. The values are Megatron-LM's."""
     hidden, heads = model.hidden_size, model.num_attention_heads
     ffn, kv, positions = model.ffn_hidden_size, model.kv_channels, model.max_position_embeddings

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
-from megatron.config.batch import BatchConfig
+from megatron.config.batch import BatchSettings
 from megatron.config.check import ConfigCheck, Rules, exclusive, missing, needs
 from megatron.config.errors import Problem
 from megatron.config.optimizers import ADAMW, OPTIMIZERS, update_rules
@@ -17,7 +17,7 @@ OPTIMIZER = "optim.optimizer"
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimSettings:
     """Optimizer and learning-rate schedule."""
 
     optimizer: str = option("adam", "adam is AdamW, with decoupled decay", choices=tuple(OPTIMIZERS))
@@ -84,7 +84,15 @@ class OptimConfig:
     max_consecutive_skips: int = option(50, "stop after this many skipped steps in a row", legal=POSITIVE)
 
 
-def derive_optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(OptimSettings):
+    """Optimizer and learning-rate schedule, with the weight decay at both ends."""
+
+    start_weight_decay: float = field()
+    end_weight_decay: float = field()
+
+
+def derive_optim(optim: OptimSettings, batch: BatchSettings) -> OptimSettings:
     """Fill in the lengths of the schedule and the ends of the weight decay. The values are Megatron-LM's."""
     decay_iters, decay_samples = optim.lr_decay_iters, optim.lr_decay_samples
     if batch.train_samples is not None:
@@ -100,7 +108,7 @@ def derive_optim(optim: OptimConfig, batch: BatchConfig) -> OptimConfig:
     )
 
 
-def unit_of(batch: BatchConfig) -> str:
+def unit_of(batch: BatchSettings) -> str:
     """The unit of a run's length and of its learning rate's, as it stands in the flags' names."""
     return "iters" if batch.train_samples is None else "samples"
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from megatron.config.batch import ramp_sizes
 from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
-from megatron.config.layout import LayoutConfig
+from megatron.config.layout import LayoutConfig, LayoutSettings
 from megatron.config.notation import parse_layout
 from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of, names_of
 
@@ -35,7 +35,7 @@ SPLIT = frozenset({PP, VIRTUAL, COUNT, SCHEDULE, STAGE_LAYERS, DRAWN, *ENDS, "mo
 BATCH = frozenset({"batch.micro_batch_size", "batch.global_batch_size", "batch.rampup_batch_size"})
 
 
-def derive_layout(layout: LayoutConfig) -> LayoutConfig:
+def derive_layout(layout: LayoutSettings) -> LayoutSettings:
     """Fill in the schedule, and turn off sequence parallelism where there is nobody to share with."""
     return replace(
         layout,
@@ -44,7 +44,7 @@ def derive_layout(layout: LayoutConfig) -> LayoutConfig:
     )
 
 
-def layout_stages(layout: LayoutConfig) -> int:
+def layout_stages(layout: LayoutSettings) -> int:
     """Stages that --pipeline-model-parallel-layout draws; 0 where it is not given, or is none."""
     try:
         text = layout.pipeline_model_parallel_layout
@@ -53,7 +53,7 @@ def layout_stages(layout: LayoutConfig) -> int:
         return 0
 
 
-def wants_virtual_stages(layout: LayoutConfig) -> bool:
+def wants_virtual_stages(layout: LayoutSettings) -> bool:
     """Return whether the ranks are to have several stages each, whatever the schedule."""
     if layout.num_layers_per_virtual_pipeline_stage is not None or (layout.num_virtual_stages_per_pipeline_rank or 1) > 1:
         return True
@@ -61,7 +61,7 @@ def wants_virtual_stages(layout: LayoutConfig) -> bool:
 
 
 def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
-    """Stages of each pipeline rank, for `layers` layers and a layout whose schedule is resolved.
+    """Stages of each pipeline rank, for `layers` layers.
 
     What the schedule prescribes; where it is free, what the flags say: a number, a drawn layout, or Megatron-LM's num_layers
     / pp / N virtual stages, rounded down where that leaves a rest, and never none.

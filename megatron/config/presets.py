@@ -1,6 +1,6 @@
-"""Sizes of known models, as fields of `ModelConfig`.
+"""Sizes of known models, as fields of `ModelSettings`.
 
-Chosen with `--preset NAME`, with `preset = "NAME"` in TOML, or from Python with `ModelConfig(**PRESETS["gpt2-125m"])`.
+Chosen with `--preset NAME`, with `preset = "NAME"` in TOML, or from Python with `ModelSettings(**PRESETS["gpt2-125m"])`.
 """
 
 from __future__ import annotations

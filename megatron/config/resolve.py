@@ -1,31 +1,66 @@
-"""Fill in every setting that follows from others."""
+"""From what a user gave to what a run uses: fill in every setting that follows from others."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
+from typing import Any, TypeVar, get_type_hints
 
 from megatron.config.batch import derive_batch
 from megatron.config.layout import data_parallel_size
 from megatron.config.log import derive_log
-from megatron.config.model import derive_model
+from megatron.config.model import ModelConfig, ModelSettings, derive_model
 from megatron.config.optim import derive_optim
 from megatron.config.pipeline import derive_layout
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, RunSettings
 from megatron.config.task import derive_task
 
+Section = TypeVar("Section")
 
-def resolve(config: RunConfig, world_size: int = 1) -> RunConfig:
-    """Return `config` with every derived setting filled in. Resolving twice changes nothing.
+
+def derive(settings: RunSettings, world_size: int = 1) -> RunSettings:
+    """Return `settings` with every derived setting filled in. Doing so twice changes nothing.
 
     A setting stays open where what it follows from is missing or does not fit; `rules.check` says why.
     """
-    batch = derive_batch(config.batch, data_parallel_size(config.layout, world_size), config.data.seq_length)
+    batch = derive_batch(settings.batch, data_parallel_size(settings.layout, world_size), settings.data.seq_length)
     return replace(
-        config,
-        model=derive_model(config.model, config.data.seq_length),
-        layout=derive_layout(config.layout),
+        settings,
+        model=derive_model(settings.model, settings.data.seq_length),
+        layout=derive_layout(settings.layout),
         batch=batch,
-        optim=derive_optim(config.optim, batch),
-        log=derive_log(config.log, config.checkpoint.save),
-        task=derive_task(config.task, config.checkpoint.save),
+        optim=derive_optim(settings.optim, batch),
+        log=derive_log(settings.log, settings.checkpoint.save),
+        task=derive_task(settings.task, settings.checkpoint.save),
     )
+
+
+def resolve(settings: RunSettings, world_size: int = 1) -> RunConfig:
+    """Return the run that `settings` ask for. ValueError naming a setting that is missing; `rules.check` names all, and why."""
+    settings = derive(settings, world_size)
+    return RunConfig(**{name: complete(getattr(settings, name), kind) for name, kind in get_type_hints(RunConfig).items()})
+
+
+def resolve_model(settings: ModelSettings) -> ModelConfig:
+    """Return the model that `settings` describe, apart from a run. ValueError saying what is missing, or does not fit."""
+    model = derive_model(settings, None)
+    if model.kv_channels is None and model.num_attention_heads and model.hidden_size:
+        raise ValueError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
+    return complete(model, ModelConfig)
+
+
+def complete(settings: Any, kind: type[Section]) -> Section:
+    """Return a section's settings, in which nothing is to be derived any more, as what a run uses.
+
+    Args:
+        settings: of the section.
+        kind: the section's dataclass in `RunConfig`.
+
+    Raises:
+        ValueError: naming a setting that a run needs, and that is still open.
+    """
+    if isinstance(settings, kind):
+        return settings
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.default is MISSING and getattr(settings, field.name) is None:
+            raise ValueError(f"{kind.__name__}.{field.name} is not resolved: it does not follow from other settings")
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]

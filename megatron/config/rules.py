@@ -26,8 +26,8 @@ from megatron.config.errors import Problem
 from megatron.config.layout import data_parallel_size
 from megatron.config.options import by_name, flag_text
 from megatron.config.outputs import writable
-from megatron.config.resolve import resolve
-from megatron.config.schema import RunConfig
+from megatron.config.resolve import derive
+from megatron.config.schema import RunConfig, RunSettings
 
 SECTIONS = (model, layout, pipeline, tokenizer, data, batch, optim, precision, memory, checkpoint, eval, log, task)
 EVERY_RUN: tuple[Rule, ...] = tuple(rule for section in SECTIONS for rule in section.RULES.every_run)
@@ -37,7 +37,7 @@ DISK_RULES: tuple[Rule, ...] = (*(rule for section in SECTIONS for rule in secti
 
 
 def examine(
-    config: RunConfig,
+    config: RunSettings,
     world: int,
     invalid: Collection[str] = (),
     planning: bool = False,
@@ -62,21 +62,21 @@ def examine(
         part = dataclasses.replace(getattr(config, section), **{key: by_name()[name].default})
         config = dataclasses.replace(config, **{section: part})
     dp = data_parallel_size(config.layout, world)
-    checked = ConfigCheck(config, resolve(config, world), world, dp, by_name(), resolve, frozenset(unfit), planning)
+    checked = ConfigCheck(config, derive(config, world), world, dp, by_name(), derive, frozenset(unfit), planning)
     return checked, [p for _, p in problems] + [p for rule in rules for p in rule(checked)]
 
 
-def as_it_is(config: RunConfig, world: int = 1) -> ConfigCheck:
+def as_it_is(config: RunSettings, world: int = 1) -> ConfigCheck:
     """Return what single rules look at, for a configuration in which nothing more is to be derived."""
-    return ConfigCheck(config, config, world, None, by_name(), resolve)
+    return ConfigCheck(config, config, world, None, by_name(), derive)
 
 
-def check(config: RunConfig, world_size: int = 1) -> list[Problem]:
+def check(config: RunSettings, world_size: int = 1) -> list[Problem]:
     """Everything that is wrong with `config` on `world_size` ranks, apart from files; empty when it is legal."""
     return examine(config, world_size)[1]
 
 
-def out_of_range(config: RunConfig) -> Iterator[tuple[str, Problem]]:
+def out_of_range(config: RunSettings) -> Iterator[tuple[str, Problem]]:
     """(`section.field`, problem) of every number outside its range and every word outside its choices."""
     for name, option in by_name().items():
         if option.section == "command":
@@ -107,4 +107,4 @@ def uneven_ahead(config: RunConfig, world_size: int, consumed: int) -> list[Prob
         return []
     sizes = [size for _, size in stretches(batch, consumed)]
     what = flag_text("batch.step_batch_size_schedule", batch.step_batch_size_schedule)
-    return list(uneven_sizes(what, sizes, batch.micro_batch_size or 1, dp or 1))
+    return list(uneven_sizes(what, sizes, batch.micro_batch_size, dp or 1))

@@ -1,10 +1,15 @@
 """What a run is: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
 
+There are two types of it. `RunSettings` is what a user gave, by flags, TOML or a saved file; `None` means "derived".
+`RunConfig` is what a run uses: everything that was to be derived is there, and a type checker knows it. `resolve.py` makes
+the one from the other.
+
 Each section is a file of this folder: its dataclass with the legal range of every number, what follows from other settings,
 and its rules. Each field is written with `option(default, help, ...)`, from which `command_line/` derives all that a user
-types: the field `tensor_model_parallel_size` of `LayoutConfig` is the flag `--tensor-model-parallel-size` and the TOML key
+types: the field `tensor_model_parallel_size` of `LayoutSettings` is the flag `--tensor-model-parallel-size` and the TOML key
 `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the setting.
-`None` means "derived": `resolve.py` fills it in.
+A section with something to derive has two dataclasses: `LayoutSettings` with all fields, and `LayoutConfig`, which inherits
+them and declares again, without a default and without `None`, those that a run always has.
 
 Imports no torch: a configuration can be read, checked and printed anywhere.
 """
@@ -15,31 +20,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from megatron.config.batch import BatchConfig
+from megatron.config.batch import BatchConfig, BatchSettings
 from megatron.config.checkpoint import CheckpointConfig
-from megatron.config.data import DataConfig
+from megatron.config.data import DataConfig, DataSettings
 from megatron.config.eval import EvalConfig
-from megatron.config.layout import LayoutConfig
+from megatron.config.layout import LayoutConfig, LayoutSettings
 from megatron.config.log import LogConfig
 from megatron.config.memory import MemoryConfig
-from megatron.config.model import ModelConfig
-from megatron.config.optim import OptimConfig
+from megatron.config.model import ModelConfig, ModelSettings
+from megatron.config.optim import OptimConfig, OptimSettings
 from megatron.config.precision import PrecisionConfig
 from megatron.config.task import TaskConfig
 from megatron.config.tokenizer import TokenizerConfig
 
 __all__ = [
     "BatchConfig",
+    "BatchSettings",
     "CheckpointConfig",
     "DataConfig",
+    "DataSettings",
     "EvalConfig",
     "LayoutConfig",
+    "LayoutSettings",
     "LogConfig",
     "MemoryConfig",
     "ModelConfig",
+    "ModelSettings",
     "OptimConfig",
+    "OptimSettings",
     "PrecisionConfig",
     "RunConfig",
+    "RunSettings",
     "TaskConfig",
     "TokenizerConfig",
     "assemble",
@@ -48,15 +59,15 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """A whole run. Sections are the tables of a TOML file."""
+class RunSettings:
+    """A run as it was asked for. Sections are the tables of a TOML file."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    layout: LayoutSettings = field(default_factory=LayoutSettings)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataSettings = field(default_factory=DataSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -65,15 +76,26 @@ class RunConfig:
     task: TaskConfig = field(default_factory=TaskConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RunSettings):
+    """A run as it is: nothing is left to be derived."""
+
+    model: ModelConfig = field()
+    layout: LayoutConfig = field()
+    data: DataConfig = field()
+    batch: BatchConfig = field()
+    optim: OptimConfig = field()
+
+
 def sections() -> dict[str, type]:
-    """Name and dataclass of every section of a run, in order."""
-    return dict(get_type_hints(RunConfig))
+    """Name and dataclass of every section of a run's settings, in order."""
+    return dict(get_type_hints(RunSettings))
 
 
-def assemble(values: Mapping[str, Any]) -> RunConfig:
+def assemble(values: Mapping[str, Any]) -> RunSettings:
     """Return the schema's defaults with `section.field` values put in."""
     built = {}
     for section, config in sections().items():
         own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}
         built[section] = config(**own)
-    return RunConfig(**built)
+    return RunSettings(**built)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.config.schema import DataConfig, TokenizerConfig
+from megatron.config.schema import DataSettings, TokenizerConfig
 from megatron.data.blend import parse_blend
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset, read_sidecar
@@ -97,7 +97,7 @@ def _starts(tokens: int) -> Iterator[int]:
     return iter(np.linspace(0, tokens - PIECE, MAX_LOOKED_AT // PIECE).astype(np.int64).tolist())
 
 
-def chosen_for_data(data: DataConfig, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
+def chosen_for_data(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
     """Have a tokenizer end and begin documents as the preprocessing of the data did, where flags chose that there alone.
 
     Args:

@@ -16,7 +16,7 @@ from megatron.checkpoint.model_config import model_config
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
+from megatron.config.schema import ModelConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
@@ -26,7 +26,7 @@ from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.transfer import Channels
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import stages_of_model
 
 Model = TypeVar("Model")
 
@@ -103,9 +103,8 @@ def _stages(
     if word is None:
         raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
     _not_far_larger(directory, manifest, config)
-    layout = LayoutConfig(pipeline_model_parallel_size=mesh.pp.size)
     try:
-        plan = stages_of(RunConfig(model=config, layout=layout))
+        plan = stages_of_model(config, mesh.pp.size)
         stages = build_stages(
             config,
             plan.placement,

@@ -12,14 +12,14 @@ from torch import Tensor
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.side_files import assets
 from megatron.config.rules import out_of_range
-from megatron.config.schema import ModelConfig, RunConfig, TokenizerConfig
+from megatron.config.schema import ModelConfig, RunSettings, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.interop.whole_tensors import refuse_taken, write_weights
 from megatron.model.build import build_stages
 from megatron.parallel.spec import spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import stages_of_model
 
 NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
@@ -47,7 +47,7 @@ def store(
     """
     refuse_taken(root, iteration)
     compare(config, weights)
-    run = RunConfig(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
+    run = RunSettings(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
     return write_weights(root, iteration, run, weights, assets(tokenizer, kept))
 
 
@@ -74,11 +74,9 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     if config.num_layers != there:  # before anything is made for every layer
         raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")
     try:
-        if config.kv_channels is None:
-            raise ValueError(f"{config.num_attention_heads} attention heads do not divide the width {config.hidden_size}")
-        if problems := [problem for _, problem in out_of_range(RunConfig(model=config))]:
+        if problems := [problem for _, problem in out_of_range(RunSettings(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
-        plan = stages_of(RunConfig(model=config))
+        plan = stages_of_model(config)
         stages = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error

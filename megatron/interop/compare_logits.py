@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.weights import ModuleWeights
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
 from megatron.files.regular import read_json
 from megatron.interop.families.family import HFFamily
@@ -30,7 +30,7 @@ from megatron.model.task_heads import FineTuned
 from megatron.model.transformer import Transformer
 from megatron.parallel.random import derive_seed
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import stages_of_model
 
 TOLERANCE = 1e-4
 RANDOM_TOLERANCE = 2e-5  # of the largest logit; rounding makes up to 3e-6, the tanh approximation of GELU 4e-5 and more
@@ -121,7 +121,7 @@ def compared_with_source(directory: Path, config: ModelConfig, weights: Mapping[
 
 def model_with(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
     """A whole model in evaluation mode, fp32, with these weights, by our names."""
-    plan = stages_of(RunConfig(model=config))
+    plan = stages_of_model(config)
     model = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0)[0].eval()
     for shard in ModuleWeights(model).shards():
         shard.data.copy_(weights[shard.name])

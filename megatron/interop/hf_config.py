@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.interop.families.family import HFFamily
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -40,14 +40,14 @@ def model_settings(about: Mapping[str, Any], family: HFFamily) -> ModelConfig:
     """
     values = _values(about, family)
     own = {field.ours: values[name] for name, field in family.fields.items() if field.ours is not None}
-    model = ModelConfig(
+    model = ModelSettings(
         **{**own, **family.settings(values, about)},
         untie_embeddings_and_output_weights=not values["tie_word_embeddings"],
     )
-    model = resolve(RunConfig(model=model)).model
-    if model.kv_channels is None:
-        raise CheckpointError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
-    return model
+    try:
+        return resolve_model(model)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _refuse_foreign(about: Mapping[str, Any], family: HFFamily) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelConfig, ModelSettings
 
 # Same name and same meaning on both sides.
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
@@ -62,7 +62,7 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
     if lost := _lost(args, weights, positions=positions != "none"):
         raise CheckpointError(f"there is no {'; no '.join(lost)}")
     bert = "masked_words.dense.weight" in weights
-    model = ModelConfig(
+    model = ModelSettings(
         **_values(args, vocab_size),
         architecture="bert" if bert else "gpt",
         bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
@@ -72,7 +72,11 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
         add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
         make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
     )
-    return resolve(RunConfig(model=_with_length(model, args, weights))).model
+    model = _with_length(model, args, weights)
+    try:
+        return resolve_model(model)
+    except ValueError as error:
+        raise CheckpointError(f"its settings describe no model: {error}") from error
 
 
 def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
@@ -125,7 +129,7 @@ def _check_type(name: str, value: object) -> None:
         raise CheckpointError(f"the file's args say {name} = {value!r}, which is no number")
 
 
-def _with_length(model: ModelConfig, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelConfig:
+def _with_length(model: ModelSettings, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelSettings:
     """Return `model` with its number of positions: the one that the args say, else that of the tensor, else of a sample."""
     if model.max_position_embeddings is not None:
         return model

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.files.regular import check_regular, read_json, reason
 from megatron.interop.families.family import HFClass, HFFamily
 from megatron.interop.families.gpt2 import GPT2
@@ -324,13 +324,13 @@ def _model(about: Mapping[str, Any], args: Mapping[str, Any], known: Weights, ki
         vocab = sizes["vocab_size"]
         model = settings(args, known, vocab)  # type: ignore[arg-type]
     else:
-        given = ModelConfig(
+        given = ModelSettings(
             **sizes,  # type: ignore[arg-type]
             architecture="gpt" if kind is GPT2_KIND else "bert",
             bert_binary_head=kind is GPT2_KIND or "order.weight" in known,
             untie_embeddings_and_output_weights="head.weight" in known,
         )
-        model = resolve(RunConfig(model=given)).model
+        model = resolve_model(given)
     if unsupported := kind.family.unsupported(model):
         raise CheckpointError(f"{_class_of(kind, known).architecture} cannot express it: {'; '.join(unsupported)}")
     return model

@@ -15,7 +15,7 @@ from megatron.checkpoint.layout import CheckpointError, holds_weights_alone, ite
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunSettings
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.spec import Part, Shard
 
@@ -40,7 +40,9 @@ class WholeTensors:
         """There are none."""
 
 
-def write_weights(root: Path, iteration: int, config: RunConfig, weights: Mapping[str, Tensor], assets: Assets = None) -> Path:
+def write_weights(
+    root: Path, iteration: int, config: RunSettings, weights: Mapping[str, Tensor], assets: Assets = None
+) -> Path:
     """Write a checkpoint that holds weights alone, and make it the latest of `root`; returns its directory.
 
     config: resolved. weights: under our global names. assets: the tokenizer's files. CheckpointError when the disk refuses.

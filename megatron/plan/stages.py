@@ -8,7 +8,7 @@ from megatron.config.batch import ramp_sizes
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import flag_text
 from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
-from megatron.config.schema import RunConfig
+from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.parallel.cost import flops_of
 from megatron.pipeline.partition import cut, split
@@ -32,22 +32,31 @@ class StagePlan:
 
 
 def stages_of(config: RunConfig) -> StagePlan:
-    """The stages of a resolved, legal configuration, with model.vocab_size set.
+    """The stages of a legal configuration, with model.vocab_size set.
 
     What the flags say of it is followed; otherwise the ranks get equal FLOPs. The embedding counts as nothing: it is a
     lookup, and its backward pass adds up as many rows as there are tokens, with no matrix product.
     """
-    layout, layers = config.layout, config.model.size("num_layers")
+    return _stages(config.model, config.layout, config.data.seq_length)
+
+
+def stages_of_model(model: ModelConfig, ranks: int = 1) -> StagePlan:
+    """The stages of a model apart from a run, shared by so many pipeline ranks."""
+    layout = LayoutConfig(pipeline_model_parallel_size=ranks, pipeline_schedule=DEFAULT)
+    return _stages(model, layout, model.max_position_embeddings)
+
+
+def _stages(model: ModelConfig, layout: LayoutConfig, seq_length: int) -> StagePlan:
+    layers = model.num_layers
     chunks = pipeline_chunks(layout, layers)
     placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
     if (counts := asked_stage_layers(layout, layers)) is not None:
         ranges = cut(counts)
     else:
-        model, seq = MetaModel(config.model), config.data.seq_length or config.model.size("max_position_embeddings")
-        each = {layer: flops_of(layer, seq).total for layer in model.layers(model.whole)}
-        ranges = split(
-            [each[model.layer(number)] for number in model.whole.layers], placement, last=head_flops(model, seq, model.whole)
-        )
+        meta = MetaModel(model)
+        each = {layer: flops_of(layer, seq_length).total for layer in meta.layers(meta.whole)}
+        work = [each[meta.layer(number)] for number in meta.whole.layers]
+        ranges = split(work, placement, last=head_flops(meta, seq_length, meta.whole))
     last = len(placement) - 1
     return StagePlan(placement, tuple(StagePart(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+from megatron.checkpoint.model_config import model_config
 from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
@@ -37,10 +38,11 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
             prepared = prepare(parsed, Watch())
             return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
         source = ready(config)
+        with refusing():
+            model = config.model if source.directory is None else model_config(source.directory)
     except Refused as error:
         raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
-    saved = config.model if source.saved is None else source.saved.model
-    return replace(config, model=saved), list(source.lines)
+    return replace(config, model=model), list(source.lines)
 
 
 def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:

@@ -40,7 +40,7 @@ from megatron.config.command_line.saved import from_json
 from megatron.config.compare import different_head, different_model
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, flag_text
-from megatron.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, DataSettings, ModelConfig, RunConfig, RunSettings
 from megatron.data.blend import parse_blend
 from megatron.files.regular import read_bytes
 from megatron.launch.job import Job
@@ -194,7 +194,7 @@ def weights_alone(source: Source) -> Iterator[Problem]:
         yield Problem(f"the checkpoint {source.directory}", rule, f"--load {source.directory.parent} --finetune")
 
 
-def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) -> Iterator[Problem]:
+def _other_data(held: DataSettings, wanted: DataSettings, directory: Path | None) -> Iterator[Problem]:
     """One problem for each setting by which the training data are others than the checkpoint's."""
     for name in DATA_MIX:
         there, here = _source(held, name), _source(wanted, name)
@@ -205,7 +205,7 @@ def _other_data(held: DataConfig, wanted: DataConfig, directory: Path | None) ->
             yield Problem(f"`{here}`" if here == MOCK else flag_text(f"data.{name}", here), rule, legal)
 
 
-def _source(data: DataConfig, name: str) -> str | tuple[str, ...]:
+def _source(data: DataSettings, name: str) -> str | tuple[str, ...]:
     """A setting of the data; where they are made up, that stands in the place of --data-path."""
     value: str | tuple[str, ...] = getattr(data, name)
     return MOCK if data.mock_data and name == "data_path" else value
@@ -240,7 +240,7 @@ def differences(source: Source, config: RunConfig, another_order: bool | None = 
 Row = tuple[str, object, object, str]
 
 
-def _setting_rows(saved: RunConfig, config: RunConfig) -> Iterator[Row]:
+def _setting_rows(saved: RunSettings, config: RunConfig) -> Iterator[Row]:
     for section in fields(config):
         if section.name in UNIMPORTANT:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunSettings
 from megatron.train.state import TrainState
 
 
@@ -16,7 +16,7 @@ class Source:
     it was compared with the manifest."""
 
     directory: Path | None = None
-    saved: RunConfig | None = None
+    saved: RunSettings | None = None
     state: TrainState = field(default_factory=TrainState)
     optimizer: bool = False
     progress: bool = False

@@ -13,7 +13,7 @@ import torch
 from cuts import mesh_of, state
 
 from megatron.checkpoint.storage import Storage
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, RunSettings
 from megatron.launch.environment import Place
 from megatron.launch.job import Job
 from megatron.train.saving import Saver
@@ -91,7 +91,7 @@ def run_of(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
     job = Job(job.place, job.device, None, None, watch) if watch is not None else job
     held = state(tp, mesh.tp.rank)
     return SimpleNamespace(
-        config=RunConfig(checkpoint=CheckpointConfig(save=str(root), **checkpoint)),
+        config=RunSettings(checkpoint=CheckpointConfig(save=str(root), **checkpoint)),
         job=job,
         mesh=mesh,
         state=SimpleNamespace(iteration=0),

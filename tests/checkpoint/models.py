@@ -13,7 +13,7 @@ import torch
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.interop.families import table
 from megatron.interop.families.family import HFFamily
@@ -83,4 +83,4 @@ def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype,
     config = ModelConfig(**settings)
     mesh = Mesh.build(Grid(tp=tp), dist.get_rank() if tp > 1 else 0)
     parts = {"model": ModuleWeights(build(config, mesh.tp, dtype))}
-    save(Path(root), 10, parts, mesh, config=to_json(RunConfig(model=config)), assets=tokenizer and tokenizer.files())
+    save(Path(root), 10, parts, mesh, config=to_json(RunSettings(model=config)), assets=tokenizer and tokenizer.files())

@@ -18,7 +18,15 @@ from megatron.checkpoint.load import load, verify_together
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.schema import BatchConfig, CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig
+from megatron.config.schema import (
+    BatchSettings,
+    CheckpointConfig,
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    RunConfig,
+    RunSettings,
+)
 from megatron.launch.environment import Place
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
@@ -28,11 +36,11 @@ from megatron.train import resume
 from megatron.train.resume import Source, check_source, differences, find_source, verify_source
 from megatron.train.state import TrainState
 
-CONFIG = RunConfig(
-    model=ModelConfig(num_layers=2, hidden_size=32, vocab_size=257),
-    data=DataConfig(data_path=("data/text",)),
-    optim=OptimConfig(lr=0.1),
-    batch=BatchConfig(global_batch_size=1),
+CONFIG = RunSettings(
+    model=ModelSettings(num_layers=2, hidden_size=32, vocab_size=257),
+    data=DataSettings(data_path=("data/text",)),
+    optim=OptimSettings(lr=0.1),
+    batch=BatchSettings(global_batch_size=1),
 )
 
 

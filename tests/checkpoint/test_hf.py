@@ -19,7 +19,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelConfig, RunSettings
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 from megatron.files.outputs import BadOutput
@@ -149,7 +149,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path):
     with torch.no_grad():
         model.embedding.word.weight[0, 0] = 1e6
 
-    config = to_json(RunConfig(model=ModelConfig(**BASE)))
+    config = to_json(RunSettings(model=ModelConfig(**BASE)))
     directory = save(tmp_path / "run", 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config)
     with pytest.raises(CheckpointError, match=r"embedding.word.weight has values up to 1e\+06, too large for torch.float16"):
         export_hf(directory, tmp_path / "hf", torch.float16)
@@ -248,7 +248,7 @@ def test_a_model_that_its_configuration_does_not_describe(tmp_path):
             open_model(directory)
 
     def of(**change):
-        return to_json(RunConfig(model=ModelConfig(**{**BASE, **change})))
+        return to_json(RunSettings(model=ModelConfig(**{**BASE, **change})))
 
     refused(r"embedding.word.weight: the checkpoint has shape \[127, 32\], requested is \[128, 32\]", of(vocab_size=128))
     refused(r"tensors are not in the checkpoint: model.layers.2", of(num_layers=3))

@@ -22,7 +22,7 @@ from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
 from megatron.config.command_line.toml_file import read_toml
-from megatron.config.schema import CheckpointConfig, ModelConfig, RunConfig, TokenizerConfig
+from megatron.config.schema import CheckpointConfig, ModelConfig, RunSettings, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from megatron.inference.restore import open_model
@@ -41,7 +41,7 @@ def saved(tmp_path_factory):
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(root / "words")))
     config = ModelConfig(**{**BASE, "vocab_size": 257})
     parts = {"model": ModuleWeights(build(config, Axis.alone("tp"))), "train": TrainState(iteration=10)}
-    save(root / "run", 10, parts, Mesh.single(), config=to_json(RunConfig(model=config)), assets=tokenizer.files())
+    save(root / "run", 10, parts, Mesh.single(), config=to_json(RunSettings(model=config)), assets=tokenizer.files())
     return root / "run"
 
 

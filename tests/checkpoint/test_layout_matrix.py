@@ -23,7 +23,7 @@ from megatron.checkpoint.layout import verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import OptimConfig, RunConfig
+from megatron.config.schema import OptimSettings, RunConfig
 from megatron.interop.hf_export import export_hf
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Dynamic
@@ -49,7 +49,7 @@ class Sharing(Setting):
 TIED = Sharing(
     replace(dropping(GPT2), num_layers=4),
     masked=True,
-    optim=OptimConfig(lr=1e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=2),
+    optim=OptimSettings(lr=1e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=2),
 )
 LAYOUTS = {  # world, what differs from one process
     "one process": (1, dict(micro_batch=4)),

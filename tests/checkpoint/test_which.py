@@ -15,7 +15,7 @@ from archives import build, config_of, weights_of
 from crashes import Faulty, die, in_children, save_once, steps_of
 
 from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
-from megatron.config.schema import CheckpointConfig, RunConfig
+from megatron.config.schema import CheckpointConfig, RunSettings
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.interop.whole_tensors import write_weights
 from megatron.train.resume import find_source
@@ -112,7 +112,7 @@ def test_every_program_and_tool_takes_the_same_one(tmp_path, monkeypatch, capsys
     run, config = tmp_path / "run", config_of(vocab_size=257)
     for iteration in (1, 2):
         words = ByteTokenizer()
-        write_weights(run, iteration, RunConfig(model=config), weights_of(build(config)), assets=words.files())
+        write_weights(run, iteration, RunSettings(model=config), weights_of(build(config)), assets=words.files())
     (run / "latest_checkpointed_iteration.txt").write_text("1\n")
     source = find_source(CheckpointConfig(load=str(run), finetune=True))
     assert source.directory == run / "iter_0000001" and any("names iteration 1; 2 is later" in line for line in source.lines)

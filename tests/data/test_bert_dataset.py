@@ -14,7 +14,7 @@ import torch
 from bert_recipes import CLS, LONGEST, MASK, SEP, VOCAB, continues, digest, index_cases, pair_cases
 from recipes import write_corpus
 
-from megatron.config.schema import DataConfig, ModelConfig, TokenizerConfig
+from megatron.config.schema import DataConfig, ModelConfig, ModelSettings, TokenizerConfig
 from megatron.data import matching
 from megatron.data.bert import BertDataset, PairRules, PairSample, truncate
 from megatron.data.build import build_datasets
@@ -220,7 +220,7 @@ def corpus(tmp_path: Path, name: str = "s", documents: int = 30, shift: int = 0)
     return write_corpus(tmp_path / name, drawn)
 
 
-BERT = ModelConfig(architecture="bert", vocab_size=92)
+BERT = ModelSettings(architecture="bert", vocab_size=92)
 
 
 def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT, seed: int = 1, split: str = "1"):

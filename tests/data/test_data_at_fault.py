@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from recipes import write_corpus
 
-from megatron.config.schema import DataConfig
+from megatron.config.schema import DataConfig, DataSettings
 from megatron.data.batch import GPTBatches
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
@@ -36,7 +36,7 @@ def text(prefix: Path, documents: int = 20, first: int = 0) -> str:
 def loader(prefix: str, vocab: int = 100, read_ahead: int = 2) -> Loader:
     training, _, _ = build_datasets(DataConfig(data_path=(prefix,), split="1", seq_length=4), 1, (40, 0, 0))
     assert training is not None
-    return Loader(training, GPTBatches.of(DataConfig(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
+    return Loader(training, GPTBatches.of(DataSettings(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
 
 
 @pytest.mark.parametrize("read_ahead", [0, 2])
@@ -49,7 +49,7 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path, read_ahead):
         writer.finish()
     data = DataConfig(data_path=("1", good, "1", str(tmp_path / "bad")), split="1", seq_length=4)
     training, _, _ = build_datasets(data, 1, (10, 0, 0))
-    batches = Loader(training, GPTBatches.of(DataConfig(), 100, None), 0, 1, 2, read_ahead=read_ahead)
+    batches = Loader(training, GPTBatches.of(DataSettings(), 100, None), 0, 1, 2, read_ahead=read_ahead)
     with pytest.raises(DataError, match=r"bad\.bin, document 1, token 2: id 60000 is outside of the vocabulary of 100 ids"):
         for _ in range(5):
             batches.next_batches(2)

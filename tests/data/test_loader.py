@@ -12,7 +12,7 @@ import pytest
 import torch
 from recipes import write_corpus
 
-from megatron.config.schema import DataConfig
+from megatron.config.schema import DataConfig, DataSettings
 from megatron.contract import Batch
 from megatron.data.batch import GPTBatches
 from megatron.data.build import build_datasets
@@ -186,7 +186,7 @@ def test_resets_against_a_loop() -> None:
 
 def test_options_without_an_end_of_document() -> None:
     with pytest.raises(DataError, match="--eod-mask-loss"):
-        GPTBatches.of(DataConfig(eod_mask_loss=True), 10, None)
+        GPTBatches.of(DataSettings(eod_mask_loss=True), 10, None)
 
 
 def test_from_files_to_batches(tmp_path: Path) -> None:

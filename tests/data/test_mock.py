@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron.config.schema import DataConfig, ModelConfig
+from megatron.config.schema import DataConfig, ModelSettings
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.loader import Loader
@@ -16,14 +16,14 @@ from megatron.data.mock import MAX_WORDS, bert_roles
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 
-BERT = ModelConfig(architecture="bert")
+BERT = ModelSettings(architecture="bert")
 
 
 def made_up(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **data):
     """The three datasets and what makes batches of them."""
     tokenizer = tokenizer or NullTokenizer(1000)
     data = DataConfig(mock_data=True, seq_length=64, split=split, **data)
-    recipe = recipe_of(model or ModelConfig(), data, seed, tokenizer)
+    recipe = recipe_of(model or ModelSettings(), data, seed, tokenizer)
     return build_datasets(data, seed, (count, count, count), tokenizer, recipe.samples, recipe.mock), recipe.batches
 
 
@@ -91,7 +91,7 @@ def test_pairs_of_bert_are_masked_and_swapped_like_those_of_a_corpus():
 
 
 def test_bert_without_a_binary_head_has_one_segment():
-    (training, *_), _ = made_up(ModelConfig(architecture="bert", bert_binary_head=False))
+    (training, *_), _ = made_up(ModelSettings(architecture="bert", bert_binary_head=False))
     assert all(not training[i].swapped and training[i].first == len(training[i].tokens) for i in range(50))
 
 
@@ -104,7 +104,7 @@ def test_a_vocabulary_that_is_too_small():
     assert max(training[0].tokens) <= 256
 
 
-@pytest.mark.parametrize("model", [ModelConfig(), BERT], ids=["gpt", "bert"])
+@pytest.mark.parametrize("model", [ModelSettings(), BERT], ids=["gpt", "bert"])
 def test_two_ranks_share_the_samples_of_one(model):
     (training, *_), batches = made_up(model, count=16)
 

@@ -10,7 +10,7 @@ import pytest
 from bert_recipes import CLS, LONGEST, MASK, SEP, continues
 from recipes import corpus_recipe, write_corpus
 
-from megatron.config.schema import DataConfig
+from megatron.config.schema import DataConfig, DataSettings
 from megatron.data.bert import BertDataset, PairRules
 from megatron.data.build import build_datasets
 from megatron.data.indexed import IndexedDataset
@@ -111,7 +111,7 @@ def test_bert(folder):
         rules = PairRules(longest, short, True, CLS, SEP, masking, seed=seed)
         return BertDataset(indexed, range(len(indexed.documents) - 1), rules, wanted)
 
-    marks = order_marks(samples(), 100, DataConfig(), SEED)
+    marks = order_marks(samples(), 100, DataSettings(), SEED)
     one_epoch = len(samples(wanted=1))
     for change, differs in (
         ({}, False),
@@ -122,7 +122,7 @@ def test_bert(folder):
         ({"longest": 32}, True),
         ({"short": 0.5}, True),
     ):
-        assert another_order(marks, samples(**change), DataConfig(), SEED) is differs, change
+        assert another_order(marks, samples(**change), DataSettings(), SEED) is differs, change
 
 
 @pytest.mark.parametrize("marks", [{"x": "y"}, {"-1": "y"}, {"99999999": "y"}, {"1": 5}])

@@ -14,7 +14,7 @@ import sentencepiece
 from recipes import write_corpus
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from megatron.config.schema import DataConfig, TokenizerConfig
+from megatron.config.schema import DataConfig, DataSettings, TokenizerConfig
 from megatron.data import matching
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
@@ -149,7 +149,7 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
     first, (dataset, _) = dataset, documents(files, tmp_path / "other", other)
     with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ in special tokens alone"):
         merge([first.prefix, dataset.prefix], str(tmp_path / "m"))
-    tokenizer, data = build_tokenizer(own), DataConfig(data_path=(dataset.prefix,))
+    tokenizer, data = build_tokenizer(own), DataSettings(data_path=(dataset.prefix,))
     settings, lines = chosen_for_data(data, own, tokenizer)
     assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as --eod-token said" in lines[0]
     check_tokenizer(dataset, tokenizer)

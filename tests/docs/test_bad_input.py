@@ -22,7 +22,7 @@ from unittest.mock import patch
 import pytest
 import writers
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelSettings
 from megatron.data.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +179,7 @@ PROGRAMS = sorted({row.split()[0] for row in READ + TAKEN + WRITTEN + ASKED})
 def good(tmp_path_factory: pytest.TempPathFactory, bert: SimpleNamespace) -> dict[str, str]:
     """What the rows name: a checkpoint, a corpus, a dataset, files of a vocabulary."""
     folder = tmp_path_factory.mktemp("good")
-    form = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    form = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1)
     words = ByteTokenizer()
     writers.save_model(writers.build(form, words.vocab_size), folder / "gpt", words.files())
     (folder / "corpus.jsonl").write_text('{"text": "some words of a text"}\n' * 50)

@@ -26,8 +26,8 @@ import pipeline
 import train as benchmark
 from cases import CASES, PIPELINES, Case, Dims
 
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelSettings
 from megatron.pipeline.schedules.schedule import Action, Op
 from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.size import MetaModel
@@ -230,9 +230,9 @@ def test_overhead_is_what_the_simulator_does_not_explain() -> None:
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_flops_are_those_of_the_package(name: str) -> None:
     dims = CASES[name].dims
-    model = ModelConfig(
+    model = ModelSettings(
         num_layers=dims.layers, hidden_size=dims.width, num_attention_heads=dims.heads, max_position_embeddings=dims.seq
     )
-    model = MetaModel(replace(resolve(RunConfig(model=model)).model, vocab_size=dims.vocab))
+    model = MetaModel(replace(resolve_model(model), vocab_size=dims.vocab))
     assert dims.flops_per_token == pytest.approx(flops_per_token(model, dims.seq), rel=1e-9)
     assert dims.causal_flops_per_token == pytest.approx(causal_flops_per_token(model, dims.seq), rel=1e-9)

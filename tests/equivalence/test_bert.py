@@ -15,15 +15,15 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import MemoryConfig, OptimConfig, PrecisionConfig, RunConfig
+from megatron.config.schema import MemoryConfig, OptimSettings, PrecisionConfig, RunConfig
 from megatron.parallel import cross_entropy
 from megatron.parallel.spec import spec_of
 from megatron.train.evaluate import evaluate
 
 STEPS = 6
 TOLERANCE = 1e-5
-SGD = OptimConfig(optimizer="sgd", lr=0.2, lr_decay_style="constant", clip_grad=1.0)
-ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+SGD = OptimSettings(optimizer="sgd", lr=0.2, lr_decay_style="constant", clip_grad=1.0)
+ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
 WORD = "embedding.word.weight"
 
 

@@ -13,7 +13,7 @@ from reference import GPT2, accumulate, advance, dropping, go, micro_batches, st
 from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectangles, tied_copies, train
 from test_precision import STEADY, UNTIED, distance, losses_of
 
-from megatron.config.schema import OptimConfig, PrecisionConfig
+from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.grid import Grid
 from megatron.optim.precision import Precision
 from megatron.parallel.spec import spec_of
@@ -121,7 +121,7 @@ def test_tied_copies_stay_equal(sharded):
 
 def one_step(setting: Sharing, limit: float):
     """The reported norm, that of the gradients in fp64, and the largest step that plain SGD takes."""
-    optim = OptimConfig(optimizer="sgd", sgd_momentum=0.0, lr=1.0, clip_grad=limit)
+    optim = OptimSettings(optimizer="sgd", sgd_momentum=0.0, lr=1.0, clip_grad=limit)
     setting = replace(setting, optim=optim)
     run = start(setting, 1)
     accumulate(run, setting)

@@ -10,15 +10,15 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA, Setting, dropping, go, gradients, micro_batches, mismatch, start, trajectory, worst
 
-from megatron.config.schema import MemoryConfig, OptimConfig
+from megatron.config.schema import MemoryConfig, OptimSettings
 from megatron.parallel import ring
 from megatron.train.evaluate import evaluate
 
 STEPS = 6
 TOLERANCE = 1e-5
 # Adam divides small gradients by their own size, rounding included; a smaller step makes less of it.
-ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
-SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
+ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
     "learned positions": Setting(GPT2, optim=ADAM),
     "learned positions, dropout, masked, documents": Setting(dropping(GPT2), masked=True, documents=True, optim=SGD),

@@ -14,7 +14,7 @@ from ranks import on_ranks
 from reference import GPT2, Setting, accumulate, dropping, go, start, trajectory, worst
 from torch import Tensor, nn
 
-from megatron.config.schema import MemoryConfig, OptimConfig, RunConfig
+from megatron.config.schema import MemoryConfig, OptimSettings, RunConfig
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
@@ -27,8 +27,8 @@ from megatron.train.run import Run
 STEPS = 8
 TOLERANCE = 1e-5
 WORD = "embedding.word.weight"
-SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
-ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
+ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ def test_groups_have_their_own_rates_and_decay(kernel):
     cases |= {f"decoupled {name}": {"decoupled": True, **kind} for name, kind in cases.items()}
     parameters = [parameter(name, values, **kind) for name, kind in cases.items()]
     buffers = flat_buffers(parameters)
-    optimizer = Optimizer(buffers, OptimConfig(clip_grad=0.0, adam_kernel=kernel), Mesh.single())
+    optimizer = Optimizer(buffers, OptimSettings(clip_grad=0.0, adam_kernel=kernel), Mesh.single())
     assert len(buffers) == 4
     for each in parameters:
         each.main_grad.copy_(torch.tensor([0.5, 0.0, -1.0]))
@@ -334,7 +334,7 @@ def test_groups_have_their_own_rates_and_decay(kernel):
 def test_scale_and_clipping_are_one_factor_of_the_update(kind):
     """A gradient of norm 5, halved, and cut to 1; nothing of it is left for the next step, which needs no factor."""
     weights = parameter("weights", [1.0, 1.0, 1.0])
-    config = OptimConfig(clip_grad=1.0, sgd_momentum=1e-9, adam_beta1=0.0, **kind)
+    config = OptimSettings(clip_grad=1.0, sgd_momentum=1e-9, adam_beta1=0.0, **kind)
     optimizer = Optimizer(flat_buffers([weights]), config, Mesh.single())
     for grads, scale, norm, factor in (([3.0, 0.0, -4.0], 0.5, 2.5, 0.2), ([0.3, 0.0, 0.4], 1.0, 0.5, 1.0)):
         weights.main_grad.copy_(torch.tensor(grads))
@@ -346,7 +346,7 @@ def test_scale_and_clipping_are_one_factor_of_the_update(kind):
 
 def test_zeros_and_the_norm_of_the_parameters():
     weights = parameter("weights", [3.0, 0.0, 4.0])
-    config = OptimConfig(clip_grad=0.0)
+    config = OptimSettings(clip_grad=0.0)
     optimizer = Optimizer(flat_buffers([weights]), config, Mesh.single(), log_zeros=True, log_params_norm=True)
     weights.main_grad.copy_(torch.tensor([1.0, 0.0, 0.0]))
     report = optimizer.step(lr=0.0, weight_decay=0.0, scale=2.0)
@@ -372,7 +372,7 @@ def test_apex_counts_steps_once_a_group(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.optimizers", ModuleType("apex.optimizers"))
     sys.modules["apex.optimizers"].FusedAdam = FusedAdam
     weights = parameter("weights", [1.0])
-    optimizer = Optimizer(flat_buffers([weights]), OptimConfig(clip_grad=0.0, adam_kernel="apex"), Mesh.single())
+    optimizer = Optimizer(flat_buffers([weights]), OptimSettings(clip_grad=0.0, adam_kernel="apex"), Mesh.single())
     assert optimizer.scalars()["step"] == 0
     optimizer.load_scalars({"step": 5})
     weights.main_grad.fill_(2.0)

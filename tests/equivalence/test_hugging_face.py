@@ -9,12 +9,12 @@ from reference import GPT2, LLAMA, Setting, go, micro_batches, start
 
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 from megatron.interop.hf_export import export_hf
 
 transformers = pytest.importorskip("transformers")
 STEPS, LR = 4, 3e-3
-OPTIM = OptimConfig(lr=LR, lr_decay_style="constant", weight_decay=0.1, clip_grad=1.0, adam_beta2=0.95)
+OPTIM = OptimSettings(lr=LR, lr_decay_style="constant", weight_decay=0.1, clip_grad=1.0, adam_beta2=0.95)
 
 
 def their_losses(directory, setting: Setting) -> list[float]:

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA, SEQ, Pieces, Setting, dropping, go, micro_batches, mismatch, pieces, start, trajectory, worst
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 from megatron.parallel.spec import spec_of
 from megatron.pipeline.schedules.schedule import SCHEDULES, Op, make
 from megatron.pipeline.schedules.simulate import Costs, simulate
@@ -22,8 +22,8 @@ from megatron.train.run import Run
 STEPS = 20
 TOLERANCE = 1e-5
 # Adam divides small gradients by their own size, rounding included; a smaller step makes less of it.
-ADAM = OptimConfig(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
-SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
+ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
+SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
     "tied": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD),
     "tied adam": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=ADAM),
@@ -181,7 +181,9 @@ def test_megatrons_ways_to_cut(schedule, split):
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_embedding_and_output_layer_learn_at_their_own_rate(name):
     """One step of SGD: what they move is as many times as much, and all else the same."""
-    plain = OptimConfig(optimizer="sgd", lr=0.01, lr_decay_style="constant", sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0)
+    plain = OptimSettings(
+        optimizer="sgd", lr=0.01, lr_decay_style="constant", sgd_momentum=0.0, weight_decay=0.0, clip_grad=0.0
+    )
     setting = replace(MODELS[name], optim=plain)
     _, begin, end = one_process(setting, 1)
     _, _, decoupled = one_process(replace(setting, optim=replace(plain, decoupled_lr=0.04)), 1)

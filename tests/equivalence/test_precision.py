@@ -12,7 +12,7 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, Setting, advance, go, micro_batches, start, trajectory
 
-from megatron.config.schema import OptimConfig, PrecisionConfig
+from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.mesh import Axis
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Constant, Dynamic
@@ -83,7 +83,7 @@ def overflowing(setting: Setting, victim: int):
 @pytest.mark.parametrize("layout", ["dp 2", "tp 2", "pp 2, 1f1b"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(layout, victim):
-    setting = Setting(GPT2, precision=FP16, optim=OptimConfig(lr=1e-2, lr_decay_style="constant"), **LAYOUTS[layout])
+    setting = Setting(GPT2, precision=FP16, optim=OptimSettings(lr=1e-2, lr_decay_style="constant"), **LAYOUTS[layout])
     for losses, scales, skips, same, scheduled in on_ranks(2, overflowing, setting, victim):
         assert scales == SCALES
         assert [number for number, skipped in enumerate(skips, 1) if skipped] == sorted(BAD)
@@ -136,7 +136,7 @@ def losses_of(setting: Setting, steps: int) -> list[float]:
 
 
 LONG = 200
-STEADY = OptimConfig(lr=1e-2, lr_decay_style="constant")
+STEADY = OptimSettings(lr=1e-2, lr_decay_style="constant")
 
 
 @cache

@@ -10,12 +10,12 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA, Setting, dropping, go, mismatch, pieces, start, trajectory
 
-from megatron.config.schema import MemoryConfig, OptimConfig
+from megatron.config.schema import MemoryConfig, OptimSettings
 from megatron.parallel.recompute import Recompute
 
 STEPS = 6
 TOLERANCE = 1e-5
-SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
+SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
     "dropping": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD),
     "plain": Setting(replace(GPT2, num_layers=5), optim=SGD),

@@ -20,7 +20,7 @@ from source_files import ROOT
 from test_distributed_optimizer import Sharing, alone, difference, held_bytes, joined, rectangles
 
 from megatron.config import optimizers
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
@@ -28,7 +28,7 @@ from megatron.optim.optimizer import Optimizer
 from megatron.plan.enough_memory import states
 
 STEPS = 4
-TOY = OptimConfig(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
+TOY = OptimSettings(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
 PLAIN = Sharing(replace(dropping(GPT2), num_layers=3), masked=True, optim=TOY, bucket=9000)
 UNTIED = replace(PLAIN, model=replace(LLAMA, num_layers=3))
 FORMS = {"gpt2": PLAIN, "llama": UNTIED}

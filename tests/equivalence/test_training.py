@@ -23,7 +23,7 @@ from reference import (
     worst,
 )
 
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -42,7 +42,7 @@ MODELS = {
     "gpt2": Setting(GPT2),
     "gpt2 dropout": Setting(dropping(GPT2)),
     "gpt2 masked": Setting(GPT2, masked=True),
-    "gpt2 sgd": Setting(GPT2, optim=OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")),
+    "gpt2 sgd": Setting(GPT2, optim=OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")),
     "llama": Setting(LLAMA),
     "llama dropout masked": Setting(dropping(LLAMA), masked=True),
 }

@@ -17,7 +17,7 @@ from ranks import on_ranks
 from source_files import ROOT, shown, tree
 from torch import Tensor, nn
 
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 from megatron.mesh.grid import UNIONS, Grid, completing, within_stage
 from megatron.mesh.mesh import Mesh
 from megatron.optim import buffers as optim_buffers
@@ -84,7 +84,7 @@ def train(case: Case, steps: int = STEPS) -> tuple[list[tuple[float, float]], Re
     mesh = Mesh.build(Grid(dp=2, cp=2), dist.get_rank()) if world > 1 else Mesh.single()
     model = Experts(mesh, case.data_axis)
     flat = flat_buffers(model.parameters(), case.bucket, mesh, sharded=case.sharded)
-    config = OptimConfig(clip_grad=1.0)
+    config = OptimSettings(clip_grad=1.0)
     optimizer = Optimizer(flat, config, mesh, log_params_norm=True, overlap_grad_reduce=case.overlap)
     norms = []
     for step in range(steps):

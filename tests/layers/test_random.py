@@ -8,8 +8,7 @@ import pytest
 import torch
 from reference import GPT2, LLAMA
 
-from megatron.config.resolve import resolve
-from megatron.config.schema import RunConfig
+from megatron.config.resolve import resolve_model
 from megatron.contract import StagePart
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
@@ -81,7 +80,7 @@ def test_seeds_of_different_things_differ():
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA])
 def test_initial_weights_have_megatrons_spread(model):
-    config = resolve(RunConfig(model=model)).model
+    config = resolve_model(model)
     gpt = GPT(config, StagePart(range(2), True, True), TensorParallel.alone())
     initialize(gpt, config, 7)
     for name, p in gpt.named_parameters():

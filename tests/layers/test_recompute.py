@@ -10,8 +10,8 @@ import torch.distributed as dist
 from ranks import on_ranks
 from reference import GPT2, LLAMA
 
-from megatron.config.resolve import resolve
-from megatron.config.schema import MemoryConfig, ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import MemoryConfig, ModelSettings
 from megatron.contract import Batch, StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
@@ -46,7 +46,7 @@ class Stage:
 
     def __init__(
         self,
-        form: ModelConfig,
+        form: ModelSettings,
         kind: MemoryConfig,
         *,
         seq: int = 16,
@@ -54,7 +54,7 @@ class Stage:
         dtype: torch.dtype = torch.float32,
         draws: bool = False,
     ) -> None:
-        config = resolve(RunConfig(model=replace(form, num_layers=LAYERS + 2, max_position_embeddings=seq))).model
+        config = resolve_model(replace(form, num_layers=LAYERS + 2, max_position_embeddings=seq))
         tp, self.attended = tp_axis(), 0
         recompute = Recompute.of(kind, tp, draws=draws)
         part = StagePart(range(1, 1 + LAYERS), False, False)
@@ -83,7 +83,7 @@ class Stage:
         return {"x": self.x.grad, **{name: p.grad for name, p in self.model.named_parameters()}}
 
 
-def dropping(form: ModelConfig, *, fused: bool = False) -> ModelConfig:
+def dropping(form: ModelSettings, *, fused: bool = False) -> ModelSettings:
     return replace(form, hidden_dropout=0.1, attention_dropout=0.1, fused_attention_dropout=fused)
 
 
@@ -124,7 +124,7 @@ def test_nothing_is_run_again_without_gradients(kind):
 FORMS = {"gpt2": GPT2, "gpt2 dropping": dropping(GPT2), "llama dropping": dropping(LLAMA)}
 
 
-def same_gradients(form: ModelConfig, kinds: list[str], dtype: torch.dtype = torch.float32, sequence_parallel: bool = False):
+def same_gradients(form: ModelSettings, kinds: list[str], dtype: torch.dtype = torch.float32, sequence_parallel: bool = False):
     """The names of the kinds that give other gradients than none."""
     expected = Stage(form, MemoryConfig(), dtype=dtype, sequence_parallel=sequence_parallel).gradients()
     wrong = []
@@ -168,7 +168,9 @@ WIDE = replace(GPT2, hidden_size=256, num_attention_heads=8)
 SEQ = 128
 
 
-def kept_bytes(form: ModelConfig, kind: str, *, bf16: bool = False, sequence_parallel: bool = False, work: bool = False) -> int:
+def kept_bytes(
+    form: ModelSettings, kind: str, *, bf16: bool = False, sequence_parallel: bool = False, work: bool = False
+) -> int:
     """What autograd keeps between a stage's forward and its backward pass: distinct storages, without the weights."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     stage = Stage(form, KINDS[kind], seq=SEQ, sequence_parallel=sequence_parallel, dtype=dtype)
@@ -186,7 +188,7 @@ def kept_bytes(form: ModelConfig, kind: str, *, bf16: bool = False, sequence_par
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def published(form: ModelConfig, kind: str, *, bf16: bool, tp: int = 1, sequence_parallel: bool = False) -> float:
+def published(form: ModelSettings, kind: str, *, bf16: bool, tp: int = 1, sequence_parallel: bool = False) -> float:
     """Bytes of the five layers by 2205.05198, with e bytes an element: 2 in its equations, which add up to these."""
     e, h, a = 2 if bf16 else 4, form.hidden_size, form.num_attention_heads
     masks = 2 if form.hidden_dropout else 0
@@ -250,7 +252,7 @@ BEYOND = {  # what the paper does not count, as the modules do
 @pytest.mark.parametrize("kind", ["none", "selective"])
 @pytest.mark.parametrize("form", BEYOND)
 def test_memory_beyond_the_published(form, kind):
-    config = resolve(RunConfig(model=BEYOND[form])).model
+    config = resolve_model(BEYOND[form])
     layer = MetaModel(config).layer(0)
     each = activation_bytes_of(layer, MicroBatchShape(rows=2, seq=SEQ, hidden=256, element=4))
     expected = LAYERS * (each.saved - (each.core if kind == "selective" else 0))

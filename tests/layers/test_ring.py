@@ -13,7 +13,7 @@ from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelSettings
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
@@ -232,10 +232,10 @@ def test_nothing_grows_with_the_square_of_the_sequence(world, dropout):
         assert largest == ROWS * HEADS * chunk * chunk
 
 
-def backward_bytes(model: ModelConfig, seq: int, dtype: torch.dtype) -> int:
+def backward_bytes(model: ModelSettings, seq: int, dtype: torch.dtype) -> int:
     """The most bytes that the backward pass of one sequence holds at once, beside what was kept for it."""
     axis = cp_axis()
-    heads, groups, width = model.size("num_attention_heads"), model.size("num_query_groups"), model.size("kv_channels")
+    heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
     q, k, v = (draw(1, n, seq // axis.size, width, seed=n, dtype=dtype) for n in (heads, groups, groups))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     keys = DropoutKeys.of(5, torch.tensor([1]), torch.arange(seq // axis.size), slice(None))
@@ -250,7 +250,7 @@ def backward_bytes(model: ModelConfig, seq: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_memory_that_a_dry_run_shows_is_what_a_backward_pass_takes(world, dropout, dtype):
-    model = ModelConfig(num_attention_heads=4, num_query_groups=2, kv_channels=32, attention_dropout=dropout)
+    model = ModelSettings(num_attention_heads=4, num_query_groups=2, kv_channels=32, attention_dropout=dropout)
     shape = MicroBatchShape(rows=1, seq=1024 // world, hidden=128, element=dtype.itemsize)
     ring = RingAttention(Axis("cp", world, 0, tuple(range(world))))
     expected = ring.activation_bytes(shape, heads=4, groups=2, head_dim=32, dropout=dropout).transient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.config.schema import ModelConfig
+from megatron.config.schema import ModelSettings
 from megatron.model.rotary import Rotary
 
 HEAD, SEQ = 8, 5
@@ -34,4 +34,4 @@ def test_the_two_forms_differ_by_the_order_of_channels_alone() -> None:
     x = torch.randn(SEQ, 2, 3, HEAD)
     order = torch.arange(HEAD).view(2, -1).t().flatten()  # where each neighbour stands among the halves
     torch.testing.assert_close(turned(True, x[..., order]), turned(False, x)[..., order])
-    assert not torch.allclose(turned(True, x), turned(False, x)) and ModelConfig().rotary_interleaved is False
+    assert not torch.allclose(turned(True, x), turned(False, x)) and ModelSettings().rotary_interleaved is False

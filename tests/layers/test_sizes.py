@@ -11,8 +11,8 @@ import pytest
 from reference import GPT2
 from torch import Tensor, nn
 
-from megatron.config.resolve import resolve
-from megatron.config.schema import BatchConfig, DataConfig, LayoutConfig, ModelConfig, RunConfig
+from megatron.config.resolve import resolve, resolve_model
+from megatron.config.schema import BatchConfig, DataConfig, LayoutSettings, ModelConfig, RunConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis
@@ -72,7 +72,7 @@ class ToyGPT(GPT):
 
 
 def plain_model() -> MetaModel:
-    return MetaModel(resolve(RunConfig(model=PLAIN)).model)
+    return MetaModel(resolve_model(PLAIN))
 
 
 @pytest.fixture(params=["norm", "layers"])
@@ -88,11 +88,11 @@ def toy(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, int]]:
 
 
 def config_of(model: ModelConfig, tp: int, pp: int) -> RunConfig:
-    layout = LayoutConfig(
+    layout = LayoutSettings(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_stage_layers=(3, 1)[: 2 * pp - 2]
     )
     batch = BatchConfig(micro_batch_size=1, global_batch_size=4, train_iters=1)
-    return resolve(RunConfig(model=model, layout=layout, data=DataConfig(seq_length=16), batch=batch), tp * pp)
+    return resolve(RunSettings(model=model, layout=layout, data=DataConfig(seq_length=16), batch=batch), tp * pp)
 
 
 def counted(config: RunConfig, world: int) -> int:

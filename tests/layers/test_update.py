@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from megatron.config.optimizers import update_rules
-from megatron.config.schema import OptimConfig
+from megatron.config.schema import OptimSettings
 from megatron.optim.update import ShardedUpdate, Target
 
 LR, DECAY = 1e-2, 0.1
 METHODS = {
-    "adam fused": OptimConfig(lr=LR, adam_beta2=0.95, adam_eps=1e-6),
-    "adam foreach": OptimConfig(lr=LR, adam_beta2=0.95, adam_kernel="foreach"),
-    "sgd": OptimConfig(lr=LR, optimizer="sgd", sgd_momentum=0.8),
-    "sgd without momentum": OptimConfig(lr=LR, optimizer="sgd", sgd_momentum=0.0),
+    "adam fused": OptimSettings(lr=LR, adam_beta2=0.95, adam_eps=1e-6),
+    "adam foreach": OptimSettings(lr=LR, adam_beta2=0.95, adam_kernel="foreach"),
+    "sgd": OptimSettings(lr=LR, optimizer="sgd", sgd_momentum=0.8),
+    "sgd without momentum": OptimSettings(lr=LR, optimizer="sgd", sgd_momentum=0.0),
 }
 
 
-def of_torch(config: OptimConfig, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+def of_torch(config: OptimSettings, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     groups = [{"params": parameters[:1], "weight_decay": DECAY}, {"params": parameters[1:], "weight_decay": 0.0, "lr": LR / 2}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=LR, momentum=config.sgd_momentum, fused=True)
@@ -65,8 +65,8 @@ def test_a_step_imports_no_compiler(kernel: str) -> None:
 import sys
 from reference import GPT2, Setting, trajectory
 from megatron.config.optimizers import update_rules
-from megatron.config.schema import OptimConfig
-trajectory(Setting(GPT2, optim=OptimConfig(lr=1e-2, adam_kernel="{kernel}")), 1)
+from megatron.config.schema import OptimSettings
+trajectory(Setting(GPT2, optim=OptimSettings(lr=1e-2, adam_kernel="{kernel}")), 1)
 sys.exit(" ".join({{"torch._dynamo", "sympy"}} & sys.modules.keys()) or 0)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

@@ -16,8 +16,8 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA, SEQ, Setting, go
 from torch import nn
 
-from megatron.config.resolve import resolve
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelSettings
 from megatron.contract import Batch, StagePart
 from megatron.launch.environment import Place
 from megatron.launch.job import Job
@@ -46,9 +46,9 @@ def tp_axis() -> Axis:
     return Mesh.build(Grid(tp=dist.get_world_size()), dist.get_rank()).tp if dist.is_initialized() else Axis.alone("tp")
 
 
-def stage(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
+def stage(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
     """One layer between others, with weights and biases that hide nothing."""
-    config = resolve(RunConfig(model=form)).model
+    config = resolve_model(form)
     model = GPT(config, StagePart(range(1, 2), False, False), TensorParallel(tp_axis(), sequence_parallel), dtype=dtype)
     initialize(model, config, 3)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def whole(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype, keeping: bool):
+def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keeping: bool):
     """Gradients of two micro-batches, backward in one. keeping: through layers that could have kept their products."""
     model = stage(form, sequence_parallel, dtype)
     if keeping:
@@ -98,7 +98,7 @@ def whole(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype, keepin
     return grads(model), [each.x.grad for each in passes]
 
 
-def split(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype):
+def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
     """The same in two parts, both W after both I; what there was between them; and what W did with autograd."""
     model, work = stage(form, sequence_parallel, dtype), WeightWork()
     manage_weight_gradients(model, work)
@@ -129,7 +129,7 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def compare(form: ModelConfig, sequence_parallel: bool, dtype: torch.dtype) -> list[str]:
+def compare(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype) -> list[str]:
     """Names of the gradients that I alone makes."""
     expected, expected_x = whole(form, sequence_parallel, dtype, keeping=False)
     ready, ready_x = whole(form, sequence_parallel, dtype, keeping=True)
@@ -170,7 +170,7 @@ def factors(sequence_parallel: bool):
 def test_what_waits_for_w_is_two_factors_for_each_linear_layer(tp, sequence_parallel):
     """Whole in the sequence, cut in the features; in the order of the backward pass."""
     found = on_ranks(tp, factors, sequence_parallel) if tp > 1 else [factors(sequence_parallel)]
-    hidden, ffn, qkv = 32, resolve(RunConfig(model=LLAMA)).model.size("ffn_hidden_size"), 64
+    hidden, ffn, qkv = 32, resolve_model(LLAMA).size("ffn_hidden_size"), 64
     shapes = [(hidden, ffn // tp), *[(ffn // tp, hidden)] * 2, (hidden, hidden // tp), (qkv // tp, hidden)]
     for products in found:
         assert [p[0] for p in products] == shapes
@@ -283,7 +283,7 @@ def exact_product(total: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> N
     total.addmm_(rows.t().float(), x.float())
 
 
-def backward(form: ModelConfig, sequence_parallel: bool, way: str, grad_dtype: torch.dtype = torch.float32):
+def backward(form: ModelSettings, sequence_parallel: bool, way: str, grad_dtype: torch.dtype = torch.float32):
     """Gradients of three micro-batches in the optimizer's buffers, by parameter; how often each was reported; the calls of
     `add_product`. way: plain, fused, or fused with I and W apart."""
     model, work = stage(form, sequence_parallel, torch.bfloat16), WeightWork(fused=way != "plain")
@@ -312,7 +312,7 @@ def count(reported: dict[str, int], name: str) -> None:
     reported[name] = reported.get(name, 0) + 1
 
 
-def compare_fused(form: ModelConfig, sequence_parallel: bool) -> None:
+def compare_fused(form: ModelSettings, sequence_parallel: bool) -> None:
     plain, fused, split = (backward(form, sequence_parallel, way) for way in ("plain", "fused", "split"))
     linear = [name for name in plain[0] if is_linear(name) and name.endswith(".weight")]
     assert plain[2] == 0 and fused[2] == split[2] == 3 * len(linear) > 0

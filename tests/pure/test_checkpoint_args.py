@@ -11,15 +11,15 @@ import pytest
 from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.schema import DataConfig, ModelConfig, RunConfig, TokenizerConfig
+from megatron.config.schema import DataConfig, ModelSettings, RunSettings, TokenizerConfig
 
-MODEL = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=64)
+MODEL = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=64)
 HELD = TokenizerConfig("GPT2BPETokenizer", vocab_file="held/vocab.json", merge_file="held/merges.txt", eod_token="7")
 
 
 def run(folder: Path, *flags: str, length: int | None = 32, tokenizer: TokenizerConfig = HELD, task: bool = False) -> Parsed:
     def saved(_: object) -> dict[str, Any]:
-        return to_json(RunConfig(model=MODEL, data=DataConfig(seq_length=length), tokenizer=tokenizer))
+        return to_json(RunSettings(model=MODEL, data=DataConfig(seq_length=length), tokenizer=tokenizer))
 
     (folder / "manifest.json").write_text("{}")
     argv = shlex.split(f"--micro-batch-size 1 --train-iters 1 --lr 1 --data-path d --load {folder} --use-checkpoint-args")

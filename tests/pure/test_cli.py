@@ -20,7 +20,8 @@ from megatron.config.command_line.spelling import spellings
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import options
 from megatron.config.presets import PRESETS
-from megatron.config.schema import MemoryConfig, ModelConfig, PrecisionConfig, RunConfig, sections
+from megatron.config.resolve import resolve, resolve_model
+from megatron.config.schema import MemoryConfig, ModelConfig, ModelSettings, PrecisionConfig, RunConfig, RunSettings, sections
 
 BASE = shlex.split(
     "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -57,11 +58,11 @@ def test_every_option_can_be_typed_and_written_to_a_file(option: Any, tmp_path: 
     by_flag = read_arguments(words)
     value = (other,) if option.many else other
     assert (by_flag.values, by_flag.problems) == ({option.name: value}, [])
-    changed = RunConfig(**{option.section: sections()[option.section](**{option.field: value})})
+    changed = RunSettings(**{option.section: sections()[option.section](**{option.field: value})})
     (tmp_path / "run.toml").write_text(to_toml(changed))
     from_file = read_toml(str(tmp_path / "run.toml"))
     assert from_file.values[option.name] == value and from_file.problems == []
-    assert from_json(to_json(changed)) == changed != RunConfig()
+    assert from_json(to_json(changed)) == changed != RunSettings()
 
 
 def test_parsing_habits_of_megatron_scripts() -> None:
@@ -168,7 +169,9 @@ def test_help_names_every_flag_with_default_and_choices(capsys: pytest.CaptureFi
 
 def test_order_of_precedence(tmp_path: Path) -> None:
     def saved(_: object) -> dict[str, Any]:
-        return to_json(RunConfig(model=ModelConfig(num_layers=11, hidden_size=64, num_attention_heads=8, rotary_percent=0.5)))
+        return to_json(
+            RunSettings(model=ModelSettings(num_layers=11, hidden_size=64, num_attention_heads=8, rotary_percent=0.5))
+        )
 
     (tmp_path / "iter_0000001").mkdir()
     (tmp_path / "iter_0000001" / "manifest.json").write_text("{}")
@@ -215,8 +218,8 @@ def test_toml_and_json_round_trips(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert parse(["--config", str(file)], program="t", files=False).config == config
-    assert from_json(to_json(config)) == config
-    assert from_json({"model": to_json(config)["model"]}).model == config.model
+    assert resolve(from_json(to_json(config))) == config
+    assert resolve_model(from_json({"model": to_json(config)["model"]}).model) == config.model
 
 
 def test_json_of_another_version_names_what_is_unknown() -> None:
@@ -293,26 +296,26 @@ def test_a_configuration_saved_before_there_was_fp16() -> None:
     saved = to_json(read("--bf16").config)
     saved["precision"] = {"bf16": True}
     del saved["batch"]["skip_train_iterations"]
-    assert from_json(saved) == read("--bf16").config
+    assert resolve(from_json(saved)) == read("--bf16").config
 
 
 def test_a_configuration_saved_before_there_was_recomputation() -> None:
     saved = to_json(read().config)
     del saved["memory"]
-    assert from_json(saved) == read().config
+    assert resolve(from_json(saved)) == read().config
 
 
 def test_a_configuration_saved_before_there_were_pipelines() -> None:
     saved = to_json(read().config)
     for section, field in (("layout", "pipeline_stage_layers"), ("log", "profile_pipeline")):
         del saved[section][field]
-    assert from_json(saved) == read().config
+    assert resolve(from_json(saved)) == read().config
 
 
 def test_presets_are_fields_of_the_model() -> None:
     for name, preset in PRESETS.items():
         assert set(preset) <= {f.name for f in fields(ModelConfig)}
-        assert ModelConfig(**preset).num_layers == preset["num_layers"], name
+        assert ModelSettings(**preset).num_layers == preset["num_layers"], name
 
 
 def test_world_size_belongs_to_the_dry_run() -> None:

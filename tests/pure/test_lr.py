@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.config.schema import BatchConfig, OptimConfig
+from megatron.config.schema import BatchSettings, OptimSettings
 from megatron.optim.lr import Schedule
 
-OPTIM = OptimConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=10, lr_decay_iters=110)
-BATCH = BatchConfig(global_batch_size=4, train_iters=200)
+OPTIM = OptimSettings(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=10, lr_decay_iters=110)
+BATCH = BatchSettings(global_batch_size=4, train_iters=200)
 
 
 def rates(style: str, *steps: int) -> list[float]:
@@ -37,7 +37,7 @@ def test_fraction_is_of_the_decay_length():
 
 def test_lengths_in_samples():
     optim = replace(OPTIM, lr_warmup_iters=0, lr_decay_iters=None, lr_warmup_samples=30, lr_decay_samples=300)
-    schedule = Schedule.of(optim, BatchConfig(global_batch_size=4, train_samples=900))
+    schedule = Schedule.of(optim, BatchSettings(global_batch_size=4, train_samples=900))
     assert (schedule.warmup, schedule.decay, schedule.rate(15)) == (30, 300, 0.5)
 
 
@@ -48,7 +48,7 @@ def test_weight_decay_over_time():
     cosine = Schedule.of(replace(optim, weight_decay_incr_style="cosine"), BATCH)
     assert cosine.weight_decay(200) == pytest.approx(0.1 * (1 - math.sqrt(0.5)))
     assert Schedule.of(OPTIM, BATCH).weight_decay(5) == OPTIM.weight_decay
-    samples = Schedule.of(optim, BatchConfig(global_batch_size=4, train_samples=100))
+    samples = Schedule.of(optim, BatchSettings(global_batch_size=4, train_samples=100))
     assert samples.weight_decay(50) == pytest.approx(0.1)
 
 
@@ -69,7 +69,9 @@ def test_wsd_is_stable_until_its_decay(style, quarter, half):
     assert [schedule.rate(4 * step) for step in (5, 10, 40, 70, 80, 90, 110, 111)] == pytest.approx(wanted, abs=1e-7)
     lengths = {"lr_decay_samples": 440, "lr_warmup_samples": 40, "lr_wsd_decay_samples": 160}
     optim = replace(optim, lr_decay_iters=None, lr_warmup_iters=0, lr_wsd_decay_iters=None, **lengths)
-    assert replace(schedule, decay_weights_over=900) == Schedule.of(optim, BatchConfig(global_batch_size=8, train_samples=900))
+    assert replace(schedule, decay_weights_over=900) == Schedule.of(
+        optim, BatchSettings(global_batch_size=8, train_samples=900)
+    )
 
 
 def test_a_warm_up_can_begin_above_zero():
@@ -87,6 +89,6 @@ def test_embedding_and_output_layer_can_have_a_peak_and_a_floor_of_their_own():
 
 def test_lengths_in_steps_are_those_of_a_changing_batch_size():
     """100 steps of 2, then steps of 4: warm-up ends at step 10, the decay of WSD goes from step 105 to step 110."""
-    batch = BatchConfig(global_batch_size=4, batch_size_steps=(0, 2, 200, 4), train_iters=120)
+    batch = BatchSettings(global_batch_size=4, batch_size_steps=(0, 2, 200, 4), train_iters=120)
     schedule = Schedule.of(replace(OPTIM, lr_decay_style="WSD", lr_wsd_decay_iters=5), batch)
     assert (schedule.warmup, schedule.decay, schedule.annealing, schedule.decay_weights_over) == (20, 240, 20, 280)

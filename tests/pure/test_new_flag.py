@@ -36,6 +36,7 @@ from megatron.config.command_line.help import help_text
 from megatron.config.command_line.parse import parse
 from megatron.config.command_line.saved import from_json, to_json, to_toml
 from megatron.config.errors import ConfigError
+from megatron.config.resolve import resolve
 
 def problems(argv):
     try:
@@ -50,7 +51,7 @@ print(json.dumps({
     "help": [line for line in help_text("test").splitlines() if "--eval-patience" in line],
     "default": parse(argv, program="test", files=False).config.eval.eval_patience,
     "value": config.eval.eval_patience,
-    "saved": from_json(json.loads(json.dumps(to_json(config)))) == config,
+    "saved": resolve(from_json(json.loads(json.dumps(to_json(config))))) == config,
     "toml": parse(["--config", toml], program="test", files=False).config.eval.eval_patience,
     "text": problems([*argv, "--eval-patience", "soon"]),
     "range": problems([*argv, "--eval-patience", "0"]),

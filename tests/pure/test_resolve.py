@@ -14,7 +14,6 @@ from megatron.config.batch import (
     full_batch_size,
     global_batch_size_at,
     iterations_for,
-    micro_batch_count,
     ramp_sizes,
     samples_for,
     stretches,
@@ -25,7 +24,7 @@ from megatron.config.pipeline import pipeline_chunks
 from megatron.config.presets import PRESETS
 from megatron.config.resolve import resolve
 from megatron.config.rules import check
-from megatron.config.schema import BatchConfig, LayoutConfig, RunConfig
+from megatron.config.schema import BatchConfig, BatchSettings, LayoutConfig, RunConfig
 
 
 def resolved(change: str, world: int = 1) -> RunConfig:
@@ -85,14 +84,14 @@ def test_ramp_up_arithmetic() -> None:
     batch = BatchConfig(micro_batch_size=2, global_batch_size=48, rampup_batch_size=(16, 16, 320))
     assert [global_batch_size_at(batch, n) for n in (0, 159, 160, 319, 320, 321, 10**9)] == [16, 16, 32, 32, 48, 48, 48]
     assert ramp_sizes(batch) == [16, 32, 48] and ramp_sizes(replace(batch, rampup_batch_size=())) == [48]
-    assert micro_batch_count(batch, 4, 0) == 2 and micro_batch_count(batch, 4, 320) == 6
+    assert global_batch_size_at(batch, 0) // 8 == 2 and global_batch_size_at(batch, 320) // 8 == 6
     # 10 steps of 16 reach 160, 5 of 32 reach 320, which is still within the ramp: one of 48, then 632 // 48 = 13.
     assert iterations_for(batch, 1000) == 10 + 5 + 1 + 13
     assert iterations_for(replace(batch, rampup_batch_size=()), 1000) == 20
     level = replace(batch, rampup_batch_size=(48, 16, 320))
     assert global_batch_size_at(level, 5) == 48
     with pytest.raises(ValueError, match="not resolved"):
-        global_batch_size_at(BatchConfig(), 0)
+        global_batch_size_at(BatchSettings(), 0)
 
 
 def test_step_batch_size_schedule() -> None:
@@ -141,8 +140,8 @@ def test_stretches_are_the_steps_of_a_walk(seed: int) -> None:
     random.seed(seed)
     sizes = [random.randint(1, 9) for _ in range(4)]
     begins = [0, *sorted(random.sample(range(1, 60), 3))]
-    stepped = BatchConfig(global_batch_size=sizes[-1], batch_size_steps=tuple(chain(*zip(begins, sizes, strict=True))))
-    ramp = BatchConfig(global_batch_size=8, rampup_batch_size=(2, 2, random.randint(1, 50)))
+    stepped = BatchSettings(global_batch_size=sizes[-1], batch_size_steps=tuple(chain(*zip(begins, sizes, strict=True))))
+    ramp = BatchSettings(global_batch_size=8, rampup_batch_size=(2, 2, random.randint(1, 50)))
     for batch in (stepped, ramp):
         consumed, walk = 0, [0]
         for _ in range(80):

@@ -13,7 +13,7 @@ from megatron.config.model import of_other_architecture
 from megatron.config.optim import adam_kernel, decoupled_rates, optimizer_package, warm_up_begin, wsd_phases
 from megatron.config.options import options
 from megatron.config.rules import DISK_RULES, PRETRAINING_RULES, check
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelSettings, RunSettings
 
 # rule, change to the legal run, world size, the whole message
 CASES: list[tuple[str, str, int, str]] = [
@@ -325,7 +325,7 @@ def test_every_number_has_a_range_and_its_message() -> None:
 
 
 def test_check_works_from_python() -> None:
-    model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, max_position_embeddings=8, activation="tanh")
-    lines = [str(p) for p in check(RunConfig(model=model))]
+    model = ModelSettings(num_layers=2, hidden_size=16, num_attention_heads=4, max_position_embeddings=8, activation="tanh")
+    lines = [str(p) for p in check(RunSettings(model=model))]
     assert any(line.startswith("`--activation tanh` is not known; legal: gelu, ") for line in lines)
     assert "`--seq-length` is missing, and has no default" in lines

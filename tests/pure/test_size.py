@@ -12,16 +12,18 @@ import pytest
 import torch
 
 from megatron.config.presets import PRESETS
-from megatron.config.resolve import resolve
+from megatron.config.resolve import resolve, resolve_model
 from megatron.config.schema import (
-    BatchConfig,
-    DataConfig,
-    LayoutConfig,
+    BatchSettings,
+    DataSettings,
+    LayoutSettings,
     MemoryConfig,
     ModelConfig,
-    OptimConfig,
+    ModelSettings,
+    OptimSettings,
     PrecisionConfig,
     RunConfig,
+    RunSettings,
 )
 from megatron.contract import StagePart
 from megatron.mesh.mesh import Axis
@@ -45,7 +47,7 @@ from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan
 
 VOCAB = 127
-PLAIN = ModelConfig(
+PLAIN = ModelSettings(
     num_layers=3, hidden_size=24, num_attention_heads=4, max_position_embeddings=10, make_vocab_size_divisible_by=8
 )
 FORMS = {
@@ -77,11 +79,16 @@ def run_of(
     memory: MemoryConfig | None = None,
     optimizer: str = "adam",
 ) -> RunConfig:
-    layout = LayoutConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
-    run = RunConfig(model=model, layout=layout, optim=OptimConfig(optimizer=optimizer), precision=PrecisionConfig(bf16=bf16))
-    return replace(
-        run, data=DataConfig(seq_length=seq), batch=BatchConfig(micro_batch_size=rows), memory=memory or MemoryConfig()
+    settings = RunSettings(
+        model=model,
+        layout=LayoutSettings(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel),
+        data=DataSettings(seq_length=seq),
+        batch=BatchSettings(micro_batch_size=rows),
+        optim=OptimSettings(optimizer=optimizer),
+        precision=PrecisionConfig(bf16=bf16),
+        memory=memory or MemoryConfig(),
     )
+    return resolve(settings, tp)
 
 
 def activations_of(model: ModelConfig, part: StagePart, **options: Any) -> StageActivations:
@@ -109,8 +116,8 @@ def memory_on_a_rank(
     return memory_of(run, MetaModel.of(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
 
 
-def complete(model: ModelConfig) -> ModelConfig:
-    return replace(resolve(RunConfig(model=model)).model, vocab_size=VOCAB)
+def complete(model: ModelSettings) -> ModelConfig:
+    return replace(resolve_model(model), vocab_size=VOCAB)
 
 
 STAGES = [
@@ -201,7 +208,7 @@ def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     ],
 )
 def test_known_models(name: str, vocab: int, count: int) -> None:
-    model = replace(complete(ModelConfig(**PRESETS[name])), vocab_size=vocab)
+    model = replace(complete(ModelSettings(**PRESETS[name])), vocab_size=vocab)
     assert MetaModel(model).count() == count
 
 
@@ -256,7 +263,7 @@ def test_both_conventions_of_attention() -> None:
 def test_flops_are_the_published_formula() -> None:
     # arXiv 2104.04473 without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12 l h)
     s, vocab, batch = 1024, 51200, 512
-    model = MetaModel(replace(complete(ModelConfig(**PRESETS["gpt-8.3b"])), vocab_size=vocab))
+    model = MetaModel(replace(complete(ModelSettings(**PRESETS["gpt-8.3b"])), vocab_size=vocab))
     layers, h = 72, 3072
     published = 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (12 * layers * h))
     assert flops_per_token(model, s) * s * batch == pytest.approx(published, rel=1e-12)
@@ -265,7 +272,7 @@ def test_flops_are_the_published_formula() -> None:
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
 def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool) -> None:
     # arXiv 2205.05198, equations 1 to 4, for 16 bit.
-    model, s, b = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 4
+    model, s, b = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4
     h, a, layers = 3072, 32, 72
     per_layer = s * b * h * ((34 + 5 * a * s / h) / tp if sequence_parallel else 10 + 24 / tp + 5 * a * s / (h * tp))
     stage, how = StagePart(range(layers), False, False), dict(tp=tp, seq=s, rows=b, sequence_parallel=sequence_parallel)
@@ -279,7 +286,7 @@ def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
 def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool) -> None:
     # arXiv 2205.05198, equation 6 and section 5, for 16 bit: 34 s b h / t, and 2 s b h for what is run again whole.
-    model, s, b, h, a = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 1024, 4, 3072, 32
+    model, s, b, h, a = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4, 3072, 32
     stage = StagePart(range(1, 73), False, False)
 
     def counted(in_flight: int = 1, **memory: object) -> tuple[int, int]:
@@ -305,7 +312,7 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
 
 def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> None:
     # h = 3072, 16 bit: inputs h, h, h, 4 h and gradients 3 h, h, 4 h, h of the four linear layers.
-    model, stage, tokens = complete(ModelConfig(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
+    model, stage, tokens = complete(ModelSettings(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
     found = activations_of(model, stage, seq=tokens, memory=MemoryConfig("full", "uniform"))
     assert found.held(5, split=2) == tokens * 3072 * (3 * 2 + 2 * 32)
     plain = activations_of(model, stage, seq=tokens)
@@ -323,7 +330,7 @@ def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
 
 def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     # Tokens in chunks of 2^27 // 25216 = 5322; on each of 2 ranks 50432 / 2 = 25216 rows; bf16.
-    model, tokens, hidden, held = complete(ModelConfig(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
+    model, tokens, hidden, held = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
     loss = 2 * 2 * tokens * hidden + (4 + 2) * held * hidden + (2 + 4 + 4) * (2**27 // held) * held
     model = replace(model, vocab_size=50257)
     assert head_loss_bytes(tokens, hidden, held, 2) == loss

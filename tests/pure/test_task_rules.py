@@ -11,17 +11,17 @@ from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
 from megatron.config.rules import EVERY_RUN, TASK_RULES, as_it_is
-from megatron.config.schema import ModelConfig, RunConfig
+from megatron.config.schema import ModelSettings, RunSettings
 from megatron.config.task import TASKS, task_files
 
-MODEL = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, max_position_embeddings=64, vocab_size=99)
+MODEL = ModelSettings(num_layers=2, hidden_size=16, num_attention_heads=4, max_position_embeddings=64, vocab_size=99)
 # A legal command of each kind; `:` stands for what takes part of it away.
 TRAIN = "--task MNLI --pretrained-checkpoint ck --train-data a --valid-data b --epochs 2 --lr 1e-3"
 ASK = "--task WIKITEXT103 --load ck --valid-data b"
 
 
 def read(text: str, world: int = 1, files: bool = False) -> Parsed:
-    saved = lambda checkpoint: to_json(RunConfig(model=MODEL))  # noqa: E731
+    saved = lambda checkpoint: to_json(RunSettings(model=MODEL))  # noqa: E731
     defaults = {"batch.micro_batch_size": 8}
     return parse(
         text.split(), program="tasks/main.py", defaults=defaults, world_size=world, saved=saved, files=files, task=True
@@ -119,7 +119,7 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "set.idx").write_text("x")
 
     def said(task: str, word: str) -> list[str]:
-        case_config = replace(RunConfig(), task=replace(RunConfig().task, task=task, valid_data=(word,)))
+        case_config = replace(RunSettings(), task=replace(RunSettings().task, task=task, valid_data=(word,)))
 
         return [str(p) for p in task_files(as_it_is(case_config))]
 

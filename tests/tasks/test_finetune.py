@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from megatron.cli.program import run_task
 from megatron.config.resolve import resolve
-from megatron.config.schema import DataConfig, ModelConfig, RunConfig
+from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, RunSettings
 from megatron.inference.pipeline import Pipeline
 from megatron.interop.checked_export import export
 from megatron.tasks.tagging import entities, sentences
@@ -157,7 +157,8 @@ def test_answers_that_are_no_numbers_are_an_error(bert, alone, tmp_path, monkeyp
 def test_a_choice_computes_a_row_for_each_answer():
     sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 99, "max_position_embeddings": 8}
     kinds = [{"task_head": "classification", "labels": ("a",)}, {"task_head": "choice", "labels": tuple("ABCD")}]
-    runs = [RunConfig(model=ModelConfig(architecture="bert", **sizes, **kind), data=DataConfig(seq_length=8)) for kind in kinds]
+    rest = {"data": DataSettings(seq_length=8), "batch": BatchSettings(micro_batch_size=1)}
+    runs = [RunSettings(model=ModelSettings(architecture="bert", **sizes, **kind), **rest) for kind in kinds]
     one, four = (sample_flops(resolve(run)) for run in runs)
     assert four == 4 * one > 0
 

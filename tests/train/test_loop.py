@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron.config.schema import BatchConfig
+from megatron.config.schema import BatchSettings
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Hook, StepTimer, Training, train
 from megatron.train.report import StepReport
@@ -44,7 +44,7 @@ class Told(Hook):
 
 
 def training_of(iterations, step=None, start=0):
-    batch = BatchConfig(global_batch_size=4, train_iters=iterations)
+    batch = BatchSettings(global_batch_size=4, train_iters=iterations)
     optim = SimpleNamespace(on_nonfinite="abort")
     job = SimpleNamespace(watch=SimpleNamespace(doing=lambda what, alone: None))
     plain = StepReport(1.0, 1.0, skipped=False, nan=False, samples=4, tokens=8)

@@ -12,13 +12,13 @@ from ranks import on_ranks
 from reference import GPT2, Setting, advance, micro_batches, start
 
 from megatron.cli.program import pretrain
-from megatron.config.schema import OptimConfig, PrecisionConfig
+from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.train.errors import TrainingError
 from megatron.train.nonfinite import FORWARD, Finding, NonFinite, spans
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
-SGD = OptimConfig(optimizer="sgd", lr=0.1, lr_decay_style="constant")
+SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 BAD = 3  # the iteration in which something is not finite
 DEEP = replace(GPT2, num_layers=4)
 
@@ -252,7 +252,7 @@ def test_fp16_resumes_where_its_scale_stood(flags, tmp_path, capsys):
 
 def test_an_infinite_loss_stays_out_of_the_averages():
     """The update was made, so the step counts; the state must still be written as JSON."""
-    run = SimpleNamespace(state=TrainState(), config=SimpleNamespace(optim=OptimConfig()))
+    run = SimpleNamespace(state=TrainState(), config=SimpleNamespace(optim=OptimSettings()))
     for loss in (2.0, float("inf"), 4.0):
         advance(run, StepReport(loss, 1.0, skipped=False, nan=False, samples=1, tokens=8))
     assert (run.state.iteration, run.state.window_steps, run.state.window_loss) == (3, 2, 6.0)

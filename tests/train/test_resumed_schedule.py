@@ -9,25 +9,27 @@ import pytest
 
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
-from megatron.config.schema import BatchConfig, DataConfig, OptimConfig, RunConfig
+from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, OptimSettings, RunConfig, RunSettings
 from megatron.optim.lr import Schedule
 from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
 from megatron.train.source import Source
 from megatron.train.state import TrainState
 
 STYLES = ("linear", "cosine", "constant", "inverse-square-root", "WSD")
+MODEL = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=8)
+DATA = DataSettings(seq_length=8)
 WSD = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
 
 
 def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: object) -> RunConfig:
     length = {"train_samples": samples} if samples else {"train_iters": iters}
-    batch = BatchConfig(micro_batch_size=1, global_batch_size=size, **length)
-    return resolve(RunConfig(optim=OptimConfig(**{"lr": 1e-3, **optim}), batch=batch))
+    batch = BatchSettings(micro_batch_size=1, global_batch_size=size, **length)
+    return resolve(RunSettings(model=MODEL, data=DATA, optim=OptimSettings(**{"lr": 1e-3, **optim}), batch=batch))
 
 
 def saved(config: RunConfig, iteration: int = 4) -> Source:
     """The checkpoint of a run at an iteration."""
-    done = iteration * (config.batch.global_batch_size or 1)
+    done = iteration * config.batch.global_batch_size
     schedule = asdict(Schedule.of(config.optim, config.batch))
     state = TrainState(iteration=iteration, consumed_samples=done, scheduled_samples=done, schedule=schedule)
     return Source(Path("run/iter_0000004"), config, state, optimizer=True, progress=True)
@@ -141,8 +143,8 @@ def test_a_checkpoint_that_says_nothing_of_what_came_later():
 
 
 def test_more_ranks_go_on_with_the_sizes_that_are_left():
-    batch = BatchConfig(micro_batch_size=1, step_batch_size_schedule=("0:2 64:8",), train_iters=9)
-    config = resolve(RunConfig(data=DataConfig(seq_length=8), batch=batch, optim=OptimConfig(lr=1e-3)), 8)
+    batch = BatchSettings(micro_batch_size=1, step_batch_size_schedule=("0:2 64:8",), train_iters=9)
+    config = resolve(RunSettings(model=MODEL, data=DATA, batch=batch, optim=OptimSettings(lr=1e-3)), 8)
     behind = Source(state=TrainState(consumed_samples=8), progress=True)
     check_batch_sizes(behind, config, 8)
     for source in (replace(behind, progress=False), Source(state=TrainState(consumed_samples=6), progress=True)):

@@ -15,7 +15,7 @@ from megatron.checkpoint.layout import newest_complete
 from megatron.checkpoint.save import save
 from megatron.checkpoint.storage import Storage
 from megatron.config.errors import ConfigError
-from megatron.config.schema import CheckpointConfig, EvalConfig, RunConfig, TaskConfig
+from megatron.config.schema import CheckpointConfig, EvalConfig, RunSettings, TaskConfig
 from megatron.mesh.mesh import Mesh
 from megatron.train.going_on import how_to_go_on
 from megatron.train.resume import find_source
@@ -46,7 +46,7 @@ def start(flags: str) -> Source:
         name, _, value = part.strip().partition(" ")
         values[name.replace("-", "_")] = known[name](value) if name in known else True
     skip = bool(values.pop("skip_train", False))
-    config = RunConfig(checkpoint=CheckpointConfig(**values), eval=EvalConfig(skip_train=skip))
+    config = RunSettings(checkpoint=CheckpointConfig(**values), eval=EvalConfig(skip_train=skip))
     directory, iteration, checkpoint = None, 0, config.checkpoint
     goes_on = checkpoint.auto_resume and Path(checkpoint.save or "", "iter_0000004").is_dir()
     root = checkpoint.save if goes_on else checkpoint.load
@@ -120,7 +120,7 @@ def test_what_is_refused(disk, flags, why):
 
 def test_fine_tuning_again_is_refused_since_it_is_no_load(disk):
     task = TaskConfig(pretrained_checkpoint="other")
-    config = RunConfig(checkpoint=CheckpointConfig(save="run", load="other", finetune=True), task=task)
+    config = RunSettings(checkpoint=CheckpointConfig(save="run", load="other", finetune=True), task=task)
     with pytest.raises(ConfigError, match="fine-tuning from --pretrained-checkpoint other would begin anew over them"):
         check_save(Source(Path("other/iter_0000006")), config)
 

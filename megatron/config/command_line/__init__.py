@@ -1,1 +1,1 @@
-"""What a user types: flags, `--help`, TOML files and a saved configuration, read into and written from a `RunConfig`."""
+"""What a user types: flags, `--help`, TOML files and a saved configuration, read into `RunSettings` and written from them."""

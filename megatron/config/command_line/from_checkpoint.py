@@ -12,7 +12,7 @@ from megatron.config.command_line.saved import from_json
 from megatron.config.errors import ConfigError, Problem, found_on_disk
 from megatron.config.options import by_name, flag_text
 from megatron.config.rules import as_it_is
-from megatron.config.schema import RunConfig, assemble
+from megatron.config.schema import RunSettings, assemble
 
 ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
 FREE_OF_TOKENIZER = {"tokenizer.eod_token", "tokenizer.bos_token"}  # which token ends a document can be said of any tokenizer
@@ -44,7 +44,7 @@ class FromCheckpoint:
 
 
 def read_checkpoint(
-    chosen: Mapping[str, Any], saved: ReadSaved | None, set_by_user: frozenset[str], *, task: bool
+    chosen: Mapping[str, Any], saved: ReadSaved | None, set_by_user: frozenset[str], *, files: bool, task: bool
 ) -> FromCheckpoint:
     """Return the model's shape, the length of a sample and the tokenizer, where the checkpoint is asked for them.
 
@@ -52,11 +52,12 @@ def read_checkpoint(
         chosen: what the user set, by `section.field`, with what follows from it.
         saved: reads the checkpoint's configuration; None where nothing can be read.
         set_by_user: settings that the user gave.
+        files: whether the caller looks at the disk itself, and says what is wrong with the directory of --load.
         task: whether the program is tasks/main.py, which sees as much as the model can, and asks the checkpoint itself for
             its tokenizer.
 
     Returns:
-        The checkpoint's settings; none where `checkpoint.load` has something to say of it.
+        The checkpoint's settings; none where `checkpoint.load` has something to say of its directory.
     """
     asked = bool(chosen.get("checkpoint.use_checkpoint_args"))
     if saved is None or not (task or asked):
@@ -68,7 +69,10 @@ def read_checkpoint(
         checked = as_it_is(config)
         if first_start(checked):  # the sizes are those that the command itself gives
             return FromCheckpoint()
-        if config.checkpoint.load is not None and not list(load(checked)):
+        wrong = list(load(checked))
+        if wrong:
+            problems = [] if files else wrong
+        elif config.checkpoint.load is not None:
             values, problems = _settings(config, saved, set_by_user, task=task)
     if values:
         return FromCheckpoint(values)
@@ -78,7 +82,7 @@ def read_checkpoint(
 
 
 def _settings(
-    config: RunConfig, saved: ReadSaved, set_by_user: frozenset[str], *, task: bool
+    config: RunSettings, saved: ReadSaved, set_by_user: frozenset[str], *, task: bool
 ) -> tuple[dict[str, Any], list[Problem]]:
     try:
         held = from_json(saved(config.checkpoint))

@@ -28,6 +28,7 @@ from megatron.config.errors import ConfigError, Problem, found_on_disk
 from megatron.config.options import by_name
 from megatron.config.outputs import check_outputs
 from megatron.config.presets import PRESETS
+from megatron.config.resolve import resolve
 from megatron.config.rules import PRETRAINING_RULES, TASK_RULES, check_files, examine, remarks
 from megatron.config.schema import RunConfig, assemble
 from megatron.config.task import implied
@@ -37,7 +38,7 @@ from megatron.config.task import implied
 class Parsed:
     """A legal run.
 
-    config: every derived setting filled in (`rules.resolve`), apart from `model.vocab_size`, which the tokenizer knows.
+    config: every derived setting filled in, apart from `model.vocab_size`, which the tokenizer knows.
     dry_run: only check and print. world_size: number of ranks. set_by_user: `section.field` of what the user set, by flag
     or file. notes: lines to print once, on what was understood differently from how it was typed.
     """
@@ -85,14 +86,14 @@ def parse(
     _answer(flags, program, task)
     file = _read_file(flags)
     raw = _merge(flags, file, files=files, task=task)
-    checkpoint = read_checkpoint(raw.values, saved, raw.set_by_user, task=task)
+    checkpoint = read_checkpoint(raw.values, saved, raw.set_by_user, files=files, task=task)
     below = {**(defaults or {}), **checkpoint.values, **_preset(raw.values)}
     yielding, contradictions = _settle_yielding(below, raw.values, (flags, file))
-    config = assemble({**below, **yielding, **raw.values})
+    settings = assemble({**below, **yielding, **raw.values})
     dry_run = bool(raw.values.get("command.dry_run"))
     ranks, wrong_ranks = _ranks(raw.values.get("command.world_size"), world_size, dry_run)
     rules = TASK_RULES if task else PRETRAINING_RULES
-    checked, broken = examine(config, ranks, raw.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
+    checked, broken = examine(settings, ranks, raw.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
     problems = [*raw.problems, *checkpoint.problems, *contradictions, *wrong_ranks, *broken]
     if files:
         problems += found_on_disk([*check_files(checked), *check_outputs(checked, raw.settings_files)])
@@ -100,7 +101,8 @@ def parse(
         raise ConfigError(found_on_disk(problems) if file.problems else problems)
     taken = () if task else checkpoint.notes(raw.values)
     notes = (*flags.notes, *file.notes, *taken, *remarks(checked))
-    return Parsed(checked.resolved, dry_run, ranks, raw.set_by_user | yielding.keys(), tuple(dict.fromkeys(notes)))
+    config = resolve(checked.resolved, ranks)
+    return Parsed(config, dry_run, ranks, raw.set_by_user | yielding.keys(), tuple(dict.fromkeys(notes)))
 
 
 def explain(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:

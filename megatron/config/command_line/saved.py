@@ -10,10 +10,10 @@ from typing import Any
 from megatron.config.command_line.values import accept
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name
-from megatron.config.schema import RunConfig, sections
+from megatron.config.schema import RunSettings, sections
 
 
-def to_json(config: RunConfig) -> dict[str, dict[str, Any]]:
+def to_json(config: RunSettings) -> dict[str, dict[str, Any]]:
     """Sections and fields as values that `json.dumps` takes."""
     return {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
@@ -21,8 +21,8 @@ def to_json(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def from_json(data: Mapping[str, Any]) -> RunConfig:
-    """The configuration that `to_json` gave. Sections and fields that are absent take their defaults.
+def from_json(data: Mapping[str, Any]) -> RunSettings:
+    """The settings that `to_json` gave. Sections and fields that are absent take their defaults.
 
     ConfigError naming every section and field that this version does not know, and every value of a wrong type.
     """
@@ -51,10 +51,10 @@ def from_json(data: Mapping[str, Any]) -> RunConfig:
         built[name] = sections()[name](**taken)
     if problems:
         raise ConfigError(problems)
-    return RunConfig(**built)
+    return RunSettings(**built)
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: RunSettings) -> str:
     """A file for `--config` that gives this run; settings that are still open are left out."""
     lines: list[str] = []
     for section, values in to_json(config).items():

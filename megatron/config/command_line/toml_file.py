@@ -19,7 +19,7 @@ from megatron.files.regular import MAX_TOML_BYTES, read_text
 
 
 def read_toml(path: str) -> Reading:
-    """Settings of a TOML file: a table per section of `RunConfig`, keys as the flags without their dashes or as the
+    """Settings of a TOML file: a table per section of `RunSettings`, keys as the flags without their dashes or as the
     schema's fields, `-` and `_` alike; `preset` stands before the first table."""
     reading = Reading()
     reading.broken = True
