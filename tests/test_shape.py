@@ -20,6 +20,7 @@ MAX_BRANCHES = 20
 MAX_POSITIONAL_PARAMETERS = 6  # without self and cls
 MAX_POSITIONAL_ARGUMENTS = 8
 
+TEXTS = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.comprehension, ast.match_case)
 
@@ -80,6 +81,28 @@ def many_arguments(module: ast.Module, lines: int) -> Found:
         yield ast.unparse(call.func), f"a call with {len(call.args)} positional arguments; name them"
 
 
+def conditions_as_numbers(module: ast.Module, lines: int) -> Found:
+    """Text or lists that a condition multiplies, and conditions as an index: shorter to write than `if`, not to read."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            sides = (node.left, node.right)
+            clever = any(isinstance(side, TEXTS) for side in sides) and any(is_condition(side) for side in sides)
+        else:
+            clever = isinstance(node, ast.Subscript) and any(map(is_condition, parts_of(node.slice)))
+        if clever:
+            yield ast.unparse(node), "a condition as a number; write `if`"
+
+
+def is_condition(node: ast.AST | None) -> bool:
+    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    # `x or default` is a value; `x and y > 0` is a condition.
+    return negated or isinstance(node, ast.Compare) or (isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And))
+
+
+def parts_of(index: ast.expr) -> tuple[ast.AST | None, ...]:
+    return (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
+
+
 @dataclass(frozen=True)
 class Rule:
     """find: what breaks the rule. bad, good: sources that do and do not, at the limit."""
@@ -110,6 +133,11 @@ RULES = {
         "class A:\n    def f(self, a, b, c, d, e, f, g): ...\n",
         "class A:\n    def f(self, a, b, c, d, e, f, *, g): ...\n    def forward(ctx, a, b, c, d, e, f, g): ...\n",
     ),
+    "conditions as numbers": Rule(
+        conditions_as_numbers,
+        "x = 's' * (n > 1)\n",
+        "x = 's' if n > 1 else ''\ny = loss * (place == 0)\nz = TABLE[name or 'usual']\n",
+    ),
     "positional arguments": Rule(many_arguments, "f(1, 2, 3, 4, 5, 6, 7, 8, 9)", "f(1, 2, 3, 4, 5, 6, 7, 8, i=9)"),
 }
 
@@ -134,6 +162,13 @@ def test_no_piece_is_too_large(rule: Rule) -> None:
 def test_the_rule_finds_what_is_over_the_limit_and_nothing_else(rule: Rule) -> None:
     assert list(rule.find(ast.parse(rule.bad), len(rule.bad.splitlines())))
     assert not list(rule.find(ast.parse(rule.good), len(rule.good.splitlines())))
+
+
+@pytest.mark.parametrize(
+    "source", ["x[a == b]", "x[not a]", "x[a and b]", "x[: a > 1]", "x = [1] * (not a)", "x = f'{a}' * (a > b)"]
+)
+def test_conditions_as_numbers_are_found(source: str) -> None:
+    assert list(conditions_as_numbers(ast.parse(source), 1))
 
 
 @pytest.mark.parametrize(

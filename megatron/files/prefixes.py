@@ -30,9 +30,9 @@ def meant_prefix(prefix: str, level: str) -> str | None:
     inside = near if os.path.isdir(prefix) else [name for name in near if name.endswith(f"_{level}")] or near
     fitting = [name for name in inside if not name.endswith("_sentence" if level == "document" else "_document")]
     if fitting:
-        one, shown = len(fitting) == 1, ", ".join(fitting[:MAX_LISTED]) + ", ..." * (len(fitting) > MAX_LISTED)
-        where = "lies in it" if os.path.isdir(prefix) else "lies beside it"
-        return f"give {shown}, which {where}" if one else f"give one of {shown}"
+        if len(fitting) == 1:
+            return f"give {fitting[0]}, which lies {'in' if os.path.isdir(prefix) else 'beside'} it"
+        return f"give one of {', '.join(fitting[:MAX_LISTED])}{', ...' if len(fitting) > MAX_LISTED else ''}"
     split = " --split-sentences" if level == "sentence" else " --append-eod"
     making = (
         f"python tools/preprocess_data.py --input {text or 'TEXT.jsonl'} --output-prefix {stem} --tokenizer-type ...{split}"

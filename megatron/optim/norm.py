@@ -50,13 +50,17 @@ class LocalTensors:
         Returns:
             The views. `counted` has an empty tensor on a rank that counts nothing.
         """
-        found: dict[bool, list[Tensor]] = {True: [], False: []}
+        counted: list[Tensor] = []
+        copies: list[Tensor] = []
         for buffer, own in zip(buffers, slices, strict=True):
             # Where ranks own slices, each counts its own; where all have the whole bucket, the first one does.
             first = buffer.owners.size > 1 or buffer.data_axis.first
             for p, _, values in buffer.param_ranges(own):
-                found[first and owns_in_norm(spec_of(p), mesh)].append(values)
-        return cls(found[True] or [slices[0][:0]], found[False])
+                if first and owns_in_norm(spec_of(p), mesh):
+                    counted.append(values)
+                else:
+                    copies.append(values)
+        return cls(counted or [slices[0][:0]], copies)
 
 
 def global_norm(tensors: LocalTensors, everyone: Axis) -> Tensor:

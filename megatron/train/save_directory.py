@@ -79,7 +79,7 @@ def _refusal(source: Source, config: RunConfig, found: list[str]) -> tuple[str, 
     inside = source.directory is not None and _inside(source.directory, checkpoint.save or ".")
     anew = "--overwrite begins anew over them"
     on = "--auto-resume goes on with them"
-    held = f"holds checkpoints already ({', '.join(found[:3])}{', ...' * (len(found) > 3)})"
+    held = f"holds checkpoints already ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
     goes_on = inside and not checkpoint.finetune
     if checkpoint.auto_resume:
         return None
@@ -109,8 +109,8 @@ def _names_one(checkpoint: CheckpointConfig) -> bool:
 
 
 def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + ", ..." * (len(numbers) > 8)
-    return f"the checkpoints of iterations {shown}"
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"the checkpoints of iterations {shown}{', ...' if len(numbers) > 8 else ''}"
 
 
 def _overwriting(root: Path) -> list[str]:

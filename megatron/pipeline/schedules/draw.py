@@ -92,9 +92,10 @@ def _label(schedule: Schedule, action: Action) -> str:
 
 def _numbers(schedule: Schedule) -> str:
     chunks = schedule.stages // schedule.ranks
-    words = [f"{schedule.ranks} rank{'s' * (schedule.ranks > 1)}"]
-    words += [f"{chunks} chunks each"] * (chunks > 1)
-    words += [f"{schedule.micro_batches} micro-batch{'es' * (schedule.micro_batches > 1)}"]
+    words = ["1 rank" if schedule.ranks == 1 else f"{schedule.ranks} ranks"]
+    if chunks > 1:
+        words.append(f"{chunks} chunks each")
+    words.append("1 micro-batch" if schedule.micro_batches == 1 else f"{schedule.micro_batches} micro-batches")
     return f"{schedule.name}: {', '.join(words)}"
 
 
