@@ -18,7 +18,6 @@ ALLOWED = {
     "megatron.files.side.PipedStream.writelines": "part of a stream: whoever is given one may call it",
     "megatron.parallel.collectives.split_to": "its reverse, gather_from, is used; the table of collectives is whole",
     "megatron.serving.chat_sandbox.GenerationTag.parse": "called by jinja2",
-    "megatron.pipeline.schedules.simulate.validate": "for those who write a schedule",
 }
 
 Sources = Mapping[str, ast.Module]  # by the name of the module
