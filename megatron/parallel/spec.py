@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from megatron.mesh.grid import within_stage
 
+DECOUPLED = ("embedding.word.weight", "head.weight")  # what --decoupled-lr is for
+
 
 @dataclass(frozen=True)
 class Part:
@@ -66,6 +68,10 @@ class ParamSpec:
     init: str = "normal"
     decoupled: bool = False
     data_axis: str = "dp_cp"
+
+    def with_own_rate(self) -> ParamSpec:
+        """Return the spec of a run with --decoupled-lr."""
+        return replace(self, decoupled=self.name in DECOUPLED)
 
     @property
     def bucket_kind(self) -> Hashable:

@@ -77,6 +77,7 @@ def check_memory(config: RunConfig, place: Place, look: Callable[[RunConfig, Pla
 
 
 def total(state: StateBytes) -> int:
+    """Return all bytes of a rank's state."""
     return state.weights + state.gradients + state.optimizer
 
 

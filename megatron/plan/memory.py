@@ -28,6 +28,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -44,10 +45,10 @@ def state_of(config: RunConfig, own: Iterable[ParameterSize], owners: int = 1) -
         own: the parameters.
         owners: ranks that each own a slice of main weights and optimizer state.
     """
-    listed = list(own)
+    listed, own_rate = list(own), config.optim.decoupled_lr is not None
     return state_bytes(
         [p.local for p in listed],
-        [p.spec.bucket_kind for p in listed],
+        [(p.spec.with_own_rate() if own_rate else p.spec).bucket_kind for p in listed],
         two_bytes=config.precision.two_bytes,
         rules=[rule_for(config.optim.optimizer, p.name, p.spec.shape) for p in listed],
         bucket=config.layout.ddp_bucket_size,

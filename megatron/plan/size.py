@@ -32,6 +32,7 @@ class ParameterSize:
 
     @property
     def name(self) -> str:
+        """Its global name."""
         return self.spec.name
 
     @property
@@ -87,6 +88,7 @@ class MetaModel:
 
     @property
     def causal(self) -> bool:
+        """Whether its tokens see only what came before."""
         return self._model.causal
 
     def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:

@@ -89,6 +89,7 @@ def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Sched
 
 
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
+    """Yield how samples become batches over the run, and what an iteration computes."""
     batch, seq, model = config.batch, config.data.seq_length or 0, MetaModel(config.model)
     full = max(ramp_sizes(batch))
     rows = full * config.model.rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -37,8 +37,6 @@ from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 from megatron.train.step import ScaledLoss, Step
-
-DECOUPLED = ("embedding.word.weight", "head.weight")  # what --decoupled-lr is for
 
 
 @dataclass
@@ -167,7 +165,7 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
     parameters = list(nn.ModuleList(stages.values()).parameters())
     if decoupled:
         for p in parameters:
-            describe(p, replace(spec_of(p), decoupled=spec_of(p).name in DECOUPLED))
+            describe(p, spec_of(p).with_own_rate())
     buffers = flat_buffers(
         parameters,
         config.layout.ddp_bucket_size,

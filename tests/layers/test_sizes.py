@@ -12,7 +12,7 @@ from reference import GPT2
 from torch import Tensor, nn
 
 from megatron.config.resolve import resolve, resolve_model
-from megatron.config.schema import BatchConfig, DataConfig, LayoutSettings, ModelConfig, RunConfig, RunSettings
+from megatron.config.schema import BatchConfig, DataConfig, LayoutSettings, ModelConfig, OptimSettings, RunConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis
@@ -23,8 +23,10 @@ from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
 from megatron.model.norm import LayerNorm
 from megatron.optim.buffers import flat_buffers
+from megatron.parallel.buckets import buckets
 from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear
+from megatron.parallel.spec import spec_of
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.enough_memory import states
 from megatron.plan.flops import flops_per_token, stage_flops
@@ -134,3 +136,23 @@ def test_what_a_layer_keeps_it_says_itself(toy: tuple[ModelConfig, int]) -> None
     saved, weight_grad = (4, 0) if toy[0].normalization == "toy" else (1, 3)
     hidden = 4 * 16 * HIDDEN
     assert (found.saved, found.weight_grad) == ((32 + saved) * hidden, (32 + weight_grad) * hidden)
+
+
+def test_a_rate_of_its_own_is_a_bucket_of_its_own() -> None:
+    """Under --decoupled-lr the embedding's bucket is padded by itself until the ranks can share it."""
+    world = 8
+    batch = BatchConfig(micro_batch_size=1, global_batch_size=world, train_iters=1)
+    layout = LayoutSettings(use_distributed_optimizer=True)
+    run = RunSettings(
+        model=replace(PLAIN, hidden_size=34, num_attention_heads=2), layout=layout, data=DataConfig(seq_length=16), batch=batch
+    )
+    counted = []
+    for optim in (OptimSettings(), OptimSettings(decoupled_lr=1e-3)):
+        config = resolve(replace(run, optim=optim), world)
+        model = build.model_class(config.model)(config.model, StagePart(range(LAYERS)), TensorParallel.alone())
+        specs = [spec_of(p) if optim.decoupled_lr is None else spec_of(p).with_own_rate() for p in model.parameters()]
+        real = buckets([p.numel() for p in model.parameters()], [s.bucket_kind for s in specs], None, world)
+        (state,) = states(config, Grid.from_layout(config.layout, world), [0])
+        assert state.gradients == 4 * sum(bucket.length for bucket in real)
+        counted.append(state.gradients)
+    assert counted[0] < counted[1]
