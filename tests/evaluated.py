@@ -57,7 +57,7 @@ def sentences(count: int, seed: int) -> list[str]:
 def trained(root: Path, steps: int, **change: Any) -> Path:
     """A checkpoint of a model that has seen some sentences, with a byte tokenizer; exported to root/hf."""
     config = resolve_model(ModelSettings(**{**FORM, **change}))
-    model = MODELS[config.architecture](config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
+    model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     text = ByteTokenizer().tokenize(". ".join(sentences(400, 1)))
     adam, draw = torch.optim.Adam(model.parameters(), lr=4e-3), random.Random(2)

@@ -25,7 +25,7 @@ def build(form: ModelConfig, vocab: int = 127) -> GPT:
     """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
     wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
     config = replace(resolve_model(wanted), vocab_size=vocab)
-    model = GPT(config, StagePart(range(config.size("num_layers")), True, True), TensorParallel.alone())
+    model = GPT(config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -119,7 +119,7 @@ def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) ->
     """BERT's samples. DataError for settings that pretrain_bert.py would refuse."""
     if wrong := [str(problem) for name, problem in out_of_range(RunSettings(data=data)) if name.startswith("data.")]:
         raise DataError("; ".join(wrong))
-    if (data.seq_length or 0) < SPECIAL + 2:
+    if data.seq_length < SPECIAL + 2:
         raise DataError(f"--seq-length {data.seq_length} is too short for [CLS], two segments and two [SEP]")
     return bert_samples(data, seed, tokenizer, binary=binary)
 

@@ -53,7 +53,7 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
             found = inspect(config, parsed.world_size)
         else:
             config, told = look(parsed)
-            found = Found(config.model.size("vocab_size"), "the checkpoint's", tuple(told))
+            found = Found(config.model.vocabulary, "the checkpoint's", tuple(told))
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]

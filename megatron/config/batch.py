@@ -67,6 +67,11 @@ class BatchSettings:
     )
     compile: bool = option(False, "compile the transformer layers with torch.compile; pays off at tensor-parallel size 1")
 
+    @property
+    def iterations(self) -> int:
+        """Steps to train; 0 where a run trains nothing, or a task's files have not said yet how much."""
+        return self.train_iters or 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(BatchSettings):
@@ -74,11 +79,6 @@ class BatchConfig(BatchSettings):
 
     micro_batch_size: int = field()
     global_batch_size: int = field()
-
-    @property
-    def iterations(self) -> int:
-        """Steps to train; 0 where a run trains nothing, or a task's files have not said yet how much."""
-        return self.train_iters or 0
 
 
 def global_batch_size_at(batch: BatchSettings, consumed_samples: int) -> int:

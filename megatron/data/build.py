@@ -32,7 +32,7 @@ class MakeSamples(Protocol):
 
 def gpt_samples(data: DataConfig, seed: int) -> MakeSamples:
     """GPT's: consecutive tokens, of a share of the sequences."""
-    seq_length = _seq_length(data)
+    seq_length = data.seq_length
 
     def make(
         indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
@@ -73,20 +73,14 @@ def pair_rules(data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callabl
     continues = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])
     cls, sep = token("cls"), token("sep")
     masking = MaskingRules(token("mask"), frozenset({cls, sep}), continues, data.mask_prob)
-    return PairRules(_seq_length(data), data.short_seq_prob, binary, cls, sep, masking, seed)
-
-
-def _seq_length(data: DataConfig) -> int:
-    if data.seq_length is None:
-        raise DataError("--seq-length is missing: the number of tokens of a sample")
-    return data.seq_length
+    return PairRules(data.seq_length, data.short_seq_prob, binary, cls, sep, masking, seed)
 
 
 class Builder:
     """Builds the datasets of one run. Opens each indexed dataset once, and checks it against the tokenizer."""
 
     def __init__(self, data: DataConfig, make: MakeSamples, tokenizer: Tokenizer | None) -> None:
-        self.seq_length, self.make, self.tokenizer = _seq_length(data), make, tokenizer
+        self.seq_length, self.make, self.tokenizer = data.seq_length, make, tokenizer
         self.cache = IndexCache(data.data_cache_path)
         self.opened: dict[str, IndexedDataset] = {}
 

@@ -26,9 +26,9 @@ def recipe_of(model: ModelConfig, data: DataConfig, seed: int, tokenizer: Tokeni
     """Of a resolved model. DataError when the tokenizer lacks what the samples need."""
     if model.architecture == "gpt":
         batches = GPTBatches.of(data, tokenizer.vocab_size, tokenizer.special.get("eod"))
-        made_up = mock_gpt(tokenizer, data.seq_length or 0, seed) if data.mock_data else None
+        made_up = mock_gpt(tokenizer, data.seq_length, seed) if data.mock_data else None
         return Recipe(gpt_samples(data, seed), batches, made_up)
     token = bert_roles(tokenizer).__getitem__ if data.mock_data else tokenizer.token
     rules = pair_rules(data, seed, tokenizer, token, binary=model.bert_binary_head)
-    batches_of_pairs = BertBatches(data.seq_length or 0, token("pad"), model.bert_binary_head)
+    batches_of_pairs = BertBatches(data.seq_length, token("pad"), model.bert_binary_head)
     return Recipe(pair_samples(rules), batches_of_pairs, mock_bert(tokenizer, rules) if data.mock_data else None)

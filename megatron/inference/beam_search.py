@@ -68,7 +68,7 @@ class BeamSearch:
         ValueError for a prompt that cannot be continued.
         """
         check_prompt(model, prompt)
-        vocabulary = model.config.size("vocab_size")
+        vocabulary = model.config.vocabulary
         if 2 * self.width > vocabulary:
             raise ValueError(f"--beam-width {self.width} is too wide for a vocabulary of {vocabulary}: at most half of it")
         room = room_after(model, prompt)

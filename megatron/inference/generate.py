@@ -109,7 +109,7 @@ def room_after(model: Predictor, prompt: Sequence[int]) -> int | None:
     """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
     if model.config.position_embedding_type != "learned_absolute":
         return None
-    return model.config.size("max_position_embeddings") - len(prompt)
+    return model.config.max_position_embeddings - len(prompt)
 
 
 def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = False) -> None:
@@ -123,7 +123,7 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
     if room is not None and room < (0 if reads_only else 1):
         last = len(prompt) + room
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
-    vocabulary = model.config.size("vocab_size")
+    vocabulary = model.config.vocabulary
     if outside := [token for token in prompt if not 0 <= token < vocabulary]:
         raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {vocabulary}")
 

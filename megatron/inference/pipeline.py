@@ -48,7 +48,7 @@ class Pipeline:
         """The prediction on every rank, padding left out. Collective. Only what was asked for travels: one row of logits for
         each sequence, and with `top` the log-probabilities of the tokens inside."""
         x = self._final_hidden(batch, cache)
-        (rows, seq), vocab = batch.tokens.shape, self.config.size("vocab_size")
+        (rows, seq), vocab = batch.tokens.shape, self.config.vocabulary
         if x is not None:
             found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
         else:

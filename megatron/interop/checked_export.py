@@ -151,7 +151,7 @@ def _write(
             _same_tokenizer(out, tokenizer)
     else:
         segments = config.architecture == "bert" and config.bert_binary_head
-        tokenizer.hf_files(out, config.size("max_position_embeddings"), segments=segments)
+        tokenizer.hf_files(out, config.max_position_embeddings, segments=segments)
     return tokenizer, written
 
 
@@ -228,8 +228,8 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         ids = tokenizer.tokenize(text)
         if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
             raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
-        within = [number for number in ids if number < ours.config.size("vocab_size")]  # there may be fewer rows than tokens
-        prompts.append(within[: ours.config.size("max_position_embeddings")])
+        within = [number for number in ids if number < ours.config.vocabulary]  # there may be fewer rows than tokens
+        prompts.append(within[: ours.config.max_position_embeddings])
     try:
         found = agree(ours.model, theirs, family, prompts)
     except LogitsError as error:

@@ -165,8 +165,8 @@ def agree(ours: Transformer, theirs: Any, family: HFFamily, prompts: Sequence[Se
 
 def prompt_of(config: ModelConfig) -> list[int]:
     """A prompt that goes through the vocabulary from end to end, as long as the model sees and at most MAX_PROMPT tokens."""
-    vocab = config.size("vocab_size")
-    length = min(MAX_PROMPT, config.size("max_position_embeddings"))
+    vocab = config.vocabulary
+    length = min(MAX_PROMPT, config.max_position_embeddings)
     return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
 
 

@@ -178,8 +178,8 @@ def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None,
 
     dtype: `float32`, `float16` or `bfloat16`. `true_vocab_size` is ours, so that an import knows it again.
     """
-    heads, groups = config.size("num_attention_heads"), config.size("num_query_groups")
-    vocab, rope = config.size("vocab_size"), config.position_embedding_type == "rope"
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    vocab, rope = config.vocabulary, config.position_embedding_type == "rope"
     tanh = config.activation == "gelu"
     values: dict[str, Any] = {name: getattr(config, name) for name in (*SIZES, *SWITCHES, *NUMBERS)}
     values |= {
@@ -219,13 +219,13 @@ def cannot_write(config: ModelConfig, tp: int, pp: int) -> list[str]:
     if tp < 1 or pp < 1:
         return [f"{tp} x {pp} ranks: both must be at least 1"]
     for what, number in (
-        ("attention heads", config.size("num_attention_heads")),
-        ("key-value heads", config.size("num_query_groups")),
-        ("features of the MLP", config.size("ffn_hidden_size")),
+        ("attention heads", config.num_attention_heads),
+        ("key-value heads", config.num_query_groups),
+        ("features of the MLP", config.ffn_hidden_size),
     ):
         if number % tp:
             found.append(f"{number} {what} cannot be cut over {tp} tensor-parallel ranks")
-    if config.size("num_layers") % pp:
+    if config.num_layers % pp:
         found.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
     if config.normalization == "LayerNorm" and not config.add_norm_bias:
         found.append("its LayerNorm always has a bias (--disable-norm-bias)")

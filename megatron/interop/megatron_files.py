@@ -219,11 +219,11 @@ def write_megatron(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
             f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
         )
-    rows = padded(config.size("vocab_size"), config.make_vocab_size_divisible_by, tp)
+    rows = padded(config.vocabulary, config.make_vocab_size_divisible_by, tp)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)
-    parts = split(weights, tp, even_stages(config.size("num_layers"), pp), rows, tied=tied)
+    parts = split(weights, tp, even_stages(config.num_layers, pp), rows, tied=tied)
     storage = Storage()
     with PendingDirectory(final, "export_megatron") as pending:
         for p, ranks in enumerate(parts):

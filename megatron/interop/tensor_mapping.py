@@ -66,15 +66,15 @@ def _gamma_back(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 def split_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
     """Rows `[groups, heads per group + 2, head]` -> queries of all heads, keys of all groups, values of all groups."""
-    groups, head = config.size("num_query_groups"), config.size("kv_channels")
-    per_group = config.size("num_attention_heads") // groups
+    groups, head = config.num_query_groups, config.kv_channels
+    per_group = config.num_attention_heads // groups
     rows = tensor.reshape(groups, per_group + 2, head, *tensor.shape[1:])
     return rows[:, :per_group].flatten(0, 2), rows[:, per_group].flatten(0, 1), rows[:, per_group + 1].flatten(0, 1)
 
 
 def join_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
     """The inverse of `split_qkv`."""
-    groups, head = config.size("num_query_groups"), config.size("kv_channels")
+    groups, head = config.num_query_groups, config.kv_channels
     parts = [t.reshape(groups, -1, head, *t.shape[1:]) for t in tensors]
     return torch.cat(parts, dim=1).flatten(0, 2)
 
@@ -87,8 +87,8 @@ def _qkv_in_one(tensor: Tensor, config: ModelConfig) -> Tensors:
 
 def _qkv_from_one(tensors: Tensors, config: ModelConfig) -> Tensor:
     whole = tensors[0].t() if tensors[0].dim() == 2 else tensors[0]
-    head = config.size("kv_channels")
-    q, k = config.size("num_attention_heads") * head, config.size("num_query_groups") * head
+    head = config.kv_channels
+    q, k = config.num_attention_heads * head, config.num_query_groups * head
     return join_qkv((whole[:q], whole[q : q + k], whole[q + k :]), config)
 
 

@@ -115,8 +115,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
         super().__init__()
-        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-        groups, self.head_dim = config.size("num_query_groups"), config.size("kv_channels")
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        groups, self.head_dim = config.num_query_groups, config.kv_channels
         if heads % groups:
             raise ValueError(f"{heads} heads do not divide into {groups} groups")
         own = tp.share(groups, f"{heads} heads in {groups} groups")

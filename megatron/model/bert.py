@@ -46,7 +46,7 @@ class MaskedWordHead(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: VocabShard, tp: TensorParallel) -> None:
         super().__init__()
-        hidden = config.size("hidden_size")
+        hidden = config.hidden_size
         self.dense = Dense(hidden, hidden, tp)
         self.norm = make_norm(config, tp)
         self.activation = ACTIVATIONS[config.activation]
@@ -65,7 +65,7 @@ class Pooler(Dense):
     """Final hidden states `[seq, batch, hidden]` -> `[batch, hidden]` from the first token, which stands for the sample."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
-        super().__init__(config.size("hidden_size"), config.size("hidden_size"), tp.on_whole_sequences)
+        super().__init__(config.hidden_size, config.hidden_size, tp.on_whole_sequences)
         self.join = tp.join
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Bert(Transformer):
         self.masked_words = MaskedWordHead(config, self.vocabulary, tp) if here and config.predicts_words else None
         self.pooler = Pooler(config, tp) if here and config.pooled else None
         swapped = here and config.predicts_order
-        self.order = Dense(config.size("hidden_size"), 2, tp.on_whole_sequences) if swapped else None
+        self.order = Dense(config.hidden_size, 2, tp.on_whole_sequences) if swapped else None
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
         """Return the loss of the masked words; with the binary head also of the order, for batches that say what it was."""

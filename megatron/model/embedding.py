@@ -16,14 +16,14 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: VocabShard, tp: TensorParallel, *, seed: int) -> None:
         super().__init__()
-        hidden = config.size("hidden_size")
+        hidden = config.hidden_size
         self.positions_here = tp.positions
         self.dropout = HiddenDropout(seed, -1, "embedding", config.hidden_dropout)
         self.word = VocabEmbedding(vocabulary, hidden, tp)
         self.position: nn.Module | None = None
         if config.position_embedding_type == "learned_absolute":
             self.position = nn.Module()
-            self.position.weight = tp.parameter(config.size("max_position_embeddings"), hidden, init="normal")
+            self.position.weight = tp.parameter(config.max_position_embeddings, hidden, init="normal")
         self.segment: nn.Module | None = None
         if config.segment_kinds:
             self.segment = nn.Module()

@@ -21,7 +21,7 @@ Rule = Callable[[Tensor, torch.Generator], object]
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
     """The table: `ParamSpec.init` -> how to fill a whole fp32 tensor."""
-    std, layers = config.init_method_std, config.size("num_layers")
+    std, layers = config.init_method_std, config.num_layers
 
     def normal(scale: float) -> Rule:
         return lambda whole, generator: whole.normal_(0.0, scale, generator=generator)

@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        hidden, ffn, bias = config.size("hidden_size"), config.size("ffn_hidden_size"), config.add_bias_linear
+        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
         self.activation = ACTIVATIONS[config.activation]
         self.gate = None
         if config.activation == "swiglu":

@@ -23,7 +23,7 @@ class Norm(nn.Module):
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        self.hidden, self.epsilon = config.size("hidden_size"), config.layernorm_epsilon
+        self.hidden, self.epsilon = config.hidden_size, config.layernorm_epsilon
         self.zero_centred = config.apply_layernorm_1p
         self.weight = tp.parameter(self.hidden, init="zeros" if self.zero_centred else "ones", decay=False)
         biased = self.has_bias and config.add_norm_bias

@@ -38,7 +38,7 @@ class TaskHead(Dense):
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, *, seed: int) -> None:
-        super().__init__(config.size("hidden_size"), config.task_outputs, tp.on_whole_sequences)
+        super().__init__(config.hidden_size, config.task_outputs, tp.on_whole_sequences)
         self.config, self.join = config, tp.join
         self.dropout = HiddenDropout(seed, -1, "task_head", config.hidden_dropout)
 

@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         self.dtype, self.device = dtype, torch.device(device)
         self.recompute = recompute or Recompute()
         attend = self.recompute.attention(attend or (causal_attention if self.causal else bidirectional_attention))
-        self.vocabulary = VocabShard.of(config.size("vocab_size"), tp.axis, config.make_vocab_size_divisible_by)
+        self.vocabulary = VocabShard.of(config.vocabulary, tp.axis, config.make_vocab_size_divisible_by)
         with torch.device(device):
             self.embedding: Embedding | None = None
             if part.embedding:
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             raise ValueError("a stage without the embedding needs hidden states")
         rotary = None
         if config.position_embedding_type == "rope":
-            width, interleaved = config.size("kv_channels"), config.rotary_interleaved
+            width, interleaved = config.kv_channels, config.rotary_interleaved
             rotary = Rotary.at(batch.positions, width, config.rotary_percent, config.rotary_base, interleaved)
         probability, fused = config.attention_dropout, config.fused_attention_dropout
         masks = Masks(visible(batch, causal=self.causal), probability, keys, fused, batch.documents)
@@ -133,14 +133,14 @@ class Transformer(nn.Module):
     def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Return the shape of the hidden states between stages, as they are here."""
         rows, seq = batch.tokens.shape
-        return len(range(seq)[self.tp.positions(seq)]), rows, self.config.size("hidden_size")
+        return len(range(seq)[self.tp.positions(seq)]), rows, self.config.hidden_size
 
     def build_output(self, word: nn.Parameter | None) -> VocabOutput | None:
         """Return the output layer where this part has it, without a matrix of its own where it is tied to `word`."""
         config, part = self.config, self.part
         if not (part.head and config.predicts_words):
             return None
-        output = VocabOutput(self.vocabulary, config.size("hidden_size"), self.tp, tied=word if config.tied else None)
+        output = VocabOutput(self.vocabulary, config.hidden_size, self.tp, tied=word if config.tied else None)
         if config.tied and output.weight is not None:
             describe_copy(output.weight)
         return output

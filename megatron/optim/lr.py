@@ -51,23 +51,21 @@ class Schedule:
             decay = optim.lr_decay_samples or length
             warmup, annealing = optim.lr_warmup_samples, optim.lr_wsd_decay_samples or 0
         else:
-            length = samples_for(batch, batch.train_iters or 0)
-            end = optim.lr_decay_iters or batch.train_iters or 0
+            length = samples_for(batch, batch.iterations)
+            end = optim.lr_decay_iters or batch.iterations
             decay, warmup = samples_for(batch, end), samples_for(batch, optim.lr_warmup_iters)
             annealing = decay - samples_for(batch, max(0, end - (optim.lr_wsd_decay_iters or 0)))
         if optim.lr_warmup_fraction is not None:
             warmup = int(optim.lr_warmup_fraction * decay)
-        constant, own = optim.weight_decay_incr_style == "constant", optim.decoupled_min_lr
-        first = optim.weight_decay if constant or optim.start_weight_decay is None else optim.start_weight_decay
-        last = optim.weight_decay if constant or optim.end_weight_decay is None else optim.end_weight_decay
+        own_floor = optim.min_lr if optim.decoupled_min_lr is None else optim.decoupled_min_lr
         return cls(
             peak=optim.lr or 0.0,
             floor=optim.min_lr,
             style=optim.lr_decay_style,
             warmup=warmup,
             decay=decay,
-            decay_weights_from=first,
-            decay_weights_to=last,
+            decay_weights_from=optim.start_weight_decay,
+            decay_weights_to=optim.end_weight_decay,
             decay_weights_style=optim.weight_decay_incr_style,
             decay_weights_over=length,
             initial=optim.lr_warmup_init,
@@ -75,7 +73,7 @@ class Schedule:
             annealing_style=optim.lr_wsd_decay_style,
             decoupled=optim.decoupled_lr is not None,
             decoupled_peak=optim.decoupled_lr or 0.0,
-            decoupled_floor=0.0 if optim.decoupled_lr is None else optim.min_lr if own is None else own,
+            decoupled_floor=0.0 if optim.decoupled_lr is None else own_floor,
         )
 
     @classmethod

@@ -108,9 +108,9 @@ class StageActivations:
 def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
     """Return the micro-batch of a run as a rank sees it."""
     return MicroBatchShape(
-        rows=(config.batch.micro_batch_size or 0) * config.model.rows,
-        seq=(config.data.seq_length or 0) // config.layout.context_parallel_size,
-        hidden=config.model.size("hidden_size"),
+        rows=config.batch.micro_batch_size * config.model.rows,
+        seq=config.data.seq_length // config.layout.context_parallel_size,
+        hidden=config.model.hidden_size,
         element=2 if config.precision.two_bytes else 4,
         shared=model.tp.size if model.tp.sequence_parallel else 1,
     )

@@ -54,7 +54,7 @@ class MetaModel:
             cp: the context-parallel size.
         """
         self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
-        self.whole = StagePart(range(config.size("num_layers")))
+        self.whole = StagePart(range(config.num_layers))
         self._model = model_class(config)
         axis = Axis("cp", cp, 0, tuple(range(cp)))
         self._attend = RingAttention(axis, causal=self._model.causal) if cp > 1 else None

@@ -71,9 +71,9 @@ def schedule_of(config: RunConfig, dp: int) -> Schedule:
     Raises:
         ConfigError: the schedule's function makes another one than it should.
     """
-    layout, name = config.layout, config.layout.pipeline_schedule or DEFAULT
-    micro_batches = max(ramp_sizes(config.batch)) // ((config.batch.micro_batch_size or 1) * dp)
-    chunks = pipeline_chunks(layout, config.model.size("num_layers"))
+    layout, name = config.layout, config.layout.pipeline_schedule
+    micro_batches = max(ramp_sizes(config.batch)) // (config.batch.micro_batch_size * dp)
+    chunks = pipeline_chunks(layout, config.model.num_layers)
     try:
         schedule = make(name, layout.pipeline_model_parallel_size, micro_batches, chunks)
         validate(schedule)

@@ -29,7 +29,7 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
         source: where the vocabulary's size comes from.
         found: lines about what the run will read.
     """
-    layout, vocab = config.layout, config.model.size("vocab_size")
+    layout, vocab = config.layout, config.model.vocabulary
     grid = Grid.from_layout(layout, world)
     yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
     yield from found
@@ -90,7 +90,7 @@ def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Sched
 
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     """Yield how samples become batches over the run, and what an iteration computes."""
-    batch, seq, model = config.batch, config.data.seq_length or 0, MetaModel(config.model)
+    batch, seq, model = config.batch, config.data.seq_length, MetaModel(config.model)
     full = max(ramp_sizes(batch))
     rows = full * config.model.rows
     yield "# Batches"

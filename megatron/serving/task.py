@@ -74,7 +74,7 @@ class Task:
         rows = len(self.prompts) if self.beam is None else self.beam.width
         if (tokens := rows * (len(longest) + self.max_new_tokens)) > most_tokens:
             raise RequestError(f"the request takes {tokens} tokens, this server allows {most_tokens} (--max-tokens-to-oom)")
-        vocabulary = model.config.size("vocab_size")
+        vocabulary = model.config.vocabulary
         if self.beam is not None and 2 * self.beam.width > vocabulary:
             raise RequestError(
                 f"beam_width {self.beam.width} is more than half of the {vocabulary} tokens that there are", "beam_width"

@@ -45,7 +45,7 @@ from megatron.train.source import Source
 
 def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
     """The task that a resolved configuration names, whose model has its labels. DataError for a tokenizer without [CLS]."""
-    seq_length, labels = config.data.seq_length or 0, config.model.labels
+    seq_length, labels = config.data.seq_length, config.model.labels
     makers: dict[str, Callable[[], Task]] = {
         "MNLI": partial(PairClassification, tokenizer, seq_length, MNLI, labels),
         "QQP": partial(PairClassification, tokenizer, seq_length, QQP, labels),
@@ -70,7 +70,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         watch.waiting("reading the samples")
         task = task_of(config, tokenizer)
         files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
-        size, training = config.batch.global_batch_size or 1, None
+        size, training = config.batch.global_batch_size, None
         held_out = Items([item for file in files for item in file.items], task, size)
         draw = len(held_out) // size
         draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else draw
@@ -82,7 +82,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
             check_schedule(source, config)
             notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
         segments = config.model.segment_kinds > 0
-        batches = ItemBatches(BertBatches(config.data.seq_length or 0, tokenizer.token("pad"), segments), task.rows)
+        batches = ItemBatches(BertBatches(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes
     scorer = partial(Scorer, task, batches, files)
     validation = held_out if config.eval.eval_iters else None
@@ -119,7 +119,7 @@ def _labels(config: RunConfig, source: Source) -> tuple[str, ...]:
 
 def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConfig:
     """The configuration of so many epochs, validated after each one unless --eval-interval says otherwise."""
-    each = training.each // (config.batch.global_batch_size or 1)
+    each = training.each // config.batch.global_batch_size
     interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else each
     config = replace(
         config,
@@ -171,7 +171,7 @@ class Scorer:
     @torch.no_grad()
     def _answers(self, items: Sequence[Item], training: Training) -> list[Any] | None:
         """The answer to each sample, on every rank. Data-parallel ranks share them."""
-        dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size or 1
+        dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size
         source, block = Items(items, self.task, size * dp.size), size * dp.size
         mine: list[Any] = []
         self.model.eval()
@@ -210,7 +210,7 @@ class Scorer:
     def _line(self, name: str, score: Score) -> str:
         """Megatron-LM's line."""
         config, done = self.run.config, self.run.state.iteration
-        each = max(1, (config.batch.train_iters or 0) // (config.task.epochs or 1))
+        each = max(1, config.batch.iterations // (config.task.epochs or 1))
         text = f" >> |epoch: {done // each if config.batch.train_iters else 0}| {name}: "
         text += f"correct / total = {score.counts['correct']} / {score.counts['total']}"
         return text + "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())

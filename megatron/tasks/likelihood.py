@@ -73,7 +73,7 @@ class Likelihoods:
                 "once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
             )
         tokens = (self.tokenizer.tokenize(prompt) or [self.start])[-room:]
-        check_vocabulary(tokens, self.model.config.size("vocab_size"), f"the prompt {shown(prompt)}")
+        check_vocabulary(tokens, self.model.config.vocabulary, f"the prompt {shown(prompt)}")
         written: list[int] = []
         text, stop = "", self.tokenizer.special.get("eod")
         for token in generate(self.model, tokens, max_new_tokens=most_tokens, sampling=sampling, seed=seed, stop=stop):
@@ -102,7 +102,7 @@ class Likelihoods:
 
     def _scores(self, found: Sequence[Window]) -> list[Score]:
         """In the order of the windows; the longest go first, so that those of a micro-batch are alike and memory is tried."""
-        vocabulary = self.model.config.size("vocab_size")
+        vocabulary = self.model.config.vocabulary
         for window in found:
             check_vocabulary(window.tokens, vocabulary, "the text")
         order = sorted(range(len(found)), key=lambda number: -len(found[number].tokens))

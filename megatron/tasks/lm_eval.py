@@ -62,7 +62,7 @@ def likelihoods(
     CheckpointError, ConfigError or DataError for one that cannot be.
     """
     opened = open_pipeline(load, mesh, iteration=iteration, device=device)
-    length = seq_length or opened.config.size("max_position_embeddings")
+    length = seq_length or opened.config.max_position_embeddings
     check_scored(opened, length, length, micro_batch_size)
     return Likelihoods(opened.model, needed_tokenizer(opened), length, micro_batch_size)
 

@@ -86,10 +86,10 @@ def ask(config: RunConfig, job: Job) -> int:
             opened,
             mesh,
             task.valid_data,
-            seq_length=config.data.seq_length or 0,
+            seq_length=config.data.seq_length,
             overlap=task.overlapping_eval,
             strict=task.strict_lambada,
-            micro_batch_size=config.batch.micro_batch_size or 1,
+            micro_batch_size=config.batch.micro_batch_size,
             watch=job.watch,
             say=partial(say, out),
         )

@@ -87,7 +87,7 @@ def check_scored(opened: Opened[Pipeline], seq_length: int, overlap: int, micro_
     if seq_length < 1:
         problems.append(Problem(f"`--seq-length {seq_length}`", "is no length", "1 and above"))
     elif config.position_embedding_type == "learned_absolute":
-        last = config.size("max_position_embeddings")
+        last = config.max_position_embeddings
         if seq_length > last:
             rule = f"is longer than the model of {opened.directory}, which has {last} positions"
             problems.append(Problem(f"`--seq-length {seq_length}`", rule, f"1 to {last}"))

@@ -70,7 +70,7 @@ class Scoring:
         check_scored(opened, seq_length, overlap, micro_batch_size)
         self.opened, self.mesh, self.watch, self.say = opened, mesh, watch, say
         self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
-        self.vocabulary = opened.config.size("vocab_size")
+        self.vocabulary = opened.config.vocabulary
 
     def total(self, found: Iterator[Window]) -> Total:
         """Of all windows, whichever rank scores them. Collective."""

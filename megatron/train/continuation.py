@@ -41,7 +41,7 @@ def continues_run(source: Source, config: RunConfig) -> bool:
 
 def is_trained(source: Source, run: Run) -> bool:
     """Return whether the last iteration of the run is in its checkpoint already."""
-    total = run.config.batch.train_iters or 0
+    total = run.config.batch.iterations
     return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
 
 

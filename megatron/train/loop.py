@@ -71,7 +71,7 @@ class Training:
     @property
     def last_iteration(self) -> int:
         """The iteration at which the run is at its end."""
-        return self.run.config.batch.train_iters or 0
+        return self.run.config.batch.iterations
 
     def next_batches(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step. ValueError where there is nothing to train."""

@@ -46,7 +46,7 @@ class ProfiledStep:
         self.step, self.pipeline, self.mesh = run.step, run.pipeline, run.mesh
         self.directory, self.say = directory, say
         batch, done = run.config.batch, run.state.iteration
-        left = (batch.train_iters or 0) - done
+        left = batch.iterations - done
         if batch.exit_interval is not None:
             left = min(left, batch.exit_interval - done % batch.exit_interval)
         self.first, self.last = min(2, left), min(1 + STEPS, left)

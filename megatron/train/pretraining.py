@@ -267,7 +267,7 @@ def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
 def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     """The first lines of a run: where its state comes from, what it runs on, how it is laid out."""
     config, source = prepared.config, prepared.source
-    layout, vocab = config.layout, config.model.size("vocab_size")
+    layout, vocab = config.layout, config.model.vocabulary
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocabulary(vocab, tp, config.model.make_vocab_size_divisible_by)
     order = another_order(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
@@ -280,7 +280,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
         *stage_table(config, Grid.from_layout(layout, started.place.world_size), stages_of(config)),
-        " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length or 0),
+        " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length),
     ]
     say(out, *lines)
 
@@ -298,7 +298,7 @@ def openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
             prepared.batches,
             dp.rank,
             dp.size,
-            batch.micro_batch_size or 1,
+            batch.micro_batch_size,
             consumed,
             read_ahead=data.num_workers,
             cyclic=cyclic,

@@ -120,12 +120,12 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
 
 def sample_flops(config: RunConfig) -> float:
     """Return the FLOPs of training on one sample, with all its choices where it has some."""
-    seq_length = config.data.seq_length or 0
+    seq_length = config.data.seq_length
     return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows)
 
 
 def causal_share(config: RunConfig) -> float | None:
     """Return the share of `sample_flops` that is left with the causal half of attention; None for BERT."""
-    model, seq_length = MetaModel(config.model), config.data.seq_length or 0
+    model, seq_length = MetaModel(config.model), config.data.seq_length
     causal = causal_flops_per_token(model, seq_length)
     return None if causal is None else causal / flops_per_token(model, seq_length)

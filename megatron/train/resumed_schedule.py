@@ -145,7 +145,7 @@ def warning_of_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConf
     Returns:
         The line, None where all is well. Steps that may be skipped are not foreseen: they move the schedule later.
     """
-    last = batch.train_iters or 0
+    last = batch.iterations
     first = _first_at_rate_zero(schedule, state, batch)
     if first is None or first > last:
         return None

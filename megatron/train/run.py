@@ -31,7 +31,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
-from megatron.pipeline.schedules.schedule import DEFAULT, kind_of, make
+from megatron.pipeline.schedules.schedule import kind_of, make
 from megatron.pipeline.transfer import Channels
 from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.report import StepReport
@@ -85,7 +85,7 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
     state = TrainState(schedule=asdict(schedule), scaler=Precision.of(config.precision).scaler())
     scaled_loss = ScaledLoss(
         config.batch,
-        sample_length(config),
+        config.data.seq_length,
         mesh.dp,
         state.scaler,
         masked=config.data.eod_mask_loss or config.model.architecture == "bert",
@@ -147,11 +147,6 @@ def draws_by_kernel(model: ModelConfig) -> bool:
     return model.fused_attention_dropout and model.attention_dropout > 0.0
 
 
-def sample_length(config: RunConfig) -> int:
-    """Return the tokens of one sample."""
-    return config.data.seq_length or config.model.size("max_position_embeddings")
-
-
 def transformer_layers(stages: Mapping[int, Transformer]) -> list[nn.Module]:
     """Return the transformer layers of all stages."""
     return [layer for stage in stages.values() for layer in stage.layers.values()]
@@ -206,7 +201,7 @@ def build_pipeline(
     config: RunConfig, plan: StagePlan, stages: Mapping[int, Transformer], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
 ) -> Executor:
     """Build what runs forward and backward passes in the order of the schedule. Collective."""
-    name = config.layout.pipeline_schedule or DEFAULT
+    name = config.layout.pipeline_schedule
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
     fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
     work = WeightWork(fused=fused)
@@ -230,5 +225,5 @@ def sample_counts(config: RunConfig) -> tuple[int, int, int]:
     """Samples that training, each validation and the test will read."""
     batch = config.batch
     evaluation = config.eval.eval_iters * full_batch_size(batch)
-    training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters or 0)
+    training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.iterations)
     return training, evaluation, evaluation

@@ -45,7 +45,7 @@ class ScaledLoss:
         device: torch.device | str = "cpu",
     ) -> None:
         self.by_token = batch.loss_average == "token"
-        self.micro_batch_size, self.seq_length = batch.micro_batch_size or 1, seq_length
+        self.micro_batch_size, self.seq_length = batch.micro_batch_size, seq_length
         self.dp, self.scaler, self.masked, self.binary, self.device = dp, scaler, masked, binary, device
         self.tokens = 0.0
 
@@ -99,7 +99,7 @@ class Step:
         self.watch.doing("the optimizer's step")
         loss, tokens, means, order = totals(output, self.mesh)
         # A sample can have several rows, the choices of a task.
-        samples = len(batches) * (self.batch.micro_batch_size or 1) * self.mesh.dp.size
+        samples = len(batches) * self.batch.micro_batch_size * self.mesh.dp.size
         possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
         mean = loss / max(tokens, 1.0) if self.scaled_loss.by_token else means / (len(batches) * self.mesh.dp.size)
         update = self.optimizer.step(

@@ -49,7 +49,7 @@ BERT: dict[str, Any] = dict(BASE, architecture="bert")
 
 
 def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> GPT:
-    part = StagePart(range(config.size("num_layers")), True, True)
+    part = StagePart(range(config.num_layers), True, True)
     model = MODELS[config.architecture](config, part, TensorParallel(tp), dtype=dtype)
     initialize(model, config, 7)
     with torch.no_grad():

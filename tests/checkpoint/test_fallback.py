@@ -18,6 +18,7 @@ from megatron.checkpoint.load import load, verify_together
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
+from megatron.config.resolve import resolve
 from megatron.config.schema import (
     BatchSettings,
     CheckpointConfig,
@@ -36,11 +37,13 @@ from megatron.train import resume
 from megatron.train.resume import Source, check_source, differences, find_source, verify_source
 from megatron.train.state import TrainState
 
-CONFIG = RunSettings(
-    model=ModelSettings(num_layers=2, hidden_size=32, vocab_size=257),
-    data=DataSettings(data_path=("data/text",)),
-    optim=OptimSettings(lr=0.1),
-    batch=BatchSettings(global_batch_size=1),
+CONFIG = resolve(
+    RunSettings(
+        model=ModelSettings(num_layers=2, hidden_size=32, num_attention_heads=2, max_position_embeddings=8, vocab_size=257),
+        data=DataSettings(data_path=("data/text",), seq_length=8),
+        optim=OptimSettings(lr=0.1),
+        batch=BatchSettings(micro_batch_size=1, global_batch_size=1),
+    )
 )
 
 

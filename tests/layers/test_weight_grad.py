@@ -170,7 +170,7 @@ def factors(sequence_parallel: bool):
 def test_what_waits_for_w_is_two_factors_for_each_linear_layer(tp, sequence_parallel):
     """Whole in the sequence, cut in the features; in the order of the backward pass."""
     found = on_ranks(tp, factors, sequence_parallel) if tp > 1 else [factors(sequence_parallel)]
-    hidden, ffn, qkv = 32, resolve_model(LLAMA).size("ffn_hidden_size"), 64
+    hidden, ffn, qkv = 32, resolve_model(LLAMA).ffn_hidden_size, 64
     shapes = [(hidden, ffn // tp), *[(ffn // tp, hidden)] * 2, (hidden, hidden // tp), (qkv // tp, hidden)]
     for products in found:
         assert [p[0] for p in products] == shapes

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron.config.schema import BatchSettings, OptimSettings
+from megatron.config.schema import BatchConfig, OptimConfig
 from megatron.optim.lr import Schedule
 
-OPTIM = OptimSettings(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=10, lr_decay_iters=110)
-BATCH = BatchSettings(global_batch_size=4, train_iters=200)
+DECAY = {"start_weight_decay": 0.01, "end_weight_decay": 0.01}
+OPTIM = OptimConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear", lr_warmup_iters=10, lr_decay_iters=110, **DECAY)
+BATCH = BatchConfig(micro_batch_size=1, global_batch_size=4, train_iters=200)
 
 
 def rates(style: str, *steps: int) -> list[float]:
@@ -37,7 +38,7 @@ def test_fraction_is_of_the_decay_length():
 
 def test_lengths_in_samples():
     optim = replace(OPTIM, lr_warmup_iters=0, lr_decay_iters=None, lr_warmup_samples=30, lr_decay_samples=300)
-    schedule = Schedule.of(optim, BatchSettings(global_batch_size=4, train_samples=900))
+    schedule = Schedule.of(optim, BatchConfig(micro_batch_size=1, global_batch_size=4, train_samples=900))
     assert (schedule.warmup, schedule.decay, schedule.rate(15)) == (30, 300, 0.5)
 
 
@@ -48,7 +49,7 @@ def test_weight_decay_over_time():
     cosine = Schedule.of(replace(optim, weight_decay_incr_style="cosine"), BATCH)
     assert cosine.weight_decay(200) == pytest.approx(0.1 * (1 - math.sqrt(0.5)))
     assert Schedule.of(OPTIM, BATCH).weight_decay(5) == OPTIM.weight_decay
-    samples = Schedule.of(optim, BatchSettings(global_batch_size=4, train_samples=100))
+    samples = Schedule.of(optim, BatchConfig(micro_batch_size=1, global_batch_size=4, train_samples=100))
     assert samples.weight_decay(50) == pytest.approx(0.1)
 
 
@@ -70,7 +71,7 @@ def test_wsd_is_stable_until_its_decay(style, quarter, half):
     lengths = {"lr_decay_samples": 440, "lr_warmup_samples": 40, "lr_wsd_decay_samples": 160}
     optim = replace(optim, lr_decay_iters=None, lr_warmup_iters=0, lr_wsd_decay_iters=None, **lengths)
     assert replace(schedule, decay_weights_over=900) == Schedule.of(
-        optim, BatchSettings(global_batch_size=8, train_samples=900)
+        optim, BatchConfig(micro_batch_size=1, global_batch_size=8, train_samples=900)
     )
 
 
@@ -89,6 +90,6 @@ def test_embedding_and_output_layer_can_have_a_peak_and_a_floor_of_their_own():
 
 def test_lengths_in_steps_are_those_of_a_changing_batch_size():
     """100 steps of 2, then steps of 4: warm-up ends at step 10, the decay of WSD goes from step 105 to step 110."""
-    batch = BatchSettings(global_batch_size=4, batch_size_steps=(0, 2, 200, 4), train_iters=120)
+    batch = BatchConfig(micro_batch_size=1, global_batch_size=4, batch_size_steps=(0, 2, 200, 4), train_iters=120)
     schedule = Schedule.of(replace(OPTIM, lr_decay_style="WSD", lr_wsd_decay_iters=5), batch)
     assert (schedule.warmup, schedule.decay, schedule.annealing, schedule.decay_weights_over) == (20, 240, 20, 280)

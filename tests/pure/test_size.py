@@ -110,7 +110,7 @@ def memory_on_a_rank(
 ) -> Memory:
     """Of a rank with these stages, by default the whole model."""
     run = run_of(model, **options)
-    parts = parts or (StagePart(range(model.size("num_layers"))),)
+    parts = parts or (StagePart(range(model.num_layers)),)
     plan = StagePlan((0,) * len(parts), parts, len(parts))
     forward = [Action(Op.F, stage, i) for stage, count in enumerate(in_flight or [1] * len(parts)) for i in range(count)]
     return memory_of(run, MetaModel.of(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
@@ -195,7 +195,7 @@ def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     assert head == 2 * 24 * VOCAB + (2 * 24 * 24 if model.architecture == "bert" else 0)
     assert (flops[2].forward, flops[2].backward, flops[2].weight) == (3 * head, 0, 0)
     # Scores and weighted sum have two gradients, and none of a weight.
-    core = 4 * seq * model.size("num_attention_heads") * model.size("kv_channels")
+    core = 4 * seq * model.num_attention_heads * model.kv_channels
     assert flops[0].backward - flops[0].forward == flops[0].forward - flops[0].weight == core
 
 

@@ -53,7 +53,7 @@ class HFClass:
         """Yield the rows with the layers' numbers put in."""
         for row in self.rows:
             if "{n}" in row.ours:
-                yield from (row.at(n) for n in range(config.size("num_layers")))
+                yield from (row.at(n) for n in range(config.num_layers))
             else:
                 yield row
 

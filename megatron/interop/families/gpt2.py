@@ -75,12 +75,12 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": config.size("vocab_size"),
-        "n_positions": config.size("max_position_embeddings"),
-        "n_embd": config.size("hidden_size"),
-        "n_layer": config.size("num_layers"),
-        "n_head": config.size("num_attention_heads"),
-        "n_inner": config.size("ffn_hidden_size"),
+        "vocab_size": config.vocabulary,
+        "n_positions": config.max_position_embeddings,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.ffn_hidden_size,
         "activation_function": ACTIVATION_NAMES[config.activation],
         "resid_pdrop": config.hidden_dropout,
         "embd_pdrop": config.hidden_dropout,

@@ -102,14 +102,14 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": config.size("vocab_size"),
-        "max_position_embeddings": config.size("max_position_embeddings"),
-        "hidden_size": config.size("hidden_size"),
-        "intermediate_size": config.size("ffn_hidden_size"),
-        "num_hidden_layers": config.size("num_layers"),
-        "num_attention_heads": config.size("num_attention_heads"),
-        "num_key_value_heads": config.size("num_query_groups"),
-        "head_dim": config.size("kv_channels"),
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_query_groups,
+        "head_dim": config.kv_channels,
         "hidden_act": "silu",
         "rms_norm_eps": config.layernorm_epsilon,
         "attention_bias": config.add_bias_linear,
@@ -122,7 +122,7 @@ def _config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _unsupported(config: ModelConfig) -> list[str]:
-    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    heads, hidden = config.num_attention_heads, config.hidden_size
     found = unsupported_by_all(config)
     if config.normalization != "RMSNorm":
         found.append(f"--normalization {config.normalization}: it has RMSNorm")

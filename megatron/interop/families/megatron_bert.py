@@ -30,7 +30,7 @@ MAX_CLASSES = 1 << 20
 
 
 def _segments_shape(config: ModelConfig) -> tuple[int, ...]:
-    return (2, config.size("hidden_size"))
+    return (2, config.hidden_size)
 
 
 def _separate(kind: str) -> tuple[str, ...]:
@@ -132,12 +132,12 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 def _config(config: ModelConfig) -> dict[str, Any]:
     """With the names of a task's classes; of a choice and a span the outputs have none."""
     about: dict[str, Any] = {
-        "vocab_size": config.size("vocab_size"),
-        "max_position_embeddings": config.size("max_position_embeddings"),
-        "hidden_size": config.size("hidden_size"),
-        "intermediate_size": config.size("ffn_hidden_size"),
-        "num_hidden_layers": config.size("num_layers"),
-        "num_attention_heads": config.size("num_attention_heads"),
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
         "type_vocab_size": 2,
         "hidden_act": ACTIVATION_NAMES[config.activation],
         "hidden_dropout_prob": config.hidden_dropout,

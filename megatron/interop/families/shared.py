@@ -28,22 +28,22 @@ ACTIVATION_NAMES = MappingProxyType({"gelu": "gelu_new", "gelu-exact": "gelu", "
 
 def hidden_shape(config: ModelConfig) -> tuple[int, ...]:
     """Return the shape of a bias or a norm as wide as the residual stream."""
-    return (config.size("hidden_size"),)
+    return (config.hidden_size,)
 
 
 def ffn_shape(config: ModelConfig) -> tuple[int, ...]:
     """Return the shape of the bias inside the MLP."""
-    return (config.size("ffn_hidden_size"),)
+    return (config.ffn_hidden_size,)
 
 
 def qkv_shape(config: ModelConfig) -> tuple[int, ...]:
     """Return the shape of the bias of queries, keys and values together."""
-    return ((config.size("num_attention_heads") + 2 * config.size("num_query_groups")) * config.size("kv_channels"),)
+    return ((config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,)
 
 
 def positions_shape(config: ModelConfig) -> tuple[int, ...]:
     """Return the shape of the table of learned positions."""
-    return (config.size("max_position_embeddings"), config.size("hidden_size"))
+    return (config.max_position_embeddings, config.hidden_size)
 
 
 def unsupported_by_all(config: ModelConfig) -> list[str]:
@@ -55,7 +55,7 @@ def unsupported_by_all(config: ModelConfig) -> list[str]:
 
 def unsupported_by_gpt2(config: ModelConfig) -> list[str]:
     """Return what the form of GPT-2 cannot express, which MegatronBert has too: LayerNorm, learned positions, no gate."""
-    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    heads, hidden = config.num_attention_heads, config.hidden_size
     found = unsupported_by_all(config)
     if config.normalization != "LayerNorm":
         found.append(f"--normalization {config.normalization}: it has LayerNorm")
@@ -63,9 +63,9 @@ def unsupported_by_gpt2(config: ModelConfig) -> list[str]:
         found.append("--position-embedding-type rope: it has learned positions")
     if config.activation not in ACTIVATION_NAMES:
         found.append(f"--{config.activation}: its MLP has no gate")
-    if config.size("num_query_groups") != heads:
+    if config.num_query_groups != heads:
         found.append(f"--num-query-groups {config.num_query_groups}: it has one key-value head per query head")
-    if config.size("kv_channels") * heads != hidden:
+    if config.kv_channels * heads != hidden:
         found.append(f"--kv-channels {config.kv_channels}: its heads are hidden / heads = {hidden / heads:g} wide")
     return found
 

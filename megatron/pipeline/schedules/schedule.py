@@ -213,9 +213,9 @@ DEFAULT_WITH_CHUNKS = "interleaved"  # where the user asks for virtual stages an
 DEFAULT_CHUNKS = 2  # where the user may choose and did not
 
 
-def kind_of(name: str | None) -> Kind:
-    """The row of a schedule, or of the default one. KeyError for an unknown name."""
-    return SCHEDULES[name or DEFAULT]
+def kind_of(name: str) -> Kind:
+    """The row of a schedule. KeyError for an unknown name."""
+    return SCHEDULES[name]
 
 
 def names_of(wanted: Callable[[Kind], bool]) -> str:
