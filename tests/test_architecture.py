@@ -49,7 +49,18 @@ PURE = [
 PURE += [
     f"launch/{name}.py"
     for name in (
-        *("command_line", "entry", "environment", "errors", "exit_report", "heartbeat", "memory", "packages", "signals"),
+        *(
+            "command_line",
+            "entry",
+            "environment",
+            "errors",
+            "exit_report",
+            "heartbeat",
+            "memory",
+            "packages",
+            "phase",
+            "signals",
+        ),
         "status_file",
     )
 ]

@@ -130,7 +130,29 @@ class IndexedDataset:
             ) from error
 
     def _open(self) -> None:
+        """Map the index and the tokens, once every number of the index has been compared with the files."""
         size = check_regular(self.idx_path)
+        self.dtype, n, m = self._read_header(size)
+        # A memory map holds a file open, which a blend of thousands cannot afford for small indices.
+        index = (
+            np.memmap(self.idx_path, mode="r", dtype=np.uint8)
+            if size > MAP_FROM
+            else np.fromfile(self.idx_path, dtype=np.uint8)
+        )
+        if len(index) != size:
+            raise self._bad("it is being written to")
+        bounds = np.cumsum([HEADER.size, 4 * n, 8 * n, 8 * m])
+        self.lengths: NDArray[np.int32] = index[bounds[0] : bounds[1]].view("<i4")
+        self.offsets: NDArray[np.int64] = index[bounds[1] : bounds[2]].view("<i8")
+        self.documents: NDArray[np.int64] = index[bounds[2] : bounds[3]].view("<i8")
+        count = self._checked_bytes() // self.dtype.itemsize
+        self._check_documents()
+        self.tokens: NDArray[Any] = (
+            np.memmap(self.bin_path, mode="r", dtype=self.dtype, shape=(count,)) if count else np.empty(0, self.dtype)
+        )
+
+    def _read_header(self, size: int) -> tuple[np.dtype[Any], int, int]:
+        """The type of the tokens, the number of sequences, and that of the bounds of documents, in an index of `size` bytes."""
         with open_regular(self.idx_path) as file:
             head = file.read(HEADER.size)
         if head.startswith(LEGACY_MAGIC):
@@ -148,26 +170,13 @@ class IndexedDataset:
             raise self._bad(f"token format code {code} is none of {', '.join(map(str, CODES))} (whole numbers)")
         want = HEADER.size + 12 * n + 8 * m
         if size not in (want, want + n):  # + n: the modes that multimodal datasets append
-            reason = "truncated" if size < want else "too long"
-            raise self._bad(f"{reason}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {want}")
-        self.dtype = CODES[code]
-        # A memory map holds a file open, which a blend of thousands cannot afford for small indices.
-        index = (
-            np.memmap(self.idx_path, mode="r", dtype=np.uint8)
-            if size > MAP_FROM
-            else np.fromfile(self.idx_path, dtype=np.uint8)
-        )
-        if len(index) != size:
-            raise self._bad("it is being written to")
-        bounds = np.cumsum([HEADER.size, 4 * n, 8 * n, 8 * m])
-        self.lengths: NDArray[np.int32] = index[bounds[0] : bounds[1]].view("<i4")
-        self.offsets: NDArray[np.int64] = index[bounds[1] : bounds[2]].view("<i8")
-        self.documents: NDArray[np.int64] = index[bounds[2] : bounds[3]].view("<i8")
-        self._check(n, m)
+            what = "truncated" if size < want else "too long"
+            raise self._bad(f"{what}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {want}")
+        return CODES[code], n, m
 
-    def _check(self, n: int, m: int) -> None:
-        """Every number of the index against the files, so that no later read can leave them."""
-        have = os.path.getsize(self.bin_path)
+    def _checked_bytes(self) -> int:
+        """Bytes of the .bin. DataError unless the sequences follow one another through all of it, so that no read leaves it."""
+        have, n = os.path.getsize(self.bin_path), len(self.lengths)
         if n and int(self.lengths.min()) < 0:
             raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
         end = 0
@@ -181,15 +190,15 @@ class IndexedDataset:
         if end != have:
             what = "truncated" if have < end else "not the file of its index"
             raise DataError(f"{self.bin_path}: {what}: {have} bytes, {self.idx_path} needs {end}; make the dataset again")
-        if m < 1 or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
+        return end
+
+    def _check_documents(self) -> None:
+        """DataError unless the documents follow one another from the first sequence to the last."""
+        n = len(self.lengths)
+        if not len(self.documents) or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
             raise self._bad(f"its documents do not run from sequence 0 to {n}")
         if bool((np.diff(self.documents) < 0).any()):
             raise self._bad("its documents are not in order")
-        self.tokens: NDArray[Any] = (
-            np.memmap(self.bin_path, mode="r", dtype=self.dtype, shape=(end // self.dtype.itemsize,))
-            if end
-            else np.empty(0, self.dtype)
-        )
 
     def _check_sidecar(self) -> None:
         """DataError if the sidecar is of other files than these: one of the three was replaced."""

@@ -28,17 +28,16 @@ from megatron.launch.environment import Place
 from megatron.launch.errors import JobError
 from megatron.launch.exit_report import briefly, is_echo, say, status_of, tell_launcher
 from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
+from megatron.launch.phase import ALONE, COMPUTING, DOING, WAITING, Phase, What, in_words
 from megatron.launch.signals import StopSignals
 from megatron.launch.status_file import Slate, forget, left_by
 from megatron.launch.store import Store, serves_store
 
-What = object  # a phase in words, by its str() or, where it can be called, by its result
 # An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
 Explain = Callable[[BaseException, str], str | None]
 # What a job that a signal ends says, and its status, given the signal's name and the rank.
 Early = Callable[[str, int], tuple[str, int]]
 
-COMPUTING, DOING, ALONE, WAITING = "computing", "doing", "alone", "waiting"
 STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
 NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
@@ -89,9 +88,8 @@ class LiveWatch(Watch):
         self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
         self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout, self._patience.first)
         self._slate = Slate(self._process)
-        self._phase: tuple[float, str, str, What] = (time.monotonic(), WAITING, "", "starting up")
-        self._seen_phase: tuple[float, str, str, What] = self._phase
-        self._age = 0.0
+        self._phase = self._seen_phase = Phase(time.monotonic(), WAITING, "", "starting up")
+        self._age = 0.0  # seconds for which the thread has seen that phase
         self._peers: dict[int, Peer] = {}
         others = [(place.rank + i) % place.world_size for i in range(1, place.world_size)]
         self._others, self._near = others, others[:NEIGHBOURS]
@@ -119,11 +117,10 @@ class LiveWatch(Watch):
         self._change(WAITING, "", "between two phases")
 
     def _change(self, mode: str, kind: str, what: What) -> None:
-        now = time.monotonic()
-        since, before, old_kind, _ = self._phase
-        if before is COMPUTING:
-            self._pace.record(old_kind, now - since)
-        self._phase = (now, mode, kind, what)
+        now, ended = time.monotonic(), self._phase
+        if ended.mode == COMPUTING:
+            self._pace.record(ended.kind, now - ended.since)
+        self._phase = Phase(now, mode, kind, what)
         self._slate.write(in_words(what))
 
     def start(self) -> None:
@@ -247,7 +244,9 @@ class LiveWatch(Watch):
         self._seen_phase = phase
         self._number += 1
         self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
-        beat = Beat(self._process, self._number, in_words(self._seen_phase[3]), round(self._age, 2), self._left(), self._ending)
+        beat = Beat(
+            self._process, self._number, in_words(self._seen_phase.what), round(self._age, 2), self._left(), self._ending
+        )
         self._asking = self._number
         self._store.set(f"beat {self._place.rank}", beat.to_bytes().decode())
         self._said = self._ending
@@ -263,10 +262,10 @@ class LiveWatch(Watch):
 
     def _left(self) -> float | None:
         """Seconds that this rank's phase may still take; None for one that is not judged."""
-        _, mode, kind, _ = self._seen_phase
+        mode = self._seen_phase.mode
         if mode == WAITING or (self._age > 1.0 and self._communicates()):
             return None
-        limit = self._pace.limit(kind) if mode == COMPUTING else self._timeout
+        limit = self._pace.limit(self._seen_phase.kind) if mode == COMPUTING else self._timeout
         # Work that may contain waiting excuses nobody else until it is over its limit.
         return None if mode == DOING and self._age < limit else round(limit - self._age, 2)
 
@@ -277,7 +276,7 @@ class LiveWatch(Watch):
 
     def _where(self, rank: int | None = None) -> str:
         if rank is None or rank == self._place.rank:
-            return f"rank {self._place.rank} on host {self._process.host}, {in_words(self._seen_phase[3])}"
+            return f"rank {self._place.rank} on host {self._process.host}, {in_words(self._seen_phase.what)}"
         beat = self._peers[rank].beat
         # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
         what = left_by(beat.process, self._process) or beat.what
@@ -288,7 +287,7 @@ class LiveWatch(Watch):
         self._exchange(self._others)
         if self._phase is not phase or excused(self._age, list(self._peers.values())):
             return
-        longest = self._pace.longest(phase[2])
+        longest = self._pace.longest(phase.kind)
         usual = f", where {longest:.2f} s was the longest before" if longest is not None else ""
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  unknown\n"
@@ -389,11 +388,3 @@ class LiveWatch(Watch):
             briefly(self.at_end)
         self._slate.wipe()
         os._exit(status)
-
-
-def in_words(what: What) -> str:
-    """A phase as its rank describes it."""
-    try:
-        return str(what()) if callable(what) else str(what)
-    except Exception as error:  # a wrong description must not end a healthy job
-        return f"a phase that cannot be described ({error})"

@@ -19,7 +19,8 @@ from megatron.checkpoint.save import delete, set_aside, write
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
 from megatron.config.command_line.saved import to_json
-from megatron.launch.watchdog import Watch, What
+from megatron.launch.phase import What
+from megatron.launch.watchdog import Watch
 from megatron.train.run import Run
 from megatron.train.save_directory import Overwritten
 
