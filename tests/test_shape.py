@@ -94,9 +94,9 @@ def conditions_as_numbers(module: ast.Module, lines: int) -> Found:
 
 
 def is_condition(node: ast.AST | None) -> bool:
-    negated = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
-    # `x or default` is a value; `x and y > 0` is a condition.
-    return negated or isinstance(node, ast.Compare) or (isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And))
+    if isinstance(node, ast.BoolOp | ast.UnaryOp):
+        return isinstance(node.op, ast.And | ast.Not)  # `x or default` is a value
+    return isinstance(node, ast.Compare) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "bool")
 
 
 def parts_of(index: ast.expr) -> tuple[ast.AST | None, ...]:
@@ -165,7 +165,7 @@ def test_the_rule_finds_what_is_over_the_limit_and_nothing_else(rule: Rule) -> N
 
 
 @pytest.mark.parametrize(
-    "source", ["x[a == b]", "x[not a]", "x[a and b]", "x[: a > 1]", "x = [1] * (not a)", "x = f'{a}' * (a > b)"]
+    "source", ["x[a == b]", "x[not a]", "x[a and b]", "x[: a > 1]", "x[bool(a)]", "x = [1] * (not a)", "x = f'{a}' * (a > b)"]
 )
 def test_conditions_as_numbers_are_found(source: str) -> None:
     assert list(conditions_as_numbers(ast.parse(source), 1))

@@ -17,7 +17,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.interop.convert_released import main
-    from megatron.interop.released import GPT2_KIND
+    from megatron.interop.released_kinds import GPT2_KIND
 
 if __name__ == "__main__":
     sys.exit(run_main(main, GPT2_KIND, __doc__))

@@ -276,7 +276,8 @@ def _hugging_face(root: Path) -> Foreign | None:
         return None
     safe, pickled = _names(weights, r".*safetensors.*"), _names(weights, r".*\.bin.*")
     if weights and not safe:
-        what = f"a Hugging Face directory without safetensors ({weights[0].name}{', a pickle' * bool(pickled)})"
+        held = f"{weights[0].name}, a pickle" if pickled else weights[0].name
+        what = f"a Hugging Face directory without safetensors ({held})"
         save = "open it with transformers and save_pretrained it to DIR"
         return Foreign(what, f"{save}, then `{_importing('DIR')}`")
     if pointers := [path for path in safe if is_pointer(path)]:

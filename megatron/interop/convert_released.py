@@ -20,7 +20,8 @@ from megatron.files.outputs import BadOutput, Reads, check_file
 from megatron.files.regular import read_json
 from megatron.interop.checked_import import compare
 from megatron.interop.megatron_files import arguments_of
-from megatron.interop.released import GPT2_KIND, Kind, read_archive, read_config_file, understand, write
+from megatron.interop.released import read_archive, read_config_file, understand, write
+from megatron.interop.released_kinds import GPT2_KIND, Kind
 from megatron.launch.tool_parser import ToolParser, some_path
 
 OUTPUTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

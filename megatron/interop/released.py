@@ -25,9 +25,8 @@ from megatron.checkpoint.storage import DTYPES, Entry, Storage
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.files.regular import check_regular, read_json, reason
-from megatron.interop.families.family import HFClass, HFFamily
-from megatron.interop.families.gpt2 import GPT2
-from megatron.interop.families.megatron_bert import MEGATRON_BERT, WITH_ORDER, WORDS_ALONE
+from megatron.interop.families.family import HFClass
+from megatron.interop.families.megatron_bert import WITH_ORDER, WORDS_ALONE
 from megatron.interop.families.shared import ACTIVATIONS
 from megatron.interop.families.table import family_named
 from megatron.interop.foreign_numbers import check_config
@@ -36,6 +35,7 @@ from megatron.interop.megatron_args import NUMBERS, settings
 from megatron.interop.megatron_files import arguments_of, copies_agree, version_of
 from megatron.interop.megatron_lm import Sizes, Weights, chunks_of, join, unpadded
 from megatron.interop.pickled import read_pickled
+from megatron.interop.released_kinds import BERT_KIND, GPT2_KIND, Kind
 from megatron.interop.soundness import zero_matrices
 
 MEMBER = "release/mp_rank_00/model_optim_rng.pt"
@@ -44,113 +44,6 @@ MATRICES = ("embedding.word.weight", "embedding.position.weight", "layers.0.mlp.
 MAX_RATIO = 20  # of the unpacked size to the packed one; zip packs weights to more than half
 MAX_FREE_BYTES = 1 << 26  # that may be unpacked from any size
 HEADS = MappingProxyType({1024: 16})  # by width, where a model's heads are known without being told: the released sizes
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What one of the two commands converts.
-
-    family: that is written. defaults: of config.json. absent: what a field that is not in a --config_file means instead, in
-    transformers. sizes: our name of each size -> its name there. copies: tensors that the family writes a second time, as our
-    name -> theirs. tool: its command.
-    """
-
-    name: str
-    family: HFFamily
-    defaults: Mapping[str, Any]
-    absent: Mapping[str, Any]
-    sizes: Mapping[str, str]
-    copies: Mapping[str, tuple[str, ...]]
-    tool: str
-
-
-GPT2_KIND = Kind(
-    "GPT-2",
-    GPT2,
-    MappingProxyType(
-        {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": 50257,
-            "n_positions": 1024,
-            "n_embd": 1024,
-            "n_layer": 24,
-            "n_head": 16,
-            "n_inner": 4096,
-            "activation_function": "gelu_new",
-            "resid_pdrop": 0.1,
-            "embd_pdrop": 0.1,
-            "attn_pdrop": 0.1,
-            "layer_norm_epsilon": 1e-5,
-            "initializer_range": 0.02,
-            "summary_type": "cls_index",
-            "summary_use_proj": True,
-            "summary_activation": None,
-            "summary_proj_to_labels": True,
-            "summary_first_dropout": 0.1,
-            "scale_attn_weights": True,
-            "use_cache": True,
-            "bos_token_id": 50256,
-            "eos_token_id": 50256,
-            "tokenizer_class": "GPT2TokenizerFast",
-        }
-    ),
-    MappingProxyType({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}),
-    MappingProxyType(
-        {
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "n_positions",
-            "hidden_size": "n_embd",
-            "num_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "ffn_hidden_size": "n_inner",
-        }
-    ),
-    MappingProxyType({"embedding.word.weight": ("lm_head.weight",)}),
-    "tools/convert_megatron_gpt2_checkpoint.py",
-)
-BERT_KIND = Kind(
-    "BERT",
-    MEGATRON_BERT,
-    MappingProxyType(
-        {
-            "model_type": "megatron-bert",
-            "architectures": ["MegatronBertForPreTraining"],
-            "vocab_size": 29056,
-            "max_position_embeddings": 512,
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-            "hidden_act": "gelu",
-            "hidden_dropout_prob": 0.1,
-            "attention_probs_dropout_prob": 0.1,
-            "type_vocab_size": 2,
-            "initializer_range": 0.02,
-            "layer_norm_eps": 1e-12,
-            "pad_token_id": 0,
-            "use_cache": True,
-        }
-    ),
-    MappingProxyType({}),
-    MappingProxyType(
-        {
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_position_embeddings",
-            "hidden_size": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "ffn_hidden_size": "intermediate_size",
-        }
-    ),
-    MappingProxyType(
-        {
-            "embedding.word.weight": ("cls.predictions.decoder.weight",),
-            "masked_words.bias": ("cls.predictions.decoder.bias",),
-        }
-    ),
-    "tools/convert_megatron_bert_checkpoint.py",
-)
 
 
 def read_archive(path: Path) -> dict[str, Any]:
@@ -228,29 +121,13 @@ def understand(
     given: of --config_file, None without it. say: is told what was assumed. CheckpointError when sizes do not agree.
     """
     args, version = arguments_of(file), version_of(file, "the checkpoint")
-    chunks = chunks_of(file, "the checkpoint")
-    ranks = [args.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
-    if len(chunks) > 1 or ranks != [1, 1]:
-        raise CheckpointError("it is one rank's share of a model; use tools/import_megatron.py on the whole directory")
-    copies_agree([chunks])
+    chunks = _whole_model(file, args)
     if any(args.get(name) is None for name in NEEDED):
         args = {}  # of the oldest archives, where they say nothing about the model
     # Ordering queries, keys and values anew needs the heads, and names alone do not.
     known = join([chunks], Sizes(1, 1, 1), 2.0)
-    if ("masked_words.dense.weight" in known) != (kind is BERT_KIND):
-        other = GPT2_KIND if kind is BERT_KIND else BERT_KIND
-        raise CheckpointError(f"it is no {kind.name}; use {other.tool}")
-    if any(name not in known or known[name].dim() != 2 for name in MATRICES):
-        raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
-    if given is not None:
-        about = {**kind.defaults, **kind.absent, **given}
-    else:
-        about = {**kind.defaults, **({} if args else _sizes_there(known, kind, say))}
-    about |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
-    if args:
-        about |= _from_args(args, known, kind, given)
-    if about.get(kind.sizes["ffn_hidden_size"]) is None and type(width := about[kind.sizes["hidden_size"]]) is int:
-        about[kind.sizes["ffn_hidden_size"]] = 4 * width
+    _check_kind(known, kind)
+    about = _described(args, known, kind, given, say)
     model = _model(about, args, known, kind)
     _agree(model, known, kind)
     if args:
@@ -264,6 +141,41 @@ def understand(
     if model.untie_embeddings_and_output_weights:
         about["tie_word_embeddings"] = False
     return Found(about, model, weights, written_as)
+
+
+def _whole_model(file: Mapping[str, Any], args: Mapping[str, Any]) -> list[Any]:
+    """The file's only chunk of layers, in a list. CheckpointError for one of several ranks' files."""
+    chunks = chunks_of(file, "the checkpoint")
+    ranks = [args.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
+    if len(chunks) > 1 or ranks != [1, 1]:
+        raise CheckpointError("it is one rank's share of a model; use tools/import_megatron.py on the whole directory")
+    copies_agree([chunks])
+    return chunks
+
+
+def _check_kind(known: Weights, kind: Kind) -> None:
+    """CheckpointError for a model of the other kind, and for tensors that are no whole model."""
+    if ("masked_words.dense.weight" in known) != (kind is BERT_KIND):
+        other = GPT2_KIND if kind is BERT_KIND else BERT_KIND
+        raise CheckpointError(f"it is no {kind.name}; use {other.tool}")
+    if any(name not in known or known[name].dim() != 2 for name in MATRICES):
+        raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
+
+
+def _described(
+    args: Mapping[str, Any], known: Weights, kind: Kind, given: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The fields of config.json: the kind's defaults, over them --config_file or the tensors' sizes, over them the args."""
+    if given is not None:
+        about = {**kind.defaults, **kind.absent, **given}
+    else:
+        about = {**kind.defaults, **({} if args else _sizes_there(known, kind, say))}
+    about |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
+    if args:
+        about |= _from_args(args, known, kind, given)
+    if about.get(kind.sizes["ffn_hidden_size"]) is None and type(width := about[kind.sizes["hidden_size"]]) is int:
+        about[kind.sizes["ffn_hidden_size"]] = 4 * width
+    return about
 
 
 def write(found: Found, kind: Kind, out: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megatron.contract import Batch
 from megatron.interop.convert_released import main
-from megatron.interop.released import BERT_KIND, GPT2_KIND
+from megatron.interop.released_kinds import BERT_KIND, GPT2_KIND
 
 transformers = pytest.importorskip("transformers")
 

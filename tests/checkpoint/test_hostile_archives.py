@@ -49,7 +49,7 @@ def test_an_archive_that_would_fill_the_memory_is_never_unpacked(tmp_path: Path)
     path = packed(tmp_path / "bomb.zip", 256 * MB)
     assert path.stat().st_size < MB // 2
     code = (
-        "import resource, sys, torch, megatron.interop.convert_released as c, megatron.interop.released as r\n"
+        "import resource, sys, torch, megatron.interop.convert_released as c, megatron.interop.released_kinds as r\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "status = c.main(r.GPT2_KIND, None, [sys.argv[1]])\n"
         "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -6,7 +6,8 @@ from archives import build, config_of, released, weights_of, write_archive
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.interop.megatron_files import read_megatron
-from megatron.interop.released import GPT2_KIND, read_archive, understand
+from megatron.interop.released import read_archive, understand
+from megatron.interop.released_kinds import GPT2_KIND
 
 ARGS = dict(num_layers=4, hidden_size=32, ffn_hidden_size=80, num_attention_heads=4, max_position_embeddings=48)
 UP = "layers.2.mlp.dense_h_to_4h.weight"

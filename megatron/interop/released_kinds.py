@@ -1,0 +1,119 @@
+"""The two kinds of archive that NVIDIA released, and what the conversion scripts of Transformers 4 wrote for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from megatron.interop.families.family import HFFamily
+from megatron.interop.families.gpt2 import GPT2
+from megatron.interop.families.megatron_bert import MEGATRON_BERT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one of the two commands converts.
+
+    family: that is written. defaults: of config.json. absent: what a field that is not in a --config_file means instead, in
+    transformers. sizes: our name of each size -> its name there. copies: tensors that the family writes a second time, as our
+    name -> theirs. tool: its command.
+    """
+
+    name: str
+    family: HFFamily
+    defaults: Mapping[str, Any]
+    absent: Mapping[str, Any]
+    sizes: Mapping[str, str]
+    copies: Mapping[str, tuple[str, ...]]
+    tool: str
+
+
+GPT2_KIND = Kind(
+    name="GPT-2",
+    family=GPT2,
+    defaults=MappingProxyType(
+        {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": 50257,
+            "n_positions": 1024,
+            "n_embd": 1024,
+            "n_layer": 24,
+            "n_head": 16,
+            "n_inner": 4096,
+            "activation_function": "gelu_new",
+            "resid_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "attn_pdrop": 0.1,
+            "layer_norm_epsilon": 1e-5,
+            "initializer_range": 0.02,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "summary_activation": None,
+            "summary_proj_to_labels": True,
+            "summary_first_dropout": 0.1,
+            "scale_attn_weights": True,
+            "use_cache": True,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+            "tokenizer_class": "GPT2TokenizerFast",
+        }
+    ),
+    absent=MappingProxyType({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}),
+    sizes=MappingProxyType(
+        {
+            "vocab_size": "vocab_size",
+            "max_position_embeddings": "n_positions",
+            "hidden_size": "n_embd",
+            "num_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "ffn_hidden_size": "n_inner",
+        }
+    ),
+    copies=MappingProxyType({"embedding.word.weight": ("lm_head.weight",)}),
+    tool="tools/convert_megatron_gpt2_checkpoint.py",
+)
+BERT_KIND = Kind(
+    name="BERT",
+    family=MEGATRON_BERT,
+    defaults=MappingProxyType(
+        {
+            "model_type": "megatron-bert",
+            "architectures": ["MegatronBertForPreTraining"],
+            "vocab_size": 29056,
+            "max_position_embeddings": 512,
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "hidden_act": "gelu",
+            "hidden_dropout_prob": 0.1,
+            "attention_probs_dropout_prob": 0.1,
+            "type_vocab_size": 2,
+            "initializer_range": 0.02,
+            "layer_norm_eps": 1e-12,
+            "pad_token_id": 0,
+            "use_cache": True,
+        }
+    ),
+    absent=MappingProxyType({}),
+    sizes=MappingProxyType(
+        {
+            "vocab_size": "vocab_size",
+            "max_position_embeddings": "max_position_embeddings",
+            "hidden_size": "hidden_size",
+            "num_layers": "num_hidden_layers",
+            "num_attention_heads": "num_attention_heads",
+            "ffn_hidden_size": "intermediate_size",
+        }
+    ),
+    copies=MappingProxyType(
+        {
+            "embedding.word.weight": ("cls.predictions.decoder.weight",),
+            "masked_words.bias": ("cls.predictions.decoder.bias",),
+        }
+    ),
+    tool="tools/convert_megatron_bert_checkpoint.py",
+)
