@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
+from megatron.parallel.embedding import padded_vocabulary
 
 # Same name and same meaning on both sides.
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
@@ -168,11 +169,6 @@ def activation(args: Mapping[str, Any]) -> str:
     return "gelu" if args.get("openai_gelu") or (fused and not args.get("onnx_safe")) else "gelu-exact"
 
 
-def padded(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """Rows of the vocabulary on all tensor-parallel ranks together, as Megatron-LM pads them."""
-    return -(-vocab_size // (divisible_by * tp)) * divisible_by * tp
-
-
 def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None, dtype: str) -> argparse.Namespace:
     """What Megatron-LM finds in the file: its own names for a resolved configuration cut over tp x pp ranks.
 
@@ -201,7 +197,7 @@ def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None,
         "onnx_safe": None,
         "bert_binary_head": config.bert_binary_head,
         "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
-        "padded_vocab_size": padded(vocab, config.make_vocab_size_divisible_by, tp),
+        "padded_vocab_size": padded_vocabulary(vocab, tp, config.make_vocab_size_divisible_by),
         "true_vocab_size": vocab,
         "tokenizer_type": tokenizer_type,
         "tensor_model_parallel_size": tp,

@@ -31,10 +31,11 @@ from megatron.files.outputs import is_foreign
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import read_text, reason
 from megatron.interop.foreign_numbers import check_args
-from megatron.interop.megatron_args import cannot_write, even_stages, namespace, padded, settings
+from megatron.interop.megatron_args import cannot_write, even_stages, namespace, settings
 from megatron.interop.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.interop.pickled import Inert, read_pickled
 from megatron.interop.soundness import zero_matrices
+from megatron.parallel.embedding import padded_vocabulary
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -219,7 +220,7 @@ def write_megatron(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
             f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
         )
-    rows = padded(config.vocabulary, config.make_vocab_size_divisible_by, tp)
+    rows = padded_vocabulary(config.vocabulary, tp, config.make_vocab_size_divisible_by)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)

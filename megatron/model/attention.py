@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,17 +63,6 @@ class Attend(Protocol):
 
         heads: int32 `[heads]`, the keys of the dropout's random numbers.
         """
-        ...
-
-
-@runtime_checkable
-class SaysBytes(Protocol):
-    """A core attention that keeps something else than those below."""
-
-    def activation_bytes(
-        self, shape: MicroBatchShape, heads: int, groups: int, head_dim: int, dropout: float
-    ) -> ActivationBytes:
-        """Return its bytes for so many heads in so many groups."""
         ...
 
 
@@ -138,8 +127,9 @@ class Attention(nn.Module):
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
         """Return the bytes of queries, keys and values, and what the core attention says of itself, or torch's takes."""
         own = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
-        if isinstance(self.attend, SaysBytes):
-            return own + self.attend.activation_bytes(shape, self.heads, self.groups, self.head_dim, self.dropout)
+        if hasattr(self.attend, "activation_bytes"):
+            said: ActivationBytes = self.attend.activation_bytes(shape, self.heads, self.groups, self.head_dim, self.dropout)
+            return own + said
         core = 2 * (self.heads - self.groups) * self.head_dim * shape.element  # repeated keys and values
         if self.dropout > 0.0 and not self.fused_dropout:
             core += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its mask, what is left

@@ -1,14 +1,16 @@
 """What modules cost, as each says of itself.
 
-A module says by `flops` what it computes, and by `activation_bytes` what it keeps for the backward pass, both without the
-modules that it holds, which say it themselves. One without such a method computes or keeps nothing that counts.
+A module says by `flops(seq)` what it computes for one token of a sequence of `seq`, and by `activation_bytes(shape)` what it
+keeps for the backward pass; both without the modules that it holds, which say it themselves. One without such a method computes
+or keeps nothing that counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,15 +36,6 @@ class Flops:
         return self.linear + self.core
 
 
-@runtime_checkable
-class Computes(Protocol):
-    """A module that says what it computes."""
-
-    def flops(self, seq: int) -> Flops:
-        """Return its own FLOPs, without those of the modules in it, for one token of a sequence of `seq`."""
-        ...
-
-
 def product_flops(weight: Tensor) -> Flops:
     """Return the FLOPs of a token's product with a matrix, of which this rank may hold a part."""
     return Flops(linear=2 * prod(spec_of(weight).shape))
@@ -50,7 +43,8 @@ def product_flops(weight: Tensor) -> Flops:
 
 def flops_of(module: nn.Module, seq: int) -> Flops:
     """Return what a module and all in it compute for one token of a sequence of `seq`."""
-    return sum((part.flops(seq) for part in module.modules() if isinstance(part, Computes)), Flops())
+    every: Iterable[Any] = module.modules()
+    return sum((part.flops(seq) for part in every if hasattr(part, "flops")), Flops())
 
 
 @dataclass(frozen=True)
@@ -108,15 +102,6 @@ class ActivationBytes:
         )
 
 
-@runtime_checkable
-class Keeps(Protocol):
-    """A module that says what it keeps."""
-
-    def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return its own bytes, without those of the modules in it, of a micro-batch of this shape."""
-        ...
-
-
 def activation_bytes_of(module: nn.Module, shape: MicroBatchShape) -> ActivationBytes:
     """Return what a module and all in it keep, by the count of arXiv 2205.05198, section 4, where nothing is run again.
 
@@ -124,4 +109,5 @@ def activation_bytes_of(module: nn.Module, shape: MicroBatchShape) -> Activation
     bytes, all of it over t under sequence parallelism: equations 2 and 4 there. The a s term falls away where a fused kernel
     does the attention. Left out: a few numbers for each token or head, and RMSNorm without a kernel.
     """
-    return sum((part.activation_bytes(shape) for part in module.modules() if isinstance(part, Keeps)), ActivationBytes())
+    every: Iterable[Any] = module.modules()
+    return sum((part.activation_bytes(shape) for part in every if hasattr(part, "activation_bytes")), ActivationBytes())

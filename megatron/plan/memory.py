@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from megatron.config.optimizers import rule_for
 from megatron.config.schema import RunConfig
@@ -116,6 +117,10 @@ def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
     )
 
 
+# By an action: of micro-batches in flight, and of those between the parts of a split backward pass.
+CHANGES: Mapping[Op, tuple[int, int]] = MappingProxyType({Op.F: (1, 0), Op.I: (0, 1), Op.B: (-1, 0), Op.W: (-1, -1)})
+
+
 def memory_of(config: RunConfig, model: MetaModel, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> Memory:
     """Return what each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
 
@@ -125,8 +130,9 @@ def memory_of(config: RunConfig, model: MetaModel, plan: StagePlan, schedule: Sc
     in_flight, split = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
     most = 0
     for action in schedule.programs[rank]:
-        in_flight[action.stage] += {Op.F: 1, Op.I: 0, Op.B: -1, Op.W: -1}[action.op]
-        split[action.stage] += {Op.F: 0, Op.I: 1, Op.B: 0, Op.W: -1}[action.op]
+        waiting, halfway = CHANGES[action.op]
+        in_flight[action.stage] += waiting
+        split[action.stage] += halfway
         held = sum(stage.held(in_flight[number], split[number]) for number, stage in own.items())
         most = max(most, held + max(stage.transient if in_flight[number] else 0 for number, stage in own.items()))
     state = state_of_rank(config, model, plan, rank, owners)
