@@ -14,7 +14,7 @@ class JobError(Exception):
         self.status = status
 
 
-class Refused(Exception):
+class InputError(Exception):
     """A file or setting of the command cannot be used; the message says why. Found before any process group; exit status 2."""
 
     status = 2

@@ -15,7 +15,7 @@ import torch
 from megatron.config.schema import RunConfig
 from megatron.launch.device import Hardware, means_of
 from megatron.launch.environment import Place
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.launch.memory import gib, host_memory
 from megatron.mesh.grid import Grid
 from megatron.plan.memory import shards, state_of_rank
@@ -40,7 +40,7 @@ class Room:
 
 
 def check_memory(config: RunConfig, place: Place, look: Callable[[RunConfig, Place], Room | None] | None = None) -> None:
-    """Refused where the state of this host's ranks cannot fit. To be called before any of them allocates it.
+    """InputError where the state of this host's ranks cannot fit. To be called before any of them allocates it.
 
     Args:
         config: of the run, with the vocabulary's size.
@@ -69,7 +69,7 @@ def check_memory(config: RunConfig, place: Place, look: Callable[[RunConfig, Pla
         if not config.eval.skip_train:
             parts += [f"gradients {gib(fullest.gradients)}", f"optimizer {gib(fullest.optimizer)}"]
         who = "this rank" if room.own else "one process" if len(every) == 1 else f"the {len(every)} ranks of this host"
-        raise Refused(
+        raise InputError(
             f"out of memory before the start: {who} would hold {gib(needed)} without activations "
             f"({'of each ' if len(every) > 1 else ''}{', '.join(parts)}), and {room.words}. "
             f"--dry-run says what each rank needs; lower it: {_advice(config)}"

@@ -57,7 +57,7 @@ def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
 
 
 def prepare(parsed: Parsed, watch: Watch) -> Prepared:
-    """Tokenizer, checkpoint to start from, samples. Refused says what is wrong with one of them."""
+    """Tokenizer, checkpoint to start from, samples. InputError says what is wrong with one of them."""
     with refusing():
         config, notes = parsed.config, list(parsed.notes)
         watch.waiting("looking for a checkpoint")

@@ -14,7 +14,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.task import TASKS
 from megatron.inference.restore import open_pipeline
 from megatron.launch.environment import Place
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
 from megatron.launch.watchdog import Watch
@@ -40,7 +40,7 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
         source = ready(config)
         with refusing():
             model = config.model if source.directory is None else model_config(source.directory)
-    except Refused as error:
+    except InputError as error:
         raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
     return replace(config, model=model), list(source.lines)
 
@@ -61,7 +61,7 @@ def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, earl
 
 
 def ready(config: RunConfig) -> Source:
-    """The checkpoint that is asked. Refused says what is wrong with it, or with a file, before anything is loaded."""
+    """The checkpoint that is asked. InputError says what is wrong with it, or with a file, before anything is loaded."""
     with refusing():
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)

@@ -56,7 +56,7 @@ class Ending:
             TrainingError: there is no checkpoint to go on from, or no slice comes any further.
         """
         training, why = self._training, request.stop or "a request"
-        self._tell_skips()
+        self._log_skips()
         if self._saver is not None:
             self._save_stopped(self._saver, why)
         training.stopping.acknowledge()
@@ -82,7 +82,7 @@ class Ending:
         if training.loader is not None:
             if self._saver is not None and training.iteration > training.start:
                 self._save_last(self._saver)
-            self._tell_skips()
+            self._log_skips()
             if (wrong := lost(training.run.state)) is not None:
                 raise TrainingError(wrong)
             if self._saver is not None:
@@ -142,7 +142,7 @@ class Ending:
         if self._training.run.job.is_main:
             self._progress.write(finished=finished, idle=idle, stopped=stopped)
 
-    def _tell_skips(self) -> None:
+    def _log_skips(self) -> None:
         """Tell how many steps were skipped."""
         if (text := self._skips.summary(self._training.run.state)) is not None:
             self._training.log(text)

@@ -16,7 +16,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import LayoutConfig
 from megatron.data.errors import DataError
 from megatron.launch.environment import Place
-from megatron.launch.errors import JobError, Refused
+from megatron.launch.errors import InputError, JobError
 from megatron.launch.exit_report import leave_with_launcher, status_of, tell_launcher
 from megatron.launch.heartbeat import Patience
 from megatron.launch.job import Job, guarded, job
@@ -44,7 +44,7 @@ def in_a_job(
 ) -> int:
     """What each rank prepares by itself, then what they do together; its exit status, or that of what went wrong, said once.
 
-    prepare: raises Refused. signals, early: as of `run_prepared`. save: the directory that is this job's alone meanwhile.
+    prepare: raises InputError. signals, early: as of `run_prepared`. save: the directory that is this job's alone meanwhile.
     compiled: the first work of a kind may take any time.
     """
     hang = layout.hang_timeout_seconds or math.inf
@@ -63,7 +63,7 @@ def in_a_job(
                 return run(prepared, started)
     except KeyboardInterrupt:
         return fail("interrupted", 130, place.rank == 0)
-    except (Refused, JobError) as error:
+    except (InputError, JobError) as error:
         tell_launcher(f"error: {error}")
         return fail(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another
@@ -94,7 +94,7 @@ def in_words(error: BaseException, where: str) -> str | None:
     """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
     if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
         return str(error)
-    if isinstance(error, DataError | Refused):
+    if isinstance(error, DataError | InputError):
         return f"{where}: {error}"
     memory = out_of_memory(error)
     return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
@@ -109,13 +109,13 @@ def fail(message: str, status: int, speak: bool = True) -> int:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What is wrong with a setting, with data or with a checkpoint becomes Refused."""
+    """What is wrong with a setting, with data or with a checkpoint becomes InputError."""
     try:
         yield
     except ConfigError as error:
-        raise Refused("\nerror: ".join(map(str, error.problems))) from error
+        raise InputError("\nerror: ".join(map(str, error.problems))) from error
     except (DataError, CheckpointError) as error:
-        raise Refused(str(error)) from error
+        raise InputError(str(error)) from error
 
 
 def say(out: TextIO | None, *lines: str) -> None:

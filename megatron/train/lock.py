@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.launch.environment import Place
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.launch.exit_report import say, tell_launcher
 from megatron.launch.heartbeat import Process
 
@@ -164,7 +164,7 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
         The lock; None, with a warning, where the disk takes no file.
 
     Raises:
-        Refused: another run holds it, and goes on to hold it; or the directory cannot be made.
+        InputError: another run holds it, and goes on to hold it; or the directory cannot be made.
     """
     wait, own, made = _Wait(root, tell, patience), holder.ranks[0], not os.path.exists(root)
     while True:
@@ -177,7 +177,7 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
                     return Lock(root, holder, made=made)
         except OSError as error:
             if not os.path.isdir(root):  # then no checkpoint could be written either
-                raise Refused(f"--save {root}: cannot be made: {error.strerror}; choose another place") from error
+                raise InputError(f"--save {root}: cannot be made: {error.strerror}; choose another place") from error
             logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
             return None
         if seen is not None and state != "gone":  # otherwise another start was faster
@@ -202,7 +202,7 @@ class _Wait:
         return self._first == seen and time.monotonic() - self._since > STALE and seen.state(own) == "silent"
 
     def go_on(self, seen: Look, state: str) -> None:
-        """Tell what is waited for. Refused where the other run lives, or has been given time enough."""
+        """Tell what is waited for. InputError where the other run lives, or has been given time enough."""
         now = time.monotonic()
         if self._first is None or self._first.text != seen.text:
             self._first, self._since = seen, now
@@ -210,7 +210,7 @@ class _Wait:
         limit = self._patience if state == "dying" else STALE + 2 * BEAT
         if state == "alive" or touched or now - self._began > limit:
             ways = f"wait for its end, end it, or give another --save (the lock is {self._root / FILE})"
-            raise Refused(f"--save {self._root} is in use by another run, {seen}; {ways}")
+            raise InputError(f"--save {self._root} is in use by another run, {seen}; {ways}")
         why = "is ending" if state == "dying" else "gives no sign of life so far"
         line = f"waiting for up to {limit:.0f} s: a run before this one in {self._root}, {seen}, {why}"
         if line != self._told:
@@ -294,7 +294,7 @@ def claim(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | No
 def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], object]) -> Iterator[Callable[[], None]]:
     """--save is this job's alone inside the block. Called by all ranks; the first one holds the lock.
 
-    Gives what to call when all ranks have come, which notes their processes. Refused, on all ranks, when another run has it.
+    Gives what to call when all ranks have come, which notes their processes. InputError, on all ranks, when another run has it.
     """
     if save is None:
         yield lambda: None
@@ -304,7 +304,7 @@ def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], o
     def first() -> str | None:
         try:
             held.extend(lock for lock in [claim(save, place.source == "torchrun", tell)] if lock is not None)
-        except Refused as error:
+        except InputError as error:
             return str(error)
         return None
 
@@ -315,7 +315,7 @@ def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], o
             guard.watch.at_end = lock.release
 
     if (wrong := guard.heard_from_first(place.rank, f"taking the lock of {save}", first)) is not None:
-        raise Refused(wrong)
+        raise InputError(wrong)
     try:
         yield joined
     finally:

@@ -24,7 +24,7 @@ from megatron.data.order import another_order, order_marks
 from megatron.data.recipe import recipe_of
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.launch.environment import Place
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
 from megatron.launch.watchdog import Watch
@@ -50,7 +50,7 @@ from megatron.train.hooks.first_step import NoteFirstStep
 from megatron.train.hooks.installed import installed_hooks
 from megatron.train.hooks.log import Log
 from megatron.train.hooks.save import CheckSave, Save
-from megatron.train.hooks.skips import TellSkips
+from megatron.train.hooks.skips import LogSkips
 from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
 from megatron.train.in_job import in_a_job, refusing, say
 from megatron.train.loop import Hook, Training, train
@@ -111,7 +111,7 @@ def run_prepared(
 ) -> int:
     """Prepare, then run the job; the exit status of the contract.
 
-    prepare: raises Refused. began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until
+    prepare: raises InputError. began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until
     the ranks have joined.
     """
 
@@ -142,7 +142,7 @@ def run_prepared(
 
 
 def prepare(parsed: Parsed, watch: Watch) -> Prepared:
-    """Tokenizer, checkpoint to start from, datasets. Refused says what is wrong with one of them."""
+    """Tokenizer, checkpoint to start from, datasets. InputError says what is wrong with one of them."""
     with refusing():
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
@@ -161,7 +161,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         if config.data.mock_data:
             notes += (MADE_UP,)
     if datasets[0] is None and not config.eval.skip_train:
-        raise Refused(
+        raise InputError(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
         )
     return Prepared(config, notes, tokenizer, source, datasets, recipe.batches)
@@ -239,7 +239,7 @@ def build_hooks(
     score = None if prepared.scorer is None else prepared.scorer(run)
     return [
         *prepared.hooks,
-        TellSkips(skips),
+        LogSkips(skips),
         Log(run.config, run.job.device),
         *([] if saver is None else [CheckSave(saver)]),
         NoteFirstStep(progress),

@@ -10,7 +10,7 @@ import torch
 from megatron.config.command_line.parse import parse
 from megatron.config.schema import RunConfig
 from megatron.launch.environment import Place
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.mesh.grid import Grid
 from megatron.plan import enough_memory
 from megatron.plan.enough_memory import Room, check_memory, states, total
@@ -41,7 +41,7 @@ def refusal(config: RunConfig, place: Place, free: int, *, own: bool = False) ->
     """What is said where so many bytes are free; nothing where the run may begin."""
     try:
         check_memory(config, place, lambda config, place: Room(free, "there is what there is", own))
-    except Refused as error:
+    except InputError as error:
         return str(error)
     return ""
 

@@ -9,7 +9,7 @@ import pytest
 from megatron.config.schema import BatchConfig, CheckpointConfig, EvalConfig
 from megatron.train.hooks.evaluate import Evaluate
 from megatron.train.hooks.save import Save
-from megatron.train.hooks.skips import TellSkips
+from megatron.train.hooks.skips import LogSkips
 from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
 from megatron.train.loop import Training
 from megatron.train.report import StepReport
@@ -179,7 +179,7 @@ def test_checkpoints_are_written_at_their_interval_on_request_and_at_the_end_onc
 
 def test_steps_without_an_update_are_told():
     skips, training = Skips(), training_at(4)
-    hook = TellSkips(skips)
+    hook = LogSkips(skips)
     for report in (
         REPORT,
         StepReport(1.0, 1.0, skipped=True, nan=False, samples=4, tokens=8),

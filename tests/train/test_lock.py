@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.launch.heartbeat import Process
 from megatron.train import lock
 from megatron.train.lock import FILE, Holder, Look, take
@@ -56,7 +56,8 @@ def test_it_comes_and_goes(tmp_path):
 def test_a_living_run_is_named_and_left_alone(tmp_path, other):
     held(tmp_path, other[1])
     text = (tmp_path / FILE).read_text()
-    with pytest.raises(Refused, match=rf"in use by another run, process {other[1].pid} on host \S+, since 2026-01-01 10:00:00"):
+    said = rf"in use by another run, process {other[1].pid} on host \S+, since 2026-01-01 10:00:00"
+    with pytest.raises(InputError, match=said):
         take(tmp_path, ours(), pytest.fail)
     assert (tmp_path / FILE).read_text() == text and os.listdir(tmp_path) == [FILE]
 
@@ -108,7 +109,7 @@ def test_ranks_that_still_end_are_waited_for(tmp_path, other):
 
 def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, other):
     held(tmp_path, GONE, other[1])
-    with pytest.raises(Refused, match="in use by another run"):
+    with pytest.raises(InputError, match="in use by another run"):
         take(tmp_path, ours(), lambda line: None, patience=0.1)
 
 
@@ -116,7 +117,7 @@ def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
     held(tmp_path, FAR, ago=20.0)
     lines: list[str] = []
     threading.Timer(0.3, os.utime, [tmp_path / FILE]).start()
-    with pytest.raises(Refused, match="process 7 on host elsewhere"):
+    with pytest.raises(InputError, match="process 7 on host elsewhere"):
         take(tmp_path, ours(), lines.append)
     assert len(lines) == 1 and "gives no sign of life so far" in lines[0]
 
@@ -144,10 +145,10 @@ def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
 def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
     """Also where the file system knows no flock."""
     code = (
-        "import sys, fcntl, time; from pathlib import Path; from megatron.train.lock import claim, Refused\n"
+        "import sys, fcntl, time; from pathlib import Path; from megatron.train.lock import claim, InputError\n"
         "if sys.argv[2] == 'without': fcntl.flock = lambda *a: (_ for _ in ()).throw(OSError(95, 'not supported'))\n"
         "try: claim(sys.argv[1], False, print); print('taken', flush=True); sys.stdin.read()\n"
-        "except Refused: print('refused', flush=True)\n"
+        "except InputError: print('refused', flush=True)\n"
     )
     for how in ("with", "without"):
         root = held(tmp_path / how, GONE)
@@ -170,7 +171,7 @@ def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     """No checkpoint could be written there either, at the end of the first interval."""
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match=f"--save {tmp_path}/file/run: cannot be made: Not a directory; choose another place"):
+    with pytest.raises(InputError, match=f"--save {tmp_path}/file/run: cannot be made: Not a directory; choose another place"):
         take(tmp_path / "file" / "run", ours(), pytest.fail)
 
 

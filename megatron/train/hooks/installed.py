@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from megatron.launch.errors import Refused
+from megatron.launch.errors import InputError
 from megatron.train.loop import Hook
 
 GROUP = "megatron.hooks"
@@ -25,7 +25,7 @@ def installed_hooks() -> dict[str, Hook]:
     """Return the hooks of installed packages, by what a run says of each.
 
     Raises:
-        Refused: a package does not hold what it should.
+        InputError: a package does not hold what it should.
     """
     found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
     return {f"{entry.name}, {entry.value}": _made(entry) for entry in found}
@@ -35,7 +35,7 @@ def _made(entry: EntryPoint) -> Hook:
     try:
         hook = entry.load()()
     except (ImportError, AttributeError, TypeError) as error:
-        raise Refused(f"the hook {entry.name} needs {entry.value}, which cannot be loaded: {error}") from error
+        raise InputError(f"the hook {entry.name} needs {entry.value}, which cannot be loaded: {error}") from error
     if not isinstance(hook, Hook):
-        raise Refused(f"the hook {entry.name} needs {entry.value}, which makes no Hook")
+        raise InputError(f"the hook {entry.name} needs {entry.value}, which makes no Hook")
     return hook

@@ -8,7 +8,7 @@ from megatron.train.skips import Skips
 from megatron.train.state import TrainState
 
 
-class TellSkips(Hook):
+class LogSkips(Hook):
     """Counts the steps without an update, and tells each when it happens, with what was not finite."""
 
     def __init__(self, skips: Skips) -> None:
