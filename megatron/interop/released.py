@@ -167,7 +167,7 @@ def _described(
 ) -> dict[str, Any]:
     """The fields of config.json: the kind's defaults, over them --config_file or the tensors' sizes, over them the args."""
     if given is not None:
-        about = {**kind.defaults, **kind.absent, **given}
+        about = {**kind.defaults, **kind.usual_sizes, **given}
     else:
         about = {**kind.defaults, **({} if args else _sizes_there(known, kind, say))}
     about |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
@@ -300,7 +300,7 @@ def _groups(found: Found, kind: Kind) -> list[Group]:
             tensor = torch.zeros(row.zeros(model), dtype=weights["embedding.word.weight"].dtype)
         made = list(zip(row.theirs, row.form.write(tensor, model), strict=True))
         if not model.untie_embeddings_and_output_weights:
-            made += [(name, tensor) for name in kind.copies.get(row.ours, ())]
+            made += [(copy, value) for copy, original in kind.family.copies.items() for name, value in made if name == original]
         groups.append(Group(tuple(_entry(name, value) for name, value in made)))
     return groups
 

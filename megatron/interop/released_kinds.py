@@ -11,23 +11,31 @@ from megatron.interop.families.family import HFFamily
 from megatron.interop.families.gpt2 import GPT2
 from megatron.interop.families.megatron_bert import MEGATRON_BERT
 
+SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+
 
 @dataclass(frozen=True)
 class Kind:
     """What one of the two commands converts.
 
-    family: that is written. defaults: of config.json. absent: what a field that is not in a --config_file means instead, in
-    transformers. sizes: our name of each size -> its name there. copies: tensors that the family writes a second time, as our
-    name -> theirs. tool: its command.
+    family: that is written. defaults: of config.json, those of the released model. tool: its command.
     """
 
     name: str
     family: HFFamily
     defaults: Mapping[str, Any]
-    absent: Mapping[str, Any]
-    sizes: Mapping[str, str]
-    copies: Mapping[str, tuple[str, ...]]
     tool: str
+
+    @property
+    def sizes(self) -> dict[str, str]:
+        """Our name of each size -> its name in config.json."""
+        names = {field.ours: name for name, field in self.family.fields.items()}
+        return {ours: names[ours] for ours in SIZES}
+
+    @property
+    def usual_sizes(self) -> dict[str, Any]:
+        """What a size means that is not in a --config_file: transformers' default, not the released model's."""
+        return {name: self.family.fields[name].default for name in self.sizes.values()}
 
 
 GPT2_KIND = Kind(
@@ -61,18 +69,6 @@ GPT2_KIND = Kind(
             "tokenizer_class": "GPT2TokenizerFast",
         }
     ),
-    absent=MappingProxyType({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None}),
-    sizes=MappingProxyType(
-        {
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "n_positions",
-            "hidden_size": "n_embd",
-            "num_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "ffn_hidden_size": "n_inner",
-        }
-    ),
-    copies=MappingProxyType({"embedding.word.weight": ("lm_head.weight",)}),
     tool="tools/convert_megatron_gpt2_checkpoint.py",
 )
 BERT_KIND = Kind(
@@ -96,23 +92,6 @@ BERT_KIND = Kind(
             "layer_norm_eps": 1e-12,
             "pad_token_id": 0,
             "use_cache": True,
-        }
-    ),
-    absent=MappingProxyType({}),
-    sizes=MappingProxyType(
-        {
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_position_embeddings",
-            "hidden_size": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "ffn_hidden_size": "intermediate_size",
-        }
-    ),
-    copies=MappingProxyType(
-        {
-            "embedding.word.weight": ("cls.predictions.decoder.weight",),
-            "masked_words.bias": ("cls.predictions.decoder.bias",),
         }
     ),
     tool="tools/convert_megatron_bert_checkpoint.py",
