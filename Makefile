@@ -9,6 +9,9 @@ WORKERS ?= 3
 TESTS ?=
 RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
+# Hundreds of processes import the package; those of a machine that says not to keep bytecode would compile it every time.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install quickstart test test-all-pythons bench lint
 install:
 	@$(PYTHON) tools/install.py --venv $(VENV)
