@@ -146,10 +146,6 @@ class ModelConfig(ModelSettings):
         """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
-    def size(self, name: str) -> int:
-        """The integer field `name`; ValueError for a vocabulary that is not known yet."""
-        return self.vocabulary if name == "vocab_size" else int(getattr(self, name))
-
 
 def derive_model(model: ModelSettings, seq_length: int | None) -> ModelSettings:
     """Fill in the widths and numbers of heads that follow from others. The values are Megatron-LM's."""

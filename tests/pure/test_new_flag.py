@@ -25,6 +25,11 @@ def patience(c: ConfigCheck) -> Iterator[Problem]:
 
 RULES = Rules(every_run=(patience,))
 '''
+# A number that follows from others: declared once, and again as one that a run always has.
+DERIVED = '''    half_batch_size: int | None = option(None, "half of a global batch; default so", legal=POSITIVE)
+'''
+ALWAYS = "    half_batch_size: int = field()\n"
+FOLLOWS = "replace(batch, half_batch_size=batch.half_batch_size or (batch.global_batch_size or 0) // 2 or None)"
 IMPORTS = """from collections.abc import Iterator
 from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
@@ -44,6 +49,10 @@ def problems(argv):
     except ConfigError as error:
         return [str(p) for p in error.problems]
 
+def half(*more):
+    config = parse([*argv, "--global-batch-size", "6", *more], program="test", files=False).config
+    return config.batch.half_batch_size
+
 argv, toml = json.loads(sys.argv[1]), sys.argv[2]
 config = parse([*argv, "--eval-patience", "3"], program="test", files=False).config
 open(toml, "w").write(to_toml(config))
@@ -56,6 +65,8 @@ print(json.dumps({
     "text": problems([*argv, "--eval-patience", "soon"]),
     "range": problems([*argv, "--eval-patience", "0"]),
     "rule": problems([*argv, "--eval-patience", "3", "--eval-interval", "0"]),
+    "half": [half(), half("--half-batch-size", "2")],
+    "odd": problems([*argv, "--half-batch-size", "none"]),
     "near": problems([*argv, "--eval-pateince", "3"]),
 }))
 """
@@ -73,6 +84,16 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     body = body.replace("\n\n\nRULES = Rules()\n", "\n" + FIELD + RULE)
     assert FIELD in body and RULE in body
     section.write_text(f"{kept}{IMPORTS}\n\n@dataclass(frozen=True)\n{body}", encoding="utf-8")
+    section = root / "megatron" / "config" / "batch.py"
+    body = section.read_text(encoding="utf-8")
+    for before, line in (
+        ("    train_iters: int", DERIVED),
+        ("    global_batch_size: int = field()\n", ALWAYS),
+    ):
+        assert body.count(before) == 1
+        body = body.replace(before, line + before)
+    assert body.count("\n    return batch\n") == 1
+    section.write_text(body.replace("\n    return batch\n", f"\n    return {FOLLOWS}\n"), encoding="utf-8")
     return root
 
 
@@ -98,10 +119,23 @@ def test_command_line_help_toml_and_saved_settings_have_it(changed: Path) -> Non
         "text": ["`--eval-patience soon` is not an integer"],
         "range": ["`--eval-patience 0` must be greater than 0"],
         "rule": ["`--eval-patience 3` needs `--eval-interval`"],
+        "half": [3, 2],
+        "odd": ["`--half-batch-size none` is not an integer"],
         "near": ["`--eval-pateince` is not a known flag; did you mean --eval-patience?"],
     }
 
 
 def test_the_dry_run_shows_it(changed: Path) -> None:
     shown = run(changed, "pretrain_gpt.py", *argv(), "--mock-data", "--data-path", "--eval-patience", "3", "--dry-run")
-    assert "\neval-patience = 3\n" in shown
+    assert "\neval-patience = 3\n" in shown and "\nhalf-batch-size = 1\n" in shown
+
+
+def test_a_run_without_a_derived_number_is_refused(changed: Path) -> None:
+    ask = """
+from megatron.config.schema import BatchConfig
+try:
+    BatchConfig(micro_batch_size=1, global_batch_size=2)
+except TypeError as error:
+    print(error)
+"""
+    assert "'half_batch_size'" in run(changed, "-c", ask)
