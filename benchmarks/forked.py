@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.cli.program import pretrain
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 from megatron.train import pretraining  # noqa: F401 - so that the children need not import it
 from megatron.train.hooks.evaluate import HeldOut
 
@@ -51,7 +51,7 @@ def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluati
         place = {"RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": case.ranks}
         os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     read = os.open(folder / f"samples.{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    evaluate, next_batches = HeldOut.evaluate, Loader.next_batches
+    evaluate, next_batches = HeldOut.evaluate, MicroBatchLoader.next_batches
 
     def marked(*args: Any, **more: Any) -> Any:
         evaluating[rank] = 1
@@ -59,7 +59,7 @@ def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluati
         evaluating[rank] = 0
         return result
 
-    def recorded(loader: Loader, size: int) -> Any:
+    def recorded(loader: MicroBatchLoader, size: int) -> Any:
         consumed, batches = loader.consumed, next_batches(loader, size)
         if loader.name == "training":
             numbers = [int(n) for batch in batches for n in batch.samples]
@@ -67,7 +67,7 @@ def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluati
             os.write(read, (json.dumps([consumed, numbers, tokens]) + "\n").encode())
         return batches
 
-    HeldOut.evaluate, Loader.next_batches = marked, recorded
+    HeldOut.evaluate, MicroBatchLoader.next_batches = marked, recorded
     return pretrain([*case.flags, "--save", str(folder / "save"), "--auto-resume"], program="chaos.py", defaults={})
 
 

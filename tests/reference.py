@@ -22,7 +22,7 @@ from megatron.config.schema import (
     RunSettings,
 )
 from megatron.contract import Batch
-from megatron.data.batch import document_starts, documents_before
+from megatron.data.batch import document_indices, document_starts
 from megatron.launch.environment import Place
 from megatron.launch.job import Job
 from megatron.parallel.spec import spec_of
@@ -167,7 +167,7 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
         documents = None
         if setting.documents:
             ends = (tokens[:, :-1] == 0).numpy()
-            documents = torch.from_numpy(documents_before(ends))
+            documents = torch.from_numpy(document_indices(ends))
             positions = positions - torch.from_numpy(document_starts(ends))
         batches.append(Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, torch.tensor(numbers), documents))
     return batches

@@ -119,9 +119,9 @@ def test_the_sweep_sees_a_slow_one() -> None:
 
 def functions() -> dict[str, Callable[[str], Any]]:
     from megatron.config.command_line.spelling import known_flags, nearest
-    from megatron.data.corpus import Line, parse
+    from megatron.data.corpus import Line, parse_line
     from megatron.data.fast_cuts import RUN, alternatives
-    from megatron.data.sentences import sentences
+    from megatron.data.sentences import split_sentences
     from megatron.launch.environment import expand_hosts
     from megatron.serving.stops import StopScan, StopTexts
     from megatron.tasks.squad import normalized, overlap
@@ -131,11 +131,13 @@ def functions() -> dict[str, Callable[[str], Any]]:
     flags = known_flags()
 
     def line(text: str) -> object:
-        return parse(Line("f", 1, b'{"text": "' + "".join(c for c in text if c not in '"\\\0\n').encode() + b'"}'), ["text"])
+        return parse_line(
+            Line("f", 1, b'{"text": "' + "".join(c for c in text if c not in '"\\\0\n').encode() + b'"}'), ["text"]
+        )
 
     return {
-        "sentences": lambda text: list(sentences(text)),
-        "abbreviations": lambda text: list(sentences(text[:15_000].replace("a", "A. ").replace("0", "Mr. X. "))),
+        "sentences": lambda text: list(split_sentences(text)),
+        "abbreviations": lambda text: list(split_sentences(text[:15_000].replace("a", "A. ").replace("0", "Mr. X. "))),
         "wikitext": detokenize,
         "line of a corpus": line,
         "flag": lambda text: nearest("--" + text[:15_000], flags),

@@ -16,12 +16,12 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.config.rules import out_of_range
     from megatron.config.schema import DataConfig, DataSettings, RunSettings, TokenizerConfig
-    from megatron.data.bert import SPECIAL, PairSample
+    from megatron.data.bert import SPECIAL_TOKENS, PairSample
     from megatron.data.blend import parse_blend
-    from megatron.data.build import MakeSamples, bert_samples, build_datasets
+    from megatron.data.build import MakeDataset, bert_dataset_maker, build_datasets
     from megatron.data.errors import DataError
     from megatron.data.indexed import IndexedDataset
-    from megatron.data.matching import check_tokenizer, chosen_for_data
+    from megatron.data.matching import adopt_data_roles, check_tokenizer
     from megatron.data.tokenizer import Tokenizer, build_tokenizer
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.launch.tool_parser import ToolParser, count, some_name
@@ -106,7 +106,7 @@ def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> l
 
 
 def first_samples(
-    args: argparse.Namespace, data: DataConfig, tokenizer: Tokenizer | None, make: MakeSamples | None
+    args: argparse.Namespace, data: DataConfig, tokenizer: Tokenizer | None, make: MakeDataset | None
 ) -> list[Any]:
     """Return the first training samples of a run with these flags. DataError where there are none."""
     training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer, make)
@@ -115,13 +115,13 @@ def first_samples(
     return [training[number] for number in range(args.samples)]
 
 
-def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
+def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
     """BERT's samples. DataError for settings that pretrain_bert.py would refuse."""
     if wrong := [str(problem) for name, problem in out_of_range(RunSettings(data=data)) if name.startswith("data.")]:
         raise DataError("; ".join(wrong))
-    if data.seq_length < SPECIAL + 2:
+    if data.seq_length < SPECIAL_TOKENS + 2:
         raise DataError(f"--seq-length {data.seq_length} is too short for [CLS], two segments and two [SEP]")
-    return bert_samples(data, seed, tokenizer, binary=binary)
+    return bert_dataset_maker(data, seed, tokenizer, binary=binary)
 
 
 def pair(sample: PairSample, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
     if tokenizer is not None:
-        chosen_for_data(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
+        adopt_data_roles(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
     report: dict[str, Any] = {"datasets": [describe(dataset, tokenizer, args.documents) for dataset in datasets]}

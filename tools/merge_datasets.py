@@ -12,7 +12,7 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.data.errors import DataError
-    from megatron.data.merge import find_datasets, merge
+    from megatron.data.merge import find_prefixes, merge_datasets
     from megatron.files.outputs import BadOutput
     from megatron.launch.tool_parser import ToolParser, some_name
 
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
     args = p.parse_args(argv)
-    prefixes = find_datasets(args.input)
-    joined = merge(prefixes, args.output_prefix)
+    prefixes = find_prefixes(args.input)
+    joined = merge_datasets(prefixes, args.output_prefix)
     print(f"{args.output_prefix}: {len(prefixes)} datasets, {joined.document_count} documents, {joined.token_count} tokens")
     return 0
 

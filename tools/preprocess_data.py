@@ -15,7 +15,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.config.schema import TokenizerConfig
     from megatron.data.errors import DataError
-    from megatron.data.preprocess import Settings, Totals, preprocess
+    from megatron.data.preprocess import PreprocessConfig, PreprocessTotals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.files.outputs import BadOutput
     from megatron.launch.tool_parser import ToolParser, some_name
@@ -67,7 +67,7 @@ class Progress:
     def __init__(self, interval: int) -> None:
         self.interval, self.next, self.on_terminal = max(interval, 1), max(interval, 1), sys.stderr.isatty()
 
-    def __call__(self, totals: Totals) -> None:
+    def __call__(self, totals: PreprocessTotals) -> None:
         if totals.documents < self.next:
             return
         self.next = totals.documents - totals.documents % self.interval + self.interval
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers < 1:
         raise DataError(f"--workers {args.workers}: at least 1")
     config: TokenizerConfig = tokenizer_config(args)
-    settings = Settings(
+    settings = PreprocessConfig(
         tokenizer=config,
         keys=tuple(args.json_keys),
         append_eod=args.append_eod,

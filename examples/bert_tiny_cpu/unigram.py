@@ -27,7 +27,7 @@ with loading():
     from megatron.data.build import build_datasets
     from megatron.data.errors import DataError
     from megatron.data.gpt import SampleSource
-    from megatron.data.recipe import recipe_of
+    from megatron.data.recipe import build_recipe
     from megatron.data.tokenizer import build_tokenizer
     from megatron.launch.tool_parser import ToolParser
     from megatron.train.run import sample_counts
@@ -57,7 +57,7 @@ def main() -> int:
         if config.model.architecture != "bert":
             raise DataError("this is a checkpoint of a GPT, which masks nothing")
         tokenizer = build_tokenizer(config.tokenizer)
-        recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
+        recipe = build_recipe(config.model, config.data, config.batch.seed, tokenizer)
         wanted = sample_counts(config)
         training, validation, _ = build_datasets(config.data, config.batch.seed, wanted, tokenizer, recipe.samples)
         if training is None or validation is None:

@@ -24,7 +24,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.matching import check_tokenizer, chosen_for_data
+from megatron.data.matching import adopt_data_roles, check_tokenizer
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -101,7 +101,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
     lines = []
     if tokenizer is not None:
         with suppress(DataError):  # said of the dataset below
-            lines += chosen_for_data(config.data, config.tokenizer, tokenizer)[1]
+            lines += adopt_data_roles(config.data, config.tokenizer, tokenizer)[1]
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for prefix in prefixes(getattr(config.data, name)) or ():
             try:

@@ -16,7 +16,7 @@ from megatron.data.gpt import SampleSource
 
 
 @dataclass(frozen=True)
-class GPTBatches:
+class GPTCollator:
     """How GPT samples become a `Batch`.
 
     vocab_size: ids from here on are an error. eod: the id that ends a document, needed by the three options, which are
@@ -36,9 +36,9 @@ class GPTBatches:
             raise DataError(f"{', '.join(on)}: the tokenizer has no end of document")
 
     @staticmethod
-    def of(data: DataConfig, vocab_size: int, eod: int | None) -> GPTBatches:
+    def of(data: DataConfig, vocab_size: int, eod: int | None) -> GPTCollator:
         """As the data settings say."""
-        return GPTBatches(vocab_size, eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss)
+        return GPTCollator(vocab_size, eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss)
 
     def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:
         """The micro-batch of these samples of the dataset, under the given numbers in the training order.
@@ -58,7 +58,7 @@ class GPTBatches:
         positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
         if self.reset_position_ids:
             positions = positions - document_starts(ends)
-        documents = torch.from_numpy(documents_before(ends)) if self.reset_attention_mask else None
+        documents = torch.from_numpy(document_indices(ends)) if self.reset_attention_mask else None
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(inputs)),
             labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
@@ -69,7 +69,7 @@ class GPTBatches:
         )
 
 
-def documents_before(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
+def document_indices(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
     """For each position, how many ends of document lie before it: the end itself still belongs to its document."""
     counts = np.zeros(ends.shape, dtype=np.int64)
     np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])

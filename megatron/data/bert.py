@@ -19,7 +19,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.masking import MaskingRules, mask_tokens
 from megatron.data.sentence_index import build_sentence_index
 
-SPECIAL = 3  # [CLS] and two [SEP]
+SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class BertDataset:
 
         def build() -> Arrays:
             starts = np.asarray(indexed.documents[documents.start : documents.stop + 1], dtype=np.int64)
-            longest = rules.longest - SPECIAL
+            longest = rules.longest - SPECIAL_TOKENS
             rows = build_sentence_index(
                 starts,
                 indexed.lengths,
@@ -154,7 +154,7 @@ def pair_sample(sentences: Sequence[list[int]], target: int, rules: PairRules, r
     segments = [[t for s in part for t in s] for part in (sentences[:pivot], sentences[pivot:])]
     if swapped:
         segments.reverse()
-    first, second = truncate(segments[0], segments[1], target, random)
+    first, second = truncate_pair(segments[0], segments[1], target, random)
     whole = [rules.cls, *first, rules.sep, *([*second, rules.sep] if second else [])]
     seen, places = mask_tokens(whole, target, rules.masking, random)
     guessed = np.zeros(len(whole), dtype=np.bool_)
@@ -162,7 +162,9 @@ def pair_sample(sentences: Sequence[list[int]], target: int, rules: PairRules, r
     return PairSample(np.array(seen, dtype=np.int64), np.array(whole, dtype=np.int64), guessed, len(first) + 2, swapped)
 
 
-def truncate(first: list[int], second: list[int], target: int, random: np.random.RandomState) -> tuple[list[int], list[int]]:
+def truncate_pair(
+    first: list[int], second: list[int], target: int, random: np.random.RandomState
+) -> tuple[list[int], list[int]]:
     """Both segments, cut to `target` tokens together: always the longer one, at its front or its end by a coin."""
     (a, b), (c, d) = (0, len(first)), (0, len(second))
     while (b - a) + (d - c) > target:

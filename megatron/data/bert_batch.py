@@ -15,7 +15,7 @@ from megatron.data.gpt import SampleSource
 
 
 @dataclass(frozen=True)
-class BertBatches:
+class BertCollator:
     """How sentence pairs become a `Batch`. pad: the id of padding. binary: whether the model has a binary head, which wants
     segments and their order."""
 

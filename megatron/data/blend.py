@@ -32,7 +32,7 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
     return list(words[1::2]), given
 
 
-def normalise(weights: Sequence[float]) -> list[float]:
+def normalise_weights(weights: Sequence[float]) -> list[float]:
     """Weights that add up to 1, in numpy's order of summation."""
     array = np.array(weights, dtype=np.float64)
     scaled: list[float] = (array / np.sum(array)).tolist()
@@ -76,7 +76,7 @@ class BlendedDataset:
 
     def __init__(self, datasets: Sequence[SampleSource], order: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
         self.datasets, self.order, self.numbers = datasets, order, numbers
-        for number, (dataset, wanted) in enumerate(zip(datasets, draws(order, len(datasets)), strict=True)):
+        for number, (dataset, wanted) in enumerate(zip(datasets, count_draws(order, len(datasets)), strict=True)):
             if wanted > len(dataset):
                 raise DataError(f"blend: {wanted} samples wanted from dataset {number + 1}, which has {len(dataset)}")
 
@@ -93,6 +93,6 @@ class BlendedDataset:
         return self.datasets[int(self.order[number])].locate(int(self.numbers[number]), position)
 
 
-def draws(order: NDArray[np.int16], datasets: int) -> list[int]:
+def count_draws(order: NDArray[np.int16], datasets: int) -> list[int]:
     """How many samples an order draws from each dataset."""
     return [int(count) for count in np.bincount(order, minlength=datasets)]

@@ -10,19 +10,27 @@ from numpy.typing import NDArray
 
 from megatron.config.schema import DataConfig
 from megatron.data.bert import BertDataset, PairRules
-from megatron.data.blend import SURPLUS, BlendedDataset, blend_order, draws, normalise, parse_blend, samples_per_dataset
+from megatron.data.blend import (
+    SURPLUS,
+    BlendedDataset,
+    blend_order,
+    count_draws,
+    normalise_weights,
+    parse_blend,
+    samples_per_dataset,
+)
 from megatron.data.errors import DataError
 from megatron.data.gpt import SPLITS, GPTDataset, SampleSource, parse_split, split_range
 from megatron.data.index_cache import Arrays, IndexCache
-from megatron.data.indexed import IndexedDataset, allow_open_files
+from megatron.data.indexed import IndexedDataset, raise_open_file_limit
 from megatron.data.masking import MaskingRules
 from megatron.data.matching import check_tokenizer
 from megatron.data.tokenizer import Tokenizer
 
-MOST_DATASETS = 32766  # their numbers are int16
+MAX_DATASETS = 32766  # their numbers are int16
 
 
-class MakeSamples(Protocol):
+class MakeDataset(Protocol):
     """Makes the samples of one indexed dataset's share: at least `wanted`, or None for one epoch."""
 
     def __call__(
@@ -30,7 +38,7 @@ class MakeSamples(Protocol):
     ) -> SampleSource: ...
 
 
-def gpt_samples(data: DataConfig, seed: int) -> MakeSamples:
+def gpt_dataset_maker(data: DataConfig, seed: int) -> MakeDataset:
     """GPT's: consecutive tokens, of a share of the sequences."""
     seq_length = data.seq_length
 
@@ -43,12 +51,12 @@ def gpt_samples(data: DataConfig, seed: int) -> MakeSamples:
     return make
 
 
-def bert_samples(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeSamples:
+def bert_dataset_maker(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
     """BERT's: pairs of segments, of a share of the documents. binary: whether they are for a binary head."""
-    return pair_samples(pair_rules(data, seed, tokenizer, tokenizer.token, binary=binary))
+    return pair_dataset_maker(build_pair_rules(data, seed, tokenizer, tokenizer.token, binary=binary))
 
 
-def pair_samples(rules: PairRules) -> MakeSamples:
+def pair_dataset_maker(rules: PairRules) -> MakeDataset:
     """The same, by these rules."""
 
     def make(
@@ -60,7 +68,9 @@ def pair_samples(rules: PairRules) -> MakeSamples:
     return make
 
 
-def pair_rules(data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callable[[str], int], *, binary: bool) -> PairRules:
+def build_pair_rules(
+    data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callable[[str], int], *, binary: bool
+) -> PairRules:
     """Return how BERT's samples are made.
 
     Args:
@@ -76,10 +86,10 @@ def pair_rules(data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callabl
     return PairRules(data.seq_length, data.short_seq_prob, binary, cls, sep, masking, seed)
 
 
-class Builder:
+class DatasetBuilder:
     """Builds the datasets of one run. Opens each indexed dataset once, and checks it against the tokenizer."""
 
-    def __init__(self, data: DataConfig, make: MakeSamples, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, data: DataConfig, make: MakeDataset, tokenizer: Tokenizer | None) -> None:
         self.seq_length, self.make, self.tokenizer = data.seq_length, make, tokenizer
         self.cache = IndexCache(data.data_cache_path)
         self.opened: dict[str, IndexedDataset] = {}
@@ -101,9 +111,9 @@ class Builder:
         self, prefixes: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float], wanted: int, split: str
     ) -> SampleSource:
         """The samples of several datasets: by weight, or without weights one epoch of each, in proportion to its size."""
-        if len(prefixes) > MOST_DATASETS:
-            raise DataError(f"{len(prefixes)} datasets in one blend; at most {MOST_DATASETS} are possible")
-        allow_open_files(len(self.opened) + len(prefixes) + 512)
+        if len(prefixes) > MAX_DATASETS:
+            raise DataError(f"{len(prefixes)} datasets in one blend; at most {MAX_DATASETS} are possible")
+        raise_open_file_limit(len(self.opened) + len(prefixes) + 512)
         if weights is None:
             whole = [self.one(prefix, share, None, split) for prefix in prefixes]
             empty = [prefix for prefix, dataset in zip(prefixes, whole, strict=True) if not len(dataset)]
@@ -116,9 +126,9 @@ class Builder:
                     "give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to read them more than once"
                 )
             return BlendedDataset(whole, *self.order(prefixes[0], [len(dataset) for dataset in whole], wanted))
-        weights = normalise(weights)
+        weights = normalise_weights(weights)
         order, numbers = self.order(prefixes[0], weights, sum(samples_per_dataset(weights, wanted)))
-        drawn = draws(order, len(weights))
+        drawn = count_draws(order, len(weights))
         surplus = SURPLUS
         while True:
             parts = [
@@ -135,7 +145,7 @@ class Builder:
         """`blend_order` of the normalised weights, kept in the cache beside the first dataset."""
 
         def build() -> Arrays:
-            order, numbers = blend_order(normalise(weights), size)
+            order, numbers = blend_order(normalise_weights(weights), size)
             return dict(order=order, numbers=numbers)
 
         arrays = self.cache.get(prefix, dict(weights=list(weights), size=size), build)
@@ -147,7 +157,7 @@ def build_datasets(
     seed: int,
     counts: tuple[int, int, int],
     tokenizer: Tokenizer | None = None,
-    make: MakeSamples | None = None,
+    make: MakeDataset | None = None,
     mock: Callable[[int, str], SampleSource] | None = None,
 ) -> tuple[SampleSource | None, SampleSource | None, SampleSource | None]:
     """The (training, validation, test) datasets with at least `counts` samples each; None where none are wanted or given.
@@ -166,7 +176,7 @@ def build_datasets(
         raise DataError("--data-path excludes --train-data-path, --valid-data-path and --test-data-path")
     if not data.data_path and not any(separate):
         raise DataError("no data: give --data-path PREFIX")
-    builder = Builder(data, make or gpt_samples(data, seed), tokenizer)
+    builder = DatasetBuilder(data, make or gpt_dataset_maker(data, seed), tokenizer)
     built: list[SampleSource | None] = []
     shares = parse_split(data.split) if data.data_path else [(0.0, 1.0)] * 3
     for number, (split, share, wanted) in enumerate(zip(SPLITS, shares, counts, strict=True)):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 @dataclass
-class Column:
+class TokenColumn:
     """What one block gives for one key: all tokens, tokens of each sequence, sequences of each document.
 
     empty: documents without tokens. longest_part: characters that the tokenizer was given at once, at most.
@@ -24,8 +24,8 @@ class Column:
     longest_part: int
 
 
-class Sequences:
-    """A `Column` while it grows, part of a sequence by part. begins, ends: tokens that a document begins and ends with."""
+class ColumnBuilder:
+    """A `TokenColumn` while it grows, part of a sequence by part. begins, ends: tokens that a document begins and ends with."""
 
     def __init__(self, documents: int, begins: list[int], ends: list[int], dtype: np.dtype[Any]) -> None:
         self._begins, self._ends, self._dtype = begins, ends, dtype
@@ -54,10 +54,10 @@ class Sequences:
         self._lengths[-1] += len(ids)
         self._tokens.append(np.array(ids, self._dtype))
 
-    def finish(self) -> Column:
+    def finish(self) -> TokenColumn:
         """Return the column; nothing can be appended after that."""
         if self._last is not None:
             self._add(self._ends)
         tokens = np.concatenate([np.empty(0, self._dtype), *self._tokens])
         empty = int((self._sequences == 0).sum())
-        return Column(tokens, np.array(self._lengths, np.int64), self._sequences, empty, self.longest_part)
+        return TokenColumn(tokens, np.array(self._lengths, np.int64), self._sequences, empty, self.longest_part)

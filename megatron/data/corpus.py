@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from megatron.data.errors import DataError
-from megatron.data.packed import BLOCK_BYTES, DAMAGE, damaged, unpacked
+from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error, open_unpacked
 from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json, reason
 
 ARRAY = "a JSON array, not JSON lines; write one object a line, as `jq -c '.[]' %s` does"
-KINDS = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
+JSON_TYPES = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BadLine(Exception):
     """A line that is no document; the message names file and line."""
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+def expand_globs(patterns: Sequence[str]) -> list[str]:
     """The files that these names and globs stand for, each glob in sorted order; DataError for one without any."""
     files: list[str] = []
     for pattern in patterns:
@@ -47,20 +47,20 @@ def expand(patterns: Sequence[str]) -> list[str]:
 def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
     """The bytes of a file, unpacked if it is packed. pipes: a pipe may stand for the file; it is read once.
 
-    DataError for one that cannot be read, and for one that is no text, see `unpacked`.
+    DataError for one that cannot be read, and for one that is no text, see `open_unpacked`.
     """
     try:
         stream = open_stream(file) if pipes else open_regular(file)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({reason(error)})") from error
     try:
-        return unpacked(file, stream)
+        return open_unpacked(file, stream)
     except BaseException:
         stream.close()
         raise
 
 
-def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]:
+def read_blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]:
     """The lines of all files in order, without blank ones, in lists of about 1 MB. pipes: as `open_text`.
 
     DataError if a file is damaged, or a line longer than MAX_LINE_BYTES.
@@ -73,8 +73,8 @@ def blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]
             while True:
                 try:
                     text = stream.readline(MAX_LINE_BYTES + 1)
-                except DAMAGE as error:
-                    raise damaged(file, number, error) from error
+                except DAMAGE_ERRORS as error:
+                    raise damaged_error(file, number, error) from error
                 if not text:
                     break
                 number += 1
@@ -101,7 +101,7 @@ def check_keys(keys: Sequence[str]) -> None:
             raise DataError(f"--json-keys {' '.join(keys)}: {key} stands there {keys.count(key)} times; name each key once")
 
 
-def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
+def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
     """The texts under these keys of a line; BadLine if it is not a JSON object that has them all as valid text.
 
     advice: ends the message about a key that is not there.
@@ -122,7 +122,7 @@ def parse(line: Line, keys: Sequence[str], advice: str = "; choose with --json-k
     if isinstance(document, list):
         raise BadLine(f"{where}: {ARRAY % line.file}")
     if not isinstance(document, dict):
-        raise BadLine(f"{where}: {kind_of(document)} in JSON, not an object with the key {keys[0]!r}")
+        raise BadLine(f"{where}: {json_type_name(document)} in JSON, not an object with the key {keys[0]!r}")
     return [_text(document, key, where, advice) for key in keys]
 
 
@@ -135,7 +135,7 @@ def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
         raise BadLine(f"{where}: no key {key!r} (the keys are: {have}){lift or advice}")
     text = document[key]
     if not isinstance(text, str):
-        raise BadLine(f"{where}: the value of {key!r} is no text but {kind_of(text)}")
+        raise BadLine(f"{where}: the value of {key!r} is no text but {json_type_name(text)}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -143,9 +143,9 @@ def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
     return text
 
 
-def kind_of(value: object) -> str:
+def json_type_name(value: object) -> str:
     """The name of a JSON value's kind."""
-    return next((name for kind, name in KINDS if isinstance(value, kind)), "null")
+    return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

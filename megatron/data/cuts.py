@@ -51,7 +51,7 @@ class WhiteSpaceSeam(Seam):
         return 0 if right[0].isspace() else None
 
 
-def parts(text: str, make_seam: Callable[[], Seam | None]) -> Iterator[str]:
+def split_text(text: str, make_seam: Callable[[], Seam | None]) -> Iterator[str]:
     """Yield the parts of a text, in order; a text of at most `MAX_PART` characters is one, and asks for no seam."""
     begin = 0
     if len(text) > MAX_PART and (seam := make_seam()) is not None:
@@ -84,7 +84,7 @@ def _place(text: str, start: int, stop: int, seam: Seam) -> tuple[int, int] | No
     return None
 
 
-def neighbours(pieces: Iterable[str]) -> frozenset[str]:
+def adjacent_pairs(pieces: Iterable[str]) -> frozenset[str]:
     """Return every two characters that stand side by side in one of these pieces."""
     return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 

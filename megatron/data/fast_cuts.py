@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from megatron.data.cuts import MAX_PART, SEPARATORS, SPACE, Seam, TokenFinder, neighbours
+from megatron.data.cuts import MAX_PART, SEPARATORS, SPACE, Seam, TokenFinder, adjacent_pairs
 
 LOCAL_NORMALIZERS = frozenset(
     ["BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip", "StripAccents"]
@@ -67,7 +67,7 @@ class FastSeam(Seam):
         self._normal = TokenFinder(self._normalize(token.content).strip(f" {SPACE}") for token in added if token.normalized)
         self.context = max(self.context, self._raw.longest + 2, self._normal.longest + 2)
         self._backend = backend
-        first = next(steps(self._splitter), {"type": None})
+        first = next(component_steps(self._splitter), {"type": None})
         self._drops_spaces = first["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
     def judge(self, left: str, right: str) -> int | None:
@@ -83,11 +83,11 @@ class FastSeam(Seam):
 
     @cached_property
     def _vocabulary(self) -> Mapping[str, int]:
-        return self._backend.get_vocab(with_added_tokens=False) if merges_alone(self._backend.model) else {}
+        return self._backend.get_vocab(with_added_tokens=False) if is_plain_bpe(self._backend.model) else {}
 
     @cached_property
     def _neighbours(self) -> frozenset[str]:
-        return neighbours(self._vocabulary)
+        return adjacent_pairs(self._vocabulary)
 
     def _normalize(self, text: str) -> str:
         return text if self._normalizer is None else str(self._normalizer.normalize_str(text))
@@ -114,7 +114,7 @@ class FastSeam(Seam):
 def fast_seam(backend: Backend) -> Seam | None:
     """Return where texts can be cut for this tokenizer, or None if one of its steps is not known to allow for it."""
     try:
-        known = all(map(_normalizes_locally, steps(backend.normalizer))) and _splits_locally(backend)
+        known = all(map(_normalizes_locally, component_steps(backend.normalizer))) and _splits_locally(backend)
     except Exception:  # steps in Python have no JSON
         return None
     tokens = backend.get_added_tokens_decoder().values()
@@ -124,7 +124,7 @@ def fast_seam(backend: Backend) -> Seam | None:
     return FastSeam(backend)
 
 
-def steps(component: Any) -> Iterator[Mapping[str, Any]]:
+def component_steps(component: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the steps of a normalizer or a pre-tokenizer as tokenizer.json describes them, in order."""
     waiting = [] if component is None else [json.loads(component.__getstate__())]
     while waiting:
@@ -135,7 +135,7 @@ def steps(component: Any) -> Iterator[Mapping[str, Any]]:
             yield step
 
 
-def merges_alone(model: Any) -> bool:
+def is_plain_bpe(model: Any) -> bool:
     """Return whether a model is a BPE that makes its pieces by merges of characters and nothing else."""
     special = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     return isinstance(model, models.BPE) and not any(getattr(model, name) for name in special)
@@ -151,7 +151,7 @@ def _is_run(pattern: Mapping[str, str]) -> bool:
 
 def _splits_locally(backend: Backend) -> bool:
     """Whether every splitter is local, up to one that always splits at a place for cuts: after it each side is by itself."""
-    found = list(steps(backend.pre_tokenizer))
+    found = list(component_steps(backend.pre_tokenizer))
     for step in found:
         if step["type"] == "ByteLevel":
             # It writes the text in other characters, of which nothing is known here: it splits first, or it is the last.

@@ -15,8 +15,8 @@ from megatron.config.option import MAX_TOKENS
 from megatron.data.cuts import Seam
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
-from megatron.data.slow_patterns import check_patterns, failures_in_words, panics_in_words
-from megatron.data.tokenizer_base import END_OF_TEXT, HugeIdError, Tokenizer, read
+from megatron.data.slow_patterns import check_patterns, failures_as_data_errors, panics_as_data_errors
+from megatron.data.tokenizer_base import END_OF_TEXT, HugeIdError, Tokenizer, read_tokenizer_file
 from megatron.files.regular import parse_json
 
 # The names that an end of document goes by in files that do not say which token it is.
@@ -39,7 +39,7 @@ class FastTokenizer(Tokenizer):
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
-        with failures_in_words(self.kind):
+        with failures_as_data_errors(self.kind):
             return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
 
     @cached_property
@@ -47,7 +47,7 @@ class FastTokenizer(Tokenizer):
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
-        with failures_in_words(self.kind):
+        with failures_as_data_errors(self.kind):
             return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @property
@@ -66,7 +66,7 @@ class FastTokenizer(Tokenizer):
                 )
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        with failures_in_words(self.kind):
+        with failures_as_data_errors(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def piece(self, number: int) -> str:
@@ -82,7 +82,10 @@ class GPT2BPETokenizer(FastTokenizer):
     kind = "GPT2BPETokenizer"
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
-        assets = {"vocab.json": read(vocab_file, "--vocab-file"), "merges.txt": read(merge_file, "--merge-file")}
+        assets = {
+            "vocab.json": read_tokenizer_file(vocab_file, "--vocab-file"),
+            "merges.txt": read_tokenizer_file(merge_file, "--merge-file"),
+        }
         try:
             vocab = parse_json(assets["vocab.json"])
             lines = assets["merges.txt"].decode("utf-8").split("\n")
@@ -103,7 +106,7 @@ class GPT2BPETokenizer(FastTokenizer):
 def read_word_pieces(vocab_file: str, flag: str) -> dict[str, int]:
     """The words of a vocab.txt of BERT with their ids. DataError, naming the flag, when it is none."""
     try:
-        words = read(vocab_file, flag).decode("utf-8").split("\n")
+        words = read_tokenizer_file(vocab_file, flag).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{vocab_file} is not a vocab.txt of BERT: {error}") from error
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words[:-1] if words[-1] == "" else words)}
@@ -146,7 +149,7 @@ class BertWordPieceTokenizer(FastTokenizer):
     lower_case: ClassVar[bool]
 
     def __init__(self, vocab_file: str, extra_ids: int) -> None:
-        assets = {"vocab.txt": read(vocab_file, "--vocab-file")}
+        assets = {"vocab.txt": read_tokenizer_file(vocab_file, "--vocab-file")}
         vocab = read_word_pieces(vocab_file, "--vocab-file")
         added = [t for t in ("[BOS]", "[EOS]", *(f"<extra_id_{i}>" for i in range(extra_ids))) if t not in vocab]
         vocab |= {token: len(vocab) + i for i, token in enumerate(added)}
@@ -189,9 +192,9 @@ class HuggingFaceTokenizer(FastTokenizer):
         file = Path(path) / "tokenizer.json" if os.path.isdir(path) else Path(path)
         if os.path.isdir(path) and not os.path.lexists(file) and (instead := _older_form(Path(path))):
             raise DataError(f"--tokenizer-model {path} holds no tokenizer.json but an older form: give {instead}")
-        data = read(str(file), "--tokenizer-model")
+        data = read_tokenizer_file(str(file), "--tokenizer-model")
         try:
-            with panics_in_words(str(file)):
+            with panics_as_data_errors(str(file)):
                 backend = Backend.from_str(data.decode("utf-8"))
         except DataError:
             raise
@@ -201,7 +204,7 @@ class HuggingFaceTokenizer(FastTokenizer):
         about = {n: file.parent / n for n in ("special_tokens_map.json", "tokenizer_config.json")}
         assets = {
             "tokenizer.json": data,
-            **{n: read(str(p), "--tokenizer-model") for n, p in about.items() if os.path.lexists(p)},
+            **{n: read_tokenizer_file(str(p), "--tokenizer-model") for n, p in about.items() if os.path.lexists(p)},
         }
         self._config: dict[str, Any] = {}
         for name, place in about.items():

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer, HuggingFaceTokenizer, read_word_pieces, word_piece_backend
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer
-from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read
+from megatron.data.tokenizer_base import END_OF_TEXT, Tokenizer, read_tokenizer_file
 from megatron.files.regular import parse_json
 
 # Any of these is a tokenizer; the first one that is there counts.
@@ -30,12 +30,12 @@ GPT2_ROLES = {"bos": END_OF_TEXT, "eos": END_OF_TEXT, "unk": END_OF_TEXT}
 BERT_ROLES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 
 
-def has_tokenizer(directory: Path) -> bool:
+def has_hf_tokenizer(directory: Path) -> bool:
     """Whether a Hugging Face directory holds a vocabulary."""
     return any(os.path.lexists(directory / name) for name in VOCABULARIES)
 
 
-def read_tokenizer(directory: Path) -> Tokenizer | None:
+def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a Hugging Face directory; None where its files are none that are known. DataError for damaged ones."""
     first = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
     about = _config(directory)
@@ -61,12 +61,12 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     return None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
     if not os.path.lexists(path):
         return {}
     try:
-        values = parse_json(read(str(path), "tokenizer"))
+        values = parse_json(read_tokenizer_file(str(path), "tokenizer"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -77,11 +77,11 @@ def read_object(path: Path) -> dict[str, Any]:
 def _config(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, with what older files say: they count where it lists no `added_tokens_decoder`, as in
     transformers."""
-    about = read_object(directory / "tokenizer_config.json")
+    about = read_json_object(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in about:
         return about
-    about |= read_object(directory / "special_tokens_map.json")
-    return {**about, "added_tokens": read_object(directory / "added_tokens.json")}
+    about |= read_json_object(directory / "special_tokens_map.json")
+    return {**about, "added_tokens": read_json_object(directory / "added_tokens.json")}
 
 
 def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
@@ -100,7 +100,7 @@ def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Map
             backend.add_special_tokens([token])
         else:
             backend.add_tokens([token])
-    return tokenizer_from(backend, roles)
+    return wrap_backend(backend, roles)
 
 
 def _content(entry: object) -> str:
@@ -120,7 +120,7 @@ def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]
         raise DataError(f"the added tokens of tokenizer_config.json or added_tokens.json are none: {error}") from error
 
 
-def tokenizer_from(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTokenizer:
+def wrap_backend(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTokenizer:
     """A tokenizer of the `tokenizers` package as ours, under the kind that needs no file but its own.
 
     roles: its special tokens, by `bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from megatron.files.regular import check_regular, read_json
 
-MAP_FROM = 100_000  # numbers; smaller indices are read
+MMAP_MIN_SIZE = 100_000  # numbers; smaller indices are read
 VERSION = 1  # of the sample order and of these files
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,36 +53,36 @@ class IndexCache:
             stat = os.stat(source)
             about["source"] = os.path.realpath(source)
             stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        folder /= digest({"source": about.get("source")})
-        place = folder / digest({**about, **stamp})
-        found = load(place)
+        folder /= json_digest({"source": about.get("source")})
+        place = folder / json_digest({**about, **stamp})
+        found = load_arrays(place)
         if found is not None:
             log.info("%s: index from cache %s", prefix, place)
             return found
         arrays: Arrays | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with lock(folder / f".{place.name}.lock", self.patience):
-                found = load(place)  # again: it may have come just now
+            with file_lock(folder / f".{place.name}.lock", self.patience):
+                found = load_arrays(place)  # again: it may have come just now
                 if found is not None:
                     log.info("%s: index from cache %s, built by another process", prefix, place)
                     return found
-                if any(differs(other, stamp) for other in folder.glob("*/about.json")):
+                if any(source_changed(other, stamp) for other in folder.glob("*/about.json")):
                     log.warning("%s changed since an index of it was built; building anew", source)
                 arrays = build()
-                publish(arrays, place, {**about, **stamp})
-                return load(place) or arrays
+                write_arrays(arrays, place, {**about, **stamp})
+                return load_arrays(place) or arrays
         except OSError as error:
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
             return build() if arrays is None else arrays
 
 
-def digest(value: dict[str, object]) -> str:
+def json_digest(value: dict[str, object]) -> str:
     """16 hexadecimal digits that name a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load(place: Path) -> Arrays | None:
+def load_arrays(place: Path) -> Arrays | None:
     """The arrays in this directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
     try:
         about = read_json(place / "about.json")
@@ -95,14 +95,14 @@ def load(place: Path) -> Arrays | None:
             if not isinstance(array, np.memmap) or array.shape != shapes[name] or array.dtype.kind not in "iu":
                 return None
         # A memory map holds a file open, which a blend of thousands cannot afford for small arrays.
-        small = sum(array.size for array in arrays.values()) <= MAP_FROM
+        small = sum(array.size for array in arrays.values()) <= MMAP_MIN_SIZE
         found: Arrays = {name: np.array(array) for name, array in arrays.items()} if small else {**arrays}
         return found if len(shapes) == len(about["arrays"]) else None
     except Exception:  # numpy's readers of zip files and of headers raise many kinds, and all mean the same here
         return None
 
 
-def differs(about: Path, stamp: dict[str, object]) -> bool:
+def source_changed(about: Path, stamp: dict[str, object]) -> bool:
     """Whether an index was built from a file of another size or time of change."""
     try:
         then = read_json(about)
@@ -111,10 +111,10 @@ def differs(about: Path, stamp: dict[str, object]) -> bool:
         return False
 
 
-def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
+def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
     """Write arrays beside their place, then rename them there."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-    remove_leftovers(place)
+    remove_stale_builds(place)
     try:
         temporary.mkdir()
         shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -128,18 +128,18 @@ def publish(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(place: Path) -> None:
+def remove_stale_builds(place: Path) -> None:
     """Remove what killed builders left beside a place, whose lock is held; of other places only where nobody builds."""
     for left_over in place.parent.glob("*.*.tmp"):
         name = left_over.name.split(".")[0]
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
             if name != place.name:
-                held.enter_context(lock(place.parent / f".{name}.lock", 0.0))
+                held.enter_context(file_lock(place.parent / f".{name}.lock", 0.0))
             shutil.rmtree(left_over, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def lock(path: Path, patience: float) -> Iterator[None]:
+def file_lock(path: Path, patience: float) -> Iterator[None]:
     """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `patience` seconds."""
     # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
     with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:

@@ -39,7 +39,7 @@ from megatron.files.regular import check_regular, open_regular, read_json, reaso
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-CODES: Mapping[int, np.dtype[Any]] = {
+DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
     3: np.dtype("<i2"),
@@ -47,10 +47,10 @@ CODES: Mapping[int, np.dtype[Any]] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
-ENDINGS = (".bin", ".idx", ".meta.json")
-COPY_BYTES = 1 << 24
-MAP_FROM = 1 << 20  # bytes; smaller indices are read
-ENDS = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
+DATASET_SUFFIXES = (".bin", ".idx", ".meta.json")
+COPY_CHUNK = 1 << 24
+MMAP_MIN_BYTES = 1 << 20  # bytes; smaller indices are read
+DIGEST_BYTES = 1 << 16  # bytes at both ends of a .bin that the sidecar remembers
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -58,7 +58,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
-def allow_open_files(count: int) -> None:
+def raise_open_file_limit(count: int) -> None:
     """Raise this process's limit of open files, as far as the system lets it: each dataset keeps one open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
@@ -83,13 +83,13 @@ def ends_digest(path: str) -> str:
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open_regular(path) as file:
-        digest.update(file.read(ENDS))
-        file.seek(max(0, size - ENDS))
-        digest.update(file.read(ENDS))
+        digest.update(file.read(DIGEST_BYTES))
+        file.seek(max(0, size - DIGEST_BYTES))
+        digest.update(file.read(DIGEST_BYTES))
     return digest.hexdigest()
 
 
-def stamp(path: str) -> tuple[int, int, int]:
+def file_stamp(path: str) -> tuple[int, int, int]:
     """What changes when a file is replaced or written to: inode, size, time of the last change."""
     about = os.stat(path)
     return about.st_ino, about.st_size, about.st_mtime_ns
@@ -121,7 +121,7 @@ class IndexedDataset:
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         try:
             check_regular(self.bin_path)
-            self.stamp = stamp(self.bin_path)
+            self.stamp = file_stamp(self.bin_path)
             self._open()
             self._check_sidecar()
         except (OSError, MemoryError) as error:
@@ -136,7 +136,7 @@ class IndexedDataset:
         # A memory map holds a file open, which a blend of thousands cannot afford for small indices.
         index = (
             np.memmap(self.idx_path, mode="r", dtype=np.uint8)
-            if size > MAP_FROM
+            if size > MMAP_MIN_BYTES
             else np.fromfile(self.idx_path, dtype=np.uint8)
         )
         if len(index) != size:
@@ -166,13 +166,13 @@ class IndexedDataset:
         _, version, code, n, m = HEADER.unpack(head)
         if version != 1:
             raise self._bad(f"version {version}, only version 1 is known")
-        if code not in CODES:
-            raise self._bad(f"token format code {code} is none of {', '.join(map(str, CODES))} (whole numbers)")
+        if code not in DTYPE_CODES:
+            raise self._bad(f"token format code {code} is none of {', '.join(map(str, DTYPE_CODES))} (whole numbers)")
         want = HEADER.size + 12 * n + 8 * m
         if size not in (want, want + n):  # + n: the modes that multimodal datasets append
             what = "truncated" if size < want else "too long"
             raise self._bad(f"{what}: {size} bytes, its header ({n} sequences, {m - 1} documents) needs {want}")
-        return CODES[code], n, m
+        return DTYPE_CODES[code], n, m
 
     def _checked_bytes(self) -> int:
         """Bytes of the .bin. DataError unless the sequences follow one another through all of it, so that no read leaves it."""
@@ -180,9 +180,9 @@ class IndexedDataset:
         if n and int(self.lengths.min()) < 0:
             raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
         end = 0
-        for start in range(0, n, COPY_BYTES):
-            offsets = self.offsets[start : start + COPY_BYTES]
-            ends = offsets + self.lengths[start : start + COPY_BYTES].astype(np.int64) * self.dtype.itemsize
+        for start in range(0, n, COPY_CHUNK):
+            offsets = self.offsets[start : start + COPY_CHUNK]
+            ends = offsets + self.lengths[start : start + COPY_CHUNK].astype(np.int64) * self.dtype.itemsize
             wrong = offsets != np.concatenate(([end], ends[:-1]))
             if wrong.any():
                 raise self._bad(f"sequence {start + int(wrong.argmax())} does not begin where the one before it ends")
@@ -219,7 +219,7 @@ class IndexedDataset:
     def check_unchanged(self) -> None:
         """DataError if the .bin was replaced or written to since it was opened: what is read now is not what was checked."""
         try:
-            same = stamp(self.bin_path) == self.stamp
+            same = file_stamp(self.bin_path) == self.stamp
         except OSError as error:
             raise DataError(f"{self.bin_path}: it is gone while it is being read: {error.strerror}") from error
         if not same:
@@ -270,7 +270,7 @@ class IndexedWriter:
         self._limits = np.iinfo(self.dtype)
         try:
             os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-            for end in ENDINGS:  # what a killed run left
+            for end in DATASET_SUFFIXES:  # what a killed run left
                 remove_leftovers(Path(prefix + end))
             self._bin = PendingFile(prefix + ".bin")
         except OSError as error:
@@ -307,8 +307,8 @@ class IndexedWriter:
             raise DataError(
                 f"{dataset.prefix} holds {dataset.dtype.name} tokens, {self.prefix} {self.dtype.name}: not the same vocabulary"
             )
-        for start in range(0, dataset.token_count, COPY_BYTES):
-            self._bin.file.write(np.ascontiguousarray(dataset.tokens[start : start + COPY_BYTES]).data)
+        for start in range(0, dataset.token_count, COPY_CHUNK):
+            self._bin.file.write(np.ascontiguousarray(dataset.tokens[start : start + COPY_CHUNK]).data)
         self.documents.frombytes((len(self.lengths) + dataset.documents[1:]).astype(np.int64).tobytes())
         self.lengths.frombytes(np.asarray(dataset.lengths, dtype=np.int32).tobytes())
         self.token_count += dataset.token_count
@@ -343,13 +343,13 @@ class IndexedWriter:
                 raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
 
     def _write_index(self, file: Any) -> None:
-        code = next(code for code, dtype in CODES.items() if dtype == self.dtype)
+        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
         lengths = np.frombuffer(self.lengths, dtype=np.int32)
         file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self.documents)))
         file.write(lengths.astype("<i4", copy=False).data)
         start = 0
-        for first in range(0, len(lengths), COPY_BYTES):
-            block = lengths[first : first + COPY_BYTES].astype(np.int64) * self.dtype.itemsize
+        for first in range(0, len(lengths), COPY_CHUNK):
+            block = lengths[first : first + COPY_CHUNK].astype(np.int64) * self.dtype.itemsize
             ends = start + np.cumsum(block)
             file.write((ends - block).astype("<i8", copy=False).data)
             start = int(ends[-1])

@@ -21,14 +21,14 @@ from megatron.contract import Batch
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 
-MakeBatch = Callable[[SampleSource, Sequence[int], Sequence[int]], Batch]
+Collate = Callable[[SampleSource, Sequence[int], Sequence[int]], Batch]
 
 
-class Loader:
+class MicroBatchLoader:
     """Hands out this rank's micro-batches.
 
     make_batch: called with the dataset, the numbers of the samples in it, and their numbers in the training order
-    (`GPTBatches`). consumed: samples that all ranks have had already. read_ahead: micro-batches that a thread prepares
+    (`GPTCollator`). consumed: samples that all ranks have had already. read_ahead: micro-batches that a thread prepares
     before they are asked for; 0 prepares them on request. cyclic: reshuffle the dataset for each epoch and never run out;
     otherwise samples come in the dataset's order, once. pin_memory: hand out batches in pinned memory.
     """
@@ -36,7 +36,7 @@ class Loader:
     def __init__(
         self,
         dataset: SampleSource,
-        make_batch: MakeBatch,
+        make_batch: Collate,
         dp_rank: int,
         dp_size: int,
         micro_batch_size: int,
@@ -53,7 +53,7 @@ class Loader:
         self.dataset, self.consumed, self.name, self.cyclic = dataset, consumed, name, cyclic
         self.block = dp_size * micro_batch_size
         first = consumed + dp_rank * micro_batch_size
-        self._source = micro_batches(
+        self._source = iter_micro_batches(
             dataset, make_batch, first, micro_batch_size, self.block, seed=seed if cyclic else None, pin=pin_memory
         )
         self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
@@ -91,8 +91,8 @@ class Loader:
             self._ahead.stop()
 
 
-def micro_batches(
-    dataset: SampleSource, make_batch: MakeBatch, first: int, size: int, stride: int, *, seed: int | None, pin: bool
+def iter_micro_batches(
+    dataset: SampleSource, make_batch: Collate, first: int, size: int, stride: int, *, seed: int | None, pin: bool
 ) -> Iterator[Batch]:
     """One rank's micro-batches from sample `first` on. seed: of the reshuffling; None for the dataset's own order."""
     epoch, order = -1, np.empty(0, dtype=np.int64)
@@ -126,7 +126,7 @@ class ReadAhead:
         self._stopped = threading.Event()
         # The thread knows the queue and the event, not this object, so that a forgotten loader can be collected.
         args = (source, self._items, self._stopped)
-        self._thread = threading.Thread(target=fill, args=args, name="read-ahead", daemon=True)
+        self._thread = threading.Thread(target=fill_queue, args=args, name="read-ahead", daemon=True)
         self._thread.start()
 
     def get(self) -> Batch:
@@ -147,7 +147,7 @@ class ReadAhead:
             self._thread.join(timeout=5.0)
 
 
-def fill(source: Iterator[Batch], items: queue.Queue[Batch | Exception], stopped: threading.Event) -> None:
+def fill_queue(source: Iterator[Batch], items: queue.Queue[Batch | Exception], stopped: threading.Event) -> None:
     """Move items from source to queue until either it ends or `stopped` is set."""
 
     def put(item: Batch | Exception) -> None:

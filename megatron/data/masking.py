@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST_RUN = 3  # words
-RUNS = np.arange(1, LONGEST_RUN + 1)
-RUN_SHARES = (1.0 / RUNS) / (1.0 / RUNS).sum()
+MAX_RUN = 3  # words
+RUN_LENGTHS = np.arange(1, MAX_RUN + 1)
+RUN_PROBABILITIES = (1.0 / RUN_LENGTHS) / (1.0 / RUN_LENGTHS).sum()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def mask_tokens(
     for first in order:
         if len(chosen) >= limit:
             break
-        longest = int(random.choice(RUNS, p=RUN_SHARES))
+        longest = int(random.choice(RUN_LENGTHS, p=RUN_PROBABILITIES))
         for count in range(longest, 0, -1):
             run = [position for word in words[first : first + count] for position in word]
             if len(chosen) + len(run) <= limit:

@@ -12,13 +12,13 @@ from megatron.config.schema import DataSettings, TokenizerConfig
 from megatron.data.blend import parse_blend
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset, read_sidecar
-from megatron.data.special_tokens import CHOSEN, in_words
+from megatron.data.special_tokens import ROLE_FLAGS, describe_token
 from megatron.data.tokenizer_base import PROBES, Tokenizer
 
-MAX_LOOKED_AT = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
-PIECE = 1 << 16
+MAX_CHECKED_TOKENS = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
+CHECKED_PIECE = 1 << 16
 # What every tokenizer of a pair must cut alike: punctuation, numbers, accents, other scripts, names of common special tokens.
-TEXTS = (
+PROBE_TEXTS = (
     *PROBES,
     "The quick brown fox jumps over the lazy dog.",
     "In the beginning, 1 + 1 was 2; isn't it still?",
@@ -30,7 +30,7 @@ TEXTS = (
     "   \n\n\t ",
     "x" * 250,
 )
-ROLES = {"eod": "the end of document", "bos": "the first token"}  # others go by their own name
+ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # others go by their own name
 
 
 def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
@@ -55,9 +55,10 @@ def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Toke
     other = [role for role in {**there, **tokenizer.special} if there.get(role) != tokenizer.special.get(role)]
     here = {role: _named(tokenizer, tokenizer.special.get(role)) for role in other}
     words = [
-        f"{ROLES.get(role, role)} is {_named(tokenizer, there.get(role))} there and {here[role]} in this run" for role in other
+        f"{ROLE_NAMES.get(role, role)} is {_named(tokenizer, there.get(role))} there and {here[role]} in this run"
+        for role in other
     ]
-    ways = [f"{CHOSEN[role]} {there[role]}" for role in other if role in CHOSEN and role in there]
+    ways = [f"{ROLE_FLAGS[role]} {there[role]}" for role in other if role in ROLE_FLAGS and role in there]
     way = f"give {' '.join(ways)}" if len(ways) == len(other) else "use the tokenizer files that it was made with"
     return (
         f"{prefix} was made with a {tokenizer.kind} of the same vocabulary but other special tokens: {'; '.join(words)}; "
@@ -66,7 +67,7 @@ def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Toke
 
 
 def _named(tokenizer: Tokenizer, number: object) -> str:
-    return in_words(tokenizer, number) if isinstance(number, int) else "none"
+    return describe_token(tokenizer, number) if isinstance(number, int) else "none"
 
 
 def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
@@ -75,7 +76,7 @@ def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
     if limits.min >= 0 and limits.max < vocab_size:
         return
     for start in _starts(dataset.token_count):
-        tokens = dataset.tokens[start : start + PIECE]
+        tokens = dataset.tokens[start : start + CHECKED_PIECE]
         if not len(tokens) or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
             continue
         place = start + int(((tokens < 0) | (tokens >= vocab_size)).argmax())
@@ -92,12 +93,12 @@ def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
 
 def _starts(tokens: int) -> Iterator[int]:
     """Where pieces of a dataset begin: all of a small one, else some that are spread over it, the first and last among them."""
-    if tokens <= MAX_LOOKED_AT:
-        return iter(range(0, tokens, PIECE))
-    return iter(np.linspace(0, tokens - PIECE, MAX_LOOKED_AT // PIECE).astype(np.int64).tolist())
+    if tokens <= MAX_CHECKED_TOKENS:
+        return iter(range(0, tokens, CHECKED_PIECE))
+    return iter(np.linspace(0, tokens - CHECKED_PIECE, MAX_CHECKED_TOKENS // CHECKED_PIECE).astype(np.int64).tolist())
 
 
-def chosen_for_data(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
+def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
     """Have a tokenizer end and begin documents as the preprocessing of the data did, where flags chose that there alone.
 
     Args:
@@ -119,8 +120,10 @@ def chosen_for_data(data: DataSettings, given: TokenizerConfig, tokenizer: Token
                     tokenizer.choose(role, number)
                     eod = role == "eod"
                     given = replace(given, eod_token=str(number)) if eod else replace(given, bos_token=str(number))
-                    flag = CHOSEN[role]
-                    lines.append(f"{ROLES[role]} is {in_words(tokenizer, number)}, as {flag} said when {prefix} was made")
+                    flag = ROLE_FLAGS[role]
+                    lines.append(
+                        f"{ROLE_NAMES[role]} is {describe_token(tokenizer, number)}, as {flag} said when {prefix} was made"
+                    )
     return given, lines
 
 
@@ -130,7 +133,7 @@ def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
     chosen = meta.get("chosen")
     if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
         return []
-    return [(r, n) for r, n in chosen.items() if r in CHOSEN and type(n) is int and 0 <= n < tokenizer.vocab_size]
+    return [(r, n) for r, n in chosen.items() if r in ROLE_FLAGS and type(n) is int and 0 <= n < tokenizer.vocab_size]
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
@@ -138,5 +141,5 @@ def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
     return (
         one.vocab_size == other.vocab_size
         and all(one.piece(number) == other.piece(number) for number in range(one.vocab_size))
-        and all(one.tokenize(text) == other.tokenize(text) for text in TEXTS)
+        and all(one.tokenize(text) == other.tokenize(text) for text in PROBE_TEXTS)
     )

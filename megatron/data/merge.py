@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.data.errors import DataError
-from megatron.data.indexed import ENDINGS, IndexedDataset, IndexedWriter
+from megatron.data.indexed import DATASET_SUFFIXES, IndexedDataset, IndexedWriter
 from megatron.files.outputs import Reads, check_file
 
 
-def find_datasets(inputs: Sequence[str]) -> list[str]:
+def find_prefixes(inputs: Sequence[str]) -> list[str]:
     """The prefixes that these prefixes and directories stand for, a directory's in sorted order."""
     prefixes: list[str] = []
     for name in inputs:
@@ -25,14 +25,14 @@ def find_datasets(inputs: Sequence[str]) -> list[str]:
     return prefixes
 
 
-def merge(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
+def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
     """Write the documents of all datasets, in this order, to a new one.
 
     Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), and BadOutput if
     the output is one of them.
     """
-    read = Reads(prefix + end for prefix in prefixes for end in ENDINGS)
-    for end in ENDINGS:
+    read = Reads(prefix + end for prefix in prefixes for end in DATASET_SUFFIXES)
+    for end in DATASET_SUFFIXES:
         check_file("--output-prefix", output_prefix + end, read)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     metas = [dataset.meta() for dataset in datasets]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.data.bert import SPECIAL, PairRules, PairSample, pair_sample
+from megatron.data.bert import SPECIAL_TOKENS, PairRules, PairSample, pair_sample
 from megatron.data.errors import DataError
 from megatron.data.gpt import SPLITS, Sample, SampleSource
 from megatron.data.tokenizer_base import Tokenizer
@@ -94,7 +94,7 @@ class MockBert:
     def __getitem__(self, number: int) -> PairSample:
         if not 0 <= number < self.count:
             raise IndexError(f"sample {number} of {self.count}")
-        random, longest = self.text.random(self.split, number), self.rules.longest - SPECIAL
+        random, longest = self.text.random(self.split, number), self.rules.longest - SPECIAL_TOKENS
         target = int(random.randint(2, longest + 1)) if random.random_sample() < self.rules.short else longest
         borders = [0]
         while borders[-1] < target or len(borders) < 3:

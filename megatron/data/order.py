@@ -20,9 +20,9 @@ from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import epoch_order
 
-PLACES = 32  # spread over the order
-MAX_DATASETS = 256  # of a blend, whose first and last samples are looked at as well
-WINDOW = 1 << 20  # samples of a blend that are searched for them
+MARK_COUNT = 32  # spread over the order
+MAX_BLEND_DATASETS = 256  # of a blend, whose first and last samples are looked at as well
+BLEND_WINDOW = 1 << 20  # samples of a blend that are searched for them
 
 
 def order_marks(dataset: SampleSource, count: int, data: DataConfig, seed: int) -> dict[str, str]:
@@ -37,7 +37,7 @@ def order_marks(dataset: SampleSource, count: int, data: DataConfig, seed: int) 
     return _marks(dataset, _places(dataset, min(count, len(dataset))), data, seed)
 
 
-def another_order(marks: Mapping[str, Any], dataset: SampleSource | None, data: DataConfig, seed: int) -> bool | None:
+def order_differs(marks: Mapping[str, Any], dataset: SampleSource | None, data: DataConfig, seed: int) -> bool | None:
     """Whether a dataset has other samples than those of `marks` at a place that both have.
 
     Args:
@@ -56,13 +56,13 @@ def another_order(marks: Mapping[str, Any], dataset: SampleSource | None, data: 
 
 
 def _places(dataset: SampleSource, count: int) -> list[int]:
-    places = {count * i // PLACES for i in range(PLACES)} if count else set()
+    places = {count * i // MARK_COUNT for i in range(MARK_COUNT)} if count else set()
     if isinstance(dataset, BlendedDataset) and count:
         # One dataset may be built anew, while the others stay as they are.
-        window = np.asarray(dataset.order[: min(count, WINDOW)])
+        window = np.asarray(dataset.order[: min(count, BLEND_WINDOW)])
         for numbers in (np.arange(len(window)), np.arange(len(window))[::-1]):
             _, first = np.unique(window[numbers], return_index=True)
-            places |= set(numbers[first][:MAX_DATASETS].tolist())
+            places |= set(numbers[first][:MAX_BLEND_DATASETS].tolist())
     return sorted(places)
 
 

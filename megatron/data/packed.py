@@ -23,10 +23,10 @@ BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
 MAX_XZ_BYTES = 1 << 28  # of memory for one; `xz -9` takes 65 MB
 MAX_PACKINGS = 3  # one in another
-DAMAGE = (OSError, EOFError, zlib.error)  # what reading the bytes of a damaged file raises
+DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # what reading the bytes of a damaged file raises
 
 # The kind of a packed file, by the suffix of its name.
-SUFFIXES: Mapping[str, str] = MappingProxyType(
+PACKED_SUFFIXES: Mapping[str, str] = MappingProxyType(
     {".gz": "gzip", ".zst": "zstandard", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma"}
 )
 
@@ -103,7 +103,7 @@ class _Rejoined(io.RawIOBase):
         super().close()
 
 
-def unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
+def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
     """Return the unpacked bytes of an open file; it is closed with them.
 
     Args:
@@ -131,16 +131,16 @@ def _look(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
     try:
         while len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
             head += more
-    except DAMAGE as error:
-        raise damaged(name, 0, error) from error
+    except DAMAGE_ERRORS as error:
+        raise damaged_error(name, 0, error) from error
     return head, io.BufferedReader(_Rejoined(head, file), BLOCK_BYTES)
 
 
 def _refuse_cut_off(name: str, head: bytes) -> None:
     """DataError for a packed file, by its name, that ends before its kind can be told."""
-    kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    kind = next((kind for suffix, kind in PACKED_SUFFIXES.items() if name.endswith(suffix)), None)
     if kind and any(mark.startswith(head) for mark, known in PACKED if known == kind):
-        raise damaged(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
+        raise damaged_error(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
 
 
 def _unpack(kind: str, name: str, file: IO[bytes]) -> IO[bytes]:
@@ -167,11 +167,11 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
     return UnpackedFile(file, zstandard.ZstdDecompressor().decompressobj, (zstandard.ZstdError,))
 
 
-def damaged(name: str, line: int, why: object) -> DataError:
+def damaged_error(name: str, line: int, why: object) -> DataError:
     """Return the error of a file whose bytes cannot be read any further. line: the last one before that, from 1 on."""
     return DataError(f"{name}: damaged after line {line} ({why}); get the file again")
 
 
 def bare_name(name: str) -> str:
     """Return a file's name without the suffix of its packing."""
-    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+    return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)

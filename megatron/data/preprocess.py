@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.columns import Column, Sequences
-from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, parse
+from megatron.data.columns import ColumnBuilder, TokenColumn
+from megatron.data.corpus import BadLine, Line, check_keys, expand_globs, parse_line, read_blocks
 from megatron.data.errors import DataError
-from megatron.data.indexed import ENDINGS, IndexedWriter, token_dtype
-from megatron.data.sentences import sentences
-from megatron.data.special_tokens import SpecialTokenCounter, about_documents, about_special_tokens
+from megatron.data.indexed import DATASET_SUFFIXES, IndexedWriter, token_dtype
+from megatron.data.sentences import split_sentences
+from megatron.data.special_tokens import SpecialTokenCounter, describe_document_tokens, describe_special_tokens
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.outputs import Reads, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
@@ -38,11 +38,11 @@ BAD_LINES = ".bad.jsonl"
 
 BATCH_CHARACTERS = 1 << 20  # of text that is tokenized at once
 MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
-HUGE_PART = 1 << 24  # characters that are worth a word when they cannot be cut
+MAX_QUIET_PART = 1 << 24  # characters that are worth a word when they cannot be cut
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreprocessConfig:
     """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: those that stand in a
     text are text like any other."""
 
@@ -56,11 +56,11 @@ class Settings:
 
 
 @dataclass
-class Encoded:
+class EncodedBlock:
     """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often
     which one stands in the texts."""
 
-    columns: list[Column]
+    columns: list[TokenColumn]
     documents: int
     size: int
     bad: list[tuple[str, bytes]] = field(default_factory=list)
@@ -73,9 +73,12 @@ class Encoded:
 
 
 @dataclass
-class Totals:
-    """What a run did. size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `Column`.
-    special_tokens: as in `Encoded`."""
+class PreprocessTotals:
+    """Counts of a whole run, to report while it goes on and at its end.
+
+    size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `TokenColumn`. special_tokens:
+    as in `EncodedBlock`.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -87,7 +90,7 @@ class Totals:
     prefixes: list[str] = field(default_factory=list)
     special_tokens: Counter[str] = field(default_factory=Counter)
 
-    def add(self, block: Encoded) -> None:
+    def add(self, block: EncodedBlock) -> None:
         """Count a block in."""
         self.documents += block.documents
         self.tokens += sum(len(column.tokens) for column in block.columns)
@@ -109,7 +112,7 @@ class UnreadableTexts(Exception):
 class Encoder:
     """Lines to token ids."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PreprocessConfig) -> None:
         self.settings = settings
         self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
         if settings.plain_special_tokens:
@@ -119,13 +122,13 @@ class Encoder:
         self.dtype = token_dtype(self.tokenizer.vocab_size)
         self._special = SpecialTokenCounter(self.tokenizer.special_in_text)
 
-    def __call__(self, lines: Sequence[Line]) -> Encoded:
+    def __call__(self, lines: Sequence[Line]) -> EncodedBlock:
         """Raises DataError for a bad line, unless those are to be skipped."""
         good: list[tuple[Line, list[str]]] = []
         bad: list[tuple[str, bytes]] = []
         for line in lines:
             try:
-                good.append((line, parse(line, self.settings.keys)))
+                good.append((line, parse_line(line, self.settings.keys)))
             except BadLine as error:
                 self._reject(line, error, bad)
         while True:
@@ -138,14 +141,14 @@ class Encoder:
                     self._reject(line, BadLine(f"{line.file}:{line.number}: {why}"), bad)
                 good = [row for number, row in enumerate(good) if number not in error.reasons]
         met = self._special(text for _, texts in good for text in texts)
-        return Encoded(columns, len(good), sum(len(line.text) for line in lines), bad, met)
+        return EncodedBlock(columns, len(good), sum(len(line.text) for line in lines), bad, met)
 
     def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
         if not self.settings.skip_bad_lines:
             raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
         bad.append((str(error), line.text))
 
-    def column(self, texts: Sequence[str]) -> Column:
+    def column(self, texts: Sequence[str]) -> TokenColumn:
         """The texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
 
         UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
@@ -166,8 +169,8 @@ class Encoder:
             return str(error)
         return None
 
-    def _column(self, texts: Sequence[str]) -> Column:
-        column = Sequences(len(texts), self.begins, self.ends, self.dtype)
+    def _column(self, texts: Sequence[str]) -> TokenColumn:
+        column = ColumnBuilder(len(texts), self.begins, self.ends, self.dtype)
         parts: list[tuple[int, int, str]] = []
         size = 0
         for part in self.parts(texts):
@@ -184,10 +187,10 @@ class Encoder:
         """Yield what the tokenizer is given at once, each with the numbers of its document and of its sequence there."""
         keep = self.settings.keep_newlines
         for document, text in enumerate(texts):
-            whole = sentences(text, keep) if self.settings.split_sentences else (text,)
+            whole = split_sentences(text, keep) if self.settings.split_sentences else (text,)
             yield from ((document, number, part) for number, seq in enumerate(whole) for part in self.tokenizer.parts(seq))
 
-    def append(self, parts: Sequence[tuple[int, int, str]], column: Sequences) -> None:
+    def append(self, parts: Sequence[tuple[int, int, str]], column: ColumnBuilder) -> None:
         """Tokenize parts of texts and append their tokens. DataError for an id that the tokenizer says it does not have."""
         for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
             if ids and max(ids) >= self.tokenizer.vocab_size:
@@ -195,14 +198,14 @@ class Encoder:
             column.append(document, sequence, ids)
 
 
-def start_worker() -> None:
+def init_worker() -> None:
     """Called first in each worker process. An interrupt is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this worker when its parent is killed: the pool's workers hold both ends of its pipe, and would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -211,24 +214,24 @@ def end_with_parent() -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def encoder_of(settings: Settings) -> Encoder:
+def process_encoder(settings: PreprocessConfig) -> Encoder:
     """The encoder of this process, built with its first block."""
     return Encoder(settings)
 
 
-def encode_block(settings: Settings, lines: list[Line]) -> Encoded:
+def encode_block(settings: PreprocessConfig, lines: list[Line]) -> EncodedBlock:
     """What a worker process does with a block."""
-    return encoder_of(settings)(lines)
+    return process_encoder(settings)(lines)
 
 
-def encode_all(settings: Settings, source: Iterable[list[Line]], workers: int) -> Iterator[Encoded]:
+def encode_blocks(settings: PreprocessConfig, source: Iterable[list[Line]], workers: int) -> Iterator[EncodedBlock]:
     """Every block encoded, in order. At most four blocks per worker are under way, and fewer where documents are long."""
     if workers <= 1:
         yield from map(Encoder(settings), source)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
-        waiting: deque[tuple[int, Future[Encoded]]] = deque()
+    with ProcessPoolExecutor(workers, context, initializer=init_worker) as pool:
+        waiting: deque[tuple[int, Future[EncodedBlock]]] = deque()
         queued = 0
         try:
             for lines in source:
@@ -249,11 +252,11 @@ def encode_all(settings: Settings, source: Iterable[list[Line]], workers: int) -
 def preprocess(
     inputs: Sequence[str],
     output_prefix: str,
-    settings: Settings,
+    settings: PreprocessConfig,
     workers: int = 1,
-    report: Callable[[Totals], None] | None = None,
+    report: Callable[[PreprocessTotals], None] | None = None,
     say: Callable[[str], object] = str,
-) -> Totals:
+) -> PreprocessTotals:
     """Write `PREFIX_KEY_document.bin/.idx` (or `_sentence`) for each key, with a sidecar that names the tokenizer.
 
     Nothing is left behind, and older outputs stay as they were, if this fails or is interrupted.
@@ -270,36 +273,36 @@ def preprocess(
         DataError: for wrong input, also for documents without a single token.
     """
     check_keys(settings.keys)
-    files = expand(inputs)
+    files = expand_globs(inputs)
     tokenizer = Encoder(settings).tokenizer  # whatever is wrong with it shows before any work
     level = "sentence" if settings.split_sentences else "document"
-    totals = Totals(prefixes=[f"{output_prefix}_{key}_{level}" for key in settings.keys])
+    totals = PreprocessTotals(prefixes=[f"{output_prefix}_{key}_{level}" for key in settings.keys])
     _check_outputs(
-        [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in ENDINGS)], files, settings
+        [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in DATASET_SUFFIXES)], files, settings
     )
-    for line in about_documents(tokenizer, settings.tokenizer, append_eod=settings.append_eod):
+    for line in describe_document_tokens(tokenizer, settings.tokenizer, append_eod=settings.append_eod):
         say(line)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
         writers = [stack.enter_context(IndexedWriter(prefix, dtype)) for prefix in totals.prefixes]
         rejected = stack.enter_context(RejectedLines(output_prefix))
-        for encoded in encode_all(settings, blocks(files, pipes=True), workers):
+        for encoded in encode_blocks(settings, read_blocks(files, pipes=True), workers):
             for writer, column in zip(writers, encoded.columns, strict=True):
                 writer.add_documents(column.tokens, column.lengths, column.sequences)
             rejected.add(encoded.bad)
-            if encoded.longest_part > HUGE_PART >= totals.longest_part:
-                print(f"note: {no_cut(encoded.longest_part, tokenizer.kind)}", file=sys.stderr)
+            if encoded.longest_part > MAX_QUIET_PART >= totals.longest_part:
+                print(f"note: {uncut_text_note(encoded.longest_part, tokenizer.kind)}", file=sys.stderr)
             totals.add(encoded)
             totals.seconds = time.monotonic() - start
             if report is not None:
                 report(totals)
         _refuse_nothing(inputs, settings, totals, [writer.token_count for writer in writers])
-        meta = sidecar(tokenizer, settings)
+        meta = sidecar_entries(tokenizer, settings)
         for writer in writers:
             writer.finish(meta)
         rejected.finish()
-    say(about_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
+    say(describe_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
     return totals
 
 
@@ -308,14 +311,14 @@ def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
     return {k: v for k, v in asdict(tokenizer).items() if isinstance(v, str) and k.endswith(("file", "model"))}
 
 
-def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: Settings) -> None:
+def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: PreprocessConfig) -> None:
     """BadOutput for an output that would replace something else, or a file that is read here."""
     read = Reads([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
     for output in outputs:
         check_file("--output-prefix", output, read)
 
 
-def _refuse_nothing(inputs: Sequence[str], settings: Settings, totals: Totals, tokens: Sequence[int]) -> None:
+def _refuse_nothing(inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, tokens: Sequence[int]) -> None:
     """DataError where there are no documents, or no tokens in those of a key: nothing could be trained on them."""
     if not totals.documents:
         why = f": all {totals.bad} lines are bad" if totals.bad else ""
@@ -326,7 +329,7 @@ def _refuse_nothing(inputs: Sequence[str], settings: Settings, totals: Totals, t
             raise DataError(f"no tokens in {', '.join(inputs)}: {texts}; name another key with --json-keys, or other files")
 
 
-def sidecar(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
+def sidecar_entries(tokenizer: Tokenizer, settings: PreprocessConfig) -> dict[str, Any]:
     """Return what `PREFIX.meta.json` says of how the tokens were made."""
     files = {name: os.path.abspath(path) for name, path in _named_files(settings.tokenizer).items()}
     return dict(
@@ -344,7 +347,7 @@ def sidecar(tokenizer: Tokenizer, settings: Settings) -> dict[str, Any]:
     )
 
 
-def no_cut(characters: int, kind: str) -> str:
+def uncut_text_note(characters: int, kind: str) -> str:
     """Return the words for a long text that the tokenizer was given at once."""
     return (
         f"a text of {characters} characters was tokenized at once, which takes up to 150 bytes of memory for each: it has no "

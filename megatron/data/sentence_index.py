@@ -14,9 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-LONGEST_SENTENCE = 512  # tokens; a document with a longer one is no prose, and is passed over
-BLOCK = 1 << 14  # random numbers drawn at a time
-STATE, HALF = 312, 156  # words of the 64-bit Mersenne twister (Nishimura, 2000), and its recurrence distance
+MAX_SENTENCE_TOKENS = 512  # tokens; a document with a longer one is no prose, and is passed over
+DRAW_BLOCK = 1 << 14  # random numbers drawn at a time
+STATE_WORDS, MIDDLE = (
+    312,
+    156,
+)  # words of the 64-bit Mersenne twister, and how far it looks ahead (NN, MM; Nishimura, 2000)
 
 
 def build_sentence_index(
@@ -69,7 +72,7 @@ def build_sentence_index(
 def _usable(documents: NDArray[np.int64], lengths: NDArray[np.int32], at_least: int) -> list[tuple[int, int]]:
     """First sentence and end of every document with enough sentences and, where it has several, none too long."""
     starts, ends = np.asarray(documents[:-1], dtype=np.int64), np.asarray(documents[1:], dtype=np.int64)
-    too_long = np.concatenate([[0], np.cumsum(lengths > LONGEST_SENTENCE)])
+    too_long = np.concatenate([[0], np.cumsum(lengths > MAX_SENTENCE_TOKENS)])
     counts = ends - starts
     fine = (counts >= max(at_least, 1)) & ((counts == 1) | (too_long[ends] == too_long[starts]))
     return list(zip(starts[fine].tolist(), ends[fine].tolist(), strict=True))
@@ -82,7 +85,7 @@ def _targets(longest: int, short: float, random: np.random.RandomState) -> Itera
         if not one_in:
             yield longest
             continue
-        for number in random.randint(0, 1 << 32, size=BLOCK, dtype=np.uint32).tolist():
+        for number in random.randint(0, 1 << 32, size=DRAW_BLOCK, dtype=np.uint32).tolist():
             yield longest if number % one_in else 2 + number % (longest - 1)
 
 
@@ -101,13 +104,16 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
 def _mersenne_64(seed: int, count: int) -> NDArray[np.uint64]:
     """The first `count` numbers of mt19937-64 with this seed, as C++'s `std::mt19937_64` gives them."""
     words = [seed & (2**64 - 1)]
-    for i in range(1, STATE):
+    for i in range(1, STATE_WORDS):
         words.append((6364136223846793005 * (words[-1] ^ (words[-1] >> 62)) + i) & (2**64 - 1))
     state, blocks = np.array(words, dtype=np.uint64), []
-    for _ in range(-(-count // STATE)):
+    for _ in range(-(-count // STATE_WORDS)):
         # A word needs the two after it and the one half a state ahead: within each half all words are independent.
-        following = np.empty(STATE, dtype=np.uint64)
-        for half, ahead in ((slice(0, HALF), state[HALF:]), (slice(HALF, STATE), following[:HALF])):
+        following = np.empty(STATE_WORDS, dtype=np.uint64)
+        for half, ahead in (
+            (slice(0, MIDDLE), state[MIDDLE:]),
+            (slice(MIDDLE, STATE_WORDS), following[:MIDDLE]),
+        ):
             after = np.append(state[1:], following[0])[half]
             mixed = (state[half] & np.uint64(0xFFFFFFFF80000000)) | (after & np.uint64(0x7FFFFFFF))
             odd = np.where(mixed & np.uint64(1), np.uint64(0xB5026F5AA96619E9), np.uint64(0))

@@ -12,9 +12,9 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
-from megatron.data.cuts import SEPARATORS, SPACE, Seam, TokenFinder, neighbours
+from megatron.data.cuts import SEPARATORS, SPACE, Seam, TokenFinder, adjacent_pairs
 from megatron.data.errors import DataError
-from megatron.data.tokenizer_base import Tokenizer, read
+from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
 UNIGRAM, BPE = 1, 2  # kinds of model
 USER_DEFINED = 4  # kind of piece
@@ -26,7 +26,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
     kind = "GPTSentencePieceTokenizer"
 
     def __init__(self, model_file: str) -> None:
-        self.assets = {"tokenizer.model": read(model_file, "--tokenizer-model")}
+        self.assets = {"tokenizer.model": read_tokenizer_file(model_file, "--tokenizer-model")}
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
             self._own = int(self._model.get_piece_size())
@@ -49,8 +49,8 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def seam(self) -> Seam | None:
-        known = cuts_are_known(self.assets["tokenizer.model"])
-        return PieceSeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
+        known = cuts_are_safe(self.assets["tokenizer.model"])
+        return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._model.decode_ids([number for number in ids if number < self._own]))
@@ -64,7 +64,9 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     def _symbols(self) -> Mapping[str, int]:
         """Pieces that the model itself finds in text before anything else, without runs of white space."""
-        entries = (dict(fields(value)) for field, value in fields(self.assets["tokenizer.model"]) if field == 1)
+        entries = (
+            dict(protobuf_fields(value)) for field, value in protobuf_fields(self.assets["tokenizer.model"]) if field == 1
+        )
         found = [number for number, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
         return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
 
@@ -82,7 +84,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     def backend(self) -> Backend:
         scores = [float(self._model.get_score(i)) for i in range(self._model.get_piece_size())]
-        return convert(self.assets["tokenizer.model"], self._model, self._pieces, scores, self.added_tokens())
+        return convert_sentence_piece(self.assets["tokenizer.model"], self._model, self._pieces, scores, self.added_tokens())
 
 
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
@@ -142,7 +144,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         return "".join([*parts, super().detokenize(plain)])
 
 
-class PieceSeam(Seam):
+class BPESeam(Seam):
     """Where a text can be cut for a BPE model: where no piece of the vocabulary holds the two characters that are parted.
 
     A merge across the place would make such a piece. Known tokens, which are found in text first, must not be near.
@@ -150,7 +152,7 @@ class PieceSeam(Seam):
 
     def __init__(self, model: Any, pieces: Sequence[str], known: Sequence[str]) -> None:
         self._model, self._pieces = model, frozenset(pieces)
-        self._neighbours = neighbours(piece.replace(" ", SPACE) for piece in pieces)
+        self._neighbours = adjacent_pairs(piece.replace(" ", SPACE) for piece in pieces)
         self._known = TokenFinder(known)
         self.context = max(self.context, self._known.longest + 2)
 
@@ -169,20 +171,20 @@ class PieceSeam(Seam):
         return known and before.isalnum() and after in SEPARATORS
 
 
-def cuts_are_known(proto: bytes) -> bool:
+def cuts_are_safe(proto: bytes) -> bool:
     """Return whether a serialised ModelProto is a BPE model with one of the usual normalizations, which are local.
 
     A unigram model adds up the scores of a whole text: how the sums round decides where two orders of the same pieces score
     alike (`** ****` or `**** **`), so that no place is safe.
     """
-    parts = dict(fields(proto))
-    trainer, norm = dict(fields(parts.get(2, b""))), dict(fields(parts.get(3, b"")))
+    parts = dict(protobuf_fields(proto))
+    trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
     usual = norm.get(1, b"") in (b"identity", b"nfkc", b"nfkc_cf", b"nmt_nfkc", b"nmt_nfkc_cf")
     escapes_spaces, spaces_as_suffixes = norm.get(5, 1), trainer.get(24, 0)
     return bool(trainer.get(3, UNIGRAM) == BPE and usual and escapes_spaces and not spaces_as_suffixes)
 
 
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The (number, value) pairs of a serialised protocol buffer: ints for varints, bytes for the rest."""
     stream = io.BytesIO(message)
 
@@ -212,15 +214,15 @@ def fields(message: bytes) -> Iterator[tuple[int, Any]]:
                 raise DataError(f"the SentencePiece model has a field of unknown form {wire}")
 
 
-def convert(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
+def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
     """A SentencePiece model as a tokenizer of the `tokenizers` package.
 
     proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read. added: tokens of
     `pieces` that are cut from the text first. Raises DataError for a word or character model. The two break ties
     differently where a unigram model scores two orders of the same pieces alike (`** ****` or `**** **`).
     """
-    parts = dict(fields(proto))
-    trainer, norm = dict(fields(parts.get(2, b""))), dict(fields(parts.get(3, b"")))
+    parts = dict(protobuf_fields(proto))
+    trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
     if trainer.get(24, 0):
         raise DataError("this SentencePiece model writes spaces as suffixes, which tokenizer.json cannot express")
     kind, byte_fallback = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0))
@@ -231,7 +233,7 @@ def convert(proto: bytes, model: Any, pieces: list[str], scores: list[float], ad
     elif kind == BPE:
         core = models.BPE(
             vocab=vocab,
-            merges=list(merges(vocab, scores)),
+            merges=list(bpe_merges(vocab, scores)),
             unk_token=pieces[unknown],
             fuse_unk=True,
             byte_fallback=byte_fallback,
@@ -256,7 +258,7 @@ def convert(proto: bytes, model: Any, pieces: list[str], scores: list[float], ad
             *([decoders.Strip(" ", 1, 0)] if prefix else []),
         ]
     )
-    entries = [dict(fields(value)) for field, value in fields(proto) if field == 1]
+    entries = [dict(protobuf_fields(value)) for field, value in protobuf_fields(proto) if field == 1]
     in_text = [pieces[i] for i, entry in enumerate(entries) if entry.get(3) == USER_DEFINED]
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in in_text])
     control = [pieces[i] for i in range(len(scores)) if model.is_control(i) or i == unknown]
@@ -265,7 +267,7 @@ def convert(proto: bytes, model: Any, pieces: list[str], scores: list[float], ad
     return backend
 
 
-def merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
+def bpe_merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
     """The merges of a BPE model, which SentencePiece leaves implicit: best score of the result first."""
     order: list[tuple[float, int, int, str, str]] = []
     for piece, number in vocab.items():

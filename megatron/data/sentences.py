@@ -86,7 +86,7 @@ MAX_WORD = 16  # characters before a full stop that are looked at: more than the
 LAST_WORD = re.compile(rf"([\w.]{{1,{MAX_WORD}}})\.$")
 
 
-def sentences(text: str, keep_newlines: bool = False) -> Iterator[str]:
+def split_sentences(text: str, keep_newlines: bool = False) -> Iterator[str]:
     """Yield the sentences of a text, stripped of white space around them; a blank line always ends one.
 
     keep_newlines: leave the white space after a sentence on its end, so that the parts join to the text again.

@@ -20,10 +20,10 @@ from tokenizers import Tokenizer as Backend
 
 from megatron.data.errors import DataError
 
-LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96)  # of a run; a pattern that doubles is found before it takes a second
+RUN_LENGTHS = (8, 12, 16, 20, 24, 28, 32, 48, 64, 96)  # of a run; a pattern that doubles is found before it takes a second
 FREE_SECONDS, SECONDS_PER_CHARACTER = 0.1, 5e-6  # of processor time that a text may take; 20 times what good patterns take
-SAMPLES = ("a", "A", "1", " ", "\n", ".", "_", "é", "中", "\u0301")  # one of each class that patterns name
-ENDS = ("!", "\0", "z")  # what a run is followed by, so that a match that wants the end of the text fails
+RUN_CHARACTERS = ("a", "A", "1", " ", "\n", ".", "_", "é", "中", "\u0301")  # one of each class that patterns name
+RUN_ENDS = ("!", "\0", "z")  # what a run is followed by, so that a match that wants the end of the text fails
 MAX_LITERALS = 16
 MAX_GROWTH = 1000  # characters that a tokenizer may make of one, by replacing it again and again; NFKC makes 18 of one
 
@@ -53,7 +53,7 @@ def check_patterns(backend: Backend, name: str) -> None:
 
 
 @contextmanager
-def panics_in_words(name: str) -> Iterator[None]:
+def panics_as_data_errors(name: str) -> Iterator[None]:
     """Turn a panic of the `tokenizers` package, which is no Exception, into a DataError."""
     try:
         yield
@@ -64,10 +64,10 @@ def panics_in_words(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def failures_in_words(name: str) -> Iterator[None]:
-    """As `panics_in_words`, and also what it refuses: a unigram model without an unknown token most texts."""
+def failures_as_data_errors(name: str) -> Iterator[None]:
+    """As `panics_as_data_errors`, and also what it refuses: a unigram model without an unknown token most texts."""
     try:
-        with panics_in_words(name):
+        with panics_as_data_errors(name):
             yield
     except Exception as error:
         if type(error) is not Exception:  # `tokenizers` raises plain ones
@@ -107,14 +107,14 @@ def _texts(patterns: list[str]) -> Iterator[str]:
     whole = "".join(patterns)
     literals = list(dict.fromkeys(c for c in whole if c not in "\\()[]{}|?*+^$"))[:MAX_LITERALS]
     words = list(dict.fromkeys(re.findall(r"\w{2,8}", whole)))[:MAX_LITERALS]
-    units = list(dict.fromkeys([*SAMPLES, *literals, *words, "a ", "a1", "a.", "ab"]))
-    for length in LENGTHS:
+    units = list(dict.fromkeys([*RUN_CHARACTERS, *literals, *words, "a ", "a1", "a.", "ab"]))
+    for length in RUN_LENGTHS:
         # One by one: in a longer text a match might go on to the end that it wants. And with all literals behind, not beside:
         # the library knows at once that there is no match where a literal is nowhere.
-        for end in (*ENDS, ENDS[0] + "".join(literals)):
+        for end in (*RUN_ENDS, RUN_ENDS[0] + "".join(literals)):
             yield from (unit * length + end for unit in units)
         for first in literals:
-            yield "".join(first + unit * length + ENDS[0] for unit in units)
+            yield "".join(first + unit * length + RUN_ENDS[0] for unit in units)
 
 
 def _quick(run: Callable[[str], object], text: str) -> bool:
@@ -123,7 +123,7 @@ def _quick(run: Callable[[str], object], text: str) -> bool:
     for _ in range(2):
         began = time.thread_time()
         try:
-            with panics_in_words("a text"):
+            with panics_as_data_errors("a text"):
                 run(text)
         except DataError:
             return False

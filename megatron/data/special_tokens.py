@@ -12,7 +12,7 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import USUAL_ENDS
 from megatron.data.tokenizer_base import Tokenizer
 
-CHOSEN: Mapping[str, str] = MappingProxyType({"eod": "--eod-token", "bos": "--bos-token"})  # the flag of a role
+ROLE_FLAGS: Mapping[str, str] = MappingProxyType({"eod": "--eod-token", "bos": "--bos-token"})  # the flag of a role
 MAX_NAMED = 8  # tokens that a message lists
 
 
@@ -20,7 +20,7 @@ def choose_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     """Give the roles of `--eod-token` and `--bos-token` to the tokens that they name; DataError for one that is not there."""
     for role, wanted in (("eod", config.eod_token), ("bos", config.bos_token)):
         if wanted is not None:
-            tokenizer.choose(role, find_token(tokenizer, CHOSEN[role], wanted))
+            tokenizer.choose(role, find_token(tokenizer, ROLE_FLAGS[role], wanted))
     return tokenizer
 
 
@@ -43,7 +43,8 @@ def find_token(tokenizer: Tokenizer, flag: str, wanted: str) -> int:
     number = None if not wanted else next((n for n in range(size) if tokenizer.piece(n) == wanted), None)
     if number is None:
         names = [
-            in_words(tokenizer, n) for n in dict.fromkeys([*tokenizer.special.values(), *tokenizer.special_in_text.values()])
+            describe_token(tokenizer, n)
+            for n in dict.fromkeys([*tokenizer.special.values(), *tokenizer.special_in_text.values()])
         ]
         more = ", ..." if len(names) > MAX_NAMED else ""
         have = f"special ones are {', '.join(names[:MAX_NAMED])}{more}" if names else "it has no special ones"
@@ -51,12 +52,12 @@ def find_token(tokenizer: Tokenizer, flag: str, wanted: str) -> int:
     return number
 
 
-def in_words(tokenizer: Tokenizer, number: int) -> str:
+def describe_token(tokenizer: Tokenizer, number: int) -> str:
     """Return a token as a message names it: its text and its id."""
     return f"{tokenizer.piece(number)!r} (id {number})"
 
 
-def about_documents(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod: bool) -> Iterator[str]:
+def describe_document_tokens(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod: bool) -> Iterator[str]:
     """Yield what is to be said of the tokens that documents will end and begin with, a line each.
 
     Args:
@@ -67,16 +68,16 @@ def about_documents(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod
     eod = tokenizer.special.get("eod")
     if eod is not None:
         use = "appended to each document" if append_eod else "not appended, since --append-eod is not given"
-        yield f"end of document: {in_words(tokenizer, eod)}, {use}"
+        yield f"end of document: {describe_token(tokenizer, eod)}, {use}"
         if config.eod_token is None and tokenizer.piece(eod) not in USUAL_ENDS:
             usual = next((n for n in map(tokenizer.special_in_text.get, USUAL_ENDS) if n is not None), None)
             if usual is not None:
                 way = f"--eod-token '{tokenizer.piece(usual)}' chooses it"
-                yield f"note: the tokenizer also has {in_words(tokenizer, usual)}, as base models end documents; {way}"
+                yield f"note: the tokenizer also has {describe_token(tokenizer, usual)}, as base models end documents; {way}"
     else:
         yield "end of document: the tokenizer has none; --eod-token chooses one"
     if config.bos_token is not None:
-        yield f"first token: {in_words(tokenizer, tokenizer.token('bos'))}, put before each document"
+        yield f"first token: {describe_token(tokenizer, tokenizer.token('bos'))}, put before each document"
 
 
 class SpecialTokenCounter:
@@ -91,7 +92,7 @@ class SpecialTokenCounter:
         return Counter[str]() if self._any is None else Counter(token for text in texts for token in self._any.findall(text))
 
 
-def about_special_tokens(tokenizer: Tokenizer, met: Mapping[str, int], *, plain: bool) -> str:
+def describe_special_tokens(tokenizer: Tokenizer, met: Mapping[str, int], *, plain: bool) -> str:
     """Return what became of the special tokens that were met in the texts."""
     if not tokenizer.special_in_text:
         return f"special tokens in the text: {tokenizer.kind} has none there, everything is plain text"

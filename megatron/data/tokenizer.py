@@ -22,14 +22,14 @@ from megatron.data.cuts import MAX_PART, Seam, WhiteSpaceSeam
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceCase, BertWordPieceLowerCase, GPT2BPETokenizer, HuggingFaceTokenizer
 from megatron.data.sentence_piece import GPTSentencePieceTokenizer, SentencePieceTokenizer
-from megatron.data.special_tokens import CHOSEN, choose_tokens
-from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read
+from megatron.data.special_tokens import ROLE_FLAGS, choose_tokens
+from megatron.data.tokenizer_base import END_OF_TEXT, SAVED, Tokenizer, read_tokenizer_file
 from megatron.files.regular import parse_json
 
 __all__ = ["ByteTokenizer", "NullTokenizer", "Tokenizer", "build_tokenizer", "load_tokenizer"]
 
 
-MOST_EXTRA_IDS = 100_000  # that a saved tokenizer may ask for
+MAX_EXTRA_IDS = 100_000  # that a saved tokenizer may ask for
 
 
 class ByteTokenizer(Tokenizer):
@@ -166,12 +166,12 @@ def saved_settings(directory: str | os.PathLike[str]) -> TokenizerConfig:
 def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
     """The settings of a saved tokenizer, and its digest."""
     try:
-        about = parse_json(read(str(folder / SAVED), "tokenizer"))
+        about = parse_json(read_tokenizer_file(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
         chosen = about.get("chosen", {})
-        if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MOST_EXTRA_IDS)):
+        if not (isinstance(kind, str) and type(size) is int and type(extra) is int and 0 <= extra <= min(size, MAX_EXTRA_IDS)):
             raise ValueError("its type, vocab_size or extra_ids is none")
-        if not all(role in CHOSEN and type(number) is int for role, number in chosen.items()):
+        if not all(role in ROLE_FLAGS and type(number) is int for role, number in chosen.items()):
             raise ValueError("its chosen tokens are none")
     except KeyError as error:
         raise DataError(f"{folder / SAVED} is damaged: {error} is missing") from error

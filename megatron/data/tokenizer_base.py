@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from tokenizers import Tokenizer as Backend
 
-from megatron.data.cuts import Seam, parts
+from megatron.data.cuts import Seam, split_text
 from megatron.data.errors import DataError
 from megatron.files.foreign import HEAD_BYTES, foreign_bytes, hub_name
 from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
 
     def parts(self, text: str) -> Iterator[str]:
         """Yield parts of a text whose tokens, one after the other, are those of the text. A short text is one part."""
-        return parts(text, lambda: self.seam)
+        return split_text(text, lambda: self.seam)
 
     def token(self, role: str) -> int:
         """The id with this role; DataError if the tokenizer has none."""
@@ -176,7 +176,7 @@ PROBES = (
 )
 
 
-def read(path: str, flag: str) -> bytes:
+def read_tokenizer_file(path: str, flag: str) -> bytes:
     """The content of a tokenizer file; DataError naming the flag it came from."""
     try:
         data = read_bytes(path, MAX_VOCABULARY_BYTES)

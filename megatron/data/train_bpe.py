@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron.data.corpus import BadLine, Line, blocks, check_keys, expand, not_utf8, parse
-from megatron.data.cuts import parts
+from megatron.data.corpus import BadLine, Line, check_keys, expand_globs, not_utf8, parse_line, read_blocks
+from megatron.data.cuts import split_text
 from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.packed import bare_name
@@ -18,16 +18,16 @@ from megatron.data.tokenizer_base import END_OF_TEXT
 from megatron.files.outputs import Reads, check_file
 from megatron.files.pending import write_whole
 
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+OUTPUT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
-def texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
+def read_texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
     """The text of JSON lines; of a .txt file, its lines. DataError where there is none, and for bad lines."""
     check_keys(keys)
     some = False
     for file in files:
         plain = bare_name(file).endswith(".txt")
-        for lines in blocks([file], pipes=True):
+        for lines in read_blocks([file], pipes=True):
             for line in lines:
                 found = [_plain(line)] if plain else _values(line, keys)
                 some = some or any(map(str.strip, found))
@@ -45,18 +45,18 @@ def _plain(line: Line) -> str:
 
 def _values(line: Line, keys: Sequence[str]) -> list[str]:
     try:
-        return parse(line, keys)
+        return parse_line(line, keys)
     except BadLine as error:
         raise DataError(str(error)) from error
 
 
-def words_of(backend: Backend, found: Iterable[str]) -> Iterator[str]:
+def training_parts(backend: Backend, found: Iterable[str]) -> Iterator[str]:
     """Return the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
 
     backend: is asked nothing after the return: while it is trained it is locked, and its trainer waits for these texts.
     """
     seam = fast_seam(Backend.from_str(backend.to_str()))
-    return (part for text in found for part in parts(text, lambda: seam))
+    return (part for text in found for part in split_text(text, lambda: seam))
 
 
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
@@ -67,15 +67,15 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     """
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
-    files = expand(inputs)
-    for name in FILES:
+    files = expand_globs(inputs)
+    for name in OUTPUT_FILES:
         check_file("--output", Path(output) / name, Reads(files))
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(words_of(backend, texts(files, keys)), trainer)
+    backend.train_from_iterator(training_parts(backend, read_texts(files, keys)), trainer)
     backend.add_special_tokens([END_OF_TEXT])
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from megatron.data.corpus import expand
+from megatron.data.corpus import expand_globs
 from megatron.data.errors import DataError
-from megatron.data.train_bpe import texts, words_of
+from megatron.data.train_bpe import read_texts, training_parts
 from megatron.files.outputs import Reads, check_file
 from megatron.files.pending import write_whole
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-CONTINUES = "##"
-MOST_CHARACTERS = 1000  # the commonest; a word with another one is unknown
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CONTINUATION_PREFIX = "##"
+MAX_ALPHABET = 1000  # the commonest; a word with another one is unknown
 
 
 def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str, *, lower_case: bool) -> int:
@@ -27,22 +27,27 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
     decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
     Raises DataError for wrong input, and for a size that does not hold every character; BadOutput where vocab.txt is an input.
     """
-    if vocab_size < len(SPECIAL):
-        raise DataError(f"--vocab-size {vocab_size}: at least {len(SPECIAL)}, the special tokens, and the text's characters")
-    check_file("--output", Path(output) / "vocab.txt", Reads(expand(inputs)))
+    if vocab_size < len(SPECIAL_TOKENS):
+        raise DataError(
+            f"--vocab-size {vocab_size}: at least {len(SPECIAL_TOKENS)}, the special tokens, and the text's characters"
+        )
+    check_file("--output", Path(output) / "vocab.txt", Reads(expand_globs(inputs)))
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL, *_characters(backend, words_of(backend, texts(expand(inputs), keys)))],
-        continuing_subword_prefix=CONTINUES,
-        limit_alphabet=MOST_CHARACTERS,
+        special_tokens=[
+            *SPECIAL_TOKENS,
+            *_characters(backend, training_parts(backend, read_texts(expand_globs(inputs), keys))),
+        ],
+        continuing_subword_prefix=CONTINUATION_PREFIX,
+        limit_alphabet=MAX_ALPHABET,
         show_progress=False,
     )
-    backend.train_from_iterator(words_of(backend, texts(expand(inputs), keys)), trainer)
-    learned = backend.get_vocab().keys() - set(SPECIAL)
-    pieces = [*SPECIAL, *sorted(learned, key=lambda piece: (len(piece.removeprefix(CONTINUES)) > 1, piece))]
+    backend.train_from_iterator(training_parts(backend, read_texts(expand_globs(inputs), keys)), trainer)
+    learned = backend.get_vocab().keys() - set(SPECIAL_TOKENS)
+    pieces = [*SPECIAL_TOKENS, *sorted(learned, key=lambda piece: (len(piece.removeprefix(CONTINUATION_PREFIX)) > 1, piece))]
     if len(pieces) > vocab_size:
         raise DataError(f"--vocab-size {vocab_size}: at least {len(pieces)}, this text's characters and the special tokens")
     folder = Path(output)
@@ -58,5 +63,5 @@ def _characters(backend: Backend, found: Iterable[str]) -> list[str]:
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
             begin[word[0]] += 1
             inside.update(word[1:])
-    common = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MOST_CHARACTERS]}
-    return sorted(common & begin.keys()) + [CONTINUES + c for c in sorted(common & inside.keys())]
+    common = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MAX_ALPHABET]}
+    return sorted(common & begin.keys()) + [CONTINUATION_PREFIX + c for c in sorted(common & inside.keys())]

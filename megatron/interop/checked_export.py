@@ -20,8 +20,8 @@ from megatron.checkpoint.side_files import in_checkpoint, kept_config, token_ids
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
-from megatron.data.hugging_face import ROLES, read_object
-from megatron.data.special_tokens import in_words
+from megatron.data.hugging_face import ROLES, read_json_object
+from megatron.data.special_tokens import describe_token
 from megatron.data.tokenizer import NullTokenizer, Tokenizer
 from megatron.files.outputs import check_replaceable
 from megatron.files.pending import PendingDirectory
@@ -146,7 +146,7 @@ def _write(
     if kept.has_tokenizer(files):
         say("tokenizer files and generation settings as they were imported")
         if files != imported:
-            say(f"but for the end of a text, which is also {in_words(tokenizer, tokenizer.eod)}, chosen by --eod-token")
+            say(f"but for the end of a text, which is also {describe_token(tokenizer, tokenizer.eod)}, chosen by --eod-token")
         if verify:
             _same_tokenizer(out, tokenizer)
     else:
@@ -179,7 +179,7 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
             raise ExportError(f"the tokenizers disagree: {why}")
         tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
         path = exported / "tokenizer_config.json"
-        about = read_object(path)
+        about = read_json_object(path)
         roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
         path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

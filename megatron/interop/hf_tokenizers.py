@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.data.errors import DataError
-from megatron.data.hugging_face import ROLES, has_tokenizer, read_tokenizer, tokenizer_from
-from megatron.data.matching import TEXTS
+from megatron.data.hugging_face import ROLES, has_hf_tokenizer, read_hf_tokenizer, wrap_backend
+from megatron.data.matching import PROBE_TEXTS
 from megatron.data.tokenizer_base import HugeIdError, Tokenizer
 
 MAX_MARKS = 64  # added tokens that are tried in text, from either end of the vocabulary
@@ -43,12 +43,12 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
     Ours is read from the same files. Where transformers makes something else of them, its tokenizer is taken as it stands.
     DataError for damaged files, and where no tokenizer here gives the same ids. say: is told in a line what was compared.
     """
-    if not has_tokenizer(directory):
+    if not has_hf_tokenizer(directory):
         return None
     ours: Tokenizer | None = None
     why_not: DataError | None = None
     try:
-        ours = read_tokenizer(directory)
+        ours = read_hf_tokenizer(directory)
     except HugeIdError as error:
         raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
     except DataError as error:  # transformers may read it all the same
@@ -68,7 +68,7 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
     if backend is None:
         raise DataError(f"{directory}: a {type(theirs).__name__} cannot be used here; --no-tokenizer imports the weights alone")
     try:
-        ours = tokenizer_from(backend, {role: token for role, token, _ in special_tokens(theirs)})
+        ours = wrap_backend(backend, {role: token for role, token, _ in special_tokens(theirs)})
     except DataError as error:
         raise DataError(f"{directory}: its tokenizer: {error}; --no-tokenizer imports the weights alone") from error
     if why := disagreement(ours, theirs):
@@ -100,7 +100,7 @@ def disagreement(ours: Tokenizer, theirs: Any) -> str | None:
     if other := {role for role in ROLES if special.get(role) != ours.special.get(role)}:
         role = min(other)
         return f"the {role} token is {ours.special.get(role)}, for transformers {special.get(role)}"
-    for text in (*TEXTS, *_marks(theirs)):
+    for text in (*PROBE_TEXTS, *_marks(theirs)):
         found, wanted = ours.tokenize(text), theirs(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
             return f"{text[:60]!r} is {found[:20]}, for transformers {wanted[:20]}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.checkpoint.side_files import GENERATION, SETTINGS, TEMPLATES, TOKENIZER_FILES, kept_config, kept_object
 from megatron.data.hugging_face import VOCABULARIES
-from megatron.data.tokenizer_base import Tokenizer, read
+from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
 # Settings of generation that stood in config.json before they had a file of their own; transformers still reads them there.
 OLD_SETTINGS = frozenset(
@@ -33,7 +33,7 @@ def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     paths = [directory / name for name in names]
     if tokenizer:
         paths += sorted((directory / TEMPLATES).glob("*.jinja"))
-    return {p.relative_to(directory).as_posix(): read(str(p), "--input") for p in paths if os.path.lexists(p)}
+    return {p.relative_to(directory).as_posix(): read_tokenizer_file(str(p), "--input") for p in paths if os.path.lexists(p)}
 
 
 def with_chosen_end(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from megatron.config.optim import warm_up, wsd_phases
 from megatron.config.resolve import resolve
 from megatron.config.rules import as_it_is
 from megatron.config.schema import RunConfig
-from megatron.data.bert_batch import BertBatches
+from megatron.data.bert_batch import BertCollator
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.pending import write_whole
@@ -82,7 +82,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
             check_schedule(source, config)
             notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
         segments = config.model.segment_kinds > 0
-        batches = ItemBatches(BertBatches(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
+        batches = ItemBatches(BertCollator(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes
     scorer = partial(Scorer, task, batches, files)
     validation = held_out if config.eval.eval_iters else None

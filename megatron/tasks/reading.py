@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.data.corpus import kind_of, not_utf8, open_text
+from megatron.data.corpus import json_type_name, not_utf8, open_text
 from megatron.data.errors import DataError
-from megatron.data.packed import BLOCK_BYTES, DAMAGE, damaged
+from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error
 from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_regular, parse_json, reason
 
 MAX_SHOWN = 60  # characters of a wrong value in a message
@@ -32,8 +32,8 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         try:
             while len(data) <= max_bytes and (more := stream.read(BLOCK_BYTES)):
                 data += more
-        except DAMAGE as error:
-            raise damaged(file, data.count(b"\n"), error) from error
+        except DAMAGE_ERRORS as error:
+            raise damaged_error(file, data.count(b"\n"), error) from error
     if len(data) > max_bytes:
         raise DataError(f"{file}: more than the {max_bytes:,} bytes that are read of such a file")
     try:
@@ -74,7 +74,7 @@ class Value:
         """Return the value itself; DataError unless it is of this kind. wanted: the kind in words."""
         if isinstance(self.held, kind):
             return self.held
-        found = kind_of(self.held)
+        found = json_type_name(self.held)
         shown = f" {self._shown()}" if found in ("a number", "text", "true or false") else ""
         raise self.wrong(f"it is {found}{shown}, not {wanted}; expected {self.form}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron.contract import Batch
 from megatron.data.bert import PairSample
-from megatron.data.bert_batch import BertBatches
+from megatron.data.bert_batch import BertCollator
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.tokenizer import Tokenizer
@@ -146,7 +146,7 @@ class Epochs(SampleSource):
 class ItemBatches:
     """How samples become a `Batch`: all rows of one after those of the other."""
 
-    batches: BertBatches
+    batches: BertCollator
     rows: int
 
     def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron.data.corpus import BadLine, blocks, parse
+from megatron.data.corpus import BadLine, parse_line, read_blocks
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer
@@ -39,7 +39,7 @@ class Document:
 class TextFile:
     """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
 
-    It may be packed, as `unpacked` reads it. Made with one reading of the whole file: DataError, with
+    It may be packed, as `open_unpacked` reads it. Made with one reading of the whole file: DataError, with
     file and line, for what is no text.
     """
 
@@ -53,10 +53,10 @@ class TextFile:
     def texts(self) -> Iterator[Text]:
         """One after the other."""
         if self.lines:
-            for block in blocks([self.file]):
+            for block in read_blocks([self.file]):
                 for line in block:
                     try:
-                        yield Text(f"{line.file}:{line.number}", parse(line, [KEY], advice="")[0])
+                        yield Text(f"{line.file}:{line.number}", parse_line(line, [KEY], advice="")[0])
                     except BadLine as error:
                         raise DataError(str(error)) from error
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.data.errors import DataError
-from megatron.data.slow_patterns import failures_in_words
+from megatron.data.slow_patterns import failures_as_data_errors
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.reading import Value, read_value
 from megatron.tasks.samples import Item, Score, Task
@@ -78,7 +78,7 @@ class Squad(Task):
         items: list[Item] = []
         names: dict[str, str] = {}
         for context, questions in asked:
-            with failures_in_words(self.tokenizer.kind):
+            with failures_as_data_errors(self.tokenizer.kind):
                 encoding = self.backend.encode(context, add_special_tokens=False)
             paragraph = Paragraph(context, encoding.ids, encoding.offsets)  # once: each access makes a list
             for question in questions:

@@ -15,7 +15,7 @@ from megatron.train.step import totals
 
 
 class Loader(Protocol):
-    """A stream of this rank's micro-batches, `data.loader.Loader`."""
+    """A stream of this rank's micro-batches, `data.loader.MicroBatchLoader`."""
 
     def next_batches(self, global_batch_size: int) -> list[Batch]: ...
 

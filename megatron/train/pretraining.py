@@ -17,11 +17,11 @@ from megatron.config.command_line.parse import Parsed
 from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
 from megatron.data.gpt import SampleSource
-from megatron.data.loader import Loader, MakeBatch
-from megatron.data.matching import chosen_for_data
+from megatron.data.loader import Collate, MicroBatchLoader
+from megatron.data.matching import adopt_data_roles
 from megatron.data.mock import MADE_UP
-from megatron.data.order import another_order, order_marks
-from megatron.data.recipe import recipe_of
+from megatron.data.order import order_differs, order_marks
+from megatron.data.recipe import build_recipe
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.launch.environment import Place
 from megatron.launch.errors import InputError
@@ -89,7 +89,7 @@ class Prepared:
     tokenizer: Tokenizer
     source: Source
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
-    batches: MakeBatch
+    batches: Collate
     scorer: Callable[[Run], Callable[[Training], object]] | None = None
     score_interval: int | None = None
     final: Callable[[Training], None] | None = None
@@ -147,7 +147,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
         tokenizer = build_tokenizer(config.tokenizer)
-        chosen, lines = chosen_for_data(config.data, config.tokenizer, tokenizer)
+        chosen, lines = adopt_data_roles(config.data, config.tokenizer, tokenizer)
         config = replace(config, tokenizer=chosen, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
@@ -156,7 +156,7 @@ def prepare(parsed: Parsed, watch: Watch) -> Prepared:
         check_batch_sizes(source, config, parsed.world_size)
         notes = (*parsed.notes, *lines, *check_save(source, config))
         watch.waiting("building the datasets")
-        recipe = recipe_of(config.model, config.data, config.batch.seed, tokenizer)
+        recipe = build_recipe(config.model, config.data, config.batch.seed, tokenizer)
         datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples, recipe.mock)
         if config.data.mock_data:
             notes += (MADE_UP,)
@@ -270,7 +270,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     layout, vocab = config.layout, config.model.vocabulary
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocabulary(vocab, tp, config.model.make_vocab_size_divisible_by)
-    order = another_order(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
+    order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
     lines = [
         *source.lines,
         *differences(source, config, order),
@@ -285,15 +285,15 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     say(out, *lines)
 
 
-Opener = Callable[[], Loader] | None
+Opener = Callable[[], MicroBatchLoader] | None
 
 
 def openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
     """Return what opens the training samples at the run's position, and the held-out samples that there are."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 
-    def opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Callable[[], Loader]:
-        return lambda: Loader(
+    def opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Callable[[], MicroBatchLoader]:
+        return lambda: MicroBatchLoader(
             dataset,
             prepared.batches,
             dp.rank,

@@ -19,7 +19,7 @@ from megatron.checkpoint.side_files import assets, carried, in_checkpoint
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.cli.program import pretrain
 from megatron.data.errors import DataError
-from megatron.data.hugging_face import read_tokenizer
+from megatron.data.hugging_face import read_hf_tokenizer
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, load_tokenizer
 from megatron.files.outputs import MARKER
 from megatron.inference.restore import open_model
@@ -99,10 +99,10 @@ def test_ids_by_hand(sources, monkeypatch):
 def test_transformers_decides(sources, tmp_path, monkeypatch):
     """Where ours reads something else, or cannot read it, its tokenizer is taken; where none gives the same ids, it is said."""
     source = sources / "gpt2_decoder"
-    for other in (read_tokenizer(sources / "bert_words"), None):
-        monkeypatch.setattr(hf_tokenizers, "read_tokenizer", lambda folder, other=other: other)
+    for other in (read_hf_tokenizer(sources / "bert_words"), None):
+        monkeypatch.setattr(hf_tokenizers, "read_hf_tokenizer", lambda folder, other=other: other)
         assert disagreement(import_tokenizer(source, print), theirs(source)) is None
-    monkeypatch.setattr(hf_tokenizers, "tokenizer_from", lambda backend, roles: ByteTokenizer())
+    monkeypatch.setattr(hf_tokenizers, "wrap_backend", lambda backend, roles: ByteTokenizer())
     with pytest.raises(
         DataError, match=r"not transformers': it has 257 tokens, transformers' 261; --no-tokenizer leaves it out"
     ):
@@ -233,7 +233,7 @@ def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     assert carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     assert not said
     size = byte_vocabulary(tmp_path, ("<pad>", "<sep>"))
-    other = read_tokenizer(tmp_path)
+    other = read_hf_tokenizer(tmp_path)
     assert other.vocab_size == size == tokenizer.vocab_size  # as many tokens, but in text `<pad>` is none
     left = carried(other, directory, said.append)
     assert not any(name.startswith("hugging_face") for name in left)

@@ -38,9 +38,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import TokenizerConfig
 from megatron.data import corpus
 from megatron.data.errors import DataError
-from megatron.data.hugging_face import read_tokenizer
-from megatron.data.index_cache import load as load_index
-from megatron.data.index_cache import publish
+from megatron.data.hugging_face import read_hf_tokenizer
+from megatron.data.index_cache import load_arrays as load_index
+from megatron.data.index_cache import write_arrays
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from megatron.interop.hf_import import read_hf
@@ -111,7 +111,7 @@ def prompts(folder: Path) -> object:
 
 
 def lines(name: str) -> Read:
-    return lambda folder: [line for block in corpus.blocks([str(folder / name)], pipes=True) for line in block]
+    return lambda folder: [line for block in corpus.read_blocks([str(folder / name)], pipes=True) for line in block]
 
 
 def tokenizer(kind: str, **files: str) -> Read:
@@ -156,7 +156,7 @@ def progress(folder: Path) -> object:
 def source(folder: Path) -> None:
     """The tokenizers of all directories of Hugging Face's."""
     for name in ("hf", "slow", "pieces", "sentences"):
-        read_tokenizer(folder / name)
+        read_hf_tokenizer(folder / name)
 
 
 def kept_files(folder: Path) -> object:
@@ -237,7 +237,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with IndexedWriter(str(made / "d"), np.dtype("<u2")) as writer:
         writer.add_document(np.arange(9), [4, 5])
         writer.finish({"tokenizer_type": "ByteTokenizer"})
-    publish({"order": np.arange(9)}, made / "index", {"version": 1})
+    write_arrays({"order": np.arange(9)}, made / "index", {"version": 1})
     toys.mnli(made / "mnli.tsv", 4, 1)
     toys.race(made / "race", 1, 1)
     toys.squad(made / "squad.json", 2, 1)

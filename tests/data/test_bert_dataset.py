@@ -16,13 +16,13 @@ from recipes import write_corpus
 
 from megatron.config.schema import DataConfig, ModelConfig, ModelSettings, TokenizerConfig
 from megatron.data import matching
-from megatron.data.bert import BertDataset, PairRules, PairSample, truncate
+from megatron.data.bert import BertDataset, PairRules, PairSample, truncate_pair
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError, ForeignIdError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 from megatron.data.masking import MaskingRules, mask_tokens
-from megatron.data.recipe import recipe_of
+from megatron.data.recipe import build_recipe
 from megatron.data.sentence_index import _mersenne_64, build_sentence_index
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
 
@@ -196,11 +196,11 @@ def test_pairs_that_are_too_long_are_cut() -> None:
     random = np.random.RandomState(0)
     shapes = set()
     for _ in range(50):
-        first, second = truncate(list(range(40)), list(range(100, 130)), 50, random)
+        first, second = truncate_pair(list(range(40)), list(range(100, 130)), 50, random)
         assert len(first) == len(second) == 25 and np.all(np.diff(first) == 1) and np.all(np.diff(second) == 1)
         shapes.add((first[0], second[0]))
     assert len(shapes) > 20
-    assert truncate([1, 2], [3, 4], 4, random) == ([1, 2], [3, 4])
+    assert truncate_pair([1, 2], [3, 4], 4, random) == ([1, 2], [3, 4])
     assert len(alone([[20] * 90, [24] * 90], LONGEST - 3, RULES).tokens) == LONGEST
 
 
@@ -226,7 +226,7 @@ BERT = ModelSettings(architecture="bert", vocab_size=92)
 def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT, seed: int = 1, split: str = "1"):
     """(training samples, how they become batches)."""
     data = DataConfig(data_path=words, split=split, seq_length=32)
-    recipe = recipe_of(model, data, seed, tokenizer)
+    recipe = build_recipe(model, data, seed, tokenizer)
     return build_datasets(data, seed, wanted, tokenizer, recipe.samples)[0], recipe.batches
 
 
@@ -262,7 +262,7 @@ def test_a_loader_resumes_in_the_middle(tmp_path: Path, tokenizer, read_ahead: i
 
     def run(consumed: int) -> list:
         dataset, make = built(tokenizer, prefix)
-        loader = Loader(dataset, make, 1, 2, 2, consumed, read_ahead=read_ahead)
+        loader = MicroBatchLoader(dataset, make, 1, 2, 2, consumed, read_ahead=read_ahead)
         try:
             steps = [loader.next_batches(8) for _ in range(10 - consumed // 8)]
         finally:
@@ -282,7 +282,7 @@ def test_blends_and_splits(tmp_path: Path, tokenizer) -> None:
     assert len(same) == 150 and len(blend) >= 200
     assert [blend[i].tokens.tolist() for i in same] == [alone_first[i].tokens.tolist() for i in range(150)]
     data = DataConfig(data_path=(first,), split="50,50", seq_length=32)
-    recipe = recipe_of(BERT, data, 1, tokenizer)
+    recipe = build_recipe(BERT, data, 1, tokenizer)
     training, validation, _ = build_datasets(data, 1, (60, 60, 0), tokenizer, recipe.samples)
     documents = [{int(d.locate(i, 0).split("document ")[1].split(",")[0]) for i in range(60)} for d in (training, validation)]
     assert documents[0] <= set(range(15)) and documents[1] <= set(range(15, 30)) and all(documents)
@@ -323,7 +323,7 @@ def test_what_cannot_be_a_dataset(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(DataError, match=r"the validation split holds 0 documents.*--split"):
         built(tokenizer, corpus(tmp_path), wanted=(10, 10, 0), split="1000000,1,0")
     with pytest.raises(DataError, match="ByteTokenizer has no cls token"):
-        recipe_of(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())
+        build_recipe(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())
     with pytest.raises(ValueError, match="samples of 1 tokens"):
         build_sentence_index(
             np.array([0, 2]), np.array([1, 1], dtype=np.int32), longest=1, short=0.1, seed=1, wanted=None, at_least=2

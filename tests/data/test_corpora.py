@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.corpus import blocks
+from megatron.data.corpus import read_blocks
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Settings, Totals, preprocess
+from megatron.data.preprocess import PreprocessConfig, PreprocessTotals, preprocess
 from megatron.data.train_bpe import train_bpe
 from megatron.data.train_wordpiece import train_wordpiece
 
@@ -59,7 +59,7 @@ PACKINGS = {"gz": gzip.compress, "zst": zstd, "bz2": bz2.compress, "xz": lzma.co
 
 
 def read(file: Path) -> bytes:
-    return b"".join(line.text for block in blocks([str(file)]) for line in block)
+    return b"".join(line.text for block in read_blocks([str(file)]) for line in block)
 
 
 def written(folder: Path, data: bytes | str, name: str = "c.jsonl") -> Path:
@@ -68,9 +68,9 @@ def written(folder: Path, data: bytes | str, name: str = "c.jsonl") -> Path:
     return file
 
 
-def made(file: Path, tokenizer: TokenizerConfig = BYTES, **settings: Any) -> Totals:
+def made(file: Path, tokenizer: TokenizerConfig = BYTES, **settings: Any) -> PreprocessTotals:
     """A corpus as datasets beside it."""
-    return preprocess([str(file)], str(file.parent / "o"), Settings(tokenizer, **settings))
+    return preprocess([str(file)], str(file.parent / "o"), PreprocessConfig(tokenizer, **settings))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -102,7 +102,7 @@ def test_unpacking_takes_bounded_memory(pack: Any, tmp_path: Path) -> None:
     line = b'{"text": "' + b"a" * 1_000_000 + b'"}\n'
     file = written(tmp_path, pack(line * 24))
     tracemalloc.start()
-    assert sum(len(block) for block in blocks([str(file)])) == 24
+    assert sum(len(block) for block in read_blocks([str(file)])) == 24
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12_000_000

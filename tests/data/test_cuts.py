@@ -24,10 +24,10 @@ from tokenizers import Tokenizer as Backend
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data import cuts
-from megatron.data.cuts import PLACES, Seam, parts
+from megatron.data.cuts import PLACES, Seam, split_text
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Settings, preprocess
+from megatron.data.preprocess import PreprocessConfig, preprocess
 from megatron.data.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -261,9 +261,9 @@ def test_parts_are_short_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cuts, "MAX_PART", 200)
     seam = fast_seam(trained(FORMS["gpt2"], added=False))
     text = TEXTS[0] + "x" * 1000 + TEXTS[1]
-    found = list(parts(text, lambda: seam))
+    found = list(split_text(text, lambda: seam))
     assert "".join(found) == text and max(map(len, found)) < 1400 and sorted(map(len, found))[-2] <= 200
-    assert list(parts("x" * 1000, lambda: seam)) == ["x" * 1000]
+    assert list(split_text("x" * 1000, lambda: seam)) == ["x" * 1000]
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -276,11 +276,11 @@ def test_a_dataset_of_long_documents(
     texts = ["", *TEXTS, " ", "y" * 500, "z" * 450]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
-    how = Settings(config, append_eod=True, split_sentences=split)
+    how = PreprocessConfig(config, append_eod=True, split_sentences=split)
     (whole,) = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "whole"), how).prefixes
     monkeypatch.setattr(cuts, "MAX_PART", 100)
     monkeypatch.setattr("megatron.data.preprocess.BATCH_CHARACTERS", 500)
-    monkeypatch.setattr("megatron.data.preprocess.HUGE_PART", 400)
+    monkeypatch.setattr("megatron.data.preprocess.MAX_QUIET_PART", 400)
     totals = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "cut"), how)
     assert capsys.readouterr().err.count("a text of 500 characters was tokenized at once") == 1
     assert (totals.empty, totals.longest_part) == (1 if not split else 2, 500)

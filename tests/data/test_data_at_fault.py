@@ -14,13 +14,13 @@ import pytest
 from recipes import write_corpus
 
 from megatron.config.schema import DataConfig, DataSettings
-from megatron.data.batch import GPTBatches
+from megatron.data.batch import GPTCollator
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import GPTDataset
-from megatron.data.index_cache import IndexCache, load
+from megatron.data.index_cache import IndexCache, load_arrays
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 from megatron.data.sample_index import SampleIndex
 
 
@@ -33,10 +33,10 @@ def text(prefix: Path, documents: int = 20, first: int = 0) -> str:
     return str(prefix)
 
 
-def loader(prefix: str, vocab: int = 100, read_ahead: int = 2) -> Loader:
+def loader(prefix: str, vocab: int = 100, read_ahead: int = 2) -> MicroBatchLoader:
     training, _, _ = build_datasets(DataConfig(data_path=(prefix,), split="1", seq_length=4), 1, (40, 0, 0))
     assert training is not None
-    return Loader(training, GPTBatches.of(DataSettings(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
+    return MicroBatchLoader(training, GPTCollator.of(DataSettings(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
 
 
 @pytest.mark.parametrize("read_ahead", [0, 2])
@@ -49,7 +49,7 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path, read_ahead):
         writer.finish()
     data = DataConfig(data_path=("1", good, "1", str(tmp_path / "bad")), split="1", seq_length=4)
     training, _, _ = build_datasets(data, 1, (10, 0, 0))
-    batches = Loader(training, GPTBatches.of(DataSettings(), 100, None), 0, 1, 2, read_ahead=read_ahead)
+    batches = MicroBatchLoader(training, GPTCollator.of(DataSettings(), 100, None), 0, 1, 2, read_ahead=read_ahead)
     with pytest.raises(DataError, match=r"bad\.bin, document 1, token 2: id 60000 is outside of the vocabulary of 100 ids"):
         for _ in range(5):
             batches.next_batches(2)
@@ -168,16 +168,16 @@ def test_arrays_that_are_none(tmp_path, content):
     (tmp_path / "a.npy").write_bytes(content)
     for shape in ([3], [10**15], [99999999999999999999999], [-5]):
         (tmp_path / "about.json").write_text(json.dumps({"arrays": {"a": shape}}))
-        assert load(tmp_path) is None
+        assert load_arrays(tmp_path) is None
 
 
 @pytest.mark.parametrize("about", ['{"arrays": {"../a": [3]}}', '{"arrays": 3}', "[" * 100_000, '{"arrays": {"a": [4]}}', "{}"])
 def test_a_cache_that_lies_about_its_arrays(tmp_path, about):
     np.save(tmp_path / "a.npy", np.arange(3))
     (tmp_path / "about.json").write_text('{"arrays": {"a": [3]}}')
-    assert load(tmp_path)["a"].tolist() == [0, 1, 2]
+    assert load_arrays(tmp_path)["a"].tolist() == [0, 1, 2]
     (tmp_path / "about.json").write_text(about)
-    assert load(tmp_path) is None
+    assert load_arrays(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from recipes import write_corpus
 
 from megatron.data.errors import DataError
 from megatron.data.gpt import GPTDataset
-from megatron.data.indexed import CODES, HEADER, MAGIC, IndexedDataset
+from megatron.data.indexed import DTYPE_CODES, HEADER, MAGIC, IndexedDataset
 
 DOCUMENTS = [[np.arange(5)], [np.arange(3), np.arange(4)], [], [np.arange(0)], [np.arange(9)]]
 
@@ -64,13 +64,13 @@ def test_made_up_indices(files):
 
     @examples(200)
     @given(
-        st.sampled_from([*CODES, 6, 7, 0]), tables, tables, tables, st.none() | WHOLE, st.none() | WHOLE,
+        st.sampled_from([*DTYPE_CODES, 6, 7, 0]), tables, tables, tables, st.none() | WHOLE, st.none() | WHOLE,
         st.integers(0, 40), st.none() | WHOLE | st.text(max_size=5), st.booleans(),
     )  # fmt: skip
     def run(code, lengths, offsets, documents, n, m, size, tokens, consistent) -> None:
         if consistent:  # so that more of them come past the first checks
             lengths = [abs(n) % 5 for n in lengths]
-            width = CODES[code].itemsize if code in CODES else 1
+            width = DTYPE_CODES[code].itemsize if code in DTYPE_CODES else 1
             offsets = [width * sum(lengths[:i]) for i in range(len(lengths))]
             documents, size = [0, len(lengths)], width * sum(lengths)
             n = m = None

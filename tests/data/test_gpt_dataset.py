@@ -17,7 +17,7 @@ from recipes import BLENDS, corpus_recipe, write_corpus
 
 from megatron.config.schema import DataConfig
 from megatron.data import gpt
-from megatron.data.blend import SURPLUS, blend_order, normalise, parse_blend, samples_per_dataset
+from megatron.data.blend import SURPLUS, blend_order, normalise_weights, parse_blend, samples_per_dataset
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import GPTDataset, parse_split, split_range
@@ -68,7 +68,7 @@ def test_samples_equal_the_reference(corpora: Path, number: int) -> None:
 
 
 def test_blend_order_of_the_reference() -> None:
-    order, numbers = blend_order(normalise([0.2, 0.3, 0.5]), 10)
+    order, numbers = blend_order(normalise_weights([0.2, 0.3, 0.5]), 10)
     assert order.tolist() == [2, 1, 0, 2, 1, 2, 0, 2, 1, 2]
     assert numbers.tolist() == [0, 0, 0, 1, 1, 2, 1, 3, 2, 4]
 

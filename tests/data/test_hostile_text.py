@@ -15,7 +15,7 @@ import zstandard
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from megatron.data import corpus
-from megatron.data.corpus import blocks
+from megatron.data.corpus import read_blocks
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import HuggingFaceTokenizer
 from megatron.data.slow_patterns import check_patterns
@@ -26,7 +26,7 @@ LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(20_000))
 
 
 def words(file: str, **how: bool) -> bytes:
-    return b"".join(line.text for block in blocks([file], **how) for line in block)
+    return b"".join(line.text for block in read_blocks([file], **how) for line in block)
 
 
 def writer(path: Path, data: bytes, after: float = 0.0) -> threading.Thread:

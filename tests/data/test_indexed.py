@@ -13,7 +13,7 @@ from recipes import corpus_recipe, write_corpus
 
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
-from megatron.data.merge import find_datasets, merge
+from megatron.data.merge import find_prefixes, merge_datasets
 from megatron.files.outputs import BadOutput
 
 GOLDEN_IDX = bytes.fromhex(
@@ -148,8 +148,8 @@ def test_empty_dataset(tmp_path: Path) -> None:
 def test_merge(tmp_path: Path) -> None:
     parts = [corpus_recipe(i) for i in range(3)]
     prefixes = [write_corpus(tmp_path / "in" / f"p{i}", part) for i, part in enumerate(parts)]
-    assert find_datasets([str(tmp_path / "in")]) == prefixes
-    merge(prefixes, str(tmp_path / "joined"))
+    assert find_prefixes([str(tmp_path / "in")]) == prefixes
+    merge_datasets(prefixes, str(tmp_path / "joined"))
     write_corpus(tmp_path / "direct", [document for part in parts for document in part])
     for end in (".bin", ".idx"):
         assert (tmp_path / f"joined{end}").read_bytes() == (tmp_path / f"direct{end}").read_bytes()
@@ -159,11 +159,11 @@ def test_merge_refuses_what_does_not_belong(tmp_path: Path) -> None:
     narrow = write_corpus(tmp_path / "narrow", corpus_recipe(0))
     wide = write_corpus(tmp_path / "wide", corpus_recipe(0), "<i4")
     with pytest.raises(DataError, match="int32"):
-        merge([narrow, wide], str(tmp_path / "out"))
+        merge_datasets([narrow, wide], str(tmp_path / "out"))
     with pytest.raises(BadOutput, match="which this command reads"):
-        merge([narrow, wide], narrow)
+        merge_datasets([narrow, wide], narrow)
     for number, prefix in enumerate((narrow, wide)):
         Path(prefix + ".meta.json").write_text(f'{{"tokenizer_digest": "{number}", "tokenizer_type": "T{number}"}}')
     with pytest.raises(DataError, match=r"T0.*T1"):
-        merge([narrow, wide], str(tmp_path / "out"))
+        merge_datasets([narrow, wide], str(tmp_path / "out"))
     assert not (tmp_path / "out.idx").exists()

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from megatron.config.schema import TokenizerConfig
-from megatron.data.index_cache import IndexCache, lock
+from megatron.data.index_cache import IndexCache, file_lock
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.data.merge import merge
-from megatron.data.preprocess import Settings, preprocess
+from megatron.data.merge import merge_datasets
+from megatron.data.preprocess import PreprocessConfig, preprocess
 
 # Writes a dataset up to its last rename, says so, and waits for what comes.
 WRITER = """
@@ -62,9 +62,9 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path, how: str) -> None:
 
         def again() -> None:
             if how == "preprocess":
-                preprocess([str(tmp_path / "c.jsonl")], str(out / "o"), Settings(TokenizerConfig("ByteTokenizer")))
+                preprocess([str(tmp_path / "c.jsonl")], str(out / "o"), PreprocessConfig(TokenizerConfig("ByteTokenizer")))
             else:
-                merge([str(tmp_path / "a")], str(out / "o_text_document"))
+                merge_datasets([str(tmp_path / "a")], str(out / "o_text_document"))
             assert IndexedDataset(str(out / "o_text_document")).token_count == 9
 
         again()
@@ -126,7 +126,7 @@ def test_the_cache_removes_what_builders_of_other_indices_left(tmp_path: Path) -
     (folder,) = (tmp_path / "cache").iterdir()
     for name in ("0123456789abcdef.12.tmp", "fedcba9876543210.13.tmp"):
         (folder / name).mkdir()
-    with lock(folder / ".fedcba9876543210.lock", 0.0):  # somebody is building that one
+    with file_lock(folder / ".fedcba9876543210.lock", 0.0):  # somebody is building that one
         build(2)
         assert [path.name for path in folder.glob("*.tmp")] == ["fedcba9876543210.13.tmp"]
     build(3)

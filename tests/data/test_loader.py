@@ -14,12 +14,12 @@ from recipes import write_corpus
 
 from megatron.config.schema import DataConfig, DataSettings
 from megatron.contract import Batch
-from megatron.data.batch import GPTBatches
+from megatron.data.batch import GPTCollator
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.gpt import GPTDataset, Sample
 from megatron.data.indexed import IndexedDataset
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 
 
 class Numbers:
@@ -38,7 +38,7 @@ class Numbers:
         return f"file, sample {number}, token {position}"
 
 
-MAKE = GPTBatches(vocab_size=1000)
+MAKE = GPTCollator(vocab_size=1000)
 
 
 def taken(batches: list[Batch]) -> list[list[int]]:
@@ -48,7 +48,7 @@ def taken(batches: list[Batch]) -> list[list[int]]:
 
 def test_distribution() -> None:
     """Micro-batch j of rank r starts at consumed + (2 j + r) * 3."""
-    ranks = [Loader(Numbers(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
+    ranks = [MicroBatchLoader(Numbers(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
     assert [taken(rank.next_batches(12)) for rank in ranks] == [
         [[12, 13, 14], [18, 19, 20]],
         [[15, 16, 17], [21, 22, 23]],
@@ -59,7 +59,7 @@ def test_distribution() -> None:
 @pytest.mark.parametrize("cyclic", [False, True])
 def test_same_samples_for_every_layout(cyclic: bool) -> None:
     def step_sets(dp: int, size: int) -> list[list[int]]:
-        ranks = [Loader(Numbers(48), MAKE, rank, dp, size, read_ahead=dp, cyclic=cyclic) for rank in range(dp)]
+        ranks = [MicroBatchLoader(Numbers(48), MAKE, rank, dp, size, read_ahead=dp, cyclic=cyclic) for rank in range(dp)]
         steps = []
         for _ in range(4):
             batches = [batch for rank in ranks for batch in rank.next_batches(12)]
@@ -80,7 +80,7 @@ def test_restart_and_changing_batch_size(read_ahead: int, cyclic: bool) -> None:
     sizes = [4, 4, 8, 8, 12, 12]
 
     def run(start: int, consumed: int) -> list[Any]:
-        loader = Loader(Numbers(48), MAKE, 1, 2, 2, consumed, read_ahead=read_ahead, cyclic=cyclic)
+        loader = MicroBatchLoader(Numbers(48), MAKE, 1, 2, 2, consumed, read_ahead=read_ahead, cyclic=cyclic)
         return [[b.tokens[:, 0].tolist() for b in loader.next_batches(size)] for size in sizes[start:]]
 
     whole = run(0, 0)
@@ -89,35 +89,35 @@ def test_restart_and_changing_batch_size(read_ahead: int, cyclic: bool) -> None:
 
 
 def test_cyclic_reshuffles_each_epoch_and_goes_on() -> None:
-    loader = Loader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=7)
+    loader = MicroBatchLoader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=7)
     epochs = [[int(n) for b in loader.next_batches(8) for n in b.tokens[:, 0]] for _ in range(3)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
     assert loader.next_batches(2)[0].samples.tolist() == [24, 25]  # numbers of the training order go on
-    other = Loader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=8)
+    other = MicroBatchLoader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=8)
     assert [int(n) for b in other.next_batches(8) for n in b.tokens[:, 0]] != epochs[0]
 
 
 @pytest.mark.parametrize("read_ahead", [0, 3])
 def test_running_out_is_an_error(read_ahead: int) -> None:
-    loader = Loader(Numbers(10), MAKE, 0, 1, 2, read_ahead=read_ahead, name="validation")
+    loader = MicroBatchLoader(Numbers(10), MAKE, 0, 1, 2, read_ahead=read_ahead, name="validation")
     loader.next_batches(8)
     with pytest.raises(DataError, match=r"validation data: 8 samples are used and the next step takes 4.*built with 10"):
         loader.next_batches(4)
     assert loader.consumed == 8 and taken(loader.next_batches(2)) == [[8, 9]]
     with pytest.raises(DataError, match="no samples"):
-        Loader(Numbers(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
+        MicroBatchLoader(Numbers(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
 
 
 def test_wrong_batch_size() -> None:
     with pytest.raises(ValueError, match="6"):
-        Loader(Numbers(10), MAKE, 0, 2, 3).next_batches(8)
+        MicroBatchLoader(Numbers(10), MAKE, 0, 2, 3).next_batches(8)
 
 
 @pytest.mark.parametrize("read_ahead", [0, 3])
 def test_errors_of_the_thread_surface_where_they_belong(read_ahead: int) -> None:
     """The bad sample 7 is read ahead early, but fails the step that takes it, and each later one."""
-    make = GPTBatches(vocab_size=7)
-    loader = Loader(Numbers(20), make, 0, 1, 1, read_ahead=read_ahead)
+    make = GPTCollator(vocab_size=7)
+    loader = MicroBatchLoader(Numbers(20), make, 0, 1, 1, read_ahead=read_ahead)
     assert len(loader.next_batches(7)) == 7
     for _ in range(2):
         with pytest.raises(DataError, match=r"sample 7, token 0: id 7 .* 7 ids"):
@@ -132,7 +132,7 @@ def test_read_ahead_is_bounded_and_its_thread_ends() -> None:
         made.append(names[0])
         return MAKE(dataset, numbers, names)
 
-    loader = Loader(Numbers(100), make, 0, 1, 1, read_ahead=3)
+    loader = MicroBatchLoader(Numbers(100), make, 0, 1, 1, read_ahead=3)
     loader.next_batches(2)
     deadline = time.monotonic() + 5
     while len(made) < 6 and time.monotonic() < deadline:
@@ -150,11 +150,11 @@ def test_batch_content() -> None:
     """End of document 9 at positions 2 and 3: masked, positions restart after it, documents are counted."""
     dataset = Numbers(1)
     dataset.__class__ = type("One", (Numbers,), {"__getitem__": lambda *_: Sample(np.array([1, 2, 9, 9, 5, 6]))})
-    plain = GPTBatches(vocab_size=10, eod=9)(dataset, [0], [17])
+    plain = GPTCollator(vocab_size=10, eod=9)(dataset, [0], [17])
     assert plain.tokens.tolist() == [[1, 2, 9, 9, 5]] and plain.labels.tolist() == [[2, 9, 9, 5, 6]]
     assert plain.loss_mask.tolist() == [[1] * 5] and plain.positions.tolist() == [[0, 1, 2, 3, 4]]
     assert plain.documents is None and plain.samples.tolist() == [17]
-    every = GPTBatches(10, 9, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)(dataset, [0], [17])
+    every = GPTCollator(10, 9, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)(dataset, [0], [17])
     assert every.loss_mask.tolist() == [[1, 1, 0, 0, 1]]
     assert every.positions.tolist() == [[0, 1, 2, 0, 0]]
     assert every.documents is not None and every.documents.tolist() == [[0, 0, 0, 1, 2]]
@@ -173,7 +173,7 @@ def test_resets_against_a_loop() -> None:
             def __getitem__(self, number: int, tokens: Any = tokens) -> Sample:
                 return Sample(tokens[0])
 
-        batch = GPTBatches(4, 0, reset_position_ids=True, reset_attention_mask=True)(One(1), [0], [0])
+        batch = GPTCollator(4, 0, reset_position_ids=True, reset_attention_mask=True)(One(1), [0], [0])
         positions, allowed, previous = np.arange(32), np.tril(np.ones((32, 32), dtype=bool)), 0
         for end in np.flatnonzero(tokens[0, :-1] == 0):
             allowed[end + 1 :, : end + 1] = False
@@ -186,7 +186,7 @@ def test_resets_against_a_loop() -> None:
 
 def test_options_without_an_end_of_document() -> None:
     with pytest.raises(DataError, match="--eod-mask-loss"):
-        GPTBatches.of(DataSettings(eod_mask_loss=True), 10, None)
+        GPTCollator.of(DataSettings(eod_mask_loss=True), 10, None)
 
 
 def test_from_files_to_batches(tmp_path: Path) -> None:
@@ -194,15 +194,15 @@ def test_from_files_to_batches(tmp_path: Path) -> None:
     data = DataConfig(data_path=(prefix,), split="1", seq_length=2)
     training, _, _ = build_datasets(data, 1, (4, 0, 0))
     assert training is not None
-    batches = Loader(training, GPTBatches.of(data, 501, None), 0, 1, 2).next_batches(4)
+    batches = MicroBatchLoader(training, GPTCollator.of(data, 501, None), 0, 1, 2).next_batches(4)
     rows = {tuple(row) for b in batches for row in torch.cat([b.tokens, b.labels[:, -1:]], dim=1).tolist()}
     assert rows == {(1, 2, 3), (3, 500, 4), (4, 5, 6), (6, 7, 8)}
     with pytest.raises(DataError, match=r"p\.bin, document 0, token 3: id 500"):
-        Loader(training, GPTBatches.of(data, 500, None), 0, 1, 4).next_batches(4)
+        MicroBatchLoader(training, GPTCollator.of(data, 500, None), 0, 1, 4).next_batches(4)
 
 
 def test_negative_ids_are_found(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "p", [[np.array([1, -2, 3])]], "<i4")
     dataset = GPTDataset(IndexedDataset(prefix), range(1), 2, 1, None)
     with pytest.raises(DataError, match="token 1: id -2"):
-        GPTBatches(10)(dataset, [0], [0])
+        GPTCollator(10)(dataset, [0], [0])

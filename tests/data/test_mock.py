@@ -11,9 +11,9 @@ import pytest
 from megatron.config.schema import DataConfig, ModelSettings
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 from megatron.data.mock import MAX_WORDS, bert_roles
-from megatron.data.recipe import recipe_of
+from megatron.data.recipe import build_recipe
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 
 BERT = ModelSettings(architecture="bert")
@@ -23,7 +23,7 @@ def made_up(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **da
     """The three datasets and what makes batches of them."""
     tokenizer = tokenizer or NullTokenizer(1000)
     data = DataConfig(mock_data=True, seq_length=64, split=split, **data)
-    recipe = recipe_of(model or ModelSettings(), data, seed, tokenizer)
+    recipe = build_recipe(model or ModelSettings(), data, seed, tokenizer)
     return build_datasets(data, seed, (count, count, count), tokenizer, recipe.samples, recipe.mock), recipe.batches
 
 
@@ -109,7 +109,7 @@ def test_two_ranks_share_the_samples_of_one(model):
     (training, *_), batches = made_up(model, count=16)
 
     def dealt(ranks: int) -> list[list[int]]:
-        loaders = [Loader(training, batches, rank, ranks, 2, 4, read_ahead=0) for rank in range(ranks)]
+        loaders = [MicroBatchLoader(training, batches, rank, ranks, 2, 4, read_ahead=0) for rank in range(ranks)]
         parts = [batch for loader in loaders for batch in loader.next_batches(12)]
         rows = [(int(n), row.tolist()) for batch in parts for n, row in zip(batch.samples, batch.tokens, strict=True)]
         assert [number for number, _ in sorted(rows)] == list(range(4, 16))

@@ -14,9 +14,9 @@ from megatron.config.schema import DataConfig, DataSettings
 from megatron.data.bert import BertDataset, PairRules
 from megatron.data.build import build_datasets
 from megatron.data.indexed import IndexedDataset
-from megatron.data.loader import Loader
+from megatron.data.loader import MicroBatchLoader
 from megatron.data.masking import MaskingRules
-from megatron.data.order import another_order, order_marks
+from megatron.data.order import order_differs, order_marks
 
 COUNT, SEED = 100, 1234
 # What changes; for the blends below as well. What differs follows from the samples themselves.
@@ -61,7 +61,7 @@ def read(run) -> list[bytes]:
     samples, count, data, seed = run
     taken = lambda dataset, numbers, names: [dataset[number].tokens.tobytes() for number in numbers]  # noqa: E731
     cyclic = data.dataloader_type == "cyclic"
-    loader = Loader(samples, taken, 0, 1, 1, read_ahead=0, cyclic=cyclic, seed=seed)
+    loader = MicroBatchLoader(samples, taken, 0, 1, 1, read_ahead=0, cyclic=cyclic, seed=seed)
     return [batch[0] for _ in range(count) for batch in loader.next_batches(1)]
 
 
@@ -74,7 +74,7 @@ def test_it_is_said_iff_the_samples_differ(folder, change, blend, cyclic):
         pytest.skip("one epoch holds not so many")
     before, after = opened(folder, **base), opened(folder, **base | CHANGES[change])
     differ = any(a != b for a, b in zip(read(before), read(after), strict=False))
-    assert another_order(order_marks(*before), after[0], *after[2:]) is differ
+    assert order_differs(order_marks(*before), after[0], *after[2:]) is differ
     if change in ("nothing", "reset flags") or (change, blend, cyclic) == ("a copy of the data", ("p0",), cyclic):
         assert not differ
     if change in ("seed", "seq_length"):
@@ -86,7 +86,7 @@ def test_within_an_epoch_and_beyond_it(folder):
     whole = len(opened(folder, count=1)[0])
     for count, differs in ((whole, False), (whole + 1, True), (20 * whole, True)):
         before, after = opened(folder, count=whole // 2), opened(folder, count=count)
-        assert another_order(order_marks(*before), after[0], *after[2:]) is differs
+        assert order_differs(order_marks(*before), after[0], *after[2:]) is differs
         assert (read(before) != read(after)[: whole // 2]) is differs
 
 
@@ -99,7 +99,7 @@ def test_a_rare_dataset_that_is_built_anew_is_noticed(tmp_path):
     before, after = opened(tmp_path, 2000, **blend), opened(tmp_path, 5000, **blend)
     pairs = list(zip(read(before), read(after), strict=False))
     assert 0 < sum(a != b for a, b in pairs) <= 11
-    assert another_order(order_marks(*before), after[0], *after[2:])
+    assert order_differs(order_marks(*before), after[0], *after[2:])
 
 
 def test_bert(folder):
@@ -122,11 +122,11 @@ def test_bert(folder):
         ({"longest": 32}, True),
         ({"short": 0.5}, True),
     ):
-        assert another_order(marks, samples(**change), DataSettings(), SEED) is differs, change
+        assert order_differs(marks, samples(**change), DataSettings(), SEED) is differs, change
 
 
 @pytest.mark.parametrize("marks", [{"x": "y"}, {"-1": "y"}, {"99999999": "y"}, {"1": 5}])
 def test_marks_of_any_content(folder, marks):
     run = opened(folder)
-    assert another_order(marks, run[0], *run[2:]) is ("1" in marks)
-    assert another_order({}, run[0], *run[2:]) is None and another_order(marks, None, *run[2:]) is None
+    assert order_differs(marks, run[0], *run[2:]) is ("1" in marks)
+    assert order_differs({}, run[0], *run[2:]) is None and order_differs(marks, None, *run[2:]) is None

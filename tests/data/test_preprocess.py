@@ -20,15 +20,15 @@ from megatron.config.schema import TokenizerConfig
 from megatron.data.cuts import MAX_PART
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import Settings, preprocess
-from megatron.data.sentences import sentences
+from megatron.data.preprocess import PreprocessConfig, preprocess
+from megatron.data.sentences import split_sentences
 from megatron.data.tokenizer import build_tokenizer
 from megatron.data.train_bpe import train_bpe
 from megatron.data.train_wordpiece import train_wordpiece
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TEXTS = ["Hello there.", "", "Second one: é.", "x" * 5000, "Last."]
-BYTES = Settings(TokenizerConfig(tokenizer_type="ByteTokenizer"), append_eod=True)
+BYTES = PreprocessConfig(TokenizerConfig(tokenizer_type="ByteTokenizer"), append_eod=True)
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def test_packed_files_globs_and_several_keys(corpus: Path, tmp_path: Path) -> No
     (tmp_path / "in/1.jsonl").write_bytes(data + b"\n  \n")  # blank lines are nothing
     (tmp_path / "in/2.jsonl.gz").write_bytes(gzip.compress(data))
     (tmp_path / "in/3.jsonl.zst").write_bytes(pack(data[:100]) + pack(data[100:]))
-    settings = Settings(TokenizerConfig(tokenizer_type="ByteTokenizer"), keys=("text", "title"))
+    settings = PreprocessConfig(TokenizerConfig(tokenizer_type="ByteTokenizer"), keys=("text", "title"))
     totals = preprocess([str(tmp_path / "in/*")], str(tmp_path / "o"), settings)
     assert documents(str(tmp_path / "o_text_document")) == TEXTS * 3
     assert documents(str(tmp_path / "o_title_document")) == [f"t{i}" for i in range(5)] * 3
@@ -103,8 +103,8 @@ def test_sentences(tmp_path: Path) -> None:
         "A new paragraph without an end",
         "The end.",
     ]
-    assert list(sentences(text)) == expected
-    assert "".join(sentences(text, keep_newlines=True)) == text
+    assert list(split_sentences(text)) == expected
+    assert "".join(split_sentences(text, keep_newlines=True)) == text
     corpus = lines(tmp_path / "c.jsonl", [{"text": text}, {"text": ""}, {"text": "One. Two."}])
     harmless = ("--lang", "english", "--dataset-impl", "mmap", "--partitions", 1)
     flags = ("--input", corpus, "--output-prefix", tmp_path / "o", "--tokenizer-type", "ByteTokenizer", "--append-eod")
@@ -130,8 +130,8 @@ def test_sentences(tmp_path: Path) -> None:
     ],
 )
 def test_where_sentences_end(text: str, expected: list[str]) -> None:
-    assert list(sentences(text)) == expected
-    assert "".join(sentences(text, keep_newlines=True)).strip() == text.strip()
+    assert list(split_sentences(text)) == expected
+    assert "".join(split_sentences(text, keep_newlines=True)).strip() == text.strip()
 
 
 @pytest.mark.parametrize(

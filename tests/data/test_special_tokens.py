@@ -19,9 +19,9 @@ from megatron.data import matching
 from megatron.data.build import build_datasets
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.matching import check_tokenizer, chosen_for_data
-from megatron.data.merge import merge
-from megatron.data.preprocess import Settings, preprocess
+from megatron.data.matching import adopt_data_roles, check_tokenizer
+from megatron.data.merge import merge_datasets
+from megatron.data.preprocess import PreprocessConfig, preprocess
 from megatron.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron.data.tokenizer_base import Tokenizer as Ours
 from megatron.data.train_bpe import train_bpe
@@ -66,7 +66,7 @@ def config(kind: str, files: Path, **more: Any) -> TokenizerConfig:
 
 
 def documents(files: Path, folder: Path, tokenizer: TokenizerConfig, **settings: Any) -> tuple[IndexedDataset, dict[str, int]]:
-    totals = preprocess([str(files / "c.jsonl")], str(folder / "o"), Settings(tokenizer, append_eod=True, **settings))
+    totals = preprocess([str(files / "c.jsonl")], str(folder / "o"), PreprocessConfig(tokenizer, append_eod=True, **settings))
     return IndexedDataset(totals.prefixes[0]), dict(totals.special_tokens)
 
 
@@ -148,13 +148,13 @@ def test_tokenizers_that_differ_in_special_tokens(files: Path, tmp_path: Path) -
     (tmp_path / "other").mkdir()
     first, (dataset, _) = dataset, documents(files, tmp_path / "other", other)
     with pytest.raises(DataError, match=r"end of document 4\).*end of document 5\); they differ in special tokens alone"):
-        merge([first.prefix, dataset.prefix], str(tmp_path / "m"))
+        merge_datasets([first.prefix, dataset.prefix], str(tmp_path / "m"))
     tokenizer, data = build_tokenizer(own), DataSettings(data_path=(dataset.prefix,))
-    settings, lines = chosen_for_data(data, own, tokenizer)
+    settings, lines = adopt_data_roles(data, own, tokenizer)
     assert settings.eod_token == "5" and tokenizer.eod == 5 and "'<EOD>' (id 5), as --eod-token said" in lines[0]
     check_tokenizer(dataset, tokenizer)
     tokenizer = build_tokenizer(config(kind, files, eod_token="4"))
-    assert chosen_for_data(data, config(kind, files, eod_token="4"), tokenizer)[1] == [] and tokenizer.eod == 4
+    assert adopt_data_roles(data, config(kind, files, eod_token="4"), tokenizer)[1] == [] and tokenizer.eod == 4
 
 
 def test_a_chosen_end_is_in_the_export(files: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_foreign_ids_without_a_sidecar(place: int, tmp_path: Path, monkeypatch: 
     data = DataConfig(data_path=(prefix,), split="1,0,0", seq_length=8)
     with pytest.raises(DataError, match=words):
         build_datasets(data, 1, (4, 0, 0), byte)
-    monkeypatch.setattr(matching, "MAX_LOOKED_AT", 16)
-    monkeypatch.setattr(matching, "PIECE", 4)
+    monkeypatch.setattr(matching, "MAX_CHECKED_TOKENS", 16)
+    monkeypatch.setattr(matching, "CHECKED_PIECE", 4)
     with pytest.raises(DataError, match=words):
         build_datasets(data, 1, (4, 0, 0), byte)
 
