@@ -25,7 +25,7 @@ def stack(tensor: Tensor, config: ModelConfig) -> Tensors:
 
 
 def unstack(tensors: Tensors, config: ModelConfig) -> Tensor:
-    heads, groups, width = (config.size(name) for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
     return join_qkv(tensors[0].split([heads * width, groups * width, groups * width]), config)
 
 

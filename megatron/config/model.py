@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from megatron.config.check import ConfigCheck, Rules, divisors, missing
 from megatron.config.errors import Problem
+from megatron.config.normalizations import NORMALIZATIONS, OWN, norm_class
 from megatron.config.option import LAYERS, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, option
 
 FOREIGN: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -52,7 +53,7 @@ class ModelSettings:
     rotary_percent: float = option(1.0, "share of each head that RoPE turns", legal=SHARE)
     rotary_interleaved: bool = option(False, "RoPE turns neighbouring channels as a pair, not the halves of a head")
     rotary_base: float = option(10000.0, "base of the RoPE frequencies", aliases=("--rope-theta",), legal=POSITIVE)
-    normalization: str = option("LayerNorm", "normalisation layer", choices=("LayerNorm", "RMSNorm"))
+    normalization: str = option("LayerNorm", "normalisation layer", choices=tuple(NORMALIZATIONS))
     layernorm_epsilon: float = option(1e-5, "added to the variance", aliases=("--norm-epsilon",), legal=POSITIVE)
     apply_layernorm_1p: bool = option(False, "store the norm's weight as gamma - 1, so that weight decay pulls it to 1")
     add_norm_bias: bool = option(True, "a bias in every LayerNorm", off="--disable-norm-bias")
@@ -204,6 +205,17 @@ def positions(c: ConfigCheck) -> Iterator[Problem]:
         )
 
 
+def normalization_package(c: ConfigCheck) -> Iterator[Problem]:
+    """A normalisation of another package can be loaded; our own, which need torch, are not loaded to see that."""
+    name = c["model.normalization"]
+    if name in OWN or "model.normalization" in c.invalid:
+        return
+    try:
+        norm_class(name)
+    except ValueError as error:
+        yield Problem(c.flag_text("model.normalization"), str(error))
+
+
 def of_other_architecture(c: ConfigCheck) -> Iterator[Problem]:
     """A setting that the model does not have would silently do nothing."""
     own = c["model.architecture"]
@@ -213,4 +225,6 @@ def of_other_architecture(c: ConfigCheck) -> Iterator[Problem]:
             yield Problem(c.flag_text(name), f"belongs to {other}; leave it out")
 
 
-RULES = Rules(every_run=(sizes_given, head_width, query_groups, rotary_width, positions, of_other_architecture))
+RULES = Rules(
+    every_run=(sizes_given, head_width, query_groups, rotary_width, positions, normalization_package, of_other_architecture)
+)

@@ -21,6 +21,7 @@ from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.parallel.embedding import padded_vocabulary
 
 # Same name and same meaning on both sides.
+NORMS = ("LayerNorm", "RMSNorm")
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
 SWITCHES = (
     "apply_layernorm_1p",
@@ -94,7 +95,7 @@ def _refuse_unsupported(args: Mapping[str, Any], weights: Mapping[str, Tensor]) 
         found.append("rotary and learned positions at once (there, add --no-position-embedding)")
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
         found.append(f"--position-embedding-type {args['position_embedding_type']}")
-    if args.get("normalization", "LayerNorm") not in ("LayerNorm", "RMSNorm"):
+    if args.get("normalization", "LayerNorm") not in NORMS:
         found.append(f"--normalization {args['normalization']}")
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
@@ -223,6 +224,8 @@ def cannot_write(config: ModelConfig, tp: int, pp: int) -> list[str]:
             found.append(f"{number} {what} cannot be cut over {tp} tensor-parallel ranks")
     if config.num_layers % pp:
         found.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
+    if config.normalization not in NORMS:
+        found.append(f"it has {' and '.join(NORMS)} (--normalization {config.normalization})")
     if config.normalization == "LayerNorm" and not config.add_norm_bias:
         found.append("its LayerNorm always has a bias (--disable-norm-bias)")
     return found

@@ -1,13 +1,11 @@
-"""Normalisation over the last dimension. To add one: a class here, its row in `NORMALIZATIONS`, its name in config/model.py."""
+"""Normalisation over the last dimension. To add one: a class here, and its row in config/normalizations.py."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.config.normalizations import norm_class
 from megatron.config.schema import ModelConfig
 from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -55,11 +53,7 @@ class RMSNorm(Norm):
         return F.rms_norm(x, (self.hidden,), self.gamma, self.epsilon)
 
 
-NORMALIZATIONS: Mapping[str, Callable[[ModelConfig, TensorParallel], nn.Module]] = MappingProxyType(
-    {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}
-)
-
-
 def make_norm(config: ModelConfig, tp: TensorParallel) -> nn.Module:
     """Return the normalisation that the configuration names."""
-    return NORMALIZATIONS[config.normalization](config, tp)
+    norm: nn.Module = norm_class(config.normalization)(config, tp)
+    return norm

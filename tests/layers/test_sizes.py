@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from unittest.mock import patch
 
@@ -11,12 +12,13 @@ import pytest
 from reference import GPT2
 from torch import Tensor, nn
 
+from megatron.config import normalizations
 from megatron.config.resolve import resolve, resolve_model
 from megatron.config.schema import BatchConfig, DataConfig, LayoutSettings, ModelConfig, OptimSettings, RunConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis
-from megatron.model import build, norm
+from megatron.model import build
 from megatron.model.attention import Attend
 from megatron.model.block import Block
 from megatron.model.build import build_stages
@@ -82,10 +84,13 @@ def toy(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, int]]:
     """A toy model of the kind, and how many parameters it has: so many more than GPT-2."""
     plain = plain_model().count()
     model = replace(PLAIN, normalization="toy" if request.param == "norm" else "LayerNorm")
-    kinds = {**norm.NORMALIZATIONS, "toy": ToyNorm}
+    kinds = {**normalizations.NORMALIZATIONS, "toy": EntryPoint("toy", "test_sizes:ToyNorm", normalizations.GROUP)}
     models = {**build.MODELS, "gpt": ToyGPT if request.param == "layers" else GPT}
     more = (2 * LAYERS + 1) * HIDDEN if request.param == "norm" else LAYERS // 2 * 2 * HIDDEN**2
-    with patch.object(norm, "NORMALIZATIONS", MappingProxyType(kinds)), patch.object(build, "MODELS", MappingProxyType(models)):
+    with (
+        patch.object(normalizations, "NORMALIZATIONS", MappingProxyType(kinds)),
+        patch.object(build, "MODELS", MappingProxyType(models)),
+    ):
         yield model, plain + more
 
 

@@ -1,0 +1,46 @@
+"""The normalisations that a model can have, each with the class that computes it. Imports no torch.
+
+A class is a `torch.nn.Module` made from a `ModelConfig` and a `TensorParallel`, as those of `megatron/model/norm.py` are; it is
+imported when a model is built. Its parameters come from `TensorParallel.parameter`, and say there all that sizes, gradients,
+optimizer and checkpoints must know.
+
+A package outside this one adds a normalisation by an entry point of the group `megatron.normalizations`, in its pyproject.toml:
+
+    [project.entry-points."megatron.normalizations"]
+    DynamicTanh = "my_package.norms:DynamicTanh"
+
+The package is imported only where the normalisation is used, and cannot take the name of one of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Any
+
+GROUP = "megatron.normalizations"
+
+OWN: Mapping[str, EntryPoint] = MappingProxyType(
+    {
+        "LayerNorm": EntryPoint("LayerNorm", "megatron.model.norm:LayerNorm", GROUP),
+        "RMSNorm": EntryPoint("RMSNorm", "megatron.model.norm:RMSNorm", GROUP),
+    }
+)
+NORMALIZATIONS: Mapping[str, EntryPoint] = MappingProxyType(
+    {**OWN, **{found.name: found for found in entry_points(group=GROUP) if found.name not in OWN}}
+)
+
+
+def norm_class(normalization: str) -> Callable[..., Any]:
+    """Return the class of a normalisation. ValueError when it is unknown, or its package does not hold what it should."""
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"unknown normalization {normalization}; known are {', '.join(NORMALIZATIONS)}")
+    found = NORMALIZATIONS[normalization]
+    try:
+        made = found.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"needs {found.value}, which cannot be loaded: {error}") from error
+    if not isinstance(made, type):
+        raise ValueError(f"needs {found.value}, which is no class")
+    return made
