@@ -37,7 +37,7 @@ from ours import batches_of, config_of
 
 from megatron.checkpoint.content import shard_name
 from megatron.config.schema import CheckpointConfig
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import job
 from megatron.train.run import Run, build
 from megatron.train.saving import Saver
@@ -197,7 +197,7 @@ def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
     """Measure on one rank; the first one prints the table."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
-    with job(Place.of(os.environ), "gloo" if case.ranks > 1 else None) as started:
+    with job(LaunchEnvironment.from_environ(os.environ), "gloo" if case.ranks > 1 else None) as started:
         torch.set_num_threads(case.threads)
         bench = Bench(case, build(config_of(case), started), root)
         bench.step()

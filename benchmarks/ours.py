@@ -26,7 +26,7 @@ from megatron.config.schema import (
     RunSettings,
 )
 from megatron.contract import Batch, StagePart
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
@@ -108,7 +108,7 @@ def config_of(case: Case, schedule: str | None = None, options: Options = DEFAUL
 @contextmanager
 def process(case: Case) -> Iterator[Job]:
     """A process as the entry script sets it up."""
-    with job(Place.of(os.environ)) as started:
+    with job(LaunchEnvironment.from_environ(os.environ)) as started:
         torch.set_num_threads(case.threads)
         yield started
 

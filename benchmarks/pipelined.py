@@ -130,7 +130,7 @@ def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
     """Our run, with torch's executor."""
     with ours.process(case) as started:
         run = build(ours.config_of(case, "1f1b"), started)
-        rank = started.place.rank
+        rank = started.env.rank
         executor = TorchExecutor(case, run.stages[rank], rank)
         run.step.pipeline = executor  # type: ignore[attr-defined]  # a `train.step.Step`, which asks for no more than this has
         yield Pipelined(*parts_of(case, run, executor))

@@ -23,7 +23,7 @@ from megatron.config.schema import (
 )
 from megatron.contract import Batch
 from megatron.data.batch import document_indices, document_starts
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.parallel.spec import spec_of
 from megatron.train.loop import advance
@@ -177,8 +177,8 @@ def start(setting: Setting, steps: int) -> Run:
     """A built run on the processes at hand."""
     initialized = dist.is_initialized()
     world = dist.get_world_size() if initialized else 1
-    place = Place(dist.get_rank() if initialized else 0, world)
-    return build(setting.config(world, steps), Job(place, torch.device("cpu"), "gloo" if initialized else None))
+    env = LaunchEnvironment(dist.get_rank() if initialized else 0, world)
+    return build(setting.config(world, steps), Job(env, torch.device("cpu"), "gloo" if initialized else None))
 
 
 def accumulate(run: Run, setting: Setting) -> None:

@@ -48,7 +48,7 @@ class EmbeddingNorm(Hook):
             squares = run.stages[0].embedding.word.weight.square().sum()
             norm = training.extra_metrics[NAME] = all_reduce(squares, run.mesh.tp).sqrt().item()
             if due(training.iteration, EVERY):
-                with (self.folder / f"norms.{run.job.place.rank}").open("a") as out:
+                with (self.folder / f"norms.{run.job.env.rank}").open("a") as out:
                     out.write(f"{training.iteration} {norm!r}\n")
 
     def after_training(self, training: Training) -> None:

@@ -32,7 +32,7 @@ with loading():
     from megatron.inference.generate import Sampling, Text, check_prompt, room_after, write
     from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
     from megatron.inference.restore import open_pipeline, text_tokenizer
-    from megatron.launch.environment import Place
+    from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, job
     from megatron.launch.tool_parser import ToolParser, some_name
     from megatron.mesh.grid import Grid
@@ -60,10 +60,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--micro-batch-size", type=int, default=32, help="prompts that are continued together (default 32)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values again for each token")
     args = parse_once(parser.parse_args, argv)
-    place = Place()
+    env = LaunchEnvironment()
     try:
-        place = Place.of(os.environ)
-        grid, device = layout_of(args, place)
+        env = LaunchEnvironment.from_environ(os.environ)
+        grid, device = layout_of(args, env)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         search = search_of(args)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
@@ -74,14 +74,14 @@ def main(argv: list[str]) -> int:
         find(
             Path(args.load),
             args.load_iteration,
-            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+            lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
-        with job(place, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
-            own = device if place.world_size == 1 else started.device
+        with job(env, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
+            own = device if env.world_size == 1 else started.device
             answers, notes = answer(args, started, grid, own, prompts, search or sampling)
     except REFUSED as error:
-        return refuse(error, place)
-    if place.rank == 0:
+        return refuse(error, env)
+    if env.rank == 0:
         print(notes, end="", file=sys.stderr)
         if args.prompt_file is None and len(prompts) == 1:
             print(answers[0]["text"])
@@ -94,7 +94,7 @@ def answer(
     args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str], how: Sampling | BeamSearch
 ) -> tuple[list[dict[str, object]], str]:
     """Each prompt with what the model adds, and what there is to say about it. Collective."""
-    mesh = Mesh.build(grid, started.place.rank, started.timeout, watch=started.watch)
+    mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     tokenizer = text_tokenizer(opened)
     stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token

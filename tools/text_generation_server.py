@@ -26,7 +26,7 @@ with loading():
     from megatron.data.errors import DataError
     from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
     from megatron.inference.restore import open_pipeline, text_tokenizer
-    from megatron.launch.environment import Place
+    from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, guarded, job
     from megatron.launch.signals import StopSignals
     from megatron.launch.tool_parser import ToolParser, some_path
@@ -53,10 +53,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--chat-template", type=some_path, metavar="FILE", help="Jinja template; default the checkpoint's")
     add_access_flags(parser)
     args = parse_once(parser.parse_args, argv)
-    place = Place()
+    env = LaunchEnvironment()
     try:
-        place = Place.of(os.environ)
-        grid, device = layout_of(args, place)
+        env = LaunchEnvironment.from_environ(os.environ)
+        grid, device = layout_of(args, env)
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
         limits = ConnectionLimits(args.request_timeout, args.keep_alive_timeout, args.send_timeout, args.max_connections)
@@ -68,17 +68,17 @@ def main(argv: list[str]) -> int:
         find(
             Path(args.load),
             args.load_iteration,
-            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+            lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
         signals = StopSignals(leave)
         signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
-        with guarded(place, explain=explain, signals=signals) as guard, job(place, guard=guard) as started:
-            device = device if place.world_size == 1 else started.device
+        with guarded(env, explain=explain, signals=signals) as guard, job(env, guard=guard) as started:
+            device = device if env.world_size == 1 else started.device
             run(args, started, grid, device, signals, access=access, limits=limits, template=template)
         signals.close()
     except REFUSED as error:
-        return refuse(error, place)
+        return refuse(error, env)
     return 0
 
 
@@ -122,7 +122,7 @@ def run(
     template: str | None,
 ) -> None:
     """Open the model and serve it. Collective. template: of chats, None for the checkpoint's."""
-    mesh = Mesh.build(grid, started.place.rank, started.timeout, watch=started.watch)
+    mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
     opened_port = open_port(args.host, args.port) if started.is_main else None
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)

@@ -20,7 +20,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.files.side import forgiving_streams, piped_streams
 from megatron.launch.command_line import typed_command, with_torchrun
-from megatron.launch.environment import Place, PlaceError
+from megatron.launch.environment import LaunchEnvironment, LaunchEnvironmentError
 from megatron.launch.exit_report import leave_to_first, say, tell_launcher
 from megatron.launch.signals import StopSignals
 from megatron.train.going_on import CtrlC, how_to_go_on
@@ -47,35 +47,35 @@ def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
 def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:
     began = time.monotonic()
     try:
-        place = Place.of(os.environ)
-    except PlaceError as error:
+        env = LaunchEnvironment.from_environ(os.environ)
+    except LaunchEnvironmentError as error:
         problem = Problem("what the launcher says of this process", f"cannot be: {error}")
         explain(ConfigError([problem]), program, 0 if error.own else None)
-    early = EarlyStop(place.rank)
-    early.reading = place.rank > 0 and place.job is not None
-    ctrl_c = CtrlC(place)
+    early = EarlyStop(env.rank)
+    early.reading = env.rank > 0 and env.job is not None
+    ctrl_c = CtrlC(env)
     signals = StopSignals(early.at_once, ctrl_c)
     signals.install()
     try:
         try:
-            parsed = read(argv, place, program, defaults, task)
+            parsed = read(argv, env, program, defaults, task)
         except HelpAsked as answer:
             with piped_streams():
-                if place.rank == 0:
+                if env.rank == 0:
                     sys.stdout.write(str(answer))
             return 0
         except ConfigError as error:
             signals.close()
-            return refused(error, place, program, argv)
+            return refused(error, env, program, argv)
         early.reading = False
         if parsed.dry_run:
             with piped_streams():
-                return planned(parsed, program, task) if place.rank == 0 else 0
-        ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, place)
+                return planned(parsed, program, task) if env.rank == 0 else 0
+        ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, env)
         early.again = how_to_go_on(ctrl_c.command, ctrl_c.checkpoint)
-        again = restarted(parsed, place)
+        again = restarted(parsed, env)
         if again is None:
-            if place.rank == 0:
+            if env.rank == 0:
                 sys.stdout.write("this job was stopped on request before torchrun started it again: nothing is done\n")
             return STOPPED
         parsed = again
@@ -84,9 +84,9 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
             from megatron.tasks.program import start
         else:
             from megatron.train.pretraining import start
-        return start(parsed, place, began, signals, early)
+        return start(parsed, env, began, signals, early)
     finally:
-        signals.close(ignore=place.world_size > 1)
+        signals.close(ignore=env.world_size > 1)
 
 
 def planned(parsed: Parsed, program: str, task: bool) -> int:
@@ -98,14 +98,14 @@ def planned(parsed: Parsed, program: str, task: bool) -> int:
     return dry_run(parsed, program, look)
 
 
-def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
+def read(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
     """The command, checked. ConfigError where it is wrong, SystemExit where it cannot be read."""
     try:
-        parsed = parse(argv, program=program, defaults=defaults, world_size=place.world_size, saved=_saved_config, task=task)
+        parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=_saved_config, task=task)
     except (ConfigError, HelpAsked):
         raise
     except Exception as error:
-        where = f"rank {place.rank} on host {os.uname().nodename}, reading the command"
+        where = f"rank {env.rank} on host {os.uname().nodename}, reading the command"
         line = f"error: {where}: {type(error).__name__}: {error}\n"
         tell_launcher(line)
         say(traceback.format_exc() + line)
@@ -113,44 +113,44 @@ def read(argv: Sequence[str], place: Place, program: str, defaults: Mapping[str,
     return parsed
 
 
-def refused(error: ConfigError, place: Place, program: str, argv: Sequence[str]) -> int:
+def refused(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequence[str]) -> int:
     """Say what is wrong with the command, once for all ranks; the exit status.
 
     The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
     the job to tell it, which ends all; where the first rank does not come, it has found the same.
     """
-    if place.rank and error.on_disk:
+    if env.rank and error.on_disk:
         from megatron.train.in_job import refuse_on_all
 
-        if refuse_on_all(error, place, ALONE_MINUTES) or place.local_rank:
+        if refuse_on_all(error, env, ALONE_MINUTES) or env.local_rank:
             return 2
-    elif place.rank:
-        leave_to_first(place)
+    elif env.rank:
+        leave_to_first(env)
     else:
         first, *more = error.problems
         tell_launcher(f"error: {first}" + (f" (and {len(more)} more, listed above)" if more else ""))
     ranks = next((problem.ranks for problem in error.problems if problem.ranks), 0)
     advice = []
-    if ranks and place.source == "python" and "--dry-run" not in argv:
+    if ranks and env.launcher == "python" and "--dry-run" not in argv:
         advice = [f"start {ranks} processes: {shlex.join(with_torchrun(ranks, program, argv))}"]
-    explain(error, program, 0 if error.on_disk else place.rank, advice)
+    explain(error, program, 0 if error.on_disk else env.rank, advice)
 
 
-def restarted(parsed: Parsed, place: Place) -> Parsed | None:
+def restarted(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
     """The command that torchrun repeats after a failure: it goes on from what an earlier attempt of this job has saved.
 
     Where none has saved anything it stays as it was given. None when the attempt before was stopped on request.
     """
     checkpoint = parsed.config.checkpoint
-    if not place.attempt or checkpoint.save is None:
+    if not env.attempt or checkpoint.save is None:
         return parsed
     progress = Progress(checkpoint.save)
-    ours = progress.job == place.job
+    ours = progress.job == env.job
     if ours and progress.stopped:
         return None
     if checkpoint.auto_resume:
         return parsed
-    line = f"restart {place.attempt} by torchrun: "
+    line = f"restart {env.attempt} by torchrun: "
     from megatron.train.continuation import announced_in
 
     if ours and announced_in(checkpoint.save) != progress.tracker:

@@ -16,7 +16,7 @@ import torch
 from megatron.inference.generate import device_of
 from megatron.launch.command_line import with_torchrun
 from megatron.launch.entry import speaks
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.exit_report import leave_to_first, tell_launcher
 from megatron.launch.tool_parser import some_name
 from megatron.mesh.grid import Grid
@@ -43,43 +43,43 @@ def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             return parse(argv)
     except SystemExit:
-        leave_to_first(Place(job=os.environ.get("TORCHELASTIC_RUN_ID")))
+        leave_to_first(LaunchEnvironment(job=os.environ.get("TORCHELASTIC_RUN_ID")))
         raise
 
 
-def refuse(error: Exception, place: Place) -> int:
+def refuse(error: Exception, env: LaunchEnvironment) -> int:
     """Say once for all ranks what cannot be done; the exit status. On other hosts the first rank says it too, a little later.
 
     Args:
         error: what was found before the ranks have met.
-        place: of this process.
+        env: of this process.
     """
-    if place.rank == 0:
+    if env.rank == 0:
         tell_launcher(f"error: {error}")
     else:
-        leave_to_first(place)  # and torchrun ends this process meanwhile
-    if place.local_rank == 0 or getattr(error, "own", False):
+        leave_to_first(env)  # and torchrun ends this process meanwhile
+    if env.local_rank == 0 or getattr(error, "own", False):
         print(f"error: {error}", file=sys.stderr)
     return 2
 
 
-def layout_of(args: argparse.Namespace, place: Place) -> tuple[Grid, torch.device]:
+def layout_of(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, torch.device]:
     """How the model is cut, and the device of a process that is alone; of several each has its own, see `Job`.
 
     ValueError for sizes whose product is not the number of processes, and for a device that is not there.
     """
     grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
-    if args.device is not None and place.world_size > 1:
+    if args.device is not None and env.world_size > 1:
         raise ValueError(f"--device {args.device} is for one process; several each take the device of their own number")
     device = device_of(args.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
     if min(grid.shape) < 1:
         raise ValueError(f"{sizes}; legal: 1 and above")
-    if grid.world_size != place.world_size:
+    if grid.world_size != env.world_size:
         command = with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
-        words = f": {shlex.join(command)}" if place.source == "python" else ""
+        words = f": {shlex.join(command)}" if env.launcher == "python" else ""
         raise ValueError(
-            f"{sizes} needs as many processes; there are {place.world_size}: "
+            f"{sizes} needs as many processes; there are {env.world_size}: "
             f"start with torchrun --nproc_per_node {grid.world_size}{words}"
         )
     return grid, device

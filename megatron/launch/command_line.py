@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 
 
-def typed_command(program: str, argv: Sequence[str], place: Place) -> list[str]:
+def typed_command(program: str, argv: Sequence[str], env: LaunchEnvironment) -> list[str]:
     """The words that started this process as a user typed them, launcher and all, as far as that can be seen.
 
     Args:
         program: name of the entry script, for a command that cannot be seen.
         argv: its arguments.
-        place: of this process; says who started it.
+        env: of this process; says who started it.
     """
     seen = list(sys.orig_argv)
-    if place.source == "torchrun":
+    if env.launcher == "torchrun":
         with suppress(OSError):
             seen = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
-    elif place.source == "srun":
+    elif env.launcher == "srun":
         seen = ["srun", *seen]
     ours = bool(argv) and len(seen) > len(argv) and seen[-len(argv) :] == list(argv)
     return seen if ours else [program, *argv]

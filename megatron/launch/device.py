@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 
 MAX_HOSTS = 4  # that a message names of one kind
@@ -69,39 +69,39 @@ class Means:
     problem: str = ""
 
 
-def choose(place: Place, backend: str | None, gpus: int) -> tuple[torch.device, str]:
+def choose(env: LaunchEnvironment, backend: str | None, gpus: int) -> tuple[torch.device, str]:
     """Device and backend: nccl with one GPU per process of the host, else gloo. ValueError for nccl without GPUs."""
-    enough = gpus >= place.local_size
+    enough = gpus >= env.local_size
     if backend == "nccl" and not (gpus and enough):
         raise ValueError(
-            f"--distributed-backend nccl needs one GPU per process; this host has {gpus} for {place.local_size}. "
+            f"--distributed-backend nccl needs one GPU per process; this host has {gpus} for {env.local_size}. "
             "Start fewer processes, or use --distributed-backend gloo"
         )
-    device = torch.device("cuda", place.local_rank % gpus) if gpus else torch.device("cpu")
+    device = torch.device("cuda", env.local_rank % gpus) if gpus else torch.device("cpu")
     return device, backend or ("nccl" if gpus and enough else "gloo")
 
 
-def means_of(place: Place, asked: str | None, found: Hardware) -> tuple[torch.device, Means]:
+def means_of(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, Means]:
     """What this rank would take, and what it says of it. asked: the backend of the command, if it names one."""
     # SLURM may show each task only its own GPU, which is then device 0.
-    alone = place.source == "srun" and found.gpus == 1 and place.local_size > 1
+    alone = env.launcher == "srun" and found.gpus == 1 and env.local_size > 1
     host, gpus = os.uname().nodename, found.gpus
-    why = f"it has {gpus} GPU(s) for {place.local_size} process(es)" if gpus else f"it has no GPU: {found.why}"
+    why = f"it has {gpus} GPU(s) for {env.local_size} process(es)" if gpus else f"it has no GPU: {found.why}"
     try:
-        device, backend = choose(Place(place.rank, place.world_size) if alone else place, asked, gpus)
+        device, backend = choose(LaunchEnvironment(env.rank, env.world_size) if alone else env, asked, gpus)
     except ValueError as error:
         return torch.device("cpu"), Means(host, "cpu", asked or "gloo", why, problem=str(error))
     return device, Means(host, device.type, backend, why, found.card if alone and backend == "nccl" else "")
 
 
-def agree(store: Any, place: Place, own: Means, timeout: timedelta) -> None:
+def agree(store: Any, env: LaunchEnvironment, own: Means, timeout: timedelta) -> None:
     """Tell the others what this rank takes, and hear whether all fit together. Collective.
 
     store: of the job. JobError with status 2, the same on all ranks, when they do not; with status 1 when some do not come.
     """
-    store.set(f"means {place.rank}", json.dumps(asdict(own)))
-    if place.rank == 0:
-        keys = [f"means {rank}" for rank in range(place.world_size)]
+    store.set(f"means {env.rank}", json.dumps(asdict(own)))
+    if env.rank == 0:
+        keys = [f"means {rank}" for rank in range(env.world_size)]
         try:
             store.wait(keys, timeout)
         except RuntimeError as error:

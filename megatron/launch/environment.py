@@ -14,7 +14,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")  # which dif
 HOW = "leave these variables to torchrun or srun, or unset them for a single process"
 
 
-class PlaceError(ValueError):
+class LaunchEnvironmentError(ValueError):
     """What a launcher's variables say cannot be. own: it may be this process's alone, so that it must say so itself."""
 
     def __init__(self, text: str, *, own: bool = False) -> None:
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchEnvironment:
     """This process among the processes of the job. local_size: processes on this host. source: who started it.
 
     job, attempt: the launcher's name for the job, and how often it has started these processes anew, where it tells.
@@ -34,7 +34,7 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    source: str = "python"
+    launcher: str = "python"
     address: str = "127.0.0.1"
     port: int = 29500
     job: str | None = None
@@ -42,26 +42,26 @@ class Place:
     blocking: bool = False
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Place:
-        """Read the launcher's variables. PlaceError naming what is wrong with them."""
+    def from_environ(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
+        """Read the launcher's variables. LaunchEnvironmentError naming what is wrong with them."""
         blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
         return replace(cls._started(environ), blocking=blocking)
 
     @classmethod
-    def _started(cls, environ: Mapping[str, str]) -> Place:
+    def _started(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
         if "RANK" in environ or "WORLD_SIZE" in environ:
             world = _number(environ, "WORLD_SIZE", 1)
             rank = _position(environ, "RANK", world, "WORLD_SIZE", default=0 if world == 1 else None)
             local_world = _number(environ, "LOCAL_WORLD_SIZE", world)
             if not 0 < local_world <= world:
-                raise PlaceError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {HOW}")
+                raise LaunchEnvironmentError(f"LOCAL_WORLD_SIZE is {local_world}, and WORLD_SIZE {world}: {HOW}")
             return cls(
                 rank=rank,
                 world_size=world,
                 # Without the variable all processes are taken to be on one host, as without LOCAL_WORLD_SIZE.
                 local_rank=_position(environ, "LOCAL_RANK", local_world, "LOCAL_WORLD_SIZE", default=rank % local_world),
                 local_size=local_world,
-                source="torchrun",
+                launcher="torchrun",
                 address=environ.get("MASTER_ADDR") or "127.0.0.1",
                 port=_port(environ, 29500),
                 job=environ.get("TORCHELASTIC_RUN_ID"),
@@ -81,7 +81,7 @@ class Place:
                 local_rank=local_rank,
                 # Of the first host; one that has more tasks has at least those up to this one.
                 local_size=min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
-                source="srun",
+                launcher="srun",
                 address=environ.get("MASTER_ADDR") or hosts[0],
                 port=_port(environ, own_port),
             )
@@ -93,26 +93,28 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if text is None and default is not None:
         return default
     if text is None:
-        raise PlaceError(f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in OF_A_RANK)
+        raise LaunchEnvironmentError(
+            f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in OF_A_RANK
+        )
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
-        raise PlaceError(f"{name} is {text!r}, not a number: {HOW}", own=name in OF_A_RANK)
+        raise LaunchEnvironmentError(f"{name} is {text!r}, not a number: {HOW}", own=name in OF_A_RANK)
     return int(text)
 
 
 def _position(environ: Mapping[str, str], name: str, size: int, size_name: str, default: int | None = None) -> int:
     """A number from 0 to below `size`, which the variable `size_name` says."""
     if size < 1:
-        raise PlaceError(f"{size_name} is {size}; legal: 1 and above; {HOW}")
+        raise LaunchEnvironmentError(f"{size_name} is {size}; legal: 1 and above; {HOW}")
     number = _number(environ, name, default)
     if number >= size:
-        raise PlaceError(f"{name} is {number}, and {size_name} {size}; legal: 0 to {size - 1}; {HOW}", own=True)
+        raise LaunchEnvironmentError(f"{name} is {number}, and {size_name} {size}; legal: 0 to {size - 1}; {HOW}", own=True)
     return number
 
 
 def _port(environ: Mapping[str, str], default: int) -> int:
     port = _number(environ, "MASTER_PORT", default)
     if not 0 < port < 65536:
-        raise PlaceError(f"MASTER_PORT is {port}; legal: 1 to 65535, one that is free on the host of rank 0")
+        raise LaunchEnvironmentError(f"MASTER_PORT is {port}; legal: 1 to 65535, one that is free on the host of rank 0")
     return port
 
 
@@ -128,6 +130,6 @@ def expand_hosts(nodelist: str) -> list[str]:
         for part in ranges.split(","):
             low, _, high = part.partition("-")
             if not (low.isdecimal() and (high or low).isdecimal()):
-                raise PlaceError(f"SLURM_STEP_NODELIST is {nodelist!r}, which is no list of hosts: {HOW}")
+                raise LaunchEnvironmentError(f"SLURM_STEP_NODELIST is {nodelist!r}, which is no list of hosts: {HOW}")
             hosts += [f"{before}{n:0{len(low)}d}{after}" for n in range(int(low), int(high or low) + 1)]
     return hosts

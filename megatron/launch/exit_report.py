@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 
 FIRST_SECONDS = 10.0  # that a first rank may take longer to its words than another one
 ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
@@ -45,19 +45,19 @@ def briefly(work: Callable[[], object]) -> None:
     worker.join(2.0)
 
 
-def leave_to_first(place: Place) -> None:
+def leave_to_first(env: LaunchEnvironment) -> None:
     """Wait, on another rank than the first, which says what is wrong with the command that all have, and leaves.
 
     A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
     reports each that does not end with 0, so this process then does.
     """
-    leave_with_launcher(place)
-    time.sleep(1.0 if place.job is None else FIRST_SECONDS)
+    leave_with_launcher(env)
+    time.sleep(1.0 if env.job is None else FIRST_SECONDS)
 
 
-def leave_with_launcher(place: Place) -> None:
+def leave_with_launcher(env: LaunchEnvironment) -> None:
     """From now on end with 0 where torchrun ends this process, since another one has failed."""
-    if place.job is not None and threading.current_thread() is threading.main_thread():
+    if env.job is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.launch.device import Hardware, agree, means_of
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 from megatron.launch.exit_report import status_of
 from megatron.launch.heartbeat import Patience, Process
@@ -34,7 +34,7 @@ class Job:
     timeout: of a collective.
     """
 
-    place: Place
+    env: LaunchEnvironment
     device: torch.device
     backend: str | None
     timeout: timedelta | None = None
@@ -43,12 +43,12 @@ class Job:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which speaks for all."""
-        return self.place.rank == 0
+        return self.env.rank == 0
 
     def describe(self) -> str:
         """Say in words how many processes there are, who started them, and on what."""
         talk = f"{self.backend}" if self.backend else "no communication needed"
-        return f"{self.place.world_size} process(es) started by {self.place.source}, on {self.device.type}, {talk}"
+        return f"{self.env.world_size} process(es) started by {self.env.launcher}, on {self.device.type}, {talk}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Guard:
 
 @contextmanager
 def guarded(
-    place: Place,
+    env: LaunchEnvironment,
     timeout_minutes: float = 10.0,
     *,
     explain: Explain = lambda error, where: None,
@@ -131,17 +131,17 @@ def guarded(
     errors just pass through.
     """
     timeout = timedelta(minutes=timeout_minutes)
-    if place.world_size == 1 or dist.is_initialized():
+    if env.world_size == 1 or dist.is_initialized():
         yield Guard(timeout=timeout)
         return
     own = signals is None
     signals = signals or StopSignals()
-    store = connect(place, timeout)
+    store = connect(env, timeout)
     watch = LiveWatch(
-        connect(place, timeout, again=True),
-        place,
+        connect(env, timeout, again=True),
+        env,
         timeout,
-        keeps_store=serves_store(place.rank),
+        keeps_store=serves_store(env.rank),
         patience=patience,
         explain=explain,
         signals=signals,
@@ -152,7 +152,7 @@ def guarded(
     watch.start()
     signals.watched()
     try:
-        yield Guard(watch, store, timeout, place.world_size, signals)
+        yield Guard(watch, store, timeout, env.world_size, signals)
     except BaseException as error:
         if status_of(error):
             watch.fail(error)  # and take nothing apart: it could block for ever
@@ -165,7 +165,7 @@ def guarded(
 
 @contextmanager
 def job(
-    place: Place,
+    env: LaunchEnvironment,
     backend: str | None = None,
     timeout_minutes: float = 10.0,
     *,
@@ -181,29 +181,29 @@ def job(
 
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
     """
-    device, means = means_of(place, backend, look())
-    with nullcontext(guard) if guard else guarded(place, timeout_minutes, explain=explain, patience=patience) as there:
+    device, means = means_of(env, backend, look())
+    with nullcontext(guard) if guard else guarded(env, timeout_minutes, explain=explain, patience=patience) as there:
         if there.store is not None:
             there.watch.waiting("comparing what the ranks compute on")
-            agree(there.store, place, means, there.timeout)
+            agree(there.store, env, means, there.timeout)
         elif means.problem:
             raise JobError(means.problem, status=2)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
             keep_freed_memory()
-            if place.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+            if env.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // env.local_size))
         if there.store is None:
-            yield Job(place, device, means.backend if place.world_size > 1 else None, there.timeout)
+            yield Job(env, device, means.backend if env.world_size > 1 else None, there.timeout)
             return
         # NCCL's own watchdog aborts the process; the watch, which knows what it did, has its say before.
         limit = there.timeout + SPARE if means.backend == "nccl" else there.timeout
         # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
         # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
-        ranks = place.world_size
-        dist.init_process_group(means.backend, store=there.store, rank=place.rank, world_size=ranks, timeout=limit)
-        yield Job(place, device, means.backend, limit, there.watch)
+        ranks = env.world_size
+        dist.init_process_group(means.backend, store=there.store, rank=env.rank, world_size=ranks, timeout=limit)
+        yield Job(env, device, means.backend, limit, there.watch)
         there.watch.waiting("the end of the job")
         if dist.is_initialized():
             dist.destroy_process_group()

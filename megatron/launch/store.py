@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 
 NAME_SECONDS = 15.0  # for which a name that is not known is asked again
@@ -26,81 +26,81 @@ class Store(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
 
-def connect(place: Place, timeout: timedelta, *, again: bool = False) -> Any:
+def connect(env: LaunchEnvironment, timeout: timedelta, *, again: bool = False) -> Any:
     """A connection to the store that the launcher serves, or else the first rank. again: another one of this process.
 
     Waits `timeout` for the server and the other processes; then JobError, and at once where the port is taken. An operation
     blocks others on the same connection.
     """
-    _check_address(place, min(timeout.total_seconds(), NAME_SECONDS))
-    if not serves_store(place.rank):
-        _wait_for_server(place, timeout)
+    _check_address(env, min(timeout.total_seconds(), NAME_SECONDS))
+    if not serves_store(env.rank):
+        _wait_for_server(env, timeout)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            place.address,
-            place.port,
-            place.world_size,
-            is_master=serves_store(place.rank) and not again,
+            env.address,
+            env.port,
+            env.world_size,
+            is_master=serves_store(env.rank) and not again,
             timeout=timeout,
             wait_for_workers=not again,
             multi_tenant=True,
         )
     except RuntimeError as error:
-        raise _unreachable(place, timeout, str(error)) from error
+        raise _unreachable(env, timeout, str(error)) from error
     # A launcher that starts the processes again keeps its store, and what the last attempt wrote there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"megatron attempt {attempt}", store)  # type: ignore[attr-defined]
 
 
-def _check_address(place: Place, seconds: float) -> None:
+def _check_address(env: LaunchEnvironment, seconds: float) -> None:
     """JobError for a host whose name nobody knows. A name server may be slow while many jobs start, so it is asked again."""
     until = time.monotonic() + seconds
     while True:
         try:
-            socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM)
+            socket.getaddrinfo(env.address, env.port, type=socket.SOCK_STREAM)
         except OSError as error:
             if time.monotonic() > until:
-                what = f"finds no host of the name {place.address!r}, where rank 0 should be ({error.strerror})"
-                raise JobError(f"{_who(place)} {what}: set MASTER_ADDR to the name or address of its host", 2) from error
+                what = f"finds no host of the name {env.address!r}, where rank 0 should be ({error.strerror})"
+                raise JobError(f"{_who(env)} {what}: set MASTER_ADDR to the name or address of its host", 2) from error
             time.sleep(0.5)
         else:
             return
 
 
-def _wait_for_server(place: Place, timeout: timedelta) -> None:
+def _wait_for_server(env: LaunchEnvironment, timeout: timedelta) -> None:
     """Wait until somebody listens where the store should be. torch waits as well, but with a stack of C++ in the end."""
     until = time.monotonic() + timeout.total_seconds()
     while True:
         try:
-            socket.create_connection((place.address, place.port), timeout=max(1.0, until - time.monotonic())).close()
+            socket.create_connection((env.address, env.port), timeout=max(1.0, until - time.monotonic())).close()
         except OSError as error:
             if time.monotonic() > until:
-                raise _unreachable(place, timeout, error.strerror or str(error)) from error
+                raise _unreachable(env, timeout, error.strerror or str(error)) from error
             time.sleep(0.2)
         else:
             return
 
 
-def _unreachable(place: Place, timeout: timedelta, why: str) -> JobError:
+def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobError:
     """Why there is no store, in words: its port is taken or not allowed, nobody serves it, or processes did not come."""
-    where = f"{place.address}:{place.port}"
+    where = f"{env.address}:{env.port}"
     if "EADDRINUSE" in why or "EACCES" in why or "EADDRNOTAVAIL" in why:
         trouble = "is in use by another program" if "EADDRINUSE" in why else "cannot be opened"
-        return JobError(f"port {place.port} of host {os.uname().nodename} {trouble}: set MASTER_PORT to one that is free", 2)
+        return JobError(f"port {env.port} of host {os.uname().nodename} {trouble}: set MASTER_PORT to one that is free", 2)
     minutes = f"{timeout.total_seconds() / 60:g} minutes (--distributed-timeout-minutes)"
-    if serves_store(place.rank):
+    if serves_store(env.rank):
         return JobError(
-            f"of {place.world_size} processes not all came to {where} in {minutes}: start as many as WORLD_SIZE says, all with "
+            f"of {env.world_size} processes not all came to {where} in {minutes}: start as many as WORLD_SIZE says, all with "
             "this MASTER_ADDR and MASTER_PORT"
         )
     return JobError(
-        f"{_who(place)} found no rank 0 at {where} in {minutes}: check that it runs, that MASTER_ADDR and MASTER_PORT are its, "
+        f"{_who(env)} found no rank 0 at {where} in {minutes}: check that it runs, that MASTER_ADDR and MASTER_PORT are its, "
         f"and that no firewall is between them ({' '.join(why.split())[:200]})"
     )
 
 
-def _who(place: Place) -> str:
-    return f"rank {place.rank} on host {os.uname().nodename}"
+def _who(env: LaunchEnvironment) -> str:
+    return f"rank {env.rank} on host {os.uname().nodename}"
 
 
 def serves_store(rank: int) -> bool:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 from megatron.launch.exit_report import briefly, is_echo, say, status_of, tell_launcher
 from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
@@ -75,7 +75,7 @@ class LiveWatch(Watch):
     def __init__(
         self,
         store: Store,
-        place: Place,
+        env: LaunchEnvironment,
         timeout: timedelta,
         *,
         keeps_store: bool = False,
@@ -84,14 +84,14 @@ class LiveWatch(Watch):
         signals: StopSignals | None = None,
         early: Early | None = None,
     ) -> None:
-        self._store, self._place, self._explain, self._keeps_store = store, place, explain, keeps_store
+        self._store, self._env, self._explain, self._keeps_store = store, env, explain, keeps_store
         self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
         self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout, self._patience.first)
         self._slate = Slate(self._process)
         self._phase = self._seen_phase = Phase(time.monotonic(), WAITING, "", "starting up")
         self._age = 0.0  # seconds for which the thread has seen that phase
         self._peers: dict[int, Peer] = {}
-        others = [(place.rank + i) % place.world_size for i in range(1, place.world_size)]
+        others = [(env.rank + i) % env.world_size for i in range(1, env.world_size)]
         self._others, self._near = others, others[:NEIGHBOURS]
         self._number, self._asking, self._ending, self._said = 0, 0, "", ""
         self._error: BaseException | None = None
@@ -228,7 +228,7 @@ class LiveWatch(Watch):
             return
         name = self._signals.name or ""
         if self._early is not None:
-            self._tell(*self._early(name, self._place.rank))
+            self._tell(*self._early(name, self._env.rank))
         if not alike:
             text = f"error: {self._where()}: ended by {name}, which other ranks did not get\n"
             self._tell(text, 128 + signal.Signals[name])
@@ -248,7 +248,7 @@ class LiveWatch(Watch):
             self._process, self._number, in_words(self._seen_phase.what), round(self._age, 2), self._left(), self._ending
         )
         self._asking = self._number
-        self._store.set(f"beat {self._place.rank}", beat.to_bytes().decode())
+        self._store.set(f"beat {self._env.rank}", beat.to_bytes().decode())
         self._said = self._ending
         here = [rank for rank in ranks if rank in self._peers or self._store.check([f"beat {rank}"])]
         failure, *beats = self._store.multi_get(["failure", *(f"beat {rank}" for rank in here)])
@@ -275,8 +275,8 @@ class LiveWatch(Watch):
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
 
     def _where(self, rank: int | None = None) -> str:
-        if rank is None or rank == self._place.rank:
-            return f"rank {self._place.rank} on host {self._process.host}, {in_words(self._seen_phase.what)}"
+        if rank is None or rank == self._env.rank:
+            return f"rank {self._env.rank} on host {self._process.host}, {in_words(self._seen_phase.what)}"
         beat = self._peers[rank].beat
         # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
         what = left_by(beat.process, self._process) or beat.what
@@ -308,7 +308,7 @@ class LiveWatch(Watch):
 
     def _tell(self, text: str, status: int = 1) -> NoReturn:
         """Publish a failure and say it; follow another's where one came first. Ends the process."""
-        own = json.dumps({"told by": self._place.rank, "text": text[:10000], "status": status})
+        own = json.dumps({"told by": self._env.rank, "text": text[:10000], "status": status})
         self._asking = self._number
         told = self._store.compare_set("failure", "-", own)
         self._asking = 0
@@ -323,7 +323,7 @@ class LiveWatch(Watch):
         """Another rank has told the failure, and ends first."""
         told = json.loads(failure)
         self._exchange([], ending="ended")
-        if told["status"] == STOPPED or self._place.job is None:
+        if told["status"] == STOPPED or self._env.job is None:
             time.sleep(2 * self._patience.period)
         elif self._signals.comes("SIGTERM", within=2 * self._patience.period):
             self._leave(0)  # torchrun has seen the other one end, and would report each that does not end with 0
@@ -369,12 +369,12 @@ class LiveWatch(Watch):
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
         if self._error is not None and not is_echo(self._error):
             self._end(status_of(self._error), self._story(self._error))
-        hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._place.rank: self._process.host}
-        keeper = f"{self._place.address}:{self._place.port}, on host {hosts.get(0, self._place.address)}"
+        hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._env.rank: self._process.host}
+        keeper = f"{self._env.address}:{self._env.port}, on host {hosts.get(0, self._env.address)}"
         away = [rank for rank, host in hosts.items() if host != hosts.get(0)]
-        speaker = min(away or [rank for rank in hosts if rank or not serves_store(0)] or [self._place.rank])
+        speaker = min(away or [rank for rank in hosts if rank or not serves_store(0)] or [self._env.rank])
         text = ""
-        if speaker == self._place.rank:
+        if speaker == self._env.rank:
             first = f"{self._where(0)}: " if serves_store(0) and 0 in self._peers else ""
             what = "died or is lost, and with it" if first else "contact was lost with"
             text = f"error: {first}{what} the job's store at {keeper} ({' '.join(why.split())[:200]})\n"

@@ -14,7 +14,7 @@ import torch
 
 from megatron.config.schema import RunConfig
 from megatron.launch.device import Hardware, means_of
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.memory import gib, host_memory
 from megatron.mesh.grid import Grid
@@ -39,30 +39,32 @@ class Room:
     own: bool
 
 
-def check_memory(config: RunConfig, place: Place, look: Callable[[RunConfig, Place], Room | None] | None = None) -> None:
+def check_memory(
+    config: RunConfig, env: LaunchEnvironment, look: Callable[[RunConfig, LaunchEnvironment], Room | None] | None = None
+) -> None:
     """InputError where the state of this host's ranks cannot fit. To be called before any of them allocates it.
 
     Args:
         config: of the run, with the vocabulary's size.
-        place: of this process.
+        env: of this process.
         look: what the device has; by default `room_of`.
     """
-    grid = Grid.from_layout(config.layout, place.world_size)
+    grid = Grid.from_layout(config.layout, env.world_size)
     look = look or room_of
-    room = look(config, place)
-    if room is None or (place.local_rank and not room.own):  # one rank asks for all of its host
+    room = look(config, env)
+    if room is None or (env.local_rank and not room.own):  # one rank asks for all of its host
         return
-    every = states(config, grid, [place.rank] if room.own else range(place.world_size))
-    if not room.own and place.source == "srun":  # which may deal its ranks out over the hosts, so the smallest of all
-        every = sorted(every, key=total)[: place.local_size]
+    every = states(config, grid, [env.rank] if room.own else range(env.world_size))
+    if not room.own and env.launcher == "srun":  # which may deal its ranks out over the hosts, so the smallest of all
+        every = sorted(every, key=total)[: env.local_size]
     elif not room.own:
-        every = every[place.rank - place.local_rank :][: place.local_size]
+        every = every[env.rank - env.local_rank :][: env.local_size]
     needed = sum(map(total, every))
     if room.own:  # memory that another process is about to give back counts
         until = time.monotonic() + RELEASE_SECONDS
         while needed > room.free and time.monotonic() < until:
             time.sleep(0.5)
-            room = look(config, place) or room
+            room = look(config, env) or room
     if needed > room.free:
         fullest = max(every, key=total)
         parts = [f"weights {gib(fullest.weights)}"]
@@ -95,17 +97,17 @@ def states(config: RunConfig, grid: Grid, ranks: Sequence[int]) -> list[StateByt
     return every
 
 
-def room_of(config: RunConfig, place: Place) -> Room | None:
+def room_of(config: RunConfig, env: LaunchEnvironment) -> Room | None:
     """Return what this rank's device has; None where nothing can be said of it."""
     found = Hardware.own()
-    device, means = means_of(place, config.layout.distributed_backend, found)
+    device, means = means_of(env, config.layout.distributed_backend, found)
     if means.problem:  # which the job will say
         return None
     if device.type != "cuda":
         there = host_memory()
         return None if there is None else Room(there.free, there.words, own=False)
     free, capacity = torch.cuda.mem_get_info(device)
-    if found.gpus < place.local_size and means.backend != "nccl":  # shared, and others may have allocated already
+    if found.gpus < env.local_size and means.backend != "nccl":  # shared, and others may have allocated already
         return Room(capacity, f"the GPU has {gib(capacity)}", own=True)
     return Room(free, f"GPU {device.index} has {gib(capacity)}, of which {gib(free)} are free", own=True)
 

@@ -33,7 +33,7 @@ from megatron.data.errors import DataError
 from megatron.inference.generate import Sampling, device_of
 from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
 from megatron.inference.restore import open_pipeline
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
 from megatron.launch.packages import how_to_install
 from megatron.mesh.mesh import Mesh
@@ -148,26 +148,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seq-length", type=int, help="tokens that the model sees at once; default all its positions")
     parser.add_argument("--micro-batch-size", type=int, default=MICRO_BATCH, help=f"texts in one pass (default {MICRO_BATCH})")
     args, theirs = parse_once(parser.parse_known_args, argv)
-    place = Place()
+    env = LaunchEnvironment()
     try:
-        place = Place.of(os.environ)
-        grid, device = layout_of(args, place)
+        env = LaunchEnvironment.from_environ(os.environ)
+        grid, device = layout_of(args, env)
         if find_spec("lm_eval") is None:
             raise ValueError(f"lm-evaluation-harness is not installed: {how_to_install('lm_eval')}")
         find(
             Path(args.load),
             args.load_iteration,
-            lambda line: print(f"note: {line}", file=sys.stderr) if place.rank == 0 else None,
+            lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
     except (ValueError, *REFUSED) as error:
-        return refuse(error, place)
+        return refuse(error, env)
     try:
-        with job(place, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
-            own = device if place.world_size == 1 else started.device
-            mesh = Mesh.build(grid, place.rank, started.timeout, watch=started.watch)
+        with job(env, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
+            own = device if env.world_size == 1 else started.device
+            mesh = Mesh.build(grid, env.rank, started.timeout, watch=started.watch)
             run(args, theirs, started, mesh, own)
     except REFUSED as error:
-        return refuse(error, place)
+        return refuse(error, env)
     return 0
 
 

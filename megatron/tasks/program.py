@@ -13,7 +13,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
 from megatron.config.task import TASKS
 from megatron.inference.restore import open_pipeline
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
@@ -45,10 +45,10 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
     return replace(config, model=model), list(source.lines)
 
 
-def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
+def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
     """The exit status of the contract; arguments as for `train.pretraining.run_prepared`."""
     if TASKS[parsed.config.task.task or ""].head is not None:
-        return run_prepared(prepare, parsed, place, began, signals, early)
+        return run_prepared(prepare, parsed, env, began, signals, early)
 
     early.before = "the end of the evaluation"
 
@@ -57,7 +57,7 @@ def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, earl
         ready(parsed.config)
         return parsed.config
 
-    return in_a_job(check, ask, parsed.config.layout, place, signals, early)
+    return in_a_job(check, ask, parsed.config.layout, env, signals, early)
 
 
 def ready(config: RunConfig) -> Source:
@@ -75,8 +75,8 @@ def ask(config: RunConfig, job: Job) -> int:
     with refusing():
         source = find_source(config.checkpoint)
         say(out, *source.lines, job.describe())
-        grid = Grid.from_layout(config.layout, job.place.world_size)
-        mesh = Mesh.build(grid, job.place.rank, job.timeout, watch=job.watch)
+        grid = Grid.from_layout(config.layout, job.env.world_size)
+        mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
         # As saved, unless a precision is asked for.
         dtype = Precision.of(config.precision).compute if config.precision.two_bytes else None

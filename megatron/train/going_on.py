@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.config.schema import CheckpointConfig
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.exit_report import say, tell_launcher
 from megatron.launch.signals import Interrupts
 
@@ -35,9 +35,9 @@ class CtrlC(Interrupts):
     checkpoint, command: set as soon as the command has been read; `typed_command`.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._first, self.relayed = place.rank == 0, place.source == "torchrun"
-        self.echo = 0.5 if place.world_size > 1 else 0.0
+    def __init__(self, env: LaunchEnvironment) -> None:
+        self._first, self.relayed = env.rank == 0, env.launcher == "torchrun"
+        self.echo = 0.5 if env.world_size > 1 else 0.0
         self.checkpoint = CheckpointConfig()
         self.command: Sequence[str] = ()
 

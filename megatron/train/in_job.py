@@ -15,7 +15,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.config.schema import LayoutConfig
 from megatron.data.errors import DataError
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError, JobError
 from megatron.launch.exit_report import leave_with_launcher, status_of, tell_launcher
 from megatron.launch.heartbeat import Patience
@@ -35,7 +35,7 @@ def in_a_job(
     prepare: Callable[[Watch], T],
     run: Callable[[T, Job], int],
     layout: LayoutConfig,
-    place: Place,
+    env: LaunchEnvironment,
     signals: StopSignals,
     early: EarlyStop,
     *,
@@ -51,40 +51,40 @@ def in_a_job(
     patience = Patience(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
     try:
-        tell = partial(say, sys.stdout if place.rank == 0 else None)
+        tell = partial(say, sys.stdout if env.rank == 0 else None)
         with (
-            guarded(place, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard,
-            locked(save, guard, place, tell) as joined,
+            guarded(env, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard,
+            locked(save, guard, env, tell) as joined,
         ):
             prepared = prepare(guard.watch)
             guard.wait_for_all("preparing their data", tell)
             joined()
-            with job(place, layout.distributed_backend, timeout, guard=guard) as started:
+            with job(env, layout.distributed_backend, timeout, guard=guard) as started:
                 return run(prepared, started)
     except KeyboardInterrupt:
-        return fail("interrupted", 130, place.rank == 0)
+        return fail("interrupted", 130, env.rank == 0)
     except (InputError, JobError) as error:
         tell_launcher(f"error: {error}")
         return fail(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another
-        where = f"rank {place.rank} on host {os.uname().nodename}"
+        where = f"rank {env.rank} on host {os.uname().nodename}"
         words = in_words(error, where)
         text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
         tell_launcher(text)
         return fail(text if words else traceback.format_exc() + text, status_of(error))
 
 
-def refuse_on_all(error: ConfigError, place: Place, minutes: float) -> bool:
+def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) -> bool:
     """End all ranks with what this one has found; does not return then. False where there is no first rank to tell it to.
 
     Args:
         error: the mistakes.
-        place: of this process.
+        env: of this process.
         minutes: to wait for the first rank.
     """
-    leave_with_launcher(place)
+    leave_with_launcher(env)
     try:
-        with guarded(place, minutes, explain=in_words), refusing():
+        with guarded(env, minutes, explain=in_words), refusing():
             raise error
     except JobError:
         return False

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.exit_report import say, tell_launcher
 from megatron.launch.heartbeat import Process
@@ -291,7 +291,9 @@ def claim(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | No
 
 
 @contextmanager
-def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], object]) -> Iterator[Callable[[], None]]:
+def locked(
+    save: str | None, guard: Guard, env: LaunchEnvironment, tell: Callable[[str], object]
+) -> Iterator[Callable[[], None]]:
     """--save is this job's alone inside the block. Called by all ranks; the first one holds the lock.
 
     Gives what to call when all ranks have come, which notes their processes. InputError, on all ranks, when another run has it.
@@ -303,18 +305,18 @@ def locked(save: str | None, guard: Guard, place: Place, tell: Callable[[str], o
 
     def first() -> str | None:
         try:
-            held.extend(lock for lock in [claim(save, place.source == "torchrun", tell)] if lock is not None)
+            held.extend(lock for lock in [claim(save, env.launcher == "torchrun", tell)] if lock is not None)
         except InputError as error:
             return str(error)
         return None
 
     def joined() -> None:
-        ranks = guard.processes(Process.own(), place.rank)
+        ranks = guard.processes(Process.own(), env.rank)
         for lock in held:
             lock.name_ranks(ranks or [])
             guard.watch.at_end = lock.release
 
-    if (wrong := guard.heard_from_first(place.rank, f"taking the lock of {save}", first)) is not None:
+    if (wrong := guard.heard_from_first(env.rank, f"taking the lock of {save}", first)) is not None:
         raise InputError(wrong)
     try:
         yield joined

@@ -23,7 +23,7 @@ from megatron.data.mock import MADE_UP
 from megatron.data.order import order_differs, order_marks
 from megatron.data.recipe import build_recipe
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
@@ -96,15 +96,15 @@ class Prepared:
     hooks: tuple[Hook, ...] = ()
 
 
-def start(parsed: Parsed, place: Place, began: float, signals: StopSignals, early: EarlyStop) -> int:
+def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
     """Pretrain; see `run_prepared`."""
-    return run_prepared(prepare, parsed, place, began, signals, early)
+    return run_prepared(prepare, parsed, env, began, signals, early)
 
 
 def run_prepared(
     prepare: Callable[[Parsed, Watch], Prepared],
     parsed: Parsed,
-    place: Place,
+    env: LaunchEnvironment,
     began: float,
     signals: StopSignals,
     early: EarlyStop,
@@ -122,8 +122,8 @@ def run_prepared(
     def ready(watch: Watch) -> Prepared:
         prepared = prepare(parsed, watch)
         with refusing():
-            schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, place.world_size).dp)
-        check_memory(prepared.config, place)
+            schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
+        check_memory(prepared.config, env)
         hooks = installed_hooks()
         notes = (*prepared.notes, *(f"> hook of a package: {name}" for name in hooks))
         return replace(prepared, notes=notes, hooks=tuple(hooks.values()))
@@ -133,7 +133,7 @@ def run_prepared(
         ready,
         run,
         config.layout,
-        place,
+        env,
         signals,
         early,
         save=save_directory(config),
@@ -198,7 +198,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     skips = Skips()
     hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
     if started.is_main:
-        progress.began(started.place.job, announced_in(save), started.place.attempt)
+        progress.began(started.env.job, announced_in(save), started.env.attempt)
     ending = Ending(training, saver, progress, skips, again=early.again, warning=warning)
     return carry_out(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
 
@@ -276,10 +276,10 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         *differences(source, config, order),
         *prepared.notes,
         started.describe(),
-        f"using world size: {started.place.world_size}, data-parallel-size: {started.place.world_size // (tp * pp)}, "
+        f"using world size: {started.env.world_size}, data-parallel-size: {started.env.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
-        *stage_table(config, Grid.from_layout(layout, started.place.world_size), stages_of(config)),
+        *stage_table(config, Grid.from_layout(layout, started.env.world_size), stages_of(config)),
         " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length),
     ]
     say(out, *lines)

@@ -265,9 +265,9 @@ def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
     To be called when the ranks are together, before anything is built: schedule and position are those of the result.
     CheckpointError on all ranks when nothing whole is left, or what --load names itself is damaged.
     """
-    size = job.place.world_size
+    size = job.env.world_size
     group = dist.group.WORLD if size > 1 else None
-    world = Axis("world", size, job.place.rank, tuple(range(size)), group)
+    world = Axis("world", size, job.env.rank, tuple(range(size)), group)
     damaged: dict[Path, str] = {}
     while True:
         agree(source, world)

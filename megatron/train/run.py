@@ -72,8 +72,8 @@ def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> R
 
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
     """
-    plan, grid = stages_of(config), Grid.from_layout(config.layout, job.place.world_size)
-    mesh = Mesh.build(grid, job.place.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
+    plan, grid = stages_of(config), Grid.from_layout(config.layout, job.env.world_size)
+    mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
     job.watch.waiting("building the model")
     schedule = schedule or Schedule.of(config.optim, config.batch)
     stages = build_model(config, plan, mesh, job.device)
@@ -217,7 +217,7 @@ def build_pipeline(
         work,
         watch=job.watch,
         share=partial(share, cp=mesh.cp),
-        early=0 if job.place.blocking else EARLY,
+        early=0 if job.env.blocking else EARLY,
     )
 
 

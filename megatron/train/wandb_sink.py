@@ -70,5 +70,5 @@ def wandb_sink(run: Run, save: str | None, own: bool, resumed: bool) -> Callable
     held = state.wandb_run if resumed else kept.id
     chosen = choose_run(held, state.iteration, kept, settings)
     state.wandb_run = chosen.id
-    about = to_json(config) | {"world_size": run.job.place.world_size}
+    about = to_json(config) | {"world_size": run.job.env.world_size}
     return partial(Wandb, config.log, chosen, record, about, sys.stdout)

@@ -14,7 +14,7 @@ from cuts import mesh_of, state
 
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import CheckpointConfig, RunSettings
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.train.saving import Saver
 
@@ -87,8 +87,8 @@ def raiser(number):
 def run_of(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
     """As much of a `Run` as a Saver needs. `held`: its state, which a test may change."""
     mesh = mesh or mesh_of(1, 1)
-    job = Job(Place(mesh.rank, mesh.world.size), torch.device("cpu"), None)
-    job = Job(job.place, job.device, None, None, watch) if watch is not None else job
+    job = Job(LaunchEnvironment(mesh.rank, mesh.world.size), torch.device("cpu"), None)
+    job = Job(job.env, job.device, None, None, watch) if watch is not None else job
     held = state(tp, mesh.tp.rank)
     return SimpleNamespace(
         config=RunSettings(checkpoint=CheckpointConfig(save=str(root), **checkpoint)),

@@ -28,7 +28,7 @@ from megatron.config.schema import (
     RunConfig,
     RunSettings,
 )
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
@@ -100,7 +100,7 @@ SAID = {
 def alone(config: CheckpointConfig) -> Source:
     """What one process starts from."""
     run = replace(CONFIG, checkpoint=config)
-    return verify_source(find_source(config), run, Job(Place(0, 1), torch.device("cpu"), None))
+    return verify_source(find_source(config), run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 
 
 def asked(root: Path, how: str) -> CheckpointConfig:
@@ -169,7 +169,7 @@ def test_without_a_tracker_the_newest_is_taken(root):
 def settled(root: str, how: str) -> tuple[str, tuple[str, ...]]:
     rank = torch.distributed.get_rank()
     config = asked(Path(root), how)
-    job = Job(Place(rank, torch.distributed.get_world_size()), torch.device("cpu"), "gloo")
+    job = Job(LaunchEnvironment(rank, torch.distributed.get_world_size()), torch.device("cpu"), "gloo")
     try:
         source = verify_source(find_source(config), replace(CONFIG, checkpoint=config), job)
     except CheckpointError as error:
@@ -233,7 +233,7 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
     source, real = find_source(run.checkpoint), resume.read_config
     monkeypatch.setattr(resume, "read_config", lambda d: {**real(d), "model": asdict(replace(CONFIG.model, hidden_size=64))})
     with pytest.raises(CheckpointError, match=r"passed over: .*; but it does not fit: `--hidden-size 32` .* made with 64"):
-        verify_source(source, run, Job(Place(0, 1), torch.device("cpu"), None))
+        verify_source(source, run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 
 
 def test_the_table_of_differences(root):

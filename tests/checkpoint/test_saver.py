@@ -21,7 +21,7 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, iterations, read_manifest, read_state, verify
 from megatron.checkpoint.load import verify_together
 from megatron.checkpoint.storage import Storage
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.heartbeat import Patience
 from megatron.launch.job import job
 from megatron.launch.watchdog import Watch
@@ -371,11 +371,11 @@ class Stuck(Storage):
 
 def hang_in_the_background(rank: int, root: str, port: int) -> None:
     """Rank 1's disk never answers. Its watch ends the job while both main threads wait for it."""
-    place = Place(rank, 2, rank, 2, address="127.0.0.1", port=port)
+    env = LaunchEnvironment(rank, 2, rank, 2, address="127.0.0.1", port=port)
     error = os.open(f"{root}/stderr{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(error, 2)
     quick = Patience(period=0.2, silent=3.0, hang=5.0, settle=1.0)
-    with job(place, "gloo", 0.08, patience=quick) as started:
+    with job(env, "gloo", 0.08, patience=quick) as started:
         run = run_of(f"{root}/run", mesh_of(2, 1), tp=2, watch=started.watch, async_save=True)
         saver = saver_of(run, Stuck() if rank == 1 else None)
         run.state.iteration = 100

@@ -16,7 +16,7 @@ from ranks import on_ranks
 from megatron.config.command_line.parse import parse
 from megatron.data.indexed import IndexedDataset
 from megatron.interop.checked_export import export
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.launch.watchdog import Watch
 from megatron.train.loop import advance
@@ -43,13 +43,13 @@ OTHERS = {
 def go_on(name: str, layout: str, cache: str) -> list[tuple[float, ...]]:
     """Runs on every rank: open that run's checkpoint and go on to its end; the losses and gradient norm of each step."""
     run = RUNS[name]
-    place = Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+    env = LaunchEnvironment(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else LaunchEnvironment(0, 1)
     defaults = {"model.architecture": "bert"} if "bert" in run["program"] else {}
     with contextlib.chdir(BEFORE):  # data under the names that the checkpoint has for them
         words = [*f"{run['flags']} {layout} --load {name} --data-cache-path".split(), cache]
-        parsed = parse(words, program=run["program"], defaults=defaults, world_size=place.world_size)
+        parsed = parse(words, program=run["program"], defaults=defaults, world_size=env.world_size)
         prepared = prepare(parsed, Watch())
-        job = Job(place, torch.device("cpu"), "gloo" if dist.is_initialized() else None)
+        job = Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None)
         opened = build(prepared.config, job, schedule=choose_schedule(prepared.source, prepared.config))
         assert restore(prepared.source, opened) == [] and opened.state.iteration == SAVED_AT
         training, _ = openers(opened, prepared)

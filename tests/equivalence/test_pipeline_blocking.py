@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ranks import on_ranks
 from reference import LLAMA, Setting, go, micro_batches
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.pipeline.schedules.lower import EARLY
 from megatron.pipeline.schedules.schedule import SCHEDULES
@@ -67,8 +67,8 @@ def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
     """
     there = dist.is_initialized()
     world = dist.get_world_size() if there else 1
-    place = Place(dist.get_rank() if there else 0, world, blocking=always)
-    run = build(setting.config(world, len(STEPS)), Job(place, CPU, "gloo" if there else None))
+    env = LaunchEnvironment(dist.get_rank() if there else 0, world, blocking=always)
+    run = build(setting.config(world, len(STEPS)), Job(env, CPU, "gloo" if there else None))
     assert run.pipeline.early == (0 if always else EARLY)
     run.pipeline.channels = channels = Meeting(run.mesh.pp, run.mesh.pp_back, CPU)
     curve, validations, seen = [], [], set()

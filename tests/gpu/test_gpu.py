@@ -12,7 +12,7 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA, Setting, dropping, go, trajectory
 
 from megatron.config.schema import PrecisionConfig
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.parallel.weight_grad import add_product, can_add_products
 from megatron.train.run import build
@@ -27,7 +27,11 @@ def on_gpu(setting: Setting, steps: int, compiled: bool = False) -> list[tuple[f
     rank = dist.get_rank() if dist.is_initialized() else 0
     config = setting.config(world, steps)
     config = replace(config, batch=replace(config.batch, compile=compiled))
-    return go(build(config, Job(Place(rank, world), torch.device("cuda", 0), "gloo" if world > 1 else None)), setting, steps)
+    return go(
+        build(config, Job(LaunchEnvironment(rank, world), torch.device("cuda", 0), "gloo" if world > 1 else None)),
+        setting,
+        steps,
+    )
 
 
 def spread(curve, expected) -> float:

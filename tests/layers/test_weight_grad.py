@@ -19,7 +19,7 @@ from torch import nn
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelSettings
 from megatron.contract import Batch, StagePart
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
@@ -376,8 +376,8 @@ def run_fused(setting: Setting, fused: bool):
         config = setting.config(dist.get_world_size(), 4)
         precision = replace(config.precision, gradient_accumulation_fusion=fused)
         layout = replace(config.layout, overlap_grad_reduce=True, use_distributed_optimizer=True, ddp_bucket_size=3000)
-        place = Place(dist.get_rank(), dist.get_world_size())
-        run = run_module.build(replace(config, precision=precision, layout=layout), Job(place, torch.device("cpu"), "gloo"))
+        env = LaunchEnvironment(dist.get_rank(), dist.get_world_size())
+        run = run_module.build(replace(config, precision=precision, layout=layout), Job(env, torch.device("cpu"), "gloo"))
         curve = go(run, setting, 4)
     return curve, product.call_count, run.optimizer.reducer.started_early, len(run.optimizer.buffers)
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron.config.command_line.parse import parse
 from megatron.config.schema import RunConfig
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.mesh.grid import Grid
 from megatron.plan import enough_memory
@@ -37,10 +37,10 @@ def tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 0.0)
 
 
-def refusal(config: RunConfig, place: Place, free: int, *, own: bool = False) -> str:
+def refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool = False) -> str:
     """What is said where so many bytes are free; nothing where the run may begin."""
     try:
-        check_memory(config, place, lambda config, place: Room(free, "there is what there is", own))
+        check_memory(config, env, lambda config, env: Room(free, "there is what there is", own))
     except InputError as error:
         return str(error)
     return ""
@@ -50,19 +50,19 @@ def test_what_is_needed_and_what_is_there() -> None:
     config = config_of()
     need = state(config, 1)
     assert 16 * 8.2e9 < need < 16 * 8.5e9  # weights, gradients and two moments in fp32
-    said = refusal(config, Place(), need - 1)
+    said = refusal(config, LaunchEnvironment(), need - 1)
     assert said.startswith(f"out of memory before the start: one process would hold {need / GIB:.1f} GiB without activations")
     assert f"weights {need / 4 / GIB:.1f} GiB" in said and "there is what there is" in said
     for flag in ("--num-layers", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--dry-run"):
         assert flag in said
-    assert refusal(config, Place(), need) == ""
+    assert refusal(config, LaunchEnvironment(), need) == ""
 
 
 def test_an_evaluation_holds_weights_alone() -> None:
     config = config_of()
     only = replace(config, eval=replace(config.eval, skip_train=True))
     assert state(only, 1) == state(config, 1) // 4
-    assert "gradients" not in refusal(only, Place(), 1)
+    assert "gradients" not in refusal(only, LaunchEnvironment(), 1)
 
 
 def test_the_ranks_of_a_host_share_its_memory() -> None:
@@ -71,10 +71,10 @@ def test_the_ranks_of_a_host_share_its_memory() -> None:
     first, second = (state(config, 4, rank) for rank in (0, 2))
     assert first != second
     for rank, need in ((0, 2 * first), (2, 2 * second)):
-        place = Place(rank, 4, 0, 2, "torchrun")
-        assert "the 2 ranks of this host" in refusal(config, place, need - 1) and refusal(config, place, need) == ""
-        assert refusal(config, Place(rank + 1, 4, 1, 2, "torchrun"), 0) == ""
-        srun = replace(place, source="srun")  # which may have dealt its ranks out: the least that they can be
+        env = LaunchEnvironment(rank, 4, 0, 2, "torchrun")
+        assert "the 2 ranks of this host" in refusal(config, env, need - 1) and refusal(config, env, need) == ""
+        assert refusal(config, LaunchEnvironment(rank + 1, 4, 1, 2, "torchrun"), 0) == ""
+        srun = replace(env, launcher="srun")  # which may have dealt its ranks out: the least that they can be
         assert refusal(config, srun, 2 * min(first, second)) == "" and refusal(config, srun, 2 * min(first, second) - 1)
 
 
@@ -82,15 +82,15 @@ def test_a_gpu_is_one_ranks_own() -> None:
     config = config_of("--tensor-model-parallel-size 2", 2)
     need = state(config, 2)
     for rank in (0, 1):
-        place = Place(rank, 2, rank, 2, "torchrun")
-        assert refusal(config, place, need - 1, own=True).startswith("out of memory before the start: this rank would hold")
-        assert refusal(config, place, need, own=True) == ""
+        env = LaunchEnvironment(rank, 2, rank, 2, "torchrun")
+        assert refusal(config, env, need - 1, own=True).startswith("out of memory before the start: this rank would hold")
+        assert refusal(config, env, need, own=True) == ""
 
 
 def test_what_a_dying_process_gives_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 5.0)
     rooms = [Room(0, "", True), Room(0, "", True), Room(state(config_of(), 1), "", True)]
-    check_memory(config_of(), Place(), lambda config, place: rooms.pop(0))
+    check_memory(config_of(), LaunchEnvironment(), lambda config, env: rooms.pop(0))
     assert not rooms
 
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import pytest
 
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.exit_report import is_echo
 from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
 from megatron.launch.watchdog import LiveWatch
@@ -137,7 +137,7 @@ def test_one_rank_fails(start, fault):
     assert job.launcher.returncode == 1 if under_torchrun else job.statuses.split() == ["1", str(own), "1"]
     assert len(errors(text)) == 1, text
     assert re.fullmatch(re.escape(WHERE) + FAULTS[fault], errors(text)[0]), text
-    assert text.count("    work(fault, place, marks)") == (fault in ("raise", "in-collective")), "its stack, and no other's"
+    assert text.count("    work(fault, env, marks)") == (fault in ("raise", "in-collective")), "its stack, and no other's"
 
 
 def test_a_hang_ends_within_half_a_minute(start):
@@ -298,7 +298,7 @@ def test_who_comes_second_is_silent(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("megatron.launch.watchdog.say", said.append)
     monkeypatch.setattr("os._exit", sys.exit)
-    watch = LiveWatch(Beaten(), Place(0, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    watch = LiveWatch(Beaten(), LaunchEnvironment(0, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
     with pytest.raises(SystemExit, match="1"):
         watch._tell("error: my own\n")
     assert not any(said)
@@ -323,7 +323,7 @@ def test_the_store_may_leave_as_soon_as_all_are_done(monkeypatch):
     left: list[int] = []
     monkeypatch.setattr("os._exit", left.append)
     store = Left()
-    watch = LiveWatch(store, Place(1, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    watch = LiveWatch(store, LaunchEnvironment(1, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
     watch.start()
     watch.stop()
     assert '"finished"' in store.beats[-1] and not left

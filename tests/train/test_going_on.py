@@ -13,7 +13,7 @@ import pytest
 
 from megatron.cli.program import pretrain
 from megatron.launch.command_line import typed_command
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.heartbeat import Process
 from megatron.train.ending import Exit
 from megatron.train.lock import FILE, Holder
@@ -146,7 +146,7 @@ def test_a_second_run_at_once_is_refused(slices, short, tmp_path, ranks):
 def test_the_command_as_it_was_typed(monkeypatch):
     argv = ["--lr", "1", "--save", "x y"]
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "pretrain_gpt.py", *argv])
-    assert typed_command("p.py", argv, Place()) == ["python", "-u", "pretrain_gpt.py", *argv]
-    assert typed_command("p.py", argv, Place(source="srun"))[:2] == ["srun", "python"]
-    assert typed_command("p.py", argv, Place(source="torchrun")) == ["p.py", *argv], "this parent is no torchrun"
-    assert typed_command("p.py", ["--lr", "2"], Place()) == ["p.py", "--lr", "2"]
+    assert typed_command("p.py", argv, LaunchEnvironment()) == ["python", "-u", "pretrain_gpt.py", *argv]
+    assert typed_command("p.py", argv, LaunchEnvironment(launcher="srun"))[:2] == ["srun", "python"]
+    assert typed_command("p.py", argv, LaunchEnvironment(launcher="torchrun")) == ["p.py", *argv], "this parent is no torchrun"
+    assert typed_command("p.py", ["--lr", "2"], LaunchEnvironment()) == ["p.py", "--lr", "2"]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron.launch.environment import Place, PlaceError, expand_hosts
+from megatron.launch.environment import LaunchEnvironment, LaunchEnvironmentError, expand_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -21,28 +21,32 @@ SLURM = {
 
 def test_torchrun():
     environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert Place.of(environ | {"MASTER_ADDR": "h", "MASTER_PORT": "1"} | SLURM) == Place(5, 8, 1, 4, "torchrun", "h", 1)
+    assert LaunchEnvironment.from_environ(environ | {"MASTER_ADDR": "h", "MASTER_PORT": "1"} | SLURM) == LaunchEnvironment(
+        5, 8, 1, 4, "torchrun", "h", 1
+    )
 
 
 def test_srun():
-    place = Place.of(SLURM)
-    assert (place.rank, place.world_size, place.local_rank, place.local_size, place.address) == (3, 4, 1, 2, "node07")
-    assert place.source == "srun" and 20000 <= place.port < 32000
-    assert Place.of(SLURM | {"SLURM_STEP_ID": "1"}).port != place.port
+    env = LaunchEnvironment.from_environ(SLURM)
+    assert (env.rank, env.world_size, env.local_rank, env.local_size, env.address) == (3, 4, 1, 2, "node07")
+    assert env.launcher == "srun" and 20000 <= env.port < 32000
+    assert LaunchEnvironment.from_environ(SLURM | {"SLURM_STEP_ID": "1"}).port != env.port
 
 
 def test_a_batch_script_is_one_process():
     """Outside of srun a batch script has SLURM_PROCID and SLURM_NTASKS too; waiting for the others would be for ever."""
-    assert Place.of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}) == Place()
+    assert (
+        LaunchEnvironment.from_environ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}) == LaunchEnvironment()
+    )
 
 
 def test_plain_python():
-    assert Place.of({}) == Place()
+    assert LaunchEnvironment.from_environ({}) == LaunchEnvironment()
 
 
 def test_a_broken_variable_is_named():
     with pytest.raises(ValueError, match="WORLD_SIZE is 'many', not a number"):
-        Place.of({"RANK": "0", "WORLD_SIZE": "many"})
+        LaunchEnvironment.from_environ({"RANK": "0", "WORLD_SIZE": "many"})
 
 
 @pytest.mark.parametrize(
@@ -64,22 +68,22 @@ def test_a_broken_variable_is_named():
 )
 def test_what_cannot_be_is_refused(environ, said, own):
     """own: the process itself must say it, where it may be the only one of which it is true."""
-    with pytest.raises(PlaceError, match=re.escape(f"the environment variable {said}")) as error:
-        Place.of(dict(pair.split("=") for pair in environ.split()))
+    with pytest.raises(LaunchEnvironmentError, match=re.escape(f"the environment variable {said}")) as error:
+        LaunchEnvironment.from_environ(dict(pair.split("=") for pair in environ.split()))
     assert error.value.own == own
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_STEP_NODELIST", "MASTER_PORT"])
 def test_what_slurm_cannot_mean_is_refused(name):
     for value in {"SLURM_PROCID": ("4", "x"), "SLURM_STEP_NODELIST": ("n[1-x]",), "MASTER_PORT": ("x", "99999")}[name]:
-        with pytest.raises(PlaceError, match=name):
-            Place.of(SLURM | {name: value})
+        with pytest.raises(LaunchEnvironmentError, match=name):
+            LaunchEnvironment.from_environ(SLURM | {name: value})
 
 
 def test_one_host_is_assumed_where_nothing_says_otherwise():
-    place = Place.of({"RANK": "3", "WORLD_SIZE": "4"})
-    assert (place.local_rank, place.local_size) == (3, 4)
-    assert Place.of({"RANK": "0", "MASTER_ADDR": ""}).address == "127.0.0.1"
+    env = LaunchEnvironment.from_environ({"RANK": "3", "WORLD_SIZE": "4"})
+    assert (env.local_rank, env.local_size) == (3, 4)
+    assert LaunchEnvironment.from_environ({"RANK": "0", "MASTER_ADDR": ""}).address == "127.0.0.1"
 
 
 def test_host_lists():
@@ -88,5 +92,12 @@ def test_host_lists():
 
 def test_blocking_launches_are_read_with_the_rest():
     one = {"RANK": "0", "WORLD_SIZE": "2"}
-    assert [Place.of(one | {"CUDA_LAUNCH_BLOCKING": value}).blocking for value in ("1", "0", "")] == [True, False, False]
-    assert Place.of({"CUDA_LAUNCH_BLOCKING": "1"}).blocking and Place.of(SLURM | {"CUDA_LAUNCH_BLOCKING": "1"}).blocking
+    assert [LaunchEnvironment.from_environ(one | {"CUDA_LAUNCH_BLOCKING": value}).blocking for value in ("1", "0", "")] == [
+        True,
+        False,
+        False,
+    ]
+    assert (
+        LaunchEnvironment.from_environ({"CUDA_LAUNCH_BLOCKING": "1"}).blocking
+        and LaunchEnvironment.from_environ(SLURM | {"CUDA_LAUNCH_BLOCKING": "1"}).blocking
+    )

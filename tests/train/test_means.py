@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.launch.device import Hardware, Means, agree, choose, disagreement, means_of, ranks_of
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 from megatron.launch.job import Guard, job
 from megatron.mesh.grid import Grid
@@ -29,23 +29,25 @@ GPU, CPU = Means("a", "cuda", "nccl", "it has 4 GPU(s)"), Means("b", "cpu", "glo
 
 
 def test_device_and_backend():
-    assert choose(Place(), None, 0) == (torch.device("cpu"), "gloo")
-    assert choose(Place(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
-    assert choose(Place(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
-    assert choose(Place(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
+    assert choose(LaunchEnvironment(), None, 0) == (torch.device("cpu"), "gloo")
+    assert choose(LaunchEnvironment(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
+    assert choose(LaunchEnvironment(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
+    assert choose(LaunchEnvironment(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
     with pytest.raises(ValueError, match="needs one GPU per process; this host has 0 for 2"):
-        choose(Place(1, 2, 1, 2), "nccl", 0)
+        choose(LaunchEnvironment(1, 2, 1, 2), "nccl", 0)
 
 
 def test_what_a_rank_says():
     """Fewer GPUs than processes mean gloo, but for the one GPU that SLURM shows each task; nccl that cannot be is a problem."""
-    device, means = means_of(Place(5, 8, 1, 4, "torchrun"), None, Hardware(2))
+    device, means = means_of(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
     assert device == torch.device("cuda", 1) and (means.device, means.backend, means.card) == ("cuda", "gloo", "")
     assert means.why == "it has 2 GPU(s) for 4 process(es)"
-    device, means = means_of(Place(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
+    device, means = means_of(LaunchEnvironment(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
     assert device == torch.device("cuda", 0) and (means.backend, means.card) == ("nccl", "GPU-7")
-    assert means_of(Place(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""  # which may be shared
-    device, means = means_of(Place(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
+    assert (
+        means_of(LaunchEnvironment(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""
+    )  # which may be shared
+    device, means = means_of(LaunchEnvironment(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
     assert device.type == "cpu" and "needs one GPU per process" in means.problem and means.why == "it has no GPU: no driver"
     assert Hardware.own().gpus or Hardware.own().why
 
@@ -85,7 +87,7 @@ def told(said: list[Means | None], seconds: float = 20.0) -> list[tuple[int, str
 
     def rank_of(rank: int, means: Means) -> None:
         try:
-            agree(store, Place(rank, len(said)), means, timedelta(seconds=seconds))
+            agree(store, LaunchEnvironment(rank, len(said)), means, timedelta(seconds=seconds))
             ends[rank] = (0, "")
         except JobError as error:
             ends[rank] = (error.status, str(error))
@@ -111,7 +113,7 @@ def test_a_rank_that_does_not_come_is_named():
 
 def test_one_process_that_cannot_do_as_told():
     told = pytest.raises(JobError, match="nccl needs one GPU per process; this host has 0 for 1")
-    with told as caught, job(Place(), "nccl", look=lambda: Hardware(0, "no driver")):
+    with told as caught, job(LaunchEnvironment(), "nccl", look=lambda: Hardware(0, "no driver")):
         pass
     assert caught.value.status == 2
 
@@ -123,7 +125,7 @@ def test_nccl_lets_the_watch_speak_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(device=device))
     store.set("means 1", json.dumps(asdict(GPU)))
     guard = Guard(store=store, world_size=2, timeout=timedelta(minutes=3))
-    with job(Place(0, 2, 0, 2), guard=guard, look=lambda: Hardware(2)) as started:
+    with job(LaunchEnvironment(0, 2, 0, 2), guard=guard, look=lambda: Hardware(2)) as started:
         assert given["backend"] == "nccl" and given["device"] == torch.device("cuda", 0)
         assert started.timeout == given["timeout"] == timedelta(minutes=4)
 

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from reference import LLAMA, Setting, micro_batches
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
@@ -55,11 +55,11 @@ def test_the_timeout_holds_on_every_axis():
 
 def counts(setting: Setting, sharded: bool = False) -> tuple[int | None, float | None]:
     """Zeros in the gradient of a step, and the norm of the parameters after it, rounded."""
-    place = Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
-    config = setting.config(place.world_size, 1)
+    env = LaunchEnvironment(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else LaunchEnvironment(0, 1)
+    config = setting.config(env.world_size, 1)
     log = replace(config.log, log_num_zeros_in_grad=True, log_params_norm=True)
     config = replace(config, layout=replace(config.layout, use_distributed_optimizer=sharded), log=log)
-    run = build(config, Job(place, torch.device("cpu"), "gloo" if dist.is_initialized() else None))
+    run = build(config, Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None))
     report = run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
     return report.zeros, None if report.params_norm is None else round(report.params_norm, 4)
 

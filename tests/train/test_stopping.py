@@ -21,7 +21,7 @@ from ranks import on_ranks
 
 from megatron.cli.program import restarted
 from megatron.config.command_line.parse import parse
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.signals import StopSignals
 from megatron.mesh.mesh import Mesh
 from megatron.train.progress import Progress
@@ -173,22 +173,22 @@ def test_a_restart_by_torchrun_resumes(slices, command, flags, whole, tmp_path):
 
 def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
     """What lies in --save from an earlier job was not asked for. A job that was stopped on request stays stopped."""
-    place = Place(job="b", attempt=1, source="torchrun")
+    env = LaunchEnvironment(job="b", attempt=1, launcher="torchrun")
     parsed = parse([*argv(""), "--save", str(tmp_path), "--save-interval", "5"], program="pretrain_gpt.py", files=False)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("12")
     progress = Progress(str(tmp_path))
     progress.began("b", 12, 0)
-    assert not restarted(parsed, place).config.checkpoint.auto_resume
+    assert not restarted(parsed, env).config.checkpoint.auto_resume
     tracker.write_text("15")
     progress.began("b", 15, 1)  # a later attempt does not move the mark
-    assert restarted(parsed, place).config.checkpoint.auto_resume
-    assert not restarted(parsed, replace(place, job="c")).config.checkpoint.auto_resume
-    assert restarted(parsed, replace(place, attempt=0)) is parsed
+    assert restarted(parsed, env).config.checkpoint.auto_resume
+    assert not restarted(parsed, replace(env, job="c")).config.checkpoint.auto_resume
+    assert restarted(parsed, replace(env, attempt=0)) is parsed
     progress.write(stopped=True)
-    assert restarted(parsed, place) is None and restarted(parsed, replace(place, job="c")) is not None
+    assert restarted(parsed, env) is None and restarted(parsed, replace(env, job="c")) is not None
     Progress(str(tmp_path)).began("b", 15, 0)
-    assert restarted(parsed, place) is not None
+    assert restarted(parsed, env) is not None
 
 
 def test_sigterm_to_torchrun(command, flags, tmp_path):

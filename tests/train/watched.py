@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.launch.device import Hardware
-from megatron.launch.environment import Place
+from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.heartbeat import Patience
 from megatron.launch.job import job
 
@@ -30,12 +30,12 @@ class Known(Exception):
     """An error that needs no traceback."""
 
 
-def work(fault: str, place: Place, marks: Path) -> None:
+def work(fault: str, env: LaunchEnvironment, marks: Path) -> None:
     """What goes wrong; on rank 1, unless it says otherwise."""
     if fault == "all-raise":
         time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
         raise Known("in words")
-    if place.rank != 1:
+    if env.rank != 1:
         return
     (marks / "ready").touch()
     if fault == "raise":
@@ -61,22 +61,22 @@ def work(fault: str, place: Place, marks: Path) -> None:
 
 def step(started, number: int, fault: str, marks: Path) -> None:
     """Each micro-batch goes from rank to rank; with some faults all are one stage that sums over its ranks."""
-    watch, place, x = started.watch, started.place, torch.zeros(16)
+    watch, env, x = started.watch, started.env, torch.zeros(16)
     one_stage = fault in ("in-collective", "all-raise")
     for micro_batch in range(MICRO_BATCHES):
-        words = f"stage {place.rank}, forward of micro-batch {micro_batch}"
-        if place.rank > 0 and not one_stage:
+        words = f"stage {env.rank}, forward of micro-batch {micro_batch}"
+        if env.rank > 0 and not one_stage:
             watch.waiting(f"waiting for {words}")
-            dist.recv(x, place.rank - 1)
+            dist.recv(x, env.rank - 1)
         watch.computing("F", lambda words=words: words)
         time.sleep(0.01)
         if (number, micro_batch) == (4, 3):
-            work(fault, place, marks)
+            work(fault, env, marks)
         if one_stage:
             dist.all_reduce(x)
-        elif place.rank + 1 < place.world_size:
+        elif env.rank + 1 < env.world_size:
             watch.waiting(f"sending {words}")
-            dist.send(x, place.rank + 1)
+            dist.send(x, env.rank + 1)
     watch.waiting("the end of the step")
     dist.all_reduce(x)
     watch.idle()
@@ -101,16 +101,16 @@ def as_srun_would(ranks: int, fault: str, marks: Path) -> int:
 
 
 def main(fault: str, marks: Path) -> int:
-    place = Place.of(os.environ)
-    (marks / f"pid{place.rank}").write_text(str(os.getpid()))
+    env = LaunchEnvironment.from_environ(os.environ)
+    (marks / f"pid{env.rank}").write_text(str(os.getpid()))
     patience = None if fault == "sleep" else QUICK
     # Of these hosts, rank 1's has a driver that is dead.
-    found = Hardware(0, "its driver is dead") if place.rank == 1 else Hardware(4)
+    found = Hardware(0, "its driver is dead") if env.rank == 1 else Hardware(4)
     look = (lambda: found) if fault == "dead-driver" else Hardware.own
-    with job(place, None if look() is found else "gloo", explain=explain, patience=patience, look=look) as started:
+    with job(env, None if look() is found else "gloo", explain=explain, patience=patience, look=look) as started:
         for number in range(STEPS):
             step(started, number, fault, marks)
-        if fault == "late" and place.rank == 1:
+        if fault == "late" and env.rank == 1:
             started.watch.doing("something slow at the end")
             time.sleep(4.0)
     return 0

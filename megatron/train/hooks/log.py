@@ -71,7 +71,7 @@ class Log(Hook):
         return LogContext(
             global_batch_size=report.samples,
             train_iters=training.last_iteration,
-            world_size=training.run.job.place.world_size,
+            world_size=training.run.job.env.world_size,
             zeros=report.zeros,
             params_norm=report.params_norm,
             eta_seconds=elapsed / self._steps * to_go if self._steps else None,
@@ -84,7 +84,7 @@ class Log(Hook):
     ) -> Metrics:
         """The values of steps that took so long together. Steps that were left out are none of them: they trained nothing."""
         run, state, share = training.run, training.run.state, self._causal_share
-        tflops = self._flops * samples / seconds / run.job.place.world_size / 1e12 if steps else None
+        tflops = self._flops * samples / seconds / run.job.env.world_size / 1e12 if steps else None
         mfu = tflops / self._peak if tflops is not None and self._peak else None
         on_gpu = self._device.type == "cuda"
         return Metrics(
