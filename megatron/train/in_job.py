@@ -119,6 +119,7 @@ def refusing() -> Iterator[None]:
 
 
 def say(out: TextIO | None, *lines: str) -> None:
+    """Print lines at once; nothing where this rank has no output."""
     for line in lines:
         if out is not None:
             print(line, file=out, flush=True)

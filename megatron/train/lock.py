@@ -58,6 +58,7 @@ class Holder:
         return holder if holder.ranks else None
 
     def to_text(self) -> str:
+        """Return the content of the lock file."""
         return json.dumps(asdict(self)) + "\n"
 
     def __str__(self) -> str:
@@ -75,6 +76,7 @@ class Look:
 
     @property
     def holder(self) -> Holder | None:
+        """Who holds it; None where its file does not say."""
         return Holder.of(self.text)
 
     def __str__(self) -> str:

@@ -63,6 +63,7 @@ class Progress:
     # What the first rank writes. Nothing depends on it but these two answers, so a full disk is not an error here.
 
     def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
+        """Write how far the job is. idle: starts one after another that made no step. stopped: it ended on request."""
         if self._path is None:
             return
         values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}

@@ -103,6 +103,7 @@ class Evaluation:
 
     @property
     def ppl(self) -> float:
+        """The perplexity; infinite where it is too large for a number."""
         try:
             return math.exp(self.lm_loss)
         except OverflowError:
