@@ -14,8 +14,9 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.config.schema import TokenizerConfig
+    from megatron.data.encode import PreprocessConfig
     from megatron.data.errors import DataError
-    from megatron.data.preprocess import PreprocessConfig, PreprocessTotals, preprocess
+    from megatron.data.preprocess import PreprocessTotals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.files.outputs import BadOutput
     from megatron.launch.tool_parser import ToolParser, some_name

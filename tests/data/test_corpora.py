@@ -19,9 +19,10 @@ import pytest
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.corpus import read_blocks
+from megatron.data.encode import PreprocessConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import PreprocessConfig, PreprocessTotals, preprocess
+from megatron.data.preprocess import PreprocessTotals, preprocess
 from megatron.data.train_bpe import train_bpe
 from megatron.data.train_wordpiece import train_wordpiece
 

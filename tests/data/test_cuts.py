@@ -25,9 +25,10 @@ from tokenizers import Tokenizer as Backend
 from megatron.config.schema import TokenizerConfig
 from megatron.data import cuts
 from megatron.data.cuts import PLACES, Seam, split_text
+from megatron.data.encode import PreprocessConfig
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import PreprocessConfig, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -279,7 +280,7 @@ def test_a_dataset_of_long_documents(
     how = PreprocessConfig(config, append_eod=True, split_sentences=split)
     (whole,) = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "whole"), how).prefixes
     monkeypatch.setattr(cuts, "MAX_PART", 100)
-    monkeypatch.setattr("megatron.data.preprocess.BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("megatron.data.encode.BATCH_CHARACTERS", 500)
     monkeypatch.setattr("megatron.data.preprocess.MAX_QUIET_PART", 400)
     totals = preprocess([str(tmp_path / "c.jsonl")], str(tmp_path / "cut"), how)
     assert capsys.readouterr().err.count("a text of 500 characters was tokenized at once") == 1

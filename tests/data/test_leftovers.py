@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from megatron.config.schema import TokenizerConfig
+from megatron.data.encode import PreprocessConfig
 from megatron.data.index_cache import IndexCache, file_lock
 from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.merge import merge_datasets
-from megatron.data.preprocess import PreprocessConfig, preprocess
+from megatron.data.preprocess import preprocess
 
 # Writes a dataset up to its last rename, says so, and waits for what comes.
 WRITER = """

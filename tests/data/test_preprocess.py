@@ -18,9 +18,10 @@ import pytest
 
 from megatron.config.schema import TokenizerConfig
 from megatron.data.cuts import MAX_PART
+from megatron.data.encode import PreprocessConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
-from megatron.data.preprocess import PreprocessConfig, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.sentences import split_sentences
 from megatron.data.tokenizer import build_tokenizer
 from megatron.data.train_bpe import train_bpe

@@ -17,11 +17,12 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from megatron.config.schema import DataConfig, DataSettings, TokenizerConfig
 from megatron.data import matching
 from megatron.data.build import build_datasets
+from megatron.data.encode import PreprocessConfig
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import adopt_data_roles, check_tokenizer
 from megatron.data.merge import merge_datasets
-from megatron.data.preprocess import PreprocessConfig, preprocess
+from megatron.data.preprocess import preprocess
 from megatron.data.tokenizer import build_tokenizer, load_tokenizer
 from megatron.data.tokenizer_base import Tokenizer as Ours
 from megatron.data.train_bpe import train_bpe
