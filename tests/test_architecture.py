@@ -143,7 +143,7 @@ def test_the_floor_test_notices_what_it_should(tmp_path: Path, monkeypatch: pyte
         assert floor_violations(bad, ROOMS["data"], "data"), line
     for line in (
         "import torch",
-        "from megatron.launch.packages import how_to_install",
+        "from megatron.launch.packages import install_command",
         "from . import gpt",
         "from megatron import __version__",
     ):

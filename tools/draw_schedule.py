@@ -25,7 +25,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
     from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
     from megatron.pipeline.schedules.schedule import SCHEDULES, Schedule, make
     from megatron.pipeline.schedules.simulate import Costs, Timeline, simulate
@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--microbatches", type=int, required=True, metavar="M", help="micro-batches of a step")
     parser.add_argument("--chunks", type=int, metavar="V", help="stages of each rank; default what the schedule has, or 2")
     parser.add_argument("--costs", default="1,1,1,0", metavar="F,B,W,COMM", help="times of one action; default 1,1,1,0")
-    parser.add_argument("--output", type=some_path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
+    parser.add_argument("--output", type=non_empty_path, metavar="FILE", help="write an SVG instead of drawing in the terminal")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of drawing in the terminal")
     given = parser.parse_args()
     try:

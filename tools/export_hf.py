@@ -18,7 +18,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -27,9 +27,11 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+        "--load", type=non_empty_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )
-    parser.add_argument("--output", type=some_path, required=True, metavar="DIR", help="the Hugging Face directory to make")
+    parser.add_argument(
+        "--output", type=non_empty_path, required=True, metavar="DIR", help="the Hugging Face directory to make"
+    )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the tensors written; default as saved, rounding none")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it is an earlier export")

@@ -17,16 +17,18 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
+        "--load", type=non_empty_path, required=True, metavar="CKPT", help="directory of checkpoints, or one iter_ directory"
     )
-    parser.add_argument("--save", type=some_path, required=True, metavar="DIR", help="directory for Megatron-LM's checkpoints")
+    parser.add_argument(
+        "--save", type=non_empty_path, required=True, metavar="DIR", help="directory for Megatron-LM's checkpoints"
+    )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration of --load; default the latest")
     for axis in ("tensor", "pipeline"):
         parser.add_argument(

@@ -34,7 +34,7 @@ with loading():
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, job
-    from megatron.launch.tool_parser import ToolParser, some_name
+    from megatron.launch.tool_parser import ToolParser, non_empty_name
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
 
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
     given.add_argument(
-        "--prompt-file", type=some_name, help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}'
+        "--prompt-file",
+        type=non_empty_name,
+        help='prompts, one a line: plain text, or in a .jsonl file strings or {"prompt": ...}',
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to write (default 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the most probable token (default 1)")

@@ -20,14 +20,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=some_path, required=True, metavar="DIR", help="the Hugging Face directory")
-    parser.add_argument("--save", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
+    parser.add_argument("--input", type=non_empty_path, required=True, metavar="DIR", help="the Hugging Face directory")
+    parser.add_argument(
+        "--save", type=non_empty_path, required=True, metavar="CKPT", help="directory of checkpoints to write into"
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,

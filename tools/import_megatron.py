@@ -19,16 +19,18 @@ from megatron.launch.entry import loading, run_main
 
 with loading():
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--load", type=some_path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory"
+        "--load", type=non_empty_path, required=True, metavar="DIR", help="what --save was there, or its iter_ directory"
     )
-    parser.add_argument("--save", type=some_path, required=True, metavar="CKPT", help="directory of checkpoints to write into")
+    parser.add_argument(
+        "--save", type=non_empty_path, required=True, metavar="CKPT", help="directory of checkpoints to write into"
+    )
     add_tokenizer_flags(parser)
     return parser.parse_args()
 

@@ -21,7 +21,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.checkpoint.find import find
     from megatron.checkpoint.layout import CheckpointError, iterations, read_config, read_manifest, read_state
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -65,7 +65,9 @@ def table(about: dict[str, Any], others: list[int]) -> list[str]:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=some_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument(
+        "directory", type=non_empty_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory"
+    )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()

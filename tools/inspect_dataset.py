@@ -24,14 +24,18 @@ with loading():
     from megatron.data.matching import adopt_data_roles, check_tokenizer
     from megatron.data.tokenizer import Tokenizer, build_tokenizer
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
-    from megatron.launch.tool_parser import ToolParser, count, some_name
+    from megatron.launch.tool_parser import ToolParser, non_empty_name, non_negative_int
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument("prefix", type=some_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it")
-    p.add_argument("--samples", type=count, default=0, help="also the first N training samples of a run with --train-samples N")
+    p.add_argument(
+        "prefix", type=non_empty_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it"
+    )
+    p.add_argument(
+        "--samples", type=non_negative_int, default=0, help="also the first N training samples of a run with --train-samples N"
+    )
     p.add_argument("--split", default=DataSettings().split, help="shares of training, validation and test documents")
     p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")
     p.add_argument("--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there")
@@ -42,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seq-length", type=int, help="tokens per sample")
     p.add_argument("--seed", type=int, default=1234, help="the run's seed")
     p.add_argument("--data-cache-path", help="directory for built sample indices")
-    p.add_argument("--documents", type=count, default=3, help="how many documents to decode")
+    p.add_argument("--documents", type=non_negative_int, default=3, help="how many documents to decode")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     add_tokenizer_flags(p)
     return p

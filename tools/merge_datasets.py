@@ -14,20 +14,20 @@ with loading():
     from megatron.data.errors import DataError
     from megatron.data.merge import find_prefixes, merge_datasets
     from megatron.files.outputs import BadOutput
-    from megatron.launch.tool_parser import ToolParser, some_name
+    from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 
 def main(argv: list[str] | None = None) -> int:
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",
-        type=some_name,
+        type=non_empty_name,
         required=True,
         nargs="+",
         metavar="DIR_OR_PREFIX",
         help="prefixes, or a directory for all in it",
     )
-    p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
+    p.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
     args = p.parse_args(argv)
     prefixes = find_prefixes(args.input)
     joined = merge_datasets(prefixes, args.output_prefix)

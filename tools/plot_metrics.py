@@ -22,7 +22,7 @@ with loading():
     from megatron.files.outputs import BadOutput, check_picture
     from megatron.files.pending import write_whole
     from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 52
@@ -138,8 +138,8 @@ def draw(train: Points, validation: Points, title: str) -> str:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", type=some_path, help="metrics.jsonl of a run")
-    parser.add_argument("--output", type=some_path, required=True, help="SVG file to write")
+    parser.add_argument("metrics", type=non_empty_path, help="metrics.jsonl of a run")
+    parser.add_argument("--output", type=non_empty_path, required=True, help="SVG file to write")
     parser.add_argument("--title", default="Loss", help="heading of the picture")
     arguments = parser.parse_args()
     try:

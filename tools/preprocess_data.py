@@ -19,7 +19,7 @@ with loading():
     from megatron.data.preprocess import PreprocessTotals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
     from megatron.files.outputs import BadOutput
-    from megatron.launch.tool_parser import ToolParser, some_name
+    from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,13 +27,13 @@ def parser() -> argparse.ArgumentParser:
     p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument(
         "--input",
-        type=some_name,
+        type=non_empty_name,
         required=True,
         nargs="+",
         metavar="FILE",
         help="JSON lines, plain or packed (gzip, zstandard, bzip2, xz); globs too",
     )
-    p.add_argument("--output-prefix", type=some_name, required=True, help="path of the output, without its ending")
+    p.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
     p.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
     )

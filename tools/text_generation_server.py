@@ -29,7 +29,7 @@ with loading():
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, guarded, job
     from megatron.launch.signals import StopSignals
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
     from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=5000, help="port to listen on; 0 is any free one (default 5000)")
     parser.add_argument("--model-name", help="the model's name for clients; default that of the directory of --load")
     parser.add_argument("--max-tokens-to-oom", type=int, default=12000, help="most tokens of a request (default 12000)")
-    parser.add_argument("--chat-template", type=some_path, metavar="FILE", help="Jinja template; default the checkpoint's")
+    parser.add_argument("--chat-template", type=non_empty_path, metavar="FILE", help="Jinja template; default the checkpoint's")
     add_access_flags(parser)
     args = parse_once(parser.parse_args, argv)
     env = LaunchEnvironment()

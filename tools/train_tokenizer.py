@@ -15,7 +15,7 @@ with loading():
     from megatron.data.train_bpe import train_bpe
     from megatron.data.train_wordpiece import train_wordpiece
     from megatron.files.outputs import BadOutput
-    from megatron.launch.tool_parser import ToolParser, some_name
+    from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 FILES = {  # by --tokenizer-type, what is written
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",
-        type=some_name,
+        type=non_empty_name,
         required=True,
         nargs="+",
         metavar="FILE",
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>, or BERT's special tokens"
     )
-    p.add_argument("--output", type=some_name, required=True, metavar="DIR", help="directory for the files")
+    p.add_argument("--output", type=non_empty_name, required=True, metavar="DIR", help="directory for the files")
     args = p.parse_args(argv)
     if args.tokenizer_type == "GPT2BPETokenizer":
         size = train_bpe(args.input, args.json_keys, args.vocab_size, args.output)

@@ -19,12 +19,14 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.checkpoint.find import find
     from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, verify
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=some_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument(
+        "directory", type=non_empty_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory"
+    )
     parser.add_argument("--load-iteration", type=int, metavar="N", help="which iteration; default the latest")
     given = parser.parse_args()
     try:

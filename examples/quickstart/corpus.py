@@ -21,7 +21,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.files.outputs import BadOutput, Reads, check_file
     from megatron.files.pending import write_whole
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def documents() -> Iterator[tuple[str, str]]:
@@ -45,7 +45,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=some_path, help="file to write")
+    parser.add_argument("output", type=non_empty_path, help="file to write")
     output: Path = parser.parse_args().output
     try:
         check_file("output", output, Reads([sysconfig.get_path("stdlib")]))

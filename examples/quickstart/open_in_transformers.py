@@ -21,12 +21,12 @@ with loading():
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron.launch.tool_parser import ToolParser, some_path
+    from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
 def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=some_path)
+    parser.add_argument("directory", type=non_empty_path)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=60)
     arguments = parser.parse_args()

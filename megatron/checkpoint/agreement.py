@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis
 
 T = TypeVar("T")
@@ -35,12 +35,12 @@ def saving_axis(world: Axis) -> Axis:
     return replace(world, name="save", group=dist.new_group(list(world.ranks), timeout=LONGEST_WAIT, backend="gloo"))
 
 
-def together(world: Axis, work: Callable[[], T], watch: Watch | None = None, what: str = "") -> T:
+def together(world: Axis, work: Callable[[], T], watch: Watchdog | None = None, what: str = "") -> T:
     """Run `work` on every rank; when it fails on one, raise CheckpointError on all, naming each rank that failed.
 
     DiskError when all that failed is the disk's fault. watch, what: whom to tell what this rank does, in words.
     """
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     result, failure = None, None
     watch.doing(what, alone=True)
     try:

@@ -36,7 +36,7 @@ from megatron.checkpoint.layout import (
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.files.regular import check_regular, reason
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import Checkpointable, Part, Shard
 
@@ -52,7 +52,7 @@ class Loaded:
     unexpected: tuple[str, ...]
 
 
-def verify_together(directory: Path, world: Axis, watch: Watch | None = None) -> None:
+def verify_together(directory: Path, world: Axis, watch: Watchdog | None = None) -> None:
     """Compare every byte of a checkpoint with its manifest; each file is read by one rank, so they share the work. Collective.
 
     CheckpointError on all ranks, naming the file, when one of them finds a difference. watch: is told what this rank does.

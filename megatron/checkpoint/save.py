@@ -29,7 +29,7 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.storage import FileRecord, Storage, safetensors
 from megatron.files.outputs import is_foreign
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import Checkpointable
 
@@ -69,14 +69,14 @@ def save(
     return final
 
 
-def write(root: Path, content: Content, world: Axis, storage: Storage, watch: Watch | None = None) -> Path:
+def write(root: Path, content: Content, world: Axis, storage: Storage, watch: Watchdog | None = None) -> Path:
     """Write a checkpoint and make it the latest; it is on disk when this returns. Collective over `world`.
 
     watch: told what this rank does. CheckpointError as `save`; DiskError when the disk alone is to blame.
     """
     name = directory_name(content.iteration)
     final, temporary = root / name, root / f".{name}.tmp"
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     try:
         together(
             world, lambda: _begin(storage, root, temporary, content) if world.first else None, watch, f"making room in {root}"
@@ -119,7 +119,7 @@ def _begin(storage: Storage, root: Path, temporary: Path, content: Content) -> N
     storage.make_directory(temporary)
 
 
-def _write_shard(storage: Storage, path: Path, content: Content, watch: Watch) -> FileRecord | None:
+def _write_shard(storage: Storage, path: Path, content: Content, watch: Watchdog) -> FileRecord | None:
     """This rank's file; None when it has nothing to write."""
     if not content.entries:
         return None

@@ -19,9 +19,9 @@ from megatron.config.command_line.parse import HelpAsked, Parsed, explain, parse
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.files.side import forgiving_streams, piped_streams
-from megatron.launch.command_line import typed_command, with_torchrun
+from megatron.launch.command_line import torchrun_command, typed_command
 from megatron.launch.environment import LaunchEnvironment, LaunchEnvironmentError
-from megatron.launch.exit_report import leave_to_first, say, tell_launcher
+from megatron.launch.exit_report import let_rank_0_report, write_error_file, write_stderr
 from megatron.launch.signals import StopSignals
 from megatron.train.going_on import CtrlC, how_to_go_on
 from megatron.train.progress import STOPPED, EarlyStop, Progress
@@ -107,8 +107,8 @@ def read(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Ma
     except Exception as error:
         where = f"rank {env.rank} on host {os.uname().nodename}, reading the command"
         line = f"error: {where}: {type(error).__name__}: {error}\n"
-        tell_launcher(line)
-        say(traceback.format_exc() + line)
+        write_error_file(line)
+        write_stderr(traceback.format_exc() + line)
         sys.exit(1)
     return parsed
 
@@ -125,14 +125,14 @@ def refused(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequ
         if refuse_on_all(error, env, ALONE_MINUTES) or env.local_rank:
             return 2
     elif env.rank:
-        leave_to_first(env)
+        let_rank_0_report(env)
     else:
         first, *more = error.problems
-        tell_launcher(f"error: {first}" + (f" (and {len(more)} more, listed above)" if more else ""))
+        write_error_file(f"error: {first}" + (f" (and {len(more)} more, listed above)" if more else ""))
     ranks = next((problem.ranks for problem in error.problems if problem.ranks), 0)
     advice = []
     if ranks and env.launcher == "python" and "--dry-run" not in argv:
-        advice = [f"start {ranks} processes: {shlex.join(with_torchrun(ranks, program, argv))}"]
+        advice = [f"start {ranks} processes: {shlex.join(torchrun_command(ranks, program, argv))}"]
     explain(error, program, 0 if error.on_disk else env.rank, advice)
 
 

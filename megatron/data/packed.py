@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
 from megatron.files.foreign import HEAD_BYTES, PACKED, foreign_bytes, packing
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
@@ -163,7 +163,9 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
     try:
         import zstandard
     except ImportError as error:
-        raise DataError(f"{name}: reading zstandard needs its package ({how_to_install('zstandard')}), or unpack it") from error
+        raise DataError(
+            f"{name}: reading zstandard needs its package ({install_command('zstandard')}), or unpack it"
+        ) from error
     return UnpackedFile(file, zstandard.ZstdDecompressor().decompressobj, (zstandard.ZstdError,))
 
 

@@ -14,11 +14,11 @@ from typing import TypeVar
 import torch
 
 from megatron.inference.generate import device_of
-from megatron.launch.command_line import with_torchrun
-from megatron.launch.entry import speaks
+from megatron.launch.command_line import torchrun_command
+from megatron.launch.entry import is_speaker
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.exit_report import leave_to_first, tell_launcher
-from megatron.launch.tool_parser import some_name
+from megatron.launch.exit_report import let_rank_0_report, write_error_file
+from megatron.launch.tool_parser import non_empty_name
 from megatron.mesh.grid import Grid
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which checkpoint, on which device, over how many processes."""
-    parser.add_argument("--load", type=some_name, required=True, help="directory of checkpoints, or one iter_ directory")
+    parser.add_argument("--load", type=non_empty_name, required=True, help="directory of checkpoints, or one iter_ directory")
     parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
     for axis, what in (("tensor", "each layer"), ("pipeline", "the depth")):
@@ -37,13 +37,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
     """Return `parse(argv)`, an argparse method, of which only the first of several processes prints help and mistakes."""
-    if speaks():
+    if is_speaker():
         return parse(argv)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             return parse(argv)
     except SystemExit:
-        leave_to_first(LaunchEnvironment(job=os.environ.get("TORCHELASTIC_RUN_ID")))
+        let_rank_0_report(LaunchEnvironment(job=os.environ.get("TORCHELASTIC_RUN_ID")))
         raise
 
 
@@ -55,9 +55,9 @@ def refuse(error: Exception, env: LaunchEnvironment) -> int:
         env: of this process.
     """
     if env.rank == 0:
-        tell_launcher(f"error: {error}")
+        write_error_file(f"error: {error}")
     else:
-        leave_to_first(env)  # and torchrun ends this process meanwhile
+        let_rank_0_report(env)  # and torchrun ends this process meanwhile
     if env.local_rank == 0 or getattr(error, "own", False):
         print(f"error: {error}", file=sys.stderr)
     return 2
@@ -76,7 +76,7 @@ def layout_of(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, t
     if min(grid.shape) < 1:
         raise ValueError(f"{sizes}; legal: 1 and above")
     if grid.world_size != env.world_size:
-        command = with_torchrun(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
+        command = torchrun_command(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
         words = f": {shlex.join(command)}" if env.launcher == "python" else ""
         raise ValueError(
             f"{sizes} needs as many processes; there are {env.world_size}: "

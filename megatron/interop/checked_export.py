@@ -45,7 +45,7 @@ from megatron.interop.hf_config import model_settings
 from megatron.interop.hf_export import export_hf
 from megatron.interop.hf_import import read_hf
 from megatron.interop.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 from megatron.model.transformer import Transformer
 
 # What config.json must say, beside what the logits show.
@@ -113,7 +113,7 @@ def _need_transformers() -> None:
         import_transformers()
     except NoTransformersError as error:
         raise ExportError(
-            f"{error}, so the export cannot be verified: {how_to_install('transformers')}, or pass --no-verify"
+            f"{error}, so the export cannot be verified: {install_command('transformers')}, or pass --no-verify"
         ) from error
 
 

@@ -22,7 +22,7 @@ from megatron.interop.checked_import import compare
 from megatron.interop.megatron_files import arguments_of
 from megatron.interop.released import read_archive, read_config_file, understand, write
 from megatron.interop.released_kinds import GPT2_KIND, Kind
-from megatron.launch.tool_parser import ToolParser, some_path
+from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 OUTPUTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Where GPT-2's two files are looked for beside the archive: the names under which they are published.
@@ -35,7 +35,7 @@ def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argpar
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
     parser.add_argument(
         "path_to_checkpoint",
-        type=some_path,
+        type=non_empty_path,
         metavar="PATH",
         help=f"the archive (.zip) of a Megatron {kind.name}, or the .pt file",
     )

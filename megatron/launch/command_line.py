@@ -30,7 +30,7 @@ def typed_command(program: str, argv: Sequence[str], env: LaunchEnvironment) -> 
     return seen if ours else [program, *argv]
 
 
-def with_torchrun(processes: int, program: str, argv: Sequence[str]) -> list[str]:
+def torchrun_command(processes: int, program: str, argv: Sequence[str]) -> list[str]:
     """The words that start the same program on several processes, where it was started by plain python.
 
     Args:

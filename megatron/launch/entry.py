@@ -16,14 +16,14 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron.launch.packages import EXTRAS, NEEDED, how_to_install
+from megatron.launch.packages import EXTRAS, REQUIRED, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Kinds = type[Exception] | tuple[type[Exception], ...]
 
-OLDEST = (3, 11)
+MIN_PYTHON = (3, 11)
 INTERRUPTED = 128 + signal.SIGINT  # exit statuses as shells have them
 
 
@@ -34,13 +34,13 @@ def loading() -> "Iterator[None]":
     Ctrl-C ends the program silently with status 130: there is nothing to say yet.
     """
     check_python()
-    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not speaks()
+    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_speaker()
     if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     try:
         yield
     except ModuleNotFoundError as error:
-        refuse(missing_package(error) or _raise(error))
+        exit_with_error(missing_package(error) or _raise(error))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     finally:
@@ -63,13 +63,13 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
     check_python()
     from megatron.files.side import piped_streams
     from megatron.launch.errors import JobError
-    from megatron.launch.memory import out_of_memory
+    from megatron.launch.memory import out_of_memory_message
 
     with piped_streams():
         try:
             return main(*arguments, **named)
         except KeyboardInterrupt:
-            if speaks():
+            if is_speaker():
                 print("interrupted", file=sys.stderr)
             return INTERRUPTED
         except wrong as error:
@@ -82,29 +82,29 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
             print(f"error: {error}", file=sys.stderr)
             return error.status
         except ModuleNotFoundError as error:
-            refuse(missing_package(error) or _raise(error))
+            exit_with_error(missing_package(error) or _raise(error))
         except Exception as error:
-            print(f"error: {out_of_memory(error) or _raise(error)}", file=sys.stderr)
+            print(f"error: {out_of_memory_message(error) or _raise(error)}", file=sys.stderr)
             return 1
 
 
 def check_python() -> None:
     """End the program with status 2, after one line, where Python is older than what the package needs."""
-    if sys.version_info < OLDEST:
-        needed, found = (".".join(map(str, version[:3])) for version in (OLDEST, sys.version_info))
-        refuse(f"Python {needed} or newer is needed, and {sys.executable} is {found}: {activation()}")
+    if sys.version_info < MIN_PYTHON:
+        needed, found = (".".join(map(str, version[:3])) for version in (MIN_PYTHON, sys.version_info))
+        exit_with_error(f"Python {needed} or newer is needed, and {sys.executable} is {found}: {activation_command()}")
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
     """Return what to say of a package of ours that is not installed; nothing where it is another one."""
     name = (error.name or "").split(".")[0]
-    if name not in NEEDED and name not in EXTRAS:
+    if name not in REQUIRED and name not in EXTRAS:
         return ""
-    way = activation() if name in NEEDED else f"run `{how_to_install(name)}`"
+    way = activation_command() if name in REQUIRED else f"run `{install_command(name)}`"
     return f"{name} is not installed for {sys.executable}: {way}"
 
 
-def activation() -> str:
+def activation_command() -> str:
     """Return what gives a shell the Python that the project is installed for: that of its environment, or of a new one."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = os.path.join(root, ".venv", "bin", "activate")
@@ -113,14 +113,14 @@ def activation() -> str:
     return f"run {activate} first" if os.path.exists(script) else f"run `make install` first, and then {activate}"
 
 
-def refuse(words: str) -> NoReturn:
+def exit_with_error(words: str) -> NoReturn:
     """End the program with status 2, after one line from the first of its processes."""
-    if speaks():
+    if is_speaker():
         sys.stderr.write(f"error: {words}\n")
     sys.exit(2)
 
 
-def speaks() -> bool:
+def is_speaker() -> bool:
     """Return whether this process speaks for all that a launcher has started, of which the first one does."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("", "0")
 

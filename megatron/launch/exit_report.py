@@ -18,14 +18,14 @@ FIRST_SECONDS = 10.0  # that a first rank may take longer to its words than anot
 ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
-def status_of(error: BaseException) -> int:
+def exit_status(error: BaseException) -> int:
     """The exit status of a process that ends with this error; an error may carry its own as `status`."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else int(getattr(error, "status", 1))
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Write what is in the buffers, then the text to stderr in one piece. Takes two seconds at most."""
 
     def write() -> None:
@@ -35,33 +35,33 @@ def say(text: str) -> None:
         with suppress(OSError):
             os.write(2, text.encode(errors="replace"))
 
-    briefly(write)  # nobody may read the other end, or the main thread may hold a stream's lock for ever
+    run_briefly(write)  # nobody may read the other end, or the main thread may hold a stream's lock for ever
 
 
-def briefly(work: Callable[[], object]) -> None:
+def run_briefly(work: Callable[[], object]) -> None:
     """Do something that may never end; it gets two seconds."""
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(2.0)
 
 
-def leave_to_first(env: LaunchEnvironment) -> None:
+def let_rank_0_report(env: LaunchEnvironment) -> None:
     """Wait, on another rank than the first, which says what is wrong with the command that all have, and leaves.
 
     A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
     reports each that does not end with 0, so this process then does.
     """
-    leave_with_launcher(env)
+    exit_0_on_sigterm(env)
     time.sleep(1.0 if env.job is None else FIRST_SECONDS)
 
 
-def leave_with_launcher(env: LaunchEnvironment) -> None:
+def exit_0_on_sigterm(env: LaunchEnvironment) -> None:
     """From now on end with 0 where torchrun ends this process, since another one has failed."""
     if env.job is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
-def tell_launcher(text: str) -> None:
+def write_error_file(text: str) -> None:
     """Leave the root cause where torchrun looks for it, so that its own report names it too. Nothing under other launchers.
 
     The format is that of torch.distributed.elastic's error files. Of a failure only the lines that name it: torchrun shows the
@@ -76,7 +76,7 @@ def tell_launcher(text: str) -> None:
             Path(path).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}), encoding="utf-8")
 
 
-def is_echo(error: BaseException) -> bool:
+def is_secondary_error(error: BaseException) -> bool:
     """Whether an error may only show that another rank failed: torch's errors of communication, and their text."""
     cause: BaseException | None = error
     while cause is not None:

@@ -1,7 +1,7 @@
-"""What ranks tell one another while they work, and what follows from it. Imports no torch.
+"""Heartbeats of ranks, and the judgement of who died, froze or hangs. Imports no torch.
 
-Each rank writes a `Beat` every half second. From the beats of the others, and the process table of its own host, a rank sees
-who died and who is frozen; from its own `Pace` it sees that it hangs itself.
+Each rank writes a `Heartbeat` every half second. From the heartbeats of the others, and the process table of its own host, a
+rank sees who died and who is frozen; from its own `DurationTracker` it sees that it hangs itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Patience:
+class WatchdogTimeouts:
     """How long the watch waits, in seconds.
 
     period: between two beats. silent: without a beat, until a rank counts as frozen or lost. hang: the least for a
@@ -85,7 +85,7 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One sign of life.
 
     number: counts up. what: the phase in words. age: seconds since it began. left: seconds until it counts as a hang, None
@@ -104,13 +104,13 @@ class Beat:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def of(cls, data: bytes) -> Beat:
+    def from_bytes(cls, data: bytes) -> Heartbeat:
         """Read a beat that `to_bytes` wrote."""
         fields = json.loads(data)
         return cls(**fields | {"process": Process(**fields["process"])})
 
 
-class Pace:
+class DurationTracker:
     """How long this rank's computations take, by kind, and how long one may take.
 
     The first of a kind may take `first` seconds; it allocates and connects, or compiles, and says little about the rest.
@@ -148,10 +148,10 @@ class Pace:
 class Peer:
     """Another rank as this one sees it. quiet: seconds since its last beat, by this rank's own count."""
 
-    beat: Beat
+    beat: Heartbeat
     quiet: float = 0.0
 
-    def heard(self, beat: Beat, seconds: float) -> None:
+    def heard(self, beat: Heartbeat, seconds: float) -> None:
         """What was read now, `seconds` after the last time."""
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
@@ -160,7 +160,7 @@ class Peer:
         """Whether the rank has ended, or is about to and needs nobody any more."""
         return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
 
-    def verdict(self, patience: Patience, own: Process, *, trouble: bool) -> str | None:
+    def verdict(self, timeouts: WatchdogTimeouts, own: Process, *, trouble: bool) -> str | None:
         """What is wrong with the rank, in words; None while nothing is.
 
         trouble: something is known to be wrong somewhere, so a rank that cannot be looked up may be silent for a shorter time.
@@ -170,9 +170,9 @@ class Peer:
         state = self.beat.process.state(own)
         if state == "gone":
             return f"its process died without a word (killed, out of memory, or crashed); last heard {self.quiet:.1f} s before"
-        limit = patience.silent
+        limit = timeouts.silent
         if trouble and state != "alive":
-            limit = min(limit, patience.settle * 2 / 3)
+            limit = min(limit, timeouts.settle * 2 / 3)
         if self.quiet < limit:
             return None
         why = {
@@ -183,7 +183,7 @@ class Peer:
         return f"no sign of life for {self.quiet:.0f} s: {why}"
 
 
-def excused(age: float, others: list[Peer]) -> bool:
+def may_wait_for_peer(age: float, others: list[Peer]) -> bool:
     """Whether a computation that takes `age` seconds may be held up by another rank.
 
     Work given to a GPU waits for other ranks without saying so. Then the one whose own work began earlier is to blame, and

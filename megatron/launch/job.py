@@ -14,17 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.launch.device import Hardware, agree, means_of
+from megatron.launch.device import Hardware, agree_on_devices, choose_device
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
-from megatron.launch.exit_report import status_of
-from megatron.launch.heartbeat import Patience, Process
+from megatron.launch.exit_report import exit_status
+from megatron.launch.heartbeat import Process, WatchdogTimeouts
 from megatron.launch.host_memory import keep_freed_memory
 from megatron.launch.signals import StopSignals
-from megatron.launch.store import connect, serves_store
-from megatron.launch.watchdog import Early, Explain, LiveWatch, Watch
+from megatron.launch.store import connect_store, serves_store
+from megatron.launch.watchdog import Early, Explain, JobWatchdog, Watchdog
 
-SPARE = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
+NCCL_TIMEOUT_MARGIN = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Job:
     device: torch.device
     backend: str | None
     timeout: timedelta | None = None
-    watch: Watch = field(default_factory=Watch)
+    watch: Watchdog = field(default_factory=Watchdog)
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +55,7 @@ class Job:
 class Guard:
     """The watch of this process, its connection to the job's store, and what asks it to stop; for one process none of them."""
 
-    watch: Watch = field(default_factory=Watch)
+    watch: Watchdog = field(default_factory=Watchdog)
     store: Any = None
     timeout: timedelta = timedelta(minutes=10)
     world_size: int = 1
@@ -79,7 +79,7 @@ class Guard:
                 tell(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
                 next_line += 30.0
 
-    def heard_from_first(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
+    def ask_rank_0(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
         """The first rank's answer, on all ranks, which wait for it as long as it takes. Called by all of them, once.
 
         Args:
@@ -119,7 +119,7 @@ def guarded(
     timeout_minutes: float = 10.0,
     *,
     explain: Explain = lambda error, where: None,
-    patience: Patience | None = None,
+    timeouts: WatchdogTimeouts | None = None,
     signals: StopSignals | None = None,
     early: Early | None = None,
 ) -> Iterator[Guard]:
@@ -127,7 +127,7 @@ def guarded(
 
     An error that leaves the block, and a rank that dies or hangs, ends all of them with one message, and this process does not
     return. explain: errors that need no traceback, in words; see `watch.Explain`. signals, early: who answers a signal that
-    asks for the end, see `LiveWatch`; by default it ends the job. One process, and a group that is there, are not watched;
+    asks for the end, see `JobWatchdog`; by default it ends the job. One process, and a group that is there, are not watched;
     errors just pass through.
     """
     timeout = timedelta(minutes=timeout_minutes)
@@ -136,13 +136,13 @@ def guarded(
         return
     own = signals is None
     signals = signals or StopSignals()
-    store = connect(env, timeout)
-    watch = LiveWatch(
-        connect(env, timeout, again=True),
+    store = connect_store(env, timeout)
+    watch = JobWatchdog(
+        connect_store(env, timeout, again=True),
         env,
         timeout,
         keeps_store=serves_store(env.rank),
-        patience=patience,
+        timeouts=timeouts,
         explain=explain,
         signals=signals,
         early=early,
@@ -154,7 +154,7 @@ def guarded(
     try:
         yield Guard(watch, store, timeout, env.world_size, signals)
     except BaseException as error:
-        if status_of(error):
+        if exit_status(error):
             watch.fail(error)  # and take nothing apart: it could block for ever
         raise
     finally:
@@ -170,9 +170,9 @@ def job(
     timeout_minutes: float = 10.0,
     *,
     explain: Explain = lambda error, where: None,
-    patience: Patience | None = None,
+    timeouts: WatchdogTimeouts | None = None,
     guard: Guard | None = None,
-    look: Callable[[], Hardware] = Hardware.own,
+    look: Callable[[], Hardware] = Hardware.detect,
 ) -> Iterator[Job]:
     """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
 
@@ -181,13 +181,13 @@ def job(
 
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
     """
-    device, means = means_of(env, backend, look())
-    with nullcontext(guard) if guard else guarded(env, timeout_minutes, explain=explain, patience=patience) as there:
+    device, choice = choose_device(env, backend, look())
+    with nullcontext(guard) if guard else guarded(env, timeout_minutes, explain=explain, timeouts=timeouts) as there:
         if there.store is not None:
             there.watch.waiting("comparing what the ranks compute on")
-            agree(there.store, env, means, there.timeout)
-        elif means.problem:
-            raise JobError(means.problem, status=2)
+            agree_on_devices(there.store, env, choice, there.timeout)
+        elif choice.problem:
+            raise JobError(choice.problem, status=2)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
@@ -195,15 +195,15 @@ def job(
             if env.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, (os.cpu_count() or 1) // env.local_size))
         if there.store is None:
-            yield Job(env, device, means.backend if env.world_size > 1 else None, there.timeout)
+            yield Job(env, device, choice.backend if env.world_size > 1 else None, there.timeout)
             return
         # NCCL's own watchdog aborts the process; the watch, which knows what it did, has its say before.
-        limit = there.timeout + SPARE if means.backend == "nccl" else there.timeout
+        limit = there.timeout + NCCL_TIMEOUT_MARGIN if choice.backend == "nccl" else there.timeout
         # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
         # it has one for the whole group, in which a receive that was posted early holds up every send behind it.
         ranks = env.world_size
-        dist.init_process_group(means.backend, store=there.store, rank=env.rank, world_size=ranks, timeout=limit)
-        yield Job(env, device, means.backend, limit, there.watch)
+        dist.init_process_group(choice.backend, store=there.store, rank=env.rank, world_size=ranks, timeout=limit)
+        yield Job(env, device, choice.backend, limit, there.watch)
         there.watch.waiting("the end of the job")
         if dist.is_initialized():
             dist.destroy_process_group()

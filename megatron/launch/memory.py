@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOM_FOR_WORDS = 400  # characters of an allocator's message
+MAX_MESSAGE_LENGTH = 400  # characters of an allocator's message
 # What allocators say: torch's for the host, torch's for a GPU, the system's.
 ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate")
 
@@ -33,11 +33,15 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
         return None
     swap = 1024 * said.get("SwapFree", 0)
     free, total = 1024 * said["MemAvailable"], 1024 * said.get("MemTotal", 0)
-    more = f", and {gib(swap)} of swap" if swap else ""
-    found = [HostMemory(free + swap, f"this host has {gib(total)}, of which {gib(free)} are free{more}")]
+    more = f", and {format_gib(swap)} of swap" if swap else ""
+    found = [HostMemory(free + swap, f"this host has {format_gib(total)}, of which {format_gib(free)} are free{more}")]
     for maximum, used in _groups(root):
         left = max(0, maximum - used) + swap
-        found.append(HostMemory(left, f"the control group of this process has {gib(maximum)}, of which {gib(used)} are taken"))
+        found.append(
+            HostMemory(
+                left, f"the control group of this process has {format_gib(maximum)}, of which {format_gib(used)} are taken"
+            )
+        )
     return min(found, key=lambda one: one.free)
 
 
@@ -70,12 +74,12 @@ def _text(path: Path) -> str:
         return ""
 
 
-def gib(count: float) -> str:
+def format_gib(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.1f} GiB"
 
 
-def out_of_memory(error: BaseException) -> str:
+def out_of_memory_message(error: BaseException) -> str:
     """Return what to say of an error of an allocator, of the host or a GPU; nothing where it is another one."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -86,4 +90,4 @@ def out_of_memory(error: BaseException) -> str:
     text = text.partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2]
     there = host_memory()
     left = "" if there is None or "CUDA" in text else f"; {there.words}"
-    return f"out of memory: {text[:ROOM_FOR_WORDS] or type(error).__name__}{left}"
+    return f"out of memory: {text[:MAX_MESSAGE_LENGTH] or type(error).__name__}{left}"

@@ -3,7 +3,7 @@
 On the package index the name `megatron` is somebody else's, so the commands name this checkout.
 """
 
-NEEDED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
+REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
 EXTRAS = {
     "transformers": "hf",
     "tensorboard": "tensorboard",
@@ -15,7 +15,7 @@ EXTRAS = {
 }
 
 
-def how_to_install(module: str) -> str:
+def install_command(module: str) -> str:
     """Return the command that installs a module's package, to be typed in the project's directory; quoted for any shell."""
     extra = EXTRAS.get(module)
     return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."

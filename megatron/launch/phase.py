@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-What = object  # a phase in words, by its str() or, where it can be called, by its result
+Description = object  # a phase in words, by its str() or, where it can be called, by its result
 
 COMPUTING = "computing"  # waits for nobody, and is judged by the longest of its kind
 DOING = "doing"  # may wait for others, and may take as long as the job's timeout
@@ -23,10 +23,10 @@ class Phase:
     since: float
     mode: str
     kind: str
-    what: What
+    what: Description
 
 
-def in_words(what: What) -> str:
+def describe_phase(what: Description) -> str:
     """Describe a phase as its rank does."""
     try:
         return str(what()) if callable(what) else str(what)

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Interrupts:
+class InterruptHandler:
     """Answers Ctrl-C while a run works towards a step boundary. Called from another thread than the main one.
 
     relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
@@ -40,7 +40,7 @@ class StopSignals:
     that nothing more is asked of it. name: of the first signal, None before.
     """
 
-    def __init__(self, at_once: Callable[[str], object] | None = None, interrupts: Interrupts | None = None) -> None:
+    def __init__(self, at_once: Callable[[str], object] | None = None, interrupts: InterruptHandler | None = None) -> None:
         self.name: str | None = None
         self.held = self.answered = False
         self._at_once, self._interrupts = at_once, interrupts
@@ -53,7 +53,7 @@ class StopSignals:
         One that is ignored is taken as well: a batch script ignores it for the sake of the launcher, which the ranks inherit.
         Not so Ctrl-C, which a shell has its background ignore.
         """
-        mine = [number for number in STOPS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
+        mine = [number for number in STOP_SIGNALS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
         mine = [number for number in mine if number != signal.SIGINT]
         if self._interrupts is not None and signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):
             mine.append(signal.SIGINT)
@@ -83,7 +83,7 @@ class StopSignals:
         self._at_once = None
         self.held = True
 
-    def comes(self, name: str, within: float) -> bool:
+    def wait_for(self, name: str, within: float) -> bool:
         """Wait these seconds, less where this signal is the one that has come or comes; returns whether it is."""
         until = time.monotonic() + within
         while self.name != name and time.monotonic() < until:

@@ -15,7 +15,7 @@ SIZE = 256  # bytes; longer words are cut
 KEPT = 600.0  # seconds that what a dead process left stays, from when a start noticed it
 
 
-class Slate:
+class StatusFile:
     """A process writes, which costs a microsecond: the bytes are memory. Where no file can be made, nobody will read them.
 
     The files lie where only this user can write. What dead processes left there goes when a new one is made.
@@ -43,10 +43,10 @@ class Slate:
 
     def wipe(self) -> None:
         """Leave nothing behind."""
-        forget(self._process)
+        remove_status(self._process)
 
 
-def left_by(process: Process, seen_from: Process) -> str | None:
+def read_status(process: Process, seen_from: Process) -> str | None:
     """What a process of the same host wrote last, also when it has died. None from elsewhere, and where nothing is."""
     if not process.space or process.space != seen_from.space:
         return None
@@ -58,7 +58,7 @@ def left_by(process: Process, seen_from: Process) -> str | None:
     return data.split(b"\0", 1)[0].decode(errors="replace") or None
 
 
-def forget(process: Process) -> None:
+def remove_status(process: Process) -> None:
     """Remove what a process left that could not do so itself."""
     with suppress(OSError), PrivateDirectory() as directory:
         directory.remove(_name(process))

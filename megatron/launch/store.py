@@ -26,7 +26,7 @@ class Store(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
 
-def connect(env: LaunchEnvironment, timeout: timedelta, *, again: bool = False) -> Any:
+def connect_store(env: LaunchEnvironment, timeout: timedelta, *, again: bool = False) -> Any:
     """A connection to the store that the launcher serves, or else the first rank. again: another one of this process.
 
     Waits `timeout` for the server and the other processes; then JobError, and at once where the port is taken. An operation

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launch.entry import speaks
-from megatron.launch.exit_report import tell_launcher
+from megatron.launch.entry import is_speaker
+from megatron.launch.exit_report import write_error_file
 
 MAX_DIGITS = 18
 MAX_MESSAGE = 400  # characters of a mistake: a value may be a whole file, by mistake
@@ -19,24 +19,24 @@ class ToolParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the command line, to a launcher too, and exit with status 2."""
         shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
-        if speaks():
-            tell_launcher(f"error: {shown}")
+        if is_speaker():
+            write_error_file(f"error: {shown}")
         self.exit(2, f"error: {shown}\n{self.prog}: --help lists what it takes\n")
 
 
-def some_name(text: str) -> str:
+def non_empty_name(text: str) -> str:
     """Read the name of a file, a directory or a prefix, as `type=` of an argument: it has at least one letter."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
 
 
-def some_path(text: str) -> Path:
+def non_empty_path(text: str) -> Path:
     """Read a path, as `type=` of an argument: an empty one would mean the directory at hand."""
-    return Path(some_name(text))
+    return Path(non_empty_name(text))
 
 
-def count(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """Read how many, as `type=` of an argument: an integer, 0 or greater."""
     if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise argparse.ArgumentTypeError(f"{text[:MAX_DIGITS]!r} is not an integer, 0 or greater")

@@ -26,11 +26,11 @@ from typing import NoReturn
 
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
-from megatron.launch.exit_report import briefly, is_echo, say, status_of, tell_launcher
-from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
-from megatron.launch.phase import ALONE, COMPUTING, DOING, WAITING, Phase, What, in_words
+from megatron.launch.exit_report import exit_status, is_secondary_error, run_briefly, write_error_file, write_stderr
+from megatron.launch.heartbeat import DurationTracker, Heartbeat, Peer, Process, WatchdogTimeouts, may_wait_for_peer
+from megatron.launch.phase import ALONE, COMPUTING, DOING, WAITING, Description, Phase, describe_phase
 from megatron.launch.signals import StopSignals
-from megatron.launch.status_file import Slate, forget, left_by
+from megatron.launch.status_file import StatusFile, read_status, remove_status
 from megatron.launch.store import Store, serves_store
 
 # An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
@@ -43,7 +43,7 @@ NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not w
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
 
 
-class Watch:
+class Watchdog:
     """What a rank says about its work. This one tells nobody: for one process.
 
     what: the phase in words, or something that gives them when called; they are made only when somebody reads them.
@@ -51,20 +51,20 @@ class Watch:
 
     at_end: Callable[[], object] | None = None  # called where a watch ends the process, if all others have ended
 
-    def computing(self, kind: str, what: What) -> None:
+    def computing(self, kind: str, what: Description) -> None:
         """Work that waits for nobody. Work of one kind takes about as long each time; far longer counts as a hang."""
 
-    def doing(self, what: What, *, alone: bool = False) -> None:
+    def doing(self, what: Description, *, alone: bool = False) -> None:
         """Work that may take as long as the job's timeout. alone: it waits for nobody, though others may wait for it."""
 
-    def waiting(self, what: What) -> None:
+    def waiting(self, what: Description) -> None:
         """Waiting for other ranks or for the device, for as long as it takes."""
 
     def idle(self) -> None:
         """None of these."""
 
 
-class LiveWatch(Watch):
+class JobWatchdog(Watchdog):
     """The watch of one rank of several. `start`, then the phases, then `stop` or `fail`.
 
     store: a connection for this watch alone. keeps_store: this process serves it. timeout: of the job. signals: what asks this
@@ -79,15 +79,15 @@ class LiveWatch(Watch):
         timeout: timedelta,
         *,
         keeps_store: bool = False,
-        patience: Patience | None = None,
+        timeouts: WatchdogTimeouts | None = None,
         explain: Explain = lambda error, where: None,
         signals: StopSignals | None = None,
         early: Early | None = None,
     ) -> None:
         self._store, self._env, self._explain, self._keeps_store = store, env, explain, keeps_store
-        self._patience, self._timeout = patience or Patience(), timeout.total_seconds()
-        self._process, self._pace = Process.own(), Pace(self._patience.hang, self._timeout, self._patience.first)
-        self._slate = Slate(self._process)
+        self._timeouts, self._timeout = timeouts or WatchdogTimeouts(), timeout.total_seconds()
+        self._process, self._pace = Process.own(), DurationTracker(self._timeouts.hang, self._timeout, self._timeouts.first)
+        self._status_file = StatusFile(self._process)
         self._phase = self._seen_phase = Phase(time.monotonic(), WAITING, "", "starting up")
         self._age = 0.0  # seconds for which the thread has seen that phase
         self._peers: dict[int, Peer] = {}
@@ -104,24 +104,24 @@ class LiveWatch(Watch):
 
     # What the main thread says: some microseconds each.
 
-    def computing(self, kind: str, what: What) -> None:
+    def computing(self, kind: str, what: Description) -> None:
         self._change(COMPUTING, kind, what)
 
-    def doing(self, what: What, *, alone: bool = False) -> None:
+    def doing(self, what: Description, *, alone: bool = False) -> None:
         self._change(ALONE if alone else DOING, "", what)
 
-    def waiting(self, what: What) -> None:
+    def waiting(self, what: Description) -> None:
         self._change(WAITING, "", what)
 
     def idle(self) -> None:
         self._change(WAITING, "", "between two phases")
 
-    def _change(self, mode: str, kind: str, what: What) -> None:
+    def _change(self, mode: str, kind: str, what: Description) -> None:
         now, ended = time.monotonic(), self._phase
         if ended.mode == COMPUTING:
             self._pace.record(ended.kind, now - ended.since)
         self._phase = Phase(now, mode, kind, what)
-        self._slate.write(in_words(what))
+        self._status_file.write(describe_phase(what))
 
     def start(self) -> None:
         """Begin to watch."""
@@ -140,7 +140,7 @@ class LiveWatch(Watch):
         self._nudge()
         for thread in self._threads:
             thread.join()
-        self._slate.wipe()
+        self._status_file.wipe()
         os.close(self._wake)
         os.close(self._waker)
 
@@ -152,7 +152,7 @@ class LiveWatch(Watch):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends one more after Ctrl-C
         # The other thread ends the process well before this.
-        threading.Event().wait(2 * self._patience.silent + 10.0)
+        threading.Event().wait(2 * self._timeouts.silent + 10.0)
         self._end(1, "".join(traceback.format_exception(error)))
 
     def _nudge(self) -> None:
@@ -176,7 +176,7 @@ class LiveWatch(Watch):
 
     def _rest(self) -> None:
         """Until the next beat is due, or something happens."""
-        ready, _, _ = select.select([self._wake], [], [], self._patience.period)
+        ready, _, _ = select.select([self._wake], [], [], self._timeouts.period)
         if ready:
             os.read(self._wake, 512)
 
@@ -192,12 +192,12 @@ class LiveWatch(Watch):
         return not self._keeps_store or all(peer.beat.ending for peer in self._peers.values())
 
     def _round(self) -> None:
-        looking = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        looking = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
         troubled = looking or self._error is not None
         everyone = troubled or len(self._peers) < len(self._others)
         passed = self._exchange(self._others if everyone else self._near)
-        if self._error is not None and not is_echo(self._error):
-            self._tell(self._story(self._error), status_of(self._error))
+        if self._error is not None and not is_secondary_error(self._error):
+            self._tell(self._story(self._error), exit_status(self._error))
         ranks = sorted(self._peers) if everyone else self._near
         if any(self._verdict(rank, troubled) for rank in ranks):
             # A process that is gone may have said goodbye after its beat was read.
@@ -213,18 +213,18 @@ class LiveWatch(Watch):
             self._tell_hang()
 
     def _verdict(self, rank: int, troubled: bool) -> str | None:
-        return self._peers[rank].verdict(self._patience, self._process, trouble=troubled)
+        return self._peers[rank].verdict(self._timeouts, self._process, trouble=troubled)
 
     def _settle(self) -> None:
         """After a signal or an error of communication, when no cause has shown so far."""
-        peers, patience = self._peers.values(), self._patience
-        if self._error is not None and self._trouble >= patience.settle:
-            self._tell(self._story(self._error), status_of(self._error))
+        peers, timeouts = self._peers.values(), self._timeouts
+        if self._error is not None and self._trouble >= timeouts.settle:
+            self._tell(self._story(self._error), exit_status(self._error))
         if not self._ends_early():
             return
         # One that never came has told its story before there was a watch.
         alike = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
-        if not alike and self._asked < patience.settle:
+        if not alike and self._asked < timeouts.settle:
             return
         name = self._signals.name or ""
         if self._early is not None:
@@ -238,14 +238,14 @@ class LiveWatch(Watch):
         """Write this rank's beat and read those of `ranks`. Follows a failure. Gives the seconds since the last round."""
         now = time.monotonic()
         # A process that was suspended, or waits for a slow store, must not take its own pause for the others'.
-        passed, self._last_round = min(now - self._last_round, 2 * self._patience.period), now
+        passed, self._last_round = min(now - self._last_round, 2 * self._timeouts.period), now
         phase = self._phase
         self._age = self._age + passed if phase is self._seen_phase else 0.0
         self._seen_phase = phase
         self._number += 1
         self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
-        beat = Beat(
-            self._process, self._number, in_words(self._seen_phase.what), round(self._age, 2), self._left(), self._ending
+        beat = Heartbeat(
+            self._process, self._number, describe_phase(self._seen_phase.what), round(self._age, 2), self._left(), self._ending
         )
         self._asking = self._number
         self._store.set(f"beat {self._env.rank}", beat.to_bytes().decode())
@@ -254,7 +254,7 @@ class LiveWatch(Watch):
         failure, *beats = self._store.multi_get(["failure", *(f"beat {rank}" for rank in here)])
         self._asking = 0
         for rank, data in zip(here, beats, strict=True):
-            read = Beat.of(data)
+            read = Heartbeat.from_bytes(data)
             self._peers.setdefault(rank, Peer(read)).heard(read, passed)
         if failure != b"-" and ending is None:
             self._follow(failure)
@@ -276,16 +276,16 @@ class LiveWatch(Watch):
 
     def _where(self, rank: int | None = None) -> str:
         if rank is None or rank == self._env.rank:
-            return f"rank {self._env.rank} on host {self._process.host}, {in_words(self._seen_phase.what)}"
+            return f"rank {self._env.rank} on host {self._process.host}, {describe_phase(self._seen_phase.what)}"
         beat = self._peers[rank].beat
         # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
-        what = left_by(beat.process, self._process) or beat.what
+        what = read_status(beat.process, self._process) or beat.what
         return f"rank {rank} on host {beat.process.host}, {what}"
 
     def _tell_hang(self) -> None:
         phase = self._seen_phase
         self._exchange(self._others)
-        if self._phase is not phase or excused(self._age, list(self._peers.values())):
+        if self._phase is not phase or may_wait_for_peer(self._age, list(self._peers.values())):
             return
         longest = self._pace.longest(phase.kind)
         usual = f", where {longest:.2f} s was the longest before" if longest is not None else ""
@@ -314,8 +314,8 @@ class LiveWatch(Watch):
         self._asking = 0
         if told.decode() != own:
             self._follow(told)
-        say(text)
-        tell_launcher(text)
+        write_stderr(text)
+        write_error_file(text)
         self._outstay()
         self._leave(status)
 
@@ -324,16 +324,16 @@ class LiveWatch(Watch):
         told = json.loads(failure)
         self._exchange([], ending="ended")
         if told["status"] == STOPPED or self._env.job is None:
-            time.sleep(2 * self._patience.period)
-        elif self._signals.comes("SIGTERM", within=2 * self._patience.period):
+            time.sleep(2 * self._timeouts.period)
+        elif self._signals.wait_for("SIGTERM", within=2 * self._timeouts.period):
             self._leave(0)  # torchrun has seen the other one end, and would report each that does not end with 0
-        tell_launcher(str(told["text"]))  # which asks whichever rank it finds first
-        own = 1 if self._error is None else status_of(self._error)
+        write_error_file(str(told["text"]))  # which asks whichever rank it finds first
+        own = 1 if self._error is None else exit_status(self._error)
         self._leave(told["status"] if told["status"] in (STOPPED, REFUSED) else own)
 
     def _outstay(self) -> None:
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
-        for _ in range(int(self._patience.settle / 0.1)):
+        for _ in range(int(self._timeouts.settle / 0.1)):
             self._exchange(self._others, ending="ended")
             if all(peer.over(self._process) for peer in self._peers.values()):
                 return
@@ -346,29 +346,29 @@ class LiveWatch(Watch):
         elif self._ending != "ended":
             self._exchange([], ending="ended")
         for peer in self._peers.values():
-            if not peer.beat.ending and peer.quiet >= self._patience.settle * 2 / 3:
+            if not peer.beat.ending and peer.quiet >= self._timeouts.settle * 2 / 3:
                 peer.beat.process.kill(self._process)
             if peer.beat.process.state(self._process) == "gone":
-                forget(peer.beat.process)
+                remove_status(peer.beat.process)
         self._end(status)
 
     def _watch_store(self) -> None:
         """The second thread. An answer of the store may never come, when its host is lost or its process frozen."""
         before, ticks = 0, 0.0
-        while not self._over.wait(self._patience.period):
+        while not self._over.wait(self._timeouts.period):
             # Counted, not measured: a pause of this process is no delay of the store.
-            ticks = ticks + self._patience.period if self._asking and self._asking == before else 0.0
+            ticks = ticks + self._timeouts.period if self._asking and self._asking == before else 0.0
             before = self._asking
-            if ticks >= self._patience.silent:
+            if ticks >= self._timeouts.silent:
                 self._lost_store(f"no answer for {ticks:.0f} s")
 
     def _lost_store(self, why: str) -> NoReturn:
         """Nothing can be agreed on any more: by its number alone, one rank away from the store's host speaks."""
-        echo = self._signals.name is not None and (self._ends_early() or self._asked < self._patience.settle)
+        echo = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
         if echo or self._ending == "ended":
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
-        if self._error is not None and not is_echo(self._error):
-            self._end(status_of(self._error), self._story(self._error))
+        if self._error is not None and not is_secondary_error(self._error):
+            self._end(exit_status(self._error), self._story(self._error))
         hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._env.rank: self._process.host}
         keeper = f"{self._env.address}:{self._env.port}, on host {hosts.get(0, self._env.address)}"
         away = [rank for rank, host in hosts.items() if host != hosts.get(0)]
@@ -382,9 +382,9 @@ class LiveWatch(Watch):
 
     def _end(self, status: int, text: str = "") -> NoReturn:
         """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
-        say(text)
-        tell_launcher(text)
+        write_stderr(text)
+        write_error_file(text)
         if self.at_end is not None and all(peer.over(self._process) for peer in self._peers.values()):
-            briefly(self.at_end)
-        self._slate.wipe()
+            run_briefly(self.at_end)
+        self._status_file.wipe()
         os._exit(status)

@@ -17,7 +17,7 @@ from megatron.config.schema import LayoutConfig
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
 
 # The axes of a mesh, each with those of the grid along which its ranks differ.
-UNIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tp": ("tp",),
         "cp": ("cp",),
@@ -29,14 +29,14 @@ UNIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def within_stage(axis: str) -> bool:
+def is_within_stage(axis: str) -> bool:
     """Return whether all ranks of an axis share one pipeline stage, so that they hold the same list of parameters."""
-    return "pp" not in UNIONS.get(axis, ("pp",))
+    return "pp" not in MESH_AXES.get(axis, ("pp",))
 
 
-def completing(axis: str) -> frozenset[str]:
+def complementary_axes(axis: str) -> frozenset[str]:
     """The axes of the grid that together with `axis` span every rank of a pipeline stage, each rank once."""
-    return frozenset(AXES) - {"pp", *UNIONS[axis]}
+    return frozenset(AXES) - {"pp", *MESH_AXES[axis]}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron.launch.device import ranks_of
+from megatron.launch.device import describe_ranks
 from megatron.launch.errors import JobError
-from megatron.launch.watchdog import Watch
-from megatron.mesh.grid import UNIONS, Grid
+from megatron.launch.watchdog import Watchdog
+from megatron.mesh.grid import MESH_AXES, Grid
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Mesh:
         rank: int,
         timeout: timedelta | None = None,
         ends: tuple[int, int] = (0, -1),
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
     ) -> Mesh:
         """Collective: every rank calls this, creates every group in the same order, and opens its own in that order.
 
@@ -73,7 +73,7 @@ class Mesh:
 
         ValueError when the running job has another number of ranks than the grid; JobError naming a group that does not open.
         """
-        watch = watch or Watch()
+        watch = watch or Watchdog()
         if dist.is_initialized() and dist.get_world_size() != grid.world_size:
             raise ValueError(f"layout {grid} needs {grid.world_size} ranks, the job has {dist.get_world_size()}")
         known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}  # equal groups share one communicator
@@ -82,7 +82,7 @@ class Mesh:
 
         def add(name: str, ranks: tuple[int, ...], groups: dict[tuple[int, ...], dist.ProcessGroup | None]) -> None:
             if ranks not in groups:
-                with communicator(name, ranks, rank):
+                with naming_communicator(name, ranks, rank):
                     groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
                 # What goes down the pipeline has a communicator for each two ranks: `pipeline.transfer` opens those.
                 if rank in ranks and len(ranks) > 1 and name != "pp_back":
@@ -90,7 +90,7 @@ class Mesh:
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
-        for name, along in UNIONS.items():
+        for name, along in MESH_AXES.items():
             for members in grid.groups(*along):
                 add(name, tuple(members), known)
         for members in grid.groups("pp"):
@@ -99,8 +99,8 @@ class Mesh:
                 axes["embedding"] = Axis.alone("embedding", rank)
             add("embedding", tuple(sorted({members[end] for end in ends})), known)
         for ranks, name in opening.items():
-            watch.doing(f"opening the communicator {name} of {ranks_of(ranks)}")
-            with communicator(name, ranks, rank):
+            watch.doing(f"opening the communicator {name} of {describe_ranks(ranks)}")
+            with naming_communicator(name, ranks, rank):
                 _open(known[ranks])
         watch.idle()
         return cls(grid, rank, **axes)
@@ -119,13 +119,13 @@ class Mesh:
 
 
 @contextmanager
-def communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[None]:
+def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[None]:
     """What fails inside becomes a JobError that names the communicator. rank: this one."""
     try:
         yield
     except RuntimeError as error:
         why = " ".join(str(error).split())[:300]
-        raise JobError(f"rank {rank} cannot open the communicator {name} of {ranks_of(ranks)}: {why}") from error
+        raise JobError(f"rank {rank} cannot open the communicator {name} of {describe_ranks(ranks)}: {why}") from error
 
 
 def _open(group: dist.ProcessGroup | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.mesh.grid import completing
+from megatron.mesh.grid import complementary_axes
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import all_reduce
@@ -24,7 +24,7 @@ def owns_in_norm(spec: ParamSpec, mesh: Mesh) -> bool:
     The ranks of a stage are those of the data axis times those of some further axes; over each of the further ones a
     parameter is split, or copied. Axes that its gradients are summed over have copies too, also on other stages.
     """
-    copied = (completing(spec.data_axis) - spec.split_over) | spec.sum_grad_over
+    copied = (complementary_axes(spec.data_axis) - spec.split_over) | spec.sum_grad_over
     return all(mesh.axis(name).first for name in copied)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron.mesh.grid import within_stage
+from megatron.mesh.grid import is_within_stage
 
 DECOUPLED = ("embedding.word.weight", "head.weight")  # what --decoupled-lr is for
 
@@ -80,7 +80,7 @@ class ParamSpec:
         Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
         several stages share a tied matrix alone, so its copies have a bucket of their own.
         """
-        between_stages = frozenset(axis for axis in self.sum_grad_over if not within_stage(axis))
+        between_stages = frozenset(axis for axis in self.sum_grad_over if not is_within_stage(axis))
         return self.data_axis, between_stages, self.decay, self.decoupled
 
     def local(self, tensor: Tensor) -> Tensor:

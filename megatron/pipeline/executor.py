@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from megatron.contract import Batch, Loss, StagePart
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.parallel.weight_grad import WeightProduct, WeightWork
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedules.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
@@ -87,7 +87,7 @@ class Executor:
         scaled_loss: Callable[[Loss, int], Tensor],
         work: WeightWork,
         *,
-        watch: Watch,
+        watch: Watchdog,
         share: Callable[[Batch], Batch] = lambda batch: batch,
         early: int = EARLY,
     ) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mesh.mesh import Axis, communicator
+from megatron.mesh.mesh import Axis, naming_communicator
 
 
 class Receiving:
@@ -50,7 +50,7 @@ class Channels:
             if axis.rank not in (sender, receiver):
                 continue
             token, ends = torch.zeros(1, device=self.memory), (axis.ranks[sender], axis.ranks[receiver])
-            with communicator(axis.name, ends, axis.ranks[axis.rank]):
+            with naming_communicator(axis.name, ends, axis.ranks[axis.rank]):
                 if axis.rank == sender:
                     dist.send(token, ends[1], group=axis.group)
                 else:

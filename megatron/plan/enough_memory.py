@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.schema import RunConfig
-from megatron.launch.device import Hardware, means_of
+from megatron.launch.device import Hardware, choose_device
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
-from megatron.launch.memory import gib, host_memory
+from megatron.launch.memory import format_gib, host_memory
 from megatron.mesh.grid import Grid
 from megatron.plan.memory import shards, state_of_rank
 from megatron.plan.size import MetaModel
@@ -67,12 +67,12 @@ def check_memory(
             room = look(config, env) or room
     if needed > room.free:
         fullest = max(every, key=total)
-        parts = [f"weights {gib(fullest.weights)}"]
+        parts = [f"weights {format_gib(fullest.weights)}"]
         if not config.eval.skip_train:
-            parts += [f"gradients {gib(fullest.gradients)}", f"optimizer {gib(fullest.optimizer)}"]
+            parts += [f"gradients {format_gib(fullest.gradients)}", f"optimizer {format_gib(fullest.optimizer)}"]
         who = "this rank" if room.own else "one process" if len(every) == 1 else f"the {len(every)} ranks of this host"
         raise InputError(
-            f"out of memory before the start: {who} would hold {gib(needed)} without activations "
+            f"out of memory before the start: {who} would hold {format_gib(needed)} without activations "
             f"({'of each ' if len(every) > 1 else ''}{', '.join(parts)}), and {room.words}. "
             f"--dry-run says what each rank needs; lower it: {_advice(config)}"
         )
@@ -99,17 +99,17 @@ def states(config: RunConfig, grid: Grid, ranks: Sequence[int]) -> list[StateByt
 
 def room_of(config: RunConfig, env: LaunchEnvironment) -> Room | None:
     """Return what this rank's device has; None where nothing can be said of it."""
-    found = Hardware.own()
-    device, means = means_of(env, config.layout.distributed_backend, found)
-    if means.problem:  # which the job will say
+    found = Hardware.detect()
+    device, choice = choose_device(env, config.layout.distributed_backend, found)
+    if choice.problem:  # which the job will say
         return None
     if device.type != "cuda":
         there = host_memory()
         return None if there is None else Room(there.free, there.words, own=False)
     free, capacity = torch.cuda.mem_get_info(device)
-    if found.gpus < env.local_size and means.backend != "nccl":  # shared, and others may have allocated already
-        return Room(capacity, f"the GPU has {gib(capacity)}", own=True)
-    return Room(free, f"GPU {device.index} has {gib(capacity)}, of which {gib(free)} are free", own=True)
+    if found.gpus < env.local_size and choice.backend != "nccl":  # shared, and others may have allocated already
+        return Room(capacity, f"the GPU has {format_gib(capacity)}", own=True)
+    return Room(free, f"GPU {device.index} has {format_gib(capacity)}, of which {format_gib(free)} are free", own=True)
 
 
 def _advice(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 
 MIN_JINJA = (3, 1, 6)  # earlier sandboxes have known ways out
 
@@ -37,7 +37,7 @@ def check_version(installed: str) -> None:
     """ValueError for a version of jinja2 whose sandbox has known ways out."""
     if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < MIN_JINJA:
         least = ".".join(map(str, MIN_JINJA))
-        raise ValueError(f"jinja2 {installed} is too old for strangers' templates, {least} is not: {how_to_install('jinja2')}")
+        raise ValueError(f"jinja2 {installed} is too old for strangers' templates, {least} is not: {install_command('jinja2')}")
 
 
 class GenerationTag(Extension):

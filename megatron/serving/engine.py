@@ -13,7 +13,7 @@ import torch
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import Beam
 from megatron.inference.generate import Predictor, Score, Text, write
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
 from megatron.serving.fields import RequestError
 from megatron.serving.task import Task
@@ -58,8 +58,8 @@ class Pending:
 class Engine:
     """One rank's. Collective where the model or the control are."""
 
-    def __init__(self, model: Predictor, tokenizer: Tokenizer, control: Control, watch: Watch | None = None) -> None:
-        self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watch()
+    def __init__(self, model: Predictor, tokenizer: Tokenizer, control: Control, watch: Watchdog | None = None) -> None:
+        self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watchdog()
         self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
         self._closed = threading.Event()
         self._progress: tuple[float, str, bool] = (time.monotonic(), "starting", False)

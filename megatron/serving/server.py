@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 from megatron.launch.signals import StopSignals
 from megatron.serving.app import Service, build
 from megatron.serving.connections import ConnectionLimits, guarded_protocol
@@ -34,7 +34,7 @@ def require_packages() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise ServerError(f"the server needs the package {error.name}: {how_to_install('uvicorn')}") from error
+        raise ServerError(f"the server needs the package {error.name}: {install_command('uvicorn')}") from error
 
 
 def open_port(host: str, port: int) -> socket.socket:

@@ -25,7 +25,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.pending import write_whole
 from megatron.inference.pipeline import Pipeline
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.plan.stages import stages_of
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
@@ -56,7 +56,7 @@ def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
     return makers[config.task.task or ""]()
 
 
-def prepare(parsed: Parsed, watch: Watch) -> Prepared:
+def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
     """Tokenizer, checkpoint to start from, samples. InputError says what is wrong with one of them."""
     with refusing():
         config, notes = parsed.config, list(parsed.notes)

@@ -35,7 +35,7 @@ from megatron.inference.model_flags import add_model_flags, layout_of, parse_onc
 from megatron.inference.restore import open_pipeline
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 from megatron.mesh.mesh import Mesh
 from megatron.tasks.leading import Led, follow
 from megatron.tasks.likelihood import Likelihoods
@@ -153,7 +153,7 @@ def main(argv: list[str]) -> int:
         env = LaunchEnvironment.from_environ(os.environ)
         grid, device = layout_of(args, env)
         if find_spec("lm_eval") is None:
-            raise ValueError(f"lm-evaluation-harness is not installed: {how_to_install('lm_eval')}")
+            raise ValueError(f"lm-evaluation-harness is not installed: {install_command('lm_eval')}")
         find(
             Path(args.load),
             args.load_iteration,

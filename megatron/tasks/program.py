@@ -17,7 +17,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.precision import Precision
@@ -35,7 +35,7 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
     config = parsed.config
     try:
         if TASKS[config.task.task or ""].head is not None:
-            prepared = prepare(parsed, Watch())
+            prepared = prepare(parsed, Watchdog())
             return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
         source = ready(config)
         with refusing():
@@ -52,7 +52,7 @@ def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSig
 
     early.before = "the end of the evaluation"
 
-    def check(watch: Watch) -> RunConfig:
+    def check(watch: Watchdog) -> RunConfig:
         watch.waiting("reading the files")  # a phase without a limit
         ready(parsed.config)
         return parsed.config

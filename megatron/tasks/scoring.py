@@ -18,7 +18,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
 from megatron.inference.restore import Opened
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis
 from megatron.tasks.windows import Window
 
@@ -43,13 +43,13 @@ class Score:
 
 
 def score(
-    model: Scorer, windows: Iterable[Window], micro_batch_size: int, dp: Axis, watch: Watch | None = None
+    model: Scorer, windows: Iterable[Window], micro_batch_size: int, dp: Axis, watch: Watchdog | None = None
 ) -> Iterator[Score]:
     """This data-parallel rank's share of the windows, in order: windows r, r + dp, r + 2 dp ... of each micro-batch.
 
     All ranks pass the same windows, and all take every score: collective over the ranks that share a model.
     """
-    watch, source, done = watch or Watch(), iter(windows), 0
+    watch, source, done = watch or Watchdog(), iter(windows), 0
     while together := list(islice(source, micro_batch_size * dp.size)):
         watch.doing(f"scoring windows {done} to {done + len(together) - 1}")
         done += len(together)

@@ -28,7 +28,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
 from megatron.inference.restore import Opened
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
 from megatron.tasks.reading import read_text
@@ -64,7 +64,7 @@ class Scoring:
         overlap: int,
         micro_batch_size: int,
         *,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         say: Say = print,
     ) -> None:
         check_scored(opened, seq_length, overlap, micro_batch_size)
@@ -110,7 +110,7 @@ def zero_shot(
     overlap: int | None = None,
     strict: bool = False,
     micro_batch_size: int = 4,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Score a model, say Megatron-LM's line about it, and return the figures, ready for JSON. Collective.

@@ -6,7 +6,7 @@ from contextlib import suppress
 from enum import IntEnum
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.launch.exit_report import tell_launcher
+from megatron.launch.exit_report import write_error_file
 from megatron.train.errors import TrainingError
 from megatron.train.loop import Training
 from megatron.train.progress import Progress
@@ -69,7 +69,7 @@ class Ending:
         text = f"{where}: {why}; {self._kept()}"
         training.log(text)
         if self._saver is not None:
-            tell_launcher(text)
+            write_error_file(text)
         return Exit.STOPPED if goes_on else Exit.FINISHED
 
     def finish(self) -> Exit:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from megatron.contract import Batch
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.pipeline.executor import Executor
 from megatron.train.step import totals
@@ -29,7 +29,7 @@ def evaluate(
     *,
     steps: int,
     global_batch_size: int,
-    watch: Watch | None = None,
+    watch: Watchdog | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
     """Mean losses over `steps` global batches: of the tokens that count, and of the samples' order, 0 for a model without.
@@ -39,7 +39,7 @@ def evaluate(
     should_stop: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
     """
     loss = tokens = order = 0.0
-    watch = watch or Watch()
+    watch = watch or Watchdog()
     for _ in range(steps):
         if should_stop():
             return None

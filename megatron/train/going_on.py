@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron.config.schema import CheckpointConfig
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.exit_report import say, tell_launcher
-from megatron.launch.signals import Interrupts
+from megatron.launch.exit_report import write_error_file, write_stderr
+from megatron.launch.signals import InterruptHandler
 
 INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells have it
 
@@ -29,7 +29,7 @@ def how_to_go_on(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
     return f"start again with --auto-resume{file} to go on: {shlex.join([*kept, '--auto-resume'])}"
 
 
-class CtrlC(Interrupts):
+class CtrlC(InterruptHandler):
     """Answers Ctrl-C for a run. The first rank speaks, since all of them hear it.
 
     checkpoint, command: set as soon as the command has been read; `typed_command`.
@@ -46,14 +46,14 @@ class CtrlC(Interrupts):
         if self._first:
             what = "saving a checkpoint" if self.checkpoint.save is not None else "without --save nothing is kept"
             limit = "; torchrun kills what is not done in half a minute" if self.relayed else ""
-            say(f"Ctrl-C: stopping at the end of this step, {what}{limit}; a second Ctrl-C ends at once\n")
+            write_stderr(f"Ctrl-C: stopping at the end of this step, {what}{limit}; a second Ctrl-C ends at once\n")
 
     def again(self, name: str) -> None:
         """End this process, and say what is kept."""
         text = f"ended at once by a second Ctrl-C ({name}); {self._kept()}\n"
         if self._first:
-            say(text)
-        tell_launcher(text)
+            write_stderr(text)
+        write_error_file(text)
         os._exit(INTERRUPTED)
 
     def _kept(self) -> str:

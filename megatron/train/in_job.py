@@ -17,12 +17,12 @@ from megatron.config.schema import LayoutConfig
 from megatron.data.errors import DataError
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError, JobError
-from megatron.launch.exit_report import leave_with_launcher, status_of, tell_launcher
-from megatron.launch.heartbeat import Patience
+from megatron.launch.exit_report import exit_0_on_sigterm, exit_status, write_error_file
+from megatron.launch.heartbeat import WatchdogTimeouts
 from megatron.launch.job import Job, guarded, job
-from megatron.launch.memory import out_of_memory
+from megatron.launch.memory import out_of_memory_message
 from megatron.launch.signals import StopSignals
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.plan.enough_memory import LOWER_MEMORY
 from megatron.train.errors import TrainingError
 from megatron.train.lock import locked
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def in_a_job(
-    prepare: Callable[[Watch], T],
+    prepare: Callable[[Watchdog], T],
     run: Callable[[T, Job], int],
     layout: LayoutConfig,
     env: LaunchEnvironment,
@@ -48,12 +48,12 @@ def in_a_job(
     compiled: the first work of a kind may take any time.
     """
     hang = layout.hang_timeout_seconds or math.inf
-    patience = Patience(hang=hang, first=math.inf if compiled else hang)
+    timeouts = WatchdogTimeouts(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
     try:
         tell = partial(say, sys.stdout if env.rank == 0 else None)
         with (
-            guarded(env, timeout, explain=in_words, patience=patience, signals=signals, early=early) as guard,
+            guarded(env, timeout, explain=in_words, timeouts=timeouts, signals=signals, early=early) as guard,
             locked(save, guard, env, tell) as joined,
         ):
             prepared = prepare(guard.watch)
@@ -64,14 +64,14 @@ def in_a_job(
     except KeyboardInterrupt:
         return fail("interrupted", 130, env.rank == 0)
     except (InputError, JobError) as error:
-        tell_launcher(f"error: {error}")
+        write_error_file(f"error: {error}")
         return fail(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another
         where = f"rank {env.rank} on host {os.uname().nodename}"
         words = in_words(error, where)
         text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
-        tell_launcher(text)
-        return fail(text if words else traceback.format_exc() + text, status_of(error))
+        write_error_file(text)
+        return fail(text if words else traceback.format_exc() + text, exit_status(error))
 
 
 def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) -> bool:
@@ -82,7 +82,7 @@ def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) ->
         env: of this process.
         minutes: to wait for the first rank.
     """
-    leave_with_launcher(env)
+    exit_0_on_sigterm(env)
     try:
         with guarded(env, minutes, explain=in_words), refusing():
             raise error
@@ -96,7 +96,7 @@ def in_words(error: BaseException, where: str) -> str | None:
         return str(error)
     if isinstance(error, DataError | InputError):
         return f"{where}: {error}"
-    memory = out_of_memory(error)
+    memory = out_of_memory_message(error)
     return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
 
 

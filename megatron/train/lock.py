@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
-from megatron.launch.exit_report import say, tell_launcher
+from megatron.launch.exit_report import write_error_file, write_stderr
 from megatron.launch.heartbeat import Process
 
 if TYPE_CHECKING:
@@ -148,8 +148,8 @@ class Lock:
 
 
 def _end(text: str) -> None:
-    say(f"{text}\n")
-    tell_launcher(text)
+    write_stderr(f"{text}\n")
+    write_error_file(text)
     os._exit(1)
 
 
@@ -318,7 +318,7 @@ def locked(
             lock.name_ranks(ranks or [])
             guard.watch.at_end = lock.release
 
-    if (wrong := guard.heard_from_first(env.rank, f"taking the lock of {save}", first)) is not None:
+    if (wrong := guard.ask_rank_0(env.rank, f"taking the lock of {save}", first)) is not None:
         raise InputError(wrong)
     try:
         yield joined

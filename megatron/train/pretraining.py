@@ -27,7 +27,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.grid import Grid
 from megatron.parallel.embedding import padded_vocabulary
 from megatron.plan.enough_memory import check_memory
@@ -102,7 +102,7 @@ def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSig
 
 
 def run_prepared(
-    prepare: Callable[[Parsed, Watch], Prepared],
+    prepare: Callable[[Parsed, Watchdog], Prepared],
     parsed: Parsed,
     env: LaunchEnvironment,
     began: float,
@@ -119,7 +119,7 @@ def run_prepared(
         signals.hold()
         return run_job(prepared, started, began, signals, early)
 
-    def ready(watch: Watch) -> Prepared:
+    def ready(watch: Watchdog) -> Prepared:
         prepared = prepare(parsed, watch)
         with refusing():
             schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
@@ -141,7 +141,7 @@ def run_prepared(
     )
 
 
-def prepare(parsed: Parsed, watch: Watch) -> Prepared:
+def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
     """Tokenizer, checkpoint to start from, datasets. InputError says what is wrong with one of them."""
     with refusing():
         config = parsed.config

@@ -15,7 +15,7 @@ from typing import Any
 from megatron.files.pending import write_whole
 from megatron.files.regular import read_json
 from megatron.files.side import optional
-from megatron.launch.exit_report import say, tell_launcher
+from megatron.launch.exit_report import write_error_file, write_stderr
 
 FILE = "progress.json"
 STOPPED = 75
@@ -117,6 +117,6 @@ class EarlyStop:
             os._exit(0)
         text, status = self(name, self._rank)
         if self._rank == 0:
-            say(text)
-        tell_launcher(text)
+            write_stderr(text)
+        write_error_file(text)
         os._exit(status)

@@ -19,8 +19,8 @@ from megatron.checkpoint.save import delete, set_aside, write
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
 from megatron.config.command_line.saved import to_json
-from megatron.launch.phase import What
-from megatron.launch.watchdog import Watch
+from megatron.launch.phase import Description
+from megatron.launch.watchdog import Watchdog
 from megatron.train.run import Run
 from megatron.train.save_directory import Overwritten
 
@@ -44,20 +44,20 @@ class Saving:
         self.thread: threading.Thread | None = None
 
 
-class Relay(Watch):
+class Relay(Watchdog):
     """What a thread says about its work, kept until the main thread waits for it: a watch judges main threads alone."""
 
     def __init__(self) -> None:
-        self._said: tuple[What, bool | None] = ("beginning", True)  # None: it waits for others
+        self._said: tuple[Description, bool | None] = ("beginning", True)  # None: it waits for others
         self._passed: object = None
 
-    def doing(self, what: What, *, alone: bool = False) -> None:
+    def doing(self, what: Description, *, alone: bool = False) -> None:
         self._said = (what, alone)
 
-    def waiting(self, what: What) -> None:
+    def waiting(self, what: Description) -> None:
         self._said = (what, None)
 
-    def pass_on(self, watch: Watch, why: str) -> None:
+    def pass_on(self, watch: Watchdog, why: str) -> None:
         """Say it as the main thread's own, unless it was said already. why: what the main thread waits for."""
         said = self._said
         if said is self._passed:
@@ -137,7 +137,7 @@ class Saver:
             self._deletion.join(DELETION)
         self._run.job.watch.idle()
 
-    def _write(self, content: Content, saving: Saving, watch: Watch) -> None:
+    def _write(self, content: Content, saving: Saving, watch: Watchdog) -> None:
         """Write and commit, in the thread or in its place."""
         try:
             write(self._root, content, self._axis, self._storage, watch)

@@ -15,7 +15,7 @@ from megatron.config.schema import LogConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import MAX_METRICS_BYTES, read_bytes
 from megatron.files.side import SideFile, optional, warn
-from megatron.launch.packages import how_to_install
+from megatron.launch.packages import install_command
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 
@@ -258,7 +258,7 @@ def open_sinks(
         try:
             sinks.append(TensorBoard(config, resume_at))
         except ImportError:
-            how = how_to_install("tensorboard")
+            how = install_command("tensorboard")
             print(f"TensorBoard is not installed, going on without it: {how}", file=out, flush=True)
         except Exception as error:  # whatever its packages trip over as they are loaded
             warn(config.tensorboard_dir, "TensorBoard cannot be used", error)

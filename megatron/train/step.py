@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.config.schema import BatchConfig
 from megatron.contract import Batch, Loss
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.lr import Schedule
 from megatron.optim.optimizer import Optimizer
@@ -82,7 +82,7 @@ class Step:
         schedule: Schedule,
         mesh: Mesh,
         batch: BatchConfig,
-        watch: Watch,
+        watch: Watchdog,
         torch_random: torch.device | None = None,
     ) -> None:
         self.scaled_loss, self.pipeline, self.optimizer = scaled_loss, pipeline, optimizer

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron.config.schema import RunConfig
-from megatron.launch.signals import STOPS, StopSignals
+from megatron.launch.signals import STOP_SIGNALS, StopSignals
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
 
@@ -111,10 +111,10 @@ class Stopping:
 
     def _encoded(self) -> int:
         """The signal that came and the rank that got it; the lowest rank gives the largest number. 0 for none."""
-        names = [number.name for number in STOPS]
+        names = [number.name for number in STOP_SIGNALS]
         name = self._signals.name
         return 0 if name is None else (self._mesh.world.size - self._mesh.rank) * len(names) + names.index(name)
 
     def _decoded(self, wish: int) -> str:
-        from_last, which = divmod(wish, len(STOPS))
-        return f"{STOPS[which].name} to rank {self._mesh.world.size - from_last}"
+        from_last, which = divmod(wish, len(STOP_SIGNALS))
+        return f"{STOP_SIGNALS[which].name} to rank {self._mesh.world.size - from_last}"

@@ -22,9 +22,9 @@ from megatron.checkpoint.layout import CheckpointError, iterations, read_manifes
 from megatron.checkpoint.load import verify_together
 from megatron.checkpoint.storage import Storage
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.heartbeat import Patience
+from megatron.launch.heartbeat import WatchdogTimeouts
 from megatron.launch.job import job
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.train.saving import Saver
 
@@ -226,7 +226,7 @@ def test_a_deletion_never_meets_a_save(tmp_path):
     assert not list(tmp_path.glob("*/shard_00009*"))
 
 
-class Heard(Watch):
+class Heard(Watchdog):
     """Writes down what it is told."""
 
     def __init__(self):
@@ -374,8 +374,8 @@ def hang_in_the_background(rank: int, root: str, port: int) -> None:
     env = LaunchEnvironment(rank, 2, rank, 2, address="127.0.0.1", port=port)
     error = os.open(f"{root}/stderr{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(error, 2)
-    quick = Patience(period=0.2, silent=3.0, hang=5.0, settle=1.0)
-    with job(env, "gloo", 0.08, patience=quick) as started:
+    quick = WatchdogTimeouts(period=0.2, silent=3.0, hang=5.0, settle=1.0)
+    with job(env, "gloo", 0.08, timeouts=quick) as started:
         run = run_of(f"{root}/run", mesh_of(2, 1), tp=2, watch=started.watch, async_save=True)
         saver = saver_of(run, Stuck() if rank == 1 else None)
         run.state.iteration = 100

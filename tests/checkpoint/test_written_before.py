@@ -18,7 +18,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.interop.checked_export import export
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
-from megatron.launch.watchdog import Watch
+from megatron.launch.watchdog import Watchdog
 from megatron.train.loop import advance
 from megatron.train.pretraining import openers, prepare
 from megatron.train.resume import restore
@@ -48,7 +48,7 @@ def go_on(name: str, layout: str, cache: str) -> list[tuple[float, ...]]:
     with contextlib.chdir(BEFORE):  # data under the names that the checkpoint has for them
         words = [*f"{run['flags']} {layout} --load {name} --data-cache-path".split(), cache]
         parsed = parse(words, program=run["program"], defaults=defaults, world_size=env.world_size)
-        prepared = prepare(parsed, Watch())
+        prepared = prepare(parsed, Watchdog())
         job = Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None)
         opened = build(prepared.config, job, schedule=choose_schedule(prepared.source, prepared.config))
         assert restore(prepared.source, opened) == [] and opened.state.iteration == SAVED_AT

@@ -18,7 +18,7 @@ from source_files import ROOT, shown, tree
 from torch import Tensor, nn
 
 from megatron.config.schema import OptimSettings
-from megatron.mesh.grid import UNIONS, Grid, completing, within_stage
+from megatron.mesh.grid import MESH_AXES, Grid, complementary_axes, is_within_stage
 from megatron.mesh.mesh import Mesh
 from megatron.optim import buffers as optim_buffers
 from megatron.optim.buffers import flat_buffers
@@ -139,15 +139,15 @@ def test_an_axis_that_the_mesh_does_not_have_is_refused() -> None:
 
 
 def test_the_axes_beside_a_data_axis_span_a_stage() -> None:
-    assert completing("dp_cp") == {"tp"} and completing("dp") == {"cp", "tp"}
-    assert [name for name in (*UNIONS, "embedding", "pp_back") if within_stage(name)] == ["tp", "cp", "dp", "dp_cp"]
+    assert complementary_axes("dp_cp") == {"tp"} and complementary_axes("dp") == {"cp", "tp"}
+    assert [name for name in (*MESH_AXES, "embedding", "pp_back") if is_within_stage(name)] == ["tp", "cp", "dp", "dp_cp"]
 
 
 # No axis is named in the optimizer's room: neither asked for nor compared with.
 
 
 def axis_names() -> set[str]:
-    return {name for name in Mesh.__annotations__ if name not in ("grid", "rank")} | set(UNIONS)
+    return {name for name in Mesh.__annotations__ if name not in ("grid", "rank")} | set(MESH_AXES)
 
 
 def named_axes(path: Path, names: set[str]) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.entry import activation, loading, missing_package, run_main
+from megatron.launch.entry import activation_command, loading, missing_package, run_main
 from megatron.launch.errors import JobError
-from megatron.launch.packages import EXTRAS, how_to_install
+from megatron.launch.packages import EXTRAS, install_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = [
@@ -68,9 +68,9 @@ def test_a_package_that_is_needed_later() -> None:
 
 def test_the_environment_that_is_named_is_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    assert "`source .venv/bin/activate`" in activation()
+    assert "`source .venv/bin/activate`" in activation_command()
     monkeypatch.chdir(tmp_path)
-    assert f"`source {ROOT}/.venv/bin/activate`" in activation()
+    assert f"`source {ROOT}/.venv/bin/activate`" in activation_command()
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
@@ -204,7 +204,7 @@ def test_no_text_installs_somebody_elses_package() -> None:
                 if found and (named or unquoted or extra):
                     wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not wrong, "\n".join(wrong)
-    assert how_to_install("uvicorn") == "pip install -e '.[server]'"
+    assert install_command("uvicorn") == "pip install -e '.[server]'"
 
 
 def test_quickstart_says_what_it_is_and_does_nothing(tmp_path: Path) -> None:

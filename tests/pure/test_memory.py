@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.memory import HostMemory, host_memory, out_of_memory
+from megatron.launch.memory import HostMemory, host_memory, out_of_memory_message
 
 GIB = 2**30
 
@@ -80,10 +80,10 @@ class OutOfMemoryError(RuntimeError):
     ],
 )  # fmt: skip
 def test_what_allocators_say(error: BaseException, said: str) -> None:
-    text = out_of_memory(error)
+    text = out_of_memory_message(error)
     assert text.startswith(said) and "\n" not in text and "try setting" not in text
 
 
 def test_other_errors_are_none() -> None:
     for error in (RuntimeError("shapes differ"), ValueError("out of memory of what came before"), OSError(2, "No such file")):
-        assert out_of_memory(error) == ""
+        assert out_of_memory_message(error) == ""

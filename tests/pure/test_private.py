@@ -11,7 +11,7 @@ import pytest
 
 from megatron.files.private import PrivateDirectory
 from megatron.launch.heartbeat import Process
-from megatron.launch.status_file import SIZE, Slate, forget, left_by
+from megatron.launch.status_file import SIZE, StatusFile, read_status, remove_status
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +23,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_peer_reads_what_a_process_wrote(place: Path) -> None:
     own = Process.own()
-    slate = Slate(own)
+    slate = StatusFile(own)
     (file,) = place.iterdir()
     assert file.stat().st_blocks > 0  # a page without a block could end the process, on a disk that is full by then
     slate.write("training step 7")
-    assert left_by(own, own) == "training step 7"
+    assert read_status(own, own) == "training step 7"
     assert place.stat().st_mode & 0o777 == 0o700
     assert file.stat().st_mode & 0o777 == 0o600 and file.stat().st_size == SIZE
     slate.wipe()
-    assert not list(place.iterdir()) and left_by(own, own) is None
+    assert not list(place.iterdir()) and read_status(own, own) is None
 
 
 def planted(place: Path, victim: Path, kind: str) -> None:
@@ -51,9 +51,9 @@ def test_what_somebody_planted_is_not_used(place: Path, tmp_path: Path, kind: st
     with pytest.raises(OSError):
         PrivateDirectory()
     own = Process.own()
-    slate = Slate(own)
+    slate = StatusFile(own)
     slate.write("a phase")
-    assert left_by(own, own) is None  # it stays in memory
+    assert read_status(own, own) is None  # it stays in memory
     if place.is_dir():
         assert not list(place.iterdir())
     slate.wipe()
@@ -83,16 +83,16 @@ def test_what_dead_processes_left_goes(place: Path) -> None:
     elsewhere = replace(dead, space="another boot")
     with PrivateDirectory() as directory:
         for process in (dead, elsewhere):
-            Slate(replace(process, pid=own.pid))  # the name is what counts
+            StatusFile(replace(process, pid=own.pid))  # the name is what counts
         before = set(directory.names())
     assert len(before) == 2
-    Slate(own)
+    StatusFile(own)
     assert before < {path.name for path in place.iterdir()}, "who watched it reads its last words first"
     for path in place.iterdir():
         os.utime(path, (0, 0))
-    Slate(own)
+    StatusFile(own)
     left = {path.name for path in place.iterdir()}
     assert len(left) == 2 and len(left & before) == 1  # its own, and that of a space which it cannot look into
-    forget(own)
-    forget(replace(elsewhere, pid=own.pid))
+    remove_status(own)
+    remove_status(replace(elsewhere, pid=own.pid))
     assert not list(place.iterdir())

@@ -18,9 +18,9 @@ from types import MappingProxyType
 import pytest
 
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.exit_report import is_echo
-from megatron.launch.heartbeat import Beat, Pace, Patience, Peer, Process, excused
-from megatron.launch.watchdog import LiveWatch
+from megatron.launch.exit_report import is_secondary_error
+from megatron.launch.heartbeat import DurationTracker, Heartbeat, Peer, Process, WatchdogTimeouts, may_wait_for_peer
+from megatron.launch.watchdog import JobWatchdog
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "watched.py"
@@ -219,8 +219,8 @@ GONE = replace(HERE, started=HERE.started - 1)  # the number is used again
 
 
 def test_the_limit_of_a_computation():
-    assert Pace(hang=20.0, timeout=600.0).limit("F") == 20.0
-    pace = Pace(hang=20.0, timeout=600.0, first=1000.0)
+    assert DurationTracker(hang=20.0, timeout=600.0).limit("F") == 20.0
+    pace = DurationTracker(hang=20.0, timeout=600.0, first=1000.0)
     assert pace.limit("F") == 600.0, "the first one compiles"
     pace.record("F", 60.0)
     assert pace.limit("F") == 180.0 and pace.limit("B") == 600.0
@@ -246,36 +246,36 @@ def test_the_limit_of_a_computation():
     ],
 )
 def test_what_is_wrong_with_a_rank(process, quiet, trouble, word):
-    verdict = Peer(Beat(process), quiet).verdict(Patience(), HERE, trouble=trouble)
+    verdict = Peer(Heartbeat(process), quiet).verdict(WatchdogTimeouts(), HERE, trouble=trouble)
     assert verdict is None if word is None else word in verdict
-    assert Peer(Beat(process, ending="finished"), quiet).verdict(Patience(), HERE, trouble=trouble) is None
+    assert Peer(Heartbeat(process, ending="finished"), quiet).verdict(WatchdogTimeouts(), HERE, trouble=trouble) is None
 
 
 def test_silence_counts_from_the_last_new_beat():
-    peer = Peer(Beat(HERE, number=1))
+    peer = Peer(Heartbeat(HERE, number=1))
     for number, seconds, quiet in ((1, 0.5, 0.5), (1, 0.5, 1.0), (2, 0.5, 0.0), (2, 1.0, 1.0)):
-        peer.heard(Beat.of(Beat(HERE, number=number).to_bytes()), seconds)
+        peer.heard(Heartbeat.from_bytes(Heartbeat(HERE, number=number).to_bytes()), seconds)
         assert peer.quiet == quiet
 
 
 def test_who_began_earlier_is_to_blame():
-    earlier = Peer(Beat(FAR, age=30.0, left=500.0))
-    assert excused(25.0, [earlier])
-    assert not excused(31.0, [earlier]) and excused(31.0, [replace(earlier, quiet=2.0)])
+    earlier = Peer(Heartbeat(FAR, age=30.0, left=500.0))
+    assert may_wait_for_peer(25.0, [earlier])
+    assert not may_wait_for_peer(31.0, [earlier]) and may_wait_for_peer(31.0, [replace(earlier, quiet=2.0)])
     for left in (None, 0.0):
-        assert not excused(25.0, [Peer(Beat(FAR, age=30.0, left=left))])
+        assert not may_wait_for_peer(25.0, [Peer(Heartbeat(FAR, age=30.0, left=left))])
 
 
 def test_which_errors_are_echoes():
-    assert is_echo(RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
+    assert is_secondary_error(RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
     try:
         try:
             raise RuntimeError("NCCL communicator was aborted")
         except RuntimeError as cause:
             raise ValueError("wrapped") from cause
     except ValueError as error:
-        assert is_echo(error)
-    assert not is_echo(RuntimeError("boom")) and not is_echo(FileNotFoundError("gloo.txt"))
+        assert is_secondary_error(error)
+    assert not is_secondary_error(RuntimeError("boom")) and not is_secondary_error(FileNotFoundError("gloo.txt"))
 
 
 class Beaten:
@@ -296,9 +296,11 @@ class Beaten:
 
 def test_who_comes_second_is_silent(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("megatron.launch.watchdog.say", said.append)
+    monkeypatch.setattr("megatron.launch.watchdog.write_stderr", said.append)
     monkeypatch.setattr("os._exit", sys.exit)
-    watch = LiveWatch(Beaten(), LaunchEnvironment(0, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    watch = JobWatchdog(
+        Beaten(), LaunchEnvironment(0, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
+    )
     with pytest.raises(SystemExit, match="1"):
         watch._tell("error: my own\n")
     assert not any(said)
@@ -323,7 +325,9 @@ def test_the_store_may_leave_as_soon_as_all_are_done(monkeypatch):
     left: list[int] = []
     monkeypatch.setattr("os._exit", left.append)
     store = Left()
-    watch = LiveWatch(store, LaunchEnvironment(1, 2), timedelta(minutes=10), patience=Patience(period=0.01, settle=0.1))
+    watch = JobWatchdog(
+        store, LaunchEnvironment(1, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
+    )
     watch.start()
     watch.stop()
     assert '"finished"' in store.beats[-1] and not left

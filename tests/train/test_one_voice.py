@@ -15,7 +15,7 @@ import pytest
 from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
 from megatron.data.indexed import IndexedWriter, token_dtype
-from megatron.launch.command_line import with_torchrun
+from megatron.launch.command_line import torchrun_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt.py"
@@ -114,7 +114,7 @@ def test_the_users_own_words(typed: str, answer: str, tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     argv = ["--data-path", "a b", "--lr", "1"]
     monkeypatch.setattr(sys, "orig_argv", [*typed.replace("ENV", str(tmp_path)).split(), *argv])
-    assert with_torchrun(2, "p.py", argv) == [*answer.replace("ENV", str(tmp_path)).split(), *argv]
+    assert torchrun_command(2, "p.py", argv) == [*answer.replace("ENV", str(tmp_path)).split(), *argv]
 
 
 def test_a_forgotten_torchrun(flags: list[str], tmp_path: Path) -> None:

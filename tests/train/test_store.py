@@ -12,7 +12,7 @@ import pytest
 from megatron.launch import store
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
-from megatron.launch.store import connect
+from megatron.launch.store import connect_store
 
 HOST = os.uname().nodename
 SHORT = timedelta(seconds=1.0)
@@ -35,7 +35,7 @@ def test_a_port_that_is_taken() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(JobError, match="MASTER_PORT") as error:
-            connect(LaunchEnvironment(0, 2, port=port), SHORT)
+            connect_store(LaunchEnvironment(0, 2, port=port), SHORT)
     assert str(error.value).startswith(f"port {port} of host {HOST} is in use by another program") and error.value.status == 2
 
 
@@ -48,7 +48,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(store.socket, "getaddrinfo", unknown)
     with pytest.raises(JobError, match=f"rank 1 on host {HOST} finds no host of the name 'nohost'.*set MASTER_ADDR") as error:
-        connect(LaunchEnvironment(1, 2, address="nohost"), SHORT)
+        connect_store(LaunchEnvironment(1, 2, address="nohost"), SHORT)
     assert error.value.status == 2 and len(asked) > 1
 
 
@@ -56,11 +56,11 @@ def test_a_first_rank_that_does_not_run() -> None:
     """torch would add a stack of C++ to it."""
     env, began = LaunchEnvironment(1, 2, port=free_port()), time.monotonic()
     with pytest.raises(JobError, match=f"rank 1 on host {HOST} found no rank 0 at 127.0.0.1:{env.port} in 0.01") as error:
-        connect(env, SHORT)
+        connect_store(env, SHORT)
     assert error.value.status == 1 and time.monotonic() - began < 30.0
 
 
 def test_ranks_that_do_not_come() -> None:
     with pytest.raises(JobError, match=r"of 3 processes not all came to 127.0.0.1:.*WORLD_SIZE") as error:
-        connect(LaunchEnvironment(0, 3, port=free_port()), SHORT)
+        connect_store(LaunchEnvironment(0, 3, port=free_port()), SHORT)
     assert error.value.status == 1

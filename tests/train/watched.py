@@ -18,11 +18,11 @@ import torch.distributed as dist
 
 from megatron.launch.device import Hardware
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.heartbeat import Patience
+from megatron.launch.heartbeat import WatchdogTimeouts
 from megatron.launch.job import job
 
 # Small limits; what is tested is which one counts, and that nothing else takes long.
-QUICK = Patience(period=0.2, silent=3.0, hang=5.0, settle=2.0)
+QUICK = WatchdogTimeouts(period=0.2, silent=3.0, hang=5.0, settle=2.0)
 STEPS, MICRO_BATCHES = 8, 4
 
 
@@ -103,11 +103,11 @@ def as_srun_would(ranks: int, fault: str, marks: Path) -> int:
 def main(fault: str, marks: Path) -> int:
     env = LaunchEnvironment.from_environ(os.environ)
     (marks / f"pid{env.rank}").write_text(str(os.getpid()))
-    patience = None if fault == "sleep" else QUICK
+    timeouts = None if fault == "sleep" else QUICK
     # Of these hosts, rank 1's has a driver that is dead.
     found = Hardware(0, "its driver is dead") if env.rank == 1 else Hardware(4)
-    look = (lambda: found) if fault == "dead-driver" else Hardware.own
-    with job(env, None if look() is found else "gloo", explain=explain, patience=patience, look=look) as started:
+    look = (lambda: found) if fault == "dead-driver" else Hardware.detect
+    with job(env, None if look() is found else "gloo", explain=explain, timeouts=timeouts, look=look) as started:
         for number in range(STEPS):
             step(started, number, fault, marks)
         if fault == "late" and env.rank == 1:

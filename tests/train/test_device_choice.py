@@ -16,64 +16,75 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron.launch.device import Hardware, Means, agree, choose, disagreement, means_of, ranks_of
+from megatron.launch.device import (
+    DeviceChoice,
+    Hardware,
+    agree_on_devices,
+    choose_device,
+    describe_ranks,
+    device_and_backend,
+    device_conflict,
+)
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 from megatron.launch.job import Guard, job
 from megatron.mesh.grid import Grid
-from megatron.mesh.mesh import Mesh, communicator
+from megatron.mesh.mesh import Mesh, naming_communicator
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "watched.py"
-GPU, CPU = Means("a", "cuda", "nccl", "it has 4 GPU(s)"), Means("b", "cpu", "gloo", "it has no GPU: no driver")
+GPU, CPU = DeviceChoice("a", "cuda", "nccl", "it has 4 GPU(s)"), DeviceChoice("b", "cpu", "gloo", "it has no GPU: no driver")
 
 
 def test_device_and_backend():
-    assert choose(LaunchEnvironment(), None, 0) == (torch.device("cpu"), "gloo")
-    assert choose(LaunchEnvironment(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
-    assert choose(LaunchEnvironment(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
-    assert choose(LaunchEnvironment(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
+    assert device_and_backend(LaunchEnvironment(), None, 0) == (torch.device("cpu"), "gloo")
+    assert device_and_backend(LaunchEnvironment(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
+    assert device_and_backend(LaunchEnvironment(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
+    assert device_and_backend(LaunchEnvironment(1, 2, 1, 2), "gloo", 2) == (torch.device("cuda", 1), "gloo")
     with pytest.raises(ValueError, match="needs one GPU per process; this host has 0 for 2"):
-        choose(LaunchEnvironment(1, 2, 1, 2), "nccl", 0)
+        device_and_backend(LaunchEnvironment(1, 2, 1, 2), "nccl", 0)
 
 
 def test_what_a_rank_says():
     """Fewer GPUs than processes mean gloo, but for the one GPU that SLURM shows each task; nccl that cannot be is a problem."""
-    device, means = means_of(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
-    assert device == torch.device("cuda", 1) and (means.device, means.backend, means.card) == ("cuda", "gloo", "")
-    assert means.why == "it has 2 GPU(s) for 4 process(es)"
-    device, means = means_of(LaunchEnvironment(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
-    assert device == torch.device("cuda", 0) and (means.backend, means.card) == ("nccl", "GPU-7")
+    device, choice = choose_device(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
+    assert device == torch.device("cuda", 1) and (choice.device, choice.backend, choice.card) == ("cuda", "gloo", "")
+    assert choice.why == "it has 2 GPU(s) for 4 process(es)"
+    device, choice = choose_device(LaunchEnvironment(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
+    assert device == torch.device("cuda", 0) and (choice.backend, choice.card) == ("nccl", "GPU-7")
     assert (
-        means_of(LaunchEnvironment(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""
+        choose_device(LaunchEnvironment(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""
     )  # which may be shared
-    device, means = means_of(LaunchEnvironment(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
-    assert device.type == "cpu" and "needs one GPU per process" in means.problem and means.why == "it has no GPU: no driver"
-    assert Hardware.own().gpus or Hardware.own().why
+    device, choice = choose_device(LaunchEnvironment(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
+    assert device.type == "cpu" and "needs one GPU per process" in choice.problem and choice.why == "it has no GPU: no driver"
+    assert Hardware.detect().gpus or Hardware.detect().why
 
 
 def test_who_fits_together():
-    assert disagreement([GPU, GPU]) is disagreement([CPU] * 3) is None
-    mixed = disagreement([GPU, GPU, CPU, GPU]) or ""
+    assert device_conflict([GPU, GPU]) is device_conflict([CPU] * 3) is None
+    mixed = device_conflict([GPU, GPU, CPU, GPU]) or ""
     assert mixed.startswith(
         "the hosts of this job differ: host a (ranks 0, 1, 3) would take cuda and nccl, since it has 4 GPU(s); "
         "host b (rank 2) would take cpu and gloo, since it has no GPU: no driver. Mend"
     )
-    few = Means("c", "cuda", "gloo", "it has 2 GPU(s) for 4 process(es)")
-    assert "host c (rank 1) would take cuda and gloo" in (disagreement([GPU, few]) or "")
-    told = Means("b", "cpu", "nccl", problem="--distributed-backend nccl needs one GPU per process")
-    assert disagreement([GPU, told]) == "host b (rank 1): --distributed-backend nccl needs one GPU per process"
-    one = Means("a", "cuda", "nccl", card="GPU-7")
-    assert disagreement([one, Means("a", "cuda", "nccl", card="GPU-8"), Means("b", "cuda", "nccl", card="GPU-7")]) is None
-    assert (disagreement([one, one]) or "").startswith("ranks 0, 1 on host a have one GPU together")
+    few = DeviceChoice("c", "cuda", "gloo", "it has 2 GPU(s) for 4 process(es)")
+    assert "host c (rank 1) would take cuda and gloo" in (device_conflict([GPU, few]) or "")
+    told = DeviceChoice("b", "cpu", "nccl", problem="--distributed-backend nccl needs one GPU per process")
+    assert device_conflict([GPU, told]) == "host b (rank 1): --distributed-backend nccl needs one GPU per process"
+    one = DeviceChoice("a", "cuda", "nccl", card="GPU-7")
+    assert (
+        device_conflict([one, DeviceChoice("a", "cuda", "nccl", card="GPU-8"), DeviceChoice("b", "cuda", "nccl", card="GPU-7")])
+        is None
+    )
+    assert (device_conflict([one, one]) or "").startswith("ranks 0, 1 on host a have one GPU together")
 
 
 def test_the_odd_host_comes_first_and_many_are_counted():
-    many = [Means(f"n{host}", "cuda", "nccl", "it has 8 GPU(s)") for host in range(100) for _ in range(8)]
-    text = disagreement([*many, CPU]) or ""
+    many = [DeviceChoice(f"n{host}", "cuda", "nccl", "it has 8 GPU(s)") for host in range(100) for _ in range(8)]
+    text = device_conflict([*many, CPU]) or ""
     assert text.index("host b (rank 800)") < text.index("host n0 (ranks 0 to 7), n1 (ranks 8 to 15)")
     assert "n3 (ranks 24 to 31) and 96 more" in text and "n4" not in text
-    assert [ranks_of(r) for r in ([3], [0, 1], [2, 4, 6], list(range(0, 99, 3)))] == [
+    assert [describe_ranks(r) for r in ([3], [0, 1], [2, 4, 6], list(range(0, 99, 3)))] == [
         "rank 3",
         "ranks 0, 1",
         "ranks 2, 4, 6",
@@ -81,13 +92,13 @@ def test_the_odd_host_comes_first_and_many_are_counted():
     ]
 
 
-def told(said: list[Means | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
-    """What `agree` ends with on each rank, as threads over one store; None for a rank that does not come."""
+def told(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
+    """What `agree_on_devices` ends with on each rank, as threads over one store; None for a rank that does not come."""
     store, ends = dist.HashStore(), [None] * len(said)
 
-    def rank_of(rank: int, means: Means) -> None:
+    def rank_of(rank: int, choice: DeviceChoice) -> None:
         try:
-            agree(store, LaunchEnvironment(rank, len(said)), means, timedelta(seconds=seconds))
+            agree_on_devices(store, LaunchEnvironment(rank, len(said)), choice, timedelta(seconds=seconds))
             ends[rank] = (0, "")
         except JobError as error:
             ends[rank] = (error.status, str(error))
@@ -103,7 +114,7 @@ def told(said: list[Means | None], seconds: float = 20.0) -> list[tuple[int, str
 def test_all_ranks_hear_the_same():
     assert told([GPU, GPU, GPU]) == [(0, "")] * 3
     ends = told([GPU, CPU, GPU])
-    assert ends == [(2, disagreement([GPU, CPU, GPU]))] * 3
+    assert ends == [(2, device_conflict([GPU, CPU, GPU]))] * 3
 
 
 def test_a_rank_that_does_not_come_is_named():
@@ -192,5 +203,5 @@ def test_a_group_that_does_not_open_is_named(monkeypatch):
     with pytest.raises(JobError, match=r"^rank 3 cannot open the communicator tp of ranks 2, 3: Connection closed by peer \["):
         Mesh.build(Grid(dp=2, tp=2), 3)
     named = pytest.raises(JobError, match="rank 1 cannot open the communicator pp_back of ranks 1, 0: gone")
-    with named, communicator("pp_back", (1, 0), 1):
+    with named, naming_communicator("pp_back", (1, 0), 1):
         raise RuntimeError("gone")
