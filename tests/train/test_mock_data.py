@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron.cli.program import pretrain
-from megatron.config.schema import EvalConfig
+from megatron.config.schema import BatchSettings, EvalConfig
 from megatron.train.ending import Exit
 from megatron.train.hooks.evaluate import Evaluate, HeldOut
 from megatron.train.loop import Training
@@ -84,7 +84,7 @@ def test_a_step_that_is_left_out_counts_in_no_time_and_no_throughput(tmp_path):
 
 def test_without_an_interval_an_evaluation_that_was_given_up_is_not_made():
     state = TrainState(iteration=3, evaluation_due=True)
-    config = SimpleNamespace(eval=EvalConfig(eval_interval=0), batch=SimpleNamespace(train_iters=9))
+    config = SimpleNamespace(eval=EvalConfig(eval_interval=0), batch=BatchSettings(train_iters=9))
     training = Training(SimpleNamespace(state=state, config=config), None, [], None, start=3)
     Evaluate(HeldOut("validation", lambda: pytest.fail("it was made"))).before_training(training)
     assert training.request.stop is None and not state.evaluation_due
