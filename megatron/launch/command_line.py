@@ -1,4 +1,4 @@
-"""The command that started this process, and the one that starts it on several, as a user types them."""
+"""Reconstruct the command that started this process, and the one that starts it on several, as a user types them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,44 @@ from megatron.launch.environment import LaunchEnvironment
 
 
 def typed_command(program: str, argv: Sequence[str], env: LaunchEnvironment) -> list[str]:
-    """The words that started this process as a user typed them, launcher and all, as far as that can be seen.
+    """Return the words that started this process as a user typed them, launcher and all, as far as that can be seen.
 
     Args:
         program: name of the entry script, for a command that cannot be seen.
         argv: its arguments.
-        env: of this process; says who started it.
+        env: the launcher's environment of this process; it says who started it.
+
+    Returns:
+        The command, one word an item; `[program, *argv]` where the real one cannot be seen.
     """
     seen = list(sys.orig_argv)
+    # torchrun is the parent of each of its ranks, and /proc has its words, each with a null byte behind it.
     if env.launcher == "torchrun":
         with suppress(OSError):
             seen = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")[:-1]
     elif env.launcher == "srun":
         seen = ["srun", *seen]
+    # Another program may have started `main` with arguments of its own, as a test does.
     ours = bool(argv) and len(seen) > len(argv) and seen[-len(argv) :] == list(argv)
     return seen if ours else [program, *argv]
 
 
 def torchrun_command(processes: int, program: str, argv: Sequence[str]) -> list[str]:
-    """The words that start the same program on several processes, where it was started by plain python.
+    """Return the words that start the same program on several processes, where it was started by plain python.
 
     Args:
-        processes: how many.
-        program: its name, where how it was started cannot be seen.
+        processes: number of processes to start.
+        program: name of the entry script, for a command that cannot be seen.
         argv: its arguments.
+
+    Returns:
+        The command, one word an item.
     """
     seen = list(sys.orig_argv)
     at = len(seen) - len(argv) - 1
     if at < 1 or seen[at + 1 :] != list(argv):
         return ["torchrun", "--nproc_per_node", str(processes), program, *argv]
+    # `python -m package.program`: torchrun takes -m as well.
     module = ["-m"] if seen[at - 1] == "-m" else []
     # Where its environment is not active, torchrun lies beside the Python that was named.
     named = "/" in seen[0]

@@ -1,7 +1,7 @@
-"""What each rank computes and communicates with, agreed on over the job's store before any process group forms.
+"""Choose the device and the backend of each rank, agreed on over the job's store before any process group forms.
 
-A host whose driver is dead would take gloo while the others wait for it in NCCL. So every rank says what it found, the first
-one compares, and where they differ all end with one message.
+A host whose driver is dead would take gloo while the others wait for it in NCCL. So every rank publishes its choice, the first
+one compares them, and where they differ all end with one message.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ import torch
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 
-MAX_HOSTS = 4  # that a message names of one kind
+MAX_HOSTS = 4  # hosts of one kind that a message names
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What this process sees of its host. why: why there is no GPU. card: which one the only GPU is, where it can be told."""
+    """The GPUs that this process sees on its host.
+
+    Attributes:
+        gpus: number of GPUs.
+        why: the reason there is none, in words; empty where there are some.
+        card: UUID of the only GPU, where it can be read; empty else.
+    """
 
     gpus: int
     why: str = ""
@@ -31,7 +37,7 @@ class Hardware:
 
     @classmethod
     def detect(cls) -> Hardware:
-        """Look at the GPUs of this machine."""
+        """Return the GPUs of this machine."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
             return cls(gpus, card=_card() if gpus == 1 else "")
@@ -39,6 +45,7 @@ class Hardware:
 
 
 def _card() -> str:
+    """Return the UUID of GPU 0; empty where torch or the driver does not tell."""
     try:
         return str(torch.cuda.get_device_properties(0).uuid)
     except (AttributeError, RuntimeError, AssertionError):
@@ -46,11 +53,13 @@ def _card() -> str:
 
 
 def _why_none() -> str:
+    """Return in words why torch sees no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch is built without CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty"
     try:
+        # The driver tells why only when it is asked to start.
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever the driver says
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -59,7 +68,16 @@ def _why_none() -> str:
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """What one rank takes. device: its type. why: what it follows from. problem: why it cannot do as it was told."""
+    """The device and backend that one rank would take.
+
+    Attributes:
+        host: name of its host.
+        device: type of the device, `cuda` or `cpu`.
+        backend: `nccl` or `gloo`.
+        why: the reason, in words.
+        card: UUID of its GPU, where NCCL must have it alone.
+        problem: why it cannot do as the command says; empty where it can.
+    """
 
     host: str
     device: str
@@ -70,7 +88,16 @@ class DeviceChoice:
 
 
 def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -> tuple[torch.device, str]:
-    """Device and backend: nccl with one GPU per process of the host, else gloo. ValueError for nccl without GPUs."""
+    """Return device and backend: nccl with one GPU per process of the host, else gloo.
+
+    Args:
+        env: the launcher's environment of this process.
+        backend: what the command asks for, None where it names none.
+        gpus: number of GPUs that the process sees.
+
+    Raises:
+        ValueError: nccl is asked for, and there are fewer GPUs than processes.
+    """
     enough = gpus >= env.local_size
     if backend == "nccl" and not (gpus and enough):
         raise ValueError(
@@ -82,7 +109,13 @@ def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -
 
 
 def choose_device(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, DeviceChoice]:
-    """What this rank would take, and what it says of it. asked: the backend of the command, if it names one."""
+    """Return the device that this rank would take, and its choice as the other ranks hear of it.
+
+    Args:
+        env: the launcher's environment of this process.
+        asked: the backend that the command names, None where it names none.
+        found: the GPUs that this process sees.
+    """
     # SLURM may show each task only its own GPU, which is then device 0.
     alone = env.launcher == "srun" and found.gpus == 1 and env.local_size > 1
     host, gpus = os.uname().nodename, found.gpus
@@ -95,9 +128,17 @@ def choose_device(env: LaunchEnvironment, asked: str | None, found: Hardware) ->
 
 
 def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, timeout: timedelta) -> None:
-    """Tell the others what this rank takes, and hear whether all fit together. Collective.
+    """Publish this rank's choice, and wait for the verdict on all of them. Collective.
 
-    store: of the job. JobError with status 2, the same on all ranks, when they do not; with status 1 when some do not come.
+    Args:
+        store: the job's key-value store.
+        env: the launcher's environment of this process.
+        own: this rank's choice.
+        timeout: time that all ranks together have to publish theirs.
+
+    Raises:
+        JobError: with status 2, the same on all ranks, where the choices do not fit together; with status 1 where ranks do not
+            come.
     """
     store.set(f"means {env.rank}", json.dumps(asdict(own)))
     if env.rank == 0:
@@ -118,18 +159,19 @@ def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, time
         raise JobError(verdict, status=2)
 
 
-def device_conflict(choice: Sequence[DeviceChoice]) -> str | None:
-    """Why ranks with these means, by rank, cannot work together; None where they can."""
-    if any(one.problem for one in choice):
-        return "; ".join(f"{who}: {one.problem}" for who, one in _alike(choice) if one.problem)
-    if len({(one.device, one.backend) for one in choice}) > 1:
-        kinds = "; ".join(f"{who} would take {one.device} and {one.backend}, since {one.why}" for who, one in _alike(choice))
+def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
+    """Return why ranks with these choices, one a rank, cannot work together; None where they can."""
+    if any(one.problem for one in choices):
+        return "; ".join(f"{who}: {one.problem}" for who, one in _alike(choices) if one.problem)
+    if len({(one.device, one.backend) for one in choices}) > 1:
+        kinds = "; ".join(f"{who} would take {one.device} and {one.backend}, since {one.why}" for who, one in _alike(choices))
         return (
             f"the hosts of this job differ: {kinds}. Mend what is wrong or leave those hosts out; --distributed-backend gloo "
             "lets processes share a GPU, and an empty CUDA_VISIBLE_DEVICES for all processes makes all compute on CPUs"
         )
+    # Each rank sees one GPU, as its device 0: only its UUID tells whether two ranks have the same.
     cards: dict[tuple[str, str], list[int]] = {}
-    for rank, one in enumerate(choice):
+    for rank, one in enumerate(choices):
         if one.card:
             cards.setdefault((one.host, one.card), []).append(rank)
     for (host, _), ranks in cards.items():
@@ -141,20 +183,23 @@ def device_conflict(choice: Sequence[DeviceChoice]) -> str | None:
     return None
 
 
-def _alike(choice: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]]:
-    """The hosts that say the same, in words, and one rank of them; the fewest first, since they are the ones to look at."""
+def _alike(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]]:
+    """Group hosts whose ranks chose the same: yield each group in words, and one choice of it.
+
+    The smallest group comes first, since its hosts are the ones to look at.
+    """
     kinds: dict[tuple[str, ...], dict[str, list[int]]] = {}
-    for rank, one in enumerate(choice):
+    for rank, one in enumerate(choices):
         kinds.setdefault((one.device, one.backend, one.why, one.problem), {}).setdefault(one.host, []).append(rank)
     for hosts in sorted(kinds.values(), key=len):
         named = [f"{host} ({describe_ranks(ranks)})" for host, ranks in list(hosts.items())[:MAX_HOSTS]]
         more = len(hosts) - len(named)
         words = ", ".join(named) + (f" and {more} more" if more else "")
-        yield f"host {words}", choice[next(iter(hosts.values()))[0]]
+        yield f"host {words}", choices[next(iter(hosts.values()))[0]]
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`, of many the first and the last."""
+    """Return ranks in words: `rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`; of many the first and the last."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):

@@ -1,4 +1,4 @@
-"""What every program does first and last, so that it ends in one line where a traceback would help nobody.
+"""Start and end every program, so that it ends in one line where a traceback would help nobody.
 
     with loading():
         import torch
@@ -56,11 +56,16 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
 
     Args:
         main: the program.
-        arguments: of `main`, as are other named ones.
-        wrong: errors of what the program was asked for, status 2.
-        failed: errors of what it met on its way, status 1.
+        arguments: positional arguments of `main`.
+        wrong: errors in what the program was asked for; exit status 2.
+        failed: errors that it met on its way; exit status 1.
+        named: named arguments of `main`.
+
+    Returns:
+        The exit status; `128 + SIGINT` after Ctrl-C.
     """
     check_python()
+    # Imported here, since these modules need a newer Python than this one.
     from megatron.files.side import piped_streams
     from megatron.launch.errors import JobError
     from megatron.launch.memory import out_of_memory_message
@@ -96,7 +101,7 @@ def check_python() -> None:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Return what to say of a package of ours that is not installed; nothing where it is another one."""
+    """Return what to say of a package of ours that is not installed; an empty text for any other package."""
     name = (error.name or "").split(".")[0]
     if name not in REQUIRED and name not in EXTRAS:
         return ""
@@ -105,7 +110,10 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def activation_command() -> str:
-    """Return what gives a shell the Python that the project is installed for: that of its environment, or of a new one."""
+    """Return the words that tell how a shell gets the Python which the project is installed for.
+
+    It is that of the environment `.venv` of this checkout, or of one that has to be made first.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = os.path.join(root, ".venv", "bin", "activate")
     near = os.path.relpath(script)
@@ -126,4 +134,5 @@ def is_speaker() -> bool:
 
 
 def _raise(error: Exception) -> NoReturn:
+    """Raise an error from within an expression."""
     raise error

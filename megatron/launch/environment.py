@@ -1,4 +1,4 @@
-"""Who this process is, as its launcher's environment says. Imports no torch.
+"""Read rank, world size and address of this process from its launcher's environment. Imports no torch.
 
 The same program runs under torchrun (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as `srun python ...`
 (SLURM's own variables), and as plain `python` (one process, no process group at all).
@@ -10,12 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-OF_A_RANK = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")  # which differ between the processes of a job
+# Variables that differ between the processes of a job; a mistake in one of the others is seen by all.
+PER_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 HOW = "leave these variables to torchrun or srun, or unset them for a single process"
 
 
 class LaunchEnvironmentError(ValueError):
-    """What a launcher's variables say cannot be. own: it may be this process's alone, so that it must say so itself."""
+    """The launcher's variables contradict each other, or are no numbers.
+
+    Attributes:
+        own: the mistake may be this process's alone, so that it must say so itself.
+    """
 
     def __init__(self, text: str, *, own: bool = False) -> None:
         super().__init__(f"the environment variable {text}")
@@ -24,10 +29,19 @@ class LaunchEnvironmentError(ValueError):
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """This process among the processes of the job. local_size: processes on this host. source: who started it.
+    """This process among the processes of the job, as its launcher says.
 
-    job, attempt: the launcher's name for the job, and how often it has started these processes anew, where it tells.
-    blocking: CUDA_LAUNCH_BLOCKING is set, so the launch of a kernel returns when the kernel ends.
+    Attributes:
+        rank: number of this process among all.
+        world_size: number of processes of the job.
+        local_rank: number of this process among those of its host.
+        local_size: number of processes on this host.
+        launcher: `torchrun`, `srun` or `python`.
+        address: host of rank 0, where the job's store is.
+        port: port of the store.
+        job: the launcher's name for the job, where it tells.
+        attempt: how often the launcher has started these processes anew.
+        blocking: CUDA_LAUNCH_BLOCKING is set, so the launch of a kernel returns when the kernel ends.
     """
 
     rank: int = 0
@@ -43,12 +57,13 @@ class LaunchEnvironment:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """Read the launcher's variables. LaunchEnvironmentError naming what is wrong with them."""
+        """Read the launcher's variables; LaunchEnvironmentError names what is wrong with them."""
         blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
         return replace(cls._started(environ), blocking=blocking)
 
     @classmethod
     def _started(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
+        """Return the environment without `blocking`, as torchrun or srun describes it; one process where neither does."""
         if "RANK" in environ or "WORLD_SIZE" in environ:
             world = _number(environ, "WORLD_SIZE", 1)
             rank = _position(environ, "RANK", world, "WORLD_SIZE", default=0 if world == 1 else None)
@@ -89,20 +104,21 @@ class LaunchEnvironment:
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Read a variable that holds a number; LaunchEnvironmentError where it does not, or is missing and has no default."""
     text = environ.get(name)
     if text is None and default is not None:
         return default
     if text is None:
         raise LaunchEnvironmentError(
-            f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in OF_A_RANK
+            f"{name} is not set, though other variables of its launcher are: {HOW}", own=name in PER_RANK_VARIABLES
         )
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()):
-        raise LaunchEnvironmentError(f"{name} is {text!r}, not a number: {HOW}", own=name in OF_A_RANK)
+        raise LaunchEnvironmentError(f"{name} is {text!r}, not a number: {HOW}", own=name in PER_RANK_VARIABLES)
     return int(text)
 
 
 def _position(environ: Mapping[str, str], name: str, size: int, size_name: str, default: int | None = None) -> int:
-    """A number from 0 to below `size`, which the variable `size_name` says."""
+    """Read a number from 0 to below `size`, which is the value of the variable `size_name`."""
     if size < 1:
         raise LaunchEnvironmentError(f"{size_name} is {size}; legal: 1 and above; {HOW}")
     number = _number(environ, name, default)
@@ -112,6 +128,7 @@ def _position(environ: Mapping[str, str], name: str, size: int, size_name: str, 
 
 
 def _port(environ: Mapping[str, str], default: int) -> int:
+    """Read the port of the job's store."""
     port = _number(environ, "MASTER_PORT", default)
     if not 0 < port < 65536:
         raise LaunchEnvironmentError(f"MASTER_PORT is {port}; legal: 1 to 65535, one that is free on the host of rank 0")
@@ -119,7 +136,7 @@ def _port(environ: Mapping[str, str], default: int) -> int:
 
 
 def expand_hosts(nodelist: str) -> list[str]:
-    """SLURM's compressed host list: `n[1-3,07],head` -> n1 n2 n3 n07 head."""
+    """Expand SLURM's compressed host list: `n[1-3,07],head` -> n1 n2 n3 n07 head."""
     hosts: list[str] = []
     for item in re.findall(r"[^,\[]+(?:\[[^\[\]]*\])?[^,\[]*", nodelist):
         match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", item)

@@ -1,12 +1,20 @@
-"""What ends a job before its work begins."""
+"""Errors that end a job before its work begins."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+# Puts an error in words, given it and where it came up. None where it needs type, text and traceback.
+Explain = Callable[[BaseException, str], str | None]
+# Returns what a job says that a signal ends before it can save, and its status, given the signal's name and the rank.
+Early = Callable[[str, int], tuple[str, int]]
+
 
 class JobError(Exception):
-    """The processes cannot work together, and its own words say why: no traceback.
+    """The processes cannot work together; the message says why, and no traceback is shown.
 
-    status: the exit status, 2 where the command or a host must change.
+    Attributes:
+        status: the exit status, 2 where the command or a host must change.
     """
 
     def __init__(self, text: str, status: int = 1) -> None:

@@ -1,4 +1,7 @@
-"""How a process of a job ends after a failure: what it says, its exit status, and whether the error was its own. Pure."""
+"""End a process of a job after a failure: its last message, its exit status, and whether the error was its own.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from pathlib import Path
 
 from megatron.launch.environment import LaunchEnvironment
 
-FIRST_SECONDS = 10.0  # that a first rank may take longer to its words than another one
-ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+FIRST_RANK_SECONDS = 10.0  # by which rank 0 may be slower to its message than the others
+COMMUNICATION_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
 def exit_status(error: BaseException) -> int:
-    """The exit status of a process that ends with this error; an error may carry its own as `status`."""
+    """Return the exit status of a process that ends with this error; an error may carry its own as `status`."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else int(getattr(error, "status", 1))
 
 
 def write_stderr(text: str) -> None:
-    """Write what is in the buffers, then the text to stderr in one piece. Takes two seconds at most."""
+    """Flush the buffers, then write the text to stderr in one piece. Takes two seconds at most."""
 
     def write() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -39,30 +42,30 @@ def write_stderr(text: str) -> None:
 
 
 def run_briefly(work: Callable[[], object]) -> None:
-    """Do something that may never end; it gets two seconds."""
+    """Run something that may never end, for two seconds at most."""
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(2.0)
 
 
 def let_rank_0_report(env: LaunchEnvironment) -> None:
-    """Wait, on another rank than the first, which says what is wrong with the command that all have, and leaves.
+    """Wait, on a rank other than the first, until the first has said what is wrong with the command that all have.
 
     A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
     reports each that does not end with 0, so this process then does.
     """
     exit_0_on_sigterm(env)
-    time.sleep(1.0 if env.job is None else FIRST_SECONDS)
+    time.sleep(1.0 if env.job is None else FIRST_RANK_SECONDS)
 
 
 def exit_0_on_sigterm(env: LaunchEnvironment) -> None:
-    """From now on end with 0 where torchrun ends this process, since another one has failed."""
+    """Make this process end with 0 where torchrun ends it, since another one has failed and speaks for all."""
     if env.job is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def write_error_file(text: str) -> None:
-    """Leave the root cause where torchrun looks for it, so that its own report names it too. Nothing under other launchers.
+    """Leave the root cause where torchrun looks for it, so that its own report names it too. Other launchers get nothing.
 
     The format is that of torch.distributed.elastic's error files. Of a failure only the lines that name it: torchrun shows the
     file of each rank that it found dead, and one traceback is enough.
@@ -77,13 +80,17 @@ def write_error_file(text: str) -> None:
 
 
 def is_secondary_error(error: BaseException) -> bool:
-    """Whether an error may only show that another rank failed: torch's errors of communication, and their text."""
+    """Return whether an error may only show that another rank failed.
+
+    Such are torch's errors of communication, known by their class or by their text.
+    """
     cause: BaseException | None = error
+    # torch wraps some errors, so the causes are looked at too.
     while cause is not None:
         text = str(cause).lower()
         # By its name, because a process can end before it has imported torch.
         of_torch = any(kind.__name__ == "DistError" for kind in type(cause).__mro__)
-        if of_torch or (isinstance(cause, RuntimeError) and any(echo in text for echo in ECHOES)):
+        if of_torch or (isinstance(cause, RuntimeError) and any(words in text for words in COMMUNICATION_WORDS)):
             return True
         cause = cause.__cause__
     return False

@@ -15,11 +15,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WatchdogTimeouts:
-    """How long the watch waits, in seconds.
+    """Seconds that a watchdog waits.
 
-    period: between two beats. silent: without a beat, until a rank counts as frozen or lost. hang: the least for a
-    computation. first: for the first of its kind, where that takes longer, as a compiler does; default `hang`. settle:
-    after a communication error or SIGTERM, until the cause of it must have shown.
+    Attributes:
+        period: between two heartbeats.
+        silent: without a heartbeat, until a rank counts as frozen or lost.
+        hang: the least that a computation may take before it counts as hung.
+        first: the least for the first computation of its kind, where that takes longer, as a compiler does; default `hang`.
+        settle: after a communication error or SIGTERM, until the cause of it must have shown.
     """
 
     period: float = 0.5
@@ -31,7 +34,14 @@ class WatchdogTimeouts:
 
 @dataclass(frozen=True)
 class Process:
-    """A process that can be looked up: its host, its process namespace, its number and when it started, in clock ticks."""
+    """A process that can be looked up in the process table of its host.
+
+    Attributes:
+        host: name of its host.
+        space: boot and process namespace; empty where the process cannot be looked up.
+        pid: its number.
+        started: time at which it started, in clock ticks since boot; a number alone is used again.
+    """
 
     host: str
     space: str
@@ -45,7 +55,7 @@ class Process:
 
     @classmethod
     def here(cls, pid: int) -> Process:
-        """A process of this host and namespace."""
+        """Return a process of this host and namespace by its number."""
         try:
             # Containers may share a host's name but not its process numbers.
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -86,10 +96,15 @@ def _stat(pid: int) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One sign of life.
+    """One sign of life of a rank.
 
-    number: counts up. what: the phase in words. age: seconds since it began. left: seconds until it counts as a hang, None
-    where it has no such limit. ending: why no more beats need come: `finished`, `terminated`, `ended`; empty while it works.
+    Attributes:
+        process: the rank's process.
+        number: counts up with each heartbeat.
+        what: the rank's phase in words.
+        age: seconds since the phase began.
+        left: seconds until the phase counts as a hang; None where it has no such limit.
+        ending: why no more heartbeats need come: `finished`, `terminated`, `ended`; empty while the rank works.
     """
 
     process: Process
@@ -100,18 +115,18 @@ class Heartbeat:
     ending: str = ""
 
     def to_bytes(self) -> bytes:
-        """Return the beat as JSON, for the store."""
+        """Return the heartbeat as JSON, for the store."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Heartbeat:
-        """Read a beat that `to_bytes` wrote."""
+        """Read a heartbeat that `to_bytes` wrote."""
         fields = json.loads(data)
         return cls(**fields | {"process": Process(**fields["process"])})
 
 
 class DurationTracker:
-    """How long this rank's computations take, by kind, and how long one may take.
+    """Durations of this rank's computations, by kind, and the time that one may take.
 
     The first of a kind may take `first` seconds; it allocates and connects, or compiles, and says little about the rest.
     From then on the limit is three times the longest one, and at least `hang` seconds; never more than `timeout`.
@@ -146,24 +161,33 @@ class DurationTracker:
 
 @dataclass
 class Peer:
-    """Another rank as this one sees it. quiet: seconds since its last beat, by this rank's own count."""
+    """Another rank as this one sees it.
+
+    Attributes:
+        beat: the last heartbeat that was read of it.
+        quiet: seconds since that came, counted by this rank.
+    """
 
     beat: Heartbeat
     quiet: float = 0.0
 
     def heard(self, beat: Heartbeat, seconds: float) -> None:
-        """What was read now, `seconds` after the last time."""
+        """Take in the heartbeat that was read now, `seconds` after the last reading."""
+        # By its number and not its time: the clocks of two hosts differ.
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
 
     def over(self, own: Process) -> bool:
-        """Whether the rank has ended, or is about to and needs nobody any more."""
+        """Return whether the rank has ended, or is about to and needs nobody any more."""
         return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
 
     def verdict(self, timeouts: WatchdogTimeouts, own: Process, *, trouble: bool) -> str | None:
-        """What is wrong with the rank, in words; None while nothing is.
+        """Return what is wrong with the rank, in words; None while nothing is.
 
-        trouble: something is known to be wrong somewhere, so a rank that cannot be looked up may be silent for a shorter time.
+        Args:
+            timeouts: the limits.
+            own: the process that asks.
+            trouble: something is known to be wrong somewhere, so a rank that cannot be looked up may be silent for less long.
         """
         if self.beat.ending:
             return None
@@ -184,7 +208,7 @@ class Peer:
 
 
 def may_wait_for_peer(age: float, others: list[Peer]) -> bool:
-    """Whether a computation that takes `age` seconds may be held up by another rank.
+    """Return whether a computation that takes `age` seconds may be held up by another rank.
 
     Work given to a GPU waits for other ranks without saying so. Then the one whose own work began earlier is to blame, and
     it may be within its limit still: it compiles, or reads data.

@@ -14,8 +14,12 @@ NEVER = -1
 
 
 def keep_freed_memory() -> bool:
-    """Tell this process's allocator; returns whether there is a glibc that listens. The resident size stays at its peak."""
+    """Tell glibc's allocator to keep what is freed; return whether there is a glibc that listens.
+
+    The resident size of the process then stays at its peak.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another C library: everything works, a little slower
         return False
+    # No block comes from mmap, which would go back when freed, and the top of the heap is never trimmed.
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

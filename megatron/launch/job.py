@@ -1,4 +1,4 @@
-"""Starting and stopping torch.distributed, on the device and with the backend that all ranks have."""
+"""Start and stop torch.distributed, on the device and with the backend that all ranks have."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ import torch.distributed as dist
 
 from megatron.launch.device import Hardware, agree_on_devices, choose_device
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.errors import JobError
+from megatron.launch.errors import Early, Explain, JobError
 from megatron.launch.exit_report import exit_status
 from megatron.launch.heartbeat import Process, WatchdogTimeouts
 from megatron.launch.host_memory import keep_freed_memory
 from megatron.launch.signals import StopSignals
 from megatron.launch.store import connect_store, serves_store
-from megatron.launch.watchdog import Early, Explain, JobWatchdog, Watchdog
+from megatron.launch.watchdog import JobWatchdog, Watchdog
 
 NCCL_TIMEOUT_MARGIN = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
 
 
 @dataclass(frozen=True)
 class Job:
-    """A started process: where it stands, what it computes on, how it communicates, and whom it tells what it does.
+    """A started process of a job.
 
-    timeout: of a collective.
+    Attributes:
+        env: the launcher's environment of the process.
+        device: on which it computes.
+        backend: through which it communicates; None for a single process.
+        timeout: of a collective; None for torch's own.
+        watch: the watchdog that is told what the process does.
     """
 
     env: LaunchEnvironment
@@ -46,14 +51,22 @@ class Job:
         return self.env.rank == 0
 
     def describe(self) -> str:
-        """Say in words how many processes there are, who started them, and on what."""
+        """Return in words how many processes there are, who started them, and on what."""
         talk = f"{self.backend}" if self.backend else "no communication needed"
         return f"{self.env.world_size} process(es) started by {self.env.launcher}, on {self.device.type}, {talk}"
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The watch of this process, its connection to the job's store, and what asks it to stop; for one process none of them."""
+    """The protection of a process while its job lasts; a single process has none of it.
+
+    Attributes:
+        watch: the watchdog of this process.
+        store: its connection to the job's key-value store; None for a single process.
+        timeout: of a collective.
+        world_size: number of processes of the job.
+        signals: the requests to stop.
+    """
 
     watch: Watchdog = field(default_factory=Watchdog)
     store: Any = None
@@ -62,15 +75,18 @@ class Guard:
     signals: StopSignals = field(default_factory=StopSignals)
 
     def wait_for_all(self, what: str, tell: Callable[[str], object]) -> None:
-        """Wait until every rank has come here, for as long as it takes; a rank that dies meanwhile is found by the watch.
+        """Wait until every rank has come here, for as long as it takes; the watchdog finds a rank that dies meanwhile.
 
-        tell: gets a line every half minute of waiting. what: the ranks that are missing are still doing.
+        Args:
+            what: what the ranks that are missing are still doing, in words.
+            tell: gets a line every half minute of waiting.
         """
         if self.store is None:
             return
         self.watch.waiting(f"waiting for ranks that are still {what}")
         while self.signals.name is not None:  # before all are here there is nothing to save: the watch ends the job
             time.sleep(0.05)
+        # A counter and no barrier of torch: nobody knows how long a rank needs, and this rank must stay reachable.
         here, next_line = self.store.add("here", 1), time.monotonic() + 30.0
         while here < self.world_size:
             time.sleep(0.05)
@@ -80,12 +96,12 @@ class Guard:
                 next_line += 30.0
 
     def ask_rank_0(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
-        """The first rank's answer, on all ranks, which wait for it as long as it takes. Called by all of them, once.
+        """Return the first rank's answer on all ranks, which wait for it as long as it takes. Collective, once for each `what`.
 
         Args:
-            rank: of this process.
-            what: the first rank does, in words.
-            work: its answer: what is wrong in words, or None.
+            rank: number of this process.
+            what: what the first rank does, in words.
+            work: makes the answer, on the first rank alone: what is wrong in words, or None.
         """
         if self.store is None:
             answers = [work() if rank == 0 else None]
@@ -103,7 +119,7 @@ class Guard:
         return str(self.store.get(key).decode()) or None
 
     def processes(self, own: Process, rank: int) -> list[Process] | None:
-        """The processes of all ranks on the first one, None on the others. To be called when all have come: `wait_for_all`."""
+        """Return the processes of all ranks on the first one, None on the others. Needs `wait_for_all` before it."""
         if self.store is None:
             return [own] if rank == 0 else None
         self.store.set(f"process {rank}", json.dumps(asdict(own)))
@@ -126,9 +142,15 @@ def guarded(
     """Have the processes of a job watch one another. No process group is needed for that, so it can begin before there is one.
 
     An error that leaves the block, and a rank that dies or hangs, ends all of them with one message, and this process does not
-    return. explain: errors that need no traceback, in words; see `watch.Explain`. signals, early: who answers a signal that
-    asks for the end, see `JobWatchdog`; by default it ends the job. One process, and a group that is there, are not watched;
-    errors just pass through.
+    return. One process, and a group that is there, are not watched; errors just pass through.
+
+    Args:
+        env: the launcher's environment of this process.
+        timeout_minutes: of a collective, and of the start.
+        explain: puts errors that need no traceback in words; see `errors.Explain`.
+        timeouts: seconds that the watchdog waits; default `WatchdogTimeouts()`.
+        signals: requests to stop that the caller answers; by default a signal ends the job.
+        early: tells how a job ends that is asked to before it can save; see `JobWatchdog`.
     """
     timeout = timedelta(minutes=timeout_minutes)
     if env.world_size == 1 or dist.is_initialized():
@@ -154,6 +176,7 @@ def guarded(
     try:
         yield Guard(watch, store, timeout, env.world_size, signals)
     except BaseException as error:
+        # An exit with status 0 is no failure.
         if exit_status(error):
             watch.fail(error)  # and take nothing apart: it could block for ever
         raise
@@ -176,10 +199,19 @@ def job(
 ) -> Iterator[Job]:
     """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
 
-    The processes watch one another while the job lasts, see `guarded`, which has explain and patience. guard: where they do
-    so already. look: what this process has to compute on; JobError where that is not enough, or differs between ranks.
-
     For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
+
+    Args:
+        env: the launcher's environment of this process.
+        backend: `nccl` or `gloo`; None for the one that fits the hardware.
+        timeout_minutes: of a collective, and of the start.
+        explain: as of `guarded`.
+        timeouts: as of `guarded`.
+        guard: the watch, where the processes have one already; else `guarded` makes it.
+        look: finds the GPUs of this process.
+
+    Raises:
+        JobError: the hardware is not enough, or differs between ranks.
     """
     device, choice = choose_device(env, backend, look())
     with nullcontext(guard) if guard else guarded(env, timeout_minutes, explain=explain, timeouts=timeouts) as there:

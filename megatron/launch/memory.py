@@ -1,6 +1,6 @@
-"""How much memory this host can still give to processes, and what an error says that ran out of it. Imports no torch.
+"""Measure how much memory this host can still give to processes, and describe errors that ran out of it. Imports no torch.
 
-Linux tells: what it could free, and what the control groups allow that this process is in, as those of containers and jobs.
+Linux tells what it could free, and what the control groups allow that this process is in, as those of containers and jobs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory", "Ca
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes that processes of this host can still get, and what there is, in words."""
+    """Memory that processes of this host can still get.
+
+    Attributes:
+        free: in bytes.
+        words: the whole and what is left of it, as a message says it.
+    """
 
     free: int
     words: str
@@ -46,15 +51,17 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and own memory of every control group that limits this process: its own one and those around it."""
+    """Yield limit and own memory, in bytes, of each control group that limits this process: its own and those around it."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, place = line.split(":", 2)
+        # Version 2 of control groups has one hierarchy, whose list of controllers is empty here.
         second = controllers == ""
         if not second and "memory" not in controllers.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("" if second else "memory")
         limit, own = ("memory.max", "anon") if second else ("memory.limit_in_bytes", "total_rss")
         parts = [part for part in place.split("/") if part not in ("", "..")]
+        # A group is limited by those around it too, up to the root.
         for depth in range(len(parts), -1, -1):
             folder = base.joinpath(*parts[:depth])
             with suppress(ValueError):  # `max`, or no such group where its files are seen from
@@ -62,12 +69,13 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """The kernel's tables: a name, perhaps a colon, and a number."""
+    """Read one of the kernel's tables, whose rows are a name, perhaps a colon, and a number."""
     rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _text(path: Path) -> str:
+    """Return the content of a file; an empty text where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -75,12 +83,12 @@ def _text(path: Path) -> str:
 
 
 def format_gib(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes as people read it, in GiB."""
     return f"{count / 2**30:.1f} GiB"
 
 
 def out_of_memory_message(error: BaseException) -> str:
-    """Return what to say of an error of an allocator, of the host or a GPU; nothing where it is another one."""
+    """Return what to say of an error of an allocator, of the host or a GPU; an empty text for any other error."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
     allocator = "RuntimeError" in kinds and any(words in text for words in ALLOCATORS)
@@ -88,6 +96,6 @@ def out_of_memory_message(error: BaseException) -> str:
         return ""
     # From torch's message the place in its sources goes, and advice on fragments that fill the rest of a screen.
     text = text.partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2]
-    there = host_memory()
+    there = host_memory()  # a GPU's message already says what it has
     left = "" if there is None or "CUDA" in text else f"; {there.words}"
     return f"out of memory: {text[:MAX_MESSAGE_LENGTH] or type(error).__name__}{left}"

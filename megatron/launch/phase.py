@@ -1,4 +1,4 @@
-"""What a rank does at one time, as it tells its watch."""
+"""Phases of a rank, as it tells its watchdog."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ WAITING = "waiting"  # for others or for the device, as long as it takes
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What the main thread is at.
+    """The work of the main thread at one time.
 
-    since: when it began, of `time.monotonic`. mode: COMPUTING, DOING, ALONE or WAITING. kind: of a computation, by which its
-    usual duration is known; else empty. what: in words, which are made only when somebody reads them.
+    Attributes:
+        since: when it began, of `time.monotonic`, in seconds.
+        mode: COMPUTING, DOING, ALONE or WAITING.
+        kind: of a computation, by which its usual duration is known; else empty.
+        what: the phase in words, which are made only when somebody reads them.
     """
 
     since: float
@@ -27,7 +30,7 @@ class Phase:
 
 
 def describe_phase(what: Description) -> str:
-    """Describe a phase as its rank does."""
+    """Return the words in which a rank describes its phase."""
     try:
         return str(what()) if callable(what) else str(what)
     except Exception as error:  # a wrong description must not end a healthy job

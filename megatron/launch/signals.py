@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, noted at once even while the main thread is blocked. Pure."""
+"""Take SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, noted at once even while the main thread is blocked."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class InterruptHandler:
     """Answers Ctrl-C while a run works towards a step boundary. Called from another thread than the main one.
 
-    relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
-    echo: seconds within which a launcher passes on the same Ctrl-C that its processes had from the terminal as well.
+    Attributes:
+        relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
+        echo: seconds within which a launcher passes on the same Ctrl-C that its processes had from the terminal as well.
     """
 
     relayed = False
@@ -33,11 +34,13 @@ class StopSignals:
     """The signals that asked this process to stop. Who answers them changes with the phase of the run.
 
     At first `at_once` does, where it is given: it is called with the signal's name, from another thread, and ends the process.
-    After `watched` the watch of a job of several ranks reads `name`, and ends the job. After `hold` the request waits for the
-    next step boundary of the training loop. A second signal changes nothing, but a second Ctrl-C does not wait.
+    After `watched` the watchdog of a job of several ranks reads `name`, and ends the job. After `hold` the request waits for
+    the next step boundary of the training loop. A second signal changes nothing, but a second Ctrl-C does not wait.
 
-    interrupts: what answers Ctrl-C, which is taken over only where it is given. answered: the run has saved and leaves, so
-    that nothing more is asked of it. name: of the first signal, None before.
+    Attributes:
+        name: of the first signal that came; None before.
+        held: requests wait for a step boundary.
+        answered: the run has saved and leaves, so that nothing more is asked of it.
     """
 
     def __init__(self, at_once: Callable[[str], object] | None = None, interrupts: InterruptHandler | None = None) -> None:
@@ -48,7 +51,7 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take the signals over. Nothing where they have an effect already, and where another thread than the main one calls.
+        """Take the signals over. Does nothing where they have an effect already, and outside of the main thread.
 
         One that is ignored is taken as well: a batch script ignores it for the sake of the launcher, which the ranks inherit.
         Not so Ctrl-C, which a shell has its background ignore.
@@ -75,16 +78,16 @@ class StopSignals:
         self._thread.start()
 
     def watched(self) -> None:
-        """From now on a watch looks at `name`."""
+        """Leave requests to the watchdog, which reads `name`, from now on."""
         self._at_once = None
 
     def hold(self) -> None:
-        """From now on a request waits for a step boundary."""
+        """Make requests wait for a step boundary from now on."""
         self._at_once = None
         self.held = True
 
     def wait_for(self, name: str, within: float) -> bool:
-        """Wait these seconds, less where this signal is the one that has come or comes; returns whether it is."""
+        """Wait up to `within` seconds for this signal to be the first one; return whether it is."""
         until = time.monotonic() + within
         while self.name != name and time.monotonic() < until:
             time.sleep(0.02)
@@ -104,6 +107,7 @@ class StopSignals:
         os.close(self._write)
 
     def _listen(self) -> None:
+        """Read the numbers of signals from the pipe, in a thread, until `close` writes a zero."""
         while True:
             for number in os.read(self._read, 64):
                 if number == 0:
@@ -129,4 +133,5 @@ class StopSignals:
             self._interrupts.again(signal.Signals(number).name)
 
     def _note(self, number: int) -> None:
+        """Remember the first signal."""
         self.name = self.name or signal.Signals(number).name

@@ -1,4 +1,7 @@
-"""What a process does, in a few bytes that outlive it: its peers on the same host read them when it has died. Pure."""
+"""Keep what a process does in a few bytes that outlive it: its peers on the same host read them when it has died.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,10 @@ KEPT = 600.0  # seconds that what a dead process left stays, from when a start n
 
 
 class StatusFile:
-    """A process writes, which costs a microsecond: the bytes are memory. Where no file can be made, nobody will read them.
+    """The current phase of a process, in a small file that is mapped into its memory, so that writing costs a microsecond.
 
-    The files lie where only this user can write. What dead processes left there goes when a new one is made.
+    Where no file can be made, the bytes are plain memory, and nobody will read them. The files lie where only this user can
+    write. What dead processes left there goes when a new one is made.
     """
 
     def __init__(self, process: Process) -> None:
@@ -37,17 +41,21 @@ class StatusFile:
                 os.close(descriptor)
 
     def write(self, text: str) -> None:
-        """Replace what was there."""
+        """Replace the text."""
+        # A null byte ends the text; what stands behind it is of an earlier, longer one.
         data = text.encode(errors="replace")[: SIZE - 1] + b"\0"
         self._room[: len(data)] = data
 
     def wipe(self) -> None:
-        """Leave nothing behind."""
+        """Remove the file."""
         remove_status(self._process)
 
 
 def read_status(process: Process, seen_from: Process) -> str | None:
-    """What a process of the same host wrote last, also when it has died. None from elsewhere, and where nothing is."""
+    """Return what a process of the same host wrote last, also when it has died.
+
+    None for a process of another host, and where there is no such file.
+    """
     if not process.space or process.space != seen_from.space:
         return None
     try:
@@ -59,7 +67,7 @@ def read_status(process: Process, seen_from: Process) -> str | None:
 
 
 def remove_status(process: Process) -> None:
-    """Remove what a process left that could not do so itself."""
+    """Remove the file of a process that could not do so itself."""
     with suppress(OSError), PrivateDirectory() as directory:
         directory.remove(_name(process))
 
@@ -78,6 +86,6 @@ def remove_dead(directory: PrivateDirectory, own: Process) -> None:
 
 
 def _name(process: Process) -> str:
-    """Host, boot and namespace in one word, then number and start of the process."""
+    """Return the name of a process's file: host, boot and namespace in one word, then number and start."""
     where = sha256(f"{process.host} {process.space}".encode()).hexdigest()[:12]
     return f"slate-{where}-{process.pid}-{process.started}"

@@ -1,4 +1,4 @@
-"""The job's key-value store, through which its processes find one another and agree on failures."""
+"""Connect to the job's key-value store, through which its processes find one another and agree on failures."""
 
 from __future__ import annotations
 
@@ -20,17 +20,35 @@ NAME_SECONDS = 15.0  # for which a name that is not known is asked again
 class Store(Protocol):
     """What the watch uses of torch's stores. They raise subclasses of RuntimeError when the connection is lost."""
 
-    def set(self, key: str, value: str) -> None: ...
-    def check(self, keys: list[str]) -> bool: ...
-    def multi_get(self, keys: list[str]) -> Sequence[bytes]: ...
-    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
+    def set(self, key: str, value: str) -> None:
+        """Give a key its value."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether all keys have values, without waiting."""
+        ...
+
+    def multi_get(self, keys: list[str]) -> Sequence[bytes]:
+        """Return the values of keys; waits for those that have none."""
+        ...
+
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
+        """Replace a value where it is the expected one; return the value that the key has then.
+
+        A key without a value gets the desired one where the expected one is empty.
+        """
+        ...
 
 
 def connect_store(env: LaunchEnvironment, timeout: timedelta, *, again: bool = False) -> Any:
-    """A connection to the store that the launcher serves, or else the first rank. again: another one of this process.
+    """Return a connection to the store that the launcher serves, or else the first rank.
 
-    Waits `timeout` for the server and the other processes; then JobError, and at once where the port is taken. An operation
-    blocks others on the same connection.
+    Args:
+        env: the launcher's environment of this process.
+        timeout: time to wait for the server and the other processes.
+        again: another connection of this process. An operation blocks others on the same connection.
+
+    Raises:
+        JobError: nobody serves the store in time, or processes do not come; at once where its port is taken.
     """
     _check_address(env, min(timeout.total_seconds(), NAME_SECONDS))
     if not serves_store(env.rank):
@@ -53,7 +71,7 @@ def connect_store(env: LaunchEnvironment, timeout: timedelta, *, again: bool = F
 
 
 def _check_address(env: LaunchEnvironment, seconds: float) -> None:
-    """JobError for a host whose name nobody knows. A name server may be slow while many jobs start, so it is asked again."""
+    """Raise JobError for a host whose name nobody knows. A slow name server is asked again, for so many seconds."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -82,7 +100,10 @@ def _wait_for_server(env: LaunchEnvironment, timeout: timedelta) -> None:
 
 
 def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobError:
-    """Why there is no store, in words: its port is taken or not allowed, nobody serves it, or processes did not come."""
+    """Return the error that says why there is no store.
+
+    Its port is taken or not allowed, nobody serves it, or processes did not come.
+    """
     where = f"{env.address}:{env.port}"
     if "EADDRINUSE" in why or "EACCES" in why or "EADDRNOTAVAIL" in why:
         trouble = "is in use by another program" if "EADDRINUSE" in why else "cannot be opened"
@@ -100,9 +121,10 @@ def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobErr
 
 
 def _who(env: LaunchEnvironment) -> str:
+    """Return rank and host of this process, in words."""
     return f"rank {env.rank} on host {os.uname().nodename}"
 
 
 def serves_store(rank: int) -> bool:
-    """Whether this rank's process serves the store: the first one, unless the launcher does."""
+    """Return whether this rank's process serves the store: the first one does, unless the launcher does."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

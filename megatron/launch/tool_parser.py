@@ -1,4 +1,4 @@
-"""The command line of a tool, whose mistakes are a line each."""
+"""Parse the command line of a tool, with a line for each mistake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 from megatron.launch.entry import is_speaker
 from megatron.launch.exit_report import write_error_file
 
-MAX_DIGITS = 18
+MAX_DIGITS = 18  # of an integer: what has as many fits into 64 bits
 MAX_MESSAGE = 400  # characters of a mistake: a value may be a whole file, by mistake
 
 
@@ -25,19 +25,19 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def non_empty_name(text: str) -> str:
-    """Read the name of a file, a directory or a prefix, as `type=` of an argument: it has at least one letter."""
+    """Return the name of a file, a directory or a prefix, as `type=` of an argument. It has at least one letter."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
 
 
 def non_empty_path(text: str) -> Path:
-    """Read a path, as `type=` of an argument: an empty one would mean the directory at hand."""
+    """Return a path, as `type=` of an argument. An empty one would mean the directory at hand."""
     return Path(non_empty_name(text))
 
 
 def non_negative_int(text: str) -> int:
-    """Read how many, as `type=` of an argument: an integer, 0 or greater."""
+    """Return an integer, 0 or greater, as `type=` of an argument."""
     if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise argparse.ArgumentTypeError(f"{text[:MAX_DIGITS]!r} is not an integer, 0 or greater")
     return int(text)

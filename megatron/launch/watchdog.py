@@ -25,7 +25,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from megatron.launch.environment import LaunchEnvironment
-from megatron.launch.errors import JobError
+from megatron.launch.errors import Early, Explain, JobError
 from megatron.launch.exit_report import exit_status, is_secondary_error, run_briefly, write_error_file, write_stderr
 from megatron.launch.heartbeat import DurationTracker, Heartbeat, Peer, Process, WatchdogTimeouts, may_wait_for_peer
 from megatron.launch.phase import ALONE, COMPUTING, DOING, WAITING, Description, Phase, describe_phase
@@ -33,43 +33,37 @@ from megatron.launch.signals import StopSignals
 from megatron.launch.status_file import StatusFile, read_status, remove_status
 from megatron.launch.store import Store, serves_store
 
-# An error in words, given what and where: the line after `error: `. None: type and text of the error, with its traceback.
-Explain = Callable[[BaseException, str], str | None]
-# What a job that a signal ends says, and its status, given the signal's name and the rank.
-Early = Callable[[str, int], tuple[str, int]]
-
 STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
 NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
 
 
 class Watchdog:
-    """What a rank says about its work. This one tells nobody: for one process.
+    """Listener to what a rank says about its work. This one tells nobody: for one process.
 
-    what: the phase in words, or something that gives them when called; they are made only when somebody reads them.
+    `what` is the phase in words, or something that gives them when called; they are made only when somebody reads them.
     """
 
     at_end: Callable[[], object] | None = None  # called where a watch ends the process, if all others have ended
 
     def computing(self, kind: str, what: Description) -> None:
-        """Work that waits for nobody. Work of one kind takes about as long each time; far longer counts as a hang."""
+        """Begin work that waits for nobody. What takes far longer than others of its kind counts as a hang."""
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
-        """Work that may take as long as the job's timeout. alone: it waits for nobody, though others may wait for it."""
+        """Begin work that may take as long as the job's timeout. alone: it waits for nobody, though others may wait for it."""
 
     def waiting(self, what: Description) -> None:
-        """Waiting for other ranks or for the device, for as long as it takes."""
+        """Begin to wait for other ranks or for the device, for as long as it takes."""
 
     def idle(self) -> None:
-        """None of these."""
+        """End the phase; the next one has not begun."""
 
 
 class JobWatchdog(Watchdog):
-    """The watch of one rank of several. `start`, then the phases, then `stop` or `fail`.
+    """The watchdog of one rank of several: `start`, then the phases, then `stop` or `fail`.
 
-    store: a connection for this watch alone. keeps_store: this process serves it. timeout: of the job. signals: what asks this
-    process to stop. early: how the job ends when that is before anybody has said `signals.hold()`; default as any process
-    that a signal ends.
+    store: a connection for this watchdog alone. keeps_store: this process serves it. timeout: of the job. signals: the requests
+    to stop. early: ends the job where a signal asks before `signals.hold()`; default as any process that a signal ends.
     """
 
     def __init__(
@@ -102,21 +96,26 @@ class JobWatchdog(Watchdog):
         self._last_round = time.monotonic()
         self._threads: list[threading.Thread] = []
 
-    # What the main thread says: some microseconds each.
+    # The main thread calls these, at some microseconds each.
 
     def computing(self, kind: str, what: Description) -> None:
+        """Begin a phase that is judged by the others of its kind."""
         self._change(COMPUTING, kind, what)
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
+        """Begin a phase that is judged by the job's timeout."""
         self._change(ALONE if alone else DOING, "", what)
 
     def waiting(self, what: Description) -> None:
+        """Begin a phase that is not judged."""
         self._change(WAITING, "", what)
 
     def idle(self) -> None:
+        """Begin a phase that has no name and is not judged."""
         self._change(WAITING, "", "between two phases")
 
     def _change(self, mode: str, kind: str, what: Description) -> None:
+        """Begin a phase; the duration of a computation that ends is recorded."""
         now, ended = time.monotonic(), self._phase
         if ended.mode == COMPUTING:
             self._pace.record(ended.kind, now - ended.since)
@@ -134,7 +133,7 @@ class JobWatchdog(Watchdog):
             thread.start()
 
     def stop(self) -> None:
-        """The rank's work is done. A rank that serves the store stays until the others are done as well."""
+        """End watching, since the rank's work is done. One that serves the store stays until all ranks are done."""
         self._change(WAITING, "", "waiting for the other ranks to finish")
         self._stopping.set()
         self._nudge()
@@ -145,7 +144,7 @@ class JobWatchdog(Watchdog):
         os.close(self._waker)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """The rank's work ended with an error: find the cause, tell it once, end the process."""
+        """End the process, since the rank's work ended with an error: find the cause, and tell it once."""
         self._seen_phase = self._phase  # the thread may not have looked since the phase began
         self._error = error
         self._nudge()
@@ -156,12 +155,14 @@ class JobWatchdog(Watchdog):
         self._end(1, "".join(traceback.format_exception(error)))
 
     def _nudge(self) -> None:
+        """Wake the thread before its next heartbeat is due."""
         with suppress(BlockingIOError):  # then there is enough to wake it
             os.write(self._waker, b"\0")
 
-    # The thread.
+    # The watchdog's own thread calls these.
 
     def _watch(self) -> None:
+        """Run the first thread, which exchanges heartbeats until the rank is done."""
         try:
             while not self._finished():
                 self._round()
@@ -175,23 +176,24 @@ class JobWatchdog(Watchdog):
             self._end(1, f"{traceback.format_exc()}error: {self._where()}: the watch failed: {error}\n")
 
     def _rest(self) -> None:
-        """Until the next beat is due, or something happens."""
+        """Sleep until the next heartbeat is due, or something happens."""
         ready, _, _ = select.select([self._wake], [], [], self._timeouts.period)
         if ready:
             os.read(self._wake, 512)
 
     def _ends_early(self) -> bool:
-        """Whether a signal asks for the end, and nobody but this watch will answer."""
+        """Return whether a signal asks for the end, and nobody but this watchdog will answer."""
         return self._signals.name is not None and not self._signals.held
 
     def _finished(self) -> bool:
-        """Whether this rank's work is done, which it has said, and nobody needs the store that it may serve."""
+        """Return whether this rank's work is done, and nobody needs the store that it may serve."""
         if not self._stopping.is_set():
             return False
         self._exchange(self._others if self._keeps_store else [])
         return not self._keeps_store or all(peer.beat.ending for peer in self._peers.values())
 
     def _round(self) -> None:
+        """Exchange heartbeats once, and judge what they show: a failure, a dead or frozen rank, a hang of this one."""
         looking = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
         troubled = looking or self._error is not None
         everyone = troubled or len(self._peers) < len(self._others)
@@ -216,7 +218,7 @@ class JobWatchdog(Watchdog):
         return self._peers[rank].verdict(self._timeouts, self._process, trouble=troubled)
 
     def _settle(self) -> None:
-        """After a signal or an error of communication, when no cause has shown so far."""
+        """Look around after a signal or an error of communication, while no cause has shown so far."""
         peers, timeouts = self._peers.values(), self._timeouts
         if self._error is not None and self._trouble >= timeouts.settle:
             self._tell(self._story(self._error), exit_status(self._error))
@@ -235,7 +237,7 @@ class JobWatchdog(Watchdog):
         self._leave(128 + signal.Signals[name])
 
     def _exchange(self, ranks: Sequence[int], ending: str | None = None) -> float:
-        """Write this rank's beat and read those of `ranks`. Follows a failure. Gives the seconds since the last round."""
+        """Write this rank's heartbeat, read those of `ranks`; return the seconds since the last round. Follows a failure."""
         now = time.monotonic()
         # A process that was suspended, or waits for a slow store, must not take its own pause for the others'.
         passed, self._last_round = min(now - self._last_round, 2 * self._timeouts.period), now
@@ -261,7 +263,7 @@ class JobWatchdog(Watchdog):
         return passed
 
     def _left(self) -> float | None:
-        """Seconds that this rank's phase may still take; None for one that is not judged."""
+        """Return the seconds that this rank's phase may still take; None for one that is not judged."""
         mode = self._seen_phase.mode
         if mode == WAITING or (self._age > 1.0 and self._communicates()):
             return None
@@ -270,11 +272,12 @@ class JobWatchdog(Watchdog):
         return None if mode == DOING and self._age < limit else round(limit - self._age, 2)
 
     def _communicates(self) -> bool:
-        """Whether the main thread is inside a collective, as a stage's forward is with tensor parallelism."""
+        """Return whether the main thread is inside a collective, as a stage's forward is with tensor parallelism."""
         frame = sys._current_frames().get(self._main)
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
 
     def _where(self, rank: int | None = None) -> str:
+        """Return rank, host and phase in words, of this rank or another one."""
         if rank is None or rank == self._env.rank:
             return f"rank {self._env.rank} on host {self._process.host}, {describe_phase(self._seen_phase.what)}"
         beat = self._peers[rank].beat
@@ -283,6 +286,7 @@ class JobWatchdog(Watchdog):
         return f"rank {rank} on host {beat.process.host}, {what}"
 
     def _tell_hang(self) -> None:
+        """End the job for this rank's hang, unless it waits for a rank that began earlier."""
         phase = self._seen_phase
         self._exchange(self._others)
         if self._phase is not phase or may_wait_for_peer(self._age, list(self._peers.values())):
@@ -295,7 +299,7 @@ class JobWatchdog(Watchdog):
         self._tell(f"error: {self._where()}: {what}; its main thread is at:\n{stack}")
 
     def _story(self, error: BaseException) -> str:
-        """What to say of an error that ended this rank's work."""
+        """Return what to say of an error that ended this rank's work."""
         if isinstance(error, KeyboardInterrupt):
             return "interrupted\n"
         if isinstance(error, SystemExit):  # whoever raised it has said why
@@ -320,7 +324,7 @@ class JobWatchdog(Watchdog):
         self._leave(status)
 
     def _follow(self, failure: bytes) -> NoReturn:
-        """Another rank has told the failure, and ends first."""
+        """End this process after a failure that another rank has told, and which ends first."""
         told = json.loads(failure)
         self._exchange([], ending="ended")
         if told["status"] == STOPPED or self._env.job is None:
@@ -353,7 +357,7 @@ class JobWatchdog(Watchdog):
         self._end(status)
 
     def _watch_store(self) -> None:
-        """The second thread. An answer of the store may never come, when its host is lost or its process frozen."""
+        """Run the second thread: the store may never answer, when its host is lost or its process frozen."""
         before, ticks = 0, 0.0
         while not self._over.wait(self._timeouts.period):
             # Counted, not measured: a pause of this process is no delay of the store.
@@ -363,7 +367,7 @@ class JobWatchdog(Watchdog):
                 self._lost_store(f"no answer for {ticks:.0f} s")
 
     def _lost_store(self, why: str) -> NoReturn:
-        """Nothing can be agreed on any more: by its number alone, one rank away from the store's host speaks."""
+        """End the process, since nothing can be agreed on. By its number alone, one rank away from the store's host speaks."""
         echo = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
         if echo or self._ending == "ended":
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])

@@ -1,1 +1,1 @@
-"""Where every rank stands: the grid, its groups, and starting torch.distributed."""
+"""Place every rank in a grid of parallel axes, and open the process groups of its axes."""

@@ -1,4 +1,4 @@
-"""Rank <-> coordinate, and the groups along axes. Pure arithmetic: any world size, on a laptop.
+"""Map ranks to coordinates of the grid and back, and group ranks along axes. Pure arithmetic: any world size, on a laptop.
 
 The order is Megatron-LM's, tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp, so that the ranks
 which talk most are neighbours on a node.
@@ -16,7 +16,7 @@ from megatron.config.schema import LayoutConfig
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
 
-# The axes of a mesh, each with those of the grid along which its ranks differ.
+# Axes of a mesh, each with the axes of the grid along which its ranks differ.
 MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tp": ("tp",),
@@ -35,13 +35,21 @@ def is_within_stage(axis: str) -> bool:
 
 
 def complementary_axes(axis: str) -> frozenset[str]:
-    """The axes of the grid that together with `axis` span every rank of a pipeline stage, each rank once."""
+    """Return the axes of the grid that together with `axis` span every rank of a pipeline stage, each rank once."""
+    # Stages hold different parameters, so what is summed over a stage never runs along the pipeline.
     return frozenset(AXES) - {"pp", *MESH_AXES[axis]}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of the four axes."""
+    """Sizes of the four axes.
+
+    Attributes:
+        pp: pipeline parallelism.
+        dp: data parallelism.
+        cp: context parallelism.
+        tp: tensor parallelism.
+    """
 
     pp: int = 1
     dp: int = 1
@@ -50,7 +58,11 @@ class Grid:
 
     @classmethod
     def from_layout(cls, layout: LayoutConfig, world_size: int) -> Grid:
-        """Return a layout's grid; data parallelism takes what is left. ValueError when the sizes do not divide the world."""
+        """Return a layout's grid; data parallelism takes what is left of the world.
+
+        Raises:
+            ValueError: the other sizes do not divide the world.
+        """
         tp, pp, cp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size
         if world_size % (tp * pp * cp):
             raise ValueError(f"{world_size} ranks do not divide by tp {tp} x pp {pp} x cp {cp}")
@@ -67,23 +79,27 @@ class Grid:
         return prod(self.shape)
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Where `rank` stands on each axis. ValueError for a rank outside the grid."""
+        """Return the coordinate of a rank on each axis.
+
+        Raises:
+            ValueError: the rank is outside of the grid.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the grid of {self.world_size} ranks")
         position = {}
-        for axis, size in zip(reversed(AXES), reversed(self.shape), strict=True):
+        for axis, size in zip(reversed(AXES), reversed(self.shape), strict=True):  # fastest first
             rank, position[axis] = divmod(rank, size)
         return position
 
     def rank(self, **position: int) -> int:
-        """The rank at a coordinate; axes left out are at 0."""
+        """Return the rank at a coordinate; axes left out are at 0."""
         rank = 0
         for axis, size in zip(AXES, self.shape, strict=True):
             rank = rank * size + position.get(axis, 0)
         return rank
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
-        """Every group of ranks that differ only along `axes`, in one fixed order."""
+        """Yield every group of ranks that differ only along `axes`, in one fixed order, the same on all ranks."""
         fixed = [a for a in AXES if a not in axes]
         moving = [a for a in AXES if a in axes]
         for here in product(*(range(getattr(self, a)) for a in fixed)):

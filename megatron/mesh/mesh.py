@@ -1,4 +1,4 @@
-"""One rank's view of the grid, with live process groups. Passed to whoever needs it, never looked up."""
+"""Give one rank's view of the grid, with live process groups. Passed to whoever needs it, never looked up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from megatron.mesh.grid import MESH_AXES, Grid
 
 @dataclass(frozen=True)
 class Axis:
-    """One rank's place in one group of ranks. `group` is None when the group is this rank alone."""
+    """One rank's position in one group of ranks.
+
+    Attributes:
+        name: of the axis, as `tp`.
+        size: number of ranks in the group.
+        rank: this rank's number within the group.
+        ranks: global ranks of the group, in its order.
+        group: the process group; None when the group is this rank alone.
+    """
 
     name: str
     size: int
@@ -38,7 +46,7 @@ class Axis:
 
     @classmethod
     def alone(cls, name: str, rank: int = 0) -> Axis:
-        """An axis of size 1: what a single process, a tool or a plain layer uses."""
+        """Return an axis of size 1, as a single process, a tool or a plain layer uses."""
         return cls(name, 1, 0, (rank,))
 
 
@@ -48,12 +56,12 @@ class Mesh:
 
     grid: Grid
     rank: int
-    tp: Axis
-    cp: Axis
-    dp: Axis
-    pp: Axis
+    tp: Axis  # tensor parallelism
+    cp: Axis  # context parallelism: one sequence on several ranks
+    dp: Axis  # data parallelism
+    pp: Axis  # pipeline parallelism: stages, towards higher ranks
     dp_cp: Axis  # gradients of a parameter are summed here, unless its spec names another axis
-    world: Axis
+    world: Axis  # all ranks
     pp_back: Axis  # pp again, with communicators of its own for what travels to lower ranks
     embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
 
@@ -66,12 +74,18 @@ class Mesh:
         ends: tuple[int, int] = (0, -1),
         watch: Watchdog | None = None,
     ) -> Mesh:
-        """Collective: every rank calls this, creates every group in the same order, and opens its own in that order.
+        """Open the process groups of this rank's axes. Collective: every rank calls this.
 
-        timeout: a collective that takes longer is a failure; default torch's own. ends: the pipeline ranks that own the
-        first and the last stage. watch: hears which group is being opened.
+        Args:
+            grid: sizes of the axes.
+            rank: this rank.
+            timeout: a collective that takes longer is a failure; default torch's own.
+            ends: the pipeline ranks that own the first and the last stage.
+            watch: the watchdog, told which group is being opened.
 
-        ValueError when the running job has another number of ranks than the grid; JobError naming a group that does not open.
+        Raises:
+            ValueError: the running job has another number of ranks than the grid.
+            JobError: a group does not open; the message names it.
         """
         watch = watch or Watchdog()
         if dist.is_initialized() and dist.get_world_size() != grid.world_size:
@@ -90,6 +104,7 @@ class Mesh:
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
+        # new_group is collective over the world: each rank creates every group, in one order, also those that it is not in.
         for name, along in MESH_AXES.items():
             for members in grid.groups(*along):
                 add(name, tuple(members), known)
@@ -98,6 +113,7 @@ class Mesh:
             if rank in members:
                 axes["embedding"] = Axis.alone("embedding", rank)
             add("embedding", tuple(sorted({members[end] for end in ends})), known)
+        # In one order on all ranks. A rank that opened another group first would keep this one waiting, for ever if both do.
         for ranks, name in opening.items():
             watch.doing(f"opening the communicator {name} of {describe_ranks(ranks)}")
             with naming_communicator(name, ranks, rank):
@@ -107,11 +123,11 @@ class Mesh:
 
     @classmethod
     def single(cls) -> Mesh:
-        """The mesh of one process: every axis has size 1, and no process group exists."""
+        """Return the mesh of one process: every axis has size 1, and no process group exists."""
         return cls.build(Grid(), 0)
 
     def axis(self, name: str) -> Axis:
-        """Return the axis that a parameter's spec names. ValueError when the mesh has none of that name."""
+        """Return the axis that a parameter's spec names; ValueError when the mesh has none of that name."""
         axes = {own: axis for own, axis in vars(self).items() if isinstance(axis, Axis)}
         if name not in axes:
             raise ValueError(f"the mesh has no axis {name}; it has {', '.join(axes)}")
@@ -120,7 +136,13 @@ class Mesh:
 
 @contextmanager
 def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[None]:
-    """What fails inside becomes a JobError that names the communicator. rank: this one."""
+    """Turn a failure inside the block into a JobError that names the communicator.
+
+    Args:
+        name: of the axis.
+        ranks: global ranks of the group.
+        rank: this rank.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -129,11 +151,11 @@ def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[
 
 
 def _open(group: dist.ProcessGroup | None) -> None:
-    """A tiny collective, to its end: NCCL sets a communicator up at its first use, which waits for the whole device.
+    """Run a tiny collective to its end: NCCL sets a communicator up at its first use, which waits for the whole device.
 
     In the middle of a step, the device could be waiting for a rank that waits here.
     """
     on_gpu = dist.get_backend(group) == "nccl"
-    token = torch.ones(1, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    token = torch.ones(1, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")  # [1]
     dist.all_reduce(token, group=group)
-    token.item()
+    token.item()  # waits for the device
