@@ -248,28 +248,39 @@ def trial_order(root: Path) -> TrialOrder:
     Megatron-LM, and later iterations of a run that was wound back do not count. Then the older ones, from the newest. The
     later ones come last: better than nothing, where all others are lost. Without a tracker the newest counts.
     """
-    present, lines = iterations(root), []
-    unannounced, latest, tracked = _unannounced(root), None, None
+    present, unannounced = iterations(root), _unannounced(root)
+    tracked, lines = None, []
     try:
         tracked = read_tracker(root)
-        latest = tracked if unannounced is None else unannounced
-        if latest is not None and latest not in present:
-            lines.append(f"{root / TRACKER}: it names iteration {latest}, which is not there")
     except CheckpointError as error:
-        latest = unannounced
         lines.append(str(error))
-    numbers = sorted(present, key=lambda number: (latest is not None and number > latest, -number))
+    latest = tracked if unannounced is None else unannounced
+    if latest is not None and latest not in present:
+        lines.append(f"{root / TRACKER}: it names iteration {latest}, which is not there")
     later = tuple(number for number in present if latest is not None and number > latest)
-    note = None
-    if unannounced is not None and tracked is not None:
-        note = f"{root / TRACKER} names iteration {tracked}; the save of {unannounced} after it was finished, and is taken: "
-        note += f"to go back give --load-iteration, or remove {NEXT_TRACKER}"
-    elif later:
-        listed = f"{', '.join(map(str, later[-5:]))} {'is' if len(later) == 1 else 'are'} later, and not taken"
-        note = f"{root / TRACKER} names iteration {latest}; {listed}: give --load-iteration, or write its number into the file"
+    earlier = [number for number in present if number not in later]
     # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
-    paths = (present[n].with_name(directory_name(n) + end) for n in numbers for end in ("", ".replaced"))
+    paths = (
+        present[number].with_name(directory_name(number) + end)
+        for number in (*reversed(earlier), *reversed(later))
+        for end in ("", ".replaced")
+    )
+    note = _tracker_note(root, tracked, unannounced, later)
     return TrialOrder(tuple(path for path in paths if path.is_dir()), tuple(lines), later, note)
+
+
+def _tracker_note(root: Path, tracked: int | None, unannounced: int | None, later: tuple[int, ...]) -> str | None:
+    """Say that the tracker and the newest iteration differ, and what is taken; None where they do not."""
+    if unannounced is not None and tracked is not None:
+        taken = f"the save of {unannounced} after it was finished, and is taken"
+        return (
+            f"{root / TRACKER} names iteration {tracked}; {taken}: to go back give --load-iteration, or remove {NEXT_TRACKER}"
+        )
+    if not later:
+        return None
+    listed = f"{', '.join(map(str, later[-5:]))} {'is' if len(later) == 1 else 'are'} later, and not taken"
+    latest = tracked if unannounced is None else unannounced
+    return f"{root / TRACKER} names iteration {latest}; {listed}: give --load-iteration, or write its number into the file"
 
 
 @dataclass(frozen=True)
