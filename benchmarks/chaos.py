@@ -20,6 +20,7 @@ Ranks are forked from this process, see `forked.py`. That launchers end as they 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -287,6 +288,7 @@ def main() -> int:
     began, count, chance = time.monotonic(), Count(), random.Random(args.seed)
     cases = cases_of(layouts, saving, args.iterations, make_data(folder))
     victims: dict[Case, Victim] = {}
+    gc.freeze()  # or each rank's first collection copies all that it was forked with
     while len(count.kills) < args.kills and len(count.wrong) < 20:
         case = cases[len(count.kills) % len(cases)]
         if case not in victims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files by SLOW; those that it does not name, and the tests of a file, stay in their order."""
     place = {name: number for number, name in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
+def pytest_collection_finish() -> None:
+    """Let what thousands of tests are made of be no matter of the garbage collections to come, here and in forks."""
+    gc.collect()
+    gc.freeze()
 
 
 BERT = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"

@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +83,21 @@ class Pool:
         deadline = time.monotonic() + TIMEOUT_S
         results: dict[int, Any] = {}
         while len(results) < len(self.pipes):
-            for rank, pipe in enumerate(self.pipes):
-                if rank in results or not pipe.poll(0.005):
+            silent = [rank for rank in range(len(self.pipes)) if rank not in results]
+            ready = wait([self.pipes[rank] for rank in silent], max(0.0, deadline - time.monotonic()))
+            for rank in silent:
+                if self.pipes[rank] not in ready:
                     continue
                 try:
-                    ok, value = pipe.recv()
+                    ok, value = self.pipes[rank].recv()
                 except EOFError:
                     ok, value = False, f"rank {rank}: the process died"
                 if not ok:
                     self.kill()
                     raise AssertionError(value)
                 results[rank] = value
-            if time.monotonic() > deadline:
+            if not ready:
                 self.kill()
-                silent = sorted(set(range(len(self.pipes))) - set(results))
                 raise AssertionError(f"ranks {silent} gave no answer in {TIMEOUT_S} s")
         return [results[r] for r in range(len(self.pipes))]
 

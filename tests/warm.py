@@ -26,6 +26,7 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -183,10 +184,10 @@ def run(words: list[str]) -> None:
         exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), vars(main))
 
 
-def ended(words: list[str]) -> int:
-    """Run `python WORDS`, say what ended it, and return its exit status; minus SIGINT after Ctrl-C."""
+def ended(work: Callable[[], object]) -> int:
+    """Do a program's work, say what ended it, and return its exit status; minus SIGINT after Ctrl-C."""
     try:
-        run(words)
+        work()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return (end.code or 0) & 255
@@ -219,4 +220,4 @@ def leave(status: int) -> NoReturn:
 if __name__ == "__main__":
     asked, descriptors = Server(sys.argv[1]).serve()
     become(asked, descriptors)
-    leave(ended(asked["words"]))
+    leave(ended(lambda: run(asked["words"])))

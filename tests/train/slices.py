@@ -8,12 +8,20 @@ has ended with another status than 0. Answers with the exit statuses of the rank
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from warm import ended, leave
 
 from megatron.cli import program
 from megatron.optim.optimizer import Optimizer
@@ -63,7 +71,8 @@ def arm(fault) -> None:
     setattr(owner, name, wrapped)
 
 
-def rank_of(job, rank: int, port: int) -> int:
+def rank_of(job, rank: int, port: int) -> NoReturn:
+    """Be this rank; its end is the program's, with its status."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
     ranks = str(job["ranks"])
@@ -74,7 +83,7 @@ def rank_of(job, rank: int, port: int) -> int:
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
     if job["fault"] and job["fault"]["rank"] == rank:
         arm(job["fault"])
-    return program.pretrain(job["argv"], program="pretrain_gpt.py", defaults={})
+    sys.exit(program.pretrain(job["argv"], program="pretrain_gpt.py", defaults={}))
 
 
 def stop(pids, number: signal.Signals) -> None:
@@ -90,7 +99,7 @@ def run(job) -> dict[str, object]:
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
-            sys.exit(rank_of(job, rank, port))
+            leave(ended(partial(rank_of, job, rank, port)))
         pids.append(pid)
     began, statuses, told = time.monotonic(), {}, False
     while len(statuses) < len(pids):
@@ -108,5 +117,6 @@ def run(job) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or each rank's first collection copies all that it was forked with
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
