@@ -23,7 +23,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.files.outputs import BadOutput, check_picture
+    from megatron.files.outputs import OutputError, check_picture
     from megatron.files.pending import write_whole
     from megatron.launch.tool_parser import ToolParser, non_empty_path
     from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
@@ -74,7 +74,7 @@ def main() -> int:
             check_picture("--output", given.output)
             given.output.parent.mkdir(parents=True, exist_ok=True)
             write_whole(given.output, draw_svg([Panel(title, schedule, timeline)]))
-    except (ValueError, BadOutput) as error:
+    except (ValueError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -47,7 +47,7 @@ def main() -> int:
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
-    from megatron.files.outputs import BadOutput
+    from megatron.files.outputs import OutputError
     from megatron.interop.checked_export import ExportError, export
 
     try:
@@ -59,7 +59,7 @@ def main() -> int:
             verify=given.verify,
             overwrite=given.overwrite,
         )
-    except (BadOutput, CheckpointError, DataError) as error:
+    except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (ExportError, OSError) as error:

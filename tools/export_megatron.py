@@ -45,7 +45,7 @@ def main() -> int:
     from megatron.checkpoint.model_config import model_config
     from megatron.checkpoint.tokenizer import open_tokenizer
     from megatron.data.errors import DataError
-    from megatron.files.outputs import BadOutput, check_folder
+    from megatron.files.outputs import OutputError, check_folder
     from megatron.interop.megatron_files import write_megatron
     from megatron.interop.whole_tensors import read_weights
 
@@ -62,7 +62,7 @@ def main() -> int:
             pp=given.target_pipeline_parallel_size,
             tokenizer_type=tokenizer.kind if tokenizer else None,
         )
-    except (BadOutput, CheckpointError, DataError) as error:
+    except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

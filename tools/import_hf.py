@@ -57,7 +57,7 @@ def main() -> int:
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
-    from megatron.files.outputs import BadOutput, check_folder
+    from megatron.files.outputs import OutputError, check_folder
     from megatron.interop.checked_import import compare, rows_and_tokens, store
     from megatron.interop.compare_logits import LogitsError, compared_with_source
     from megatron.interop.hf_import import read_hf
@@ -81,7 +81,7 @@ def main() -> int:
             config, weights = replace(config, vocab_size=given.vocab_size), resized(weights, given.vocab_size)
         kept = of_source(given.input, tokenizer=tokenizer is not None)
         made = store(given.save, config, weights, tokenizer, kept=kept)
-    except (BadOutput, CheckpointError, DataError) as error:
+    except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except LogitsError as error:

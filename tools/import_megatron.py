@@ -40,7 +40,7 @@ def main() -> int:
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
-    from megatron.files.outputs import BadOutput, check_folder
+    from megatron.files.outputs import OutputError, check_folder
     from megatron.interop.checked_import import chosen_tokenizer, store
     from megatron.interop.megatron_files import read_megatron
 
@@ -52,7 +52,7 @@ def main() -> int:
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
         made = store(given.save, found.config, found.weights, tokenizer, found.iteration)
-    except (BadOutput, CheckpointError, DataError) as error:
+    except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

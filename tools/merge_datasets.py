@@ -13,7 +13,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from megatron.data.errors import DataError
     from megatron.data.merge import find_prefixes, merge_datasets
-    from megatron.files.outputs import BadOutput
+    from megatron.files.outputs import OutputError
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 
@@ -36,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, wrong=(DataError, BadOutput), failed=OSError))
+    sys.exit(run_main(main, wrong=(DataError, OutputError), failed=OSError))

@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.files.outputs import BadOutput, check_picture
+    from megatron.files.outputs import OutputError, check_picture
     from megatron.files.pending import write_whole
     from megatron.files.regular import MAX_METRICS_BYTES, parse_json, read_text
     from megatron.launch.tool_parser import ToolParser, non_empty_path
@@ -147,7 +147,7 @@ def main() -> int:
         check_picture("--output", arguments.output, [arguments.metrics])
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.output, draw(train, validation, arguments.title))
-    except (MetricsError, BadOutput) as error:
+    except (MetricsError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

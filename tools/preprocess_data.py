@@ -18,7 +18,7 @@ with loading():
     from megatron.data.errors import DataError
     from megatron.data.preprocess import PreprocessTotals, preprocess
     from megatron.data.tokenizer_flags import add_tokenizer_flags, tokenizer_config
-    from megatron.files.outputs import BadOutput
+    from megatron.files.outputs import OutputError
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 
@@ -125,7 +125,7 @@ def guarded() -> int:
     """Return the exit status of the tool; mistakes are said in a line."""
     try:
         return main()
-    except (DataError, BadOutput) as error:
+    except (DataError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ with loading():
     from megatron.data.errors import DataError
     from megatron.data.train_bpe import train_bpe
     from megatron.data.train_wordpiece import train_wordpiece
-    from megatron.files.outputs import BadOutput
+    from megatron.files.outputs import OutputError
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 FILES = {  # by --tokenizer-type, what is written
@@ -57,4 +57,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, wrong=(DataError, BadOutput), failed=OSError))
+    sys.exit(run_main(main, wrong=(DataError, OutputError), failed=OSError))

@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.files.outputs import BadOutput, Reads, check_file
+    from megatron.files.outputs import InputPaths, OutputError, check_file
     from megatron.files.pending import write_whole
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
@@ -48,8 +48,8 @@ def main() -> int:
     parser.add_argument("output", type=non_empty_path, help="file to write")
     output: Path = parser.parse_args().output
     try:
-        check_file("output", output, Reads([sysconfig.get_path("stdlib")]))
-    except BadOutput as error:
+        check_file("output", output, InputPaths([sysconfig.get_path("stdlib")]))
+    except OutputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = [(source, text) for source, text in documents() if text.strip()]

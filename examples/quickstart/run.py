@@ -19,7 +19,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.files.outputs import BadOutput, check_replaceable, mark
+    from megatron.files.outputs import OutputError, check_replaceable, write_marker
     from megatron.launch.tool_parser import ToolParser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -67,12 +67,12 @@ def check_loss(metrics: Path) -> str:
 
 
 def begin_anew(out: Path) -> None:
-    """Remove what the run before made, and nothing else: BadOutput where something else is there."""
+    """Remove what the run before made, and nothing else: OutputError where something else is there."""
     check_replaceable("quickstart writes to", out, [], overwrite=True)
     if out.is_dir():
         shutil.rmtree(out)
     out.mkdir(parents=True)
-    mark(out, "quickstart", MADE)
+    write_marker(out, "quickstart", MADE)
 
 
 def run_steps() -> str:
@@ -122,7 +122,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         begin_anew(ROOT / OUT)
-    except BadOutput as error:
+    except OutputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

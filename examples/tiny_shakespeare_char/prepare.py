@@ -18,7 +18,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    from megatron.files.outputs import BadOutput, Reads, check_file
+    from megatron.files.outputs import InputPaths, OutputError, check_file
     from megatron.files.pending import write_whole
     from megatron.launch.tool_parser import ToolParser
 
@@ -48,8 +48,8 @@ def main() -> int:
         return 2
     try:
         for name in ("tokenizer.json", "train.jsonl", "valid.jsonl"):
-            check_file("output", arguments.output / name, Reads([arguments.text]))
-    except BadOutput as error:
+            check_file("output", arguments.output / name, InputPaths([arguments.text]))
+    except OutputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from megatron.checkpoint.layout import (
     read_manifest,
     trial_order,
 )  # fmt: skip
-from megatron.files.foreign import foreign
+from megatron.files.foreign import recognize
 
 
 def find(
@@ -66,11 +66,11 @@ def _unusable(path: Path) -> str | None:
     if not os.path.exists(path):  # which, unlike the path's own, fails for no name
         return _absence(path)
     if not os.path.isdir(path):
-        what = f"it is a file, {found}" if (found := foreign(path)) else "this is a file"
+        what = f"it is a file, {found}" if (found := recognize(path)) else "this is a file"
         return f"expected a directory of checkpoints, {what}"
     if not os.access(path, os.R_OK | os.X_OK):
         return "it cannot be read: permission denied"
-    if not _any_finished(path) and (found := foreign(path)) is not None:
+    if not _any_finished(path) and (found := recognize(path)) is not None:
         return f"it is {found}"
     return None
 
@@ -82,7 +82,7 @@ def _absence(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=3)
     if os.path.isdir(parent) and not os.access(parent, os.X_OK):
         return f"it cannot be read: permission denied in {parent}"
-    if not near and (found := foreign(path)) is not None:
+    if not near and (found := recognize(path)) is not None:
         return f"it is {found}"
     return "there is no such directory" + (f". Near it: {', '.join(str(parent / name) for name in near)}" if near else "")
 

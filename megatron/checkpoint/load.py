@@ -35,7 +35,7 @@ from megatron.checkpoint.layout import (
 )
 from megatron.checkpoint.shards import Copy, assign, copies
 from megatron.checkpoint.storage import TORCH_DTYPES
-from megatron.files.regular import check_regular, reason
+from megatron.files.regular import check_regular, error_reason
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import Checkpointable, Part, Shard
@@ -203,7 +203,7 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (OSError, MemoryError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error_reason(error)}") from error
 
 
 def _read(path: Path, file: Any, job: Job) -> Tensor:

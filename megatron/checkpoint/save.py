@@ -28,7 +28,7 @@ from megatron.checkpoint.layout import (
     read_manifest,
 )
 from megatron.checkpoint.storage import FileRecord, Storage, safetensors
-from megatron.files.outputs import is_foreign
+from megatron.files.outputs import holds_other_files
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import Checkpointable
@@ -104,7 +104,7 @@ def _begin(storage: Storage, root: Path, temporary: Path, content: Content) -> N
     if not root.is_dir():
         storage.make_directory(root)
         storage.sync(root.parent)
-    if foreign := [path for path in iterations(root).values() if is_foreign(path)]:
+    if foreign := [path for path in iterations(root).values() if holds_other_files(path)]:
         raise CheckpointError(f"{foreign[0]}: is no checkpoint of this program; take it away, or save to another directory")
     storage.remove(temporary)
     free, needed = storage.free(root), content.bytes
@@ -210,7 +210,7 @@ def _leftovers(root: Path, storage: Storage) -> list[Path]:
         unfinished, directory = UNFINISHED.fullmatch(path.name), DIRECTORY.fullmatch(path.name)
         if unfinished:
             put_aside(path, int(unfinished[1]), root, storage)
-        elif directory and directory[2] and not is_foreign(path) and _whole(path.with_suffix("")):
+        elif directory and directory[2] and not holds_other_files(path) and _whole(path.with_suffix("")):
             put_aside(path, int(directory[1]), root, storage)
     return sorted(path for path in root.iterdir() if DELETED.fullmatch(path.name))
 

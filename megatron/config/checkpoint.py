@@ -13,7 +13,7 @@ from megatron.config.directories import MANIFEST, iterations, same_directory, tr
 from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 from megatron.config.paths import near
-from megatron.files.foreign import foreign, foreign_directory
+from megatron.files.foreign import recognize, recognize_directory
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load(c: ConfigCheck) -> Iterator[Problem]:
         return
     try:
         empty, present = next(os.scandir(root), None) is None, iterations(root)
-        other = None if os.path.exists(root / MANIFEST) or first_finished(root) else foreign_directory(root)
+        other = None if os.path.exists(root / MANIFEST) or first_finished(root) else recognize_directory(root)
     except OSError as error:
         yield Problem(what, f"cannot be read: {error.strerror}")
         return
@@ -153,7 +153,7 @@ def _missing_iteration(c: ConfigCheck, what: str, root: Path, present: list[int]
 def _no_directory(root: Path, fresh: str) -> str:
     """Yield the problem of a --load that is no directory; the words of `fresh` help where nothing else does."""
     nearby = "" if os.path.lexists(root) else near(root)
-    found = None if nearby.startswith("; near it") else foreign(root)
+    found = None if nearby.startswith("; near it") else recognize(root)
     if os.path.exists(root):
         return f"is a file, {found}" if found else f"is a file; a checkpoint is a directory{fresh}"
     if os.path.islink(root):

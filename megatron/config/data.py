@@ -13,7 +13,7 @@ from megatron.config.errors import Problem
 from megatron.config.notation import split_shares
 from megatron.config.option import CHANCE, NOT_NEGATIVE, POSITIVE, WITHIN, option
 from megatron.config.paths import near, unreadable
-from megatron.files.prefixes import meant_prefix
+from megatron.files.prefixes import suggest_prefix
 
 PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path")
 
@@ -144,7 +144,7 @@ def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator
     if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
         folder = files[0].parent
         names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None
-        meant = meant_prefix(prefix, level)
+        meant = suggest_prefix(prefix, level)
         hint = f"; {meant}" if meant else near(Path(prefix), names)
         yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
         return

@@ -14,7 +14,7 @@ from megatron.config.data import PATHS, prefixes
 from megatron.config.directories import MANIFEST
 from megatron.config.errors import Problem
 from megatron.config.tokenizer import TOKENIZER_FILES
-from megatron.files.outputs import Reads, files_in, is_foreign, unwritable
+from megatron.files.outputs import InputPaths, files_in, holds_other_files, reason_unwritable
 from megatron.files.regular import open_regular
 
 HEAD = 1 << 12  # bytes of a file that show what it is
@@ -23,7 +23,7 @@ FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file o
 
 def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem]:
     """Everything that is wrong with where a run is to write. settings: the files that its settings were read from."""
-    read = Reads([*_read(checked), *settings])
+    read = InputPaths([*_read(checked), *settings])
     found = list(_overwritten(checked, read))
     said = {problem.what for problem in found}
     return [
@@ -46,7 +46,7 @@ def writable(c: ConfigCheck) -> Iterator[Problem]:
     for name, folder in folders.items():
         if folder is None:
             continue
-        if rule := unwritable(folder):
+        if rule := reason_unwritable(folder):
             yield Problem(c.flag_text(name), rule)
         elif name in files and os.path.isfile(c[name]) and not os.access(c[name], os.W_OK):
             yield Problem(c.flag_text(name), "cannot be written: permission denied")
@@ -82,11 +82,11 @@ def _read(c: ConfigCheck) -> Iterator[str | Path]:
         yield c["checkpoint.load"]  # one itself
 
 
-def _overwritten(c: ConfigCheck, read: Reads) -> Iterator[Problem]:
+def _overwritten(c: ConfigCheck, read: InputPaths) -> Iterator[Problem]:
     """Nothing is written over what is read, or twice to one place."""
     seen: dict[str, str] = {}
     for name, path in _outputs(c):
-        if (over := read.around(path)) is not None and not os.path.isdir(path):  # which another rule says
+        if (over := read.find_conflict(path)) is not None and not os.path.isdir(path):  # which another rule says
             where = "lies in" if os.path.isdir(over) else "is"
             rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
             yield Problem(c.flag_text(name), rule)
@@ -123,7 +123,7 @@ def _save(c: ConfigCheck) -> Iterator[Problem]:
     with suppress(OSError):
         if os.path.isfile(root / MANIFEST):
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
-        foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and is_foreign(p))
+        foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and holds_other_files(p))
         if foreign:
             rule = f"holds what is no checkpoint of this program: {', '.join(foreign[:3])}"
             yield Problem(what, f"{rule}; choose another place, or take it away")

@@ -6,8 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
-from megatron.files.foreign import hub_name, is_pointer
-from megatron.files.regular import kind_of_file
+from megatron.files.foreign import is_lfs_pointer, recognize_hub_name
+from megatron.files.regular import describe_file_kind
 
 
 def near(path: Path, names: list[str] | None = None) -> str:
@@ -33,13 +33,13 @@ def unreadable(path: Path, flag: str = "") -> str | None:
     if not os.path.exists(path):
         nearby = near(path)
         then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
-        hub = hub_name(path, then) if flag and not nearby.startswith("; near it") else None
+        hub = recognize_hub_name(path, then) if flag and not nearby.startswith("; near it") else None
         return f"is {hub}" if hub else f"does not exist{nearby}"
-    if kind := kind_of_file(path.stat().st_mode):
+    if kind := describe_file_kind(path.stat().st_mode):
         return f"is {kind}, not a regular file"
     if not os.access(path, os.R_OK):
         return "cannot be read: permission denied"
-    if is_pointer(path):
+    if is_lfs_pointer(path):
         return "is a pointer of Git LFS, in place of the file itself; run `git lfs pull` where it was cloned"
     return None if path.stat().st_size else "is empty"
 

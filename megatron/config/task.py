@@ -13,8 +13,8 @@ from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 from megatron.config.paths import within
-from megatron.files.prefixes import meant_prefix
-from megatron.files.regular import kind_of_file
+from megatron.files.prefixes import suggest_prefix
+from megatron.files.regular import describe_file_kind
 
 # What decides the samples and the length of a pretraining run.
 FOREIGN = (
@@ -185,7 +185,7 @@ def task_files(c: ConfigCheck) -> Iterator[Problem]:
             path = Path(word)
             dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
             if not os.path.exists(path) and not dataset:
-                meant = meant_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
+                meant = suggest_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None
                 yield Problem(c.options[name].text((word,)), "does not exist" + (f"; {meant}" if meant else ""))
             elif os.path.exists(path) and os.path.isdir(path) != (c["task.task"] == "RACE"):
                 kind = "directories" if c["task.task"] == "RACE" else "files"
@@ -193,7 +193,7 @@ def task_files(c: ConfigCheck) -> Iterator[Problem]:
                     c.options[name].text((word,)),
                     f"is a {'directory' if os.path.isdir(path) else 'file'}; {c['task.task']} comes in {kind}",
                 )
-            elif os.path.exists(path) and not os.path.isdir(path) and (kind := kind_of_file(path.stat().st_mode)):
+            elif os.path.exists(path) and not os.path.isdir(path) and (kind := describe_file_kind(path.stat().st_mode)):
                 yield Problem(c.options[name].text((word,)), f"is {kind}, not a regular file")
             elif os.path.exists(path) and not os.access(path, os.R_OK):
                 yield Problem(c.options[name].text((word,)), "cannot be read: permission denied")

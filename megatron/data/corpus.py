@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from megatron.data.errors import DataError
 from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error, open_unpacked
-from megatron.files.regular import MAX_LINE_BYTES, open_regular, open_stream, parse_json, reason
+from megatron.files.regular import MAX_LINE_BYTES, error_reason, open_regular, open_stream, parse_json
 
 ARRAY = "a JSON array, not JSON lines; write one object a line, as `jq -c '.[]' %s` does"
 JSON_TYPES = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
@@ -52,7 +52,7 @@ def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
     try:
         stream = open_stream(file) if pipes else open_regular(file)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+        raise DataError(f"{file}: cannot be read ({error_reason(error)})") from error
     try:
         return open_unpacked(file, stream)
     except BaseException:

@@ -32,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.errors import DataError
-from megatron.files.foreign import POINTER, is_pointer
+from megatron.files.foreign import POINTER, is_lfs_pointer
 from megatron.files.pending import PendingFile, remove_leftovers
-from megatron.files.regular import check_regular, open_regular, read_json, reason
+from megatron.files.regular import check_regular, error_reason, open_regular, read_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -103,7 +103,7 @@ def read_sidecar(prefix: str) -> dict[str, Any]:
     try:
         meta = read_json(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)}); delete it to go on without it") from error
+        raise DataError(f"{path}: cannot be read ({error_reason(error)}); delete it to go on without it") from error
     if not isinstance(meta, dict):
         raise DataError(f"{path}: not a JSON object; delete it to go on without it")
     return meta
@@ -126,7 +126,7 @@ class IndexedDataset:
             self._check_sidecar()
         except (OSError, MemoryError) as error:
             raise DataError(
-                f"cannot read dataset {getattr(error, 'filename', None) or self.prefix}: {reason(error)}"
+                f"cannot read dataset {getattr(error, 'filename', None) or self.prefix}: {error_reason(error)}"
             ) from error
 
     def _open(self) -> None:
@@ -157,7 +157,7 @@ class IndexedDataset:
             head = file.read(HEADER.size)
         if head.startswith(LEGACY_MAGIC):
             raise self._bad("it has the old lazy/cached format; preprocess the text again")
-        if pointer := next(filter(is_pointer, (self.idx_path, self.bin_path)), None):
+        if pointer := next(filter(is_lfs_pointer, (self.idx_path, self.bin_path)), None):
             raise DataError(f"{pointer}: it is {POINTER}")
         if not head.startswith(MAGIC):
             raise self._bad("not an index of an indexed dataset (wrong first bytes)")
@@ -225,8 +225,8 @@ class IndexedDataset:
         if not same:
             raise DataError(f"{self.bin_path}: it was changed or replaced while it is being read; start again to read it anew")
 
-    def _bad(self, reason: str) -> DataError:
-        return DataError(f"{self.idx_path}: {reason}")
+    def _bad(self, what: str) -> DataError:
+        return DataError(f"{self.idx_path}: {what}")
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron.data.errors import DataError
 from megatron.data.indexed import DATASET_SUFFIXES, IndexedDataset, IndexedWriter
-from megatron.files.outputs import Reads, check_file
+from megatron.files.outputs import InputPaths, check_file
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
@@ -28,10 +28,10 @@ def find_prefixes(inputs: Sequence[str]) -> list[str]:
 def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDataset:
     """Write the documents of all datasets, in this order, to a new one.
 
-    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), and BadOutput if
+    Raises DataError if they do not belong together (number format, or tokenizers that their sidecars name), and OutputError if
     the output is one of them.
     """
-    read = Reads(prefix + end for prefix in prefixes for end in DATASET_SUFFIXES)
+    read = InputPaths(prefix + end for prefix in prefixes for end in DATASET_SUFFIXES)
     for end in DATASET_SUFFIXES:
         check_file("--output-prefix", output_prefix + end, read)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]

@@ -1,7 +1,7 @@
 """The bytes of a text file as they were before it was packed, whatever its name ends in: its first bytes say what it is.
 
 gzip, zstandard, bzip2 and xz are unpacked while they are read, in bounded memory; what no text comes out of is refused as
-`foreign_bytes` names it.
+`recognize_bytes` names it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
-from megatron.files.foreign import HEAD_BYTES, PACKED, foreign_bytes, packing
+from megatron.files.foreign import HEAD_BYTES, PACKED, packing, recognize_bytes
 from megatron.launch.packages import install_command
 
 BLOCK_BYTES = 1 << 20
@@ -117,7 +117,7 @@ def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
         head, file = _look(name, file)
         kind = packing(head)
         if kind is None:
-            if (found := foreign_bytes(head, name)) is not None:
+            if (found := recognize_bytes(head, name)) is not None:
                 raise DataError(f"{name}: it is {found}")
             _refuse_cut_off(name, head)
             return file

@@ -19,7 +19,7 @@ from megatron.data.errors import DataError
 from megatron.data.indexed import DATASET_SUFFIXES, IndexedWriter, token_dtype
 from megatron.data.special_tokens import describe_document_tokens, describe_special_tokens
 from megatron.data.tokenizer import Tokenizer
-from megatron.files.outputs import Reads, check_file, files_in
+from megatron.files.outputs import InputPaths, check_file, files_in
 from megatron.files.pending import PendingFile, remove_leftovers
 
 BAD_LINES = ".bad.jsonl"
@@ -118,8 +118,8 @@ def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
 
 
 def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: PreprocessConfig) -> None:
-    """BadOutput for an output that would replace something else, or a file that is read here."""
-    read = Reads([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
+    """OutputError for an output that would replace something else, or a file that is read here."""
+    read = InputPaths([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
     for output in outputs:
         check_file("--output-prefix", output, read)
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from megatron.data.cuts import Seam, split_text
 from megatron.data.errors import DataError
-from megatron.files.foreign import HEAD_BYTES, foreign_bytes, hub_name
+from megatron.files.foreign import HEAD_BYTES, recognize_bytes, recognize_hub_name
 from megatron.files.regular import MAX_VOCABULARY_BYTES, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
@@ -182,8 +182,10 @@ def read_tokenizer_file(path: str, flag: str) -> bytes:
         data = read_bytes(path, MAX_VOCABULARY_BYTES)
     except OSError as error:
         then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
-        missing = hub_name(path.removesuffix("/tokenizer.json"), then) if isinstance(error, FileNotFoundError) else None
+        missing = (
+            recognize_hub_name(path.removesuffix("/tokenizer.json"), then) if isinstance(error, FileNotFoundError) else None
+        )
         raise DataError(f"{flag} {path}: {f'it is {missing}' if missing else error.strerror or error}") from error
-    if (found := foreign_bytes(data[:HEAD_BYTES], path, text=False)) is not None:
+    if (found := recognize_bytes(data[:HEAD_BYTES], path, text=False)) is not None:
         raise DataError(f"{flag} {path}: it is {found}")
     return data

@@ -15,7 +15,7 @@ from megatron.data.errors import DataError
 from megatron.data.fast_cuts import fast_seam
 from megatron.data.packed import bare_name
 from megatron.data.tokenizer_base import END_OF_TEXT
-from megatron.files.outputs import Reads, check_file
+from megatron.files.outputs import InputPaths, check_file
 from megatron.files.pending import write_whole
 
 OUTPUT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
@@ -62,14 +62,14 @@ def training_parts(backend: Backend, found: Iterable[str]) -> Iterator[str]:
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to a directory; returns the number of ids.
 
-    `<|endoftext|>` is the last id, as in GPT-2. Raises DataError for wrong input, or fewer than 257 ids; BadOutput where one of
-    the files is an input.
+    `<|endoftext|>` is the last id, as in GPT-2. Raises DataError for wrong input, or fewer than 257 ids; OutputError where one
+    of the files is an input.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
     files = expand_globs(inputs)
     for name in OUTPUT_FILES:
-        check_file("--output", Path(output) / name, Reads(files))
+        check_file("--output", Path(output) / name, InputPaths(files))
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -12,7 +12,7 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from megatron.data.corpus import expand_globs
 from megatron.data.errors import DataError
 from megatron.data.train_bpe import read_texts, training_parts
-from megatron.files.outputs import Reads, check_file
+from megatron.files.outputs import InputPaths, check_file
 from megatron.files.pending import write_whole
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -25,13 +25,14 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
 
     Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice: the trainer
     decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
-    Raises DataError for wrong input, and for a size that does not hold every character; BadOutput where vocab.txt is an input.
+    Raises DataError for wrong input, and for a size that does not hold every character; OutputError where vocab.txt is an
+    input.
     """
     if vocab_size < len(SPECIAL_TOKENS):
         raise DataError(
             f"--vocab-size {vocab_size}: at least {len(SPECIAL_TOKENS)}, the special tokens, and the text's characters"
         )
-    check_file("--output", Path(output) / "vocab.txt", Reads(expand_globs(inputs)))
+    check_file("--output", Path(output) / "vocab.txt", InputPaths(expand_globs(inputs)))
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lower_case)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

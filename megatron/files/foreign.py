@@ -63,7 +63,7 @@ MAX_ZEROS = 0.2  # share of zero bytes in a text
 
 # Names on the Hugging Face hub: of an owner and a model, or of the oldest models alone.
 OWNED = re.compile(r"(?<![\w.-])[\w-][\w.-]*/[\w-][\w.-]*")
-OLDEST = re.compile(
+UNOWNED = re.compile(
     r"(gpt2(-medium|-large|-xl)?|distilgpt2|openai-gpt|bert-(base|large)-.*|distilbert-.*|roberta-(base|large)|"
     r"albert-.*|electra-.*|t5-(small|base|large|3b|11b)|xlnet-.*|xlm-.*|megatron-bert-.*)"
 )
@@ -75,7 +75,7 @@ THEN = "then --load CKPT (training begins from it with --finetune)"
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignFormat:
     """Something that another program made. what: its kind, in words. advice: what to do with it here."""
 
     what: str
@@ -85,7 +85,7 @@ class Foreign:
         return f"{self.what}; {self.advice}"
 
 
-POINTER = Foreign(*next((what, advice) for _, mark, what, advice in MARKS if mark == LFS))
+POINTER = ForeignFormat(*next((what, advice) for _, mark, what, advice in MARKS if mark == LFS))
 
 
 def packing(head: bytes) -> str | None:
@@ -93,7 +93,7 @@ def packing(head: bytes) -> str | None:
     return next((kind for mark, kind in PACKED if head.startswith(mark)), None)
 
 
-def foreign_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: bool = True) -> Foreign | None:
+def recognize_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: bool = True) -> ForeignFormat | None:
     """Recognise a file that is something else than it should be by its first bytes.
 
     Args:
@@ -106,28 +106,28 @@ def foreign_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: b
     """
     name = os.fspath(file)
     if kind := packing(head):
-        return Foreign(f"compressed with {kind}", f"unpack it: `{UNPACKERS[kind]} -d {name}`")
+        return ForeignFormat(f"compressed with {kind}", f"unpack it: `{UNPACKERS[kind]} -d {name}`")
     binary = any(byte < 9 for byte in head)
     for place, mark, what, advice in MARKS:
         if head[place:].startswith(mark) and (binary or not mark.isalnum()):
-            return Foreign(what, advice.replace("FILE", name))
+            return ForeignFormat(what, advice.replace("FILE", name))
     if text and (encoding := UNMARKED.get(tuple(byte == 0 for byte in head[:4]))):
-        return Foreign("text in UTF-16, not UTF-8", (ENCODING % encoding).replace("FILE", name))
+        return ForeignFormat("text in UTF-16, not UTF-8", (ENCODING % encoding).replace("FILE", name))
     if text and head.count(0) > MAX_ZEROS * len(head):
-        return Foreign("no text: many of its bytes are zeros", "give a file of text in UTF-8")
+        return ForeignFormat("no text: many of its bytes are zeros", "give a file of text in UTF-8")
     return None
 
 
-def foreign_file(path: str | os.PathLike[str]) -> Foreign | None:
-    """Recognise a file by its first bytes, as `foreign_bytes`; None for one that cannot be read."""
+def recognize_file(path: str | os.PathLike[str]) -> ForeignFormat | None:
+    """Recognise a file by its first bytes, as `recognize_bytes`; None for one that cannot be read."""
     try:
         with open_regular(path) as file:
-            return foreign_bytes(file.read(HEAD_BYTES), path, text=False)
+            return recognize_bytes(file.read(HEAD_BYTES), path, text=False)
     except OSError:
         return None
 
 
-def is_pointer(path: str | os.PathLike[str]) -> bool:
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
     """Return whether a file is what Git leaves in place of a large one that it did not fetch."""
     try:
         with open_regular(path) as file:
@@ -136,7 +136,7 @@ def is_pointer(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> Foreign | None:
+def recognize_hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> ForeignFormat | None:
     """Recognise the name of a model on the Hugging Face hub where a path on this machine should stand.
 
     A path whose first directory is there, or is called as people call those of their own, is none.
@@ -159,13 +159,13 @@ def hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> Foreign | 
         owned = (
             OWNED.fullmatch(found) and not os.path.lexists(owner) and not LOCAL.fullmatch(owner.lower()) and "." not in owner
         )
-        if not owned and not OLDEST.fullmatch(found):
+        if not owned and not UNOWNED.fullmatch(found):
             return None
     get = f"huggingface-cli download {found} --local-dir DIR"
-    return Foreign("a name on the Hugging Face hub, from which nothing is downloaded", f"`{get}`, then {then}")
+    return ForeignFormat("a name on the Hugging Face hub, from which nothing is downloaded", f"`{get}`, then {then}")
 
 
-def foreign_directory(path: str | os.PathLike[str], reader: str = "ours") -> Foreign | None:
+def recognize_directory(path: str | os.PathLike[str], reader: str = "ours") -> ForeignFormat | None:
     """Recognise a directory of weights that another program made; None for any other, and for one that cannot be read.
 
     reader: what is to be read there: a checkpoint of ours, one of `Megatron-LM`, or a `Hugging Face` directory.
@@ -181,34 +181,34 @@ def foreign_directory(path: str | os.PathLike[str], reader: str = "ours") -> For
     return None
 
 
-def unfit_directory(path: str | os.PathLike[str], reader: str) -> str | None:
+def reason_unfit(path: str | os.PathLike[str], reader: str) -> str | None:
     """Say why weights of another program cannot be read there, in words that go on after the name; None where they may be.
 
-    reader: as of `foreign_directory`.
+    reader: as of `recognize_directory`.
     """
     if not os.path.isdir(path):
-        hub = hub_name(path, "give DIR" if reader == "Hugging Face" else f"`{_importing('DIR')}`")
+        hub = recognize_hub_name(path, "give DIR" if reader == "Hugging Face" else f"`{_importing('DIR')}`")
         what = "it is a file; give the directory that it lies in" if os.path.exists(path) else "there is no such directory"
-        other = foreign_file(path) or hub
+        other = recognize_file(path) or hub
         return f"it is {other}" if other else what
     if not os.access(path, os.R_OK | os.X_OK):
         return "it cannot be read: permission denied"
-    found = foreign_directory(path, reader)
+    found = recognize_directory(path, reader)
     return f"it is {found}" if found else None
 
 
-def foreign(path: str | os.PathLike[str]) -> Foreign | None:
+def recognize(path: str | os.PathLike[str]) -> ForeignFormat | None:
     """Recognise whatever stands in the place of a directory of checkpoints: a directory, a file or the name of neither."""
     if os.path.isdir(path):
-        return foreign_directory(path)
+        return recognize_directory(path)
     if os.path.lexists(path):
-        return foreign_file(path)
-    return hub_name(path, f"`{_importing('DIR')}`, and give CKPT")
+        return recognize_file(path)
+    return recognize_hub_name(path, f"`{_importing('DIR')}`, and give CKPT")
 
 
-def _own(root: Path) -> Foreign | None:
+def _own(root: Path) -> ForeignFormat | None:
     if any(path.name == "manifest.json" and path.with_name("state.json").exists() for path in _inside(root)):
-        return Foreign("a checkpoint of this program, which needs no import", f"give it to --load: --load {root}")
+        return ForeignFormat("a checkpoint of this program, which needs no import", f"give it to --load: --load {root}")
     return None
 
 
@@ -223,14 +223,14 @@ def _names(paths: Iterable[Path], pattern: str) -> list[Path]:
     return sorted(path for path in paths if re.fullmatch(pattern, path.name))
 
 
-def _deepspeed(root: Path) -> Foreign | None:
+def _deepspeed(root: Path) -> ForeignFormat | None:
     if not _names(_inside(root), r"global_step\d+|zero_to_fp32\.py|.*_model_states\.pt|(bf16_)?zero_pp_rank_.*\.pt"):
         return None
     advice = "have its program write a Hugging Face directory DIR (zero_to_fp32.py in it joins the weights)"
-    return Foreign("a checkpoint of DeepSpeed", f"{advice}, then `{_importing('DIR')}`")
+    return ForeignFormat("a checkpoint of DeepSpeed", f"{advice}, then `{_importing('DIR')}`")
 
 
-def _megatron_core(root: Path) -> Foreign | None:
+def _megatron_core(root: Path) -> ForeignFormat | None:
     inside = _inside(root)
     shards = _names(inside, r"__\d+_\d+\.distcp|\.metadata")
     core = _names(inside, r"common\.pt")
@@ -239,37 +239,37 @@ def _megatron_core(root: Path) -> Foreign | None:
     if core or _names(inside, r"latest_checkpointed_iteration\.txt"):
         save = "have it saved there with --ckpt-format torch (--ckpt-convert-format torch --ckpt-convert-save DIR converts it)"
         advice = f"{save}, then `{_importing_megatron('DIR')}`"
-        return Foreign("a distributed checkpoint of Megatron-Core (torch_dist), which is not read here", advice)
-    return Foreign(
+        return ForeignFormat("a distributed checkpoint of Megatron-Core (torch_dist), which is not read here", advice)
+    return ForeignFormat(
         "a distributed checkpoint of PyTorch (torch.distributed.checkpoint), which is not read here",
         f"have its program write a Hugging Face directory DIR, then `{_importing('DIR')}`",
     )
 
 
-def _megatron_lm(root: Path) -> Foreign | None:
+def _megatron_lm(root: Path) -> ForeignFormat | None:
     if not _names(_inside(root), r"mp_rank_\d+(_\d+)*"):
         return None
-    return Foreign("a checkpoint of Megatron-LM", f"import it: `{_importing_megatron(root)}`, {THEN}")
+    return ForeignFormat("a checkpoint of Megatron-LM", f"import it: `{_importing_megatron(root)}`, {THEN}")
 
 
-def _hub_cache(root: Path) -> Foreign | None:
+def _hub_cache(root: Path) -> ForeignFormat | None:
     if os.path.lexists(root / "config.json"):
         return None
     kept = {"snapshots/*/config.json": "the Hugging Face hub's cache", "checkpoint-*/config.json": "the Hugging Face Trainer"}
     for pattern, maker in kept.items():
         if found := sorted(root.glob(pattern), key=os.path.getmtime):
-            return Foreign(f"a directory of {maker}", f"the model is in {found[-1].parent}")
+            return ForeignFormat(f"a directory of {maker}", f"the model is in {found[-1].parent}")
     return None
 
 
-def _adapter(root: Path) -> Foreign | None:
+def _adapter(root: Path) -> ForeignFormat | None:
     if not os.path.lexists(root / "adapter_config.json") or os.path.lexists(root / "config.json"):
         return None
     advice = "merge it with its model by merge_and_unload() and save_pretrained, and import that"
-    return Foreign("a PEFT adapter, of weights that change a model's", advice)
+    return ForeignFormat("a PEFT adapter, of weights that change a model's", advice)
 
 
-def _hugging_face(root: Path) -> Foreign | None:
+def _hugging_face(root: Path) -> ForeignFormat | None:
     entries = list(root.iterdir())
     weights = _names(entries, r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
     if not weights and not _is_hugging_face(root / "config.json"):
@@ -279,11 +279,11 @@ def _hugging_face(root: Path) -> Foreign | None:
         held = f"{weights[0].name}, a pickle" if pickled else weights[0].name
         what = f"a Hugging Face directory without safetensors ({held})"
         save = "open it with transformers and save_pretrained it to DIR"
-        return Foreign(what, f"{save}, then `{_importing('DIR')}`")
-    if pointers := [path for path in safe if is_pointer(path)]:
+        return ForeignFormat(what, f"{save}, then `{_importing('DIR')}`")
+    if pointers := [path for path in safe if is_lfs_pointer(path)]:
         what = f"a Hugging Face directory whose {pointers[0].name} is a pointer of Git LFS"
-        return Foreign(what, f"run `git lfs pull` in it, then `{_importing(root)}`")
-    return Foreign("a Hugging Face directory", f"import it: `{_importing(root)}`, {THEN}")
+        return ForeignFormat(what, f"run `git lfs pull` in it, then `{_importing(root)}`")
+    return ForeignFormat("a Hugging Face directory", f"import it: `{_importing(root)}`, {THEN}")
 
 
 def _is_hugging_face(config: Path) -> bool:
@@ -295,12 +295,12 @@ def _is_hugging_face(config: Path) -> bool:
     return isinstance(about, dict) and not {"model_type", "architectures"}.isdisjoint(about)
 
 
-def _single_files(root: Path) -> Foreign | None:
+def _single_files(root: Path) -> ForeignFormat | None:
     """Recognise what torch.save and others leave: one file that holds everything."""
     found = _names(root.iterdir(), r".*\.(pt|pth|ckpt|nemo|gguf)")
     if not found:
         return None
-    return Foreign(
+    return ForeignFormat(
         f"a directory with {found[0].name}, of another program",
         f"have that write a Hugging Face directory DIR, then `{_importing('DIR')}`",
     )
@@ -314,7 +314,7 @@ def _importing_megatron(directory: object) -> str:
     return f"python tools/import_megatron.py --load {directory} --save CKPT"
 
 
-Kind = Callable[[Path], Foreign | None]
+Kind = Callable[[Path], ForeignFormat | None]
 KINDS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(  # for what each reader takes a directory
     {
         "ours": (_deepspeed, _megatron_core, _megatron_lm, _hub_cache, _adapter, _hugging_face, _single_files),

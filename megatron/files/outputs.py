@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron.files.regular import kind_of_file, open_regular, read_json, reason
+from megatron.files.regular import describe_file_kind, error_reason, open_regular, read_json
 
 MARKER = ".made-by-megatron"  # in a directory that a tool made as a whole, and may replace
 TEMPORARY = r"\.\d+(-[0-9a-f]{8})?\.tmp"  # how the names of files/pending.py end
@@ -20,22 +20,22 @@ MAX_MARKER = 1 << 20  # bytes
 CHECKPOINT_FILES = ("manifest.json", "state.json")  # one of them at least is in every checkpoint, be it damaged
 SVG = (b"<svg", b"<?xml")
 KERNEL = ("/proc", "/sys")  # file systems in which nobody makes files
-ROOM = 32  # bytes of a name that files/pending.py needs for its ending
+SUFFIX_BYTES = 32  # bytes of a name that files/pending.py needs for its ending
 MAX_NAME_BYTES = 255  # of a file or directory, on every file system that is in use
 
 
-class BadOutput(Exception):
+class OutputError(Exception):
     """The place to write to is taken; the message says by what. Tools print it and exit with status 2."""
 
 
-class Reads:
+class InputPaths:
     """Every file and directory that a command reads; looked up once, for any number of outputs."""
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.paths = list(paths)
         self._by_place = {_place(path): path for path in self.paths}
 
-    def around(self, path: str | Path) -> str | Path | None:
+    def find_conflict(self, path: str | Path) -> str | Path | None:
         """What is read and is this path, or a directory above it, or holds it by a hard link; None where nothing does."""
         own = self._by_place.get(_place(path))
         above = (self._by_place[place] for place in _upwards(path) if place in self._by_place)
@@ -45,7 +45,7 @@ class Reads:
         return found
 
 
-def unwritable(folder: str | Path) -> str | None:
+def reason_unwritable(folder: str | Path) -> str | None:
     """Return why nothing can be written into a directory that is there or is to be made; None where it can.
 
     Words that go on after its name. Nothing is made to find out.
@@ -62,9 +62,9 @@ def unwritable(folder: str | Path) -> str | None:
     except FileNotFoundError:
         return f"cannot be written: {path} is a link to {os.readlink(path)}, which does not exist"
     except OSError as error:
-        return f"cannot be written: {path}: {reason(error)}"
+        return f"cannot be written: {path}: {error_reason(error)}"
     if not os.path.isdir(path):
-        return f"cannot be written: {path} is {kind_of_file(about.st_mode) or 'a file'}, not a directory"
+        return f"cannot be written: {path} is {describe_file_kind(about.st_mode) or 'a file'}, not a directory"
     if any(os.path.ismount(place) and os.stat(place).st_dev == about.st_dev for place in KERNEL):
         return f"cannot be written: {path} belongs to the kernel, and no file can be made there"
     if os.statvfs(path).f_flag & os.ST_RDONLY:
@@ -75,13 +75,13 @@ def unwritable(folder: str | Path) -> str | None:
 
 
 def _check_place(flag: str, output: str | Path, folder: str | Path) -> None:
-    """Raise BadOutput unless something can be written into the directory `folder`, which is or holds the output."""
-    if why := unwritable(folder):
-        raise BadOutput(f"{flag} {output}: {why}; choose another place")
+    """Raise OutputError unless something can be written into the directory `folder`, which is or holds the output."""
+    if why := reason_unwritable(folder):
+        raise OutputError(f"{flag} {output}: {why}; choose another place")
 
 
-def check_file(flag: str, output: str | Path, reads: Reads) -> None:
-    """Raise BadOutput unless a command may write this file.
+def check_file(flag: str, output: str | Path, reads: InputPaths) -> None:
+    """Raise OutputError unless a command may write this file.
 
     Args:
         flag: what the file was named with, for the message.
@@ -89,16 +89,16 @@ def check_file(flag: str, output: str | Path, reads: Reads) -> None:
         reads: what the command reads. A file inside of a directory that is read counts as read.
     """
     if os.path.isdir(output):
-        raise BadOutput(f"{flag} {output}: is a directory, not a file")
-    if (read := reads.around(output)) is not None:
+        raise OutputError(f"{flag} {output}: is a directory, not a file")
+    if (read := reads.find_conflict(output)) is not None:
         what = "lies in" if os.path.isdir(read) else "is"
-        raise BadOutput(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
+        raise OutputError(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
     if os.path.exists(output) and not os.path.isfile(output):  # a device or a pipe, which is written to and not replaced
         if not os.access(output, os.W_OK):
-            raise BadOutput(f"{flag} {output}: cannot be written: permission denied; choose another place")
+            raise OutputError(f"{flag} {output}: cannot be written: permission denied; choose another place")
     elif not os.path.abspath(output).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
-        if len(os.fsencode(os.path.basename(output))) > MAX_NAME_BYTES - ROOM:
-            raise BadOutput(f"{flag} {output}: cannot be written: its name is too long; choose another one")
+        if len(os.fsencode(os.path.basename(output))) > MAX_NAME_BYTES - SUFFIX_BYTES:
+            raise OutputError(f"{flag} {output}: cannot be written: its name is too long; choose another one")
         _check_place(flag, output, os.path.dirname(os.path.abspath(output)))
 
 
@@ -111,21 +111,21 @@ def files_in(path: str | Path) -> list[str | Path]:
 
 
 def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = ()) -> None:
-    """Raise BadOutput unless a command may write an SVG picture there: as `check_file`, and over no other kind of file."""
-    check_file(flag, output, Reads(reads))
+    """Raise OutputError unless a command may write an SVG picture there: as `check_file`, and over no other kind of file."""
+    check_file(flag, output, InputPaths(reads))
     with suppress(OSError):
         if os.path.isfile(output) and os.path.getsize(output):
             with open_regular(output) as file:
                 if not file.read(64).lstrip().startswith(SVG):
-                    raise BadOutput(f"{flag} {output}: is there already and is no SVG picture; choose another place")
+                    raise OutputError(f"{flag} {output}: is there already and is no SVG picture; choose another place")
 
 
 def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> None:
-    """Raise BadOutput unless a command can and may add files of its own to this directory: it is none that it reads."""
+    """Raise OutputError unless a command can and may add files of its own to this directory: it is none that it reads."""
     _check_place(flag, output, output)
     for read in reads:
         if _place(output) == _place(read):
-            raise BadOutput(f"{flag} {output}: is {read}, which this command reads; choose another place")
+            raise OutputError(f"{flag} {output}: is {read}, which this command reads; choose another place")
 
 
 def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path], *, overwrite: bool) -> Path:
@@ -141,47 +141,47 @@ def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path]
         The directory's real path, with a name of its own.
 
     Raises:
-        BadOutput: where the directory is read, holds or lies in what is read, is a link, or is not empty and was not made by
+        OutputError: where the directory is read, holds or lies in what is read, is a link, or is not empty and was not made by
             a tool of this project; the last also for a single file that somebody put into it.
     """
     real = Path(os.path.realpath(output))
     if os.path.islink(os.path.abspath(output)):
-        raise BadOutput(f"{flag} {output}: is a link, to {real}; name that itself")
+        raise OutputError(f"{flag} {output}: is a link, to {real}; name that itself")
     check_folder(flag, output, reads)
     _check_place(flag, output, real.parent)  # where it is renamed
     for read in reads:
         if _place(output) in _upwards(read) or _place(read) in _upwards(output):
             what = "holds" if _place(output) in _upwards(read) else "lies in"
-            raise BadOutput(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
+            raise OutputError(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
     if _place(real) in _upwards(os.getcwd()):
-        raise BadOutput(f"{flag} {output}: is the directory that this command runs in, or holds it; choose another place")
+        raise OutputError(f"{flag} {output}: is the directory that this command runs in, or holds it; choose another place")
     if not real.is_dir() or not any(real.iterdir()):
         return real
     if not overwrite:
-        raise BadOutput(f"{flag} {output}: it is not empty; choose another place, or pass --overwrite")
-    if (others := strangers(real)) is None:
+        raise OutputError(f"{flag} {output}: it is not empty; choose another place, or pass --overwrite")
+    if (others := unexpected_entries(real)) is None:
         why = f"it was not made by this project's tools (there is no {MARKER} in it)"
-        raise BadOutput(f"{flag} {output}: {why}, so --overwrite does not remove it; choose another place, or take it away")
+        raise OutputError(f"{flag} {output}: {why}, so --overwrite does not remove it; choose another place, or take it away")
     if others:
         why = f"it holds what its maker did not write: {', '.join(others[:5])}"
-        raise BadOutput(f"{flag} {output}: {why}; take that away first, or choose another place")
+        raise OutputError(f"{flag} {output}: {why}; take that away first, or choose another place")
     return real
 
 
-def is_foreign(directory: Path) -> bool:
+def holds_other_files(directory: Path) -> bool:
     """Whether a directory named like a checkpoint holds something else, which no save may replace."""
     if not os.path.isdir(directory) or not (names := os.listdir(directory)):
         return False
     return not any(name in CHECKPOINT_FILES or name.startswith("shard_") for name in names)
 
 
-def mark(directory: Path, made_by: str, names: Iterable[str]) -> None:
+def write_marker(directory: Path, made_by: str, names: Iterable[str]) -> None:
     """Leave a note in a directory that it was made as a whole, and with which entries, so that it may be replaced."""
     note = {"made_by": made_by, "entries": sorted({*names, MARKER})}
     (directory / MARKER).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
-def strangers(directory: Path) -> list[str] | None:
+def unexpected_entries(directory: Path) -> list[str] | None:
     """The entries of a directory that its maker does not name; None where no tool of this project made it."""
     try:
         entries = read_json(directory / MARKER, MAX_MARKER)["entries"]

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from megatron.files.outputs import MARKER, TEMPORARY, mark
+from megatron.files.outputs import MARKER, TEMPORARY, write_marker
 
 
 class PendingFile:
@@ -123,7 +123,7 @@ class PendingDirectory:
         """
         path = path or self.path
         if marked:
-            mark(self.temporary, self._made_by, os.listdir(self.temporary))
+            write_marker(self.temporary, self._made_by, os.listdir(self.temporary))
         else:
             (self.temporary / MARKER).unlink()
         aside = path.with_name(f".{path.name}{_ending()}")

@@ -11,7 +11,7 @@ PACKED = (".gz", ".zst", ".bz2", ".xz")
 MAX_LISTED = 5  # datasets in a message
 
 
-def meant_prefix(prefix: str, level: str) -> str | None:
+def suggest_prefix(prefix: str, level: str) -> str | None:
     """Say which dataset or text a prefix may mean for which there is no .bin and no .idx, in words that go on after it.
 
     Args:

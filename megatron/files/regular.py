@@ -33,7 +33,7 @@ MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's l
 MAX_DEPTH = 200  # of brackets in JSON
 MAX_VALUES = 10_000_000  # in a JSON text; an empty list has 2 bytes there and 64 in memory
 STRING = re.compile(r'"[^"]*+"?')  # where no quote is escaped
-PIPE_PATIENCE = 5.0  # seconds that a named pipe may wait for somebody who writes into it
+PIPE_TIMEOUT = 5.0  # seconds that a named pipe may wait for somebody who writes into it
 
 KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -54,12 +54,12 @@ class UnfitFile(OSError):
         return f"{self.filename}: {self.strerror}"
 
 
-def reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """Why a file cannot be read, without its name and without a number of the system's."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
-def kind_of_file(mode: int) -> str:
+def describe_file_kind(mode: int) -> str:
     """The kind of file that an `st_mode` says, in words; "" for a regular one."""
     if stat.S_ISREG(mode):
         return ""
@@ -88,7 +88,7 @@ def _stat(path: PathLike) -> os.stat_result:
 
 
 def _check(path: PathLike, found: os.stat_result, max_bytes: int | None) -> int:
-    if kind := kind_of_file(found.st_mode):
+    if kind := describe_file_kind(found.st_mode):
         raise UnfitFile(path, f"{kind}, not a regular file")
     if max_bytes is not None and found.st_size > max_bytes:
         raise _too_large(path, found.st_size, max_bytes)
@@ -122,7 +122,7 @@ class _Pipe(io.FileIO):
         return self.last
 
 
-def open_stream(path: PathLike, patience: float = PIPE_PATIENCE, *, max_bytes: int | None = None) -> BinaryIO:
+def open_stream(path: PathLike, patience: float = PIPE_TIMEOUT, *, max_bytes: int | None = None) -> BinaryIO:
     """A regular file or a pipe, opened for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
 
     UnfitFile for anything else, for a named pipe into which nobody writes within `patience` seconds, and for a regular file of

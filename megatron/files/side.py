@@ -70,7 +70,7 @@ def warn(path: object, what: str, error: BaseException, then: str = "the run goe
 
 
 @contextmanager
-def optional(path: object, what: str) -> Iterator[None]:
+def warning_on_error(path: object, what: str) -> Iterator[None]:
     """Turn an OSError of the block into a warning. what: what cannot be done then."""
     try:
         yield

@@ -85,7 +85,7 @@ def export(
     models on fixed prompts, of a BERT with padding, and those of its binary head too; then again with random weights in both.
     Where transformers has no such class, the result is read back here, and tensors and hidden states are compared.
     overwrite: replace an earlier export.
-    BadOutput for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
+    OutputError for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
     fails, and then what was written is `output` with `.failed` behind its name.
     """
     directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))

@@ -16,7 +16,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.storage import Storage
 from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
-from megatron.files.outputs import BadOutput, Reads, check_file
+from megatron.files.outputs import InputPaths, OutputError, check_file
 from megatron.files.regular import read_json
 from megatron.interop.checked_import import compare
 from megatron.interop.megatron_files import arguments_of
@@ -51,7 +51,7 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
     path: Path = given.path_to_checkpoint
     out = path.parent
     try:
-        read = Reads([path, *([given.config_file] if given.config_file else [])])
+        read = InputPaths([path, *([given.config_file] if given.config_file else [])])
         for name in OUTPUTS if os.path.exists(path) else ():
             check_file("the output", out / name, read)
         print(f"reading {path}")
@@ -65,7 +65,7 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:
             print(gpt2_tokenizer(out, arguments_of(file).get("tokenizer_type"), found.about))
-    except (BadOutput, CheckpointError, DataError) as error:
+    except (OutputError, CheckpointError, DataError) as error:
         text = str(error)
         print(f"error: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)
         return 2

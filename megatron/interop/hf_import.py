@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.schema import ModelConfig
-from megatron.files.foreign import POINTER, foreign_file, is_pointer, unfit_directory
-from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, open_regular, read_json, reason
+from megatron.files.foreign import POINTER, is_lfs_pointer, reason_unfit, recognize_file
+from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, error_reason, open_regular, read_json
 from megatron.interop.families.family import HFFamily
 from megatron.interop.families.table import family_named
 from megatron.interop.foreign_numbers import check_config
@@ -134,7 +134,7 @@ def _read(
 
 def _check_directory(directory: Path) -> None:
     """CheckpointError where there is no such directory, or where it is that of the hub's cache above the model's."""
-    if (why := unfit_directory(directory, "Hugging Face")) is not None:
+    if (why := reason_unfit(directory, "Hugging Face")) is not None:
         raise CheckpointError(f"{directory}: {why}")
 
 
@@ -145,9 +145,9 @@ def _json(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
         why = f"{path} is {error.strerror}" if path.is_symlink() else f"there is no {path.name} in it"
         raise CheckpointError(f"{path.parent}: {why}") from error
     except (OSError, ValueError) as error:
-        if (found := foreign_file(path)) is not None:
+        if (found := recognize_file(path)) is not None:
             raise CheckpointError(f"{path}: it is {found}") from error
-        raise CheckpointError(f"{path}: not readable: {reason(error)}") from error
+        raise CheckpointError(f"{path}: not readable: {error_reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     with open_regular(path) as file:
@@ -193,6 +193,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     except Exception as error:  # the package raises its own kind and others
-        if is_pointer(path):
+        if is_lfs_pointer(path):
             raise CheckpointError(f"{path}: it is {POINTER}") from error
-        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from error
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error_reason(error)}") from error

@@ -26,10 +26,10 @@ from torch import Tensor
 from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
-from megatron.files.foreign import unfit_directory
-from megatron.files.outputs import is_foreign
+from megatron.files.foreign import reason_unfit
+from megatron.files.outputs import holds_other_files
 from megatron.files.pending import PendingDirectory, write_whole
-from megatron.files.regular import read_text, reason
+from megatron.files.regular import error_reason, read_text
 from megatron.interop.foreign_numbers import check_args
 from megatron.interop.megatron_args import cannot_write, even_stages, namespace, settings
 from megatron.interop.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
@@ -55,14 +55,14 @@ class Imported:
 
 def find_megatron(root: Path) -> Path:
     """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
-    if (why := unfit_directory(root, "Megatron-LM")) is not None:
+    if (why := reason_unfit(root, "Megatron-LM")) is not None:
         raise CheckpointError(f"{root}: {why}")
     if any(RANK.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
         word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = reason(error)
+        why = error_reason(error)
         raise CheckpointError(f"{root}: it holds neither mp_rank_ directories nor a readable {TRACKER}: {why}") from error
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
@@ -214,7 +214,7 @@ def write_megatron(
     final = root / directory_name(iteration)
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
-    if later := [n for n, path in iterations(root).items() if n > iteration or not is_foreign(path)]:
+    if later := [n for n, path in iterations(root).items() if n > iteration or not holds_other_files(path)]:
         listed = ", ".join(map(str, later[-5:]))
         raise CheckpointError(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "

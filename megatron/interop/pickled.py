@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.files.foreign import POINTER, is_pointer
+from megatron.files.foreign import POINTER, is_lfs_pointer
 from megatron.files.regular import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
@@ -72,7 +72,7 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        if isinstance(source, Path) and is_pointer(source):
+        if isinstance(source, Path) and is_lfs_pointer(source):
             raise CheckpointError(f"{name}: it is {POINTER}") from error
         said = ADVICE.split(" ".join(str(error).split()))[0].strip()
         why = getattr(error, "strerror", None) or said[:300] or type(error).__name__

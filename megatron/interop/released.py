@@ -24,7 +24,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.storage import DTYPES, Entry, Storage
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
-from megatron.files.regular import check_regular, read_json, reason
+from megatron.files.regular import check_regular, error_reason, read_json
 from megatron.interop.families.family import HFClass
 from megatron.interop.families.megatron_bert import WITH_ORDER, WORDS_ALONE
 from megatron.interop.families.shared import ACTIVATIONS
@@ -96,7 +96,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable config.json: {reason(error)}") from error
+        raise CheckpointError(f"{path}: not a readable config.json: {error_reason(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     check_config(values, str(path))

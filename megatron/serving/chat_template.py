@@ -15,7 +15,7 @@ from typing import Any
 from megatron.checkpoint.tokenizer import KEPT
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.files.regular import parse_json, read_bytes, reason
+from megatron.files.regular import error_reason, parse_json, read_bytes
 from megatron.serving.fields import RequestError
 
 TEMPLATE, CONFIG, TOKENS, GENERATION = (
@@ -99,7 +99,7 @@ def _read(path: Path, most: int) -> bytes:
     try:
         return read_bytes(path, most)
     except OSError as error:
-        raise DataError(f"{path}: {reason(error)}") from error
+        raise DataError(f"{path}: {error_reason(error)}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.data.corpus import json_type_name, not_utf8, open_text
 from megatron.data.errors import DataError
 from megatron.data.packed import BLOCK_BYTES, DAMAGE_ERRORS, damaged_error
-from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_regular, parse_json, reason
+from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_regular, error_reason, parse_json
 
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
@@ -26,7 +26,7 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     try:
         check_regular(file, max_bytes)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({reason(error)})") from error
+        raise DataError(f"{file}: cannot be read ({error_reason(error)})") from error
     data = bytearray()
     with open_text(file) as stream:
         try:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron.contract import Batch
 from megatron.files.pending import write_whole
-from megatron.files.side import optional
+from megatron.files.side import warning_on_error
 from megatron.mesh.mesh import Mesh
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Recorder, Stopwatch
@@ -74,7 +74,7 @@ class ProfiledStep:
             return
         steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*everywhere, strict=True)]
         peaks = [max(peak for _, peak in rank) for rank in everywhere]
-        with optional(self.directory, "the profile of the pipeline cannot be written"):
+        with warning_on_error(self.directory, "the profile of the pipeline cannot be written"):
             write(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.files.pending import write_whole
 from megatron.files.regular import read_json
-from megatron.files.side import optional
+from megatron.files.side import warning_on_error
 from megatron.launch.exit_report import write_error_file, write_stderr
 
 FILE = "progress.json"
@@ -68,7 +68,7 @@ class Progress:
             return
         values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
         values |= {"job": self.job, "checkpoint_at_start": self.tracker}
-        with optional(self._path, "the run's slices cannot be noted"):
+        with warning_on_error(self._path, "the run's slices cannot be noted"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path, json.dumps(values) + "\n")
 

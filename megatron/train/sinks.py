@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 from megatron.config.schema import LogConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import MAX_METRICS_BYTES, read_bytes
-from megatron.files.side import SideFile, optional, warn
+from megatron.files.side import SideFile, warn, warning_on_error
 from megatron.launch.packages import install_command
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
@@ -118,7 +118,7 @@ class JsonLines(Sink):
         self.binary = binary
         self._file = SideFile(path, "metrics")
         last = TORN if resume_at is None else (resume_at, evaluated)
-        with optional(path, "lines of the interrupted run cannot be taken out"):
+        with warning_on_error(path, "lines of the interrupted run cannot be taken out"):
             keep_lines(path, lambda line: _place(line) <= last)
 
     def line(self, metrics: Metrics, context: LogContext) -> None:

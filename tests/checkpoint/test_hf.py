@@ -22,7 +22,7 @@ from megatron.config.command_line.saved import to_json
 from megatron.config.schema import ModelConfig, RunSettings
 from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
-from megatron.files.outputs import BadOutput
+from megatron.files.outputs import OutputError
 from megatron.inference.restore import open_model
 from megatron.interop.checked_export import ExportError, export
 from megatron.interop.compare_logits import gpt_logits
@@ -195,12 +195,12 @@ def test_places_that_are_taken(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "keep").write_text("")
-    with pytest.raises(BadOutput, match="is a file, not a directory"):
+    with pytest.raises(OutputError, match="is a file, not a directory"):
         export(tmp_path / "run", tmp_path / "file", verify=False, overwrite=True)
-    with pytest.raises(BadOutput, match=r"it is not empty.*--overwrite"):
+    with pytest.raises(OutputError, match=r"it is not empty.*--overwrite"):
         export(tmp_path / "run", tmp_path / "full", verify=False)
     assert (tmp_path / "full" / "keep").exists()
-    with pytest.raises(BadOutput, match="not made by this project's tools"):
+    with pytest.raises(OutputError, match="not made by this project's tools"):
         export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=True)
     (tmp_path / "full" / "keep").unlink()
     for overwrite in (False, True):  # its own it does replace

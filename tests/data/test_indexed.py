@@ -14,7 +14,7 @@ from recipes import corpus_recipe, write_corpus
 from megatron.data.errors import DataError
 from megatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megatron.data.merge import find_prefixes, merge_datasets
-from megatron.files.outputs import BadOutput
+from megatron.files.outputs import OutputError
 
 GOLDEN_IDX = bytes.fromhex(
     "4d4d49444958450000" "0100000000000000" "08" "0300000000000000" "0300000000000000"
@@ -160,7 +160,7 @@ def test_merge_refuses_what_does_not_belong(tmp_path: Path) -> None:
     wide = write_corpus(tmp_path / "wide", corpus_recipe(0), "<i4")
     with pytest.raises(DataError, match="int32"):
         merge_datasets([narrow, wide], str(tmp_path / "out"))
-    with pytest.raises(BadOutput, match="which this command reads"):
+    with pytest.raises(OutputError, match="which this command reads"):
         merge_datasets([narrow, wide], narrow)
     for number, prefix in enumerate((narrow, wide)):
         Path(prefix + ".meta.json").write_text(f'{{"tokenizer_digest": "{number}", "tokenizer_type": "T{number}"}}')

@@ -12,7 +12,7 @@ from legal_run import argv, problems
 
 from megatron.config.command_line.parse import parse
 from megatron.config.errors import ConfigError
-from megatron.files.prefixes import meant_prefix
+from megatron.files.prefixes import suggest_prefix
 
 
 @pytest.fixture
@@ -306,9 +306,9 @@ def test_a_disk_that_is_mounted_read_only(disk: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_prefix_for_bert(disk: Path) -> None:
-    assert meant_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which lies beside it"
-    assert "beside it is only" in (meant_prefix(str(disk / "corpus"), "sentence") or "")
-    assert meant_prefix(str(disk / "nowhere"), "document") is None
+    assert suggest_prefix(str(disk / "split"), "sentence") == f"give {disk}/split_text_sentence, which lies beside it"
+    assert "beside it is only" in (suggest_prefix(str(disk / "corpus"), "sentence") or "")
+    assert suggest_prefix(str(disk / "nowhere"), "document") is None
 
 
 def test_a_stop_file_can_appear_and_go(disk: Path) -> None:

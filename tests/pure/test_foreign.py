@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.files.foreign import foreign, foreign_bytes, foreign_directory, hub_name
+from megatron.files.foreign import recognize, recognize_bytes, recognize_directory, recognize_hub_name
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 HF = {"config.json": json.dumps({"model_type": "gpt2"})}
@@ -61,7 +61,7 @@ def made(folder: Path, content: list[str] | dict[str, str]) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_directory_is_named_as_what_it_is(form: str, tmp_path: Path) -> None:
     content, what, advice = FORMS[form]
-    found = foreign(made(tmp_path, content))
+    found = recognize(made(tmp_path, content))
     assert found is not None and what in found.what, found
     assert advice.replace("DIR", str(tmp_path)) in found.advice, found
 
@@ -69,15 +69,15 @@ def test_a_directory_is_named_as_what_it_is(form: str, tmp_path: Path) -> None:
 def test_what_is_ours_or_nobodys_is_not(tmp_path: Path) -> None:
     for name, content in {"ours": OURS, "unfinished": ["iter_0000004/config.json"], "notes": ["readme.md"], "none": []}.items():
         (tmp_path / name).mkdir()
-        assert foreign(made(tmp_path / name, content)) is None, name
-    assert foreign(tmp_path / "nothing") is None
+        assert recognize(made(tmp_path / name, content)) is None, name
+    assert recognize(tmp_path / "nothing") is None
 
 
 def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
     for name, content in {"ours": OURS, "hf": FORMS["Hugging Face"][0], "lm": FORMS["Megatron-LM"][0]}.items():
         made(tmp_path / name, content)
     seen = {
-        (name, reader): getattr(foreign_directory(tmp_path / name, reader), "what", None)
+        (name, reader): getattr(recognize_directory(tmp_path / name, reader), "what", None)
         for name in ("ours", "hf", "lm")
         for reader in ("ours", "Hugging Face", "Megatron-LM")
     }
@@ -106,13 +106,13 @@ def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
 def test_names_on_the_hub(name: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    found = hub_name(name)
+    found = recognize_hub_name(name)
     assert (found is None) == (model is None)
     if found is not None:
         assert found.what == "a name on the Hugging Face hub, from which nothing is downloaded"
         assert found.advice == f"`huggingface-cli download {model} --local-dir DIR`, then give DIR"
         Path(name).mkdir(parents=True)
-        assert hub_name(name) is None or "://" in name  # it is there
+        assert recognize_hub_name(name) is None or "://" in name  # it is there
 
 
 def test_files_by_their_first_bytes(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_files_by_their_first_bytes(tmp_path: Path) -> None:
         ("a b".encode("utf-16"), "UTF-16"), ("a b".encode("utf-16-be"), "UTF-16"), ("a b".encode("utf-16-le"), "UTF-16"),
         ("a b".encode("utf-32"), "UTF-32"), (bytes(257) + b"ustar", "tar"), (b"ab\x00\x00\x00", "no text"),
     ):  # fmt: skip
-        found = foreign_bytes(head)
+        found = recognize_bytes(head)
         assert found is not None and what in found.what, head
     for head in (
         b"",
@@ -134,6 +134,6 @@ def test_files_by_their_first_bytes(tmp_path: Path) -> None:
         b"\xef\xbb\xbftext",
         b'{"a": 1}',
     ):
-        assert foreign_bytes(head) is None, head
+        assert recognize_bytes(head) is None, head
     (tmp_path / "model.safetensors").write_text(LFS)
-    assert "git lfs pull" in str(foreign(tmp_path / "model.safetensors"))
+    assert "git lfs pull" in str(recognize(tmp_path / "model.safetensors"))

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron.files.outputs import BadOutput, Reads, check_file, check_folder, check_picture, check_replaceable, mark
+from megatron.files.outputs import (
+    InputPaths,
+    OutputError,
+    check_file,
+    check_folder,
+    check_picture,
+    check_replaceable,
+    write_marker,
+)
 
 ALIASES = {
     "itself": lambda folder: folder / "in.txt",
@@ -36,24 +44,24 @@ def folder(tmp_path: Path) -> Path:
 def test_a_file_that_is_read_by_any_name(folder: Path, alias: str) -> None:
     read, other = folder / "in.txt", ALIASES[alias](folder)
     for output, reads in ((other, read), (read, other)):
-        with pytest.raises(BadOutput, match="which this command reads"):
-            check_file("--output", output, Reads([reads]))
+        with pytest.raises(OutputError, match="which this command reads"):
+            check_file("--output", output, InputPaths([reads]))
 
 
 def test_a_file_in_a_directory_that_is_read(folder: Path, tmp_path: Path) -> None:
     os.link(folder / "in.txt", tmp_path / "outside")
     for output in (folder / "in.txt", folder / "new", folder / "sub" / "new", tmp_path / "outside"):
-        with pytest.raises(BadOutput, match=f"lies in {folder}"):
-            check_file("--output", output, Reads([folder]))
-    with pytest.raises(BadOutput, match="is a directory"):
-        check_file("--output", folder, Reads([]))
+        with pytest.raises(OutputError, match=f"lies in {folder}"):
+            check_file("--output", output, InputPaths([folder]))
+    with pytest.raises(OutputError, match="is a directory"):
+        check_file("--output", folder, InputPaths([]))
 
 
 def test_a_file_that_is_free(folder: Path, tmp_path: Path) -> None:
     for output in (tmp_path / "new", folder / "new", folder / "in.txt.svg", tmp_path / "b" / "in.txt"):
-        check_file("--output", output, Reads([folder / "in.txt", folder / "missing"]))
-    with pytest.raises(BadOutput):  # also one that is not there yet
-        check_file("--output", folder / "sub" / ".." / "missing", Reads([folder / "missing"]))
+        check_file("--output", output, InputPaths([folder / "in.txt", folder / "missing"]))
+    with pytest.raises(OutputError):  # also one that is not there yet
+        check_file("--output", folder / "sub" / ".." / "missing", InputPaths([folder / "missing"]))
 
 
 def test_a_picture_replaces_only_a_picture(folder: Path) -> None:
@@ -61,16 +69,16 @@ def test_a_picture_replaces_only_a_picture(folder: Path) -> None:
     (folder / "empty").write_text("")
     for name in ("old.svg", "empty", "new.svg"):
         check_picture("--output", folder / name)
-    with pytest.raises(BadOutput, match="no SVG picture"):
+    with pytest.raises(OutputError, match="no SVG picture"):
         check_picture("--output", folder / "in.txt")
 
 
 def test_a_folder_that_is_read(folder: Path) -> None:
     check_folder("--save", folder / "sub", [folder])
     for output in (folder, folder / "sub" / "..", folder / "linked", Path(f"{folder}/")):
-        with pytest.raises(BadOutput, match="which this command reads"):
+        with pytest.raises(OutputError, match="which this command reads"):
             check_folder("--save", output, [folder])
-    with pytest.raises(BadOutput, match=r"in\.txt is a file, not a directory"):
+    with pytest.raises(OutputError, match=r"in\.txt is a file, not a directory"):
         check_folder("--save", folder / "in.txt", [])
 
 
@@ -79,13 +87,13 @@ def test_a_directory_that_would_be_replaced(folder: Path, tmp_path: Path, monkey
         return check_replaceable("--output", output, [folder / "sub"], overwrite=overwrite)
 
     for output in (folder, tmp_path, "/", folder / "sub" / ".."):
-        with pytest.raises(BadOutput, match="holds"):
+        with pytest.raises(OutputError, match="holds"):
             replaceable(output)
-    with pytest.raises(BadOutput, match="which this command reads"):
+    with pytest.raises(OutputError, match="which this command reads"):
         replaceable(folder / "sub")
-    with pytest.raises(BadOutput, match="lies in"):
+    with pytest.raises(OutputError, match="lies in"):
         replaceable(folder / "sub" / "new")
-    with pytest.raises(BadOutput, match="is a link"):
+    with pytest.raises(OutputError, match="is a link"):
         replaceable(folder / "linked")
     made = tmp_path / "made"
     made.mkdir()
@@ -93,16 +101,16 @@ def test_a_directory_that_would_be_replaced(folder: Path, tmp_path: Path, monkey
     (made / "model").write_text("")
     monkeypatch.chdir(made)
     for here in (".", "..", made):
-        with pytest.raises(BadOutput, match=r"runs in|holds"):
+        with pytest.raises(OutputError, match=r"runs in|holds"):
             replaceable(here)
     monkeypatch.chdir("/")
-    with pytest.raises(BadOutput, match="not empty"):
+    with pytest.raises(OutputError, match="not empty"):
         replaceable(made, overwrite=False)
-    with pytest.raises(BadOutput, match="not made by"):
+    with pytest.raises(OutputError, match="not made by"):
         replaceable(made)
-    mark(made, "test", ["model"])
+    write_marker(made, "test", ["model"])
     (made / ".x.12-0123abcd.tmp").write_text("")  # what a killed command left
     assert replaceable(made) == made
     (made / "notes.txt").write_text("")
-    with pytest.raises(BadOutput, match=r"did not write: notes\.txt"):
+    with pytest.raises(OutputError, match=r"did not write: notes\.txt"):
         replaceable(made)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.config.data import as_number, blend_fault, missing_dataset, prefixes
 from megatron.config.errors import Problem
 from megatron.config.options import flag_text
-from megatron.files.regular import MAX_SETTINGS_BYTES, read_json, read_text, reason
+from megatron.files.regular import MAX_SETTINGS_BYTES, error_reason, read_json, read_text
 
 SPLITS = {"train": "data.train_data_path", "valid": "data.valid_data_path", "test": "data.test_data_path"}
 FILES = ("data.data_args_path", "data.per_split_data_args_path")
@@ -64,7 +64,7 @@ def _words(path: str) -> list[Word]:
     except UnicodeDecodeError:
         raise BadFileError("is not a text file in UTF-8") from None
     except OSError as error:
-        raise BadFileError(f"cannot be read: {reason(error)}") from None
+        raise BadFileError(f"cannot be read: {error_reason(error)}") from None
     words = [Word(text, f"line {number}") for number, line in enumerate(lines, 1) for text in line.split()]
     if not words:
         raise BadFileError("holds nothing; it should hold PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...")
@@ -75,7 +75,7 @@ def _lists(path: str) -> Iterator[tuple[str, list[Word]]]:
     try:
         held = read_json(path)
     except OSError as error:
-        raise BadFileError(f"cannot be read: {reason(error)}") from None
+        raise BadFileError(f"cannot be read: {error_reason(error)}") from None
     except ValueError as error:
         raise BadFileError(f"is not JSON: {error}") from None
     form = 'it should hold {"train": [...], "valid": [...], "test": [...]}, each list as after --data-path'

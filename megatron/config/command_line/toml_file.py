@@ -14,7 +14,7 @@ from megatron.config.command_line.values import accept
 from megatron.config.errors import Problem
 from megatron.config.options import options
 from megatron.config.schema import sections
-from megatron.files.foreign import foreign_file
+from megatron.files.foreign import recognize_file
 from megatron.files.regular import MAX_TOML_BYTES, read_text
 
 
@@ -35,7 +35,7 @@ def read_toml(path: str) -> Reading:
         reading.problems.append(Problem(f"`--config {path}`", "is nested too deeply"))
         return reading
     except ValueError as error:  # TOMLDecodeError, and a number with too many digits
-        if (found := foreign_file(path)) is not None:
+        if (found := recognize_file(path)) is not None:
             reading.problems.append(Problem(f"`--config {path}`", f"is {found}"))
             return reading
         reading.problems.append(Problem(f"`--config {path}`", f"is not valid TOML: {error}"))
