@@ -1,1 +1,1 @@
-"""How files are written: never over what is read, whole or not at all, and only where nobody else can interfere."""
+"""Read and write files: never over what is read, whole or not at all, and only where nobody else can interfere."""

@@ -1,4 +1,4 @@
-"""Recognises files and directories of other programs by what lies in them, so that messages name them and say what to do."""
+"""Recognize files and directories of other programs by their content, so that messages name them and say what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from megatron.files.regular import open_regular, read_json
 
-HEAD_BYTES = 1 << 10  # of a file, by which it is recognised; tar's mark stands at byte 257
+HEAD_BYTES = 1 << 10  # of a file, by which it is recognized; tar's mark stands at byte 257
 LFS = b"version https://git-lfs."
 # What is unpacked where text is read: how it begins, by the kind of packing; and the program that unpacks it elsewhere.
 PACKED = (
@@ -76,7 +76,12 @@ THEN = "then --load CKPT (training begins from it with --finetune)"
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """Something that another program made. what: its kind, in words. advice: what to do with it here."""
+    """Something that another program made.
+
+    Attributes:
+        what: its kind, in words.
+        advice: what to do with it here.
+    """
 
     what: str
     advice: str
@@ -94,7 +99,7 @@ def packing(head: bytes) -> str | None:
 
 
 def recognize_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: bool = True) -> ForeignFormat | None:
-    """Recognise a file that is something else than it should be by its first bytes.
+    """Recognize a file that is something else than it should be by its first bytes.
 
     Args:
         head: at most HEAD_BYTES of it.
@@ -107,6 +112,7 @@ def recognize_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text:
     name = os.fspath(file)
     if kind := packing(head):
         return ForeignFormat(f"compressed with {kind}", f"unpack it: `{UNPACKERS[kind]} -d {name}`")
+    # Bytes below a tab are in no text.
     binary = any(byte < 9 for byte in head)
     for place, mark, what, advice in MARKS:
         if head[place:].startswith(mark) and (binary or not mark.isalnum()):
@@ -119,7 +125,7 @@ def recognize_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text:
 
 
 def recognize_file(path: str | os.PathLike[str]) -> ForeignFormat | None:
-    """Recognise a file by its first bytes, as `recognize_bytes`; None for one that cannot be read."""
+    """Recognize a file by its first bytes, as `recognize_bytes`; None for one that cannot be read."""
     try:
         with open_regular(path) as file:
             return recognize_bytes(file.read(HEAD_BYTES), path, text=False)
@@ -137,7 +143,7 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 def recognize_hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> ForeignFormat | None:
-    """Recognise the name of a model on the Hugging Face hub where a path on this machine should stand.
+    """Recognize the name of a model on the Hugging Face hub where a path on this machine should stand.
 
     A path whose first directory is there, or is called as people call those of their own, is none.
 
@@ -166,9 +172,11 @@ def recognize_hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> 
 
 
 def recognize_directory(path: str | os.PathLike[str], reader: str = "ours") -> ForeignFormat | None:
-    """Recognise a directory of weights that another program made; None for any other, and for one that cannot be read.
+    """Recognize a directory of weights that another program made; None for any other, and for one that cannot be read.
 
-    reader: what is to be read there: a checkpoint of ours, one of `Megatron-LM`, or a `Hugging Face` directory.
+    Args:
+        path: the directory.
+        reader: who wants to read it: `ours` for our own checkpoints, `Megatron-LM` or `Hugging Face`.
     """
     root = Path(path)
     for kind in KINDS[reader]:
@@ -182,9 +190,11 @@ def recognize_directory(path: str | os.PathLike[str], reader: str = "ours") -> F
 
 
 def reason_unfit(path: str | os.PathLike[str], reader: str) -> str | None:
-    """Say why weights of another program cannot be read there, in words that go on after the name; None where they may be.
+    """Return why weights of another program cannot be read there, in words that go on after the name; None where they may be.
 
-    reader: as of `recognize_directory`.
+    Args:
+        path: of the directory.
+        reader: as of `recognize_directory`.
     """
     if not os.path.isdir(path):
         hub = recognize_hub_name(path, "give DIR" if reader == "Hugging Face" else f"`{_importing('DIR')}`")
@@ -198,7 +208,7 @@ def reason_unfit(path: str | os.PathLike[str], reader: str) -> str | None:
 
 
 def recognize(path: str | os.PathLike[str]) -> ForeignFormat | None:
-    """Recognise whatever stands in the place of a directory of checkpoints: a directory, a file or the name of neither."""
+    """Recognize what stands where a directory of checkpoints should: another directory, a file, or a name of the hub."""
     if os.path.isdir(path):
         return recognize_directory(path)
     if os.path.lexists(path):
@@ -207,6 +217,7 @@ def recognize(path: str | os.PathLike[str]) -> ForeignFormat | None:
 
 
 def _own(root: Path) -> ForeignFormat | None:
+    """Recognize a checkpoint of this program."""
     if any(path.name == "manifest.json" and path.with_name("state.json").exists() for path in _inside(root)):
         return ForeignFormat("a checkpoint of this program, which needs no import", f"give it to --load: --load {root}")
     return None
@@ -220,10 +231,12 @@ def _inside(root: Path) -> list[Path]:
 
 
 def _names(paths: Iterable[Path], pattern: str) -> list[Path]:
+    """Return the paths whose last part the whole pattern matches, sorted."""
     return sorted(path for path in paths if re.fullmatch(pattern, path.name))
 
 
 def _deepspeed(root: Path) -> ForeignFormat | None:
+    """Recognize a checkpoint of DeepSpeed, of ZeRO or not."""
     if not _names(_inside(root), r"global_step\d+|zero_to_fp32\.py|.*_model_states\.pt|(bf16_)?zero_pp_rank_.*\.pt"):
         return None
     advice = "have its program write a Hugging Face directory DIR (zero_to_fp32.py in it joins the weights)"
@@ -231,6 +244,7 @@ def _deepspeed(root: Path) -> ForeignFormat | None:
 
 
 def _megatron_core(root: Path) -> ForeignFormat | None:
+    """Recognize a distributed checkpoint, of Megatron-Core or of PyTorch alone."""
     inside = _inside(root)
     shards = _names(inside, r"__\d+_\d+\.distcp|\.metadata")
     core = _names(inside, r"common\.pt")
@@ -247,12 +261,14 @@ def _megatron_core(root: Path) -> ForeignFormat | None:
 
 
 def _megatron_lm(root: Path) -> ForeignFormat | None:
+    """Recognize a checkpoint of Megatron-LM by its directories of ranks."""
     if not _names(_inside(root), r"mp_rank_\d+(_\d+)*"):
         return None
     return ForeignFormat("a checkpoint of Megatron-LM", f"import it: `{_importing_megatron(root)}`, {THEN}")
 
 
 def _hub_cache(root: Path) -> ForeignFormat | None:
+    """Recognize a directory above the model: a cache of the hub, or one of a Trainer with several checkpoints."""
     if os.path.lexists(root / "config.json"):
         return None
     kept = {"snapshots/*/config.json": "the Hugging Face hub's cache", "checkpoint-*/config.json": "the Hugging Face Trainer"}
@@ -263,6 +279,7 @@ def _hub_cache(root: Path) -> ForeignFormat | None:
 
 
 def _adapter(root: Path) -> ForeignFormat | None:
+    """Recognize a PEFT adapter."""
     if not os.path.lexists(root / "adapter_config.json") or os.path.lexists(root / "config.json"):
         return None
     advice = "merge it with its model by merge_and_unload() and save_pretrained, and import that"
@@ -270,6 +287,7 @@ def _adapter(root: Path) -> ForeignFormat | None:
 
 
 def _hugging_face(root: Path) -> ForeignFormat | None:
+    """Recognize a Hugging Face directory, and whether its weights can be imported as they are."""
     entries = list(root.iterdir())
     weights = _names(entries, r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
     if not weights and not _is_hugging_face(root / "config.json"):
@@ -296,7 +314,7 @@ def _is_hugging_face(config: Path) -> bool:
 
 
 def _single_files(root: Path) -> ForeignFormat | None:
-    """Recognise what torch.save and others leave: one file that holds everything."""
+    """Recognize one file that holds everything, as torch.save and others leave it."""
     found = _names(root.iterdir(), r".*\.(pt|pth|ckpt|nemo|gguf)")
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Where a tool may write: never over what it reads, and over a directory only where it made that itself.
+"""Check where a tool may write: never over what it reads, and over a directory only where it made that itself.
 
 Paths are compared by what they lead to, so links, hard links, relative paths and `..` hide nothing.
 """
@@ -25,18 +25,21 @@ MAX_NAME_BYTES = 255  # of a file or directory, on every file system that is in 
 
 
 class OutputError(Exception):
-    """The place to write to is taken; the message says by what. Tools print it and exit with status 2."""
+    """An output would replace something that has to stay; the message says what. Tools exit with status 2 then."""
 
 
 class InputPaths:
-    """Every file and directory that a command reads; looked up once, for any number of outputs."""
+    """Every file and directory that a command reads, looked up once for any number of outputs."""
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.paths = list(paths)
         self._by_place = {_place(path): path for path in self.paths}
 
     def find_conflict(self, path: str | Path) -> str | Path | None:
-        """What is read and is this path, or a directory above it, or holds it by a hard link; None where nothing does."""
+        """Return the input that an output would replace: it is this path, a directory above it, or holds it by a hard link.
+
+        None where nothing of that is so.
+        """
         own = self._by_place.get(_place(path))
         above = (self._by_place[place] for place in _upwards(path) if place in self._by_place)
         found = own if own is not None else next(filter(os.path.isdir, above), None)
@@ -53,6 +56,7 @@ def reason_unwritable(folder: str | Path) -> str | None:
     if "\0" in os.fspath(folder):
         return "is no name of a directory: it holds a null byte"
     path = Path(os.path.abspath(folder))
+    # What is to be made would lie in the nearest directory that is there.
     while not os.path.lexists(path):
         if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
             return f"cannot be made: a name in it has more than {MAX_NAME_BYTES} bytes"
@@ -103,7 +107,7 @@ def check_file(flag: str, output: str | Path, reads: InputPaths) -> None:
 
 
 def files_in(path: str | Path) -> list[str | Path]:
-    """A file, or those that lie in a directory itself: what is read of one that also holds other things."""
+    """Return a file itself, or of a directory the files that lie directly in it."""
     with suppress(OSError):  # what cannot be looked into is named itself
         if os.path.isdir(path):
             return [entry.path for entry in os.scandir(path) if not entry.is_dir()]
@@ -111,7 +115,13 @@ def files_in(path: str | Path) -> list[str | Path]:
 
 
 def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = ()) -> None:
-    """Raise OutputError unless a command may write an SVG picture there: as `check_file`, and over no other kind of file."""
+    """Raise OutputError unless a command may write an SVG picture there: as `check_file`, and over no other kind of file.
+
+    Args:
+        flag: what the file was named with, for the message.
+        output: the file; it need not be there.
+        reads: every file and directory that the command reads.
+    """
     check_file(flag, output, InputPaths(reads))
     with suppress(OSError):
         if os.path.isfile(output) and os.path.getsize(output):
@@ -121,7 +131,13 @@ def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = (
 
 
 def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> None:
-    """Raise OutputError unless a command can and may add files of its own to this directory: it is none that it reads."""
+    """Raise OutputError unless a command may add files of its own to this directory, which it does not read.
+
+    Args:
+        flag: what the directory was named with, for the message.
+        output: the directory; it need not be there.
+        reads: every file and directory that the command reads.
+    """
     _check_place(flag, output, output)
     for read in reads:
         if _place(output) == _place(read):
@@ -169,20 +185,26 @@ def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path]
 
 
 def holds_other_files(directory: Path) -> bool:
-    """Whether a directory named like a checkpoint holds something else, which no save may replace."""
+    """Return whether a directory named like a checkpoint holds something else, which no save may replace."""
     if not os.path.isdir(directory) or not (names := os.listdir(directory)):
         return False
     return not any(name in CHECKPOINT_FILES or name.startswith("shard_") for name in names)
 
 
 def write_marker(directory: Path, made_by: str, names: Iterable[str]) -> None:
-    """Leave a note in a directory that it was made as a whole, and with which entries, so that it may be replaced."""
+    """Leave a note in a directory that it was made as a whole, so that it may be replaced.
+
+    Args:
+        directory: the directory.
+        made_by: name of the tool that made it.
+        names: of all its entries; what else is found there later, somebody else has put there.
+    """
     note = {"made_by": made_by, "entries": sorted({*names, MARKER})}
     (directory / MARKER).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
 def unexpected_entries(directory: Path) -> list[str] | None:
-    """The entries of a directory that its maker does not name; None where no tool of this project made it."""
+    """Return the entries of a directory that its maker does not name; None where no tool of this project made it."""
     try:
         entries = read_json(directory / MARKER, MAX_MARKER)["entries"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -194,7 +216,7 @@ def unexpected_entries(directory: Path) -> list[str] | None:
 
 
 def _place(path: str | Path) -> tuple[int, int] | str:
-    """What is equal for all paths to one place: device and inode, or the real path where nothing is."""
+    """Return a value that is equal for all paths to one place: device and inode, or the real path of what is not there."""
     try:
         about = os.stat(path)
     except (OSError, ValueError):
@@ -203,12 +225,12 @@ def _place(path: str | Path) -> tuple[int, int] | str:
 
 
 def _upwards(path: str | Path) -> Iterator[tuple[int, int] | str]:
-    """The places of a path and of all directories above it."""
+    """Yield the places of a path and of all directories above it."""
     real = Path(os.path.realpath(path))
     yield from map(_place, (path, *real.parents))
 
 
 def _links_to(directory: str | Path, path: str | Path) -> bool:
-    """Whether one of a directory's files is, by a hard link, this one."""
+    """Return whether one of a directory's files is, by a hard link, this one."""
     place = _place(path)
     return any(_place(os.path.join(folder, name)) == place for folder, _, names in os.walk(directory) for name in names)

@@ -1,4 +1,4 @@
-"""Files and directories that appear under their name whole, or not at all.
+"""Write files and directories that appear under their name whole, or not at all.
 
 They are written under a temporary name beside it, `NAME.<pid>-<random>.tmp`, and a lock of the kernel is held on that while
 the writer lives, whatever ends it. So the next writer of the same name can tell what a killed one left, and removes it, from
@@ -23,7 +23,10 @@ from megatron.files.outputs import MARKER, TEMPORARY, write_marker
 class PendingFile:
     """A file under its temporary name: write to `file`, then `commit`. Anything else leaves nothing behind.
 
-    path: where it is to be; what is there stays until then. OSError when it cannot be made.
+    Attributes:
+        path: where it is to be; what is there stays until then.
+        temporary: its name until then.
+        file: opened for writing bytes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -87,7 +90,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def _is_stream(path: str | Path) -> bool:
-    """Whether a name stands for something that only takes bytes: a device or a pipe, also one that was redirected."""
+    """Return whether a name stands for something that only takes bytes: a device or a pipe, also a redirected one."""
     if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
         return True
     try:
@@ -99,7 +102,9 @@ def _is_stream(path: str | Path) -> bool:
 class PendingDirectory:
     """A directory under its temporary name: fill `temporary`, then `commit`. Anything else leaves nothing behind.
 
-    path: where it is to be. made_by: the tool, for the note that lets a tool replace it later. Parents are made.
+    Args:
+        path: where it is to be. Its parents are made.
+        made_by: name of the tool, for the note that lets a tool replace it later.
     """
 
     def __init__(self, path: Path, made_by: str) -> None:
@@ -119,7 +124,9 @@ class PendingDirectory:
     def commit(self, path: Path | None = None, *, marked: bool = True) -> None:
         """Give the directory its name, in place of what had it: check before that it may go (`check_replaceable`).
 
-        path: another name. marked: whether the note stays in it.
+        Args:
+            path: another name than the one it was made for.
+            marked: whether the note stays in it.
         """
         path = path or self.path
         if marked:
@@ -127,6 +134,7 @@ class PendingDirectory:
         else:
             (self.temporary / MARKER).unlink()
         aside = path.with_name(f".{path.name}{_ending()}")
+        # A directory cannot be replaced by a rename, so the old one steps aside first.
         if path.exists():
             os.replace(path, aside)
         os.replace(self.temporary, path)
@@ -175,11 +183,12 @@ def _remove_leftover(path: Path, directory: bool) -> None:
 
 
 def _ending() -> str:
+    """Return a new ending of a temporary name."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Whether this process has the file now; None where the file system knows no locks."""
+    """Try to lock a file; return whether this process has it now, None where the file system knows no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -190,7 +199,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has this name."""
+    """Return whether an open file still has this name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

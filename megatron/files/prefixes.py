@@ -1,4 +1,4 @@
-"""Finds out what somebody meant by a prefix of a dataset that names none: one beside it, or a text that is to be one."""
+"""Suggest what somebody meant by a prefix that names no dataset: one beside it, or a text that is to become one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_LISTED = 5  # datasets in a message
 
 
 def suggest_prefix(prefix: str, level: str) -> str | None:
-    """Say which dataset or text a prefix may mean for which there is no .bin and no .idx, in words that go on after it.
+    """Return which dataset or text a prefix may mean that has no .bin and no .idx, in words that go on after it.
 
     Args:
         prefix: as it was given, without .bin or .idx.
@@ -46,7 +46,7 @@ def suggest_prefix(prefix: str, level: str) -> str | None:
 
 
 def _stem(prefix: str) -> str:
-    """The prefix without the ending of a text."""
+    """Return the prefix without the ending of a text."""
     stem = prefix.rstrip("/") if os.path.isdir(prefix) else prefix
     for endings in (PACKED, TEXTS):
         stem = next((stem.removesuffix(end) for end in endings if stem.endswith(end)), stem)
@@ -54,11 +54,12 @@ def _stem(prefix: str) -> str:
 
 
 def _is_text(path: str) -> bool:
+    """Return whether a path is a file that is named like a text."""
     return os.path.isfile(path) and path.endswith((*TEXTS, *(end + packed for end in TEXTS for packed in PACKED)))
 
 
 def _datasets(stem: str) -> list[str]:
-    """Prefixes of whole datasets in the directory `stem`, or of those that preprocessing makes of `stem` beside it."""
+    """Return prefixes of whole datasets in the directory `stem`, or of those beside it that preprocessing makes of `stem`."""
     folder, name = (Path(stem), "") if os.path.isdir(stem) else (Path(stem).parent, Path(stem).name)
     pattern = re.compile(r".*" if not name else re.escape(name) + r"_.+_(document|sentence)")
     found = sorted(entry.name[:-4] for entry in os.scandir(folder) if entry.name.endswith(".idx"))

@@ -1,4 +1,4 @@
-"""A directory of our own in the machine's place for temporary files, where no other user can plant or change anything."""
+"""Keep small files in a directory of the machine's temporary place where no other user can plant or change anything."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class PrivateDirectory:
             raise PermissionError(f"{self.path}: not a directory of this user alone")
 
     def create(self, name: str) -> int:
-        """Open a new file for reading and writing; one of this name goes."""
+        """Open a new file for reading and writing; one that has its name goes."""
         self.remove(name)
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
 
     def read(self, name: str, limit: int) -> bytes:
-        """The first bytes of a file."""
+        """Return the first `limit` bytes of a file."""
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._directory)
         try:
             return os.read(descriptor, limit)
@@ -43,7 +43,10 @@ class PrivateDirectory:
             os.close(descriptor)
 
     def seconds_left_over(self, name: str) -> float:
-        """Mark a file as left over by a dead process, by taking its write permission; the seconds since it was marked first."""
+        """Mark a file as left over by a dead process; return the seconds since it was marked first.
+
+        The mark is that its write permission is gone.
+        """
         about = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
         if not about.st_mode & stat.S_IWUSR:
             return time.time() - about.st_mtime
@@ -57,7 +60,7 @@ class PrivateDirectory:
             os.unlink(name, dir_fd=self._directory)
 
     def names(self) -> list[str]:
-        """What is in it."""
+        """Return the names of its files."""
         return os.listdir(self._directory)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads files that somebody else may have made: regular ones only, of a size that is known and bounded before the first byte.
+"""Read files that somebody else may have made: regular ones only, of a size that is known and bounded before the first byte.
 
 A name can belong to a pipe, which waits for ever, to a device without an end, to a directory, or to a file larger than the
 memory. Every reader goes through here, or asks `check_regular` before it hands a name to a library. What is refused is an
@@ -55,26 +55,29 @@ class UnfitFile(OSError):
 
 
 def error_reason(error: BaseException) -> str:
-    """Why a file cannot be read, without its name and without a number of the system's."""
+    """Return why a file cannot be read, in words, without its name and without the system's number of the error."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def describe_file_kind(mode: int) -> str:
-    """The kind of file that an `st_mode` says, in words; "" for a regular one."""
+    """Return the kind of file that an `st_mode` says, in words; "" for a regular one."""
     if stat.S_ISREG(mode):
         return ""
     return next((words for test, words in KINDS if test(mode)), "something else")
 
 
 def check_regular(path: PathLike, max_bytes: int | None = None) -> int:
-    """The size in bytes of a regular file, links followed. Nothing is opened: opening a device can have effects.
+    """Return the size in bytes of a regular file, links followed. Nothing is opened: opening a device can have effects.
 
-    UnfitFile for anything else and for more than `max_bytes`; OSError as `os.stat` where there is no such file.
+    Raises:
+        UnfitFile: it is something else, or has more than `max_bytes`.
+        OSError: as of `os.stat`, where there is no such file.
     """
     return _check(path, _stat(path), max_bytes)
 
 
 def _stat(path: PathLike) -> os.stat_result:
+    """Return `os.stat` of a path, with words of our own for links that lead nowhere and for null bytes."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -100,7 +103,11 @@ def _too_large(path: PathLike, size: int, max_bytes: int) -> UnfitFile:
 
 
 def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
-    """A regular file, opened for reading bytes. UnfitFile as `check_regular`, also where the name changes meanwhile."""
+    """Open a regular file for reading bytes.
+
+    Raises:
+        UnfitFile: as of `check_regular`, also where the name comes to stand for something else meanwhile.
+    """
     check_regular(path, max_bytes)
     # Without O_NONBLOCK a pipe that took the file's place would make this wait; regular files do not heed it.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -113,7 +120,7 @@ def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
 
 
 class _Pipe(io.FileIO):
-    """A pipe that remembers what the last reading gave: 0 where nobody writes, None where somebody has not written yet."""
+    """A pipe that remembers what the last read gave: 0 where nobody writes, None where no byte has come yet."""
 
     last: int | None = None
 
@@ -123,10 +130,15 @@ class _Pipe(io.FileIO):
 
 
 def open_stream(path: PathLike, patience: float = PIPE_TIMEOUT, *, max_bytes: int | None = None) -> BinaryIO:
-    """A regular file or a pipe, opened for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
+    """Open a regular file or a pipe for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
 
-    UnfitFile for anything else, for a named pipe into which nobody writes within `patience` seconds, and for a regular file of
-    more than `max_bytes`.
+    Args:
+        path: of the file or pipe.
+        patience: seconds to wait for somebody who writes into a named pipe.
+        max_bytes: the most that a regular file may have; None for any size.
+
+    Raises:
+        UnfitFile: it is something else, larger, or a named pipe into which nobody writes in time.
     """
     if not stat.S_ISFIFO(_stat(path).st_mode):
         return open_regular(path, max_bytes)
@@ -144,12 +156,19 @@ def open_stream(path: PathLike, patience: float = PIPE_TIMEOUT, *, max_bytes: in
 
 
 def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
-    """All bytes of a regular file. UnfitFile as `check_regular`, also for a file that grows or that says it is smaller.
+    """Return all bytes of a regular file.
 
-    pipes: it may be a pipe as well, as for `open_stream`.
+    Args:
+        path: of the file.
+        max_bytes: the most that it may have.
+        pipes: it may be a pipe as well, as for `open_stream`.
+
+    Raises:
+        UnfitFile: as of `check_regular`, also for a file that grows or that says it is smaller.
     """
     with open_stream(path, max_bytes=max_bytes) if pipes else open_regular(path, max_bytes) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
+        # One byte more than it says: a file of /proc says 0, and one that somebody appends to grows.
         data += file.read(max(0, max_bytes + 1 - len(data)))
     if len(data) > max_bytes:
         raise _too_large(path, len(data), max_bytes)
@@ -157,19 +176,39 @@ def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
 
 
 def read_text(path: PathLike, max_bytes: int, *, pipes: bool = False) -> str:
-    """A regular file of text in UTF-8. As `read_bytes`, and UnicodeDecodeError (a ValueError) for other bytes."""
+    """Return a regular file of text in UTF-8.
+
+    Args:
+        path: of the file.
+        max_bytes: the most that it may have.
+        pipes: it may be a pipe as well, as for `open_stream`.
+
+    Raises:
+        UnfitFile: as of `read_bytes`.
+        UnicodeDecodeError: the bytes are not UTF-8; a ValueError.
+    """
     return read_bytes(path, max_bytes, pipes=pipes).decode("utf-8")
 
 
 def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
-    """The value of a JSON file. UnfitFile as `check_regular`, ValueError, in words, for a file that is no JSON."""
+    """Return the value of a JSON file.
+
+    Raises:
+        UnfitFile: as of `read_bytes`.
+        ValueError: it is no JSON; the message says why.
+    """
     return parse_json(read_bytes(path, max_bytes))
 
 
 def parse_json(text: str | bytes, parse_int: Callable[[str], Any] | None = None) -> Any:
-    """The value of a JSON text. parse_int: makes whole numbers of their digits, default `int`.
+    """Return the value of a JSON text.
 
-    ValueError, in words, also for more nesting than Python reads, for endless numbers and for more values than `MAX_VALUES`.
+    Args:
+        text: the text, or its bytes in UTF-8.
+        parse_int: makes whole numbers of their digits; default `int`.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, has endless numbers or more than `MAX_VALUES` values.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
@@ -188,7 +227,10 @@ def parse_json(text: str | bytes, parse_int: Callable[[str], Any] | None = None)
 
 
 def count_values(text: str) -> int:
-    """How many values a JSON text has, about: one for each bracket and comma, of which strings may hold a few as well."""
+    """Return about how many values a JSON text has, before it is parsed.
+
+    It counts one for each bracket and comma; strings may hold a few as well, and are looked at only where that matters.
+    """
     found = sum(map(text.count, "[{,"))
     if found <= MAX_VALUES:
         return found
@@ -196,7 +238,7 @@ def count_values(text: str) -> int:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether a JSON value is nested deeper than this; then nothing can print it, which recurses."""
+    """Return whether a JSON value is nested deeper than this; then nothing can print it, which recurses."""
     held = [value] if isinstance(value, dict | list) else []
     for _ in range(levels):
         inner = (item for outer in held for item in (outer.values() if isinstance(outer, dict) else outer))

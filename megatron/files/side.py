@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints, and may lose: a disk that refuses costs a warning, never the run."""
+"""Write what a run has beside its checkpoints and may lose: a disk that refuses costs a warning, never the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-MAX_WAITING = 10_000  # pieces that are kept while they cannot be written; then the oldest go
+MAX_WAITING = 10_000  # pieces that are kept while they cannot be written; then the oldest are lost
 
 
 class SideFile:
@@ -23,7 +23,10 @@ class SideFile:
     It is opened for each addition, so a file or directory that somebody removes is made again; and cut back where only a part
     was written, so that it never holds half a piece.
 
-    path: the file. what: its content in a word, for the warning. head: what an empty file begins with.
+    Args:
+        path: of the file.
+        what: its content in a word, for the warning.
+        head: the first bytes of an empty file.
     """
 
     def __init__(self, path: Path, what: str, head: bytes = b"") -> None:
@@ -64,7 +67,14 @@ class SideFile:
 
 
 def warn(path: object, what: str, error: BaseException, then: str = "the run goes on without it") -> None:
-    """Say once that a side file failed: path, what cannot be done, why, and what follows."""
+    """Say in the log that a side file failed.
+
+    Args:
+        path: of the file.
+        what: what cannot be done.
+        error: why.
+        then: what follows.
+    """
     cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     logging.getLogger(__name__).warning("%s: %s: %s; %s", path, what, cause, then)
 
@@ -137,6 +147,7 @@ def forgiving_streams() -> Iterator[None]:
 
 
 def _nothing() -> TextIO:
+    """Return a stream that goes nowhere."""
     return io.TextIOWrapper(open(os.devnull, "wb"), encoding="utf-8")
 
 
@@ -199,12 +210,12 @@ def piped_streams() -> Iterator[None]:
 
 
 def _bare(stream: Any) -> Any:
-    """The stream itself, without what another block has put around it; None where it is closed from the beginning."""
+    """Return the stream itself, without what another block has put around it; None where it is closed from the beginning."""
     return stream._stream if isinstance(stream, SideStream | PipedStream) else stream
 
 
 def _drop(stream: TextIO) -> None:
-    """Lead a stream that cannot be written nowhere, or the interpreter would report it once more at its end."""
+    """Redirect a stream that cannot be written to nowhere, or the interpreter would report it once more at its end."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

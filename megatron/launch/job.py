@@ -47,7 +47,7 @@ class Job:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which speaks for all."""
+        """True on rank 0, which speaks for all."""
         return self.env.rank == 0
 
     def describe(self) -> str:

@@ -36,12 +36,12 @@ class Axis:
 
     @property
     def first(self) -> bool:
-        """Whether this rank is the first of the axis."""
+        """True on the first rank of the axis."""
         return self.rank == 0
 
     @property
     def last(self) -> bool:
-        """Whether this rank is the last of the axis."""
+        """True on the last rank of the axis."""
         return self.rank == self.size - 1
 
     @classmethod
