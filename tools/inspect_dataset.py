@@ -131,11 +131,11 @@ def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) ->
 def pair(sample: PairSample, tokenizer: Tokenizer) -> dict[str, Any]:
     """A sample of BERT for JSON. first: tokens of the first segment. guess: position -> the id that stood there."""
     ids = sample.tokens.tolist()
-    guess = {int(place): int(sample.labels[place]) for place in sample.guessed.nonzero()[0]}
+    guess = {int(place): int(sample.labels[place]) for place in sample.loss_mask.nonzero()[0]}
     pieces = [
         f"{tokenizer.piece(i)}={tokenizer.piece(guess[n])}" if n in guess else tokenizer.piece(i) for n, i in enumerate(ids)
     ]
-    return dict(tokens=ids, first=sample.first, swapped=sample.swapped, guess=guess, text=" ".join(pieces))
+    return dict(tokens=ids, first=sample.first_length, swapped=sample.swapped, guess=guess, text=" ".join(pieces))
 
 
 def show(report: dict[str, Any]) -> None:

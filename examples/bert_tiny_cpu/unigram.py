@@ -39,7 +39,7 @@ def masked_counts(samples: SampleSource, number: int, vocab_size: int) -> NDArra
     """How often each id is to be guessed in the first `number` samples: int64 `[vocab_size]`."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for sample in (samples[i] for i in range(number)):
-        np.add.at(counts, sample.labels[sample.guessed], 1)
+        np.add.at(counts, sample.labels[sample.loss_mask], 1)
     return counts
 
 
@@ -59,7 +59,7 @@ def main() -> int:
         tokenizer = build_tokenizer(config.tokenizer)
         recipe = build_recipe(config.model, config.data, config.batch.seed, tokenizer)
         wanted = sample_counts(config)
-        training, validation, _ = build_datasets(config.data, config.batch.seed, wanted, tokenizer, recipe.samples)
+        training, validation, _ = build_datasets(config.data, config.batch.seed, wanted, tokenizer, recipe.make)
         if training is None or validation is None:
             raise DataError(f"--split {config.data.split} leaves training or validation without samples")
         trained = masked_counts(training, min(wanted[0], MOST), tokenizer.vocab_size)

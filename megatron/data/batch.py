@@ -1,4 +1,4 @@
-"""Samples to a micro-batch: inputs, labels, which losses count, positions."""
+"""Collate GPT samples into a micro-batch: inputs, labels, loss mask, positions."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron.data.gpt import SampleSource
 
 @dataclass(frozen=True)
 class GPTCollator:
-    """How GPT samples become a `Batch`.
+    """Collate GPT samples into a `Batch`.
 
-    vocab_size: ids from here on are an error. eod: the id that ends a document, needed by the three options, which are
+    vocab_size: token ids from here on are an error. eod: the id that ends a document, needed by the three options, which are
     those of `--reset-position-ids`, `--reset-attention-mask` and `--eod-mask-loss`.
     """
 
@@ -36,48 +36,73 @@ class GPTCollator:
             raise DataError(f"{', '.join(on)}: the tokenizer has no end of document")
 
     @staticmethod
-    def of(data: DataConfig, vocab_size: int, eod: int | None) -> GPTCollator:
-        """As the data settings say."""
+    def from_config(data: DataConfig, vocab_size: int, eod: int | None) -> GPTCollator:
+        """Return the collator that the data settings ask for.
+
+        Args:
+            data: holds the three options.
+            vocab_size: number of token ids.
+            eod: id of the end of document; None where the tokenizer has none.
+
+        Raises:
+            DataError: when an option needs an end of document and there is none.
+        """
         return GPTCollator(vocab_size, eod, data.reset_position_ids, data.reset_attention_mask, data.eod_mask_loss)
 
-    def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:
-        """The micro-batch of these samples of the dataset, under the given numbers in the training order.
+    def __call__(self, dataset: SampleSource, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
+        """Collate samples of a dataset into a micro-batch.
 
-        Raises DataError, with file, document and token, for an id outside of the vocabulary.
+        Args:
+            dataset: yields samples with `tokens`, int64 `[seq + 1]`.
+            indices: numbers of the samples in the dataset.
+            sample_ids: their numbers in the training order, from which dropout masks follow.
+
+        Returns:
+            Tensors `[batch, seq]`; `documents` only with `reset_attention_mask`.
+
+        Raises:
+            ForeignIdError: for an id outside of the vocabulary, with file, document and token.
         """
-        tokens = np.stack([dataset[number].tokens for number in numbers])
+        tokens = np.stack([dataset[index].tokens for index in indices])  # [batch, seq + 1]
         if int(tokens.max()) >= self.vocab_size or int(tokens.min()) < 0:
             row, column = np.argwhere((tokens >= self.vocab_size) | (tokens < 0))[0].tolist()
             raise ForeignIdError(
-                f"{dataset.locate(numbers[row], column)}: id {tokens[row, column]} is outside of the vocabulary of "
+                f"{dataset.locate(indices[row], column)}: id {tokens[row, column]} is outside of the vocabulary of "
                 f"{self.vocab_size} ids; the data was made with another tokenizer"
             )
-        inputs = tokens[:, :-1]
-        ends = inputs == (-1 if self.eod is None else self.eod)
-        loss_mask = np.where(ends, 0.0, 1.0) if self.eod_mask_loss else np.ones(inputs.shape)
-        positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)
+        inputs = tokens[:, :-1]  # [batch, seq]
+        # Without an end of document nothing equals -1, since negative ids were refused above.
+        ends = inputs == (-1 if self.eod is None else self.eod)  # bool [batch, seq]
+        loss_mask = np.where(ends, 0.0, 1.0) if self.eod_mask_loss else np.ones(inputs.shape)  # [batch, seq]
+        positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape)  # [batch, seq]
         if self.reset_position_ids:
             positions = positions - document_starts(ends)
         documents = torch.from_numpy(document_indices(ends)) if self.reset_attention_mask else None
         return Batch(
-            tokens=torch.from_numpy(np.ascontiguousarray(inputs)),
-            labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
-            loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),
-            positions=torch.from_numpy(np.array(positions, dtype=np.int64)),
-            samples=torch.tensor(list(names), dtype=torch.int64),
+            tokens=torch.from_numpy(np.ascontiguousarray(inputs)),  # [batch, seq]
+            labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),  # [batch, seq]
+            loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),  # [batch, seq]
+            positions=torch.from_numpy(np.array(positions, dtype=np.int64)),  # [batch, seq]
+            samples=torch.tensor(list(sample_ids), dtype=torch.int64),  # [batch]
             documents=documents,
         )
 
 
 def document_indices(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """For each position, how many ends of document lie before it: the end itself still belongs to its document."""
+    """Return the index of each token's document in its row, int64 `[batch, seq]`.
+
+    ends: bool `[batch, seq]`, true at an end of document, which still belongs to the document that it ends.
+    """
     counts = np.zeros(ends.shape, dtype=np.int64)
-    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])
+    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])  # shifted by one: an end counts for what follows it
     return counts
 
 
 def document_starts(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """For each position, that of the first token of its document (0 for the document the sample begins in)."""
+    """Return the position at which each token's document starts, int64 `[batch, seq]`.
+
+    ends: as in `document_indices`. The document in which a sample begins starts at 0.
+    """
     starts = np.zeros(ends.shape, dtype=np.int64)
     starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, ends.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)

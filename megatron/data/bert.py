@@ -24,28 +24,32 @@ SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
 
 @dataclass(frozen=True)
 class PairSample:
-    """One sample, without padding.
+    """One sample of BERT, without padding.
 
-    tokens: int64 `[n]`, what the model sees. labels: int64 `[n]`, what it should have been. guessed: bool `[n]`, where the
-    model must guess. first: tokens of the first segment, with [CLS] and its [SEP]. swapped: whether the second segment's
-    sentences stood before the first's.
+    tokens: int64 `[n]`, the ids that the model sees. labels: int64 `[n]`, the ids before masking. loss_mask: bool `[n]`, the
+    positions to predict. first_length: tokens of the first segment, with [CLS] and its [SEP]. swapped: whether the second
+    segment's sentences stood before the first's.
     """
 
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
-    guessed: NDArray[np.bool_]
-    first: int
+    loss_mask: NDArray[np.bool_]
+    first_length: int
     swapped: bool
 
 
 @dataclass(frozen=True)
 class PairRules:
-    """How samples are made. longest: tokens of a sample, special ones included. short: share of those with a random, shorter
-    length. pairs: two segments, for the binary head. cls, sep: ids. seed: of all random numbers."""
+    """Settings by which sentences become samples.
 
-    longest: int
-    short: float
-    pairs: bool
+    max_length: tokens of a sample, special ones included. short_seq_prob: share of samples with a random, shorter length.
+    binary_head: make two segments, for the model's binary head. cls, sep: ids of [CLS] and [SEP]. seed: seed of all random
+    numbers.
+    """
+
+    max_length: int
+    short_seq_prob: float
+    binary_head: bool
     cls: int
     sep: int
     masking: MaskingRules
@@ -55,8 +59,16 @@ class PairRules:
 class BertDataset:
     """Samples from the documents `[first, last)` of an indexed dataset whose sequences are sentences, in training order.
 
-    wanted: at least so many samples, or None for one epoch. cache: where the index is kept. Raises DataError when no document
-    has sentences enough, and when a sample has an id outside of the vocabulary.
+    Args:
+        indexed: the dataset on disk; its sequences are sentences.
+        documents: numbers of the documents to read.
+        rules: settings of the samples.
+        num_samples: least number of samples; None for one epoch.
+        split: name of the split, for messages.
+        cache: keeps the built index; None builds it in memory.
+
+    Raises:
+        DataError: when no document has sentences enough; from `__getitem__`, for an id outside of the vocabulary.
     """
 
     def __init__(
@@ -64,43 +76,44 @@ class BertDataset:
         indexed: IndexedDataset,
         documents: range,
         rules: PairRules,
-        wanted: int | None,
+        num_samples: int | None,
         *,
         split: str = "training",
         cache: IndexCache | None = None,
     ) -> None:
         self.indexed, self.rules = indexed, rules
-        at_least = 2 if rules.pairs else 1
+        min_sentences = 2 if rules.binary_head else 1
 
         def build() -> Arrays:
             starts = np.asarray(indexed.documents[documents.start : documents.stop + 1], dtype=np.int64)
-            longest = rules.longest - SPECIAL_TOKENS
             rows = build_sentence_index(
                 starts,
                 indexed.lengths,
-                longest=longest,
-                short=rules.short,
+                max_tokens=rules.max_length - SPECIAL_TOKENS,
+                short_prob=rules.short_seq_prob,
                 seed=rules.seed,
-                wanted=wanted,
-                at_least=at_least,
+                num_samples=num_samples,
+                min_sentences=min_sentences,
             )
             return dict(rows=rows)
 
+        # These names are part of the name of a cache on disk: another spelling would build every index anew.
         key: dict[str, object] = dict(
             kind="sentences",
             documents=[documents.start, documents.stop],
-            longest=rules.longest,
-            short=rules.short,
-            at_least=at_least,
+            longest=rules.max_length,
+            short=rules.short_seq_prob,
+            at_least=min_sentences,
             seed=rules.seed,
-            wanted=wanted,
+            wanted=num_samples,
         )
         arrays = build() if cache is None or not documents else cache.get(indexed.prefix, key, build, indexed.idx_path)
-        self.rows: NDArray[np.int64] = arrays["rows"]
+        self.rows: NDArray[np.int64] = arrays["rows"]  # [samples, 3]: first sentence, end, target tokens
         if not len(self.rows):
             raise DataError(
-                f"{indexed.prefix}: the {split} split holds {len(documents)} documents, none of which has {at_least} sentences "
-                "of up to 512 tokens; preprocess the text with --split-sentences, or give the split a larger share with --split"
+                f"{indexed.prefix}: the {split} split holds {len(documents)} documents, none of which has {min_sentences} "
+                "sentences of up to 512 tokens; preprocess the text with --split-sentences, or give the split a larger "
+                "share with --split"
             )
 
     def __len__(self) -> int:
@@ -110,21 +123,22 @@ class BertDataset:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
         begin, end, target = self.rows[number].tolist()
+        # A generator for each sample, so that no order of reading and no layout shows in the masks.
         random = np.random.RandomState((self.rules.seed + number) % 2**32)
         return pair_sample([self._sentence(i) for i in range(begin, end)], target, self.rules, random)
 
     def locate(self, number: int, position: int) -> str:
-        """Where sample `number` lies, in words: file, document, sentences. A swapped, cut pair tells no position."""
+        """Return where a sample lies, for a message: file, document, sentences. A swapped, cut pair tells no position."""
         begin, end, _ = self.rows[number].tolist()
         document = self._document(begin)
         first = begin - int(self.indexed.documents[document])
         return f"{self.indexed.bin_path}, document {document}, sentences {first} to {first + end - begin - 1}"
 
     def _sentence(self, number: int) -> list[int]:
-        """Its ids. DataError, with file, document, sentence and token, for one outside of the vocabulary."""
+        """Return the ids of a sentence; ForeignIdError, with its place, for one outside of the vocabulary."""
         ids: list[int] = self.indexed[number].tolist()
-        vocab_size = len(self.rules.masking.continues)
-        wrong = next((place for place, token in enumerate(ids) if not 0 <= token < vocab_size), None)
+        vocab_size = len(self.rules.masking.is_continuation)
+        wrong = next((position for position, token in enumerate(ids) if not 0 <= token < vocab_size), None)
         if wrong is not None:
             document = self._document(number)
             sentence = number - int(self.indexed.documents[document])
@@ -139,38 +153,51 @@ class BertDataset:
 
 
 def pair_sample(sentences: Sequence[list[int]], target: int, rules: PairRules, random: np.random.RandomState) -> PairSample:
-    """Return the sample that consecutive sentences make.
+    """Return the sample that consecutive sentences make, masked.
 
     Args:
         sentences: the ids of each; at least two for a pair.
-        target: tokens that the segments have together at most.
-        rules: how the sample is made.
+        target: largest number of tokens of both segments together.
+        rules: settings of the sample.
         random: decides where the second segment begins, which one stands first, what is cut and what is masked.
     """
+    # The random numbers are drawn in Megatron-LM's order, so that the same data give the same samples.
     pivot, swapped = len(sentences), False
-    if rules.pairs:
+    if rules.binary_head:
         pivot = int(random.randint(1, len(sentences))) if len(sentences) > 2 else 1
         swapped = bool(random.random_sample() < 0.5)
     segments = [[t for s in part for t in s] for part in (sentences[:pivot], sentences[pivot:])]
     if swapped:
         segments.reverse()
     first, second = truncate_pair(segments[0], segments[1], target, random)
-    whole = [rules.cls, *first, rules.sep, *([*second, rules.sep] if second else [])]
-    seen, places = mask_tokens(whole, target, rules.masking, random)
-    guessed = np.zeros(len(whole), dtype=np.bool_)
-    guessed[places] = True
-    return PairSample(np.array(seen, dtype=np.int64), np.array(whole, dtype=np.int64), guessed, len(first) + 2, swapped)
+    labels = [rules.cls, *first, rules.sep, *([*second, rules.sep] if second else [])]
+    tokens, mask_positions = mask_tokens(labels, target, rules.masking, random)
+    loss_mask = np.zeros(len(labels), dtype=np.bool_)  # [n]
+    loss_mask[mask_positions] = True
+    return PairSample(np.array(tokens, dtype=np.int64), np.array(labels, dtype=np.int64), loss_mask, len(first) + 2, swapped)
 
 
 def truncate_pair(
     first: list[int], second: list[int], target: int, random: np.random.RandomState
 ) -> tuple[list[int], list[int]]:
-    """Both segments, cut to `target` tokens together: always the longer one, at its front or its end by a coin."""
-    (a, b), (c, d) = (0, len(first)), (0, len(second))
-    while (b - a) + (d - c) > target:
+    """Return both segments, cut to a number of tokens together.
+
+    One token after the other is taken from the longer segment, at its front or its end by a coin.
+
+    Args:
+        first: ids of the first segment.
+        second: ids of the second segment; may be empty.
+        target: largest number of tokens of both together.
+        random: throws the coins.
+    """
+    start, stop = 0, len(first)
+    second_start, second_stop = 0, len(second)
+    while (stop - start) + (second_stop - second_start) > target:
         front = random.random_sample() < 0.5
-        if b - a > d - c:
-            a, b = (a + 1, b) if front else (a, b - 1)
+        if stop - start > second_stop - second_start:
+            start, stop = (start + 1, stop) if front else (start, stop - 1)
+        elif front:
+            second_start += 1
         else:
-            c, d = (c + 1, d) if front else (c, d - 1)
-    return first[a:b], second[c:d]
+            second_stop -= 1
+    return first[start:stop], second[second_start:second_stop]

@@ -1,4 +1,4 @@
-"""Sentence pairs to a micro-batch: padded to the sequence length, with what must be guessed and who may see whom."""
+"""Collate sentence pairs into a micro-batch, padded to the sequence length."""
 
 from __future__ import annotations
 
@@ -16,37 +16,54 @@ from megatron.data.gpt import SampleSource
 
 @dataclass(frozen=True)
 class BertCollator:
-    """How sentence pairs become a `Batch`. pad: the id of padding. binary: whether the model has a binary head, which wants
-    segments and their order."""
+    """Collate sentence pairs into a `Batch`.
+
+    seq_length: tokens of a padded row. pad_id: id of padding. binary_head: whether the model has a binary head, which wants
+    segments and their order.
+    """
 
     seq_length: int
-    pad: int
-    binary: bool
+    pad_id: int
+    binary_head: bool
 
-    def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:
-        """The micro-batch of these samples of the dataset, under the given numbers in the training order."""
-        return self.of([dataset[number] for number in numbers], names)
+    def __call__(self, dataset: SampleSource, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
+        """Collate samples of a dataset into a micro-batch.
 
-    def of(self, samples: Sequence[PairSample], names: Sequence[int]) -> Batch:
-        """The micro-batch of these samples, under the given numbers."""
-        lengths = np.array([[len(sample.tokens)] for sample in samples])
-        places = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))
-        padding = places >= lengths
-        guessed = self._padded([sample.guessed for sample in samples], False)
-        firsts = np.array([[sample.first] for sample in samples])
+        Args:
+            dataset: yields `PairSample`s.
+            indices: numbers of the samples in the dataset.
+            sample_ids: their numbers in the training order, from which dropout masks follow.
+
+        Returns:
+            Tensors `[batch, seq]`, as `collate` makes them.
+        """
+        return self.collate([dataset[index] for index in indices], sample_ids)
+
+    def collate(self, samples: Sequence[PairSample], sample_ids: Sequence[int]) -> Batch:
+        """Return the micro-batch of these samples, under their numbers in the training order.
+
+        Padding is a document of its own, so that no other token attends to it.
+        """
+        lengths = np.array([[len(sample.tokens)] for sample in samples])  # [batch, 1]
+        positions = np.broadcast_to(np.arange(self.seq_length), (len(samples), self.seq_length))  # [batch, seq]
+        padding = positions >= lengths  # bool [batch, seq]
+        loss_mask = self._pad([sample.loss_mask for sample in samples], False)  # bool [batch, seq]
+        first_lengths = np.array([[sample.first_length] for sample in samples])  # [batch, 1]
+        in_second = (positions >= first_lengths) & ~padding  # bool [batch, seq]
         return Batch(
-            tokens=torch.from_numpy(self._padded([sample.tokens for sample in samples], self.pad)),
-            labels=torch.from_numpy(np.where(guessed, self._padded([sample.labels for sample in samples], 0), 0)),
-            loss_mask=torch.from_numpy(guessed.astype(np.float32)),
-            positions=torch.from_numpy(np.array(places, dtype=np.int64)),
-            samples=torch.tensor(list(names), dtype=torch.int64),
+            tokens=torch.from_numpy(self._pad([sample.tokens for sample in samples], self.pad_id)),
+            labels=torch.from_numpy(np.where(loss_mask, self._pad([sample.labels for sample in samples], 0), 0)),
+            loss_mask=torch.from_numpy(loss_mask.astype(np.float32)),
+            positions=torch.from_numpy(np.array(positions, dtype=np.int64)),
+            samples=torch.tensor(list(sample_ids), dtype=torch.int64),
             documents=torch.from_numpy(padding.astype(np.int64)) if padding.any() else None,
-            segments=torch.from_numpy(((places >= firsts) & ~padding).astype(np.int64)) if self.binary else None,
-            swapped=torch.tensor([int(sample.swapped) for sample in samples]) if self.binary else None,
+            segments=torch.from_numpy(in_second.astype(np.int64)) if self.binary_head else None,
+            swapped=torch.tensor([int(sample.swapped) for sample in samples]) if self.binary_head else None,
         )
 
-    def _padded(self, rows: Sequence[NDArray], fill: int | bool) -> NDArray:  # type: ignore[type-arg]  # ids or flags
-        whole = np.full((len(rows), self.seq_length), fill, dtype=rows[0].dtype)
-        for place, row in zip(whole, rows, strict=True):
-            place[: len(row)] = row
-        return whole
+    def _pad(self, rows: Sequence[NDArray], fill: int | bool) -> NDArray:  # type: ignore[type-arg]  # ids or flags
+        """Return rows of different lengths as one array `[batch, seq]`, filled up behind."""
+        padded = np.full((len(rows), self.seq_length), fill, dtype=rows[0].dtype)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row)] = row
+        return padded

@@ -17,7 +17,7 @@ SURPLUS = 0.005  # each dataset is built with this share of samples more than it
 
 
 def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
-    """The prefixes and weights of `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`; weights are None for the first form."""
+    """Return prefixes and weights of `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`; weights are None for the first form."""
     words = [word.strip() for word in words]
     weights = [as_number(word) for word in words[::2]]
     given = [weight for weight in weights if weight is not None]
@@ -33,38 +33,44 @@ def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
 
 
 def normalise_weights(weights: Sequence[float]) -> list[float]:
-    """Weights that add up to 1, in numpy's order of summation."""
+    """Return weights that add up to 1, in numpy's order of summation."""
     array = np.array(weights, dtype=np.float64)
     scaled: list[float] = (array / np.sum(array)).tolist()
     return scaled
 
 
 def samples_per_dataset(weights: Sequence[float], samples: int, surplus: float = 0.0) -> list[int]:
-    """How many of `samples` each dataset gives, rounded up, with a surplus on top."""
+    """Return the number of samples that each dataset gives, rounded up.
+
+    Args:
+        weights: normalised, one for each dataset.
+        samples: of all datasets together.
+        surplus: share that is added on top.
+    """
     return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in weights]
 
 
 def blend_order(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """For each of `size` samples the dataset it comes from and its number there.
+    """Return for each of `size` samples the dataset that it comes from, and its number there.
 
     Each sample comes from the dataset that lacks most at that point: the largest `weight * n - drawn`, the first of equals.
     """
     if len(weights) == 1:
         return np.zeros(size, dtype=np.int16), np.arange(size, dtype=np.int64)
-    order = np.empty(size, dtype=np.int16)
+    order = np.empty(size, dtype=np.int16)  # [size]
     share = np.array(weights, dtype=np.float64)
-    drawn, lack = np.zeros(len(weights)), np.empty(len(weights))
+    drawn, lack = np.zeros(len(weights)), np.empty(len(weights))  # [datasets]
     multiply, subtract = np.multiply, np.subtract
-    for n in range(size):
+    for n in range(size):  # each choice depends on all before it, so there is no way around a loop
         multiply(share, max(n, 1), out=lack)
         subtract(lack, drawn, out=lack)
-        chosen = lack.argmax()
+        chosen = lack.argmax()  # of equals the first, as Megatron-Core takes it
         order[n] = chosen
         drawn[chosen] += 1.0
     numbers = np.empty(size, dtype=np.int64)
     for dataset in range(len(weights)):
-        mine = order == dataset
-        numbers[mine] = np.arange(np.count_nonzero(mine))
+        here = order == dataset  # bool [size]
+        numbers[here] = np.arange(np.count_nonzero(here))
     return order, numbers
 
 
@@ -76,9 +82,9 @@ class BlendedDataset:
 
     def __init__(self, datasets: Sequence[SampleSource], order: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
         self.datasets, self.order, self.numbers = datasets, order, numbers
-        for number, (dataset, wanted) in enumerate(zip(datasets, count_draws(order, len(datasets)), strict=True)):
-            if wanted > len(dataset):
-                raise DataError(f"blend: {wanted} samples wanted from dataset {number + 1}, which has {len(dataset)}")
+        for number, (dataset, drawn) in enumerate(zip(datasets, count_draws(order, len(datasets)), strict=True)):
+            if drawn > len(dataset):
+                raise DataError(f"blend: {drawn} samples wanted from dataset {number + 1}, which has {len(dataset)}")
 
     def __len__(self) -> int:
         return len(self.order)
@@ -89,10 +95,10 @@ class BlendedDataset:
         return self.datasets[int(self.order[number])][int(self.numbers[number])]
 
     def locate(self, number: int, position: int) -> str:
-        """Where token `position` of a sample lies, in words."""
+        """Return where token `position` of a sample lies, for a message."""
         return self.datasets[int(self.order[number])].locate(int(self.numbers[number]), position)
 
 
 def count_draws(order: NDArray[np.int16], datasets: int) -> list[int]:
-    """How many samples an order draws from each dataset."""
+    """Return the number of samples that an order draws from each dataset."""
     return [int(count) for count in np.bincount(order, minlength=datasets)]

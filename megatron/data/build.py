@@ -31,39 +31,56 @@ MAX_DATASETS = 32766  # their numbers are int16
 
 
 class MakeDataset(Protocol):
-    """Makes the samples of one indexed dataset's share: at least `wanted`, or None for one epoch."""
+    """Makes the samples of one split of an indexed dataset."""
 
     def __call__(
-        self, indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
-    ) -> SampleSource: ...
+        self, indexed: IndexedDataset, share: tuple[float, float], num_samples: int | None, split: str, cache: IndexCache
+    ) -> SampleSource:
+        """Make the samples.
+
+        Args:
+            indexed: the dataset on disk.
+            share: begin and end of the split, in 0 to 1.
+            num_samples: least number of samples; None for one epoch.
+            split: name of the split, for messages.
+            cache: keeps the built index.
+        """
+        ...
 
 
 def gpt_dataset_maker(data: DataConfig, seed: int) -> MakeDataset:
-    """GPT's: consecutive tokens, of a share of the sequences."""
+    """Return the maker of GPT's samples: consecutive tokens, of a share of the sequences."""
     seq_length = data.seq_length
 
     def make(
-        indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
+        indexed: IndexedDataset, share: tuple[float, float], num_samples: int | None, split: str, cache: IndexCache
     ) -> SampleSource:
         sequences = split_range(share, len(indexed))
-        return GPTDataset(indexed, sequences, seq_length, seed, wanted, split=split, cache=cache)
+        return GPTDataset(indexed, sequences, seq_length, seed, num_samples, split=split, cache=cache)
 
     return make
 
 
 def bert_dataset_maker(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
-    """BERT's: pairs of segments, of a share of the documents. binary: whether they are for a binary head."""
+    """Return the maker of BERT's samples: pairs of segments, of a share of the documents.
+
+    Args:
+        data: length of the samples, and what share of them is short or masked.
+        seed: seed of the run.
+        tokenizer: holds BERT's special tokens.
+        binary: whether the samples are for a binary head.
+    """
     return pair_dataset_maker(build_pair_rules(data, seed, tokenizer, tokenizer.token, binary=binary))
 
 
 def pair_dataset_maker(rules: PairRules) -> MakeDataset:
-    """The same, by these rules."""
+    """Return the maker of BERT's samples by these rules."""
 
     def make(
-        indexed: IndexedDataset, share: tuple[float, float], wanted: int | None, split: str, cache: IndexCache
+        indexed: IndexedDataset, share: tuple[float, float], num_samples: int | None, split: str, cache: IndexCache
     ) -> SampleSource:
         documents = split_range(share, indexed.document_count)
-        return BertDataset(indexed, documents, rules, wanted, split=split, cache=cache)
+        return BertDataset(indexed, documents, rules, num_samples, split=split, cache=cache)
 
     return make
 
@@ -71,18 +88,18 @@ def pair_dataset_maker(rules: PairRules) -> MakeDataset:
 def build_pair_rules(
     data: DataConfig, seed: int, tokenizer: Tokenizer, token: Callable[[str], int], *, binary: bool
 ) -> PairRules:
-    """Return how BERT's samples are made.
+    """Return the settings of BERT's samples.
 
     Args:
-        data: their length and what share of them is short or masked.
-        seed: of the run.
+        data: length of the samples, and what share of them is short or masked.
+        seed: seed of the run.
         tokenizer: knows which ids continue a word.
-        token: role of a special token -> its id.
-        binary: whether they are for a binary head.
+        token: maps the role of a special token to its id.
+        binary: whether the samples are for a binary head.
     """
-    continues = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])
+    is_continuation = np.array([tokenizer.piece(i).startswith("##") for i in range(tokenizer.vocab_size)])  # [vocab]
     cls, sep = token("cls"), token("sep")
-    masking = MaskingRules(token("mask"), frozenset({cls, sep}), continues, data.mask_prob)
+    masking = MaskingRules(token("mask"), frozenset({cls, sep}), is_continuation, data.mask_prob)
     return PairRules(data.seq_length, data.short_seq_prob, binary, cls, sep, masking, seed)
 
 
@@ -95,7 +112,7 @@ class DatasetBuilder:
         self.opened: dict[str, IndexedDataset] = {}
 
     def open(self, prefix: str) -> IndexedDataset:
-        """The indexed dataset at a prefix. DataError if its sidecar says that another tokenizer made it."""
+        """Return the indexed dataset at a prefix. DataError if its sidecar says that another tokenizer made it."""
         if prefix not in self.opened:
             dataset = IndexedDataset(prefix)
             if self.tokenizer is not None:
@@ -103,37 +120,55 @@ class DatasetBuilder:
             self.opened[prefix] = dataset
         return self.opened[prefix]
 
-    def one(self, prefix: str, share: tuple[float, float], wanted: int | None, split: str) -> SampleSource:
-        """The samples of one dataset's share."""
-        return self.make(self.open(prefix), share, wanted, split, self.cache)
+    def build_one(self, prefix: str, share: tuple[float, float], num_samples: int | None, split: str) -> SampleSource:
+        """Build the samples of one split of a dataset.
 
-    def blend(
-        self, prefixes: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float], wanted: int, split: str
+        Args:
+            prefix: names the dataset.
+            share: begin and end of the split, in 0 to 1.
+            num_samples: least number of samples; None for one epoch.
+            split: name of the split, for messages.
+        """
+        return self.make(self.open(prefix), share, num_samples, split, self.cache)
+
+    def build_blend(
+        self, prefixes: Sequence[str], weights: Sequence[float] | None, share: tuple[float, float], num_samples: int, split: str
     ) -> SampleSource:
-        """The samples of several datasets: by weight, or without weights one epoch of each, in proportion to its size."""
+        """Build the samples of one split of several datasets.
+
+        Args:
+            prefixes: name the datasets.
+            weights: one for each dataset, of any sum; None reads one epoch of each, in proportion to its size.
+            share: begin and end of the split, in 0 to 1.
+            num_samples: least number of samples.
+            split: name of the split, for messages.
+
+        Raises:
+            DataError: for too many datasets, and without weights for an empty one, or too few samples in an epoch.
+        """
         if len(prefixes) > MAX_DATASETS:
             raise DataError(f"{len(prefixes)} datasets in one blend; at most {MAX_DATASETS} are possible")
         raise_open_file_limit(len(self.opened) + len(prefixes) + 512)
         if weights is None:
-            whole = [self.one(prefix, share, None, split) for prefix in prefixes]
-            empty = [prefix for prefix, dataset in zip(prefixes, whole, strict=True) if not len(dataset)]
+            epochs = [self.build_one(prefix, share, None, split) for prefix in prefixes]
+            empty = [prefix for prefix, dataset in zip(prefixes, epochs, strict=True) if not len(dataset)]
             if empty:
                 raise DataError(f"{empty[0]}: the {split} split is shorter than one sample of {self.seq_length} tokens")
-            have = sum(map(len, whole))
-            if have < wanted:
+            have = sum(map(len, epochs))
+            if have < num_samples:
                 raise DataError(
-                    f"{wanted} {split} samples wanted, but one epoch of these datasets has {have}; "
+                    f"{num_samples} {split} samples wanted, but one epoch of these datasets has {have}; "
                     "give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to read them more than once"
                 )
-            return BlendedDataset(whole, *self.order(prefixes[0], [len(dataset) for dataset in whole], wanted))
+            return BlendedDataset(epochs, *self.cached_order(prefixes[0], list(map(len, epochs)), num_samples))
         weights = normalise_weights(weights)
-        order, numbers = self.order(prefixes[0], weights, sum(samples_per_dataset(weights, wanted)))
+        order, numbers = self.cached_order(prefixes[0], weights, sum(samples_per_dataset(weights, num_samples)))
         drawn = count_draws(order, len(weights))
         surplus = SURPLUS
         while True:
             parts = [
-                self.one(prefix, share, count, split)
-                for prefix, count in zip(prefixes, samples_per_dataset(weights, wanted, surplus), strict=True)
+                self.build_one(prefix, share, count, split)
+                for prefix, count in zip(prefixes, samples_per_dataset(weights, num_samples, surplus), strict=True)
             ]
             # Rounding can make the order draw more than was built. Then more is built: it must end, since a surplus of
             # 1 doubles every dataset.
@@ -141,8 +176,14 @@ class DatasetBuilder:
                 return BlendedDataset(parts, order, numbers)
             surplus *= 2
 
-    def order(self, prefix: str, weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-        """`blend_order` of the normalised weights, kept in the cache beside the first dataset."""
+    def cached_order(self, prefix: str, weights: Sequence[float], size: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+        """Return the `blend_order` of some weights, kept in the cache beside a dataset.
+
+        Args:
+            prefix: the dataset beside which it is kept.
+            weights: one for each dataset, of any sum.
+            size: number of samples.
+        """
 
         def build() -> Arrays:
             order, numbers = blend_order(normalise_weights(weights), size)
@@ -160,16 +201,27 @@ def build_datasets(
     make: MakeDataset | None = None,
     mock: Callable[[int, str], SampleSource] | None = None,
 ) -> tuple[SampleSource | None, SampleSource | None, SampleSource | None]:
-    """The (training, validation, test) datasets with at least `counts` samples each; None where none are wanted or given.
+    """Build the training, validation and test datasets of a run.
 
-    The order of samples is Megatron-Core 0.16's for the same data, settings and counts. tokenizer: if given, checked
-    against the datasets' sidecars. make: the samples of one dataset; GPT's unless given. mock: number of samples and split to
-    made-up samples, in place of those of files.
-    Raises DataError for missing or wrong files, and for a split that is too small.
+    The order of samples is Megatron-Core 0.16's for the same data, settings and counts.
+
+    Args:
+        data: names the files and their splits.
+        seed: seed of the orders.
+        counts: least number of samples of each of the three.
+        tokenizer: checked against the datasets' sidecars, if given.
+        make: makes the samples of one dataset; GPT's unless given.
+        mock: makes samples up from their number and the split's name, in place of those of files.
+
+    Returns:
+        The three datasets; None where no samples are asked for, or no data are given.
+
+    Raises:
+        DataError: for missing or wrong files, and for a split that is too small.
     """
     if mock is not None:
-        wanted_shares = zip(SPLITS, parse_split(data.split), counts, strict=True)
-        made_up = [mock(count, split) if share is not None and count > 0 else None for split, share, count in wanted_shares]
+        splits = zip(SPLITS, parse_split(data.split), counts, strict=True)
+        made_up = [mock(count, split) if share is not None and count > 0 else None for split, share, count in splits]
         return made_up[0], made_up[1], made_up[2]
     separate = (data.train_data_path, data.valid_data_path, data.test_data_path)
     if data.data_path and any(separate):
@@ -179,16 +231,18 @@ def build_datasets(
     builder = DatasetBuilder(data, make or gpt_dataset_maker(data, seed), tokenizer)
     built: list[SampleSource | None] = []
     shares = parse_split(data.split) if data.data_path else [(0.0, 1.0)] * 3
-    for number, (split, share, wanted) in enumerate(zip(SPLITS, shares, counts, strict=True)):
+    for number, (split, share, num_samples) in enumerate(zip(SPLITS, shares, counts, strict=True)):
         flag = "--data-path" if data.data_path else ("--train-data-path", "--valid-data-path", "--test-data-path")[number]
         words = data.data_path or separate[number]
-        if share is None or not words or wanted <= 0:
+        if share is None or not words or num_samples <= 0:
             built.append(None)
             continue
         prefixes, weights = parse_blend(words, flag)
         # A single weighted prefix is still a blend under --data-path: it has the surplus, and so another order.
         alone = len(prefixes) == 1 and (weights is None or not data.data_path)
         built.append(
-            builder.one(prefixes[0], share, wanted, split) if alone else builder.blend(prefixes, weights, share, wanted, split)
+            builder.build_one(prefixes[0], share, num_samples, split)
+            if alone
+            else builder.build_blend(prefixes, weights, share, num_samples, split)
         )
     return built[0], built[1], built[2]

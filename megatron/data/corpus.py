@@ -1,4 +1,4 @@
-"""Text as JSON lines: which files, their lines, and the text in a line."""
+"""Read text from JSON lines: files, their lines, and the text in a line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BadLine(Exception):
 
 
 def expand_globs(patterns: Sequence[str]) -> list[str]:
-    """The files that these names and globs stand for, each glob in sorted order; DataError for one without any."""
+    """Return the files that these names and globs stand for, each glob in sorted order; DataError for one without any."""
     files: list[str] = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -45,9 +45,9 @@ def expand_globs(patterns: Sequence[str]) -> list[str]:
 
 
 def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
-    """The bytes of a file, unpacked if it is packed. pipes: a pipe may stand for the file; it is read once.
+    """Open the bytes of a file, unpacked if it is packed. pipes: a pipe may stand for the file; it is read once.
 
-    DataError for one that cannot be read, and for one that is no text, see `open_unpacked`.
+    Raises DataError for one that cannot be read, and for one that is no text, see `open_unpacked`.
     """
     try:
         stream = open_stream(file) if pipes else open_regular(file)
@@ -61,9 +61,9 @@ def open_text(file: str, *, pipes: bool = False) -> IO[bytes]:
 
 
 def read_blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[Line]]:
-    """The lines of all files in order, without blank ones, in lists of about 1 MB. pipes: as `open_text`.
+    """Yield the lines of all files in order, without blank ones, in lists of about 1 MB. pipes: as `open_text`.
 
-    DataError if a file is damaged, or a line longer than MAX_LINE_BYTES.
+    Raises DataError if a file is damaged, or a line longer than MAX_LINE_BYTES.
     """
     block: list[Line] = []
     size = 0
@@ -72,7 +72,7 @@ def read_blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[L
             number = 0
             while True:
                 try:
-                    text = stream.readline(MAX_LINE_BYTES + 1)
+                    text = stream.readline(MAX_LINE_BYTES + 1)  # one byte more tells a longer line from the longest
                 except DAMAGE_ERRORS as error:
                     raise damaged_error(file, number, error) from error
                 if not text:
@@ -93,7 +93,7 @@ def read_blocks(files: Sequence[str], *, pipes: bool = False) -> Iterator[list[L
 
 
 def check_keys(keys: Sequence[str]) -> None:
-    """DataError for keys of --json-keys that are none, or that stand there twice: each is a dataset of its own."""
+    """Check the keys of --json-keys: DataError for an empty one, and for one that is there twice, as each is a dataset."""
     for key in keys:
         if not key:
             raise DataError("--json-keys: a key is empty; name keys of the JSON objects, such as text")
@@ -102,9 +102,15 @@ def check_keys(keys: Sequence[str]) -> None:
 
 
 def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --json-keys") -> list[str]:
-    """The texts under these keys of a line; BadLine if it is not a JSON object that has them all as valid text.
+    """Return the texts under some keys of a line.
 
-    advice: ends the message about a key that is not there.
+    Args:
+        line: one line of a corpus.
+        keys: of its JSON object.
+        advice: ends the message about a key that is not there.
+
+    Raises:
+        BadLine: if the line is no JSON object, or a key has no valid text.
     """
     where = f"{line.file}:{line.number}"
     try:
@@ -127,7 +133,7 @@ def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --j
 
 
 def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
-    """The text under a key; BadLine where it is not there, and for any other value than text."""
+    """Return the text under a key; BadLine where it is not there, and for any other value than text."""
     if key not in document:
         have = ", ".join(map(repr, list(document)[:8])) or "none"
         within = next((name for name, value in document.items() if isinstance(value, dict) and key in value), None)
@@ -144,11 +150,12 @@ def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
 
 
 def json_type_name(value: object) -> str:
-    """The name of a JSON value's kind."""
+    """Return the name of a JSON value's type, as a message says it."""
     return next((name for kind, name in JSON_TYPES if isinstance(value, kind)), "null")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Say what is wrong with a line, or with the line of a text, that is not UTF-8."""
+    """Return what is wrong with a line, or with the line of a text, that is not UTF-8."""
+    # The place is counted from the last line end before it.
     start = error.start - (error.object.rfind(b"\n", 0, error.start) + 1)
     return f"not UTF-8 ({error.reason} at byte {start}); save the file as UTF-8"

@@ -1,7 +1,7 @@
-"""Long texts cut into parts whose tokens, one after the other, are the tokens of the whole text.
+"""Cut long texts into parts whose tokens, one after the other, are the tokens of the whole text.
 
-Tokenizers keep a hundred bytes and more for each character of what they are given at once. A `Seam`, made by those who know how
-a tokenizer works, says of a place whether the text can be cut there. Where none is known, or a text has no such place, the text
+Tokenizers keep a hundred bytes and more for each character of what they are given at once. A `Seam`, made from what is known of
+a tokenizer, decides of a place whether the text can be cut there. Where there is no seam, or a text has no such place, the text
 stays whole.
 """
 
@@ -26,7 +26,7 @@ PLACES = (
 
 
 class Seam(ABC):
-    """Where a tokenizer's texts can be cut. context: characters on either side of a place that `judge` needs."""
+    """Decides where a tokenizer's texts can be cut. context: characters on either side of a place that `judge` needs."""
 
     context: int = 64
 
@@ -39,15 +39,16 @@ class Seam(ABC):
             right: `context` characters after it, fewer at the text's end.
 
         Returns:
-            How many characters after the place belong to neither part: 0, or 1 where the tokenizer itself puts a space before
-            a text. None where the text must not be cut.
+            Number of characters after the place that belong to neither part: 0, or 1 where the tokenizer itself puts a space
+            before a text. None where the text must not be cut.
         """
 
 
 class WhiteSpaceSeam(Seam):
-    """Of a text whose words are read one by one."""
+    """Cuts texts before white space, for a tokenizer that reads words one by one."""
 
     def judge(self, left: str, right: str) -> int | None:
+        """Allow for a cut before white space."""
         return 0 if right[0].isspace() else None
 
 
@@ -69,14 +70,15 @@ def _places(text: str, seam: Seam) -> Iterator[tuple[int, int]]:
         found = _place(text, start, start + step, seam)
         if found is not None:
             yield found
-        start = step + (start if found is None else found[0])
+        start = step + (start if found is None else found[0])  # without a place the next half part is searched
 
 
 def _place(text: str, start: int, stop: int, seam: Seam) -> tuple[int, int] | None:
-    for kind in PLACES:
+    """Return the first place from `start` on that the seam allows for, and the characters after it to leave out."""
+    for kind in PLACES:  # the kind that suits most tokenizers first
         for tries, match in enumerate(kind.finditer(text, start, stop)):
             if tries == MAX_TRIES:
-                break
+                break  # a seam that says no so often does so for all of them
             place = match.start()
             skipped = seam.judge(text[max(0, place - seam.context) : place], text[place : place + seam.context])
             if skipped is not None:

@@ -1,4 +1,4 @@
-"""Lines of a corpus to token ids, in this process or by workers.
+"""Encode the lines of a corpus as token ids, in this process or by workers.
 
 Blocks of lines go to the workers and come back as token ids, in the order of the input. So the result does not depend on the
 number of workers, and the memory in use does not grow with the corpus. A long document is tokenized part by part, so that it
@@ -33,8 +33,11 @@ MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What is made of each line. keys: of the JSON objects, each its own dataset. plain_special_tokens: those that stand in a
-    text are text like any other."""
+    """Settings of preprocessing.
+
+    keys: of the JSON objects; each gets a dataset of its own. plain_special_tokens: those that stand in a text are text like
+    any other.
+    """
 
     tokenizer: TokenizerConfig
     keys: tuple[str, ...] = ("text",)
@@ -47,8 +50,11 @@ class PreprocessConfig:
 
 @dataclass
 class EncodedBlock:
-    """One block of lines after tokenization. size: bytes of JSON. bad: skipped lines with the reason. special_tokens: how often
-    which one stands in the texts."""
+    """One block of lines after tokenization.
+
+    columns: one for each key. size: bytes of JSON. bad: reasons and skipped lines. special_tokens: number of times that each
+    one stands in the texts.
+    """
 
     columns: list[TokenColumn]
     documents: int
@@ -63,7 +69,7 @@ class EncodedBlock:
 
 
 class UnreadableTexts(Exception):
-    """Texts that the tokenizer gives up on. reasons: why, by the number of the document among those to be tokenized."""
+    """Texts that the tokenizer gives up on. reasons: one for each, by the number of its document in the block."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__()
@@ -71,7 +77,7 @@ class UnreadableTexts(Exception):
 
 
 class Encoder:
-    """Lines to token ids."""
+    """Encodes lines as token ids, with one tokenizer."""
 
     def __init__(self, settings: PreprocessConfig) -> None:
         self.settings = settings
@@ -84,7 +90,7 @@ class Encoder:
         self._special = SpecialTokenCounter(self.tokenizer.special_in_text)
 
     def __call__(self, lines: Sequence[Line]) -> EncodedBlock:
-        """Raises DataError for a bad line, unless those are to be skipped."""
+        """Encode a block of lines. Raises DataError for a bad line, unless those are to be skipped."""
         good: list[tuple[Line, list[str]]] = []
         bad: list[tuple[str, bytes]] = []
         for line in lines:
@@ -92,7 +98,7 @@ class Encoder:
                 good.append((line, parse_line(line, self.settings.keys)))
             except BadLine as error:
                 self._reject(line, error, bad)
-        while True:
+        while True:  # until no text is left that the tokenizer gives up on
             try:
                 columns = [self.column([texts[i] for _, texts in good]) for i in range(len(self.settings.keys))]
                 break
@@ -101,29 +107,30 @@ class Encoder:
                     line = good[number][0]
                     self._reject(line, BadLine(f"{line.file}:{line.number}: {why}"), bad)
                 good = [row for number, row in enumerate(good) if number not in error.reasons]
-        met = self._special(text for _, texts in good for text in texts)
-        return EncodedBlock(columns, len(good), sum(len(line.text) for line in lines), bad, met)
+        special_tokens = self._special(text for _, texts in good for text in texts)
+        return EncodedBlock(columns, len(good), sum(len(line.text) for line in lines), bad, special_tokens)
 
     def _reject(self, line: Line, error: BadLine, bad: list[tuple[str, bytes]]) -> None:
+        """Add a line to the skipped ones; DataError where bad lines are not to be skipped."""
         if not self.settings.skip_bad_lines:
             raise DataError(f"{error}; --on-bad-line=skip goes on without such lines") from error
         bad.append((str(error), line.text))
 
     def column(self, texts: Sequence[str]) -> TokenColumn:
-        """The texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
+        """Encode the texts of one key. A document without tokens has no sequence, and gets neither a first token nor an end.
 
-        UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
+        Raises UnreadableTexts for those that the tokenizer gives up on, all at once: a block may hold many.
         """
         try:
             return self._column(texts)
-        except DataError:
+        except DataError:  # of one text or of several: now each by itself
             reasons = {number: why for number, text in enumerate(texts) if (why := self._refusal(text))}
             if reasons:
                 raise UnreadableTexts(reasons) from None
             raise
 
     def _refusal(self, text: str) -> str | None:
-        """Why the tokenizer gives up on a text; None where it does not."""
+        """Return the reason for which the tokenizer gives up on a text; None where it does not."""
         try:
             self.tokenizer.tokenize_many([part for *_, part in self.parts([text])])
         except DataError as error:
@@ -132,7 +139,7 @@ class Encoder:
 
     def _column(self, texts: Sequence[str]) -> TokenColumn:
         column = ColumnBuilder(len(texts), self.begins, self.ends, self.dtype)
-        parts: list[tuple[int, int, str]] = []
+        parts: list[tuple[int, int, str]] = []  # document, sequence, text
         size = 0
         for part in self.parts(texts):
             parts.append(part)
@@ -145,14 +152,14 @@ class Encoder:
         return column.finish()
 
     def parts(self, texts: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-        """Yield what the tokenizer is given at once, each with the numbers of its document and of its sequence there."""
+        """Yield the texts that the tokenizer is given at once, each with the numbers of its document and sequence."""
         keep = self.settings.keep_newlines
         for document, text in enumerate(texts):
             whole = split_sentences(text, keep) if self.settings.split_sentences else (text,)
             yield from ((document, number, part) for number, seq in enumerate(whole) for part in self.tokenizer.parts(seq))
 
     def append(self, parts: Sequence[tuple[int, int, str]], column: ColumnBuilder) -> None:
-        """Tokenize parts of texts and append their tokens. DataError for an id that the tokenizer says it does not have."""
+        """Tokenize parts of texts and append their tokens. DataError for an id beyond the tokenizer's own vocabulary size."""
         for (document, sequence, _), ids in zip(parts, self.tokenizer.tokenize_many([p[2] for p in parts]), strict=True):
             if ids and max(ids) >= self.tokenizer.vocab_size:
                 raise DataError(f"the tokenizer gave id {max(ids)}, but has {self.tokenizer.vocab_size} ids")
@@ -160,8 +167,8 @@ class Encoder:
 
 
 def init_worker() -> None:
-    """Called first in each worker process. An interrupt is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's business
     threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
 
@@ -176,21 +183,32 @@ def exit_with_parent() -> None:
 
 @functools.lru_cache(maxsize=1)
 def process_encoder(settings: PreprocessConfig) -> Encoder:
-    """The encoder of this process, built with its first block."""
+    """Return the encoder of this process, built with its first block."""
     return Encoder(settings)
 
 
 def encode_block(settings: PreprocessConfig, lines: list[Line]) -> EncodedBlock:
-    """What a worker process does with a block."""
+    """Encode a block in a worker process."""
     return process_encoder(settings)(lines)
 
 
 def encode_blocks(settings: PreprocessConfig, source: Iterable[list[Line]], workers: int) -> Iterator[EncodedBlock]:
-    """Every block encoded, in order. At most four blocks per worker are under way, and fewer where documents are long."""
+    """Yield every block encoded, in order.
+
+    At most four blocks per worker are under way, and fewer where documents are long.
+
+    Args:
+        settings: build the encoder of each worker.
+        source: blocks of lines.
+        workers: processes; 1 encodes in this one.
+
+    Raises:
+        RuntimeError: when a worker dies.
+    """
     if workers <= 1:
         yield from map(Encoder(settings), source)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of the tokenizer
     with ProcessPoolExecutor(workers, context, initializer=init_worker) as pool:
         waiting: deque[tuple[int, Future[EncodedBlock]]] = deque()
         queued = 0

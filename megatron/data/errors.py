@@ -1,4 +1,4 @@
-"""What data errors look like to a user."""
+"""Errors of data and tokenizer files, as a user sees them."""
 
 from __future__ import annotations
 

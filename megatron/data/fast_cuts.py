@@ -1,4 +1,4 @@
-"""Where a text can be cut for a tokenizer of the `tokenizers` package, as its parts tell.
+"""Find where a text can be cut for a tokenizer of the `tokenizers` package, from the tokenizer's steps.
 
 Such a tokenizer finds added tokens, normalizes what is between them, splits it into words, and looks at each word by itself. A
 cut changes nothing if no added token is near, if every step decides about a place by the characters around it, and if the text
@@ -57,7 +57,7 @@ KNOWN = WORDS | MARKS | {WHITE_SPACE}
 
 
 class FastSeam(Seam):
-    """One for a tokenizer whose steps are known to be local, as `fast_seam` finds out."""
+    """Cuts texts for a tokenizer whose steps are known to be local, as `fast_seam` finds out."""
 
     def __init__(self, backend: Backend) -> None:
         self._normalizer, self._splitter = backend.normalizer, backend.pre_tokenizer
@@ -71,10 +71,12 @@ class FastSeam(Seam):
         self._drops_spaces = first["type"] in ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
 
     def judge(self, left: str, right: str) -> int | None:
+        """Allow for a cut where no added token is near and both sides, split alone, give the words of the whole."""
         whole, before = self._normalize(left + right), self._normalize(left)
         if self._raw(left + right) or self._normal(whole) or not self._between(before, whole):
             return None
         words, first = self._split(whole), self._split(before)
+        # A space that the tokenizer itself puts before a text is left out of the text.
         for skipped in (0, 1) if right[0].isspace() else (0,):
             after = self._normalize(right[skipped:])
             if before + after == whole and self._same(words, first, self._split(after)):
@@ -96,29 +98,30 @@ class FastSeam(Seam):
         return [text] if self._splitter is None else [word for word, _ in self._splitter.pre_tokenize_str(text)]
 
     def _between(self, before: str, whole: str) -> bool:
-        """Whether also in the normalized text the place is between a letter or digit and a separator."""
+        """Return whether also in the normalized text the place is between a letter or digit and a separator."""
         if not before or len(before) >= len(whole) or whole[len(before)] not in SEPARATORS:
             return False
         return before[-1].isalnum() or (self._drops_spaces and before[-1].isspace())
 
     def _same(self, whole: list[str], first: list[str], second: list[str]) -> bool:
-        """Whether the words of both sides are those of the whole, or are so but for one that the model treats as two."""
+        """Return whether the words of both sides are those of the whole, but for one at most that the model treats as two."""
         if whole == first + second:
             return True
         if not first or not second or whole != [*first[:-1], first[-1] + second[0], *second[1:]]:
             return False
-        left, right = first[-1][-1], second[0][0]
+        left, right = first[-1][-1], second[0][0]  # the two characters that would be parted
         return left in self._vocabulary and right in self._vocabulary and left + right not in self._neighbours
 
 
 def fast_seam(backend: Backend) -> Seam | None:
-    """Return where texts can be cut for this tokenizer, or None if one of its steps is not known to allow for it."""
+    """Return what cuts texts for this tokenizer, or None if one of its steps is not known to allow for it."""
     try:
         known = all(map(_normalizes_locally, component_steps(backend.normalizer))) and _splits_locally(backend)
     except Exception:  # steps in Python have no JSON
         return None
     tokens = backend.get_added_tokens_decoder().values()
     blank = any(not token.content.strip(f" {SPACE}") for token in tokens if token.normalized)
+    # A token of spaces alone may stand at any place, and a very long one beyond all context.
     if not known or blank or any(len(token.content) > MAX_PART // 8 for token in tokens):
         return None
     return FastSeam(backend)
@@ -150,7 +153,7 @@ def _is_run(pattern: Mapping[str, str]) -> bool:
 
 
 def _splits_locally(backend: Backend) -> bool:
-    """Whether every splitter is local, up to one that always splits at a place for cuts: after it each side is by itself."""
+    """Return whether every splitter is local, up to one that always splits at a place for cuts and so parts both sides."""
     found = list(component_steps(backend.pre_tokenizer))
     for step in found:
         if step["type"] == "ByteLevel":
@@ -165,7 +168,7 @@ def _splits_locally(backend: Backend) -> bool:
 
 
 def _expressions(step: Mapping[str, Any]) -> frozenset[str]:
-    """Return the alternatives of a Split that makes a word of each match; for others that are no surprise a blank one."""
+    """Return the alternatives of a Split that makes a word of each match; for another Split a blank one, which is not known."""
     if step["type"] != "Split" or step["invert"]:
         return frozenset()
     found = alternatives(step["pattern"].get("Regex", "")) if step["behavior"] == "Isolated" else [""]
@@ -178,7 +181,7 @@ def alternatives(expression: str) -> Iterator[str]:
     in_class = False
     for match in re.finditer(r"\\.|[][()|]", expression, re.DOTALL):
         match match[0]:
-            case "[":
+            case "[":  # what is within a class is no group
                 in_class = True
             case "]":
                 in_class = False

@@ -1,4 +1,4 @@
-"""The tokenizers that the `tokenizers` package runs: GPT-2 BPE, BERT WordPiece, and any tokenizer.json."""
+"""Tokenizers that the `tokenizers` package runs: GPT-2 BPE, BERT WordPiece, and any tokenizer.json."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<EOD>", "[EOS]")
 
 
 class FastTokenizer(Tokenizer):
-    """One that the `tokenizers` package runs."""
+    """A tokenizer that the `tokenizers` package runs."""
 
     def __init__(self, backend: Backend, special: Mapping[str, int], assets: Mapping[str, bytes], extra_ids: int = 0) -> None:
+        # A tokenizer.json may ask for both, which would change the ids of a corpus.
         backend.no_truncation()
         backend.no_padding()
         self._backend, self.special, self.assets, self.extra_ids = backend, special, assets, extra_ids
@@ -36,26 +37,32 @@ class FastTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
         return self._vocab_size
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, tokenized part by part where it is long."""
         with failures_as_data_errors(self.kind):
             return [i for part in self.parts(text) for i in self._backend.encode(part, add_special_tokens=False).ids]
 
     @cached_property
     def seam(self) -> Seam | None:
+        """What cuts long texts, as the steps of the backend tell."""
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, tokenized as a batch on the backend's threads."""
         with failures_as_data_errors(self.kind):
             return [list(e.ids) for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
+        """Added tokens that are special, by their text."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
     def read_special_as_text(self) -> None:
+        """Tokenize special tokens in texts as any other text; DataError where the model itself makes their ids."""
         self._backend.encode_special_tokens = True
         unknown = getattr(self._backend.model, "unk_token", None)
         for token, number in self.special_in_text.items():
@@ -66,13 +73,16 @@ class FastTokenizer(Tokenizer):
                 )
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of these ids, as the backend's decoder joins it."""
         with failures_as_data_errors(self.kind):
             return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def piece(self, number: int) -> str:
+        """Return the token with this id; "" where there is none."""
         return str(self._backend.id_to_token(number) or "")
 
     def backend(self) -> Backend:
+        """Return the backend itself."""
         return self._backend
 
 
@@ -94,7 +104,7 @@ class GPT2BPETokenizer(FastTokenizer):
             backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=False))
         except Exception as error:  # `tokenizers` raises plain Exceptions
             raise DataError(f"{vocab_file} and {merge_file} are not vocab.json and merges.txt of GPT-2 BPE: {error}") from error
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2 puts no space before a text
         backend.decoder = decoders.ByteLevel()
         special = {}
         if END_OF_TEXT in vocab:
@@ -104,7 +114,7 @@ class GPT2BPETokenizer(FastTokenizer):
 
 
 def read_word_pieces(vocab_file: str, flag: str) -> dict[str, int]:
-    """The words of a vocab.txt of BERT with their ids. DataError, naming the flag, when it is none."""
+    """Return the words of a vocab.txt of BERT with their ids. DataError, naming the flag, when it is none."""
     try:
         words = read_tokenizer_file(vocab_file, flag).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -124,14 +134,14 @@ def word_piece_backend(
     chinese_characters: bool = True,
     max_word: int = 200,
 ) -> Backend:
-    """BERT's WordPiece over a vocabulary, without special tokens in text.
+    """Return BERT's WordPiece (arXiv 1810.04805) over a vocabulary, without special tokens in text.
 
     Args:
-        vocab: word to id, with `[UNK]`, `[CLS]` and `[SEP]`.
-        lower_case: whether text is lowered first.
-        strip_accents: whether accents go; None: with lower_case.
-        chinese_characters: whether each is a word of its own.
-        max_word: characters of the longest word that is cut; longer ones are unknown.
+        vocab: maps words to ids, with `[UNK]`, `[CLS]` and `[SEP]`.
+        lower_case: put text into lower case first.
+        strip_accents: remove accents; None: as `lower_case` says.
+        chinese_characters: make each Chinese character a word of its own.
+        max_word: characters of the longest word that is cut into pieces; longer ones are unknown.
     """
     backend = Backend(models.WordPiece(dict(vocab), unk_token="[UNK]", max_input_chars_per_word=max_word))
     backend.normalizer = normalizers.BertNormalizer(
@@ -173,7 +183,7 @@ class BertWordPieceCase(BertWordPieceTokenizer):
 
 
 def _older_form(directory: Path) -> str | None:
-    """The flags of a tokenizer that lies in a directory in a form before tokenizer.json; None where there is none."""
+    """Return the flags of a tokenizer that a directory holds in a form before tokenizer.json; None where there is none."""
     forms = {
         "tokenizer.model": f"--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {directory / 'tokenizer.model'}",
         "merges.txt": f"--tokenizer-type GPT2BPETokenizer --vocab-file {directory / 'vocab.json'} --merge-file "
@@ -218,14 +228,17 @@ class HuggingFaceTokenizer(FastTokenizer):
             number = backend.token_to_id(str(entry.get("content") if isinstance(entry, dict) else entry)) if entry else None
             if number is not None:
                 special[role] = number
+        # The end of a sequence ends a document too, unless no file names one: then any usual name will do.
         ends = [special.get("eos"), *map(backend.token_to_id, USUAL_ENDS)]
         end = next((number for number in ends if number is not None), None)
         super().__init__(backend, special if end is None else {**special, "eod": end}, assets)
 
     def identity(self) -> dict[str, Any]:
+        """Return what decides the ids, without the files beside tokenizer.json."""
         # The files beside tokenizer.json matter only through the special tokens that they name.
         identity = super().identity()
         return {**identity, "files": {"tokenizer.json": identity["files"]["tokenizer.json"]}}
 
     def hf_extras(self) -> dict[str, Any]:
+        """Return the chat template, if there is one."""
         return {key: self._config[key] for key in ("chat_template",) if key in self._config}

@@ -20,26 +20,39 @@ SPLITS = ("training", "validation", "test")
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample. tokens: int64 `[seq_length + 1]`; all but the last are inputs, all but the first are labels."""
+    """One sample of GPT. tokens: int64 `[seq + 1]`; all but the last are inputs, all but the first are labels."""
 
     tokens: NDArray[np.int64]
 
 
 class SampleSource(Protocol):
-    """A numbered set of samples, of the kind that its batches are made of, and where in the files a token of one lies."""
+    """A numbered set of samples of any kind."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int) -> Any: ...
 
-    def locate(self, number: int, position: int) -> str: ...
+    def locate(self, number: int, position: int) -> str:
+        """Return where in the files token `position` of a sample lies, for a message."""
+        ...
 
 
 class GPTDataset:
-    """Samples of `seq_length + 1` tokens from the sequences `[first, last)` of an indexed dataset, in training order.
+    """Samples of `seq_length + 1` tokens from some sequences of an indexed dataset, in training order.
 
-    `dataset[i]` is sample i of the order that the index fixes. wanted: at least so many samples, or None for one epoch.
-    cache: where the index is kept. Raises DataError when the sequences hold no tokens.
+    `dataset[i]` is sample i of the order that the index fixes.
+
+    Args:
+        indexed: the dataset on disk.
+        sequences: numbers of the sequences to read.
+        seq_length: input tokens of a sample.
+        seed: seed of the order.
+        num_samples: least number of samples; None for one epoch.
+        split: name of the split, for messages.
+        cache: keeps the built index; None builds it in memory.
+
+    Raises:
+        DataError: when the sequences hold no tokens.
     """
 
     def __init__(
@@ -48,7 +61,7 @@ class GPTDataset:
         sequences: range,
         seq_length: int,
         seed: int,
-        wanted: int | None,
+        num_samples: int | None,
         *,
         split: str = "training",
         cache: IndexCache | None = None,
@@ -57,10 +70,11 @@ class GPTDataset:
 
         def build() -> Arrays:
             numbers = np.arange(sequences.start, sequences.stop, dtype=np.int32)
-            return asdict(build_sample_index(indexed.lengths, numbers, seq_length, seed, wanted))
+            return asdict(build_sample_index(indexed.lengths, numbers, seq_length, seed, num_samples))
 
+        # These names are part of the name of a cache on disk: another spelling would build every index anew.
         key: dict[str, object] = dict(
-            sequences=[sequences.start, sequences.stop], seq_length=seq_length, seed=seed, wanted=wanted
+            sequences=[sequences.start, sequences.stop], seq_length=seq_length, seed=seed, wanted=num_samples
         )
         try:
             # An empty split goes past the cache: it cannot be built, and should not wait to say so.
@@ -68,8 +82,8 @@ class GPTDataset:
         except DataError as error:
             raise DataError(
                 f"{indexed.prefix}: the {split} split holds {len(sequences)} of {len(indexed)} documents, with no tokens "
-                f"to make {'any' if wanted is None else wanted} samples of {seq_length} tokens from; give it a larger share "
-                "with --split, more data, or ask for no samples (--eval-iters 0)"
+                f"to make {'any' if num_samples is None else num_samples} samples of {seq_length} tokens from; give it a "
+                "larger share with --split, more data, or ask for no samples (--eval-iters 0)"
             ) from error
         self.index = SampleIndex(**arrays)
 
@@ -79,6 +93,7 @@ class GPTDataset:
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
+        # The index may come from a damaged cache, so each number is checked before it is used as a place.
         self.indexed.check_unchanged()
         cut = int(self.index.shuffle[number])
         if not 0 <= cut < len(self.index.samples) - 1:
@@ -89,9 +104,10 @@ class GPTDataset:
         documents = self.index.documents[place : last + 1].tolist()
         if not (min(documents) >= 0 and max(documents) < len(self.indexed)):
             raise self._damaged(f"sample {number} reads the sequences {min(documents)} to {max(documents)}")
-        tokens = np.empty(self.seq_length + 1, dtype=np.int64)
+        tokens = np.empty(self.seq_length + 1, dtype=np.int64)  # [seq + 1]
         filled = 0
         for i, document in enumerate(documents):
+            # One token more than the next cut: the label of the last input.
             part = self.indexed.get(document, start if i == 0 else 0, stop + 1 if i == last - place else None)
             if filled + len(part) > len(tokens):
                 raise self._damaged(f"sample {number} has more than {len(tokens)} tokens")
@@ -106,7 +122,7 @@ class GPTDataset:
         return DataError(f"{self.indexed.prefix}: its index cache{where} is damaged: {what}; delete it")
 
     def locate(self, number: int, position: int) -> str:
-        """Where token `position` of a sample lies, in words: file, document, token."""
+        """Return where token `position` of a sample lies, for a message: file, document, token."""
         place, start = self.index.samples[int(self.index.shuffle[number])].tolist()
         while True:
             sequence = int(self.index.documents[place])
@@ -118,7 +134,7 @@ class GPTDataset:
 
 
 def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """Begin and end share of the training, validation and test split, None for one without any ("969,30,1").
+    """Return begin and end of the training, validation and test split in 0 to 1, None for an empty one ("969,30,1").
 
     The arithmetic is Megatron-Core 0.16's to the last bit, since the borders are rounded to whole documents.
     """
@@ -134,5 +150,5 @@ def parse_split(split: str) -> list[tuple[float, float] | None]:
 
 
 def split_range(share: tuple[float, float], sequences: int) -> range:
-    """The sequences of one share; borders are rounded half to even."""
+    """Return the numbers of the sequences in one split; its borders are rounded half to even."""
     return range(round(share[0] * float(sequences)), round(share[1] * float(sequences)))

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json, or those before it.
+"""Read the tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json, or those before it.
 
 Older directories hold `vocab.json` and `merges.txt` (GPT-2), `vocab.txt` (BERT) or `tokenizer.model` (SentencePiece), with
 their further tokens in `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`.
@@ -31,12 +31,12 @@ BERT_ROLES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "m
 
 
 def has_hf_tokenizer(directory: Path) -> bool:
-    """Whether a Hugging Face directory holds a vocabulary."""
+    """Return whether a Hugging Face directory holds a vocabulary."""
     return any(os.path.lexists(directory / name) for name in VOCABULARIES)
 
 
 def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory; None where its files are none that are known. DataError for damaged ones."""
+    """Return the tokenizer of a Hugging Face directory; None where its files are not known. DataError for damaged ones."""
     first = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
     about = _config(directory)
     match first:
@@ -62,7 +62,7 @@ def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
+    """Return the JSON object in a file; an empty one where there is no file."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -75,8 +75,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _config(directory: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what older files say: they count where it lists no `added_tokens_decoder`, as in
-    transformers."""
+    """Return tokenizer_config.json with the entries of older files.
+
+    They count where it lists no `added_tokens_decoder`, as in transformers.
+    """
     about = read_json_object(directory / "tokenizer_config.json")
     if "added_tokens_decoder" in about:
         return about
@@ -85,7 +87,10 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Mapping[str, str]) -> HuggingFaceTokenizer:
-    """A tokenizer with the tokens that its directory adds, in transformers' order: by id, then special ones that are new."""
+    """Return a tokenizer with the tokens that its directory adds.
+
+    They are added in transformers' order, by id and then special ones that are new, since the order decides their ids.
+    """
     roles = dict(defaults)
     for role in ROLES:
         if f"{role}_token" in about:
@@ -104,12 +109,12 @@ def _with_added_tokens(backend: Backend, about: Mapping[str, Any], defaults: Map
 
 
 def _content(entry: object) -> str:
-    """The text of a special token, which stands alone or in an object with how it is found in text."""
+    """Return the text of a special token, which stands alone or in an object with how it is found in text."""
     return str(entry.get("content") or "") if isinstance(entry, dict) else str(entry or "")
 
 
 def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]:
-    """The tokens of `added_tokens_decoder` or of added_tokens.json, by id. DataError for entries that are none."""
+    """Yield the tokens of `added_tokens_decoder` or of added_tokens.json, by id. DataError for entries that are none."""
     try:
         entries = sorted((int(number), entry) for number, entry in about.get("added_tokens_decoder", {}).items())
         for _, entry in entries:
@@ -121,7 +126,7 @@ def _listed(about: Mapping[str, Any], special: set[str]) -> Iterator[AddedToken]
 
 
 def wrap_backend(backend: Backend, roles: Mapping[str, str]) -> HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` package as ours, under the kind that needs no file but its own.
+    """Return a tokenizer of the `tokenizers` package as a `HuggingFaceTokenizer`, which needs no file but its own.
 
     roles: its special tokens, by `bos`, `eos`, `unk`, `sep`, `pad`, `cls`, `mask`.
     """

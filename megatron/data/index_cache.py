@@ -1,4 +1,4 @@
-"""Built sample indices on disk, so that one process builds what all others map into memory.
+"""Cache sample indices on disk, so that one process builds what all others map into memory.
 
 An index lives in `DIRECTORY/<dataset>/<settings and version of the file>/` and appears by one rename, whole or not at all. A
 builder holds a lock that the kernel releases when it dies, whatever the cause; the others wait for it, but never for ever:
@@ -30,20 +30,26 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class IndexCache:
-    """Index arrays kept in one directory; None: `cache` beside each dataset. patience: seconds to wait for a builder."""
+    """Keeps index arrays in one directory; None: `cache` beside each dataset. timeout: seconds to wait for a builder."""
 
-    def __init__(self, directory: str | None = None, patience: float = 600.0) -> None:
-        self.directory, self.patience = directory, patience
+    def __init__(self, directory: str | None = None, timeout: float = 600.0) -> None:
+        self.directory, self.timeout = directory, timeout
 
     def folder(self, prefix: str) -> Path:
-        """Where the indices of a dataset are."""
+        """Return the directory of a dataset's indices."""
         return Path(self.directory) if self.directory else Path(prefix).parent / "cache"
 
     def get(self, prefix: str, key: dict[str, object], build: Callable[[], Arrays], source: str | None = None) -> Arrays:
-        """The arrays that `build` makes for a dataset with these settings: from the cache, or built and put there.
+        """Return the arrays that `build` makes for a dataset with these settings: from the cache, or built and put there.
 
-        prefix: the dataset, for its place and for messages. source: a file whose size and time of change are part of
-        the key, so that a replaced file is noticed.
+        Args:
+            prefix: the dataset, for its directory and for messages.
+            key: the settings, as JSON.
+            build: makes the arrays.
+            source: a file whose size and time of change are part of the key, so that a replaced file is noticed.
+
+        Raises:
+            DataError: as `build` does.
         """
         log = logging.getLogger(__name__)
         folder = self.folder(prefix)
@@ -53,8 +59,8 @@ class IndexCache:
             stat = os.stat(source)
             about["source"] = os.path.realpath(source)
             stamp = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        folder /= json_digest({"source": about.get("source")})
-        place = folder / json_digest({**about, **stamp})
+        folder /= json_digest({"source": about.get("source")})  # one directory for each dataset
+        place = folder / json_digest({**about, **stamp})  # and one in it for each key
         found = load_arrays(place)
         if found is not None:
             log.info("%s: index from cache %s", prefix, place)
@@ -62,7 +68,7 @@ class IndexCache:
         arrays: Arrays | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with file_lock(folder / f".{place.name}.lock", self.patience):
+            with file_lock(folder / f".{place.name}.lock", self.timeout):
                 found = load_arrays(place)  # again: it may have come just now
                 if found is not None:
                     log.info("%s: index from cache %s, built by another process", prefix, place)
@@ -72,18 +78,18 @@ class IndexCache:
                 arrays = build()
                 write_arrays(arrays, place, {**about, **stamp})
                 return load_arrays(place) or arrays
-        except OSError as error:
+        except OSError as error:  # a full or read-only disk, or a builder that takes too long
             log.warning("no index cache in %s (%s); every process builds its index in memory", folder, error)
             return build() if arrays is None else arrays
 
 
 def json_digest(value: dict[str, object]) -> str:
-    """16 hexadecimal digits that name a JSON value."""
+    """Return 16 hexadecimal digits that name a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_arrays(place: Path) -> Arrays | None:
-    """The arrays in this directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
+    """Return the arrays in a directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
     try:
         about = read_json(place / "about.json")
         shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
@@ -103,7 +109,7 @@ def load_arrays(place: Path) -> Arrays | None:
 
 
 def source_changed(about: Path, stamp: dict[str, object]) -> bool:
-    """Whether an index was built from a file of another size or time of change."""
+    """Return whether an index was built from a file of another size or time of change."""
     try:
         then = read_json(about)
         return any(then[name] != value for name, value in stamp.items())
@@ -112,7 +118,13 @@ def source_changed(about: Path, stamp: dict[str, object]) -> bool:
 
 
 def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
-    """Write arrays beside their place, then rename them there."""
+    """Write arrays beside their place, then rename them there.
+
+    Args:
+        arrays: by name.
+        place: directory of the finished index.
+        about: settings that are written down with it.
+    """
     temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     remove_stale_builds(place)
     try:
@@ -139,8 +151,8 @@ def remove_stale_builds(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def file_lock(path: Path, patience: float) -> Iterator[None]:
-    """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `patience` seconds."""
+def file_lock(path: Path, timeout: float) -> Iterator[None]:
+    """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `timeout` seconds."""
     # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
     with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:
         start = time.monotonic()
@@ -149,7 +161,7 @@ def file_lock(path: Path, patience: float) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - start > patience:
-                    raise TimeoutError(f"another process has been building {path.name} for {patience:.0f} s") from None
+                if time.monotonic() - start > timeout:
+                    raise TimeoutError(f"another process has been building {path.name} for {timeout:.0f} s") from None
                 time.sleep(0.05)
         yield

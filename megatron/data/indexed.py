@@ -1,4 +1,4 @@
-"""Indexed datasets: token sequences in `PREFIX.bin`, where each begins and ends in `PREFIX.idx`.
+"""Read and write indexed datasets: token sequences in `PREFIX.bin`, their bounds in `PREFIX.idx`.
 
 The format is Megatron-LM's memory-mapped one, byte for byte. All numbers are little endian:
 
@@ -38,7 +38,8 @@ from megatron.files.regular import check_regular, error_reason, open_regular, re
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, token format, sequences, document bounds
+# Megatron-LM's numbers; 6 and 7 are floating point, which no token is.
 DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -54,7 +55,7 @@ DIGEST_BYTES = 1 << 16  # bytes at both ends of a .bin that the sidecar remember
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The number format for a vocabulary of this size, by Megatron-LM's rule: uint16 below 65500, else int32."""
+    """Return the number format for a vocabulary of this size, by Megatron-LM's rule: uint16 below 65500, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -66,7 +67,7 @@ def raise_open_file_limit(count: int) -> None:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix, without a `.bin` or `.idx` that was typed along; DataError if one of the two files is missing."""
+    """Return a prefix without a `.bin` or `.idx` that was typed along; DataError if one of the two files is missing."""
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     missing = [prefix + end for end in (".idx", ".bin") if not os.path.lexists(prefix + end)]
@@ -79,7 +80,7 @@ def check_prefix(prefix: str) -> str:
 
 
 def ends_digest(path: str) -> str:
-    """A name for the content of a .bin that costs no reading of all: of its size, its beginning and its end."""
+    """Return a digest of the size, the beginning and the end of a .bin: a name for its content that costs no full reading."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open_regular(path) as file:
@@ -90,13 +91,13 @@ def ends_digest(path: str) -> str:
 
 
 def file_stamp(path: str) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to: inode, size, time of the last change."""
+    """Return inode, size and time of the last change: one of them differs once a file was replaced or written to."""
     about = os.stat(path)
     return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def read_sidecar(prefix: str) -> dict[str, Any]:
-    """What the sidecar `PREFIX.meta.json` says; empty without one. DataError if it is not a JSON object."""
+    """Return the entries of the sidecar `PREFIX.meta.json`; empty without one. DataError if it is not a JSON object."""
     path = prefix + ".meta.json"
     if not os.path.lexists(path):
         return {}
@@ -152,7 +153,7 @@ class IndexedDataset:
         )
 
     def _read_header(self, size: int) -> tuple[np.dtype[Any], int, int]:
-        """The type of the tokens, the number of sequences, and that of the bounds of documents, in an index of `size` bytes."""
+        """Return token type, number of sequences, and number of document bounds, as an index of `size` bytes has them."""
         with open_regular(self.idx_path) as file:
             head = file.read(HEADER.size)
         if head.startswith(LEGACY_MAGIC):
@@ -175,12 +176,12 @@ class IndexedDataset:
         return DTYPE_CODES[code], n, m
 
     def _checked_bytes(self) -> int:
-        """Bytes of the .bin. DataError unless the sequences follow one another through all of it, so that no read leaves it."""
+        """Return the bytes of the .bin. DataError unless the sequences fill it one after the other: then no read leaves it."""
         have, n = os.path.getsize(self.bin_path), len(self.lengths)
         if n and int(self.lengths.min()) < 0:
             raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
         end = 0
-        for start in range(0, n, COPY_CHUNK):
+        for start in range(0, n, COPY_CHUNK):  # in chunks, which bound the memory of the comparison
             offsets = self.offsets[start : start + COPY_CHUNK]
             ends = offsets + self.lengths[start : start + COPY_CHUNK].astype(np.int64) * self.dtype.itemsize
             wrong = offsets != np.concatenate(([end], ends[:-1]))
@@ -193,7 +194,7 @@ class IndexedDataset:
         return end
 
     def _check_documents(self) -> None:
-        """DataError unless the documents follow one another from the first sequence to the last."""
+        """Raise a DataError unless the documents follow one another from the first sequence to the last."""
         n = len(self.lengths)
         if not len(self.documents) or int(self.documents[0]) != 0 or int(self.documents[-1]) != n:
             raise self._bad(f"its documents do not run from sequence 0 to {n}")
@@ -201,7 +202,7 @@ class IndexedDataset:
             raise self._bad("its documents are not in order")
 
     def _check_sidecar(self) -> None:
-        """DataError if the sidecar is of other files than these: one of the three was replaced."""
+        """Raise a DataError if the sidecar belongs to other files than these: one of the three was replaced."""
         meta = self.meta()
         here = dict(dtype=self.dtype.name, documents=self.document_count, sequences=len(self), tokens=self.token_count)
         for name, value in here.items():
@@ -217,7 +218,7 @@ class IndexedDataset:
             )
 
     def check_unchanged(self) -> None:
-        """DataError if the .bin was replaced or written to since it was opened: what is read now is not what was checked."""
+        """Raise a DataError if the .bin was replaced or written to since it was opened: its bytes are no longer checked."""
         try:
             same = file_stamp(self.bin_path) == self.stamp
         except OSError as error:
@@ -235,23 +236,29 @@ class IndexedDataset:
         return self.get(number)
 
     def get(self, number: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Tokens `start` to `stop` (default: the end) of one sequence, as a view of the memory map."""
+        """Return tokens of one sequence, `[stop - start]`, as a view of the memory map.
+
+        Args:
+            number: of the sequence.
+            start: first token.
+            stop: token after the last one; None, or beyond the end: the end.
+        """
         first = int(self.offsets[number]) // self.dtype.itemsize
         length = int(self.lengths[number])
         return self.tokens[first + start : first + (length if stop is None else min(stop, length))]
 
     @property
     def document_count(self) -> int:
-        """Number of documents."""
+        """The number of documents."""
         return len(self.documents) - 1
 
     @property
     def token_count(self) -> int:
-        """Number of tokens of all sequences."""
+        """The number of tokens of all sequences."""
         return len(self.tokens)
 
     def meta(self) -> dict[str, Any]:
-        """As `read_sidecar`."""
+        """Return the entries of the sidecar; empty without one."""
         return read_sidecar(self.prefix)
 
 
@@ -277,13 +284,22 @@ class IndexedWriter:
             raise DataError(f"cannot write {prefix}.bin: {error}") from error
 
     def add_document(self, tokens: NDArray[Any], lengths: list[int] | NDArray[Any]) -> None:
-        """Append one document: all its tokens, and how many of them each of its sequences has (no sequence: `[]`)."""
+        """Append one document. tokens: int `[n]`. lengths: tokens of each of its sequences; `[]` for no sequence."""
         self.add_documents(tokens, lengths, [len(lengths)])
 
     def add_documents(
         self, tokens: NDArray[Any], lengths: list[int] | NDArray[Any], sequences: list[int] | NDArray[Any]
     ) -> None:
-        """Append many: their tokens, the length of each sequence, and the number of sequences of each document."""
+        """Append several documents.
+
+        Args:
+            tokens: int `[n]`, of all documents.
+            lengths: int `[sequences]`, tokens of each sequence.
+            sequences: int `[documents]`, sequences of each document.
+
+        Raises:
+            DataError: for an id that the number format does not hold, or a sequence that is too long for the format.
+        """
         if len(tokens) and not (self._limits.min <= int(tokens.min()) and int(tokens.max()) <= self._limits.max):
             raise DataError(
                 f"{self.prefix}: a token id is outside of {self.dtype.name}: {int(tokens.min())} to {int(tokens.max())}"
@@ -297,6 +313,7 @@ class IndexedWriter:
                 f"{self.prefix}: a document has {int(sizes.max())} tokens; the format allows {np.iinfo(np.int32).max}"
             )
         self._bin.file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
+        # Each document is noted by the sequence after its last one, which is where the next one starts.
         self.documents.frombytes((len(self.lengths) + np.cumsum(counts)).astype(np.int64).tobytes())
         self.lengths.frombytes(sizes.astype(np.int32).tobytes())
         self.token_count += len(tokens)
@@ -343,6 +360,7 @@ class IndexedWriter:
                 raise DataError(f"cannot write dataset {self.prefix}: {error}") from error
 
     def _write_index(self, file: Any) -> None:
+        """Write the .idx, in the order of the format that stands at the top."""
         code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
         lengths = np.frombuffer(self.lengths, dtype=np.int32)
         file.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(self.documents)))
@@ -356,7 +374,7 @@ class IndexedWriter:
         file.write(np.frombuffer(self.documents, dtype=np.int64).astype("<i8", copy=False).data)
 
     def abort(self) -> None:
-        """Remove what was written so far."""
+        """Remove the files written so far."""
         self._bin.discard()
 
     def __enter__(self) -> IndexedWriter:

@@ -1,4 +1,4 @@
-"""The micro-batches of one data-parallel rank, in order.
+"""Load the micro-batches of one data-parallel rank, in order.
 
 The whole state is one integer: how many samples all ranks together have been handed. Sample number n of the training
 order is therefore the same for every layout. With d data-parallel ranks and micro-batches of b samples, micro-batch j of
@@ -25,18 +25,27 @@ Collate = Callable[[SampleSource, Sequence[int], Sequence[int]], Batch]
 
 
 class MicroBatchLoader:
-    """Hands out this rank's micro-batches.
+    """Loads this rank's micro-batches.
 
-    make_batch: called with the dataset, the numbers of the samples in it, and their numbers in the training order
-    (`GPTCollator`). consumed: samples that all ranks have had already. read_ahead: micro-batches that a thread prepares
-    before they are asked for; 0 prepares them on request. cyclic: reshuffle the dataset for each epoch and never run out;
-    otherwise samples come in the dataset's order, once. pin_memory: hand out batches in pinned memory.
+    Args:
+        dataset: the samples.
+        collate: called with the dataset, the numbers of the samples in it, and their numbers in the training order
+            (`GPTCollator`).
+        dp_rank: this rank's place along the data-parallel axis.
+        dp_size: size of that axis.
+        micro_batch_size: samples of a micro-batch.
+        consumed: samples that all ranks have had already.
+        read_ahead: micro-batches that a thread prepares before they are asked for; 0 prepares them on request.
+        cyclic: reshuffle the dataset for each epoch and never run out; otherwise samples come in its order, once.
+        seed: seed of the reshuffling.
+        pin_memory: put batches into pinned memory.
+        name: of the split, for messages.
     """
 
     def __init__(
         self,
         dataset: SampleSource,
-        make_batch: Collate,
+        collate: Collate,
         dp_rank: int,
         dp_size: int,
         micro_batch_size: int,
@@ -51,21 +60,22 @@ class MicroBatchLoader:
         if not 0 <= dp_rank < dp_size or micro_batch_size < 1 or consumed < 0:
             raise ValueError(f"rank {dp_rank} of {dp_size}, micro-batches of {micro_batch_size}, {consumed} consumed")
         self.dataset, self.consumed, self.name, self.cyclic = dataset, consumed, name, cyclic
-        self.block = dp_size * micro_batch_size
+        self.block = dp_size * micro_batch_size  # samples of one micro-batch of each rank
         first = consumed + dp_rank * micro_batch_size
         self._source = iter_micro_batches(
-            dataset, make_batch, first, micro_batch_size, self.block, seed=seed if cyclic else None, pin=pin_memory
+            dataset, collate, first, micro_batch_size, self.block, seed=seed if cyclic else None, pin=pin_memory
         )
         self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
         self._failure: Exception | None = None
-        if self._ahead is not None:
+        if self._ahead is not None:  # a loader that is forgotten must not leave its thread behind
             weakref.finalize(self, self._ahead.stop)
 
     def next_batches(self, global_batch_size: int) -> list[Batch]:
-        """This rank's micro-batches of one step that takes `global_batch_size` samples over all ranks.
+        """Return this rank's micro-batches of one step that takes `global_batch_size` samples over all ranks.
 
-        Raises ValueError if that is no multiple of micro-batch x data-parallel size, and DataError when the dataset has not
-        so many samples left or holds a wrong token; `consumed` then stays as it was.
+        Raises:
+            ValueError: if that is no multiple of micro-batch x data-parallel size.
+            DataError: when the dataset has not so many samples left or holds a wrong token; `consumed` stays as it was.
         """
         if global_batch_size < 1 or global_batch_size % self.block:
             raise ValueError(f"global batch {global_batch_size}: no multiple of micro-batch x data-parallel size, {self.block}")
@@ -80,7 +90,7 @@ class MicroBatchLoader:
         try:
             batches = [next(self._source) if self._ahead is None else self._ahead.get() for _ in range(count)]
         except Exception as error:
-            self._failure = error
+            self._failure = error  # the source has ended with it, and the next call must not find it empty
             raise
         self.consumed += global_batch_size
         return batches
@@ -92,29 +102,49 @@ class MicroBatchLoader:
 
 
 def iter_micro_batches(
-    dataset: SampleSource, make_batch: Collate, first: int, size: int, stride: int, *, seed: int | None, pin: bool
+    dataset: SampleSource, collate: Collate, first: int, size: int, stride: int, *, seed: int | None, pin: bool
 ) -> Iterator[Batch]:
-    """One rank's micro-batches from sample `first` on. seed: of the reshuffling; None for the dataset's own order."""
+    """Yield one rank's micro-batches.
+
+    Args:
+        dataset: the samples.
+        collate: makes a micro-batch of samples.
+        first: number of the first sample in the training order.
+        size: samples of a micro-batch.
+        stride: samples from one micro-batch of this rank to the next: those of all ranks.
+        seed: seed of the reshuffling of each epoch; None for the dataset's own order, once.
+        pin: put batches into pinned memory.
+
+    Raises:
+        DataError: when the dataset has no samples, or none left.
+    """
     epoch, order = -1, np.empty(0, dtype=np.int64)
     total = len(dataset)
     if total == 0:
         raise DataError("the dataset has no samples")
     while seed is not None or first + size <= total:
-        names = range(first, first + size)
-        numbers: list[int] = []
-        for name in names:
-            if seed is not None and name // total != epoch:
-                epoch = name // total
+        sample_ids = range(first, first + size)
+        indices: list[int] = []
+        for sample_id in sample_ids:
+            # A micro-batch may reach from one epoch into the next.
+            if seed is not None and sample_id // total != epoch:
+                epoch = sample_id // total
                 order = epoch_order(seed, epoch, total)
-            numbers.append(name if seed is None else int(order[name % total]))
-        batch = make_batch(dataset, numbers, names)
+            indices.append(sample_id if seed is None else int(order[sample_id % total]))
+        batch = collate(dataset, indices, sample_ids)
         yield batch.pin() if pin else batch
         first += stride
     raise DataError(f"out of data: the dataset has {total} samples")
 
 
 def epoch_order(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
-    """The samples of an epoch as a cyclic loader hands them out."""
+    """Return the order of a cyclic loader in one epoch, int64 `[total]`.
+
+    Args:
+        seed: of the run.
+        epoch: from 0 on.
+        total: samples of the dataset.
+    """
     return np.random.default_rng([seed, epoch]).permutation(total)
 
 
@@ -130,7 +160,7 @@ class ReadAhead:
         self._thread.start()
 
     def get(self) -> Batch:
-        """The next item; raises what the iterator raised in its place."""
+        """Return the next item; raises the exception that the iterator raised in its place."""
         if self._stopped.is_set():
             raise ValueError("the loader is closed")
         item = self._items.get()
@@ -148,12 +178,18 @@ class ReadAhead:
 
 
 def fill_queue(source: Iterator[Batch], items: queue.Queue[Batch | Exception], stopped: threading.Event) -> None:
-    """Move items from source to queue until either it ends or `stopped` is set."""
+    """Move items from a source to a queue until the source ends or `stopped` is set.
+
+    Args:
+        source: iterator of micro-batches.
+        items: receives them, and the exception that ends the source.
+        stopped: set by whoever needs no more.
+    """
 
     def put(item: Batch | Exception) -> None:
         while not stopped.is_set():
             try:
-                items.put(item, timeout=0.2)
+                items.put(item, timeout=0.2)  # a full queue must not hide that the loader was closed
                 return
             except queue.Full:
                 continue

@@ -1,4 +1,4 @@
-"""Whether datasets and a tokenizer belong together: by what a sidecar says, and without one by the ids themselves."""
+"""Check that datasets and a tokenizer belong together: by the sidecar, and without one by the ids themselves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.data.tokenizer_base import PROBES, Tokenizer
 
 MAX_CHECKED_TOKENS = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
 CHECKED_PIECE = 1 << 16
-# What every tokenizer of a pair must cut alike: punctuation, numbers, accents, other scripts, names of common special tokens.
+# Texts that two tokenizers must cut alike to be the same: punctuation, numbers, accents, other scripts, special tokens.
 PROBE_TEXTS = (
     *PROBES,
     "The quick brown fox jumps over the lazy dog.",
@@ -34,8 +34,10 @@ ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # others 
 
 
 def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
-    """DataError if the dataset's sidecar names another tokenizer than this one, and without a sidecar for ids that the
-    tokenizer does not have."""
+    """Check that a dataset was made with this tokenizer.
+
+    Raises DataError if its sidecar names another one, and without a sidecar for ids that the tokenizer does not have.
+    """
     meta = dataset.meta()
     made_with = meta.get("tokenizer_digest")
     if made_with is None:
@@ -51,7 +53,7 @@ def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
 
 
 def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """What to say where only the roles of special tokens differ. there: ids by role."""
+    """Return the message where only the roles of special tokens differ. there: the dataset's ids by role."""
     other = [role for role in {**there, **tokenizer.special} if there.get(role) != tokenizer.special.get(role)]
     here = {role: _named(tokenizer, tokenizer.special.get(role)) for role in other}
     words = [
@@ -71,15 +73,19 @@ def _named(tokenizer: Tokenizer, number: object) -> str:
 
 
 def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
-    """DataError, with file, document and token, for an id outside of the vocabulary; of a large dataset a part is looked at."""
+    """Check that the ids of a dataset are in the vocabulary; of a large dataset a part is looked at.
+
+    Raises DataError, with file, document and token, for one that is not.
+    """
     limits = np.iinfo(dataset.dtype)
     if limits.min >= 0 and limits.max < vocab_size:
-        return
+        return  # the number format holds no wrong id
     for start in _starts(dataset.token_count):
         tokens = dataset.tokens[start : start + CHECKED_PIECE]
         if not len(tokens) or (int(tokens.max()) < vocab_size and int(tokens.min()) >= 0):
             continue
         place = start + int(((tokens < 0) | (tokens >= vocab_size)).argmax())
+        # From the token to its sequence, and from that to its document, each by the last one that begins before it.
         sequence = int(np.searchsorted(dataset.offsets, place * dataset.dtype.itemsize, side="right")) - 1
         document = int(np.searchsorted(dataset.documents, sequence, side="right")) - 1
         token = place - int(dataset.offsets[sequence]) // dataset.dtype.itemsize
@@ -92,22 +98,24 @@ def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
 
 
 def _starts(tokens: int) -> Iterator[int]:
-    """Where pieces of a dataset begin: all of a small one, else some that are spread over it, the first and last among them."""
+    """Return where the pieces to check begin: all of a small dataset, else some spread over it, with the first and last."""
     if tokens <= MAX_CHECKED_TOKENS:
         return iter(range(0, tokens, CHECKED_PIECE))
     return iter(np.linspace(0, tokens - CHECKED_PIECE, MAX_CHECKED_TOKENS // CHECKED_PIECE).astype(np.int64).tolist())
 
 
 def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
-    """Have a tokenizer end and begin documents as the preprocessing of the data did, where flags chose that there alone.
+    """Give a tokenizer the end and beginning of documents that flags chose when the data were preprocessed.
+
+    A flag of this run wins over that of the preprocessing.
 
     Args:
         data: names the datasets.
         given: the settings that the tokenizer was made of.
-        tokenizer: is given these roles.
+        tokenizer: is changed.
 
     Returns:
-        The settings that make such a tokenizer, and what to tell.
+        The settings that make such a tokenizer, and a line for the user about each change.
 
     Raises:
         DataError: for a sidecar that cannot be read.
@@ -128,7 +136,7 @@ def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Toke
 
 
 def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
-    """The roles that flags gave to tokens when a dataset was made with this vocabulary, each with the token."""
+    """Return the roles that flags gave to tokens when a dataset was made with this vocabulary, each with the token."""
     meta = read_sidecar(prefix.removesuffix(".bin").removesuffix(".idx"))
     chosen = meta.get("chosen")
     if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
@@ -137,7 +145,7 @@ def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether two tokenizers of ours have one vocabulary, and cut texts alike."""
+    """Return whether two tokenizers have one vocabulary, and cut the probe texts alike."""
     return (
         one.vocab_size == other.vocab_size
         and all(one.piece(number) == other.piece(number) for number in range(one.vocab_size))

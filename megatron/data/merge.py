@@ -1,4 +1,4 @@
-"""Several indexed datasets joined to one."""
+"""Join several indexed datasets to one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.files.outputs import InputPaths, check_file
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:
-    """The prefixes that these prefixes and directories stand for, a directory's in sorted order."""
+    """Return the prefixes that these prefixes and directories stand for, those of a directory in sorted order."""
     prefixes: list[str] = []
     for name in inputs:
         if os.path.isdir(name):
@@ -36,6 +36,7 @@ def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> IndexedDatase
         check_file("--output-prefix", output_prefix + end, read)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     metas = [dataset.meta() for dataset in datasets]
+    # One dataset for each tokenizer that a sidecar names; those without one are taken for any.
     known = {meta["tokenizer_digest"]: number for number, meta in enumerate(metas) if meta.get("tokenizer_digest")}
     if len(known) > 1:
         kinds = "; ".join(

@@ -1,4 +1,4 @@
-"""Made-up data (--mock-data): text from which a model can learn something, of any amount, from the seed alone.
+"""Make up data (--mock-data): text from which a model can learn something, of any amount, from the seed alone.
 
 Some ids of the vocabulary stand in a circle, in random order. A word is followed by one a few places further along, by a near
 one more often than by a far one, so that the loss of a GPT that has learnt all there is to learn is 1.3. Sample i of a split
@@ -30,12 +30,12 @@ MakeMock = Callable[[int, str], SampleSource]  # number of samples, split -> mad
 
 
 class MockText:
-    """The words and what follows what.
+    """A circle of words, and the chances that one follows another.
 
     Args:
         vocab_size: ids of the tokenizer; the words are spread over all of them, and so over all tensor-parallel ranks.
         special: ids that are no words.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, vocab_size: int, special: Collection[int], seed: int) -> None:
@@ -51,9 +51,9 @@ class MockText:
         return np.random.RandomState([self.seed, SPLITS.index(split), number % SEEDS])
 
     def write(self, random: np.random.RandomState, fresh: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return a word for each place. fresh: bool `[n]`, where a text begins that does not go on from the word before."""
-        steps = random.choice(STEPS, size=len(fresh), p=SHARES)
-        steps[fresh] = random.randint(0, len(self.words), size=np.count_nonzero(fresh))
+        """Return words, int64 `[n]`. fresh: bool `[n]`, true where a text begins that does not go on from the word before."""
+        steps = random.choice(STEPS, size=len(fresh), p=SHARES)  # [n]
+        steps[fresh] = random.randint(0, len(self.words), size=np.count_nonzero(fresh))  # to any word of the circle
         words: NDArray[np.int64] = self.words[np.cumsum(steps) % len(self.words)]
         return words
 
@@ -72,13 +72,14 @@ class MockGPT:
             raise IndexError(f"sample {number} of {self.count}")
         random = self.text.random(self.split, number)
         ends = random.random_sample(self.seq_length + 1) < 1.0 / MEAN_DOCUMENT
+        # A new document begins after each end, and at the sample's own beginning.
         tokens = self.text.write(random, np.concatenate([[True], ends[:-1]]))
         if self.eod is not None:
             tokens[ends] = self.eod
         return Sample(tokens)
 
     def locate(self, number: int, position: int) -> str:
-        """Return where token `position` of a sample lies, in words."""
+        """Return where token `position` of a sample lies, for a message."""
         return f"made-up {self.split} sample {number}, token {position}"
 
 
@@ -94,28 +95,35 @@ class MockBert:
     def __getitem__(self, number: int) -> PairSample:
         if not 0 <= number < self.count:
             raise IndexError(f"sample {number} of {self.count}")
-        random, longest = self.text.random(self.split, number), self.rules.longest - SPECIAL_TOKENS
-        target = int(random.randint(2, longest + 1)) if random.random_sample() < self.rules.short else longest
-        borders = [0]
-        while borders[-1] < target or len(borders) < 3:
+        random, max_tokens = self.text.random(self.split, number), self.rules.max_length - SPECIAL_TOKENS
+        is_short = random.random_sample() < self.rules.short_seq_prob
+        target = int(random.randint(2, max_tokens + 1)) if is_short else max_tokens
+        borders = [0]  # of sentences
+        while borders[-1] < target or len(borders) < 3:  # at least two sentences, for two segments
             borders.append(borders[-1] + int(random.randint(MIN_SENTENCE, MAX_SENTENCE + 1)))
         words: list[int] = self.text.write(random, np.arange(borders[-1]) == 0).tolist()
         sentences = [words[begin:end] for begin, end in itertools.pairwise(borders)]
         return pair_sample(sentences, target, self.rules, random)
 
     def locate(self, number: int, position: int) -> str:
-        """Return where a sample lies, in words. A swapped, cut pair tells no position."""
+        """Return where a sample lies, for a message. A swapped, cut pair tells no position."""
         return f"made-up {self.split} sample {number}"
 
 
 def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
-    """Return what makes GPT's samples up."""
+    """Return the function that makes GPT's samples up.
+
+    Args:
+        tokenizer: its ids are the words.
+        seq_length: input tokens of a sample.
+        seed: seed of the run.
+    """
     text = MockText(tokenizer.vocab_size, tokenizer.special.values(), seed)
     return lambda count, split: MockGPT(text, tokenizer.special.get("eod"), seq_length, count, split)
 
 
 def mock_bert(tokenizer: Tokenizer, rules: PairRules) -> MakeMock:
-    """Return what makes BERT's samples up."""
+    """Return the function that makes BERT's samples up, by these rules."""
     text = MockText(tokenizer.vocab_size, bert_roles(tokenizer).values(), rules.seed)
     return lambda count, split: MockBert(text, rules, count, split)
 

@@ -1,6 +1,6 @@
-"""Marks by which two orders of samples are told apart: what some samples of each hold, at the same places.
+"""Compare two orders of samples by marks: digests of some samples of each, at the same places.
 
-What decides the order are the data, the split, the seed, the sequence length, the weights of a blend and how many epochs
+The order follows from the data, the split, the seed, the sequence length, the weights of a blend and how many epochs
 were put together, but most of these only where they change something. So the samples themselves are compared.
 """
 
@@ -26,25 +26,25 @@ BLEND_WINDOW = 1 << 20  # samples of a blend that are searched for them
 
 
 def order_marks(dataset: SampleSource, count: int, data: DataConfig, seed: int) -> dict[str, str]:
-    """The marks of an order: place in the training order -> digest of the sample there.
+    """Return the marks of an order: place in the training order -> digest of the sample there.
 
     Args:
         dataset: the training samples.
-        count: how many of them the run will read.
-        data: whether the loader reshuffles each epoch.
-        seed: by which it does.
+        count: number of samples that the run will read.
+        data: says whether the loader reshuffles each epoch.
+        seed: seed of the reshuffling.
     """
     return _marks(dataset, _places(dataset, min(count, len(dataset))), data, seed)
 
 
 def order_differs(marks: Mapping[str, Any], dataset: SampleSource | None, data: DataConfig, seed: int) -> bool | None:
-    """Whether a dataset has other samples than those of `marks` at a place that both have.
+    """Return whether a dataset has other samples than those of `marks` at a place that both have.
 
     Args:
-        marks: `order_marks` of the other one, as a checkpoint holds them.
+        marks: `order_marks` of another dataset, as a checkpoint holds them.
         dataset: the training samples; None where nothing is trained.
-        data: as of `order_marks`.
-        seed: as of `order_marks`.
+        data: as in `order_marks`.
+        seed: as in `order_marks`.
 
     Returns:
         None where there are no marks to compare with.
@@ -56,6 +56,7 @@ def order_differs(marks: Mapping[str, Any], dataset: SampleSource | None, data: 
 
 
 def _places(dataset: SampleSource, count: int) -> list[int]:
+    """Return the places to mark, among the first `count` of the training order."""
     places = {count * i // MARK_COUNT for i in range(MARK_COUNT)} if count else set()
     if isinstance(dataset, BlendedDataset) and count:
         # One dataset may be built anew, while the others stay as they are.
@@ -67,13 +68,14 @@ def _places(dataset: SampleSource, count: int) -> list[int]:
 
 
 def _marks(dataset: SampleSource, places: Sequence[int], data: DataConfig, seed: int) -> dict[str, str]:
+    """Return the digests of the samples at some places of the training order."""
     order = epoch_order(seed, 0, len(dataset)) if data.dataloader_type == "cyclic" else None
     marks = {}
     for place in places:
         try:
             sample = dataset[place if order is None else int(order[place])]
         except DataError:
-            continue  # whoever trains on it says so
+            continue  # training on it says so
         digest = hashlib.blake2b(digest_size=8)
         for array in _tokens(sample):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes() + b"|")
@@ -82,6 +84,7 @@ def _marks(dataset: SampleSource, places: Sequence[int], data: DataConfig, seed:
 
 
 def _tokens(sample: Any) -> Iterator[NDArray[np.int64]]:
-    """The tokens of a sample of any kind, as they are before some of BERT's are masked."""
+    """Yield the tokens of a sample of any kind, before some of BERT's are masked."""
+    # A task's sample has rows; in those the labels are answers, and its tokens are not masked.
     for row in getattr(sample, "rows", None) or [sample]:
         yield row.labels if row is sample and isinstance(row, PairSample) else row.tokens

@@ -1,7 +1,6 @@
-"""The bytes of a text file as they were before it was packed, whatever its name ends in: its first bytes say what it is.
+"""Unpack text files while they are read. The first bytes of a file tell its kind, whatever its name ends in.
 
-gzip, zstandard, bzip2 and xz are unpacked while they are read, in bounded memory; what no text comes out of is refused as
-`recognize_bytes` names it.
+gzip, zstandard, bzip2 and xz are unpacked in bounded memory; a file without text is refused as `recognize_bytes` names it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
 MAX_XZ_BYTES = 1 << 28  # of memory for one; `xz -9` takes 65 MB
 MAX_PACKINGS = 3  # one in another
-DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # what reading the bytes of a damaged file raises
+DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # raised when the bytes of a damaged file are read
 
 # The kind of a packed file, by the suffix of its name.
 PACKED_SUFFIXES: Mapping[str, str] = MappingProxyType(
@@ -48,10 +47,11 @@ class UnpackedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with unpacked bytes; returns how many, 0 at the end."""
+        """Fill `buffer` with unpacked bytes; return their number, 0 at the end."""
         while not self._ready:
-            waits = self._stream is not None and not getattr(self._stream, "needs_input", True)
-            if not waits and not self._packed:
+            # A bounded decompressor may hold more bytes than it gave; only then no more packed ones are needed.
+            holds_more = self._stream is not None and not getattr(self._stream, "needs_input", True)
+            if not holds_more and not self._packed:
                 self._packed = self._file.read(PACKED_BYTES)
                 if not self._packed:
                     if self._stream is not None:
@@ -63,6 +63,7 @@ class UnpackedFile(io.RawIOBase):
         return count
 
     def _unpack(self) -> None:
+        """Unpack what was read, as far as one stream goes; bytes behind its end begin the next one."""
         if self._stream is None:
             self._packed = self._packed.lstrip(b"\x00")  # xz allows for zeros between streams
             if not self._packed:
@@ -126,7 +127,7 @@ def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
 
 
 def _look(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
-    """The first bytes of a file, and a file that still has them."""
+    """Return the first bytes of a file, and a file that still has them."""
     head = b""
     try:
         while len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
@@ -137,13 +138,14 @@ def _look(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
 
 
 def _refuse_cut_off(name: str, head: bytes) -> None:
-    """DataError for a packed file, by its name, that ends before its kind can be told."""
+    """Raise a DataError for a packed file, by its name, that ends before its kind can be told."""
     kind = next((kind for suffix, kind in PACKED_SUFFIXES.items() if name.endswith(suffix)), None)
     if kind and any(mark.startswith(head) for mark, known in PACKED if known == kind):
         raise damaged_error(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
 
 
 def _unpack(kind: str, name: str, file: IO[bytes]) -> IO[bytes]:
+    """Return the unpacked bytes of a file of one of the kinds of `PACKED_SUFFIXES`."""
     match kind:
         case "gzip":
             plain: Any = gzip.GzipFile(fileobj=file, mode="rb")
@@ -170,7 +172,13 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
 
 
 def damaged_error(name: str, line: int, why: object) -> DataError:
-    """Return the error of a file whose bytes cannot be read any further. line: the last one before that, from 1 on."""
+    """Return the error for a file whose bytes cannot be read any further.
+
+    Args:
+        name: of the file.
+        line: last one that was read, from 1 on.
+        why: the reason, as an exception or in words.
+    """
     return DataError(f"{name}: damaged after line {line} ({why}); get the file again")
 
 

@@ -1,4 +1,4 @@
-"""A corpus of JSON lines to indexed datasets: what `encode.py` makes of the lines is written by one process, in their order."""
+"""Preprocess a corpus of JSON lines into indexed datasets: one process writes, in order, the lines that `encode.py` encodes."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def preprocess(
     output_prefix: str,
     settings: PreprocessConfig,
     workers: int = 1,
-    report: Callable[[PreprocessTotals], None] | None = None,
-    say: Callable[[str], object] = str,
+    on_progress: Callable[[PreprocessTotals], None] | None = None,
+    log: Callable[[str], object] = str,
 ) -> PreprocessTotals:
     """Write `PREFIX_KEY_document.bin/.idx` (or `_sentence`) for each key, with a sidecar that names the tokenizer.
 
@@ -70,10 +70,10 @@ def preprocess(
     Args:
         inputs: files and globs.
         output_prefix: PREFIX. Bad lines that are skipped go to `PREFIX.bad.jsonl`.
-        settings: what is made of each line.
+        settings: of the tokenizer, and of documents and lines.
         workers: processes; the output is the same for any number.
-        report: called after each block.
-        say: told, a line at a time, what documents begin and end with, and of special tokens in their texts.
+        on_progress: called after each block.
+        log: called with each line about the tokens that documents begin and end with, and about special tokens in texts.
 
     Raises:
         DataError: for wrong input, also for documents without a single token.
@@ -87,7 +87,7 @@ def preprocess(
         [output_prefix + BAD_LINES, *(prefix + end for prefix in totals.prefixes for end in DATASET_SUFFIXES)], files, settings
     )
     for line in describe_document_tokens(tokenizer, settings.tokenizer, append_eod=settings.append_eod):
-        say(line)
+        log(line)
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         dtype = token_dtype(tokenizer.vocab_size)
@@ -101,31 +101,33 @@ def preprocess(
                 print(f"note: {uncut_text_note(encoded.longest_part, tokenizer.kind)}", file=sys.stderr)
             totals.add(encoded)
             totals.seconds = time.monotonic() - start
-            if report is not None:
-                report(totals)
-        _refuse_nothing(inputs, settings, totals, [writer.token_count for writer in writers])
+            if on_progress is not None:
+                on_progress(totals)
+        _check_not_empty(inputs, settings, totals, [writer.token_count for writer in writers])
         meta = sidecar_entries(tokenizer, settings)
         for writer in writers:
             writer.finish(meta)
         rejected.finish()
-    say(describe_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
+    log(describe_special_tokens(tokenizer, totals.special_tokens, plain=settings.plain_special_tokens))
     return totals
 
 
 def _named_files(tokenizer: TokenizerConfig) -> dict[str, str]:
-    """The settings of a tokenizer that name files."""
+    """Return the settings of a tokenizer that name files."""
     return {k: v for k, v in asdict(tokenizer).items() if isinstance(v, str) and k.endswith(("file", "model"))}
 
 
 def _check_outputs(outputs: Iterable[str], inputs: Iterable[str], settings: PreprocessConfig) -> None:
-    """OutputError for an output that would replace something else, or a file that is read here."""
+    """Raise a OutputError for an output that would replace something else, or a file that is read here."""
     read = InputPaths([*inputs, *(file for path in _named_files(settings.tokenizer).values() for file in files_in(path))])
     for output in outputs:
         check_file("--output-prefix", output, read)
 
 
-def _refuse_nothing(inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, tokens: Sequence[int]) -> None:
-    """DataError where there are no documents, or no tokens in those of a key: nothing could be trained on them."""
+def _check_not_empty(
+    inputs: Sequence[str], settings: PreprocessConfig, totals: PreprocessTotals, tokens: Sequence[int]
+) -> None:
+    """Raise a DataError where there are no documents, or no tokens in those of a key: nothing could be trained on them."""
     if not totals.documents:
         why = f": all {totals.bad} lines are bad" if totals.bad else ""
         raise DataError(f"no documents in {', '.join(inputs)}{why}")
@@ -136,7 +138,7 @@ def _refuse_nothing(inputs: Sequence[str], settings: PreprocessConfig, totals: P
 
 
 def sidecar_entries(tokenizer: Tokenizer, settings: PreprocessConfig) -> dict[str, Any]:
-    """Return what `PREFIX.meta.json` says of how the tokens were made."""
+    """Return the entries of `PREFIX.meta.json` about the making of the tokens."""
     files = {name: os.path.abspath(path) for name, path in _named_files(settings.tokenizer).items()}
     return dict(
         tokenizer={**asdict(settings.tokenizer), **files},
@@ -154,7 +156,7 @@ def sidecar_entries(tokenizer: Tokenizer, settings: PreprocessConfig) -> dict[st
 
 
 def uncut_text_note(characters: int, kind: str) -> str:
-    """Return the words for a long text that the tokenizer was given at once."""
+    """Return the note about a long text that the tokenizer was given at once."""
     return (
         f"a text of {characters} characters was tokenized at once, which takes up to 150 bytes of memory for each: it has no "
         f"place where {kind} could cut it without changing its tokens"
@@ -162,7 +164,7 @@ def uncut_text_note(characters: int, kind: str) -> str:
 
 
 class RejectedLines:
-    """`PREFIX.bad.jsonl`: the lines that were skipped, as they were. Made only if there are any."""
+    """Writes skipped lines, as they are, to `PREFIX.bad.jsonl`, which is made only if there are any."""
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(prefix + BAD_LINES)
@@ -170,7 +172,7 @@ class RejectedLines:
         self._pending: PendingFile | None = None
 
     def add(self, lines: Iterable[tuple[str, bytes]]) -> None:
-        """Keep these lines, each with the reason on standard error."""
+        """Write some lines, and the reason of each to standard error."""
         for reason, text in lines:
             if self._pending is None:
                 self._pending = PendingFile(self.path)
@@ -178,7 +180,7 @@ class RejectedLines:
             print(f"skipped {reason}", file=sys.stderr)
 
     def finish(self) -> None:
-        """Put the file in place; one of an earlier run goes."""
+        """Put the file in place, or remove one of an earlier run."""
         if self._pending is None:
             self.path.unlink(missing_ok=True)
         else:

@@ -1,4 +1,4 @@
-"""What a model's samples are, and how they become micro-batches: the one place that tells GPT's data from BERT's."""
+"""Choose a model's samples and their collator: the one place that tells GPT's data from BERT's."""
 
 from __future__ import annotations
 
@@ -15,20 +15,35 @@ from megatron.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """samples: of one dataset. batches: of some samples. mock: samples that are made up; None without --mock-data."""
+    """Functions that make a model's data.
 
-    samples: MakeDataset
-    batches: Collate
+    make: makes the samples of one dataset. collate: makes a micro-batch of samples. mock: makes samples up; None without
+    --mock-data.
+    """
+
+    make: MakeDataset
+    collate: Collate
     mock: MakeMock | None = None
 
 
 def build_recipe(model: ModelConfig, data: DataConfig, seed: int, tokenizer: Tokenizer) -> Recipe:
-    """Of a resolved model. DataError when the tokenizer lacks what the samples need."""
+    """Return the functions that make a model's data.
+
+    Args:
+        model: resolved; says the architecture.
+        data: settings of the samples.
+        seed: seed of the run.
+        tokenizer: gives ids to the special tokens.
+
+    Raises:
+        DataError: when the tokenizer lacks a token that the samples need.
+    """
     if model.architecture == "gpt":
-        batches = GPTCollator.of(data, tokenizer.vocab_size, tokenizer.special.get("eod"))
+        collate = GPTCollator.from_config(data, tokenizer.vocab_size, tokenizer.special.get("eod"))
         made_up = mock_gpt(tokenizer, data.seq_length, seed) if data.mock_data else None
-        return Recipe(gpt_dataset_maker(data, seed), batches, made_up)
+        return Recipe(gpt_dataset_maker(data, seed), collate, made_up)
+    # Made-up text can do without the tokenizer's special tokens, so that NullTokenizer serves as well.
     token = bert_roles(tokenizer).__getitem__ if data.mock_data else tokenizer.token
     rules = build_pair_rules(data, seed, tokenizer, token, binary=model.bert_binary_head)
-    batches_of_pairs = BertCollator(data.seq_length, token("pad"), model.bert_binary_head)
-    return Recipe(pair_dataset_maker(rules), batches_of_pairs, mock_bert(tokenizer, rules) if data.mock_data else None)
+    pair_collator = BertCollator(data.seq_length, token("pad"), model.bert_binary_head)
+    return Recipe(pair_dataset_maker(rules), pair_collator, mock_bert(tokenizer, rules) if data.mock_data else None)

@@ -1,4 +1,4 @@
-"""Which tokens are sample number i: three arrays that follow from the document lengths, the seed and two counts.
+"""Index of GPT samples: three arrays that follow from the document lengths, the seed and two counts.
 
 The documents of a split are put one after the other, once per epoch, in shuffled order, and the stream of their tokens is
 cut every `seq_length` tokens. Sample j reads from cut j on and one token beyond cut j + 1, so it yields seq_length inputs
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from megatron.data.errors import DataError
 
 BLOCK = 1 << 20  # documents per step: bounds the working memory
-SEPARATE_BELOW = 0.80
+SEPARATE_BELOW = 0.80  # share of the last epoch, as Megatron-Core has it
 
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """documents: int32 `[epochs * documents]`, the sequence at each place of the stream.
+    """The three arrays by which a sample's tokens are found.
+
+    documents: int32 `[epochs * documents]`, the sequence at each place of the stream.
     samples: int32 or int64 `[samples + 1, 2]`, each cut as (place in the stream, token within that sequence).
     shuffle: uint32 or int64 `[samples]`, the cut at which each sample of the training order starts.
     """
@@ -34,9 +36,9 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How often the documents are read, and where the separately shuffled last epoch starts.
+    """The number of epochs, and the start of the last one if it is shuffled apart.
 
-    tokens: of one epoch. first_epochs_samples: how many samples come before the last epoch if that is shuffled apart.
+    tokens: of one epoch. first_epochs_samples: number of samples before the last epoch if that is shuffled apart.
     """
 
     tokens: int
@@ -45,30 +47,51 @@ class EpochPlan:
     first_epochs_samples: int
 
 
-def plan_epochs(tokens: int, seq_length: int, wanted: int | None, extra: int = 1) -> EpochPlan:
-    """The epochs that `wanted` samples need (None: one epoch), given the tokens of one epoch.
+def plan_epochs(tokens: int, seq_length: int, num_samples: int | None, extra: int = 1) -> EpochPlan:
+    """Return the epochs that a number of samples needs.
 
     When less than 80 % of the last epoch is needed it is shuffled apart from the others, so that all documents are seen
-    equally often before any is seen once more. DataError if there are no tokens, from which no sample can be made.
+    equally often before any is seen once more.
+
+    Args:
+        tokens: of one epoch.
+        seq_length: input tokens of a sample.
+        num_samples: number of samples; None for one epoch.
+        extra: tokens that a sample has beyond `seq_length`.
+
+    Raises:
+        DataError: if there are no tokens, from which no sample can be made.
     """
     if tokens <= 0:
-        raise DataError(f"{tokens} tokens cannot make {wanted if wanted is not None else 'any'} samples of {seq_length} tokens")
-    epochs = 1 if wanted is None else max(1, -(-(wanted * seq_length + extra) // tokens))
+        raise DataError(
+            f"{tokens} tokens cannot make {num_samples if num_samples is not None else 'any'} samples of {seq_length} tokens"
+        )
+    epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + extra) // tokens))  # rounded up
     before_last = ((epochs - 1) * tokens - extra) // seq_length
-    if wanted is None or epochs == 1:
+    if num_samples is None or epochs == 1:
         return EpochPlan(tokens, epochs, False, 0)
     per_epoch = (tokens - extra) // seq_length
-    separate = wanted - before_last < int(SEPARATE_BELOW * per_epoch)
+    separate = num_samples - before_last < int(SEPARATE_BELOW * per_epoch)
     return EpochPlan(tokens, epochs, separate, before_last)
 
 
 def document_order(
     documents: NDArray[np.int32], epochs: int, separate_last: bool, random: np.random.RandomState
 ) -> NDArray[np.int32]:
-    """The documents, once per epoch, shuffled together; the last epoch on its own if so planned. int32 `[epochs * n]`."""
+    """Return the documents of all epochs in shuffled order.
+
+    Args:
+        documents: int32 `[n]`, numbers of sequences.
+        epochs: number of times that each is read.
+        separate_last: shuffle the last epoch on its own, the others together.
+        random: shuffles, in place, as Megatron-Core does.
+
+    Returns:
+        int32 `[epochs * n]`.
+    """
     first = epochs - 1 if separate_last else epochs
     order = np.tile(np.asarray(documents, dtype=np.int32), epochs)
-    random.shuffle(order[: first * len(documents)])
+    random.shuffle(order[: first * len(documents)])  # a slice is a view, so this shuffles `order`
     if separate_last:
         random.shuffle(order[first * len(documents) :])
     return order
@@ -83,10 +106,21 @@ def cut_stream(
     extra: int = 1,
     drop_last: bool = True,
 ) -> NDArray[Any]:
-    """Where each sample starts, `[samples + 1, 2]`; the last row is where the last sample ends.
+    """Cut the stream of tokens into samples.
 
-    A cut lies in the document that holds the last token of the sample before it, `extra` tokens short of that sample's
-    end. tokens: the sum of lengths over `order`. drop_last: leave out a last sample that the stream cannot fill.
+    A cut lies in the document that holds the last token of the sample before it, `extra` tokens short of that sample's end.
+
+    Args:
+        lengths: int32, tokens of every sequence of the dataset.
+        order: int32 `[n]`, the sequence at each place of the stream.
+        tokens: sum of the lengths over `order`.
+        seq_length: input tokens of a sample.
+        extra: tokens that a sample has beyond `seq_length`.
+        drop_last: leave out a last sample that the stream cannot fill.
+
+    Returns:
+        `[samples + 1, 2]`: place in the stream and token in its sequence at which each sample starts; the last row is the
+        end of the last sample.
     """
     samples = (tokens - extra) // seq_length if drop_last else -(-(tokens - extra) // seq_length)
     samples = max(samples, 0)
@@ -94,13 +128,15 @@ def cut_stream(
     cuts = np.zeros((samples + 1, 2), dtype=np.int32 if largest <= np.iinfo(np.int32).max else np.int64)
     done, before = 1, 0
     for start in range(0, len(order), BLOCK):
-        ends = np.cumsum(lengths[order[start : start + BLOCK]], dtype=np.int64)
+        ends = np.cumsum(lengths[order[start : start + BLOCK]], dtype=np.int64)  # [block], tokens of the stream up to each
         ends += before
+        # Cuts from `done` to `stop` lie in this block.
         stop = samples + 1 if ends[-1] >= tokens else (int(ends[-1]) - extra) // seq_length + 1
         if stop > done:
             positions = np.minimum(np.arange(done, stop, dtype=np.int64) * seq_length, tokens - extra)
             places = np.searchsorted(ends, positions + extra, side="left")
             cuts[done:stop, 0] = places + start
+            # At place 0 the index -1 is read and thrown away.
             begins = np.where(places > 0, ends[places - 1], before)
             cuts[done:stop, 1] = positions - begins
             done = stop
@@ -114,7 +150,13 @@ def cut_stream(
 
 
 def shuffle_order(first: int, total: int, random: np.random.RandomState) -> NDArray[Any]:
-    """A permutation of `range(total)` that shuffles the first `first` and the rest apart. uint32, or int64 if too large."""
+    """Return a permutation of `range(total)`, uint32, or int64 if too large.
+
+    Args:
+        first: so many numbers are shuffled among themselves, and so is the rest.
+        total: size of the permutation.
+        random: shuffles.
+    """
     order = np.arange(total, dtype=np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64)
     random.shuffle(order[:first])
     if first != total:
@@ -127,18 +169,28 @@ def build_sample_index(
     documents: NDArray[np.int32],
     seq_length: int,
     seed: int,
-    wanted: int | None,
+    num_samples: int | None,
     *,
     extra: int = 1,
     drop_last: bool = True,
 ) -> SampleIndex:
-    """The index of at least `wanted` samples (None: one epoch) of `seq_length` tokens from the sequences `documents`.
+    """Build the index of the samples of a split.
 
-    lengths: int32, tokens of every sequence of the dataset. extra: tokens a sample has beyond seq_length.
-    Raises DataError when the documents hold no tokens.
+    Args:
+        lengths: int32, tokens of every sequence of the dataset.
+        documents: int32 `[n]`, numbers of the sequences in the split.
+        seq_length: input tokens of a sample.
+        seed: seed of both shuffles.
+        num_samples: least number of samples; None for one epoch.
+        extra: tokens that a sample has beyond `seq_length`.
+        drop_last: leave out a last sample that the stream cannot fill.
+
+    Raises:
+        DataError: when the documents hold no tokens.
     """
     tokens = sum(int(lengths[documents[i : i + BLOCK]].sum(dtype=np.int64)) for i in range(0, len(documents), BLOCK))
-    plan = plan_epochs(tokens, seq_length, wanted, extra)
+    plan = plan_epochs(tokens, seq_length, num_samples, extra)
+    # One generator for both shuffles, in this order: the order of samples depends on it.
     random = np.random.RandomState(seed)
     order = document_order(documents, plan.epochs, plan.separate_last, random)
     cuts = cut_stream(lengths, order, plan.epochs * tokens, seq_length, extra=extra, drop_last=drop_last)

@@ -1,4 +1,4 @@
-"""Which sentences are BERT sample number i: rows of (first sentence, end, target length), from lengths and a seed alone.
+"""Index of BERT samples: rows of (first sentence, end, target length), from lengths and a seed alone.
 
 A document's sentences are put together, in order, until they reach a target length; what is left over of a document joins
 its last sample. The target is the longest that fits, but with probability `short` a random shorter one, as in the BERT paper
@@ -26,71 +26,73 @@ def build_sentence_index(
     documents: NDArray[np.int64],
     lengths: NDArray[np.int32],
     *,
-    longest: int,
-    short: float,
+    max_tokens: int,
+    short_prob: float,
     seed: int,
-    wanted: int | None,
-    at_least: int,
+    num_samples: int | None,
+    min_sentences: int,
 ) -> NDArray[np.int64]:
     """Cut documents into samples of whole sentences, in training order, as Megatron-LM does.
 
     Args:
         documents: int64 `[n + 1]`, the sentence at which each document starts, and the end of the last.
         lengths: int32, tokens of every sentence.
-        longest: tokens of a sample without its special ones.
-        short: share of samples with a random target.
-        seed: of the targets and the order.
-        wanted: at least so many samples; None: one epoch.
-        at_least: sentences of a sample; 2 when it must be cut into two segments.
+        max_tokens: tokens of a sample without its special ones, at most.
+        short_prob: share of samples with a random target.
+        seed: seed of the targets and of the order.
+        num_samples: least number of samples; None for one epoch.
+        min_sentences: sentences of a sample at least; 2 when it must be cut into two segments.
 
     Returns:
         int64 `[samples, 3]`: first sentence, end, target of tokens. Empty when no document has enough sentences.
     """
-    if longest < 2:
-        raise ValueError(f"samples of {longest} tokens")
-    usable = _usable(documents, lengths, at_least)
-    targets = _targets(longest, short, np.random.RandomState(seed))
+    if max_tokens < 2:
+        raise ValueError(f"samples of {max_tokens} tokens")
+    usable = _usable(documents, lengths, min_sentences)
+    targets = _targets(max_tokens, short_prob, np.random.RandomState(seed))
     rows: list[tuple[int, int, int]] = []
     target = -1
-    while usable and (target < 0 or (wanted is not None and len(rows) < wanted)):
+    while usable and (target < 0 or (num_samples is not None and len(rows) < num_samples)):  # one round is one epoch
         for first, end in usable:
             target = next(targets)
-            # ends[i]: tokens of the document's sentences up to and with i.
-            ends = np.cumsum(lengths[first:end], dtype=np.int64).tolist()
+            # Tokens of the document's sentences up to and with each one: a sum that bisection can search.
+            ends = np.cumsum(lengths[first:end], dtype=np.int64).tolist()  # [sentences]
             begin, count = 0, end - first
             while begin < count:
                 before = ends[begin - 1] if begin else 0
-                last = max(bisect_left(ends, before + target, begin), begin + at_least - 1)
+                last = max(bisect_left(ends, before + target, begin), begin + min_sentences - 1)
                 # One sentence alone makes no sample, so the last two stay together.
                 stop = count if last >= count - 2 else last + 1
                 rows.append((first + begin, first + stop, target))
+                # Also after the last sample of a document: Megatron-LM draws one target more than it uses.
                 begin, target = stop, next(targets)
-    found = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    found = np.array(rows, dtype=np.int64).reshape(-1, 3)  # [samples, 3]
     return found[_shuffled(len(found), seed + 1)]
 
 
-def _usable(documents: NDArray[np.int64], lengths: NDArray[np.int32], at_least: int) -> list[tuple[int, int]]:
-    """First sentence and end of every document with enough sentences and, where it has several, none too long."""
+def _usable(documents: NDArray[np.int64], lengths: NDArray[np.int32], min_sentences: int) -> list[tuple[int, int]]:
+    """Return first sentence and end of every document with enough sentences and, where it has several, none too long."""
     starts, ends = np.asarray(documents[:-1], dtype=np.int64), np.asarray(documents[1:], dtype=np.int64)
+    # Sums up to each sentence: two of them are equal where no sentence between is too long.
     too_long = np.concatenate([[0], np.cumsum(lengths > MAX_SENTENCE_TOKENS)])
     counts = ends - starts
-    fine = (counts >= max(at_least, 1)) & ((counts == 1) | (too_long[ends] == too_long[starts]))
+    fine = (counts >= max(min_sentences, 1)) & ((counts == 1) | (too_long[ends] == too_long[starts]))
     return list(zip(starts[fine].tolist(), ends[fine].tolist(), strict=True))
 
 
-def _targets(longest: int, short: float, random: np.random.RandomState) -> Iterator[int]:
-    """Target lengths without end: mostly `longest`, else 2 to `longest`. One random number each, none where short is 0."""
-    one_in = round(1.0 / short) if short > 0 else 0
+def _targets(max_tokens: int, short_prob: float, random: np.random.RandomState) -> Iterator[int]:
+    """Yield target lengths without end: mostly `max_tokens`, else 2 to `max_tokens`, from one random number each."""
+    one_in = round(1.0 / short_prob) if short_prob > 0 else 0
     while True:
-        if not one_in:
-            yield longest
+        if not one_in:  # nothing is drawn then
+            yield max_tokens
             continue
         for number in random.randint(0, 1 << 32, size=DRAW_BLOCK, dtype=np.uint32).tolist():
-            yield longest if number % one_in else 2 + number % (longest - 1)
+            yield max_tokens if number % one_in else 2 + number % (max_tokens - 1)
 
 
 def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
-    """The numbers below `count` in random order (Fisher and Yates), drawn from the 64-bit Mersenne twister."""
+    """Return the numbers below `count` in random order (Fisher and Yates), drawn from the 64-bit Mersenne twister."""
     order = list(range(count))
     if count < 2:
         return np.array(order, dtype=np.int64)
@@ -102,7 +104,10 @@ def _shuffled(count: int, seed: int) -> NDArray[np.int64]:
 
 
 def _mersenne_64(seed: int, count: int) -> NDArray[np.uint64]:
-    """The first `count` numbers of mt19937-64 with this seed, as C++'s `std::mt19937_64` gives them."""
+    """Return the first `count` numbers of mt19937-64 with this seed, as C++'s `std::mt19937_64` gives them.
+
+    Megatron-LM shuffles with that generator; numpy has only the 32-bit one. Nishimura, 2000.
+    """
     words = [seed & (2**64 - 1)]
     for i in range(1, STATE_WORDS):
         words.append((6364136223846793005 * (words[-1] ^ (words[-1] >> 62)) + i) & (2**64 - 1))
@@ -118,8 +123,8 @@ def _mersenne_64(seed: int, count: int) -> NDArray[np.uint64]:
             mixed = (state[half] & np.uint64(0xFFFFFFFF80000000)) | (after & np.uint64(0x7FFFFFFF))
             odd = np.where(mixed & np.uint64(1), np.uint64(0xB5026F5AA96619E9), np.uint64(0))
             following[half] = ahead ^ (mixed >> np.uint64(1)) ^ odd
-        state = following
-        x = state.copy()
+        state = following  # [STATE_WORDS]
+        x = state.copy()  # tempered; the state itself is not
         x ^= (x >> np.uint64(29)) & np.uint64(0x5555555555555555)
         x ^= (x << np.uint64(17)) & np.uint64(0x71D67FFFEDA60000)
         x ^= (x << np.uint64(37)) & np.uint64(0xFFF7EEE000000000)

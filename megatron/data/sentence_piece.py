@@ -1,4 +1,4 @@
-"""SentencePiece models, and their form as a tokenizer.json."""
+"""Read SentencePiece models, and convert them to a tokenizer.json (arXiv 1808.06226)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from megatron.data.cuts import SEPARATORS, SPACE, Seam, TokenFinder, adjacent_pa
 from megatron.data.errors import DataError
 from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
-UNIGRAM, BPE = 1, 2  # kinds of model
-USER_DEFINED = 4  # kind of piece
+# Numbers of sentencepiece_model.proto.
+UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
+USER_DEFINED = 4  # ModelProto.SentencePiece.Type
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
@@ -29,7 +30,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         self.assets = {"tokenizer.model": read_tokenizer_file(model_file, "--tokenizer-model")}
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=self.assets["tokenizer.model"])
-            self._own = int(self._model.get_piece_size())
+            self._own = int(self._model.get_piece_size())  # ids of the model; those above are added here
             self._pieces = [str(self._model.id_to_piece(i)) for i in range(self._own)]
             if not self._pieces:
                 raise ValueError("it is empty")
@@ -42,28 +43,34 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """The number of pieces, added ones included."""
         return len(self._pieces)
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, encoded part by part where it is long."""
         return [i for part in self.parts(text) for i in self._model.encode_as_ids(part)]
 
     @cached_property
     def seam(self) -> Seam | None:
+        """What cuts long texts; None for a model that allows for no cut."""
         known = cuts_are_safe(self.assets["tokenizer.model"])
         return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of these ids; ids that are not the model's own add nothing."""
         return str(self._model.decode_ids([number for number in ids if number < self._own]))
 
     def piece(self, number: int) -> str:
+        """Return the piece with this id; "" where there is none."""
         return self._pieces[number] if number < len(self._pieces) else ""
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
+        """User-defined pieces, which the model finds in text first."""
         return self._symbols()
 
     def _symbols(self) -> Mapping[str, int]:
-        """Pieces that the model itself finds in text before anything else, without runs of white space."""
+        """Return the pieces that the model itself finds in text before anything else, without runs of white space."""
         entries = (
             dict(protobuf_fields(value)) for field, value in protobuf_fields(self.assets["tokenizer.model"]) if field == 1
         )
@@ -71,6 +78,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
 
     def read_special_as_text(self) -> None:
+        """Do nothing, or raise a DataError for a model that finds user-defined pieces: it cannot be told not to."""
         if own := self._symbols():
             names = ", ".join(map(repr, list(own)[:4]))
             raise DataError(
@@ -79,10 +87,11 @@ class GPTSentencePieceTokenizer(Tokenizer):
             )
 
     def added_tokens(self) -> list[str]:
-        """Tokens that are found in text before the model sees it."""
+        """Return the tokens that are found in text before the model sees it."""
         return []
 
     def backend(self) -> Backend:
+        """Return the model converted to the `tokenizers` package."""
         scores = [float(self._model.get_score(i)) for i in range(self._model.get_piece_size())]
         return convert_sentence_piece(self.assets["tokenizer.model"], self._model, self._pieces, scores, self.added_tokens())
 
@@ -108,21 +117,26 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
                 self._pieces.append(name)
             self._known[name] = ids[name]
         self._special_is_text = False
+        # In parentheses, so that splitting keeps the tokens.
         self._cut = re.compile("(" + "|".join(map(re.escape, self._known)) + ")")
         self.special = {**self.special, **{role: self._known[name] for role, name in names.items()}}
 
     @property
     def special_in_text(self) -> Mapping[str, int]:
+        """User-defined pieces of the model, and the added tokens."""
         return {**self._symbols(), **self._known}
 
     def read_special_as_text(self) -> None:
+        """Tokenize the added tokens in texts as any other text."""
         super().read_special_as_text()
         self._special_is_text = True
 
     def added_tokens(self) -> list[str]:
+        """Return the tokens that Megatron-LM adds, whether or not the model has them."""
         return list(self._known)
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, in which the added tokens are found first."""
         if self._special_is_text:
             return super().tokenize(text)
         ids: list[int] = []
@@ -132,6 +146,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of these ids; an added token appears by name, with a space after it."""
         names = {number: name for name, number in self._known.items()}
         parts: list[str] = []
         plain: list[int] = []
@@ -145,7 +160,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
 
 
 class BPESeam(Seam):
-    """Where a text can be cut for a BPE model: where no piece of the vocabulary holds the two characters that are parted.
+    """Cuts texts for a BPE model: where no piece of the vocabulary holds the two characters that are parted.
 
     A merge across the place would make such a piece. Known tokens, which are found in text first, must not be near.
     """
@@ -157,16 +172,18 @@ class BPESeam(Seam):
         self.context = max(self.context, self._known.longest + 2)
 
     def judge(self, left: str, right: str) -> int | None:
+        """Allow for a cut where both sides, normalized alone, are the whole, and no merge crosses the place."""
         if self._known(left + right):
             return None
         whole, before = str(self._model.normalize(left + right)), str(self._model.normalize(left))
         for skipped in (0, 1) if right[0].isspace() else (0,):
             after = str(self._model.normalize(right[skipped:]))
-            if before and after and before + after == whole and self._parts(before[-1], after[0]):
+            if before and after and before + after == whole and self._can_part(before[-1], after[0]):
                 return skipped
         return None
 
-    def _parts(self, before: str, after: str) -> bool:
+    def _can_part(self, before: str, after: str) -> bool:
+        """Return whether no merge can join these two characters, and none of them is spelt in bytes."""
         known = before in self._pieces and after in self._pieces and before + after not in self._neighbours
         return known and before.isalnum() and after in SEPARATORS
 
@@ -178,6 +195,7 @@ def cuts_are_safe(proto: bytes) -> bool:
     alike (`** ****` or `**** **`), so that no place is safe.
     """
     parts = dict(protobuf_fields(proto))
+    # 2 is trainer_spec, 3 normalizer_spec of ModelProto.
     trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
     usual = norm.get(1, b"") in (b"identity", b"nfkc", b"nfkc_cf", b"nmt_nfkc", b"nmt_nfkc_cf")
     escapes_spaces, spaces_as_suffixes = norm.get(5, 1), trainer.get(24, 0)
@@ -185,10 +203,10 @@ def cuts_are_safe(proto: bytes) -> bool:
 
 
 def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The (number, value) pairs of a serialised protocol buffer: ints for varints, bytes for the rest."""
+    """Yield the (number, value) pairs of a serialised protocol buffer: ints for varints, bytes for the rest."""
     stream = io.BytesIO(message)
 
-    def varint() -> int:
+    def varint() -> int:  # seven bits in each byte, the lowest first; the eighth says that more follow
         value = shift = 0
         while True:
             byte = stream.read(1)
@@ -201,7 +219,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
     while stream.tell() < len(message):
         key = varint()
-        match key & 7:
+        match key & 7:  # wire type
             case 0:
                 yield key >> 3, varint()
             case 1:
@@ -215,11 +233,19 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: list[float], added: list[str]) -> Backend:
-    """A SentencePiece model as a tokenizer of the `tokenizers` package.
+    """Return a SentencePiece model as a tokenizer of the `tokenizers` package.
 
-    proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read. added: tokens of
-    `pieces` that are cut from the text first. Raises DataError for a word or character model. The two break ties
-    differently where a unigram model scores two orders of the same pieces alike (`** ****` or `**** **`).
+    The two break ties differently where a unigram model scores two orders of the same pieces alike (`** ****` or `**** **`).
+
+    Args:
+        proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read.
+        model: the SentencePieceProcessor of it.
+        pieces: by id, those of the model and then added ones.
+        scores: of the model's pieces.
+        added: tokens of `pieces` that are cut from the text first.
+
+    Raises:
+        DataError: for a word or character model, and for one that writes spaces as suffixes.
     """
     parts = dict(protobuf_fields(proto))
     trainer, norm = dict(protobuf_fields(parts.get(2, b""))), dict(protobuf_fields(parts.get(3, b"")))
@@ -241,12 +267,13 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
     else:
         raise DataError("only unigram and BPE models of SentencePiece can be written as a tokenizer.json")
     backend = Backend(core)
+    # The steps of SentencePiece's own normalizer, in its order.
     steps: list[Any] = []
     if norm.get(2):
         steps.append(normalizers.Precompiled(norm[2]))
     if norm.get(4, 1):  # remove_extra_whitespaces
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    prefix = bool(norm.get(3, 1))  # add_dummy_prefix
+    prefix = bool(norm.get(3, 1))  # add_dummy_prefix: a space before each text
     steps += [normalizers.Prepend(SPACE)] if prefix else []
     steps.append(normalizers.Replace(" ", SPACE))
     backend.normalizer = normalizers.Sequence(steps)
@@ -268,7 +295,7 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
 
 
 def bpe_merges(vocab: dict[str, int], scores: list[float]) -> Iterator[tuple[str, str]]:
-    """The merges of a BPE model, which SentencePiece leaves implicit: best score of the result first."""
+    """Yield the merges of a BPE model, which SentencePiece leaves implicit: best score of the result first."""
     order: list[tuple[float, int, int, str, str]] = []
     for piece, number in vocab.items():
         for cut in range(1, len(piece)):

@@ -1,4 +1,4 @@
-"""Text to sentences by rules, with no model to download. Takes time in proportion to the text, whatever it is."""
+"""Split text into sentences by rules, with no model to download, in time proportional to any text."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def _ends(text: str) -> Iterator[int]:
         kind = match.lastgroup or ""
         if kind == "gap" and not ends_sentence(text, begin, match.start("mark")):
             continue
+        # The named group ends behind the white space, but before quotes that open the next sentence.
         begin = match.end(kind)
         yield begin
     yield len(text)
@@ -120,6 +121,7 @@ def ends_sentence(text: str, begin: int, end: int) -> bool:
     word = LAST_WORD.search(text, max(begin, end - 1 - MAX_WORD), end)
     if word is None:
         return True
+    # Of "J.R." only the last letter counts.
     last = word[1].rsplit(".", 1)[-1]
     initial = len(last) == 1 and last.isalpha() and last.isupper() and last != "I"
     return not (initial or word[1].lower() in ABBREVIATIONS)

@@ -1,4 +1,4 @@
-"""Finds regular expressions of a tokenizer.json that take for ever, before a text does.
+"""Find regular expressions of a tokenizer.json that take for ever, before a text does.
 
 A pattern such as `(a+)+$` tries every way to cut a run of letters: each letter more doubles the time, and with twenty-five of
 them the library gives up in a panic, or a run stands still. Which patterns do so cannot be read off them with ease, so short
@@ -29,7 +29,7 @@ MAX_GROWTH = 1000  # characters that a tokenizer may make of one, by replacing i
 
 
 def check_patterns(backend: Backend, name: str) -> None:
-    """DataError where this tokenizer needs time or memory out of all proportion for a short text. name: of its file."""
+    """Check that a tokenizer takes time and memory in proportion to a text; DataError if not. name: of its file."""
     normalizer, pre_tokenizer, decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
     parts: list[tuple[Any, Callable[[str], object]]] = []
     if normalizer is not None:
@@ -65,7 +65,7 @@ def panics_as_data_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def failures_as_data_errors(name: str) -> Iterator[None]:
-    """As `panics_as_data_errors`, and also what it refuses: a unigram model without an unknown token most texts."""
+    """Turn panics and plain Exceptions of the package into a DataError: without an unknown token it refuses most texts."""
     try:
         with panics_as_data_errors(name):
             yield
@@ -76,17 +76,18 @@ def failures_as_data_errors(name: str) -> Iterator[None]:
 
 
 def _growth(described: Any) -> int:
-    """Characters that one may become, at most, by what this part of a tokenizer puts in its place or before it."""
+    """Return the number of characters that one may become, at most, in this part of a tokenizer."""
     if isinstance(described, list):
         return math.prod(map(_growth, described))
     if not isinstance(described, dict):
         return 1
+    # What is put in place of a character, or before it.
     own = max(1, len(str(described.get("content", ""))), len(str(described.get("prepend", ""))) + 1)
     return own * math.prod(_growth(value) for value in described.values() if isinstance(value, dict | list))
 
 
 def _patterns(described: Any) -> list[str]:
-    """The regular expressions in one part of a tokenizer, as tokenizer.json describes it."""
+    """Return the regular expressions in one part of a tokenizer, as tokenizer.json describes it."""
     found: list[str] = []
     values: list[Any] = [described]
     while values:
@@ -101,7 +102,7 @@ def _patterns(described: Any) -> list[str]:
 
 
 def _texts(patterns: list[str]) -> Iterator[str]:
-    """Runs of single characters and of words that the patterns name; then many of them in a text, after another character."""
+    """Yield runs of single characters and of words that the patterns name; then texts of many such runs."""
     if not patterns:
         return
     whole = "".join(patterns)
@@ -118,7 +119,7 @@ def _texts(patterns: list[str]) -> Iterator[str]:
 
 
 def _quick(run: Callable[[str], object], text: str) -> bool:
-    """Whether a text takes the time that is due. A second try, since the first may pay for what is made once."""
+    """Return whether a text takes the time that is due. A second try counts, since the first may build tables."""
     due = FREE_SECONDS + SECONDS_PER_CHARACTER * len(text)
     for _ in range(2):
         began = time.thread_time()

@@ -1,4 +1,4 @@
-"""Special tokens: which of them end and begin a document, and what becomes of those that stand in texts."""
+"""Special tokens: choose those that end and begin a document, and report those that stand in texts."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def find_token(tokenizer: Tokenizer, flag: str, wanted: str) -> int:
     """Return the id of a token that is named by its id, or by its text as the vocabulary has it.
 
     Args:
-        tokenizer: that must have it.
-        flag: that named it, for the message.
-        wanted: decimal digits are an id.
+        tokenizer: the one that must have it.
+        flag: the flag that named it, for the message.
+        wanted: the name; decimal digits are an id.
 
     Raises:
         DataError: when there is no such token.
     """
     size = tokenizer.vocab_size
     if wanted.isascii() and wanted.isdecimal():
-        if int(wanted[:20]) < size:
+        if int(wanted[:20]) < size:  # no int is made of thousands of digits
             return int(wanted)
         raise DataError(f"{flag} {wanted}: {tokenizer.kind} has the ids 0 to {size - 1}")
     number = None if not wanted else next((n for n in range(size) if tokenizer.piece(n) == wanted), None)
@@ -58,11 +58,11 @@ def describe_token(tokenizer: Tokenizer, number: int) -> str:
 
 
 def describe_document_tokens(tokenizer: Tokenizer, config: TokenizerConfig, *, append_eod: bool) -> Iterator[str]:
-    """Yield what is to be said of the tokens that documents will end and begin with, a line each.
+    """Yield lines for the user about the tokens that documents will end and begin with.
 
     Args:
-        tokenizer: as `build_tokenizer` made it of the settings.
-        config: those settings.
+        tokenizer: made by `build_tokenizer` of the settings.
+        config: the settings.
         append_eod: whether documents get an end.
     """
     eod = tokenizer.special.get("eod")
@@ -84,16 +84,23 @@ class SpecialTokenCounter:
     """Counts the special tokens that stand in texts. tokens: as of `Tokenizer.special_in_text`."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
+        # A regular expression takes the first alternative, which must not be the beginning of a longer token.
         longest_first = sorted(tokens, key=len, reverse=True)
         self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def __call__(self, texts: Iterable[str]) -> Counter[str]:
-        """Return how often each stands in these texts."""
+        """Return the number of times that each token stands in these texts."""
         return Counter[str]() if self._any is None else Counter(token for text in texts for token in self._any.findall(text))
 
 
 def describe_special_tokens(tokenizer: Tokenizer, met: Mapping[str, int], *, plain: bool) -> str:
-    """Return what became of the special tokens that were met in the texts."""
+    """Return a line for the user about the special tokens in the texts.
+
+    Args:
+        tokenizer: the one that read the texts.
+        met: number of times that each token was met.
+        plain: whether they were read as plain text.
+    """
     if not tokenizer.special_in_text:
         return f"special tokens in the text: {tokenizer.kind} has none there, everything is plain text"
     if not met:

@@ -1,9 +1,9 @@
-"""Text to token ids and back, for each `--tokenizer-type`.
+"""Build tokenizers, which turn text into token ids and back, for each `--tokenizer-type`.
 
 tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
-tokenizer.tokenize("text")          -> list of ids below tokenizer.vocab_size
-tokenizer.save(directory)           load_tokenizer(directory) needs no other file
-tokenizer.hf_files(directory, 1024) what AutoTokenizer.from_pretrained(directory) opens
+tokenizer.tokenize("text")           # list of ids below tokenizer.vocab_size
+tokenizer.save(directory)            # load_tokenizer(directory) needs no other file
+tokenizer.hf_files(directory, 1024)  # AutoTokenizer.from_pretrained(directory) opens them
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_EXTRA_IDS = 100_000  # that a saved tokenizer may ask for
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of the text in UTF-8, 256 ends a document. Needs no file."""
+    """A tokenizer of bytes: ids 0 to 255 are the bytes of the text in UTF-8, 256 ends a document. Needs no file."""
 
     kind = "ByteTokenizer"
 
@@ -42,22 +42,28 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """257: the bytes, and the end of document."""
         return 257
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the bytes of a text in UTF-8."""
         return list(text.encode("utf-8"))
 
     def parts(self, text: str) -> Iterator[str]:
+        """Cut a text anywhere between two characters."""
         return (text[start : start + MAX_PART] for start in range(0, max(1, len(text)), MAX_PART))
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Decode bytes as UTF-8; those that are none become U+FFFD."""
         found = b"".join(END_OF_TEXT.encode() if i == 256 else bytes([i]) for i in ids if i < self.vocab_size)
         return found.decode("utf-8", errors="replace")
 
     def piece(self, number: int) -> str:
+        """Return the symbol of a byte, as byte-level BPE writes it."""
         return dict(enumerate([*byte_symbols(), END_OF_TEXT])).get(number, "")
 
     def backend(self) -> Backend:
+        """Return a byte-level BPE without merges."""
         backend = Backend(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
@@ -66,7 +72,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class NullTokenizer(Tokenizer):
-    """The text is numbers already, separated by white space; one more id ends a document."""
+    """A tokenizer of text that is numbers already, separated by white space; one more id ends a document."""
 
     kind = "NullTokenizer"
 
@@ -76,14 +82,17 @@ class NullTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids, with the end of document."""
         return self._numbers + 1
 
     def tokenize(self, text: str) -> list[int]:
+        """Return the numbers of a text; DataError for a word that is no id."""
         words = text.split()
         for place, word in enumerate(words, 1):
             # int() also reads 1_000 and digits of other scripts, which nobody means.
             if not (word.isascii() and word.isdecimal()):
                 raise DataError(f"NullTokenizer reads whole numbers separated by spaces; word {place} is {word[:40]!r}")
+            # The length first: no int is made of thousands of digits.
             if len(word) > 10 or int(word) >= self.vocab_size:
                 what = f"word {place} is {word[:40]}, outside of --vocab-size {self._numbers}"
                 raise DataError(
@@ -92,42 +101,51 @@ class NullTokenizer(Tokenizer):
         return [int(word) for word in words]
 
     def read_special_as_text(self) -> None:
+        """Raise a DataError: no id can be text."""
         raise DataError("--special-tokens-in-text plain: the text of a NullTokenizer is ids already, none of which is text")
 
     @cached_property
     def seam(self) -> Seam | None:
+        """Cuts before white space."""
         return WhiteSpaceSeam()
 
     def detokenize(self, ids: Sequence[int]) -> str:
+        """Write ids as numbers, with spaces between."""
         return " ".join(map(str, ids))
 
     def piece(self, number: int) -> str:
+        """Write an id as a number."""
         return str(number)
 
     def backend(self) -> Backend:
+        """Return a vocabulary of numbers, split at white space."""
         backend = Backend(models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self._numbers)))
         backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return backend
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
+        """Raise a DataError: numbers have no Hugging Face form."""
         raise DataError("NullTokenizer has no text, so there is nothing that Hugging Face could open")
 
 
 def byte_symbols() -> list[str]:
-    """The 256 characters by which byte-level BPE writes the bytes (GPT-2): printable ones stand for themselves."""
+    """Return the 256 characters by which GPT-2's byte-level BPE writes the bytes: printable ones stand for themselves."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = (chr(256 + i) for i in range(256))
     return [chr(byte) if byte in printable else next(others) for byte in range(256)]
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that these settings name; DataError if a file is missing, unreadable or of another kind, and for an
-    --eod-token or a --bos-token that it does not have."""
-    return choose_tokens(_of_kind(config), config)
+    """Build the tokenizer that these settings name.
+
+    Raises DataError if a file is missing, unreadable or of another kind, and for an --eod-token or a --bos-token that the
+    tokenizer does not have.
+    """
+    return choose_tokens(_read_files(config), config)
 
 
-def _of_kind(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer with the special tokens of its files."""
+def _read_files(config: TokenizerConfig) -> Tokenizer:
+    """Build the tokenizer with the special tokens of its files."""
     kind = config.tokenizer_type
     if kind is None:
         raise DataError("no tokenizer: give --tokenizer-type (ByteTokenizer needs no file)")
@@ -159,12 +177,12 @@ def _of_kind(config: TokenizerConfig) -> Tokenizer:
 
 
 def saved_settings(directory: str | os.PathLike[str]) -> TokenizerConfig:
-    """The settings of the tokenizer that `save` put into a directory; DataError if it is missing or damaged."""
+    """Return the settings of the tokenizer that `save` put into a directory; DataError if it is missing or damaged."""
     return _saved(Path(directory))[0]
 
 
 def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
-    """The settings of a saved tokenizer, and its digest."""
+    """Return the settings of a saved tokenizer, and its digest."""
     try:
         about = parse_json(read_tokenizer_file(str(folder / SAVED), "tokenizer"))
         kind, size, extra, digest = about["type"], about["vocab_size"], about["extra_ids"], about["digest"]
@@ -196,7 +214,7 @@ def _saved(folder: Path) -> tuple[TokenizerConfig, object]:
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
+    """Load the tokenizer that `save` put into a directory; DataError if it is missing, incomplete or was changed."""
     folder = Path(directory)
     config, digest = _saved(folder)
     tokenizer = build_tokenizer(config)

@@ -1,4 +1,4 @@
-"""What every tokenizer can do, and how one is saved and handed to Hugging Face."""
+"""The interface of tokenizers; save them, and write them for Hugging Face."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HugeIdError(DataError):
 
 
 class Tokenizer(ABC):
-    """What training, preprocessing, export and generation ask of a tokenizer.
+    """A tokenizer, as training, preprocessing, export and generation use it.
 
     kind: its `--tokenizer-type`. special: ids by role, of eod, bos, eos, unk, cls, sep, pad, mask: those it has.
     assets: the files it was made of, by the name they are saved under.
@@ -47,25 +47,25 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
-        """The ids of a text, with nothing added before or after it."""
+        """Return the ids of a text, with nothing added before or after it."""
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of these ids; special tokens appear by name.
+        """Return the text of these ids; special tokens appear by name.
 
-        Ids that there are not add nothing: a model's vocabulary may be larger.
+        Ids beyond the vocabulary add nothing: a model's own may be larger.
         """
 
     @abstractmethod
     def piece(self, number: int) -> str:
-        """The vocabulary entry with this id; "" where there is none."""
+        """Return the vocabulary entry with this id; "" where there is none."""
 
     @abstractmethod
     def backend(self) -> Backend:
-        """The same tokenizer as the `tokenizers` package writes it to a tokenizer.json."""
+        """Return the same tokenizer in the `tokenizers` package, which writes it to a tokenizer.json."""
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`tokenize` of each."""
+        """Return the ids of each text."""
         return [self.tokenize(text) for text in texts]
 
     @property
@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         return {}
 
     def read_special_as_text(self) -> None:
-        """Have special tokens in texts tokenized as any other text from now on; DataError where that cannot be."""
+        """Tokenize special tokens in texts as any other text from now on; DataError where that cannot be."""
         return
 
     def choose(self, role: str, number: int) -> None:
@@ -83,7 +83,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Where a text can be cut without changing its tokens; None where no such place is known."""
+        """Finds places at which a text can be cut without changing its tokens; None where no such place is known."""
         return None
 
     def parts(self, text: str) -> Iterator[str]:
@@ -91,7 +91,7 @@ class Tokenizer(ABC):
         return split_text(text, lambda: self.seam)
 
     def token(self, role: str) -> int:
-        """The id with this role; DataError if the tokenizer has none."""
+        """Return the id with this role; DataError if the tokenizer has none."""
         if role not in self.special:
             have = ", ".join(sorted(self.special)) or "none"
             way = "--eod-token names one, or " if role == "eod" else ""
@@ -106,17 +106,17 @@ class Tokenizer(ABC):
         return self.token("eod")
 
     def identity(self) -> dict[str, Any]:
-        """What makes two tokenizers give the same ids, as JSON."""
+        """Return, as JSON, all that decides the ids: equal for two tokenizers that give the same ones."""
         files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(self.assets.items())}
         about = dict(type=self.kind, vocab_size=self.vocab_size, extra_ids=self.extra_ids)
         return {**about, "special": dict(self.special), "files": files}
 
     def digest(self) -> str:
-        """A name for this tokenizer: 16 hexadecimal digits, equal for equal files, type and extra ids."""
+        """Return a name for this tokenizer: 16 hexadecimal digits, equal for equal files, type and extra ids."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def vocabulary_digest(self) -> str:
-        """As `digest`, equal also for tokenizers that differ in which tokens have which role in `special`."""
+        """Return a digest that is equal also for tokenizers that differ only in the roles of their special tokens."""
         identity = {**self.identity(), "special": {}}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -128,16 +128,21 @@ class Tokenizer(ABC):
             (folder / name).write_bytes(data)
 
     def files(self) -> dict[str, bytes]:
-        """What `save` writes, by name."""
+        """Return the files that `save` writes, by name."""
         about = {**self.identity(), "chosen": dict(self.chosen), "digest": self.digest()}
         return {**self.assets, SAVED: (json.dumps(about, indent=1) + "\n").encode()}
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
         """Write the files with which `AutoTokenizer.from_pretrained(directory)` gives the same ids, offline.
 
-        max_length: the model's longest sequence, in tokens. segments: whether the model must be told which tokens are of the
-        second text of a pair; other models take that for more tokens, or refuse it. Raises DataError if the written form gives
-        other ids.
+        Args:
+            directory: made where it is missing.
+            max_length: the model's longest sequence, in tokens.
+            segments: whether the model must be told which tokens are of the second text of a pair; other models take that
+                for more tokens, or refuse it.
+
+        Raises:
+            DataError: if the written form gives other ids.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +152,7 @@ class Tokenizer(ABC):
                 raise DataError(f"this {self.kind} has no exact Hugging Face form: it splits {text!r} differently")
         roles = {role: role for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask") if role in self.special}
         if "eod" in self.chosen or "eos" not in self.special:
-            roles["eos"] = "eod"  # what the model learns to end with
+            roles["eos"] = "eod"  # the token that the model learns to end with
         tokens = {f"{role}_token": self.piece(self.special[named]) for role, named in roles.items() if named in self.special}
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -163,7 +168,7 @@ class Tokenizer(ABC):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def hf_extras(self) -> dict[str, Any]:
-        """Further entries of tokenizer_config.json."""
+        """Return further entries of tokenizer_config.json."""
         return {}
 
 
@@ -177,7 +182,7 @@ PROBES = (
 
 
 def read_tokenizer_file(path: str, flag: str) -> bytes:
-    """The content of a tokenizer file; DataError naming the flag it came from."""
+    """Return the content of a tokenizer file; DataError naming the flag it came from."""
     try:
         data = read_bytes(path, MAX_VOCABULARY_BYTES)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The tokenizer's flags for tools, made from `TokenizerConfig`."""
+"""Add the tokenizer's flags to tools, made from `TokenizerConfig`."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
-    """The settings that were parsed."""
+    """Return the parsed settings."""
     return TokenizerConfig(**{field.name: getattr(args, field.name) for field in fields(TokenizerConfig)})

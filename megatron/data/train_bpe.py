@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary from text (arXiv 1508.07909, in GPT-2's byte-level form)."""
+"""Train a byte-level BPE vocabulary on text (arXiv 1508.07909, in GPT-2's byte-level form)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUTPUT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.
 
 
 def read_texts(files: Sequence[str], keys: Sequence[str]) -> Iterator[str]:
-    """The text of JSON lines; of a .txt file, its lines. DataError where there is none, and for bad lines."""
+    """Yield the texts of JSON lines; of a .txt file, its lines. DataError where there is none, and for bad lines."""
     check_keys(keys)
     some = False
     for file in files:
@@ -51,19 +51,32 @@ def _values(line: Line, keys: Sequence[str]) -> list[str]:
 
 
 def training_parts(backend: Backend, found: Iterable[str]) -> Iterator[str]:
-    """Return the texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
+    """Return texts, long ones in parts that have the same words: a trainer needs a hundred times the size of a text.
 
-    backend: is asked nothing after the return: while it is trained it is locked, and its trainer waits for these texts.
+    backend: the tokenizer to be trained; says where texts can be cut.
     """
+    # Of a copy, made now: while a tokenizer is trained it is locked, and its trainer waits for these texts.
     seam = fast_seam(Backend.from_str(backend.to_str()))
     return (part for text in found for part in split_text(text, lambda: seam))
 
 
 def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str) -> int:
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to a directory; returns the number of ids.
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt to a directory.
 
-    `<|endoftext|>` is the last id, as in GPT-2. Raises DataError for wrong input, or fewer than 257 ids; OutputError where one
-    of the files is an input.
+    `<|endoftext|>` is the last id, as in GPT-2.
+
+    Args:
+        inputs: files and globs, of JSON lines or of text.
+        keys: of the JSON objects.
+        vocab_size: number of ids, at most.
+        output: the directory, made where it is missing.
+
+    Returns:
+        The number of ids.
+
+    Raises:
+        DataError: for wrong input, or fewer than 257 ids.
+        OutputError: where one of the files is an input.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab-size {vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
@@ -73,6 +86,7 @@ def train_bpe(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, outpu
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    # All bytes from the start, so that any text can be written. Sorted: the trainer numbers them in this order.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(training_parts(backend, read_texts(files, keys)), trainer)

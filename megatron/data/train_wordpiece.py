@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary from text, for BERT: pieces are merged as BPE merges them, within words."""
+"""Train a WordPiece vocabulary on text, for BERT: pieces are merged as BPE merges them, within words."""
 
 from __future__ import annotations
 
@@ -21,12 +21,24 @@ MAX_ALPHABET = 1000  # the commonest; a word with another one is unknown
 
 
 def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int, output: str, *, lower_case: bool) -> int:
-    """Write vocab.txt to a directory, one piece a line; returns the number of its lines.
+    """Write vocab.txt to a directory, one piece a line.
 
     Special tokens come first, then single characters, then longer pieces, both sorted. The text is read twice: the trainer
     decides between pieces that are equally common by their numbers, and numbers characters anew each time unless it is told.
-    Raises DataError for wrong input, and for a size that does not hold every character; OutputError where vocab.txt is an
-    input.
+
+    Args:
+        inputs: files and globs, of JSON lines or of text.
+        keys: of the JSON objects.
+        vocab_size: number of pieces, at most.
+        output: the directory, made where it is missing.
+        lower_case: put text into lower case first.
+
+    Returns:
+        The number of pieces.
+
+    Raises:
+        DataError: for wrong input, and for a size that does not hold every character.
+        OutputError: where vocab.txt is an input.
     """
     if vocab_size < len(SPECIAL_TOKENS):
         raise DataError(
@@ -58,11 +70,12 @@ def train_wordpiece(inputs: Sequence[str], keys: Sequence[str], vocab_size: int,
 
 
 def _characters(backend: Backend, found: Iterable[str]) -> list[str]:
-    """The commonest characters of the texts' words, as they begin words and as they go on with them, sorted."""
+    """Return the commonest characters of the texts' words, first as they begin words, then as they continue them, sorted."""
     begin, inside = Counter[str](), Counter[str]()
     for text in found:
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
             begin[word[0]] += 1
             inside.update(word[1:])
+    # Of equally common ones the smallest, so that the order of a text does not show.
     common = {c for c, _ in sorted((begin + inside).items(), key=lambda item: (-item[1], item[0]))[:MAX_ALPHABET]}
     return sorted(common & begin.keys()) + [CONTINUATION_PREFIX + c for c in sorted(common & inside.keys())]

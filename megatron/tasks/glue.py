@@ -74,7 +74,7 @@ class PairClassification(Task):
         first, second = (self.tokenizer.tokenize(" ".join(cells[role].split())) for role in ("first", "second"))
         if label == NO_GOLD:
             row = self.pair(first, second, 0)
-            row.guessed[:] = False
+            row.loss_mask[:] = False
             return Item((row,), cells["name"], None)
         return Item((self.pair(first, second, self.labels.index(label)),), cells["name"], label)
 

@@ -54,7 +54,7 @@ class Race(Task):
             place = self.labels.index(right)
             rows = tuple(self._row(question.text(), option, context, place) for option in options)
             for row in rows[1:]:  # the first stands for all
-                row.guessed[:] = False
+                row.loss_mask[:] = False
             yield Item(rows, f"{file.stem}-{number}", right)
 
     def _row(self, question: str, option: str, context: Sequence[int], right: int) -> Any:

@@ -153,4 +153,4 @@ class ItemBatches:
         """The micro-batch of these samples of the dataset, under the given numbers in the training order."""
         rows = [row for number in numbers for row in dataset[number].rows]
         each = range(self.rows)
-        return self.batches.of(rows, [name * self.rows + row for name in names for row in each])
+        return self.batches.collate(rows, [name * self.rows + row for name in names for row in each])

@@ -157,14 +157,14 @@ def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
         notes = (*parsed.notes, *lines, *check_save(source, config))
         watch.waiting("building the datasets")
         recipe = build_recipe(config.model, config.data, config.batch.seed, tokenizer)
-        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.samples, recipe.mock)
+        datasets = build_datasets(config.data, config.batch.seed, sample_counts(config), tokenizer, recipe.make, recipe.mock)
         if config.data.mock_data:
             notes += (MADE_UP,)
     if datasets[0] is None and not config.eval.skip_train:
         raise InputError(
             "there is nothing to train on: give --split a share for training, or --train-data-path; --skip-train only evaluates"
         )
-    return Prepared(config, notes, tokenizer, source, datasets, recipe.batches)
+    return Prepared(config, notes, tokenizer, source, datasets, recipe.collate)
 
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, early: EarlyStop) -> int:

@@ -36,14 +36,20 @@ RULES = PairRules(LONGEST, 0.1, True, CLS, SEP, MASKING, seed=1234)
 
 def test_a_map_of_the_reference() -> None:
     documents, lengths = np.array([0, 3, 4, 8]), np.array([5, 6, 7, 20, 3, 4, 5, 6], dtype=np.int32)
-    rows = build_sentence_index(documents, lengths, longest=12, short=0.1, seed=1234, wanted=6, at_least=2)
+    rows = build_sentence_index(documents, lengths, max_tokens=12, short_prob=0.1, seed=1234, num_samples=6, min_sentences=2)
     assert rows.tolist() == [[4, 8, 12], [4, 8, 12], [0, 3, 12], [0, 3, 12], [0, 3, 12], [4, 8, 12]]
 
 
 def test_maps_of_the_reference() -> None:
     found = [
         build_sentence_index(
-            c.documents, c.lengths, longest=c.longest, short=c.short, seed=c.seed, wanted=c.wanted, at_least=c.at_least
+            c.documents,
+            c.lengths,
+            max_tokens=c.longest,
+            short_prob=c.short,
+            seed=c.seed,
+            num_samples=c.wanted,
+            min_sentences=c.at_least,
         ).tolist()
         for c in index_cases()
     ]
@@ -63,10 +69,10 @@ def alone(sentences: list[list[int]], target: int, rules: PairRules, number: int
 def test_samples_of_the_reference() -> None:
     found = []
     for case in pair_cases():
-        sample = alone(case.sentences, case.target, replace(RULES, seed=case.seed, pairs=case.pairs))
-        kinds = [0] * sample.first + [1] * (len(sample.tokens) - sample.first)
-        labels = sample.labels[sample.guessed].tolist()
-        found.append([sample.tokens.tolist(), list(map(int, sample.guessed)), labels, kinds, int(sample.swapped)])
+        sample = alone(case.sentences, case.target, replace(RULES, seed=case.seed, binary_head=case.pairs))
+        kinds = [0] * sample.first_length + [1] * (len(sample.tokens) - sample.first_length)
+        labels = sample.labels[sample.loss_mask].tolist()
+        found.append([sample.tokens.tolist(), list(map(int, sample.loss_mask)), labels, kinds, int(sample.swapped)])
     assert digest(found) == "11693573a72314f3"
 
 
@@ -85,11 +91,13 @@ def test_every_sentence_once_in_an_epoch() -> None:
     random = np.random.RandomState(3)
     starts = np.concatenate([[0], np.cumsum(random.randint(2, 9, 40))])
     lengths = random.randint(3, 30, starts[-1]).astype(np.int32)
-    rows = build_sentence_index(starts, lengths, longest=50, short=0.1, seed=5, wanted=None, at_least=2)
+    rows = build_sentence_index(starts, lengths, max_tokens=50, short_prob=0.1, seed=5, num_samples=None, min_sentences=2)
     assert sorted(i for begin, end, _ in rows.tolist() for i in range(begin, end)) == list(range(starts[-1]))
     assert all(np.searchsorted(starts, begin, "right") == np.searchsorted(starts, end - 1, "right") for begin, end, _ in rows)
     assert (rows[:, 1] - rows[:, 0]).min() == 2 and rows[:, 0].tolist() != sorted(rows[:, 0])
-    longer = build_sentence_index(starts, lengths, longest=50, short=0.1, seed=5, wanted=10 * len(rows), at_least=2)
+    longer = build_sentence_index(
+        starts, lengths, max_tokens=50, short_prob=0.1, seed=5, num_samples=10 * len(rows), min_sentences=2
+    )
     assert len(longer) >= 10 * len(rows) and set(longer[:, 0]) >= set(rows[:, 0])
 
 
@@ -97,16 +105,18 @@ def test_documents_that_are_passed_over() -> None:
     """One sentence is too few, and a sentence of more than 512 tokens spoils its document, unless it is all of it."""
     lengths = np.array([9, 9, 513, 9, 9, 512, 700], dtype=np.int32)
     documents = np.array([0, 1, 4, 6, 7])
-    rows = build_sentence_index(documents, lengths, longest=20, short=0.0, seed=1, wanted=None, at_least=2)
+    rows = build_sentence_index(documents, lengths, max_tokens=20, short_prob=0.0, seed=1, num_samples=None, min_sentences=2)
     assert {(begin, end) for begin, end, _ in rows.tolist()} == {(4, 6)}
-    rows = build_sentence_index(documents, lengths, longest=20, short=0.0, seed=1, wanted=None, at_least=1)
+    rows = build_sentence_index(documents, lengths, max_tokens=20, short_prob=0.0, seed=1, num_samples=None, min_sentences=1)
     assert {(begin, end) for begin, end, _ in rows.tolist()} == {(0, 1), (4, 6), (6, 7)}
 
 
 def test_share_of_short_samples() -> None:
     starts, lengths = np.arange(0, 40001, 4), np.full(40000, 10, dtype=np.int32)
     for share, low, high in ((0.0, 0, 0), (0.1, 0.08, 0.12), (1.0, 0.95, 1.0)):
-        targets = build_sentence_index(starts, lengths, longest=100, short=share, seed=1, wanted=None, at_least=2)[:, 2]
+        targets = build_sentence_index(
+            starts, lengths, max_tokens=100, short_prob=share, seed=1, num_samples=None, min_sentences=2
+        )[:, 2]
         assert low <= (targets < 100).mean() <= high and targets.min() >= 2
 
 
@@ -142,7 +152,7 @@ def test_words_are_guessed_whole_and_special_tokens_never() -> None:
         guessed = set(places)
         assert not any(tokens[i] in apart for i in guessed)
         for i in range(1, 100):
-            if MASKING.continues[tokens[i]] and tokens[i - 1] not in apart:
+            if MASKING.is_continuation[tokens[i]] and tokens[i - 1] not in apart:
                 assert (i in guessed) == (i - 1 in guessed), "a word is cut"
         begun = [i for i in places if i - 1 not in guessed]
         runs.update(next(n for n in range(1, 101) if i + n not in guessed) for i in begun)
@@ -152,7 +162,7 @@ def test_words_are_guessed_whole_and_special_tokens_never() -> None:
 def test_a_share_of_choice_and_tiny_samples() -> None:
     random = np.random.RandomState(0)
     tokens = [CLS, *range(12, 12 + 4 * 50, 4), SEP]
-    assert len(mask_tokens(tokens, 52, replace(MASKING, share=0.5), random)[1]) == 26
+    assert len(mask_tokens(tokens, 52, replace(MASKING, mask_prob=0.5), random)[1]) == 26
     assert mask_tokens([CLS, 12, SEP, 16, SEP], 2, MASKING, random)[1] == []
     assert len(mask_tokens([CLS, 12, SEP, 16, SEP], 100, MASKING, random)[1]) == 1
 
@@ -176,8 +186,8 @@ def test_segments_and_their_order() -> None:
     for number in range(2000):
         sample = alone(sentences, 61, RULES, number)
         labels = sample.labels.tolist()
-        first, second = labels[1 : sample.first - 1], labels[sample.first : -1]
-        assert labels[0] == CLS and labels[-1] == labels[sample.first - 1] == SEP
+        first, second = labels[1 : sample.first_length - 1], labels[sample.first_length : -1]
+        assert labels[0] == CLS and labels[-1] == labels[sample.first_length - 1] == SEP
         assert (second + first if sample.swapped else first + second) == whole
         cuts[len(second if sample.swapped else first) // 3] += 1
         swaps += sample.swapped
@@ -186,9 +196,9 @@ def test_segments_and_their_order() -> None:
 
 def test_without_binary_head_there_is_one_segment() -> None:
     sentences = [[20 + i] * 3 for i in range(5)]
-    sample = alone(sentences, 61, replace(RULES, pairs=False))
+    sample = alone(sentences, 61, replace(RULES, binary_head=False))
     assert sample.labels.tolist() == [CLS, *[t for s in sentences for t in s], SEP]
-    assert not sample.swapped and sample.first == len(sample.tokens)
+    assert not sample.swapped and sample.first_length == len(sample.tokens)
 
 
 def test_pairs_that_are_too_long_are_cut() -> None:
@@ -227,7 +237,7 @@ def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT,
     """(training samples, how they become batches)."""
     data = DataConfig(data_path=words, split=split, seq_length=32)
     recipe = build_recipe(model, data, seed, tokenizer)
-    return build_datasets(data, seed, wanted, tokenizer, recipe.samples)[0], recipe.batches
+    return build_datasets(data, seed, wanted, tokenizer, recipe.make)[0], recipe.collate
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -242,12 +252,12 @@ def test_a_micro_batch(tmp_path: Path, tokenizer, binary: bool) -> None:
         n = len(sample.tokens)
         assert batch.tokens[row].tolist() == sample.tokens.tolist() + [0] * (32 - n)
         assert batch.documents[row].tolist() == [0] * n + [1] * (32 - n)
-        assert batch.loss_mask[row].tolist() == sample.guessed.astype(float).tolist() + [0.0] * (32 - n)
-        assert batch.labels[row].tolist() == [int(t) for t in sample.labels * sample.guessed] + [0] * (32 - n)
+        assert batch.loss_mask[row].tolist() == sample.loss_mask.astype(float).tolist() + [0.0] * (32 - n)
+        assert batch.labels[row].tolist() == [int(t) for t in sample.labels * sample.loss_mask] + [0] * (32 - n)
         if binary:
-            assert batch.segments[row].tolist() == [0] * sample.first + [1] * (n - sample.first) + [0] * (32 - n)
+            assert batch.segments[row].tolist() == [0] * sample.first_length + [1] * (n - sample.first_length) + [0] * (32 - n)
             assert batch.swapped[row] == sample.swapped
-    assert dataset.rules.pairs == binary
+    assert dataset.rules.binary_head == binary
 
 
 def test_a_full_batch_has_no_padding(tmp_path: Path, tokenizer) -> None:
@@ -283,7 +293,7 @@ def test_blends_and_splits(tmp_path: Path, tokenizer) -> None:
     assert [blend[i].tokens.tolist() for i in same] == [alone_first[i].tokens.tolist() for i in range(150)]
     data = DataConfig(data_path=(first,), split="50,50", seq_length=32)
     recipe = build_recipe(BERT, data, 1, tokenizer)
-    training, validation, _ = build_datasets(data, 1, (60, 60, 0), tokenizer, recipe.samples)
+    training, validation, _ = build_datasets(data, 1, (60, 60, 0), tokenizer, recipe.make)
     documents = [{int(d.locate(i, 0).split("document ")[1].split(",")[0]) for i in range(60)} for d in (training, validation)]
     assert documents[0] <= set(range(15)) and documents[1] <= set(range(15, 30)) and all(documents)
 
@@ -326,7 +336,13 @@ def test_what_cannot_be_a_dataset(tmp_path: Path, tokenizer) -> None:
         build_recipe(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())
     with pytest.raises(ValueError, match="samples of 1 tokens"):
         build_sentence_index(
-            np.array([0, 2]), np.array([1, 1], dtype=np.int32), longest=1, short=0.1, seed=1, wanted=None, at_least=2
+            np.array([0, 2]),
+            np.array([1, 1], dtype=np.int32),
+            max_tokens=1,
+            short_prob=0.1,
+            seed=1,
+            num_samples=None,
+            min_sentences=2,
         )
 
 
@@ -357,9 +373,9 @@ def test_the_inspector_shows_what_training_reads(tmp_path: Path, tokenizer, caps
     model = replace(BERT, bert_binary_head=binary)
     training, _ = built(tokenizer, prefix, wanted=(20, 0, 0), model=model)
     for shown, sample in zip(json.loads(capsys.readouterr().out)["samples"], map(training.__getitem__, range(20)), strict=True):
-        assert shown["tokens"] == sample.tokens.tolist() and shown["first"] == sample.first
-        assert shown["swapped"] == sample.swapped and list(map(int, shown["guess"])) == sample.guessed.nonzero()[0].tolist()
-        assert list(shown["guess"].values()) == sample.labels[sample.guessed].tolist()
+        assert shown["tokens"] == sample.tokens.tolist() and shown["first"] == sample.first_length
+        assert shown["swapped"] == sample.swapped and list(map(int, shown["guess"])) == sample.loss_mask.nonzero()[0].tolist()
+        assert list(shown["guess"].values()) == sample.labels[sample.loss_mask].tolist()
         assert shown["text"].split()[0] == "[CLS]" and shown["text"].count("=") >= len(shown["guess"]) > 0
     assert tool["main"]([prefix, *flags, "--seq-length", "32"]) == 0
     assert "sample 19, " in capsys.readouterr().out

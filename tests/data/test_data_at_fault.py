@@ -36,7 +36,7 @@ def text(prefix: Path, documents: int = 20, first: int = 0) -> str:
 def loader(prefix: str, vocab: int = 100, read_ahead: int = 2) -> MicroBatchLoader:
     training, _, _ = build_datasets(DataConfig(data_path=(prefix,), split="1", seq_length=4), 1, (40, 0, 0))
     assert training is not None
-    return MicroBatchLoader(training, GPTCollator.of(DataSettings(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
+    return MicroBatchLoader(training, GPTCollator.from_config(DataSettings(), vocab, None), 0, 1, 2, read_ahead=read_ahead)
 
 
 @pytest.mark.parametrize("read_ahead", [0, 2])
@@ -49,7 +49,7 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path, read_ahead):
         writer.finish()
     data = DataConfig(data_path=("1", good, "1", str(tmp_path / "bad")), split="1", seq_length=4)
     training, _, _ = build_datasets(data, 1, (10, 0, 0))
-    batches = MicroBatchLoader(training, GPTCollator.of(DataSettings(), 100, None), 0, 1, 2, read_ahead=read_ahead)
+    batches = MicroBatchLoader(training, GPTCollator.from_config(DataSettings(), 100, None), 0, 1, 2, read_ahead=read_ahead)
     with pytest.raises(DataError, match=r"bad\.bin, document 1, token 2: id 60000 is outside of the vocabulary of 100 ids"):
         for _ in range(5):
             batches.next_batches(2)

@@ -197,7 +197,7 @@ def test_killed_builder_does_not_block_others(tmp_path: Path) -> None:
     process = context.Process(target=hold_lock, args=(str(tmp_path), ready))
     process.start()
     assert ready.wait(30)
-    impatient = IndexCache(str(tmp_path), patience=0.1).get("x", {"key": 1}, lambda: {"a": np.arange(3)})
+    impatient = IndexCache(str(tmp_path), timeout=0.1).get("x", {"key": 1}, lambda: {"a": np.arange(3)})
     assert impatient["a"].tolist() == [0, 1, 2] and not list(tmp_path.glob("*/*/a.npy"))  # built in memory
     process.kill()
     process.join()

@@ -186,7 +186,7 @@ def test_resets_against_a_loop() -> None:
 
 def test_options_without_an_end_of_document() -> None:
     with pytest.raises(DataError, match="--eod-mask-loss"):
-        GPTCollator.of(DataSettings(eod_mask_loss=True), 10, None)
+        GPTCollator.from_config(DataSettings(eod_mask_loss=True), 10, None)
 
 
 def test_from_files_to_batches(tmp_path: Path) -> None:
@@ -194,11 +194,11 @@ def test_from_files_to_batches(tmp_path: Path) -> None:
     data = DataConfig(data_path=(prefix,), split="1", seq_length=2)
     training, _, _ = build_datasets(data, 1, (4, 0, 0))
     assert training is not None
-    batches = MicroBatchLoader(training, GPTCollator.of(data, 501, None), 0, 1, 2).next_batches(4)
+    batches = MicroBatchLoader(training, GPTCollator.from_config(data, 501, None), 0, 1, 2).next_batches(4)
     rows = {tuple(row) for b in batches for row in torch.cat([b.tokens, b.labels[:, -1:]], dim=1).tolist()}
     assert rows == {(1, 2, 3), (3, 500, 4), (4, 5, 6), (6, 7, 8)}
     with pytest.raises(DataError, match=r"p\.bin, document 0, token 3: id 500"):
-        MicroBatchLoader(training, GPTCollator.of(data, 500, None), 0, 1, 4).next_batches(4)
+        MicroBatchLoader(training, GPTCollator.from_config(data, 500, None), 0, 1, 4).next_batches(4)
 
 
 def test_negative_ids_are_found(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def made_up(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **da
     tokenizer = tokenizer or NullTokenizer(1000)
     data = DataConfig(mock_data=True, seq_length=64, split=split, **data)
     recipe = build_recipe(model or ModelSettings(), data, seed, tokenizer)
-    return build_datasets(data, seed, (count, count, count), tokenizer, recipe.samples, recipe.mock), recipe.batches
+    return build_datasets(data, seed, (count, count, count), tokenizer, recipe.make, recipe.mock), recipe.collate
 
 
 def test_a_sample_follows_from_the_seed_the_split_and_its_number():
@@ -81,10 +81,10 @@ def test_pairs_of_bert_are_masked_and_swapped_like_those_of_a_corpus():
     assert 60 < sum(sample.swapped for sample in samples) < 140
     assert 20 < sum(len(sample.tokens) < 60 for sample in samples) < 80 and max(len(s.tokens) for s in samples) == 64
     for sample in samples:
-        assert sample.labels[0] == 999 and sample.labels[-1] == 998 and sample.labels[sample.first - 1] == 998
-        assert not set(roles.values()) & set(np.delete(sample.labels, [0, sample.first - 1, -1]).tolist())
-        assert 0 < sample.first - 2 < len(sample.labels) - 3 or len(sample.labels) < 8
-    seen = np.concatenate([s.tokens[s.guessed] for s in samples])
+        assert sample.labels[0] == 999 and sample.labels[-1] == 998 and sample.labels[sample.first_length - 1] == 998
+        assert not set(roles.values()) & set(np.delete(sample.labels, [0, sample.first_length - 1, -1]).tolist())
+        assert 0 < sample.first_length - 2 < len(sample.labels) - 3 or len(sample.labels) < 8
+    seen = np.concatenate([s.tokens[s.loss_mask] for s in samples])
     assert 0.7 < np.mean(seen == 997) < 0.9
     batch = batches(training, range(4), range(4))
     assert batch.tokens.shape == (4, 64) and batch.swapped is not None
@@ -92,7 +92,7 @@ def test_pairs_of_bert_are_masked_and_swapped_like_those_of_a_corpus():
 
 def test_bert_without_a_binary_head_has_one_segment():
     (training, *_), _ = made_up(ModelSettings(architecture="bert", bert_binary_head=False))
-    assert all(not training[i].swapped and training[i].first == len(training[i].tokens) for i in range(50))
+    assert all(not training[i].swapped and training[i].first_length == len(training[i].tokens) for i in range(50))
 
 
 def test_a_vocabulary_that_is_too_small():

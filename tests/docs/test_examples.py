@@ -93,7 +93,7 @@ def test_the_loss_without_context() -> None:
     module = runpy.run_path(str(EXAMPLES / "bert_tiny_cpu" / "unigram.py"))
     counts, shares = np.array([2, 6, 0]), np.array([0.25, 0.5, 0.25])
     assert module["cross_entropy"](counts, shares) == pytest.approx((2 * math.log(4) + 6 * math.log(2)) / 8)
-    sample = SimpleNamespace(labels=np.array([3, 1, 3, 0]), guessed=np.array([True, False, True, True]))
+    sample = SimpleNamespace(labels=np.array([3, 1, 3, 0]), loss_mask=np.array([True, False, True, True]))
     assert module["masked_counts"]([sample, sample, sample], 2, 4).tolist() == [2, 0, 0, 4]
 
 

@@ -13,8 +13,8 @@ import pytest
 from legal_run import LEGAL
 
 ROOT = Path(__file__).parents[2]
-FIELD = '''    eval_patience: int | None = option(None, "evaluations without a better loss until the run stops", legal=POSITIVE)
-'''
+FIELD = """    eval_patience: int | None = option(None, "evaluations without a better loss until the run stops", legal=POSITIVE)
+"""
 RULE = '''
 
 def patience(c: ConfigCheck) -> Iterator[Problem]:
@@ -26,8 +26,8 @@ def patience(c: ConfigCheck) -> Iterator[Problem]:
 RULES = Rules(every_run=(patience,))
 '''
 # A number that follows from others: declared once, and again as one that a run always has.
-DERIVED = '''    half_batch_size: int | None = option(None, "half of a global batch; default so", legal=POSITIVE)
-'''
+DERIVED = """    half_batch_size: int | None = option(None, "half of a global batch; default so", legal=POSITIVE)
+"""
 ALWAYS = "    half_batch_size: int = field()\n"
 FOLLOWS = "replace(batch, half_batch_size=batch.half_batch_size or (batch.global_batch_size or 0) // 2 or None)"
 IMPORTS = """from collections.abc import Iterator

@@ -42,7 +42,7 @@ def index_recipe(number: int) -> dict[str, Any]:
         documents=documents,
         seq_length=int(random.choice([2, 3, 4, 7, 16, 64])),
         seed=int(random.randint(0, 2**31)),
-        wanted=None if random.rand() < 0.1 else int(random.randint(0, 300)),
+        num_samples=None if random.rand() < 0.1 else int(random.randint(0, 300)),
         extra=extra,
         drop_last=drop_last,
     )
@@ -59,10 +59,12 @@ def test_equals_the_reference_bit_for_bit() -> None:
 
 def test_recipes_cover_the_cases() -> None:
     recipes = [index_recipe(i) for i in range(len(REFERENCE.split()))]
-    plans = [plan_epochs(int(r["lengths"][r["documents"]].sum()), r["seq_length"], r["wanted"], r["extra"]) for r in recipes]
+    plans = [
+        plan_epochs(int(r["lengths"][r["documents"]].sum()), r["seq_length"], r["num_samples"], r["extra"]) for r in recipes
+    ]
     assert {plan.separate_last for plan in plans} == {True, False}
     assert any(plan.epochs > 20 for plan in plans) and any(plan.epochs == 1 for plan in plans)
-    assert any((r["lengths"][r["documents"]] == 0).any() for r in recipes) and any(r["wanted"] is None for r in recipes)
+    assert any((r["lengths"][r["documents"]] == 0).any() for r in recipes) and any(r["num_samples"] is None for r in recipes)
     assert {(r["extra"], r["drop_last"]) for r in recipes} == {(0, False), (0, True), (1, False), (1, True)}
 
 

@@ -30,7 +30,7 @@ def spelled(words, row) -> str:
 
 
 def marks(row) -> dict[int, int]:
-    return {int(place): int(row.labels[place]) for place in row.guessed.nonzero()[0]}
+    return {int(place): int(row.labels[place]) for place in row.loss_mask.nonzero()[0]}
 
 
 def test_a_pair_and_how_it_is_cut(words):
@@ -38,7 +38,7 @@ def test_a_pair_and_how_it_is_cut(words):
     first, second = words.tokenize("tom has a hat"), words.tokenize("it is red")
     row = task.pair(first, second, 2)
     assert spelled(words, row) == "[CLS] tom has a hat [SEP] it [SEP]"
-    assert (row.first, marks(row)) == (6, {0: 2})
+    assert (row.first_length, marks(row)) == (6, {0: 2})
     assert spelled(words, task.pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
     assert spelled(words, task.pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
 
