@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory):
 
     def start(program: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
         save = tmp_path_factory.mktemp("alone")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        launch = [os.environ["WARM_PYTHON"], "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launch, program, *flags, "--save", str(save)]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet), save
