@@ -39,7 +39,7 @@ from megatron.checkpoint.content import shard_name
 from megatron.config.schema import CheckpointConfig
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import job
-from megatron.train.run import Run, build
+from megatron.train.run import Run, build_run
 from megatron.train.saving import Saver
 
 COLLECTIVES = ("all_gather", "gather", "scatter", "broadcast", "all_reduce")
@@ -199,7 +199,7 @@ def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
     with job(LaunchEnvironment.from_environ(os.environ), "gloo" if case.ranks > 1 else None) as started:
         torch.set_num_threads(case.threads)
-        bench = Bench(case, build(config_of(case), started), root)
+        bench = Bench(case, build_run(config_of(case), started), root)
         bench.step()
         traffic, size = bench.traffic()  # the first save plans, and tells who holds what
         again, _ = bench.traffic()

@@ -31,7 +31,7 @@ from megatron.launch.job import Job, job
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.train.run import build
+from megatron.train.run import build_run
 
 
 def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
@@ -117,7 +117,7 @@ def process(case: Case) -> Iterator[Job]:
 def ours(case: Case, options: Options = DEFAULT) -> Iterator[Step]:
     """The framework whole: its mesh, model, executor and optimizer."""
     with process(case) as started:
-        run = build(config_of(case, options=options), started)
+        run = build_run(config_of(case, options=options), started)
         yield lambda tokens, labels: run.step(batches_of(case, tokens, labels), run.state).lm_loss
 
 

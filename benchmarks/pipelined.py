@@ -33,7 +33,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.executor import Executor, StepOutput
 from megatron.pipeline.partition import cut
 from megatron.plan.stages import StagePlan, stages_of
-from megatron.train.run import Run, build
+from megatron.train.run import Run, build_run
 
 OUR_SCHEDULES = {f"ours-{name}": name for name in ("1f1b", "zb-h1", "zb-h2", "zb-v")}
 
@@ -65,7 +65,7 @@ def plan_of(case: Case, contender: str) -> StagePlan:
 def our_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
     """The framework whole."""
     with ours.process(case) as started:
-        run = build(ours.config_of(case, OUR_SCHEDULES[contender]), started)
+        run = build_run(ours.config_of(case, OUR_SCHEDULES[contender]), started)
         step, gradients = parts_of(case, run, run.pipeline)
         yield Pipelined(step, gradients, run.pipeline)
 
@@ -129,7 +129,7 @@ class TorchExecutor:
 def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
     """Our run, with torch's executor."""
     with ours.process(case) as started:
-        run = build(ours.config_of(case, "1f1b"), started)
+        run = build_run(ours.config_of(case, "1f1b"), started)
         rank = started.env.rank
         executor = TorchExecutor(case, run.stages[rank], rank)
         run.step.pipeline = executor  # type: ignore[attr-defined]  # a `train.step.Step`, which asks for no more than this has

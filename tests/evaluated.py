@@ -16,7 +16,7 @@ from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelSettings, RunSettings
 from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.restore import Opened, open_pipeline
+from megatron.inference.restore import OpenedModel, open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
@@ -76,7 +76,7 @@ def trained(root: Path, steps: int, **change: Any) -> Path:
     return root
 
 
-def opened_on(root: str, tp: int, pp: int) -> tuple[Opened[Any], Mesh]:
+def opened_on(root: str, tp: int, pp: int) -> tuple[OpenedModel[Any], Mesh]:
     """The model, on as many ranks as there are; what tp and pp leave over is data parallel."""
     import torch.distributed as dist
 

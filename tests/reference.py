@@ -27,7 +27,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.parallel.spec import spec_of
 from megatron.train.loop import advance
-from megatron.train.run import Run, build
+from megatron.train.run import Run, build_run
 
 SEQ = 16
 GPT2 = ModelSettings(
@@ -178,7 +178,7 @@ def start(setting: Setting, steps: int) -> Run:
     initialized = dist.is_initialized()
     world = dist.get_world_size() if initialized else 1
     env = LaunchEnvironment(dist.get_rank() if initialized else 0, world)
-    return build(setting.config(world, steps), Job(env, torch.device("cpu"), "gloo" if initialized else None))
+    return build_run(setting.config(world, steps), Job(env, torch.device("cpu"), "gloo" if initialized else None))
 
 
 def accumulate(run: Run, setting: Setting) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.parallel.collectives import all_reduce
-from megatron.train.loop import Hook, Training, due
+from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
 from megatron.train.sinks import Ended, Sink
 
@@ -47,7 +47,7 @@ class EmbeddingNorm(Hook):
         with training.timer.paused(), torch.no_grad():
             squares = run.stages[0].embedding.word.weight.square().sum()
             norm = training.extra_metrics[NAME] = all_reduce(squares, run.mesh.tp).sqrt().item()
-            if due(training.iteration, EVERY):
+            if is_due(training.iteration, EVERY):
                 with (self.folder / f"norms.{run.job.env.rank}").open("a") as out:
                     out.write(f"{training.iteration} {norm!r}\n")
 

@@ -29,8 +29,8 @@ with loading():
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
     from megatron.inference.beam_search import BeamSearch
-    from megatron.inference.generate import Sampling, Text, check_prompt, room_after, write
-    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.inference.generate import GeneratedText, Sampling, check_prompt, extend_texts, free_positions
+    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, job
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
             own = device if env.world_size == 1 else started.device
             answers, notes = answer(args, started, grid, own, prompts, search or sampling)
     except REFUSED as error:
-        return refuse(error, env)
+        return report_refusal(error, env)
     if env.rank == 0:
         print(notes, end="", file=sys.stderr)
         if args.prompt_file is None and len(prompts) == 1:
@@ -116,19 +116,19 @@ def answer(
             *_, beams = replace(how, stop=stop).run(opened.model, tokens, **limits)
             found.append(([*tokens, *beams[0].tokens], beams[0].end, beams[0].score))
     else:
-        texts = [Text.after(tokens) for tokens in started_with]
+        texts = [GeneratedText.after(tokens) for tokens in started_with]
 
-        def stops(text: Text) -> bool:
+        def stops(text: GeneratedText) -> bool:
             return text.tokens[-1] == stop
 
         for first in range(0, len(texts), args.micro_batch_size):
             some = texts[first : first + args.micro_batch_size]
-            for _ in write(opened.model, some, sampling=how, seed=args.seed, first=first, stops=stops, **limits):
+            for _ in extend_texts(opened.model, some, sampling=how, seed=args.seed, first=first, stops=stops, **limits):
                 pass
         found = [(text.tokens, text.end, None) for text in texts]
     answers, notes = [], ""
     for prompt, before, (tokens, end, score) in zip(prompts, started_with, found, strict=True):
-        room = room_after(opened.model, before)
+        room = free_positions(opened.model, before)
         if room is not None and len(tokens) - len(before) == room < args.max_new_tokens and end == "length":
             notes += (
                 f"note: --max-new-tokens {args.max_new_tokens} was cut to {room}: the model ends at position "

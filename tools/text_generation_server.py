@@ -24,7 +24,7 @@ with loading():
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
-    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, guarded, job
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             run(args, started, grid, device, signals, access=access, limits=limits, template=template)
         signals.close()
     except REFUSED as error:
-        return refuse(error, env)
+        return report_refusal(error, env)
     return 0
 
 

@@ -30,11 +30,11 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
 GPT2_VOCABULARY = 50257
 
-Look = Callable[[Parsed], tuple[RunConfig, list[str]]]
+TaskReader = Callable[[Parsed], tuple[RunConfig, list[str]]]
 
 
 @dataclass(frozen=True)
-class Found:
+class InputSummary:
     """What lies on the disk: the size of the vocabulary and where it comes from; a line per dataset and checkpoint."""
 
     vocabulary: int
@@ -42,7 +42,7 @@ class Found:
     lines: tuple[str, ...]
 
 
-def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
+def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int:
     """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
 
     look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.look`.
@@ -50,10 +50,10 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     config = parsed.config
     try:
         if look is None:
-            found = inspect(config, parsed.world_size)
+            found = inspect_inputs(config, parsed.world_size)
         else:
             config, told = look(parsed)
-            found = Found(config.model.vocabulary, "the checkpoint's", tuple(told))
+            found = InputSummary(config.model.vocabulary, "the checkpoint's", tuple(told))
     except ConfigError as error:
         explain(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
@@ -70,7 +70,7 @@ def dry_run(parsed: Parsed, program: str, look: Look | None = None) -> int:
     return 0
 
 
-def inspect(config: RunConfig, world_size: int = 1) -> Found:
+def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
     """Open everything that the run reads. ConfigError with all that is wrong."""
     problems: list[Problem] = []
     lines: list[str] = []
@@ -94,7 +94,7 @@ def inspect(config: RunConfig, world_size: int = 1) -> Found:
         problems += uneven_ahead(config, world_size, 0)
     if problems:
         raise ConfigError(problems)
-    return Found(count, source, tuple(lines))
+    return InputSummary(count, source, tuple(lines))
 
 
 def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:

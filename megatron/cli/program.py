@@ -23,7 +23,7 @@ from megatron.launch.command_line import torchrun_command, typed_command
 from megatron.launch.environment import LaunchEnvironment, LaunchEnvironmentError
 from megatron.launch.exit_report import let_rank_0_report, write_error_file, write_stderr
 from megatron.launch.signals import StopSignals
-from megatron.train.going_on import CtrlC, how_to_go_on
+from megatron.train.going_on import CtrlC, resume_advice
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
 ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
@@ -58,7 +58,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     signals.install()
     try:
         try:
-            parsed = read(argv, env, program, defaults, task)
+            parsed = read_command(argv, env, program, defaults, task)
         except HelpAsked as answer:
             with piped_streams():
                 if env.rank == 0:
@@ -66,14 +66,14 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
             return 0
         except ConfigError as error:
             signals.close()
-            return refused(error, env, program, argv)
+            return report_config_error(error, env, program, argv)
         early.reading = False
         if parsed.dry_run:
             with piped_streams():
-                return planned(parsed, program, task) if env.rank == 0 else 0
+                return print_dry_run(parsed, program, task) if env.rank == 0 else 0
         ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, env)
-        early.again = how_to_go_on(ctrl_c.command, ctrl_c.checkpoint)
-        again = restarted(parsed, env)
+        early.again = resume_advice(ctrl_c.command, ctrl_c.checkpoint)
+        again = resume_after_restart(parsed, env)
         if again is None:
             if env.rank == 0:
                 sys.stdout.write("this job was stopped on request before torchrun started it again: nothing is done\n")
@@ -89,7 +89,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         signals.close(ignore=env.world_size > 1)
 
 
-def planned(parsed: Parsed, program: str, task: bool) -> int:
+def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
     """A dry run; of a task it reads what that names."""
     if not task:
         return dry_run(parsed, program)
@@ -98,7 +98,7 @@ def planned(parsed: Parsed, program: str, task: bool) -> int:
     return dry_run(parsed, program, look)
 
 
-def read(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
+def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
     """The command, checked. ConfigError where it is wrong, SystemExit where it cannot be read."""
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=_saved_config, task=task)
@@ -113,7 +113,7 @@ def read(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Ma
     return parsed
 
 
-def refused(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequence[str]) -> int:
+def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequence[str]) -> int:
     """Say what is wrong with the command, once for all ranks; the exit status.
 
     The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
@@ -136,7 +136,7 @@ def refused(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequ
     explain(error, program, 0 if error.on_disk else env.rank, advice)
 
 
-def restarted(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
+def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
     """The command that torchrun repeats after a failure: it goes on from what an earlier attempt of this job has saved.
 
     Where none has saved anything it stays as it was given. None when the attempt before was stopped on request.
@@ -151,9 +151,9 @@ def restarted(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
     if checkpoint.auto_resume:
         return parsed
     line = f"restart {env.attempt} by torchrun: "
-    from megatron.train.continuation import announced_in
+    from megatron.train.continuation import latest_announced
 
-    if ours and announced_in(checkpoint.save) != progress.tracker:
+    if ours and latest_announced(checkpoint.save) != progress.tracker:
         line += "going on from the newest checkpoint of --save, as with --auto-resume"
         checkpoint = replace(checkpoint, auto_resume=True, overwrite=False)
         parsed = replace(parsed, config=replace(parsed.config, checkpoint=checkpoint))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.inference.generate import Predictor, allowed, batch_of_rows, check_prompt, room_after
+from megatron.inference.generate import Predictor, batch_of_rows, check_prompt, free_positions, mask_banned
 from megatron.inference.kv_cache import KVCache
 
-WIDEST = 1000
-HARDEST = 50  # penalty: a power of the length that a float still holds
+MAX_BEAM_WIDTH = 1000
+MAX_LENGTH_PENALTY = 50  # penalty: a power of the length that a float still holds
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class BeamSearch:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.width <= WIDEST:
-            raise ValueError(f"--beam-width {self.width} is no width; legal: 1 to {WIDEST}")
-        if not abs(self.length_penalty) <= HARDEST:
-            raise ValueError(f"--length-penalty {self.length_penalty} is none; legal: -{HARDEST} to {HARDEST}")
+        if not 1 <= self.width <= MAX_BEAM_WIDTH:
+            raise ValueError(f"--beam-width {self.width} is no width; legal: 1 to {MAX_BEAM_WIDTH}")
+        if not abs(self.length_penalty) <= MAX_LENGTH_PENALTY:
+            raise ValueError(
+                f"--length-penalty {self.length_penalty} is none; legal: -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
+            )
 
     def score(self, log_prob: float, length: int) -> float:
         """Return the log-probability of a text, divided by its length to the power of the length penalty."""
@@ -71,7 +73,7 @@ class BeamSearch:
         vocabulary = model.config.vocabulary
         if 2 * self.width > vocabulary:
             raise ValueError(f"--beam-width {self.width} is too wide for a vocabulary of {vocabulary}: at most half of it")
-        room = room_after(model, prompt)
+        room = free_positions(model, prompt)
         limit = max_new_tokens if room is None else min(max_new_tokens, room)
         model.eval()
         cache = KVCache() if use_cache else None
@@ -84,7 +86,7 @@ class BeamSearch:
             logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
             if cache is not None:
                 cache.length = seen + len(rows[0])
-            logits = torch.stack([allowed(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
+            logits = torch.stack([mask_banned(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
             totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()
             best, places = totals.topk(2 * self.width)
             going: list[tuple[int, tuple[int, ...], float]] = []

@@ -53,7 +53,7 @@ class Sampling:
         Of equal logits the lower token counts as the more probable. written: how many tokens this text has got already.
         banned: tokens that must not be chosen. ValueError for logits that are not finite.
         """
-        logits = allowed(logits, banned)
+        logits = mask_banned(logits, banned)
         if self.temperature == 0.0:
             return int(logits.argmax())
         # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
@@ -69,7 +69,7 @@ class Sampling:
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def allowed(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
+def mask_banned(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
     """Logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError for any that are not finite."""
     logits = logits.cpu()
     if not bool(logits.isfinite().all()):
@@ -77,7 +77,7 @@ def allowed(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
     return logits.index_fill(-1, torch.tensor(banned, dtype=torch.int64), -torch.inf) if banned else logits
 
 
-def device_of(name: str | None, gpus: int) -> torch.device:
+def choose_device(name: str | None, gpus: int) -> torch.device:
     """The device to generate on: `cpu`, `cuda` or `cuda:N`; by default a GPU where there is one.
 
     gpus: how many this machine has. ValueError for another name, and for a GPU that is not there.
@@ -105,7 +105,7 @@ class Predictor(Protocol):
         ...
 
 
-def room_after(model: Predictor, prompt: Sequence[int]) -> int | None:
+def free_positions(model: Predictor, prompt: Sequence[int]) -> int | None:
     """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
     if model.config.position_embedding_type != "learned_absolute":
         return None
@@ -117,7 +117,7 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
 
     reads_only: nothing will be written after it.
     """
-    room = room_after(model, prompt)
+    room = free_positions(model, prompt)
     if not prompt:
         raise ValueError("the prompt becomes no tokens: generation needs at least one to go on from")
     if room is not None and room < (0 if reads_only else 1):
@@ -129,7 +129,7 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
 
 
 @dataclass(frozen=True)
-class Score:
+class TokenScore:
     """A token's log-probability given what stands before it, and those of the most probable tokens there, best first."""
 
     log_prob: float
@@ -137,7 +137,7 @@ class Score:
 
 
 @dataclass
-class Text:
+class GeneratedText:
     """A prompt, and what is written after it so far.
 
     tokens: of both. start: where the written ones begin. scores: of tokens[1:], where they were asked for.
@@ -147,11 +147,11 @@ class Text:
 
     tokens: list[int]
     start: int
-    scores: list[Score] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
     end: str = ""
 
     @classmethod
-    def after(cls, prompt: Sequence[int]) -> Text:
+    def after(cls, prompt: Sequence[int]) -> GeneratedText:
         """Begin a text after a prompt, with nothing written."""
         return cls(list(prompt), len(prompt))
 
@@ -162,15 +162,15 @@ class Text:
 
 
 @torch.no_grad()
-def write(
+def extend_texts(
     model: Predictor,
-    texts: Sequence[Text],
+    texts: Sequence[GeneratedText],
     *,
     max_new_tokens: int,
     sampling: Sampling,
     seed: int = 0,
     first: int = 0,
-    stops: Callable[[Text], bool] = lambda text: False,
+    stops: Callable[[GeneratedText], bool] = lambda text: False,
     banned: Callable[[int], Sequence[int]] = lambda last: (),
     top: int | None = None,
     use_cache: bool = True,
@@ -217,7 +217,7 @@ def write(
 def _limit(model: Predictor, prompt: Sequence[int], max_new_tokens: int) -> int:
     """How many tokens are written after `prompt`, at most. ValueError for one that cannot be continued."""
     check_prompt(model, prompt, reads_only=max_new_tokens == 0)
-    room = room_after(model, prompt)
+    room = free_positions(model, prompt)
     return max_new_tokens if room is None else min(max_new_tokens, room)
 
 
@@ -226,7 +226,7 @@ def _generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, "generate", *([number] if number else [])))
 
 
-def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, top: int) -> None:
+def _score(texts: Sequence[GeneratedText], seen: int, found: Prediction, logits: Tensor, top: int) -> None:
     """Give the tokens after position `seen` their scores: those inside of the pass, and the one that follows it."""
     known = seen + found.log_probs.shape[0] + 1
     following = torch.tensor([text.tokens[known] if len(text.tokens) > known else 0 for text in texts])
@@ -237,7 +237,7 @@ def _score(texts: Sequence[Text], seen: int, found: Prediction, logits: Tensor, 
     for row, text in enumerate(texts):
         for place in range(len(text.scores), min(known, len(text.tokens) - 1)):
             own, *best = log_probs[place - seen][row]
-            text.scores.append(Score(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
+            text.scores.append(TokenScore(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
 
 
 def generate(
@@ -250,13 +250,13 @@ def generate(
     stop: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the model's last position. See `write`."""
-    text = Text.after(prompt)
+    """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the last position. See `extend_texts`."""
+    text = GeneratedText.after(prompt)
 
-    def stops(text: Text) -> bool:
+    def stops(text: GeneratedText) -> bool:
         return text.tokens[-1] == stop
 
-    for _ in write(
+    for _ in extend_texts(
         model, [text], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops, use_cache=use_cache
     ):
         if text.end == "stop" or not text.written:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from megatron.inference.generate import device_of
+from megatron.inference.generate import choose_device
 from megatron.launch.command_line import torchrun_command
 from megatron.launch.entry import is_speaker
 from megatron.launch.environment import LaunchEnvironment
@@ -47,7 +47,7 @@ def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
         raise
 
 
-def refuse(error: Exception, env: LaunchEnvironment) -> int:
+def report_refusal(error: Exception, env: LaunchEnvironment) -> int:
     """Say once for all ranks what cannot be done; the exit status. On other hosts the first rank says it too, a little later.
 
     Args:
@@ -71,7 +71,7 @@ def layout_of(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, t
     grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     if args.device is not None and env.world_size > 1:
         raise ValueError(f"--device {args.device} is for one process; several each take the device of their own number")
-    device = device_of(args.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    device = choose_device(args.device, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     sizes = f"--tensor-model-parallel-size {grid.tp} x --pipeline-model-parallel-size {grid.pp}"
     if min(grid.shape) < 1:
         raise ValueError(f"{sizes}; legal: 1 and above")

@@ -32,7 +32,7 @@ Model = TypeVar("Model")
 
 
 @dataclass(frozen=True)
-class Opened(Generic[Model]):
+class OpenedModel(Generic[Model]):
     """model: in evaluation mode. tokenizer: the one it was trained with; None when the checkpoint holds none.
 
     directory: the iter_ directory that all of it came from.
@@ -51,7 +51,7 @@ def open_model(
     iteration: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Opened[Transformer]:
+) -> OpenedModel[Transformer]:
     """Read a whole model into this process, from a directory of checkpoints or from one iter_ directory.
 
     iteration: default the latest. dtype: default that of the saved embedding. CheckpointError or DataError says what is
@@ -61,7 +61,7 @@ def open_model(
     directory, manifest, config = _find(checkpoint, iteration)
     stages = _stages(directory, manifest, config, mesh, device, dtype)[1]
     load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
-    return Opened(stages[0].eval(), config, open_tokenizer(directory), manifest.iteration, directory)
+    return OpenedModel(stages[0].eval(), config, open_tokenizer(directory), manifest.iteration, directory)
 
 
 def open_pipeline(
@@ -71,17 +71,17 @@ def open_pipeline(
     iteration: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> Opened[Pipeline]:
+) -> OpenedModel[Pipeline]:
     """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; like `open_model`. Collective."""
     directory, manifest, config = _find(checkpoint, iteration)
     placement, stages = _stages(directory, manifest, config, mesh, device, dtype)
     load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
     model = Pipeline(config, stages, placement, Channels(mesh.pp, mesh.pp_back, torch.device(device)))
     model.eval()
-    return Opened(model, config, open_tokenizer(directory), manifest.iteration, directory)
+    return OpenedModel(model, config, open_tokenizer(directory), manifest.iteration, directory)
 
 
-def text_tokenizer(opened: Opened[Pipeline]) -> Tokenizer:
+def text_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
     """The tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
     if opened.config.architecture != "gpt":
         raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")

@@ -12,7 +12,7 @@ import torch
 
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import Beam
-from megatron.inference.generate import Predictor, Score, Text, write
+from megatron.inference.generate import GeneratedText, Predictor, TokenScore, extend_texts
 from megatron.launch.watchdog import Watchdog
 from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
 from megatron.serving.fields import RequestError
@@ -29,7 +29,7 @@ class Update:
 
     index: int
     tokens: tuple[int, ...]
-    scores: tuple[Score, ...]
+    scores: tuple[TokenScore, ...]
     end: str
 
 
@@ -143,7 +143,7 @@ class Engine:
         So does too little memory where there is one rank; of several the others wait for this one's part.
         """
         beams: list[Beam] = []
-        texts = [Text.after(prompt) for prompt in task.prompts]
+        texts = [GeneratedText.after(prompt) for prompt in task.prompts]
         told = [(text.start, 0) for text in texts]
         self._at(f"reading the prompts of a request for {len(texts)} texts", busy=True)
         steps = self._beams(task, beams) if task.beam else self._texts(task, texts)
@@ -167,8 +167,8 @@ class Engine:
             return Done(error="the memory does not suffice: ask for less, or start the server with less --max-tokens-to-oom")
         return Done(tuple(beams))
 
-    def _texts(self, task: Task, texts: list[Text]) -> Iterator[list[int]]:
-        return write(
+    def _texts(self, task: Task, texts: list[GeneratedText]) -> Iterator[list[int]]:
+        return extend_texts(
             self.model,
             texts,
             max_new_tokens=task.max_new_tokens,
@@ -188,7 +188,7 @@ class Engine:
             yield []
 
 
-def _tell(pending: Pending, grown: Sequence[int], texts: Sequence[Text], told: list[tuple[int, int]]) -> None:
+def _tell(pending: Pending, grown: Sequence[int], texts: Sequence[GeneratedText], told: list[tuple[int, int]]) -> None:
     """Deliver what is new of the texts that grew. told: how many tokens and scores of each have been delivered."""
     for i in grown:
         text, (tokens, scores) = texts[i], told[i]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.beam_search import HARDEST, WIDEST, BeamSearch
+from megatron.inference.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY, BeamSearch
 from megatron.inference.generate import Sampling
 from megatron.serving.engine import Done
 from megatron.serving.fields import Fields, RequestError
@@ -73,10 +73,10 @@ def _sampling(fields: Fields) -> Sampling:
 
 def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> BeamSearch | None:
     stop = fields.whole("stop_token", tokenizer.special.get("eod", -1), -1)
-    penalty = fields.number("length_penalty", 1.0, -HARDEST, HARDEST)
+    penalty = fields.number("length_penalty", 1.0, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
     if "beam_width" not in fields.held:
         return None
-    width = fields.whole("beam_width", 1, 1, WIDEST)
+    width = fields.whole("beam_width", 1, 1, MAX_BEAM_WIDTH)
     if prompts > 1:
         raise RequestError(f"beam_width is for one prompt, there are {prompts}", "beam_width")
     if count == 0:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.generate import Score
+from megatron.inference.generate import TokenScore
 from megatron.serving.engine import Update
 from megatron.serving.stops import StopScan
 from megatron.serving.task import Task
@@ -21,7 +21,7 @@ class Record:
     """
 
     def __init__(self, task: Task, prompt: Sequence[int], tokenizer: Tokenizer, *, echo: bool = False) -> None:
-        self.tokens, self.start, self.scores, self.end = list(prompt), len(prompt), list[Score](), ""
+        self.tokens, self.start, self.scores, self.end = list(prompt), len(prompt), list[TokenScore](), ""
         self._task, self._tokenizer = task, tokenizer
         self._scan: StopScan | None = None
         self._first = 0 if echo else self.start
@@ -85,6 +85,6 @@ class Record:
             "text_offset": [self._offsets[place] for place in places],
         }
 
-    def _best(self, score: Score) -> dict[str, float]:
+    def _best(self, score: TokenScore) -> dict[str, float]:
         """Of tokens that are spelt alike the most probable one counts."""
         return {single(self._tokenizer, token): log_prob for token, log_prob in reversed(score.top)}

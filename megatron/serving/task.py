@@ -9,7 +9,7 @@ from functools import cached_property
 
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import BeamSearch
-from megatron.inference.generate import Predictor, Sampling, Text, check_prompt, room_after
+from megatron.inference.generate import GeneratedText, Predictor, Sampling, check_prompt, free_positions
 from megatron.serving.fields import RequestError
 from megatron.serving.stops import StopScan, StopTexts
 from megatron.serving.words import UNFINISHED, added_text
@@ -64,7 +64,7 @@ class Task:
         except ValueError as error:
             raise RequestError(str(error)) from error
         longest = max(self.prompts, key=len)
-        room = room_after(model, longest)
+        room = free_positions(model, longest)
         if room is not None and self.max_new_tokens > room:
             positions = len(longest) + room
             raise RequestError(
@@ -89,11 +89,11 @@ class Task:
         """Built when the first text of the task gets its first token: of tasks that wait none is in memory."""
         return StopTexts(self.stop_texts)
 
-    def stops(self, tokenizer: Tokenizer) -> Callable[[Text], bool]:
+    def stops(self, tokenizer: Tokenizer) -> Callable[[GeneratedText], bool]:
         """Return a function that says whether the last token that a text of this task got ends it."""
         scans: dict[int, StopScan] = {}
 
-        def stops(text: Text) -> bool:
+        def stops(text: GeneratedText) -> bool:
             if any(tuple(text.tokens[-len(run) :]) == run for run in self.stop_runs):
                 return True
             if not self.stop_texts:

@@ -33,14 +33,14 @@ from megatron.tasks.samples import Epochs, Item, ItemBatches, Items, Score, Task
 from megatron.tasks.squad import Squad
 from megatron.tasks.tagging import Tagging, labels_of
 from megatron.train.errors import TrainingError
-from megatron.train.in_job import refusing, say
+from megatron.train.in_job import as_input_error, print_lines
 from megatron.train.loop import Training
 from megatron.train.pretraining import Prepared
 from megatron.train.resume import check_source, find_source
 from megatron.train.resumed_schedule import check_schedule
 from megatron.train.run import Run
 from megatron.train.save_directory import check_save
-from megatron.train.source import Source
+from megatron.train.source import StateSource
 
 
 def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
@@ -58,7 +58,7 @@ def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
 
 def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
     """Tokenizer, checkpoint to start from, samples. InputError says what is wrong with one of them."""
-    with refusing():
+    with as_input_error():
         config, notes = parsed.config, list(parsed.notes)
         watch.waiting("looking for a checkpoint")
         source = find_source(config.checkpoint)
@@ -99,7 +99,7 @@ def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
     )
 
 
-def _tokenizer(config: RunConfig, source: Source) -> Tokenizer:
+def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
     """The one that is asked for, else the checkpoint's."""
     if config.tokenizer.tokenizer_type is not None:
         return build_tokenizer(config.tokenizer)
@@ -109,7 +109,7 @@ def _tokenizer(config: RunConfig, source: Source) -> Tokenizer:
     return tokenizer
 
 
-def _labels(config: RunConfig, source: Source) -> tuple[str, ...]:
+def _labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
     """The task's own, those that the checkpoint was fine-tuned for, or those of the training data."""
     if config.model.task_head != "tags":
         return config.model.labels
@@ -223,7 +223,7 @@ def final_score(scorer: Callable[[Run], Scorer], training: Training) -> None:
     path = run.config.task.results_path
     if results is not None and path is not None and run.job.is_main:
         write_results(path, {"task": run.config.task.task, "iteration": run.state.iteration, **results})
-        say(sys.stdout, f"results: {path}")
+        print_lines(sys.stdout, f"results: {path}")
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
@@ -233,5 +233,5 @@ def write_results(path: str, results: dict[str, Any]) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     except OSError as error:
-        say(sys.stdout, text)
+        print_lines(sys.stdout, text)
         raise TrainingError(f"--results-path {path}: cannot be written, the results are printed instead: {error}") from error

@@ -30,8 +30,8 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.inference.generate import Sampling, device_of
-from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, refuse
+from megatron.inference.generate import Sampling, choose_device
+from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
 from megatron.inference.restore import open_pipeline
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
@@ -98,7 +98,7 @@ def harness_model(ready: Likelihoods | None = None) -> type[Any]:
                 iteration=load_iteration,
                 seq_length=seq_length,
                 micro_batch_size=int(str(batch_size)) if str(batch_size).isdigit() else MICRO_BATCH,
-                device=device_of(device, gpus),
+                device=choose_device(device, gpus),
             )
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -160,14 +160,14 @@ def main(argv: list[str]) -> int:
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
     except (ValueError, *REFUSED) as error:
-        return refuse(error, env)
+        return report_refusal(error, env)
     try:
         with job(env, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
             own = device if env.world_size == 1 else started.device
             mesh = Mesh.build(grid, env.rank, started.timeout, watch=started.watch)
             run(args, theirs, started, mesh, own)
     except REFUSED as error:
-        return refuse(error, env)
+        return report_refusal(error, env)
     return 0
 
 

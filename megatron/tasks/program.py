@@ -23,11 +23,11 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim.precision import Precision
 from megatron.tasks.finetune import prepare, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
-from megatron.train.in_job import in_a_job, refusing, say
+from megatron.train.in_job import as_input_error, print_lines, run_in_job
 from megatron.train.pretraining import run_prepared
 from megatron.train.progress import EarlyStop
 from megatron.train.resume import check_source, find_source
-from megatron.train.source import Source
+from megatron.train.source import StateSource
 
 
 def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
@@ -38,7 +38,7 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
             prepared = prepare(parsed, Watchdog())
             return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
         source = ready(config)
-        with refusing():
+        with as_input_error():
             model = config.model if source.directory is None else model_config(source.directory)
     except InputError as error:
         raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
@@ -57,12 +57,12 @@ def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSig
         ready(parsed.config)
         return parsed.config
 
-    return in_a_job(check, ask, parsed.config.layout, env, signals, early)
+    return run_in_job(check, ask, parsed.config.layout, env, signals, early)
 
 
-def ready(config: RunConfig) -> Source:
+def ready(config: RunConfig) -> StateSource:
     """The checkpoint that is asked. InputError says what is wrong with it, or with a file, before anything is loaded."""
-    with refusing():
+    with as_input_error():
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)
         check_source(source, config)
@@ -72,9 +72,9 @@ def ready(config: RunConfig) -> Source:
 def ask(config: RunConfig, job: Job) -> int:
     """Score a pretrained model on this rank's part of it. Collective."""
     task, out = config.task, sys.stdout if job.is_main else None
-    with refusing():
+    with as_input_error():
         source = find_source(config.checkpoint)
-        say(out, *source.lines, job.describe())
+        print_lines(out, *source.lines, job.describe())
         grid = Grid.from_layout(config.layout, job.env.world_size)
         mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
@@ -91,9 +91,9 @@ def ask(config: RunConfig, job: Job) -> int:
             strict=task.strict_lambada,
             micro_batch_size=config.batch.micro_batch_size,
             watch=job.watch,
-            say=partial(say, out),
+            say=partial(print_lines, out),
         )
     if task.results_path is not None and job.is_main:
         write_results(task.results_path, results)
-        say(out, f"results: {task.results_path}")
+        print_lines(out, f"results: {task.results_path}")
     return 0

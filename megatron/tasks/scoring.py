@@ -17,7 +17,7 @@ from megatron.contract import Batch
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
-from megatron.inference.restore import Opened
+from megatron.inference.restore import OpenedModel
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis
 from megatron.tasks.windows import Window
@@ -76,7 +76,7 @@ def batch_of(windows: Sequence[Window], device: torch.device) -> Batch:
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, positions, samples).to(device)
 
 
-def check_scored(opened: Opened[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
+def check_scored(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
     """The sizes fit the model: else ConfigError with all that is wrong; DataError for a model that predicts no next token."""
     config = opened.config
     if config.architecture != "gpt":
@@ -111,7 +111,7 @@ def check_vocabulary(tokens: Sequence[int], vocab_size: int, where: str) -> None
         raise DataError(f"{where}: token {wrong} is outside of the model's vocabulary of {vocab_size}")
 
 
-def needed_tokenizer(opened: Opened[Pipeline]) -> Tokenizer:
+def needed_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
     """The checkpoint's tokenizer; DataError if it holds none."""
     if opened.tokenizer is None:
         raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run, and text needs one")

@@ -27,7 +27,7 @@ from megatron.config.errors import ConfigError, Problem
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.pipeline import Pipeline
-from megatron.inference.restore import Opened
+from megatron.inference.restore import OpenedModel
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
@@ -58,7 +58,7 @@ class Scoring:
 
     def __init__(
         self,
-        opened: Opened[Pipeline],
+        opened: OpenedModel[Pipeline],
         mesh: Mesh,
         seq_length: int,
         overlap: int,
@@ -102,7 +102,7 @@ class Scoring:
 
 def zero_shot(
     task: str,
-    opened: Opened[Pipeline],
+    opened: OpenedModel[Pipeline],
     mesh: Mesh,
     files: Sequence[str],
     *,

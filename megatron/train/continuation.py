@@ -13,11 +13,11 @@ from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.config.schema import RunConfig
 from megatron.parallel.collectives import all_reduce
-from megatron.train.in_job import say
+from megatron.train.in_job import print_lines
 from megatron.train.run import Run
-from megatron.train.save_directory import begins_beside, set_metrics_aside, set_run_aside
+from megatron.train.save_directory import set_metrics_aside, set_run_aside, starts_beside_another_run
 from megatron.train.sinks import Sink, open_sinks
-from megatron.train.source import Source
+from megatron.train.source import StateSource
 from megatron.train.wandb_sink import wandb_sink
 
 
@@ -26,7 +26,7 @@ def save_directory(config: RunConfig) -> str | None:
     return None if config.eval.skip_train else config.checkpoint.save
 
 
-def continues_run(source: Source, config: RunConfig) -> bool:
+def continues_run(source: StateSource, config: RunConfig) -> bool:
     """Return whether this goes on with the run of --save: its lines beyond the checkpoint will be written again.
 
     Another run's lines are left alone.
@@ -39,29 +39,29 @@ def continues_run(source: Source, config: RunConfig) -> bool:
     return source.progress and source.directory.resolve().parent == Path(save).resolve()
 
 
-def is_trained(source: Source, run: Run) -> bool:
+def is_trained(source: StateSource, run: Run) -> bool:
     """Return whether the last iteration of the run is in its checkpoint already."""
     total = run.config.batch.iterations
     return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
 
 
-def first_says(run: Run, answer: bool) -> bool:
+def first_rank_decides(run: Run, answer: bool) -> bool:
     """The first rank's answer, on all ranks: each may see a file at another moment. Collective."""
     vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)
     return bool(all_reduce(vote, run.mesh.world, "max").item())
 
 
-def set_aside(run: Run, source: Source, out: TextIO | None) -> None:
+def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> None:
     """Put aside what another run has left in --save, where this one was told to begin there. Collective."""
     config, save = run.config, save_directory(run.config)
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
-        say(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
-    if save is not None and begins_beside(source, config):
+        print_lines(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
+    if save is not None and starts_beside_another_run(source, config):
         aside = partial(set_run_aside, Path(save), config.log.metrics_path)
-        say(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
+        print_lines(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
 
 
-def run_sinks(run: Run, source: Source, out: TextIO, *, own: bool, evaluated: bool) -> list[Sink]:
+def run_sinks(run: Run, source: StateSource, out: TextIO, *, own: bool, evaluated: bool) -> list[Sink]:
     """Open the sinks of a run, on the first rank.
 
     Args:
@@ -81,7 +81,7 @@ def run_sinks(run: Run, source: Source, out: TextIO, *, own: bool, evaluated: bo
     )
 
 
-def announced_in(save: str | None) -> int | None:
+def latest_announced(save: str | None) -> int | None:
     """The iteration that --save announces as its latest; None where it says nothing that can be read."""
     with suppress(CheckpointError):
         return announced(Path(save)) if save is not None else None

@@ -11,7 +11,7 @@ from megatron.train.errors import TrainingError
 from megatron.train.loop import Training
 from megatron.train.progress import Progress
 from megatron.train.saving import Saver
-from megatron.train.skips import Skips, lost
+from megatron.train.skips import SkipCounter, learning_failure
 from megatron.train.stopping import Request
 
 
@@ -39,7 +39,7 @@ class Ending:
         training: Training,
         saver: Saver | None,
         progress: Progress,
-        skips: Skips,
+        skips: SkipCounter,
         *,
         again: str,
         warning: str | None = None,
@@ -64,7 +64,7 @@ class Ending:
         if self._saver is None and request.outside and not evaluates:
             raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
         goes_on = self._saver is not None or evaluates
-        if not goes_on and (wrong := lost(training.run.state)) is not None:
+        if not goes_on and (wrong := learning_failure(training.run.state)) is not None:
             raise TrainingError(f"{where}: {why}; {wrong}")
         text = f"{where}: {why}; {self._kept()}"
         training.log(text)
@@ -83,7 +83,7 @@ class Ending:
             if self._saver is not None and training.iteration > training.start:
                 self._save_last(self._saver)
             self._log_skips()
-            if (wrong := lost(training.run.state)) is not None:
+            if (wrong := learning_failure(training.run.state)) is not None:
                 raise TrainingError(wrong)
             if self._saver is not None:
                 self._note(finished=training.iteration)

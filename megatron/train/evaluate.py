@@ -11,7 +11,7 @@ from megatron.contract import Batch
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.pipeline.executor import Executor
-from megatron.train.step import totals
+from megatron.train.step import reduce_losses
 
 
 class Loader(Protocol):
@@ -46,6 +46,6 @@ def evaluate(
         watch.doing("reading held-out data", alone=True)
         batches = loader.next_batches(global_batch_size)
         with torch.no_grad():
-            step_loss, step_tokens, _, step_order = totals(pipeline.evaluate(batches), mesh)
+            step_loss, step_tokens, _, step_order = reduce_losses(pipeline.evaluate(batches), mesh)
         loss, tokens, order = loss + step_loss, tokens + step_tokens, order + step_order
     return loss / max(tokens, 1.0), order / max(steps * global_batch_size, 1)

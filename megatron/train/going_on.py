@@ -20,7 +20,7 @@ from megatron.launch.signals import InterruptHandler
 INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells have it
 
 
-def how_to_go_on(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
+def resume_advice(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
     """How a run that has saved goes on, in words: by the same command, which needs --auto-resume, and no --overwrite."""
     if checkpoint.auto_resume:
         return "start again to go on"
@@ -64,6 +64,6 @@ class CtrlC(InterruptHandler):
         with suppress(CheckpointError):
             newest = read_tracker(Path(self.checkpoint.save))
             if newest is not None:
-                then = how_to_go_on(self.command, self.checkpoint)
+                then = resume_advice(self.command, self.checkpoint)
                 return f"{self.checkpoint.save} keeps the checkpoint of iteration {newest}; {then}"
         return f"nothing is kept: no checkpoint was finished in {self.checkpoint.save}"

@@ -25,13 +25,13 @@ from megatron.launch.signals import StopSignals
 from megatron.launch.watchdog import Watchdog
 from megatron.plan.enough_memory import LOWER_MEMORY
 from megatron.train.errors import TrainingError
-from megatron.train.lock import locked
+from megatron.train.lock import hold_lock
 from megatron.train.progress import EarlyStop
 
 T = TypeVar("T")
 
 
-def in_a_job(
+def run_in_job(
     prepare: Callable[[Watchdog], T],
     run: Callable[[T, Job], int],
     layout: LayoutConfig,
@@ -51,10 +51,10 @@ def in_a_job(
     timeouts = WatchdogTimeouts(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
     try:
-        tell = partial(say, sys.stdout if env.rank == 0 else None)
+        tell = partial(print_lines, sys.stdout if env.rank == 0 else None)
         with (
-            guarded(env, timeout, explain=in_words, timeouts=timeouts, signals=signals, early=early) as guard,
-            locked(save, guard, env, tell) as joined,
+            guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early) as guard,
+            hold_lock(save, guard, env, tell) as joined,
         ):
             prepared = prepare(guard.watch)
             guard.wait_for_all("preparing their data", tell)
@@ -62,16 +62,16 @@ def in_a_job(
             with job(env, layout.distributed_backend, timeout, guard=guard) as started:
                 return run(prepared, started)
     except KeyboardInterrupt:
-        return fail("interrupted", 130, env.rank == 0)
+        return print_error("interrupted", 130, env.rank == 0)
     except (InputError, JobError) as error:
         write_error_file(f"error: {error}")
-        return fail(f"error: {error}", error.status)
+        return print_error(f"error: {error}", error.status)
     except Exception as error:  # of several ranks only what no watch saw: they did not find one another
         where = f"rank {env.rank} on host {os.uname().nodename}"
-        words = in_words(error, where)
+        words = explain_error(error, where)
         text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
         write_error_file(text)
-        return fail(text if words else traceback.format_exc() + text, exit_status(error))
+        return print_error(text if words else traceback.format_exc() + text, exit_status(error))
 
 
 def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) -> bool:
@@ -84,13 +84,13 @@ def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) ->
     """
     exit_0_on_sigterm(env)
     try:
-        with guarded(env, minutes, explain=in_words), refusing():
+        with guarded(env, minutes, explain=explain_error), as_input_error():
             raise error
     except JobError:
         return False
 
 
-def in_words(error: BaseException, where: str) -> str | None:
+def explain_error(error: BaseException, where: str) -> str | None:
     """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
     if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
         return str(error)
@@ -100,7 +100,7 @@ def in_words(error: BaseException, where: str) -> str | None:
     return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
 
 
-def fail(message: str, status: int, speak: bool = True) -> int:
+def print_error(message: str, status: int, speak: bool = True) -> int:
     """Say why, and give the exit status."""
     if speak:
         print(message, file=sys.stderr, flush=True)
@@ -108,7 +108,7 @@ def fail(message: str, status: int, speak: bool = True) -> int:
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
+def as_input_error() -> Iterator[None]:
     """What is wrong with a setting, with data or with a checkpoint becomes InputError."""
     try:
         yield
@@ -118,7 +118,7 @@ def refusing() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def say(out: TextIO | None, *lines: str) -> None:
+def print_lines(out: TextIO | None, *lines: str) -> None:
     """Print lines at once; nothing where this rank has no output."""
     for line in lines:
         if out is not None:

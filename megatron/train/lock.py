@@ -30,15 +30,16 @@ from megatron.launch.heartbeat import Process
 if TYPE_CHECKING:
     from megatron.launch.job import Guard
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 MAX_BYTES = 1 << 24  # of the file: a hundred thousand processes
-BEAT = 5.0  # seconds between two touches
-STALE = 45.0  # seconds without a touch after which a run, or what is left of it, counts as dead where it cannot be looked up
-LOOK = 0.5  # seconds between two looks
+TOUCH_SECONDS = 5.0  # seconds between two touches
+# Without a touch for so long a run, or what is left of it, counts as dead where its processes cannot be looked up.
+STALE_SECONDS = 45.0
+POLL_SECONDS = 0.5  # seconds between two looks
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockHolder:
     """Who holds a lock. since: in words. ranks: its processes, the first rank's first. launcher: which they do not outlive;
     None where there is none."""
 
@@ -47,7 +48,7 @@ class Holder:
     launcher: Process | None = None
 
     @classmethod
-    def of(cls, text: str) -> Holder | None:
+    def of(cls, text: str) -> LockHolder | None:
         """None for a text that no run writes."""
         try:
             values = json.loads(text)
@@ -66,7 +67,7 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Look:
+class LockReading:
     """What one look at a lock shows. text: of the file. touched: when it was, by its own disk's clock. age: seconds since,
     which does not count where looks are compared."""
 
@@ -75,9 +76,9 @@ class Look:
     age: float = field(compare=False)
 
     @property
-    def holder(self) -> Holder | None:
+    def holder(self) -> LockHolder | None:
         """Who holds it; None where its file does not say."""
-        return Holder.of(self.text)
+        return LockHolder.of(self.text)
 
     def __str__(self) -> str:
         return str(self.holder or f"which left no name, {self.age:.0f} s ago")
@@ -86,29 +87,31 @@ class Look:
         """Of the run that holds it: `gone`, `dying`, `alive`; `silent` where only touches will tell."""
         holder = self.holder
         if holder is None:
-            return "gone" if self.age > STALE else "silent"
+            return "gone" if self.age > STALE_SECONDS else "silent"
         launcher = () if holder.launcher is None else (holder.launcher,)
         first, *others = (process.state(own) for process in holder.ranks)
         here = [process for process in holder.ranks if process != own and process.state(own) in ("alive", "stopped")]
         if first == "unknown":
-            return ("dying" if here else "gone") if self.age > STALE else "silent"
-        if not here and ("unknown" not in others or self.age > STALE):
+            return ("dying" if here else "gone") if self.age > STALE_SECONDS else "silent"
+        if not here and ("unknown" not in others or self.age > STALE_SECONDS):
             return "gone"
         died = "gone" in (first, *others, *(process.state(own) for process in launcher))
         return "dying" if died or not here else "alive"
 
 
 class Lock:
-    """The lock of a directory, held by this process. Made by `take`.
+    """The lock of a directory, held by this process. Made by `acquire`.
 
     root: the directory. holder: this run, as the file names it. lost: is told when the file is another run's; by default it
     ends the process, whose checkpoints and the other's would be written over one another. made: the directory was not there
     before, so it may go again.
     """
 
-    def __init__(self, root: Path, holder: Holder, lost: Callable[[str], object] | None = None, *, made: bool = False) -> None:
+    def __init__(
+        self, root: Path, holder: LockHolder, lost: Callable[[str], object] | None = None, *, made: bool = False
+    ) -> None:
         self.root, self.holder, self._made = root, holder, made
-        self._path, self._lost = root / FILE, lost or _end
+        self._path, self._lost = root / LOCK_FILE, lost or _end
         self._over, self._changing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._touch, name="lock", daemon=True)
         self._thread.start()
@@ -131,18 +134,20 @@ class Lock:
                     self.root.rmdir()
 
     def _ours(self, text: str | None) -> bool:
-        holder = None if text is None else Holder.of(text)
+        holder = None if text is None else LockHolder.of(text)
         return holder is not None and holder.ranks[0] == self.holder.ranks[0]
 
     def _touch(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(TOUCH_SECONDS):
             with self._changing, suppress(OSError):
                 text, _ = _read(self._path) or (None, 0)
                 if self._ours(text):
                     os.utime(self._path)
                 elif text is not None:
-                    other = Holder.of(text) or "another run"
-                    self._lost(f"error: --save {self.root} was taken over by {other}: this run gave no sign for {STALE:.0f} s")
+                    other = LockHolder.of(text) or "another run"
+                    self._lost(
+                        f"error: --save {self.root} was taken over by {other}: this run gave no sign for {STALE_SECONDS:.0f} s"
+                    )
                 elif self.root.is_dir():  # somebody has cleared it
                     _create(self._path, self.holder)
 
@@ -153,7 +158,7 @@ def _end(text: str) -> None:
     os._exit(1)
 
 
-def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: float = STALE) -> Lock | None:
+def acquire(root: Path, holder: LockHolder, tell: Callable[[str], object], patience: float = STALE_SECONDS) -> Lock | None:
     """The lock of a directory, which is made where it is not there yet.
 
     Args:
@@ -173,45 +178,45 @@ def take(root: Path, holder: Holder, tell: Callable[[str], object], patience: fl
         try:
             root.mkdir(parents=True, exist_ok=True)
             with _alone(root):
-                seen = look(root / FILE)
+                seen = read_lock(root / LOCK_FILE)
                 state = "gone" if seen is None or wait.is_over(seen, own) else seen.state(own)
-                if state == "gone" and (seen is None or _cleared(root / FILE, seen)) and _create(root / FILE, holder):
+                if state == "gone" and (seen is None or _cleared(root / LOCK_FILE, seen)) and _create(root / LOCK_FILE, holder):
                     return Lock(root, holder, made=made)
         except OSError as error:
             if not os.path.isdir(root):  # then no checkpoint could be written either
                 raise InputError(f"--save {root}: cannot be made: {error.strerror}; choose another place") from error
-            logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / FILE, error.strerror)
+            logging.getLogger(__name__).warning("%s: no lock can be kept here: %s", root / LOCK_FILE, error.strerror)
             return None
         if seen is not None and state != "gone":  # otherwise another start was faster
             wait.go_on(seen, state)
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
 
 
 class _Wait:
-    """A start's wait for the end of the run before it; arguments as for `take`."""
+    """A start's wait for the end of the run before it; arguments as for `acquire`."""
 
     def __init__(self, root: Path, tell: Callable[[str], object], patience: float) -> None:
         self._root, self._tell, self._patience = root, tell, patience
         self._began = self._since = time.monotonic()  # since: how long the first look at this lock is ago
-        self._first: Look | None = None
+        self._first: LockReading | None = None
         self._told = ""
 
-    def is_over(self, seen: Look, own: Process) -> bool:
+    def is_over(self, seen: LockReading, own: Process) -> bool:
         """Return whether a lock that only touches tell of has gone without one for long enough.
 
         Whatever time its touch bears: one of a clock that was set back is never old.
         """
-        return self._first == seen and time.monotonic() - self._since > STALE and seen.state(own) == "silent"
+        return self._first == seen and time.monotonic() - self._since > STALE_SECONDS and seen.state(own) == "silent"
 
-    def go_on(self, seen: Look, state: str) -> None:
+    def go_on(self, seen: LockReading, state: str) -> None:
         """Tell what is waited for. InputError where the other run lives, or has been given time enough."""
         now = time.monotonic()
         if self._first is None or self._first.text != seen.text:
             self._first, self._since = seen, now
         touched = state == "silent" and seen.touched != self._first.touched
-        limit = self._patience if state == "dying" else STALE + 2 * BEAT
+        limit = self._patience if state == "dying" else STALE_SECONDS + 2 * TOUCH_SECONDS
         if state == "alive" or touched or now - self._began > limit:
-            ways = f"wait for its end, end it, or give another --save (the lock is {self._root / FILE})"
+            ways = f"wait for its end, end it, or give another --save (the lock is {self._root / LOCK_FILE})"
             raise InputError(f"--save {self._root} is in use by another run, {seen}; {ways}")
         why = "is ending" if state == "dying" else "gives no sign of life so far"
         line = f"waiting for up to {limit:.0f} s: a run before this one in {self._root}, {seen}, {why}"
@@ -220,13 +225,13 @@ class _Wait:
             self._told = line
 
 
-def look(path: Path) -> Look | None:
+def read_lock(path: Path) -> LockReading | None:
     """What a lock says now; None where there is none. OSError where it cannot be read, or nothing can be written beside it."""
     if (read := _read(path)) is None:
         return None
     text, touched = read
     with _written(path, "") as fresh:
-        return Look(text, touched, (os.stat(fresh).st_mtime_ns - touched) / 1e9)
+        return LockReading(text, touched, (os.stat(fresh).st_mtime_ns - touched) / 1e9)
 
 
 def _read(path: Path) -> tuple[str, int] | None:
@@ -254,7 +259,7 @@ def _written(path: Path, text: str) -> Iterator[Path]:
         fresh.unlink(missing_ok=True)
 
 
-def _create(path: Path, holder: Holder) -> bool:
+def _create(path: Path, holder: LockHolder) -> bool:
     """Make the file, whole from the start; False where another was faster."""
     with _written(path, holder.to_text()) as fresh:
         try:
@@ -271,7 +276,7 @@ def _create(path: Path, holder: Holder) -> bool:
     return True
 
 
-def _cleared(path: Path, dead: Look) -> bool:
+def _cleared(path: Path, dead: LockReading) -> bool:
     """Take a dead run's lock out of the way; False where it is another's by now, which stays."""
     aside = path.with_name(f"{path.name}.dead.{os.uname().nodename}.{os.getpid()}")
     try:
@@ -286,14 +291,14 @@ def _cleared(path: Path, dead: Look) -> bool:
     return same
 
 
-def claim(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | None:
-    """The lock of --save for the run of this process; see `take`. launched: torchrun started it, and ends with it."""
+def acquire_for_run(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | None:
+    """The lock of --save for the run of this process; see `acquire`. launched: torchrun started it, and ends with it."""
     launcher = Process.here(os.getppid()) if launched else None
-    return take(Path(save), Holder(time.strftime("%Y-%m-%d %H:%M:%S"), (Process.own(),), launcher), tell)
+    return acquire(Path(save), LockHolder(time.strftime("%Y-%m-%d %H:%M:%S"), (Process.own(),), launcher), tell)
 
 
 @contextmanager
-def locked(
+def hold_lock(
     save: str | None, guard: Guard, env: LaunchEnvironment, tell: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
     """--save is this job's alone inside the block. Called by all ranks; the first one holds the lock.
@@ -307,7 +312,7 @@ def locked(
 
     def first() -> str | None:
         try:
-            held.extend(lock for lock in [claim(save, env.launcher == "torchrun", tell)] if lock is not None)
+            held.extend(lock for lock in [acquire_for_run(save, env.launcher == "torchrun", tell)] if lock is not None)
         except InputError as error:
             return str(error)
         return None

@@ -135,7 +135,7 @@ def train(training: Training, hooks: Sequence[Hook]) -> None:
         hook.after_training(training)
 
 
-def due(iteration: int, interval: int | None) -> bool:
+def is_due(iteration: int, interval: int | None) -> bool:
     """Return whether something that is done every so many iterations is due after this one."""
     return interval is not None and interval > 0 and iteration % interval == 0
 

@@ -70,11 +70,11 @@ class NonFinite:
         layer = "" if self.layer is None else f"layer {self.layer}, "
         places = f", {self.ranks} of {self.world} ranks saw some" if self.world > 1 else ""
         moment = "" if self.again else "; a second run of the step was finite, so suspect the device"
-        where = f"{layer}stage {first.stage}, rank {first.rank}{first.coordinates}, samples {spans(first.samples)}"
+        where = f"{layer}stage {first.stage}, rank {first.rank}{first.coordinates}, samples {format_ranges(first.samples)}"
         return f"{first.what} is not finite ({where}{places}){moment}"
 
 
-def spans(numbers: Sequence[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """`3, 5-8` for 3, 5, 6, 7, 8."""
     found: list[list[int]] = []
     for number in sorted(set(numbers)):
@@ -85,7 +85,7 @@ def spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found)
 
 
-class Search:
+class NonFiniteSearch:
     """Looks through one step on this rank; `agree` joins what the ranks found.
 
     zero: forgets the gradients.
@@ -107,7 +107,7 @@ class Search:
         for stage in sorted(self.stages, reverse=True):
             for place, parameter in enumerate(reversed(list(self.stages[stage].parameters()))):
                 grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
-                if grad is not None and not finite(grad):
+                if grad is not None and not is_finite(grad):
                     what = f"the gradient of {spec_of(parameter).name}"
                     self._note(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
                     return
@@ -122,7 +122,7 @@ class Search:
         self.pipeline.scaled_loss = lambda loss, _: scaled_loss(loss, len(batches))
         try:
             for number, batch in enumerate(batches):
-                samples = samples_of([batch])
+                samples = sample_ids([batch])
                 self.zero()
                 with self._watched(number, samples):
                     output = self.pipeline.step([batch])
@@ -140,7 +140,7 @@ class Search:
 
         def look(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
             place = next(calls)
-            if isinstance(output, Tensor) and not finite(output):
+            if isinstance(output, Tensor) and not is_finite(output):
                 self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage=stage, samples=samples)
 
         handles = [
@@ -167,7 +167,7 @@ class Search:
     def agree(self) -> tuple[Finding | None, int]:
         """What came first over all ranks, and how many of them found something. Collective."""
         own = min(self.found, default=None)
-        everywhere = [found for found in gathered(own, self.mesh.world) if found is not None]
+        everywhere = [found for found in gather_findings(own, self.mesh.world) if found is not None]
         return min(everywhere, default=None), len(everywhere)
 
 
@@ -179,12 +179,12 @@ def investigate(
     batches, output: the step's, of this rank. A skipped step is run once more, and its gradients are gone afterwards.
     None where no rank can find anything: nothing is known but that the norm was not finite.
     """
-    samples = samples_of(batches)
-    before = Search(pipeline, mesh, zero)
+    samples = sample_ids(batches)
+    before = NonFiniteSearch(pipeline, mesh, zero)
     before.loss(output, samples)
     if skipped:
         before.gradients(samples)
-        after = Search(pipeline, mesh, zero)
+        after = NonFiniteSearch(pipeline, mesh, zero)
         after.again(batches)
         first, ranks = after.agree()
         if first is not None:
@@ -194,17 +194,17 @@ def investigate(
     return None if first is None else NonFinite(first, ranks, mesh.world.size, again=not skipped)
 
 
-def samples_of(batches: Sequence[Batch]) -> tuple[int, ...]:
+def sample_ids(batches: Sequence[Batch]) -> tuple[int, ...]:
     """The numbers of the samples in some micro-batches."""
     return tuple(number for batch in batches for number in batch.samples.tolist())
 
 
-def finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Whether all values are."""
     return bool(torch.isfinite(x).all())
 
 
-def gathered(value: Finding | None, world: Axis) -> list[Finding | None]:
+def gather_findings(value: Finding | None, world: Axis) -> list[Finding | None]:
     """Every rank's."""
     if world.group is None:
         return [value]

@@ -68,14 +68,14 @@ class ProfiledStep:
         """Write the profile, of the timed steps that had as many micro-batches as the last one."""
         count = self.timed[-1][0]
         alike = [(spans, peak) for micro_batches, spans, peak in self.timed if micro_batches == count]
-        everywhere = gather(self.mesh, alike)
+        everywhere = gather_over_pipeline(self.mesh, alike)
         self.timed.clear()
         if everywhere is None:
             return
         steps = [{a: span for spans, _ in ranks for a, span in spans.items()} for ranks in zip(*everywhere, strict=True)]
         peaks = [max(peak for _, peak in rank) for rank in everywhere]
         with warning_on_error(self.directory, "the profile of the pipeline cannot be written"):
-            write(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
+            write_profile(self.directory, self.pipeline.schedule(count), steps, peaks, self.say)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def stopwatch(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
         pipeline.recorder = Recorder()
 
 
-def gather(mesh: Mesh, value: Any) -> list[Any] | None:
+def gather_over_pipeline(mesh: Mesh, value: Any) -> list[Any] | None:
     """Every pipeline rank's value, on the very first rank; None elsewhere. Only its own pipeline is looked at."""
     if mesh.pp.group is None:
         return [value] if mesh.rank == 0 else None
@@ -109,7 +109,7 @@ def measured_costs(schedule: Schedule, steps: Sequence[Spans]) -> MeasuredCosts:
     return MeasuredCosts({kind: median(taken) for kind, taken in times.items()}, max(0.0, min(gaps, default=0.0)))
 
 
-def aligned(schedule: Schedule, spans: Spans) -> Spans:
+def align_clocks(schedule: Schedule, spans: Spans) -> Spans:
     """The spans on one clock: no action starts before what it needs has ended.
 
     The ranks' stopwatches start as they leave a barrier, up to some milliseconds apart. What they then say can be impossible;
@@ -139,11 +139,13 @@ def _gaps(schedule: Schedule, spans: Spans) -> Iterator[tuple[int, int, float]]:
             yield schedule.placement[needed], schedule.placement[action.stage], start - made[1]
 
 
-def write(
+def write_profile(
     directory: Path, schedule: Schedule, steps: Sequence[Spans], peaks: Sequence[int], say: Callable[[str], None]
 ) -> None:
     """The picture and the figures, in milliseconds. steps: the timed ones; the one of median length is drawn."""
-    steps = [aligned(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps]
+    steps = [
+        align_clocks(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps
+    ]
     runs = sorted((_timeline(schedule, spans) for spans in steps), key=lambda run: run.makespan)
     measured = runs[len(runs) // 2]
     costs = measured_costs(schedule, steps)

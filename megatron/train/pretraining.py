@@ -35,13 +35,13 @@ from megatron.plan.size import MetaModel
 from megatron.plan.stages import schedule_of, stages_of
 from megatron.plan.tables import flops_in_words, stage_table
 from megatron.train.continuation import (
-    announced_in,
     continues_run,
-    first_says,
+    first_rank_decides,
     is_trained,
+    latest_announced,
     run_sinks,
     save_directory,
-    set_aside,
+    set_other_run_aside,
 )
 from megatron.train.ending import Ending, Exit
 from megatron.train.errors import TrainingError
@@ -52,18 +52,18 @@ from megatron.train.hooks.log import Log
 from megatron.train.hooks.save import CheckSave, Save
 from megatron.train.hooks.skips import LogSkips
 from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
-from megatron.train.in_job import in_a_job, refusing, say
+from megatron.train.in_job import as_input_error, print_lines, run_in_job
 from megatron.train.loop import Hook, Training, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
-from megatron.train.resume import check_source, differences, find_source, restore, verify_source
-from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
-from megatron.train.run import Run, build, sample_counts
+from megatron.train.resume import check_source, difference_table, find_source, restore, verify_source
+from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, zero_rate_warning
+from megatron.train.run import Run, build_run, sample_counts
 from megatron.train.save_directory import check_save
 from megatron.train.saving import Saver
 from megatron.train.sinks import Ended
-from megatron.train.skips import Skips
-from megatron.train.source import Source
+from megatron.train.skips import SkipCounter
+from megatron.train.source import StateSource
 from megatron.train.stopping import Stopping
 
 
@@ -87,7 +87,7 @@ class Prepared:
     config: RunConfig
     notes: tuple[str, ...]
     tokenizer: Tokenizer
-    source: Source
+    source: StateSource
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
     batches: Collate
     scorer: Callable[[Run], Callable[[Training], object]] | None = None
@@ -98,7 +98,7 @@ class Prepared:
 
 def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
     """Pretrain; see `run_prepared`."""
-    return run_prepared(prepare, parsed, env, began, signals, early)
+    return run_prepared(prepare_pretraining, parsed, env, began, signals, early)
 
 
 def run_prepared(
@@ -121,7 +121,7 @@ def run_prepared(
 
     def ready(watch: Watchdog) -> Prepared:
         prepared = prepare(parsed, watch)
-        with refusing():
+        with as_input_error():
             schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
         check_memory(prepared.config, env)
         hooks = installed_hooks()
@@ -129,7 +129,7 @@ def run_prepared(
         return replace(prepared, notes=notes, hooks=tuple(hooks.values()))
 
     config = parsed.config
-    return in_a_job(
+    return run_in_job(
         ready,
         run,
         config.layout,
@@ -141,9 +141,9 @@ def run_prepared(
     )
 
 
-def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
+def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
     """Tokenizer, checkpoint to start from, datasets. InputError says what is wrong with one of them."""
-    with refusing():
+    with as_input_error():
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
         tokenizer = build_tokenizer(config.tokenizer)
@@ -175,19 +175,19 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     announce(prepared, started, out)
     run = build_restored(prepared, started, out)
     own, trained = continues_run(source, config), is_trained(source, run)
-    if trained and (not own or first_says(run, progress.finished == run.state.iteration)):
-        say(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
+    if trained and (not own or first_rank_decides(run, progress.finished == run.state.iteration)):
+        print_lines(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
-    set_aside(run, source, out)
-    warning = None if config.eval.skip_train else warning_of_rate_zero(run.schedule, run.state, config.batch)
-    say(out, *filter(None, [warning]))
+    set_other_run_aside(run, source, out)
+    warning = None if config.eval.skip_train else zero_rate_warning(run.schedule, run.state, config.batch)
+    print_lines(out, *filter(None, [warning]))
     if config.log.profile_pipeline is not None:
-        run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(say, out))
+        run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(print_lines, out))
     evaluated = not (run.state.evaluation_due or trained)
     sinks = [] if out is None else run_sinks(run, source, out, own=own, evaluated=evaluated)
-    files = partial(carried, prepared.tokenizer, source.directory, partial(say, out))
-    saver = Saver(run, files, partial(say, out)) if save is not None else None
-    open_training, held_out = openers(run, prepared)
+    files = partial(carried, prepared.tokenizer, source.directory, partial(print_lines, out))
+    saver = Saver(run, files, partial(print_lines, out)) if save is not None else None
+    open_training, held_out = data_openers(run, prepared)
     training = Training(
         run,
         None if open_training is None or config.eval.skip_train else open_training(),
@@ -195,15 +195,15 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         Stopping(config, run.mesh, started.device, signals, began=began, save_seconds=lambda: saver.seconds if saver else 0.0),
         start=run.state.iteration,
     )
-    skips = Skips()
+    skips = SkipCounter()
     hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
     if started.is_main:
-        progress.began(started.env.job, announced_in(save), started.env.attempt)
+        progress.began(started.env.job, latest_announced(save), started.env.attempt)
     ending = Ending(training, saver, progress, skips, again=early.again, warning=warning)
-    return carry_out(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
+    return train_and_evaluate(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
 
 
-def carry_out(training: Training, hooks: Sequence[Hook], final: Callable[[Training], None], ending: Ending) -> Exit:
+def train_and_evaluate(training: Training, hooks: Sequence[Hook], final: Callable[[Training], None], ending: Ending) -> Exit:
     """Train, evaluate what came of it, and end the run or this slice of it. Collective.
 
     Args:
@@ -232,7 +232,7 @@ def carry_out(training: Training, hooks: Sequence[Hook], final: Callable[[Traini
 
 
 def build_hooks(
-    prepared: Prepared, run: Run, saver: Saver | None, progress: Progress, skips: Skips, held_out: Sequence[HeldOut]
+    prepared: Prepared, run: Run, saver: Saver | None, progress: Progress, skips: SkipCounter, held_out: Sequence[HeldOut]
 ) -> list[Hook]:
     """Return what is done between steps, in its order."""
     validation = next((samples for samples in held_out if samples.split == "validation"), None)
@@ -254,13 +254,15 @@ def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
     """Build the run, and give it the weights and the state that it starts from. Collective."""
     config, source = prepared.config, prepared.source
     started.watch.waiting("building the model")
-    run = build(config, started, schedule=choose_schedule(source, config))
+    run = build_run(config, started, schedule=choose_schedule(source, config))
     started.watch.waiting("loading the checkpoint")
     if new := restore(source, run):
-        say(out, f"new, from the seed: {', '.join(new)}")
+        print_lines(out, f"new, from the seed: {', '.join(new)}")
     if prepared.datasets[0] is not None:
         run.state.order = order_marks(prepared.datasets[0], sample_counts(config)[0], config.data, config.batch.seed)
-    say(out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding")
+    print_lines(
+        out, f"> parameters: {sum(p.numel() for b in run.optimizer.buffers for p in b.parameters)} on this rank, with padding"
+    )
     return run
 
 
@@ -273,7 +275,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
     lines = [
         *source.lines,
-        *differences(source, config, order),
+        *difference_table(source, config, order),
         *prepared.notes,
         started.describe(),
         f"using world size: {started.env.world_size}, data-parallel-size: {started.env.world_size // (tp * pp)}, "
@@ -282,13 +284,13 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         *stage_table(config, Grid.from_layout(layout, started.env.world_size), stages_of(config)),
         " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length),
     ]
-    say(out, *lines)
+    print_lines(out, *lines)
 
 
 Opener = Callable[[], MicroBatchLoader] | None
 
 
-def openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
+def data_openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
     """Return what opens the training samples at the run's position, and the held-out samples that there are."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 

@@ -17,9 +17,9 @@ from megatron.files.regular import read_json
 from megatron.files.side import warning_on_error
 from megatron.launch.exit_report import write_error_file, write_stderr
 
-FILE = "progress.json"
+PROGRESS_FILE = "progress.json"
 STOPPED = 75
-TOO_SHORT = 2  # slices in a row without a step
+MAX_IDLE_SLICES = 2  # slices in a row without a step
 
 
 class Progress:
@@ -32,7 +32,7 @@ class Progress:
     """
 
     def __init__(self, save: str | None) -> None:
-        self._path = None if save is None else Path(save) / FILE
+        self._path = None if save is None else Path(save) / PROGRESS_FILE
         self.finished: int | None = None
         self.idle = 0
         self.job: str | None = None
@@ -53,7 +53,7 @@ class Progress:
 
     def too_short(self, why: str) -> str | None:
         """What to say of a slice that ends now without a step; None while that is no error."""
-        if self._path is None or self.idle + 1 < TOO_SHORT:
+        if self._path is None or self.idle + 1 < MAX_IDLE_SLICES:
             return None
         return (
             f"{self.idle + 1} slices in a row ended without a single step ({why}): the slot is too short for the start and one "

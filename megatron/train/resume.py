@@ -49,7 +49,7 @@ from megatron.optim.lr import Schedule
 from megatron.plan.size import MetaModel
 from megatron.train.resumed_schedule import check_schedule, schedule_rows
 from megatron.train.run import Run, sample_counts
-from megatron.train.source import Source
+from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
 # Settings that are told as fields of the schedule.
@@ -72,7 +72,7 @@ HEAD_PARAMETERS = ("pooler.", "task_head.")
 NONE: Mapping[Path, str] = MappingProxyType({})
 
 
-def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> Source:
+def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> StateSource:
     """The checkpoint to start from: with --auto-resume the newest whole one of --save, else that of --load, if given.
 
     damaged: checkpoints that are known to be, and why; they are passed over. CheckpointError when there is none where there
@@ -94,7 +94,7 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
         if config.load is not None and not config.auto_resume:
             lines.append(f"nothing to load in {config.load} yet, which is --save as well")
         fresh = "starting fresh: weights and sample order from the seed, a new optimizer, data from the first sample"
-        return Source(lines=(*lines, fresh))
+        return StateSource(lines=(*lines, fresh))
     directory = _named(config, lines, damaged)
     return _from(directory, lines, optimizer=not (config.finetune or config.no_load_optim), progress=not config.finetune)
 
@@ -116,7 +116,7 @@ def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, st
     return newest.path
 
 
-def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> Source:
+def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> StateSource:
     position = "optimizer, " if optimizer else ""
     position += "schedule and data position" if progress else ""
     rest = "only" if not position else f"with {position.rstrip(', ')}"
@@ -126,7 +126,7 @@ def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool)
         saved = from_json(read_config(directory))
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG}: {error}") from error
-    return Source(directory, saved, state, optimizer, progress, tuple(lines))
+    return StateSource(directory, saved, state, optimizer, progress, tuple(lines))
 
 
 def _state(values: Mapping[str, Any], path: Path) -> TrainState:
@@ -167,7 +167,7 @@ def _like(value: object, default: object) -> bool:
     return isinstance(value, dict) if not isinstance(default, list | tuple) else isinstance(value, list)
 
 
-def check_source(source: Source, config: RunConfig) -> None:
+def check_source(source: StateSource, config: RunConfig) -> None:
     """ConfigError with everything in which the checkpoint does not hold what the run asks of it."""
     if source.saved is None:
         return
@@ -187,7 +187,7 @@ def check_source(source: Source, config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def weights_alone(source: Source) -> Iterator[Problem]:
+def weights_alone(source: StateSource) -> Iterator[Problem]:
     """A problem where a run would go on from a checkpoint that has nothing to go on from but its weights."""
     if source.directory is not None and (source.optimizer or source.progress) and holds_weights_alone(source.directory):
         rule = "holds weights only, as an import does: no optimizer state, no iteration and no position in the data"
@@ -219,7 +219,7 @@ def _meant(value: str | tuple[str, ...]) -> object:
     return [os.path.abspath(p.removesuffix(".bin").removesuffix(".idx")) for p in prefixes], weights
 
 
-def differences(source: Source, config: RunConfig, another_order: bool | None = None) -> Iterator[str]:
+def difference_table(source: StateSource, config: RunConfig, another_order: bool | None = None) -> Iterator[str]:
     """A table of the settings in which a resumed run differs from its checkpoint, with the value that counts.
 
     another_order: whether the training data come in another order now; None where the checkpoint does not tell.
@@ -259,7 +259,7 @@ def _aligned(rows: Iterable[Row]) -> Iterator[str]:
         yield "  " + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
+def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSource:
     """The source that all ranks start from, every byte of it verified: `source`, or the next older whole one. Collective.
 
     To be called when the ranks are together, before anything is built: schedule and position are those of the result.
@@ -270,7 +270,7 @@ def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
     world = Axis("world", size, job.env.rank, tuple(range(size)), group)
     damaged: dict[Path, str] = {}
     while True:
-        agree(source, world)
+        require_same_checkpoint(source, world)
         if source.directory is None:
             return source
         try:
@@ -286,7 +286,7 @@ def verify_source(source: Source, config: RunConfig, job: Job) -> Source:
             raise CheckpointError(f"{'; '.join(source.lines)}; but it does not fit: {error}") from error
 
 
-def agree(source: Source, world: Axis) -> None:
+def require_same_checkpoint(source: StateSource, world: Axis) -> None:
     """CheckpointError on all ranks unless all start from the same checkpoint. Collective.
 
     Each rank has looked for itself; on a directory that is not shared, or that is seen late, they can see differently.
@@ -307,12 +307,12 @@ def agree(source: Source, world: Axis) -> None:
         raise CheckpointError(f"the ranks see different checkpoints: {views}. --save and --load must be on a shared disk")
 
 
-def restore(source: Source, run: Run) -> list[str]:
+def restore(source: StateSource, run: Run) -> list[str]:
     """Fill the run from its source. Collective. CheckpointError when something does not fit.
 
     Gives the parameters that keep their initial values: those of a head that a pretrained model has not.
     """
-    agree(source, run.mesh.world)
+    require_same_checkpoint(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
     new: list[str] = []
     if source.directory is not None:

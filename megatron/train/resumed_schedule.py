@@ -16,7 +16,7 @@ from megatron.config.options import by_name
 from megatron.config.rules import uneven_ahead
 from megatron.config.schema import BatchConfig, RunConfig
 from megatron.optim.lr import Schedule
-from megatron.train.source import Source
+from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
 OVERRIDE, KEEP = (
@@ -25,7 +25,7 @@ OVERRIDE, KEEP = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScheduleDifference:
     """A field of the schedule in which a command differs from the checkpoint that it resumes from."""
 
     field: str
@@ -33,7 +33,7 @@ class Difference:
     asked: Any
 
 
-def differing(source: Source, config: RunConfig) -> list[Difference]:
+def schedule_differences(source: StateSource, config: RunConfig) -> list[ScheduleDifference]:
     """Where the schedules differ, field by field; a field that has no effect in either is left out."""
     if not source.state.schedule or not source.progress:
         return []
@@ -50,10 +50,14 @@ def differing(source: Source, config: RunConfig) -> list[Difference]:
         idle |= {"annealing", "annealing_style"}
     if held["warmup"] == asked["warmup"] == 0:
         idle.add("initial")
-    return [Difference(name, there, asked[name]) for name, there in held.items() if there != asked[name] and name not in idle]
+    return [
+        ScheduleDifference(name, there, asked[name])
+        for name, there in held.items()
+        if there != asked[name] and name not in idle
+    ]
 
 
-def check_schedule(source: Source, config: RunConfig) -> None:
+def check_schedule(source: StateSource, config: RunConfig) -> None:
     """ConfigError where the schedules differ and the command does not say which one counts."""
     optim = config.optim
     if optim.override_opt_param_scheduler or optim.use_checkpoint_opt_param_scheduler or config.eval.skip_train:
@@ -61,7 +65,7 @@ def check_schedule(source: Source, config: RunConfig) -> None:
     legal = f"{OVERRIDE} follows the new schedule from here on, {KEEP} goes on with the checkpoint's"
     problems = [
         Problem(_setting(d.field, config), f"is {d.asked}; the schedule of {source.directory} has {d.held}", legal)
-        for d in differing(source, config)
+        for d in schedule_differences(source, config)
     ]
     if problems:
         raise ConfigError(problems)
@@ -111,7 +115,7 @@ def _length(field: str, config: RunConfig) -> str:
     return f"the length of the learning rate's warm-up in samples ({warmup})"
 
 
-def check_batch_sizes(source: Source, config: RunConfig, world_size: int) -> None:
+def check_batch_sizes(source: StateSource, config: RunConfig, world_size: int) -> None:
     """ConfigError where a size that --step-batch-size-schedule still has before it is no whole micro-batches of each rank.
 
     Sizes that lie behind a resumed run may be smaller than its ranks can share.
@@ -120,21 +124,21 @@ def check_batch_sizes(source: Source, config: RunConfig, world_size: int) -> Non
         raise ConfigError(problems)
 
 
-def choose_schedule(source: Source, config: RunConfig) -> Schedule:
+def choose_schedule(source: StateSource, config: RunConfig) -> Schedule:
     """A resumed run keeps the checkpoint's schedule, unless --override-opt_param-scheduler says otherwise."""
     if not source.state.schedule or not source.progress or config.optim.override_opt_param_scheduler:
         return Schedule.of(config.optim, config.batch)
     return Schedule.of_saved(source.state.schedule)
 
 
-def schedule_rows(source: Source, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
+def schedule_rows(source: StateSource, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
     """The differences as rows of the table of a resumed run."""
     winner = "this run's" if config.optim.override_opt_param_scheduler else "the checkpoint's"
-    for each in differing(source, config):
+    for each in schedule_differences(source, config):
         yield f"schedule, {each.field}", each.held, each.asked, winner
 
 
-def warning_of_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConfig) -> str | None:
+def zero_rate_warning(schedule: Schedule, state: TrainState, batch: BatchConfig) -> str | None:
     """A line to overlook for nobody, where iterations that are still to come would train at a learning rate of 0.
 
     Args:

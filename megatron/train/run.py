@@ -67,7 +67,7 @@ class Run:
         return parts
 
 
-def build(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
+def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
     """Build mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
 
     config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).

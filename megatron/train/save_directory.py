@@ -30,13 +30,13 @@ from megatron.config.directories import same_directory, traces
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import flag_text
 from megatron.config.schema import CheckpointConfig, RunConfig
-from megatron.train.progress import FILE as PROGRESS
-from megatron.train.source import Source
+from megatron.train.progress import PROGRESS_FILE as PROGRESS
+from megatron.train.source import StateSource
 
 ELSEWHERE = "another --save keeps both"
 
 
-def check_save(source: Source, config: RunConfig) -> list[str]:
+def check_save(source: StateSource, config: RunConfig) -> list[str]:
     """Lines to tell of what lies in --save. ConfigError where the run may not write there; see the table above."""
     checkpoint, root = config.checkpoint, Path(config.checkpoint.save or ".")
     if checkpoint.save is None or config.eval.skip_train:
@@ -52,7 +52,7 @@ def check_save(source: Source, config: RunConfig) -> list[str]:
         raise ConfigError([Problem(flag_text("checkpoint.save", checkpoint.save), rule, legal)])
     if checkpoint.overwrite:
         return _overwriting(root)
-    if begins_beside(source, config):
+    if starts_beside_another_run(source, config):
         held = _listed(list(iterations(root))) if iterations(root) else "the traces of checkpoints"
         instead = "--auto-resume would go on with them instead"
         return [f"note: {root} holds {held}, of another run than --load {checkpoint.load}: {instead}. {_going_aside(root)}"]
@@ -62,7 +62,7 @@ def check_save(source: Source, config: RunConfig) -> list[str]:
     return []
 
 
-def begins_beside(source: Source, config: RunConfig) -> bool:
+def starts_beside_another_run(source: StateSource, config: RunConfig) -> bool:
     """Return whether a run writes to --save and begins from a checkpoint elsewhere, so that what lies there is another's.
 
     The same on all ranks: it follows from what they were told, not from what they see.
@@ -73,7 +73,7 @@ def begins_beside(source: Source, config: RunConfig) -> bool:
     return source.directory is not None and not _inside(source.directory, checkpoint.save)
 
 
-def _refusal(source: Source, config: RunConfig, found: list[str]) -> tuple[str, str] | None:
+def _refusal(source: StateSource, config: RunConfig, found: list[str]) -> tuple[str, str] | None:
     """The table: what is wrong and the ways out, None where the run may go on."""
     checkpoint, pretrained = config.checkpoint, config.task.pretrained_checkpoint
     inside = source.directory is not None and _inside(source.directory, checkpoint.save or ".")
@@ -155,7 +155,7 @@ class _Directory:
         return (about.st_dev, about.st_ino) == (self.device, self.inode)
 
 
-class Overwritten:
+class CheckpointsToReplace:
     """The checkpoints that a run with --overwrite found in --save. Made by its first rank before anything is saved."""
 
     def __init__(self, root: Path) -> None:

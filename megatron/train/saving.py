@@ -22,13 +22,13 @@ from megatron.config.command_line.saved import to_json
 from megatron.launch.phase import Description
 from megatron.launch.watchdog import Watchdog
 from megatron.train.run import Run
-from megatron.train.save_directory import Overwritten
+from megatron.train.save_directory import CheckpointsToReplace
 
 POLL = 0.2  # seconds between two looks at what the thread says, while waiting for it
 DELETION = 5.0  # seconds that the end of a run waits for a deletion; what is left goes at the next save
 
 
-class Saving:
+class PendingSave:
     """One save under way.
 
     seconds: from its begin until it was on disk, None before. error: what ended it. told: whether its success was.
@@ -40,11 +40,11 @@ class Saving:
         self.seconds: float | None = None
         self.error: BaseException | None = None
         self.told = False
-        self.relay = Relay()
+        self.relay = DeferredWatch()
         self.thread: threading.Thread | None = None
 
 
-class Relay(Watchdog):
+class DeferredWatch(Watchdog):
     """What a thread says about its work, kept until the main thread waits for it: a watch judges main threads alone."""
 
     def __init__(self) -> None:
@@ -89,9 +89,9 @@ class Saver:
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
         self._axis = saving_axis(run.mesh.world)
         self._assets = together(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
-        self._overwritten = Overwritten(self._root) if checkpoint.overwrite and self._axis.first else None
+        self._overwritten = CheckpointsToReplace(self._root) if checkpoint.overwrite and self._axis.first else None
         self._contents = Contents(self._axis, Snapshot(run.job.device) if checkpoint.async_save else None)
-        self._saving: Saving | None = None
+        self._saving: PendingSave | None = None
         self._committed: int | None = None
         self._deletion: threading.Thread | None = None
         self.seconds = 0.0
@@ -104,7 +104,7 @@ class Saver:
         or the one before; with --on-save-error continue a failure of the disk is told instead, and there is no checkpoint.
         """
         self._settle()
-        run, saving = self._run, Saving(self._run.state.iteration)
+        run, saving = self._run, PendingSave(self._run.state.iteration)
         run.job.watch.doing("collecting a checkpoint")
         self._tell(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
         parts = run.parts(optimizer=not self._checkpoint.no_save_optim)
@@ -137,7 +137,7 @@ class Saver:
             self._deletion.join(DELETION)
         self._run.job.watch.idle()
 
-    def _write(self, content: Content, saving: Saving, watch: Watchdog) -> None:
+    def _write(self, content: Content, saving: PendingSave, watch: Watchdog) -> None:
         """Write and commit, in the thread or in its place."""
         try:
             write(self._root, content, self._axis, self._storage, watch)
@@ -176,7 +176,7 @@ class Saver:
         self.saved = self._committed
         self._report(saving)
 
-    def _report(self, saving: Saving) -> None:
+    def _report(self, saving: PendingSave) -> None:
         error = saving.error
         if error is not None and not (isinstance(error, DiskError) and self._checkpoint.on_save_error == "continue"):
             raise error

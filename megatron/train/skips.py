@@ -15,7 +15,7 @@ MIN_LOST_DYNAMIC = 5
 
 
 @dataclass
-class Skips:
+class SkipCounter:
     """The steps of one slice of a run. Those that --skip-train-iterations leaves out are no skipped ones."""
 
     steps: int = 0
@@ -39,7 +39,7 @@ class Skips:
         )
 
 
-def lost(state: TrainState) -> str | None:
+def learning_failure(state: TrainState) -> str | None:
     """What to say of a run that is at its end and learnt nothing in its last steps, or in any; None where it did.
 
     state: at the end; counts skipped steps also of the slices before.

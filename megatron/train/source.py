@@ -10,7 +10,7 @@ from megatron.train.state import TrainState
 
 
 @dataclass(frozen=True)
-class Source:
+class StateSource:
     """directory: the checkpoint, None for a fresh start. saved, state: the configuration and the counters in it.
     optimizer, progress: whether these come from it too, beside the weights. lines: what to tell. verified: every byte of
     it was compared with the manifest."""

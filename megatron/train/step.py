@@ -97,7 +97,7 @@ class Step:
         with self._seeded(state.iteration):
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
-        loss, tokens, means, order = totals(output, self.mesh)
+        loss, tokens, means, order = reduce_losses(output, self.mesh)
         # A sample can have several rows, the choices of a task.
         samples = len(batches) * self.batch.micro_batch_size * self.mesh.dp.size
         possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
@@ -144,7 +144,7 @@ class Step:
             yield
 
 
-def totals(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
+def reduce_losses(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
     """The sums of `StepOutput` over all data-parallel ranks and stages, on every rank."""
     local = torch.stack([output.loss, output.tokens, output.means, output.order])
     for axis in (mesh.dp_cp, mesh.pp):

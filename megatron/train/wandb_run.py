@@ -20,7 +20,7 @@ from megatron.config.schema import RunConfig
 from megatron.files.pending import write_whole
 from megatron.files.regular import read_json
 
-FILE = "wandb.json"  # in --save
+WANDB_FILE = "wandb.json"  # in --save
 # What decides the values of a run's points, less what only says how it is carried out, or when it stops.
 SECTIONS = ("model", "data", "batch", "optim", "precision")
 WITHOUT_EFFECT = ("num_workers", "data_cache_path", "micro_batch_size", "compile", "stop_file", "exit_", "train_")
@@ -31,7 +31,7 @@ SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_d
 class WandbRun:
     """A W&B run. id: its own, "" for none. iteration: of the newest training point; evaluations: of each split's newest.
 
-    parent, fork: the run that it went on from with other settings, and after which iteration. settings: see `settings_of`.
+    parent, fork: the run that it went on from with other settings, and after which iteration. settings: see `settings_digest`.
     """
 
     id: str = ""
@@ -47,7 +47,7 @@ class WandbRun:
         write_whole(path, json.dumps(asdict(self)) + "\n")
 
 
-def read_run(path: Path | None) -> WandbRun:
+def read_wandb_run(path: Path | None) -> WandbRun:
     """What a slice before has kept; nothing where there is no such file, or none that can be read."""
     values: Any = None
     if path is not None:
@@ -61,7 +61,7 @@ def read_run(path: Path | None) -> WandbRun:
     return WandbRun(**{each.name: values[each.name] for each in fields(WandbRun)})
 
 
-def settings_of(config: RunConfig, schedule: Mapping[str, Any]) -> str:
+def settings_digest(config: RunConfig, schedule: Mapping[str, Any]) -> str:
     """A mark of all settings that change what is logged. schedule: of the learning rate, as it is in use."""
     values = to_json(config)
     kept: dict[str, Any] = {
@@ -72,14 +72,14 @@ def settings_of(config: RunConfig, schedule: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def choose_run(held: str, iteration: int, kept: WandbRun, settings: str) -> WandbRun:
+def choose_wandb_run(held: str, iteration: int, kept: WandbRun, settings: str) -> WandbRun:
     """The W&B run of a slice that goes on with a run after an iteration.
 
     Args:
         held: the id in the checkpoint; "" where there is none.
         iteration: that the slice goes on after.
-        kept: what the slice before has written down, as `read_run` gives it.
-        settings: of this slice, as `settings_of` gives them.
+        kept: what the slice before has written down, as `read_wandb_run` gives it.
+        settings: of this slice, as `settings_digest` gives them.
 
     Returns:
         The run before, with what it has logged already; or a new one, with the run before as its parent.

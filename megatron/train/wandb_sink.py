@@ -17,7 +17,7 @@ from megatron.train.report import Evaluation, LogContext, Metrics
 from megatron.train.run import Run
 from megatron.train.sinks import Ended, Sink, evaluation_points, learning_points, speed_points
 from megatron.train.wandb_link import WandbLink
-from megatron.train.wandb_run import FILE, WandbRun, choose_run, read_run, settings_of
+from megatron.train.wandb_run import WANDB_FILE, WandbRun, choose_wandb_run, read_wandb_run, settings_digest
 
 
 class Wandb(Sink):
@@ -64,11 +64,11 @@ def wandb_sink(run: Run, save: str | None, own: bool, resumed: bool) -> Callable
         state.wandb_run = ""
     if config.log.wandb_project is None:
         return None
-    record = None if save is None else Path(save) / FILE
-    kept = read_run(record) if own else WandbRun()
-    settings = settings_of(config, state.schedule)
+    record = None if save is None else Path(save) / WANDB_FILE
+    kept = read_wandb_run(record) if own else WandbRun()
+    settings = settings_digest(config, state.schedule)
     held = state.wandb_run if resumed else kept.id
-    chosen = choose_run(held, state.iteration, kept, settings)
+    chosen = choose_wandb_run(held, state.iteration, kept, settings)
     state.wandb_run = chosen.id
     about = to_json(config) | {"world_size": run.job.env.world_size}
     return partial(Wandb, config.log, chosen, record, about, sys.stdout)

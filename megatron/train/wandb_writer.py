@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.files.regular import parse_json
-from megatron.train.wandb_run import WandbRun, read_run
+from megatron.train.wandb_run import WandbRun, read_wandb_run
 
 EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # the contract's
 LOCK_SECONDS = 30.0  # that the next slice waits for this process of the slice before
@@ -30,7 +30,7 @@ OFFLINE = ("offline", "dryrun", "disabled")
 Reply = Callable[[Mapping[str, Any]], None]
 
 
-def heard(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
+def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
     """The messages of the run, as many at once as have come. The end of the run ends it."""
     left = b""
     while True:
@@ -45,7 +45,7 @@ def heard(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
             yield [parse_json(line) for line in lines]
 
 
-def opened(setup: Mapping[str, Any], reply: Reply) -> Any:
+def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
     """W&B's own run; without a network one whose points stay on the disk. Any exception of W&B."""
     import wandb
 
@@ -56,7 +56,7 @@ def opened(setup: Mapping[str, Any], reply: Reply) -> Any:
         if os.environ.get("WANDB_MODE") in OFFLINE:
             raise
         then = f"points are kept below {wanted['dir']}, and `wandb sync` sends them"
-        reply({"failed": "cannot be reached", "error": words_of(error), "then": then})
+        reply({"failed": "cannot be reached", "error": error_text(error), "then": then})
         return wandb.init(**wanted, resume="allow", settings={"console": "off"}, mode="offline")
 
 
@@ -66,7 +66,7 @@ class Writer:
     def __init__(self, setup: Mapping[str, Any], run: Any, reply: Reply) -> None:
         self._run, self._reply, self._failing = run, reply, set[str]()
         self._path = Path(setup["record"]) if setup["record"] else None
-        kept, wanted = read_run(self._path), WandbRun(**setup["run"])
+        kept, wanted = read_wandb_run(self._path), WandbRun(**setup["run"])
         # A slice before may have handed over more since this one began.
         self.record = replace(kept, settings=wanted.settings) if kept.id == wanted.id else wanted
         self._begun = self.record.iteration
@@ -124,16 +124,16 @@ class _Surviving:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is not None and self._what not in self._told:
             self._told.add(self._what)
-            self._reply({"failed": self._what, "error": words_of(error), "then": "the run goes on"})
+            self._reply({"failed": self._what, "error": error_text(error), "then": "the run goes on"})
         return True
 
 
-def words_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def wait_for_the_slice_before(directory: Path) -> None:
+def wait_for_previous_slice(directory: Path) -> None:
     """Hold the W&B directory, which the process of the slice before may still write to. Where locks are unknown, go on."""
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
@@ -147,23 +147,23 @@ def wait_for_the_slice_before(directory: Path) -> None:
                 return  # held until this process ends
 
 
-def serve(channel: socket.socket) -> None:
+def serve_run(channel: socket.socket) -> None:
     """Carry out what a run asks for, until its end."""
 
     def reply(values: Mapping[str, Any]) -> None:
         with suppress(OSError):  # a run that is gone
             channel.sendall(json.dumps(values).encode() + b"\n")
 
-    messages = heard(channel)
+    messages = receive(channel)
     first = next(messages, None)
     if first is None:
         return
     setup, *rest = first
-    wait_for_the_slice_before(Path(setup["init"]["dir"]))
+    wait_for_previous_slice(Path(setup["init"]["dir"]))
     try:
-        run = opened(setup, reply)
+        run = open_wandb_run(setup, reply)
     except BaseException as error:
-        reply({"failed": "cannot be used", "error": words_of(error), "then": "the run goes on without it"})
+        reply({"failed": "cannot be used", "error": error_text(error), "then": "the run goes on without it"})
         return
     reply({"told": f"W&B: run {setup['run']['id']}, {getattr(run, 'url', None) or 'below ' + setup['init']['dir']}"})
     writer = Writer(setup, run, reply)
@@ -182,7 +182,7 @@ def main() -> None:
     nowhere = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nowhere, 0)  # W&B's own processes must not hold the socket
     os.close(nowhere)
-    serve(channel)
+    serve_run(channel)
 
 
 if __name__ == "__main__":

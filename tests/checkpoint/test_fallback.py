@@ -34,7 +34,7 @@ from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.lr import Schedule
 from megatron.train import resume
-from megatron.train.resume import Source, check_source, differences, find_source, verify_source
+from megatron.train.resume import StateSource, check_source, difference_table, find_source, verify_source
 from megatron.train.state import TrainState
 
 CONFIG = resolve(
@@ -97,7 +97,7 @@ SAID = {
 }
 
 
-def alone(config: CheckpointConfig) -> Source:
+def alone(config: CheckpointConfig) -> StateSource:
     """What one process starts from."""
     run = replace(CONFIG, checkpoint=config)
     return verify_source(find_source(config), run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
@@ -238,7 +238,7 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
 
 def test_the_table_of_differences(root):
     source = alone(asked(root, "load"))
-    assert list(differences(source, CONFIG)) == []
+    assert list(difference_table(source, CONFIG)) == []
     other = replace(
         CONFIG,
         optim=replace(CONFIG.optim, lr=0.2, clip_grad=2.0),
@@ -248,9 +248,9 @@ def test_the_table_of_differences(root):
         checkpoint=CheckpointConfig(load="x"),
         log=replace(CONFIG.log, log_interval=1),
     )
-    title, head, *rows, order = differences(source, other)
+    title, head, *rows, order = difference_table(source, other)
     assert order.startswith("  the order of samples is another"), "this checkpoint tells nothing of it, but the seed decides it"
-    assert list(differences(source, other, False)) == [title, head, *rows]
+    assert list(difference_table(source, other, False)) == [title, head, *rows]
     assert title == "  differs from the checkpoint:" and head.split("  ")[1] == "setting"
     columns = [head.index(word) for word in ("setting", "in the checkpoint", "asked for", "counts")]
     table = [[row[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)] for row in rows]
@@ -261,7 +261,7 @@ def test_the_table_of_differences(root):
         ["optim.clip_grad", "1.0", "2.0", "this run's"],
         ["precision.bf16", "False", "True", "this run's"],
     ]
-    assert list(differences(replace(source, progress=False), other)) == []
+    assert list(difference_table(replace(source, progress=False), other)) == []
 
 
 def test_other_training_data_only_when_told_so(root, monkeypatch):
@@ -285,7 +285,7 @@ def test_other_training_data_only_when_told_so(root, monkeypatch):
             check_source(source, change)
     allowed = replace(mixed, checkpoint=CheckpointConfig(allow_data_change=True))
     check_source(source, allowed)
-    assert "samples that were seen can come again" in list(differences(source, allowed))[-1]
+    assert "samples that were seen can come again" in list(difference_table(source, allowed))[-1]
     check_source(replace(source, progress=False), mixed)  # --finetune
 
 

@@ -20,10 +20,10 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.launch.watchdog import Watchdog
 from megatron.train.loop import advance
-from megatron.train.pretraining import openers, prepare
+from megatron.train.pretraining import data_openers, prepare_pretraining
 from megatron.train.resume import restore
 from megatron.train.resumed_schedule import choose_schedule
-from megatron.train.run import build
+from megatron.train.run import build_run
 
 ROOT = Path(__file__).parents[2]
 BEFORE = ROOT / "tests" / "written_before"
@@ -48,11 +48,11 @@ def go_on(name: str, layout: str, cache: str) -> list[tuple[float, ...]]:
     with contextlib.chdir(BEFORE):  # data under the names that the checkpoint has for them
         words = [*f"{run['flags']} {layout} --load {name} --data-cache-path".split(), cache]
         parsed = parse(words, program=run["program"], defaults=defaults, world_size=env.world_size)
-        prepared = prepare(parsed, Watchdog())
+        prepared = prepare_pretraining(parsed, Watchdog())
         job = Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None)
-        opened = build(prepared.config, job, schedule=choose_schedule(prepared.source, prepared.config))
+        opened = build_run(prepared.config, job, schedule=choose_schedule(prepared.source, prepared.config))
         assert restore(prepared.source, opened) == [] and opened.state.iteration == SAVED_AT
-        training, _ = openers(opened, prepared)
+        training, _ = data_openers(opened, prepared)
         loader, curve = training(), []
         for _ in range(SAVED_AT, LAST):
             report = opened.step(loader.next_batches(4), opened.state)

@@ -20,7 +20,7 @@ from megatron.launch.job import Job
 from megatron.pipeline.schedules.lower import EARLY
 from megatron.pipeline.schedules.schedule import SCHEDULES
 from megatron.pipeline.transfer import Channels, Receiving
-from megatron.train.run import Run, build
+from megatron.train.run import Run, build_run
 
 CPU = torch.device("cpu")
 RANKS = 4
@@ -68,7 +68,7 @@ def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
     there = dist.is_initialized()
     world = dist.get_world_size() if there else 1
     env = LaunchEnvironment(dist.get_rank() if there else 0, world, blocking=always)
-    run = build(setting.config(world, len(STEPS)), Job(env, CPU, "gloo" if there else None))
+    run = build_run(setting.config(world, len(STEPS)), Job(env, CPU, "gloo" if there else None))
     assert run.pipeline.early == (0 if always else EARLY)
     run.pipeline.channels = channels = Meeting(run.mesh.pp, run.mesh.pp_back, CPU)
     curve, validations, seen = [], [], set()

@@ -15,7 +15,7 @@ from megatron.config.schema import PrecisionConfig
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.parallel.weight_grad import add_product, can_add_products
-from megatron.train.run import build
+from megatron.train.run import build_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 STEPS = 20
@@ -28,7 +28,7 @@ def on_gpu(setting: Setting, steps: int, compiled: bool = False) -> list[tuple[f
     config = setting.config(world, steps)
     config = replace(config, batch=replace(config.batch, compile=compiled))
     return go(
-        build(config, Job(LaunchEnvironment(rank, world), torch.device("cuda", 0), "gloo" if world > 1 else None)),
+        build_run(config, Job(LaunchEnvironment(rank, world), torch.device("cuda", 0), "gloo" if world > 1 else None)),
         setting,
         steps,
     )

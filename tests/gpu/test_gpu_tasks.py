@@ -9,7 +9,7 @@ import torch
 from evaluated import sentences, trained
 
 from megatron.cli.program import run_task
-from megatron.inference.generate import Sampling, Text, write
+from megatron.inference.generate import GeneratedText, Sampling, extend_texts
 from megatron.inference.restore import open_pipeline
 from megatron.mesh.mesh import Mesh
 from megatron.tasks.zeroshot import zero_shot
@@ -32,8 +32,8 @@ def asked(root, text, device: str):
     """Scores of a text, and what greedy generation makes of three prompts."""
     opened = open_pipeline(root, Mesh.single(), device=device)
     figures = zero_shot("PERPLEXITY", opened, Mesh.single(), [str(text)], seq_length=24, overlap=10, say=lambda line: None)
-    texts = [Text.after(opened.tokenizer.tokenize(prompt)) for prompt in ("ma", "tun lo", "lo ma ma")]
-    for _ in write(opened.model, texts, max_new_tokens=16, sampling=Sampling(temperature=0.0)):
+    texts = [GeneratedText.after(opened.tokenizer.tokenize(prompt)) for prompt in ("ma", "tun lo", "lo ma ma")]
+    for _ in extend_texts(opened.model, texts, max_new_tokens=16, sampling=Sampling(temperature=0.0)):
         pass
     return figures["loss"], [text.tokens for text in texts]
 

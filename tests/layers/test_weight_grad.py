@@ -377,7 +377,7 @@ def run_fused(setting: Setting, fused: bool):
         precision = replace(config.precision, gradient_accumulation_fusion=fused)
         layout = replace(config.layout, overlap_grad_reduce=True, use_distributed_optimizer=True, ddp_bucket_size=3000)
         env = LaunchEnvironment(dist.get_rank(), dist.get_world_size())
-        run = run_module.build(replace(config, precision=precision, layout=layout), Job(env, torch.device("cpu"), "gloo"))
+        run = run_module.build_run(replace(config, precision=precision, layout=layout), Job(env, torch.device("cpu"), "gloo"))
         curve = go(run, setting, 4)
     return curve, product.call_count, run.optimizer.reducer.started_early, len(run.optimizer.buffers)
 

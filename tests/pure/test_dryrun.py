@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from megatron.checkpoint.save import save
-from megatron.cli.dry_run import dry_run, inspect
+from megatron.cli.dry_run import dry_run, inspect_inputs
 from megatron.config.command_line.parse import parse
 from megatron.config.command_line.saved import to_json
 from megatron.config.compare import FREE
@@ -51,7 +51,7 @@ def output(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def mistakes(argv: list[str]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        inspect(parse(argv, program="test").config)
+        inspect_inputs(parse(argv, program="test").config)
     return [str(p) for p in caught.value.problems]
 
 
@@ -110,7 +110,7 @@ def test_sizes_that_a_run_still_has_before_it(tmp_path: Path) -> None:
     flags += f" --auto-resume --save {tmp_path} --save-interval 5"
     parsed = parse([*SMALL, *flags.split()], program="test")
     with pytest.raises(ConfigError, match="has the sizes 2, not divisible by `--micro-batch-size 2` x 2 data-parallel ranks"):
-        inspect(parsed.config, parsed.world_size)
+        inspect_inputs(parsed.config, parsed.world_size)
 
 
 def pipeline(schedule: str, ranks: int, *more: str) -> tuple[RunConfig, StagePlan, Schedule]:

@@ -12,7 +12,7 @@ from writers import build, predictor
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch
-from megatron.inference.generate import Sampling, Text, write
+from megatron.inference.generate import GeneratedText, Sampling, extend_texts
 from megatron.serving.fields import Fields
 from megatron.serving.megatron_api import task_of
 from megatron.serving.words import added_text, width
@@ -20,16 +20,18 @@ from megatron.serving.words import added_text, width
 TOKENIZER = Letters()
 
 
-def texts(model, prompts, count=8, sampling=None, **options) -> list[Text]:
+def texts(model, prompts, count=8, sampling=None, **options) -> list[GeneratedText]:
     """What a batch of prompts gives, without a server."""
-    found = [Text.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
+    found = [GeneratedText.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
     ends = lambda text: text.tokens[-1] == 256  # noqa: E731
-    for _ in write(predictor(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options):
+    for _ in extend_texts(
+        predictor(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options
+    ):
         pass
     return found
 
 
-def words(text: Text) -> str:
+def words(text: GeneratedText) -> str:
     return TOKENIZER.detokenize(text.tokens[text.start :]).removesuffix("<|endoftext|>")
 
 
@@ -100,7 +102,12 @@ def test_megatron_stops_and_bans(model):
 def test_two_ends_of_lines_in_a_row():
     fields = Fields(b'{"prompts": ["x"], "stop_on_double_eol": true}')
     stops = task_of(fields, TOKENIZER).stops(TOKENIZER)
-    assert [stops(Text([*tokens], 1)) for tokens in ([9, 10], [10, 10], [10, 9, 10], [9, 256])] == [False, True, False, True]
+    assert [stops(GeneratedText([*tokens], 1)) for tokens in ([9, 10], [10, 10], [10, 9, 10], [9, 256])] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from serving import Letters, served, tireless
 from writers import build, predictor
 
 from megatron.data.errors import DataError
-from megatron.inference.generate import Sampling, Text, write
+from megatron.inference.generate import GeneratedText, Sampling, extend_texts
 from megatron.serving import chat_template
 from megatron.serving.chat_template import ChatFiles, ChatTemplate
 from megatron.serving.fields import RequestError
@@ -79,8 +79,8 @@ def test_a_conversation_is_what_transformers_makes_of_it(tmp_path, template, tal
 
 
 def test_a_reply_is_what_the_model_writes_after_it(client, model, chat) -> None:
-    text = Text.after(chat.tokens(TALKS[0]))
-    for _ in write(predictor(model), [text], max_new_tokens=6, sampling=Sampling(0.0)):
+    text = GeneratedText.after(chat.tokens(TALKS[0]))
+    for _ in extend_texts(predictor(model), [text], max_new_tokens=6, sampling=Sampling(0.0)):
         pass
     words = chat.tokenizer.detokenize(text.tokens[text.start :])
     for limit in ("max_tokens", "max_completion_tokens"):
@@ -121,8 +121,8 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
     folder = write_tokenizer(tmp_path)
     tokenizer = open_tokenizer(folder)
     assert ChatFiles.of(folder, tokenizer).ends == (EOS,)
-    text = Text.after(tokenizer.tokenize("Hi"))
-    for _ in write(predictor(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
+    text = GeneratedText.after(tokenizer.tokenize("Hi"))
+    for _ in extend_texts(predictor(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
         pass
     third = text.tokens[text.start + 2]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [IM_END, third, True, -1, "x"]}))

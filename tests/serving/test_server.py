@@ -17,7 +17,7 @@ from serving import Client, checkpoint, tireless
 from writers import predictor
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import Sampling, Text, write
+from megatron.inference.generate import GeneratedText, Sampling, extend_texts
 
 TOOL = Path(__file__).parents[2] / "tools" / "text_generation_server.py"
 
@@ -72,8 +72,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy(prompts: list[str], count: int) -> list[str]:
-    texts = [Text.after(prompt.encode()) for prompt in prompts]
-    for _ in write(predictor(tireless()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
+    texts = [GeneratedText.after(prompt.encode()) for prompt in prompts]
+    for _ in extend_texts(predictor(tireless()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
         pass
     return [ByteTokenizer().detokenize(text.tokens) for text in texts]
 

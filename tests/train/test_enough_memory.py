@@ -14,7 +14,7 @@ from megatron.launch.errors import InputError
 from megatron.mesh.grid import Grid
 from megatron.plan import enough_memory
 from megatron.plan.enough_memory import Room, check_memory, states, total
-from megatron.train.in_job import in_words
+from megatron.train.in_job import explain_error
 
 GIB = 2**30
 COMMAND = (
@@ -98,6 +98,6 @@ def test_an_allocation_that_fails_later_is_said_in_a_line() -> None:
     try:
         torch.empty(2**60, dtype=torch.uint8)
     except RuntimeError as error:
-        said = in_words(error, "rank 0 on host h, forward")
+        said = explain_error(error, "rank 0 on host h, forward")
     assert said is not None and said.startswith("rank 0 on host h, forward: out of memory: ") and "\n" not in said
     assert "--micro-batch-size" in said and "--recompute-activations" in said

@@ -16,7 +16,7 @@ from reference import GPT2, LLAMA
 from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import Sampling, batch_of_rows, device_of, generate
+from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate
 from megatron.inference.restore import open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
@@ -142,10 +142,10 @@ def test_a_damaged_model_is_refused():
 
 
 def test_devices():
-    assert [device_of(None, 0).type, device_of(None, 2).type] == ["cpu", "cuda"]
-    assert device_of("cuda:1", 2) == torch.device("cuda", 1)
+    assert [choose_device(None, 0).type, choose_device(None, 2).type] == ["cpu", "cuda"]
+    assert choose_device("cuda:1", 2) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="--device cuda:2 is not there: PyTorch finds 2 GPUs"):
-        device_of("cuda:2", 2)
+        choose_device("cuda:2", 2)
 
 
 class Tool:

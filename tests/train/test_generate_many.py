@@ -15,7 +15,7 @@ from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
-from megatron.inference.generate import Sampling, Text, batch_of_rows, generate, write
+from megatron.inference.generate import GeneratedText, Sampling, batch_of_rows, extend_texts, generate
 from megatron.inference.restore import open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
@@ -26,9 +26,9 @@ PROMPTS = ([5, 99, 17, 3], [8], [40, 41, 42, 43, 44, 45, 46, 47, 1], [5, 99, 17,
 COUNT = 12
 
 
-def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[Text]:
-    texts = [Text.after(prompt) for prompt in prompts]
-    for _ in write(predictor(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
+def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[GeneratedText]:
+    texts = [GeneratedText.after(prompt) for prompt in prompts]
+    for _ in extend_texts(predictor(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
         pass
     return texts
 
@@ -167,14 +167,14 @@ def test_one_beam_is_the_greedy_text_and_wrong_searches_are_refused():
 # Several processes.
 
 
-def on_a_layout(root: str, tp: int) -> tuple[list[Text], list[Text], list[Beam], int]:
+def on_a_layout(root: str, tp: int) -> tuple[list[GeneratedText], list[GeneratedText], list[Beam], int]:
     """Texts with scores, sampled texts, beams, and how many numbers this rank heard of the first pass."""
     import torch.distributed as dist
 
     model = open_pipeline(root, Mesh.build(Grid(tp=tp, pp=dist.get_world_size() // tp), dist.get_rank())).model
     heard, broadcast = [], model.channels.broadcast
     model.channels.broadcast = lambda x, source: heard.append(x.numel()) or broadcast(x, source)
-    next(write(model, [Text.after([1] * 30)], max_new_tokens=1, sampling=GREEDY))
+    next(extend_texts(model, [GeneratedText.after([1] * 30)], max_new_tokens=1, sampling=GREEDY))
     first = sum(heard)
     return together(model, top=2), together(model, SAMPLED, seed=3), last(BeamSearch(3, 1.0, 7), model), first
 

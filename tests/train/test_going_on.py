@@ -16,7 +16,7 @@ from megatron.launch.command_line import typed_command
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.heartbeat import Process
 from megatron.train.ending import Exit
-from megatron.train.lock import FILE, Holder
+from megatron.train.lock import LOCK_FILE, LockHolder
 
 NOTE = "which is --save as well"
 
@@ -129,15 +129,15 @@ def test_ctrl_c_twice_by_torchrun(slices, short, tmp_path):
 def test_a_second_run_at_once_is_refused(slices, short, tmp_path, ranks):
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     (tmp_path / "run").mkdir()
-    text = Holder("2026-01-01 10:00:00", (Process.here(other.pid),)).to_text()
-    (tmp_path / "run" / FILE).write_text(text)
+    text = LockHolder("2026-01-01 10:00:00", (Process.here(other.pid),)).to_text()
+    (tmp_path / "run" / LOCK_FILE).write_text(text)
     try:
         ended = slices([*short, "--auto-resume"], ranks=ranks, launcher=False)
         assert ended.statuses == [2] * ranks and len(ended.errors) == 1
         assert (
             f"is in use by another run, process {other.pid} on host " in ended.err and "since 2026-01-01 10:00:00" in ended.err
         )
-        assert (tmp_path / "run" / FILE).read_text() == text
+        assert (tmp_path / "run" / LOCK_FILE).read_text() == text
     finally:
         other.communicate()
     assert ranks == 2 or slices([*short, "--auto-resume"], ranks=ranks).statuses == [0]

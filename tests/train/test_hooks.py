@@ -13,7 +13,7 @@ from megatron.train.hooks.skips import LogSkips
 from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
 from megatron.train.loop import Training
 from megatron.train.report import StepReport
-from megatron.train.skips import Skips
+from megatron.train.skips import SkipCounter
 from megatron.train.state import TrainState
 from megatron.train.stopping import Request
 
@@ -178,7 +178,7 @@ def test_checkpoints_are_written_at_their_interval_on_request_and_at_the_end_onc
 
 
 def test_steps_without_an_update_are_told():
-    skips, training = Skips(), training_at(4)
+    skips, training = SkipCounter(), training_at(4)
     hook = LogSkips(skips)
     for report in (
         REPORT,

@@ -15,7 +15,7 @@ import pytest
 from megatron.launch.errors import InputError
 from megatron.launch.heartbeat import Process
 from megatron.train import lock
-from megatron.train.lock import FILE, Holder, Look, take
+from megatron.train.lock import LOCK_FILE, LockHolder, LockReading, acquire
 
 OWN = Process.own()
 FAR = Process("elsewhere", "another space", 7, 7)
@@ -34,32 +34,32 @@ def other():
 def held(root: Path, *ranks: Process, launcher: Process | None = None, ago: float = 0.0) -> Path:
     """A lock as another run left it."""
     root.mkdir(exist_ok=True)
-    (root / FILE).write_text(Holder("2026-01-01 10:00:00", ranks, launcher).to_text())
-    os.utime(root / FILE, (time.time() - ago,) * 2)
+    (root / LOCK_FILE).write_text(LockHolder("2026-01-01 10:00:00", ranks, launcher).to_text())
+    os.utime(root / LOCK_FILE, (time.time() - ago,) * 2)
     return root
 
 
-def ours() -> Holder:
-    return Holder("now", (OWN,))
+def ours() -> LockHolder:
+    return LockHolder("now", (OWN,))
 
 
 def test_it_comes_and_goes(tmp_path):
     root = tmp_path / "a" / "run"
-    taken = take(root, ours(), pytest.fail)
-    assert taken is not None and Holder.of((root / FILE).read_text()) == ours()
+    taken = acquire(root, ours(), pytest.fail)
+    assert taken is not None and LockHolder.of((root / LOCK_FILE).read_text()) == ours()
     taken.name_ranks([OWN, FAR])
-    assert Holder.of((root / FILE).read_text()) == Holder("now", (OWN, FAR)) and os.listdir(root) == [FILE]
+    assert LockHolder.of((root / LOCK_FILE).read_text()) == LockHolder("now", (OWN, FAR)) and os.listdir(root) == [LOCK_FILE]
     taken.release()
     assert not root.exists()
 
 
 def test_a_living_run_is_named_and_left_alone(tmp_path, other):
     held(tmp_path, other[1])
-    text = (tmp_path / FILE).read_text()
+    text = (tmp_path / LOCK_FILE).read_text()
     said = rf"in use by another run, process {other[1].pid} on host \S+, since 2026-01-01 10:00:00"
     with pytest.raises(InputError, match=said):
-        take(tmp_path, ours(), pytest.fail)
-    assert (tmp_path / FILE).read_text() == text and os.listdir(tmp_path) == [FILE]
+        acquire(tmp_path, ours(), pytest.fail)
+    assert (tmp_path / LOCK_FILE).read_text() == text and os.listdir(tmp_path) == [LOCK_FILE]
 
 
 @pytest.mark.parametrize(
@@ -85,16 +85,16 @@ def test_the_state_of_another_run(ranks, launcher, ago, state, other):
     def real(process):
         return other[1] if process == "alive" else process
 
-    holder = Holder("x", tuple(map(real, ranks)), real(launcher))
-    assert Look(holder.to_text(), 0, ago).state(OWN) == state
+    holder = LockHolder("x", tuple(map(real, ranks)), real(launcher))
+    assert LockReading(holder.to_text(), 0, ago).state(OWN) == state
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"since": 1, "ranks": [], "launcher": null}', '{"ranks": [{"pid": 1}]}'])
 def test_a_torn_lock_is_judged_by_its_age(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
-    assert Look(text, 0, 3.0).state(OWN) == "silent" and Look(text, 0, 61.0).state(OWN) == "gone"
-    os.utime(tmp_path / FILE, (time.time() - 100,) * 2)
-    take(tmp_path, ours(), pytest.fail).release()
+    (tmp_path / LOCK_FILE).write_text(text)
+    assert LockReading(text, 0, 3.0).state(OWN) == "silent" and LockReading(text, 0, 61.0).state(OWN) == "gone"
+    os.utime(tmp_path / LOCK_FILE, (time.time() - 100,) * 2)
+    acquire(tmp_path, ours(), pytest.fail).release()
 
 
 def test_ranks_that_still_end_are_waited_for(tmp_path, other):
@@ -102,7 +102,7 @@ def test_ranks_that_still_end_are_waited_for(tmp_path, other):
     held(tmp_path, GONE, other[1])
     lines: list[str] = []
     threading.Timer(0.3, other[0].communicate).start()
-    taken = take(tmp_path, ours(), lines.append)
+    taken = acquire(tmp_path, ours(), lines.append)
     assert other[0].poll() is not None and len(lines) == 1 and "is ending" in lines[0] and f"process {GONE.pid} on" in lines[0]
     taken.release()
 
@@ -110,44 +110,44 @@ def test_ranks_that_still_end_are_waited_for(tmp_path, other):
 def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, other):
     held(tmp_path, GONE, other[1])
     with pytest.raises(InputError, match="in use by another run"):
-        take(tmp_path, ours(), lambda line: None, patience=0.1)
+        acquire(tmp_path, ours(), lambda line: None, patience=0.1)
 
 
 def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
     held(tmp_path, FAR, ago=20.0)
     lines: list[str] = []
-    threading.Timer(0.3, os.utime, [tmp_path / FILE]).start()
+    threading.Timer(0.3, os.utime, [tmp_path / LOCK_FILE]).start()
     with pytest.raises(InputError, match="process 7 on host elsewhere"):
-        take(tmp_path, ours(), lines.append)
+        acquire(tmp_path, ours(), lines.append)
     assert len(lines) == 1 and "gives no sign of life so far" in lines[0]
 
 
 def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.02)
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.02)
     lost = threading.Event()
     monkeypatch.setattr(lock, "_end", lambda text: lost.set())
-    taken = take(tmp_path, ours(), pytest.fail)
-    os.utime(tmp_path / FILE, (0, 0))
+    taken = acquire(tmp_path, ours(), pytest.fail)
+    os.utime(tmp_path / LOCK_FILE, (0, 0))
     deadline = time.monotonic() + 20.0
-    while os.stat(tmp_path / FILE).st_mtime == 0.0:
+    while os.stat(tmp_path / LOCK_FILE).st_mtime == 0.0:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    (tmp_path / FILE).unlink()
-    while not (tmp_path / FILE).exists():
+    (tmp_path / LOCK_FILE).unlink()
+    while not (tmp_path / LOCK_FILE).exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     held(tmp_path, FAR)
     assert lost.wait(20.0)
     taken.release()
-    assert (tmp_path / FILE).exists(), "it is another's"
+    assert (tmp_path / LOCK_FILE).exists(), "it is another's"
 
 
 def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
     """Also where the file system knows no flock."""
     code = (
-        "import sys, fcntl, time; from pathlib import Path; from megatron.train.lock import claim, InputError\n"
+        "import sys, fcntl, time; from pathlib import Path; from megatron.train.lock import acquire_for_run, InputError\n"
         "if sys.argv[2] == 'without': fcntl.flock = lambda *a: (_ for _ in ()).throw(OSError(95, 'not supported'))\n"
-        "try: claim(sys.argv[1], False, print); print('taken', flush=True); sys.stdin.read()\n"
+        "try: acquire_for_run(sys.argv[1], False, print); print('taken', flush=True); sys.stdin.read()\n"
         "except InputError: print('refused', flush=True)\n"
     )
     for how in ("with", "without"):
@@ -163,22 +163,22 @@ def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
 def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
     """What was judged dead is taken out of the way, and nothing else."""
     held(tmp_path, FAR)
-    dead, text = Look(Holder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / FILE).read_text()
-    assert not lock._cleared(tmp_path / FILE, dead) and (tmp_path / FILE).read_text() == text
-    assert lock._cleared(tmp_path / FILE, Look(text, 0, 0.0)) and os.listdir(tmp_path) == []
+    dead, text = LockReading(LockHolder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / LOCK_FILE).read_text()
+    assert not lock._cleared(tmp_path / LOCK_FILE, dead) and (tmp_path / LOCK_FILE).read_text() == text
+    assert lock._cleared(tmp_path / LOCK_FILE, LockReading(text, 0, 0.0)) and os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     """No checkpoint could be written there either, at the end of the first interval."""
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=f"--save {tmp_path}/file/run: cannot be made: Not a directory; choose another place"):
-        take(tmp_path / "file" / "run", ours(), pytest.fail)
+        acquire(tmp_path / "file" / "run", ours(), pytest.fail)
 
 
 def test_a_directory_that_was_there_before_stays(tmp_path):
     """Somebody made it so: its rights, its quota, a file system of its own."""
     (tmp_path / "made").mkdir()
-    take(tmp_path / "made", ours(), pytest.fail).release()
+    acquire(tmp_path / "made", ours(), pytest.fail).release()
     assert os.listdir(tmp_path / "made") == []
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(
         lock.os, "open", lambda path, flags, *mode: (full if flags & os.O_CREAT else opened)(path, flags, *mode)
     )
-    assert take(tmp_path, ours(), pytest.fail) is None
+    assert acquire(tmp_path, ours(), pytest.fail) is None
     monkeypatch.undo()
     assert "no lock can be kept here: No space left on device" in caplog.text and os.listdir(tmp_path) == []
 
@@ -200,15 +200,15 @@ def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch, caplog):
 def test_a_touch_in_the_future_is_not_believed_for_ever(tmp_path, monkeypatch):
     """The disk's clock was set back since: the lock never grows old, but nobody touches it either."""
     held(tmp_path, FAR, ago=-1e6)
-    monkeypatch.setattr(lock, "STALE", 0.2)
-    monkeypatch.setattr(lock, "LOOK", 0.05)
-    taken = take(tmp_path, ours(), lambda line: None)
-    assert Holder.of((tmp_path / FILE).read_text()) == ours()
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
+    taken = acquire(tmp_path, ours(), lambda line: None)
+    assert LockHolder.of((tmp_path / LOCK_FILE).read_text()) == ours()
     taken.release()
 
 
 def test_a_lock_that_is_no_file_hangs_nobody(tmp_path):
-    os.mkfifo(tmp_path / FILE)
-    os.utime(tmp_path / FILE, (time.time() - 100,) * 2)
-    take(tmp_path, ours(), pytest.fail).release()
+    os.mkfifo(tmp_path / LOCK_FILE)
+    os.utime(tmp_path / LOCK_FILE, (time.time() - 100,) * 2)
+    acquire(tmp_path, ours(), pytest.fail).release()
     assert os.listdir(tmp_path) == []

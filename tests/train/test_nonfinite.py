@@ -14,7 +14,7 @@ from reference import GPT2, Setting, advance, micro_batches, start
 from megatron.cli.program import pretrain
 from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.train.errors import TrainingError
-from megatron.train.nonfinite import FORWARD, Finding, NonFinite, spans
+from megatron.train.nonfinite import FORWARD, Finding, NonFinite, format_ranges
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
@@ -33,7 +33,7 @@ def test_an_event_in_words():
     assert loss.layer is None and str(loss) == (
         "the loss is not finite (stage 2, rank 5, samples 7-9, 11); a second run of the step was finite, so suspect the device"
     )
-    assert spans([3]) == "3" and spans([5, 4, 9, 4]) == "4-5, 9" and spans([]) == ""
+    assert format_ranges([3]) == "3" and format_ranges([5, 4, 9, 4]) == "4-5, 9" and format_ranges([]) == ""
 
 
 def steps(run, setting: Setting, count: int = BAD):

@@ -14,7 +14,7 @@ from reference import GPT2, Setting, go, start
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedules.schedule import Action, Op, make
 from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
-from megatron.train.pipeline_profile import STEPS, ProfiledStep, aligned, measured_costs
+from megatron.train.pipeline_profile import STEPS, ProfiledStep, align_clocks, measured_costs
 
 # Actions of a millisecond or so, which clocks that were set apart would put out of order.
 SETTING = Setting(replace(GPT2, num_layers=5, hidden_size=64), global_batch=6)
@@ -125,10 +125,10 @@ def test_clocks_that_were_started_apart_are_set(name, ranks, chunks):
     schedule = make(name, ranks, 5, chunks)
     true = simulate(schedule, Costs(3.0, 3.0, 2.0, communication=0.25))
     spans = {a: (true.start[a], true.end[a]) for a in schedule.actions}
-    assert aligned(schedule, spans) == spans
+    assert align_clocks(schedule, spans) == spans
     for late in range(ranks):
         clocks = [-1.5 * (rank == late) - 0.125 * rank for rank in range(ranks)]
         wrong = {a: tuple(t + clocks[schedule.placement[a.stage]] for t in span) for a, span in spans.items()}
-        got = aligned(schedule, wrong)
+        got = align_clocks(schedule, wrong)
         assert all(got[a][0] >= got[n][1] - ROUNDING for a in got for n in dependencies(a, schedule))
         assert all(got[a][1] - got[a][0] == pytest.approx(spans[a][1] - spans[a][0]) for a in got)

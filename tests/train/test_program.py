@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from megatron.cli.program import pretrain
 from megatron.launch.heartbeat import Process
 from megatron.train.ending import Exit
-from megatron.train.lock import Holder
+from megatron.train.lock import LockHolder
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
@@ -215,7 +215,7 @@ def test_an_evaluation_leaves_the_run_alone_in_whose_directory_it_is(flags, tmp_
     folder, short = tmp_path / "run", [*flags, "--train-iters", 4, "--save-interval", 2]
     assert run(short) == 0
     before, note = metrics(folder), (folder / "progress.json").read_text()
-    holder = Holder("now", (Process.here(os.getppid()),))
+    holder = LockHolder("now", (Process.here(os.getppid()),))
     (folder / ".lock").write_text(holder.to_text())
     (folder / "stop").touch()
     assert run([*short, "--skip-train", "--load", folder, "--load-iteration", 2]) == 0

@@ -16,15 +16,15 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
-from megatron.train.resume import Source, agree
-from megatron.train.run import build
+from megatron.train.resume import StateSource, require_same_checkpoint
+from megatron.train.run import build_run
 
 
 def sources(folders: list[str | None]) -> str:
     mesh = Mesh.build(Grid(dp=2), dist.get_rank())
     folder = folders[mesh.rank]
     try:
-        agree(Source(None if folder is None else Path(folder)), mesh.world)
+        require_same_checkpoint(StateSource(None if folder is None else Path(folder)), mesh.world)
     except CheckpointError as error:
         return str(error)
     return "agreed"
@@ -59,7 +59,7 @@ def counts(setting: Setting, sharded: bool = False) -> tuple[int | None, float |
     config = setting.config(env.world_size, 1)
     log = replace(config.log, log_num_zeros_in_grad=True, log_params_norm=True)
     config = replace(config, layout=replace(config.layout, use_distributed_optimizer=sharded), log=log)
-    run = build(config, Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None))
+    run = build_run(config, Job(env, torch.device("cpu"), "gloo" if dist.is_initialized() else None))
     report = run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
     return report.zeros, None if report.params_norm is None else round(report.params_norm, 4)
 

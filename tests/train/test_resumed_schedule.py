@@ -11,8 +11,8 @@ from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, OptimSettings, RunConfig, RunSettings
 from megatron.optim.lr import Schedule
-from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, warning_of_rate_zero
-from megatron.train.source import Source
+from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, zero_rate_warning
+from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
 STYLES = ("linear", "cosine", "constant", "inverse-square-root", "WSD")
@@ -27,12 +27,12 @@ def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: obje
     return resolve(RunSettings(model=MODEL, data=DATA, optim=OptimSettings(**{"lr": 1e-3, **optim}), batch=batch))
 
 
-def saved(config: RunConfig, iteration: int = 4) -> Source:
+def saved(config: RunConfig, iteration: int = 4) -> StateSource:
     """The checkpoint of a run at an iteration."""
     done = iteration * config.batch.global_batch_size
     schedule = asdict(Schedule.of(config.optim, config.batch))
     state = TrainState(iteration=iteration, consumed_samples=done, scheduled_samples=done, schedule=schedule)
-    return Source(Path("run/iter_0000004"), config, state, optimizer=True, progress=True)
+    return StateSource(Path("run/iter_0000004"), config, state, optimizer=True, progress=True)
 
 
 # What changes, a part of what is said of it, the checkpoint's value and the command's.
@@ -88,7 +88,7 @@ def test_what_changes_nothing_is_silent():
         check_schedule(saved(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
     check_schedule(saved(run()), run(lr_wsd_decay_style="cosine", lr_warmup_init=1e-4))  # of no WSD, of no warm-up
     check_schedule(replace(saved(run()), progress=False), run(8))  # --finetune
-    check_schedule(Source(state=TrainState(iteration=0)), run(8))  # imported weights
+    check_schedule(StateSource(state=TrainState(iteration=0)), run(8))  # imported weights
     check_schedule(saved(run()), replace(run(8), eval=replace(run().eval, skip_train=True)))
 
 
@@ -123,7 +123,7 @@ def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
             if iteration > begun and consumed > 0 and schedule.rate(consumed) == 0.0:
                 zero.append(iteration)
             consumed += global_batch_size_at(batch, consumed)
-        line = warning_of_rate_zero(schedule, state, batch)
+        line = zero_rate_warning(schedule, state, batch)
         assert (line is None) == (zero == [])
         if line is not None and len(zero) > 1:
             assert f"iterations {zero[0]} to {zero[-1]} lie beyond the end" in line and zero[-1] == 12
@@ -145,9 +145,9 @@ def test_a_checkpoint_that_says_nothing_of_what_came_later():
 def test_more_ranks_go_on_with_the_sizes_that_are_left():
     batch = BatchSettings(micro_batch_size=1, step_batch_size_schedule=("0:2 64:8",), train_iters=9)
     config = resolve(RunSettings(model=MODEL, data=DATA, batch=batch, optim=OptimSettings(lr=1e-3)), 8)
-    behind = Source(state=TrainState(consumed_samples=8), progress=True)
+    behind = StateSource(state=TrainState(consumed_samples=8), progress=True)
     check_batch_sizes(behind, config, 8)
-    for source in (replace(behind, progress=False), Source(state=TrainState(consumed_samples=6), progress=True)):
+    for source in (replace(behind, progress=False), StateSource(state=TrainState(consumed_samples=6), progress=True)):
         with pytest.raises(
             ConfigError, match="has the sizes 2, not divisible by `--micro-batch-size 1` x 8 data-parallel ranks"
         ):

@@ -17,10 +17,10 @@ from megatron.checkpoint.storage import Storage
 from megatron.config.errors import ConfigError
 from megatron.config.schema import CheckpointConfig, EvalConfig, RunSettings, TaskConfig
 from megatron.mesh.mesh import Mesh
-from megatron.train.going_on import how_to_go_on
+from megatron.train.going_on import resume_advice
 from megatron.train.resume import find_source
-from megatron.train.save_directory import Overwritten, check_save, set_metrics_aside, set_run_aside
-from megatron.train.source import Source
+from megatron.train.save_directory import CheckpointsToReplace, check_save, set_metrics_aside, set_run_aside
+from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
 
@@ -38,7 +38,7 @@ def disk(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(flags: str) -> Source:
+def start(flags: str) -> StateSource:
     """Where a command with these flags of [checkpoint] starts from."""
     known = {"save": str, "load": str, "load-iteration": int}
     values: dict[str, object] = {}
@@ -55,7 +55,7 @@ def start(flags: str) -> Source:
         number = checkpoint.load_iteration or (6 if "other" in root else 8)
         directory = name if name.name.startswith("iter_") else name / f"iter_{number:07d}"
         iteration = int(directory.name[5:])
-    source = Source(directory, state=TrainState(iteration=iteration), progress=not checkpoint.finetune)
+    source = StateSource(directory, state=TrainState(iteration=iteration), progress=not checkpoint.finetune)
     return replace(source, lines=tuple(check_save(source, config)))
 
 
@@ -122,7 +122,7 @@ def test_fine_tuning_again_is_refused_since_it_is_no_load(disk):
     task = TaskConfig(pretrained_checkpoint="other")
     config = RunSettings(checkpoint=CheckpointConfig(save="run", load="other", finetune=True), task=task)
     with pytest.raises(ConfigError, match="fine-tuning from --pretrained-checkpoint other would begin anew over them"):
-        check_save(Source(Path("other/iter_0000006")), config)
+        check_save(StateSource(Path("other/iter_0000006")), config)
 
 
 def test_another_runs_checkpoints_are_set_aside_whole(disk):
@@ -171,7 +171,7 @@ def test_both_ways_at_once_are_refused():
 
 
 def test_overwriting_removes_the_old_run_alone_and_only_when_asked(disk):
-    old, storage = Overwritten(Path("run")), Storage()
+    old, storage = CheckpointsToReplace(Path("run")), Storage()
     assert sorted(os.listdir("run")) == ["iter_0000004", "iter_0000008", "latest_checkpointed_iteration.txt"]
     Path("run/iter_0000008/notes.txt").write_text("mine")  # since then
     save(Path("run"), 4, {"train": TrainState(iteration=4)}, Mesh.single(), config={})  # the new run's, under the old name
@@ -203,9 +203,9 @@ def test_metrics_of_a_run_that_is_written_over_are_kept(tmp_path):
 
 def test_the_command_that_goes_on():
     typed = ["python", "pretrain_gpt.py", "--save", "my run", "--overwrite"]
-    assert how_to_go_on(typed, CheckpointConfig(save="my run", auto_resume=True)) == "start again to go on"
-    assert how_to_go_on(typed, CheckpointConfig(save="my run", overwrite=True)) == (
+    assert resume_advice(typed, CheckpointConfig(save="my run", auto_resume=True)) == "start again to go on"
+    assert resume_advice(typed, CheckpointConfig(save="my run", overwrite=True)) == (
         "start again with --auto-resume to go on: python pretrain_gpt.py --save 'my run' --auto-resume"
     )
-    assert "without its overwrite in the file" in how_to_go_on(typed[:-1], CheckpointConfig(save="my run", overwrite=True))
-    assert json.dumps(how_to_go_on(typed[:2], CheckpointConfig(save="x"))).endswith('pretrain_gpt.py --auto-resume"')
+    assert "without its overwrite in the file" in resume_advice(typed[:-1], CheckpointConfig(save="my run", overwrite=True))
+    assert json.dumps(resume_advice(typed[:2], CheckpointConfig(save="x"))).endswith('pretrain_gpt.py --auto-resume"')

@@ -9,7 +9,7 @@ from test_program import run
 
 from megatron.optim.scaler import Constant, Dynamic
 from megatron.train.report import StepReport
-from megatron.train.skips import Skips, lost
+from megatron.train.skips import SkipCounter, learning_failure
 from megatron.train.state import TrainState
 
 DYNAMIC = Dynamic(2.0**32, 1.0, 1000, 2)
@@ -30,12 +30,12 @@ DYNAMIC = Dynamic(2.0**32, 1.0, 1000, 2)
     ],
 )
 def test_how_many_steps_are_too_many(scaler, learnt, last, said):
-    found = lost(TrainState(iteration=20, scheduled_samples=learnt, consecutive_skips=last, scaler=scaler))
+    found = learning_failure(TrainState(iteration=20, scheduled_samples=learnt, consecutive_skips=last, scaler=scaler))
     assert found is None if said is None else said in found
 
 
 def test_the_closing_line_counts_the_steps_of_its_slice():
-    skips, state = Skips(), TrainState()
+    skips, state = SkipCounter(), TrainState()
     assert skips.summary(state) is None
     for skipped, left_out in ((True, False), (False, False), (True, True), (True, False)):
         skips.count(StepReport(1.0, 1.0, skipped=skipped, nan=False, samples=1, tokens=8, left_out=left_out))

@@ -19,7 +19,7 @@ import torch
 from legal_run import argv
 from ranks import on_ranks
 
-from megatron.cli.program import restarted
+from megatron.cli.program import resume_after_restart
 from megatron.config.command_line.parse import parse
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.signals import StopSignals
@@ -179,16 +179,16 @@ def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
     tracker.write_text("12")
     progress = Progress(str(tmp_path))
     progress.began("b", 12, 0)
-    assert not restarted(parsed, env).config.checkpoint.auto_resume
+    assert not resume_after_restart(parsed, env).config.checkpoint.auto_resume
     tracker.write_text("15")
     progress.began("b", 15, 1)  # a later attempt does not move the mark
-    assert restarted(parsed, env).config.checkpoint.auto_resume
-    assert not restarted(parsed, replace(env, job="c")).config.checkpoint.auto_resume
-    assert restarted(parsed, replace(env, attempt=0)) is parsed
+    assert resume_after_restart(parsed, env).config.checkpoint.auto_resume
+    assert not resume_after_restart(parsed, replace(env, job="c")).config.checkpoint.auto_resume
+    assert resume_after_restart(parsed, replace(env, attempt=0)) is parsed
     progress.write(stopped=True)
-    assert restarted(parsed, env) is None and restarted(parsed, replace(env, job="c")) is not None
+    assert resume_after_restart(parsed, env) is None and resume_after_restart(parsed, replace(env, job="c")) is not None
     Progress(str(tmp_path)).began("b", 15, 0)
-    assert restarted(parsed, env) is not None
+    assert resume_after_restart(parsed, env) is not None
 
 
 def test_sigterm_to_torchrun(command, flags, tmp_path):

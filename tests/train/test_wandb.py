@@ -17,7 +17,7 @@ from megatron.config import outputs
 from megatron.train import wandb_link
 from megatron.train.ending import Exit
 from megatron.train.wandb_link import WandbLink
-from megatron.train.wandb_run import WandbRun, choose_run, read_run
+from megatron.train.wandb_run import WandbRun, choose_wandb_run, read_wandb_run
 
 FAKE = Path(__file__).parents[1] / "fake_packages"
 
@@ -89,22 +89,22 @@ def test_a_run_that_is_killed_has_failed(tmp_path, wandb):
     # The validation comes late to a step that is closed, and stands at the next.
     assert [call["step"] for call in calls(tmp_path, "log")] == [3, 3]
     assert calls(tmp_path, "finish")[0]["exit_code"] == 1
-    kept = read_run(tmp_path / "wandb.json")
+    kept = read_wandb_run(tmp_path / "wandb.json")
     assert (kept.id, kept.iteration, kept.evaluations) == ("x", 3, {"validation": 2})
 
 
 def test_which_run_a_slice_goes_on_with():
     kept = WandbRun("a", 9, {"validation": 5}, settings="s")
-    assert choose_run("a", 4, kept, "s") == kept == choose_run("a", 9, kept, "s")
-    assert choose_run("a", 9, kept, "t").id == "a"  # nothing is there twice
-    other = choose_run("a", 4, kept, "t")
+    assert choose_wandb_run("a", 4, kept, "s") == kept == choose_wandb_run("a", 9, kept, "s")
+    assert choose_wandb_run("a", 9, kept, "t").id == "a"  # nothing is there twice
+    other = choose_wandb_run("a", 4, kept, "t")
     assert other.id not in ("", "a") and (other.iteration, other.parent, other.fork) == (4, "a", 4)
     # The new one is gone on with, though the checkpoint still names the old one.
     further = WandbRun(other.id, 6, {}, "a", 4, "t")
-    assert choose_run("a", 4, further, "t") == further
-    assert choose_run("a", 2, further, "t").id not in ("a", other.id)
-    assert choose_run("a", 4, WandbRun(), "s") == WandbRun("a", 4, settings="s")
-    fresh = choose_run("", 0, WandbRun(), "s")
+    assert choose_wandb_run("a", 4, further, "t") == further
+    assert choose_wandb_run("a", 2, further, "t").id not in ("a", other.id)
+    assert choose_wandb_run("a", 4, WandbRun(), "s") == WandbRun("a", 4, settings="s")
+    fresh = choose_wandb_run("", 0, WandbRun(), "s")
     assert fresh.id and (fresh.parent, fresh.iteration) == ("", 0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.config.batch import full_batch_size
 from megatron.train.evaluate import Loader, evaluate
-from megatron.train.loop import Hook, Training, due
+from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import Evaluation, StepReport
 
 
@@ -79,20 +79,20 @@ class Evaluate(Hook):
 
     def after_step(self, training: Training, report: StepReport) -> None:
         state, interval = training.run.state, training.run.config.eval.eval_interval
-        validates = self._validation is not None and due(state.iteration, interval)
+        validates = self._validation is not None and is_due(state.iteration, interval)
         more = training.iteration < training.last_iteration
         state.evaluation_due = more and (validates or self._scores(state.iteration))
         if state.evaluation_due and training.request.stop is None:
             self._evaluate(training)
 
     def _scores(self, iteration: int) -> bool:
-        return self._score is not None and due(iteration, self._score_interval)
+        return self._score is not None and is_due(iteration, self._score_interval)
 
     def _evaluate(self, training: Training) -> None:
         iteration, interval = training.iteration, training.run.config.eval.eval_interval
         scores = self._scores(iteration)
         with training.timer.paused():
-            if self._validation is not None and interval and (due(iteration, interval) or not scores):
+            if self._validation is not None and interval and (is_due(iteration, interval) or not scores):
                 self._validation.evaluate(training, f"iteration {iteration}")
             if self._score is not None and scores and training.request.stop is None:
                 self._score(training)

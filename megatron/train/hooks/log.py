@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from megatron.config.schema import RunConfig
-from megatron.train.loop import Hook, Training, due
+from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import LogContext, Metrics, StepReport, causal_share, peak_tflops, sample_flops
 
 
@@ -35,7 +35,7 @@ class Log(Hook):
             self._steps += 1
             self._tokens += report.tokens
             self._samples += report.samples
-        line_due = due(training.iteration, self._interval)
+        line_due = is_due(training.iteration, self._interval)
         if training.sinks:
             context = self._context(training, report, now - self._line_began)
             self._log_step(training, report, now - self._step_began, context)

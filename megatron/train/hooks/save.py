@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.train.loop import Hook, Training, due
+from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import StepReport
 from megatron.train.saving import Saver
 
@@ -27,7 +27,7 @@ class Save(Hook):
         self._tried_at = training.iteration
 
     def after_step(self, training: Training, report: StepReport) -> None:
-        if due(training.iteration, training.run.config.checkpoint.save_interval) or training.request.save:
+        if is_due(training.iteration, training.run.config.checkpoint.save_interval) or training.request.save:
             with training.timer.paused():
                 self._saver.save()
             training.stopping.saved()

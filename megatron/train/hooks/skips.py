@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from megatron.train.loop import Hook, Training
 from megatron.train.report import StepReport
-from megatron.train.skips import Skips
+from megatron.train.skips import SkipCounter
 from megatron.train.state import TrainState
 
 
 class LogSkips(Hook):
     """Counts the steps without an update, and tells each when it happens, with what was not finite."""
 
-    def __init__(self, skips: Skips) -> None:
+    def __init__(self, skips: SkipCounter) -> None:
         self._skips = skips
 
     def after_step(self, training: Training, report: StepReport) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.train.loop import Hook, Training, due
+from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import StepReport
 from megatron.train.stopping import Request
 
@@ -20,7 +20,7 @@ class AgreeOnStop(Hook):
 
     def after_step(self, training: Training, report: StepReport) -> None:
         seconds = training.timer.now() - training.step_began
-        save_due = due(training.iteration, training.run.config.checkpoint.save_interval)
+        save_due = is_due(training.iteration, training.run.config.checkpoint.save_interval)
         training.request = training.stopping.ask(seconds, save_due=save_due)
 
     def after_training(self, training: Training) -> None:
@@ -34,5 +34,5 @@ class ExitInterval(Hook):
     def after_step(self, training: Training, report: StepReport) -> None:
         interval = training.run.config.batch.exit_interval
         more = training.iteration < training.last_iteration
-        if more and training.request.stop is None and due(training.iteration, interval):
+        if more and training.request.stop is None and is_due(training.iteration, interval):
             training.request = Request(f"--exit-interval {interval}", save=True)
