@@ -32,11 +32,20 @@ def evaluate(
     watch: Watchdog | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, float] | None:
-    """Mean losses over `steps` global batches: of the tokens that count, and of the samples' order, 0 for a model without.
+    """Evaluate the model on held-out samples, with dropout off and without gradients. Collective.
 
-    Dropout off, no gradients. Collective.
+    Args:
+        pipeline: runs the forward passes.
+        loader: the held-out micro-batches of this rank.
+        mesh: the parallel axes.
+        steps: global batches to evaluate.
+        global_batch_size: samples of each.
+        watch: is told the phase.
+        should_stop: asked before each batch, with the same answer on all ranks.
 
-    should_stop: asked before each batch, with the same answer on all ranks; the result is None where it said yes.
+    Returns:
+        Mean loss over the tokens that count, and over the samples' order, which is 0 for a model without a binary head; None
+        where `should_stop` said yes.
     """
     loss = tokens = order = 0.0
     watch = watch or Watchdog()

@@ -1,4 +1,4 @@
-"""How a run that ends before its end is gone on with: the command, and what Ctrl-C says. Imports no torch.
+"""Tell the user how to go on with a run that was stopped: the command, and the answer to Ctrl-C. Imports no torch.
 
 torchrun passes the first Ctrl-C on to its processes as SIGINT, kills them half a minute later, and ends them with SIGTERM at
 the second. Under plain python the processes get each Ctrl-C themselves.
@@ -21,7 +21,7 @@ INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells hav
 
 
 def resume_advice(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
-    """How a run that has saved goes on, in words: by the same command, which needs --auto-resume, and no --overwrite."""
+    """Return the advice for going on with a run that has saved: the same command with --auto-resume, without --overwrite."""
     if checkpoint.auto_resume:
         return "start again to go on"
     kept = [word for word in command if word.replace("_", "-") != "--overwrite"]

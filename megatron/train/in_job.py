@@ -1,4 +1,4 @@
-"""A job as a whole: what each rank prepares by itself, what they then do together, and how what goes wrong is said once."""
+"""Run a job: each rank prepares by itself, then all work together; an error is reported once, by one rank."""
 
 from __future__ import annotations
 
@@ -42,10 +42,20 @@ def run_in_job(
     save: str | None = None,
     compiled: bool = False,
 ) -> int:
-    """What each rank prepares by itself, then what they do together; its exit status, or that of what went wrong, said once.
+    """Prepare on each rank by itself, then run on all together. What goes wrong is reported once.
 
-    prepare: raises InputError. signals, early: as of `run_prepared`. save: the directory that is this job's alone meanwhile.
-    compiled: the first work of a kind may take any time.
+    Args:
+        prepare: makes what this rank needs, without the others; raises InputError.
+        run: the work of all ranks; returns the exit status.
+        layout: timeouts and backend of the process group.
+        env: the launcher's description of this process.
+        signals: what asks the job to stop.
+        early: the end of a job that is stopped before the ranks have joined.
+        save: the directory that is this job's alone meanwhile.
+        compiled: the first work of a kind may take any time, since it is compiled.
+
+    Returns:
+        The exit status of `run`, or that of what went wrong.
     """
     hang = layout.hang_timeout_seconds or math.inf
     timeouts = WatchdogTimeouts(hang=hang, first=math.inf if compiled else hang)
@@ -91,7 +101,12 @@ def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) ->
 
 
 def explain_error(error: BaseException, where: str) -> str | None:
-    """What to say of an error that needs no traceback. where: rank, host and phase, for one that may be this rank's alone."""
+    """Return the words for an error that needs no traceback; None for any other.
+
+    Args:
+        error: the exception.
+        where: rank, host and phase, for an error that may be this rank's alone.
+    """
     if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
         return str(error)
     if isinstance(error, DataError | InputError):
@@ -101,7 +116,13 @@ def explain_error(error: BaseException, where: str) -> str | None:
 
 
 def print_error(message: str, status: int, speak: bool = True) -> int:
-    """Say why, and give the exit status."""
+    """Print an error message to stderr, and return the exit status.
+
+    Args:
+        message: the whole message.
+        status: the exit status to return.
+        speak: false on a rank that leaves the message to another.
+    """
     if speak:
         print(message, file=sys.stderr, flush=True)
     return status
@@ -109,7 +130,7 @@ def print_error(message: str, status: int, speak: bool = True) -> int:
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """What is wrong with a setting, with data or with a checkpoint becomes InputError."""
+    """Turn errors of a setting, of data or of a checkpoint inside the block into InputError."""
     try:
         yield
     except ConfigError as error:

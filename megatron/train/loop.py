@@ -31,7 +31,7 @@ class StepTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not training time."""
+        """Stop the clock inside the block: what happens there is not training time."""
         began = time.perf_counter()
         yield
         self._away += time.perf_counter() - began
@@ -65,7 +65,7 @@ class Training:
 
     @property
     def iteration(self) -> int:
-        """The iterations that are done."""
+        """Number of iterations that are done."""
         return self.run.state.iteration
 
     @property
@@ -74,7 +74,11 @@ class Training:
         return self.run.config.batch.iterations
 
     def next_batches(self) -> list[Batch]:
-        """Return this rank's micro-batches of the next step. ValueError where there is nothing to train."""
+        """Return this rank's micro-batches of the next step.
+
+        Raises:
+            ValueError: there is nothing to train.
+        """
         if self.loader is None:
             raise ValueError("there are no training samples")
         self.step_began = self.timer.now()
@@ -84,10 +88,11 @@ class Training:
     def step(self, batches: Sequence[Batch]) -> StepReport:
         """Take a step over this rank's micro-batches, or pass over them, as --skip-train-iterations says. Collective."""
         batch, state = self.run.config.batch, self.run.state
+        # The counter has not advanced yet, and the flag counts from 1.
         if all(state.iteration + 1 not in numbers for numbers in iteration_ranges(batch.skip_train_iterations)):
             return self.run.step(batches, state)
         samples = global_batch_size_at(batch, state.consumed_samples)
-        tokens = samples * batches[0].tokens.shape[1]
+        tokens = samples * batches[0].tokens.shape[1]  # tokens: [micro_batch, seq]
         return StepReport(0.0, 0.0, skipped=True, nan=False, samples=samples, tokens=tokens, left_out=True)
 
     def should_stop(self) -> bool:
@@ -151,9 +156,11 @@ def advance(run: Run, report: StepReport) -> None:
     state.consumed_samples += report.samples
     state.consumed_tokens += report.tokens
     state.window_nan += report.nan
+    # The learning rate follows scheduled_samples, the data position consumed_samples: a skipped step moves the second alone.
     if not report.skipped:
         state.scheduled_samples += report.samples
         state.consecutive_skips = 0
+        # One infinite loss would spoil the average of the whole log line.
         if math.isfinite(report.lm_loss + (report.sop_loss or 0.0)):
             state.window_loss += report.lm_loss
             state.window_sop += report.sop_loss or 0.0

@@ -1,4 +1,4 @@
-"""Which value was not finite: what, in which layer and stage, on which rank, from which samples.
+"""Find the value that was not finite in a step: its layer and stage, its rank, its samples.
 
 A skipped step knows no more than that the norm of the summed gradients was not finite. So its micro-batches are run once
 more, one at a time and without an update: the first module whose output is not finite, else the loss, else the parameter
@@ -33,9 +33,18 @@ FORWARD, LOSS, BACKWARD = range(3)
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Something that was not finite, in the order of a step: what comes first is the cause of the rest.
+    """A value that was not finite. Findings are ordered as a step makes them: the first is the cause of the rest.
 
-    phase: FORWARD, LOSS or BACKWARD. depth: the stage, negative in the backward pass. place: which in the stage.
+    Attributes:
+        micro_batch: its number in the step of this rank.
+        phase: FORWARD, LOSS or BACKWARD.
+        depth: the stage, negative in the backward pass, which goes through them from the last.
+        place: position among the values of the stage.
+        rank: the one that saw it.
+        what: the value in words.
+        stage: the pipeline stage.
+        samples: numbers of the samples in the micro-batch.
+        coordinates: the rank's place on the parallel axes, in words.
     """
 
     micro_batch: int
@@ -51,8 +60,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The event. first: what was found first, over all ranks. ranks: how many of `world` found something. again: whether
-    it was found in a second run of the step."""
+    """The event that a step was not finite, as all ranks together found it.
+
+    Attributes:
+        first: the first finding over all ranks.
+        ranks: number of ranks that found something.
+        world: number of all ranks.
+        again: it was found in a second run of the step.
+    """
 
     first: Finding
     ranks: int
@@ -61,7 +76,7 @@ class NonFinite:
 
     @property
     def layer(self) -> int | None:
-        """The global number of the layer; None outside the layers."""
+        """Global number of the layer; None outside the layers."""
         match = re.search(r"\blayers\.(\d+)\.", self.first.what + ".")
         return int(match[1]) if match else None
 
@@ -75,7 +90,7 @@ class NonFinite:
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
-    """`3, 5-8` for 3, 5, 6, 7, 8."""
+    """Return numbers as ranges: `3, 5-8` for 3, 5, 6, 7, 8."""
     found: list[list[int]] = []
     for number in sorted(set(numbers)):
         if found and found[-1][1] == number - 1:
@@ -86,9 +101,12 @@ def format_ranges(numbers: Sequence[int]) -> str:
 
 
 class NonFiniteSearch:
-    """Looks through one step on this rank; `agree` joins what the ranks found.
+    """Searches one step on this rank for values that are not finite; `agree` joins what the ranks found.
 
-    zero: forgets the gradients.
+    Args:
+        pipeline: runs the step.
+        mesh: the parallel axes.
+        zero: zeros the gradient buffers.
     """
 
     def __init__(self, pipeline: Executor, mesh: Mesh, zero: Callable[[], None]) -> None:
@@ -134,7 +152,7 @@ class NonFiniteSearch:
 
     @contextmanager
     def _watched(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
-        """Inside, outputs of modules that are not finite are noted, in the order in which they are made."""
+        """Note outputs of modules that are not finite inside the block, in the order in which they are made."""
 
         calls = count()  # the same on all ranks that hold parts of a stage
 
@@ -165,7 +183,7 @@ class NonFiniteSearch:
         self.found.append(Finding(*order, what=what, stage=stage, samples=samples, coordinates=coordinates))
 
     def agree(self) -> tuple[Finding | None, int]:
-        """What came first over all ranks, and how many of them found something. Collective."""
+        """Return the first finding over all ranks, and how many of them found something. Collective."""
         own = min(self.found, default=None)
         everywhere = [found for found in gather_findings(own, self.mesh.world) if found is not None]
         return min(everywhere, default=None), len(everywhere)
@@ -174,12 +192,23 @@ class NonFiniteSearch:
 def investigate(
     pipeline: Executor, mesh: Mesh, zero: Callable[[], None], batches: Sequence[Batch], output: StepOutput, *, skipped: bool
 ) -> NonFinite | None:
-    """The event behind a step that was skipped, or whose loss alone was not finite. Collective.
+    """Find what was not finite in a step that was skipped, or whose loss alone was not finite. Collective.
 
-    batches, output: the step's, of this rank. A skipped step is run once more, and its gradients are gone afterwards.
-    None where no rank can find anything: nothing is known but that the norm was not finite.
+    A skipped step is run once more, and its gradients are gone afterwards.
+
+    Args:
+        pipeline: runs the step.
+        mesh: the parallel axes.
+        zero: zeros the gradient buffers.
+        batches: the step's micro-batches of this rank.
+        output: the step's losses of this rank.
+        skipped: there was no update, so the weights are still those of the step.
+
+    Returns:
+        The event; None where no rank can find anything: nothing is known but that the norm was not finite.
     """
     samples = sample_ids(batches)
+    # Before the second run, which overwrites the gradients: what a device got wrong for a moment is seen only here.
     before = NonFiniteSearch(pipeline, mesh, zero)
     before.loss(output, samples)
     if skipped:
@@ -195,17 +224,17 @@ def investigate(
 
 
 def sample_ids(batches: Sequence[Batch]) -> tuple[int, ...]:
-    """The numbers of the samples in some micro-batches."""
+    """Return the numbers of the samples in some micro-batches."""
     return tuple(number for batch in batches for number in batch.samples.tolist())
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all values are."""
+    """Return whether all values of a tensor are finite. Waits for the device."""
     return bool(torch.isfinite(x).all())
 
 
 def gather_findings(value: Finding | None, world: Axis) -> list[Finding | None]:
-    """Every rank's."""
+    """Return every rank's finding, by rank. Collective."""
     if world.group is None:
         return [value]
     values: list[Finding | None] = [None] * world.size

@@ -1,6 +1,6 @@
-"""A legal pretraining command, carried out: tokenizer, checkpoint, data, then the job itself.
+"""Carry out a legal pretraining command: tokenizer, checkpoint, data, then the job itself.
 
-What can be wrong with them is found before any process group forms, and said once, by the first rank, in words.
+Mistakes in them are found before any process group forms, and reported once, by the first rank.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from megatron.train.stopping import Stopping
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a rank finds out for itself, before any other is needed.
+    """Inputs of a run that each rank prepares by itself, before the process group forms.
 
     Attributes:
         config: of the run, resolved.
@@ -97,7 +97,18 @@ class Prepared:
 
 
 def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """Pretrain; see `run_prepared`."""
+    """Pretrain; see `run_prepared`.
+
+    Args:
+        parsed: the command.
+        env: the launcher's description of this process.
+        began: start of the program, `time.monotonic()`.
+        signals: what asks the run to stop.
+        early: the end of a run that is stopped before the ranks have joined.
+
+    Returns:
+        The exit status of the contract.
+    """
     return run_prepared(prepare_pretraining, parsed, env, began, signals, early)
 
 
@@ -109,10 +120,18 @@ def run_prepared(
     signals: StopSignals,
     early: EarlyStop,
 ) -> int:
-    """Prepare, then run the job; the exit status of the contract.
+    """Prepare on each rank, then run the job.
 
-    prepare: raises InputError. began: of the program, `time.monotonic()`. signals: what asks it to stop. early: its end, until
-    the ranks have joined.
+    Args:
+        prepare: reads the inputs of the run; raises InputError.
+        parsed: the command.
+        env: the launcher's description of this process.
+        began: start of the program, `time.monotonic()`.
+        signals: what asks the run to stop.
+        early: the end of a run that is stopped before the ranks have joined.
+
+    Returns:
+        The exit status of the contract.
     """
 
     def run(prepared: Prepared, started: Job) -> int:
@@ -142,7 +161,11 @@ def run_prepared(
 
 
 def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
-    """Tokenizer, checkpoint to start from, datasets. InputError says what is wrong with one of them."""
+    """Open the tokenizer, the checkpoint to start from and the datasets.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
     with as_input_error():
         config = parsed.config
         watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
@@ -168,7 +191,18 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
 
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """Build the run, restore it, train, evaluate. Collective."""
+    """Build the run, restore it, train, evaluate. Collective.
+
+    Args:
+        prepared: this rank's inputs.
+        started: the job, whose ranks have joined.
+        began: start of the program, `time.monotonic()`.
+        signals: what asks the run to stop.
+        early: holds the file of the run's slices.
+
+    Returns:
+        The exit status of the contract.
+    """
     prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, started))
     config, source, progress = prepared.config, prepared.source, early.progress
     out, save = sys.stdout if started.is_main else None, save_directory(config)
@@ -178,6 +212,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     if trained and (not own or first_rank_decides(run, progress.finished == run.state.iteration)):
         print_lines(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
+    # Only now, when all ranks hold their checkpoint: a run that fails before has moved nothing.
     set_other_run_aside(run, source, out)
     warning = None if config.eval.skip_train else zero_rate_warning(run.schedule, run.state, config.batch)
     print_lines(out, *filter(None, [warning]))
@@ -234,9 +269,20 @@ def train_and_evaluate(training: Training, hooks: Sequence[Hook], final: Callabl
 def build_hooks(
     prepared: Prepared, run: Run, saver: Saver | None, progress: Progress, skips: SkipCounter, held_out: Sequence[HeldOut]
 ) -> list[Hook]:
-    """Return what is done between steps, in its order."""
+    """Return the hooks of a run, in the order in which they act after every step.
+
+    Args:
+        prepared: the hooks of other packages, and the task's score.
+        run: the run.
+        saver: writes checkpoints; None without --save.
+        progress: the file of the run's slices.
+        skips: counts the steps without an update.
+        held_out: the held-out samples of the splits that there are.
+    """
     validation = next((samples for samples in held_out if samples.split == "validation"), None)
     score = None if prepared.scorer is None else prepared.scorer(run)
+    # The order matters: metrics of other packages before the log line, a failed save before the next, the vote on a stop
+    # before an evaluation that it would cut short, and the save last, when all requests are known.
     return [
         *prepared.hooks,
         LogSkips(skips),
@@ -251,7 +297,13 @@ def build_hooks(
 
 
 def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
-    """Build the run, and give it the weights and the state that it starts from. Collective."""
+    """Build the run, and load the weights and the state that it starts from. Collective.
+
+    Args:
+        prepared: the configuration, and the source of the weights.
+        started: the job.
+        out: the console; None on all ranks but the first.
+    """
     config, source = prepared.config, prepared.source
     started.watch.waiting("building the model")
     run = build_run(config, started, schedule=choose_schedule(source, config))
@@ -267,7 +319,13 @@ def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
 
 
 def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
-    """The first lines of a run: where its state comes from, what it runs on, how it is laid out."""
+    """Print the first lines of a run: where its state comes from, what it runs on, how it is laid out.
+
+    Args:
+        prepared: the configuration, and the source of the state.
+        started: the job.
+        out: the console; None on all ranks but the first.
+    """
     config, source = prepared.config, prepared.source
     layout, vocab = config.layout, config.model.vocabulary
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size

@@ -1,4 +1,4 @@
-"""How far the slices of a run came: a small file beside its checkpoints, and the end of a slice before its first step. Pure.
+"""Progress of the slices of a run: a small file beside its checkpoints, and the end of a slice before its first step. Pure.
 
 A run on a cluster is a row of slices, each going on where the one before was stopped. A slot too short for start-up and one
 step would be requeued for ever; two such slices in a row are an error.
@@ -23,12 +23,14 @@ MAX_IDLE_SLICES = 2  # slices in a row without a step
 
 
 class Progress:
-    """What `progress.json` in --save said when this slice began. Without --save nothing is known, and nothing is kept.
+    """Contents of `progress.json` in --save when this slice began. Without --save nothing is known, and nothing is kept.
 
-    finished: the iteration at which the whole run ended, its last evaluations included; None before that. idle: slices in a
-    row, the last one before this among them, that were stopped before they had made a step. job: the launcher's name for the
-    job that began the last slice. tracker: the iteration that was announced as the latest then. stopped: that slice was ended
-    on request.
+    Attributes:
+        finished: the iteration at which the whole run ended, its last evaluations included; None before that.
+        idle: slices in a row, the last one before this among them, that were stopped before they had made a step.
+        job: the launcher's name for the job that began the last slice.
+        tracker: the iteration that was announced as the latest then.
+        stopped: that slice was ended on request.
     """
 
     def __init__(self, save: str | None) -> None:
@@ -52,7 +54,7 @@ class Progress:
             self.stopped = values.get("stopped_on_request") is True
 
     def too_short(self, why: str) -> str | None:
-        """What to say of a slice that ends now without a step; None while that is no error."""
+        """Return the message for a slice that ends now without a step; None while that is no error."""
         if self._path is None or self.idle + 1 < MAX_IDLE_SLICES:
             return None
         return (
@@ -73,7 +75,13 @@ class Progress:
             write_whole(self._path, json.dumps(values) + "\n")
 
     def began(self, job: str | None, tracker: int | None, attempt: int) -> None:
-        """A slice goes on with the run: it is not finished. What it found is noted by the job's first attempt alone."""
+        """Note that a slice goes on with the run, which is not finished. Only the job's first attempt notes what it found.
+
+        Args:
+            job: the launcher's name for the job.
+            tracker: the iteration that --save announces as its latest.
+            attempt: number of restarts by torchrun.
+        """
         if attempt == 0 or job != self.job:
             self.job, self.tracker = job, tracker
             self.write(idle=self.idle)
@@ -81,7 +89,7 @@ class Progress:
             self.write(idle=self.idle)
 
     def moved(self) -> None:
-        """The slice has made its first step."""
+        """Note that the slice has made its first step."""
         if self.idle:
             self.write()
             self.idle = 0
@@ -90,9 +98,12 @@ class Progress:
 class EarlyStop:
     """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
 
-    progress, again: set as soon as the command has been read; again: what to say of how a run goes on that has saved. before:
-    what the end comes before. reading: this is not the first rank, torchrun has started it, and it still reads the command:
-    what ends it is mostly what the first one has found there, and torchrun reports whoever does not end with 0.
+    Attributes:
+        progress: set as soon as the command has been read.
+        again: advice for going on with a run that has saved; set then, too.
+        before: what the end comes before, in words.
+        reading: this is not the first rank, torchrun has started it, and it still reads the command: what ends it is mostly
+            what the first one has found there, and torchrun reports whoever does not end with 0.
     """
 
     def __init__(self, rank: int) -> None:
@@ -102,7 +113,12 @@ class EarlyStop:
         self.reading = False
 
     def __call__(self, name: str, rank: int) -> tuple[str, int]:
-        """What to say, and the exit status. One rank calls it for all, or each for itself. rank: that got the signal."""
+        """Return the message and the exit status. One rank calls it for all, or each for itself.
+
+        Args:
+            name: of the signal.
+            rank: the one that got it.
+        """
         why = f"{name} to rank {rank}"
         by_hand = name == "SIGINT"  # Ctrl-C tells nothing of the slot
         wrong = None if by_hand else self.progress.too_short(f"{why} before it")

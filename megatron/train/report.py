@@ -1,4 +1,4 @@
-"""What a step and an evaluation tell: plain records that every sink reads."""
+"""Records of a step, a log line and an evaluation, which every sink reads."""
 
 from __future__ import annotations
 
@@ -30,11 +30,20 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. lm_loss: mean over the global batch, 0 where no token counted. sop_loss: mean of the samples' sentence-order
-    losses, None for a model without. nan: the loss was not a number.
+    """Result of one step.
 
-    skipped: there was no update. left_out: because --skip-train-iterations names the step: its samples were read, and that is
-    all. nonfinite: what was not finite in it.
+    Attributes:
+        lm_loss: mean over the global batch; 0 where no token counted.
+        grad_norm: L2 norm of the whole gradient, before clipping.
+        skipped: there was no update.
+        nan: the loss was not a number.
+        samples: of the global batch.
+        tokens: of the global batch, masked ones included.
+        zeros: zeros in the gradient; None where they are not counted.
+        params_norm: L2 norm of the parameters; None where it is not measured.
+        left_out: skipped because --skip-train-iterations names the step: its samples were read, and that is all.
+        nonfinite: the first value that was not finite.
+        sop_loss: mean of the samples' sentence-order losses; None for a model without.
     """
 
     lm_loss: float
@@ -52,8 +61,9 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Metrics:
-    """One log line: averages over the steps since the last one. Keys are those of a metrics line; None is unknown.
+    """Values of one log line: averages over the steps since the last one. None is unknown.
 
+    The fields are the keys of a line of `metrics.jsonl`.
     tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `plan/flops.py`.
     extra: what hooks add, by name; every sink takes it.
     """
@@ -79,7 +89,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class LogContext:
-    """What a log line says beside its metrics."""
+    """Values that a log line shows beside its metrics."""
 
     global_batch_size: int
     train_iters: int
@@ -93,7 +103,7 @@ class LogContext:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean losses of one evaluation, over tokens and over samples. ppl is exact: infinite where exp overflows."""
+    """Mean losses of one evaluation, over tokens and over samples."""
 
     iteration: int
     split: str
@@ -111,7 +121,7 @@ class Evaluation:
 
 
 def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Dense peak of one device in TFLOP/s: as given, else from the device's name, else unknown."""
+    """Return the dense bf16 peak of one device in TFLOP/s: as given, else from its name, else None."""
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)

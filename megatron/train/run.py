@@ -43,7 +43,17 @@ from megatron.train.step import ScaledLoss, Step
 class Run:
     """Everything a step needs, and nothing that only the loop needs.
 
-    stages: this rank's, by their number. step: a `train.step.Step`, or what wraps one. schedule: of the learning rate.
+    Attributes:
+        config: the resolved configuration.
+        job: the process group and device of this rank.
+        mesh: the parallel axes.
+        stages: this rank's pipeline stages, by their number.
+        weights: the parameters as a part of a checkpoint.
+        optimizer: updates the parameters.
+        pipeline: runs forward and backward passes.
+        step: a `train.step.Step`, or what wraps one.
+        schedule: the learning rate and weight decay by samples.
+        state: the counters that checkpoints keep.
     """
 
     config: RunConfig
@@ -58,7 +68,7 @@ class Run:
     state: TrainState
 
     def parts(self, *, optimizer: bool = True, state: bool = True) -> dict[str, Checkpointable]:
-        """What a checkpoint holds, by the prefix of its tensors' names."""
+        """Return the parts that a checkpoint holds, by the prefix of their tensors' names."""
         parts: dict[str, Checkpointable] = {"model": self.weights}
         if optimizer:
             parts["optimizer"] = self.optimizer
@@ -70,7 +80,10 @@ class Run:
 def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
     """Build mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
 
-    config must be resolved, with model.vocab_size set. schedule: another one than the configuration's (a resumed run's).
+    Args:
+        config: resolved, with model.vocab_size set.
+        job: the process group and device of this rank.
+        schedule: another one than the configuration's, that of a resumed run.
     """
     plan, grid = stages_of(config), Grid.from_layout(config.layout, job.env.world_size)
     mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
@@ -119,7 +132,17 @@ def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) 
 
 
 def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.device) -> dict[int, Transformer]:
-    """Build this rank's stages, by their number; uninitialised."""
+    """Build this rank's pipeline stages, with uninitialised parameters.
+
+    Args:
+        config: resolved, with model.vocab_size set.
+        plan: which layers each stage has, and on which pipeline rank it lies.
+        mesh: the parallel axes.
+        device: where the parameters lie.
+
+    Returns:
+        The stages by their number.
+    """
     return build_stages(
         config.model,
         plan.placement,
@@ -135,7 +158,13 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
 
 
 def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
-    """The core attention of a layout. compiled: for layers that are compiled, which go around what communicates."""
+    """Return the core attention of a layout.
+
+    Args:
+        mesh: with context parallelism, attention goes around the ring of its cp axis.
+        causal: a token sees only those before it.
+        compiled: for layers that are compiled, whose graph must leave out what communicates.
+    """
     if mesh.cp.size == 1:
         return causal_attention if causal else bidirectional_attention
     ring = RingAttention(mesh.cp, causal=causal)
@@ -155,7 +184,14 @@ def transformer_layers(stages: Mapping[int, Transformer]) -> list[nn.Module]:
 def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, *, decoupled: bool) -> list[FlatBuffer]:
     """Move the parameters into contiguous memory, and fill them with their initial values.
 
-    decoupled: embedding and head have a learning rate of their own.
+    Args:
+        config: resolved.
+        stages: this rank's, by their number.
+        mesh: the parallel axes.
+        decoupled: embedding and head have a learning rate of their own.
+
+    Returns:
+        Flat buffers of parameters that are reduced and updated alike.
     """
     parameters = list(nn.ModuleList(stages.values()).parameters())
     if decoupled:
@@ -170,6 +206,7 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
         optimizer=config.optim.optimizer,
     )
     for buffer in buffers:
+        # Drawn in fp32: the main weights that `load` keeps must not be rounded to the dtype of the model.
         specs, whole = (spec_of(p) for p in buffer.parameters), buffer.staging_tensor()
         fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
         buffer.load(whole)
@@ -179,7 +216,14 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
 def build_optimizer(
     config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, buffers: Sequence[FlatBuffer]
 ) -> Optimizer:
-    """Build the optimizer; with --overlap-param-gather, modules wait for their weights."""
+    """Build the optimizer; with --overlap-param-gather, modules wait for their weights.
+
+    Args:
+        config: resolved.
+        stages: this rank's, by their number.
+        mesh: the parallel axes.
+        buffers: the parameters, as `build_buffers` returns them.
+    """
     layout = config.layout
     optimizer = Optimizer(
         buffers,
@@ -192,6 +236,7 @@ def build_optimizer(
     )
     if layout.overlap_param_gather:
         for stage in stages.values():
+            # In the order of the forward pass, which is the order in which the weights are gathered.
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)
             wait_in_turn(optimizer.gatherer, [m for m in called if m is not None], list(stage.parameters()))
     return optimizer
@@ -200,7 +245,16 @@ def build_optimizer(
 def build_pipeline(
     config: RunConfig, plan: StagePlan, stages: Mapping[int, Transformer], mesh: Mesh, scaled_loss: ScaledLoss, job: Job
 ) -> Executor:
-    """Build what runs forward and backward passes in the order of the schedule. Collective."""
+    """Build the executor of forward and backward passes in the order of the schedule. Collective.
+
+    Args:
+        config: resolved.
+        plan: placement and number of the stages.
+        stages: this rank's, by their number.
+        mesh: the parallel axes.
+        scaled_loss: turns the loss of a micro-batch into what is differentiated.
+        job: device and watchdog of this rank.
+    """
     name = config.layout.pipeline_schedule
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
     fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
@@ -222,7 +276,7 @@ def build_pipeline(
 
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
-    """Samples that training, each validation and the test will read."""
+    """Return how many samples training, each validation and the test will read."""
     batch = config.batch
     evaluation = config.eval.eval_iters * full_batch_size(batch)
     training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.iterations)

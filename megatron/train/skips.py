@@ -1,4 +1,4 @@
-"""Steps of a run that were skipped because a value was not finite, and whether the run learnt anything at its end."""
+"""Count the steps that were skipped because a value was not finite, and tell a run that learnt nothing at its end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SkipCounter:
             self.skipped += report.skipped
 
     def summary(self, state: TrainState) -> str | None:
-        """The closing line of a slice; None where nothing was skipped."""
+        """Return the closing line of a slice; None where nothing was skipped."""
         if not self.skipped:
             return None
         last = state.consecutive_skips
@@ -40,9 +40,10 @@ class SkipCounter:
 
 
 def learning_failure(state: TrainState) -> str | None:
-    """What to say of a run that is at its end and learnt nothing in its last steps, or in any; None where it did.
+    """Return the error of a run that is at its end and learnt nothing in its last steps, or in any; None where it did.
 
-    state: at the end; counts skipped steps also of the slices before.
+    Args:
+        state: the counters at the end; they count skipped steps also of the slices before.
     """
     last = state.consecutive_skips
     dynamic = isinstance(state.scaler, Dynamic)

@@ -1,4 +1,4 @@
-"""Where a run's state comes from, as a value."""
+"""The checkpoint, or the fresh start, that a run's state comes from."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from megatron.train.state import TrainState
 
 @dataclass(frozen=True)
 class StateSource:
-    """directory: the checkpoint, None for a fresh start. saved, state: the configuration and the counters in it.
-    optimizer, progress: whether these come from it too, beside the weights. lines: what to tell. verified: every byte of
-    it was compared with the manifest."""
+    """The source of a run's weights and counters: a checkpoint or the seed.
+
+    Attributes:
+        directory: the checkpoint; None for a fresh start.
+        saved: the configuration in it.
+        state: the counters in it.
+        optimizer: the optimizer's state comes from it too.
+        progress: schedule and data position come from it too.
+        lines: what to tell the user of the choice.
+        verified: every byte of it was compared with the manifest.
+    """
 
     directory: Path | None = None
     saved: RunSettings | None = None

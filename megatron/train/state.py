@@ -1,4 +1,4 @@
-"""Where a run stands: a handful of counters, from which the data position, the schedule and all random numbers follow."""
+"""Position of a run: a handful of counters, from which the data position, the schedule and all random numbers follow."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ from megatron.parallel.spec import Shard
 
 @dataclass
 class TrainState:
-    """Saved with every checkpoint; equal on all ranks, but for wandb_run.
+    """Counters of a run that every checkpoint saves; equal on all ranks, but for wandb_run.
 
-    consumed_samples: training samples taken, those of skipped steps included; the data position.
-    skipped_samples: those of iterations that --skip-train-iterations left out, among the consumed ones.
-    scheduled_samples: samples of the updates made; what the learning rate follows, so a skipped step is not counted.
-    consecutive_skips: skipped steps since the last update.
-    scaler: of the loss; where it stands is saved, not its settings.
-    schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
-    training_samples: how many the training set was built for.
-    order: marks of the order of samples, by which a resumed run knows it again; see `data/order.py`.
-    evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
-    wandb_run: the id of the run's W&B run, "" for none; the first rank's.
-    window_*: the averages of the log line under way, so that a resumed run prints the uninterrupted run's lines.
+    Attributes:
+        iteration: iterations done.
+        consumed_samples: training samples taken, those of skipped steps included; the data position.
+        consumed_tokens: their tokens.
+        skipped_samples: those of iterations that --skip-train-iterations left out, among the consumed ones.
+        scheduled_samples: samples of the updates made; the learning rate follows them, so a skipped step is not counted.
+        consecutive_skips: skipped steps since the last update.
+        scaler: the loss scale; its position is saved, not its settings.
+        schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
+        training_samples: number of samples that the training set was built for.
+        order: marks of the order of samples, by which a resumed run knows it again; see `data/order.py`.
+        evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
+        wandb_run: the id of the run's W&B run, "" for none; the first rank's.
+        window_loss: sum of the losses since the last log line. The window is saved so that a resumed run prints the lines
+            of an uninterrupted one.
+        window_sop: sum of the sentence-order losses since then.
+        window_steps: steps in these sums.
+        window_skipped: skipped steps since then.
+        window_nan: steps since then whose loss was not a number.
     """
 
     iteration: int = 0

@@ -25,12 +25,20 @@ from megatron.train.state import TrainState
 
 
 class ScaledLoss:
-    """Micro-batch loss -> what is differentiated, given the number of micro-batches of the step; times the loss scale.
+    """Turn the loss of a micro-batch into the scalar that is differentiated, loss scale included.
 
-    token: the mean over all tokens of the global batch that count. micro-batch: the mean of the micro-batches' means. To both
-    a BERT with a binary head adds the mean over the samples of their sentence-order losses.
-    masked: whether the data may leave tokens out of the loss, so that they must be counted before each step. binary: whether
-    the model has a binary head. device: that the ranks communicate from.
+    With --loss-average token the sum over the micro-batches and ranks is the mean over all tokens of the global batch that
+    count; with micro-batch it is the mean of the micro-batches' means. To both a BERT with a binary head adds the mean over
+    the samples of their sentence-order losses.
+
+    Args:
+        batch: sizes, and the kind of average.
+        seq_length: tokens of a sample.
+        dp: the data-parallel axis.
+        scaler: holds the loss scale.
+        masked: the data may leave tokens out of the loss, so that they must be counted before each step.
+        binary: the model has a binary head.
+        device: the one that the ranks communicate from.
     """
 
     def __init__(
@@ -50,14 +58,15 @@ class ScaledLoss:
         self.tokens = 0.0
 
     def count(self, batches: Sequence[Batch]) -> None:
-        """Find out how many tokens of the global batch count. Collective over dp where the data may mask some."""
+        """Count the tokens of the global batch that enter the loss. Collective over dp where the data may mask some."""
         if not self.masked or not self.by_token:
             self.tokens = float(len(batches) * self.micro_batch_size * self.dp.size * self.seq_length)
             return
-        counted = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+        counted = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()  # loss_mask: [micro_batch, seq]; scalar
         self.tokens = max(1.0, float(all_reduce(counted.to(self.device), self.dp)))
 
     def __call__(self, loss: Loss, micro_batches: int) -> Tensor:
+        # Gradients are summed over micro-batches and dp, so each share is divided by the whole batch's size here.
         if self.by_token:
             scaled = loss.sum * (self.scaler.scale / self.tokens)
         else:
@@ -68,9 +77,17 @@ class ScaledLoss:
 
 
 class Step:
-    """Bound to the parts it joins; `__call__` is the step.
+    """One training step: forward and backward passes over the micro-batches, then the update.
 
-    torch_random: the device whose own generator draws numbers, with --fused-attention-dropout; else None.
+    Args:
+        scaled_loss: the loss that is differentiated.
+        pipeline: runs the passes.
+        optimizer: reduces the gradients and updates the parameters.
+        schedule: the learning rate and weight decay by samples.
+        mesh: the parallel axes.
+        batch: sizes and seed.
+        watch: is told the phase of the step.
+        torch_random: the device whose own generator draws numbers, with --fused-attention-dropout; else None.
     """
 
     def __init__(
@@ -90,7 +107,7 @@ class Step:
         self.watch, self.torch_random = watch, torch_random
 
     def __call__(self, batches: Sequence[Batch], state: TrainState) -> StepReport:
-        """Forward, backward and update over this rank's micro-batches of the step. Collective."""
+        """Run forward, backward and update over this rank's micro-batches of the step. Collective."""
         self.optimizer.zero(len(batches))
         self.watch.waiting("the other ranks' count of tokens")
         self.scaled_loss.count(batches)
@@ -109,6 +126,7 @@ class Step:
             scale=1.0 / state.scaler.scale,
         )
         nonfinite = None
+        # Before the scaler moves: the search runs the step again at the scale at which it failed.
         if update.skipped or not math.isfinite(mean + order):
             nonfinite = self._investigate(batches, output, state.iteration, skipped=update.skipped)
         state.scaler.update(not update.skipped)
@@ -127,14 +145,17 @@ class Step:
         )
 
     def _investigate(self, batches: Sequence[Batch], output: StepOutput, iteration: int, *, skipped: bool) -> NonFinite | None:
-        """What was not finite. Collective. The loss scale is still the step's."""
+        """Return what was not finite. Collective. The loss scale is still the step's."""
         self.watch.doing("looking for what was not finite")
         with self._seeded(iteration):
             return investigate(self.pipeline, self.mesh, self.optimizer.zero, batches, output, skipped=skipped)
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:
-        """A kernel that draws its own numbers draws the same ones in a resumed run, and others on every rank."""
+        """Seed torch's own generator inside, from the iteration and this rank.
+
+        A kernel that draws its own numbers then draws the same ones in a resumed run, and others on every rank.
+        """
         device, mesh = self.torch_random, self.mesh
         if device is None:
             yield
@@ -145,8 +166,9 @@ class Step:
 
 
 def reduce_losses(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
-    """The sums of `StepOutput` over all data-parallel ranks and stages, on every rank."""
-    local = torch.stack([output.loss, output.tokens, output.means, output.order])
+    """Return the sums of `StepOutput` over all data-parallel ranks and stages, on every rank. Collective."""
+    local = torch.stack([output.loss, output.tokens, output.means, output.order])  # [4]
+    # Only the last stage has a loss, the others add zeros. Tensor-parallel ranks all hold the same one.
     for axis in (mesh.dp_cp, mesh.pp):
         local = all_reduce(local, axis)
     loss, tokens, means, order = local.tolist()

@@ -1,4 +1,4 @@
-"""Whether to stop or to save now, agreed by all ranks at every boundary of a step in one small collective.
+"""Agreement of all ranks to stop or to save, at every boundary of a step, in one small collective.
 
 A run is asked to stop by a signal to any one rank, by --exit-duration-in-mins, by the time limit of its SLURM job, or by a stop
 file. The two limits leave room for what is still to come: one step, and the save as long as the longest one so far.
@@ -26,10 +26,12 @@ STOP_FILE = "stop"
 
 @dataclass(frozen=True)
 class Request:
-    """What was agreed at a boundary.
+    """Agreement of all ranks at a boundary between steps.
 
-    stop: why the run stops here, None while it goes on. outside: that comes from outside of the command, which wanted more.
-    save: a checkpoint is due by --save-interval-mins.
+    Attributes:
+        stop: why the run stops here; None while it goes on.
+        outside: the reason comes from outside of the command, which wanted more.
+        save: a checkpoint is due, for the stop or by --save-interval-mins.
     """
 
     stop: str | None = None
@@ -38,9 +40,16 @@ class Request:
 
 
 class Stopping:
-    """Asked by all ranks at the same boundaries.
+    """Collects the reasons to stop or to save; all ranks ask it at the same boundaries.
 
-    began: when the program started, `time.monotonic()`. save_seconds: the longest save so far. environ: of the process.
+    Args:
+        config: limits, intervals and the stop file.
+        mesh: the parallel axes.
+        device: where the votes are reduced.
+        signals: what asks this rank to stop.
+        began: start of the program, `time.monotonic()`.
+        save_seconds: returns the seconds of the longest save so far.
+        environ: of the process.
     """
 
     def __init__(
@@ -67,13 +76,15 @@ class Stopping:
         self._step = 0.0
 
     def ask(self, step_seconds: float | None = None, *, save_due: bool = False) -> Request:
-        """What all ranks agree on now. Collective over the world.
+        """Return what all ranks agree on now. Collective over the world.
 
-        step_seconds: how long the step took that ends here; None between the steps of an evaluation. save_due: a checkpoint
-        will be written here anyway.
+        Args:
+            step_seconds: how long the step took that ends here; None between the steps of an evaluation.
+            save_due: a checkpoint will be written here anyway.
         """
         self._step = self._step if step_seconds is None else step_seconds
-        wishes = torch.tensor(self._wishes(save_due), dtype=torch.int64, device=self._device)
+        wishes = torch.tensor(self._wishes(save_due), dtype=torch.int64, device=self._device)  # [5]
+        # The maximum: one rank that wants to stop is enough, and all see the same reason.
         signal_, late, slurm_late, file_seen, save = map(int, all_reduce(wishes, self._mesh.world, "max").tolist())
         reasons = [
             (signal_, self._decoded(signal_), True),
@@ -87,7 +98,7 @@ class Stopping:
         return Request(save=bool(save))
 
     def saved(self) -> None:
-        """A checkpoint was just written, or begun."""
+        """Note that a checkpoint was just written, or begun."""
         self._saved = time.monotonic()
 
     def acknowledge(self) -> None:
@@ -98,7 +109,7 @@ class Stopping:
                 self.stop_file.unlink()
 
     def _wishes(self, save_due: bool) -> list[int]:
-        """What this rank sees, as numbers of which the largest counts."""
+        """Return what this rank sees, as numbers of which the largest counts."""
         first, now = self._mesh.rank == 0, time.monotonic()
         # A save in the background is waited for before the last one; one that is due here is written before the next step.
         saves = 1.5 + (1.0 if save_due or self._async else 0.0)
@@ -110,7 +121,7 @@ class Stopping:
         return [self._encoded(), int(late), int(slurm_late), int(file_seen), int(save)]
 
     def _encoded(self) -> int:
-        """The signal that came and the rank that got it; the lowest rank gives the largest number. 0 for none."""
+        """Encode the signal and this rank in a number, largest on the lowest rank; 0 without a signal."""
         names = [number.name for number in STOP_SIGNALS]
         name = self._signals.name
         return 0 if name is None else (self._mesh.world.size - self._mesh.rank) * len(names) + names.index(name)
