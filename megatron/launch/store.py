@@ -18,7 +18,7 @@ NAME_SECONDS = 15.0  # for which a name that is not known is asked again
 
 
 class Store(Protocol):
-    """What the watch uses of torch's stores. They raise subclasses of RuntimeError when the connection is lost."""
+    """The part of torch's stores that a watchdog uses. They raise subclasses of RuntimeError when the connection is lost."""
 
     def set(self, key: str, value: str) -> None:
         """Give a key its value."""
@@ -34,7 +34,10 @@ class Store(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
         """Replace a value where it is the expected one; return the value that the key has then.
 
-        A key without a value gets the desired one where the expected one is empty.
+        Args:
+            key: of the value.
+            expected_value: what it must be; empty for a key without a value.
+            desired_value: what it becomes.
         """
         ...
 
