@@ -33,12 +33,12 @@ with loading():
     from megatron.mesh.grid import Grid
     from megatron.mesh.mesh import Mesh
     from megatron.serving.access import KEY_VARIABLE, LOOPBACK, Access, check_key
-    from megatron.serving.app import Service, largest_body
+    from megatron.serving.app import Service, max_body_bytes
     from megatron.serving.chat_template import ChatFiles, ChatTemplate, read_template
     from megatron.serving.connections import ConnectionLimits
     from megatron.serving.control import Control
     from megatron.serving.engine import Engine
-    from megatron.serving.server import open_port, require_packages, say, serve
+    from megatron.serving.server import log_line, open_port, require_packages, serve
 
 REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was asked for cannot be done; needs no traceback
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         if not args.health_timeout > 0:
             raise ValueError(f"--health-timeout {args.health_timeout} is no time; legal: above 0")
         template = None if args.chat_template is None else read_template(args.chat_template)
-        access = Access.of(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
+        access = Access.for_server(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
         find(
             Path(args.load),
@@ -129,14 +129,14 @@ def run(
     engine = Engine(opened.model, text_tokenizer(opened), Control(mesh.world, started.timeout), started.watch)
     service = None
     if started.is_main:
-        files = ChatFiles.of(opened.directory / TOKENIZER, engine.tokenizer, template)
-        chat = ChatTemplate(files, engine.tokenizer, largest_body(args.max_tokens_to_oom))
+        files = ChatFiles.from_directory(opened.directory / TOKENIZER, engine.tokenizer, template)
+        chat = ChatTemplate(files, engine.tokenizer, max_body_bytes(args.max_tokens_to_oom))
         if chat.trouble and files.template is not None:
-            say(f"note: no chats: {chat.trouble}")
+            log_line(f"note: no chats: {chat.trouble}")
         if access.key is None and args.host not in LOOPBACK:
-            say(f"note: whoever reaches {args.host} can use the model; {KEY_VARIABLE} or --api-key asks for a key")
+            log_line(f"note: whoever reaches {args.host} can use the model; {KEY_VARIABLE} or --api-key asks for a key")
         name = args.model_name or Path(args.load).resolve().name
-        service = Service(engine, name, args.max_tokens_to_oom, say, chat, access, args.health_timeout)
+        service = Service(engine, name, args.max_tokens_to_oom, log_line, chat, access, args.health_timeout)
     serve(engine, opened_port, service, signals, limits)
 
 

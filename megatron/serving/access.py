@@ -1,4 +1,4 @@
-"""Who may ask: host names, origins and the key.
+"""Decide who may ask the server: host names, origins and the key.
 
 A web page that somebody on this network opens can send requests here, though not every kind, and not without naming its origin;
 and by a name of its own that comes to mean this machine's address (DNS rebinding) it could even read the replies.
@@ -17,16 +17,16 @@ from typing import Any
 
 from megatron.serving.fields import RequestError, one_line
 
-ANY = "*"
+ANY_NAME = "*"
 KEY_VARIABLE = "MEGATRON_API_KEY"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-PREFLIGHT_SECONDS = 600  # that a browser may remember what it was told
+PREFLIGHT_SECONDS = 600  # for which a browser may remember the answer to a preflight
 AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]{2,45}\]|[^\s:/?#@\[\]]{1,255})(?P<port>:[0-9]{1,5})?", re.IGNORECASE)
 ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]{0,30})://(?P<authority>[^\s/?#@]{1,270})", re.IGNORECASE)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
-def host_of(authority: str) -> str | None:
+def parse_host(authority: str) -> str | None:
     """Return the name or address in `name`, `name:port` or `[address]:port`, in small letters; None for anything else."""
     match = AUTHORITY.fullmatch(authority)
     return match["host"].strip("[]").lower().rstrip(".") or None if match else None
@@ -37,7 +37,7 @@ def normal_origin(text: str) -> str | None:
     if text == "null":
         return text
     match = ORIGIN.fullmatch(text)
-    if match is None or host_of(match["authority"]) is None:
+    if match is None or parse_host(match["authority"]) is None:
         return None
     scheme = match["scheme"].lower()
     return f"{scheme}://{match['authority'].lower().removesuffix(DEFAULT_PORTS.get(scheme, ':'))}"
@@ -52,7 +52,7 @@ def is_address(host: str) -> bool:
     return True
 
 
-def names_of_machine(bound: str) -> frozenset[str]:
+def machine_names(bound: str) -> frozenset[str]:
     """Return the names under which a server bound to this name or address can be asked for, besides addresses."""
     names = {"localhost", bound.lower(), *(socket.gethostname().lower(),)}
     if bound not in LOOPBACK:
@@ -71,9 +71,12 @@ def check_key(flag: str | None, environment: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Access:
-    """What a request's headers must be.
+    """Requirements for a request's headers.
 
-    hosts: names that are this server's, besides addresses. origins: of web pages that may ask. key: None for none.
+    Attributes:
+        hosts: names that are this server's, besides addresses.
+        origins: of web pages that may ask.
+        key: the API key; None for none.
     """
 
     hosts: frozenset[str] = LOOPBACK
@@ -81,16 +84,26 @@ class Access:
     key: str | None = None
 
     @classmethod
-    def of(cls, bound: str, hosts: Iterable[str] = (), origins: Iterable[str] = (), key: str | None = None) -> Access:
-        """Return what a server bound to this name or address asks for; ValueError for a host or origin that is none."""
-        allowed_hosts, allowed_origins = set(names_of_machine(bound)), set()
+    def for_server(cls, bound: str, hosts: Iterable[str] = (), origins: Iterable[str] = (), key: str | None = None) -> Access:
+        """Return the requirements of a server.
+
+        Args:
+            bound: the name or address that it is bound to.
+            hosts: further names that are this server's, `*` for all.
+            origins: web pages that may ask, `*` for all.
+            key: the API key; None for none.
+
+        Raises:
+            ValueError: a host or an origin is none.
+        """
+        allowed_hosts, allowed_origins = set(machine_names(bound)), set()
         for text in hosts:
-            host = ANY if text == ANY else host_of(text)
+            host = ANY_NAME if text == ANY_NAME else parse_host(text)
             if host is None:
                 raise ValueError(f"--allow-host {text} is no host; legal: a name, an address, or * for all")
             allowed_hosts.add(host)
         for text in origins:
-            origin = ANY if text == ANY else normal_origin(text)
+            origin = ANY_NAME if text == ANY_NAME else normal_origin(text)
             if origin is None:
                 raise ValueError(f"--allow-origin {text} is no origin; legal: https://name, http://name:port, null, * for all")
             allowed_origins.add(origin)
@@ -100,8 +113,8 @@ class Access:
         """Return the host that is asked for, "" where none is named; RequestError for another's."""
         if not given:
             return ""  # HTTP/1.0, which no browser speaks
-        host = host_of(given[0])
-        if host is None or not (ANY in self.hosts or host in self.hosts or is_address(host)):
+        host = parse_host(given[0])
+        if host is None or not (ANY_NAME in self.hosts or host in self.hosts or is_address(host)):
             raise RequestError(
                 f"the request is for the host {given[0]!r}, which is not known as this server's: --allow-host lets it in",
                 status=403,
@@ -117,15 +130,15 @@ class Access:
             return None
         origin = normal_origin(given[0]) if len(given) == 1 else None
         match = ORIGIN.fullmatch(origin or "")
-        name = host_of(match["authority"]) if match else None
-        own = name is not None and (name in (self.hosts | LOOPBACK) - {ANY} or name == host)
-        if origin is None or not (own or self.origins & {origin, ANY}):
+        name = parse_host(match["authority"]) if match else None
+        own = name is not None and (name in (self.hosts | LOOPBACK) - {ANY_NAME} or name == host)
+        if origin is None or not (own or self.origins & {origin, ANY_NAME}):
             shown = ", ".join(given)
             raise RequestError(f"the page at {shown!r} may not ask this server: --allow-origin lets it in", status=403)
         return given[0]
 
     def check_authorization(self, given: Sequence[str]) -> None:
-        """RequestError for a wrong or missing key, found in a time that does not tell how much of it is right."""
+        """Raise RequestError for a wrong or missing key, in a time that does not tell how much of it is right."""
         if self.key is None:
             return
         scheme, _, sent = given[0].partition(" ") if given else ("", "", "")
@@ -135,8 +148,14 @@ class Access:
             raise RequestError(f"{what}: send the header 'Authorization: Bearer KEY'", status=401, code="invalid_api_key")
 
 
-def gated(app: Any, access: Access, log: Callable[[str], object]) -> Any:
-    """Return the ASGI application `app` behind these checks, with what browsers must hear about allowed origins."""
+def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -> Any:
+    """Return an ASGI application behind these checks, with the headers by which browsers hear about allowed origins.
+
+    Args:
+        app: the application.
+        access: the checks.
+        log: gets a line for each request that is refused here.
+    """
     from starlette.responses import JSONResponse, Response
 
     async def gate(scope: Any, receive: Any, send: Any) -> None:
@@ -153,6 +172,7 @@ def gated(app: Any, access: Access, log: Callable[[str], object]) -> Any:
                 headers = _preflight(header(b"access-control-request-headers"), private)
                 await Response(status_code=204, headers=headers)(scope, receive, _naming(origin, send))
                 return
+            # A load balancer asks for the health, and has no key.
             if scope["path"] != "/health":
                 access.check_authorization(header(b"authorization"))
         except RequestError as error:
@@ -167,7 +187,7 @@ def gated(app: Any, access: Access, log: Callable[[str], object]) -> Any:
 
 
 def _preflight(asked: Sequence[str], private_network: Sequence[str]) -> dict[str, str]:
-    """Headers of the answer to a browser that asks before it sends a page's request."""
+    """Return headers of the answer to a browser that asks before it sends a page's request (CORS preflight)."""
     names = [name.strip() for name in ",".join(asked).split(",")]
     named = [name for name in names if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)]
     return {

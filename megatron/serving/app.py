@@ -1,4 +1,4 @@
-"""The HTTP routes. Starlette is imported only when they are built: it belongs to the extra `server`."""
+"""Serve the HTTP routes. Starlette is imported only when they are built: it belongs to the extra `server`."""
 
 from __future__ import annotations
 
@@ -12,37 +12,45 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.data.errors import DataError
 from megatron.serving import megatron_api
-from megatron.serving.access import Access, gated
-from megatron.serving.chat_api import Chat, read_messages
+from megatron.serving.access import Access, with_access_checks
+from megatron.serving.chat_api import ChatRequest, read_messages
 from megatron.serving.chat_template import NO_TEMPLATE, ChatTemplate
-from megatron.serving.engine import Done, Engine, Pending, Update
+from megatron.serving.completion_text import CompletionText
+from megatron.serving.engine import Engine, QueuedTask, TaskResult, TextUpdate
 from megatron.serving.fields import Fields, RequestError, one_line
-from megatron.serving.openai_api import Completion
+from megatron.serving.openai_api import CompletionRequest
 from megatron.serving.openai_fields import model_body, no_model
-from megatron.serving.record import Record
-from megatron.serving.task import Task
+from megatron.serving.task import GenerationTask
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-BYTES_OF_A_TOKEN = 32  # at most, on average, in JSON: text holds five, an escaped Chinese character six
-BYTES_BESIDES = 1 << 16  # of the other fields
-MOST_READ = 16 << 20  # bytes of a body that is too large: before a client has sent all it does not hear why
-LOOK = 0.2  # seconds between two looks at whether the client is still there
+MAX_BYTES_PER_TOKEN = 32  # at most, on average, in JSON: text holds five, an escaped Chinese character six
+OTHER_FIELDS_BYTES = 1 << 16  # of the other fields
+MAX_READ_BYTES = 16 << 20  # that are read of a body that is too large: a client hears why only when it has sent all
+CLIENT_CHECK_SECONDS = 0.2  # seconds between two looks at whether the client is still there
+
+Gone = Callable[[], Awaitable[bool]]  # whether the client of a request has gone
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need.
+    """The model behind the routes, and its limits.
 
-    model: its name for clients. most_tokens: of one request. log: gets one line for each request. chat: None where nothing is
-    known of conversations. patience: seconds without progress after which the model counts as stuck.
+    Attributes:
+        engine: carries out the tasks.
+        model: its name for clients.
+        max_tokens_total: of one request, prompts and texts together.
+        log: gets one line for each request.
+        chat: the chat template; None where nothing is known of conversations.
+        access: who may ask.
+        patience: seconds without progress after which the model counts as stuck.
     """
 
     engine: Engine
     model: str
-    most_tokens: int
+    max_tokens_total: int
     log: Callable[[str], object]
     chat: ChatTemplate | None = None
     access: Access = field(default_factory=Access)
@@ -50,74 +58,92 @@ class Service:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
+        """Tokens that end a text."""
         if self.chat is not None:
             return self.chat.files.ends
         special = self.engine.tokenizer.special
         return (special["eod"],) if "eod" in special else ()
 
     @property
-    def largest_body(self) -> int:
+    def max_body_bytes(self) -> int:
         """The most bytes that a request may have."""
-        return largest_body(self.most_tokens)
+        return max_body_bytes(self.max_tokens_total)
 
 
-def largest_body(most_tokens: int) -> int:
-    """Bytes of a request. While a larger one became tokens, nothing else in this process could run."""
-    return BYTES_OF_A_TOKEN * most_tokens + BYTES_BESIDES
+def max_body_bytes(max_tokens_total: int) -> int:
+    """Return the most bytes that a request may have.
 
-
-async def updates(service: Service, task: Task, gone: Callable[[], Awaitable[bool]]) -> AsyncIterator[Update | Done]:
-    """Have a task carried out. Stops it where this iterator is closed, and where the client has gone.
-
-    RequestError for what is wrong with the task; for a failure, or the server's end, when it happens.
+    While a larger one became tokens, nothing else in this process could run.
     """
-    task.check(service.engine.model, service.most_tokens)
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Update | Done]()
+    return MAX_BYTES_PER_TOKEN * max_tokens_total + OTHER_FIELDS_BYTES
 
-    def deliver(event: Update | Done) -> None:
+
+async def run_task(service: Service, task: GenerationTask, gone: Gone) -> AsyncIterator[TextUpdate | TaskResult]:
+    """Have a task carried out, and yield what becomes of it. Stops it where this iterator is closed or the client has gone.
+
+    Args:
+        service: the model and its limits.
+        task: the task.
+        gone: says whether the client has gone.
+
+    Raises:
+        RequestError: the task is wrong; later, a failure or the server's end.
+    """
+    task.check(service.engine.model, service.max_tokens_total)
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[TextUpdate | TaskResult]()
+
+    def deliver(event: TextUpdate | TaskResult) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has ended
+            # The engine's thread must not touch a queue of the event loop itself.
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    pending = Pending(task, deliver)
+    pending = QueuedTask(task, deliver)
     service.engine.submit(pending)
     try:
         while True:
             try:
-                event = await asyncio.wait_for(events.get(), LOOK)
+                event = await asyncio.wait_for(events.get(), CLIENT_CHECK_SECONDS)
             except TimeoutError:
                 event = None
             if await gone():
                 raise RequestError("the client has gone", status=499)
-            if isinstance(event, Done) and event.error:
+            if isinstance(event, TaskResult) and event.error:
                 raise RequestError(event.error, status=event.status)
             if event is not None:
                 yield event
-            if isinstance(event, Done):
+            if isinstance(event, TaskResult):
                 return
     finally:
+        # The engine sees it at its next token, and ends the task on all ranks.
         pending.dropped.set()
 
 
 async def collect(
-    service: Service, task: Task, gone: Callable[[], Awaitable[bool]], *, echo: bool = False
-) -> tuple[list[Record], Done]:
-    """All texts of a task at their ends."""
-    records = [Record(task, prompt, service.engine.tokenizer, echo=echo) for prompt in task.prompts]
-    done, events = Done(), updates(service, task, gone)
+    service: Service, task: GenerationTask, gone: Gone, *, echo: bool = False
+) -> tuple[list[CompletionText], TaskResult]:
+    """Return all texts of a task at their ends, and its result.
+
+    Args:
+        service: the model and its limits.
+        task: the task.
+        gone: says whether the client has gone.
+        echo: the prompts are part of the texts.
+    """
+    completions = [CompletionText(task, prompt, service.engine.tokenizer, echo=echo) for prompt in task.prompts]
+    done, events = TaskResult(), run_task(service, task, gone)
     try:
         async for event in events:
-            if isinstance(event, Done):
+            if isinstance(event, TaskResult):
                 done = event
             else:
-                records[event.index].add(event)
+                completions[event.index].add(event)
     finally:
         await events.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
-    return records, done
+    return completions, done
 
 
-def build(service: Service) -> Any:
-    """Return the application: `PUT /api`, OpenAI's routes, `GET /health`, and in front of them all who may ask."""
+def build_app(service: Service) -> Any:
+    """Return the ASGI application: `PUT /api`, OpenAI's routes, `GET /health`, and the checks of access before them."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
@@ -134,33 +160,39 @@ def build(service: Service) -> Any:
         ],
         exception_handlers={kind: handlers.refuse for kind in (RequestError, DataError, HTTPException)},
     )
-    return gated(routes, service.access, service.log)
+    return with_access_checks(routes, service.access, service.log)
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a reply in JSON."""
+    """Return a reply in JSON.
+
+    Args:
+        body: its value.
+        status: of HTTP.
+        headers: besides those of its content.
+    """
     from starlette.responses import JSONResponse
 
     return JSONResponse(body, status, headers)
 
 
 class Handlers:
-    """One method for each route, and for what goes wrong on the way to it."""
+    """One method for each route, and one for errors on the way to it."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self._began = int(time.time())
 
     async def api(self, request: Request) -> Response:
-        """Megatron-LM's own route. Its errors are plain text, as they are there."""
+        """Answer Megatron-LM's own route. Its errors are plain text, as they are there."""
         service = self.service
         quiet, request.state.began = False, time.monotonic()
         try:
-            fields = await read(request, service.largest_body)
+            fields = await read_fields(request, service.max_body_bytes)
             quiet = fields.held.get("no_log") is True
-            task = megatron_api.task_of(fields, service.engine.tokenizer)
-            records, done = await collect(service, task, request.is_disconnected)
-            answer: object = megatron_api.reply(task, records, done, service.engine.tokenizer)
+            task = megatron_api.read_task(fields, service.engine.tokenizer)
+            completions, done = await collect(service, task, request.is_disconnected)
+            answer: object = megatron_api.reply(task, completions, done, service.engine.tokenizer)
             status = 200
         except (RequestError, DataError) as error:
             answer, status = str(error), getattr(error, "status", 400)
@@ -169,54 +201,63 @@ class Handlers:
         return json_response(answer, status)
 
     async def completions(self, request: Request) -> Response:
-        """OpenAI's completions of a text."""
+        """Answer OpenAI's completions of a text."""
         service = self.service
         request.state.began = time.monotonic()
-        fields = await read(request, service.largest_body)
-        return await self._reply(request, Completion.of(fields, service.engine.tokenizer, service.model, service.ends))
+        fields = await read_fields(request, service.max_body_bytes)
+        return await self._reply(
+            request, CompletionRequest.from_fields(fields, service.engine.tokenizer, service.model, service.ends)
+        )
 
     async def chat_completions(self, request: Request) -> Response:
-        """OpenAI's completions of a conversation."""
+        """Answer OpenAI's completions of a conversation."""
         service = self.service
         request.state.began = time.monotonic()
-        fields = await read(request, service.largest_body)
-        Chat.check(fields, service.model)
+        fields = await read_fields(request, service.max_body_bytes)
+        ChatRequest.check(fields, service.model)
         messages = read_messages(fields)
         if service.chat is None:
             raise RequestError(NO_TEMPLATE)
+        # The template runs in another process, and the event loop serves other clients meanwhile.
         prompt = await asyncio.to_thread(service.chat.tokens, messages)
-        wanted = Chat.of(
-            fields, prompt, service.engine.model, model=service.model, ends=service.ends, most_tokens=service.most_tokens
+        wanted = ChatRequest.from_fields(
+            fields,
+            prompt,
+            service.engine.model,
+            model=service.model,
+            ends=service.ends,
+            max_tokens_total=service.max_tokens_total,
         )
         return await self._reply(request, wanted)
 
-    async def _reply(self, request: Request, wanted: Completion | Chat) -> Response:
+    async def _reply(self, request: Request, wanted: CompletionRequest | ChatRequest) -> Response:
+        """Answer a request of OpenAI's, as a stream or whole."""
         from starlette.responses import StreamingResponse
 
         service = self.service
         if wanted.stream:
-            wanted.task.check(service.engine.model, service.most_tokens)  # while there can still be a status
+            wanted.task.check(service.engine.model, service.max_tokens_total)  # while there can still be a status
             service.engine.check_room()
             self._log(request, "a stream begins")
-            return StreamingResponse(stream(service, wanted), media_type="text/event-stream")
-        records, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
-        body = wanted.whole(records)
+            return StreamingResponse(event_stream(service, wanted), media_type="text/event-stream")
+        completions, _ = await collect(service, wanted.task, request.is_disconnected, echo=wanted.echo)
+        body = wanted.full_reply(completions)
         self._log(request, "status 200")
         return json_response(body)
 
     async def list_models(self, request: Request) -> Response:
-        """The only model, in a list."""
+        """Answer with the only model, in a list."""
         return json_response({"object": "list", "data": [model_body(self.service.model, self._began)]})
 
     async def one_model(self, request: Request) -> Response:
-        """The model, by its name."""
+        """Answer with the model of this name."""
         request.state.began = time.monotonic()
         if (name := request.path_params["name"]) != self.service.model:
             raise no_model(name, self.service.model)
         return json_response(model_body(self.service.model, self._began))
 
     async def health(self, request: Request) -> Response:
-        """Status 200 while the model makes progress, 503 when it is stuck."""
+        """Answer with status 200 while the model makes progress, 503 when it is stuck."""
         if trouble := self.service.engine.trouble(self.service.patience):
             return json_response({"status": "stuck", "message": trouble}, 503)
         return json_response({"status": "ok"})
@@ -237,8 +278,12 @@ class Handlers:
         self.service.log(f"{client} {request.method} {one_line(request.url.path)}: {one_line(what)}, {passed:.2f} s")
 
 
-async def read(request: Request, largest: int) -> Fields:
-    """The body as fields; RequestError for one that is too large or no JSON object, and where the client goes meanwhile."""
+async def read_fields(request: Request, largest: int) -> Fields:
+    """Return the body of a request as fields. `largest` is the most bytes that it may have.
+
+    Raises:
+        RequestError: it is too large or no JSON object, or the client goes meanwhile.
+    """
     from starlette.requests import ClientDisconnect
 
     check_content_type(request.headers.getlist("content-type"), request.headers.get("content-encoding", "identity"))
@@ -246,8 +291,9 @@ async def read(request: Request, largest: int) -> Fields:
     try:
         async for piece in request.stream():
             size += len(piece)
+            # A body that is too large is read on, so that its client hears why, but not kept.
             body += piece if size <= largest else b""
-            if size > max(MOST_READ, largest):
+            if size > max(MAX_READ_BYTES, largest):
                 break
     except ClientDisconnect as error:
         raise RequestError("the client has gone", status=499) from error
@@ -258,7 +304,7 @@ async def read(request: Request, largest: int) -> Fields:
 
 
 def check_content_type(given: Sequence[str], encoding: str) -> None:
-    """RequestError for a body that is not said to be JSON: a browser lets any page send one that is said to be text."""
+    """Raise RequestError for a body that is not declared as JSON: a browser lets any page send one declared as text."""
     kind, _, parameters = given[0].partition(";") if len(given) == 1 else ("", "", "")
     named = dict(part.strip().lower().partition("=")[::2] for part in parameters.split(";"))
     if kind.strip().lower() != "application/json":
@@ -271,10 +317,13 @@ def check_content_type(given: Sequence[str], encoding: str) -> None:
         raise RequestError(f"the request's body is said to be in {encoding}: send it as it is", status=415)
 
 
-async def stream(service: Service, wanted: Completion | Chat) -> AsyncIterator[str]:
-    """Server-sent events: a piece of one text each, at last perhaps the usage, and [DONE]. An error is an event too."""
+async def event_stream(service: Service, wanted: CompletionRequest | ChatRequest) -> AsyncIterator[str]:
+    """Yield server-sent events: chunks of one text each, at last perhaps the usage, and [DONE].
+
+    An error is an event too.
+    """
     task = wanted.task
-    records = [Record(task, prompt, service.engine.tokenizer, echo=wanted.echo) for prompt in task.prompts]
+    completions = [CompletionText(task, prompt, service.engine.tokenizer, echo=wanted.echo) for prompt in task.prompts]
 
     def event(body: object) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
@@ -282,17 +331,17 @@ async def stream(service: Service, wanted: Completion | Chat) -> AsyncIterator[s
     async def stays() -> bool:
         return False  # the response that reads this iterator looks for itself, and closes it
 
-    for piece in wanted.first_pieces():
-        yield event(piece)
-    events = updates(service, task, stays)
+    for chunk in wanted.first_chunks():
+        yield event(chunk)
+    events = run_task(service, task, stays)
     try:
         async for update in events:
-            if isinstance(update, Update):
-                records[update.index].add(update)
-                for piece in wanted.pieces(update.index, records[update.index]):
-                    yield event(piece)
-        for piece in wanted.last_pieces(records):
-            yield event(piece)
+            if isinstance(update, TextUpdate):
+                completions[update.index].add(update)
+                for chunk in wanted.chunks(update.index, completions[update.index]):
+                    yield event(chunk)
+        for chunk in wanted.last_chunks(completions):
+            yield event(chunk)
     except RequestError as error:
         yield event(error.body())
     finally:

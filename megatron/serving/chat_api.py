@@ -1,4 +1,7 @@
-"""Requests and replies in the form of OpenAI's chat completions."""
+"""Read requests and write replies in the form of OpenAI's chat completions.
+
+The form is that of https://platform.openai.com/docs/api-reference/chat.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.inference.generate import Predictor
+from megatron.serving.completion_text import CompletionText
 from megatron.serving.fields import Fields, RequestError
-from megatron.serving.openai_api import count
-from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream
-from megatron.serving.record import Record
-from megatron.serving.task import MOST_PROMPTS, Task
+from megatron.serving.openai_api import count_usage
+from megatron.serving.openai_fields import COMMON, NEUTRAL, OpenAIRequest, check_names, read_sampling, read_stops, read_stream
+from megatron.serving.task import MAX_PROMPTS, GenerationTask
 
 MAX_ALTERNATIVES = 20
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -41,6 +44,7 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
+    """Return one message as a chat template gets it. where: its name in an error."""
     if not isinstance(given, dict):
         raise RequestError(f"{where} must be an object with role and content", "messages")
     message = {name: value for name, value in given.items() if value is not None and not (name in EMPTY and not value)}
@@ -76,20 +80,27 @@ def _content(given: Any, where: str) -> str:
     return "\n".join(part["text"] for part in given)
 
 
-class Chat(Asked):
+class ChatRequest(OpenAIRequest):
     """A request for replies to a conversation."""
 
     @classmethod
     def check(cls, fields: Fields, model: str) -> None:
-        """RequestError for a field that is not offered; before the messages are rendered, which costs time."""
+        """Raise RequestError for a field that is not offered; before the messages are rendered, which costs time."""
         check_names(fields, KNOWN, NOT_OFFERED, model)
         if not isinstance(fields.held.get("metadata", {}), dict):
             raise RequestError("metadata must be an object", "metadata")
 
     @classmethod
-    def of(
-        cls, fields: Fields, prompt: tuple[int, ...], served: Predictor, *, model: str, ends: Sequence[int], most_tokens: int
-    ) -> Chat:
+    def from_fields(
+        cls,
+        fields: Fields,
+        prompt: tuple[int, ...],
+        served: Predictor,
+        *,
+        model: str,
+        ends: Sequence[int],
+        max_tokens_total: int,
+    ) -> ChatRequest:
         """Read a request; RequestError for the first field that is wrong.
 
         Args:
@@ -98,16 +109,16 @@ class Chat(Asked):
             served: the model, whose longest sequence ends a reply of no given length.
             model: its name for clients.
             ends: tokens that end a reply.
-            most_tokens: of a request, prompts and replies together.
+            max_tokens_total: most tokens of a request, prompts and replies together.
 
         Returns:
             What is asked for.
         """
-        samples = fields.whole("n", 1, 1, MOST_PROMPTS)
+        samples = fields.integer("n", 1, 1, MAX_PROMPTS)
         (stream, usage), (sampling, seed) = read_stream(fields), read_sampling(fields)
-        task = Task(
+        task = GenerationTask(
             prompts=(prompt,) * samples,
-            max_new_tokens=_length(fields, prompt, served, most_tokens // samples),
+            max_new_tokens=_length(fields, prompt, served, max_tokens_total // samples),
             sampling=sampling,
             seed=seed,
             top=_alternatives(fields),
@@ -116,35 +127,35 @@ class Chat(Asked):
         )
         return cls(task, samples, stream, usage, model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
 
-    def whole(self, records: Sequence[Record]) -> dict[str, Any]:
+    def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
         """Return the reply to a request that is no stream."""
         choices = []
-        for i, record in enumerate(records):
-            text, log_probs = record.show()
+        for i, completion in enumerate(completions):
+            text, log_probs = completion.show()
             message = {"role": "assistant", "content": text, "refusal": None}
-            about = {"index": i, "message": message, "logprobs": _log_probs(log_probs), "finish_reason": record.end or None}
+            about = {"index": i, "message": message, "logprobs": _log_probs(log_probs), "finish_reason": completion.end or None}
             choices.append(about)
-        return self._body("chat.completion", choices, usage=count(records, self.samples))
+        return self._body("chat.completion", choices, usage=count_usage(completions, self.samples))
 
-    def first_pieces(self) -> list[dict[str, Any]]:
-        """Return the pieces of a stream that stand before all text."""
-        return [self._piece(i, {"role": "assistant", "content": ""}) for i in range(self.samples)]
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Return the chunks of a stream that stand before all text."""
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.samples)]
 
-    def pieces(self, index: int, record: Record) -> list[dict[str, Any]]:
-        """Return the pieces of a stream about what of a reply has not been told yet; one by itself tells how it ended."""
-        text, log_probs = record.show()
+    def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
+        """Return the chunks of a stream for what is new of a reply; one by itself tells how it ended."""
+        text, log_probs = completion.show()
         found = []
         if text or (log_probs and log_probs["tokens"]):
-            found.append(self._piece(index, {"content": text}, log_probs=_log_probs(log_probs)))
-        if record.end:
-            found.append(self._piece(index, {}, end=record.end))
+            found.append(self._chunk(index, {"content": text}, log_probs=_log_probs(log_probs)))
+        if completion.end:
+            found.append(self._chunk(index, {}, end=completion.end))
         return found
 
-    def last_pieces(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Return the pieces of a stream that stand behind all text."""
-        return [self._body("chat.completion.chunk", [], usage=count(records, self.samples))] if self.usage else []
+    def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
+        """Return the chunks of a stream that stand behind all text."""
+        return [self._body("chat.completion.chunk", [], usage=count_usage(completions, self.samples))] if self.usage else []
 
-    def _piece(
+    def _chunk(
         self, index: int, delta: Mapping[str, str], *, log_probs: dict[str, Any] | None = None, end: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": end}
@@ -155,29 +166,29 @@ class Chat(Asked):
         return {**about, "choices": choices, **more}
 
 
-def _length(fields: Fields, prompt: Sequence[int], served: Predictor, most_tokens: int) -> int:
+def _length(fields: Fields, prompt: Sequence[int], served: Predictor, max_tokens_total: int) -> int:
     """Return the most tokens of a reply: as asked, else what the model and this server leave room for."""
-    given = {name: fields.whole(name, 1, 1) for name in LIMITS if name in fields.held}
+    given = {name: fields.integer(name, 1, 1) for name in LIMITS if name in fields.held}
     if len(set(given.values())) > 1:
         raise RequestError("max_tokens is the older name of max_completion_tokens, and they differ: give one", "max_tokens")
     if given:
         return next(iter(given.values()))
     longest = served.config.max_position_embeddings  # that it was trained on, also where nothing ends its positions
     if longest is not None and longest > len(prompt):
-        most_tokens = min(most_tokens, longest)
-    return max(1, most_tokens - len(prompt))
+        max_tokens_total = min(max_tokens_total, longest)
+    return max(1, max_tokens_total - len(prompt))
 
 
 def _alternatives(fields: Fields) -> int | None:
     """Return how many alternatives of each token are told, None for no log-probabilities."""
-    wanted, top = fields.truth("logprobs"), fields.whole("top_logprobs", 0, 0, MAX_ALTERNATIVES)
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
     if "top_logprobs" in fields.held and not wanted:
         raise RequestError("top_logprobs needs logprobs true", "top_logprobs")
     return top if wanted else None
 
 
 def _log_probs(found: dict[str, list[Any]] | None) -> dict[str, Any] | None:
-    """Return the log-probabilities of a record in the form of chats."""
+    """Return log-probabilities in the form of chats."""
     if found is None:
         return None
 

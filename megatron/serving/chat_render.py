@@ -1,4 +1,4 @@
-"""Renders a chat template in a process of its own: `python -m megatron.serving.chat_render`, started by `chat_template`.
+"""Render a chat template in a process of its own: `python -m megatron.serving.chat_render`, started by `chat_template`.
 
 A template is a stranger's program. Jinja's sandbox (`chat_sandbox`) keeps it from reading files, but neither from running for
 ever nor from filling the memory; a process can be given a limit of memory, and ended.
@@ -28,7 +28,17 @@ def compiled(source: str) -> Any:
 
 
 def rendered(template: Any, tokens: dict[str, str], asked: dict[str, Any], longest: int) -> str:
-    """Return the text of a conversation; ValueError for one of more than `longest` characters."""
+    """Return the text of a conversation.
+
+    Args:
+        template: compiled by `compiled`.
+        tokens: special tokens that it may name, such as bos_token.
+        asked: its variables, the messages among them.
+        longest: the most characters of the text.
+
+    Raises:
+        ValueError: the text is longer.
+    """
     pieces, length = [], 0
     for piece in template.generate(**{**tokens, **asked}):
         pieces.append(piece)
@@ -39,7 +49,7 @@ def rendered(template: Any, tokens: dict[str, str], asked: dict[str, Any], longe
 
 
 def answer(work: Callable[[], str]) -> str:
-    """Return the line that says what came of some work. The template's own errors are text for the client."""
+    """Return the line that holds the text which some work makes, or its error. A template's own errors are for the client."""
     try:
         found = {"text": work()}
     except MemoryError:
@@ -50,6 +60,8 @@ def answer(work: Callable[[], str]) -> str:
 
 
 def main() -> None:
+    # A stranger's program that crashes leaves no image of the memory behind.
+    """Answer the lines of stdin, one by one, under limits of memory."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     about = json.loads(sys.stdin.readline())

@@ -1,4 +1,4 @@
-"""Jinja's sandbox with the globals, filters and tags that transformers gives chat templates, so that they give the same text.
+"""Give chat templates Jinja's sandbox with transformers' globals, filters and tags, so that they write the same text.
 
 Imported only where a template is compiled, in the process of `chat_render`.
 """
@@ -34,7 +34,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def check_version(installed: str) -> None:
-    """ValueError for a version of jinja2 whose sandbox has known ways out."""
+    """Raise ValueError for a version of jinja2 whose sandbox has known ways out."""
     if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < MIN_JINJA:
         least = ".".join(map(str, MIN_JINJA))
         raise ValueError(f"jinja2 {installed} is too old for strangers' templates, {least} is not: {install_command('jinja2')}")
@@ -57,7 +57,7 @@ class GenerationTag(Extension):
 
 
 class PlainNamespace(Namespace):
-    """Holds no name that begins with an underscore."""
+    """A namespace of variables that holds no name which begins with an underscore."""
 
     def __init__(*args: Any, **named: Any) -> None:
         self, args = args[0], args[1:]
@@ -78,9 +78,10 @@ class PlainNamespace(Namespace):
 
 
 class PlainDict:
-    """What templates may do with `dict`."""
+    """The type `dict` with what templates may do with it."""
 
     def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
+        """Return `dict` of the arguments."""
         return dict(*args, **named)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
@@ -94,10 +95,18 @@ def raise_exception(message: str) -> None:
 
 
 def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    """Write a value as JSON; unlike jinja's own filter without HTML's escapes."""
+    """Write a value as JSON; unlike jinja's own filter without HTML's escapes.
+
+    Args:
+        value: what is written.
+        ensure_ascii: other characters are escaped.
+        indent: as of `json.dumps`.
+        separators: as of `json.dumps`.
+        sort_keys: fields are in the order of their names.
+    """
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def strftime_now(form: str) -> str:
-    """Write the time of now in a form of `strftime`."""
+    """Return the current time in a format of `strftime`."""
     return datetime.now().strftime(form)

@@ -1,4 +1,4 @@
-"""How a checkpoint writes conversations: its chat template, the special tokens it names, and the tokens that end a reply."""
+"""Turn conversations into text as a checkpoint does: its chat template, special tokens, and tokens that end a reply."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE, CONFIG, TOKENS, GENERATION = (
 MODEL = "config.json"  # of that directory
 MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
 MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token
-MAX_SECONDS, MAX_START = 20.0, 120.0  # that a template may take, and its process until it is there
+MAX_SECONDS, MAX_START = 20.0, 120.0  # that a template may take for a conversation, and its process to start
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "HOME")  # others may hold secrets
 NO_TEMPLATE = (
@@ -39,9 +39,12 @@ NO_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatFiles:
-    """What the files beside a tokenizer say.
+    """Settings for chats in the files beside a tokenizer.
 
-    template: None for none. tokens: what a template may name, such as bos_token. ends: tokens that end a reply.
+    Attributes:
+        template: the chat template; None for none.
+        tokens: special tokens that a template may name, such as bos_token.
+        ends: tokens that end a reply.
     """
 
     template: str | None
@@ -49,9 +52,19 @@ class ChatFiles:
     ends: tuple[int, ...]
 
     @classmethod
-    def of(cls, folder: Path, tokenizer: Tokenizer, given: str | None = None) -> ChatFiles:
-        """Read them as transformers does; DataError for files that are damaged. given: another template."""
+    def from_directory(cls, folder: Path, tokenizer: Tokenizer, given: str | None = None) -> ChatFiles:
+        """Read the files as transformers does.
+
+        Args:
+            folder: the tokenizer's directory.
+            tokenizer: the tokenizer.
+            given: a template in place of the directory's.
+
+        Raises:
+            DataError: a file is damaged.
+        """
         about, generation = _read_json(_place(folder, CONFIG)), _read_json(_place(folder, GENERATION))
+        # What tokenizer_config.json names wins over special_tokens_map.json.
         named = {**_read_json(_place(folder, TOKENS)), **about}
         tokens = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         if "eod" in tokenizer.special:
@@ -119,7 +132,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 class ChatTemplate:
     """A template in use, in a process of its own that is started when it is needed. For several threads.
 
-    longest: characters of a conversation's text. trouble: why there is no template, "" where there is one.
+    Attributes:
+        files: the template and its tokens.
+        tokenizer: makes the tokens of a text.
+        longest: most characters of a conversation's text.
+        trouble: why there is no template; empty where there is one.
     """
 
     files: ChatFiles
@@ -164,12 +181,14 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process, also one that still renders."""
+        # Before the lock, which a thread that waits for the template holds.
         if (process := self._process) is not None:
             process.kill()
         with self._lock:
             self._stop()
 
     def _start(self) -> None:
+        """Start the process and give it the template."""
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         self._process = subprocess.Popen(
@@ -188,6 +207,7 @@ class ChatTemplate:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise RequestError("its process has ended")
+        # A kill ends the read below, which has no timeout of its own.
         late = threading.Timer(seconds, process.kill)
         late.start()
         try:

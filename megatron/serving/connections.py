@@ -1,4 +1,4 @@
-"""Deadlines for connections: a client that is silent, sends or reads too slowly loses its connection, and nobody else waits.
+"""Set deadlines for connections: a client that is silent, sends or reads too slowly loses its own, and nobody else waits.
 
 uvicorn bounds only the time between two requests of one connection.
 """
@@ -22,10 +22,13 @@ MIN_RATE = 1024  # bytes a second, at which a client must take what it has asked
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What one client may take of the server, in seconds, and how many connections there are at once.
+    """The most that one client may take of the server, and that all clients may together.
 
-    request_timeout: from connecting, or the first byte of a later request, until a request is there. keep_alive_timeout:
-    between two requests. send_timeout: without `MIN_RATE` of progress while a reply waits to be read.
+    Attributes:
+        request_timeout: seconds from connecting, or the first byte of a later request, until a request is there.
+        keep_alive_timeout: seconds between two requests.
+        send_timeout: seconds without `MIN_RATE` of progress while a reply waits to be read.
+        max_connections: open at once.
     """
 
     request_timeout: float = 20.0
@@ -112,18 +115,19 @@ class ConnectionGuard:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is here that has not been answered."""
+        """True while a request is here that has not been answered."""
         cycle = self._protocol.cycle
         answered = cycle is None or cycle.response_complete or self.refused
         return not answered and not self._body_arrives()
 
     def _body_arrives(self) -> bool:
+        """Return whether the body of a request is due."""
         import h11
 
         return self._protocol.conn.their_state is h11.SEND_BODY
 
     def _head_arrives(self) -> bool:
-        """Whether a request's first line and headers are waited for. Between two requests uvicorn's own timer runs."""
+        """Return whether a request's first line and headers are due. Between two requests uvicorn's own timer runs."""
         import h11
 
         return self._protocol.conn.their_state is h11.IDLE and self._protocol.timeout_keep_alive_task is None
@@ -138,6 +142,7 @@ class ConnectionGuard:
             self._arriving.start(self._limits.request_timeout, self._too_late)
 
     def _too_late(self) -> None:
+        """Refuse the request that did not arrive in time, or close a connection on which nothing came."""
         self._arriving.cancel()
         if self._body_arrives() or self._protocol.conn.trailing_data[0]:
             limit = self._limits.request_timeout
@@ -155,8 +160,10 @@ class ConnectionGuard:
         self._leaving.cancel()
 
     def _look_at_reply(self) -> None:
+        """Abort a connection whose client takes the reply too slowly."""
         seconds, before = self._limits.send_timeout, self._unsent
         self._unsent = self._protocol.transport.get_write_buffer_size()
+        # A slow client may take its time, as long as it takes something.
         if before - self._unsent >= MIN_RATE * seconds:
             self._leaving.start(seconds, self._look_at_reply)
             return
@@ -168,6 +175,7 @@ class ConnectionGuard:
         protocol, limit = self._protocol, self._limits.max_connections
         if len(protocol.connections) <= limit:
             return
+        # A connection without a request loses nothing that its client could not ask for again.
         idle = [other for other in protocol.connections if other is not protocol and not other.guard.busy]
         if idle:
             oldest = min(idle, key=lambda other: other.guard.quiet_since)
@@ -215,7 +223,7 @@ class Timer:
 
     @property
     def running(self) -> bool:
-        """Whether a call has been set and not cancelled; one that was made counts until then."""
+        """True from `start` until `cancel`, also when the call has been made."""
         return self._due is not None
 
     def start(self, seconds: float, call: Callable[[], object]) -> None:

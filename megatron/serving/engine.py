@@ -1,4 +1,4 @@
-"""Carries out tasks, one after the other, on all ranks at once: every rank computes the same tokens, rank 0 hands them on."""
+"""Carry out tasks, one after the other, on all ranks at once: all compute the same tokens, rank 0 hands them on."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from megatron.inference.generate import GeneratedText, Predictor, TokenScore, ex
 from megatron.launch.watchdog import Watchdog
 from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
 from megatron.serving.fields import RequestError
-from megatron.serving.task import Task
+from megatron.serving.task import GenerationTask
 
-BEAT = 0.5  # seconds between two words of rank 0 while no request comes
-MOST_WAITING = 256  # requests
-MAX_IDLE = 15.0  # seconds without a sign of the engine while no request runs: it gives one at every beat
+EXCHANGE_SECONDS = 0.5  # between two exchanges while no request comes
+MAX_WAITING = 256  # requests in the queue
+MAX_IDLE = 15.0  # seconds without a sign of the engine while no request runs: it gives one at every exchange
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a text has got since the last update. scores: of as many tokens as are known by now, also of the prompt's."""
+class TextUpdate:
+    """The growth of a text since its last update.
+
+    Attributes:
+        index: number of the text in its task.
+        tokens: new tokens.
+        scores: of as many tokens as are known by now, also of the prompt's.
+        end: why the text has ended; empty while it goes on.
+    """
 
     index: int
     tokens: tuple[int, ...]
@@ -34,33 +41,44 @@ class Update:
 
 
 @dataclass(frozen=True)
-class Done:
-    """The end of a task. beams: of a beam search, best first. error: why it ended early. status: of HTTP, then."""
+class TaskResult:
+    """The end of a task.
+
+    Attributes:
+        beams: of a beam search, best first.
+        error: why it ended early; empty where it did not.
+        status: of HTTP, for an error.
+    """
 
     beams: tuple[Beam, ...] = ()
     error: str = ""
     status: int = 500
 
 
-STOPPING = Done(error="the server is stopping", status=503)
+STOPPING = TaskResult(error="the server is stopping", status=503)
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A task that waits or runs. deliver: gets its updates and then one Done, on the engine's thread. dropped: nobody waits
-    for it any more."""
+class QueuedTask:
+    """A task that waits or runs.
 
-    task: Task
-    deliver: Callable[[Update | Done], None]
+    Attributes:
+        task: the task.
+        deliver: gets its updates and then one TaskResult, on the engine's thread.
+        dropped: nobody waits for it any more.
+    """
+
+    task: GenerationTask
+    deliver: Callable[[TextUpdate | TaskResult], None]
     dropped: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine:
-    """One rank's. Collective where the model or the control are."""
+    """One rank's engine. Collective where the model or the control are."""
 
     def __init__(self, model: Predictor, tokenizer: Tokenizer, control: Control, watch: Watchdog | None = None) -> None:
         self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watchdog()
-        self._waiting: queue.Queue[Pending] = queue.Queue(MOST_WAITING)
+        self._waiting: queue.Queue[QueuedTask] = queue.Queue(MAX_WAITING)
         self._closed = threading.Event()
         self._progress: tuple[float, str, bool] = (time.monotonic(), "starting", False)
 
@@ -78,7 +96,7 @@ class Engine:
         return f"the model has made no progress for {quiet:.0f} s, while {what}"
 
     def _at(self, what: str, *, busy: bool) -> None:
-        """Tell the watch and whoever asks for `trouble` what happens from now on."""
+        """Tell the watchdog, and whoever asks for `trouble`, what happens from now on."""
         self._progress = (time.monotonic(), what, busy)
         if busy:
             self.watch.doing(what)
@@ -86,13 +104,18 @@ class Engine:
             self.watch.waiting(what)
 
     def check_room(self) -> None:
-        """RequestError when as many requests wait as may."""
+        """Raise RequestError when as many requests wait as may."""
         if self._waiting.full():
             raise RequestError(f"{self._waiting.maxsize} requests wait already: try again later", status=503)
 
-    def submit(self, pending: Pending) -> None:
-        """From one thread of rank 0. RequestError when there is no room; refused at once when the end has come."""
+    def submit(self, pending: QueuedTask) -> None:
+        """Queue a task, from one thread of rank 0. It is refused at once when the end has come.
+
+        Raises:
+            RequestError: there is no room.
+        """
         self.check_room()
+        # The engine may close meanwhile, and then nobody would take the task out: so that is looked at afterwards.
         self._waiting.put_nowait(pending)
         if self._closed.is_set():
             self._refuse_all()
@@ -101,7 +124,8 @@ class Engine:
         """Work until some rank is asked to stop; what waits or runs then is refused. asked_to_stop: of this rank."""
         try:
             while True:
-                pending = self._next() if self.control.leads else None
+                # Only rank 0 has a queue. All ranks come to the exchange, whether there is a task or not.
+                pending = self._next() if self.control.is_leader else None
                 self._at("waiting for a request", busy=False)
                 word = self.control.exchange(
                     NOTHING if pending is None else TASK,
@@ -109,7 +133,7 @@ class Engine:
                     stop=asked_to_stop(),
                 )
                 if not word.stop and word.command == TASK:
-                    done = self._carry_out(Task.of(word.payload), pending, asked_to_stop)
+                    done = self._carry_out(GenerationTask.from_bytes(word.payload), pending, asked_to_stop)
                 elif word.stop:
                     done = STOPPING
                 else:
@@ -122,25 +146,27 @@ class Engine:
             self._closed.set()
             self._refuse_all()
 
-    def _next(self) -> Pending | None:
-        """The next task that somebody still waits for; None after a while without one."""
+    def _next(self) -> QueuedTask | None:
+        """Return the next task that somebody still waits for; None after a while without one."""
         try:
-            pending = self._waiting.get(timeout=BEAT)
+            pending = self._waiting.get(timeout=EXCHANGE_SECONDS)
         except queue.Empty:
             return None
         return None if pending.dropped.is_set() else pending
 
     def _refuse_all(self) -> None:
+        """Refuse all tasks that wait, since the server stops."""
         while True:
             try:
                 self._waiting.get_nowait().deliver(STOPPING)
             except queue.Empty:
                 return
 
-    def _carry_out(self, task: Task, pending: Pending | None, asked_to_stop: Callable[[], bool]) -> Done:
-        """On all ranks, in step. ValueError, such as of a damaged model, comes on all of them at once and ends the task.
+    def _carry_out(self, task: GenerationTask, pending: QueuedTask | None, asked_to_stop: Callable[[], bool]) -> TaskResult:
+        """Carry out a task, on all ranks in step.
 
-        So does too little memory where there is one rank; of several the others wait for this one's part.
+        ValueError, such as of a damaged model, comes on all of them at once and ends the task. So does too little memory where
+        there is one rank; of several the others wait for this one's part.
         """
         beams: list[Beam] = []
         texts = [GeneratedText.after(prompt) for prompt in task.prompts]
@@ -152,22 +178,26 @@ class Engine:
                 self._at(f"writing token {number + 1} of a request for {len(texts)} texts", busy=True)
                 command = GO_ON
                 if pending is not None:
+                    # The client hears of a token before the other ranks hear that they may go on.
                     _tell(pending, grown, texts, told)
                     command = DROP if pending.dropped.is_set() else GO_ON
                 word = self.control.exchange(command, stop=asked_to_stop())
                 if word.stop:
                     return STOPPING
                 if word.command == DROP:
-                    return Done(error="nobody waits for this request any more", status=499)
+                    return TaskResult(error="nobody waits for this request any more", status=499)
         except ValueError as error:
-            return Done(error=str(error))
+            return TaskResult(error=str(error))
         except torch.OutOfMemoryError:
             if self.control.axis.size > 1:
                 raise
-            return Done(error="the memory does not suffice: ask for less, or start the server with less --max-tokens-to-oom")
-        return Done(tuple(beams))
+            return TaskResult(
+                error="the memory does not suffice: ask for less, or start the server with less --max-tokens-to-oom"
+            )
+        return TaskResult(tuple(beams))
 
-    def _texts(self, task: Task, texts: list[GeneratedText]) -> Iterator[list[int]]:
+    def _texts(self, task: GenerationTask, texts: list[GeneratedText]) -> Iterator[list[int]]:
+        """Generate the texts of a task; yield, at each step, which of them grew."""
         return extend_texts(
             self.model,
             texts,
@@ -179,8 +209,8 @@ class Engine:
             top=task.top,
         )
 
-    def _beams(self, task: Task, beams: list[Beam]) -> Iterator[list[int]]:
-        """Fills in `beams`; no text of the task grows meanwhile."""
+    def _beams(self, task: GenerationTask, beams: list[Beam]) -> Iterator[list[int]]:
+        """Run a beam search, and keep its beams in `beams`; no text of the task grows meanwhile."""
         if task.beam is None:
             return
         for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens, banned=task.banned):
@@ -188,9 +218,9 @@ class Engine:
             yield []
 
 
-def _tell(pending: Pending, grown: Sequence[int], texts: Sequence[GeneratedText], told: list[tuple[int, int]]) -> None:
+def _tell(pending: QueuedTask, grown: Sequence[int], texts: Sequence[GeneratedText], told: list[tuple[int, int]]) -> None:
     """Deliver what is new of the texts that grew. told: how many tokens and scores of each have been delivered."""
     for i in grown:
         text, (tokens, scores) = texts[i], told[i]
         told[i] = len(text.tokens), len(text.scores)
-        pending.deliver(Update(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end))
+        pending.deliver(TextUpdate(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end))

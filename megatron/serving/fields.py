@@ -1,4 +1,4 @@
-"""The fields of a request, read one by one: a wrong one gives one message that names it."""
+"""Read the fields of a request one by one: a wrong one gives one message that names it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 
 MAX_MESSAGE = 2000  # characters, since a message may quote what the client sent
 MAX_LINE = 300  # characters of a part of a line of the log
-LARGEST = 2**63 - 1  # whole number where nothing else ends them: a larger one has too many digits for a message
+MAX_INTEGER = 2**63 - 1  # where a field has no limit of its own: a larger number has too many digits for a message
 
 
 class RequestError(ValueError):
-    """What a client asked for cannot be done. status: of HTTP. param: the field at fault. code: a word for programs."""
+    """A client asked for something that cannot be done.
+
+    Attributes:
+        param: the field at fault.
+        status: of HTTP.
+        code: a word for programs.
+    """
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
@@ -46,27 +52,49 @@ class Fields:
         self.held: Mapping[str, Any] = {name: value for name, value in held.items() if value is not None}
 
     def only(self, known: frozenset[str]) -> None:
-        """RequestError for a field that nobody asks for: a misspelt one would have no effect."""
+        """Raise RequestError for a field that nobody asks for: a misspelt one would have no effect."""
         for name in self.held.keys() - known:
             raise RequestError(f"{name} is no field of this request; there are {', '.join(sorted(known))}", name)
 
-    def whole(self, name: str, default: int, low: int, high: int | None = None) -> int:
-        """Return a whole number from `low` to `high`; RequestError for anything else."""
+    def integer(self, name: str, default: int, low: int, high: int | None = None) -> int:
+        """Return an integer.
+
+        Args:
+            name: of the field.
+            default: where it is absent.
+            low: the least that is legal.
+            high: the largest that is legal; None for no limit.
+
+        Raises:
+            RequestError: it is anything else.
+        """
         value = self.held.get(name, default)
-        if type(value) is not int or not low <= value <= (LARGEST if high is None else high):
+        # A bool is an int for isinstance, and true is no number.
+        if type(value) is not int or not low <= value <= (MAX_INTEGER if high is None else high):
             legal = f"at least {low}" if high is None else f"from {low} to {high}"
             raise RequestError(f"{name} must be a whole number {legal}", name)
         return value
 
     def number(self, name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
-        """above: `low` itself is not legal."""
+        """Return a number.
+
+        Args:
+            name: of the field.
+            default: where it is absent.
+            low: the least that is legal.
+            high: the largest that is legal.
+            above: `low` itself is not legal.
+
+        Raises:
+            RequestError: it is anything else.
+        """
         value = self.held.get(name, default)
         legal = type(value) in (int, float) and low <= value <= high and not (above and value == low)
         if not legal:
             raise RequestError(f"{name} must be a number {'above' if above else 'from'} {low:g} to {high:g}", name)
         return float(value)
 
-    def truth(self, name: str, default: bool = False) -> bool:
+    def boolean(self, name: str, default: bool = False) -> bool:
         """Return true or false; RequestError for anything else."""
         value = self.held.get(name, default)
         if not isinstance(value, bool):
@@ -82,6 +110,7 @@ class Fields:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these fields; RequestError where two have one name."""
     held = dict(pairs)
     if len(held) < len(pairs):
         names = Counter(name for name, _ in pairs)

@@ -1,4 +1,4 @@
-"""Megatron-LM's request, `PUT /api`: its fields, limits and defaults, and its reply."""
+"""Read Megatron-LM's request `PUT /api`, with its fields, limits and defaults, and write its reply."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY, BeamSearch
 from megatron.inference.generate import Sampling
-from megatron.serving.engine import Done
+from megatron.serving.completion_text import CompletionText
+from megatron.serving.detokenize import token_text
+from megatron.serving.engine import TaskResult
 from megatron.serving.fields import Fields, RequestError
-from megatron.serving.record import Record
-from megatron.serving.task import MOST_PROMPTS, Task
-from megatron.serving.words import single
+from megatron.serving.task import MAX_PROMPTS, GenerationTask
 
+# Fields of older versions, and what they are called now; the server of Megatron-LM refuses them too.
 REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
 SAMPLING = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "random_seed")
 STOPS = ("stop_on_double_eol", "stop_on_eol", "prevent_newline_after_colon")
@@ -22,23 +23,23 @@ BEAMS = ("beam_width", "stop_token", "length_penalty")
 KNOWN = frozenset(("prompts", "tokens_to_generate", "logprobs", "add_BOS", "no_log", *SAMPLING, *STOPS, *BEAMS))
 
 
-def task_of(fields: Fields, tokenizer: Tokenizer) -> Task:
-    """RequestError for the first field that is wrong."""
+def read_task(fields: Fields, tokenizer: Tokenizer) -> GenerationTask:
+    """Return the task of a request; RequestError for the first field that is wrong."""
     for old, new in REPLACED:
         if old in fields.held:
             raise RequestError(f"{old} is no longer a field: use {new}", old)
     fields.only(KNOWN)
-    prompts = _prompts(fields, fields.truth("add_BOS"), tokenizer)
-    count = fields.whole("tokens_to_generate", 64, 0)
-    logprobs = fields.truth("logprobs")
+    prompts = _prompts(fields, fields.boolean("add_BOS"), tokenizer)
+    count = fields.integer("tokens_to_generate", 64, 0)
+    logprobs = fields.boolean("logprobs")
     if count == 0 and not logprobs:
         raise RequestError("tokens_to_generate 0 only makes sense with logprobs true", "tokens_to_generate")
-    fields.truth("no_log")
-    return Task(
+    fields.boolean("no_log")
+    return GenerationTask(
         prompts=prompts,
         max_new_tokens=count,
         sampling=_sampling(fields),
-        seed=fields.whole("random_seed", secrets.randbits(62), 0),
+        seed=fields.integer("random_seed", secrets.randbits(62), 0),
         top=0 if logprobs else None,
         stop_runs=_stop_runs(fields, tokenizer),
         banned_after=_banned_after(fields, tokenizer),
@@ -47,12 +48,12 @@ def task_of(fields: Fields, tokenizer: Tokenizer) -> Task:
 
 
 def _prompts(fields: Fields, begin: bool, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """begin: put the token that ends documents before each, as between two documents."""
+    """Return the prompts as tokens. begin: put the token that ends documents before each, as between two documents."""
     prompts = fields.held.get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("prompts must be given, as a list of strings", "prompts")
-    if not 1 <= len(prompts) <= MOST_PROMPTS:
-        raise RequestError(f"there are {len(prompts)} prompts; legal: 1 to {MOST_PROMPTS}", "prompts")
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise RequestError(f"there are {len(prompts)} prompts; legal: 1 to {MAX_PROMPTS}", "prompts")
     if "" in prompts and not begin:
         raise RequestError("an empty prompt needs add_BOS true", "prompts")
     return tuple((*([tokenizer.eod] if begin else []), *tokenizer.tokenize(prompt)) for prompt in prompts)
@@ -60,7 +61,7 @@ def _prompts(fields: Fields, begin: bool, tokenizer: Tokenizer) -> tuple[tuple[i
 
 def _sampling(fields: Fields) -> Sampling:
     temperature = fields.number("temperature", 1.0, 0.0, 100.0, above=True)
-    top_k, top_p = fields.whole("top_k", 0, 0, 1000), fields.number("top_p", 0.0, 0.0, 1.0)
+    top_k, top_p = fields.integer("top_k", 0, 0, 1000), fields.number("top_p", 0.0, 0.0, 1.0)
     if top_k > 0 and top_p > 0.0:
         raise RequestError("top_k and top_p exclude each other", "top_p")
     for name in ("top_p_decay", "top_p_bound"):
@@ -72,11 +73,11 @@ def _sampling(fields: Fields) -> Sampling:
 
 
 def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> BeamSearch | None:
-    stop = fields.whole("stop_token", tokenizer.special.get("eod", -1), -1)
+    stop = fields.integer("stop_token", tokenizer.special.get("eod", -1), -1)
     penalty = fields.number("length_penalty", 1.0, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
     if "beam_width" not in fields.held:
         return None
-    width = fields.whole("beam_width", 1, 1, MAX_BEAM_WIDTH)
+    width = fields.integer("beam_width", 1, 1, MAX_BEAM_WIDTH)
     if prompts > 1:
         raise RequestError(f"beam_width is for one prompt, there are {prompts}", "beam_width")
     if count == 0:
@@ -85,36 +86,50 @@ def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> Bea
 
 
 def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """What ends a text: the end of a document, and where asked for the end of a line or of a paragraph."""
+    """Return what ends a text: the end of a document, and where asked for the end of a line or of a paragraph."""
     runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
-    line, double = fields.truth("stop_on_eol"), fields.truth("stop_on_double_eol")
+    line, double = fields.boolean("stop_on_eol"), fields.boolean("stop_on_double_eol")
     if line or double:
         newline, paragraph = _inside("\n", tokenizer), _inside("\n\n", tokenizer)
+        # Some tokenizers have a token for two newlines, others write the one for a newline twice.
         runs += [paragraph, newline] if line else [paragraph, newline * 2]
     return tuple(dict.fromkeys(run for run in runs if run))
 
 
 def _inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens of `text` within a text: some tokenizers put a space before the first word."""
+    """Return the tokens of `text` within a text: some tokenizers put a space before the first word."""
+    # Tokens of "x" and of "x" with the text behind it: what the second has more is the text within a text.
     before, whole = tokenizer.tokenize("x"), tokenizer.tokenize("x" + text)
     return tuple(whole[len(before) :] if whole[: len(before)] == before else tokenizer.tokenize(text))
 
 
 def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int], ...]:
-    if not fields.truth("prevent_newline_after_colon"):
+    """Return the pair of colon and newline, where the latter must not follow."""
+    if not fields.boolean("prevent_newline_after_colon"):
         return ()
     colon, newline = _inside(":", tokenizer), _inside("\n", tokenizer)
     return ((colon[-1], newline[0]),) if colon and newline else ()
 
 
-def reply(task: Task, records: Sequence[Record], done: Done, tokenizer: Tokenizer) -> dict[str, Any]:
-    """text, segments and logprobs of every prompt with what follows it; after a beam search one of each beam, and scores."""
+def reply(
+    task: GenerationTask, completions: Sequence[CompletionText], done: TaskResult, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return the reply: text, segments and logprobs of every prompt with what follows it.
+
+    After a beam search there is one of each beam, and the scores.
+
+    Args:
+        task: the task of the request.
+        completions: its texts at their ends.
+        done: its result.
+        tokenizer: of the model.
+    """
     if task.beam is not None:
         rows = [[*task.prompts[0], *beam.tokens] for beam in done.beams]
         answer: dict[str, Any] = {"scores": [beam.score for beam in done.beams]}
     else:
-        rows = [record.tokens for record in records]
-        scored = [[score.log_prob for score in record.scores] for record in records]
+        rows = [completion.tokens for completion in completions]
+        scored = [[score.log_prob for score in completion.scores] for completion in completions]
         answer = {"logprobs": None if task.top is None else scored}
-    segments = [[single(tokenizer, token) for token in row] for row in rows]
+    segments = [[token_text(tokenizer, token) for token in row] for row in rows]
     return {"text": [tokenizer.detokenize(row) for row in rows], "segments": segments, **answer}

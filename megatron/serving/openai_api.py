@@ -1,4 +1,7 @@
-"""Requests and replies in the form of OpenAI's completions."""
+"""Read requests and write replies in the form of OpenAI's completions.
+
+The form is that of https://platform.openai.com/docs/api-reference/completions.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from typing import Any
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
+from megatron.serving.completion_text import CompletionText
 from megatron.serving.fields import Fields, RequestError
-from megatron.serving.openai_fields import COMMON, NEUTRAL, Asked, check_names, read_sampling, read_stops, read_stream
-from megatron.serving.record import Record
-from megatron.serving.task import MOST_PROMPTS, Task
+from megatron.serving.openai_fields import COMMON, NEUTRAL, OpenAIRequest, check_names, read_sampling, read_stops, read_stream
+from megatron.serving.task import MAX_PROMPTS, GenerationTask
 
-MOST_ALTERNATIVES = 100
+MAX_LOGPROBS = 100
 NOT_OFFERED = (*NEUTRAL, ("suffix", ""))
 KNOWN = COMMON | {"prompt", "best_of", "max_tokens", "logprobs", "echo"} | {name for name, _ in NOT_OFFERED}
 
 
-class Completion(Asked):
+class CompletionRequest(OpenAIRequest):
     """A request for completions."""
 
     @classmethod
-    def of(cls, fields: Fields, tokenizer: Tokenizer, model: str, ends: Sequence[int]) -> Completion:
+    def from_fields(cls, fields: Fields, tokenizer: Tokenizer, model: str, ends: Sequence[int]) -> CompletionRequest:
         """Read a request; RequestError for the first field that is wrong.
 
         Args:
@@ -36,40 +39,40 @@ class Completion(Asked):
             What is asked for.
         """
         check_names(fields, KNOWN, NOT_OFFERED, model)
-        samples = fields.whole("n", 1, 1, MOST_PROMPTS)
-        if fields.whole("best_of", samples, 1) != samples:
+        samples = fields.integer("n", 1, 1, MAX_PROMPTS)
+        if fields.integer("best_of", samples, 1) != samples:
             raise RequestError("best_of is not offered: leave it out, n gives as many texts", "best_of")
         prompts = [prompt for prompt in _prompts(fields, tokenizer) for _ in range(samples)]
-        if len(prompts) > MOST_PROMPTS:
-            raise RequestError(f"{len(prompts)} texts are asked for; legal: up to {MOST_PROMPTS}", "prompt")
-        echo, (stream, usage), (sampling, seed) = fields.truth("echo"), read_stream(fields), read_sampling(fields)
-        task = Task(
+        if len(prompts) > MAX_PROMPTS:
+            raise RequestError(f"{len(prompts)} texts are asked for; legal: up to {MAX_PROMPTS}", "prompt")
+        echo, (stream, usage), (sampling, seed) = fields.boolean("echo"), read_stream(fields), read_sampling(fields)
+        task = GenerationTask(
             prompts=tuple(prompts),
-            max_new_tokens=fields.whole("max_tokens", 16, 0 if echo else 1),
+            max_new_tokens=fields.integer("max_tokens", 16, 0 if echo else 1),
             sampling=sampling,
             seed=seed,
-            top=fields.whole("logprobs", 0, 0, MOST_ALTERNATIVES) if "logprobs" in fields.held else None,
+            top=fields.integer("logprobs", 0, 0, MAX_LOGPROBS) if "logprobs" in fields.held else None,
             stop_runs=tuple((end,) for end in ends),
             stop_texts=read_stops(fields),
         )
         return cls(task, samples, stream, usage, model, f"cmpl-{secrets.token_hex(12)}", int(time.time()), echo)
 
-    def whole(self, records: Sequence[Record]) -> dict[str, Any]:
+    def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
         """Return the reply to a request that is no stream."""
-        choices = [told for i, record in enumerate(records) for told in self._told(i, record)]
-        return self._body(choices, usage=count(records, self.samples))
+        choices = [told for i, completion in enumerate(completions) for told in self._told(i, completion)]
+        return self._body(choices, usage=count_usage(completions, self.samples))
 
-    def first_pieces(self) -> list[dict[str, Any]]:
-        """Return the pieces of a stream that stand before all text."""
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """Return the chunks of a stream that stand before all text."""
         return []
 
-    def pieces(self, index: int, record: Record) -> list[dict[str, Any]]:
-        """Return the pieces of a stream about what of a text has not been told yet."""
-        return [self._body([told], **self._no_usage()) for told in self._told(index, record)]
+    def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
+        """Return the chunks of a stream for what is new of a text."""
+        return [self._body([told], **self._no_usage()) for told in self._told(index, completion)]
 
-    def last_pieces(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Return the pieces of a stream that stand behind all text."""
-        return [self._body([], usage=count(records, self.samples))] if self.usage else []
+    def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
+        """Return the chunks of a stream that stand behind all text."""
+        return [self._body([], usage=count_usage(completions, self.samples))] if self.usage else []
 
     def _no_usage(self) -> dict[str, Any]:
         return {"usage": None} if self.usage else {}
@@ -78,21 +81,21 @@ class Completion(Asked):
         about = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
         return {**about, "choices": choices, **more}
 
-    def _told(self, index: int, record: Record) -> list[dict[str, Any]]:
-        text, log_probs = record.show()
-        if not text and not record.end and not (log_probs and log_probs["tokens"]):
+    def _told(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
+        text, log_probs = completion.show()
+        if not text and not completion.end and not (log_probs and log_probs["tokens"]):
             return []
-        return [{"text": text, "index": index, "logprobs": log_probs, "finish_reason": record.end or None}]
+        return [{"text": text, "index": index, "logprobs": log_probs, "finish_reason": completion.end or None}]
 
 
-def count(records: Sequence[Record], samples: int) -> dict[str, int]:
-    """Return the usage: every prompt counts once, also where it gets several texts."""
-    prompts, written = sum(r.start for r in records[::samples]), sum(r.written for r in records)
+def count_usage(completions: Sequence[CompletionText], samples: int) -> dict[str, int]:
+    """Return the usage. Every prompt counts once, also where it gets several texts."""
+    prompts, written = sum(r.start for r in completions[::samples]), sum(r.written for r in completions)
     return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
 
 
 def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """A string, token ids, or a list of either."""
+    """Read the prompts: a string, token ids, or a list of either."""
     given = fields.held.get("prompt")
     several = isinstance(given, list) and all(isinstance(prompt, str | list) for prompt in given)
     prompts = given if isinstance(given, list) and several else [given]
@@ -102,6 +105,7 @@ def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
 
 
 def _tokens(prompt: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return one prompt as tokens."""
     if isinstance(prompt, str):
         try:
             return tuple(tokenizer.tokenize(prompt))

@@ -1,4 +1,4 @@
-"""The fields that OpenAI's completions and chats share, and its form of a model."""
+"""Read the fields that OpenAI's completions and chats share, and describe a model as OpenAI does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron.inference.generate import Sampling
 from megatron.serving.fields import Fields, RequestError
-from megatron.serving.task import Task
+from megatron.serving.task import GenerationTask
 
 MAX_STOP_CHARACTERS = 65_536  # of all stop texts of a request
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")
@@ -18,13 +18,21 @@ NEUTRAL: tuple[tuple[str, Any], ...] = (("frequency_penalty", 0), ("presence_pen
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenAIRequest:
     """A request: the task, and how it is answered.
 
-    samples: texts for each prompt. usage: a last piece of a stream tells the number of tokens. echo: the prompt is shown too.
+    Attributes:
+        task: the task.
+        samples: texts for each prompt.
+        stream: the reply is a stream.
+        usage: a last chunk of a stream tells the number of tokens.
+        model: its name for clients.
+        id: of the reply.
+        created: seconds since 1970.
+        echo: the prompt is shown too.
     """
 
-    task: Task
+    task: GenerationTask
     samples: int
     stream: bool
     usage: bool
@@ -35,7 +43,7 @@ class Asked:
 
 
 def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[str, Any]], model: str) -> None:
-    """RequestError for a field that is not offered, and for another model than the one that is served.
+    """Raise RequestError for a field that is not offered, and for another model than the one that is served.
 
     Args:
         fields: the request.
@@ -49,6 +57,7 @@ def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[st
         raise no_model(asked, model)
     for name, value in neutral:
         given = fields.held.get(name, value)
+        # False equals 0, and is no number.
         if given != value or isinstance(given, bool) is not isinstance(value, bool):
             raise RequestError(f"{name} is not offered: leave it out", name)
     if not isinstance(fields.held.get("user", ""), str):
@@ -62,14 +71,14 @@ def no_model(asked: object, model: str) -> RequestError:
 
 def read_sampling(fields: Fields) -> tuple[Sampling, int]:
     """Return how tokens are chosen, and the seed."""
-    temperature, top_k = fields.number("temperature", 1.0, 0.0, 100.0), fields.whole("top_k", 0, 0, 1_000_000)
+    temperature, top_k = fields.number("temperature", 1.0, 0.0, 100.0), fields.integer("top_k", 0, 0, 1_000_000)
     top_p = fields.number("top_p", 1.0, 0.0, 1.0, above=True)
-    return Sampling(temperature, top_k, top_p), fields.whole("seed", secrets.randbits(62), -(2**63), 2**63 - 1)
+    return Sampling(temperature, top_k, top_p), fields.integer("seed", secrets.randbits(62), -(2**63), 2**63 - 1)
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
     """Return whether the reply is a stream, and whether its end tells the usage."""
-    stream, options = fields.truth("stream"), fields.held.get("stream_options")
+    stream, options = fields.boolean("stream"), fields.held.get("stream_options")
     if options is None:
         return stream, False
     if not isinstance(options, dict) or not isinstance(usage := options.get("include_usage") or False, bool):

@@ -1,6 +1,6 @@
-"""The server's process: a port, uvicorn on a thread of its own, and the engine on the main thread until it is asked to end.
+"""Run the server's process: a port, uvicorn on a thread of its own, and the engine on the main thread until it is asked to end.
 
-The model runs on the main thread, which is the one that the watch of a job of several ranks looks at.
+The model runs on the main thread, which is the one that the watchdog of a job of several ranks looks at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from megatron.launch.packages import install_command
 from megatron.launch.signals import StopSignals
-from megatron.serving.app import Service, build
+from megatron.serving.app import Service, build_app
 from megatron.serving.connections import ConnectionLimits, guarded_protocol
 from megatron.serving.engine import Engine
 
@@ -23,13 +23,17 @@ GRACE = 5  # seconds for replies that are under way when the end has come
 
 
 class ServerError(ValueError):
-    """The server cannot start. status: the exit status."""
+    """The server cannot start.
+
+    Attributes:
+        status: the exit status.
+    """
 
     status = 2
 
 
 def require_packages() -> None:
-    """ServerError where the extra is not installed."""
+    """Raise ServerError where the extra is not installed."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -38,7 +42,11 @@ def require_packages() -> None:
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet; ServerError for a port that is taken, and for an unknown host."""
+    """Return a bound socket that does not listen yet.
+
+    Raises:
+        ServerError: the port is taken, or the host unknown.
+    """
     if not 0 <= port <= 65535:
         raise ServerError(f"--port {port} is none; legal: 0 (any free one) to 65535")
     try:
@@ -56,15 +64,16 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def _taken(host: str, port: int, error: OSError) -> ServerError:
+    """Return the error of a port that cannot be opened."""
     return ServerError(f"--port {port} cannot be opened on {host}: {error.strerror or error}; choose another")
 
 
 @contextmanager
 def listening(service: Service, opened: socket.socket, limits: ConnectionLimits | None = None) -> Iterator[Callable[[], bool]]:
-    """Answer requests from another thread while the block lasts. Gives whether it still does.
+    """Answer requests from another thread while the block lasts.
 
     Args:
-        service: what is asked.
+        service: the model and its limits.
         opened: a bound socket.
         limits: of connections; default `ConnectionLimits()`.
 
@@ -72,7 +81,7 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
         A function that says whether requests are still answered.
 
     Raises:
-        ServerError: where another process has come to listen on the port first.
+        ServerError: another process has come to listen on the port first.
     """
     import uvicorn
 
@@ -83,7 +92,7 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
         raise _taken(host, port, error) from error
     limits = limits or ConnectionLimits()
     config = uvicorn.Config(
-        build(service),
+        build_app(service),
         http=guarded_protocol(limits, service.log),
         interface="asgi3",
         lifespan="off",
@@ -95,9 +104,11 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
         timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]  # a timer's delay, also a fraction
         ws="none",
     )
+    # On a thread of its own, where uvicorn takes no signals over.
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="http", daemon=True)
     thread.start()
+    # An error of the start ends the thread, and the block below finds it dead.
     while thread.is_alive() and not server.started:
         time.sleep(0.01)
     try:
@@ -110,8 +121,11 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
 
 
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C asks for the end instead of raising KeyboardInterrupt. Nothing where another thread than the main one calls."""
+def catch_interrupts() -> Iterator[threading.Event]:
+    """Note Ctrl-C inside the block, which asks for the end, instead of raising KeyboardInterrupt.
+
+    Does nothing where another thread than the main one calls.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -140,7 +154,7 @@ def serve(
         limits: of connections.
     """
     signals.hold()
-    with interrupts() as interrupted:
+    with catch_interrupts() as interrupted:
 
         def asked() -> bool:
             return signals.name is not None or interrupted.is_set()
@@ -151,7 +165,7 @@ def serve(
         with listening(service, opened, limits) as alive:
             host, port = opened.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            say(f"serving {service.model} on http://{shown}:{port}")
+            log_line(f"serving {service.model} on http://{shown}:{port}")
 
             def over() -> bool:
                 if not alive():
@@ -161,6 +175,6 @@ def serve(
             engine.run(over)
 
 
-def say(line: str) -> None:
-    """One line to stderr, at once."""
+def log_line(line: str) -> None:
+    """Write one line to stderr, at once."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Stop texts in a text that grows, found in time linear in the text however many there are; pure.
+"""Find stop texts in a text that grows, in time linear in the text however many there are; pure.
 
 Aho and Corasick, "Efficient string matching: an aid to bibliographic search" (1975).
 """
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 
 class StopTexts:
-    """An automaton whose state after a text is the longest end of it that begins a stop text.
+    """An automaton whose state after a text is the longest end of it that begins a stop text. State 0 is the empty end.
 
-    State 0 is the empty end. depth: characters of a state. longest: of the longest stop text that a state ends with, 0 for
-    none.
+    Attributes:
+        depth: number of characters of each state.
+        longest: length of the longest stop text that each state ends with, 0 for none.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -46,19 +47,22 @@ class StopTexts:
             for character, following in self._next[state].items():
                 self._shorter[following] = self.step(self._shorter[state], character)
                 waiting.append(following)
+            # A text that ends with a stop text ends with its shorter ends' stop texts too; the longest begins first.
             self.longest[state] = self.longest[state] or self.longest[self._shorter[state]]
 
     def step(self, state: int, character: str) -> int:
         """Return the state after one more character."""
+        # Each step falls back at most as far as earlier steps went ahead, so a text costs linear time.
         while state and character not in self._next[state]:
             state = self._shorter[state]
         return self._next[state].get(character, 0)
 
 
 class StopScan:
-    """The first stop text in one text that grows.
+    """The search for the first stop text in one text that grows.
 
-    found: where it begins, None for nowhere. held: characters at the text's end that may begin one.
+    Attributes:
+        found: where it begins, in characters; None for nowhere.
     """
 
     def __init__(self, stops: StopTexts) -> None:
@@ -68,7 +72,7 @@ class StopScan:
 
     @property
     def held(self) -> int:
-        """Number of characters at the end that may be the begin of a stop text."""
+        """Number of characters at the end that may be the beginning of a stop text."""
         return self._stops.depth[self._state]
 
     def read(self, text: str) -> None:

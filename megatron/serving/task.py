@@ -1,4 +1,4 @@
-"""What a request asks of the model, in tokens and numbers: the same for both forms of requests, and for all ranks."""
+"""Describe what a request asks of the model, in tokens and numbers: the same for both forms of requests, and for all ranks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from functools import cached_property
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import BeamSearch
 from megatron.inference.generate import GeneratedText, Predictor, Sampling, check_prompt, free_positions
+from megatron.serving.detokenize import REPLACEMENT_CHARACTER, added_text
 from megatron.serving.fields import RequestError
 from megatron.serving.stops import StopScan, StopTexts
-from megatron.serving.words import UNFINISHED, added_text
 
-MOST_PROMPTS = 128
+MAX_PROMPTS = 128
 
 
 @dataclass(frozen=True)
-class Task:
+class GenerationTask:
     """Prompts and how they go on.
 
-    top: None for no scores; else how many alternatives the score of a token lists. stop_runs: tokens in a row that end a text
-    when the last of them is written. stop_texts: what ends a text when it appears in what is written. banned_after: pairs of
-    a token and one that must not follow it. beam: a beam search of the only prompt instead of sampling.
+    Attributes:
+        prompts: tokens of each.
+        max_new_tokens: after each prompt.
+        sampling: how tokens are chosen.
+        seed: of the random numbers.
+        top: how many alternatives the score of a token lists; None for no scores.
+        stop_runs: tokens in a row that end a text when the last of them is written.
+        stop_texts: what ends a text when it appears in what is written.
+        banned_after: pairs of a token and one that must not follow it.
+        beam: a beam search of the only prompt instead of sampling.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -41,8 +48,8 @@ class Task:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def of(cls, data: bytes) -> Task:
-        """The inverse of `to_bytes`."""
+    def from_bytes(cls, data: bytes) -> GenerationTask:
+        """Read a task that `to_bytes` wrote."""
         held = json.loads(data)
         pairs = [(before, banned) for before, banned in held.pop("banned_after")]
         beam = held.pop("beam")
@@ -56,8 +63,13 @@ class Task:
             **held,
         )
 
-    def check(self, model: Predictor, most_tokens: int) -> None:
-        """RequestError for what the model cannot do. most_tokens: of a request, prompts and what is written together."""
+    def check(self, model: Predictor, max_tokens_total: int) -> None:
+        """Raise RequestError for what the model cannot do.
+
+        Args:
+            model: the model that is served.
+            max_tokens_total: the most of a request, prompts and what is written together.
+        """
         try:
             for prompt in self.prompts:
                 check_prompt(model, prompt, reads_only=True)
@@ -71,9 +83,12 @@ class Task:
                 f"the longest prompt has {len(longest)} tokens and {self.max_new_tokens} are to be written, the model has "
                 f"{positions} positions: shorten the prompt or ask for {room} at most"
             )
+        # The cache of keys and values has a row for each text, as long as the longest.
         rows = len(self.prompts) if self.beam is None else self.beam.width
-        if (tokens := rows * (len(longest) + self.max_new_tokens)) > most_tokens:
-            raise RequestError(f"the request takes {tokens} tokens, this server allows {most_tokens} (--max-tokens-to-oom)")
+        if (tokens := rows * (len(longest) + self.max_new_tokens)) > max_tokens_total:
+            raise RequestError(
+                f"the request takes {tokens} tokens, this server allows {max_tokens_total} (--max-tokens-to-oom)"
+            )
         vocabulary = model.config.vocabulary
         if self.beam is not None and 2 * self.beam.width > vocabulary:
             raise RequestError(
@@ -86,7 +101,10 @@ class Task:
 
     @cached_property
     def stop_automaton(self) -> StopTexts:
-        """Built when the first text of the task gets its first token: of tasks that wait none is in memory."""
+        """The automaton of the stop texts.
+
+        Built when the first text of the task gets its first token: of tasks that wait none is in memory.
+        """
         return StopTexts(self.stop_texts)
 
     def stops(self, tokenizer: Tokenizer) -> Callable[[GeneratedText], bool]:
@@ -101,11 +119,12 @@ class Task:
             if id(text) not in scans:
                 scans[id(text)] = StopScan(self.stop_automaton)
             scan = scans[id(text)]
-            scan.read(added_text(tokenizer, text.tokens, text.start).rstrip(UNFINISHED))
+            # What is not yet a whole character may still become another one.
+            scan.read(added_text(tokenizer, text.tokens, text.start).rstrip(REPLACEMENT_CHARACTER))
             return scan.found is not None
 
         return stops
 
     def banned(self, last: int) -> Sequence[int]:
-        """The tokens that must not follow this one."""
+        """Return the tokens that must not follow this one."""
         return [banned for before, banned in self.banned_after if last == before]

@@ -164,7 +164,7 @@ def kept_files(folder: Path) -> object:
 
 
 def chat(folder: Path) -> object:
-    return ChatFiles.of(folder / "kept", ByteTokenizer())
+    return ChatFiles.from_directory(folder / "kept", ByteTokenizer())
 
 
 BPE = dict(vocab_file="bpe/vocab.json", merge_file="bpe/merges.txt")

@@ -95,23 +95,26 @@ class Client:
 def served(
     model: Any,
     tokenizer: Tokenizer,
-    most_tokens: int = 12000,
-    most_waiting: int = 256,
+    max_tokens_total: int = 12000,
+    max_waiting: int = 256,
     limits: ConnectionLimits | None = None,
     buffer: int = 0,
     **service: Any,
 ) -> Iterator[Client]:
-    """most_tokens: of a request. most_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a reply
+    """most_tokens: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a reply
     that nobody reads; 0 for its own number. service: further fields of `Service`.
     """
-    with patch("megatron.serving.engine.MOST_WAITING", most_waiting):
+    with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
         engine = Engine(predictor(model), tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
     if buffer:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
     client, over = Client(port.getsockname()[1], engine), threading.Event()
-    offered = Service(engine, service.pop("name", "tiny"), most_tokens, client.log.append, **service)
-    with patch("megatron.serving.engine.BEAT", 0.05), listening(offered, port, limits) as alive:  # the end is seen at a beat
+    offered = Service(engine, service.pop("name", "tiny"), max_tokens_total, client.log.append, **service)
+    with (
+        patch("megatron.serving.engine.EXCHANGE_SECONDS", 0.05),
+        listening(offered, port, limits) as alive,
+    ):  # the end is seen at a beat
         worker = threading.Thread(target=engine.run, args=(over.is_set,))
         worker.start()
         try:

@@ -8,7 +8,7 @@ import urllib.error
 import pytest
 from serving import Client, Letters, served, tireless
 
-from megatron.serving.access import Access, check_key, host_of, normal_origin
+from megatron.serving.access import Access, check_key, normal_origin, parse_host
 from megatron.serving.fields import RequestError
 
 PAGE = "https://app.example.org"
@@ -16,7 +16,7 @@ PAGE = "https://app.example.org"
 
 @pytest.fixture(scope="module")
 def client():
-    access = Access.of("127.0.0.1", ["my.proxy"], [PAGE], "sekret")
+    access = Access.for_server("127.0.0.1", ["my.proxy"], [PAGE], "sekret")
     with served(tireless(), Letters(), access=access, name="org/a model") as client:
         yield client
 
@@ -40,7 +40,7 @@ def test_a_foreign_host_is_refused(client: Client) -> None:
         for path in ("/health", "/v1/models", "/api"):
             status, _, said = asked(client, "GET", path, host=host)
             assert status == 403 and "--allow-host" in said, host
-    everyone = Access.of("0.0.0.0", ["*"])
+    everyone = Access.for_server("0.0.0.0", ["*"])
     assert everyone.check_host(["evil.example"]) == "evil.example" and everyone.check_host([]) == ""
 
 
@@ -60,9 +60,11 @@ def test_a_foreign_origin_is_refused(client: Client) -> None:
         assert status == 403 and "--allow-origin" in said and "access-control-allow-origin" not in headers, origin
     for origin in ("http://app.example.org", PAGE + ":8443", PAGE + "/", "app.example.org"):  # not quite the allowed one
         assert asked(client, "GET", "/v1/models", origin=origin)[0] == 403, origin
-    assert Access.of("127.0.0.1", (), ["*"]).check_origin(["https://evil.example"], "localhost") == "https://evil.example"
+    assert (
+        Access.for_server("127.0.0.1", (), ["*"]).check_origin(["https://evil.example"], "localhost") == "https://evil.example"
+    )
     with pytest.raises(RequestError, match="evil"):
-        Access.of("127.0.0.1", (), [PAGE]).check_origin([PAGE, "https://evil.example"], "localhost")
+        Access.for_server("127.0.0.1", (), [PAGE]).check_origin([PAGE, "https://evil.example"], "localhost")
 
 
 def test_a_browser_is_told_what_it_may_send(client: Client) -> None:
@@ -114,9 +116,9 @@ def test_one_model(client: Client) -> None:
 
 
 def test_names_of_hosts_and_origins() -> None:
-    assert [host_of(text) for text in ("A.b:1", "[::1]", "a.", "", "a/b", "a:b", ".")] == ["a.b", "::1", "a", *[None] * 4]
+    assert [parse_host(text) for text in ("A.b:1", "[::1]", "a.", "", "a/b", "a:b", ".")] == ["a.b", "::1", "a", *[None] * 4]
     assert normal_origin("HTTP://A:80") == "http://a" and normal_origin("https://a:80") == "https://a:80"
     assert [normal_origin(text) for text in ("", "a", "http://", "http://a/b", "*")] == [None] * 5
     for flags, name in ((dict(hosts=["a/b"]), "--allow-host a/b"), (dict(origins=["app.example.org"]), "--allow-origin app")):
         with pytest.raises(ValueError, match=name):
-            Access.of("127.0.0.1", **flags)
+            Access.for_server("127.0.0.1", **flags)

@@ -13,9 +13,9 @@ from writers import build, predictor
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts
+from megatron.serving.detokenize import added_text, token_width
 from megatron.serving.fields import Fields
-from megatron.serving.megatron_api import task_of
-from megatron.serving.words import added_text, width
+from megatron.serving.megatron_api import read_task
 
 TOKENIZER = Letters()
 
@@ -101,7 +101,7 @@ def test_megatron_stops_and_bans(model):
 
 def test_two_ends_of_lines_in_a_row():
     fields = Fields(b'{"prompts": ["x"], "stop_on_double_eol": true}')
-    stops = task_of(fields, TOKENIZER).stops(TOKENIZER)
+    stops = read_task(fields, TOKENIZER).stops(TOKENIZER)
     assert [stops(GeneratedText([*tokens], 1)) for tokens in ([9, 10], [10, 10], [10, 9, 10], [9, 256])] == [
         False,
         True,
@@ -348,5 +348,5 @@ def test_the_end_refuses_what_waits(model):
 def test_text_appears_only_when_it_is_certain():
     byte = ByteTokenizer()
     tokens = list("né €!".encode())
-    assert [width(byte, tokens, i) for i in range(8)] == [1, 0, 1, 1, 0, 0, 1, 1]
+    assert [token_width(byte, tokens, i) for i in range(8)] == [1, 0, 1, 1, 0, 0, 1, 1]
     assert added_text(byte, tokens, 1) == "é €!" and added_text(byte, tokens, 2) == "é €!"

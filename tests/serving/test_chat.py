@@ -35,7 +35,7 @@ WITH_TOOLS = [
 
 def opened(folder, longest=100_000, **about) -> ChatTemplate:
     tokenizer = open_tokenizer(write_tokenizer(folder, **about))
-    return ChatTemplate(ChatFiles.of(folder, tokenizer), tokenizer, longest)
+    return ChatTemplate(ChatFiles.from_directory(folder, tokenizer), tokenizer, longest)
 
 
 def reply_in(client, **fields):
@@ -120,20 +120,20 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
     """eos of the tokenizer, and those of generation_config.json, which lists several."""
     folder = write_tokenizer(tmp_path)
     tokenizer = open_tokenizer(folder)
-    assert ChatFiles.of(folder, tokenizer).ends == (EOS,)
+    assert ChatFiles.from_directory(folder, tokenizer).ends == (EOS,)
     text = GeneratedText.after(tokenizer.tokenize("Hi"))
     for _ in extend_texts(predictor(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
         pass
     third = text.tokens[text.start + 2]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [IM_END, third, True, -1, "x"]}))
-    files = ChatFiles.of(folder, tokenizer)
+    files = ChatFiles.from_directory(folder, tokenizer)
     assert files.ends == (EOS, IM_END, third)
     kept = folder / chat_template.KEPT  # as an import keeps the files, which then come first
     kept.mkdir()
     (folder / "generation_config.json").rename(kept / "generation_config.json")
-    assert ChatFiles.of(folder, tokenizer) == files
+    assert ChatFiles.from_directory(folder, tokenizer) == files
     (kept / "chat_template.jinja").write_text("kept")
-    assert ChatFiles.of(folder, tokenizer).template == "kept"
+    assert ChatFiles.from_directory(folder, tokenizer).template == "kept"
     chat = ChatTemplate(files, tokenizer, 1000)
     with served(model, tokenizer, chat=chat) as client:
         choice = client.complete(prompt="Hi", max_tokens=4, temperature=0)["choices"][0]
@@ -177,7 +177,7 @@ def test_without_a_template(tmp_path) -> None:
         with served(tireless(), Letters(), **held) as client:
             status, body = client("POST", "/v1/chat/completions", {"messages": TALKS[0]})
             assert status == 400 and "--chat-template FILE" in body["error"]["message"]
-    given = ChatTemplate(ChatFiles.of(tmp_path, chat.tokenizer, "{{ messages[0].content }}"), chat.tokenizer, 1000)
+    given = ChatTemplate(ChatFiles.from_directory(tmp_path, chat.tokenizer, "{{ messages[0].content }}"), chat.tokenizer, 1000)
     assert given.text(TALKS[0]) == "Hi"
     given.close()
 
@@ -215,14 +215,14 @@ def test_files_that_hold_no_template(tmp_path, monkeypatch) -> None:
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     folder = write_tokenizer(tmp_path / "named", None, chat_template=named)
     tokenizer = open_tokenizer(folder)
-    assert ChatFiles.of(folder, tokenizer).template == "d"
+    assert ChatFiles.from_directory(folder, tokenizer).template == "d"
     monkeypatch.setattr(chat_template, "MAX_TEMPLATE", 10)
     jinja = folder / "chat_template.jinja"
     for content, words in ((b"x" * 11, "more than the 10"), (b"\xff", "no text in UTF-8")):
         jinja.write_bytes(content)
         with pytest.raises(DataError, match=words):
-            ChatFiles.of(folder, tokenizer)
+            ChatFiles.from_directory(folder, tokenizer)
     jinja.unlink()
     jinja.mkdir()
     with pytest.raises(DataError, match="directory"):
-        ChatFiles.of(folder, tokenizer)
+        ChatFiles.from_directory(folder, tokenizer)

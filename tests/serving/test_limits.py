@@ -56,7 +56,7 @@ def test_sizes_without_end_are_refused(client, fields, param):
 
 def test_a_body_that_cannot_fit_does_not_become_tokens():
     """The tokenizer would hold up every other request, and on several ranks the watch, for as long as it takes."""
-    with served(tireless(), Letters(), most_tokens=100) as client:
+    with served(tireless(), Letters(), max_tokens_total=100) as client:
         for size, expected in ((68_000, 400), (69_000, 413)):
             status, reply = client("PUT", "/api", {"prompts": ["x" * size]})
             assert status == expected and "--max-tokens-to-oom" in reply
@@ -85,7 +85,7 @@ def test_a_wrong_method_is_told_the_right_ones(client):
 
 
 def test_no_room_has_a_status_also_before_a_stream():
-    with served(tireless(), Letters(), most_waiting=1) as client:
+    with served(tireless(), Letters(), max_waiting=1) as client:
         endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
         with client.connected(endless) as running:
             assert b"200" in running.recv(100)
