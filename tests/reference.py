@@ -25,7 +25,7 @@ from megatron.contract import Batch
 from megatron.data.batch import document_indices, document_starts
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.train.loop import advance
 from megatron.train.run import Run, build_run
 
@@ -215,7 +215,7 @@ def gradients(run: Run) -> Pieces:
     found: Pieces = {}
     for buffer in run.optimizer.buffers:
         for p, view in zip(buffer.parameters, buffer.views(buffer.grads), strict=True):
-            spec = spec_of(p)
+            spec = param_spec(p)
             found[spec.name] = (spec.part.slices, spec.local(view).clone())
     return found
 

@@ -10,7 +10,7 @@ MAX_SHARE = 0.10
 WORDS = (
     *("tp", "pp", "cp", "dp", "ranks?", "ax[ei]s", "mesh", r"\w*parallel\w*", "world_size"),
     *("collectives?", r"gather\w*", r"scatter\w*", r"reduc(?:e|tion)(?!=)\w*", "all_gather", "all_reduce", "all_to_all"),
-    *("copy_to", r"\w*shard\w*", "split_over", "split_to", "sum_grad_over", r"column_?linears?", r"row_?linears?"),
+    *("copy_to", r"\w*shard\w*", "split_over", "scatter_to", "sum_grad_over", r"column_?linears?", r"row_?linears?"),
 )
 PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 
@@ -23,7 +23,7 @@ def test_the_words_are_found_where_they_stand() -> None:
     for line in (
         "    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:",
         "from megatron.parallel.linear import ColumnLinear",
-        "        x = gather_sum(x, axis)",
+        "        x = gather_and_reduce_grad(x, axis)",
         "every rank holds it whole",
         "        if self.sequence_parallel:",
         "        self.up = ColumnLinear(hidden, ffn, bias=bias)",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron.parallel.spec import Shard, spec_of
+from megatron.parallel.spec import Shard, param_spec
 
 
 class ModuleWeights:
@@ -19,7 +19,7 @@ class ModuleWeights:
 
     def shards(self) -> Iterator[Shard]:
         for parameter in self.parameters:
-            spec = spec_of(parameter)
+            spec = param_spec(parameter)
             yield Shard(spec.name, spec.shape, spec.part, spec.split_over, spec.local(parameter.detach()))
 
     def scalars(self) -> dict[str, Any]:
@@ -29,6 +29,6 @@ class ModuleWeights:
         """Called when the shards are filled: what is no part of the parameter, its padding, becomes zero."""
         with torch.no_grad():
             for parameter in self.parameters:
-                spec = spec_of(parameter)
+                spec = param_spec(parameter)
                 if parameter.dim() and parameter.shape[0] > spec.part.shape[0]:
                     parameter[spec.part.shape[0] :] = 0

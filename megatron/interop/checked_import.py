@@ -17,7 +17,7 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.interop.whole_tensors import refuse_taken, write_weights
 from megatron.model.build import build_stages
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.stages import stages_of_model
 
@@ -80,7 +80,7 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         stages = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta")
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
-    wanted = {spec_of(p).name: spec_of(p).shape for stage in stages.values() for p in stage.parameters()}
+    wanted = {param_spec(p).name: param_spec(p).shape for stage in stages.values() for p in stage.parameters()}
     wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]
     wrong += [f"{name} has no place" for name in sorted(weights.keys() - wanted.keys())]
     wrong += [

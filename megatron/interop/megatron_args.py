@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
-from megatron.parallel.embedding import padded_vocabulary
+from megatron.parallel.embedding import padded_vocab_size
 
 # Same name and same meaning on both sides.
 NORMS = ("LayerNorm", "RMSNorm")
@@ -198,7 +198,7 @@ def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None,
         "onnx_safe": None,
         "bert_binary_head": config.bert_binary_head,
         "make_vocab_size_divisible_by": config.make_vocab_size_divisible_by,
-        "padded_vocab_size": padded_vocabulary(vocab, tp, config.make_vocab_size_divisible_by),
+        "padded_vocab_size": padded_vocab_size(vocab, tp, config.make_vocab_size_divisible_by),
         "true_vocab_size": vocab,
         "tokenizer_type": tokenizer_type,
         "tensor_model_parallel_size": tp,

@@ -35,7 +35,7 @@ from megatron.interop.megatron_args import cannot_write, even_stages, namespace,
 from megatron.interop.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
 from megatron.interop.pickled import Inert, read_pickled
 from megatron.interop.soundness import zero_matrices
-from megatron.parallel.embedding import padded_vocabulary
+from megatron.parallel.embedding import padded_vocab_size
 
 FILES = ("model_optim_rng.pt", "model_rng.pt")
 RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -220,7 +220,7 @@ def write_megatron(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
             f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
         )
-    rows = padded_vocabulary(config.vocabulary, tp, config.make_vocab_size_divisible_by)
+    rows = padded_vocab_size(config.vocabulary, tp, config.make_vocab_size_divisible_by)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)

@@ -1,4 +1,7 @@
-"""Self-attention: queries, keys and values in one projection, the core attention, the output projection."""
+"""Self-attention: one projection to queries, keys and values, the core attention, the output projection.
+
+Multi-head attention of arXiv 1706.03762; with fewer key-value heads than query heads, grouped-query attention of 2305.13245.
+"""
 
 from __future__ import annotations
 
@@ -27,72 +30,108 @@ class AttentionCache(Protocol):
 
 
 @dataclass(frozen=True)
-class Masks:
-    """Who may not see whom, and which attention weights are dropped.
+class AttentionContext:
+    """Attention mask and attention-dropout state of one micro-batch.
 
-    allowed: bool `[batch, 1, seq, keys]`, or None where plain causality says all, or where the keys are on several ranks.
-    probability: of attention dropout; keys, None outside training: the random identity of the tokens.
-    fused: leave the dropout to the attention kernel's own generator. documents: those of the batch, for a core attention
-    whose keys are on several ranks.
+    mask: bool `[batch, 1, queries, keys]`, True where a query may see a key. None where the core attention's own rule, causal
+        or bidirectional, is all there is, or where the keys are on several ranks.
+    dropout: probability that an attention weight is dropped.
+    dropout_keys: random identities of the tokens; None outside training.
+    fused_dropout: leave dropout to the attention kernel's own generator.
+    documents: those of the batch, for a core attention whose keys are on several ranks.
     """
 
-    allowed: Tensor | None = None
-    probability: float = 0.0
-    keys: DropoutKeys | None = None
-    fused: bool = False
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    dropout_keys: DropoutKeys | None = None
+    fused_dropout: bool = False
     documents: Tensor | None = None
 
 
-def visible(batch: Batch, *, causal: bool) -> Tensor | None:
-    """Return which tokens may see which within documents, bool `[batch, 1, seq, seq]`.
+def attention_mask(batch: Batch, *, causal: bool) -> Tensor | None:
+    """Return the mask that keeps attention within documents, bool `[batch, 1, seq, seq]`, True where a token may look.
 
-    None where there is one document, and the core attention alone says what is seen. None as well for a part of a sequence:
+    None where each row is one document, and the core attention alone says what is seen. None as well for a part of a sequence:
     its keys are in several places, and the core attention knows which.
     """
     if batch.documents is None or batch.places is not None:
         return None
-    same = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)  # [batch, seq, seq]
-    return (same.tril() if causal else same).unsqueeze(1)
+    same_document = batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)  # [batch, seq, seq]
+    return (same_document.tril() if causal else same_document).unsqueeze(1)  # [batch, 1, seq, seq]
 
 
-class Attend(Protocol):
-    """Core attention: softmax(q k^T / sqrt(d)) v on the heads at hand. The model is handed one."""
+class CoreAttention(Protocol):
+    """Core attention: softmax(q k^T / sqrt(head_dim)) v on the heads of this process. The model is handed one."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
-        """q: `[batch, heads, seq, head_dim]`; k, v: `[batch, groups, keys, head_dim]`; the result is like q.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
+        """Return the attended values, `[batch, heads, seq, head_dim]`.
 
-        heads: int32 `[heads]`, the keys of the dropout's random numbers.
+        Args:
+            q: `[batch, heads, seq, head_dim]`.
+            k: `[batch, groups, keys, head_dim]`.
+            v: like k.
+            context: mask and dropout of the micro-batch.
+            head_keys: int32 `[heads]`, the heads' part in the random numbers of dropout.
         """
         ...
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
-    """Each token sees itself and what came before; the queries are the last of the keys' positions."""
-    square, allowed = q.shape[2] == k.shape[2], masks.allowed
-    drawn = masks.keys is not None and masks.probability > 0.0 and not masks.fused
-    if allowed is None and q.shape[2] > 1 and (drawn or not square):
-        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    return _attention(q, k, v, masks, heads, allowed, causal=allowed is None and square)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
+    """Let each token see itself and what came before; the queries are the last of the keys' positions.
+
+    Args:
+        q: `[batch, heads, seq, head_dim]`.
+        k: `[batch, groups, keys, head_dim]`.
+        v: like k.
+        context: mask and dropout of the micro-batch.
+        head_keys: int32 `[heads]`.
+    """
+    queries, keys, mask = q.shape[2], k.shape[2], context.mask
+    draws_here = context.dropout_keys is not None and context.dropout > 0.0 and not context.fused_dropout
+    # The kernel's own causal rule aligns the first query with the first key. With a cache the last ones belong together, and
+    # the plain form below has no rule, so both need the triangle as a mask. A single query sees everything.
+    if mask is None and queries > 1 and (draws_here or queries != keys):
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)  # [seq, keys]
+    return _attention(q, k, v, context, head_keys, mask, kernel_is_causal=mask is None and queries == keys)
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor) -> Tensor:
-    """Each token sees all tokens, or all that `masks.allowed` lets it see."""
-    return _attention(q, k, v, masks, heads, masks.allowed, causal=False)
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
+    """Let each token see all tokens, or all that `context.mask` allows.
+
+    Args:
+        q: `[batch, heads, seq, head_dim]`.
+        k: `[batch, groups, keys, head_dim]`.
+        v: like k.
+        context: mask and dropout of the micro-batch.
+        head_keys: int32 `[heads]`.
+    """
+    return _attention(q, k, v, context, head_keys, context.mask, kernel_is_causal=False)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, masks: Masks, heads: Tensor, allowed: Tensor | None, *, causal: bool) -> Tensor:
-    """allowed: bool, to be broadcast to `[batch, heads, seq, keys]`; None: all, or with `causal` what came before."""
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: AttentionContext,
+    head_keys: Tensor,
+    mask: Tensor | None,
+    *,
+    kernel_is_causal: bool,
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v. mask: bool, broadcast to `[batch, heads, seq, keys]`; None: nothing is masked."""
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    if masks.keys is None or masks.probability == 0.0 or masks.fused:
-        probability = 0.0 if masks.keys is None else masks.probability
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=probability, is_causal=causal)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [batch, heads, keys, head_dim]
+    if context.dropout_keys is None or context.dropout == 0.0 or context.fused_dropout:
+        dropout = 0.0 if context.dropout_keys is None else context.dropout
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=kernel_is_causal)
     # Dropped weights are a function of their global place, which no fused kernel can draw: the plain form.
-    scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # a scaled copy of q would be kept for the backward pass
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    weights = scores.softmax(dim=-1)
-    return drop(weights, masks.keys.attention(heads), masks.probability) @ v
+    # Scaled in place and after the product: a scaled copy of q would be kept for the backward pass.
+    scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # [batch, heads, seq, keys]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1)  # [batch, heads, seq, keys]
+    weights = drop(weights, context.dropout_keys.attention(head_keys), context.dropout)
+    return weights @ v  # [batch, heads, seq, head_dim]
 
 
 class Attention(nn.Module):
@@ -102,22 +141,25 @@ class Attention(nn.Module):
     key, its value. So a slice of rows is a number of whole groups, for any tensor-parallel size that divides them.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, tp: TensorParallel, core_attention: CoreAttention, *, seed: int
+    ) -> None:
         super().__init__()
         hidden, heads = config.hidden_size, config.num_attention_heads
         groups, self.head_dim = config.num_query_groups, config.kv_channels
         if heads % groups:
             raise ValueError(f"{heads} heads do not divide into {groups} groups")
-        own = tp.share(groups, f"{heads} heads in {groups} groups")
-        self.layer, self.attend = layer, attend
+        own_groups = tp.share(groups, f"{heads} heads in {groups} groups")
+        self.layer, self.core_attention = layer, core_attention
         self.dropout, self.fused_dropout = config.attention_dropout, config.fused_attention_dropout
-        self.groups, self.per_group = len(own), heads // groups
-        self.heads = self.groups * self.per_group
-        keys = head_keys(seed, layer, range(own.start * self.per_group, own.stop * self.per_group))
-        self.register_buffer("keys", keys, persistent=False)
+        # From here on the groups and heads of this process; all of them, unless layers are cut.
+        self.groups, self.heads_per_group = len(own_groups), heads // groups
+        self.heads = self.groups * self.heads_per_group
+        own_heads = range(own_groups.start * self.heads_per_group, own_groups.stop * self.heads_per_group)
+        self.register_buffer("head_keys", head_keys(seed, layer, own_heads), persistent=False)
         bias = config.add_bias_linear
-        rows = (heads + 2 * groups) * self.head_dim
-        self.qkv = ColumnLinear(hidden, rows, tp, bias=bias)
+        qkv_features = (heads + 2 * groups) * self.head_dim
+        self.qkv = ColumnLinear(hidden, qkv_features, tp, bias=bias)
         self.dense = RowLinear(heads * self.head_dim, hidden, tp, bias=bias, init="output")
 
     def flops(self, seq: int) -> Flops:
@@ -126,32 +168,48 @@ class Attention(nn.Module):
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
         """Return the bytes of queries, keys and values, and what the core attention says of itself, or torch's takes."""
-        own = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
-        if hasattr(self.attend, "activation_bytes"):
-            said: ActivationBytes = self.attend.activation_bytes(shape, self.heads, self.groups, self.head_dim, self.dropout)
-            return own + said
-        core = 2 * (self.heads - self.groups) * self.head_dim * shape.element  # repeated keys and values
+        qkv = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
+        if hasattr(self.core_attention, "activation_bytes"):
+            core: ActivationBytes = self.core_attention.activation_bytes(
+                shape, self.heads, self.groups, self.head_dim, self.dropout
+            )
+            return qkv + core
+        per_token = 2 * (self.heads - self.groups) * self.head_dim * shape.element  # repeated keys and values
         if self.dropout > 0.0 and not self.fused_dropout:
-            core += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its mask, what is left
-        return own + ActivationBytes(saved=core * shape.tokens, core=core * shape.tokens)
+            per_token += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its dropout mask, what is left
+        return qkv + ActivationBytes(saved=per_token * shape.tokens, core=per_token * shape.tokens)
 
-    def forward(self, x: Tensor, masks: Masks, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
-        mixed = self.qkv(x)
-        seq, batch = mixed.shape[:2]
-        mixed = mixed.view(seq, batch, self.groups, self.per_group + 2, self.head_dim)
-        if self.per_group == 1:
-            q, k, v = mixed.unbind(3)  # [seq, batch, heads, head_dim]
+    def forward(self, x: Tensor, context: AttentionContext, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
+        """CoreAttention over the sequence, and over the cache's tokens before it.
+
+        Args:
+            x: `[seq, batch, hidden]`; where the sequence is cut between layers, the slice that is here.
+            context: mask and dropout of the micro-batch.
+            rotary: rotation of queries and keys; None with learned positions.
+            cache: keys and values of earlier tokens; None in training.
+
+        Returns:
+            A tensor like x.
+        """
+        qkv = self.qkv(x)  # [seq, batch, groups * (heads_per_group + 2) * head_dim]
+        seq, batch = qkv.shape[:2]
+        qkv = qkv.view(seq, batch, self.groups, self.heads_per_group + 2, self.head_dim)
+        if self.heads_per_group == 1:
+            q, k, v = qkv.unbind(3)  # each [seq, batch, heads, head_dim]
         else:
-            q, k, v = mixed.split([self.per_group, 1, 1], dim=3)
-            q, k, v = q.flatten(2, 3), k.squeeze(3), v.squeeze(3)
+            q, k, v = qkv.split([self.heads_per_group, 1, 1], dim=3)
+            q = q.flatten(2, 3)  # [seq, batch, heads, head_dim]
+            k, v = k.squeeze(3), v.squeeze(3)  # [seq, batch, groups, head_dim]
         if rotary is not None:
-            q, k = rotary.turn(q), rotary.turn(k)
-        if rotary is not None or self.per_group > 1:  # the queries are copies now; views would keep all of `mixed` in memory
+            q, k = rotary.rotate(q), rotary.rotate(k)
+        if rotary is not None or self.heads_per_group > 1:
+            # The queries are copies by now; as views, keys and values would keep all of `qkv` in memory.
             k, v = k.contiguous(), v.contiguous()
-        q, k, v = (y.permute(1, 2, 0, 3) for y in (q, k, v))  # [batch, heads, seq, head_dim]
+        q = q.permute(1, 2, 0, 3)  # [batch, heads, seq, head_dim]
+        k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # [batch, groups, seq, head_dim]
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        y: Tensor = self.attend(q, k, v, masks, self.get_buffer("keys"))
-        y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)
-        projected: Tensor = self.dense(y)
+            k, v = cache.extend(self.layer, k, v)  # [batch, groups, keys, head_dim]
+        y: Tensor = self.core_attention(q, k, v, context, self.get_buffer("head_keys"))  # [batch, heads, seq, head_dim]
+        y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)  # the heads side by side
+        projected: Tensor = self.dense(y)  # [seq, batch, hidden]
         return projected

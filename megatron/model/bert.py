@@ -20,7 +20,7 @@ from megatron.contract import Batch, Loss
 from megatron.model.mlp import ACTIVATIONS
 from megatron.model.norm import make_norm
 from megatron.model.transformer import Transformer
-from megatron.parallel.cost import Flops, product_flops
+from megatron.parallel.cost import Flops, weight_flops
 from megatron.parallel.embedding import VocabShard, vocab_bias
 from megatron.parallel.output import VocabOutput
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -38,6 +38,7 @@ class Dense(nn.Module):
         self.bias = tp.parameter(out_features, init="zeros", decay=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -54,10 +55,11 @@ class MaskedWordHead(nn.Module):
 
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's dense layer."""
-        return product_flops(self.dense.weight)
+        return weight_flops(self.dense.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(self.activation(self.dense(x)))
+        """Transform final hidden states for the output layer."""
+        y: Tensor = self.norm(self.activation(self.dense(x)))  # [seq, batch, hidden]
         return y
 
 
@@ -69,7 +71,10 @@ class Pooler(Dense):
         self.join = tp.join
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(super().forward(self.join(x[:1])[0]))
+        """Return tanh of the dense layer on the first token."""
+        # Where the sequence is cut, each process joins its own first token; the first of those is the sequence's.
+        first = self.join(x[:1])[0]  # [batch, hidden]
+        return torch.tanh(super().forward(first))  # [batch, hidden]
 
 
 class Bert(Transformer):
@@ -78,6 +83,7 @@ class Bert(Transformer):
     causal = False
 
     def build_heads(self, word: nn.Parameter | None) -> None:
+        """Add output layer, masked-word head, pooler and binary head, where `part.head` and the configuration has them."""
         config, tp, here = self.config, self.tp, self.part.head
         self.head = self.build_output(word)
         self.masked_words = MaskedWordHead(config, self.vocabulary, tp) if here and config.predicts_words else None
@@ -86,12 +92,15 @@ class Bert(Transformer):
         self.order = Dense(config.hidden_size, 2, tp.on_whole_sequences) if swapped else None
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the loss of the masked words; with the binary head also of the order, for batches that say what it was."""
+        """Return the loss of the masked words; with the binary head also of the order, for batches that say what it was.
+
+        x: final hidden states `[seq, batch, hidden]`.
+        """
         output, words = self._output()
         total = output.loss(words(x), batch.labels, batch.loss_mask, words.bias)
         order = None
         if self.order is not None and batch.swapped is not None:
-            order = F.cross_entropy(self.order_logits(x), batch.swapped, reduction="sum")
+            order = F.cross_entropy(self.order_logits(x), batch.swapped, reduction="sum")  # scalar
             if batch.places is not None:  # of a cut sequence, one process has the first token
                 order = order * (batch.places[0] == 0)
         return Loss(total, batch.loss_mask.sum(), order)
@@ -105,7 +114,7 @@ class Bert(Transformer):
         """Return from the final hidden states fp32 `[batch, 2]`: in order, swapped."""
         if self.order is None or self.pooler is None:
             raise ValueError("this BERT has no binary head (--bert-no-binary-head), or this stage is not the last")
-        logits: Tensor = self.order(self.pooler(x))
+        logits: Tensor = self.order(self.pooler(x))  # [batch, 2]
         return logits.float()
 
     def _output(self) -> tuple[VocabOutput, MaskedWordHead]:

@@ -1,11 +1,11 @@
-"""One transformer layer: two residual lines."""
+"""One transformer layer: attention and MLP, each on a residual line."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
-from megatron.model.attention import Attend, Attention, AttentionCache, Masks
+from megatron.model.attention import Attention, AttentionCache, AttentionContext, CoreAttention
 from megatron.model.mlp import MLP
 from megatron.model.norm import make_norm
 from megatron.model.rotary import Rotary
@@ -27,7 +27,7 @@ class HiddenDropout(nn.Module):
         return ActivationBytes(saved=shape.hidden_elements if self.probability > 0.0 else 0)
 
     def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
-        """keys: the random identity of x's tokens; None outside training."""
+        """Drop features of x `[seq, batch, hidden]`. keys: random identities of x's tokens; None outside training."""
         if keys is None or self.probability == 0.0:
             return x
         return drop(x, keys.features(self.get_buffer("key"), x.shape[-1]), self.probability)
@@ -36,14 +36,19 @@ class HiddenDropout(nn.Module):
 class Block(nn.Module):
     """`[seq, batch, hidden] -> [seq, batch, hidden]`, pre-norm; `layer` is the global number, from 0.
 
-    apply_residual_connection_post_layernorm takes the residual from the norm's output, as the original BERT does.
+        x = x + dropout(attention(norm(x)))
+        x = x + dropout(mlp(norm(x)))
+
+    With apply_residual_connection_post_layernorm the residual line starts at the norm's output, as in the original BERT.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, tp: TensorParallel, core_attention: CoreAttention, *, seed: int
+    ) -> None:
         super().__init__()
         self.residual_from_norm = config.apply_residual_connection_post_layernorm
         self.input_norm = make_norm(config, tp)
-        self.attention = Attention(config, layer, tp, attend, seed=seed)
+        self.attention = Attention(config, layer, tp, core_attention, seed=seed)
         self.after_attention = HiddenDropout(seed, layer, "attention", config.hidden_dropout)
         self.mlp_norm = make_norm(config, tp)
         self.mlp = MLP(config, tp)
@@ -52,14 +57,26 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        masks: Masks,
+        context: AttentionContext,
         keys: DropoutKeys | None,
         rotary: Rotary | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        normed = self.input_norm(x)
-        attended = self.attention(normed, masks, rotary, cache)
+        """Go through attention and MLP.
+
+        Args:
+            x: `[seq, batch, hidden]`.
+            context: attention's mask and dropout.
+            keys: random identities of x's tokens, for dropout of the residual stream; None outside training.
+            rotary: rotation of queries and keys; None with learned positions.
+            cache: keys and values of earlier tokens; None in training.
+
+        Returns:
+            A tensor like x.
+        """
+        normed = self.input_norm(x)  # [seq, batch, hidden]
+        attended = self.attention(normed, context, rotary, cache)  # [seq, batch, hidden]
         x = (normed if self.residual_from_norm else x) + self.after_attention(attended, keys)
-        normed = self.mlp_norm(x)
+        normed = self.mlp_norm(x)  # [seq, batch, hidden]
         y: Tensor = (normed if self.residual_from_norm else x) + self.after_mlp(self.mlp(normed), keys)
         return y

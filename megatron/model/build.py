@@ -25,13 +25,20 @@ def model_class(config: ModelConfig) -> type[Transformer]:
 def build_stages(
     config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: TensorParallel, rank: int, **options: Any
 ) -> dict[int, Transformer]:
-    """The stages of pipeline rank `rank`, by their number; uninitialised.
+    """Return the stages of pipeline rank `rank`, by their number; uninitialised.
 
-    placement: stage -> rank. parts: what each stage owns. options: of every stage, as for `Transformer`.
+    Args:
+        config: resolved, with vocab_size set.
+        placement: stage -> pipeline rank.
+        parts: what each stage owns.
+        tp: how layers are cut.
+        rank: the pipeline rank.
+        options: of every stage, as for `Transformer`.
     """
     model, stages = model_class(config), dict[int, Transformer]()
     for number, part in enumerate(parts):
         if placement[number] == rank:
+            # A tied output layer on the rank of the embedding shares its matrix instead of holding a copy.
             first = stages[0].embedding if 0 in stages else None
             word = None if first is None else first.word.weight
             stages[number] = model(config, part, tp, word=word, **options)

@@ -30,10 +30,21 @@ class Embedding(nn.Module):
             self.segment.weight = tp.parameter(config.segment_kinds, hidden, init="normal")
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, keys: DropoutKeys | None) -> Tensor:
+        """Add up the embeddings of each token, then drop.
+
+        Args:
+            tokens: int64 `[batch, seq]`, whole sequences.
+            positions: int64 `[batch, seq]`, within the document.
+            segments: int64 `[batch, seq]`, which segment of a pair; None for a model without.
+            keys: random identities of the tokens; None outside training.
+
+        Returns:
+            Hidden states `[seq, batch, hidden]`; where the sequence is cut between layers, the slice that is here.
+        """
         x: Tensor = self.word(tokens.t())  # [seq, batch, hidden]
-        here = self.positions_here(tokens.shape[1])
+        here = self.positions_here(tokens.shape[1])  # a slice of the sequence
         for table, numbers in ((self.position, positions), (self.segment, segments)):
             if table is not None and numbers is not None:
-                x = x + nn.functional.embedding(numbers.t()[here], table.get_parameter("weight"))
+                x = x + nn.functional.embedding(numbers.t()[here], table.get_parameter("weight"))  # [seq, batch, hidden]
         dropped: Tensor = self.dropout(x, keys)
         return dropped

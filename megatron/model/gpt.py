@@ -1,4 +1,4 @@
-"""GPT: a transformer whose tokens see what came before, and an output layer that says what follows, by default tied."""
+"""GPT: a causal transformer with an output layer over the vocabulary, by default tied to the embedding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class GPT(Transformer):
     causal = True
 
     def build_heads(self, word: nn.Parameter | None) -> None:
+        """Add the output layer, where `part.head`."""
         self.head = self.build_output(word)
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the sum of the cross-entropies of the tokens that count."""
+        """Return the sum of the cross-entropies of the tokens that count. x: final hidden states `[seq, batch, hidden]`."""
         return Loss(self.output.loss(x, batch.labels, batch.loss_mask), batch.loss_mask.sum())
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return from the final hidden states what follows each token, fp32 `[seq, batch, vocab]`, padding left out."""
+        """Return the logits of each next token, fp32 `[seq, batch, vocab]`, padding left out. x: as for `loss`."""
         return self.output.logits(x)
 
     @property

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.parallel.random import derive_seed
-from megatron.parallel.spec import ParamSpec, spec_of
+from megatron.parallel.spec import ParamSpec, param_spec
 
 Rule = Callable[[Tensor, torch.Generator], object]
 
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
-    """The table: `ParamSpec.init` -> how to fill a whole fp32 tensor."""
+    """Return the table: `ParamSpec.init` -> a function that fills a whole fp32 tensor."""
     std, layers = config.init_method_std, config.num_layers
 
     def normal(scale: float) -> Rule:
         return lambda whole, generator: whole.normal_(0.0, scale, generator=generator)
 
     def xavier(whole: Tensor, generator: torch.Generator) -> object:
-        bound = math.sqrt(6.0 / sum(whole.shape))
+        bound = math.sqrt(6.0 / sum(whole.shape))  # Glorot and Bengio 2010, equation 16
         return whole.uniform_(-bound, bound, generator=generator)
 
     matrix = xavier if config.init_method_xavier_uniform else normal(std)
@@ -40,19 +40,30 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 @torch.no_grad()
-def fill(places: Iterable[tuple[ParamSpec, Tensor]], config: ModelConfig, seed: int) -> None:
-    """Initial weights into local tensors: each drawn whole from (seed, its global name), of which the part is kept.
+def fill_parameters(places: Iterable[tuple[ParamSpec, Tensor]], config: ModelConfig, seed: int) -> None:
+    """Write initial weights into local tensors: each is drawn whole from (seed, its global name), and the part is kept.
 
     The draw is on the CPU in fp32, so the weights are the same on every device and layout. Padding is zero.
+
+    Args:
+        places: specs of parameters, and for each the local tensor to fill.
+        config: gives the standard deviation and the number of layers.
+        seed: of the run.
     """
     table = rules(config)
     for spec, place in places:
-        whole = torch.empty(spec.shape)
+        whole = torch.empty(spec.shape)  # fp32, on the CPU
         table[spec.init](whole, torch.Generator().manual_seed(derive_seed(seed, "weights", spec.name)))
-        place.zero_()
+        place.zero_()  # padding stays zero
         spec.local(place).copy_(whole[spec.part.slices])
 
 
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Initial weights into a model's own parameters, rounded to their dtype."""
-    fill(((spec_of(p), p) for p in model.parameters()), config, seed)
+    """Write initial weights into a model's own parameters, rounded to their dtype.
+
+    Args:
+        model: parameters of which every one has a named spec.
+        config: gives the standard deviation and the number of layers.
+        seed: of the run.
+    """
+    fill_parameters(((param_spec(p), p) for p in model.parameters()), config, seed)

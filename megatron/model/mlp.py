@@ -15,12 +15,12 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 (arXiv 2109.08668)."""
+    """Return relu(x)^2 (arXiv 2109.08668)."""
     return F.relu(x).square()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": partial(F.gelu, approximate="tanh"),
+    "gelu": partial(F.gelu, approximate="tanh"),  # GPT-2's; arXiv 1606.08415
     "gelu-exact": F.gelu,
     "squared-relu": squared_relu,
     "swiglu": F.silu,  # of the gate; arXiv 2002.05202
@@ -28,25 +28,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """`[seq, batch, hidden] -> [seq, batch, hidden]`. Gate and up are two weights, so each shard is one rectangle."""
+    """`[seq, batch, hidden] -> [seq, batch, hidden]`: down(act(up(x))), or with SwiGLU down(silu(gate(x)) * up(x)).
+
+    Gate and up are two weights, so that each shard of either is one rectangle.
+    """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
         super().__init__()
-        hidden, ffn, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
+        hidden, ffn_hidden, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
         self.activation = ACTIVATIONS[config.activation]
         self.gate = None
         if config.activation == "swiglu":
-            self.gate = ColumnLinear(hidden, ffn, tp, bias=bias, same_input=True)
-        self.up = ColumnLinear(hidden, ffn, tp, bias=bias)
-        self.down = RowLinear(ffn, hidden, tp, bias=bias, init="output")
+            self.gate = ColumnLinear(hidden, ffn_hidden, tp, bias=bias, same_input=True)
+        self.up = ColumnLinear(hidden, ffn_hidden, tp, bias=bias)
+        self.down = RowLinear(ffn_hidden, hidden, tp, bias=bias, init="output")
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of what the activation takes; with a gate also of its own output and of what that multiplies."""
+        """Return the bytes of the activation's input; with a gate also of the two factors that are multiplied."""
         tensors = 1 if self.gate is None else 3
         return ActivationBytes(saved=tensors * shape.element * shape.tokens * self.up.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map `[seq, batch, hidden]` to the same shape, each token by itself."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
-        gate, up = column_linears(x, [self.gate, self.up])
-        return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]
+            y = self.activation(self.up(x))  # [seq, batch, ffn_hidden]
+            return self.down(y)  # type: ignore[no-any-return]
+        gate, up = column_linears(x, [self.gate, self.up])  # each [seq, batch, ffn_hidden]
+        return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]  # [seq, batch, hidden]

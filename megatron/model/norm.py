@@ -33,24 +33,26 @@ class Norm(nn.Module):
 
     @property
     def gamma(self) -> Tensor:
-        """`[hidden]`, what the normalised values are multiplied with."""
+        """The scale `[hidden]` of the normalised values."""
         return self.weight + 1.0 if self.zero_centred else self.weight
 
 
 class LayerNorm(Norm):
-    """Mean 0 and variance 1 (arXiv 1607.06450)."""
+    """Normalise to mean 0 and variance 1 (arXiv 1607.06450)."""
 
     has_bias = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (self.hidden,), self.gamma, self.bias, self.epsilon)
+        """Return (x - mean) / sqrt(variance + epsilon) * gamma + bias, over the last dimension."""
+        return F.layer_norm(x, (self.hidden,), self.gamma, self.bias, self.epsilon)  # [..., hidden]
 
 
 class RMSNorm(Norm):
-    """Mean square 1 (arXiv 1910.07467)."""
+    """Normalise to mean square 1 (arXiv 1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.hidden,), self.gamma, self.epsilon)
+        """Return x / sqrt(mean(x^2) + epsilon) * gamma, over the last dimension."""
+        return F.rms_norm(x, (self.hidden,), self.gamma, self.epsilon)  # [..., hidden]
 
 
 def make_norm(config: ModelConfig, tp: TensorParallel) -> nn.Module:

@@ -29,8 +29,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class TaskHead(Dense):
-    """The last linear layer of a task, and what its logits mean. `labels` and `loss_mask` of a batch say what is right and
-    where that counts:
+    """The last linear layer of a task, with the meaning of its logits.
+
+    `labels` and `loss_mask` of a batch say what is right and where that counts:
 
     classification, choice: at the first token of each row, of a choice of its first row; the number of the class or choice.
     span: at the first two tokens, the positions of start and end.
@@ -60,7 +61,10 @@ class TaskHead(Dense):
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies, and which of them count: two fp32 tensors of one shape."""
+        """Return cross-entropies, and which of them count: two fp32 tensors of one shape.
+
+        logits: as `logits` gives them. batch: whose labels are compared.
+        """
 
 
 class Classifier(TaskHead):
@@ -68,18 +72,23 @@ class Classifier(TaskHead):
 
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the logits."""
         return batch.tokens.shape[0], config.task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        """Return the logits; arguments as for `TaskHead.logits`."""
         if pooled is None:
             raise ValueError("this model has no pooler")
+        # The pooled vector stands for the first token, and has its random identity.
         first = None if keys is None else DropoutKeys(keys.whole[:1], keys.local[:1], keys.feature, keys.weight)
-        logits: Tensor = self(self.dropout(pooled.unsqueeze(0), first).squeeze(0))
+        logits: Tensor = self(self.dropout(pooled.unsqueeze(0), first).squeeze(0))  # [rows, classes]
         return logits.float()
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        every = batch.tokens.shape[0] // logits.shape[0]  # rows of a sample
-        return F.cross_entropy(logits, batch.labels[::every, 0], reduction="none"), batch.loss_mask[::every, 0]
+        """Return cross-entropies, and which of them count."""
+        rows_per_sample = batch.tokens.shape[0] // logits.shape[0]  # 1, but for multiple choice
+        labels, counted = batch.labels[::rows_per_sample, 0], batch.loss_mask[::rows_per_sample, 0]  # [samples]
+        return F.cross_entropy(logits, labels, reduction="none"), counted
 
 
 class Chooser(Classifier):
@@ -87,10 +96,12 @@ class Chooser(Classifier):
 
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the logits."""
         choices = len(config.labels)
         return batch.tokens.shape[0] // choices, choices
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
+        """Return the logits; arguments as for `TaskHead.logits`."""
         return super().logits(x, pooled, batch, keys).view(self.shape(self.config, batch))
 
 
@@ -99,14 +110,17 @@ class SpanFinder(TaskHead):
 
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the logits."""
         return 2, *batch.tokens.shape
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        logits: Tensor = self(self.join(x)).float().permute(2, 1, 0)
+        """Return the logits; arguments as for `TaskHead.logits`."""
+        logits: Tensor = self(self.join(x)).float().permute(2, 1, 0)  # [2, rows, seq]
         return logits if batch.documents is None else logits.masked_fill(batch.documents > 0, -torch.inf)
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        ends = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, :2].t().flatten(), reduction="none")
+        """Return cross-entropies, and which of them count."""
+        ends = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, :2].t().flatten(), reduction="none")  # [2 * rows]
         return ends, batch.loss_mask[:, :2].t().flatten()
 
 
@@ -115,13 +129,16 @@ class Tagger(TaskHead):
 
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the logits."""
         return *batch.tokens.shape, config.task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        logits: Tensor = self(self.dropout(self.join(x), keys))
+        """Return the logits; arguments as for `TaskHead.logits`."""
+        logits: Tensor = self(self.dropout(self.join(x), keys))  # [seq, rows, classes]
         return logits.float().transpose(0, 1)
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return cross-entropies, and which of them count."""
         return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none"), batch.loss_mask.flatten()
 
 
@@ -136,6 +153,7 @@ class FineTuned(Transformer):
     causal = False
 
     def build_heads(self, word: nn.Parameter | None) -> None:
+        """Add the task's head, and the pooler where it reads one, where `part.head`."""
         config, tp, here = self.config, self.tp, self.part.head
         self.pooler = Pooler(config, tp) if here and config.pooled else None
         self.task_head = self._kind(config, tp, seed=self.seed) if here else None
@@ -168,8 +186,8 @@ class FineTuned(Transformer):
         return self.task_head
 
     def _task_keys(self, batch: Batch) -> DropoutKeys | None:
-        """The random identities of whole sequences' tokens; None where nothing is dropped."""
+        """Return the random identities of whole sequences' tokens; None where nothing is dropped."""
         if not self.training or self.config.hidden_dropout == 0.0:
             return None
         seq = batch.tokens.shape[1]
-        return DropoutKeys.of(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), slice(0, seq))
+        return DropoutKeys.from_samples(self.seed, batch.samples, torch.arange(seq, device=batch.tokens.device), slice(0, seq))

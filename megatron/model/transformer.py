@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.contract import Batch, Loss, StagePart
-from megatron.model.attention import Attend, AttentionCache, Masks, bidirectional_attention, causal_attention, visible
+from megatron.model.attention import (
+    AttentionCache,
+    AttentionContext,
+    CoreAttention,
+    attention_mask,
+    bidirectional_attention,
+    causal_attention,
+)
 from megatron.model.block import Block
 from megatron.model.embedding import Embedding
 from megatron.model.norm import make_norm
@@ -44,7 +51,7 @@ class Transformer(nn.Module):
         tp: TensorParallel,
         *,
         seed: int = 0,
-        attend: Attend | None = None,
+        core_attention: CoreAttention | None = None,
         recompute: Recompute | None = None,
         word: nn.Parameter | None = None,
         dtype: torch.dtype = torch.float32,
@@ -57,7 +64,7 @@ class Transformer(nn.Module):
             part: the layers, and whether embedding and heads.
             tp: how layers are cut.
             seed: of the dropout masks.
-            attend: the core attention; plain unless given.
+            core_attention: plain, causal or not as the model is, unless given.
             recompute: what is run again in the backward pass; nothing unless given.
             word: the embedding's weight, for a tied output layer on a stage without the embedding, when both stages are held
                 by one process; elsewhere such a stage holds a copy.
@@ -68,15 +75,16 @@ class Transformer(nn.Module):
         self.config, self.part, self.tp, self.seed = config, part, tp, seed
         self.dtype, self.device = dtype, torch.device(device)
         self.recompute = recompute or Recompute()
-        attend = self.recompute.attention(attend or (causal_attention if self.causal else bidirectional_attention))
-        self.vocabulary = VocabShard.of(config.vocabulary, tp.axis, config.make_vocab_size_divisible_by)
+        plain = causal_attention if self.causal else bidirectional_attention
+        core_attention = self.recompute.attention(core_attention or plain)
+        self.vocabulary = VocabShard.for_rank(config.vocabulary, tp.axis, config.make_vocab_size_divisible_by)
         with torch.device(device):
             self.embedding: Embedding | None = None
             if part.embedding:
                 self.embedding = Embedding(config, self.vocabulary, tp, seed=seed)
                 if config.tied and not part.head:
                     describe_copy(self.embedding.word.weight)
-            self.layers = nn.ModuleDict({str(i): self.build_layer(i, attend) for i in part.layers})
+            self.layers = nn.ModuleDict({str(i): self.build_layer(i, core_attention) for i in part.layers})
             self.final_norm = make_norm(config, tp) if part.head else None
             self.build_heads(word if self.embedding is None else self.embedding.word.weight)
         self.to(dtype)
@@ -87,23 +95,26 @@ class Transformer(nn.Module):
         """Return what a layer shares with its likes: those of one kind have equal parameters and equal work. Here all do."""
         return None
 
-    def build_layer(self, number: int, attend: Attend) -> Block:
+    def build_layer(self, number: int, core_attention: CoreAttention) -> Block:
         """Return the layer of this number, with this core attention."""
-        return Block(self.config, number, self.tp, attend, seed=self.seed)
+        return Block(self.config, number, self.tp, core_attention, seed=self.seed)
 
     @abstractmethod
     def build_heads(self, word: nn.Parameter | None) -> None:
         """Add what reads the final hidden states, where `part.head`; None for each elsewhere.
 
-        word: the embedding's weight, where this process holds it.
+        word: the embedding's weight `[vocab, hidden]`, where this process holds it.
         """
 
     @abstractmethod
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the loss of the final hidden states."""
+        """Return the loss of the final hidden states `[seq, batch, hidden]`."""
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
-        """Hidden states in (None on the first stage); hidden states out, or the loss where the head is."""
+        """Return the hidden states `[seq, batch, hidden]` after this part, or the loss where the head is.
+
+        x: hidden states of the stage before; None where the embedding is.
+        """
         x = self.hidden(x, batch)
         return self.loss(x, batch) if self.part.head else x
 
@@ -111,28 +122,36 @@ class Transformer(nn.Module):
         """Go through embedding, layers and final norm, as far as this part has them.
 
         Args:
-            x: hidden states of the stage before; None where the embedding is.
+            x: hidden states `[seq, batch, hidden]` of the stage before; None where the embedding is.
             batch: the micro-batch; with a cache its new tokens alone, at their true positions.
             cache: keys and values of the tokens before.
+
+        Returns:
+            Hidden states `[seq, batch, hidden]`, normed where the head is.
         """
         config, keys = self.config, self._dropout_keys(batch)
         if self.embedding is not None:
-            x = self.embedding(batch.tokens, batch.positions, batch.segments, keys)
+            x = self.embedding(batch.tokens, batch.positions, batch.segments, keys)  # [seq, batch, hidden]
         if x is None:
             raise ValueError("a stage without the embedding needs hidden states")
         rotary = None
         if config.position_embedding_type == "rope":
-            width, interleaved = config.kv_channels, config.rotary_interleaved
-            rotary = Rotary.at(batch.positions, width, config.rotary_percent, config.rotary_base, interleaved)
-        probability, fused = config.attention_dropout, config.fused_attention_dropout
-        masks = Masks(visible(batch, causal=self.causal), probability, keys, fused, batch.documents)
+            head_dim, interleaved = config.kv_channels, config.rotary_interleaved
+            rotary = Rotary.from_positions(
+                batch.positions, head_dim, config.rotary_percent, config.rotary_base, interleaved
+            )  # cosines and sines [seq, batch, 1, rotary_dim]
+        mask = attention_mask(batch, causal=self.causal)  # [batch, 1, seq, seq], or None
+        dropout, fused = config.attention_dropout, config.fused_attention_dropout
+        context = AttentionContext(mask, dropout, keys, fused, batch.documents)
         blocks = list(self.layers.values())
-        x = self.recompute.through(blocks, lambda block, x: block(x, masks, keys, rotary, cache), x)
+        # The layers one after the other; what `recompute` says is run again in the backward pass.
+        x = self.recompute.through(blocks, lambda block, x: block(x, context, keys, rotary, cache), x)
         return x if self.final_norm is None else self.final_norm(x)
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Return the shape of the hidden states between stages, as they are here."""
         rows, seq = batch.tokens.shape
+        # Sequence first; where layers cut the sequence between them, the part of it that is here.
         return len(range(seq)[self.tp.positions(seq)]), rows, self.config.hidden_size
 
     def build_output(self, word: nn.Parameter | None) -> VocabOutput | None:
@@ -146,9 +165,9 @@ class Transformer(nn.Module):
         return output
 
     def _dropout_keys(self, batch: Batch) -> DropoutKeys | None:
-        """The tokens' random identities; None where nothing is dropped."""
+        """Return the tokens' random identities; None where nothing is dropped."""
         if not self.training or max(self.config.hidden_dropout, self.config.attention_dropout) == 0.0:
             return None
         seq = batch.tokens.shape[1]
-        places = torch.arange(seq, device=batch.tokens.device) if batch.places is None else batch.places
-        return DropoutKeys.of(self.seed, batch.samples, places, self.tp.positions(seq))
+        places = torch.arange(seq, device=batch.tokens.device) if batch.places is None else batch.places  # [seq]
+        return DropoutKeys.from_samples(self.seed, batch.samples, places, self.tp.positions(seq))

@@ -21,8 +21,8 @@ from megatron.config.optimizers import rule_for
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import Bucket, buckets
-from megatron.parallel.collectives import Pending, start_gather_slices
-from megatron.parallel.spec import ParamSpec, Part, Shard, spec_of
+from megatron.parallel.collectives import CollectiveWork, gather_slices_async
+from megatron.parallel.spec import ParamSpec, Part, Shard, param_spec
 
 
 class FlatBuffer:
@@ -72,7 +72,7 @@ class FlatBuffer:
         Padding is left out.
         """
         # Only dimension 0 is ever padded, so what is no padding comes first in the flattened parameter.
-        sizes = [prod(spec_of(p).part.shape) for p in self.parameters]
+        sizes = [prod(param_spec(p).part.shape) for p in self.parameters]
         for each in param_ranges(self.bucket.offsets, sizes, self.own):
             values = own[each.place : each.place + each.high - each.low]  # [high - low]
             yield self.parameters[each.member], each.low, values
@@ -83,7 +83,7 @@ class FlatBuffer:
         ValueError where the slice cuts one: those of a rule that needs them whole are laid out so that none is.
         """
         for p, _, values in self.param_ranges(own):
-            spec = spec_of(p)
+            spec = param_spec(p)
             if values.numel() != prod(spec.part.shape):
                 raise ValueError(f"this rank's slice cuts {spec.name}, which its optimizer needs whole")
             yield spec, values.view(spec.part.shape)
@@ -91,7 +91,7 @@ class FlatBuffer:
     def shards(self, own: Tensor, prefix: str = "") -> Iterator[Shard]:
         """Yield a tensor of this rank's slice `[own]` as a checkpoint sees it: rectangles of the parameters, as views."""
         for p, low, values in self.param_ranges(own):
-            spec = spec_of(p)
+            spec = param_spec(p)
             for piece in rectangles(spec.part.shape, low, low + values.numel()):
                 start = tuple(a + b for a, b in zip(spec.part.start, piece.start, strict=True))
                 data = values[piece.first - low : piece.first - low + piece.size].view(piece.shape)
@@ -106,15 +106,15 @@ class FlatBuffer:
         self.weights.copy_(whole)
         self.main.copy_(whole[self.own])
 
-    def start_all_gather_params(self) -> Pending:
+    def all_gather_params_async(self) -> CollectiveWork:
         """Give the model the main weights, rounded to its dtype: this rank's slice at once, the others' as they come."""
         if self.weights.dtype != torch.float32:
             self.weights[self.own].copy_(self.main)
-        return start_gather_slices(self.weights, self.owners)
+        return gather_slices_async(self.weights, self.owners)
 
     def all_gather_params(self) -> None:
         """Give the model the main weights, all of them. Collective over `owners`."""
-        self.start_all_gather_params().wait()
+        self.all_gather_params_async().wait()
 
 
 def _adder(total: Tensor) -> Any:
@@ -168,9 +168,9 @@ def flat_buffers(
         The buckets. Parameters of one bucket have one dtype, one data axis, one rate, one weight decay and one rule of update.
     """
     held, find = list(parameters), Axis.alone if mesh is None else mesh.axis
-    rules = [rule_for(optimizer, spec_of(p).name, spec_of(p).shape) for p in held]
-    kinds = [(p.dtype, rule, spec_of(p).bucket_kind) for p, rule in zip(held, rules, strict=True)]
-    axes = {kind: find(spec_of(p).data_axis) for p, kind in zip(held, kinds, strict=True)}
+    rules = [rule_for(optimizer, param_spec(p).name, param_spec(p).shape) for p in held]
+    kinds = [(p.dtype, rule, param_spec(p).bucket_kind) for p, rule in zip(held, rules, strict=True)]
+    axes = {kind: find(param_spec(p).data_axis) for p, kind in zip(held, kinds, strict=True)}
     shards = {kind: axis.size if sharded else 1 for kind, axis in axes.items()}
     whole = {kind for kind, rule in zip(kinds, rules, strict=True) if rule.whole}
     found = buckets([p.numel() for p in held], kinds, limit, shards, whole)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.optim.buffers import FlatBuffer
-from megatron.parallel.collectives import Pending
+from megatron.parallel.collectives import CollectiveWork
 
 
 class ParamGatherer:
@@ -20,11 +20,11 @@ class ParamGatherer:
 
     def __init__(self, buffers: Sequence[FlatBuffer], *, overlap: bool = False) -> None:
         self.buffers, self.overlap = list(buffers), overlap
-        self._pending: dict[int, Pending] = {}
+        self._pending: dict[int, CollectiveWork] = {}
 
     def start(self, number: int) -> None:
         """Give every rank the new weights of a bucket, in the same order on all of them. Collective."""
-        self._pending[number] = self.buffers[number].start_all_gather_params()
+        self._pending[number] = self.buffers[number].all_gather_params_async()
 
     def all_started(self) -> None:
         """Say that all buckets were started. With overlap, whoever reads weights calls `finish` before."""

@@ -15,7 +15,7 @@ from megatron.mesh.grid import complementary_axes
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.spec import ParamSpec, spec_of
+from megatron.parallel.spec import ParamSpec, param_spec
 
 
 def owns_in_norm(spec: ParamSpec, mesh: Mesh) -> bool:
@@ -56,7 +56,7 @@ class LocalTensors:
             # Where ranks own slices, each counts its own; where all have the whole bucket, the first one does.
             first = buffer.owners.size > 1 or buffer.data_axis.first
             for p, _, values in buffer.param_ranges(own):
-                if first and owns_in_norm(spec_of(p), mesh):
+                if first and owns_in_norm(param_spec(p), mesh):
                     counted.append(values)
                 else:
                     copies.append(values)

@@ -26,7 +26,7 @@ from megatron.optim.norm import LocalTensors, count_zeros, global_norm
 from megatron.optim.reduction import GradReducer
 from megatron.optim.update import ShardedUpdate, Target
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.spec import Shard, spec_of
+from megatron.parallel.spec import Shard, param_spec
 
 CLIP_EPSILON = 1e-6  # Megatron-LM's: coefficient = limit / (norm + epsilon)
 
@@ -73,7 +73,7 @@ class Optimizer:
 
     def _target(self, buffer: FlatBuffer) -> Target:
         """Return this rank's slice of a bucket as `update` sees it. ValueError when its parameters follow several rules."""
-        specs = [spec_of(p) for p in buffer.parameters]
+        specs = [param_spec(p) for p in buffer.parameters]
         rules = {rule_for(self.config.optimizer, spec.name, spec.shape) for spec in specs}
         if len(rules) > 1:
             raise ValueError(f"a bucket was not laid out for the optimizer {self.config.optimizer}: it has {len(rules)} rules")
@@ -127,7 +127,7 @@ class Optimizer:
 
     def _gradients_of_copies(self) -> Iterator[tuple[Axis, list[Tensor]]]:
         """Yield each axis that further sums are made over, in one order on all ranks, and the gradients of its parameters."""
-        ranges = [(spec_of(p), values) for b in self.buffers for p, _, values in b.param_ranges(b.own_grads)]
+        ranges = [(param_spec(p), values) for b in self.buffers for p, _, values in b.param_ranges(b.own_grads)]
         for name in sorted({name for spec, _ in ranges for name in spec.sum_grad_over}):
             if self.mesh.axis(name).size > 1:
                 yield self.mesh.axis(name), [values for spec, values in ranges if name in spec.sum_grad_over]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron.optim.buffers import FlatBuffer
-from megatron.parallel.collectives import Pending, start_all_reduce, start_reduce_slices
+from megatron.parallel.collectives import CollectiveWork, all_reduce_async, reduce_slices_async
 from megatron.parallel.spec import register_grad_ready_hook
 
 
@@ -29,7 +29,7 @@ class GradReducer:
         self._micro_batches: int | None = None
         self._per_micro_batch: list[int] | None = None
         self._added = [0] * len(self.buffers)
-        self._pending: list[Pending] = []
+        self._pending: list[CollectiveWork] = []
         if self.overlap:
             for number, buffer in enumerate(self.buffers):
                 for parameter in buffer.parameters:
@@ -62,7 +62,7 @@ class GradReducer:
         return added // micro_batches
 
     def _start(self, buffer: FlatBuffer) -> None:
-        start = start_reduce_slices if buffer.owners.size > 1 else start_all_reduce
+        start = reduce_slices_async if buffer.owners.size > 1 else all_reduce_async
         self._pending.append(start(buffer.grads, buffer.data_axis))
 
     def _grad_ready_hook(self, number: int) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Which parameters lie together in one bucket of flat memory, and where. Pure: sizes in, places out.
+"""Buckets of flat memory: which parameters lie together in one, and where. Pure: sizes in, places out.
 
 A bucket is the unit of communication: its gradients are summed over the data-parallel ranks in one collective, and under
 the distributed optimizer each of these ranks owns one contiguous slice of it. The memory arithmetic of `plan/state_size.py` and
@@ -16,8 +16,12 @@ ALIGN = 64  # elements: every parameter and every slice starts on a 256-byte lin
 
 @dataclass(frozen=True)
 class Bucket:
-    """members: numbers of parameters, in the order in which they lie. offsets: where each begins, in elements.
-    length: of the bucket in elements, padding included; a multiple of ALIGN times the ranks that share it."""
+    """Parameters that lie together in flat memory.
+
+    members: numbers of parameters, in the order in which they lie.
+    offsets: where each begins, in elements.
+    length: of the bucket in elements, padding included; a multiple of ALIGN times the ranks that share it.
+    """
 
     members: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -49,7 +53,7 @@ def buckets(
     filled: dict[Hashable, int] = {}  # elements of those
     done: list[list[int]] = []
     for number in reversed(range(len(sizes))):
-        kind, size = kinds[number], aligned(sizes[number])
+        kind, size = kinds[number], round_up(sizes[number])
         if kind in filling and limit is not None and kind not in shared_out and filled[kind] + size > limit:
             done.append(filling.pop(kind))
             filled[kind] = 0
@@ -64,8 +68,8 @@ def buckets(
     return found
 
 
-def aligned(size: int, step: int = ALIGN) -> int:
-    """The next multiple of `step`."""
+def round_up(size: int, step: int = ALIGN) -> int:
+    """Return `size`, rounded up to a multiple of `step`."""
     return -(-size // step) * step
 
 
@@ -73,8 +77,8 @@ def _laid_out(members: Sequence[int], sizes: Sequence[int], shards: int) -> Buck
     offsets, length = [], 0
     for number in members:
         offsets.append(length)
-        length += aligned(sizes[number])
-    return Bucket(tuple(members), tuple(offsets), aligned(length, ALIGN * shards))
+        length += round_up(sizes[number])
+    return Bucket(tuple(members), tuple(offsets), round_up(length, ALIGN * shards))
 
 
 def _laid_out_whole(members: Sequence[int], sizes: Sequence[int], shards: int) -> Bucket:
@@ -84,12 +88,12 @@ def _laid_out_whole(members: Sequence[int], sizes: Sequence[int], shards: int) -
     for number in sorted(members, key=lambda number: -sizes[number]):
         shard = filled.index(min(filled))
         held[shard].append(number)
-        filled[shard] += aligned(sizes[number])
+        filled[shard] += round_up(sizes[number])
     numbers, offsets = [], []
     for shard, own in enumerate(held):
         offset = shard * max(filled)
         for number in own:
             numbers.append(number)
             offsets.append(offset)
-            offset += aligned(sizes[number])
+            offset += round_up(sizes[number])
     return Bucket(tuple(numbers), tuple(offsets), max(filled) * shards)

@@ -1,12 +1,15 @@
 """Collectives along one axis: plain ones, and six differentiable ones in pairs that are each other's backward.
 
-    forward                        backward
-    copy_to      identity          all-reduce          reduce_from: the reverse
-    split_to     slice             all-gather          gather_from: the reverse
-    scatter_sum  reduce-scatter    all-gather          gather_sum:  the reverse
+                              forward           backward
+    copy_to                   identity          all-reduce
+    reduce_from               all-reduce        identity
+    scatter_to                slice             all-gather
+    gather_from               all-gather        slice
+    reduce_scatter_to         reduce-scatter    all-gather
+    gather_and_reduce_grad    all-gather        reduce-scatter
 
-`copy_to`/`reduce_from` are f and g of 1909.08053, `gather_sum`/`scatter_sum` g and g-bar of 2205.05198. On an axis of
-size 1 every function returns its argument.
+`copy_to`/`reduce_from` are f and g of arXiv 1909.08053, `gather_and_reduce_grad`/`reduce_scatter_to` g and g-bar of 2205.05198.
+On an axis of size 1 every function returns its argument. Below, n stands for the ranks of the axis.
 """
 
 from __future__ import annotations
@@ -25,85 +28,89 @@ _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class Pending:
-    """A collective under way. `wait()` gives its result."""
+class CollectiveWork:
+    """A collective under way, like torch.distributed's Work, but `wait()` gives its result."""
 
     def __init__(self, work: Any, result: Callable[[], Tensor]) -> None:
         self._work, self._result = work, result
 
     def wait(self) -> Tensor:
-        """Wait for the collective; returns its result."""
+        """Wait for the collective, and return its result."""
         if self._work is not None:
             self._work.wait()
         return self._result()
 
 
 def _needs_host(x: Tensor, axis: Axis) -> bool:
-    """gloo does little on GPU memory; ranks that share a GPU for a test go through host memory."""
+    """Return whether `x` must go through host memory: gloo does little on a GPU's, which ranks share for a test."""
     return x.is_cuda and dist.get_backend(axis.group) == "gloo"
 
 
-def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """Sum `x` over the axis, in place."""
+def all_reduce_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to sum `x` `[...]` over the axis, in place."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
         host = x.cpu()
         dist.all_reduce(host, group=axis.group)
-        return Pending(None, lambda: x.copy_(host))
-    return Pending(dist.all_reduce(x, group=axis.group, async_op=True), lambda: x)
+        return CollectiveWork(None, lambda: x.copy_(host))
+    return CollectiveWork(dist.all_reduce(x, group=axis.group, async_op=True), lambda: x)
 
 
-def start_all_gather(x: Tensor, axis: Axis) -> Pending:
-    """Join the ranks' `x` along dimension 0: [n, ...] -> [n * size, ...]."""
+def all_gather_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to join the ranks' `x` along dimension 0: `[m, ...] -> [m * n, ...]`."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
-    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    whole = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))  # [m * n, ...]
     work = _gather_into(whole, x, group=axis.group, async_op=True)
-    return Pending(work, lambda: whole.to(device))
+    return CollectiveWork(work, lambda: whole.to(device))
 
 
-def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
-    """Sum over the axis and keep this rank's share of dimension 0: [n * size, ...] -> [n, ...]."""
+def reduce_scatter_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to sum over the axis and keep this rank's share of dimension 0: `[m * n, ...] -> [m, ...]`."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
-    share = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    share = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))  # [m, ...]
     work = _reduce_scatter_into(share, x, group=axis.group, async_op=True)
-    return Pending(work, lambda: share.to(device))
+    return CollectiveWork(work, lambda: share.to(device))
 
 
-def start_reduce_slices(x: Tensor, axis: Axis) -> Pending:
-    """Sum `x` `[n * size]` over the axis, in place: this rank's share of it becomes the sum, the rest nothing to rely on."""
+def reduce_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to sum `x` `[m * n]` over the axis, in place: this rank's share becomes the sum, the rest is left undefined."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
-        return start_all_reduce(x, axis)
+        return all_reduce_async(x, axis)
     if dist.get_backend(axis.group) == "gloo":  # its reduce-scatter is an all-reduce of a copy
-        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)
-        return Pending(_All([dist.reduce(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x)
-    share = own_slice(x, axis)
-    return Pending(_reduce_scatter_into(share, x, group=axis.group, async_op=True), lambda: share)
+        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)  # each [m]
+        return CollectiveWork(
+            _AllWorks([dist.reduce(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x
+        )
+    share = own_slice(x, axis)  # [m], a view: the sum lands in place
+    return CollectiveWork(_reduce_scatter_into(share, x, group=axis.group, async_op=True), lambda: share)
 
 
-def start_gather_slices(x: Tensor, axis: Axis) -> Pending:
-    """Fill `x` `[n * size]` from the ranks' shares of it, in place: the other way round."""
+def gather_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to fill `x` `[m * n]` from the ranks' shares of it, in place; the reverse of `reduce_slices_async`."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
-        joining = start_all_gather(own_slice(x, axis), axis)
-        return Pending(None, lambda: x.copy_(joining.wait()))
+        joining = all_gather_async(own_slice(x, axis), axis)
+        return CollectiveWork(None, lambda: x.copy_(joining.wait()))
     if dist.get_backend(axis.group) == "gloo":  # its all-gather takes half as long again as a broadcast from each rank
         shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)
-        return Pending(_All([dist.broadcast(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x)
-    return Pending(_gather_into(x, own_slice(x, axis), group=axis.group, async_op=True), lambda: x)
+        return CollectiveWork(
+            _AllWorks([dist.broadcast(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x
+        )
+    return CollectiveWork(_gather_into(x, own_slice(x, axis), group=axis.group, async_op=True), lambda: x)
 
 
-class _All:
-    """Several transfers under way."""
+class _AllWorks:
+    """Several transfers under way, as one."""
 
     def __init__(self, works: Sequence[Any], leaving: Tensor | None = None) -> None:
         self._works, self._leaving = works, leaving  # a tensor must live until it has left
@@ -113,23 +120,29 @@ class _All:
             work.wait()
 
 
-def start_shift(x: Tensor, axis: Axis) -> Pending:
-    """Pass `x` to the next rank of the ring, get that of the rank before: the same shape and dtype on all."""
+def ring_shift_async(x: Tensor, axis: Axis) -> CollectiveWork:
+    """Start to pass `x` `[...]` to the next rank of the ring, and to get the like of it from the rank before."""
     if axis.size == 1:
-        return Pending(None, lambda: x)
+        return CollectiveWork(None, lambda: x)
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
-    room = torch.empty_like(x)
+    room = torch.empty_like(x)  # for what arrives
     following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
     # As one batch: where transfers are worked off in order, no rank may wait for a send before it has posted its receive.
     passing = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, room, before, axis.group)]
-    return Pending(_All(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
+    return CollectiveWork(_AllWorks(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
-    """Reduce `x` over the axis in place and return it. op: sum or max."""
+    """Reduce `x` `[...]` over the axis in place and return it.
+
+    Args:
+        x: of one shape on all ranks.
+        axis: the ranks.
+        op: "sum" or "max".
+    """
     if op == "sum":
-        return start_all_reduce(x, axis).wait()
+        return all_reduce_async(x, axis).wait()
     if axis.size > 1:
         host = x.cpu() if _needs_host(x, axis) else x
         dist.all_reduce(host, op=dist.ReduceOp.MAX, group=axis.group)
@@ -139,31 +152,49 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Join the ranks' `x` along `dim`."""
+    """Join the ranks' `x` along `dim`: `[..., m, ...] -> [..., m * n, ...]`.
+
+    Args:
+        x: of one shape on all ranks.
+        axis: the ranks.
+        dim: where the ranks' parts stand beside one another.
+    """
     if axis.size == 1:
         return x
     if dim == 0:
-        return start_all_gather(x, axis).wait()
-    return start_all_gather(x.movedim(dim, 0), axis).wait().movedim(0, dim)
+        return all_gather_async(x, axis).wait()
+    return all_gather_async(x.movedim(dim, 0), axis).wait().movedim(0, dim)
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Sum over the axis, keep this rank's share of `dim`."""
+    """Sum over the axis, keep this rank's share of `dim`: `[..., m * n, ...] -> [..., m, ...]`.
+
+    Args:
+        x: of one shape on all ranks.
+        axis: the ranks.
+        dim: of which each rank keeps a share.
+    """
     if axis.size == 1:
         return x
     if dim == 0:
-        return start_reduce_scatter(x, axis).wait()
-    return start_reduce_scatter(x.movedim(dim, 0), axis).wait().movedim(0, dim)
+        return reduce_scatter_async(x, axis).wait()
+    return reduce_scatter_async(x.movedim(dim, 0), axis).wait().movedim(0, dim)
 
 
 def own_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """This rank's share of `dim`; no communication."""
+    """Return this rank's share of `dim` as a view: `[..., m * n, ...] -> [..., m, ...]`. No communication.
+
+    Args:
+        x: the same on all ranks.
+        axis: the ranks.
+        dim: which is shared out.
+    """
     share = x.shape[dim] // axis.size
     return x.narrow(dim, axis.rank * share, share)
 
 
 class _Mapped(torch.autograd.Function):
-    """One function forward, its conjugate backward."""
+    """One collective forward, its conjugate backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
@@ -183,39 +214,67 @@ def _mapped(x: Tensor, axis: Axis, forward: Callable[[Tensor], Tensor], backward
 
 
 def _alias(x: Tensor) -> Tensor:
-    return x.view_as(x)
+    return x.view_as(x)  # autograd wants another tensor than the input
 
 
 def _sum_copy(x: Tensor, axis: Axis) -> Tensor:
-    """All-reduce that leaves the caller's tensor alone."""
+    """Return the sum over the axis, and leave the caller's tensor alone."""
     return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a region where each rank uses `x` for its own part of a sum."""
+    """Enter a region where each rank uses `x` `[...]` for its own part of a sum: f of arXiv 1909.08053."""
     return _mapped(x, axis, _alias, lambda g: _sum_copy(g, axis))
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Leave it: add up the ranks' parts."""
+    """Leave such a region: add up the ranks' parts `[...]`. It is g of arXiv 1909.08053."""
     return _mapped(x, axis, lambda y: _sum_copy(y, axis), _alias)
 
 
-def split_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Keep this rank's slice of a tensor that all ranks hold."""
+def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """Keep this rank's slice of a tensor that all ranks hold: `[..., m * n, ...] -> [..., m, ...]`.
+
+    Args:
+        x: the same on all ranks.
+        axis: the ranks.
+        dim: which is cut.
+    """
     return _mapped(x, axis, lambda y: own_slice(y, axis, dim).contiguous(), lambda g: all_gather(g, axis, dim))
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Join the slices into a tensor that all ranks then use in the same way."""
+    """Join the slices into a tensor that all ranks then use in the same way: `[..., m, ...] -> [..., m * n, ...]`.
+
+    The gradient is the same on all ranks, so each keeps its slice of it.
+
+    Args:
+        x: this rank's slice.
+        axis: the ranks.
+        dim: which is cut.
+    """
     return _mapped(x, axis, lambda y: all_gather(y, axis, dim), lambda g: own_slice(g, axis, dim).contiguous())
 
 
-def scatter_sum(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Add up the ranks' parts, keep this rank's slice of the sum."""
+def reduce_scatter_to(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Add up the ranks' parts, keep this rank's slice of the sum: `[..., m * n, ...] -> [..., m, ...]`.
+
+    Args:
+        x: this rank's part of the sum.
+        axis: the ranks.
+        dim: which is cut.
+    """
     return _mapped(x, axis, lambda y: reduce_scatter(y, axis, dim), lambda g: all_gather(g, axis, dim))
 
 
-def gather_sum(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Join the slices into a tensor that each rank uses for its own part of a sum."""
+def gather_and_reduce_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Join the slices into a tensor that each rank uses for its own part of a sum: `[..., m, ...] -> [..., m * n, ...]`.
+
+    Each rank has a part of the gradient, so these are added up, and each keeps its slice of the sum.
+
+    Args:
+        x: this rank's slice.
+        axis: the ranks.
+        dim: which is cut.
+    """
     return _mapped(x, axis, lambda y: all_gather(y, axis, dim), lambda g: reduce_scatter(g, axis, dim))

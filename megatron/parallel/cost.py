@@ -1,4 +1,4 @@
-"""What modules cost, as each says of itself.
+"""Costs of modules, FLOPs and bytes of activations, as each module says of itself.
 
 A module says by `flops(seq)` what it computes for one token of a sequence of `seq`, and by `activation_bytes(shape)` what it
 keeps for the backward pass; both without the modules that it holds, which say it themselves. One without such a method computes
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Flops:
         return self.linear + self.core
 
 
-def product_flops(weight: Tensor) -> Flops:
+def weight_flops(weight: Tensor) -> Flops:
     """Return the FLOPs of a token's product with a matrix, of which this rank may hold a part."""
-    return Flops(linear=2 * prod(spec_of(weight).shape))
+    return Flops(linear=2 * prod(param_spec(weight).shape))
 
 
-def flops_of(module: nn.Module, seq: int) -> Flops:
+def module_flops(module: nn.Module, seq: int) -> Flops:
     """Return what a module and all in it compute for one token of a sequence of `seq`."""
     every: Iterable[Any] = module.modules()
     return sum((part.flops(seq) for part in every if hasattr(part, "flops")), Flops())
@@ -102,7 +102,7 @@ class ActivationBytes:
         )
 
 
-def activation_bytes_of(module: nn.Module, shape: MicroBatchShape) -> ActivationBytes:
+def module_activation_bytes(module: nn.Module, shape: MicroBatchShape) -> ActivationBytes:
     """Return what a module and all in it keep, by the count of arXiv 2205.05198, section 4, where nothing is run again.
 
     For 16 bit, heads of width d, a d = h, f = 4 h and attention weights kept, a layer has s b h (10 + 24/t + 5 a s / (h t))

@@ -20,61 +20,73 @@ from megatron.parallel.embedding import VocabShard
 
 # Logits of one chunk: what stays in a CPU's cache (16 MB in fp32), and enough rows to fill a GPU (0.5 GB).
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
-MOST_FP16_ROWS = 4096  # with hidden states of up to 16, no sum over a chunk passes 65504, where fp16 ends
-FEWEST_ROWS = 256  # below this the weight's gradient is read and written more often than it is worth
+MAX_FP16_ROWS = 4096  # with hidden states of up to 16, no sum over a chunk passes 65504, where fp16 ends
+MIN_ROWS = 256  # below this the weight's gradient is read and written more often than it is worth
 
 
-def token_losses(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Losses fp32 `[tokens]`, and their gradients by the logits, fp32 `[tokens, held]`.
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Return the tokens' cross-entropies, and their gradients with respect to the logits.
 
-    logits: `[tokens, held]`, this rank's columns; overwritten. labels: int64 `[tokens]`, the same on every rank.
+    Loss and gradient of softmax cross-entropy: log(sum_j exp(x_j)) - x_label, and softmax(x) - onehot(label).
+
+    Args:
+        logits: `[tokens, padded_size]`, this rank's columns; overwritten.
+        labels: int64 `[tokens]`, the same on every rank.
+        shard: this rank's columns of the vocabulary.
+        tp: the ranks that hold the others.
+
+    Returns:
+        Losses, fp32 `[tokens]`, equal on every rank; gradients, fp32 `[tokens, padded_size]`, of this rank's columns.
     """
-    logits[:, shard.used :] = -torch.inf
-    x = logits.float()
-    local, elsewhere = _columns(labels, shard)
+    logits[:, shard.size :] = -torch.inf  # padding has no part in the softmax
+    x = logits.float()  # [tokens, padded_size]
+    local, elsewhere = _label_columns(labels, shard)  # [tokens, 1], [tokens]
     if tp.size == 1:
         x = x.log_softmax(dim=-1)
         losses, probabilities = -x.gather(-1, local).squeeze(-1), x.exp_()
     else:
-        x = x - all_reduce(x.amax(dim=-1), tp, "max").unsqueeze(-1)
-        at_label = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)
-        exponentials = x.exp_()
-        total, at_label = all_reduce(torch.stack([exponentials.sum(dim=-1), at_label]), tp)
+        x = x - all_reduce(x.amax(dim=-1), tp, "max").unsqueeze(-1)  # [tokens, padded_size]
+        # A label is on one rank, and adds 0 on the others.
+        at_label = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)  # [tokens]
+        exponentials = x.exp_()  # [tokens, padded_size]
+        total, at_label = all_reduce(torch.stack([exponentials.sum(dim=-1), at_label]), tp)  # [tokens] each
         losses, probabilities = total.log() - at_label, exponentials.div_(total.unsqueeze(-1))
+    # Subtract 1 at the label, on the rank that has it.
     probabilities.scatter_add_(-1, local, elsewhere.to(x.dtype).unsqueeze(-1) - 1.0)
     return losses, probabilities
 
 
-def _columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Where the labels are among this rank's columns, int64 `[tokens, 1]`; bool `[tokens]`, true where on another rank."""
-    elsewhere = (labels < shard.start) | (labels >= shard.start + shard.used)
+def _label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Return the labels' columns on this rank, int64 `[tokens, 1]`, and where they are on another one, bool `[tokens]`."""
+    elsewhere = (labels < shard.start) | (labels >= shard.start + shard.size)
     return (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1), elsewhere
 
 
 def _chunk_rows(x: Tensor, shard: VocabShard) -> int:
-    """Tokens whose logits are held at a time; the same on every rank of tp."""
-    return max(FEWEST_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.held)
+    """Return the tokens whose logits are held at a time; the same on every rank of tp."""
+    return max(MIN_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.padded_size)
 
 
-def head_loss_bytes(tokens: int, hidden: int, held: int, element: int) -> int:
-    """Return what `head_loss` holds at its fullest on a GPU; on a CPU, whose chunks are smaller, at most.
+def fused_linear_cross_entropy_bytes(tokens: int, hidden: int, padded_size: int, element: int) -> int:
+    """Return what `fused_linear_cross_entropy` holds at its fullest on a GPU; on a CPU, whose chunks are smaller, at most.
 
-    There are the input and its gradient, tokens x hidden each; the weight's gradient, held x hidden in fp32, and a product or
-    a copy of it in the compute dtype; and of one chunk the logits, in 16 bit also their fp32 copy, and the fp32 probabilities.
+    There are the input and its gradient, tokens x hidden each; the weight's gradient, padded_size x hidden in fp32, and a
+    product or a copy of it in the compute dtype; and of one chunk the logits, in 16 bit also their fp32 copy, and the fp32
+    probabilities.
 
     Args:
         tokens: of all samples at hand.
         hidden: width of the hidden states.
-        held: rows of the vocabulary on this rank.
+        padded_size: rows of the vocabulary on this rank.
         element: bytes of a number in the compute dtype.
     """
-    rows = min(tokens, max(FEWEST_ROWS, max(CHUNK.values()) // held))
-    chunk = rows * held * (element + (4 if element < 4 else 0) + 4)
-    return 2 * element * tokens * hidden + (4 + element) * held * hidden + chunk
+    rows = min(tokens, max(MIN_ROWS, max(CHUNK.values()) // padded_size))
+    chunk = rows * padded_size * (element + (4 if element < 4 else 0) + 4)
+    return 2 * element * tokens * hidden + (4 + element) * padded_size * hidden + chunk
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Gradients are made along with the loss: that of the sum is each token's own, times what comes from above."""
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """The loss with its gradients, made together: that of the sum is each token's own, times the gradient from above."""
 
     @staticmethod
     def forward(
@@ -87,27 +99,28 @@ class _HeadLoss(torch.autograd.Function):
         shard: VocabShard,
         tp: Axis,
         rows: int,
-        wanted: bool,
+        needs_grad: bool,
     ) -> Tensor:
         total = x.new_zeros((), dtype=torch.float32)
-        grad_x = torch.empty_like(x) if wanted else None
-        grad_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted and bias is not None else None
-        room = x.new_empty(min(rows, x.shape[0]), shard.held)
+        grad_x = torch.empty_like(x) if needs_grad else None  # [tokens, hidden]
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_grad else None  # [padded_size, hidden]
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
+        room = x.new_empty(min(rows, x.shape[0]), shard.padded_size)  # one chunk's logits, reused by all
         for first in range(0, x.shape[0], rows):
             chunk = slice(first, first + rows)
-            logits = torch.mm(x[chunk], weight.t(), out=room[: x.shape[0] - first])
+            logits = torch.mm(x[chunk], weight.t(), out=room[: x.shape[0] - first])  # [rows, padded_size]
             if bias is not None:
                 logits += bias
-            losses, grads = token_losses(logits, labels[chunk], shard, tp)
+            # [rows], [rows, padded_size]
+            losses, grads = vocab_parallel_cross_entropy(logits, labels[chunk], shard, tp)
             total += losses @ mask[chunk]
             if grad_bias is not None:
                 grad_bias += mask[chunk] @ grads
             if grad_x is not None and grad_weight is not None:
                 # The mask's rows go to the narrow factors, which are much smaller than the logits' gradients.
-                grads, counts = grads.to(x.dtype), mask[chunk].unsqueeze(-1).to(x.dtype)
+                grads, counts = grads.to(x.dtype), mask[chunk].unsqueeze(-1).to(x.dtype)  # counts: [rows, 1]
                 torch.mm(grads, weight, out=grad_x[chunk]).mul_(counts)
-                counted = x[chunk] * counts
+                counted = x[chunk] * counts  # [rows, hidden]
                 if first == 0:
                     grad_weight.copy_(grads.t() @ counted)
                 elif x.dtype == torch.float32:
@@ -129,7 +142,7 @@ class _HeadLoss(torch.autograd.Function):
         return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), grad_bias, *[None] * 6
 
 
-def head_loss(
+def fused_linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -140,17 +153,27 @@ def head_loss(
     rows: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Sum over tokens of mask x cross-entropy of the logits `x weight^T + bias`; fp32 scalar, equal on every rank of tp.
+    """Return the sum over tokens of mask * cross-entropy of the logits `x weight^T + bias`.
 
-    x: `[tokens, hidden]`, whole on every rank; the gradient it gets is this rank's part of a sum over tp. weight:
-    `[held, hidden]`, this rank's rows. bias: `[held]`. labels: int64 `[tokens]` within the vocabulary. mask: fp32 `[tokens]`.
-    rows: tokens of a chunk, the same on every rank; default what suits the device.
+    Args:
+        x: `[tokens, hidden]`, whole on every rank; the gradient it gets is this rank's part of a sum over tp.
+        weight: `[padded_size, hidden]`, this rank's rows.
+        labels: int64 `[tokens]` within the vocabulary.
+        mask: fp32 `[tokens]`.
+        shard: this rank's rows of the vocabulary.
+        tp: the ranks that hold the others.
+        rows: tokens of a chunk, the same on every rank; default what suits the device.
+        bias: `[padded_size]`, this rank's part; None for none.
+
+    Returns:
+        fp32 scalar, equal on every rank of tp.
     """
     rows = rows or _chunk_rows(x, shard)
     if x.dtype == torch.float16:
-        rows = min(rows, MOST_FP16_ROWS)
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    loss: Tensor = _HeadLoss.apply(x, weight, bias, labels, mask, shard, tp, rows, wanted)  # type: ignore[no-untyped-call]
+        rows = min(rows, MAX_FP16_ROWS)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    arguments = (x, weight, bias, labels, mask, shard, tp, rows, needs_grad)
+    loss: Tensor = _FusedLinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -158,23 +181,33 @@ def head_loss(
 def label_scores(
     x: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, tp: Axis, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels, fp32 `[tokens]`, and whether each is the most probable token, bool `[tokens]`.
+    """Return log-probabilities of the labels, and whether each is the most probable token.
 
-    Equal on every rank of tp; arguments as of `head_loss`. Of equally probable tokens the lower one counts as the more
-    probable, as in generation.
+    Of equally probable tokens the lower one counts as the more probable, as in generation.
+
+    Args:
+        x: `[tokens, hidden]`, whole on every rank.
+        weight: `[padded_size, hidden]`, this rank's rows.
+        labels: int64 `[tokens]` within the vocabulary.
+        shard: this rank's rows of the vocabulary.
+        tp: the ranks that hold the others.
+        rows: tokens of a chunk, the same on every rank; default what suits the device.
+
+    Returns:
+        fp32 `[tokens]` and bool `[tokens]`, equal on every rank of tp.
     """
     rows = rows or _chunk_rows(x, shard)
     scores = x.new_empty(x.shape[0], dtype=torch.float32)
     hits = torch.empty_like(scores, dtype=torch.bool)
     for first in range(0, x.shape[0], rows):
         chunk = slice(first, first + rows)
-        logits = (x[chunk] @ weight.t()).float()
-        logits[:, shard.used :] = -torch.inf
-        local, elsewhere = _columns(labels[chunk], shard)
-        own, best = logits.max(dim=-1)
-        highest = all_reduce(own.clone(), tp, "max")
+        logits = (x[chunk] @ weight.t()).float()  # [rows, padded_size]
+        logits[:, shard.size :] = -torch.inf
+        local, elsewhere = _label_columns(labels[chunk], shard)
+        own, best = logits.max(dim=-1)  # [rows], [rows]: this rank's largest logit, and its column
+        highest = all_reduce(own.clone(), tp, "max")  # [rows]
         # The lowest of the ranks' most probable tokens, as the largest of their negatives.
-        best = -all_reduce(-(best + shard.start).masked_fill(own < highest, shard.vocab), tp, "max")
+        best = -all_reduce(-(best + shard.start).masked_fill(own < highest, shard.vocab_size), tp, "max")
         at_label = logits.gather(-1, local).squeeze(-1).sub_(highest).masked_fill_(elsewhere, 0.0)
         total = logits.sub_(highest.unsqueeze(-1)).exp_().sum(dim=-1)
         total, at_label = all_reduce(torch.stack([total, at_label]), tp)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, product_flops
+from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, weight_flops
 from megatron.parallel.spec import Part
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.parallel.weight_grad import WeightWork, linear, weight_gradient
+from megatron.parallel.weight_grad import WeightGradStore, compute_weight_grad, linear
 
 
 class _ColumnLinears(torch.autograd.Function):
@@ -34,41 +34,43 @@ class _ColumnLinears(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         tp: TensorParallel,
-        work: WeightWork | None,
+        store: WeightGradStore | None,
         count: int,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        # x: [seq, ..., in], or [seq / tp, ..., in] under sequence parallelism; weights: [out / tp, in].
         weights, biases = parameters[:count], parameters[count:]
-        whole = tp.start_enter(x).wait()
+        whole = tp.enter_async(x).wait()  # [seq, ..., in]
         # Under sequence parallelism only the shard is kept, and gathered again backward: 1/tp of the memory.
         ctx.save_for_backward(x, *weights)
-        ctx.tp, ctx.work = tp, work
+        ctx.tp, ctx.store = tp, store
         ctx.weights, ctx.biases = weights, biases
+        # Each output is [seq, ..., out / tp].
         return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        gathering = ctx.tp.start_enter(x)
-        grad_x = grads[0].matmul(weights[0])
+        gathering = ctx.tp.enter_async(x)  # runs beside the products for the input's gradient
+        grad_x = grads[0].matmul(weights[0])  # [seq, ..., in], this rank's part of a sum
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             grad_x = grad_x + grad.matmul(weight)
-        whole = gathering.wait()
-        reducing = ctx.tp.start_leave(grad_x)
-        if ctx.work is not None and ctx.work.keeping:
+        whole = gathering.wait()  # [seq, ..., in]
+        reducing = ctx.tp.leave_async(grad_x)  # runs beside the products for the weights' gradients
+        if ctx.store is not None and ctx.store.is_deferring:
             for weight, bias, grad in zip(ctx.weights, ctx.biases, grads, strict=True):
-                ctx.work.keep(weight, bias, whole, grad)
+                ctx.store.put(weight, bias, whole, grad)
             return reducing.wait(), *[None] * (3 + 2 * len(grads))
-        rows = whole.flatten(0, -2)
-        flat = [g.flatten(0, -2) for g in grads]
-        fused = ctx.work is not None and ctx.work.fused
-        grad_weights = [weight_gradient(w, g, rows, fused=fused) for w, g in zip(ctx.weights, flat, strict=True)]
+        rows = whole.flatten(0, -2)  # [tokens, in]
+        flat = [g.flatten(0, -2) for g in grads]  # each [tokens, out / tp]
+        fused = ctx.store is not None and ctx.store.fused
+        grad_weights = [compute_weight_grad(w, g, rows, fused=fused) for w, g in zip(ctx.weights, flat, strict=True)]
         grad_biases = [None if b is None else g.sum(0) for g, b in zip(flat, ctx.biases, strict=True)]
         return reducing.wait(), None, None, None, *grad_weights, *grad_biases
 
 
 class ColumnLinear(nn.Module):
-    """`[..., in_features] -> [..., out_features / tp]`; this rank holds rows `rank * out / tp` and on.
+    """Linear layer `[..., in_features] -> [..., out_features / tp]`; this rank holds rows `rank * out / tp` and on.
 
     Under sequence parallelism the input is this rank's slice `[seq / tp, ...]`, the output is whole in the sequence.
     ValueError when the axis does not divide out_features.
@@ -90,7 +92,7 @@ class ColumnLinear(nn.Module):
         self.same_input = same_input
         rows = tp.share(out_features, f"{out_features} output features")
         self.tp = tp
-        self.weight_work: WeightWork | None = None
+        self.weight_grad_store: WeightGradStore | None = None
         part = Part((rows.start, 0), (len(rows), in_features))
         self.weight = tp.slice_parameter((out_features, in_features), part)
         self.bias = None
@@ -100,7 +102,7 @@ class ColumnLinear(nn.Module):
 
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's product with the whole weight."""
-        return product_flops(self.weight)
+        return weight_flops(self.weight)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
         """Return the bytes of its input, which is kept as it came; a weight's gradient takes it whole, and the output's."""
@@ -111,14 +113,15 @@ class ColumnLinear(nn.Module):
         return ActivationBytes(saved=each * columns // shape.shared, weight_grad=each * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return this rank's output features, `[..., out_features / tp]`."""
         return column_linears(x, [self])[0]
 
 
 def column_linears(x: Tensor, layers: Sequence[ColumnLinear]) -> tuple[Tensor, ...]:
-    """The outputs of several ColumnLinears that share the input: one communication instead of one for each."""
+    """Return the outputs of several ColumnLinears that share the input: one communication instead of one for each."""
     first = layers[0]
     weights, biases = [y.weight for y in layers], [y.bias for y in layers]
-    return column_products(x, first.tp, weights, biases, first.weight_work)
+    return column_products(x, first.tp, weights, biases, first.weight_grad_store)
 
 
 def column_products(
@@ -126,18 +129,29 @@ def column_products(
     tp: TensorParallel,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    work: WeightWork | None = None,
+    store: WeightGradStore | None = None,
 ) -> tuple[Tensor, ...]:
-    """`x W^T + b` for weights cut over tp by their rows; what `ColumnLinear` and the output layer compute."""
+    """Return `x W^T + b` for weights cut over tp by their rows; `ColumnLinear` and the output layer compute it.
+
+    Args:
+        x: `[seq, ..., in]`, under sequence parallelism this rank's slice `[seq / tp, ..., in]`.
+        tp: the ranks.
+        weights: each `[out / tp, in]`, this rank's rows.
+        biases: for each weight `[out / tp]`, or None.
+        store: takes the weights' gradients while it defers; None for autograd's way.
+
+    Returns:
+        For each weight `[seq, ..., out / tp]`.
+    """
     if tp.size == 1:
-        return tuple(linear(x, w, b, work) for w, b in zip(weights, biases, strict=True))
-    arguments = (x, tp, work, len(weights), *weights, *biases)
+        return tuple(linear(x, w, b, store) for w, b in zip(weights, biases, strict=True))
+    arguments = (x, tp, store, len(weights), *weights, *biases)
     outputs: tuple[Tensor, ...] = _ColumnLinears.apply(*arguments)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class RowLinear(nn.Module):
-    """`[..., in_features / tp] -> [..., out_features]`; this rank holds columns `rank * in / tp` and on.
+    """Linear layer `[..., in_features / tp] -> [..., out_features]`; this rank holds columns `rank * in / tp` and on.
 
     The bias is whole on every rank and added once, after the sum. Under sequence parallelism the output is this rank's slice
     `[seq / tp, ...]`, so each rank's bias gradient is a part of the sum. ValueError when the axis does not divide
@@ -148,14 +162,14 @@ class RowLinear(nn.Module):
         super().__init__()
         columns = tp.share(in_features, f"{in_features} input features")
         self.tp = tp
-        self.weight_work: WeightWork | None = None
+        self.weight_grad_store: WeightGradStore | None = None
         part = Part((0, columns.start), (out_features, len(columns)))
         self.weight = tp.slice_parameter((out_features, in_features), part, init=init)
         self.bias = tp.parameter(out_features, init="zeros", decay=False) if bias else None
 
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's product with the whole weight."""
-        return product_flops(self.weight)
+        return weight_flops(self.weight)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
         """Return the bytes of its input; a weight's gradient takes that and the output's."""
@@ -164,7 +178,9 @@ class RowLinear(nn.Module):
         return ActivationBytes(saved=each * columns, weight_grad=each * (columns + rows))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return all output features of `[..., in_features / tp]`, summed over the ranks."""
         if self.tp.size == 1:
-            return linear(x, self.weight, self.bias, self.weight_work)
-        y = self.tp.leave(linear(x, self.weight, None, self.weight_work))
+            return linear(x, self.weight, self.bias, self.weight_grad_store)
+        # The bias comes after the sum, or it would be added once for each rank.
+        y = self.tp.leave(linear(x, self.weight, None, self.weight_grad_store))  # [seq or seq / tp, ..., out_features]
         return y if self.bias is None else y + self.bias

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import gather_from
-from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, product_flops
-from megatron.parallel.cross_entropy import head_loss, head_loss_bytes, label_scores
+from megatron.parallel.cost import ActivationBytes, Flops, MicroBatchShape, weight_flops
+from megatron.parallel.cross_entropy import fused_linear_cross_entropy, fused_linear_cross_entropy_bytes, label_scores
 from megatron.parallel.embedding import VocabShard, vocab_parameter
 from megatron.parallel.linear import column_products
 from megatron.parallel.tensor_parallel import TensorParallel
@@ -18,8 +18,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 class VocabOutput(nn.Module):
     """Loss, logits and scores of hidden states `[seq, batch, hidden]`, under sequence parallelism of this rank's slice of them.
 
-    tied: the embedding's weight, `[held, hidden]`, where the output layer has none of its own; no parameter of this module.
-    bias, of each method: `[held]`, this rank's part.
+    tied: the embedding's weight, `[padded_size, hidden]`, where the output layer has none of its own. It is no parameter of
+        this module.
+    bias, of each method: `[padded_size]`, this rank's part.
     """
 
     def __init__(self, shard: VocabShard, hidden: int, tp: TensorParallel, *, tied: nn.Parameter | None = None) -> None:
@@ -30,7 +31,7 @@ class VocabOutput(nn.Module):
 
     @property
     def matrix(self) -> nn.Parameter:
-        """`[held, hidden]`: this rank's rows, whoever owns them."""
+        """This rank's rows, `[padded_size, hidden]`; its own, or the embedding's where it is tied."""
         matrix = self._tied[0] if self.weight is None else self.weight
         if matrix is None:
             raise ValueError("the output layer has lost its matrix")
@@ -38,14 +39,15 @@ class VocabOutput(nn.Module):
 
     def flops(self, seq: int) -> Flops:
         """Return the FLOPs of one token's logits."""
-        return product_flops(self.matrix)
+        return weight_flops(self.matrix)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return what the loss takes."""
-        return ActivationBytes(transient=head_loss_bytes(shape.tokens, shape.hidden, self.shard.held, shape.element))
+        """Return the bytes that the loss takes while it runs; nothing but gradients is kept."""
+        rows = self.shard.padded_size
+        return ActivationBytes(transient=fused_linear_cross_entropy_bytes(shape.tokens, shape.hidden, rows, shape.element))
 
     def loss(self, x: Tensor, labels: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the sum of the cross-entropies that count, fp32; see `head_loss`.
+        """Return the sum of the cross-entropies that count, fp32; see `fused_linear_cross_entropy`.
 
         Args:
             x: hidden states.
@@ -55,15 +57,16 @@ class VocabOutput(nn.Module):
         """
         labels, mask = labels.t().reshape(-1), mask.t().reshape(-1)  # [seq * batch]
         whole = self.tp.enter(x).flatten(0, 1)  # [seq * batch, hidden]
-        return head_loss(whole, self.matrix, labels, mask, self.shard, self.tp.axis, bias=bias)
+        return fused_linear_cross_entropy(whole, self.matrix, labels, mask, self.shard, self.tp.axis, bias=bias)
 
     def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return fp32 `[seq, batch, vocab]`, padding left out."""
-        columns = column_products(x, self.tp, [self.matrix], [bias])[0]  # [seq, batch, held]
-        return gather_from(columns, self.tp.axis, -1)[..., : self.shard.vocab].float()
+        columns = column_products(x, self.tp, [self.matrix], [bias])[0]  # [seq, batch, padded_size]
+        # Cut the padding off after the gather: it stands at the vocabulary's end alone.
+        return gather_from(columns, self.tp.axis, -1)[..., : self.shard.vocab_size].float()
 
     def label_scores(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and bool: is each the most probable token there?
+        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and whether each is the most probable token there, bool.
 
         Only a few tokens' logits are there at a time. labels: int64 `[batch, seq]`.
         """

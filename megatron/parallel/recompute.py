@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recompute:
-    """What a stage runs again; by default nothing.
+    """Choice of what a stage runs again in the backward pass; by default nothing.
 
     granularity: None, "selective" or "full"; method ("uniform" or "block") and num_layers, the K above, are of "full".
     distribute: the axis over which a chunk's input is cut, None to keep it whole on every rank. draws: whether the forward
@@ -46,20 +46,31 @@ class Recompute:
     draws: bool = False
 
     @classmethod
-    def of(cls, config: MemoryConfig, tp: Axis, *, draws: bool) -> Recompute:
-        """What a legal configuration asks for."""
+    def from_config(cls, config: MemoryConfig, tp: Axis, *, draws: bool) -> Recompute:
+        """Return what a legal configuration asks for.
+
+        Args:
+            config: the memory section.
+            tp: the axis that a chunk's input may be cut over.
+            draws: whether the forward pass takes numbers from torch's generator.
+        """
         distribute = tp if config.distribute_saved_activations and tp.size > 1 else None
         return cls(config.recompute_granularity, config.recompute_method, config.recompute_num_layers, distribute, draws)
 
-    def attention(self, attend: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        """The core attention, itself or one that keeps only queries, keys and values."""
-        return self._again(attend) if self.granularity == "selective" else attend
+    def attention(self, core_attention: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        """Return the core attention, itself or one that keeps only queries, keys and values."""
+        return self._again(core_attention) if self.granularity == "selective" else core_attention
 
     def through(self, layers: Sequence[T], call: Callable[[T, Tensor], Tensor], x: Tensor) -> Tensor:
-        """`call(layer, x)` for one layer after the other; returns the last one's output.
+        """Run `call(layer, x)` for one layer after the other. Without gradients nothing is kept, and nothing run again.
 
-        x: `[...]`; with `distribute` its number of elements is a multiple of the axis' size. Without gradients nothing is
-        kept, and nothing run again.
+        Args:
+            layers: of the stage, in their order.
+            call: runs one of them.
+            x: `[...]`; with `distribute` its number of elements is a multiple of the axis' size.
+
+        Returns:
+            The last layer's output, like x.
         """
         for chunk, again in self.chunks(layers):
 
@@ -77,7 +88,7 @@ class Recompute:
         return x
 
     def chunks(self, layers: Sequence[T]) -> Iterator[tuple[Sequence[T], bool]]:
-        """The layers in pieces, and whether a piece is run again."""
+        """Yield the layers in pieces, and whether a piece is run again."""
         count = min(self.num_layers, len(layers))
         if self.granularity != "full":
             yield layers, False
@@ -120,7 +131,7 @@ class Recompute:
         return recomputed
 
     def _again_from_shares(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: Axis) -> Tensor:
-        """`function(x)`, keeping this rank's share of x."""
+        """Return `function(x)`, keeping this rank's share of x alone."""
         shape, whole = x.shape, [x]
 
         def run(share: Tensor) -> Tensor:
@@ -129,5 +140,5 @@ class Recompute:
             joined = whole.pop() if whole else all_gather(share, axis).view(shape).requires_grad_()
             return function(joined)
 
-        share = own_slice(x.detach().flatten(), axis).clone()
+        share = own_slice(x.detach().flatten(), axis).clone()  # [elements / tp]; a clone, so that x itself is free to go
         return self._again(run)(share)

@@ -35,18 +35,18 @@ from torch import Tensor
 
 from megatron.contract import Batch
 from megatron.mesh.mesh import Axis
-from megatron.parallel.collectives import start_shift
+from megatron.parallel.collectives import ring_shift_async
 from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.random import DropoutKeys, drop
 
 
-def chunks_of(rank: int, size: int) -> tuple[int, int]:
-    """The two chunks of the sequence that a rank holds, of 2 x size."""
+def rank_chunks(rank: int, size: int) -> tuple[int, int]:
+    """Return the numbers of the two chunks of the sequence that a rank holds, of 2 x size."""
     return rank, 2 * size - 1 - rank
 
 
 @dataclass(frozen=True)
-class Block:
+class ScoreBlock:
     """One block of scores: chunk `queries` of the sequence against chunk `keys`.
 
     query_half, key_half: which of its holder's two chunks each is, 0 or 1.
@@ -63,18 +63,24 @@ class Block:
         return self.queries == self.keys
 
 
-def blocks_of(rank: int, source: int, size: int, *, causal: bool = True) -> list[Block]:
-    """The queries of `rank` against the keys of `source`; with `causal`, what causality leaves of them.
+def score_blocks(rank: int, source: int, size: int, *, causal: bool = True) -> list[ScoreBlock]:
+    """Return the blocks of the queries of `rank` against the keys of `source`; with `causal`, those that causality leaves.
 
     Blocks on the diagonal come first: there every token sees itself, so no later sum starts from nothing.
+
+    Args:
+        rank: has the queries.
+        source: has the keys, at first.
+        size: number of context-parallel ranks.
+        causal: leave out the blocks whose keys all come after the queries.
     """
-    queries, keys = chunks_of(rank, size), chunks_of(source, size)
-    found = [Block(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if not causal or keys[j] <= queries[i]]
+    queries, keys = rank_chunks(rank, size), rank_chunks(source, size)
+    found = [ScoreBlock(queries[i], keys[j], i, j) for i in (0, 1) for j in (0, 1) if not causal or keys[j] <= queries[i]]
     return sorted(found, key=lambda block: not block.diagonal)
 
 
 def share(batch: Batch, cp: Axis) -> Batch:
-    """This rank's part of a micro-batch: `[micro_batch, seq]` -> `[micro_batch, seq / cp]`, chunk r, then chunk 2n - 1 - r.
+    """Return this rank's part of a micro-batch: `[batch, seq]` -> `[batch, seq / cp]`, chunk r, then chunk 2n - 1 - r.
 
     `documents` stay whole, since the keys come from everywhere. ValueError when the sequence has no 2 x cp equal chunks.
     """
@@ -84,29 +90,39 @@ def share(batch: Batch, cp: Axis) -> Batch:
     if seq % (2 * cp.size):
         raise ValueError(f"a sequence of {seq} tokens does not cut into 2 x {cp.size} equal chunks for context parallelism")
     width = seq // (2 * cp.size)
-    starts = [chunk * width for chunk in chunks_of(cp.rank, cp.size)]
+    starts = [chunk * width for chunk in rank_chunks(cp.rank, cp.size)]
     places = torch.cat([torch.arange(start, start + width, device=batch.tokens.device) for start in starts])
     names = [n for n in ("tokens", "labels", "loss_mask", "positions", "segments") if getattr(batch, n) is not None]
     cut = {name: getattr(batch, name)[:, places] for name in names}
     return replace(batch, **cut, places=places)
 
 
-class RingMasks(Protocol):
-    """What ring attention reads of `model.attention.Masks`."""
+class RingContext(Protocol):
+    """The part of `model.attention.AttentionContext` that ring attention reads."""
 
     @property
-    def documents(self) -> Tensor | None: ...
+    def documents(self) -> Tensor | None:
+        """Document numbers `[batch, seq]` of whole sequences."""
+        ...
+
     @property
-    def probability(self) -> float: ...
+    def dropout(self) -> float:
+        """Probability of attention dropout."""
+        ...
+
     @property
-    def keys(self) -> DropoutKeys | None: ...
+    def dropout_keys(self) -> DropoutKeys | None:
+        """Random identities of this rank's tokens; None outside training."""
+        ...
 
 
 class RingAttention:
-    """A `model.attention.Attend` for ranks that hold the parts of a sequence that `share` gives them.
+    """A `model.attention.CoreAttention` for ranks that hold the parts of a sequence that `share` gives them.
 
-    cp: the context-parallel axis. Collective over it, forward and backward. causal: a token sees itself and what came before;
-    else it sees all.
+    Collective over the context-parallel axis, forward and backward.
+
+    cp: the axis.
+    causal: a token sees itself and what came before; else it sees all.
     """
 
     def __init__(self, cp: Axis, *, causal: bool = True) -> None:
@@ -115,12 +131,19 @@ class RingAttention:
     def activation_bytes(
         self, shape: MicroBatchShape, heads: int, groups: int, head_dim: int, dropout: float
     ) -> ActivationBytes:
-        """Return the bytes of the heads of one rank: an fp32 number for each query and head is kept, and nothing that grows
-        with seq; the rest, an estimate, is there in the backward pass alone.
+        """Return the bytes that the heads of one rank take.
 
-        Blocks of scores, `[micro_batch, heads, chunk, chunk]` in fp32 with a chunk of half of the rank's tokens: three, with
-        dropout six. Of keys and values those at hand and those that arrive, and in fp32 three gradients: made here, leaving
-        and arriving. Of the queries copies of three tensors in the compute dtype, and in fp32 two of their gradients.
+        An fp32 number for each query and head is kept, and nothing that grows with seq. The rest, an estimate, is there in the
+        backward pass alone. Blocks of scores, `[batch, heads, chunk, chunk]` in fp32 with a chunk of half the rank's tokens:
+        three, with dropout six. Of keys and values those at hand and those that arrive, and in fp32 three gradients: made here,
+        leaving and arriving. Of the queries copies of three tensors in the compute dtype, and in fp32 two of their gradients.
+
+        Args:
+            shape: the micro-batch on this rank.
+            heads: query heads on this rank.
+            groups: key-value heads on this rank.
+            head_dim: channels of a head.
+            dropout: probability, 0 for none.
         """
         statistics = 4 * heads * shape.tokens
         blocks = (6 if dropout > 0.0 else 3) * 4 * heads * (shape.seq // 2) ** 2
@@ -128,74 +151,88 @@ class RingAttention:
         queries = heads * head_dim * shape.seq * (3 * shape.element + 2 * 4)
         return ActivationBytes(statistics, core=statistics, transient=shape.rows * (blocks + travelling + queries))
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, masks: RingMasks, heads: Tensor) -> Tensor:
-        """q: `[batch, heads, seq / cp, head_dim]`; k, v: `[batch, groups, seq / cp, head_dim]`; the result is like q.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: RingContext, head_keys: Tensor) -> Tensor:
+        """Return the attended values of this rank's queries, like q.
 
-        heads: int32 `[heads]`, the keys of the dropout's random numbers. ValueError for an odd number of tokens, and for
-        keys that are not the queries' own, as those of a generation's cache.
+        Args:
+            q: `[batch, heads, seq / cp, head_dim]`.
+            k: `[batch, groups, seq / cp, head_dim]`.
+            v: like k.
+            context: documents and dropout of the micro-batch.
+            head_keys: int32 `[heads]`, the heads' part in the random numbers of dropout.
+
+        Raises:
+            ValueError: an odd number of tokens, or keys that are not the queries' own, as those of a generation's cache.
         """
         if q.shape[2] % 2 or q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"ring attention takes two equal chunks of a sequence, not {q.shape[2]} queries and {k.shape[2]} keys; "
                 "generate with context-parallel size 1"
             )
-        context = _Context(self.cp, self.causal, masks.documents, masks.keys, masks.probability, heads)
-        result: Tensor = _Ring.apply(q, k, v, context)  # type: ignore[no-untyped-call]
+        ring = _RingPass(self.cp, self.causal, context.documents, context.dropout_keys, context.dropout, head_keys)
+        result: Tensor = _Ring.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
         return result
 
 
 @dataclass(frozen=True)
-class _Context:
-    """What forward and backward both need beside queries, keys and values."""
+class _RingPass:
+    """State of one call that forward and backward share, beside queries, keys and values; fields as of `AttentionContext`."""
 
     cp: Axis
     causal: bool
     documents: Tensor | None
-    keys: DropoutKeys | None
-    probability: float
-    heads: Tensor
+    dropout_keys: DropoutKeys | None
+    dropout: float
+    head_keys: Tensor
 
-    def steps(self) -> Iterator[list[Block]]:
-        """The blocks of each step: first with the own keys, then with those of the rank before, and so on."""
+    def steps(self) -> Iterator[list[ScoreBlock]]:
+        """Yield the blocks of each step: first with the own keys, then with those of the rank before, and so on."""
         for step in range(self.cp.size):
-            yield blocks_of(self.cp.rank, (self.cp.rank - step) % self.cp.size, self.cp.size, causal=self.causal)
+            yield score_blocks(self.cp.rank, (self.cp.rank - step) % self.cp.size, self.cp.size, causal=self.causal)
 
-    def scores(self, query: Tensor, key: Tensor, block: Block) -> Tensor:
-        """`[batch, groups, queries, keys]` in fp32 or better, minus infinity where a token may not look.
+    def scores(self, query: Tensor, key: Tensor, block: ScoreBlock) -> Tensor:
+        """Return the scores of a block in fp32 or better, minus infinity where a token may not look.
 
-        query: `[batch, groups, heads per group x chunk, head_dim]`. key: `[batch, groups, chunk, head_dim]`.
+        Args:
+            query: `[batch, groups, heads per group * chunk, head_dim]`, scaled by 1 / sqrt(head_dim).
+            key: `[batch, groups, chunk, head_dim]`.
+            block: says which chunks these are.
+
+        Returns:
+            `[batch, groups, heads per group * chunk, chunk]`.
         """
-        scores = query @ key.transpose(-1, -2)
-        scores = scores.to(_statistics(scores))
+        scores = query @ key.transpose(-1, -2)  # [batch, groups, heads per group * chunk, chunk]
+        scores = scores.to(_accumulation_dtype(scores))
         width = key.shape[2]
         allowed: Tensor | None = None
         if block.diagonal and self.causal:
-            allowed = torch.ones(width, width, dtype=torch.bool, device=key.device).tril()
+            allowed = torch.ones(width, width, dtype=torch.bool, device=key.device).tril()  # [chunk, chunk]
         if self.documents is not None:
             rows, columns = (self.documents[:, c * width : (c + 1) * width] for c in (block.queries, block.keys))
             same = (rows.unsqueeze(2) == columns.unsqueeze(1)).unsqueeze(1)  # [batch, 1, chunk, chunk]
             allowed = same if allowed is None else same & allowed
         if allowed is not None:
-            scores.view(-1, self.heads.numel(), width, width).masked_fill_(~allowed, -torch.inf)
+            # A view as [batch, heads, chunk, chunk]: the mask is the same for every head.
+            scores.view(-1, self.head_keys.numel(), width, width).masked_fill_(~allowed, -torch.inf)
         return scores
 
-    def dropped(self, x: Tensor, block: Block) -> Tensor:
-        """Dropout of `[batch, groups, queries, keys]`: the numbers that one process draws for these weights."""
-        if self.keys is None or self.probability == 0.0:
+    def dropped(self, x: Tensor, block: ScoreBlock) -> Tensor:
+        """Drop weights `[batch, groups, queries, keys]` by the numbers that one process draws for them."""
+        if self.dropout_keys is None or self.dropout == 0.0:
             return x
         width = x.shape[-1]
         queries = slice(block.query_half * width, (block.query_half + 1) * width)
-        numbers = self.keys.attention(self.heads, queries, range(block.keys * width, (block.keys + 1) * width))
-        return drop(x, numbers.view_as(x), self.probability)
+        numbers = self.dropout_keys.attention(self.head_keys, queries, range(block.keys * width, (block.keys + 1) * width))
+        return drop(x, numbers.view_as(x), self.dropout)
 
 
-def _statistics(x: Tensor) -> torch.dtype:
-    """The dtype of sums and softmax statistics."""
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of sums and softmax statistics: fp32, or fp64 where that is computed with."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _halves(x: Tensor, groups: int) -> list[Tensor]:
-    """`[batch, heads, seq, dim]` -> two of `[batch, groups, heads per group x seq / 2, dim]`.
+    """Cut `[batch, heads, seq, dim]` into two of `[batch, groups, heads per group * seq / 2, dim]`.
 
     The heads of a group become rows of one matrix, so that keys and values are never repeated for them.
     """
@@ -203,60 +240,67 @@ def _halves(x: Tensor, groups: int) -> list[Tensor]:
 
 
 class _Ring(torch.autograd.Function):
+    """Exact attention around the ring; softmax is made block by block, with running statistics (arXiv 2205.14135)."""
+
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, context: _Context) -> Tensor:
-        batch, heads, seq, width = q.shape
-        queries = _halves(q * width**-0.5, k.shape[1])
-        sums = [torch.zeros_like(query, dtype=_statistics(q)) for query in queries]
-        totals = [torch.full_like(each[..., :1], -torch.inf) for each in sums]  # log-sum-exp of the scores so far
-        held = torch.stack([k, v])
-        for step, blocks in enumerate(context.steps()):
-            arriving = start_shift(held, context.cp) if step + 1 < context.cp.size else None
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _RingPass) -> Tensor:
+        batch, heads, seq, width = q.shape  # seq: tokens of this rank
+        # Below, "rows" are the queries of all heads of a group: heads per group * chunk, with chunk = seq / 2.
+        queries = _halves(q * width**-0.5, k.shape[1])  # 2 x [batch, groups, rows, head_dim]
+        sums = [torch.zeros_like(query, dtype=_accumulation_dtype(q)) for query in queries]  # like queries
+        totals = [torch.full_like(each[..., :1], -torch.inf) for each in sums]  # log-sum-exp so far, [..., rows, 1]
+        held = torch.stack([k, v])  # [2, batch, groups, seq, head_dim]
+        for step, blocks in enumerate(ring.steps()):
+            arriving = ring_shift_async(held, ring.cp) if step + 1 < ring.cp.size else None
             for block in blocks:
                 i, (key, value) = block.query_half, held.chunk(2, dim=3)[block.key_half]
-                scores = context.scores(queries[i], key, block)
-                total = torch.logaddexp(totals[i], scores.logsumexp(dim=-1, keepdim=True))
-                weights = context.dropped(scores.sub_(total).exp_(), block)
+                scores = ring.scores(queries[i], key, block)  # [batch, groups, rows, chunk]
+                # Softmax over all keys so far: what was summed before shrinks by exp(old total - new total).
+                total = torch.logaddexp(totals[i], scores.logsumexp(dim=-1, keepdim=True))  # [batch, groups, rows, 1]
+                weights = ring.dropped(scores.sub_(total).exp_(), block)  # [batch, groups, rows, chunk]
                 sums[i].mul_((totals[i] - total).exp_()).add_(weights.to(q.dtype) @ value)
                 totals[i] = total
             if arriving is not None:
                 held = arriving.wait()
         # Sequence-first in memory, as the layer after it wants it: both then keep the same tensor.
-        y = q.new_empty(seq, batch, heads, width).permute(1, 2, 0, 3)
+        y = q.new_empty(seq, batch, heads, width).permute(1, 2, 0, 3)  # [batch, heads, seq, head_dim]
         for half, result in zip(y.chunk(2, dim=2), sums, strict=True):
             half.copy_(result.view(half.shape))
         ctx.save_for_backward(q, k, v, y, *totals)
-        ctx.context = context
+        ctx.ring = ring
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, *totals = ctx.saved_tensors
-        context, groups, exact = ctx.context, k.shape[1], _statistics(q)
+        ring, groups, exact = ctx.ring, k.shape[1], _accumulation_dtype(q)
         scale = q.shape[3] ** -0.5
+        # 2 x [batch, groups, rows, head_dim] each.
         queries, above = _halves(q * scale, groups), _halves(grads[0], groups)
-        # Of a softmax's gradient, the part that all of a row's weights share.
+        # Of a softmax's gradient P * (dP - rowsum(P * dP)), the part that all of a row's weights share: rowsum(y * dy), which
+        # is the same number (arXiv 2205.14135, appendix B.2). Each [batch, groups, rows, 1].
         shared = [(a.to(exact) * b.to(exact)).sum(-1, keepdim=True) for a, b in zip(above, _halves(y, groups), strict=True)]
         grad_queries = [torch.zeros_like(query, dtype=exact) for query in queries]
         held, travelling = torch.stack([k, v]), None
-        for step, blocks in enumerate(context.steps()):
-            arriving = start_shift(held, context.cp) if step + 1 < context.cp.size else None
-            grad_held = torch.zeros_like(held, dtype=exact)
+        for step, blocks in enumerate(ring.steps()):
+            arriving = ring_shift_async(held, ring.cp) if step + 1 < ring.cp.size else None
+            grad_held = torch.zeros_like(held, dtype=exact)  # [2, batch, groups, seq, head_dim]
             for block in blocks:
                 i, (key, value) = block.query_half, held.chunk(2, dim=3)[block.key_half]
                 grad_key, grad_value = grad_held.chunk(2, dim=3)[block.key_half]
-                weights = context.scores(queries[i], key, block).sub_(totals[i]).exp_()
-                grad_value += context.dropped(weights, block).to(q.dtype).transpose(-1, -2) @ above[i]
-                slope = context.dropped((above[i] @ value.transpose(-1, -2)).to(exact), block)
+                # Made again instead of kept. From here on weights, slope: [batch, groups, rows, chunk].
+                weights = ring.scores(queries[i], key, block).sub_(totals[i]).exp_()
+                grad_value += ring.dropped(weights, block).to(q.dtype).transpose(-1, -2) @ above[i]
+                slope = ring.dropped((above[i] @ value.transpose(-1, -2)).to(exact), block)
                 slope = weights.mul_(slope - shared[i]).to(q.dtype)
                 grad_queries[i] += slope @ key
                 grad_key += slope.transpose(-1, -2) @ queries[i]
             if travelling is not None:
                 grad_held += travelling.wait()  # what the ranks before have added for these keys
-            travelling = start_shift(grad_held, context.cp)
+            travelling = ring_shift_async(grad_held, ring.cp)
             if arriving is not None:
                 held = arriving.wait()
-        half = (q.shape[0], q.shape[1], -1, q.shape[3])
+        half = (q.shape[0], q.shape[1], -1, q.shape[3])  # [batch, heads, chunk, head_dim]
         grad_q = torch.cat([grad.view(half) for grad in grad_queries], dim=2).mul_(scale)
         grad_k, grad_v = travelling.wait() if travelling is not None else grad_held
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None

@@ -1,4 +1,4 @@
-"""What a parameter knows about itself.
+"""The description that every parameter carries of itself.
 
 Initialisation, gradient reduction, the norm, weight decay, checkpoints and the Hugging Face export all read this one
 record; none keeps its own special cases. A parameter has a global identity, its name and whole shape, which is the
@@ -33,7 +33,7 @@ class Part:
 
     @property
     def empty(self) -> bool:
-        """Whether it has no element."""
+        """True where it has no element."""
         return 0 in self.shape
 
     @classmethod
@@ -75,7 +75,7 @@ class ParamSpec:
 
     @property
     def bucket_kind(self) -> Hashable:
-        """What parameters of one bucket of the optimizer's memory have in common, beside dtype and rule of update.
+        """Key that the parameters of one bucket of the optimizer's memory share, beside dtype and rule of update.
 
         Ranks that sum a bucket's gradients must have laid it out alike. Those of one stage have the same parameters; those of
         several stages share a tied matrix alone, so its copies have a bucket of their own.
@@ -84,7 +84,7 @@ class ParamSpec:
         return self.data_axis, between_stages, self.decay, self.decoupled
 
     def local(self, tensor: Tensor) -> Tensor:
-        """The view of a local tensor that holds `part`, i.e. without padding."""
+        """Return the view of a local tensor that holds `part`, i.e. without padding."""
         return tensor[tuple(slice(0, n) for n in self.part.shape)]
 
 
@@ -94,8 +94,8 @@ def describe(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
     return parameter
 
 
-def spec_of(parameter: Tensor) -> ParamSpec:
-    """The record attached by `describe`. AttributeError when there is none."""
+def param_spec(parameter: Tensor) -> ParamSpec:
+    """Return the record attached by `describe`. AttributeError when there is none."""
     spec: ParamSpec = parameter.spec  # type: ignore[attr-defined]
     return spec
 
@@ -103,8 +103,8 @@ def spec_of(parameter: Tensor) -> ParamSpec:
 def name_parameters(module: nn.Module) -> None:
     """Give the specs that have none their global names: the module tree's paths, since layers are keyed by global number."""
     for name, parameter in module.named_parameters():
-        if not spec_of(parameter).name:
-            describe(parameter, replace(spec_of(parameter), name=name))
+        if not param_spec(parameter).name:
+            describe(parameter, replace(param_spec(parameter), name=name))
 
 
 def accumulate(parameter: nn.Parameter, grad: Tensor) -> None:
@@ -153,11 +153,11 @@ class Checkpointable(Protocol):
     """State that is saved and loaded: tensors as shards with global names, and small JSON values."""
 
     def shards(self) -> Iterator[Shard]:
-        """Every tensor of the state that this rank holds, also those that other ranks hold as well."""
+        """Yield every tensor of the state that this rank holds, also those that other ranks hold as well."""
         ...
 
     def scalars(self) -> dict[str, Any]:
-        """JSON values, equal on all ranks."""
+        """Return small JSON values, equal on all ranks."""
         ...
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import (
-    Pending,
+    CollectiveWork,
+    all_gather_async,
+    all_reduce_async,
     copy_to,
+    gather_and_reduce_grad,
     gather_from,
-    gather_sum,
     reduce_from,
-    scatter_sum,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
+    reduce_scatter_async,
+    reduce_scatter_to,
 )
 from megatron.parallel.spec import ParamSpec, Part, describe
 
@@ -81,23 +81,23 @@ class TensorParallel:
 
     def enter(self, x: Tensor) -> Tensor:
         """Enter a region: `[seq, ...]` or this rank's slice of it -> `[seq, ...]`, used by each rank for its part of a sum."""
-        return gather_sum(x, self.axis) if self.sequence_parallel else copy_to(x, self.axis)
+        return gather_and_reduce_grad(x, self.axis) if self.sequence_parallel else copy_to(x, self.axis)
 
     def leave(self, x: Tensor) -> Tensor:
         """Leave a region: add the ranks' parts `[seq, ...]` up -> the sum `[seq, ...]`, or this rank's slice of it."""
-        return scatter_sum(x, self.axis) if self.sequence_parallel else reduce_from(x, self.axis)
+        return reduce_scatter_to(x, self.axis) if self.sequence_parallel else reduce_from(x, self.axis)
 
     def join(self, x: Tensor) -> Tensor:
         """Join what ranks hold between the regions -> `[seq, ...]`, which all ranks then use in the same way."""
         return gather_from(x, self.axis, 0) if self.sequence_parallel else x
 
-    def start_enter(self, x: Tensor) -> Pending:
+    def enter_async(self, x: Tensor) -> CollectiveWork:
         """Start what `enter` does forward, for a layer that writes its own backward pass; `leave`'s backward is the same."""
-        return start_all_gather(x, self.axis) if self.sequence_parallel else Pending(None, lambda: x)
+        return all_gather_async(x, self.axis) if self.sequence_parallel else CollectiveWork(None, lambda: x)
 
-    def start_leave(self, x: Tensor) -> Pending:
+    def leave_async(self, x: Tensor) -> CollectiveWork:
         """Start what `leave` does forward, maybe in place; `enter`'s backward is the same."""
-        return start_reduce_scatter(x, self.axis) if self.sequence_parallel else start_all_reduce(x, self.axis)
+        return reduce_scatter_async(x, self.axis) if self.sequence_parallel else all_reduce_async(x, self.axis)
 
     def parameter(self, *shape: int, init: str, decay: bool = True) -> nn.Parameter:
         """Return a parameter that every rank holds whole, for work between the regions.
@@ -114,6 +114,13 @@ class TensorParallel:
         return describe(nn.Parameter(torch.empty(shape)), spec)
 
     def slice_parameter(self, shape: tuple[int, ...], part: Part, *, init: str = "normal", decay: bool = True) -> nn.Parameter:
-        """Return this rank's `part` of a parameter of `shape` that is cut over the ranks."""
+        """Return this rank's `part` of a parameter of `shape` that is cut over the ranks.
+
+        Args:
+            shape: of the whole parameter.
+            part: the rectangle that this rank holds.
+            init: the rule of `model/init.py` that draws it.
+            decay: whether weight decay applies.
+        """
         spec = ParamSpec("", shape, part, frozenset({self.axis.name}), decay=decay, init=init)
         return describe(nn.Parameter(torch.empty(part.shape)), spec)

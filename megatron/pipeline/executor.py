@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from megatron.contract import Batch, Loss, StagePart
 from megatron.launch.watchdog import Watchdog
-from megatron.parallel.weight_grad import WeightProduct, WeightWork
+from megatron.parallel.weight_grad import DeferredWeightGrad, WeightGradStore
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedules.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
@@ -64,7 +64,7 @@ class Live:
 
     x: Tensor | None
     edge: GradientEdge | None
-    products: Sequence[WeightProduct] = ()
+    products: Sequence[DeferredWeightGrad] = ()
 
 
 class Executor:
@@ -72,7 +72,7 @@ class Executor:
 
     stages: stage number -> module. schedule: number of micro-batches -> Schedule. placement: its stages'.
     scaled_loss: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
-    work: what the stages' linear layers keep their weight products in, where the schedule splits the backward pass.
+    weight_grad_store: takes the weight gradients that the schedule defers; the stages' linear layers have it too.
     share: a whole micro-batch -> what this rank has of it; all of it unless given.
     early: see `lower.py`; 0 where the calls of a transfer block. What runs for the first time always has 0.
     peak_live: the most (stage, micro-batch) activations of the last step that were held at once.
@@ -85,14 +85,14 @@ class Executor:
         placement: tuple[int, ...],
         channels: Channels,
         scaled_loss: Callable[[Loss, int], Tensor],
-        work: WeightWork,
+        weight_grad_store: WeightGradStore,
         *,
         watch: Watchdog,
         share: Callable[[Batch], Batch] = lambda batch: batch,
         early: int = EARLY,
     ) -> None:
         self.stages, self.schedule, self.channels, self.scaled_loss = stages, schedule, channels, scaled_loss
-        self.work, self.watch, self.share, self.device = work, watch, share, channels.device
+        self.weight_grad_store, self.watch, self.share, self.device = weight_grad_store, watch, share, channels.device
         self.early = early
         self.recorder = Recorder()
         self.peak_live = 0
@@ -224,7 +224,7 @@ class Executor:
 
     def _input_grad(self, action: Action, grad: Tensor | None) -> None:
         live = self._live[action.stage, action.micro_batch]
-        with self.work.kept() as live.products:
+        with self.weight_grad_store.deferring() as live.products:
             self._differentiate(action, live, grad)
 
     def _differentiate(self, action: Action, live: Live, grad: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.contract import StagePart
-from megatron.parallel.cost import Flops, flops_of
+from megatron.parallel.cost import Flops, module_flops
 from megatron.plan.size import MetaModel
 
 
@@ -18,14 +18,14 @@ def layer_flops(model: MetaModel, seq: int, part: StagePart) -> Flops:
     """Return the FLOPs of one token's forward pass through the layers of a stage."""
     found = Flops()
     for layer, count in model.layers(part).items():
-        each = flops_of(layer, seq)
+        each = module_flops(layer, seq)
         found += Flops(count * each.linear, count * each.core)
     return found
 
 
 def head_flops(model: MetaModel, seq: int, part: StagePart) -> int:
     """Return the FLOPs of one token's forward pass through what a stage has beside its layers: through the output layer."""
-    return flops_of(model.ends(part), seq).total
+    return module_flops(model.ends(part), seq).total
 
 
 @dataclass(frozen=True)

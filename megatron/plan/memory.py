@@ -10,7 +10,7 @@ from megatron.config.optimizers import rule_for
 from megatron.config.schema import RunConfig
 from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
-from megatron.parallel.cost import ActivationBytes, MicroBatchShape, activation_bytes_of
+from megatron.parallel.cost import ActivationBytes, MicroBatchShape, module_activation_bytes
 from megatron.parallel.recompute import Recompute
 from megatron.pipeline.schedules.schedule import Op, Schedule
 from megatron.plan.size import MetaModel, ParameterSize
@@ -81,16 +81,16 @@ class StageActivations:
     def of(cls, config: RunConfig, model: MetaModel, part: StagePart) -> StageActivations:
         """Return those of a stage of a run."""
         shape, ends = micro_batch_shape(config, model), model.ends(part)
-        recompute = Recompute.of(config.memory, model.tp.axis, draws=False)
-        each = {layer: activation_bytes_of(layer, shape) for layer in model.layers(part)}
+        recompute = Recompute.from_config(config.memory, model.tp.axis, draws=False)
+        each = {layer: module_activation_bytes(layer, shape) for layer in model.layers(part)}
         layers = recompute.activation_bytes([each[model.layer(number)] for number in part.layers], shape.hidden_bytes)
         saved = layers.saved
         if ends.embedding is not None:
-            saved += activation_bytes_of(ends.embedding, shape).saved
+            saved += module_activation_bytes(ends.embedding, shape).saved
         elif recompute.distribute is not None:  # the executor holds what came from another rank
             saved += shape.hidden_bytes
-        output = 0 if ends.final_norm is None else activation_bytes_of(ends.final_norm, shape).saved
-        loss = activation_bytes_of(ends, shape).transient
+        output = 0 if ends.final_norm is None else module_activation_bytes(ends.final_norm, shape).saved
+        loss = module_activation_bytes(ends, shape).transient
         return cls(replace(layers, saved=saved), output, max(layers.transient, loss))
 
     def held(self, in_flight: int, split: int) -> int:

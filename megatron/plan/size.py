@@ -19,7 +19,7 @@ from megatron.mesh.mesh import Axis
 from megatron.model.build import model_class
 from megatron.model.transformer import Transformer
 from megatron.parallel.ring import RingAttention
-from megatron.parallel.spec import ParamSpec, spec_of
+from megatron.parallel.spec import ParamSpec, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -57,7 +57,7 @@ class MetaModel:
         self.whole = StagePart(range(config.num_layers))
         self._model = model_class(config)
         axis = Axis("cp", cp, 0, tuple(range(cp)))
-        self._attend = RingAttention(axis, causal=self._model.causal) if cp > 1 else None
+        self._core_attention = RingAttention(axis, causal=self._model.causal) if cp > 1 else None
         self._ends: dict[tuple[bool, bool], Transformer] = {}
         self._layers: dict[Hashable, nn.Module] = {}
 
@@ -111,9 +111,9 @@ class MetaModel:
         return sum(p.count for p in self.parameters(part))
 
     def _build(self, part: StagePart) -> Transformer:
-        return self._model(self.config, part, self.tp, attend=self._attend, device="meta")
+        return self._model(self.config, part, self.tp, core_attention=self._core_attention, device="meta")
 
 
 def _sizes(module: nn.Module) -> Iterator[ParameterSize]:
     for parameter in module.parameters():
-        yield ParameterSize(spec_of(parameter), parameter.numel())
+        yield ParameterSize(param_spec(parameter), parameter.numel())

@@ -10,7 +10,7 @@ from megatron.config.options import flag_text
 from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
 from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
-from megatron.parallel.cost import flops_of
+from megatron.parallel.cost import module_flops
 from megatron.pipeline.partition import cut, split
 from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, kind_of, make
 from megatron.pipeline.schedules.simulate import Costs, simulate, validate
@@ -54,7 +54,7 @@ def _stages(model: ModelConfig, layout: LayoutConfig, seq_length: int) -> StageP
         ranges = cut(counts)
     else:
         meta = MetaModel(model)
-        each = {layer: flops_of(layer, seq_length).total for layer in meta.layers(meta.whole)}
+        each = {layer: module_flops(layer, seq_length).total for layer in meta.layers(meta.whole)}
         work = [each[meta.layer(number)] for number in meta.whole.layers]
         ranges = split(work, placement, last=head_flops(meta, seq_length, meta.whole))
     last = len(placement) - 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from megatron.config.batch import ramp_sizes, samples_for
 from megatron.config.schema import RunConfig
 from megatron.mesh.grid import Grid
-from megatron.parallel.embedding import padded_vocabulary
+from megatron.parallel.embedding import padded_vocab_size
 from megatron.pipeline.schedules.draw import draw_text
 from megatron.pipeline.schedules.schedule import Schedule
 from megatron.pipeline.schedules.simulate import simulate
@@ -33,7 +33,7 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
     grid = Grid.from_layout(layout, world)
     yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
     yield from found
-    padded = padded_vocabulary(vocab, grid.tp, config.model.make_vocab_size_divisible_by)
+    padded = padded_vocab_size(vocab, grid.tp, config.model.make_vocab_size_divisible_by)
     yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({source})"
     yield ""
     plan = stages_of(config)

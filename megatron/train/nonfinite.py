@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from megatron.contract import Batch
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.pipeline.executor import Executor, StepOutput
 
 FORWARD, LOSS, BACKWARD = range(3)
@@ -126,7 +126,7 @@ class NonFiniteSearch:
             for place, parameter in enumerate(reversed(list(self.stages[stage].parameters()))):
                 grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
                 if grad is not None and not is_finite(grad):
-                    what = f"the gradient of {spec_of(parameter).name}"
+                    what = f"the gradient of {param_spec(parameter).name}"
                     self._note(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
                     return
 

@@ -29,7 +29,7 @@ from megatron.launch.job import Job
 from megatron.launch.signals import StopSignals
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.grid import Grid
-from megatron.parallel.embedding import padded_vocabulary
+from megatron.parallel.embedding import padded_vocab_size
 from megatron.plan.enough_memory import check_memory
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import schedule_of, stages_of
@@ -329,7 +329,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
     config, source = prepared.config, prepared.source
     layout, vocab = config.layout, config.model.vocabulary
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    padded = padded_vocabulary(vocab, tp, config.model.make_vocab_size_divisible_by)
+    padded = padded_vocab_size(vocab, tp, config.model.make_vocab_size_divisible_by)
     order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)
     lines = [
         *source.lines,

@@ -15,9 +15,9 @@ from megatron.contract import Batch
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
-from megatron.model.attention import Attend, bidirectional_attention, causal_attention
+from megatron.model.attention import CoreAttention, bidirectional_attention, causal_attention
 from megatron.model.build import build_stages
-from megatron.model.init import fill
+from megatron.model.init import fill_parameters
 from megatron.model.transformer import Transformer
 from megatron.optim.buffers import FlatBuffer, Weights, flat_buffers
 from megatron.optim.gather import wait_in_turn
@@ -26,9 +26,9 @@ from megatron.optim.optimizer import Optimizer
 from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.ring import RingAttention, share
-from megatron.parallel.spec import Checkpointable, describe, spec_of
+from megatron.parallel.spec import Checkpointable, describe, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.parallel.weight_grad import WeightWork, can_add_products, manage_weight_gradients
+from megatron.parallel.weight_grad import WeightGradStore, attach_weight_grad_store, supports_fused_weight_grad
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
 from megatron.pipeline.schedules.schedule import kind_of, make
@@ -150,14 +150,14 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
         TensorParallel(mesh.tp, config.layout.sequence_parallel),
         mesh.pp.rank,
         seed=config.batch.seed,
-        attend=core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
-        recompute=Recompute.of(config.memory, mesh.tp, draws=draws_by_kernel(config.model)),
+        core_attention=choose_core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
+        recompute=Recompute.from_config(config.memory, mesh.tp, draws=draws_by_kernel(config.model)),
         dtype=Precision.of(config.precision).compute,
         device=device,
     )
 
 
-def core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> Attend:
+def choose_core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> CoreAttention:
     """Return the core attention of a layout.
 
     Args:
@@ -196,7 +196,7 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
     parameters = list(nn.ModuleList(stages.values()).parameters())
     if decoupled:
         for p in parameters:
-            describe(p, spec_of(p).with_own_rate())
+            describe(p, param_spec(p).with_own_rate())
     buffers = flat_buffers(
         parameters,
         config.layout.ddp_bucket_size,
@@ -207,8 +207,8 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
     )
     for buffer in buffers:
         # Drawn in fp32: the main weights that `load` keeps must not be rounded to the dtype of the model.
-        specs, whole = (spec_of(p) for p in buffer.parameters), buffer.staging_tensor()
-        fill(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
+        specs, whole = (param_spec(p) for p in buffer.parameters), buffer.staging_tensor()
+        fill_parameters(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
         buffer.load(whole)
     return buffers
 
@@ -257,18 +257,19 @@ def build_pipeline(
     """
     name = config.layout.pipeline_schedule
     # A compiled layer is one graph, which an addition to a buffer outside would cut.
-    fused = config.precision.gradient_accumulation_fusion and not config.batch.compile and can_add_products(job.device)
-    work = WeightWork(fused=fused)
+    wanted = config.precision.gradient_accumulation_fusion and not config.batch.compile
+    fused = wanted and supports_fused_weight_grad(job.device)
+    weight_grad_store = WeightGradStore(fused=fused)
     if fused or kind_of(name).splits:
         for stage in stages.values():
-            manage_weight_gradients(stage, work)
+            attach_weight_grad_store(stage, weight_grad_store)
     return Executor(
         stages,
         partial(make, name, mesh.pp.size, chunks=plan.chunks),
         plan.placement,
         Channels(mesh.pp, mesh.pp_back, job.device),
         scaled_loss,
-        work,
+        weight_grad_store,
         watch=job.watch,
         share=partial(share, cp=mesh.cp),
         early=0 if job.env.blocking else EARLY,

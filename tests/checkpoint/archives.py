@@ -17,7 +17,7 @@ from megatron.contract import StagePart
 from megatron.model.build import MODELS
 from megatron.model.init import initialize
 from megatron.parallel.random import derive_seed
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 SMALL = dict(
@@ -46,7 +46,7 @@ def build(config, half=False):
     initialize(model, config, 7)
     with torch.no_grad():
         for parameter in model.parameters():
-            spec = spec_of(parameter)
+            spec = param_spec(parameter)
             noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(derive_seed(3, spec.name)))
             spec.local(parameter).add_(noise * 0.2)
             if half:
@@ -55,7 +55,7 @@ def build(config, half=False):
 
 
 def weights_of(model):
-    return {spec_of(p).name: spec_of(p).local(p.detach()).clone() for p in model.parameters()}
+    return {param_spec(p).name: param_spec(p).local(p.detach()).clone() for p in model.parameters()}
 
 
 def config_of(**changes):

@@ -24,7 +24,7 @@ from megatron.model.build import MODELS
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.random import derive_seed
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 BASE: dict[str, Any] = dict(
@@ -54,7 +54,7 @@ def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> 
     initialize(model, config, 7)
     with torch.no_grad():
         for parameter in model.parameters():
-            spec = spec_of(parameter)
+            spec = param_spec(parameter)
             noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(derive_seed(3, spec.name)))
             spec.local(parameter).add_(noise[spec.part.slices] * 0.2)
     return model

@@ -27,7 +27,7 @@ from megatron.config.schema import OptimSettings, RunConfig
 from megatron.interop.hf_export import export_hf
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Dynamic
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.train.run import Run
 
 BEFORE, AFTER = 3, 10
@@ -103,7 +103,7 @@ def model_weights(run: Run) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
     """What the model computes with, by name, where it belongs, without padding."""
     run.optimizer.gatherer.finish()
     parameters = [p for stage in run.stages.values() for p in stage.parameters()]
-    return {spec_of(p).name: (spec_of(p).part.slices, spec_of(p).local(p.detach()).clone()) for p in parameters}
+    return {param_spec(p).name: (param_spec(p).part.slices, param_spec(p).local(p.detach()).clone()) for p in parameters}
 
 
 def train_and_save(setting: Sharing, root: str):

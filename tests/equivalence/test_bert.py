@@ -17,7 +17,7 @@ from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import MemoryConfig, OptimSettings, PrecisionConfig, RunConfig
 from megatron.parallel import cross_entropy
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.train.evaluate import evaluate
 
 STEPS = 6
@@ -86,7 +86,7 @@ def bert_run(setting: Setting, steps: int):
     for _ in range(steps):
         curve += go(run, setting, 1)
         run.optimizer.gatherer.finish()
-        held = {p for stage in run.stages.values() for p in stage.parameters() if spec_of(p).name == WORD}
+        held = {p for stage in run.stages.values() for p in stage.parameters() if param_spec(p).name == WORD}
         copies.append([p.detach().clone() for p in held])
     return curve, initial, pieces(run), copies
 
@@ -224,8 +224,8 @@ def broken_run(setting: Setting, fault: str):
     run = start(setting, 1)
     last = run.stages[max(run.stages)]
     if fault == "the bias of another rank":
-        summed = cross_entropy.token_losses
-        cross_entropy.token_losses = lambda x, *rest: summed(x + 0.01 * run.mesh.tp.rank, *rest)
+        summed = cross_entropy.vocab_parallel_cross_entropy
+        cross_entropy.vocab_parallel_cross_entropy = lambda x, *rest: summed(x + 0.01 * run.mesh.tp.rank, *rest)
     if fault == "the order's loss on every rank of cp":
         loss = last.loss
         last.loss = lambda x, batch: loss(x, replace(batch, places=None if batch.places is None else batch.places * 0))
@@ -233,7 +233,7 @@ def broken_run(setting: Setting, fault: str):
         return go(run, setting, 1)[0]
     finally:
         if fault == "the bias of another rank":
-            cross_entropy.token_losses = summed
+            cross_entropy.vocab_parallel_cross_entropy = summed
 
 
 @pytest.mark.parametrize(

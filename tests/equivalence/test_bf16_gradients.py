@@ -16,7 +16,7 @@ from test_precision import STEADY, UNTIED, distance, losses_of
 from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.grid import Grid
 from megatron.optim.precision import Precision
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.plan.enough_memory import states
 
 BF16 = PrecisionConfig(bf16=True)
@@ -191,7 +191,7 @@ def copy_not_finite(setting: Sharing, victim: int):
     accumulate(run, setting)
     before = rectangles(run.weights.shards())
     weight = next(iter(run.stages.values())).layers["0"].mlp_norm.weight
-    assert not spec_of(weight).split_over and not spec_of(weight).sum_grad_over
+    assert not param_spec(weight).split_over and not param_spec(weight).sum_grad_over
     if run.mesh.tp.rank == victim:
         weight.main_grad[1] = torch.inf
     report = run.optimizer.step(lr=1e-2, weight_decay=0.0, scale=1.0)

@@ -20,7 +20,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import collectives
-from megatron.parallel.spec import ParamSpec, Part, Shard, describe, spec_of
+from megatron.parallel.spec import ParamSpec, Part, Shard, describe, param_spec
 from megatron.plan.enough_memory import states
 from megatron.train.run import Run
 
@@ -113,7 +113,7 @@ def joined(ranks: list[Rectangles]) -> dict[str, Tensor]:
 def weights_of(run: Run) -> dict[str, Tensor]:
     """The weights that the model computes with, by name; of each stage's own."""
     run.optimizer.gatherer.finish()
-    return {spec_of(p).name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}
+    return {param_spec(p).name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}
 
 
 def train(setting: Sharing, steps: int):

@@ -13,7 +13,7 @@ from reference import GPT2, LLAMA, SEQ, Pieces, Setting, dropping, go, micro_bat
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import OptimSettings
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.pipeline.schedules.schedule import SCHEDULES, Op, make
 from megatron.pipeline.schedules.simulate import Costs, simulate
 from megatron.train.evaluate import evaluate
@@ -59,7 +59,7 @@ def pipeline_run(setting: Setting, steps: int):
     initial, curve, copies, peaks = pieces(run), [], [], set()
     for _ in range(steps):
         curve += go(run, setting, 1)
-        copies.append([p.detach().clone() for b in run.optimizer.buffers for p in b.parameters if spec_of(p).name == WORD])
+        copies.append([p.detach().clone() for b in run.optimizer.buffers for p in b.parameters if param_spec(p).name == WORD])
         peaks.add(run.pipeline.peak_live)
     schedule = run.pipeline.schedule(setting.global_batch // setting.micro_batch // run.mesh.dp.size)
     assert peaks == {simulate(schedule, Costs()).peak_activations[run.mesh.pp.rank]}, f"{peaks} activations at once"

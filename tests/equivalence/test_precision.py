@@ -16,7 +16,7 @@ from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.mesh import Axis
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Constant, Dynamic
-from megatron.parallel.cross_entropy import head_loss
+from megatron.parallel.cross_entropy import fused_linear_cross_entropy
 from megatron.parallel.embedding import VocabShard
 
 FP16 = PrecisionConfig(fp16=True, initial_loss_scale=2.0**14, loss_scale_window=4, hysteresis=2)
@@ -186,11 +186,11 @@ def head_gradients(dtype: torch.dtype, scale: float):
     """Of the hidden states and the weight, fp64, by the loss times `scale`; divided by it again."""
     generator = torch.Generator().manual_seed(3)
     axis = Axis.alone("tp")
-    shard = VocabShard.of(20011, axis, 128)
+    shard = VocabShard.for_rank(20011, axis, 128)
     x = torch.randn(256, 64, generator=generator).half().to(dtype).requires_grad_()
-    weight = (torch.randn(shard.held, 64, generator=generator) * 0.02).half().to(dtype).requires_grad_()
+    weight = (torch.randn(shard.padded_size, 64, generator=generator) * 0.02).half().to(dtype).requires_grad_()
     labels = torch.randint(0, 100, (256,), generator=generator)
-    (head_loss(x, weight, labels, torch.ones(256), shard, axis) * scale).backward()
+    (fused_linear_cross_entropy(x, weight, labels, torch.ones(256), shard, axis) * scale).backward()
     return x.grad.double() / scale, weight.grad.double() / scale
 
 
@@ -209,7 +209,7 @@ def test_sums_over_many_tokens_end_nowhere():
     x = torch.full((8192, 8), 12.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(64, 8, dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(8192, dtype=torch.int64)
-    (head_loss(x, weight, labels, torch.ones(8192), VocabShard.of(64, axis, 64), axis) / 8192).backward()
+    (fused_linear_cross_entropy(x, weight, labels, torch.ones(8192), VocabShard.for_rank(64, axis, 64), axis) / 8192).backward()
     expected = torch.full((64, 8), 12.0 / 64)
     expected[0] -= 12.0
     assert torch.allclose(weight.grad.float(), expected, rtol=1e-3)

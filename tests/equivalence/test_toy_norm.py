@@ -33,8 +33,8 @@ from megatron.interop.families.table import family_of
 from megatron.interop.megatron_args import cannot_write
 from megatron.mesh.mesh import Axis
 from megatron.model.norm import make_norm
-from megatron.parallel.cost import MicroBatchShape, activation_bytes_of
-from megatron.parallel.spec import spec_of
+from megatron.parallel.cost import MicroBatchShape, module_activation_bytes
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 STEPS = 6
@@ -95,7 +95,7 @@ def test_its_parameters_are_what_they_say() -> None:
     with registered():
         for sequence_parallel in (False, True):
             norm = make_norm(model, TensorParallel(Axis("tp", 2, 1, (0, 1)), sequence_parallel))
-            specs = {name: spec_of(parameter) for name, parameter in norm.named_parameters()}
+            specs = {name: param_spec(parameter) for name, parameter in norm.named_parameters()}
             assert {name: spec.shape for name, spec in specs.items()} == {"weight": (48,), "steepness": (1,)}
             axes = {"tp"} if sequence_parallel else set()
             assert all(spec.sum_grad_over == axes and not spec.decay for spec in specs.values())
@@ -117,7 +117,7 @@ def test_it_keeps_what_it_says() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         norm(x)
     activations = sum(size for place, size in kept.items() if place not in {p.data_ptr() for p in norm.parameters()})
-    assert activations == activation_bytes_of(norm, MicroBatchShape(rows=3, seq=16, hidden=32, element=4)).saved > 0
+    assert activations == module_activation_bytes(norm, MicroBatchShape(rows=3, seq=16, hidden=32, element=4)).saved > 0
 
 
 def test_exports_refuse_it_in_words() -> None:

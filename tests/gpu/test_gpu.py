@@ -14,7 +14,7 @@ from reference import GPT2, LLAMA, Setting, dropping, go, trajectory
 from megatron.config.schema import PrecisionConfig
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
-from megatron.parallel.weight_grad import add_product, can_add_products
+from megatron.parallel.weight_grad import add_weight_grad, supports_fused_weight_grad
 from megatron.train.run import build_run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -87,14 +87,14 @@ def factors(number: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_that_add_themselves_are_more_exact(dtype):
     """Over 64 micro-batches, against fp64: sums in fp32, and not of products that were rounded to 16 bit."""
-    assert can_add_products(CARD)
+    assert supports_fused_weight_grad(CARD)
     exact = torch.zeros(384, 256, dtype=torch.float64, device=CARD)
     fused, plain = (torch.zeros(384, 256, device=CARD) for _ in range(2))
     storage = fused.data_ptr()
     for number in range(64):
         rows, x = factors(number, dtype)
         exact += rows.t().double() @ x.double()
-        add_product(fused, rows, x)
+        add_weight_grad(fused, rows, x)
         plain += rows.t() @ x
     assert fused.data_ptr() == storage and fused.dtype is torch.float32
     errors = [float((total.double() - exact).norm() / exact.norm()) for total in (fused, plain)]
@@ -107,7 +107,7 @@ def test_the_product_adds_into_a_view_of_a_flat_buffer():
         flat = torch.ones(64 + out * into + 64, device=CARD)
         view = flat[64 : 64 + out * into].view(out, into)
         rows, x = (torch.randn(48, n, device=CARD, dtype=torch.bfloat16) for n in (out, into))
-        add_product(view, rows, x)
+        add_weight_grad(view, rows, x)
         assert torch.allclose(view, 1.0 + rows.t().float() @ x.float(), rtol=1e-4, atol=1e-3)
         assert (flat[:64] == 1.0).all() and (flat[-64:] == 1.0).all()
 

@@ -11,11 +11,11 @@ from ranks import on_ranks
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.model.attention import Masks, bidirectional_attention
-from megatron.parallel.cross_entropy import head_loss
+from megatron.model.attention import AttentionContext, bidirectional_attention
+from megatron.parallel.cross_entropy import fused_linear_cross_entropy
 from megatron.parallel.embedding import VocabShard
 from megatron.parallel.random import DropoutKeys, head_keys
-from megatron.parallel.ring import RingAttention, blocks_of, share
+from megatron.parallel.ring import RingAttention, score_blocks, share
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 
@@ -40,11 +40,13 @@ def attention(groups: int, dropout: float, padded: bool, causal: bool = False):
     places = torch.arange(SEQ) if part.places is None else part.places
     q, k, v = (draw(ROWS, n, SEQ, WIDTH, seed=n * 10 + i) for i, n in enumerate((HEADS, groups, groups)))
     q, k, v = (x[:, :, places].clone().requires_grad_() for x in (2 * q, 2 * k, v))
-    keys = DropoutKeys.of(5, batch.samples, places, slice(None)) if dropout else None
+    keys = DropoutKeys.from_samples(5, batch.samples, places, slice(None)) if dropout else None
     alone = padded and part.places is None
     allowed = (padding.unsqueeze(2) == padding.unsqueeze(1)).unsqueeze(1) if alone else None
-    attend = bidirectional_attention if cp.size == 1 else RingAttention(cp, causal=causal)
-    y = attend(q, k, v, Masks(allowed, dropout, keys, documents=part.documents), head_keys(5, 3, range(HEADS)))
+    core_attention = bidirectional_attention if cp.size == 1 else RingAttention(cp, causal=causal)
+    y = core_attention(
+        q, k, v, AttentionContext(allowed, dropout, keys, documents=part.documents), head_keys(5, 3, range(HEADS))
+    )
     (y * draw(ROWS, HEADS, SEQ, WIDTH, seed=99)[:, :, places]).sum().backward()
     return places, y.detach(), q.grad, k.grad, v.grad
 
@@ -85,7 +87,7 @@ def test_negative_control_a_causal_ring_is_another():
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_every_rank_does_every_block_of_its_queries(size):
     for rank in range(size):
-        blocks = [(b.queries, b.keys) for source in range(size) for b in blocks_of(rank, source, size, causal=False)]
+        blocks = [(b.queries, b.keys) for source in range(size) for b in score_blocks(rank, source, size, causal=False)]
         assert len(blocks) == len(set(blocks)) == 4 * size
         assert {keys for _, keys in blocks} == set(range(2 * size))
 
@@ -93,16 +95,16 @@ def test_every_rank_does_every_block_of_its_queries(size):
 def loss_with_bias(rows: int | None):
     """Loss; gradients of input, weight and bias, those of the vocabulary for this rank's true rows."""
     tp, vocab = axis("tp"), 45
-    shard = VocabShard.of(vocab, tp, 8)
+    shard = VocabShard.for_rank(vocab, tp, 8)
     x, mask = draw(20, 6, seed=1).requires_grad_(), torch.rand(20, generator=torch.Generator().manual_seed(2)).float()
-    own = slice(shard.start, shard.start + shard.used)
-    weight, bias = torch.zeros(shard.held, 6, dtype=torch.float64), torch.zeros(shard.held, dtype=torch.float64)
-    weight[: shard.used], bias[: shard.used] = draw(vocab, 6, seed=3)[own], draw(vocab, seed=4)[own]
+    own = slice(shard.start, shard.start + shard.size)
+    weight, bias = torch.zeros(shard.padded_size, 6, dtype=torch.float64), torch.zeros(shard.padded_size, dtype=torch.float64)
+    weight[: shard.size], bias[: shard.size] = draw(vocab, 6, seed=3)[own], draw(vocab, seed=4)[own]
     weight.requires_grad_(), bias.requires_grad_()
     labels = torch.arange(20) * 7 % vocab
-    loss = head_loss(x, weight, labels, mask, shard, tp, rows=rows, bias=bias)
+    loss = fused_linear_cross_entropy(x, weight, labels, mask, shard, tp, rows=rows, bias=bias)
     (3.0 * loss).backward()
-    return loss.item(), x.grad, own, weight.grad[: shard.used], bias.grad[: shard.used], bias.grad[shard.used :]
+    return loss.item(), x.grad, own, weight.grad[: shard.size], bias.grad[: shard.size], bias.grad[shard.size :]
 
 
 def plain_loss():

@@ -11,10 +11,10 @@ from ranks import on_ranks
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel import collectives
-from megatron.parallel.cross_entropy import head_loss
+from megatron.parallel.cross_entropy import fused_linear_cross_entropy
 from megatron.parallel.embedding import VocabEmbedding, VocabShard
 from megatron.parallel.linear import ColumnLinear, RowLinear, column_linears
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -28,7 +28,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     """Every parameter as its part of one whole tensor, the same on all layouts."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
-            spec = spec_of(parameter)
+            spec = param_spec(parameter)
             whole = torch.randn(spec.shape, generator=torch.Generator().manual_seed(number))
             parameter.zero_()
             spec.local(parameter).copy_(whole[spec.part.slices])
@@ -52,16 +52,16 @@ def every_pair(dim: int):
     for name, x in {
         "copy_to": wholes[axis.rank],
         "reduce_from": wholes[axis.rank],
-        "split_to": wholes[0],
+        "scatter_to": wholes[0],
         "gather_from": mine,
-        "scatter_sum": wholes[axis.rank],
-        "gather_sum": mine,
+        "reduce_scatter_to": wholes[axis.rank],
+        "gather_and_reduce_grad": mine,
     }.items():
         x = x.clone().requires_grad_()
         before = x.detach().clone()
         arguments = (x, axis) if name in ("copy_to", "reduce_from") else (x, axis, dim)
         y = getattr(collectives, name)(*arguments)
-        weight = draw(*y.shape, seed=1000 + (axis.rank if name in ("copy_to", "gather_sum") else 0))
+        weight = draw(*y.shape, seed=1000 + (axis.rank if name in ("copy_to", "gather_and_reduce_grad") else 0))
         (y * weight).sum().backward()
         assert torch.equal(x.detach(), before), f"{name} changed its argument"
         outputs[name] = (y.detach(), x.grad)
@@ -84,10 +84,10 @@ def test_conjugate_pairs(world, dim):
         expected = {
             "copy_to": (wholes[rank], torch.stack(weights).sum(0)),
             "reduce_from": (total, weights[0]),
-            "split_to": (part(wholes[0]), torch.cat([small] * world, dim)),
+            "scatter_to": (part(wholes[0]), torch.cat([small] * world, dim)),
             "gather_from": (wholes[0], part(weights[0])),
-            "scatter_sum": (part(total), torch.cat([small] * world, dim)),
-            "gather_sum": (wholes[0], part(torch.stack(weights).sum(0))),
+            "reduce_scatter_to": (part(total), torch.cat([small] * world, dim)),
+            "gather_and_reduce_grad": (wholes[0], part(torch.stack(weights).sum(0))),
         }
         for name, (forward, backward) in expected.items():
             torch.testing.assert_close(out[name][0], forward, msg=lambda m, n=name: f"{n} forward: {m}")
@@ -121,7 +121,7 @@ def mlp(sequence_parallel: bool, two: bool):
     for name, parameter in layers.named_parameters():
         if parameter.grad is None:
             continue
-        spec, grad = spec_of(parameter), parameter.grad
+        spec, grad = param_spec(parameter), parameter.grad
         for _ in spec.sum_grad_over:
             grad = collectives.all_reduce(grad.clone(), tp)
         grads[name] = (spec.part.slices, grad)
@@ -150,7 +150,7 @@ def test_size_one_is_the_plain_layer_bit_for_bit():
     row = filled(RowLinear(12, 16, alone, bias=True))
     for layer in (column, row):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    table = filled(VocabEmbedding(VocabShard.of(100, alone.axis, 64), 12, alone))
+    table = filled(VocabEmbedding(VocabShard.for_rank(100, alone.axis, 64), 12, alone))
     tokens = torch.randint(0, 100, (4, 5))
     assert torch.equal(table(tokens), F.embedding(tokens, table.weight))
 
@@ -169,30 +169,30 @@ def test_sizes_that_do_not_divide_are_refused():
 @pytest.mark.parametrize(("size", "held"), [(1, 50304), (2, 25216), (8, 6400)])
 def test_padding_is_megatrons(size, held):
     vocab, divisor = 50257, 128
-    shards = [VocabShard.of(vocab, Axis("tp", size, r, tuple(range(size))), divisor) for r in range(size)]
-    assert {s.held for s in shards} == {held}
-    assert sum(s.used for s in shards) == vocab
-    assert [s.start for s in shards[1:]] == [s.start + s.used for s in shards[:-1]]
+    shards = [VocabShard.for_rank(vocab, Axis("tp", size, r, tuple(range(size))), divisor) for r in range(size)]
+    assert {s.padded_size for s in shards} == {held}
+    assert sum(s.size for s in shards) == vocab
+    assert [s.start for s in shards[1:]] == [s.start + s.size for s in shards[:-1]]
 
 
 def vocabulary(vocab: int, divisor: int, sequence_parallel: bool, rows: int):
     """Embedding and loss over a cut vocabulary, `rows` tokens a chunk: outputs, gradients of table, input and head."""
     tp = tp_axis()
-    shard = VocabShard.of(vocab, tp, divisor)
+    shard = VocabShard.for_rank(vocab, tp, divisor)
     table = filled(VocabEmbedding(shard, 6, TensorParallel(tp, sequence_parallel)))
     tokens = torch.randint(0, vocab, (8, 2), generator=torch.Generator().manual_seed(3))
     x = table(tokens)
     weight = draw(8, 2, 6)
     (x * (collectives.own_slice(weight, tp) if sequence_parallel else weight)).sum().backward()
-    head = torch.full((shard.held, 6), 50.0)  # padding that would win every softmax if it were counted
-    head[: shard.used] = draw(vocab, 6)[shard.start : shard.start + shard.used]
+    head = torch.full((shard.padded_size, 6), 50.0)  # padding that would win every softmax if it were counted
+    head[: shard.size] = draw(vocab, 6)[shard.start : shard.start + shard.size]
     hidden, head = draw(10, 6, seed=8).requires_grad_(), head.requires_grad_()
     labels = torch.randint(0, vocab, (10,), generator=torch.Generator().manual_seed(4))
-    loss = head_loss(collectives.copy_to(hidden, tp), head, labels, MASK, shard, tp, rows=rows)
+    loss = fused_linear_cross_entropy(collectives.copy_to(hidden, tp), head, labels, MASK, shard, tp, rows=rows)
     (loss * 3.0).backward()
-    assert not head.grad[shard.used :].any() and not table.weight.grad[shard.used :].any()
-    part = slice(shard.start, shard.start + shard.used)
-    return x.detach(), loss.detach(), part, table.weight.grad[: shard.used], hidden.grad, head.grad[: shard.used]
+    assert not head.grad[shard.size :].any() and not table.weight.grad[shard.size :].any()
+    part = slice(shard.start, shard.start + shard.size)
+    return x.detach(), loss.detach(), part, table.weight.grad[: shard.size], hidden.grad, head.grad[: shard.size]
 
 
 MASK = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.0, 1.0, 2.0])
@@ -224,8 +224,8 @@ def test_a_cut_vocabulary_gives_the_unpadded_loss(world, vocab, divisor, rows, s
 
 def test_a_loss_without_gradients_makes_none():
     alone = Axis.alone("tp")
-    x, weight, shard = draw(10, 6).requires_grad_(), torch.nn.Parameter(draw(8, 6)), VocabShard.of(8, alone, 8)
+    x, weight, shard = draw(10, 6).requires_grad_(), torch.nn.Parameter(draw(8, 6)), VocabShard.for_rank(8, alone, 8)
     with torch.no_grad(), torch.profiler.profile() as trace:
-        loss = head_loss(x, weight, torch.arange(10) % 8, MASK, shard, alone)
+        loss = fused_linear_cross_entropy(x, weight, torch.arange(10) % 8, MASK, shard, alone)
     assert not loss.requires_grad and loss > 0
     assert sum(event.count for event in trace.key_averages() if event.key == "aten::mm") == 1, "the logits alone"

@@ -13,12 +13,12 @@ from megatron.contract import StagePart
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.parallel.random import DropoutKeys, derive_seed, drop, head_keys, site_key
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
 def keys(samples=(3, 4, 2**40 + 3), seq: int = 64, local: slice = slice(None), seed: int = 1) -> DropoutKeys:
-    return DropoutKeys.of(seed, torch.tensor(samples), torch.arange(seq), local)
+    return DropoutKeys.from_samples(seed, torch.tensor(samples), torch.arange(seq), local)
 
 
 def numbers_at(layer: int, site: str) -> torch.Tensor:
@@ -61,7 +61,9 @@ def test_any_piece_of_a_mask_is_that_piece_of_the_whole():
     assert torch.equal(shard.features(site, 32), whole.features(site, 32)[16:32])
     assert torch.equal(whole.attention(head_keys(1, 2, range(2, 4))), whole.attention(head_keys(1, 2, range(8)))[:, 2:4])
     heads = head_keys(1, 2, range(4))
-    part = DropoutKeys.of(1, torch.tensor((3, 4, 2**40 + 3)), torch.arange(24, 48), slice(None))  # those of another rank
+    part = DropoutKeys.from_samples(
+        1, torch.tensor((3, 4, 2**40 + 3)), torch.arange(24, 48), slice(None)
+    )  # those of another rank
     assert torch.equal(part.attention(heads, slice(8, 16), range(16, 40)), whole.attention(heads)[:, :, 32:40, 16:40])
     one = keys(samples=(4,))  # another micro-batch that holds the second sample
     assert torch.equal(one.features(site, 32)[:, 0], whole.features(site, 32)[:, 1])
@@ -84,7 +86,7 @@ def test_initial_weights_have_megatrons_spread(model):
     gpt = GPT(config, StagePart(range(2), True, True), TensorParallel.alone())
     initialize(gpt, config, 7)
     for name, p in gpt.named_parameters():
-        spec, values = spec_of(p), spec_of(p).local(p).detach()
+        spec, values = param_spec(p), param_spec(p).local(p).detach()
         assert spec.name == name
         if name.endswith("bias"):
             assert not values.any() and not spec.decay

@@ -18,7 +18,7 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.attention import causal_attention
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize
-from megatron.parallel.cost import MicroBatchShape, activation_bytes_of
+from megatron.parallel.cost import MicroBatchShape, module_activation_bytes
 from megatron.parallel.recompute import Recompute
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.size import MetaModel
@@ -56,11 +56,17 @@ class Stage:
     ) -> None:
         config = resolve_model(replace(form, num_layers=LAYERS + 2, max_position_embeddings=seq))
         tp, self.attended = tp_axis(), 0
-        recompute = Recompute.of(kind, tp, draws=draws)
+        recompute = Recompute.from_config(kind, tp, draws=draws)
         part = StagePart(range(1, 1 + LAYERS), False, False)
         self.config, self.tp = config, tp
         self.model = GPT(
-            config, part, TensorParallel(tp, sequence_parallel), seed=3, attend=self.attend, recompute=recompute, dtype=dtype
+            config,
+            part,
+            TensorParallel(tp, sequence_parallel),
+            seed=3,
+            core_attention=self.core_attention,
+            recompute=recompute,
+            dtype=dtype,
         )
         initialize(self.model, config, 3)
         self.calls: list[int] = []
@@ -73,7 +79,7 @@ class Stage:
         generator = torch.Generator().manual_seed(own)
         self.x = torch.randn(self.model.hidden_shape(self.batch), generator=generator).to(dtype).requires_grad_()
 
-    def attend(self, *args):
+    def core_attention(self, *args):
         self.attended += 1
         return causal_attention(*args)
 
@@ -254,7 +260,7 @@ BEYOND = {  # what the paper does not count, as the modules do
 def test_memory_beyond_the_published(form, kind):
     config = resolve_model(BEYOND[form])
     layer = MetaModel(config).layer(0)
-    each = activation_bytes_of(layer, MicroBatchShape(rows=2, seq=SEQ, hidden=256, element=4))
+    each = module_activation_bytes(layer, MicroBatchShape(rows=2, seq=SEQ, hidden=256, element=4))
     expected = LAYERS * (each.saved - (each.core if kind == "selective" else 0))
     # Angles are kept once for all layers: [seq, batch, 1, head] cosines and sines.
     angles = 2 * SEQ * 2 * 32 * 4 if BEYOND[form].position_embedding_type == "rope" else 0

@@ -17,12 +17,12 @@ from megatron.config.schema import ModelSettings
 from megatron.contract import Batch
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.model.attention import Masks, causal_attention
+from megatron.model.attention import AttentionContext, causal_attention
 from megatron.parallel import ring
-from megatron.parallel.collectives import start_shift
+from megatron.parallel.collectives import ring_shift_async
 from megatron.parallel.cost import MicroBatchShape
 from megatron.parallel.random import DropoutKeys, head_keys
-from megatron.parallel.ring import RingAttention, blocks_of, chunks_of, share
+from megatron.parallel.ring import RingAttention, rank_chunks, score_blocks, share
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -51,21 +51,21 @@ def attention(groups: int, dropout: float, documents: bool, dtype: torch.dtype, 
     places = torch.arange(seq) if part.places is None else part.places
     q, k, v = (draw(ROWS, n, seq, WIDTH, seed=n * 10 + i, dtype=dtype) for i, n in enumerate((HEADS, groups, groups)))
     q, k, v = (x[:, :, places].clone().requires_grad_() for x in (2 * q, 2 * k, v))
-    keys = DropoutKeys.of(5, batch.samples, places, slice(None)) if dropout else None
+    keys = DropoutKeys.from_samples(5, batch.samples, places, slice(None)) if dropout else None
     allowed = None
     if documents and part.places is None:
         allowed = (batch.documents.unsqueeze(2) == batch.documents.unsqueeze(1)).tril().unsqueeze(1)
-    masks = Masks(allowed, dropout, keys, documents=part.documents)
-    attend = causal_attention if axis.size == 1 else RingAttention(axis)
+    context = AttentionContext(allowed, dropout, keys, documents=part.documents)
+    core_attention = causal_attention if axis.size == 1 else RingAttention(axis)
     if fault == "checkpoint":
-        attend = partial(checkpoint, attend, use_reentrant=False)
+        core_attention = partial(checkpoint, core_attention, use_reentrant=False)
     elif fault:
         break_ring(fault, axis)
     try:
-        y = attend(q, k, v, masks, head_keys(5, 3, range(HEADS)))
+        y = core_attention(q, k, v, context, head_keys(5, 3, range(HEADS)))
         (y * draw(ROWS, HEADS, seq, WIDTH, seed=99, dtype=dtype)[:, :, places]).sum().backward()
     finally:
-        ring.start_shift = start_shift
+        ring.ring_shift_async = ring_shift_async
     return places, y.detach(), q.grad, k.grad, v.grad
 
 
@@ -76,9 +76,9 @@ def break_ring(fault: str, axis: Axis) -> None:
         gradient = x.dtype == torch.float64  # keys and values are fp32 in this test, but for the gradients
         if axis.last and gradient == (fault == "gradient lost"):
             x = torch.zeros_like(x) if fault == "gradient lost" else x * 1.001
-        return start_shift(x, cp)
+        return ring_shift_async(x, cp)
 
-    ring.start_shift = broken
+    ring.ring_shift_async = broken
 
 
 def worst(parts, whole) -> float:
@@ -118,11 +118,11 @@ def test_recomputed_attention_goes_around_again():
 
 def exactly_kept(fault: str):
     """Which of the tensors that travel the fault meets is told by their dtype: here gradients are fp64, the rest fp32."""
-    statistics, ring._statistics = ring._statistics, lambda x: torch.float64
+    statistics, ring._accumulation_dtype = ring._accumulation_dtype, lambda x: torch.float64
     try:
         return attention(2, 0.0, False, torch.float32, SEQ, fault)
     finally:
-        ring._statistics = statistics
+        ring._accumulation_dtype = statistics
 
 
 @pytest.mark.parametrize("fault", ["", "gradient lost", "keys 0.1 % too large"])
@@ -140,15 +140,15 @@ def test_negative_controls(world, fault):
 def test_every_rank_has_the_same_work_in_every_step(size):
     computed = Counter()
     for rank in range(size):
-        steps = [blocks_of(rank, (rank - step) % size, size) for step in range(size)]
+        steps = [score_blocks(rank, (rank - step) % size, size) for step in range(size)]
         assert [len(blocks) for blocks in steps] == [3] + [2] * (size - 1)
         assert [block.diagonal for block in steps[0]] == [True, True, False]
         assert not any(block.diagonal for blocks in steps[1:] for block in blocks)
         for step, blocks in enumerate(steps):
             source = (rank - step) % size
             for block in blocks:
-                assert chunks_of(rank, size)[block.query_half] == block.queries
-                assert chunks_of(source, size)[block.key_half] == block.keys
+                assert rank_chunks(rank, size)[block.query_half] == block.queries
+                assert rank_chunks(source, size)[block.key_half] == block.keys
                 computed[block.queries, block.keys] += 1
     # All that causality leaves, each once.
     assert computed == {(i, j): 1 for i in range(2 * size) for j in range(i + 1)}
@@ -156,21 +156,21 @@ def test_every_rank_has_the_same_work_in_every_step(size):
 
 def blocks_computed() -> tuple[int, int]:
     """Blocks of scores made forward, and backward."""
-    counts, scores = Counter(), ring._Context.scores
+    counts, scores = Counter(), ring._RingPass.scores
 
     def counted(self, *arguments):
         counts[torch.is_grad_enabled(), "scores"] += 1
         return scores(self, *arguments)
 
-    ring._Context.scores = counted
+    ring._RingPass.scores = counted
     try:
         axis = cp_axis()
         q, k, v = (draw(1, 2, SEQ // axis.size, WIDTH, seed=i).requires_grad_() for i in range(3))
-        y = RingAttention(axis)(q, k, v, Masks(), head_keys(1, 1, range(2)))
+        y = RingAttention(axis)(q, k, v, AttentionContext(), head_keys(1, 1, range(2)))
         forward = sum(counts.values())
         y.sum().backward()
     finally:
-        ring._Context.scores = scores
+        ring._RingPass.scores = scores
     return forward, sum(counts.values()) - forward
 
 
@@ -205,8 +205,8 @@ def memory(seq: int, dropout: float) -> tuple[int, int]:
     part = share(whole_batch(seq, True), axis)
     q, k, v = (draw(ROWS, n, seq // axis.size, WIDTH, seed=n, dtype=torch.float32) for n in (HEADS, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    keys = DropoutKeys.of(5, part.samples, part.places, slice(None))
-    masks = Masks(None, dropout, keys, documents=part.documents)
+    keys = DropoutKeys.from_samples(5, part.samples, part.places, slice(None))
+    context = AttentionContext(None, dropout, keys, documents=part.documents)
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
@@ -214,7 +214,7 @@ def memory(seq: int, dropout: float) -> tuple[int, int]:
 
     with Made() as made:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            y = RingAttention(axis)(q, k, v, masks, head_keys(5, 3, range(HEADS)))
+            y = RingAttention(axis)(q, k, v, context, head_keys(5, 3, range(HEADS)))
         layer_input = y.permute(2, 0, 1, 3).reshape(seq // axis.size, ROWS, HEADS * WIDTH)
         layer_input.sum().backward()
     assert layer_input.untyped_storage().data_ptr() in kept  # not a copy beside it
@@ -238,8 +238,8 @@ def backward_bytes(model: ModelSettings, seq: int, dtype: torch.dtype) -> int:
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
     q, k, v = (draw(1, n, seq // axis.size, width, seed=n, dtype=dtype) for n in (heads, groups, groups))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    keys = DropoutKeys.of(5, torch.tensor([1]), torch.arange(seq // axis.size), slice(None))
-    y = RingAttention(axis)(q, k, v, Masks(None, model.attention_dropout, keys), head_keys(5, 3, range(heads)))
+    keys = DropoutKeys.from_samples(5, torch.tensor([1]), torch.arange(seq // axis.size), slice(None))
+    y = RingAttention(axis)(q, k, v, AttentionContext(None, model.attention_dropout, keys), head_keys(5, 3, range(heads)))
     above = torch.ones_like(y)
     with Made() as made:
         y.backward(above)
@@ -279,7 +279,7 @@ def test_ranks_share_a_micro_batch():
 def test_what_does_not_cut_is_refused():
     with pytest.raises(ValueError, match="a sequence of 34 tokens does not cut into 2 x 2 equal chunks"):
         share(whole_batch(34), Axis("cp", 2, 0, (0, 1)))
-    attend, keys = RingAttention(Axis("cp", 2, 0, (0, 1))), head_keys(1, 1, range(2))
+    core_attention, keys = RingAttention(Axis("cp", 2, 0, (0, 1))), head_keys(1, 1, range(2))
     q, k = torch.zeros(1, 2, 1, WIDTH), torch.zeros(1, 2, 4, WIDTH)
     with pytest.raises(ValueError, match="not 1 queries and 4 keys; generate with context-parallel size 1"):
-        attend(q, k, k, Masks(), keys)
+        core_attention(q, k, k, AttentionContext(), keys)

@@ -13,7 +13,7 @@ HEAD, SEQ = 8, 5
 
 def turned(interleaved: bool, x: torch.Tensor, percent: float = 1.0) -> torch.Tensor:
     positions = torch.arange(3, 3 + SEQ).expand(2, SEQ)
-    return Rotary.at(positions, HEAD, percent, 100.0, interleaved).turn(x)
+    return Rotary.from_positions(positions, HEAD, percent, 100.0, interleaved).rotate(x)
 
 
 @pytest.mark.parametrize("percent", [1.0, 0.5])

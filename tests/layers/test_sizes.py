@@ -19,7 +19,7 @@ from megatron.contract import StagePart
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis
 from megatron.model import build
-from megatron.model.attention import Attend
+from megatron.model.attention import CoreAttention
 from megatron.model.block import Block
 from megatron.model.build import build_stages
 from megatron.model.gpt import GPT
@@ -28,7 +28,7 @@ from megatron.optim.buffers import flat_buffers
 from megatron.parallel.buckets import buckets
 from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear
-from megatron.parallel.spec import spec_of
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.enough_memory import states
 from megatron.plan.flops import flops_per_token, stage_flops
@@ -58,8 +58,10 @@ class ToyNorm(LayerNorm):
 class ToyBlock(Block):
     """A layer with a matrix more, cut over the ranks."""
 
-    def __init__(self, config: ModelConfig, number: int, tp: TensorParallel, attend: Attend, *, seed: int) -> None:
-        super().__init__(config, number, tp, attend, seed=seed)
+    def __init__(
+        self, config: ModelConfig, number: int, tp: TensorParallel, core_attention: CoreAttention, *, seed: int
+    ) -> None:
+        super().__init__(config, number, tp, core_attention, seed=seed)
         self.extra = ColumnLinear(HIDDEN, 2 * HIDDEN, tp, bias=False)
 
 
@@ -70,9 +72,9 @@ class ToyGPT(GPT):
     def layer_kind(config: ModelConfig, number: int) -> Hashable:
         return number % 2
 
-    def build_layer(self, number: int, attend: Attend) -> Block:
+    def build_layer(self, number: int, core_attention: CoreAttention) -> Block:
         kind = ToyBlock if number % 2 else Block
-        return kind(self.config, number, self.tp, attend, seed=self.seed)
+        return kind(self.config, number, self.tp, core_attention, seed=self.seed)
 
 
 def plain_model() -> MetaModel:
@@ -155,7 +157,7 @@ def test_a_rate_of_its_own_is_a_bucket_of_its_own() -> None:
     for optim in (OptimSettings(), OptimSettings(decoupled_lr=1e-3)):
         config = resolve(replace(run, optim=optim), world)
         model = build.model_class(config.model)(config.model, StagePart(range(LAYERS)), TensorParallel.alone())
-        specs = [spec_of(p) if optim.decoupled_lr is None else spec_of(p).with_own_rate() for p in model.parameters()]
+        specs = [param_spec(p) if optim.decoupled_lr is None else param_spec(p).with_own_rate() for p in model.parameters()]
         real = buckets([p.numel() for p in model.parameters()], [s.bucket_kind for s in specs], None, world)
         (state,) = states(config, Grid.from_layout(config.layout, world), [0])
         assert state.gradients == 4 * sum(bucket.length for bucket in real)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.spec import Part, spec_of
+from megatron.parallel.spec import Part, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 SEQ, WIDTH = 8, 12
@@ -36,8 +36,8 @@ def region(sequence_parallel: bool) -> dict[str, Tensor]:
     y = tp.join(left)
     ((y * draw(SEQ, 3, 4, seed=4)).sum() if not sequence_parallel else (left * draw(SEQ, 3, 4, seed=4)[here]).sum()).backward()
     assert x.grad is not None and scale.grad is not None and weight.grad is not None
-    scale_grad = all_reduce(scale.grad, axis) if spec_of(scale).sum_grad_over else scale.grad
-    assert spec_of(weight).split_over == {"tp"} and not spec_of(weight).sum_grad_over
+    scale_grad = all_reduce(scale.grad, axis) if param_spec(scale).sum_grad_over else scale.grad
+    assert param_spec(weight).split_over == {"tp"} and not param_spec(weight).sum_grad_over
     return {"y": y.detach(), "x": tp.join(x.grad), "scale": scale_grad, "weight": weight.grad}
 
 
@@ -57,7 +57,7 @@ def test_shares_and_positions_cover_everything_once() -> None:
     assert [i for tp in ranks for i in tp.share(12, "heads")] == list(range(12))
     assert [i for tp in ranks for i in range(SEQ)[tp.positions(SEQ)]] == list(range(SEQ))
     assert all(tp.on_whole_sequences.positions(SEQ) == slice(0, SEQ) for tp in ranks)
-    assert not any(spec_of(tp.on_whole_sequences.parameter(2, init="zeros")).sum_grad_over for tp in ranks)
+    assert not any(param_spec(tp.on_whole_sequences.parameter(2, init="zeros")).sum_grad_over for tp in ranks)
     with pytest.raises(ValueError, match="6 heads do not divide over 4 tensor-parallel ranks"):
         ranks[0].share(6, "6 heads")
 

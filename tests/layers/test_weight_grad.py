@@ -27,9 +27,14 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize
 from megatron.optim.buffers import flat_buffers
 from megatron.parallel import weight_grad
-from megatron.parallel.spec import register_grad_ready_hook, spec_of
+from megatron.parallel.spec import param_spec, register_grad_ready_hook
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.parallel.weight_grad import WeightProduct, WeightWork, can_add_products, manage_weight_gradients
+from megatron.parallel.weight_grad import (
+    DeferredWeightGrad,
+    WeightGradStore,
+    attach_weight_grad_store,
+    supports_fused_weight_grad,
+)
 from megatron.train import run as run_module
 
 ROWS = 2
@@ -54,7 +59,7 @@ def stage(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype) -> G
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:
-                spec = spec_of(p)
+                spec = param_spec(p)
                 noise = torch.randn(spec.shape, generator=torch.Generator().manual_seed(p.numel()))
                 spec.local(p).add_(0.1 * noise[spec.part.slices])
     return model
@@ -91,7 +96,7 @@ def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keep
     """Gradients of two micro-batches, backward in one. keeping: through layers that could have kept their products."""
     model = stage(form, sequence_parallel, dtype)
     if keeping:
-        manage_weight_gradients(model, WeightWork())
+        attach_weight_grad_store(model, WeightGradStore())
     passes = [Pass(model, number) for number in range(2)]
     for each in passes:
         each.backward()
@@ -100,15 +105,15 @@ def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keep
 
 def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
     """The same in two parts, both W after both I; what there was between them; and what W did with autograd."""
-    model, work = stage(form, sequence_parallel, dtype), WeightWork()
-    manage_weight_gradients(model, work)
+    model, store = stage(form, sequence_parallel, dtype), WeightGradStore()
+    attach_weight_grad_store(model, store)
     passes = [Pass(model, number) for number in range(2)]
-    kept: list[list[WeightProduct]] = []
+    kept: list[list[DeferredWeightGrad]] = []
     for each in passes:
-        with work.kept() as products:
+        with store.deferring() as products:
             each.backward()
         kept.append(products)
-    assert not work.keeping
+    assert not store.is_deferring
     between = grads(model)
     touched: list[str] = []
     for name, p in model.named_parameters():
@@ -158,10 +163,10 @@ def test_i_and_w_are_the_backward_pass_to_the_bit(tp, sequence_parallel, form, d
 
 
 def factors(sequence_parallel: bool):
-    model, work = stage(LLAMA, sequence_parallel, torch.float32), WeightWork()
-    manage_weight_gradients(model, work)
+    model, store = stage(LLAMA, sequence_parallel, torch.float32), WeightGradStore()
+    attach_weight_grad_store(model, store)
     each = Pass(model)
-    with work.kept() as products:
+    with store.deferring() as products:
         each.backward()
     return [(tuple(p.weight.shape), p.bias is None, tuple(p.x.shape), tuple(p.grad.shape)) for p in products]
 
@@ -197,8 +202,8 @@ class Mark(torch.autograd.Function):
 
 def let_go(sequence_parallel: bool) -> None:
     """After I the graph is gone, though its products are there, and so are activations that no product needs."""
-    model, work = stage(GPT2, sequence_parallel, torch.float32), WeightWork()
-    manage_weight_gradients(model, work)
+    model, store = stage(GPT2, sequence_parallel, torch.float32), WeightGradStore()
+    attach_weight_grad_store(model, store)
     block, sentinels = model.layers["1"], []
 
     def mark(module, args):
@@ -223,7 +228,7 @@ def let_go(sequence_parallel: bool) -> None:
         each = Pass(model)
     gc.collect()
     assert len(sentinels) == 3 and all(ref() for ref in sentinels) and any(ref() for ref in saved)
-    with work.kept() as products:
+    with store.deferring() as products:
         each.backward()
     del each
     gc.collect()
@@ -245,15 +250,15 @@ def test_the_products_go_where_the_optimizer_reads(dtype):
     """Into the fp32 buffers: as autograd's own gradients do, and summed in fp32 over micro-batches."""
     totals = []
     for keep in (False, True):
-        model, work = stage(GPT2, False, dtype), WeightWork()
-        manage_weight_gradients(model, work)
+        model, store = stage(GPT2, False, dtype), WeightGradStore()
+        attach_weight_grad_store(model, store)
         buffers = flat_buffers(model.parameters())
         for number in range(3):
             each = Pass(model, number)
             if not keep:
                 each.backward()
                 continue
-            with work.kept() as products:
+            with store.deferring() as products:
                 each.backward()
             for product in products:
                 product.run()
@@ -262,14 +267,14 @@ def test_the_products_go_where_the_optimizer_reads(dtype):
 
 
 def test_nothing_is_kept_outside():
-    work = WeightWork()
-    keep = partial(work.keep, nn.Parameter(torch.zeros(2, 2)), None, torch.zeros(1, 2), torch.zeros(1, 2))
+    store = WeightGradStore()
+    keep = partial(store.put, nn.Parameter(torch.zeros(2, 2)), None, torch.zeros(1, 2), torch.zeros(1, 2))
     with pytest.raises(RuntimeError, match="no backward pass is keeping"):
         keep()
-    with pytest.raises(KeyError), work.kept() as products:
+    with pytest.raises(KeyError), store.deferring() as products:
         keep()
         raise KeyError
-    assert len(products) == 1 and not work.keeping
+    assert len(products) == 1 and not store.is_deferring
     with pytest.raises(RuntimeError, match="no backward pass is keeping"):
         keep()
 
@@ -278,27 +283,27 @@ def test_nothing_is_kept_outside():
 
 
 def exact_product(total: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> None:
-    """What `add_product` does: 16-bit factors, summed in fp32."""
+    """What `add_weight_grad` does: 16-bit factors, summed in fp32."""
     assert total.dtype is torch.float32 and rows.dtype is x.dtype is torch.bfloat16 and rows.dim() == x.dim() == 2
     total.addmm_(rows.t().float(), x.float())
 
 
 def backward(form: ModelSettings, sequence_parallel: bool, way: str, grad_dtype: torch.dtype = torch.float32):
     """Gradients of three micro-batches in the optimizer's buffers, by parameter; how often each was reported; the calls of
-    `add_product`. way: plain, fused, or fused with I and W apart."""
-    model, work = stage(form, sequence_parallel, torch.bfloat16), WeightWork(fused=way != "plain")
-    manage_weight_gradients(model, work)
+    `add_weight_grad`. way: plain, fused, or fused with I and W apart."""
+    model, store = stage(form, sequence_parallel, torch.bfloat16), WeightGradStore(fused=way != "plain")
+    attach_weight_grad_store(model, store)
     buffers = flat_buffers(model.parameters(), grad_dtype=grad_dtype)
     reported: dict[str, int] = {}
     for name, p in model.named_parameters():
         register_grad_ready_hook(p, partial(count, reported, name))
-    with mock.patch.object(weight_grad, "add_product", side_effect=exact_product) as product:
+    with mock.patch.object(weight_grad, "add_weight_grad", side_effect=exact_product) as product:
         for number in range(3):
             each = Pass(model, number)
             if way != "split":
                 each.backward()
                 continue
-            with work.kept() as products:
+            with store.deferring() as products:
                 each.backward()
             for kept in products:
                 before = sum(reported.values())
@@ -340,19 +345,19 @@ def test_no_product_adds_itself_to_a_buffer_of_16_bit():
 
 def test_fp32_weights_and_layers_without_a_buffer_are_as_before():
     def gradients(dtype: torch.dtype, fused: bool, buffered: bool):
-        model, work = stage(GPT2, False, dtype), WeightWork(fused=fused)
-        manage_weight_gradients(model, work)
+        model, store = stage(GPT2, False, dtype), WeightGradStore(fused=fused)
+        attach_weight_grad_store(model, store)
         buffers = flat_buffers(model.parameters()) if buffered else None
         Pass(model).backward()
         return buffers, grads(model)
 
-    with mock.patch.object(weight_grad, "add_product", side_effect=AssertionError):
+    with mock.patch.object(weight_grad, "add_weight_grad", side_effect=AssertionError):
         for dtype, buffered in ((torch.float32, True), (torch.bfloat16, False)):
             assert same(gradients(dtype, True, buffered)[1], gradients(dtype, False, buffered)[1])
 
 
 def test_a_cpu_has_no_such_product():
-    assert not can_add_products(torch.device("cpu"))
+    assert not supports_fused_weight_grad(torch.device("cpu"))
 
 
 def test_a_device_that_refuses_gets_the_plain_product():
@@ -361,18 +366,18 @@ def test_a_device_that_refuses_gets_the_plain_product():
     found = []
     for outcome in (exact_product, RuntimeError, TypeError, lambda *_: None):
         with (
-            mock.patch.object(weight_grad, "add_product", side_effect=outcome),
+            mock.patch.object(weight_grad, "add_weight_grad", side_effect=outcome),
             mock.patch.object(weight_grad.torch, "zeros", return_value=zeros.clone()),
             mock.patch.object(weight_grad.torch, "ones", return_value=ones),
         ):
-            found.append(can_add_products(cuda))
+            found.append(supports_fused_weight_grad(cuda))
     assert found == [True, False, False, False]
 
 
 def run_fused(setting: Setting, fused: bool):
     """A whole run whose products add themselves where its configuration lets them."""
-    can = mock.patch.object(run_module, "can_add_products", return_value=True)
-    with can, mock.patch.object(weight_grad, "add_product", side_effect=exact_product) as product:
+    can = mock.patch.object(run_module, "supports_fused_weight_grad", return_value=True)
+    with can, mock.patch.object(weight_grad, "add_weight_grad", side_effect=exact_product) as product:
         config = setting.config(dist.get_world_size(), 4)
         precision = replace(config.precision, gradient_accumulation_fusion=fused)
         layout = replace(config.layout, overlap_grad_reduce=True, use_distributed_optimizer=True, ddp_bucket_size=3000)

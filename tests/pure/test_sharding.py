@@ -10,7 +10,7 @@ import pytest
 
 from megatron.config.optimizers import SGD
 from megatron.optim.sharding import owned, param_ranges, rectangles
-from megatron.parallel.buckets import ALIGN, aligned, buckets
+from megatron.parallel.buckets import ALIGN, buckets, round_up
 from megatron.plan.state_size import state_bytes
 
 
@@ -62,7 +62,7 @@ def test_buckets_hold_every_parameter_once() -> None:
         for bucket in found:
             assert len({kinds[i] for i in bucket.members}) == 1
             assert bucket.length % (ALIGN * shards) == 0
-            filled = sum(aligned(sizes[i]) for i in bucket.members)
+            filled = sum(round_up(sizes[i]) for i in bucket.members)
             assert limit is None or len(bucket.members) == 1 or filled <= limit
             assert list(bucket.members) == sorted(bucket.members, reverse=True)
             ends = [o + sizes[i] for o, i in zip(bucket.offsets, bucket.members, strict=True)]
@@ -118,7 +118,7 @@ def test_parameters_that_must_stay_whole_are_cut_by_no_slice() -> None:
             assert all(o % ALIGN == 0 and o // share == (end - 1) // share for o, end in places)
             assert all(end <= o for (_, end), (o, _) in pairwise(places))
             # No slice is longer than an even share and the largest parameter.
-            filled = [aligned(sizes[i]) for i in bucket.members]
+            filled = [round_up(sizes[i]) for i in bucket.members]
             assert share <= sum(filled) / shards + max(filled)
 
 

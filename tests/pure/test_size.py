@@ -30,9 +30,9 @@ from megatron.mesh.mesh import Axis
 from megatron.model.build import MODELS
 from megatron.optim import buffers
 from megatron.parallel import cross_entropy
-from megatron.parallel.cross_entropy import CHUNK, FEWEST_ROWS, head_loss_bytes
-from megatron.parallel.embedding import VocabShard, padded_vocabulary
-from megatron.parallel.spec import spec_of
+from megatron.parallel.cross_entropy import CHUNK, MIN_ROWS, fused_linear_cross_entropy_bytes
+from megatron.parallel.embedding import VocabShard, padded_vocab_size
+from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.plan.flops import (
@@ -139,7 +139,7 @@ def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: in
     model = complete(FORMS[form])
     last = TensorParallel(Axis("tp", tp, tp - 1, tuple(range(tp))))
     built = MODELS[model.architecture](model, part, last, dtype=torch.float32)
-    real = [(spec_of(p).name, spec_of(p).shape, p.numel()) for p in built.parameters()]
+    real = [(param_spec(p).name, param_spec(p).shape, p.numel()) for p in built.parameters()]
     sizes = MetaModel(model, tp)
     listed = list(sizes.parameters(part))
     assert [(p.spec.name, p.spec.shape, p.local) for p in listed] == real
@@ -214,7 +214,7 @@ def test_known_models(name: str, vocab: int, count: int) -> None:
 
 @pytest.mark.parametrize(("tp", "padded"), [(1, 50304), (2, 50432), (8, 51200)])
 def test_padded_vocabulary(tp: int, padded: int) -> None:
-    assert padded_vocabulary(50257, tp, 128) == padded
+    assert padded_vocab_size(50257, tp, 128) == padded
 
 
 def forward_flops(model: MetaModel, seq: int) -> int:
@@ -333,7 +333,7 @@ def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     model, tokens, hidden, held = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
     loss = 2 * 2 * tokens * hidden + (4 + 2) * held * hidden + (2 + 4 + 4) * (2**27 // held) * held
     model = replace(model, vocab_size=50257)
-    assert head_loss_bytes(tokens, hidden, held, 2) == loss
+    assert fused_linear_cross_entropy_bytes(tokens, hidden, held, 2) == loss
     alone, how = StagePart(range(0), False, True), dict(tp=2, seq=1024, rows=16)
     assert activation_bytes(model, alone, **how) == loss + 2 * tokens * hidden
     assert activation_bytes(model, alone, **how, sequence_parallel=True) == loss + 2 * tokens * hidden // 2
@@ -341,33 +341,33 @@ def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     assert activation_bytes(model, alone, 3, **how) == loss + 5 * 2 * tokens * hidden
     assert activation_bytes(model, alone, 0, **how) == 0
     # A vocabulary that fills a chunk in a few rows still gets the fewest; a short batch gets no more rows than tokens.
-    chunk = 8 * FEWEST_ROWS * 2**20
-    assert head_loss_bytes(1000, 1, 2**20, 4) == 8 * 1000 + 8 * 2**20 + chunk
-    assert head_loss_bytes(10, 1, 100, 4) == 8 * 10 + 8 * 100 + 8 * 10 * 100
+    chunk = 8 * MIN_ROWS * 2**20
+    assert fused_linear_cross_entropy_bytes(1000, 1, 2**20, 4) == 8 * 1000 + 8 * 2**20 + chunk
+    assert fused_linear_cross_entropy_bytes(10, 1, 100, 4) == 8 * 10 + 8 * 100 + 8 * 10 * 100
 
 
 def test_the_chunks_are_those_of_the_loss() -> None:
     """Twice the rows of the vocabulary take the logits of the same chunk, a GPU's, until that is of the fewest tokens."""
     assert CHUNK["cuda"] == max(CHUNK.values())
     tokens, held = 2**22, 2**17
-    logits = [head_loss_bytes(tokens, 1, n, 4) - 8 * tokens - 8 * n for n in (held, 2 * held, 4 * held, 2**20)]
-    assert logits == [8 * CHUNK["cuda"]] * 3 + [8 * FEWEST_ROWS * 2**20]
+    logits = [fused_linear_cross_entropy_bytes(tokens, 1, n, 4) - 8 * tokens - 8 * n for n in (held, 2 * held, 4 * held, 2**20)]
+    assert logits == [8 * CHUNK["cuda"]] * 3 + [8 * MIN_ROWS * 2**20]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_head_takes_what_is_counted(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the allocator's own record of four chunks; the input is there before the record begins."""
-    tokens, hidden, held = 4 * FEWEST_ROWS, 256, 2048
+    tokens, hidden, held = 4 * MIN_ROWS, 256, 2048
     monkeypatch.setattr(cross_entropy, "CHUNK", {"cpu": 0})
     dtype, axis = torch.bfloat16 if bf16 else torch.float32, Axis.alone("tp")
     x, weight = (torch.randn(rows, hidden).to(dtype).requires_grad_() for rows in (tokens, held))
     labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        shard = VocabShard.of(held, axis, 1)
-        cross_entropy.head_loss(x, weight, labels, mask, shard, axis, rows=FEWEST_ROWS).backward()
+        shard = VocabShard.for_rank(held, axis, 1)
+        cross_entropy.fused_linear_cross_entropy(x, weight, labels, mask, shard, axis, rows=MIN_ROWS).backward()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     record = [e["args"] for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["name"] == "[memory]"]
     before = record[0]["Total Allocated"] - record[0]["Bytes"]
     peak = max(entry["Total Allocated"] for entry in record) - before
-    assert peak == pytest.approx(head_loss_bytes(tokens, hidden, held, dtype.itemsize) - x.nbytes, rel=0.05)
+    assert peak == pytest.approx(fused_linear_cross_entropy_bytes(tokens, hidden, held, dtype.itemsize) - x.nbytes, rel=0.05)

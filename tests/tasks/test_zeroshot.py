@@ -211,9 +211,9 @@ def cut_scores(rows):
     size, rank = dist.get_world_size(), dist.get_rank()
     tp = Axis("tp", size, rank, tuple(range(size)), dist.group.WORLD)
     x, weight, labels = score_case()
-    shard = VocabShard.of(11, tp, 4)
-    held = torch.full((shard.held, weight.shape[1]), 9.0)  # padding that would win
-    held[: shard.used] = weight[shard.start : shard.start + shard.used]
+    shard = VocabShard.for_rank(11, tp, 4)
+    held = torch.full((shard.padded_size, weight.shape[1]), 9.0)  # padding that would win
+    held[: shard.size] = weight[shard.start : shard.start + shard.size]
     return [part.tolist() for part in label_scores(x, held, labels, shard, tp, rows)]
 
 
