@@ -1,4 +1,4 @@
-"""Whether this process goes on with the run of --save, and what that means for the files that lie there."""
+"""Tell whether this process goes on with the run of --save, and treat the files that lie there accordingly."""
 
 from __future__ import annotations
 
@@ -46,13 +46,19 @@ def is_trained(source: StateSource, run: Run) -> bool:
 
 
 def first_rank_decides(run: Run, answer: bool) -> bool:
-    """The first rank's answer, on all ranks: each may see a file at another moment. Collective."""
-    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)
+    """Return the first rank's answer on all ranks, since each may see a file at another moment. Collective."""
+    vote = torch.tensor(int(answer and run.job.is_main), device=run.job.device)  # scalar; 0 on all other ranks
     return bool(all_reduce(vote, run.mesh.world, "max").item())
 
 
 def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> None:
-    """Put aside what another run has left in --save, where this one was told to begin there. Collective."""
+    """Move away what another run has left in --save, where this one was told to begin there. Collective.
+
+    Args:
+        run: the run.
+        source: the position that it starts from.
+        out: the console; None on all ranks but the first.
+    """
     config, save = run.config, save_directory(run.config)
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
         print_lines(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
@@ -82,7 +88,7 @@ def run_sinks(run: Run, source: StateSource, out: TextIO, *, own: bool, evaluate
 
 
 def latest_announced(save: str | None) -> int | None:
-    """The iteration that --save announces as its latest; None where it says nothing that can be read."""
+    """Return the iteration that --save announces as its latest; None where it says nothing that can be read."""
     with suppress(CheckpointError):
         return announced(Path(save)) if save is not None else None
     return None

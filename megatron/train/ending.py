@@ -1,4 +1,4 @@
-"""How a run, or this slice of it, ends: at its last iteration, or on request with a checkpoint to go on from."""
+"""End a run, or this slice of it: at its last iteration, or on request with a checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.train.stopping import Request
 
 
 class Exit(IntEnum):
-    """How training ended, as an exit status. stopped: on request; with a checkpoint, start again to go on."""
+    """End of training as an exit status. STOPPED is on request: start again to go on from the checkpoint."""
 
     FINISHED = 0
     STOPPED = 75
@@ -115,7 +115,7 @@ class Ending:
         TrainingError where it cannot be written, also with --on-save-error continue: nothing comes after it.
         """
         iteration = self._training.iteration
-        saver.finish()
+        saver.finish()  # one under way may be this very checkpoint
         if saver.saved != iteration:
             saver.save()
             saver.finish()
@@ -127,7 +127,7 @@ class Ending:
             )
 
     def _kept(self) -> str:
-        """What a stop keeps, and how the run goes on."""
+        """Return what a stop keeps and how the run goes on, in words."""
         training = self._training
         if training.loader is None:
             kept = "the evaluation is not finished"
@@ -143,6 +143,6 @@ class Ending:
             self._progress.write(finished=finished, idle=idle, stopped=stopped)
 
     def _log_skips(self) -> None:
-        """Tell how many steps were skipped."""
+        """Log how many steps were skipped."""
         if (text := self._skips.summary(self._training.run.state)) is not None:
             self._training.log(text)

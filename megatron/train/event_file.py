@@ -1,4 +1,4 @@
-"""TensorBoard's file of events: TFRecords of protocol buffers, appended by the training thread itself.
+"""TensorBoard's file of events (TFRecords of protocol buffers), appended by the training thread itself.
 
 torch's SummaryWriter gives the file to a thread, which dies with a traceback when the disk is full and leaves half a record, at
 which TensorBoard ends.
@@ -18,10 +18,15 @@ FLUSH_SECONDS = 10.0  # between two additions to the file, where events come at 
 
 
 class EventFile:
-    """Scalars for TensorBoard, in a file of their own in `directory`; ImportError where the package is not installed.
+    """Scalars for TensorBoard, in a file of their own.
 
-    queue: events that wait until they are written together. purge: TensorBoard hides what earlier files of the directory say
-    from this step on; None hides nothing.
+    Args:
+        directory: where the file is made.
+        queue: events that wait until they are written together.
+        purge: TensorBoard hides what earlier files of the directory say from this step on; None hides nothing.
+
+    Raises:
+        ImportError: the package `tensorboard` is not installed.
     """
 
     def __init__(self, directory: Path, queue: int, purge: int | None) -> None:
@@ -43,20 +48,26 @@ class EventFile:
         self.flush()
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """Add one point of a curve."""
+        """Add one point of a curve.
+
+        Args:
+            tag: name of the curve.
+            value: of the point.
+            step: its position, an iteration or a number of samples.
+        """
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
         self._events.append(self._record({"wall_time": time.time(), "step": step, "summary": summary}))
         if len(self._events) >= self._queue or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits, as far as the disk takes it."""
+        """Write the events that wait, as far as the disk takes them."""
         self._file.add(*self._events)
         self._events.clear()
         self._flushed = time.monotonic()
 
     def _record(self, values: dict[str, Any]) -> bytes:
-        """An event as a record: length, data, and a checksum of each."""
+        """Return an event as a TFRecord: length, data, and a checksum of each."""
         data = io.BytesIO()
         self._writer(data).write(self._event(**values).SerializeToString())
         return data.getvalue()

@@ -40,8 +40,13 @@ POLL_SECONDS = 0.5  # seconds between two looks
 
 @dataclass(frozen=True)
 class LockHolder:
-    """Who holds a lock. since: in words. ranks: its processes, the first rank's first. launcher: which they do not outlive;
-    None where there is none."""
+    """The run that holds a lock, as the file names it.
+
+    Attributes:
+        since: date and time, in words.
+        ranks: its processes, the first rank's first.
+        launcher: the process that the ranks do not outlive; None where there is none.
+    """
 
     since: str
     ranks: tuple[Process, ...]
@@ -49,7 +54,7 @@ class LockHolder:
 
     @classmethod
     def of(cls, text: str) -> LockHolder | None:
-        """None for a text that no run writes."""
+        """Parse the text of a lock file; None for a text that no run writes."""
         try:
             values = json.loads(text)
             launcher = None if values["launcher"] is None else Process(**values["launcher"])
@@ -68,8 +73,13 @@ class LockHolder:
 
 @dataclass(frozen=True)
 class LockReading:
-    """What one look at a lock shows. text: of the file. touched: when it was, by its own disk's clock. age: seconds since,
-    which does not count where looks are compared."""
+    """State of a lock file at one moment.
+
+    Attributes:
+        text: of the file.
+        touched: when it was, by its own disk's clock, in nanoseconds.
+        age: seconds since then; it does not count where readings are compared.
+    """
 
     text: str
     touched: int
@@ -84,14 +94,16 @@ class LockReading:
         return str(self.holder or f"which left no name, {self.age:.0f} s ago")
 
     def state(self, own: Process) -> str:
-        """Of the run that holds it: `gone`, `dying`, `alive`; `silent` where only touches will tell."""
+        """Return the state of the run that holds it: `gone`, `dying`, `alive`; `silent` where only touches will tell."""
         holder = self.holder
+        # A file that names nobody, such as one that a full disk cut off.
         if holder is None:
             return "gone" if self.age > STALE_SECONDS else "silent"
         launcher = () if holder.launcher is None else (holder.launcher,)
         first, *others = (process.state(own) for process in holder.ranks)
+        # Not this process itself: under the number of a dead one it would keep that run alive.
         here = [process for process in holder.ranks if process != own and process.state(own) in ("alive", "stopped")]
-        if first == "unknown":
+        if first == "unknown":  # on another host, where only the touches tell
             return ("dying" if here else "gone") if self.age > STALE_SECONDS else "silent"
         if not here and ("unknown" not in others or self.age > STALE_SECONDS):
             return "gone"
@@ -100,11 +112,14 @@ class LockReading:
 
 
 class Lock:
-    """The lock of a directory, held by this process. Made by `acquire`.
+    """The lock of a directory, held by this process and touched by a thread of its own. Made by `acquire`.
 
-    root: the directory. holder: this run, as the file names it. lost: is told when the file is another run's; by default it
-    ends the process, whose checkpoints and the other's would be written over one another. made: the directory was not there
-    before, so it may go again.
+    Args:
+        root: the directory.
+        holder: this run, as the file names it.
+        lost: called with a message when the file is another run's; by default it ends the process, whose checkpoints and the
+            other's would be written over one another.
+        made: the directory was not there before, so it may go again.
     """
 
     def __init__(
@@ -120,6 +135,7 @@ class Lock:
         """Note all processes of the run, so that the next one waits for the end of each."""
         with self._changing, suppress(OSError):
             self.holder = replace(self.holder, ranks=tuple(ranks))
+            # A rename replaces the file as a whole: whoever reads it meanwhile sees the old text or the new one.
             with _written(self._path, self.holder.to_text()) as fresh:
                 os.replace(fresh, self._path)
 
@@ -159,7 +175,7 @@ def _end(text: str) -> None:
 
 
 def acquire(root: Path, holder: LockHolder, tell: Callable[[str], object], patience: float = STALE_SECONDS) -> Lock | None:
-    """The lock of a directory, which is made where it is not there yet.
+    """Acquire the lock of a directory, which is made where it is not there yet. Waits for a run that is ending.
 
     Args:
         root: the directory that the run saves to.
@@ -177,7 +193,7 @@ def acquire(root: Path, holder: LockHolder, tell: Callable[[str], object], patie
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with _alone(root):
+            with _alone(root):  # two starts must not both judge a dead run's lock, and one clear the other's new one
                 seen = read_lock(root / LOCK_FILE)
                 state = "gone" if seen is None or wait.is_over(seen, own) else seen.state(own)
                 if state == "gone" and (seen is None or _cleared(root / LOCK_FILE, seen)) and _create(root / LOCK_FILE, holder):
@@ -209,7 +225,7 @@ class _Wait:
         return self._first == seen and time.monotonic() - self._since > STALE_SECONDS and seen.state(own) == "silent"
 
     def go_on(self, seen: LockReading, state: str) -> None:
-        """Tell what is waited for. InputError where the other run lives, or has been given time enough."""
+        """Report what is waited for. InputError where the other run lives, or has been given time enough."""
         now = time.monotonic()
         if self._first is None or self._first.text != seen.text:
             self._first, self._since = seen, now
@@ -226,16 +242,21 @@ class _Wait:
 
 
 def read_lock(path: Path) -> LockReading | None:
-    """What a lock says now; None where there is none. OSError where it cannot be read, or nothing can be written beside it."""
+    """Return the state of a lock file now; None where there is none.
+
+    Raises:
+        OSError: it cannot be read, or nothing can be written beside it.
+    """
     if (read := _read(path)) is None:
         return None
     text, touched = read
-    with _written(path, "") as fresh:
+    with _written(path, "") as fresh:  # tells the disk's clock, which may differ from this host's
         return LockReading(text, touched, (os.stat(fresh).st_mtime_ns - touched) / 1e9)
 
 
 def _read(path: Path) -> tuple[str, int] | None:
-    """Text of a lock, and when it was touched, in nanoseconds. Opened anew, a file on a file server is looked at there."""
+    """Return the text of a lock, and when it was touched, in nanoseconds; None where there is none."""
+    # Opened anew each time: only then does a client of a file server ask the server for the present state.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -246,7 +267,7 @@ def _read(path: Path) -> tuple[str, int] | None:
 
 @contextmanager
 def _written(path: Path, text: str) -> Iterator[Path]:
-    """A file of this process beside `path`, of this very moment by the disk's clock; gone afterwards."""
+    """Write a file of this process beside `path`, touched this very moment by the disk's clock; it is gone afterwards."""
     fresh = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     fresh.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -283,6 +304,7 @@ def _cleared(path: Path, dead: LockReading) -> bool:
         os.rename(path, aside)
     except FileNotFoundError:
         return True
+    # Between the look and the rename another start may have put its own lock there: then it goes back.
     same = (_read(aside) or ("",))[0] == dead.text
     if not same:
         with suppress(FileExistsError):
@@ -292,7 +314,13 @@ def _cleared(path: Path, dead: LockReading) -> bool:
 
 
 def acquire_for_run(save: str, launched: bool, tell: Callable[[str], object]) -> Lock | None:
-    """The lock of --save for the run of this process; see `acquire`. launched: torchrun started it, and ends with it."""
+    """Acquire the lock of --save for the run of this process; see `acquire`.
+
+    Args:
+        save: the directory.
+        launched: torchrun started this process, and ends with it.
+        tell: is given a line when there is something to wait for.
+    """
     launcher = Process.here(os.getppid()) if launched else None
     return acquire(Path(save), LockHolder(time.strftime("%Y-%m-%d %H:%M:%S"), (Process.own(),), launcher), tell)
 
@@ -301,9 +329,19 @@ def acquire_for_run(save: str, launched: bool, tell: Callable[[str], object]) ->
 def hold_lock(
     save: str | None, guard: Guard, env: LaunchEnvironment, tell: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
-    """--save is this job's alone inside the block. Called by all ranks; the first one holds the lock.
+    """Hold --save for this job alone inside the block. Called by all ranks; the first one holds the lock.
 
-    Gives what to call when all ranks have come, which notes their processes. InputError, on all ranks, when another run has it.
+    Args:
+        save: the directory; None locks nothing.
+        guard: joins the ranks before the process group forms.
+        env: the launcher's description of this process.
+        tell: is given a line when there is something to wait for.
+
+    Yields:
+        A function to call when all ranks have come, which notes their processes.
+
+    Raises:
+        InputError: on all ranks, when another run holds it.
     """
     if save is None:
         yield lambda: None
@@ -334,7 +372,7 @@ def hold_lock(
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """No other start looks at the lock meanwhile, where the file system can see to that."""
+    """Keep other starts from looking at the lock inside the block, where the file system can see to that."""
     descriptor = os.open(root, os.O_RDONLY)
     try:
         for _ in range(20):

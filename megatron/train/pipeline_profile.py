@@ -1,4 +1,4 @@
-"""What `--profile-pipeline` leaves: the pipeline as it ran, drawn beside the pipeline as the simulator predicts it.
+"""Profile of `--profile-pipeline`: the pipeline as it ran, drawn beside the pipeline as the simulator predicts it.
 
 A few steps are timed, action by action. The prediction simulates the same schedule with the median times of each kind of
 action on each stage; so where the two drawings differ, the executor or the machine did something the schedule did not say.
@@ -37,9 +37,12 @@ Spans = dict[Action, tuple[float, float]]
 
 
 class ProfiledStep:
-    """A run's step that times some of its calls, and then writes what it saw.
+    """A run's step that times some of its calls, and then writes the profile.
 
-    say: takes the one line that tells about it, on the first rank.
+    Args:
+        run: the run whose step this wraps.
+        directory: where the profile is written.
+        say: prints the one line that tells about it, on the first rank.
     """
 
     def __init__(self, run: Run, directory: Path, say: Callable[[str], None]) -> None:
@@ -49,6 +52,7 @@ class ProfiledStep:
         left = batch.iterations - done
         if batch.exit_interval is not None:
             left = min(left, batch.exit_interval - done % batch.exit_interval)
+        # From the second step on, which no warm-up slows; a run of one step has only that to show.
         self.first, self.last = min(2, left), min(1 + STEPS, left)
         self.calls = 0
         self.timed: list[tuple[int, Spans, int]] = []
@@ -67,6 +71,7 @@ class ProfiledStep:
     def _tell(self) -> None:
         """Write the profile, of the timed steps that had as many micro-batches as the last one."""
         count = self.timed[-1][0]
+        # The batch size may change between the timed steps, and with it the schedule.
         alike = [(spans, peak) for micro_batches, spans, peak in self.timed if micro_batches == count]
         everywhere = gather_over_pipeline(self.mesh, alike)
         self.timed.clear()
@@ -80,7 +85,7 @@ class ProfiledStep:
 
 @contextmanager
 def stopwatch(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
-    """The executor's actions inside are timed, on all ranks of a pipeline from the same moment. Collective."""
+    """Time the executor's actions inside the block, on all ranks of a pipeline from the same moment. Collective."""
     if mesh.pp.group is not None:
         dist.barrier(group=mesh.pp.group)
     pipeline.recorder = watch = Stopwatch(pipeline.device)
@@ -91,7 +96,7 @@ def stopwatch(pipeline: Executor, mesh: Mesh) -> Iterator[Stopwatch]:
 
 
 def gather_over_pipeline(mesh: Mesh, value: Any) -> list[Any] | None:
-    """Every pipeline rank's value, on the very first rank; None elsewhere. Only its own pipeline is looked at."""
+    """Return every pipeline rank's value on the very first rank, of its own pipeline; None elsewhere. Collective."""
     if mesh.pp.group is None:
         return [value] if mesh.rank == 0 else None
     values: list[Any] | None = [None] * mesh.pp.size if mesh.pp.first else None
@@ -100,17 +105,18 @@ def gather_over_pipeline(mesh: Mesh, value: Any) -> list[Any] | None:
 
 
 def measured_costs(schedule: Schedule, steps: Sequence[Spans]) -> MeasuredCosts:
-    """The median time of each kind of action on each stage, and the shortest way of a result to another rank."""
+    """Return the median time of each kind of action on each stage, and the shortest way of a result to another rank."""
     times: defaultdict[tuple[Op, int], list[float]] = defaultdict(list)
     for spans in steps:
         for action, (start, end) in spans.items():
             times[action.op, action.stage].append(end - start)
     gaps = [gap for spans in steps for _, _, gap in _gaps(schedule, spans)]
+    # The shortest gap: longer ones hold waiting for other work, not only the way between ranks.
     return MeasuredCosts({kind: median(taken) for kind, taken in times.items()}, max(0.0, min(gaps, default=0.0)))
 
 
 def align_clocks(schedule: Schedule, spans: Spans) -> Spans:
-    """The spans on one clock: no action starts before what it needs has ended.
+    """Return the spans on one clock: no action starts before what it needs has ended.
 
     The ranks' stopwatches start as they leave a barrier, up to some milliseconds apart. What they then say can be impossible;
     a rank whose clock runs behind those that send to it is put forward, by the least that makes it possible.
@@ -127,9 +133,9 @@ def align_clocks(schedule: Schedule, spans: Spans) -> Spans:
 
 
 def _gaps(schedule: Schedule, spans: Spans) -> Iterator[tuple[int, int, float]]:
-    """Sender, receiver, and from the end of an action on one to the start of that on the other which needs it."""
+    """Yield sender, receiver, and the time from the end of an action on one to the start of the one that needs it."""
     for action, (start, _) in spans.items():
-        if action.op is Op.W:
+        if action.op is Op.W:  # the gradient of weights needs nothing from another rank
             continue
         needed = action.stage - 1 if action.op is Op.F else action.stage + 1
         if not 0 <= needed < schedule.stages or schedule.placement[needed] == schedule.placement[action.stage]:
@@ -142,7 +148,15 @@ def _gaps(schedule: Schedule, spans: Spans) -> Iterator[tuple[int, int, float]]:
 def write_profile(
     directory: Path, schedule: Schedule, steps: Sequence[Spans], peaks: Sequence[int], say: Callable[[str], None]
 ) -> None:
-    """The picture and the figures, in milliseconds. steps: the timed ones; the one of median length is drawn."""
+    """Write the picture and the figures of a profile, in milliseconds.
+
+    Args:
+        directory: where `pipeline_profile.svg` and `.json` are written.
+        schedule: the one that was run.
+        steps: spans of the timed steps, in seconds; the one of median length is drawn.
+        peaks: most micro-batches in flight, by pipeline rank.
+        say: prints the line that tells about it.
+    """
     steps = [
         align_clocks(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps
     ]
@@ -183,7 +197,7 @@ def _figures(timeline: Timeline) -> dict[str, Any]:
 
 
 def _actions(timeline: Timeline) -> list[dict[str, Any]]:
-    """Every action: what it is, where it ran, when."""
+    """Return every action with its rank, its start and its end."""
     return [
         {**asdict(action), "op": action.op.value, "rank": rank, "start": timeline.start[action], "end": timeline.end[action]}
         for rank, program in enumerate(timeline.schedule.programs)

@@ -1,4 +1,4 @@
-"""Where a run's state comes from, said in its first lines: which checkpoint, and what differs from its configuration.
+"""Find the checkpoint that a run starts from, tell what differs from its configuration, and load it.
 
 Two looks decide it. Every rank looks for itself before the ranks know each other, at sizes and small files: so that what is
 wrong with a command is said at once. When they are together they compare every byte, and if one is wrong, all go back to
@@ -73,10 +73,15 @@ NONE: Mapping[Path, str] = MappingProxyType({})
 
 
 def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> StateSource:
-    """The checkpoint to start from: with --auto-resume the newest whole one of --save, else that of --load, if given.
+    """Find the checkpoint to start from: with --auto-resume the newest whole one of --save, else that of --load, if given.
 
-    damaged: checkpoints that are known to be, and why; they are passed over. CheckpointError when there is none where there
-    should be: never random weights by accident. Only a --save in which nothing was ever finished starts fresh.
+    Args:
+        config: what the command says of checkpoints.
+        damaged: checkpoints that are known to be damaged, and why; they are passed over.
+
+    Raises:
+        CheckpointError: there is none where there should be: never random weights by accident. Only a --save in which
+            nothing was ever finished starts fresh.
     """
     lines: list[str] = []
     if config.auto_resume and config.save is not None:
@@ -100,7 +105,7 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
 
 
 def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, str]) -> Path:
-    """What --load means: exactly the checkpoint that it names, or the newest whole one of several."""
+    """Return the checkpoint that --load means: exactly the one that it names, or the newest whole one of several."""
     path = Path(config.load or ".")
     one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
     if config.load_iteration is not None or one or not path.is_dir():
@@ -130,7 +135,7 @@ def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool)
 
 
 def _state(values: Mapping[str, Any], path: Path) -> TrainState:
-    """The counters of a checkpoint. CheckpointError for a value that no run saves: it would fail later, or mislead."""
+    """Return the counters of a checkpoint. CheckpointError for a value that no run saves: it would fail later, or mislead."""
     state = TrainState()
     for each in fields(state):
         if each.name in values and not _like(values[each.name], getattr(state, each.name)):
@@ -153,14 +158,15 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
 
 
 def _like(value: object, default: object) -> bool:
-    """Whether a JSON value can stand for a field with this default. Counters and rates are finite and not negative."""
-    if isinstance(default, bool):
+    """Return whether a JSON value can stand for a field with this default. Counters and rates are finite."""
+    if isinstance(default, bool):  # before int, of which bool is a kind
         return isinstance(value, bool)
     if isinstance(default, int | float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (isinstance(default, float) and isinstance(value, float))
         if isinstance(default, float):
             return number and -math.inf < value < math.inf  # type: ignore[operator]
+        # An int64 holds it.
         return number and 0 <= value < 1 << 63  # type: ignore[operator]
     if isinstance(default, str):
         return isinstance(value, str)
@@ -168,7 +174,11 @@ def _like(value: object, default: object) -> bool:
 
 
 def check_source(source: StateSource, config: RunConfig) -> None:
-    """ConfigError with everything in which the checkpoint does not hold what the run asks of it."""
+    """Check that the checkpoint holds what the run asks of it.
+
+    Raises:
+        ConfigError: all that does not fit.
+    """
     if source.saved is None:
         return
     problems = [*weights_alone(source), *different_model(source.saved.model, config.model, str(source.directory))]
@@ -188,14 +198,14 @@ def check_source(source: StateSource, config: RunConfig) -> None:
 
 
 def weights_alone(source: StateSource) -> Iterator[Problem]:
-    """A problem where a run would go on from a checkpoint that has nothing to go on from but its weights."""
+    """Yield a problem where a run would go on from a checkpoint that has nothing to go on from but its weights."""
     if source.directory is not None and (source.optimizer or source.progress) and holds_weights_alone(source.directory):
         rule = "holds weights only, as an import does: no optimizer state, no iteration and no position in the data"
         yield Problem(f"the checkpoint {source.directory}", rule, f"--load {source.directory.parent} --finetune")
 
 
 def _other_data(held: DataSettings, wanted: DataSettings, directory: Path | None) -> Iterator[Problem]:
-    """One problem for each setting by which the training data are others than the checkpoint's."""
+    """Yield a problem for each setting by which the training data are others than the checkpoint's."""
     for name in DATA_MIX:
         there, here = _source(held, name), _source(wanted, name)
         if _meant(there) != _meant(here):
@@ -206,13 +216,13 @@ def _other_data(held: DataSettings, wanted: DataSettings, directory: Path | None
 
 
 def _source(data: DataSettings, name: str) -> str | tuple[str, ...]:
-    """A setting of the data; where they are made up, that stands in the place of --data-path."""
+    """Return a setting of the data; where they are made up, --mock-data stands in the place of --data-path."""
     value: str | tuple[str, ...] = getattr(data, name)
     return MOCK if data.mock_data and name == "data_path" else value
 
 
 def _meant(value: str | tuple[str, ...]) -> object:
-    """A setting of the data without its spelling: prefixes as absolute paths, weights as numbers."""
+    """Return a setting of the data without its spelling: prefixes as absolute paths, weights as numbers."""
     if isinstance(value, str) or not value:
         return value
     prefixes, weights = parse_blend(value)
@@ -220,9 +230,12 @@ def _meant(value: str | tuple[str, ...]) -> object:
 
 
 def difference_table(source: StateSource, config: RunConfig, another_order: bool | None = None) -> Iterator[str]:
-    """A table of the settings in which a resumed run differs from its checkpoint, with the value that counts.
+    """Yield the lines of a table of the settings in which a resumed run differs from its checkpoint.
 
-    another_order: whether the training data come in another order now; None where the checkpoint does not tell.
+    Args:
+        source: the checkpoint.
+        config: the resolved configuration.
+        another_order: whether the training data come in another order now; None where the checkpoint does not tell.
     """
     if source.saved is None or not source.progress:
         return
@@ -252,7 +265,7 @@ def _setting_rows(saved: RunSettings, config: RunConfig) -> Iterator[Row]:
 
 
 def _aligned(rows: Iterable[Row]) -> Iterator[str]:
-    """Rows of a table as lines, each column as wide as its widest cell."""
+    """Yield rows of a table as lines, each column as wide as its widest cell."""
     cells = [tuple(" ".join(map(str, v)) or "none" if isinstance(v, tuple) else str(v) for v in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -260,16 +273,26 @@ def _aligned(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSource:
-    """The source that all ranks start from, every byte of it verified: `source`, or the next older whole one. Collective.
+    """Verify every byte of the source, and fall back to the next older checkpoint while it is damaged. Collective.
 
-    To be called when the ranks are together, before anything is built: schedule and position are those of the result.
-    CheckpointError on all ranks when nothing whole is left, or what --load names itself is damaged.
+    Call it when the ranks are together, before anything is built: schedule and position are those of the result.
+
+    Args:
+        source: what this rank has found by itself.
+        config: the resolved configuration.
+        job: the ranks.
+
+    Returns:
+        The source that all ranks start from.
+
+    Raises:
+        CheckpointError: on all ranks, when nothing whole is left, or what --load names itself is damaged.
     """
     size = job.env.world_size
     group = dist.group.WORLD if size > 1 else None
     world = Axis("world", size, job.env.rank, tuple(range(size)), group)
     damaged: dict[Path, str] = {}
-    while True:
+    while True:  # each turn rules out one checkpoint
         require_same_checkpoint(source, world)
         if source.directory is None:
             return source
@@ -287,9 +310,12 @@ def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSour
 
 
 def require_same_checkpoint(source: StateSource, world: Axis) -> None:
-    """CheckpointError on all ranks unless all start from the same checkpoint. Collective.
+    """Check that all ranks start from the same checkpoint. Collective.
 
     Each rank has looked for itself; on a directory that is not shared, or that is seen late, they can see differently.
+
+    Raises:
+        CheckpointError: on all ranks, with what each sees.
     """
     if world.group is None:
         return
@@ -308,9 +334,13 @@ def require_same_checkpoint(source: StateSource, world: Axis) -> None:
 
 
 def restore(source: StateSource, run: Run) -> list[str]:
-    """Fill the run from its source. Collective. CheckpointError when something does not fit.
+    """Load the run's weights and state from its source. Collective.
 
-    Gives the parameters that keep their initial values: those of a head that a pretrained model has not.
+    Returns:
+        The names of parameters that keep their initial values: those of a head that a pretrained model has not.
+
+    Raises:
+        CheckpointError: something does not fit.
     """
     require_same_checkpoint(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
@@ -322,12 +352,13 @@ def restore(source: StateSource, run: Run) -> list[str]:
         if other_head:
             new = _new_parameters(source.directory, model)
         load(source.directory, parts, run.mesh, verified=source.verified, strict=not other_head)
+    # Loading has overwritten both with the checkpoint's; the run follows the schedule that was chosen for it.
     run.state.schedule, run.state.training_samples = schedule, samples
     return new
 
 
 def _new_parameters(directory: Path, model: ModelConfig) -> list[str]:
-    """The parameters of a model with a task's head that are not in a checkpoint of pretraining.
+    """Return the parameters of a model with a task's head that are not in a checkpoint of pretraining.
 
     CheckpointError, the same on all ranks, where one is missing that is not of the head.
     """

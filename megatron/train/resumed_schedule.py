@@ -1,4 +1,4 @@
-"""The schedule of learning rate and weight decay that a run follows: the checkpoint's or the command line's, never by chance.
+"""Choose the schedule of learning rate and weight decay of a resumed run: the checkpoint's or the command line's.
 
 Both are counted in samples, so --train-iters, --train-samples and --global-batch-size change it as --lr does.
 """
@@ -34,7 +34,7 @@ class ScheduleDifference:
 
 
 def schedule_differences(source: StateSource, config: RunConfig) -> list[ScheduleDifference]:
-    """Where the schedules differ, field by field; a field that has no effect in either is left out."""
+    """Return the fields in which the schedules differ; a field that has no effect in either is left out."""
     if not source.state.schedule or not source.progress:
         return []
     held = asdict(Schedule.of_saved(source.state.schedule))
@@ -58,7 +58,11 @@ def schedule_differences(source: StateSource, config: RunConfig) -> list[Schedul
 
 
 def check_schedule(source: StateSource, config: RunConfig) -> None:
-    """ConfigError where the schedules differ and the command does not say which one counts."""
+    """Check that the schedules agree, or that the command says which one counts.
+
+    Raises:
+        ConfigError: each field in which they differ.
+    """
     optim = config.optim
     if optim.override_opt_param_scheduler or optim.use_checkpoint_opt_param_scheduler or config.eval.skip_train:
         return
@@ -72,7 +76,7 @@ def check_schedule(source: StateSource, config: RunConfig) -> None:
 
 
 def _setting(field: str, config: RunConfig) -> str:
-    """A field of the schedule as the flags that decide it."""
+    """Return a field of the schedule as the flags that decide it."""
     last = "end-" if config.optim.weight_decay_incr_style != "constant" else ""
     names = {
         "peak": "`--lr`",
@@ -91,7 +95,7 @@ def _setting(field: str, config: RunConfig) -> str:
 
 
 def _length(field: str, config: RunConfig) -> str:
-    """A length of the schedule, as the flags that decide it."""
+    """Return a length of the schedule as the flags that decide it."""
     optim, batch, unit = config.optim, config.batch, unit_of(config.batch)
     sizes = f"--global-batch-size {batch.global_batch_size}"
     if batch.step_batch_size_schedule:
@@ -116,30 +120,38 @@ def _length(field: str, config: RunConfig) -> str:
 
 
 def check_batch_sizes(source: StateSource, config: RunConfig, world_size: int) -> None:
-    """ConfigError where a size that --step-batch-size-schedule still has before it is no whole micro-batches of each rank.
+    """Check the batch sizes that --step-batch-size-schedule still has before it.
 
     Sizes that lie behind a resumed run may be smaller than its ranks can share.
+
+    Args:
+        source: the position that the run goes on from.
+        config: the resolved configuration.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: a size is no whole micro-batches of each rank.
     """
     if problems := uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0):
         raise ConfigError(problems)
 
 
 def choose_schedule(source: StateSource, config: RunConfig) -> Schedule:
-    """A resumed run keeps the checkpoint's schedule, unless --override-opt_param-scheduler says otherwise."""
+    """Return the run's schedule: a resumed run keeps the checkpoint's, unless --override-opt_param-scheduler is given."""
     if not source.state.schedule or not source.progress or config.optim.override_opt_param_scheduler:
         return Schedule.of(config.optim, config.batch)
     return Schedule.of_saved(source.state.schedule)
 
 
 def schedule_rows(source: StateSource, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
-    """The differences as rows of the table of a resumed run."""
+    """Yield the differences as rows of the table of a resumed run."""
     winner = "this run's" if config.optim.override_opt_param_scheduler else "the checkpoint's"
     for each in schedule_differences(source, config):
         yield f"schedule, {each.field}", each.held, each.asked, winner
 
 
 def zero_rate_warning(schedule: Schedule, state: TrainState, batch: BatchConfig) -> str | None:
-    """A line to overlook for nobody, where iterations that are still to come would train at a learning rate of 0.
+    """Warn where iterations that are still to come would train at a learning rate of 0.
 
     Args:
         schedule: that the run follows.
@@ -160,14 +172,14 @@ def zero_rate_warning(schedule: Schedule, state: TrainState, batch: BatchConfig)
 
 
 def _first_at_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConfig) -> int | None:
-    """The first iteration from now on whose update comes after the schedule's end, at a rate of 0."""
+    """Return the first iteration from now on whose update comes after the schedule's end, at a rate of 0."""
     # Where the rate is 0 at all it stays so. A first update of a warm-up has rate 0 as well, which is as it should be.
     end = next((samples for samples in (schedule.decay, schedule.decay + 1) if schedule.rate(samples) == 0.0), None)
     if end is None or schedule.peak == 0.0 or end <= schedule.warmup:
         return None
     iteration, left = state.iteration, end - state.scheduled_samples
     for steps, size in stretches(batch, state.consumed_samples):
-        needed = max(0, -(-left // size))
+        needed = max(0, -(-left // size))  # steps of this size, rounded up
         if steps is None or needed <= steps:
             return iteration + needed + 1
         iteration, left = iteration + steps, left - steps * size

@@ -1,4 +1,4 @@
-"""What a run may do with a --save in which checkpoints lie already: go on with them, write over them, or nothing at all.
+"""Decide what a run may do with a --save in which checkpoints lie already: go on with them, write over them, or nothing.
 
 What lies in --save     the command                      what happens
 no checkpoint           any                              it begins, or goes on from --load
@@ -37,7 +37,11 @@ ELSEWHERE = "another --save keeps both"
 
 
 def check_save(source: StateSource, config: RunConfig) -> list[str]:
-    """Lines to tell of what lies in --save. ConfigError where the run may not write there; see the table above."""
+    """Return the lines that tell the user of the contents of --save.
+
+    Raises:
+        ConfigError: the run may not write there; see the table above.
+    """
     checkpoint, root = config.checkpoint, Path(config.checkpoint.save or ".")
     if checkpoint.save is None or config.eval.skip_train:
         return []
@@ -74,7 +78,7 @@ def starts_beside_another_run(source: StateSource, config: RunConfig) -> bool:
 
 
 def _refusal(source: StateSource, config: RunConfig, found: list[str]) -> tuple[str, str] | None:
-    """The table: what is wrong and the ways out, None where the run may go on."""
+    """Look the command up in the table above: what is wrong and the ways out; None where the run may go on."""
     checkpoint, pretrained = config.checkpoint, config.task.pretrained_checkpoint
     inside = source.directory is not None and _inside(source.directory, checkpoint.save or ".")
     anew = "--overwrite begins anew over them"
@@ -98,12 +102,12 @@ def _refusal(source: StateSource, config: RunConfig, found: list[str]) -> tuple[
 
 
 def _inside(directory: Path, save: str) -> bool:
-    """Whether a checkpoint is one of --save's, however links lead to it."""
+    """Return whether a checkpoint is one of --save's, however links lead to it."""
     return any(same_directory(str(each.parent), save) for each in (directory, directory.resolve()))
 
 
 def _names_one(checkpoint: CheckpointConfig) -> bool:
-    """Whether --load asks for one checkpoint of several."""
+    """Return whether --load asks for one checkpoint of several."""
     load = checkpoint.load
     return load is not None and (checkpoint.load_iteration is not None or bool(DIRECTORY.fullmatch(Path(load).resolve().name)))
 
@@ -114,7 +118,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _overwriting(root: Path) -> list[str]:
-    """What --overwrite will do. ConfigError for what no run of this program wrote."""
+    """Return the line that announces --overwrite. ConfigError for what no run of this program wrote."""
     for path in iterations(root).values():
         if strange := _strange(path):
             rule = f"cannot be written over with --overwrite: {strange}"
@@ -125,13 +129,14 @@ def _overwriting(root: Path) -> list[str]:
 
 
 def _strange(directory: Path) -> str | None:
-    """What is in a directory that no save wrote, in words; None for a checkpoint of this program."""
+    """Return what in a directory no save wrote, in words; None for a checkpoint of this program."""
     try:
         files = {*read_manifest(directory).files, MANIFEST}
     except CheckpointError as error:
         return f"{error}"
     if directory.is_symlink():
         return f"{directory} is a link"
+    # Every file must stand in the manifest: a directory with anything else in it is not deleted.
     for folder, _, names in os.walk(directory):
         for name in names:
             if (path := Path(folder, name)).relative_to(directory).as_posix() not in files:
@@ -167,6 +172,7 @@ class CheckpointsToReplace:
 
     def put_aside(self, storage: Storage) -> None:
         """Give them names under which the saver deletes them. To be called when a checkpoint of the new run is whole."""
+        # Judged again: a user may have moved one away, or put something into it, since the start.
         for number, directory in list(self._old.items()):
             if directory.still_there() and _strange(directory.path) is None:
                 put_aside(directory.path, number, self._root, storage)
@@ -223,10 +229,14 @@ def _going_aside(root: Path) -> str:
 
 
 def set_metrics_aside(path: Path, save: str | None) -> str | None:
-    """Give the metrics of the run that is written over a name of their own; a line that says which, None without any."""
+    """Rename the metrics file of the run that is written over.
+
+    Returns:
+        A line that says the new name; None where there is nothing to rename.
+    """
     if not path.exists() or not same_directory(str(path.parent), save):  # a file of the user's choice is appended to
         return None
-    number = 1
+    number = 1  # the first name that is free
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(aside)

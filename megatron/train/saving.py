@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written while it waits, or behind its back.
+"""Save checkpoints of a run, synchronously or in the background.
 
 With --async-save the step stops only for as long as it takes to copy this rank's share into host memory. A thread then
 writes the copy, agrees with those of the other ranks over a process group that nothing else uses, and the first commits.
@@ -31,8 +31,14 @@ DELETION = 5.0  # seconds that the end of a run waits for a deletion; what is le
 class PendingSave:
     """One save under way.
 
-    seconds: from its begin until it was on disk, None before. error: what ended it. told: whether its success was.
-    thread: that it runs in, None in the foreground.
+    Attributes:
+        iteration: of the checkpoint.
+        began: its begin, `time.monotonic()`.
+        seconds: from its begin until it was on disk; None before.
+        error: the exception that ended it.
+        told: its end has been reported.
+        relay: the phases that its thread reports.
+        thread: the thread that it runs in; None in the foreground.
     """
 
     def __init__(self, iteration: int) -> None:
@@ -45,7 +51,7 @@ class PendingSave:
 
 
 class DeferredWatch(Watchdog):
-    """What a thread says about its work, kept until the main thread waits for it: a watch judges main threads alone."""
+    """Keeps the phases that a thread reports until the main thread waits for it: a watchdog judges main threads alone."""
 
     def __init__(self) -> None:
         self._said: tuple[Description, bool | None] = ("beginning", True)  # None: it waits for others
@@ -58,7 +64,12 @@ class DeferredWatch(Watchdog):
         self._said = (what, None)
 
     def pass_on(self, watch: Watchdog, why: str) -> None:
-        """Say it as the main thread's own, unless it was said already. why: what the main thread waits for."""
+        """Report the thread's phase as the main thread's own, unless it was reported already.
+
+        Args:
+            watch: the main thread's watchdog.
+            why: what the main thread waits for.
+        """
         said = self._said
         if said is self._passed:
             return
@@ -71,14 +82,20 @@ class DeferredWatch(Watchdog):
 
 
 class Saver:
-    """Writes checkpoints of a run into --save: at once, or behind its back with --async-save.
+    """Writes checkpoints of a run into --save: at once, or in the background with --async-save.
 
-    Made, and told to `save` and to `finish`, by all ranks at the same points. tokenizer_assets: the tokenizer's files, the
-    first rank's. tell: says a line to the user. storage: the disk.
+    All ranks make it, and call `save` and `finish`, at the same points.
 
-    seconds: the longest a whole save took so far on this rank, from its begin until it was on disk; 0.0 before the first.
-    saved: iteration of the newest checkpoint that is, or is being, saved; None before the first. It changes in `save` and
-    `finish` alone, so it is the same on all ranks.
+    Args:
+        run: the run.
+        tokenizer_assets: the tokenizer's files; the first rank's count.
+        tell: prints a line to the user.
+        storage: the disk.
+
+    Attributes:
+        seconds: the longest a whole save took so far on this rank, from its begin until it was on disk; 0.0 before the first.
+        saved: iteration of the newest checkpoint that is, or is being, saved; None before the first. It changes in `save`
+            and `finish` alone, so it is the same on all ranks.
     """
 
     def __init__(self, run: Run, tokenizer_assets: Assets, tell: Callable[[str], None], storage: Storage | None = None) -> None:
@@ -87,6 +104,7 @@ class Saver:
             raise ValueError("there is no --save to save to")
         self._run, self._tell, self._storage = run, tell, storage or Storage()
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
+        # A process group of its own: collectives of a thread must not mix with those of the training step.
         self._axis = saving_axis(run.mesh.world)
         self._assets = together(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
         self._overwritten = CheckpointsToReplace(self._root) if checkpoint.overwrite and self._axis.first else None
@@ -98,12 +116,15 @@ class Saver:
         self.saved: int | None = None
 
     def save(self) -> None:
-        """A checkpoint of the state as it is now. Collective. Waits for the save before.
+        """Save a checkpoint of the state as it is now. Collective. Waits for the save before.
 
-        Returns when it is on disk, or with --async-save when the copy is made. CheckpointError when it could not be written,
-        or the one before; with --on-save-error continue a failure of the disk is told instead, and there is no checkpoint.
+        Returns when it is on disk, or with --async-save when the copy is made.
+
+        Raises:
+            CheckpointError: it could not be written, or the one before. With --on-save-error continue a failure of the disk
+                is reported instead, and there is no checkpoint.
         """
-        self._settle()
+        self._settle()  # its copy in host memory is about to be overwritten
         run, saving = self._run, PendingSave(self._run.state.iteration)
         run.job.watch.doing("collecting a checkpoint")
         self._tell(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
@@ -124,8 +145,12 @@ class Saver:
         run.job.watch.idle()
 
     def check(self) -> None:
-        """Tell what the thread has done meanwhile; raise what it found. No communication, so ranks can see it at different
-        steps. CheckpointError as `save`; an error of communication when another rank is lost."""
+        """Report what the thread has done meanwhile. No communication, so ranks can see it at different steps.
+
+        Raises:
+            CheckpointError: as `save`.
+            RuntimeError: communication failed, because another rank is lost.
+        """
         if self._saving is not None:
             self._report(self._saving)
 
@@ -144,11 +169,11 @@ class Saver:
             saving.seconds = time.monotonic() - saving.began
             if self._axis.first:
                 self._tidy(saving.iteration)
-        except BaseException as error:
+        except BaseException as error:  # raised by `_report` in the main thread
             saving.error = error
 
     def _tidy(self, newest: int) -> None:
-        """First rank: old checkpoints go. Nobody waits for that, neither another rank nor the next step."""
+        """Delete old checkpoints, on the first rank. Nobody waits for that, neither another rank nor the next step."""
         keep = self._checkpoint
         try:
             if self._overwritten is not None:

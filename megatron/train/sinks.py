@@ -1,4 +1,4 @@
-"""Where reports go: console, JSON lines, TensorBoard; W&B is `wandb_sink.py`. One rank holds them, the others hold none."""
+"""Sinks of reports: console, JSON lines, TensorBoard; W&B is `wandb_sink.py`. One rank holds them, the others hold none."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Sink:
     """Takes reports; a sink overrides what it cares for."""
 
     def step(self, metrics: Metrics, context: LogContext) -> None:
-        """After every step, with that step's own values."""
+        """Take a step's own values; called after every step."""
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
-        """Every --log-interval steps, with the averages since the last line."""
+        """Take the averages since the last line; called every --log-interval steps."""
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        """After an evaluation; `title` says which."""
+        """Take the result of an evaluation; `title` says which."""
 
     def event(self, text: str) -> None:
-        """Something that is worth a line of its own, when it happens."""
+        """Take a text that is worth a line of its own, when it happens."""
 
     def close(self, ended: Ended) -> None:
-        """At the end of the run, or of this slice of it."""
+        """Finish; called at the end of the run, or of this slice of it."""
 
 
 class Console(Sink):
-    """Megatron-LM's lines, with throughput and time left at the end."""
+    """Prints Megatron-LM's lines, with throughput and time left at the end."""
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
@@ -64,7 +64,7 @@ class Console(Sink):
 
 
 def console_line(metrics: Metrics, context: LogContext) -> str:
-    """The training line, from ` iteration` on."""
+    """Return the training line, from ` iteration` on. Its texts are Megatron-LM's, which people's scripts read."""
     parts = [
         f" iteration {metrics.iteration:8d}/{context.train_iters:8d}",
         f"consumed samples: {metrics.consumed_samples:12d}",
@@ -106,12 +106,14 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
 
 
 class JsonLines(Sink):
-    """`metrics.jsonl`: one object a line, flushed, so that a killed run loses none.
+    """Writes `metrics.jsonl`: one object a line, flushed, so that a killed run loses none.
 
-    resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
-    one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
-    evaluated: the evaluations after that iteration were made; otherwise their lines will be written again, too.
-    binary: the model has a binary head, and a line its loss, null where no step counted.
+    Args:
+        path: the file.
+        resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
+            one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
+        evaluated: the evaluations after that iteration were made; otherwise their lines will be written again, too.
+        binary: the model has a binary head, and a line its loss, null where no step counted.
     """
 
     def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True, binary: bool = False) -> None:
@@ -139,7 +141,12 @@ class JsonLines(Sink):
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Take the lines out of a file that are not wanted, among them one that a kill or a full disk cut off at the end."""
+    """Remove lines from a file, among them one that a kill or a full disk cut off at the end.
+
+    Args:
+        path: the file; nothing is done where it is not there.
+        wanted: returns whether a line stays.
+    """
     if not path.is_file():
         return
     lines = read_bytes(path, MAX_METRICS_BYTES).splitlines(keepends=True)
@@ -156,7 +163,7 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
 
 
 def _place(text: bytes) -> tuple[float, bool]:
-    """The iteration of a line, and whether it is of an evaluation after it."""
+    """Return the iteration of a line, and whether it is of an evaluation after it."""
     try:
         values = json.loads(text)
         return float(values["iteration"]), "split" in values
@@ -165,7 +172,7 @@ def _place(text: bytes) -> tuple[float, bool]:
 
 
 class TensorBoard(Sink):
-    """Megatron-LM's tags, each also over samples."""
+    """Writes Megatron-LM's tags to TensorBoard, each also over samples."""
 
     def __init__(self, config: LogConfig, resume_at: int | None) -> None:
         self.config = config
@@ -192,7 +199,13 @@ class TensorBoard(Sink):
 
 
 def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) -> dict[str, float]:
-    """Megatron-LM's tags of what was learnt in a step, and the values, where there are some."""
+    """Return loss, gradient norm and settings of a step by Megatron-LM's tags, where there are some.
+
+    Args:
+        config: says which are logged.
+        metrics: of the step.
+        context: the values beside them.
+    """
     values: dict[str, float | None] = {
         "lm loss": metrics.lm_loss,
         "sop loss": metrics.sop_loss,
@@ -208,11 +221,12 @@ def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) ->
         values["batch-size"] = context.global_batch_size
     if config.log_world_size_to_tensorboard:
         values["world-size"] = context.world_size
+    # Our own tags win over those of a hook with the same name.
     return dict(metrics.extra) | {tag: value for tag, value in values.items() if value is not None}
 
 
 def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
-    """The same of what a step took."""
+    """Return time, throughput and memory of a step by Megatron-LM's tags, times in seconds."""
     points: dict[str, float] = {}
     if metrics.iteration_time_ms is not None:
         points["iteration-time"] = metrics.iteration_time_ms / 1000
@@ -228,7 +242,7 @@ def speed_points(config: LogConfig, metrics: Metrics) -> dict[str, float]:
 
 
 def evaluation_points(config: LogConfig, result: Evaluation) -> dict[str, float]:
-    """The same of an evaluation."""
+    """Return the losses of an evaluation by Megatron-LM's tags."""
     tag = f"lm loss {result.split}"
     points = {tag: result.lm_loss}
     if config.log_validation_ppl_to_tensorboard:
@@ -247,9 +261,15 @@ def open_sinks(
     binary: bool = False,
     wandb: Callable[[], Sink] | None = None,
 ) -> list[Sink]:
-    """The sinks that the configuration asks for; resume_at, evaluated, binary: see `JsonLines`. wandb: opens that of W&B.
+    """Open the sinks that the configuration asks for. A TensorBoard that is not installed is reported, and done without.
 
-    A TensorBoard that is not installed is said, and done without.
+    Args:
+        config: says which.
+        out: the console.
+        resume_at: see `JsonLines`.
+        evaluated: see `JsonLines`.
+        binary: see `JsonLines`.
+        wandb: opens the sink of W&B; None for none.
     """
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:

@@ -1,4 +1,4 @@
-"""A run's end of the line to the process that speaks with Weights & Biases. Nothing here waits but the end, for a while."""
+"""Connection of a run to the process that speaks with Weights & Biases. Only the end waits, for a while."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ NAME = "W&B"
 
 
 class WandbLink:
-    """Starts `wandb_writer.py` and sends it one message after the other, as fast as it takes them.
+    """Starts `wandb_writer.py` and sends it one message after the other, as fast as it takes them; the rest waits in memory.
 
-    setup: the first message. tell: says a line to the user. What the process does not take waits in memory.
+    Args:
+        setup: the first message.
+        tell: prints a line to the user.
     """
 
     def __init__(self, setup: Mapping[str, Any], tell: Callable[[str], None]) -> None:
@@ -41,15 +43,15 @@ class WandbLink:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=os.environ | {"PYTHONPATH": path},
-                    start_new_session=True,
+                    start_new_session=True,  # a Ctrl-C in the terminal is not for it
                 )
-            self._socket.setblocking(False)
+            self._socket.setblocking(False)  # a step must never wait for W&B
         except OSError as error:
             self._lose(error)
         self.send(setup)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Hand over a message, now or with the next one; and say what W&B had to say meanwhile."""
+        """Hand over a message, now or with the next one, and report what W&B has answered meanwhile."""
         if self._socket is None:
             return
         self._waiting.append(json.dumps(message).encode() + b"\n")
@@ -57,7 +59,7 @@ class WandbLink:
         self._listen()
 
     def end(self, ended: str) -> None:
-        """Say how the run ended, and wait until W&B has everything, END_SECONDS at most."""
+        """Tell how the run ended, and wait until W&B has everything, END_SECONDS at most."""
         until = time.monotonic() + END_SECONDS
         self.send({"ended": ended})
         while self._socket is not None and (self._waiting or self._rest) and time.monotonic() < until:
@@ -86,10 +88,10 @@ class WandbLink:
                 self._listen()  # it may have said why
                 self._lose(error)
                 return
-            self._rest = self._rest[sent:]
+            self._rest = self._rest[sent:]  # the socket may take a part only
 
     def _listen(self) -> None:
-        """Read what the process has said; its end ends all."""
+        """Read the answers of the process. Its end closes the connection."""
         while self._socket is not None:
             try:
                 data = self._socket.recv(1 << 16)

@@ -1,4 +1,4 @@
-"""Which run of Weights & Biases a slice writes to, and how far that came, so that each iteration stands there once. Pure.
+"""Choose the run of Weights & Biases that a slice writes to, so that each iteration stands there once. Pure.
 
 W&B's history is only added to. What an interrupted slice has logged beyond its checkpoint is not logged again: the same
 settings give the same values. Where they were changed the values are others, and a new W&B run begins, which names the old one.
@@ -29,9 +29,15 @@ SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_d
 
 @dataclass(frozen=True)
 class WandbRun:
-    """A W&B run. id: its own, "" for none. iteration: of the newest training point; evaluations: of each split's newest.
+    """A W&B run, and how far it came.
 
-    parent, fork: the run that it went on from with other settings, and after which iteration. settings: see `settings_digest`.
+    Attributes:
+        id: its own; "" for none.
+        iteration: iteration of the newest training point.
+        evaluations: iteration of the newest evaluation, by split.
+        parent: the run that it went on from with other settings; "" for none.
+        fork: the iteration after which it did.
+        settings: see `settings_digest`.
     """
 
     id: str = ""
@@ -48,7 +54,7 @@ class WandbRun:
 
 
 def read_wandb_run(path: Path | None) -> WandbRun:
-    """What a slice before has kept; nothing where there is no such file, or none that can be read."""
+    """Read what a slice before has kept; an empty run where there is no such file, or none that can be read."""
     values: Any = None
     if path is not None:
         with suppress(OSError, ValueError):
@@ -62,7 +68,12 @@ def read_wandb_run(path: Path | None) -> WandbRun:
 
 
 def settings_digest(config: RunConfig, schedule: Mapping[str, Any]) -> str:
-    """A mark of all settings that change what is logged. schedule: of the learning rate, as it is in use."""
+    """Return a digest of all settings that change what is logged.
+
+    Args:
+        config: of the run.
+        schedule: the fields of the learning-rate schedule in use.
+    """
     values = to_json(config)
     kept: dict[str, Any] = {
         section: {k: v for k, v in values[section].items() if not k.startswith(WITHOUT_EFFECT)} for section in SECTIONS
@@ -73,7 +84,7 @@ def settings_digest(config: RunConfig, schedule: Mapping[str, Any]) -> str:
 
 
 def choose_wandb_run(held: str, iteration: int, kept: WandbRun, settings: str) -> WandbRun:
-    """The W&B run of a slice that goes on with a run after an iteration.
+    """Choose the W&B run of a slice that goes on with a run after an iteration.
 
     Args:
         held: the id in the checkpoint; "" where there is none.
@@ -84,6 +95,7 @@ def choose_wandb_run(held: str, iteration: int, kept: WandbRun, settings: str) -
     Returns:
         The run before, with what it has logged already; or a new one, with the run before as its parent.
     """
+    # The same run as in the checkpoint, or the fork that an earlier slice made from it at this very iteration.
     followed = kept.id and (kept.id == held or (kept.parent == held and kept.fork == iteration))
     if followed and (kept.iteration <= iteration or kept.settings == settings):
         return replace(kept, settings=settings)

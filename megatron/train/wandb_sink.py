@@ -21,10 +21,14 @@ from megatron.train.wandb_run import WANDB_FILE, WandbRun, choose_wandb_run, rea
 
 
 class Wandb(Sink):
-    """The same tags to a run of Weights & Biases, at the iteration, each once; see `wandb_run.py`.
+    """Sends the tags of TensorBoard to a run of Weights & Biases, each iteration once; see `wandb_run.py`.
 
-    run: the W&B run. record: the file in which it is kept how far it came, None without --save. settings: what W&B shows as
-    the run's configuration.
+    Args:
+        config: project, names and intervals.
+        run: the W&B run.
+        record: the file that keeps how far it came; None without --save.
+        settings: shown by W&B as the run's configuration.
+        out: the console.
     """
 
     def __init__(self, config: LogConfig, run: WandbRun, record: Path | None, settings: Mapping[str, Any], out: TextIO) -> None:
@@ -47,6 +51,7 @@ class Wandb(Sink):
         self._send(result.iteration, result.split, evaluation_points(self.config, result))
 
     def _send(self, step: int, split: str | None, values: Mapping[str, float]) -> None:
+        # JSON knows no NaN and no infinity: they travel as text.
         sent = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
         self._link.send({"step": step, "split": split, "values": sent})
 
@@ -55,9 +60,16 @@ class Wandb(Sink):
 
 
 def wandb_sink(run: Run, save: str | None, own: bool, resumed: bool) -> Callable[[], Wandb] | None:
-    """What opens the sink of W&B, on the first rank; None where none is asked for. Sets the id that checkpoints keep.
+    """Choose the W&B run, note its id for checkpoints, and return what opens its sink on the first rank.
 
-    own: the slice goes on with the run of --save. resumed: from a checkpoint.
+    Args:
+        run: the run, whose `state.wandb_run` is set.
+        save: the directory of checkpoints; None without.
+        own: the slice goes on with the run of --save.
+        resumed: it starts from a checkpoint.
+
+    Returns:
+        A function that opens the sink; None where none is asked for.
     """
     config, state = run.config, run.state
     if not own:

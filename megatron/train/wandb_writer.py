@@ -31,7 +31,7 @@ Reply = Callable[[Mapping[str, Any]], None]
 
 
 def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
-    """The messages of the run, as many at once as have come. The end of the run ends it."""
+    """Yield the messages of the run, as many at once as have come, until the run ends."""
     left = b""
     while True:
         try:
@@ -40,13 +40,13 @@ def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
             data = b""
         if not data:
             return
-        *lines, left = (left + data).split(b"\n")
+        *lines, left = (left + data).split(b"\n")  # the last piece is a message that has come in part
         if lines:
             yield [parse_json(line) for line in lines]
 
 
 def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
-    """W&B's own run; without a network one whose points stay on the disk. Any exception of W&B."""
+    """Open W&B's own run; without a network one whose points stay on the disk. Raises any exception of W&B."""
     import wandb
 
     wanted = {name: value for name, value in setup["init"].items() if value is not None}
@@ -72,7 +72,7 @@ class Writer:
         self._begun = self.record.iteration
 
     def take(self, messages: list[dict[str, Any]]) -> str | None:
-        """Log what is new; how the run ended, where it says so."""
+        """Log the points that are new, and return how the run ended, where a message says so."""
         ended = None
         for message in messages:
             if "ended" in message:
@@ -95,7 +95,7 @@ class Writer:
         return ended
 
     def keep(self) -> None:
-        """Write down how far the run came."""
+        """Write to the record how far the run came."""
         if self._path is not None:
             with self._surviving(f"{self._path} cannot be written"):
                 self.record.write(self._path)
@@ -113,7 +113,7 @@ class Writer:
 
 
 class _Surviving:
-    """Anything that goes wrong inside is told, each kind once."""
+    """Reports anything that goes wrong inside the block, each kind once, and goes on."""
 
     def __init__(self, what: str, told: set[str], reply: Reply) -> None:
         self._what, self._told, self._reply = what, told, reply
@@ -129,7 +129,7 @@ class _Surviving:
 
 
 def error_text(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -148,7 +148,7 @@ def wait_for_previous_slice(directory: Path) -> None:
 
 
 def serve_run(channel: socket.socket) -> None:
-    """Carry out what a run asks for, until its end."""
+    """Carry out the messages of a run, until its end."""
 
     def reply(values: Mapping[str, Any]) -> None:
         with suppress(OSError):  # a run that is gone
@@ -170,7 +170,7 @@ def serve_run(channel: socket.socket) -> None:
     ended = writer.take(rest)
     for batch in messages:
         ended = writer.take(batch) or ended
-    signal.alarm(LAST_SECONDS)
+    signal.alarm(LAST_SECONDS)  # W&B may wait for a network for ever
     writer.finish(ended or "failed")
     reply({"done": True})
 

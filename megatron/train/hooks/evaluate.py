@@ -46,7 +46,7 @@ class HeldOut:
                 should_stop=training.should_stop,
             )
         finally:
-            loader.close()
+            loader.close()  # ends its threads also where the evaluation fails
         if losses is None:
             return
         lm, sop = losses
@@ -79,6 +79,7 @@ class Evaluate(Hook):
 
     def after_step(self, training: Training, report: StepReport) -> None:
         state, interval = training.run.state, training.run.config.eval.eval_interval
+        # Saved with the state, so that a run which stops here makes the evaluation when it resumes.
         validates = self._validation is not None and is_due(state.iteration, interval)
         more = training.iteration < training.last_iteration
         state.evaluation_due = more and (validates or self._scores(state.iteration))
@@ -92,6 +93,7 @@ class Evaluate(Hook):
         iteration, interval = training.iteration, training.run.config.eval.eval_interval
         scores = self._scores(iteration)
         with training.timer.paused():
+            # A resumed run may be asked for an evaluation that its new intervals do not name: then the loss is the one.
             if self._validation is not None and interval and (is_due(iteration, interval) or not scores):
                 self._validation.evaluate(training, f"iteration {iteration}")
             if self._score is not None and scores and training.request.stop is None:

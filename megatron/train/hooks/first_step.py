@@ -14,5 +14,6 @@ class NoteFirstStep(Hook):
         self._progress = progress
 
     def after_step(self, training: Training, report: StepReport) -> None:
+        # Once a slice: any later step would only write the same again.
         if training.run.job.is_main and training.iteration == training.start + 1:
             self._progress.moved()

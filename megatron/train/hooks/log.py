@@ -12,11 +12,11 @@ from megatron.train.report import LogContext, Metrics, StepReport, causal_share,
 
 
 class Log(Hook):
-    """Feeds the sinks.
+    """Measures steps and hands their values to the sinks.
 
     Args:
-        config: of the run, resolved.
-        device: of this rank, whose peak MFU is a share of.
+        config: the resolved configuration.
+        device: the device of this rank, of whose peak MFU is a share.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Log(Hook):
             self._line_began, self._steps, self._tokens, self._samples = now, 0, 0, 0
 
     def _log_step(self, training: Training, report: StepReport, seconds: float, context: LogContext) -> None:
-        """Tell the step's own values."""
+        """Hand the step's own values to the sinks."""
         metrics = self._metrics(training, report, seconds, int(not report.left_out), report.tokens, report.samples)
         if not report.skipped:
             metrics = replace(metrics, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
@@ -55,7 +55,7 @@ class Log(Hook):
             sink.step(metrics, context)
 
     def _log_line(self, training: Training, report: StepReport, seconds: float, context: LogContext) -> None:
-        """Tell the averages since the last line."""
+        """Hand the averages since the last line to the sinks."""
         state = training.run.state
         metrics = self._metrics(training, report, seconds, self._steps, self._tokens, self._samples)
         if state.window_steps:
@@ -82,8 +82,9 @@ class Log(Hook):
     def _metrics(
         self, training: Training, report: StepReport, seconds: float, steps: int, tokens: int, samples: int
     ) -> Metrics:
-        """The values of steps that took so long together. Steps that were left out are none of them: they trained nothing."""
+        """Return the metrics of steps that took `seconds` together; left-out steps, which train nothing, are not counted."""
         run, state, share = training.run, training.run.state, self._causal_share
+        # FLOPs of all samples over all ranks: `samples` are the global batch's.
         tflops = self._flops * samples / seconds / run.job.env.world_size / 1e12 if steps else None
         mfu = tflops / self._peak if tflops is not None and self._peak else None
         on_gpu = self._device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Checkpoints during training: when they are written, and what became of those written in the background."""
+"""Save checkpoints during training, and report how those written in the background went."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron.train.saving import Saver
 
 
 class CheckSave(Hook):
-    """Tells how a save in the background went; CheckpointError where it failed."""
+    """Reports how a save in the background went; CheckpointError where it failed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
@@ -30,7 +30,7 @@ class Save(Hook):
         if is_due(training.iteration, training.run.config.checkpoint.save_interval) or training.request.save:
             with training.timer.paused():
                 self._saver.save()
-            training.stopping.saved()
+            training.stopping.saved()  # --save-interval-mins counts from here
             self._tried_at = training.iteration
 
     def after_training(self, training: Training) -> None:

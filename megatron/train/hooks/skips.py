@@ -1,4 +1,4 @@
-"""Steps without an update, counted and told."""
+"""Count the steps without an update, and report each on a line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LogSkips(Hook):
 
 
 def _event(state: TrainState, report: StepReport) -> str | None:
-    """The line on a step that was left out, or in which something was not finite; None for any other."""
+    """Return the line on a step that was left out, or in which something was not finite; None for any other."""
     if report.left_out:
         return "left out, as --skip-train-iterations says; its samples are passed over"
     if report.skipped:

@@ -19,6 +19,7 @@ class AgreeOnStop(Hook):
         self._evaluations_follow = evaluations_follow
 
     def after_step(self, training: Training, report: StepReport) -> None:
+        # How long the next step will take at least, by which a time limit must be met early.
         seconds = training.timer.now() - training.step_began
         save_due = is_due(training.iteration, training.run.config.checkpoint.save_interval)
         training.request = training.stopping.ask(seconds, save_due=save_due)
