@@ -23,7 +23,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.model.build import MODELS
 from megatron.model.init import initialize
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.tasks.scoring import batch_of
+from megatron.tasks.scoring import batch_windows
 from megatron.tasks.windows import Window
 
 POSITIONS = 40
@@ -63,7 +63,7 @@ def trained(root: Path, steps: int, **change: Any) -> Path:
     adam, draw = torch.optim.Adam(model.parameters(), lr=4e-3), random.Random(2)
     for _ in range(steps):
         starts = [draw.randrange(len(text) - POSITIONS - 1) for _ in range(8)]
-        loss = model(None, batch_of([Window(text[s : s + POSITIONS + 1], POSITIONS) for s in starts], torch.device("cpu")))
+        loss = model(None, batch_windows([Window(text[s : s + POSITIONS + 1], POSITIONS) for s in starts], torch.device("cpu")))
         (loss.sum / loss.tokens).backward()
         adam.step()
         adam.zero_grad()

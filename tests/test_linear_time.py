@@ -124,7 +124,7 @@ def functions() -> dict[str, Callable[[str], Any]]:
     from megatron.data.sentences import split_sentences
     from megatron.launch.environment import expand_hosts
     from megatron.serving.stops import StopScan, StopTexts
-    from megatron.tasks.squad import normalized, overlap
+    from megatron.tasks.squad import normalize_answer, word_f1
     from megatron.tasks.tagging import entities
     from megatron.tasks.wikitext import detokenize
 
@@ -142,8 +142,8 @@ def functions() -> dict[str, Callable[[str], Any]]:
         "line of a corpus": line,
         "flag": lambda text: nearest("--" + text[:15_000], flags),
         "stop": lambda text: StopScan(StopTexts([text[1:20_000] + "!", text[:10_000]])).read(text[:20_000]),
-        "normalized": normalized,
-        "overlap": lambda text: overlap(text, text[::-1]),
+        "normalized": normalize_answer,
+        "overlap": lambda text: word_f1(text, text[::-1]),
         "tags": lambda text: list(entities(text[:15_000])),
         "alternatives": lambda text: list(alternatives(text)),
         "run": RUN.fullmatch,

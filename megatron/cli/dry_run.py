@@ -45,7 +45,7 @@ class InputSummary:
 def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int:
     """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
 
-    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.look`.
+    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.preview`.
     """
     config = parsed.config
     try:

@@ -81,7 +81,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         parsed = again
         early.progress = Progress(None if parsed.config.eval.skip_train else parsed.config.checkpoint.save)
         if task:
-            from megatron.tasks.program import start
+            from megatron.tasks.program import start_task as start
         else:
             from megatron.train.pretraining import start
         return start(parsed, env, began, signals, early)
@@ -93,9 +93,9 @@ def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
     """A dry run; of a task it reads what that names."""
     if not task:
         return dry_run(parsed, program)
-    from megatron.tasks.program import look
+    from megatron.tasks.program import preview
 
-    return dry_run(parsed, program, look)
+    return dry_run(parsed, program, preview)
 
 
 def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:

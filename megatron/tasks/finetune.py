@@ -1,4 +1,4 @@
-"""Fine-tuning and its evaluation: a pretraining run over other samples, with another head, that is scored after each epoch."""
+"""Fine-tune a model on a task: a run over the task's examples, with the task's head, that is scored after each epoch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from megatron.launch.watchdog import Watchdog
 from megatron.plan.stages import stages_of
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
-from megatron.tasks.samples import Epochs, Item, ItemBatches, Items, Score, Task
+from megatron.tasks.samples import Example, ExampleCollator, PaddedExamples, ShuffledEpochs, Task, TaskScore
 from megatron.tasks.squad import Squad
-from megatron.tasks.tagging import Tagging, labels_of
+from megatron.tasks.tagging import Tagging, collect_labels
 from megatron.train.errors import TrainingError
 from megatron.train.in_job import as_input_error, print_lines
 from megatron.train.loop import Training
@@ -43,8 +43,8 @@ from megatron.train.save_directory import check_save
 from megatron.train.source import StateSource
 
 
-def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
-    """The task that a resolved configuration names, whose model has its labels. DataError for a tokenizer without [CLS]."""
+def build_task(config: RunConfig, tokenizer: Tokenizer) -> Task:
+    """Build the task that a resolved configuration names, with the labels of its model. DataError without [CLS]."""
     seq_length, labels = config.data.seq_length, config.model.labels
     makers: dict[str, Callable[[], Task]] = {
         "MNLI": partial(PairClassification, tokenizer, seq_length, MNLI, labels),
@@ -56,8 +56,8 @@ def task_of(config: RunConfig, tokenizer: Tokenizer) -> Task:
     return makers[config.task.task or ""]()
 
 
-def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
-    """Tokenizer, checkpoint to start from, samples. InputError says what is wrong with one of them."""
+def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
+    """Prepare tokenizer, checkpoint to start from, and examples. InputError says what is wrong with one of them."""
     with as_input_error():
         config, notes = parsed.config, list(parsed.notes)
         watch.waiting("looking for a checkpoint")
@@ -68,23 +68,24 @@ def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
         check_source(source, config)
         notes += check_save(source, config)
         watch.waiting("reading the samples")
-        task = task_of(config, tokenizer)
-        files = [ScoredFile(path, task.read(path, training=False)) for path in config.task.valid_data]
+        task = build_task(config, tokenizer)
+        files = [EvaluationFile(path, task.read(path, training=False)) for path in config.task.valid_data]
         size, training = config.batch.global_batch_size, None
-        held_out = Items([item for file in files for item in file.items], task, size)
+        held_out = PaddedExamples([example for file in files for example in file.examples], task, size)
+        # Each evaluation reads all examples, unless the user asked for fewer.
         draw = len(held_out) // size
         draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else draw
         config = replace(config, eval=replace(config.eval, eval_iters=draw))
         if not config.eval.skip_train:
-            items = [item for path in config.task.train_data for item in task.read(path, training=True)]
-            training = Epochs(items, config.task.epochs or 0, size, config.batch.seed)
+            examples = [example for path in config.task.train_data for example in task.read(path, training=True)]
+            training = ShuffledEpochs(examples, config.task.epochs or 0, size, config.batch.seed)
             config = _with_length(config, training, parsed)
             check_schedule(source, config)
-            notes.append(f"{len(items)} samples to train on, {config.batch.train_iters} iterations of {size}")
+            notes.append(f"{len(examples)} samples to train on, {config.batch.train_iters} iterations of {size}")
         segments = config.model.segment_kinds > 0
-        batches = ItemBatches(BertCollator(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
+        batches = ExampleCollator(BertCollator(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes
-    scorer = partial(Scorer, task, batches, files)
+    scorer = partial(TaskEvaluator, task, batches, files)
     validation = held_out if config.eval.eval_iters else None
     return Prepared(
         config,
@@ -94,13 +95,13 @@ def prepare(parsed: Parsed, watch: Watchdog) -> Prepared:
         (training, validation, None),
         batches,
         scorer=scorer if files else None,
-        score_interval=None if training is None else training.each // size,
-        final=partial(final_score, scorer),
+        score_interval=None if training is None else training.epoch_size // size,
+        final=partial(score_final_model, scorer),
     )
 
 
 def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
-    """The one that is asked for, else the checkpoint's."""
+    """Return the tokenizer that is asked for, else the checkpoint's."""
     if config.tokenizer.tokenizer_type is not None:
         return build_tokenizer(config.tokenizer)
     tokenizer = open_tokenizer(source.directory) if source.directory is not None else None
@@ -110,20 +111,20 @@ def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
 
 
 def _labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
-    """The task's own, those that the checkpoint was fine-tuned for, or those of the training data."""
+    """Return the labels: the task's own, those that the checkpoint was fine-tuned for, or those of the training data."""
     if config.model.task_head != "tags":
         return config.model.labels
     saved = source.saved.model if source.saved is not None else config.model
-    return saved.labels if saved.task_head == "tags" else labels_of(config.task.train_data or config.task.valid_data)
+    return saved.labels if saved.task_head == "tags" else collect_labels(config.task.train_data or config.task.valid_data)
 
 
-def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConfig:
-    """The configuration of so many epochs, validated after each one unless --eval-interval says otherwise."""
-    each = training.each // config.batch.global_batch_size
-    interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else each
+def _with_length(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) -> RunConfig:
+    """Return the configuration with the iterations of all epochs, validated after each unless --eval-interval differs."""
+    iterations_per_epoch = training.epoch_size // config.batch.global_batch_size
+    interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else iterations_per_epoch
     config = replace(
         config,
-        batch=replace(config.batch, train_iters=training.epochs * each),
+        batch=replace(config.batch, train_iters=training.epochs * iterations_per_epoch),
         eval=replace(config.eval, eval_interval=interval),
     )
     config = resolve(config, parsed.world_size)
@@ -134,45 +135,47 @@ def _with_length(config: RunConfig, training: Epochs, parsed: Parsed) -> RunConf
 
 
 @dataclass(frozen=True)
-class ScoredFile:
-    """A file of --valid-data, read."""
+class EvaluationFile:
+    """The examples of one file of --valid-data."""
 
     path: str
-    items: Sequence[Item]
+    examples: Sequence[Example]
 
 
-class Scorer:
-    """Answers every sample of the files with the run's model as it is, on its layout, and tells how good the answers are."""
+class TaskEvaluator:
+    """Answers every example of some files with the run's model, as it is and on its layout, and scores the answers."""
 
-    def __init__(self, task: Task, batches: ItemBatches, files: Sequence[ScoredFile], run: Run) -> None:
+    def __init__(self, task: Task, batches: ExampleCollator, files: Sequence[EvaluationFile], run: Run) -> None:
         self.task, self.batches, self.files, self.run = task, batches, files, run
         placement = stages_of(run.config).placement
         self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
 
     def __call__(self, training: Training) -> dict[str, Any] | None:
-        """Return scores and answers, file by file, as JSON holds them. Collective. None where the run is to stop meanwhile."""
+        """Return scores and answers, file by file, as JSON holds them. Collective. None where the run is asked to stop."""
         results, every = [], []
         for file in self.files:
-            answers = self._answers(file.items, training)
+            answers = self._answers(file.examples, training)
             if answers is None:
                 return None
-            score = self.task.score(file.items, answers)
+            score = self.task.score(file.examples, answers)
             training.log(self._line(Path(file.path).name, score))
-            named = self.task.named(file.items, answers)
+            named = self.task.list_answers(file.examples, answers)
             results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
             every += answers
         if len(results) > 1:
             # Files can have samples of the same name, as SQuAD 1.1 and 2.0 do.
-            items = [replace(item, name=f"{n}:{item.name}") for n, file in enumerate(self.files) for item in file.items]
-            score = self.task.score(items, every)
+            examples = [
+                replace(example, name=f"{n}:{example.name}") for n, file in enumerate(self.files) for example in file.examples
+            ]
+            score = self.task.score(examples, every)
             training.log(self._line("overall", score))
         return {"files": results, **score.metrics, **score.counts}
 
     @torch.no_grad()
-    def _answers(self, items: Sequence[Item], training: Training) -> list[Any] | None:
-        """The answer to each sample, on every rank. Data-parallel ranks share them."""
+    def _answers(self, examples: Sequence[Example], training: Training) -> list[Any] | None:
+        """Return the answer to each example, on every rank; data-parallel ranks share the work. None where a stop is due."""
         dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size
-        source, block = Items(items, self.task, size * dp.size), size * dp.size
+        source, block = PaddedExamples(examples, self.task, size * dp.size), size * dp.size
         mine: list[Any] = []
         self.model.eval()
         try:
@@ -181,8 +184,9 @@ class Scorer:
                     return None
                 self.run.job.watch.doing("evaluating the task")
                 numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
+                # [rows, classes], [rows, seq, tags], or [2, rows, seq] of a span
                 logits = self.model.task_logits(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
-                mine += [self._answer(items, n, row) for n, row in zip(numbers, self._each(logits), strict=True)]
+                mine += [self._answer(examples, n, row) for n, row in zip(numbers, self._each(logits), strict=True)]
         finally:
             for stage in self.run.stages.values():
                 stage.train(True)
@@ -190,34 +194,35 @@ class Scorer:
         if dp.group is not None:
             parts = [[] for _ in range(dp.size)]
             dist.all_gather_object(parts, mine, group=dp.group)
+        # Back into the order of the examples: block by block, in each the part of every data-parallel rank.
         blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
-        answers = [answer for block in blocks for answer in block][: len(items)]
+        answers = [answer for block in blocks for answer in block][: len(examples)]
         if None in answers:
-            what = f"the answer to {items[answers.index(None)].name} is not a number"
+            what = f"the answer to {examples[answers.index(None)].name} is not a number"
             raise TrainingError(
                 f"{what}: the model's weights are damaged, or its training diverged; go on from another checkpoint"
             )
         return answers
 
     def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Those of each sample."""
+        """Split the logits of a batch into those of each example. A span's two outputs come first, before the batch."""
         return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
 
-    def _answer(self, items: Sequence[Item], number: int, logits: torch.Tensor) -> Any:
-        """None for what fills the last batch, and where the model computes no numbers."""
-        return None if number >= len(items) or logits.isnan().any() else self.task.decode(items[number], logits)
+    def _answer(self, examples: Sequence[Example], number: int, logits: torch.Tensor) -> Any:
+        """Return the answer to one example; None for padding of the last batch, and where the model computes no numbers."""
+        return None if number >= len(examples) or logits.isnan().any() else self.task.decode(examples[number], logits)
 
-    def _line(self, name: str, score: Score) -> str:
-        """Megatron-LM's line."""
+    def _line(self, name: str, score: TaskScore) -> str:
+        """Return a score as Megatron-LM's line shows it."""
         config, done = self.run.config, self.run.state.iteration
-        each = max(1, config.batch.iterations // (config.task.epochs or 1))
-        text = f" >> |epoch: {done // each if config.batch.train_iters else 0}| {name}: "
+        per_epoch = max(1, config.batch.iterations // (config.task.epochs or 1))
+        text = f" >> |epoch: {done // per_epoch if config.batch.train_iters else 0}| {name}: "
         text += f"correct / total = {score.counts['correct']} / {score.counts['total']}"
         return text + "".join(f", {metric} = {value:.4f} %" for metric, value in score.metrics.items())
 
 
-def final_score(scorer: Callable[[Run], Scorer], training: Training) -> None:
-    """Score the finished model, also as a file. Collective. A stop leaves it to the next start."""
+def score_final_model(scorer: Callable[[Run], TaskEvaluator], training: Training) -> None:
+    """Score the finished model, and write the results to a file. Collective. A stop leaves it to the next start."""
     run = training.run
     results = scorer(run)(training) if run.config.task.valid_data else None
     path = run.config.task.results_path
@@ -227,7 +232,7 @@ def final_score(scorer: Callable[[Run], Scorer], training: Training) -> None:
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
-    """A JSON file, whole or not there. TrainingError when the disk does not take it; then the results are printed."""
+    """Write results as a JSON file, whole or not at all. TrainingError when the disk refuses; then they are printed."""
     text = json.dumps(results, indent=1) + "\n"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""MNLI and QQP as GLUE publishes them: tab-separated values with a header, a pair of sentences and a class in each line."""
+"""MNLI and QQP as GLUE (arXiv 1804.07461) publishes them: tab-separated, a pair of sentences and its class in each line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.reading import read_text
-from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.samples import Example, Task, TaskScore
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file has what; names are those of its header line. label: of the class, absent from a test file."""
+    """Names of a file's columns, as in its header line. name: of the examples. label: of the class; test files lack it."""
 
     name: str
     first: str
@@ -26,25 +26,26 @@ class Columns:
 
 MNLI = Columns("pairID", "sentence1", "sentence2", "gold_label")
 QQP = Columns("id", "question1", "question2", "is_duplicate")
-NO_GOLD = "-"  # MNLI's annotators did not agree
+NO_GOLD = "-"  # label of a pair about which MNLI's annotators did not agree
 
 
-def accuracy(items: Sequence[Item], answers: Sequence[Any]) -> Score:
-    """The share of the samples with a known truth that were answered so; no metric where none has one, as in a test file."""
-    pairs = [(item.truth, answer) for item, answer in zip(items, answers, strict=True) if item.truth is not None]
+def accuracy(examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
+    """Return the share of examples answered right, of those with a known truth; no metric where none has one (test files)."""
+    pairs = [(example.truth, answer) for example, answer in zip(examples, answers, strict=True) if example.truth is not None]
     correct = sum(truth == answer for truth, answer in pairs)
-    return Score({"accuracy": 100.0 * correct / len(pairs)} if pairs else {}, {"correct": correct, "total": len(pairs)})
+    return TaskScore({"accuracy": 100.0 * correct / len(pairs)} if pairs else {}, {"correct": correct, "total": len(pairs)})
 
 
 class PairClassification(Task):
-    """A class for each pair of sentences. labels: the classes, in the order of the outputs."""
+    """The task of a class for each pair of sentences. labels: the classes, in the order of the outputs."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, columns: Columns, labels: Sequence[str]) -> None:
         super().__init__(tokenizer, seq_length)
         self.columns, self.labels = columns, list(labels)
 
-    def read(self, path: str, *, training: bool) -> list[Item]:
-        lines = read_text(path).split("\n")
+    def read(self, path: str, *, training: bool) -> list[Example]:
+        """Read a file of tab-separated values; for training without the pairs that have no class."""
+        lines = read_text(path).split("\n")  # not splitlines, which also ends lines at marks within sentences
         header = lines[0].rstrip("\r").split("\t")
         wanted = vars(self.columns)
         places = {role: header.index(name) for role, name in wanted.items() if name in header}
@@ -52,34 +53,37 @@ class PairClassification(Task):
             raise DataError(f"{path}: its first line names no column {', '.join(lacking)}; it has {', '.join(header)[:200]}")
         if training and "label" not in places:
             raise DataError(f"{path}: it has no column {self.columns.label}: a test file cannot be trained on")
-        items, torn = [], []
+        examples, torn = [], []
         for number, line in enumerate(lines[1:], 2):
             cells = line.rstrip("\r").split("\t")
             if len(cells) != len(header):
+                # A torn line is left out and told of: its columns could be any.
                 torn += [number] if line.strip() else []
                 continue
-            item = self._item(f"{path}:{number}", {role: cells[place] for role, place in places.items()})
-            if not training or item.truth is not None:
-                items.append(item)
-        if not items:
+            example = self._example(f"{path}:{number}", {role: cells[place] for role, place in places.items()})
+            if not training or example.truth is not None:
+                examples.append(example)
+        if not examples:
             raise DataError(f"{path}: it holds no samples under the {len(header)} columns of its first line")
         if torn:  # the published QQP has a few
             self.notes.append(f"{path}: {len(torn)} lines left out that have not {len(header)} columns, the first is {torn[0]}")
-        return items
+        return examples
 
-    def _item(self, where: str, cells: dict[str, str]) -> Item:
+    def _example(self, where: str, cells: dict[str, str]) -> Example:
         label = cells.get("label", NO_GOLD)
         if label not in (*self.labels, NO_GOLD):
             raise DataError(f"{where}: {self.columns.label} is {label!r}; legal: {', '.join(self.labels)}")
         first, second = (self.tokenizer.tokenize(" ".join(cells[role].split())) for role in ("first", "second"))
         if label == NO_GOLD:
-            row = self.pair(first, second, 0)
-            row.loss_mask[:] = False
-            return Item((row,), cells["name"], None)
-        return Item((self.pair(first, second, self.labels.index(label)),), cells["name"], label)
+            row = self.build_pair(first, second, 0)
+            row.loss_mask[:] = False  # it is answered, but not scored
+            return Example((row,), cells["name"], None)
+        return Example((self.build_pair(first, second, self.labels.index(label)),), cells["name"], label)
 
-    def decode(self, item: Item, logits: Tensor) -> str:
+    def decode(self, example: Example, logits: Tensor) -> str:
+        """Return the most probable class. logits: `[classes]`."""
         return self.labels[int(logits.argmax())]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
-        return accuracy(items, answers)
+    def score(self, examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
+        """Return the accuracy."""
+        return accuracy(examples, answers)

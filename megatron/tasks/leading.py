@@ -1,4 +1,4 @@
-"""One rank leads, the others compute with it: for a program that can run on one rank only, with a model on several.
+"""Let one rank lead and the others compute with it: for a program that runs on one rank only, with a model on several.
 
 The leader uses its model as ever. Each call first tells the other ranks what to compute, in a few numbers and the batch's
 tokens, and they take their part in it. So the program needs to know nothing of ranks.
@@ -17,53 +17,62 @@ from megatron.inference.kv_cache import KVCache
 from megatron.inference.prediction import Prediction
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
-from megatron.tasks.likelihood import Model
+from megatron.tasks.likelihood import LikelihoodModel
 
-END, SCORES, PREDICTION = range(3)
+END, SCORES, PREDICTION = range(3)  # commands of the leader
 
 
-class Led:
-    """The leader's model, which takes the other ranks of `world` along. `finish` lets them go."""
+class LeaderModel:
+    """The leader's model, which has the other ranks of `world` compute along. `finish` ends that."""
 
-    def __init__(self, model: Model, world: Axis) -> None:
+    def __init__(self, model: LikelihoodModel, world: Axis) -> None:
         self.model, self.world = model, world
         self.config, self.device = model.config, model.device
 
     def eval(self) -> None:
-        """Dropout is off on all of them."""
+        """Put the leader's model into evaluation mode; the others are in it already."""
         self.model.eval()
 
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The model's scores, of sequences from position 0 on."""
-        self._tell(SCORES, batch, 0)
+        """Return the model's scores of sequences that start at position 0; both `[seq, batch]`."""
+        self._command(SCORES, batch, 0)
         return self.model.scores(batch)
 
     def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
-        """The model's prediction, of sequences that stay together. top: None, as the other ranks take it."""
+        """Return the model's prediction for sequences of one length.
+
+        Args:
+            batch: tokens `[batch, seq]`.
+            cache: keys and values of the tokens before; None for none.
+            top: not used: the other ranks compute all logits.
+        """
         first = cache.length if cache is not None else 0
-        self._tell(PREDICTION, batch, first)
+        self._command(PREDICTION, batch, first)
         return self.model.predict(batch, cache)
 
     def finish(self) -> None:
-        """Let the other ranks go."""
+        """End `follow_leader` on the other ranks."""
         all_reduce(torch.tensor([END, 0, 0, 0], device=self.device), self.world)
 
-    def _tell(self, what: int, batch: Batch, first: int) -> None:
+    def _command(self, command: int, batch: Batch, first: int) -> None:
+        """Tell the other ranks to compute. first: position of the first token, 0 for a new cache."""
         rows, seq = batch.tokens.shape
-        all_reduce(torch.tensor([what, rows, seq, first], device=self.device), self.world)
-        all_reduce(torch.stack([batch.tokens, batch.labels]), self.world)
+        # The others add zeros, so each sum is a broadcast; the shape goes first, since they must know it for the tokens.
+        all_reduce(torch.tensor([command, rows, seq, first], device=self.device), self.world)
+        all_reduce(torch.stack([batch.tokens, batch.labels]), self.world)  # [2, batch, seq]
 
 
-def follow(model: Model, world: Axis) -> None:
-    """Compute along with the leader until it has finished: what every other rank does. In the sums they add zeros."""
+def follow_leader(model: LikelihoodModel, world: Axis) -> None:
+    """Compute along with the leader, on every other rank, until it has finished."""
     cache = KVCache()
     while True:
-        what, rows, seq, first = all_reduce(torch.zeros(4, dtype=torch.int64, device=model.device), world).tolist()
-        if what == END:
+        command, rows, seq, first = all_reduce(torch.zeros(4, dtype=torch.int64, device=model.device), world).tolist()
+        if command == END:
             return
+        # [2, batch, seq]: tokens and labels
         tokens, labels = all_reduce(torch.zeros(2, rows, seq, dtype=torch.int64, device=model.device), world)
         batch = replace(batch_of_rows(tokens.tolist(), first, model.device), labels=labels)
-        if what == SCORES:
+        if command == SCORES:
             model.scores(batch)
         else:
             cache = cache if first else KVCache()

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks of a language model: likelihoods of texts, and text until a stop string; without the package.
+"""Answer the requests of lm-evaluation-harness: likelihoods of texts, and text until a stop string; without the package.
 
 Tokens and windows are those of the harness's own Hugging Face model, so that a checkpoint and its export get equal figures.
 """
@@ -13,47 +13,52 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.generate import Predictor, Sampling, generate
 from megatron.mesh.mesh import Axis
-from megatron.tasks.scoring import Score, Scorer, check_finite, check_vocabulary, score
-from megatron.tasks.windows import Window, windows
+from megatron.tasks.scoring import ScoringModel, WindowScore, check_finite, check_vocabulary, score_windows
+from megatron.tasks.windows import Window, split_windows
 
 
-class Model(Scorer, Predictor, Protocol):
-    """A whole model that scores and goes on with texts."""
+class LikelihoodModel(ScoringModel, Predictor, Protocol):
+    """A whole model that scores texts and continues them."""
 
 
 @dataclass(frozen=True)
 class Likelihoods:
     """A model and its tokenizer. seq_length: tokens that it sees at once. micro_batch_size: windows in one pass."""
 
-    model: Model
+    model: LikelihoodModel
     tokenizer: Tokenizer
     seq_length: int
     micro_batch_size: int
-    alone: Axis = field(default_factory=lambda: Axis.alone("dp"))
+    single: Axis = field(default_factory=lambda: Axis.alone("dp"))
 
-    def of_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation) the continuation's log-probability, and whether it is the most probable one.
+    def score_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """Score continuations of contexts.
 
-        A context that is too long loses its beginning; after an empty one the continuation follows the start token. DataError
-        for a continuation that becomes no token, or more than the model sees at once.
+        A context that is too long loses its beginning; after an empty one the continuation follows the start token.
+
+        Returns:
+            For each (context, continuation) the continuation's log-probability, and whether it is the most probable one.
+
+        Raises:
+            DataError: for a continuation that becomes no token, or more than the model sees at once.
         """
         found = []
         for context, continuation in pairs:
             before, after = self.split(context, continuation)
             if not 1 <= len(after) <= self.seq_length:
                 raise DataError(
-                    f"the continuation {shown(continuation)} has {len(after)} tokens; it must have 1 to {self.seq_length}, "
-                    "what the model sees at once"
+                    f"the continuation {quote_start(continuation)} has {len(after)} tokens; it must have 1 to "
+                    f"{self.seq_length}, what the model sees at once"
                 )
             found.append(Window([*before, *after][-self.seq_length - 1 :], len(after)))
         return [(one.log_probability, one.hit) for one in self._scores(found)]
 
-    def of_texts(self, texts: Sequence[str]) -> list[float]:
-        """Each text's log-probability after the start token, every token counted once, however long the text is."""
+    def score_texts(self, texts: Sequence[str]) -> list[float]:
+        """Return each text's log-probability after the start token; every token counts once, however long the text is."""
         owner: list[int] = []
         found: list[Window] = []
         for number, text in enumerate(texts):
-            cut = list(windows([self.start, *self.tokenizer.tokenize(text)], self.seq_length, self.seq_length, full=True))
+            cut = list(split_windows([self.start, *self.tokenizer.tokenize(text)], self.seq_length, self.seq_length, full=True))
             found += cut
             owner += [number] * len(cut)
         sums = [0.0] * len(texts)
@@ -61,37 +66,46 @@ class Likelihoods:
             sums[number] += one.log_probability
         return sums
 
-    def until(self, prompt: str, stops: Sequence[str], most_tokens: int, sampling: Sampling, seed: int = 0) -> str:
-        """What the model writes after the prompt, up to the first of the stop strings, which is left out.
+    def generate_until(self, prompt: str, stops: Sequence[str], max_tokens: int, sampling: Sampling, seed: int = 0) -> str:
+        """Return the text that the model writes after a prompt, up to the first of the stop strings, which is left out.
 
-        A prompt that leaves no room for most_tokens loses its beginning; DataError where no prompt would leave it.
+        Args:
+            prompt: loses its beginning where it leaves no room for `max_tokens`.
+            stops: strings that end the text.
+            max_tokens: largest number of tokens to write.
+            sampling: temperature and cuts.
+            seed: of the sampling.
+
+        Raises:
+            DataError: where no prompt would leave room.
         """
-        room = self.seq_length - most_tokens
+        room = self.seq_length - max_tokens
         if room < 1:
             raise DataError(
-                f"{most_tokens} tokens to write leave no room for a prompt in the {self.seq_length} that the model sees at "
+                f"{max_tokens} tokens to write leave no room for a prompt in the {self.seq_length} that the model sees at "
                 "once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
             )
         tokens = (self.tokenizer.tokenize(prompt) or [self.start])[-room:]
-        check_vocabulary(tokens, self.model.config.vocabulary, f"the prompt {shown(prompt)}")
+        check_vocabulary(tokens, self.model.config.vocabulary, f"the prompt {quote_start(prompt)}")
         written: list[int] = []
         text, stop = "", self.tokenizer.special.get("eod")
-        for token in generate(self.model, tokens, max_new_tokens=most_tokens, sampling=sampling, seed=seed, stop=stop):
+        for token in generate(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop):
             written.append(token)
-            text = self.tokenizer.detokenize(written)
+            text = self.tokenizer.detokenize(written)  # of all tokens: one alone may be part of a character
             if ends := [text.index(end) for end in stops if end and end in text]:
                 return text[: min(ends)]
         return text
 
     @property
     def start(self) -> int:
-        """The token that a text without a context follows: the beginning of a text, or the end of the one before."""
+        """The token before a text without a context: the beginning of a text, or the end of the one before."""
         return self.tokenizer.token("bos" if "bos" in self.tokenizer.special else "eod")
 
     def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Both in tokens. Tokenised together, since a tokenizer joins what stands side by side, and cut where the context ends.
+        """Return context and continuation in tokens.
 
-        Spaces at the context's end go to the continuation, where most vocabularies have them.
+        They are tokenised together, since a tokenizer joins neighbours, and cut where the context ends. Spaces at the
+        context's end go to the continuation, where most vocabularies have them.
         """
         bare = context.rstrip()
         if not bare:
@@ -100,18 +114,21 @@ class Likelihoods:
         both = self.tokenizer.tokenize(context + continuation)
         return both[: len(before)], both[len(before) :]
 
-    def _scores(self, found: Sequence[Window]) -> list[Score]:
-        """In the order of the windows; the longest go first, so that those of a micro-batch are alike and memory is tried."""
+    def _scores(self, found: Sequence[Window]) -> list[WindowScore]:
+        """Return the scores in the order of the windows.
+
+        The longest are computed first: those of a micro-batch are then alike, and a lack of memory shows at once.
+        """
         vocabulary = self.model.config.vocabulary
         for window in found:
             check_vocabulary(window.tokens, vocabulary, "the text")
         order = sorted(range(len(found)), key=lambda number: -len(found[number].tokens))
-        made = score(self.model, (found[number] for number in order), self.micro_batch_size, self.alone)
+        made = score_windows(self.model, (found[number] for number in order), self.micro_batch_size, self.single)
         by_number = dict(zip(order, made, strict=True))
         check_finite(sum(one.log_probability for one in by_number.values()), "the checkpoint")
         return [by_number[number] for number in range(len(found))]
 
 
-def shown(text: str) -> str:
-    """The beginning of a text, for a message."""
+def quote_start(text: str) -> str:
+    """Return the beginning of a text in quotes, for a message."""
     return repr(text if len(text) <= 40 else text[:40] + "...")

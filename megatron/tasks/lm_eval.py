@@ -1,7 +1,7 @@
-"""lm-evaluation-harness (the package lm_eval, arXiv 2405.14782) on a checkpoint of any layout, without converting it.
+r"""Run lm-evaluation-harness (the package lm_eval, arXiv 2405.14782) on a checkpoint of any layout, without converting it.
 
     python -m megatron.tasks.lm_eval --load CKPT --tasks hellaswag --num_fewshot 5 --output_path results
-    torchrun --nproc_per_node 4 -m megatron.tasks.lm_eval --load CKPT \\
+    torchrun --nproc_per_node 4 -m megatron.tasks.lm_eval --load CKPT \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --tasks hellaswag
 
 What is not listed here goes to lm_eval's own command line; --output_path writes its JSON. From Python the model is known as
@@ -37,38 +37,47 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
 from megatron.launch.packages import install_command
 from megatron.mesh.mesh import Mesh
-from megatron.tasks.leading import Led, follow
+from megatron.tasks.leading import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
-from megatron.tasks.scoring import check_scored, needed_tokenizer
+from megatron.tasks.scoring import check_sizes, require_tokenizer
 
 NAME = "megatron"
-MICRO_BATCH = 8
+DEFAULT_MICRO_BATCH = 8
 DEFAULT_TOKENS = 256  # of a generated text: the harness's own default
 TIMEOUT_MINUTES = 24 * 60.0  # the others wait while the first process reads data sets and computes metrics
-REFUSED = (CheckpointError, ConfigError, DataError)  # what was asked for cannot be done; needs no traceback
+INPUT_ERRORS = (CheckpointError, ConfigError, DataError)  # mistakes of the user, shown without a traceback
 
 
-def likelihoods(
+def open_likelihoods(
     load: Path | str,
     mesh: Mesh,
     *,
     iteration: int | None = None,
     seq_length: int | None = None,
-    micro_batch_size: int = MICRO_BATCH,
+    micro_batch_size: int = DEFAULT_MICRO_BATCH,
     device: torch.device | str = "cpu",
 ) -> Likelihoods:
-    """A checkpoint, ready to be asked. Collective. seq_length: default all positions that the model was made with.
+    """Open a checkpoint for scoring. Collective.
 
-    CheckpointError, ConfigError or DataError for one that cannot be.
+    Args:
+        load: directory of checkpoints.
+        mesh: the ranks that share the model.
+        iteration: of the checkpoint; None for the newest.
+        seq_length: tokens that the model sees at once; None for all positions that it was made with.
+        micro_batch_size: windows in one pass.
+        device: of this rank.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: for a checkpoint that cannot be scored.
     """
     opened = open_pipeline(load, mesh, iteration=iteration, device=device)
     length = seq_length or opened.config.max_position_embeddings
-    check_scored(opened, length, length, micro_batch_size)
-    return Likelihoods(opened.model, needed_tokenizer(opened), length, micro_batch_size)
+    check_sizes(opened, length, length, micro_batch_size)
+    return Likelihoods(opened.model, require_tokenizer(opened), length, micro_batch_size)
 
 
 def harness_model(ready: Likelihoods | None = None) -> type[Any]:
-    """The harness's subclass for our checkpoints. ready: what it asks, in place of opening what its arguments name."""
+    """Return the harness's subclass for our checkpoints. ready: an open model, in place of the one that its arguments name."""
     from lm_eval.api.model import LM
 
     class MegatronLM(LM):  # type: ignore[misc, unused-ignore]
@@ -92,52 +101,62 @@ def harness_model(ready: Likelihoods | None = None) -> type[Any]:
             if (checkpoint := load or pretrained) is None:
                 raise ValueError("--model_args needs load=CKPT, the directory of a checkpoint")
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            self.model = likelihoods(
+            self.model = open_likelihoods(
                 checkpoint,
                 Mesh.single(),
                 iteration=load_iteration,
                 seq_length=seq_length,
-                micro_batch_size=int(str(batch_size)) if str(batch_size).isdigit() else MICRO_BATCH,
+                micro_batch_size=int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_MICRO_BATCH,
                 device=choose_device(device, gpus),
             )
 
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-            return self.model.of_continuations([request.args for request in requests])
+            """Score continuations of contexts."""
+            return self.model.score_continuations([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-            return self.model.of_texts([request.args[0] for request in requests])
+            """Score whole texts."""
+            return self.model.score_texts([request.args[0] for request in requests])
 
         def generate_until(self, requests: Sequence[Any]) -> list[str]:
-            return [written(self.model, *request.args) for request in requests]
+            """Write texts after prompts."""
+            return [generate_answer(self.model, *request.args) for request in requests]
 
         @property
         def tokenizer_name(self) -> str:
+            """A name for the tokenizer, by which the harness caches requests."""
             return self.model.tokenizer.digest()
 
     return MegatronLM
 
 
-def written(model: Likelihoods, prompt: str, asked: Mapping[str, Any]) -> str:
-    """The text for one request of the harness; asked: its generation arguments, greedy unless do_sample is true."""
+def generate_answer(model: Likelihoods, prompt: str, asked: Mapping[str, Any]) -> str:
+    """Return the text for one request of the harness.
+
+    Args:
+        model: writes the text.
+        prompt: the text before.
+        asked: generation arguments of the request; greedy unless do_sample is true.
+    """
     until = asked.get("until") or []
-    most = next(
+    max_tokens = next(
         (int(asked[name]) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if asked.get(name)), DEFAULT_TOKENS
     )
     sampling = Sampling(temperature=0.0)
     if asked.get("do_sample"):
         sampling = Sampling(asked.get("temperature", 1.0), int(asked.get("top_k", 0)), asked.get("top_p", 0.0))
-    return model.until(prompt, [until] if isinstance(until, str) else list(until), most, sampling)
+    return model.generate_until(prompt, [until] if isinstance(until, str) else list(until), max_tokens, sampling)
 
 
 def register(ready: Likelihoods | None = None) -> None:
-    """Make the model "megatron" known to lm_eval in this process. ImportError without the package."""
+    """Register the model "megatron" with lm_eval in this process. ImportError without the package."""
     from lm_eval.api.registry import register_model
 
     register_model(NAME)(harness_model(ready))
 
 
 def main(argv: list[str]) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = ToolParser(
         prog="python -m megatron.tasks.lm_eval",
         description="lm-evaluation-harness on a checkpoint of any layout",
@@ -146,8 +165,10 @@ def main(argv: list[str]) -> int:
     )
     add_model_flags(parser)
     parser.add_argument("--seq-length", type=int, help="tokens that the model sees at once; default all its positions")
-    parser.add_argument("--micro-batch-size", type=int, default=MICRO_BATCH, help=f"texts in one pass (default {MICRO_BATCH})")
-    args, theirs = parse_once(parser.parse_known_args, argv)
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=DEFAULT_MICRO_BATCH, help=f"texts in one pass (default {DEFAULT_MICRO_BATCH})"
+    )
+    args, harness_args = parse_once(parser.parse_known_args, argv)
     env = LaunchEnvironment()
     try:
         env = LaunchEnvironment.from_environ(os.environ)
@@ -159,26 +180,34 @@ def main(argv: list[str]) -> int:
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
-    except (ValueError, *REFUSED) as error:
+    except (ValueError, *INPUT_ERRORS) as error:
         return report_refusal(error, env)
     try:
-        with job(env, timeout_minutes=TIMEOUT_MINUTES, explain=in_words) as started:
+        with job(env, timeout_minutes=TIMEOUT_MINUTES, explain=explain_refusal) as started:
             own = device if env.world_size == 1 else started.device
             mesh = Mesh.build(grid, env.rank, started.timeout, watch=started.watch)
-            run(args, theirs, started, mesh, own)
-    except REFUSED as error:
+            run_on_ranks(args, harness_args, started, mesh, own)
+    except INPUT_ERRORS as error:
         return report_refusal(error, env)
     return 0
 
 
-def in_words(error: BaseException, where: str) -> str | None:
-    """An error that needs no traceback; None for any other."""
-    return str(error) if isinstance(error, REFUSED) else None
+def explain_refusal(error: BaseException, where: str) -> str | None:
+    """Return the message of a mistake of the user, which needs no traceback; None for any other error."""
+    return str(error) if isinstance(error, INPUT_ERRORS) else None
 
 
-def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mesh, device: torch.device) -> None:
-    """lm_eval on the first process, its model on all of them. Collective."""
-    model = likelihoods(
+def run_on_ranks(args: argparse.Namespace, harness_args: Sequence[str], started: Job, mesh: Mesh, device: torch.device) -> None:
+    """Run lm_eval on the first process, with a model on all of them. Collective.
+
+    Args:
+        args: of this program.
+        harness_args: words of the command line that go to lm_eval.
+        started: the job.
+        mesh: all ranks.
+        device: of this rank.
+    """
+    model = open_likelihoods(
         args.load,
         mesh,
         iteration=args.load_iteration,
@@ -187,24 +216,32 @@ def run(args: argparse.Namespace, theirs: Sequence[str], started: Job, mesh: Mes
         device=device,
     )
     if mesh.world.size == 1:
-        harness(model, args.load, theirs)
+        run_harness(model, args.load, harness_args)
     elif mesh.world.first:
         started.watch.doing("running lm-evaluation-harness")
-        led = Led(model.model, mesh.world)
-        harness(Likelihoods(led, model.tokenizer, model.seq_length, model.micro_batch_size), args.load, theirs)
-        led.finish()
+        leader = LeaderModel(model.model, mesh.world)
+        run_harness(Likelihoods(leader, model.tokenizer, model.seq_length, model.micro_batch_size), args.load, harness_args)
+        leader.finish()
     else:
         started.watch.waiting("lm-evaluation-harness on the first process")
-        follow(model.model, mesh.world)
+        follow_leader(model.model, mesh.world)
 
 
-def harness(model: Likelihoods, load: str, theirs: Sequence[str]) -> None:
-    """lm_eval's own command line, with our model."""
+def run_harness(model: Likelihoods, load: str, harness_args: Sequence[str]) -> None:
+    """Run lm_eval's own command line with a model.
+
+    Args:
+        model: answers the harness.
+        load: directory of the checkpoint, as the results name it.
+        harness_args: words of the command line.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     register(model)
-    records = [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]  # what the harness writes down, if it can
-    sys.argv = ["lm_eval", "--model", NAME, *records, *theirs]
+    records = (
+        [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]
+    )  # noted in the results, where the syntax allows for it
+    sys.argv = ["lm_eval", "--model", NAME, *records, *harness_args]
     try:
         cli_evaluate()
     except SystemExit as ended:

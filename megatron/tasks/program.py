@@ -1,5 +1,4 @@
-"""A legal command of tasks/main.py, carried out: a task that fine-tunes or judges a fine-tuned model, or one that asks a
-pretrained model."""
+"""Carry out a legal command of tasks/main.py: fine-tune a model, score a fine-tuned one, or evaluate a pretrained one."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from megatron.launch.watchdog import Watchdog
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.precision import Precision
-from megatron.tasks.finetune import prepare, write_results
+from megatron.tasks.finetune import prepare_finetuning, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
 from megatron.train.in_job import as_input_error, print_lines, run_in_job
 from megatron.train.pretraining import run_prepared
@@ -30,14 +29,17 @@ from megatron.train.resume import check_source, find_source
 from megatron.train.source import StateSource
 
 
-def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
-    """What a command would run, and lines about what it reads; nothing is started. ConfigError with what is wrong."""
+def preview(parsed: Parsed) -> tuple[RunConfig, list[str]]:
+    """Return the configuration that a command would run, and lines about its files; nothing is started.
+
+    Raises ConfigError for files that cannot be used.
+    """
     config = parsed.config
     try:
         if TASKS[config.task.task or ""].head is not None:
-            prepared = prepare(parsed, Watchdog())
+            prepared = prepare_finetuning(parsed, Watchdog())
             return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
-        source = ready(config)
+        source = check_inputs(config)
         with as_input_error():
             model = config.model if source.directory is None else model_config(source.directory)
     except InputError as error:
@@ -45,23 +47,31 @@ def look(parsed: Parsed) -> tuple[RunConfig, list[str]]:
     return replace(config, model=model), list(source.lines)
 
 
-def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """The exit status of the contract; arguments as for `train.pretraining.run_prepared`."""
+def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
+    """Start a task, and return the exit status.
+
+    Args:
+        parsed: the command.
+        env: this process's place in the job.
+        began: time at which the process started.
+        signals: requests to stop.
+        early: tells the user of a stop before the work began.
+    """
     if TASKS[parsed.config.task.task or ""].head is not None:
-        return run_prepared(prepare, parsed, env, began, signals, early)
+        return run_prepared(prepare_finetuning, parsed, env, began, signals, early)
 
     early.before = "the end of the evaluation"
 
     def check(watch: Watchdog) -> RunConfig:
         watch.waiting("reading the files")  # a phase without a limit
-        ready(parsed.config)
+        check_inputs(parsed.config)
         return parsed.config
 
-    return run_in_job(check, ask, parsed.config.layout, env, signals, early)
+    return run_in_job(check, evaluate_pretrained, parsed.config.layout, env, signals, early)
 
 
-def ready(config: RunConfig) -> StateSource:
-    """The checkpoint that is asked. InputError says what is wrong with it, or with a file, before anything is loaded."""
+def check_inputs(config: RunConfig) -> StateSource:
+    """Return the checkpoint to evaluate. InputError for it, or for a file, before anything is loaded."""
     with as_input_error():
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)
@@ -69,7 +79,7 @@ def ready(config: RunConfig) -> StateSource:
     return source
 
 
-def ask(config: RunConfig, job: Job) -> int:
+def evaluate_pretrained(config: RunConfig, job: Job) -> int:
     """Score a pretrained model on this rank's part of it. Collective."""
     task, out = config.task, sys.stdout if job.is_main else None
     with as_input_error():
@@ -91,7 +101,7 @@ def ask(config: RunConfig, job: Job) -> int:
             strict=task.strict_lambada,
             micro_batch_size=config.batch.micro_batch_size,
             watch=job.watch,
-            say=partial(print_lines, out),
+            log=partial(print_lines, out),
         )
     if task.results_path is not None and job.is_main:
         write_results(task.results_path, results)

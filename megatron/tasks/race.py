@@ -18,27 +18,29 @@ from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.glue import accuracy
 from megatron.tasks.reading import read_value
-from megatron.tasks.samples import Item, Score, Task
+from megatron.tasks.samples import Example, Task, TaskScore
 
 FORM = "RACE's JSON: {article, questions: [...], options: [[four each], ...], answers: [A to D, ...]}"
-LONGEST_QUESTION = 128
+MAX_QUESTION_TOKENS = 128
 
 
 class Race(Task):
-    """labels: the names of the choices, A to D."""
+    """The task of one right answer of four. labels: the names of the choices, A to D."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, labels: Sequence[str]) -> None:
         super().__init__(tokenizer, seq_length)
         self.labels, self.rows = list(labels), len(labels)
 
-    def read(self, path: str, *, training: bool) -> list[Item]:
+    def read(self, path: str, *, training: bool) -> list[Example]:
+        """Read all .txt files of a directory; each question has its right answer, also in a test set."""
         files = sorted(Path(path).rglob("*.txt"))
-        items = [item for file in files for item in self._questions(file)]
-        if not items:
+        examples = [example for file in files for example in self._questions(file)]
+        if not examples:
             raise DataError(f"{path}: it holds no questions: RACE's files are *.txt")
-        return items
+        return examples
 
-    def _questions(self, file: Path) -> Iterator[Item]:
+    def _questions(self, file: Path) -> Iterator[Example]:
+        """Yield the questions of a file, checked, as examples of one row for each option."""
         whole = read_value(str(file), FORM)
         context = self.tokenizer.tokenize(" ".join(whole["article"].text().split()))
         columns = [list(whole[name].items()) for name in ("questions", "options", "answers")]
@@ -51,18 +53,21 @@ class Race(Task):
                 raise choices.wrong(f"it holds {len(options)} options; legal: {self.rows}")
             if right not in self.labels:
                 raise answer.wrong(f"it is {right[:60]!r}; legal: {', '.join(self.labels)}")
-            place = self.labels.index(right)
-            rows = tuple(self._row(question.text(), option, context, place) for option in options)
-            for row in rows[1:]:  # the first stands for all
+            right_index = self.labels.index(right)
+            rows = tuple(self._row(question.text(), option, context, right_index) for option in options)
+            for row in rows[1:]:  # the loss is that of the four together, and counted at the first
                 row.loss_mask[:] = False
-            yield Item(rows, f"{file.stem}-{number}", right)
+            yield Example(rows, f"{file.stem}-{number}", right)
 
     def _row(self, question: str, option: str, context: Sequence[int], right: int) -> Any:
+        """Return the row of one option, `[CLS] question and option [SEP] article [SEP]`."""
         text = question.replace("_", option) if "_" in question else f"{question} {option}"
-        return self.pair(self.tokenizer.tokenize(" ".join(text.split()))[:LONGEST_QUESTION], context, right)
+        return self.build_pair(self.tokenizer.tokenize(" ".join(text.split()))[:MAX_QUESTION_TOKENS], context, right)
 
-    def decode(self, item: Item, logits: Tensor) -> str:
+    def decode(self, example: Example, logits: Tensor) -> str:
+        """Return the most probable option. logits: `[options]`."""
         return self.labels[int(logits.argmax())]
 
-    def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
-        return accuracy(items, answers)
+    def score(self, examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
+        """Return the accuracy."""
+        return accuracy(examples, answers)

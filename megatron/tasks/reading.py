@@ -1,4 +1,4 @@
-"""The one reader of tasks' files: whatever is wrong in one is said with its file and its place there.
+"""Read tasks' files; each message about a wrong one names the file and the place in it.
 
 A place is a line, `dev.tsv:12`, or the way to a value of a JSON file, `train.json: data[3].paragraphs[0].context`.
 """
@@ -27,7 +27,7 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         check_regular(file, max_bytes)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error_reason(error)})") from error
-    data = bytearray()
+    data = bytearray()  # the limit holds for the unpacked bytes, of which a small file can hold very many
     with open_text(file) as stream:
         try:
             while len(data) <= max_bytes and (more := stream.read(BLOCK_BYTES)):
@@ -44,7 +44,7 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_value(file: str, form: str) -> Value:
-    """Read a file that is one JSON value. form: what the file should be, for messages. DataError where it is no JSON."""
+    """Read a file that is one JSON value. form: its expected content, for messages. DataError where it is no JSON."""
     text = read_text(file, MAX_TASK_JSON_BYTES)
     try:
         return Value(file, "", parse_json(text), form)
@@ -56,8 +56,8 @@ def read_value(file: str, form: str) -> Value:
 class Value:
     """A value of a JSON file.
 
-    file: its name. place: the way to the value, "" for the whole. held: the value as `json` reads it. form: what the file
-    should be, for messages about what it is not.
+    file: its name. place: the way to the value, "" for the whole. held: the value as `json` reads it. form: the expected
+    content of the file, for messages.
     """
 
     file: str
@@ -82,7 +82,7 @@ class Value:
         return key in self.of_kind(dict, "an object")
 
     def __getitem__(self, key: str) -> Value:
-        """Return what an object has under a key. DataError where it has none."""
+        """Return the value under a key of an object. DataError where it has none."""
         held = self.of_kind(dict, "an object")
         if key not in held:
             keys = ", ".join(json.dumps(name)[1:-1] for name in list(held)[:8]) or "none"
@@ -90,7 +90,7 @@ class Value:
         return Value(self.file, f"{self.place}.{key}".lstrip("."), held[key], self.form)
 
     def items(self) -> Iterator[Value]:
-        """Return what a list holds, in order."""
+        """Return the values of a list, in order."""
         held = self.of_kind(list, "a list")
         return (Value(self.file, f"{self.place}[{n}]", item, self.form) for n, item in enumerate(held))
 
@@ -116,5 +116,6 @@ class Value:
         return self.held
 
     def _shown(self) -> str:
+        """Return the beginning of the value as JSON, for a message."""
         shown = json.dumps(self.held)  # in ASCII
         return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""What a task's samples are, how they are written as rows of tokens, and in which order training goes through them."""
+"""Examples of a task: rows of tokens, their answers and scores, and the order in which training reads them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from megatron.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Item:
-    """One sample. rows: what the model sees, several for a choice, with the right answer in `labels` where `guessed`.
+class Example:
+    """One example of a task.
 
-    name: of the sample in its file, for results and messages. truth: what the score compares with. detail: what else makes an
-    answer of the model's logits.
+    rows: input of the model, several for a choice, with the right answer in `labels` where `loss_mask` is true. name: of the
+    example in its file, for results and messages. truth: right answer, as the score compares it; None where it is not known.
+    detail: further values from which logits become an answer.
     """
 
     rows: tuple[PairSample, ...]
@@ -33,109 +34,123 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Score:
-    """metrics: by name, in percent or as they are. counts: the numbers that they were made of."""
+class TaskScore:
+    """The score of some answers. metrics: by name, in percent. counts: the numbers that they were computed from."""
 
     metrics: dict[str, float]
     counts: dict[str, int]
 
 
 class Task(ABC):
-    """A kind of samples: read from the task's published files, written as rows, and judged.
+    """A task: its published files are read as examples, which become rows of tokens, and their answers are scored.
 
-    tokenizer: has [CLS], [SEP] and padding. seq_length: tokens of the longest row. notes: to tell, of what was read.
-    DataError for a tokenizer that has them not, and for rows that have no room for a sample.
+    tokenizer: has [CLS], [SEP] and padding. seq_length: tokens of the longest row. notes: lines for the user about the files.
+    DataError for a tokenizer without these tokens, and for rows that have no room for an example.
     """
 
-    rows: int = 1  # of each sample
-    shortest: int = 3  # --seq-length that has room for something between [CLS] and [SEP]
+    rows: int = 1  # of each example
+    min_seq_length: int = 3  # has room for one token between [CLS] and [SEP]
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
-        if seq_length < self.shortest:
-            raise DataError(f"--seq-length {seq_length} has no room for a sample; legal: {self.shortest} and above")
+        if seq_length < self.min_seq_length:
+            raise DataError(f"--seq-length {seq_length} has no room for a sample; legal: {self.min_seq_length} and above")
         self.tokenizer, self.seq_length = tokenizer, seq_length
         self.cls, self.sep = tokenizer.token("cls"), tokenizer.token("sep")
         self.notes: list[str] = []
 
     @abstractmethod
-    def read(self, path: str, *, training: bool) -> list[Item]:
-        """The samples of a file or directory, in order. DataError names the file and the line or entry that is wrong.
+    def read(self, path: str, *, training: bool) -> list[Example]:
+        """Return the examples of a file or directory, in order.
 
-        training: only what can be trained on, with its right answer.
+        training: leave out examples without a right answer. Raises DataError, with the file and the line or entry.
         """
 
     @abstractmethod
-    def decode(self, item: Item, logits: Tensor) -> Any:
-        """The model's answer to one sample as JSON holds it, from its logits."""
+    def decode(self, example: Example, logits: Tensor) -> Any:
+        """Return the model's answer to one example as JSON holds it, from its logits."""
 
-    def named(self, items: Sequence[Item], answers: Sequence[Any]) -> list[dict[str, Any]]:
-        """The answers as results hold them."""
-        return [{"id": item.name, "answer": answer} for item, answer in zip(items, answers, strict=True)]
+    def list_answers(self, examples: Sequence[Example], answers: Sequence[Any]) -> list[dict[str, Any]]:
+        """Return the answers as results hold them, each with the name of its example."""
+        return [{"id": example.name, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
 
     @abstractmethod
-    def score(self, items: Sequence[Item], answers: Sequence[Any]) -> Score:
-        """How good the answers to all of `items` are."""
+    def score(self, examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
+        """Return the score of the answers to all of `examples`."""
 
-    def pair(self, first: Sequence[int], second: Sequence[int], answer: int) -> PairSample:
-        """[CLS] first [SEP] second [SEP], cut at the end where it is too long; the answer stands at [CLS]. A second segment
-        that has no tokens is left out."""
-        longest = self.seq_length
-        tokens = [self.cls, *first[: longest - 2], self.sep]
-        ends = len(tokens)
-        if second and ends < longest - 1:
-            tokens += [*second[: longest - 1 - ends], self.sep]
-        return self.marked(tokens, ends, {0: answer})
+    def build_pair(self, first: Sequence[int], second: Sequence[int], answer: int) -> PairSample:
+        """Return the row [CLS] first [SEP] second [SEP], cut at the end where it is too long, with the answer at [CLS].
 
-    def marked(self, tokens: Sequence[int], first: int, answers: dict[int, int]) -> PairSample:
-        """A row whose right answers stand at some of its tokens. first: tokens of the first segment."""
-        labels, guessed = np.zeros(len(tokens), dtype=np.int64), np.zeros(len(tokens), dtype=np.bool_)
-        for place, answer in answers.items():
-            labels[place], guessed[place] = answer, True
-        return PairSample(np.array(tokens, dtype=np.int64), labels, guessed, first, swapped=False)
+        Args:
+            first: ids of the first segment.
+            second: ids of the second segment; one without tokens is left out with its [SEP].
+            answer: label of the pair.
+        """
+        tokens = [self.cls, *first[: self.seq_length - 2], self.sep]
+        first_length = len(tokens)
+        if second and first_length < self.seq_length - 1:
+            tokens += [*second[: self.seq_length - 1 - first_length], self.sep]
+        return self.build_row(tokens, first_length, {0: answer})
 
-    def nothing(self) -> Item:
-        """A sample of which nothing counts: it fills the last batch."""
-        return Item((self.marked([self.cls, self.sep], 2, {}),) * self.rows, "", None)
+    def build_row(self, tokens: Sequence[int], first_length: int, answers: dict[int, int]) -> PairSample:
+        """Return a row whose right answers stand at some of its tokens.
+
+        Args:
+            tokens: ids of the row.
+            first_length: tokens of the first segment.
+            answers: labels by position.
+        """
+        labels = np.zeros(len(tokens), dtype=np.int64)  # [n]
+        loss_mask = np.zeros(len(tokens), dtype=np.bool_)  # [n]
+        for position, answer in answers.items():
+            labels[position], loss_mask[position] = answer, True
+        return PairSample(np.array(tokens, dtype=np.int64), labels, loss_mask, first_length, swapped=False)
+
+    def padding_example(self) -> Example:
+        """Return an example of which nothing counts: it fills the last batch."""
+        return Example((self.build_row([self.cls, self.sep], 2, {}),) * self.rows, "", None)
 
 
-class Items(SampleSource):
-    """Samples in their order, followed by ones of which nothing counts until there are a multiple of `multiple`."""
+class PaddedExamples(SampleSource):
+    """Examples in their order, padded at the end to a multiple of `multiple` with ones of which nothing counts."""
 
-    def __init__(self, items: Sequence[Item], task: Task, multiple: int) -> None:
-        self.items, self.nothing = items, task.nothing()
-        self.length = -(-len(items) // multiple) * multiple
+    def __init__(self, examples: Sequence[Example], task: Task, multiple: int) -> None:
+        self.examples, self.padding = examples, task.padding_example()
+        self.length = -(-len(examples) // multiple) * multiple
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, number: int) -> Item:
-        return self.items[number] if number < len(self.items) else self.nothing
+    def __getitem__(self, number: int) -> Example:
+        return self.examples[number] if number < len(self.examples) else self.padding
 
     def locate(self, number: int, position: int) -> str:
         """Return the name of a sample, for a message about one of its tokens."""
         return self[number].name
 
 
-class Epochs(SampleSource):
-    """Samples reshuffled for each epoch: sample i is a function of the seed and i. An epoch's last samples that make no whole
-    global batch are left out, as Megatron-LM does; it leaves out others each time. DataError where there is not one batch."""
+class ShuffledEpochs(SampleSource):
+    """Examples reshuffled for each epoch: example i is a function of the seed and i.
 
-    def __init__(self, items: Sequence[Item], epochs: int, global_batch: int, seed: int) -> None:
-        self.items, self.epochs, self.seed = items, epochs, seed
-        self.each = len(items) // global_batch * global_batch
-        if not self.each:
-            raise DataError(f"--train-data has {len(items)} samples, fewer than one global batch of {global_batch}")
+    The last ones of an epoch that make no whole global batch are left out, as Megatron-LM does; they are others each time.
+    DataError where there is not one batch.
+    """
+
+    def __init__(self, examples: Sequence[Example], epochs: int, global_batch: int, seed: int) -> None:
+        self.examples, self.epochs, self.seed = examples, epochs, seed
+        self.epoch_size = len(examples) // global_batch * global_batch
+        if not self.epoch_size:
+            raise DataError(f"--train-data has {len(examples)} samples, fewer than one global batch of {global_batch}")
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return self.epochs * self.each
+        return self.epochs * self.epoch_size
 
-    def __getitem__(self, number: int) -> Item:
-        epoch, place = divmod(number, self.each)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+    def __getitem__(self, number: int) -> Example:
+        epoch, place = divmod(number, self.epoch_size)
+        if epoch != self._epoch:  # a training run reads in order, so one permutation at a time is enough
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
             self._epoch = epoch
-        return self.items[int(self._order[place])]
+        return self.examples[int(self._order[place])]
 
     def locate(self, number: int, position: int) -> str:
         """Return the name of a sample, for a message about one of its tokens."""
@@ -143,14 +158,24 @@ class Epochs(SampleSource):
 
 
 @dataclass(frozen=True)
-class ItemBatches:
-    """How samples become a `Batch`: all rows of one after those of the other."""
+class ExampleCollator:
+    """Collates examples into a `Batch`: all rows of one example, then those of the next. rows: of each example."""
 
-    batches: BertCollator
+    row_collator: BertCollator
     rows: int
 
-    def __call__(self, dataset: SampleSource, numbers: Sequence[int], names: Sequence[int]) -> Batch:
-        """The micro-batch of these samples of the dataset, under the given numbers in the training order."""
-        rows = [row for number in numbers for row in dataset[number].rows]
-        each = range(self.rows)
-        return self.batches.collate(rows, [name * self.rows + row for name in names for row in each])
+    def __call__(self, dataset: SampleSource, indices: Sequence[int], sample_ids: Sequence[int]) -> Batch:
+        """Collate examples into a micro-batch.
+
+        Args:
+            dataset: yields examples.
+            indices: numbers of the examples in the dataset.
+            sample_ids: their numbers in the training order.
+
+        Returns:
+            Tensors `[examples * rows, seq]`.
+        """
+        rows = [row for index in indices for row in dataset[index].rows]
+        # Each row has a number of its own, so that its dropout masks differ from those of the others.
+        row_ids = [sample_id * self.rows + row for sample_id in sample_ids for row in range(self.rows)]
+        return self.row_collator.collate(rows, row_ids)

@@ -1,4 +1,4 @@
-"""Windows of text to log-probabilities, on any layout."""
+"""Score windows of text with log-probabilities, on any layout."""
 
 from __future__ import annotations
 
@@ -23,61 +23,81 @@ from megatron.mesh.mesh import Axis
 from megatron.tasks.windows import Window
 
 
-class Scorer(Protocol):
-    """A whole model: a `inference.pipeline.Pipeline`, on one rank or on several."""
+class ScoringModel(Protocol):
+    """A whole model that scores tokens: an `inference.pipeline.Pipeline`, on one rank or on several."""
 
     config: ModelConfig
     device: torch.device
 
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of the batch's labels: log-probability fp32 `[seq, batch]`, and bool whether each is the most probable token."""
+        """Return log-probabilities of the labels, fp32 `[seq, batch]`, and whether each is the most probable token, bool."""
         ...
 
 
 @dataclass(frozen=True)
-class Score:
-    """Of a window's counted tokens: the sum of their log-probabilities, and whether each one is the most probable token."""
+class WindowScore:
+    """The score of one window: the sum of its scored tokens' log-probabilities, and whether each is the most probable one."""
 
     log_probability: float
     hit: bool
 
 
-def score(
-    model: Scorer, windows: Iterable[Window], micro_batch_size: int, dp: Axis, watch: Watchdog | None = None
-) -> Iterator[Score]:
-    """This data-parallel rank's share of the windows, in order: windows r, r + dp, r + 2 dp ... of each micro-batch.
+def score_windows(
+    model: ScoringModel, windows: Iterable[Window], micro_batch_size: int, dp: Axis, watch: Watchdog | None = None
+) -> Iterator[WindowScore]:
+    """Yield the scores of this data-parallel rank's share of the windows, in order.
 
-    All ranks pass the same windows, and all take every score: collective over the ranks that share a model.
+    Rank r takes windows r, r + dp, r + 2 dp ... of each block of dp micro-batches. Collective over the ranks that share a
+    model, which must all take every score.
+
+    Args:
+        model: the whole model.
+        windows: the same on all ranks.
+        micro_batch_size: windows of one rank in one pass.
+        dp: the data-parallel axis.
+        watch: told what this rank does.
     """
     watch, source, done = watch or Watchdog(), iter(windows), 0
-    while together := list(islice(source, micro_batch_size * dp.size)):
-        watch.doing(f"scoring windows {done} to {done + len(together) - 1}")
-        done += len(together)
-        if mine := together[dp.rank :: dp.size]:  # ranks that share a model share dp.rank, so they leave out the same ones
-            batch = batch_of(mine, model.device)
-            values, hits = model.scores(batch)
-            counted = batch.loss_mask.t() > 0
-            sums = values.double().masked_fill(~counted, 0.0).sum(dim=0)
-            yield from map(Score, sums.tolist(), (hits | ~counted).all(dim=0).tolist())
+    while block := list(islice(source, micro_batch_size * dp.size)):
+        watch.doing(f"scoring windows {done} to {done + len(block) - 1}")
+        done += len(block)
+        if mine := block[dp.rank :: dp.size]:  # ranks that share a model share dp.rank, so they leave out the same ones
+            batch = batch_windows(mine, model.device)
+            values, hits = model.scores(batch)  # both [seq, batch]
+            is_scored = batch.loss_mask.t() > 0  # [seq, batch]
+            sums = values.double().masked_fill(~is_scored, 0.0).sum(dim=0)  # [batch], fp64
+            yield from map(WindowScore, sums.tolist(), (hits | ~is_scored).all(dim=0).tolist())
     watch.waiting("the scores of all ranks")
 
 
-def batch_of(windows: Sequence[Window], device: torch.device) -> Batch:
-    """Windows as rows, padded behind to the longest of them, which a causal model does not see."""
+def batch_windows(windows: Sequence[Window], device: torch.device) -> Batch:
+    """Collate windows into a batch, padded behind to the longest of them, which a causal model does not see."""
     longest = max(len(window.tokens) for window in windows)
-    ids = torch.zeros(len(windows), longest, dtype=torch.int64)
-    mask = torch.zeros(len(windows), longest - 1)
+    ids = torch.zeros(len(windows), longest, dtype=torch.int64)  # [batch, seq + 1]
+    mask = torch.zeros(len(windows), longest - 1)  # [batch, seq]
     for row, window in enumerate(windows):
         size = len(window.tokens)
         ids[row, :size] = torch.as_tensor(window.tokens)
-        mask[row, size - 1 - window.counted : size - 1] = 1.0
-    positions = torch.arange(longest - 1).expand(len(windows), -1)
-    samples = torch.zeros(len(windows), dtype=torch.int64)
+        # The scored labels are the last ones of the window.
+        mask[row, size - 1 - window.num_scored : size - 1] = 1.0
+    positions = torch.arange(longest - 1).expand(len(windows), -1)  # [batch, seq]
+    samples = torch.zeros(len(windows), dtype=torch.int64)  # [batch]; only dropout reads them, which is off
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, positions, samples).to(device)
 
 
-def check_scored(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
-    """The sizes fit the model: else ConfigError with all that is wrong; DataError for a model that predicts no next token."""
+def check_sizes(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
+    """Check that the sizes of an evaluation fit a model.
+
+    Args:
+        opened: the checkpoint.
+        seq_length: tokens that the model sees at once.
+        overlap: distance from one window to the next.
+        micro_batch_size: windows in one pass.
+
+    Raises:
+        ConfigError: with every size that does not fit.
+        DataError: for a model that predicts no next token.
+    """
     config = opened.config
     if config.architecture != "gpt":
         raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and gives no probability to a text")
@@ -99,20 +119,29 @@ def check_scored(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, m
 
 
 def check_finite(total: float, where: str) -> None:
-    """DataError for a sum of log-probabilities that is no number."""
+    """Raise a DataError for a sum of log-probabilities that is not finite."""
     if not math.isfinite(total):
         raise DataError(f"{where}: the model's probabilities are not finite: its weights are damaged, or its training diverged")
 
 
 def check_vocabulary(tokens: Sequence[int], vocab_size: int, where: str) -> None:
-    """DataError for tokens that the model does not have."""
+    """Check that the model has some tokens.
+
+    Args:
+        tokens: ids.
+        vocab_size: ids of the model.
+        where: place of the tokens, for the message.
+
+    Raises:
+        DataError: for an id outside of the vocabulary.
+    """
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         wrong = max(tokens) if max(tokens) >= vocab_size else min(tokens)
         raise DataError(f"{where}: token {wrong} is outside of the model's vocabulary of {vocab_size}")
 
 
-def needed_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
-    """The checkpoint's tokenizer; DataError if it holds none."""
+def require_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
+    """Return the checkpoint's tokenizer; DataError if it holds none."""
     if opened.tokenizer is None:
         raise DataError(f"{opened.directory} holds no tokenizer: it was not saved by a pretraining run, and text needs one")
     return opened.tokenizer

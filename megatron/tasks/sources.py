@@ -1,4 +1,4 @@
-"""The texts that are scored: a plain file, JSON lines, or an indexed dataset; read and checked before a model is asked."""
+"""Open the texts to score: a plain file, JSON lines, or an indexed dataset; checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron.data.packed import bare_name
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.reading import read_text
 
-KEY = "text"
+TEXT_KEY = "text"
 
 
 @dataclass(frozen=True)
-class Text:
+class SourceText:
     """One text, and where it stands, for messages."""
 
     where: str
@@ -27,8 +27,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text in tokens. words, bytes: of the text, separated by white space and in UTF-8; 0 where only tokens are known."""
+class TokenizedDocument:
+    """A text in tokens. words: separated by white space. bytes: in UTF-8. Both 0 where only tokens are known."""
 
     where: str
     tokens: Sequence[int]
@@ -39,8 +39,8 @@ class Document:
 class TextFile:
     """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
 
-    It may be packed, as `open_unpacked` reads it. Made with one reading of the whole file: DataError, with
-    file and line, for what is no text.
+    It may be packed, as `open_unpacked` reads it. The whole file is read once when it is opened: DataError, with file and
+    line, for one that holds no text.
     """
 
     has_text = True
@@ -50,30 +50,30 @@ class TextFile:
         if not sum(bool(text.text.strip()) for text in self.texts()):  # all are read, and found good
             raise DataError(f"{file}: there is no text in it")
 
-    def texts(self) -> Iterator[Text]:
-        """One after the other."""
+    def texts(self) -> Iterator[SourceText]:
+        """Yield the texts, one after the other."""
         if self.lines:
             for block in read_blocks([self.file]):
                 for line in block:
                     try:
-                        yield Text(f"{line.file}:{line.number}", parse_line(line, [KEY], advice="")[0])
+                        yield SourceText(f"{line.file}:{line.number}", parse_line(line, [TEXT_KEY], advice="")[0])
                     except BadLine as error:
                         raise DataError(str(error)) from error
         else:
-            yield Text(self.file, read_text(self.file))
+            yield SourceText(self.file, read_text(self.file))
 
-    def documents(self, tokenizer: Tokenizer | None) -> Iterator[Document]:
-        """In tokens, nothing added before or after. DataError at once where there is no tokenizer."""
+    def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
+        """Return the texts in tokens, nothing added before or after. DataError at once where there is no tokenizer."""
         if tokenizer is None:
             raise DataError(f"{self.file}: a text, and the checkpoint holds no tokenizer for it")
         return (
-            Document(t.where, tokenizer.tokenize(t.text), len(t.text.split()), len(t.text.encode("utf-8")))
+            TokenizedDocument(t.where, tokenizer.tokenize(t.text), len(t.text.split()), len(t.text.encode("utf-8")))
             for t in self.texts()
         )
 
 
 class TokenFile:
-    """An indexed dataset, by its prefix."""
+    """An indexed dataset, opened by its prefix."""
 
     has_text = False
 
@@ -83,29 +83,32 @@ class TokenFile:
         if not self.dataset.token_count:
             raise DataError(f"{self.file}: there are no tokens in it")
 
-    def texts(self) -> Iterator[Text]:
-        """There is none: DataError."""
+    def texts(self) -> Iterator[SourceText]:
+        """Raise a DataError: there is no text."""
         raise DataError(f"{self.file}: an indexed dataset, which holds tokens and no text")
 
-    def documents(self, tokenizer: Tokenizer | None) -> Iterator[Document]:
-        """As they were written, with an end-of-document token where there is one. tokenizer: the checkpoint's.
+    def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
+        """Return the documents as they were written, with an end-of-document token where there is one.
 
-        DataError at once if the dataset says that another tokenizer made it.
+        tokenizer: the checkpoint's; None where it holds none. Raises DataError at once if the dataset says that another
+        tokenizer made it.
         """
         if tokenizer is not None:
             check_tokenizer(self.dataset, tokenizer)
         starts = self.dataset.documents.tolist()
         return (
-            Document(f"{self.file}, document {number}", [t for i in range(first, end) for t in self.dataset[i].tolist()])
+            TokenizedDocument(
+                f"{self.file}, document {number}", [t for i in range(first, end) for t in self.dataset[i].tolist()]
+            )
             for number, (first, end) in enumerate(pairwise(starts))
         )
 
 
-Source = TextFile | TokenFile
+TextSource = TextFile | TokenFile
 
 
-def open_source(file: str) -> Source:
-    """What a name stands for; DataError if it is not there or damaged."""
+def open_source(file: str) -> TextSource:
+    """Open the file or dataset of this name; DataError if it is missing or damaged."""
     if file.endswith((".bin", ".idx")) or (not os.path.exists(file) and os.path.exists(file + ".idx")):
         return TokenFile(file)
     return TextFile(file)

@@ -1,4 +1,4 @@
-"""WikiText's text as people write it; pure.
+"""Detokenize WikiText: its text as people write it; pure.
 
 The benchmark's files are tokenised: spaces around punctuation, @-@ within words. Models are trained on ordinary text, so the
 spaces are taken out first, by the rules with which the published figures were made (those of GPT-2 and Megatron-LM), oddities
@@ -24,7 +24,7 @@ PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'"))
 
 
 def detokenize(text: str) -> str:
-    """The text without the spaces that WikiText's tokeniser put in."""
+    """Return a text without the spaces that WikiText's tokeniser put in."""
     for old, new in (*CONTRACTIONS, *NUMBERS, *PUNCTUATION):
         text = text.replace(old, new)
     for left, right in PAIRS:
@@ -45,5 +45,5 @@ def _close_up(text: str, left: str, right: str) -> str:
 
 
 def word_count(text: str) -> int:
-    """Tokens of the benchmark's file, as Megatron-LM counts them: what single spaces separate, line ends among them."""
+    """Return the number of words of the benchmark's file, as Megatron-LM counts them: between single spaces, with line ends."""
     return len(text.strip().split(" "))

@@ -1,4 +1,4 @@
-"""Zero-shot scores of a language model: WikiText-103's perplexity, LAMBADA's accuracy, the perplexity of any text.
+"""Score a language model zero-shot: WikiText-103's perplexity, LAMBADA's accuracy, the perplexity of any text.
 
 The first two as the paper (arXiv 1909.08053, section 5.3) and Megatron-LM define them, so that their figures can be compared:
 
@@ -32,20 +32,20 @@ from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
 from megatron.tasks.reading import read_text
-from megatron.tasks.scoring import check_finite, check_scored, check_vocabulary, needed_tokenizer, score
-from megatron.tasks.sources import Source, Text, TextFile, open_source
+from megatron.tasks.scoring import check_finite, check_sizes, check_vocabulary, require_tokenizer, score_windows
+from megatron.tasks.sources import SourceText, TextFile, TextSource, open_source
 from megatron.tasks.wikitext import detokenize, word_count
-from megatron.tasks.windows import Window, windows
+from megatron.tasks.windows import Window, split_windows
 
-Say = Callable[[str], object]
-USUAL_OVERLAP = 32  # Megatron-LM's
-MOST_EXPONENT = 20  # Megatron-LM's: a perplexity is shown as at most e^20
+Log = Callable[[str], object]
+DEFAULT_OVERLAP = 32  # Megatron-LM's
+MAX_EXPONENT = 20  # Megatron-LM's: a perplexity is shown as at most e^20
 PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True)
-class Total:
-    """loss: minus the sum of the log-probabilities of all targets. hits: windows in which every target is guessed."""
+class EvaluationTotal:
+    """Sums over all windows. loss: minus the log-probabilities of all targets. hits: windows with every target guessed."""
 
     loss: float
     hits: int
@@ -53,8 +53,18 @@ class Total:
     windows: int
 
 
-class Scoring:
-    """One evaluation: a model, on this rank of a mesh, and the sizes of what it sees at once."""
+class ZeroShotEvaluation:
+    """One evaluation of a model on this rank of a mesh.
+
+    Args:
+        opened: the checkpoint.
+        mesh: that of `opened`; its data-parallel ranks share the windows.
+        seq_length: tokens that the model sees at once.
+        overlap: distance from one window to the next.
+        micro_batch_size: windows in one pass.
+        watch: told what this rank does.
+        log: called with lines about the progress.
+    """
 
     def __init__(
         self,
@@ -65,15 +75,15 @@ class Scoring:
         micro_batch_size: int,
         *,
         watch: Watchdog | None = None,
-        say: Say = print,
+        log: Log = print,
     ) -> None:
-        check_scored(opened, seq_length, overlap, micro_batch_size)
-        self.opened, self.mesh, self.watch, self.say = opened, mesh, watch, say
+        check_sizes(opened, seq_length, overlap, micro_batch_size)
+        self.opened, self.mesh, self.watch, self.log = opened, mesh, watch, log
         self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
         self.vocabulary = opened.config.vocabulary
 
-    def total(self, found: Iterator[Window]) -> Total:
-        """Of all windows, whichever rank scores them. Collective."""
+    def total(self, found: Iterator[Window]) -> EvaluationTotal:
+        """Return the sums over all windows, whichever rank scores them. Collective."""
         count = tokens = 0
         next_line = time.monotonic() + PROGRESS_S
 
@@ -81,23 +91,24 @@ class Scoring:
             nonlocal count, tokens, next_line
             for window in found:
                 if time.monotonic() > next_line:
-                    self.say(f"scored {count} windows, {tokens} tokens")
+                    self.log(f"scored {count} windows, {tokens} tokens")
                     next_line = time.monotonic() + PROGRESS_S
-                count, tokens = count + 1, tokens + window.counted
+                count, tokens = count + 1, tokens + window.num_scored
                 yield window
 
         loss = hits = 0.0
-        for one in score(self.opened.model, each(), self.micro_batch_size, self.mesh.dp, self.watch):
+        for one in score_windows(self.opened.model, each(), self.micro_batch_size, self.mesh.dp, self.watch):
             loss, hits = loss - one.log_probability, hits + one.hit
+        # Each rank went through all windows, so only these two need a sum; fp64, since a loss has millions of terms.
         sums = torch.tensor([loss, hits], dtype=torch.float64, device=self.opened.model.device)
         loss, hits = all_reduce(sums, self.mesh.dp).tolist()
         check_finite(loss, str(self.opened.directory))
-        return Total(loss, int(hits), tokens, count)
+        return EvaluationTotal(loss, int(hits), tokens, count)
 
     def cut(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
-        """The windows of one text."""
+        """Return the windows of one text; DataError for a token that the model does not have. where: of the text."""
         check_vocabulary(tokens, self.vocabulary, where)
-        return windows(tokens, self.seq_length, self.overlap)
+        return split_windows(tokens, self.seq_length, self.overlap)
 
 
 def zero_shot(
@@ -111,22 +122,35 @@ def zero_shot(
     strict: bool = False,
     micro_batch_size: int = 4,
     watch: Watchdog | None = None,
-    say: Say = print,
+    log: Log = print,
 ) -> dict[str, Any]:
-    """Score a model, say Megatron-LM's line about it, and return the figures, ready for JSON. Collective.
+    """Score a model, log Megatron-LM's line about it, and return the figures. Collective.
 
-    task: WIKITEXT103, LAMBADA or PERPLEXITY. mesh: that of `opened`; its data-parallel ranks share the windows. seq_length:
-    tokens that the model sees at once. overlap: Megatron-LM's --overlapping-eval, see `windows`; default 32, or seq_length
-    where that is less; LAMBADA has no use for it. strict: of LAMBADA. micro_batch_size: windows in one pass. say: gets the
-    lines on every rank; only one should show them.
+    Args:
+        task: WIKITEXT103, LAMBADA or PERPLEXITY.
+        opened: the checkpoint.
+        mesh: that of `opened`; its data-parallel ranks share the windows.
+        files: of the task.
+        seq_length: tokens that the model sees at once.
+        overlap: Megatron-LM's --overlapping-eval, see `split_windows`; default 32, or `seq_length` where that is less;
+            LAMBADA has no use for it.
+        strict: of LAMBADA: guess the whole last word.
+        micro_batch_size: windows in one pass.
+        watch: told what this rank does.
+        log: called with the lines on every rank; only one should show them.
 
-    A perplexity too large for a number is None. ConfigError for sizes that do not fit, DataError for files that are not
-    there or not what the task reads, before the model is asked anything; also for tokens that the model does not have.
+    Returns:
+        The figures, ready for JSON; None for a perplexity too large for a number.
+
+    Raises:
+        ConfigError: for sizes that do not fit the model.
+        DataError: for files that are missing or not in the task's form, before the model computes anything; also for tokens
+            that the model does not have.
     """
     sources = open_sources(task, files)
     if overlap is None or task == "LAMBADA":
-        overlap = min(USUAL_OVERLAP, seq_length)
-    scoring = Scoring(opened, mesh, seq_length, overlap, micro_batch_size, watch=watch, say=say)
+        overlap = min(DEFAULT_OVERLAP, seq_length)
+    scoring = ZeroShotEvaluation(opened, mesh, seq_length, overlap, micro_batch_size, watch=watch, log=log)
     about = {"task": task, "files": list(files), "checkpoint": str(opened.directory), "iteration": opened.iteration}
     if task == "PERPLEXITY":
         figures, line = perplexity(scoring, sources)
@@ -137,14 +161,14 @@ def zero_shot(
     line = f" validation results on {task} | {line}"
     rule = "-" * (len(line) + 1)
     for one in (rule, line, rule):
-        say(one)
+        log(one)
     return {**about, "seq_length": seq_length, **figures}
 
 
-def open_sources(task: str, files: Sequence[str]) -> list[Source]:
-    """The files of a task, read through once, so that nothing of them is wrong later; needs no model.
+def open_sources(task: str, files: Sequence[str]) -> list[TextSource]:
+    """Open the files of a task, and read them once, so that nothing of them is wrong later; needs no model.
 
-    ConfigError for a task or a number of files that makes no sense, DataError for a file.
+    Raises ConfigError for a task or a number of files that makes no sense, DataError for a file.
     """
     if task not in ("WIKITEXT103", "LAMBADA", "PERPLEXITY"):
         raise ConfigError([Problem(f"`--task {task}`", "is no zero-shot task", "WIKITEXT103, LAMBADA, PERPLEXITY")])
@@ -158,35 +182,42 @@ def open_sources(task: str, files: Sequence[str]) -> list[Source]:
     return [TextFile(files[0], lines=task == "LAMBADA")]
 
 
-def wikitext(scoring: Scoring, source: Source) -> tuple[dict[str, Any], str]:
-    """Figures, and the line about them."""
+def wikitext(scoring: ZeroShotEvaluation, source: TextSource) -> tuple[dict[str, Any], str]:
+    """Return the figures of WIKITEXT103, and the line about them."""
     raw = read_text(source.file)
     words = word_count(raw)
-    tokens = needed_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
+    tokens = require_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
     if min(len(tokens), words) < 2:
         raise DataError(f"{source.file}: {len(tokens)} tokens and {words} words; a perplexity needs at least two of each")
     total = scoring.total(scoring.cut(tokens, source.file))
+    # The first token has no prediction, so one is taken off tokens and words alike, as Megatron-LM does.
     loss, ratio = total.loss / total.targets, (len(tokens) - 1) / (words - 1)
     figures = {
         "overlap": scoring.overlap,
         "loss": loss,
-        "ppl": exp(loss),
-        "adjusted_ppl": exp(loss * ratio),
-        "ppl_clipped": clipped(loss),
-        "adjusted_ppl_clipped": clipped(loss * ratio),
+        "ppl": exp_or_none(loss),
+        "adjusted_ppl": exp_or_none(loss * ratio),
+        "ppl_clipped": clipped_exp(loss),
+        "adjusted_ppl_clipped": clipped_exp(loss * ratio),
         "token_ratio": ratio,
         "tokens": len(tokens),
         "words": words,
         "targets": total.targets,
         "windows": total.windows,
     }
-    shown = f"ppl: {clipped(loss):.4E} | adjusted ppl: {clipped(loss * ratio):.4E} | token ratio: {ratio} |"
+    shown = f"ppl: {clipped_exp(loss):.4E} | adjusted ppl: {clipped_exp(loss * ratio):.4E} | token ratio: {ratio} |"
     return figures, f"avg loss: {loss:.4E} | {shown}"
 
 
-def lambada(scoring: Scoring, source: Source, *, strict: bool) -> tuple[dict[str, Any], str]:
-    """Figures, and the line about them. A context longer than the model sees loses its beginning."""
-    tokenizer = needed_tokenizer(scoring.opened)
+def lambada(scoring: ZeroShotEvaluation, source: TextSource, *, strict: bool) -> tuple[dict[str, Any], str]:
+    """Return the figures of LAMBADA, and the line about them. A context that is too long loses its beginning.
+
+    Args:
+        scoring: the evaluation.
+        source: JSON lines.
+        strict: guess the last word, tokenised by itself, instead of the last token.
+    """
+    tokenizer = require_tokenizer(scoring.opened)
     found, shortened = [], 0
     for text in source.texts():
         context, word = (last_word if strict else last_token)(text, tokenizer)
@@ -203,7 +234,7 @@ def lambada(scoring: Scoring, source: Source, *, strict: bool) -> tuple[dict[str
         "correct": total.hits,
         "examples": count,
         "loss": total.loss / total.targets,
-        "ppl": exp(total.loss / count),  # of a last word, or of its last token
+        "ppl": exp_or_none(total.loss / count),  # of a last word, or of its last token
         "targets": total.targets,
         "shortened": shortened,
     }
@@ -211,16 +242,16 @@ def lambada(scoring: Scoring, source: Source, *, strict: bool) -> tuple[dict[str
     return figures, f"number correct: {total.hits:.4E} | {shown}"
 
 
-def last_token(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Context and what is to be guessed: the last token of the text."""
+def last_token(text: SourceText, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the context, and the target: the last token of the text."""
     tokens = tokenizer.tokenize(text.text)
     if len(tokens) < 2:
         raise DataError(f"{text.where}: the text has {len(tokens)} tokens; guessing its last one needs another before it")
     return tokens[:-1], tokens[-1:]
 
 
-def last_word(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Context and what is to be guessed: the last word of the text, tokenised by itself."""
+def last_word(text: SourceText, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the context, and the target: the last word of the text, tokenised by itself."""
     words = text.text.split()
     context: list[int] = []
     if words:
@@ -230,8 +261,8 @@ def last_word(text: Text, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return context, tokenizer.tokenize(" " + words[-1])
 
 
-def perplexity(scoring: Scoring, sources: Sequence[Source]) -> tuple[dict[str, Any], str]:
-    """Figures, and the line about them."""
+def perplexity(scoring: ZeroShotEvaluation, sources: Sequence[TextSource]) -> tuple[dict[str, Any], str]:
+    """Return the figures of PERPLEXITY, and the line about them."""
     counts = dict.fromkeys(("documents", "documents_without_targets", "tokens", "words", "bytes"), 0)
     streams = [source.documents(scoring.opened.tokenizer) for source in sources]
 
@@ -250,25 +281,34 @@ def perplexity(scoring: Scoring, sources: Sequence[Source]) -> tuple[dict[str, A
         names = ", ".join(source.file for source in sources)
         raise DataError(f"{names}: no document has two tokens, so there is nothing to predict")
     loss = total.loss / total.targets
-    figures = {"overlap": scoring.overlap, "loss": loss, "ppl": exp(loss), "targets": total.targets, "windows": total.windows}
+    figures = {
+        "overlap": scoring.overlap,
+        "loss": loss,
+        "ppl": exp_or_none(loss),
+        "targets": total.targets,
+        "windows": total.windows,
+    }
     figures |= counts
-    line = f"avg loss: {loss:.4E} | ppl: {clipped(loss):.4E} |"
-    if not all(source.has_text for source in sources):  # of tokens alone nobody knows the words
+    line = f"avg loss: {loss:.4E} | ppl: {clipped_exp(loss):.4E} |"
+    if not all(source.has_text for source in sources):  # words and bytes are known only of text
         return {**figures, "words": None, "bytes": None}, line
     in_word, in_byte = loss * counts["tokens"] / counts["words"], loss * counts["tokens"] / counts["bytes"]
     bits = in_byte / math.log(2)
-    figures |= {"word_ppl": exp(in_word), "byte_ppl": exp(in_byte), "bits_per_byte": bits}
-    return figures, f"{line} word ppl: {clipped(in_word):.4E} | byte ppl: {clipped(in_byte):.4E} | bits per byte: {bits:.4E} |"
+    figures |= {"word_ppl": exp_or_none(in_word), "byte_ppl": exp_or_none(in_byte), "bits_per_byte": bits}
+    return (
+        figures,
+        f"{line} word ppl: {clipped_exp(in_word):.4E} | byte ppl: {clipped_exp(in_byte):.4E} | bits per byte: {bits:.4E} |",
+    )
 
 
-def exp(x: float) -> float | None:
-    """e^x; None where that is larger than a number can be."""
+def exp_or_none(x: float) -> float | None:
+    """Return e^x; None where that is larger than a number can be."""
     try:
         return math.exp(x)
     except OverflowError:
         return None
 
 
-def clipped(x: float) -> float:
-    """e^x as Megatron-LM shows it."""
-    return math.exp(min(MOST_EXPONENT, x))
+def clipped_exp(x: float) -> float:
+    """Return e^x as Megatron-LM shows it, at most e^20."""
+    return math.exp(min(MAX_EXPONENT, x))

@@ -13,7 +13,7 @@ from megatron.config.resolve import resolve
 from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, RunSettings
 from megatron.inference.pipeline import Pipeline
 from megatron.interop.checked_export import export
-from megatron.tasks.tagging import entities, sentences
+from megatron.tasks.tagging import entities, read_sentences
 from megatron.train.report import sample_flops
 
 DEFAULTS = {"batch.micro_batch_size": 8}
@@ -140,7 +140,7 @@ def test_several_files_are_scored_as_one(name, bert, alone, tmp_path):
         return
     hits = said = 0
     for file, path in zip(found["files"], (bert.dev[name], bert.train[name], bert.dev[name]), strict=True):
-        for words, answer in zip(sentences(path), file["answers"], strict=True):
+        for words, answer in zip(read_sentences(path), file["answers"], strict=True):
             true, given = set(entities([tag for _, tag in words])), set(entities(answer["answer"]))
             hits, said = hits + len(true & given), said + len(given)
     assert found["f1"] == pytest.approx(200 * hits / (said + found["entities"]))

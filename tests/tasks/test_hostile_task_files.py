@@ -18,7 +18,7 @@ from megatron.data.fast_tokenizers import BertWordPieceLowerCase
 from megatron.tasks.glue import MNLI, PairClassification
 from megatron.tasks.race import Race
 from megatron.tasks.squad import Squad
-from megatron.tasks.tagging import Tagging, labels_of
+from megatron.tasks.tagging import Tagging, collect_labels
 from megatron.tasks.zeroshot import open_sources
 
 Read = Callable[[Path], object]
@@ -35,7 +35,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
         "MNLI": lambda path: PairClassification(words, 32, MNLI, classes).read(str(path), training=True),
         "RACE": lambda path: Race(words, 32, "ABCD").read(str(path.parent), training=True),
         "SQUAD": lambda path: Squad(words, 32).read(str(path), training=True),
-        "NER": lambda path: Tagging(words, 32, labels_of([str(path)])).read(str(path), training=True),
+        "NER": lambda path: Tagging(words, 32, collect_labels([str(path)])).read(str(path), training=True),
         "WIKITEXT103": lambda path: open_sources("WIKITEXT103", [str(path)]),
         "LAMBADA": lambda path: open_sources("LAMBADA", [str(path)]),
         "PERPLEXITY": lambda path: open_sources("PERPLEXITY", [str(path)]),

@@ -12,9 +12,9 @@ from ranks import on_ranks
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling
-from megatron.tasks.leading import Led, follow
+from megatron.tasks.leading import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
-from megatron.tasks.lm_eval import main, written
+from megatron.tasks.lm_eval import generate_answer, main
 
 pytest.importorskip("transformers")
 GREEDY = Sampling(temperature=0.0)
@@ -48,12 +48,16 @@ def asked(model):
 
 
 def answers(asked):
-    return asked.of_continuations(PAIRS), asked.of_texts(TEXTS), [asked.until(p, [" lo", "."], 12, GREEDY) for p in ("ma", "")]
+    return (
+        asked.score_continuations(PAIRS),
+        asked.score_texts(TEXTS),
+        [asked.generate_until(p, [" lo", "."], 12, GREEDY) for p in ("ma", "")],
+    )
 
 
 def test_continuations_are_those_of_transformers(asked, reference):
     """After a start token where there is no context; a context that is too long loses its beginning."""
-    for (context, continuation), (value, hit) in zip(PAIRS, asked.of_continuations(PAIRS), strict=True):
+    for (context, continuation), (value, hit) in zip(PAIRS, asked.score_continuations(PAIRS), strict=True):
         guess = reference.tokens(continuation)
         if context.strip():
             before = reference.tokens(context)
@@ -67,12 +71,12 @@ def test_continuations_are_those_of_transformers(asked, reference):
             found.append(reference.of(tokens[:at], tokens[at]))
         assert value == pytest.approx(sum(v for v, _ in found), abs=1e-4 * len(found))
         assert hit == all(best for _, best in found)
-    assert len({hit for _, hit in asked.of_continuations(PAIRS)}) == 2
+    assert len({hit for _, hit in asked.score_continuations(PAIRS)}) == 2
 
 
 def test_texts_are_those_of_transformers(asked, reference):
     """Every token once, the first one after the start token; the last window has as much context as any other."""
-    for text, value in zip(TEXTS, asked.of_texts(TEXTS), strict=True):
+    for text, value in zip(TEXTS, asked.score_texts(TEXTS), strict=True):
         tokens, total, done = [START, *reference.tokens(text)], 0.0, 1
         while done < len(tokens):
             end = min(done + POSITIONS, len(tokens))
@@ -83,22 +87,22 @@ def test_texts_are_those_of_transformers(asked, reference):
 
 
 def test_text_ends_before_a_stop_string(asked):
-    whole = asked.until("ma", [], 12, GREEDY)
+    whole = asked.generate_until("ma", [], 12, GREEDY)
     assert len(whole) == 12
     stop = whole[4:6]
-    assert asked.until("ma", [stop, ""], 12, GREEDY) == whole[: whole.index(stop)]
-    assert len(asked.until("ma " * 30, [], 9, GREEDY)) == 9  # the prompt makes room
-    assert len(asked.until("", [], 3, GREEDY)) > 0
-    assert written(asked, "ma", {"until": stop, "max_gen_toks": 12}) == whole[: whole.index(stop)]
-    assert written(asked, "ma", {"max_gen_toks": 5, "do_sample": False, "temperature": 2.0}) == whole[:5]
+    assert asked.generate_until("ma", [stop, ""], 12, GREEDY) == whole[: whole.index(stop)]
+    assert len(asked.generate_until("ma " * 30, [], 9, GREEDY)) == 9  # the prompt makes room
+    assert len(asked.generate_until("", [], 3, GREEDY)) > 0
+    assert generate_answer(asked, "ma", {"until": stop, "max_gen_toks": 12}) == whole[: whole.index(stop)]
+    assert generate_answer(asked, "ma", {"max_gen_toks": 5, "do_sample": False, "temperature": 2.0}) == whole[:5]
 
 
 def led(root, tp, pp):
     opened, mesh = opened_on(root, tp, pp)
     if not mesh.world.first:
-        follow(opened.model, mesh.world)
+        follow_leader(opened.model, mesh.world)
         return None
-    leader = Led(opened.model, mesh.world)
+    leader = LeaderModel(opened.model, mesh.world)
     made = answers(Likelihoods(leader, ByteTokenizer(), POSITIONS, 3))
     leader.finish()
     return made
@@ -116,16 +120,16 @@ def test_one_rank_leads_the_others(world, tp, pp, asked, model):
 
 def test_what_cannot_be_asked(asked, model):
     with pytest.raises(DataError, match="'' has 0 tokens"):
-        asked.of_continuations([("ma", "")])
+        asked.score_continuations([("ma", "")])
     with pytest.raises(DataError, match="has 41 tokens; it must have 1 to 40"):
-        asked.of_continuations([("ma", "x" * 41)])
+        asked.score_continuations([("ma", "x" * 41)])
     with pytest.raises(DataError, match="256 tokens to write leave no room for a prompt in the 40"):
-        written(asked, "ma", {})
+        generate_answer(asked, "ma", {})
     damaged = opened_on(str(model / "run"), 1, 1)[0].model
     with torch.no_grad():
         damaged.stages[0].embedding.word.weight[ord("m")] = math.nan
     with pytest.raises(DataError, match="not finite"):
-        Likelihoods(damaged, ByteTokenizer(), POSITIONS, 3).of_texts(["mama"])
+        Likelihoods(damaged, ByteTokenizer(), POSITIONS, 3).score_texts(["mama"])
 
 
 def test_the_program_refuses_what_it_cannot_do(model, tmp_path, monkeypatch, capsys):

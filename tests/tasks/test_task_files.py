@@ -13,9 +13,9 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import BertWordPieceLowerCase
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
-from megatron.tasks.samples import Epochs, Item, Items, Score
-from megatron.tasks.squad import Squad, normalized, overlap
-from megatron.tasks.tagging import Tagging, entities, labels_of, sentences
+from megatron.tasks.samples import Example, PaddedExamples, ShuffledEpochs, TaskScore
+from megatron.tasks.squad import Squad, normalize_answer, word_f1
+from megatron.tasks.tagging import Tagging, collect_labels, entities, read_sentences
 
 CLASSES = ("contradiction", "entailment", "neutral")
 
@@ -36,11 +36,11 @@ def marks(row) -> dict[int, int]:
 def test_a_pair_and_how_it_is_cut(words):
     task = PairClassification(words, 8, MNLI, CLASSES)
     first, second = words.tokenize("tom has a hat"), words.tokenize("it is red")
-    row = task.pair(first, second, 2)
+    row = task.build_pair(first, second, 2)
     assert spelled(words, row) == "[CLS] tom has a hat [SEP] it [SEP]"
     assert (row.first_length, marks(row)) == (6, {0: 2})
-    assert spelled(words, task.pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
-    assert spelled(words, task.pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
+    assert spelled(words, task.build_pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
+    assert spelled(words, task.build_pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
 
 
 def test_mnli_and_qqp(words, tmp_path):
@@ -63,7 +63,9 @@ def test_mnli_and_qqp(words, tmp_path):
     (tmp_path / "test.tsv").write_text("id\tquestion1\tquestion2\n0\ttom\tann\n")
     (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
     assert (
-        item.truth is None and marks(item.rows[0]) == {} and task.score([item], ["1"]) == Score({}, {"correct": 0, "total": 0})
+        item.truth is None
+        and marks(item.rows[0]) == {}
+        and task.score([item], ["1"]) == TaskScore({}, {"correct": 0, "total": 0})
     )
     with pytest.raises(DataError, match="a test file cannot be trained on"):
         task.read(str(tmp_path / "test.tsv"), training=True)
@@ -77,7 +79,7 @@ def test_what_windows_programs_leave_in_a_file(words, tmp_path):
     (item,) = task.read(str(tmp_path / "qqp.tsv"), training=True)
     assert spelled(words, item.rows[0]) == "[CLS] who is tom ? [SEP] who ? [SEP]" and task.notes == []
     (tmp_path / "ner.txt").write_bytes(b"\xef\xbb\xbf-DOCSTART-\tO\r\n\r\ntom\tB-PER\r\n\r\nann\tO\r\n")
-    assert list(sentences(str(tmp_path / "ner.txt"))) == [[("tom", "B-PER")], [("ann", "O")]]
+    assert list(read_sentences(str(tmp_path / "ner.txt"))) == [[("tom", "B-PER")], [("ann", "O")]]
 
 
 def test_a_row_has_room_for_a_sample(words):
@@ -107,7 +109,7 @@ def squad_file(path, context: str, answers: list[tuple[str, int]], impossible: b
 
 
 def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron.tasks.squad.STEP", 4)
+    monkeypatch.setattr("megatron.tasks.squad.STRIDE", 4)
     context = "ann holds a cup then tom has a red hat ."
     path = squad_file(tmp_path / "s.json", context, [("red hat", context.index("red"))])
     task = Squad(words, 16)
@@ -128,7 +130,7 @@ def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
     assert task.score(none, [[3.0, "cup", 1.0], best]).counts == {"correct": 0, "total": 1}
     assert task.score(none, [[3.0, "cup", 11.0], best]).counts == {"correct": 1, "total": 1}
     untold = task.read(squad_file(tmp_path / "u.json", context, []), training=False)  # of a test file
-    assert task.score(untold, [[3.0, "cup", 1.0], best]) == Score({}, {"correct": 0, "total": 0})
+    assert task.score(untold, [[3.0, "cup", 1.0], best]) == TaskScore({}, {"correct": 0, "total": 0})
     backwards = torch.zeros(2, 16)
     backwards[0, start + 1], backwards[1, start] = 5.0, 5.0
     assert task.decode(items[1], backwards)[0] == 5.0  # an answer does not end before it begins
@@ -155,14 +157,14 @@ def test_squads_answer_is_found_where_it_does_not_begin_with_a_token(words, tmp_
 
 
 def test_squads_words_are_compared_as_its_script_does():
-    assert normalized("The  Cat's hat!") == "cats hat"
-    assert overlap("a red hat", "the red cup") == pytest.approx(2 * 1 / 4)
-    assert overlap("red", "blue") == 0.0 and overlap("the", "a") == 1.0
+    assert normalize_answer("The  Cat's hat!") == "cats hat"
+    assert word_f1("a red hat", "the red cup") == pytest.approx(2 * 1 / 4)
+    assert word_f1("red", "blue") == 0.0 and word_f1("the", "a") == 1.0
 
 
 def test_tags_stand_at_first_pieces(words, tmp_path):
     (tmp_path / "t.txt").write_text("-DOCSTART- O\n\ntom X B-PER\nthis X O\nhat X B-OBJ\n\nann Y B-PER\n")
-    labels = labels_of([str(tmp_path / "t.txt")])
+    labels = collect_labels([str(tmp_path / "t.txt")])
     assert labels == ("O", "B-OBJ", "B-PER")
     task = Tagging(words, 4, labels)
     first, second = task.read(str(tmp_path / "t.txt"), training=True)
@@ -196,7 +198,7 @@ def test_entities(tags, found):
 
 def test_tags_that_name_no_entities_have_no_f1(words, tmp_path):
     (tmp_path / "t.txt").write_text("tom NOUN\nhas VERB\n")
-    task = Tagging(words, 8, labels_of([str(tmp_path / "t.txt")]))
+    task = Tagging(words, 8, collect_labels([str(tmp_path / "t.txt")]))
     items = task.read(str(tmp_path / "t.txt"), training=False)
     score = task.score(items, [["NOUN", "NOUN"]])
     assert score.metrics == {"accuracy": 50.0} and score.counts == {"correct": 1, "total": 2}
@@ -211,17 +213,17 @@ def test_a_sentence_that_is_too_long_loses_its_end(words, tmp_path):
 
 
 def test_every_epoch_has_each_sample_at_most_once():
-    items = [Item((), str(i), i) for i in range(10)]
-    epochs = Epochs(items, 3, 4, seed=5)
+    items = [Example((), str(i), i) for i in range(10)]
+    epochs = ShuffledEpochs(items, 3, 4, seed=5)
     seen = [[epochs[i].truth for i in range(e * 8, (e + 1) * 8)] for e in range(3)]
     assert len(epochs) == 24 and all(len(set(epoch)) == 8 for epoch in seen)
     assert seen[0] != seen[1] and len({tuple(sorted(epoch)) for epoch in seen}) > 1
-    again = Epochs(items, 3, 4, seed=5)
+    again = ShuffledEpochs(items, 3, 4, seed=5)
     assert [again[i].truth for i in (23, 0, 9)] == [epochs[i].truth for i in (23, 0, 9)]
     with pytest.raises(DataError, match="fewer than one global batch of 11"):
-        Epochs(items, 3, 11, seed=5)
-    task = SimpleNamespace(nothing=lambda: "nothing")
-    assert [Items(items, task, 4)[i] for i in (9, 10, 11)] == [items[9], "nothing", "nothing"]
+        ShuffledEpochs(items, 3, 11, seed=5)
+    task = SimpleNamespace(padding_example=lambda: "nothing")
+    assert [PaddedExamples(items, task, 4)[i] for i in (9, 10, 11)] == [items[9], "nothing", "nothing"]
 
 
 ASKED = '{"id": 1, "question": "who ?", "answers": [{"text": "c", "answer_start": 0}]}'

@@ -3,11 +3,11 @@
 import pytest
 
 from megatron.tasks.wikitext import detokenize, word_count
-from megatron.tasks.windows import windows
+from megatron.tasks.windows import split_windows
 
 
 def cut(length, seq_length, overlap, **options):
-    return [(list(w.tokens), w.counted) for w in windows(range(length), seq_length, overlap, **options)]
+    return [(list(w.tokens), w.num_scored) for w in split_windows(range(length), seq_length, overlap, **options)]
 
 
 @pytest.mark.parametrize("full", [False, True])

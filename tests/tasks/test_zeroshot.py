@@ -17,7 +17,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.mesh.mesh import Axis
 from megatron.parallel.cross_entropy import label_scores
 from megatron.parallel.embedding import VocabShard
-from megatron.tasks.scoring import batch_of
+from megatron.tasks.scoring import batch_windows
 from megatron.tasks.windows import Window
 from megatron.tasks.zeroshot import zero_shot
 
@@ -70,11 +70,11 @@ TASKS = [
 def all_scores(root, folder, tp, pp):
     """Each token's score in three windows, each task's figures, and the lines that it said."""
     opened, mesh = opened_on(root, tp, pp)
-    batch = batch_of(example_windows(), opened.model.device)
+    batch = batch_windows(example_windows(), opened.model.device)
     values, hits = opened.model.scores(batch)
     figures, said = [], []
     for task, file, options in TASKS:
-        sizes = dict(seq_length=SEQ, overlap=OVERLAP, micro_batch_size=3, say=said.append)
+        sizes = dict(seq_length=SEQ, overlap=OVERLAP, micro_batch_size=3, log=said.append)
         figures.append(zero_shot(task, opened, mesh, [f"{folder}/{file}"], **sizes, **options))
     json.dumps(figures, allow_nan=False)
     return values.tolist(), hits.tolist(), figures, said
@@ -194,11 +194,11 @@ def test_another_family_and_windows_of_every_size(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     tokens = reference.tokens(text)
     for seq_length, overlap in ((1, 1), (7, 1), (7, 7), (len(tokens) - 1, 3), (len(tokens) + 9, 2)):
-        sizes = dict(seq_length=seq_length, overlap=overlap, micro_batch_size=5, say=lambda line: None)
+        sizes = dict(seq_length=seq_length, overlap=overlap, micro_batch_size=5, log=lambda line: None)
         figures = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")], **sizes)
         scores = reference.all_after_first(tokens, seq_length, overlap)
         assert figures["loss"] == pytest.approx(-sum(scores) / len(scores), abs=1e-4)
-    usual = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")], seq_length=9, say=lambda line: None)
+    usual = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")], seq_length=9, log=lambda line: None)
     assert usual["overlap"] == 9
     twice = zero_shot("PERPLEXITY", opened, mesh, [str(tmp_path / "a.txt")] * 2, **sizes)
     assert twice["loss"] == pytest.approx(figures["loss"]) and twice["documents"] == 2
