@@ -30,7 +30,7 @@ with loading():
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
     from megatron.inference.beam_search import BeamSearch
     from megatron.inference.generate import GeneratedText, Sampling, check_prompt, extend_texts, free_positions
-    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
+    from megatron.inference.model_flags import add_model_flags, choose_layout, parse_once, report_refusal
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, job
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     env = LaunchEnvironment()
     try:
         env = LaunchEnvironment.from_environ(os.environ)
-        grid, device = layout_of(args, env)
+        grid, device = choose_layout(args, env)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         search = search_of(args)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))

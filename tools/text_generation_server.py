@@ -24,7 +24,7 @@ with loading():
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
-    from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
+    from megatron.inference.model_flags import add_model_flags, choose_layout, parse_once, report_refusal
     from megatron.inference.restore import open_pipeline, text_tokenizer
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, guarded, job
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     env = LaunchEnvironment()
     try:
         env = LaunchEnvironment.from_environ(os.environ)
-        grid, device = layout_of(args, env)
+        grid, device = choose_layout(args, env)
         if args.max_tokens_to_oom < 1:
             raise ValueError(f"--max-tokens-to-oom {args.max_tokens_to_oom} allows nothing; legal: 1 and above")
         limits = ConnectionLimits(args.request_timeout, args.keep_alive_timeout, args.send_timeout, args.max_connections)

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `--dry-run` prints it for any number of ranks, in one CPU process.
+"""Print what a run would do, without doing it: `--dry-run`, for any number of ranks, in one CPU process.
 
 Opens the tokenizer, the datasets and the checkpoint that the run names, and says what is wrong before torch is
 imported, which takes a checkpoint to look at or a model to read its sizes from.
@@ -35,7 +35,13 @@ TaskReader = Callable[[Parsed], tuple[RunConfig, list[str]]]
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What lies on the disk: the size of the vocabulary and where it comes from; a line per dataset and checkpoint."""
+    """Summary of the inputs of a run on the disk.
+
+    Attributes:
+        vocabulary: its size.
+        source: where that comes from, in words.
+        lines: one per dataset and checkpoint.
+    """
 
     vocabulary: int
     source: str
@@ -43,9 +49,12 @@ class InputSummary:
 
 
 def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int:
-    """Print what `parsed` would run; the exit status. Mistakes in the files end the process with status 2.
+    """Print what a command would run, and return the exit status. Mistakes in the files end the process with status 2.
 
-    look: reads what a task's command names, in place of what a pretraining run reads; see `tasks.program.preview`.
+    Args:
+        parsed: the command.
+        program: name of the program, for messages.
+        look: reads the inputs of a task's command, in place of those of a pretraining run; see `tasks.program.preview`.
     """
     config = parsed.config
     try:
@@ -71,11 +80,16 @@ def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int
 
 
 def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
-    """Open everything that the run reads. ConfigError with all that is wrong."""
-    problems: list[Problem] = []
+    """Open everything that the run reads.
+
+    Raises:
+        ConfigError: all that is wrong.
+    """
+    problems: list[Problem] = []  # collected, so that one dry run tells all
     lines: list[str] = []
     tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
     kind = config.tokenizer.tokenizer_type
+    # The names of the fields begin with "tokenizer.", which the flags and the section lack.
     missing = [by_name()[n].flag for n in TOKENIZER_FILES.get(kind or "", ()) if getattr(config.tokenizer, n[10:]) is None]
     if not missing:
         try:
@@ -90,7 +104,7 @@ def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
     lines += _datasets(config, tokenizer, problems)
     if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
         lines += _checkpoint(config, world_size, problems)
-    else:
+    else:  # a fresh run has the whole schedule of batch sizes before it
         problems += uneven_ahead(config, world_size, 0)
     if problems:
         raise ConfigError(problems)
@@ -124,6 +138,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
 
     what = flag_text("checkpoint.load", config.checkpoint.load)
     try:
+        # Of --auto-resume only a run itself can say what it will find: the checkpoint of --load is the one looked at.
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)
         if not config.checkpoint.auto_resume:

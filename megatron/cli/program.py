@@ -1,4 +1,4 @@
-"""What an entry script does: from a command line to an exit status.
+"""Entry of a program: from a command line to an exit status.
 
 A command is read, checked and explained before torch is even imported, so a mistake is answered at once.
 """
@@ -30,16 +30,31 @@ ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it al
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
-    """Run a pretraining command; returns the exit status of the contract: 0, 1, 2 or 75.
+    """Run a pretraining command.
 
-    defaults: the program's own, `section.field` -> value. SystemExit with status 2 for a wrong configuration.
+    Args:
+        argv: the command line, without the program.
+        program: its name, for messages.
+        defaults: the program's own, by `section.field`.
+
+    Returns:
+        The exit status of the contract: 0, 1, 2 or 75.
+
+    Raises:
+        SystemExit: with status 2, for a wrong configuration.
     """
     with forgiving_streams():
         return _carry_out(argv, program, defaults, task=False)
 
 
 def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
-    """Run a command of tasks/main.py; otherwise as `pretrain`."""
+    """Run a command of tasks/main.py; otherwise as `pretrain`.
+
+    Args:
+        argv: the command line, without the program.
+        program: its name, for messages.
+        defaults: the program's own, by `section.field`.
+    """
     with forgiving_streams():
         return _carry_out(argv, program, defaults, task=True)
 
@@ -55,7 +70,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     early.reading = env.rank > 0 and env.job is not None
     ctrl_c = CtrlC(env)
     signals = StopSignals(early.at_once, ctrl_c)
-    signals.install()
+    signals.install()  # before anything slow: a stop during start-up must be answered, too
     try:
         try:
             parsed = read_command(argv, env, program, defaults, task)
@@ -80,7 +95,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
             return STOPPED
         parsed = again
         early.progress = Progress(None if parsed.config.eval.skip_train else parsed.config.checkpoint.save)
-        if task:
+        if task:  # imports torch, so only now that the command is known to be right
             from megatron.tasks.program import start_task as start
         else:
             from megatron.train.pretraining import start
@@ -90,7 +105,13 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
 
 
 def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
-    """A dry run; of a task it reads what that names."""
+    """Print the dry run of a command, and return the exit status.
+
+    Args:
+        parsed: the command.
+        program: name of the program, for messages.
+        task: it is a command of tasks/main.py.
+    """
     if not task:
         return dry_run(parsed, program)
     from megatron.tasks.program import preview
@@ -99,7 +120,19 @@ def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
 
 
 def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
-    """The command, checked. ConfigError where it is wrong, SystemExit where it cannot be read."""
+    """Read and check the command.
+
+    Args:
+        argv: the command line, without the program.
+        env: the launcher's description of this process.
+        program: its name, for messages.
+        defaults: the program's own, by `section.field`.
+        task: it is a command of tasks/main.py.
+
+    Raises:
+        ConfigError: the command is wrong.
+        SystemExit: it cannot be read.
+    """
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=_saved_config, task=task)
     except (ConfigError, HelpAsked):
@@ -114,10 +147,16 @@ def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defa
 
 
 def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequence[str]) -> int:
-    """Say what is wrong with the command, once for all ranks; the exit status.
+    """Report what is wrong with the command, once for all ranks, and return the exit status.
 
     The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
     the job to tell it, which ends all; where the first rank does not come, it has found the same.
+
+    Args:
+        error: the mistakes.
+        env: the launcher's description of this process.
+        program: name of the program, for messages.
+        argv: the command line, for the advice how to start it.
     """
     if env.rank and error.on_disk:
         from megatron.train.in_job import refuse_on_all
@@ -137,14 +176,16 @@ def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str
 
 
 def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
-    """The command that torchrun repeats after a failure: it goes on from what an earlier attempt of this job has saved.
+    """Let a command that torchrun repeats after a failure go on from what an earlier attempt of this job has saved.
 
-    Where none has saved anything it stays as it was given. None when the attempt before was stopped on request.
+    Returns:
+        The command, as it was given where no attempt has saved anything; None when the attempt before was stopped on request.
     """
     checkpoint = parsed.config.checkpoint
     if not env.attempt or checkpoint.save is None:
         return parsed
     progress = Progress(checkpoint.save)
+    # The file may be an earlier job's, which this one was not told to go on with.
     ours = progress.job == env.job
     if ours and progress.stopped:
         return None
@@ -163,7 +204,7 @@ def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | Non
 
 
 def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
-    """The configuration saved with the checkpoint to load, for --use-checkpoint-args. Its tokenizer is the checkpoint's own."""
+    """Return the configuration saved with the checkpoint to load, for --use-checkpoint-args, with its own tokenizer."""
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, read_config
     from megatron.data.errors import DataError
     from megatron.data.tokenizer import saved_settings

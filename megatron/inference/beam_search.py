@@ -18,8 +18,10 @@ MAX_LENGTH_PENALTY = 50  # penalty: a power of the length that a float still hol
 class Beam:
     """One continuation of a prompt.
 
-    tokens: the written ones, with the one that ended it. score: their summed log-probability, divided by their number to the
-    power of the length penalty. end: "stop" or "length".
+    Attributes:
+        tokens: the written ones, with the one that ended it.
+        score: their summed log-probability, divided by their number to the power of the length penalty.
+        end: "stop" or "length".
     """
 
     tokens: tuple[int, ...]
@@ -29,10 +31,15 @@ class Beam:
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """How to search.
+    """Settings of a beam search, and the search itself.
 
-    width: continuations that are followed at once. length_penalty: 0 favours short texts, above 1 long ones; 1 is the mean
-    log-probability of a token. stop: the token that ends a text. ValueError for values that make no sense.
+    Attributes:
+        width: continuations that are followed at once.
+        length_penalty: 0 favours short texts, above 1 long ones; 1 is the mean log-probability of a token.
+        stop: the token that ends a text.
+
+    Raises:
+        ValueError: a value makes no sense.
     """
 
     width: int
@@ -61,13 +68,17 @@ class BeamSearch:
         banned: Callable[[int], Sequence[int]] = lambda last: (),
         use_cache: bool = True,
     ) -> Iterator[list[Beam]]:
-        """Yields after every token the finished continuations so far, best first; the last time `width` of them.
+        """Yield after every token the finished continuations so far, best first; the last time `width` of them. Collective.
 
-        Of the 2 x width most probable continuations by a token, those among the first `width` that end are finished, and the
-        best `width` that do not end are followed. It is over when the best one followed, scored at its present length, is no
-        better than the worst of `width` finished ones; with positive penalties that is the rule of `early_stopping=False` in
-        transformers. banned: tokens that must not follow a token. On several ranks all call this, and all get the same.
-        ValueError for a prompt that cannot be continued.
+        It is over when the best one followed, scored at its present length, is no better than the worst of `width` finished
+        ones; with positive penalties that is the rule of `early_stopping=False` in transformers.
+
+        Args:
+            model: the same on all ranks, which all get the same continuations.
+            prompt: the tokens to go on from. ValueError where they cannot be continued.
+            max_new_tokens: the most that a continuation may have.
+            banned: returns the tokens that must not follow a token.
+            use_cache: keep keys and values; without, everything is computed again for each token.
         """
         check_prompt(model, prompt)
         vocabulary = model.config.vocabulary
@@ -82,13 +93,14 @@ class BeamSearch:
         finished: list[Beam] = []
         for length in range(1, limit + 1):
             seen = cache.length if cache is not None else 0
-            rows = [[*prompt, *tokens][seen:] for tokens in followed]
+            rows = [[*prompt, *tokens][seen:] for tokens in followed]  # [beams, new tokens]
             logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
             if cache is not None:
                 cache.length = seen + len(rows[0])
+            # [beams, vocab], as is the sum below
             logits = torch.stack([mask_banned(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
             totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()
-            best, places = totals.topk(2 * self.width)
+            best, places = totals.topk(2 * self.width)  # twice the width: as many may end as are followed
             going: list[tuple[int, tuple[int, ...], float]] = []
             for rank, (total, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
                 row, token = divmod(place, vocabulary)

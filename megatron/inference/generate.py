@@ -25,12 +25,18 @@ from megatron.parallel.random import derive_seed
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Rule by which the next token is chosen.
 
-    temperature: 0 takes the most probable token. top_k: only the k most probable ones; 0 is all. top_p: only the most
-    probable ones that together reach this probability; 0 and 1 are all (nucleus sampling, arXiv 1904.09751). top_p_decay:
-    top_p is multiplied by it after each token, 0 leaves it; top_p_bound: but it falls no lower than this.
-    ValueError for values that make no sense.
+    Attributes:
+        temperature: the logits are divided by it; 0 takes the most probable token.
+        top_k: only the k most probable tokens; 0 is all.
+        top_p: only the most probable ones that together reach this probability; 0 and 1 are all (nucleus sampling,
+            arXiv 1904.09751).
+        top_p_decay: top_p is multiplied by it after each token; 0 leaves it.
+        top_p_bound: top_p falls no lower than this.
+
+    Raises:
+        ValueError: a value makes no sense.
     """
 
     temperature: float = 1.0
@@ -48,29 +54,36 @@ class Sampling:
             raise ValueError(f"--top-p {self.top_p} is no probability; legal: 0 to 1")
 
     def choose(self, logits: Tensor, generator: torch.Generator, written: int = 0, banned: Sequence[int] = ()) -> int:
-        """The next token from logits `[vocab]`; on the CPU, so that a seed gives the same text on every device.
+        """Choose the next token; on the CPU, so that a seed gives the same text on every device.
 
-        Of equal logits the lower token counts as the more probable. written: how many tokens this text has got already.
-        banned: tokens that must not be chosen. ValueError for logits that are not finite.
+        Args:
+            logits: `[vocab]`. Of equal ones the lower token counts as the more probable.
+            generator: of the text, on the CPU.
+            written: tokens that the text has got already.
+            banned: tokens that must not be chosen.
+
+        Raises:
+            ValueError: a logit is not finite.
         """
         logits = mask_banned(logits, banned)
         if self.temperature == 0.0:
             return int(logits.argmax())
         # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
-        ordered, order = logits.sort(descending=True, stable=True)
-        kept = ordered[: self.top_k or None].double()
+        ordered, order = logits.sort(descending=True, stable=True)  # [vocab]
+        kept = ordered[: self.top_k or None].double()  # [k], as are the probabilities
         probabilities = ((kept - kept[0]) / self.temperature).softmax(dim=-1)
         top_p = self.top_p
         if self.top_p_decay > 0.0:
             top_p = max(top_p * self.top_p_decay**written, self.top_p_bound)
         if 0.0 < self.top_p < 1.0 or self.top_p_decay > 0.0:
-            before = probabilities.cumsum(0) - probabilities
+            # The sum without the token itself, so the one that crosses top_p stays, and the first one always.
+            before = probabilities.cumsum(0) - probabilities  # [k]
             probabilities = probabilities.masked_fill((before >= top_p).logical_and_(before > 0.0), 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def mask_banned(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
-    """Logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError for any that are not finite."""
+    """Return logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError where one is not finite."""
     logits = logits.cpu()
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
@@ -78,9 +91,14 @@ def mask_banned(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
 
 
 def choose_device(name: str | None, gpus: int) -> torch.device:
-    """The device to generate on: `cpu`, `cuda` or `cuda:N`; by default a GPU where there is one.
+    """Return the device to generate on; by default a GPU where there is one.
 
-    gpus: how many this machine has. ValueError for another name, and for a GPU that is not there.
+    Args:
+        name: `cpu`, `cuda` or `cuda:N`; None for the default.
+        gpus: number of GPUs of this machine.
+
+    Raises:
+        ValueError: the name is not known, or its GPU is not there.
     """
     if name is None:
         return torch.device("cuda" if gpus else "cpu")
@@ -100,22 +118,33 @@ class Predictor(Protocol):
     def eval(self) -> object: ...
 
     def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
-        """What follows `batch`, and with `top` how probable its own tokens were; with a cache, `batch` holds only the new
-        tokens."""
+        """Predict the token after `batch`, and with `top` the probabilities of its own tokens.
+
+        Args:
+            batch: sequences of equal length; with a cache only their new tokens.
+            cache: keys and values of the tokens before.
+            top: also the log-probabilities of the batch's tokens, and of this many alternatives at each place.
+        """
         ...
 
 
 def free_positions(model: Predictor, prompt: Sequence[int]) -> int | None:
-    """Tokens that the model can write after `prompt`: its free learned positions; None where nothing ends them."""
+    """Return how many tokens the model can write after `prompt`: its free learned positions; None where nothing ends them."""
     if model.config.position_embedding_type != "learned_absolute":
         return None
     return model.config.max_position_embeddings - len(prompt)
 
 
 def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = False) -> None:
-    """ValueError for an empty prompt, one with unknown tokens, and one that leaves no position free.
+    """Check that a prompt can be continued.
 
-    reads_only: nothing will be written after it.
+    Args:
+        model: the model that reads it.
+        prompt: its tokens.
+        reads_only: nothing will be written after it.
+
+    Raises:
+        ValueError: it is empty, has unknown tokens, or leaves no position free.
     """
     room = free_positions(model, prompt)
     if not prompt:
@@ -138,11 +167,14 @@ class TokenScore:
 
 @dataclass
 class GeneratedText:
-    """A prompt, and what is written after it so far.
+    """A prompt, and the tokens that are written after it so far.
 
-    tokens: of both. start: where the written ones begin. scores: of tokens[1:], where they were asked for.
-    end: "" while it goes on, "stop" after the token that ended it, which is the last of `tokens`, "length" after as many as
-    were allowed.
+    Attributes:
+        tokens: of both.
+        start: index of the first written one.
+        scores: of tokens[1:], where they were asked for.
+        end: "" while it goes on, "stop" after the token that ended it, which is the last of `tokens`, "length" after as many
+            as were allowed.
     """
 
     tokens: list[int]
@@ -175,14 +207,22 @@ def extend_texts(
     top: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int]]:
-    """Add tokens to `texts` until each has ended; yields after every pass, with the numbers of the texts that grew or ended.
+    """Add tokens to texts until each has ended. Collective: all ranks get the same tokens.
 
-    On several ranks all call this, and all get the same tokens. Each text gets `max_new_tokens`, or less where `stops` says
-    that its last token ends it, or at the model's last position. Its random choices follow from the seed and from its number,
-    which for the first of them is `first`. banned: tokens that must not follow a token. top: None for no scores; else every
-    token after the first gets one, with that many alternatives. use_cache=False computes everything again for each token: the
-    reference for the cache.
-    ValueError for prompts that cannot be continued.
+    Args:
+        model: the model.
+        texts: extended in place, up to the model's last position. ValueError for one that cannot be continued.
+        max_new_tokens: the most that each text gets.
+        sampling: the rule by which tokens are chosen.
+        seed: random choices follow from it and from the number of the text.
+        first: number of the first text.
+        stops: returns whether a text's last token ends it.
+        banned: returns the tokens that must not follow a token.
+        top: every token after the first gets a score, with that many alternatives; None for no scores.
+        use_cache: keep keys and values; without, everything is computed again: the reference for the cache.
+
+    Yields:
+        After every pass the numbers of the texts that grew or ended.
     """
     limits = [_limit(model, text.tokens, max_new_tokens) for text in texts]
     generators = [_generator(seed, first + i) for i in range(len(texts))]
@@ -190,6 +230,7 @@ def extend_texts(
     live, cache = list(range(len(texts))), KVCache() if use_cache else None
     while live:
         seen = cache.length if cache is not None else 0
+        # All texts read as far as the shortest one, so that a pass needs no padding and one length for the cache.
         known = min(len(texts[i].tokens) for i in live)
         found = model.predict(batch_of_rows([texts[i].tokens[seen:known] for i in live], seen, model.device), cache, top)
         if cache is not None:
@@ -197,7 +238,7 @@ def extend_texts(
         logits, grown = found.logits.cpu(), []
         for row, i in enumerate(live):
             text = texts[i]
-            if len(text.tokens) > known:
+            if len(text.tokens) > known:  # still in its prompt
                 continue
             grown.append(i)
             if text.written < limits[i]:
@@ -215,7 +256,7 @@ def extend_texts(
 
 
 def _limit(model: Predictor, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """How many tokens are written after `prompt`, at most. ValueError for one that cannot be continued."""
+    """Return how many tokens may be written after `prompt`. ValueError for one that cannot be continued."""
     check_prompt(model, prompt, reads_only=max_new_tokens == 0)
     room = free_positions(model, prompt)
     return max_new_tokens if room is None else min(max_new_tokens, room)
@@ -250,7 +291,17 @@ def generate(
     stop: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield new tokens until `max_new_tokens`, the token `stop` (not yielded), or the last position. See `extend_texts`."""
+    """Yield the new tokens of one text, one by one. See `extend_texts`.
+
+    Args:
+        model: the model.
+        prompt: tokens to go on from.
+        max_new_tokens: the most that are yielded.
+        sampling: the rule by which tokens are chosen.
+        seed: of the random choices.
+        stop: the token that ends the text, which is not yielded.
+        use_cache: keep keys and values of the tokens so far.
+    """
     text = GeneratedText.after(prompt)
 
     def stops(text: GeneratedText) -> bool:
@@ -265,8 +316,14 @@ def generate(
 
 
 def batch_of_rows(rows: Sequence[Sequence[int]], first: int, device: torch.device) -> Batch:
-    """Sequences of equal length as a batch for inference; their first tokens stand at position `first`."""
-    ids = torch.tensor([list(row) for row in rows], device=device)
-    positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
-    samples = torch.zeros(len(rows), dtype=torch.int64, device=device)
+    """Return sequences as a batch for inference.
+
+    Args:
+        rows: token sequences of equal length.
+        first: position of their first tokens.
+        device: of the tensors.
+    """
+    ids = torch.tensor([list(row) for row in rows], device=device)  # [batch, seq]
+    positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)  # [batch, seq]
+    samples = torch.zeros(len(rows), dtype=torch.int64, device=device)  # [batch]
     return Batch(ids, ids, torch.zeros(ids.shape, device=device), positions, samples)

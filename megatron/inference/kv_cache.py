@@ -1,4 +1,4 @@
-"""The key-value cache: what generation keeps of the tokens so far, so that each is computed once."""
+"""The key-value cache of generation, which lets each token be computed once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values; returns all of them. Memory grows by doubling."""
+        """Append a layer's new keys and values. Memory grows by doubling.
+
+        Args:
+            layer: its number.
+            key: `[batch, groups, new positions, head_dim]`.
+            value: the same.
+
+        Returns:
+            All keys and values of the layer so far, as views of the cache.
+        """
         start, end = self.length, self.length + key.shape[2]
         held = self._held.get(layer)
         if held is None or held[0].shape[2] < end:
             room = (*key.shape[:2], max(64, 2 * end), key.shape[3])
-            grown = key.new_empty(room), value.new_empty(room)
+            grown = key.new_empty(room), value.new_empty(room)  # [batch, groups, room, head_dim]
             if held is not None:
                 for new, old in zip(grown, held, strict=True):
                     new[:, :, :start] = old[:, :, :start]
@@ -33,5 +42,5 @@ class KVCache:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these sequences of the batch, in this order; one may be taken several times."""
         for layer, (key, value) in self._held.items():
-            chosen = torch.tensor(rows, device=key.device)
+            chosen = torch.tensor(rows, device=key.device)  # [new batch]
             self._held[layer] = key.index_select(0, chosen), value.index_select(0, chosen)

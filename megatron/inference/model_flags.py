@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint, on which device, over how many processes."""
+    """Add the flags for the checkpoint, the device and the number of processes."""
     parser.add_argument("--load", type=non_empty_name, required=True, help="directory of checkpoints, or one iter_ directory")
     parser.add_argument("--load-iteration", type=int, help="which iteration of --load; default the latest")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default cuda where there is one, else cpu")
@@ -48,7 +48,7 @@ def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
 
 
 def report_refusal(error: Exception, env: LaunchEnvironment) -> int:
-    """Say once for all ranks what cannot be done; the exit status. On other hosts the first rank says it too, a little later.
+    """Report once for all ranks what cannot be done, and return the exit status.
 
     Args:
         error: what was found before the ranks have met.
@@ -63,10 +63,15 @@ def report_refusal(error: Exception, env: LaunchEnvironment) -> int:
     return 2
 
 
-def layout_of(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, torch.device]:
-    """How the model is cut, and the device of a process that is alone; of several each has its own, see `Job`.
+def choose_layout(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, torch.device]:
+    """Choose the grid that the model is cut over, and the device of a process that is alone; see `Job` for several.
 
-    ValueError for sizes whose product is not the number of processes, and for a device that is not there.
+    Args:
+        args: as parsed with the flags of `add_model_flags`.
+        env: the launcher's description of this process.
+
+    Raises:
+        ValueError: the product of the sizes is not the number of processes, or the device is not there.
     """
     grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     if args.device is not None and env.world_size > 1:

@@ -23,7 +23,11 @@ from megatron.pipeline.transfer import Channels
 class Pipeline:
     """A model cut over ranks, used like a whole one.
 
-    config: of the model. stages: this rank's, by number. placement: stage -> pipeline rank.
+    Args:
+        config: of the model.
+        stages: this rank's, by number.
+        placement: pipeline rank of each stage.
+        channels: carry hidden states between ranks.
     """
 
     def __init__(
@@ -39,20 +43,28 @@ class Pipeline:
         return cls(model.config, {0: model}, (0,), Channels(Axis.alone("pp"), Axis.alone("pp"), model.device))
 
     def eval(self) -> None:
-        """Dropout off."""
+        """Turn dropout off."""
         for stage in self.stages.values():
             stage.train(False)
 
     @torch.no_grad()
     def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
-        """The prediction on every rank, padding left out. Collective. Only what was asked for travels: one row of logits for
-        each sequence, and with `top` the log-probabilities of the tokens inside."""
-        x = self._final_hidden(batch, cache)
+        """Return the prediction on every rank, without the padding of the vocabulary. Collective.
+
+        Only what was asked for travels: one row of logits for each sequence, and with `top` the log-probabilities.
+
+        Args:
+            batch: sequences of equal length; with a cache only their new tokens.
+            cache: keys and values of the tokens before.
+            top: also the log-probabilities of the batch's tokens, and of this many alternatives at each place.
+        """
+        x = self._final_hidden(batch, cache)  # [seq, batch, hidden] on the last stage's rank
         (rows, seq), vocab = batch.tokens.shape, self.config.vocabulary
         if x is not None:
             found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
         else:
             found = empty_prediction(seq, rows, vocab, top, self.device)
+        # A part without elements is the same on all ranks, so all leave out its broadcast.
         for part in (found.logits, found.log_probs, found.ids):
             if part.numel():
                 self._to_all(part)
@@ -60,13 +72,13 @@ class Pipeline:
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The labels' log-probabilities, fp32 `[seq, batch]`, and bool whether each is the most probable token; on every rank.
+        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and bool whether each is the most probable token.
 
-        Collective. Logits stay where they are made: two numbers a token travel.
+        On every rank. Collective. Logits stay where they are made: two numbers a token travel.
         """
         x = self._final_hidden(batch, None)
         rows, seq = batch.tokens.shape
-        answer = torch.empty(2, seq, rows, device=self.device)
+        answer = torch.empty(2, seq, rows, device=self.device)  # [2, seq, batch]: one broadcast for both
         if x is not None:
             for part, made in zip(answer, cast(GPT, self._last).output.label_scores(x, batch.labels), strict=True):
                 part.copy_(made)
@@ -75,7 +87,7 @@ class Pipeline:
 
     @torch.no_grad()
     def task_logits(self, batch: Batch) -> Tensor:
-        """Of a model with a task's head, fp32, on every rank. Collective."""
+        """Return the fp32 logits of a model with a task's head, on every rank. Collective."""
         x = self._final_hidden(batch, None)
         answer = torch.empty(cast(FineTuned, next(iter(self.stages.values()))).task_shape(batch), device=self.device)
         if x is not None:
@@ -88,14 +100,14 @@ class Pipeline:
         return self.stages[len(self.placement) - 1]
 
     def _final_hidden(self, batch: Batch, cache: KVCache | None) -> Tensor | None:
-        """One pass up the pipeline: what its last stage makes of it, where that stage is; elsewhere None."""
+        """Run one pass up the pipeline, and return `[seq, batch, hidden]` where its last stage is; elsewhere None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1
         for number, owner in enumerate(self.placement):
             before = self.placement[number - 1] if number else owner
             if owner == me:
                 stage = self.stages[number]
-                if before != me:
+                if before != me:  # stages of the same rank hand over in memory
                     x = self.channels.receive(stage.hidden_shape(batch), stage.dtype, before, number).wait()
                 x = stage.hidden(x, batch, cache)
             if number < last and owner == me != self.placement[number + 1] and x is not None:

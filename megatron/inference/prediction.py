@@ -1,4 +1,4 @@
-"""Predictions: what follows sequences of tokens, and how probable their own tokens are."""
+"""Predictions: logits of the token after sequences, and log-probabilities of their own tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ MAX_LOGITS = 1 << 24  # that are in memory at once for log-probabilities: 64 MiB
 class Prediction:
     """The answer of a whole model to some sequences of equal length.
 
-    logits: fp32 `[batch, vocab]`, of what follows the last token. log_probs, ids: fp32 and int64 `[seq - 1, batch, 1 + top]`,
-    for each token after the first given those before it: its own log-probability and id, then those of the `top` most
-    probable ones. `[0, batch, 1]` where nobody asked.
+    Attributes:
+        logits: fp32 `[batch, vocab]`, of the token after the last one.
+        log_probs: fp32 `[seq - 1, batch, 1 + top]`, for each token after the first given those before it: its own, then those
+            of the `top` most probable ones. `[0, batch, 1]` where nobody asked.
+        ids: int64, of the same shape: the tokens they belong to.
     """
 
     logits: Tensor
@@ -37,23 +39,26 @@ def predict(output: Callable[[Tensor], Tensor], x: Tensor, tokens: Tensor, vocab
     """
     batch, seq = tokens.shape
     found = empty_prediction(seq, batch, vocab, top, x.device)
-    found.logits.copy_(output(x[-1:])[0])
+    found.logits.copy_(output(x[-1:])[0])  # [batch, vocab]
     positions = found.log_probs.shape[0]
     piece = max(1, MAX_LOGITS // found.logits.numel())
     for start in range(0, positions, piece):
         here = slice(start, min(start + piece, positions))
-        following = tokens.t()[here.start + 1 : here.stop + 1]
+        following = tokens.t()[here.start + 1 : here.stop + 1]  # [piece, batch]: the token after each position
         found.log_probs[here], found.ids[here] = log_probabilities(output(x[here]), following, top or 0)
     return found
 
 
 def log_probabilities(logits: Tensor, following: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Return how probable tokens are: log-probabilities fp32 and ids int64, `[..., 1 + top]`, see `Prediction`.
+    """Return log-probabilities of tokens and of the most probable ones, fp32 and int64 `[..., 1 + top]`; see `Prediction`.
 
-    logits: fp32 `[..., vocab]`. following: int64 `[...]`.
+    Args:
+        logits: fp32 `[..., vocab]`.
+        following: int64 `[...]`, the tokens that came.
+        top: most probable tokens at each place.
     """
-    log_probs, own = logits.log_softmax(dim=-1), following.unsqueeze(-1)
-    best, ids = log_probs.topk(top, dim=-1)
+    log_probs, own = logits.log_softmax(dim=-1), following.unsqueeze(-1)  # [..., vocab], [..., 1]
+    best, ids = log_probs.topk(top, dim=-1)  # [..., top]
     return torch.cat([log_probs.gather(-1, own), best], dim=-1), torch.cat([own, ids], dim=-1)
 
 

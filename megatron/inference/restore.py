@@ -1,4 +1,4 @@
-"""A trained model from its checkpoint, whatever layout saved it: what export and generation start from."""
+"""Open a trained model from its checkpoint, whatever layout saved it; export and generation start from it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class OpenedModel(Generic[Model]):
-    """model: in evaluation mode. tokenizer: the one it was trained with; None when the checkpoint holds none.
+    """A model read from a checkpoint.
 
-    directory: the iter_ directory that all of it came from.
+    Attributes:
+        model: in evaluation mode.
+        config: of the model.
+        tokenizer: the one it was trained with; None when the checkpoint holds none.
+        iteration: of the checkpoint.
+        directory: the iter_ directory that all of it came from.
     """
 
     model: Model
@@ -54,8 +59,15 @@ def open_model(
 ) -> OpenedModel[Transformer]:
     """Read a whole model into this process, from a directory of checkpoints or from one iter_ directory.
 
-    iteration: default the latest. dtype: default that of the saved embedding. CheckpointError or DataError says what is
-    not there or damaged.
+    Args:
+        checkpoint: the directory.
+        iteration: the one to open; the latest by default.
+        device: where the parameters lie.
+        dtype: of the parameters; that of the saved embedding by default.
+
+    Raises:
+        CheckpointError: the checkpoint is not there, or damaged.
+        DataError: its tokenizer is.
     """
     mesh = Mesh.single()
     directory, manifest, config = _find(checkpoint, iteration)
@@ -72,7 +84,15 @@ def open_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> OpenedModel[Pipeline]:
-    """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; like `open_model`. Collective."""
+    """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; otherwise as `open_model`. Collective.
+
+    Args:
+        checkpoint: a directory of checkpoints, or one iter_ directory.
+        mesh: the parallel axes.
+        iteration: the one to open; the latest by default.
+        device: where this rank's parameters lie.
+        dtype: of the parameters; that of the saved embedding by default.
+    """
     directory, manifest, config = _find(checkpoint, iteration)
     placement, stages = _stages(directory, manifest, config, mesh, device, dtype)
     load(directory, {"model": ModuleWeights(*stages.values())}, mesh)
@@ -82,7 +102,7 @@ def open_pipeline(
 
 
 def text_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
-    """The tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
+    """Return the tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
     if opened.config.architecture != "gpt":
         raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
     if opened.tokenizer is None:
@@ -98,7 +118,7 @@ def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest
 def _stages(
     directory: Path, manifest: Manifest, config: ModelConfig, mesh: Mesh, device: torch.device | str, dtype: torch.dtype | None
 ) -> tuple[tuple[int, ...], dict[int, Transformer]]:
-    """Where every stage lies, and this rank's, empty."""
+    """Build this rank's stages, with uninitialised parameters; return the pipeline rank of every stage, and the stages."""
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:
         raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")

@@ -31,7 +31,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
 from megatron.inference.generate import Sampling, choose_device
-from megatron.inference.model_flags import add_model_flags, layout_of, parse_once, report_refusal
+from megatron.inference.model_flags import add_model_flags, choose_layout, parse_once, report_refusal
 from megatron.inference.restore import open_pipeline
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
@@ -172,7 +172,7 @@ def main(argv: list[str]) -> int:
     env = LaunchEnvironment()
     try:
         env = LaunchEnvironment.from_environ(os.environ)
-        grid, device = layout_of(args, env)
+        grid, device = choose_layout(args, env)
         if find_spec("lm_eval") is None:
             raise ValueError(f"lm-evaluation-harness is not installed: {install_command('lm_eval')}")
         find(

@@ -153,7 +153,6 @@ class NonFiniteSearch:
     @contextmanager
     def _watched(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
         """Note outputs of modules that are not finite inside the block, in the order in which they are made."""
-
         calls = count()  # the same on all ranks that hold parts of a stage
 
         def look(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
