@@ -63,6 +63,7 @@ def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> No
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
         print_lines(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
     if save is not None and starts_beside_another_run(source, config):
+        # The first rank moves, and all ranks see its error.
         aside = partial(set_run_aside, Path(save), config.log.metrics_path)
         print_lines(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
 

@@ -85,6 +85,7 @@ class Ending:
             self._log_skips()
             if (wrong := learning_failure(training.run.state)) is not None:
                 raise TrainingError(wrong)
+            # After the last evaluations, so that a run which was killed in them is started again for them.
             if self._saver is not None:
                 self._note(finished=training.iteration)
         training.stopping.acknowledge()  # a request that came too late to be one
@@ -95,7 +96,7 @@ class Ending:
     def settle(self) -> None:
         """Wait for a save under way, after a failure: it is what to go on from. Collective."""
         if self._saver is not None:
-            with suppress(CheckpointError):
+            with suppress(CheckpointError):  # the failure that brought us here is the one to tell
                 self._saver.finish()
 
     def _save_stopped(self, saver: Saver, why: str) -> None:

@@ -57,6 +57,7 @@ class EventFile:
         """
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
         self._events.append(self._record({"wall_time": time.time(), "step": step, "summary": summary}))
+        # Few and large writes: each one may wait for a file server.
         if len(self._events) >= self._queue or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 

@@ -67,6 +67,7 @@ def run_in_job(
             hold_lock(save, guard, env, tell) as joined,
         ):
             prepared = prepare(guard.watch)
+            # Before the process group forms, in which a rank that failed would leave the others waiting.
             guard.wait_for_all("preparing their data", tell)
             joined()
             with job(env, layout.distributed_backend, timeout, guard=guard) as started:

@@ -142,7 +142,7 @@ class Lock:
     def release(self) -> None:
         """Remove the file, and the directory if it was made for it and nothing else is in it."""
         self._over.set()
-        self._thread.join()
+        self._thread.join()  # or it would make the file again
         with suppress(OSError):
             if self._ours((_read(self._path) or (None,))[0]):
                 self._path.unlink()
@@ -164,7 +164,7 @@ class Lock:
                     self._lost(
                         f"error: --save {self.root} was taken over by {other}: this run gave no sign for {STALE_SECONDS:.0f} s"
                     )
-                elif self.root.is_dir():  # somebody has cleared it
+                elif self.root.is_dir():  # the file was deleted by hand, the directory is still ours
                     _create(self._path, self.holder)
 
 

@@ -23,7 +23,7 @@ class StepTimer:
     """A clock that stands still in `paused` blocks, so that differences of `now` are seconds of training."""
 
     def __init__(self) -> None:
-        self._away = 0.0
+        self._away = 0.0  # seconds spent in paused blocks
 
     def now(self) -> float:
         """Return the seconds on the clock."""
@@ -98,7 +98,7 @@ class Training:
     def should_stop(self) -> bool:
         """Ask between two steps of an evaluation whether to give it up, since the run is to stop. Collective."""
         asked = self.stopping.ask()
-        if asked.stop is not None:
+        if asked.stop is not None:  # a save that is due waits for the next step
             self.request = asked
         return asked.stop is not None
 
@@ -170,7 +170,7 @@ def advance(run: Run, report: StepReport) -> None:
     if report.left_out:
         state.skipped_samples += report.samples
         return
-    state.consecutive_skips += 1
+    state.consecutive_skips += 1  # of steps that failed, not of those that a flag left out
     _check_skips(run, report)
 
 

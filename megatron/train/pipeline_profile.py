@@ -64,7 +64,7 @@ class ProfiledStep:
         with stopwatch(self.pipeline, self.mesh) as watch:
             report = self.step(batches, state)
         self.timed.append((len(batches), watch.spans(), self.pipeline.peak_live))
-        if self.calls == self.last:
+        if self.calls == self.last:  # the same call on all ranks, which gather
             self._tell()
         return report
 
@@ -161,7 +161,7 @@ def write_profile(
         align_clocks(schedule, {a: (1000.0 * start, 1000.0 * end) for a, (start, end) in spans.items()}) for spans in steps
     ]
     runs = sorted((_timeline(schedule, spans) for spans in steps), key=lambda run: run.makespan)
-    measured = runs[len(runs) // 2]
+    measured = runs[len(runs) // 2]  # the median step
     costs = measured_costs(schedule, steps)
     predicted = simulate(schedule, costs)
     directory.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
         root = Path(config.save)
         newest = newest_complete(root, damaged)
         lines += newest.lines
+        # An import that lies in --save is what --load --finetune names there, not a run to go on with.
         imported = newest.path is not None and config.finetune and config.load is not None and holds_weights_alone(newest.path)
         if newest.path is not None and not imported:
             return _from(newest.path, lines, optimizer=True, progress=True)
@@ -140,6 +141,7 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
     for each in fields(state):
         if each.name in values and not _like(values[each.name], getattr(state, each.name)):
             raise CheckpointError(f"{path}: train.{each.name}: {str(values[each.name])[:40]!r} is not what a run saves")
+    # Each value is checked by its field's default before it is taken over; the scaler comes last, by its own rules.
     state.load_scalars({name: value for name, value in values.items() if name != "scaler"})
     if state.schedule:
         kinds = {f.name: f.type for f in fields(Schedule)}

@@ -39,7 +39,7 @@ def schedule_differences(source: StateSource, config: RunConfig) -> list[Schedul
         return []
     held = asdict(Schedule.of_saved(source.state.schedule))
     asked = asdict(Schedule.of(config.optim, config.batch))
-    idle: set[str] = set()
+    idle: set[str] = set()  # fields without an effect
     if held["style"] == asked["style"] == "constant":
         idle |= {"floor", "decay", "decoupled_floor"}
     if held["decoupled"] != asked["decoupled"]:  # which says it all

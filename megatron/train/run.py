@@ -106,6 +106,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) 
         device=job.device,
     )
     pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
+    # Only a fused kernel draws from torch's own generator, which is then seeded anew at every step.
     own_random = job.device if draws_by_kernel(config.model) else None
     step = Step(
         scaled_loss,
@@ -234,7 +235,7 @@ def build_optimizer(
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
     )
-    if layout.overlap_param_gather:
+    if layout.overlap_param_gather:  # otherwise all weights are there before the first module is called
         for stage in stages.values():
             # In the order of the forward pass, which is the order in which the weights are gathered.
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)

@@ -178,6 +178,7 @@ class Saver:
         try:
             if self._overwritten is not None:
                 self._overwritten.put_aside(self._storage)
+            # Renamed at once, deleted later: a directory with its own name is always a whole checkpoint.
             aside = set_aside(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
         except OSError as error:
             logging.getLogger(__name__).warning("%s: nothing could be deleted: %s", self._root, error.strerror)
@@ -198,6 +199,7 @@ class Saver:
         self._saving = None
         if saving.seconds is not None:
             self._committed = saving.iteration
+        # A save that failed is none: back to the one before.
         self.saved = self._committed
         self._report(saving)
 

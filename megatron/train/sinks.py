@@ -127,7 +127,7 @@ class JsonLines(Sink):
         values = asdict(metrics)
         extra = values.pop("extra")
         if not self.binary:
-            del values["sop_loss"]
+            del values["sop_loss"]  # the key stands in the lines of models with a binary head alone
         self._write(values | {name: value for name, value in extra.items() if name not in values})
 
     def evaluation(self, result: Evaluation, title: str) -> None:
@@ -151,6 +151,7 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
         return
     lines = read_bytes(path, MAX_METRICS_BYTES).splitlines(keepends=True)
     kept = [line for line in lines if wanted(line)]
+    # A line without its end was cut off; one that still parses lost only the line break.
     if kept and not kept[-1].endswith(b"\n"):
         tail = kept.pop()
         kept += [tail + b"\n"] if _place(tail) != TORN else []
@@ -159,7 +160,7 @@ def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
     if kept == lines[: len(kept)]:
         os.truncate(path, sum(map(len, kept)))  # which also a full disk can do
     else:
-        write_whole(path, b"".join(kept))
+        write_whole(path, b"".join(kept))  # a new file that takes the old one's name
 
 
 def _place(text: bytes) -> tuple[float, bool]:

@@ -68,6 +68,7 @@ class TrainState:
         return values | {"scaler": self.scaler.scalars()}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
+        # Fields that an older checkpoint does not have keep their defaults; the scaler keeps its settings.
         for each in fields(self):
             if each.name in values and each.name != "scaler":
                 setattr(self, each.name, values[each.name])

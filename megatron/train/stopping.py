@@ -114,6 +114,7 @@ class Stopping:
         # A save in the background is waited for before the last one; one that is due here is written before the next step.
         saves = 1.5 + (1.0 if save_due or self._async else 0.0)
         margin = self._step + saves * self._save_seconds()
+        # Limits are met early by what must still fit: the next step and the saves.
         late = self._end is not None and now + margin > self._end
         slurm_late = self._slurm_end is not None and time.time() + max(margin, SLURM_FLOOR) > self._slurm_end
         file_seen = first and self.stop_file is not None and os.path.isfile(self.stop_file)

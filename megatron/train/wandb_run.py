@@ -60,6 +60,7 @@ def read_wandb_run(path: Path | None) -> WandbRun:
         with suppress(OSError, ValueError):
             values = read_json(path)
     empty = asdict(WandbRun())
+    # bool is a kind of int, so types are compared exactly.
     if not isinstance(values, dict) or any(type(values.get(name)) is not type(value) for name, value in empty.items()):
         return WandbRun()
     if not all(type(number) is int for number in values["evaluations"].values()):
@@ -78,6 +79,7 @@ def settings_digest(config: RunConfig, schedule: Mapping[str, Any]) -> str:
     kept: dict[str, Any] = {
         section: {k: v for k, v in values[section].items() if not k.startswith(WITHOUT_EFFECT)} for section in SECTIONS
     }
+    # The schedule in use says what these flags led to, also where a resumed run keeps another one.
     kept["optim"] = {k: v for k, v in kept["optim"].items() if not k.startswith(SCHEDULED)}
     text = json.dumps([kept, dict(schedule)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
