@@ -30,7 +30,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron.config.schema import OptimConfig
-from megatron.launch.host_memory import keep_freed_memory
+from megatron.launch.malloc import keep_freed_memory
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers

@@ -15,7 +15,7 @@ import torch
 
 from megatron.inference.generate import choose_device
 from megatron.launch.command_line import torchrun_command
-from megatron.launch.entry import is_speaker
+from megatron.launch.entry import is_first_process
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.exit_report import let_rank_0_report, write_error_file
 from megatron.launch.tool_parser import non_empty_name
@@ -37,7 +37,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
     """Return `parse(argv)`, an argparse method, of which only the first of several processes prints help and mistakes."""
-    if is_speaker():
+    if is_first_process():
         return parse(argv)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):

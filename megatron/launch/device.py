@@ -28,23 +28,23 @@ class Hardware:
     Attributes:
         gpus: number of GPUs.
         why: the reason there is none, in words; empty where there are some.
-        card: UUID of the only GPU, where it can be read; empty else.
+        gpu_uuid: UUID of the only GPU, where it can be read; empty else.
     """
 
     gpus: int
     why: str = ""
-    card: str = ""
+    gpu_uuid: str = ""
 
     @classmethod
     def detect(cls) -> Hardware:
         """Return the GPUs of this machine."""
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if gpus:
-            return cls(gpus, card=_card() if gpus == 1 else "")
+            return cls(gpus, gpu_uuid=_gpu_uuid() if gpus == 1 else "")
         return cls(0, _why_none())
 
 
-def _card() -> str:
+def _gpu_uuid() -> str:
     """Return the UUID of GPU 0; empty where torch or the driver does not tell."""
     try:
         return str(torch.cuda.get_device_properties(0).uuid)
@@ -75,7 +75,7 @@ class DeviceChoice:
         device: type of the device, `cuda` or `cpu`.
         backend: `nccl` or `gloo`.
         why: the reason, in words.
-        card: UUID of its GPU, where NCCL must have it alone.
+        gpu_uuid: UUID of its GPU, where NCCL must have it alone.
         problem: why it cannot do as the command says; empty where it can.
     """
 
@@ -83,7 +83,7 @@ class DeviceChoice:
     device: str
     backend: str
     why: str = ""
-    card: str = ""
+    gpu_uuid: str = ""
     problem: str = ""
 
 
@@ -108,7 +108,7 @@ def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -
     return device, backend or ("nccl" if gpus and enough else "gloo")
 
 
-def choose_device(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, DeviceChoice]:
+def choose_rank_device(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, DeviceChoice]:
     """Return the device that this rank would take, and its choice as the other ranks hear of it.
 
     Args:
@@ -124,7 +124,7 @@ def choose_device(env: LaunchEnvironment, asked: str | None, found: Hardware) ->
         device, backend = device_and_backend(LaunchEnvironment(env.rank, env.world_size) if alone else env, asked, gpus)
     except ValueError as error:
         return torch.device("cpu"), DeviceChoice(host, "cpu", asked or "gloo", why, problem=str(error))
-    return device, DeviceChoice(host, device.type, backend, why, found.card if alone and backend == "nccl" else "")
+    return device, DeviceChoice(host, device.type, backend, why, found.gpu_uuid if alone and backend == "nccl" else "")
 
 
 def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, timeout: timedelta) -> None:
@@ -170,11 +170,11 @@ def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
             "lets processes share a GPU, and an empty CUDA_VISIBLE_DEVICES for all processes makes all compute on CPUs"
         )
     # Each rank sees one GPU, as its device 0: only its UUID tells whether two ranks have the same.
-    cards: dict[tuple[str, str], list[int]] = {}
+    gpu_ranks: dict[tuple[str, str], list[int]] = {}
     for rank, one in enumerate(choices):
-        if one.card:
-            cards.setdefault((one.host, one.card), []).append(rank)
-    for (host, _), ranks in cards.items():
+        if one.gpu_uuid:
+            gpu_ranks.setdefault((one.host, one.gpu_uuid), []).append(rank)
+    for (host, _), ranks in gpu_ranks.items():
         if len(ranks) > 1:
             return (
                 f"{describe_ranks(ranks)} on host {host} have one GPU together, which NCCL refuses. Give each its own "

@@ -34,7 +34,7 @@ def loading() -> "Iterator[None]":
     Ctrl-C ends the program silently with status 130: there is nothing to say yet.
     """
     check_python()
-    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_speaker()
+    quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process()
     if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     try:
@@ -74,7 +74,7 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
         try:
             return main(*arguments, **named)
         except KeyboardInterrupt:
-            if is_speaker():
+            if is_first_process():
                 print("interrupted", file=sys.stderr)
             return INTERRUPTED
         except wrong as error:
@@ -123,12 +123,12 @@ def activation_command() -> str:
 
 def exit_with_error(words: str) -> NoReturn:
     """End the program with status 2, after one line from the first of its processes."""
-    if is_speaker():
+    if is_first_process():
         sys.stderr.write(f"error: {words}\n")
     sys.exit(2)
 
 
-def is_speaker() -> bool:
+def is_first_process() -> bool:
     """Return whether this process speaks for all that a launcher has started, of which the first one does."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("", "0")
 

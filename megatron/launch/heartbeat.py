@@ -103,7 +103,7 @@ class Heartbeat:
         number: counts up with each heartbeat.
         what: the rank's phase in words.
         age: seconds since the phase began.
-        left: seconds until the phase counts as a hang; None where it has no such limit.
+        seconds_left: seconds until the phase counts as a hang; None where it has no such limit.
         ending: why no more heartbeats need come: `finished`, `terminated`, `ended`; empty while the rank works.
     """
 
@@ -111,7 +111,7 @@ class Heartbeat:
     number: int = 0
     what: str = ""
     age: float = 0.0
-    left: float | None = None
+    seconds_left: float | None = None
     ending: str = ""
 
     def to_bytes(self) -> bytes:
@@ -171,17 +171,17 @@ class Peer:
     beat: Heartbeat
     quiet: float = 0.0
 
-    def heard(self, beat: Heartbeat, seconds: float) -> None:
+    def update(self, beat: Heartbeat, seconds: float) -> None:
         """Take in the heartbeat that was read now, `seconds` after the last reading."""
         # By its number and not its time: the clocks of two hosts differ.
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
 
-    def over(self, own: Process) -> bool:
+    def has_ended(self, own: Process) -> bool:
         """Return whether the rank has ended, or is about to and needs nobody any more."""
         return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
 
-    def verdict(self, timeouts: WatchdogTimeouts, own: Process, *, trouble: bool) -> str | None:
+    def problem(self, timeouts: WatchdogTimeouts, own: Process, *, trouble: bool) -> str | None:
         """Return what is wrong with the rank, in words; None while nothing is.
 
         Args:
@@ -214,6 +214,9 @@ def may_wait_for_peer(age: float, others: list[Peer]) -> bool:
     it may be within its limit still: it compiles, or reads data.
     """
     return any(
-        not peer.beat.ending and peer.beat.left is not None and peer.beat.left > 0 and peer.beat.age + peer.quiet > age
+        not peer.beat.ending
+        and peer.beat.seconds_left is not None
+        and peer.beat.seconds_left > 0
+        and peer.beat.age + peer.quiet > age
         for peer in others
     )

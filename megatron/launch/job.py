@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron.launch.device import Hardware, agree_on_devices, choose_device
+from megatron.launch.device import Hardware, agree_on_devices, choose_rank_device
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import Early, Explain, JobError
 from megatron.launch.exit_report import exit_status
 from megatron.launch.heartbeat import Process, WatchdogTimeouts
-from megatron.launch.host_memory import keep_freed_memory
+from megatron.launch.malloc import keep_freed_memory
 from megatron.launch.signals import StopSignals
 from megatron.launch.store import connect_store, serves_store
 from megatron.launch.watchdog import JobWatchdog, Watchdog
@@ -213,7 +213,7 @@ def job(
     Raises:
         JobError: the hardware is not enough, or differs between ranks.
     """
-    device, choice = choose_device(env, backend, look())
+    device, choice = choose_rank_device(env, backend, look())
     with nullcontext(guard) if guard else guarded(env, timeout_minutes, explain=explain, timeouts=timeouts) as there:
         if there.store is not None:
             there.watch.waiting("comparing what the ranks compute on")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from megatron.launch.entry import is_speaker
+from megatron.launch.entry import is_first_process
 from megatron.launch.exit_report import write_error_file
 
 MAX_DIGITS = 18  # of an integer: what has as many fits into 64 bits
@@ -19,7 +19,7 @@ class ToolParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the command line, to a launcher too, and exit with status 2."""
         shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
-        if is_speaker():
+        if is_first_process():
             write_error_file(f"error: {shown}")
         self.exit(2, f"error: {shown}\n{self.prog}: --help lists what it takes\n")
 

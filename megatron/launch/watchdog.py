@@ -86,11 +86,11 @@ class JobWatchdog(Watchdog):
         self._age = 0.0  # seconds for which the thread has seen that phase
         self._peers: dict[int, Peer] = {}
         others = [(env.rank + i) % env.world_size for i in range(1, env.world_size)]
-        self._others, self._near = others, others[:NEIGHBOURS]
-        self._number, self._asking, self._ending, self._said = 0, 0, "", ""
+        self._others, self._neighbours = others, others[:NEIGHBOURS]
+        self._beat_number, self._pending_beat, self._ending, self._published_ending = 0, 0, "", ""
         self._error: BaseException | None = None
         self._signals, self._early = signals or StopSignals(), early
-        self._asked = self._trouble = 0.0  # seconds since the signal, and since the error
+        self._signal_age = self._error_age = 0.0  # seconds since the signal, and since the error
         self._stopping, self._over = threading.Event(), threading.Event()
         self._main = threading.get_ident()
         self._last_round = time.monotonic()
@@ -169,11 +169,11 @@ class JobWatchdog(Watchdog):
                 self._rest()
             self._over.set()
         except RuntimeError as error:  # what torch's stores raise
-            if self._said != "finished":  # else all are done, and the one that serves the store has left
+            if self._published_ending != "finished":  # else all are done, and the one that serves the store has left
                 self._lost_store(str(error))
             self._over.set()
         except Exception as error:
-            self._end(1, f"{traceback.format_exc()}error: {self._where()}: the watch failed: {error}\n")
+            self._end(1, f"{traceback.format_exc()}error: {self._describe_rank()}: the watch failed: {error}\n")
 
     def _rest(self) -> None:
         """Sleep until the next heartbeat is due, or something happens."""
@@ -194,46 +194,46 @@ class JobWatchdog(Watchdog):
 
     def _round(self) -> None:
         """Exchange heartbeats once, and judge what they show: a failure, a dead or frozen rank, a hang of this one."""
-        looking = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
+        looking = self._signals.name is not None and (self._ends_early() or self._signal_age < self._timeouts.settle)
         troubled = looking or self._error is not None
         everyone = troubled or len(self._peers) < len(self._others)
-        passed = self._exchange(self._others if everyone else self._near)
+        passed = self._exchange(self._others if everyone else self._neighbours)
         if self._error is not None and not is_secondary_error(self._error):
-            self._tell(self._story(self._error), exit_status(self._error))
-        ranks = sorted(self._peers) if everyone else self._near
-        if any(self._verdict(rank, troubled) for rank in ranks):
+            self._publish(self._describe_error(self._error), exit_status(self._error))
+        ranks = sorted(self._peers) if everyone else self._neighbours
+        if any(self._problem(rank, troubled) for rank in ranks):
             # A process that is gone may have said goodbye after its beat was read.
             self._exchange(self._others)
             for rank in ranks:
-                if (verdict := self._verdict(rank, troubled)) is not None:
-                    self._tell(f"error: {self._where(rank)}: {verdict}\n")
+                if (problem := self._problem(rank, troubled)) is not None:
+                    self._publish(f"error: {self._describe_rank(rank)}: {problem}\n")
         if troubled:
-            self._asked += passed if looking else 0.0
-            self._trouble += passed if self._error is not None else 0.0
-            self._settle()
-        elif self._ending == "" and (left := self._left()) is not None and left <= 0:
+            self._signal_age += passed if looking else 0.0
+            self._error_age += passed if self._error is not None else 0.0
+            self._look_for_cause()
+        elif self._ending == "" and (seconds_left := self._seconds_left()) is not None and seconds_left <= 0:
             self._tell_hang()
 
-    def _verdict(self, rank: int, troubled: bool) -> str | None:
-        return self._peers[rank].verdict(self._timeouts, self._process, trouble=troubled)
+    def _problem(self, rank: int, troubled: bool) -> str | None:
+        return self._peers[rank].problem(self._timeouts, self._process, trouble=troubled)
 
-    def _settle(self) -> None:
+    def _look_for_cause(self) -> None:
         """Look around after a signal or an error of communication, while no cause has shown so far."""
         peers, timeouts = self._peers.values(), self._timeouts
-        if self._error is not None and self._trouble >= timeouts.settle:
-            self._tell(self._story(self._error), exit_status(self._error))
+        if self._error is not None and self._error_age >= timeouts.settle:
+            self._publish(self._describe_error(self._error), exit_status(self._error))
         if not self._ends_early():
             return
         # One that never came has told its story before there was a watch.
         alike = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
-        if not alike and self._asked < timeouts.settle:
+        if not alike and self._signal_age < timeouts.settle:
             return
         name = self._signals.name or ""
         if self._early is not None:
-            self._tell(*self._early(name, self._env.rank))
+            self._publish(*self._early(name, self._env.rank))
         if not alike:
-            text = f"error: {self._where()}: ended by {name}, which other ranks did not get\n"
-            self._tell(text, 128 + signal.Signals[name])
+            text = f"error: {self._describe_rank()}: ended by {name}, which other ranks did not get\n"
+            self._publish(text, 128 + signal.Signals[name])
         self._leave(128 + signal.Signals[name])
 
     def _exchange(self, ranks: Sequence[int], ending: str | None = None) -> float:
@@ -244,25 +244,30 @@ class JobWatchdog(Watchdog):
         phase = self._phase
         self._age = self._age + passed if phase is self._seen_phase else 0.0
         self._seen_phase = phase
-        self._number += 1
+        self._beat_number += 1
         self._ending = ending or ("finished" if self._stopping.is_set() else "terminated" if self._ends_early() else "")
         beat = Heartbeat(
-            self._process, self._number, describe_phase(self._seen_phase.what), round(self._age, 2), self._left(), self._ending
+            self._process,
+            self._beat_number,
+            describe_phase(self._seen_phase.what),
+            round(self._age, 2),
+            self._seconds_left(),
+            self._ending,
         )
-        self._asking = self._number
+        self._pending_beat = self._beat_number
         self._store.set(f"beat {self._env.rank}", beat.to_bytes().decode())
-        self._said = self._ending
+        self._published_ending = self._ending
         here = [rank for rank in ranks if rank in self._peers or self._store.check([f"beat {rank}"])]
         failure, *beats = self._store.multi_get(["failure", *(f"beat {rank}" for rank in here)])
-        self._asking = 0
+        self._pending_beat = 0
         for rank, data in zip(here, beats, strict=True):
             read = Heartbeat.from_bytes(data)
-            self._peers.setdefault(rank, Peer(read)).heard(read, passed)
+            self._peers.setdefault(rank, Peer(read)).update(read, passed)
         if failure != b"-" and ending is None:
             self._follow(failure)
         return passed
 
-    def _left(self) -> float | None:
+    def _seconds_left(self) -> float | None:
         """Return the seconds that this rank's phase may still take; None for one that is not judged."""
         mode = self._seen_phase.mode
         if mode == WAITING or (self._age > 1.0 and self._communicates()):
@@ -276,7 +281,7 @@ class JobWatchdog(Watchdog):
         frame = sys._current_frames().get(self._main)
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
 
-    def _where(self, rank: int | None = None) -> str:
+    def _describe_rank(self, rank: int | None = None) -> str:
         """Return rank, host and phase in words, of this rank or another one."""
         if rank is None or rank == self._env.rank:
             return f"rank {self._env.rank} on host {self._process.host}, {describe_phase(self._seen_phase.what)}"
@@ -296,26 +301,26 @@ class JobWatchdog(Watchdog):
         frame = sys._current_frames().get(self._main)
         stack = "".join(traceback.format_stack(frame)) if frame is not None else "  unknown\n"
         what = f"hangs, for {self._age:.0f} s{usual} (--hang-timeout-seconds)"
-        self._tell(f"error: {self._where()}: {what}; its main thread is at:\n{stack}")
+        self._publish(f"error: {self._describe_rank()}: {what}; its main thread is at:\n{stack}")
 
-    def _story(self, error: BaseException) -> str:
+    def _describe_error(self, error: BaseException) -> str:
         """Return what to say of an error that ended this rank's work."""
         if isinstance(error, KeyboardInterrupt):
             return "interrupted\n"
         if isinstance(error, SystemExit):  # whoever raised it has said why
             return ""
-        words = str(error) if isinstance(error, JobError) else self._explain(error, self._where())
+        words = str(error) if isinstance(error, JobError) else self._explain(error, self._describe_rank())
         if words is not None:
             return f"error: {words}\n"
         text = " ".join(str(error).split())[:1000]
-        return f"{''.join(traceback.format_exception(error))}error: {self._where()}: {type(error).__name__}: {text}\n"
+        return f"{''.join(traceback.format_exception(error))}error: {self._describe_rank()}: {type(error).__name__}: {text}\n"
 
-    def _tell(self, text: str, status: int = 1) -> NoReturn:
+    def _publish(self, text: str, status: int = 1) -> NoReturn:
         """Publish a failure and say it; follow another's where one came first. Ends the process."""
         own = json.dumps({"told by": self._env.rank, "text": text[:10000], "status": status})
-        self._asking = self._number
+        self._pending_beat = self._beat_number
         told = self._store.compare_set("failure", "-", own)
-        self._asking = 0
+        self._pending_beat = 0
         if told.decode() != own:
             self._follow(told)
         write_stderr(text)
@@ -339,7 +344,7 @@ class JobWatchdog(Watchdog):
         """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
         for _ in range(int(self._timeouts.settle / 0.1)):
             self._exchange(self._others, ending="ended")
-            if all(peer.over(self._process) for peer in self._peers.values()):
+            if all(peer.has_ended(self._process) for peer in self._peers.values()):
                 return
             time.sleep(0.1)
 
@@ -361,25 +366,25 @@ class JobWatchdog(Watchdog):
         before, ticks = 0, 0.0
         while not self._over.wait(self._timeouts.period):
             # Counted, not measured: a pause of this process is no delay of the store.
-            ticks = ticks + self._timeouts.period if self._asking and self._asking == before else 0.0
-            before = self._asking
+            ticks = ticks + self._timeouts.period if self._pending_beat and self._pending_beat == before else 0.0
+            before = self._pending_beat
             if ticks >= self._timeouts.silent:
                 self._lost_store(f"no answer for {ticks:.0f} s")
 
     def _lost_store(self, why: str) -> NoReturn:
         """End the process, since nothing can be agreed on. By its number alone, one rank away from the store's host speaks."""
-        echo = self._signals.name is not None and (self._ends_early() or self._asked < self._timeouts.settle)
+        echo = self._signals.name is not None and (self._ends_early() or self._signal_age < self._timeouts.settle)
         if echo or self._ending == "ended":
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
         if self._error is not None and not is_secondary_error(self._error):
-            self._end(exit_status(self._error), self._story(self._error))
+            self._end(exit_status(self._error), self._describe_error(self._error))
         hosts = {rank: peer.beat.process.host for rank, peer in self._peers.items()} | {self._env.rank: self._process.host}
         keeper = f"{self._env.address}:{self._env.port}, on host {hosts.get(0, self._env.address)}"
         away = [rank for rank, host in hosts.items() if host != hosts.get(0)]
         speaker = min(away or [rank for rank in hosts if rank or not serves_store(0)] or [self._env.rank])
         text = ""
         if speaker == self._env.rank:
-            first = f"{self._where(0)}: " if serves_store(0) and 0 in self._peers else ""
+            first = f"{self._describe_rank(0)}: " if serves_store(0) and 0 in self._peers else ""
             what = "died or is lost, and with it" if first else "contact was lost with"
             text = f"error: {first}{what} the job's store at {keeper} ({' '.join(why.split())[:200]})\n"
         self._end(1, text)
@@ -388,7 +393,7 @@ class JobWatchdog(Watchdog):
         """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
         write_stderr(text)
         write_error_file(text)
-        if self.at_end is not None and all(peer.over(self._process) for peer in self._peers.values()):
+        if self.at_end is not None and all(peer.has_ended(self._process) for peer in self._peers.values()):
             run_briefly(self.at_end)
         self._status_file.wipe()
         os._exit(status)

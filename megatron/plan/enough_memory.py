@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.schema import RunConfig
-from megatron.launch.device import Hardware, choose_device
+from megatron.launch.device import Hardware, choose_rank_device
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.launch.memory import format_gib, host_memory
@@ -100,7 +100,7 @@ def states(config: RunConfig, grid: Grid, ranks: Sequence[int]) -> list[StateByt
 def room_of(config: RunConfig, env: LaunchEnvironment) -> Room | None:
     """Return what this rank's device has; None where nothing can be said of it."""
     found = Hardware.detect()
-    device, choice = choose_device(env, config.layout.distributed_backend, found)
+    device, choice = choose_rank_device(env, config.layout.distributed_backend, found)
     if choice.problem:  # which the job will say
         return None
     if device.type != "cuda":

@@ -78,7 +78,7 @@ def max_body_bytes(max_tokens_total: int) -> int:
     return MAX_BYTES_PER_TOKEN * max_tokens_total + OTHER_FIELDS_BYTES
 
 
-async def run_task(service: Service, task: GenerationTask, gone: Gone) -> AsyncIterator[TextUpdate | TaskResult]:
+async def task_events(service: Service, task: GenerationTask, gone: Gone) -> AsyncIterator[TextUpdate | TaskResult]:
     """Have a task carried out, and yield what becomes of it. Stops it where this iterator is closed or the client has gone.
 
     Args:
@@ -130,7 +130,7 @@ async def collect(
         echo: the prompts are part of the texts.
     """
     completions = [CompletionText(task, prompt, service.engine.tokenizer, echo=echo) for prompt in task.prompts]
-    done, events = TaskResult(), run_task(service, task, gone)
+    done, events = TaskResult(), task_events(service, task, gone)
     try:
         async for event in events:
             if isinstance(event, TaskResult):
@@ -333,7 +333,7 @@ async def event_stream(service: Service, wanted: CompletionRequest | ChatRequest
 
     for chunk in wanted.first_chunks():
         yield event(chunk)
-    events = run_task(service, task, stays)
+    events = task_events(service, task, stays)
     try:
         async for update in events:
             if isinstance(update, TextUpdate):

@@ -20,7 +20,7 @@ from megatron.launch.device import (
     DeviceChoice,
     Hardware,
     agree_on_devices,
-    choose_device,
+    choose_rank_device,
     describe_ranks,
     device_and_backend,
     device_conflict,
@@ -47,15 +47,15 @@ def test_device_and_backend():
 
 def test_what_a_rank_says():
     """Fewer GPUs than processes mean gloo, but for the one GPU that SLURM shows each task; nccl that cannot be is a problem."""
-    device, choice = choose_device(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
-    assert device == torch.device("cuda", 1) and (choice.device, choice.backend, choice.card) == ("cuda", "gloo", "")
+    device, choice = choose_rank_device(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
+    assert device == torch.device("cuda", 1) and (choice.device, choice.backend, choice.gpu_uuid) == ("cuda", "gloo", "")
     assert choice.why == "it has 2 GPU(s) for 4 process(es)"
-    device, choice = choose_device(LaunchEnvironment(5, 8, 1, 4, "srun"), None, Hardware(1, card="GPU-7"))
-    assert device == torch.device("cuda", 0) and (choice.backend, choice.card) == ("nccl", "GPU-7")
+    device, choice = choose_rank_device(LaunchEnvironment(5, 8, 1, 4, "srun"), None, Hardware(1, gpu_uuid="GPU-7"))
+    assert device == torch.device("cuda", 0) and (choice.backend, choice.gpu_uuid) == ("nccl", "GPU-7")
     assert (
-        choose_device(LaunchEnvironment(5, 8, 1, 4, "srun"), "gloo", Hardware(1, card="GPU-7"))[1].card == ""
+        choose_rank_device(LaunchEnvironment(5, 8, 1, 4, "srun"), "gloo", Hardware(1, gpu_uuid="GPU-7"))[1].gpu_uuid == ""
     )  # which may be shared
-    device, choice = choose_device(LaunchEnvironment(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
+    device, choice = choose_rank_device(LaunchEnvironment(1, 2, 1, 2), "nccl", Hardware(0, "no driver"))
     assert device.type == "cpu" and "needs one GPU per process" in choice.problem and choice.why == "it has no GPU: no driver"
     assert Hardware.detect().gpus or Hardware.detect().why
 
@@ -71,9 +71,11 @@ def test_who_fits_together():
     assert "host c (rank 1) would take cuda and gloo" in (device_conflict([GPU, few]) or "")
     told = DeviceChoice("b", "cpu", "nccl", problem="--distributed-backend nccl needs one GPU per process")
     assert device_conflict([GPU, told]) == "host b (rank 1): --distributed-backend nccl needs one GPU per process"
-    one = DeviceChoice("a", "cuda", "nccl", card="GPU-7")
+    one = DeviceChoice("a", "cuda", "nccl", gpu_uuid="GPU-7")
     assert (
-        device_conflict([one, DeviceChoice("a", "cuda", "nccl", card="GPU-8"), DeviceChoice("b", "cuda", "nccl", card="GPU-7")])
+        device_conflict(
+            [one, DeviceChoice("a", "cuda", "nccl", gpu_uuid="GPU-8"), DeviceChoice("b", "cuda", "nccl", gpu_uuid="GPU-7")]
+        )
         is None
     )
     assert (device_conflict([one, one]) or "").startswith("ranks 0, 1 on host a have one GPU together")

@@ -246,24 +246,24 @@ def test_the_limit_of_a_computation():
     ],
 )
 def test_what_is_wrong_with_a_rank(process, quiet, trouble, word):
-    verdict = Peer(Heartbeat(process), quiet).verdict(WatchdogTimeouts(), HERE, trouble=trouble)
-    assert verdict is None if word is None else word in verdict
-    assert Peer(Heartbeat(process, ending="finished"), quiet).verdict(WatchdogTimeouts(), HERE, trouble=trouble) is None
+    problem = Peer(Heartbeat(process), quiet).problem(WatchdogTimeouts(), HERE, trouble=trouble)
+    assert problem is None if word is None else word in problem
+    assert Peer(Heartbeat(process, ending="finished"), quiet).problem(WatchdogTimeouts(), HERE, trouble=trouble) is None
 
 
 def test_silence_counts_from_the_last_new_beat():
     peer = Peer(Heartbeat(HERE, number=1))
     for number, seconds, quiet in ((1, 0.5, 0.5), (1, 0.5, 1.0), (2, 0.5, 0.0), (2, 1.0, 1.0)):
-        peer.heard(Heartbeat.from_bytes(Heartbeat(HERE, number=number).to_bytes()), seconds)
+        peer.update(Heartbeat.from_bytes(Heartbeat(HERE, number=number).to_bytes()), seconds)
         assert peer.quiet == quiet
 
 
 def test_who_began_earlier_is_to_blame():
-    earlier = Peer(Heartbeat(FAR, age=30.0, left=500.0))
+    earlier = Peer(Heartbeat(FAR, age=30.0, seconds_left=500.0))
     assert may_wait_for_peer(25.0, [earlier])
     assert not may_wait_for_peer(31.0, [earlier]) and may_wait_for_peer(31.0, [replace(earlier, quiet=2.0)])
-    for left in (None, 0.0):
-        assert not may_wait_for_peer(25.0, [Peer(Heartbeat(FAR, age=30.0, left=left))])
+    for seconds_left in (None, 0.0):
+        assert not may_wait_for_peer(25.0, [Peer(Heartbeat(FAR, age=30.0, seconds_left=seconds_left))])
 
 
 def test_which_errors_are_echoes():
@@ -302,7 +302,7 @@ def test_who_comes_second_is_silent(monkeypatch):
         Beaten(), LaunchEnvironment(0, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
     )
     with pytest.raises(SystemExit, match="1"):
-        watch._tell("error: my own\n")
+        watch._publish("error: my own\n")
     assert not any(said)
 
 
@@ -322,12 +322,12 @@ class Left(Beaten):
 
 
 def test_the_store_may_leave_as_soon_as_all_are_done(monkeypatch):
-    left: list[int] = []
-    monkeypatch.setattr("os._exit", left.append)
+    statuses: list[int] = []
+    monkeypatch.setattr("os._exit", statuses.append)
     store = Left()
     watch = JobWatchdog(
         store, LaunchEnvironment(1, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
     )
     watch.start()
     watch.stop()
-    assert '"finished"' in store.beats[-1] and not left
+    assert '"finished"' in store.beats[-1] and not statuses
