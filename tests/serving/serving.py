@@ -101,8 +101,8 @@ def served(
     buffer: int = 0,
     **service: Any,
 ) -> Iterator[Client]:
-    """most_tokens: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a reply
-    that nobody reads; 0 for its own number. service: further fields of `Service`.
+    """max_tokens_total: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a
+    reply that nobody reads; 0 for its own number. service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
         engine = Engine(predictor(model), tokenizer, Control(Axis.alone("world")))
