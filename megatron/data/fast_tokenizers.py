@@ -47,7 +47,7 @@ class FastTokenizer(Tokenizer):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """What cuts long texts, as the steps of the backend tell."""
+        """Cuts long texts, as the steps of the backend tell."""
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:

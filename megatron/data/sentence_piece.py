@@ -52,7 +52,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """What cuts long texts; None for a model that allows for no cut."""
+        """Cuts long texts; None for a model that allows for no cut."""
         known = cuts_are_safe(self.assets["tokenizer.model"])
         return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
 

@@ -117,6 +117,11 @@ def ends_sentence(text: str, begin: int, end: int) -> bool:
 
     It does not after an abbreviation or a single initial. Only a few characters are looked at: a full stop for each word, as in
     a list of authors, must not read the list from its start each time.
+
+    Args:
+        text: the whole text.
+        begin: place of the sentence's first character.
+        end: place after the mark.
     """
     word = LAST_WORD.search(text, max(begin, end - 1 - MAX_WORD), end)
     if word is None:

@@ -124,7 +124,13 @@ class NullTokenizer(Tokenizer):
         return backend
 
     def hf_files(self, directory: str | os.PathLike[str], max_length: int, *, segments: bool = False) -> None:
-        """Raise a DataError: numbers have no Hugging Face form."""
+        """Raise a DataError: numbers have no Hugging Face form.
+
+        Args:
+            directory: not written.
+            max_length: not used.
+            segments: not used.
+        """
         raise DataError("NullTokenizer has no text, so there is nothing that Hugging Face could open")
 
 

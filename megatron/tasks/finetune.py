@@ -190,7 +190,7 @@ class TaskEvaluator:
         finally:
             for stage in self.run.stages.values():
                 stage.train(True)
-        parts = [mine]
+        parts = [mine]  # the answers of each data-parallel rank
         if dp.group is not None:
             parts = [[] for _ in range(dp.size)]
             dist.all_gather_object(parts, mine, group=dp.group)

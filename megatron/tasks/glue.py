@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.tasks.reading import read_text
+from megatron.tasks.reading import read_task_text
 from megatron.tasks.samples import Example, Task, TaskScore
 
 
@@ -45,7 +45,7 @@ class PairClassification(Task):
 
     def read(self, path: str, *, training: bool) -> list[Example]:
         """Read a file of tab-separated values; for training without the pairs that have no class."""
-        lines = read_text(path).split("\n")  # not splitlines, which also ends lines at marks within sentences
+        lines = read_task_text(path).split("\n")  # not splitlines, which also ends lines at marks within sentences
         header = lines[0].rstrip("\r").split("\t")
         wanted = vars(self.columns)
         places = {role: header.index(name) for role, name in wanted.items() if name in header}

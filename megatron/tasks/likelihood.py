@@ -61,7 +61,7 @@ class Likelihoods:
             cut = list(split_windows([self.start, *self.tokenizer.tokenize(text)], self.seq_length, self.seq_length, full=True))
             found += cut
             owner += [number] * len(cut)
-        sums = [0.0] * len(texts)
+        sums = [0.0] * len(texts)  # a text of several windows is the sum of them
         for number, one in zip(owner, self._scores(found), strict=True):
             sums[number] += one.log_probability
         return sums
@@ -107,6 +107,7 @@ class Likelihoods:
         They are tokenised together, since a tokenizer joins neighbours, and cut where the context ends. Spaces at the
         context's end go to the continuation, where most vocabularies have them.
         """
+        # " a" is one token for most vocabularies, and "a" after a token of spaces hardly ever seen in training.
         bare = context.rstrip()
         if not bare:
             return [self.start], self.tokenizer.tokenize(context + continuation)

@@ -39,7 +39,7 @@ from megatron.launch.packages import install_command
 from megatron.mesh.mesh import Mesh
 from megatron.tasks.leading import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
-from megatron.tasks.scoring import check_sizes, require_tokenizer
+from megatron.tasks.scoring import check_scoring_sizes, require_tokenizer
 
 NAME = "megatron"
 DEFAULT_MICRO_BATCH = 8
@@ -72,7 +72,7 @@ def open_likelihoods(
     """
     opened = open_pipeline(load, mesh, iteration=iteration, device=device)
     length = seq_length or opened.config.max_position_embeddings
-    check_sizes(opened, length, length, micro_batch_size)
+    check_scoring_sizes(opened, length, length, micro_batch_size)
     return Likelihoods(opened.model, require_tokenizer(opened), length, micro_batch_size)
 
 

@@ -73,6 +73,7 @@ def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: St
 def check_inputs(config: RunConfig) -> StateSource:
     """Return the checkpoint to evaluate. InputError for it, or for a file, before anything is loaded."""
     with as_input_error():
+        # Opened here to find mistakes alone; the ranks open them again where they are read.
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)
         check_source(source, config)

@@ -18,7 +18,7 @@ from megatron.files.regular import MAX_TASK_JSON_BYTES, MAX_TEXT_BYTES, check_re
 MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
-def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
+def read_task_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a whole file of text, unpacked where it is packed, without its byte-order mark.
 
     DataError where it cannot be read, is damaged, no UTF-8, or has more than `max_bytes` unpacked.
@@ -45,7 +45,7 @@ def read_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 def read_value(file: str, form: str) -> Value:
     """Read a file that is one JSON value. form: its expected content, for messages. DataError where it is no JSON."""
-    text = read_text(file, MAX_TASK_JSON_BYTES)
+    text = read_task_text(file, MAX_TASK_JSON_BYTES)
     try:
         return Value(file, "", parse_json(text), form)
     except ValueError as error:

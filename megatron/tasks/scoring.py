@@ -85,7 +85,7 @@ def batch_windows(windows: Sequence[Window], device: torch.device) -> Batch:
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, positions, samples).to(device)
 
 
-def check_sizes(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
+def check_scoring_sizes(opened: OpenedModel[Pipeline], seq_length: int, overlap: int, micro_batch_size: int) -> None:
     """Check that the sizes of an evaluation fit a model.
 
     Args:

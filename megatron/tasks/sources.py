@@ -13,7 +13,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.matching import check_tokenizer
 from megatron.data.packed import bare_name
 from megatron.data.tokenizer import Tokenizer
-from megatron.tasks.reading import read_text
+from megatron.tasks.reading import read_task_text
 
 TEXT_KEY = "text"
 
@@ -60,7 +60,7 @@ class TextFile:
                     except BadLine as error:
                         raise DataError(str(error)) from error
         else:
-            yield SourceText(self.file, read_text(self.file))
+            yield SourceText(self.file, read_task_text(self.file))
 
     def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
         """Return the texts in tokens, nothing added before or after. DataError at once where there is no tokenizer."""
@@ -95,7 +95,7 @@ class TokenFile:
         """
         if tokenizer is not None:
             check_tokenizer(self.dataset, tokenizer)
-        starts = self.dataset.documents.tolist()
+        starts = self.dataset.documents.tolist()  # the sequence at which each document starts, and the end of the last
         return (
             TokenizedDocument(
                 f"{self.file}, document {number}", [t for i in range(first, end) for t in self.dataset[i].tolist()]

@@ -176,6 +176,7 @@ def _place(offsets: Sequence[tuple[int, int]], answer: str, begin: int) -> tuple
 
 def best_answers(examples: Sequence[Example], answers: Sequence[Any]) -> dict[str, str]:
     """Return the text for each question, from the answers of its windows: "" for none, where the file allows for that."""
+    # By question: score and text of the best span of its windows, and the least score of no answer.
     spans: dict[str, tuple[float, str]] = {}
     nothing: dict[str, float] = {}
     for example, (value, text, none) in zip(examples, answers, strict=True):

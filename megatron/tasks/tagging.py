@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.tasks.reading import read_text
+from megatron.tasks.reading import read_task_text
 from megatron.tasks.samples import Example, Task, TaskScore
 
 DOCUMENT = "-DOCSTART-"
@@ -28,7 +28,7 @@ def read_sentences(path: str) -> Iterator[Sentence]:
 def numbered_sentences(path: str) -> Iterator[tuple[int, Sentence]]:
     """Yield each sentence with the line of its first word; the lines of the others follow."""
     words: Sentence = []
-    for number, line in enumerate([*read_text(path).split("\n"), ""], 1):  # the empty line ends the last sentence
+    for number, line in enumerate([*read_task_text(path).split("\n"), ""], 1):  # the empty line ends the last sentence
         columns = line.split()
         if columns and columns[0] != DOCUMENT:
             if len(columns) < 2:

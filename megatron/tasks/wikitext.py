@@ -40,7 +40,7 @@ def _close_up(text: str, left: str, right: str) -> str:
     begin = 0
     while (start := text.find(left, begin)) >= 0 and (end := text.find(right, start + 1)) >= 0:
         parts += [text[begin:start], left, text[start + 1 : end].strip(), right]
-        begin = end + 1
+        begin = end + 1  # pairs do not nest: the next search starts behind the closing mark
     return "".join([*parts, text[begin:]])
 
 

@@ -31,8 +31,8 @@ from megatron.inference.restore import OpenedModel
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
-from megatron.tasks.reading import read_text
-from megatron.tasks.scoring import check_finite, check_sizes, check_vocabulary, require_tokenizer, score_windows
+from megatron.tasks.reading import read_task_text
+from megatron.tasks.scoring import check_finite, check_scoring_sizes, check_vocabulary, require_tokenizer, score_windows
 from megatron.tasks.sources import SourceText, TextFile, TextSource, open_source
 from megatron.tasks.wikitext import detokenize, word_count
 from megatron.tasks.windows import Window, split_windows
@@ -77,7 +77,7 @@ class ZeroShotEvaluation:
         watch: Watchdog | None = None,
         log: Log = print,
     ) -> None:
-        check_sizes(opened, seq_length, overlap, micro_batch_size)
+        check_scoring_sizes(opened, seq_length, overlap, micro_batch_size)
         self.opened, self.mesh, self.watch, self.log = opened, mesh, watch, log
         self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
         self.vocabulary = opened.config.vocabulary
@@ -184,7 +184,7 @@ def open_sources(task: str, files: Sequence[str]) -> list[TextSource]:
 
 def wikitext(scoring: ZeroShotEvaluation, source: TextSource) -> tuple[dict[str, Any], str]:
     """Return the figures of WIKITEXT103, and the line about them."""
-    raw = read_text(source.file)
+    raw = read_task_text(source.file)
     words = word_count(raw)
     tokens = require_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
     if min(len(tokens), words) < 2:
