@@ -32,7 +32,7 @@ from megatron.train.stopping import Stopping
 PHASES = {
     "arg check": (program, "parse"),
     "dataset build": (pretraining, "build_datasets"),
-    "model build": (pretraining, "build"),
+    "model build": (pretraining, "build_run"),
     "restore": (pretraining, "restore"),
     "forward": (Executor, "_forward"),
     "backward": (Executor, "_backward"),
