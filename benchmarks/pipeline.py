@@ -64,7 +64,7 @@ class ActionCosts:
     seconds: Mapping[Action, float]
     communication: float = 0.0
 
-    def of(self, action: Action) -> float:
+    def duration(self, action: Action) -> float:
         return self.seconds[action]
 
 

@@ -103,11 +103,11 @@ def test_what_is_dead_is_found() -> None:
     modules = {
         "megatron.a": ast.parse(
             "LEFT = 1\nREAD = 2\nNAMED = 3\ndef again(n): return again(n - 1)\ndef called(): pass\ndef named(): pass\n"
-            "def here(): return called()\nclass Kind:\n    def run(self): pass\n    def rest(self): pass\n"
+            "def here(): return called()\nclass ScheduleKind:\n    def run(self): pass\n    def rest(self): pass\n"
         ),
         "megatron.b": ast.parse(
             "from megatron import a\nfrom megatron.a import here\na.READ\nx.NAMED\nx = 'megatron.a:named'\n"
         ),
-        "tools.c": ast.parse("from megatron.a import Kind\nKind().run()\n"),
+        "tools.c": ast.parse("from megatron.a import ScheduleKind\nKind().run()\n"),
     }
-    assert list(dead(modules)) == ["megatron.a.LEFT", "megatron.a.again", "megatron.a.Kind.rest"]
+    assert list(dead(modules)) == ["megatron.a.LEFT", "megatron.a.again", "megatron.a.ScheduleKind.rest"]

@@ -6,7 +6,7 @@ first, and takes micro-batches in pairs. Below the first mark is what goes into 
 
 from __future__ import annotations
 
-from megatron.pipeline.schedules.schedule import Action, Kind, Op, Schedule, v_shaped
+from megatron.pipeline.schedules.schedule import Action, Op, Schedule, ScheduleKind, v_shaped
 
 # The functions
 
@@ -42,6 +42,6 @@ def pairs_alone(ranks: int, micro_batches: int, chunks: int) -> str | None:
 
 # The rows
 TOYS = {
-    "vee": Kind(lambda p, m, v: vee(p, m), place=v_shaped, chunks=2, splits=True),
-    "backwards": Kind(lambda p, m, v: backwards(p, m), place=from_the_last, objection=pairs_alone),
+    "vee": ScheduleKind(lambda p, m, v: vee(p, m), place=v_shaped, chunks=2, splits=True),
+    "backwards": ScheduleKind(lambda p, m, v: backwards(p, m), place=from_the_last, objection=pairs_alone),
 }

@@ -21,7 +21,7 @@ from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
 from megatron.config.layout import LayoutConfig, LayoutSettings
 from megatron.config.notation import parse_layout
-from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, kind_of, names_of
+from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, schedule_kind, schedule_names
 
 PP = "layout.pipeline_model_parallel_size"
 VIRTUAL = "layout.num_layers_per_virtual_pipeline_stage"
@@ -66,7 +66,7 @@ def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
     What the schedule prescribes; where it is free, what the flags say: a number, a drawn layout, or Megatron-LM's num_layers
     / pp / N virtual stages, rounded down where that leaves a rest, and never none.
     """
-    prescribed = kind_of(layout.pipeline_schedule).chunks
+    prescribed = schedule_kind(layout.pipeline_schedule).chunks
     if prescribed is not None:
         return prescribed
     if layout.num_virtual_stages_per_pipeline_rank is not None:
@@ -103,7 +103,7 @@ def asked_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | N
         return None
     if uneven := [share for share in shares if share % chunks]:
         raise ValueError(f"a rank has {uneven[0]} layers, not divisible by its {chunks} stages")
-    counts = [shares[rank] // chunks for rank in kind_of(layout.pipeline_schedule).place(ranks, chunks)]
+    counts = [shares[rank] // chunks for rank in schedule_kind(layout.pipeline_schedule).place(ranks, chunks)]
     counts[0] -= embedding
     counts[-1] -= loss
     if min(counts) < 0 or 0 in counts[1:-1]:
@@ -134,7 +134,7 @@ def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
     if c.invalid & {PP, VIRTUAL, COUNT, SCHEDULE, DRAWN}:
         return
     asked = [name for name in (VIRTUAL, COUNT, DRAWN) if c[name] is not None]
-    own = kind_of(c[SCHEDULE]).chunks
+    own = schedule_kind(c[SCHEDULE]).chunks
     if len(asked) > 1:
         yield Problem(c.flag_text(*asked), "exclude each other: each says how many stages a rank has; give one of them")
     elif not asked:
@@ -144,7 +144,7 @@ def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
     elif own is not None and asked != [DRAWN] and c[COUNT] != own:
         has = "no virtual stages" if own == 1 else f"{own} virtual stages of its own on each rank"
         rule = f"has {has}, and cannot go with {c.flag_text(*asked)}"
-        others = names_of(lambda kind: kind.chunks is None)
+        others = schedule_names(lambda kind: kind.chunks is None)
         yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
     elif c[PP] < 2 and own is None and asked != [DRAWN]:
         rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has nobody to interleave with"
@@ -227,9 +227,9 @@ def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
 
 def split_backward(c: ConfigCheck) -> Iterator[Problem]:
     """Zero-bubble schedules take the weights' gradients out of the layers' backward pass."""
-    if c["batch.compile"] and SCHEDULE not in c.invalid and kind_of(c[SCHEDULE]).splits:
+    if c["batch.compile"] and SCHEDULE not in c.invalid and schedule_kind(c[SCHEDULE]).splits:
         rule = "cannot go with `--compile`: it computes weight gradients apart from the layers, which would cut their graph"
-        yield Problem(c.flag_text(SCHEDULE), rule, f"{names_of(lambda kind: not kind.splits)}, or leave out --compile")
+        yield Problem(c.flag_text(SCHEDULE), rule, f"{schedule_names(lambda kind: not kind.splits)}, or leave out --compile")
 
 
 def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
@@ -241,7 +241,7 @@ def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
     sizes = ramp_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
     for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules speak of the rest
         count = size // (micro * c.dp)
-        if (objection := kind_of(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:
+        if (objection := schedule_kind(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:
             batch = f"a global batch of {size} makes {count} micro-batch{'es' if count > 1 else ''}"
             yield Problem(
                 c.flag_text(SCHEDULE), f"{objection}; here {batch}, on {c[PP]} pipeline rank{'s' if c[PP] > 1 else ''}"

@@ -16,7 +16,7 @@ from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
 from megatron.model.task_heads import FineTuned
 from megatron.model.transformer import Transformer
-from megatron.pipeline.schedules.lower import channels_of
+from megatron.pipeline.schedules.lower import channel_pairs
 from megatron.pipeline.transfer import Channels
 
 
@@ -35,7 +35,7 @@ class Pipeline:
     ) -> None:
         self.config, self.stages, self.placement, self.channels = config, stages, placement, channels
         self.device = channels.device
-        channels.connect(list(channels_of(placement)))
+        channels.connect(list(channel_pairs(placement)))
 
     @classmethod
     def alone(cls, model: Transformer) -> Pipeline:
@@ -116,5 +116,5 @@ class Pipeline:
 
     def _to_all(self, answer: Tensor) -> Tensor:
         """The last stage's answer on every rank of the pipeline, in place, once all that was sent has left."""
-        self.channels.settle_all()
+        self.channels.wait_all_sends()
         return self.channels.broadcast(answer, self.placement[-1])

@@ -17,7 +17,7 @@ from megatron.config.schema import BatchConfig, OptimConfig
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LRSchedule:
     """Learning rate and weight decay at each number of samples trained.
 
     peak, floor: learning rates. warmup, decay: lengths in samples; the decay is measured from the start of the run.
@@ -44,8 +44,11 @@ class Schedule:
     decoupled_floor: float = 0.0
 
     @classmethod
-    def of(cls, optim: OptimConfig, batch: BatchConfig) -> Schedule:
-        """From a resolved configuration. Lengths given in steps are the samples of so many steps from the run's begin on."""
+    def from_config(cls, optim: OptimConfig, batch: BatchConfig) -> LRSchedule:
+        """Return the schedule of a resolved configuration.
+
+        Lengths given in steps are the samples of so many steps from the run's begin on.
+        """
         if batch.train_samples is not None:
             length = batch.train_samples
             decay = optim.lr_decay_samples or length
@@ -77,16 +80,19 @@ class Schedule:
         )
 
     @classmethod
-    def of_saved(cls, values: Mapping[str, Any]) -> Schedule:
-        """From the fields in a checkpoint. Where it says no more, the weight decay grows as long as the rate falls."""
+    def from_saved(cls, values: Mapping[str, Any]) -> LRSchedule:
+        """Return the schedule that a checkpoint holds, from its fields.
+
+        Where it says no more, the weight decay grows as long as the rate falls.
+        """
         return cls(**{"decay_weights_over": values["decay"], **values})
 
     def rate(self, samples: int) -> float:
-        """Learning rate of the update made after `samples` samples."""
+        """Return the learning rate of the update made after `samples` samples."""
         return self._rate(samples, self.peak, self.floor)
 
     def decoupled_rate(self, samples: int) -> float:
-        """The same of the word embedding and the output layer."""
+        """Return the same of the word embedding and the output layer."""
         return self._rate(samples, self.decoupled_peak, self.decoupled_floor) if self.decoupled else self.rate(samples)
 
     def _rate(self, samples: int, peak: float, floor: float) -> float:
@@ -106,7 +112,7 @@ class Schedule:
         return floor + left * (peak - floor)
 
     def weight_decay(self, samples: int) -> float:
-        """Weight decay of the update made after `samples` samples."""
+        """Return the weight decay of the update made after `samples` samples."""
         if self.decay_weights_style == "constant" or samples >= self.decay_weights_over:
             return self.decay_weights_to
         gap = self.decay_weights_to - self.decay_weights_from

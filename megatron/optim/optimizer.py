@@ -33,7 +33,7 @@ CLIP_EPSILON = 1e-6  # Megatron-LM's: coefficient = limit / (norm + epsilon)
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What a step did. grad_norm: before clipping. skipped: the gradient was not finite, and no weight changed."""
+    """Report of a step. grad_norm: before clipping. skipped: the gradient was not finite, and no weight changed."""
 
     grad_norm: float
     skipped: bool
@@ -88,7 +88,7 @@ class Optimizer:
             buffer.grads.zero_()
 
     def step(self, *, lr: float, weight_decay: float, scale: float, decoupled_lr: float | None = None) -> UpdateReport:
-        """One update. Collective.
+        """Make one update. Collective.
 
         Args:
             lr: the learning rate.

@@ -21,21 +21,24 @@ from megatron.optim.scaler import Constant, Dynamic, Scaler
 
 @dataclass(frozen=True)
 class Precision:
-    """compute: what the model's weights and activations are. gradients: what gradients are accumulated and reduced in. The
-    rest of a run is fp32."""
+    """Number formats of a run; what neither names is fp32.
+
+    compute: dtype of the model's weights and activations.
+    gradients: dtype in which gradients are accumulated and reduced.
+    """
 
     compute: torch.dtype
     gradients: torch.dtype
     config: PrecisionConfig
 
     @classmethod
-    def of(cls, config: PrecisionConfig) -> Precision:
-        """From a legal configuration."""
+    def from_config(cls, config: PrecisionConfig) -> Precision:
+        """Return the number formats of a legal configuration."""
         compute = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else torch.float32
         return cls(compute, torch.bfloat16 if config.grad_reduce_in_bf16 else torch.float32, config)
 
     def scaler(self) -> Scaler:
-        """A new loss scaler at its beginning."""
+        """Return a new loss scaler, at its beginning."""
         config = self.config
         if config.loss_scale:
             return Constant(config.loss_scale)

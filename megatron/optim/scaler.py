@@ -1,4 +1,4 @@
-"""What the loss is multiplied with, so that gradients are numbers that fp16 has (arXiv 1710.03740). Pure.
+"""The loss scale, by which gradients become numbers that fp16 has (arXiv 1710.03740). Pure.
 
 fp16 ends at 65504 and begins at 6e-8, and gradients are small: the loss is scaled up before the backward pass, and the
 gradients are scaled down again in fp32. A constant scale is given; the dynamic one is as large as overflows allow. Its rule
@@ -22,23 +22,23 @@ BACK_OFF = 0.5
 
 
 class Scaler(Protocol):
-    """Equal on all ranks, since all of them see the same steps skipped."""
+    """A loss scale; equal on all ranks, since all of them see the same steps skipped."""
 
     @property
     def scale(self) -> float:
-        """What the loss of the next step is multiplied with."""
+        """Factor of the loss of the next step."""
         ...
 
     def update(self, finite: bool) -> None:
-        """A step was made (its gradient was finite), or was skipped."""
+        """Note that a step was made (its gradient was finite), or was skipped."""
         ...
 
     def scalars(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values."""
+        """Return the state that a checkpoint keeps, as JSON values."""
         ...
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """Take it back. Where the values are another kind of scaler's, this one stays as it is."""
+        """Take back what `scalars` gave. Where the values are another kind of scaler's, this one stays as it is."""
         ...
 
 

@@ -14,8 +14,9 @@ from math import prod
 
 @dataclass(frozen=True)
 class Rectangle:
-    """start, shape: within the tensor, per dimension. first: its first element, counted in the flattened tensor.
+    """A rectangle of a tensor that is contiguous in the flattened tensor.
 
+    start, shape: within the tensor, per dimension. first: its first element, counted in the flattened tensor.
     Its elements follow one another in the flattened tensor, `size` of them from `first`.
     """
 
@@ -43,7 +44,16 @@ class ParamRange:
 
 
 def owned(length: int, shards: int, shard: int) -> slice:
-    """The slice of a bucket that rank `shard` of `shards` owns. ValueError when they cannot share it evenly."""
+    """Return the slice of a bucket that one rank owns.
+
+    Args:
+        length: of the bucket, in elements.
+        shards: number of ranks that share it.
+        shard: which of them.
+
+    Raises:
+        ValueError: they cannot share it evenly.
+    """
     if length % shards:
         raise ValueError(f"{length} elements do not divide over {shards} ranks")
     share = length // shards
@@ -65,9 +75,17 @@ def param_ranges(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> It
 
 
 def rectangles(shape: tuple[int, ...], low: int, high: int) -> Iterator[Rectangle]:
-    """Elements `low` to `high` of a flattened tensor of `shape`, as rectangles in their order. ValueError outside it.
+    """Yield a range of elements of a flattened tensor as rectangles, in their order.
 
-    One of a vector, at most three of a matrix, at most 2n - 1 of a tensor of n dimensions.
+    There is one of a vector, at most three of a matrix, at most 2n - 1 of a tensor of n dimensions.
+
+    Args:
+        shape: of the tensor.
+        low: first element of the range.
+        high: end of the range, not in it.
+
+    Raises:
+        ValueError: the range leaves the tensor.
     """
     if not 0 <= low <= high <= prod(shape):
         raise ValueError(f"elements {low} to {high} of a tensor of shape {shape}")

@@ -56,7 +56,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Factor:
-    """What the gradients of a step are multiplied with: a number, and its inverse where torch's fused kernels take it."""
+    """Factor of the gradients of a step: a number, and its inverse where torch's fused kernels take it."""
 
     value: float = 1.0
     inverse: Tensor | None = None

@@ -1,6 +1,6 @@
-"""Runs one rank's program of a step: the only place that has activations in hand. Knows no schedule by name.
+"""Executor of one rank's program of a step: the only place that has activations in hand. Knows no schedule by name.
 
-Every action takes a tensor that another made and gives one that another waits for. `_mail` holds what has arrived or is on
+Every action takes a tensor that another made and gives one that another waits for. `_inbox` holds what has arrived or is on
 its way: hidden states for F, gradients of a stage's output for B and I. Where the neighbouring stage is on the same rank,
 the tensor goes there directly; the last stage's F makes the loss and at once its gradient, so its B finds it there as well.
 """
@@ -20,12 +20,22 @@ from megatron.contract import Batch, Loss, StagePart
 from megatron.launch.watchdog import Watchdog
 from megatron.parallel.weight_grad import DeferredWeightGrad, WeightGradStore
 from megatron.pipeline.profile import Recorder
-from megatron.pipeline.schedules.lower import EARLY, Done, Item, Receive, Send, channels_of, consumer, forward_only, lower
+from megatron.pipeline.schedules.lower import (
+    EARLY,
+    Instruction,
+    Receive,
+    Send,
+    SendsComplete,
+    channel_pairs,
+    consumer,
+    forward_only,
+    lower,
+)
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.pipeline.schedules.simulate import validate
-from megatron.pipeline.transfer import Channels, Receiving
+from megatron.pipeline.transfer import Channels, PendingReceive
 
-WORDS = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
+ACTION_NAMES = {Op.F: "forward", Op.B: "backward", Op.I: "input gradient", Op.W: "weight gradient"}
 
 
 @dataclass(frozen=True)
@@ -48,18 +58,29 @@ class Stage(Protocol):
     part: StagePart
     dtype: torch.dtype
 
-    def hidden(self, x: Tensor | None, batch: Batch) -> Tensor: ...
-    def loss(self, x: Tensor, batch: Batch) -> Loss: ...
-    def hidden_shape(self, batch: Batch) -> tuple[int, ...]: ...
-    def train(self, mode: bool = True) -> object: ...
+    def hidden(self, x: Tensor | None, batch: Batch) -> Tensor:
+        """Return the hidden states `[seq, batch, hidden]` behind this stage."""
+        ...
+
+    def loss(self, x: Tensor, batch: Batch) -> Loss:
+        """Return the loss of the final hidden states."""
+        ...
+
+    def hidden_shape(self, batch: Batch) -> tuple[int, ...]:
+        """Return the shape of the hidden states between stages."""
+        ...
+
+    def train(self, mode: bool = True) -> object:
+        """Switch dropout on or off."""
+        ...
 
 
 @dataclass
-class Live:
-    """What a micro-batch leaves in a stage until its backward pass is done.
+class InFlight:
+    """A micro-batch in a stage between its forward and its backward pass.
 
-    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. products: what I leaves
-    for W.
+    x: the stage's input, None on the first stage. edge: of its output, whose values are not kept. products: the weight
+    gradients that I leaves for W.
     """
 
     x: Tensor | None
@@ -70,12 +91,14 @@ class Live:
 class Executor:
     """Forward and backward over micro-batches on this rank's stages.
 
-    stages: stage number -> module. schedule: number of micro-batches -> Schedule. placement: its stages'.
+    stages: stage number -> module.
+    schedule: number of micro-batches -> Schedule.
+    placement: stage -> the pipeline rank that has it.
     scaled_loss: micro-batch loss, micro-batches of the step -> the scalar to differentiate.
     weight_grad_store: takes the weight gradients that the schedule defers; the stages' linear layers have it too.
     share: a whole micro-batch -> what this rank has of it; all of it unless given.
     early: see `lower.py`; 0 where the calls of a transfer block. What runs for the first time always has 0.
-    peak_live: the most (stage, micro-batch) activations of the last step that were held at once.
+    peak_in_flight: the most (stage, micro-batch) activations of the last step that were held at once.
     """
 
     def __init__(
@@ -95,12 +118,12 @@ class Executor:
         self.weight_grad_store, self.watch, self.share, self.device = weight_grad_store, watch, share, channels.device
         self.early = early
         self.recorder = Recorder()
-        self.peak_live = 0
-        self._lowered: dict[tuple[int, bool, int], list[Item]] = {}
+        self.peak_in_flight = 0
+        self._lowered: dict[tuple[int, bool, int], list[Instruction]] = {}
         self._ran: set[object] = set()
         self._handlers = {Op.F: self._forward, Op.B: self._backward, Op.I: self._input_grad, Op.W: self._weight_grad}
         self._last = len(placement) - 1
-        channels.connect(list(channels_of(placement)))
+        channels.connect(list(channel_pairs(placement)))
 
     def step(self, batches: Sequence[Batch]) -> StepOutput:
         """Add the gradients of all micro-batches to the parameters' gradients. Collective over the pipeline."""
@@ -117,9 +140,10 @@ class Executor:
             for stage in self.stages.values():
                 stage.train(True)
 
-    def _program(self, batches: Sequence[Batch], backward: bool) -> list[Item]:
-        """This rank's, with transfers; lowered once for each number of micro-batches, and once for its first time.
+    def _program(self, batches: Sequence[Batch], backward: bool) -> list[Instruction]:
+        """Return this rank's program, with transfers.
 
+        It is lowered once for each number of micro-batches, and once for its first time.
         The first time means new kernels and new memory, also where only a shape is new.
         """
         run = len(batches), backward, frozenset(batch.tokens.shape for batch in batches)
@@ -137,82 +161,83 @@ class Executor:
         whole = [batch.to(self.device) for batch in batches]
         self._counts = [batch.loss_mask.sum() for batch in whole]
         self._batches = [self.share(batch) for batch in whole]
-        self._mail: dict[tuple[int, int, bool], Tensor | Receiving] = {}
-        self._out: dict[Action, Tensor] = {}
-        self._live: dict[tuple[int, int], Live] = {}
+        self._inbox: dict[tuple[int, int, bool], Tensor | PendingReceive] = {}
+        self._outbox: dict[Action, Tensor] = {}
+        self._in_flight: dict[tuple[int, int], InFlight] = {}
         self._totals = torch.zeros(4, device=self.device)
-        self.peak_live = 0
+        self.peak_in_flight = 0
         for item in self._program(batches, backward):
             if isinstance(item, Receive):
                 stage, batch = next(iter(self.stages.values())), self._batches[item.produced.micro_batch]
                 arriving = self.channels.receive(stage.hidden_shape(batch), stage.dtype, item.peer, item.number)
-                self._mail[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = arriving
+                self._inbox[item.stage, item.produced.micro_batch, item.produced.op is Op.F] = arriving
             elif isinstance(item, Send):
-                self.channels.send(self._out.pop(item.produced), item.peer, item.number)
-            elif isinstance(item, Done):
+                self.channels.send(self._outbox.pop(item.produced), item.peer, item.number)
+            elif isinstance(item, SendsComplete):
                 for number in item.numbers:
-                    self.channels.settle(number)
+                    self.channels.wait_send(number)
             else:
-                self._act(item)
+                self._run_action(item)
         self.watch.waiting("the end of the step's transfers")
-        self.channels.settle_all()
+        self.channels.wait_all_sends()
         self.watch.idle()
         return StepOutput(*self._totals.unbind())
 
-    def _act(self, action: Action) -> None:
+    def _run_action(self, action: Action) -> None:
         """Wait for what the action needs, then run it."""
-        words = partial(in_words, action)
+        words = partial(describe_action, action)
         self.watch.waiting(words)
-        needs = self._take(action)
+        needs = self._recv_input(action)
         # Evaluations are work of another kind: without gradients, and compiled anew.
         kind = f"{action.op.value}{action.stage}" if torch.is_grad_enabled() else f"evaluation {action.stage}"
         self.watch.computing(kind, words)
         begun = self.recorder.mark()
         self._handlers[action.op](action, needs)
         self.recorder.record(action, begun)
-        self.peak_live = max(self.peak_live, len(self._live))
+        self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
 
-    def _take(self, action: Action) -> Tensor | None:
-        """The stage's input for F, the gradient of its output for B and I."""
+    def _recv_input(self, action: Action) -> Tensor | None:
+        """Wait for the stage's input for F, for the gradient of its output for B and I: `[seq, batch, hidden]`."""
         if action.op is Op.W or (action.op is Op.F and action.stage == 0):
             return None
-        arrived = self._mail.pop((action.stage, action.micro_batch, action.op is Op.F))
-        return arrived.wait() if isinstance(arrived, Receiving) else arrived
+        arrived = self._inbox.pop((action.stage, action.micro_batch, action.op is Op.F))
+        return arrived.wait() if isinstance(arrived, PendingReceive) else arrived
 
-    def _give(self, action: Action, x: Tensor) -> None:
-        """Hand on what `action` made: to a stage of this rank, or to the send that follows."""
+    def _send_output(self, action: Action, x: Tensor) -> None:
+        """Hand on the output of `action`: to a stage of this rank, or to the send that follows."""
         stage = consumer(action, self._last + 1)
         if stage is None:
             return
         if stage in self.stages:
-            self._mail[stage, action.micro_batch, action.op is Op.F] = x
+            self._inbox[stage, action.micro_batch, action.op is Op.F] = x
         else:
-            self._out[action] = x
+            self._outbox[action] = x
 
     def _forward(self, action: Action, x: Tensor | None) -> None:
         stage, batch = self.stages[action.stage], self._batches[action.micro_batch]
         training = torch.is_grad_enabled()
         if x is not None and training:
             x.requires_grad_()
-        y = stage.hidden(x, batch)
+        y = stage.hidden(x, batch)  # [seq, batch, hidden]
         if training:
-            self._live[action.stage, action.micro_batch] = Live(x, get_gradient_edge(y))
+            self._in_flight[action.stage, action.micro_batch] = InFlight(x, get_gradient_edge(y))
         if stage.part.head:
-            self._lose(action, stage, y.detach(), batch)
+            self._loss_backward(action, stage, y.detach(), batch)
         else:
-            self._give(action, y.detach())
+            self._send_output(action, y.detach())
 
-    def _lose(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
-        """Loss and gradient of the final hidden states: made together, so that nothing of the output layer is kept.
+    def _loss_backward(self, action: Action, stage: Stage, x: Tensor, batch: Batch) -> None:
+        """Make loss and gradient of the final hidden states `[seq, batch, hidden]` together.
 
-        The scaled loss is told how many tokens of the whole micro-batch count, since a mean over a part is not the mean.
+        So nothing of the output layer is kept. The scaled loss is told how many tokens of the whole micro-batch count, since a
+        mean over a part is not the mean.
         """
         count = self._counts[action.micro_batch]
         if torch.is_grad_enabled():
             loss = stage.loss(x.requires_grad_(), batch)
             self.scaled_loss(replace(loss, tokens=count), len(self._batches)).backward()  # type: ignore[no-untyped-call]
             if x.grad is not None:
-                self._mail[action.stage, action.micro_batch, False] = x.grad
+                self._inbox[action.stage, action.micro_batch, False] = x.grad
         else:
             loss = stage.loss(x, batch)
         value, tokens = loss.sum.detach(), loss.tokens
@@ -220,24 +245,24 @@ class Executor:
         self._totals += torch.stack([value, tokens, value / count.clamp(min=1.0), order])
 
     def _backward(self, action: Action, grad: Tensor | None) -> None:
-        self._differentiate(action, self._live.pop((action.stage, action.micro_batch)), grad)
+        self._differentiate(action, self._in_flight.pop((action.stage, action.micro_batch)), grad)
 
     def _input_grad(self, action: Action, grad: Tensor | None) -> None:
-        live = self._live[action.stage, action.micro_batch]
-        with self.weight_grad_store.deferring() as live.products:
-            self._differentiate(action, live, grad)
+        in_flight = self._in_flight[action.stage, action.micro_batch]
+        with self.weight_grad_store.deferring() as in_flight.products:
+            self._differentiate(action, in_flight, grad)
 
-    def _differentiate(self, action: Action, live: Live, grad: Tensor | None) -> None:
-        """Back through the stage; its graph and its input are free afterwards."""
-        if live.edge is None or grad is None:
-            raise RuntimeError(f"{in_words(action)} has nothing to start from")
-        _run_backward(live.edge, grad)
-        if live.x is not None and live.x.grad is not None:
-            self._give(action, live.x.grad)
-        live.x = live.edge = None
+    def _differentiate(self, action: Action, in_flight: InFlight, grad: Tensor | None) -> None:
+        """Go back through the stage; its graph and its input are free afterwards."""
+        if in_flight.edge is None or grad is None:
+            raise RuntimeError(f"{describe_action(action)} has nothing to start from")
+        _run_backward(in_flight.edge, grad)
+        if in_flight.x is not None and in_flight.x.grad is not None:
+            self._send_output(action, in_flight.x.grad)
+        in_flight.x = in_flight.edge = None
 
     def _weight_grad(self, action: Action, _: Tensor | None) -> None:
-        for product in self._live.pop((action.stage, action.micro_batch)).products:
+        for product in self._in_flight.pop((action.stage, action.micro_batch)).products:
             product.run()
 
 
@@ -250,6 +275,6 @@ def _run_backward(edge: GradientEdge, grad: Tensor) -> None:
     _engine_run_backward((edge,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def in_words(action: Action) -> str:
-    """`stage 1, forward of micro-batch 3`."""
-    return f"stage {action.stage}, {WORDS[action.op]} of micro-batch {action.micro_batch}"
+def describe_action(action: Action) -> str:
+    """Return what an action is called in messages: `stage 1, forward of micro-batch 3`."""
+    return f"stage {action.stage}, {ACTION_NAMES[action.op]} of micro-batch {action.micro_batch}"

@@ -12,12 +12,19 @@ from itertools import accumulate, pairwise
 
 
 def split(costs: Sequence[float], placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
-    """The layers of each stage, in order: one contiguous range a stage, at least one layer each.
+    """Return the layers of each stage, in order: one contiguous range a stage, at least one layer each.
 
-    costs: of each layer. placement: stage -> the rank that owns it. first, last: what the first and the last stage do
-    besides their layers. For layers of equal cost no other cut gives the busiest rank less work. Otherwise each stage
-    ends where the work up to there is nearest to what the same rule gives layers of the mean cost.
-    ValueError when there are fewer layers than stages, or a layer costs nothing.
+    For layers of equal cost no other cut gives the busiest rank less work. Otherwise each stage ends where the work up to there
+    is nearest to what the same rule gives layers of the mean cost.
+
+    Args:
+        costs: of each layer, in any unit.
+        placement: stage -> the rank that owns it.
+        first: work of the first stage besides its layers, in the same unit.
+        last: work of the last stage besides its layers.
+
+    Raises:
+        ValueError: there are fewer layers than stages, or a layer costs nothing.
     """
     stages, layers = len(placement), len(costs)
     if not 1 <= stages <= layers:
@@ -35,10 +42,17 @@ def split(costs: Sequence[float], placement: Sequence[int], first: float = 0.0, 
 
 
 def even_counts(layers: int, layer: float, placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> list[int]:
-    """How many of `layers` layers, each of cost `layer`, every stage gets.
+    """Return how many layers of equal cost every stage gets.
 
     Each stage has one. The others are given out one by one, to the rank that has least work, and there to the stage that
     has least; the earlier stage where that is equal.
+
+    Args:
+        layers: number of layers.
+        layer: cost of one.
+        placement: stage -> the rank that owns it.
+        first: work of the first stage besides its layers.
+        last: work of the last stage besides its layers.
     """
     stages = range(len(placement))
     ends = [(first if s == 0 else 0.0) + (last if s == stages[-1] else 0.0) for s in stages]
@@ -55,6 +69,6 @@ def even_counts(layers: int, layer: float, placement: Sequence[int], first: floa
 
 
 def cut(counts: Sequence[int]) -> tuple[range, ...]:
-    """The layers of each stage where their numbers are given; a stage may have none."""
+    """Return the layers of each stage where their numbers are given; a stage may have none."""
     ends = list(accumulate(counts))
     return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))

@@ -11,18 +11,18 @@ from megatron.pipeline.schedules.schedule import Action
 
 
 class Recorder:
-    """Notes nothing; what a step has unless it is profiled."""
+    """Recorder of a step that is not profiled: it notes nothing."""
 
     def mark(self) -> Any:
-        """This moment, for `record`."""
+        """Return this moment, for `record`."""
         return None
 
     def record(self, action: Action, begun: Any) -> None:
-        """`action` ran from `begun` until now."""
+        """Note that `action` ran from `begun` until now."""
 
 
 class Stopwatch(Recorder):
-    """Notes when every action starts and ends; waiting for what an action needs is no part of it."""
+    """Recorder of the start and end of every action; waiting for what an action needs is no part of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -42,7 +42,7 @@ class Stopwatch(Recorder):
         self._spans[action] = begun, self.mark()
 
     def spans(self) -> dict[Action, tuple[float, float]]:
-        """(start, end) of every action, in seconds of the host's clock, which processes of a host share."""
+        """Return (start, end) of every action, in seconds of the host's clock, which processes of a host share."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return {action: (self._clock(start), self._clock(end)) for action, (start, end) in self._spans.items()}

@@ -16,14 +16,14 @@ from torch import Tensor
 from megatron.mesh.mesh import Axis, naming_communicator
 
 
-class Receiving:
-    """A tensor on its way. `wait()` gives it."""
+class PendingReceive:
+    """A tensor that is being received. `wait()` gives it."""
 
     def __init__(self, work: Any, room: Tensor, device: torch.device) -> None:
         self._work, self._room, self._device = work, room, device
 
     def wait(self) -> Tensor:
-        """Wait for the tensor; returns it on the device of the stage."""
+        """Wait for the tensor, and return it on the device of the stage, `[...]` of the shape that was asked for."""
         self._work.wait()
         return self._room.to(self._device, non_blocking=True)
 
@@ -31,7 +31,8 @@ class Receiving:
 class Channels:
     """One rank's ends of the channels to its neighbours.
 
-    up, back: the pipeline axis twice, for what goes to higher and to lower ranks.
+    up: the pipeline axis, for what goes to higher ranks.
+    back: the same axis with communicators of its own, for what goes to lower ranks.
     """
 
     def __init__(self, up: Axis, back: Axis, device: torch.device) -> None:
@@ -61,19 +62,32 @@ class Channels:
         return self.up if sender < receiver else self.back
 
     def send(self, x: Tensor, peer: int, number: int) -> None:
-        """Start sending; returns at once."""
+        """Start to send, and return at once.
+
+        Args:
+            x: hidden states or their gradient, `[seq, batch, hidden]`.
+            peer: pipeline rank that gets it.
+            number: of the transfer, the same on both sides.
+        """
         for done in [n for n, (work, _) in self._sending.items() if work.is_completed()]:
             del self._sending[done]
         x = x.to(self.memory).contiguous()
         axis = self._axis(self.up.rank, peer)
         self._sending[number] = dist.isend(x, axis.ranks[peer], group=axis.group, tag=number), x
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> Receiving:
-        """Start receiving; returns at once."""
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> PendingReceive:
+        """Start to receive, and return at once.
+
+        Args:
+            shape: of the tensor, `[seq, batch, hidden]`.
+            dtype: of the tensor.
+            peer: pipeline rank that it comes from.
+            number: of the transfer, the same on both sides.
+        """
         room = torch.empty(shape, dtype=dtype, device=self.memory)
         axis = self._axis(peer, self.up.rank)
         work = dist.irecv(room, axis.ranks[peer], group=axis.group, tag=number)
-        return Receiving(work, room, self.device)
+        return PendingReceive(work, room, self.device)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """Give every rank of the pipeline the tensor of rank `source`, in place. Collective."""
@@ -83,12 +97,12 @@ class Channels:
         dist.broadcast(host, self.up.ranks[source], group=self.up.group)
         return x.copy_(host)
 
-    def settle(self, number: int) -> None:
+    def wait_send(self, number: int) -> None:
         """Wait until a send is done, and let go of its tensor. At once for one that was not sent."""
         if number in self._sending:
             self._sending.pop(number)[0].wait()
 
-    def settle_all(self) -> None:
+    def wait_all_sends(self) -> None:
         """Wait for every send."""
         for number in list(self._sending):
-            self.settle(number)
+            self.wait_send(number)

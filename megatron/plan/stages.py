@@ -12,7 +12,7 @@ from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.parallel.cost import module_flops
 from megatron.pipeline.partition import cut, split
-from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, kind_of, make
+from megatron.pipeline.schedules.schedule import DEFAULT, Schedule, make, schedule_kind
 from megatron.pipeline.schedules.simulate import Costs, simulate, validate
 from megatron.plan.flops import head_flops
 from megatron.plan.size import MetaModel
@@ -49,7 +49,7 @@ def stages_of_model(model: ModelConfig, ranks: int = 1) -> StagePlan:
 def _stages(model: ModelConfig, layout: LayoutConfig, seq_length: int) -> StagePlan:
     layers = model.num_layers
     chunks = pipeline_chunks(layout, layers)
-    placement = kind_of(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
+    placement = schedule_kind(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
     if (counts := asked_stage_layers(layout, layers)) is not None:
         ranges = cut(counts)
     else:

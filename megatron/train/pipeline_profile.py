@@ -25,7 +25,7 @@ from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Recorder, Stopwatch
 from megatron.pipeline.schedules.draw import Panel, draw_svg
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
-from megatron.pipeline.schedules.simulate import MeasuredCosts, Timeline, simulate, timeline_of
+from megatron.pipeline.schedules.simulate import MeasuredCosts, Timeline, measured_timeline, simulate
 from megatron.train.report import StepReport
 from megatron.train.run import Run
 from megatron.train.state import TrainState
@@ -63,7 +63,7 @@ class ProfiledStep:
             return self.step(batches, state)
         with stopwatch(self.pipeline, self.mesh) as watch:
             report = self.step(batches, state)
-        self.timed.append((len(batches), watch.spans(), self.pipeline.peak_live))
+        self.timed.append((len(batches), watch.spans(), self.pipeline.peak_in_flight))
         if self.calls == self.last:  # the same call on all ranks, which gather
             self._tell()
         return report
@@ -184,7 +184,7 @@ def write_profile(
 
 
 def _timeline(schedule: Schedule, spans: Spans) -> Timeline:
-    return timeline_of(schedule, {a: s for a, (s, _) in spans.items()}, {a: e for a, (_, e) in spans.items()})
+    return measured_timeline(schedule, {a: s for a, (s, _) in spans.items()}, {a: e for a, (_, e) in spans.items()})
 
 
 def _figures(timeline: Timeline) -> dict[str, Any]:

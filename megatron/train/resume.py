@@ -45,7 +45,7 @@ from megatron.data.blend import parse_blend
 from megatron.files.regular import read_bytes
 from megatron.launch.job import Job
 from megatron.mesh.mesh import Axis
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.plan.size import MetaModel
 from megatron.train.resumed_schedule import check_schedule, schedule_rows
 from megatron.train.run import Run, sample_counts
@@ -144,14 +144,14 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
     # Each value is checked by its field's default before it is taken over; the scaler comes last, by its own rules.
     state.load_scalars({name: value for name, value in values.items() if name != "scaler"})
     if state.schedule:
-        kinds = {f.name: f.type for f in fields(Schedule)}
+        kinds = {f.name: f.type for f in fields(LRSchedule)}
         for name, value in state.schedule.items():
             if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
                 raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
             legal = by_name()[f"optim.{STYLES[name]}"].choices or () if name in STYLES else None
             if legal is not None and value not in legal:
                 raise CheckpointError(f"{path}: train.schedule.{name}: {value[:40]!r} is none of {', '.join(legal)}")
-        if missing := {f.name for f in fields(Schedule) if f.default is MISSING} - state.schedule.keys():
+        if missing := {f.name for f in fields(LRSchedule) if f.default is MISSING} - state.schedule.keys():
             raise CheckpointError(f"{path}: train.schedule: {min(missing)} is missing")
     for name, value in values.get("scaler", {}).items():
         if not _like(value, 0.0):

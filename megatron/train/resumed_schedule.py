@@ -15,7 +15,7 @@ from megatron.config.optim import unit_of
 from megatron.config.options import by_name
 from megatron.config.rules import uneven_ahead
 from megatron.config.schema import BatchConfig, RunConfig
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
@@ -37,8 +37,8 @@ def schedule_differences(source: StateSource, config: RunConfig) -> list[Schedul
     """Return the fields in which the schedules differ; a field that has no effect in either is left out."""
     if not source.state.schedule or not source.progress:
         return []
-    held = asdict(Schedule.of_saved(source.state.schedule))
-    asked = asdict(Schedule.of(config.optim, config.batch))
+    held = asdict(LRSchedule.from_saved(source.state.schedule))
+    asked = asdict(LRSchedule.from_config(config.optim, config.batch))
     idle: set[str] = set()  # fields without an effect
     if held["style"] == asked["style"] == "constant":
         idle |= {"floor", "decay", "decoupled_floor"}
@@ -136,11 +136,11 @@ def check_batch_sizes(source: StateSource, config: RunConfig, world_size: int) -
         raise ConfigError(problems)
 
 
-def choose_schedule(source: StateSource, config: RunConfig) -> Schedule:
+def choose_schedule(source: StateSource, config: RunConfig) -> LRSchedule:
     """Return the run's schedule: a resumed run keeps the checkpoint's, unless --override-opt_param-scheduler is given."""
     if not source.state.schedule or not source.progress or config.optim.override_opt_param_scheduler:
-        return Schedule.of(config.optim, config.batch)
-    return Schedule.of_saved(source.state.schedule)
+        return LRSchedule.from_config(config.optim, config.batch)
+    return LRSchedule.from_saved(source.state.schedule)
 
 
 def schedule_rows(source: StateSource, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
@@ -150,7 +150,7 @@ def schedule_rows(source: StateSource, config: RunConfig) -> Iterator[tuple[str,
         yield f"schedule, {each.field}", each.held, each.asked, winner
 
 
-def zero_rate_warning(schedule: Schedule, state: TrainState, batch: BatchConfig) -> str | None:
+def zero_rate_warning(schedule: LRSchedule, state: TrainState, batch: BatchConfig) -> str | None:
     """Warn where iterations that are still to come would train at a learning rate of 0.
 
     Args:
@@ -171,7 +171,7 @@ def zero_rate_warning(schedule: Schedule, state: TrainState, batch: BatchConfig)
     return f"***** WARNING: learning rate 0, nothing is learnt: {rule}; {ways}, on resume with {OVERRIDE} *****"
 
 
-def _first_at_rate_zero(schedule: Schedule, state: TrainState, batch: BatchConfig) -> int | None:
+def _first_at_rate_zero(schedule: LRSchedule, state: TrainState, batch: BatchConfig) -> int | None:
     """Return the first iteration from now on whose update comes after the schedule's end, at a rate of 0."""
     # Where the rate is 0 at all it stays so. A first update of a warm-up has rate 0 as well, which is as it should be.
     end = next((samples for samples in (schedule.decay, schedule.decay + 1) if schedule.rate(samples) == 0.0), None)

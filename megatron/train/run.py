@@ -21,7 +21,7 @@ from megatron.model.init import fill_parameters
 from megatron.model.transformer import Transformer
 from megatron.optim.buffers import FlatBuffer, Weights, flat_buffers
 from megatron.optim.gather import wait_in_turn
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
@@ -31,7 +31,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightGradStore, attach_weight_grad_store, supports_fused_weight_grad
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
-from megatron.pipeline.schedules.schedule import kind_of, make
+from megatron.pipeline.schedules.schedule import make, schedule_kind
 from megatron.pipeline.transfer import Channels
 from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.report import StepReport
@@ -64,7 +64,7 @@ class Run:
     optimizer: Optimizer
     pipeline: Executor
     step: Callable[[Sequence[Batch], TrainState], StepReport]
-    schedule: Schedule
+    schedule: LRSchedule
     state: TrainState
 
     def parts(self, *, optimizer: bool = True, state: bool = True) -> dict[str, Checkpointable]:
@@ -77,7 +77,7 @@ class Run:
         return parts
 
 
-def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) -> Run:
+def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None) -> Run:
     """Build mesh, model with its initial weights, optimizer and pipeline, for this rank. Collective.
 
     Args:
@@ -88,14 +88,14 @@ def build_run(config: RunConfig, job: Job, *, schedule: Schedule | None = None) 
     plan, grid = stages_of(config), Grid.from_layout(config.layout, job.env.world_size)
     mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
     job.watch.waiting("building the model")
-    schedule = schedule or Schedule.of(config.optim, config.batch)
+    schedule = schedule or LRSchedule.from_config(config.optim, config.batch)
     stages = build_model(config, plan, mesh, job.device)
     buffers = build_buffers(config, stages, mesh, decoupled=schedule.decoupled)
     if config.batch.compile:
         for layer in transformer_layers(stages):
             layer.compile()
     optimizer = build_optimizer(config, stages, mesh, buffers)
-    state = TrainState(schedule=asdict(schedule), scaler=Precision.of(config.precision).scaler())
+    state = TrainState(schedule=asdict(schedule), scaler=Precision.from_config(config.precision).scaler())
     scaled_loss = ScaledLoss(
         config.batch,
         config.data.seq_length,
@@ -153,7 +153,7 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
         seed=config.batch.seed,
         core_attention=choose_core_attention(mesh, causal=config.model.architecture == "gpt", compiled=config.batch.compile),
         recompute=Recompute.from_config(config.memory, mesh.tp, draws=draws_by_kernel(config.model)),
-        dtype=Precision.of(config.precision).compute,
+        dtype=Precision.from_config(config.precision).compute,
         device=device,
     )
 
@@ -203,7 +203,7 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
         config.layout.ddp_bucket_size,
         mesh,
         sharded=config.layout.use_distributed_optimizer,
-        grad_dtype=Precision.of(config.precision).gradients,
+        grad_dtype=Precision.from_config(config.precision).gradients,
         optimizer=config.optim.optimizer,
     )
     for buffer in buffers:
@@ -261,7 +261,7 @@ def build_pipeline(
     wanted = config.precision.gradient_accumulation_fusion and not config.batch.compile
     fused = wanted and supports_fused_weight_grad(job.device)
     weight_grad_store = WeightGradStore(fused=fused)
-    if fused or kind_of(name).splits:
+    if fused or schedule_kind(name).splits:
         for stage in stages.values():
             attach_weight_grad_store(stage, weight_grad_store)
     return Executor(

@@ -13,7 +13,7 @@ from megatron.config.schema import BatchConfig
 from megatron.contract import Batch, Loss
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.scaler import Scaler
 from megatron.parallel.collectives import all_reduce
@@ -96,7 +96,7 @@ class Step:
         pipeline: Executor,
         optimizer: Optimizer,
         *,
-        schedule: Schedule,
+        schedule: LRSchedule,
         mesh: Mesh,
         batch: BatchConfig,
         watch: Watchdog,

@@ -32,7 +32,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.train import resume
 from megatron.train.resume import StateSource, check_source, difference_table, find_source, verify_source
 from megatron.train.state import TrainState
@@ -48,7 +48,7 @@ CONFIG = resolve(
 
 
 def write(root: Path, iteration: int) -> Path:
-    schedule = asdict(Schedule.of(CONFIG.optim, CONFIG.batch))
+    schedule = asdict(LRSchedule.from_config(CONFIG.optim, CONFIG.batch))
     counters = TrainState(iteration=iteration, schedule=schedule)
     return save(root, iteration, {**state(1, 0), "train": counters}, Mesh.single(), config=to_json(CONFIG))
 

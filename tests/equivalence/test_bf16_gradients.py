@@ -35,7 +35,7 @@ NEAR = Sharing(UNTIED, precision=HALF, optim=STEADY)
 
 
 def test_a_precision_says_what_gradients_are():
-    assert [Precision.of(p).gradients for p in (PrecisionConfig(), BF16, HALF)] == [
+    assert [Precision.from_config(p).gradients for p in (PrecisionConfig(), BF16, HALF)] == [
         torch.float32,
         torch.float32,
         torch.bfloat16,

@@ -60,7 +60,7 @@ def pipeline_run(setting: Setting, steps: int):
     for _ in range(steps):
         curve += go(run, setting, 1)
         copies.append([p.detach().clone() for b in run.optimizer.buffers for p in b.parameters if param_spec(p).name == WORD])
-        peaks.add(run.pipeline.peak_live)
+        peaks.add(run.pipeline.peak_in_flight)
     schedule = run.pipeline.schedule(setting.global_batch // setting.micro_batch // run.mesh.dp.size)
     assert peaks == {simulate(schedule, Costs()).peak_activations[run.mesh.pp.rank]}, f"{peaks} activations at once"
     assert leaves_nothing(run)
@@ -69,7 +69,13 @@ def pipeline_run(setting: Setting, steps: int):
 
 def leaves_nothing(run: Run) -> bool:
     executor = run.pipeline
-    return not (executor._live or executor._mail or executor._out or executor.channels._sending or executor.work.keeping)
+    return not (
+        executor._in_flight
+        or executor._inbox
+        or executor._outbox
+        or executor.channels._sending
+        or executor.weight_grad_store.is_deferring
+    )
 
 
 def same_run(results, expected, initial: Pieces, final: Pieces, tolerance: float) -> None:
@@ -219,7 +225,7 @@ def evaluated(setting: Setting, between: bool):
         loader = Held(run, setting)
         loss, _ = evaluate(run.pipeline, loader, run.mesh, steps=2, global_batch_size=setting.global_batch)
         assert all(torch.equal(a, b.grads) for a, b in zip(before, run.optimizer.buffers, strict=True))
-        assert all(stage.training for stage in run.stages.values()) and run.pipeline.peak_live == 0
+        assert all(stage.training for stage in run.stages.values()) and run.pipeline.peak_in_flight == 0
         assert leaves_nothing(run)
     return curve + go(run, setting, 1), loss, pieces(run)
 

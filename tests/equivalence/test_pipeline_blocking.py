@@ -19,7 +19,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.pipeline.schedules.lower import EARLY
 from megatron.pipeline.schedules.schedule import SCHEDULES
-from megatron.pipeline.transfer import Channels, Receiving
+from megatron.pipeline.transfer import Channels, PendingReceive
 from megatron.train.run import Run, build_run
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ class Meeting(Channels):
         if self.blocking:
             dist.recv(torch.empty(1), self.up.ranks[peer], tag=number)
 
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> Receiving:
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, peer: int, number: int) -> PendingReceive:
         receiving = super().receive(shape, dtype, peer, number)
         if self.blocking:
             receiving._work.wait()

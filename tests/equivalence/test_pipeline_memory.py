@@ -31,8 +31,8 @@ class Ledger:
     def __init__(self, pipeline: Executor) -> None:
         self.pipeline, self.held, self.peak = pipeline, {}, 0
         self.acting = None
-        self.act = pipeline._act
-        pipeline._act = self
+        self.act = pipeline._run_action
+        pipeline._run_action = self
 
     def __call__(self, action) -> None:
         self.acting = action.stage, action.micro_batch
@@ -47,7 +47,7 @@ class Ledger:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
             self.act(action)
-        live = self.pipeline._live.get(self.acting)
+        live = self.pipeline._in_flight.get(self.acting)
         for product in live.products if live is not None else ():
             self.keep(product)
         self.peak = max(self.peak, len(self.held))

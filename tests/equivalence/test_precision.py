@@ -31,13 +31,13 @@ LAYOUTS = {
 
 
 def test_a_precision_is_a_value():
-    of = {name: Precision.of(PrecisionConfig(**{name: True})) for name in ("fp16", "bf16")}
-    assert [Precision.of(PrecisionConfig()).compute, of["bf16"].compute, of["fp16"].compute] == [
+    of = {name: Precision.from_config(PrecisionConfig(**{name: True})) for name in ("fp16", "bf16")}
+    assert [Precision.from_config(PrecisionConfig()).compute, of["bf16"].compute, of["fp16"].compute] == [
         torch.float32, torch.bfloat16, torch.float16,
     ]  # fmt: skip
     assert of["fp16"].scaler() == Dynamic(2.0**32, 1.0, 1000, 2) and of["bf16"].scaler() == Constant()
-    assert Precision.of(PrecisionConfig(fp16=True, loss_scale=64.0)).scaler() == Constant(64.0)
-    assert Precision.of(PrecisionConfig(fp16=True, loss_scale=0.0)).scaler() == of["fp16"].scaler()
+    assert Precision.from_config(PrecisionConfig(fp16=True, loss_scale=64.0)).scaler() == Constant(64.0)
+    assert Precision.from_config(PrecisionConfig(fp16=True, loss_scale=0.0)).scaler() == of["fp16"].scaler()
 
 
 # An overflow on one rank.

@@ -14,7 +14,7 @@ from ranks import on_ranks
 
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.pipeline.schedules.lower import channels_of
+from megatron.pipeline.schedules.lower import channel_pairs
 from megatron.pipeline.schedules.schedule import looped, v_shaped
 from megatron.pipeline.transfer import Channels
 
@@ -27,7 +27,7 @@ def channels(placement: tuple[int, ...] = ()) -> Channels:
     size = dist.get_world_size()
     mesh = Mesh.build(Grid(pp=size), dist.get_rank())
     made = Channels(mesh.pp, mesh.pp_back, CPU)
-    made.connect(list(channels_of(placement or looped(size, 1))))
+    made.connect(list(channel_pairs(placement or looped(size, 1))))
     return made
 
 
@@ -45,7 +45,7 @@ def ring(backwards: bool):
     room = [ends.receive(tuple(value(source, n).shape), torch.float32, source, n) for n in range(MANY)]
     for n, receiving in reversed(list(enumerate(room))) if backwards else enumerate(room):
         assert torch.equal(receiving.wait(), value(source, n)), f"number {n} is not what was sent"
-    ends.settle_all()
+    ends.wait_all_sends()
     assert not ends._sending
 
 
@@ -64,7 +64,7 @@ def both_ways():
         ends.send(value(me, n), peer, n)
     for n, receiving in enumerate(room):
         assert torch.equal(receiving.wait(), value(peer, n))
-    ends.settle_all()
+    ends.wait_all_sends()
 
 
 def test_both_ways_at_once():
@@ -77,7 +77,7 @@ def other_types():
     whole = torch.arange(24.0).view(4, 6).to(torch.bfloat16)
     if me == 0:
         ends.send(whole[:, ::2], 1, 0)
-        ends.settle_all()
+        ends.wait_all_sends()
         return
     got = ends.receive((4, 3), torch.bfloat16, 0, 0).wait()
     assert got.dtype is torch.bfloat16 and torch.equal(got, whole[:, ::2])
@@ -95,7 +95,7 @@ def slow_peer():
         time.sleep(0.5)
         ends.receive((3,), torch.float32, 0, 7).wait()
         ends.send(torch.ones(3), 0, 8)
-        ends.settle_all()
+        ends.wait_all_sends()
         return 0.0
     began = time.perf_counter()
     x = torch.ones(3)
@@ -106,12 +106,12 @@ def slow_peer():
     del x
     gc.collect()
     assert gone() is not None, "a tensor must live until it has left"
-    ends.settle(99)  # that was not sent
-    ends.settle(7)
+    ends.wait_send(99)  # that was not sent
+    ends.wait_send(7)
     assert gone() is None and not ends._sending, "a settled send keeps its tensor"
-    ends.settle(7)
+    ends.wait_send(7)
     assert receiving.wait().sum() == 3
-    ends.settle_all()
+    ends.wait_all_sends()
     return took
 
 
@@ -129,7 +129,7 @@ def shape_of(placement: tuple[int, ...]):
             ends.send(sent, b, number)
         elif a != b and me == b:
             seen.append(torch.equal(ends.receive(tuple(sent.shape), torch.float32, a, number).wait(), sent))
-    ends.settle_all()
+    ends.wait_all_sends()
     return seen
 
 
@@ -157,6 +157,6 @@ def test_broadcast(source):
 def test_one_process_has_no_channels():
     ends = Channels(Axis.alone("pp"), Axis.alone("pp_back"), CPU)
     ends.connect([])
-    ends.settle_all()
+    ends.wait_all_sends()
     x = torch.ones(2)
     assert ends.broadcast(x, 0) is x

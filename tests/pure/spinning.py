@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.pipeline.schedules.lower import Item, Receive, Send, Transfer
+from megatron.pipeline.schedules.lower import Instruction, Receive, Send, Transfer
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.pipeline.schedules.simulate import dependencies
 
-Programs = list[list[Item]]
+Programs = list[list[Instruction]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def stuck(programs: Programs, device: Device) -> list[str]:
     """What the ranks stand at when none can go on; nothing when all come to their end."""
     sent: set[int] = set()
     received: set[int] = set()
-    posted: list[list[Item]] = [[] for _ in programs]
+    posted: list[list[Instruction]] = [[] for _ in programs]
     position = [0] * len(programs)
     arriving = {
         (item.stage, item.produced.micro_batch, item.produced.op is Op.F): item.number
@@ -46,12 +46,12 @@ def stuck(programs: Programs, device: Device) -> list[str]:
         if isinstance(item, Receive)
     }
 
-    def over(transfer: Item) -> bool:
+    def over(transfer: Instruction) -> bool:
         if isinstance(transfer, Receive):
             return transfer.number in sent
         return not isinstance(transfer, Send) or device.eager or transfer.number in received
 
-    def may_pass(rank: int, item: Item) -> bool:
+    def may_pass(rank: int, item: Instruction) -> bool:
         if isinstance(item, Transfer):
             return not device.blocking or over(item)
         if not isinstance(item, Action):

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
 from megatron.pipeline.schedules.schedule import SCHEDULES, make
-from megatron.pipeline.schedules.simulate import Costs, simulate, timeline_of
+from megatron.pipeline.schedules.simulate import Costs, measured_timeline, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -73,7 +73,7 @@ def test_text_that_is_cut_says_so():
 def test_text_of_a_measurement_starts_at_its_first_action():
     schedule = make("1f1b", 3, 3)
     made = simulate(schedule, Costs())
-    moved = timeline_of(schedule, {a: t + 64 for a, t in made.start.items()}, {a: t + 64 for a, t in made.end.items()})
+    moved = measured_timeline(schedule, {a: t + 64 for a, t in made.start.items()}, {a: t + 64 for a, t in made.end.items()})
     assert draw_text(schedule, moved, 80) == draw_text(schedule, made, 80)
 
 
@@ -93,7 +93,7 @@ def test_svg_has_a_box_for_every_action(name):
 def test_svg_panels_share_a_scale_of_time():
     """A prediction beside a measurement that took twice as long: boxes start at the same place and are twice as wide."""
     fast, slow = panel("1f1b", 2, 4), panel("1f1b", 2, 4, Costs(2, 2, 2))
-    late = timeline_of(
+    late = measured_timeline(
         slow.schedule,
         {a: t + 500 for a, t in slow.timeline.start.items()},
         {a: t + 500 for a, t in slow.timeline.end.items()},

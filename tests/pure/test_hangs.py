@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from spinning import Device, Programs, stuck, unsafe
 
-from megatron.pipeline.schedules.lower import Item, Receive, forward_only, lower
+from megatron.pipeline.schedules.lower import Instruction, Receive, forward_only, lower
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make
 
 RANKS, MICRO_BATCHES = range(2, 9), range(1, 17)
@@ -30,7 +30,7 @@ def moved(programs: Programs, by: int) -> Programs:
     found: Programs = []
     for items in programs:
         at = [i for i, item in enumerate(items) if isinstance(item, Action)]
-        places: dict[int, list[Item]] = {}
+        places: dict[int, list[Instruction]] = {}
         for i, item in enumerate(items):
             before = sum(place < i for place in at)
             place = at[max(0, before - by)] if isinstance(item, Receive) and at else i

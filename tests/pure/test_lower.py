@@ -12,7 +12,17 @@ from functools import cache
 import pytest
 from spinning import counts_before
 
-from megatron.pipeline.schedules.lower import Done, Item, Receive, Send, Transfer, channels_of, consumer, forward_only, lower
+from megatron.pipeline.schedules.lower import (
+    Instruction,
+    Receive,
+    Send,
+    SendsComplete,
+    Transfer,
+    channel_pairs,
+    consumer,
+    forward_only,
+    lower,
+)
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
 from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 
@@ -28,7 +38,7 @@ def grid(name: str) -> list[Schedule]:
 
 
 @cache
-def lowered(name: str) -> list[tuple[Schedule, list[list[Item]]]]:
+def lowered(name: str) -> list[tuple[Schedule, list[list[Instruction]]]]:
     return [(schedule, lower(schedule)) for schedule in grid(name)]
 
 
@@ -84,11 +94,11 @@ def test_receives_are_posted_in_the_senders_order(name):
                 elif isinstance(item, Receive):
                     orders.setdefault((item.peer, rank), [[], []])[1].append(item.number)
         assert all(sends == receives for sends, receives in orders.values())
-        opened = list(channels_of(schedule.placement))
+        opened = list(channel_pairs(schedule.placement))
         assert orders.keys() <= set(opened) and len(opened) == len(set(opened))
 
 
-def earliness(items: list[Item]) -> dict[int, int]:
+def earliness(items: list[Instruction]) -> dict[int, int]:
     """Number of a receive -> actions between its post and the one that needs it."""
     at: dict[tuple[int, int, bool] | None, int] = {}
     actions = [item for item in items if isinstance(item, Action)]
@@ -134,7 +144,7 @@ def test_in_one_order_nothing_is_early(name):
                 elif isinstance(item, Send):
                     assert item.produced in made
                     sent.add(item.number)
-                elif isinstance(item, Done):
+                elif isinstance(item, SendsComplete):
                     assert sent.issuperset(item.numbers)
         for queue in (tagged, by_channel, by_direction):
             assert not stuck(schedule, programs, queue)
@@ -162,7 +172,7 @@ def by_direction(transfer: Transfer, rank: int) -> object:
     return rank, sender < receiver
 
 
-def stuck(schedule: Schedule, programs: list[list[Item]], queue: Queue) -> list[str]:
+def stuck(schedule: Schedule, programs: list[list[Instruction]], queue: Queue) -> list[str]:
     """What the ranks stand at when none can go on; nothing when all come to their end.
 
     As in the executor, an action waits for its input, a backward also for the send of the forward's output, the end for
@@ -238,10 +248,10 @@ def test_who_needs_what():
 
 
 def test_channels_join_neighbouring_stages_both_ways():
-    assert list(channels_of((0,))) == list(channels_of((0, 0))) == []
-    assert list(channels_of((0, 1, 0, 1))) == [(0, 1), (1, 0)]
-    assert list(channels_of((0, 1, 2, 2, 1, 0))) == [(0, 1), (1, 0), (1, 2), (2, 1)]
-    assert list(channels_of((0, 1, 2, 0, 1, 2))) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    assert list(channel_pairs((0,))) == list(channel_pairs((0, 0))) == []
+    assert list(channel_pairs((0, 1, 0, 1))) == [(0, 1), (1, 0)]
+    assert list(channel_pairs((0, 1, 2, 2, 1, 0))) == [(0, 1), (1, 0), (1, 2), (2, 1)]
+    assert list(channel_pairs((0, 1, 2, 0, 1, 2))) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
 
 
 def test_forward_only_keeps_the_order_of_the_forwards():
@@ -261,7 +271,7 @@ def most_unsettled(schedule: Schedule) -> int:
         for item in program:
             if isinstance(item, Send):
                 waiting.add(item.number)
-            elif isinstance(item, Done):
+            elif isinstance(item, SendsComplete):
                 waiting -= set(item.numbers)
             elif isinstance(item, Action) and item.op is Op.F:
                 peak = max(peak, len(waiting))
@@ -286,12 +296,12 @@ def test_what_is_done_was_used(name):
         timeline = simulate(schedule, costs)
         programs = lower(schedule)
         sends = {item.number: item for program in programs for item in program if isinstance(item, Send)}
-        assert {n for p in programs for i in p if isinstance(i, Done) for n in i.numbers} <= sends.keys()
+        assert {n for p in programs for i in p if isinstance(i, SendsComplete) for n in i.numbers} <= sends.keys()
         for program in programs:
             last = None
             for item in program:
                 last = item if isinstance(item, Action) else last
-                for number in item.numbers if isinstance(item, Done) else ():
+                for number in item.numbers if isinstance(item, SendsComplete) else ():
                     made = sends[number].produced
                     kinds = (Op.F,) if made.op is Op.F else (Op.B, Op.I)
                     users = [Action(op, sends[number].stage, made.micro_batch) for op in kinds]

@@ -14,7 +14,16 @@ import pytest
 from legal_run import argv, problems
 
 from megatron.pipeline.schedules import schedule as book
-from megatron.pipeline.schedules.schedule import SCHEDULES, Kind, Schedule, gpipe, looped, one_f_one_b, v_shaped, zero_bubble_h1
+from megatron.pipeline.schedules.schedule import (
+    SCHEDULES,
+    Schedule,
+    ScheduleKind,
+    gpipe,
+    looped,
+    one_f_one_b,
+    v_shaped,
+    zero_bubble_h1,
+)
 
 ROOT = Path(__file__).parents[2]
 BOOK = Path("megatron") / "pipeline" / "schedules" / "schedule.py"
@@ -30,7 +39,7 @@ def project(tmp_path_factory):
     toys = (Path(__file__).parents[1] / "toy_schedules.py").read_text().split("# The functions\n")[1]
     functions, rows = toys.split("# The rows\n")
     text = (root / BOOK).read_text()
-    kind, first = "@dataclass(frozen=True)\nclass Kind:", '        "gpipe": Kind('
+    kind, first = "@dataclass(frozen=True)\nclass ScheduleKind:", '        "gpipe": ScheduleKind('
     assert text.count(kind) == text.count(first) == 1
     added = "".join("    " + row for row in rows.splitlines(keepends=True)[1:-1])
     (root / BOOK).write_text(text.replace(kind, functions.strip() + "\n\n\n" + kind).replace(first, added + first))
@@ -126,19 +135,19 @@ def test_chunks_of_its_own_and_chosen_ones_do_not_go_together():
 
 
 def test_a_row_that_does_not_say_what_its_function_does_is_refused(monkeypatch):
-    def made(kind: Kind) -> Schedule:
+    def made(kind: ScheduleKind) -> Schedule:
         monkeypatch.setattr(book, "SCHEDULES", {"toy": kind})
         return book.make("toy", 2, 2)
 
-    assert made(Kind(lambda p, m, v: gpipe(p, m))).name == "toy"
+    assert made(ScheduleKind(lambda p, m, v: gpipe(p, m))).name == "toy"
     with pytest.raises(ValueError, match="toy: its stages are on ranks"):
-        made(Kind(lambda p, m, v: one_f_one_b(p, m), place=v_shaped, chunks=2))
+        made(ScheduleKind(lambda p, m, v: one_f_one_b(p, m), place=v_shaped, chunks=2))
     with pytest.raises(ValueError, match="toy: its row says 2 chunks per rank, and `place` gives 2 stages"):
-        made(Kind(lambda p, m, v: gpipe(p, m), place=lambda p, v: looped(p, 1), chunks=2))
+        made(ScheduleKind(lambda p, m, v: gpipe(p, m), place=lambda p, v: looped(p, 1), chunks=2))
     with pytest.raises(ValueError, match="toy: its row says splits=False"):
-        made(Kind(lambda p, m, v: zero_bubble_h1(p, m)))
+        made(ScheduleKind(lambda p, m, v: zero_bubble_h1(p, m)))
     with pytest.raises(ValueError, match="toy: its row says splits=True"):
-        made(Kind(lambda p, m, v: gpipe(p, m), splits=True))
+        made(ScheduleKind(lambda p, m, v: gpipe(p, m), splits=True))
 
 
 def test_no_code_outside_the_book_names_a_schedule():

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, looped, make
-from megatron.pipeline.schedules.simulate import Costs, MeasuredCosts, dependencies, simulate, timeline_of, validate
+from megatron.pipeline.schedules.simulate import Costs, MeasuredCosts, dependencies, measured_timeline, simulate, validate
 
 UNEQUAL = [Costs(1, 1, 1), Costs(1, 2, 0.5), Costs(3, 2, 1.5), Costs(2, 2.5, 2), Costs(0.7, 0.6, 0.1)]
 PROFILED = Costs(18.522, 18.086, 9.337, 0.601)  # milliseconds
@@ -147,7 +147,7 @@ def test_measured_costs_differ_between_stages():
 def test_a_measurement_is_read_like_a_simulation():
     schedule = make("zb-h1", 3, 5)
     made = simulate(schedule, PROFILED)
-    moved = timeline_of(schedule, {a: t + 1e3 for a, t in made.start.items()}, {a: t + 1e3 for a, t in made.end.items()})
+    moved = measured_timeline(schedule, {a: t + 1e3 for a, t in made.start.items()}, {a: t + 1e3 for a, t in made.end.items()})
     assert (made.origin, moved.origin) == (0, 1000)
     assert moved.makespan == pytest.approx(made.makespan)
     assert moved.bubble_rate == pytest.approx(made.bubble_rate)
@@ -157,13 +157,13 @@ def test_a_measurement_is_read_like_a_simulation():
 def test_a_measurement_with_holes_is_refused():
     schedule = schedule_of("F0.0 B0.0")
     start, end = {action("F0.0"): 0.0, action("B0.0"): 1.0}, {action("F0.0"): 1.0, action("B0.0"): 2.0}
-    assert timeline_of(schedule, start, end).makespan == 2
+    assert measured_timeline(schedule, start, end).makespan == 2
     with pytest.raises(ValueError, match=r"B0\.0 has no start time"):
-        timeline_of(schedule, {action("F0.0"): 0.0}, end)
+        measured_timeline(schedule, {action("F0.0"): 0.0}, end)
     with pytest.raises(ValueError, match=r"B0\.0 has no end time"):
-        timeline_of(schedule, start, {action("F0.0"): 1.0})
+        measured_timeline(schedule, start, {action("F0.0"): 1.0})
     with pytest.raises(ValueError, match=r"B0\.0 ends at 0\.5, before it starts at 1\.0"):
-        timeline_of(schedule, start, {**end, action("B0.0"): 0.5})
+        measured_timeline(schedule, start, {**end, action("B0.0"): 0.5})
 
 
 def test_dependencies():

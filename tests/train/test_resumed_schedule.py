@@ -10,7 +10,7 @@ import pytest
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, OptimSettings, RunConfig, RunSettings
-from megatron.optim.lr import Schedule
+from megatron.optim.lr import LRSchedule
 from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, choose_schedule, zero_rate_warning
 from megatron.train.source import StateSource
 from megatron.train.state import TrainState
@@ -30,7 +30,7 @@ def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: obje
 def saved(config: RunConfig, iteration: int = 4) -> StateSource:
     """The checkpoint of a run at an iteration."""
     done = iteration * config.batch.global_batch_size
-    schedule = asdict(Schedule.of(config.optim, config.batch))
+    schedule = asdict(LRSchedule.from_config(config.optim, config.batch))
     state = TrainState(iteration=iteration, consumed_samples=done, scheduled_samples=done, schedule=schedule)
     return StateSource(Path("run/iter_0000004"), config, state, optimizer=True, progress=True)
 
@@ -72,8 +72,8 @@ def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, h
     old = replace(asked, optim=replace(asked.optim, use_checkpoint_opt_param_scheduler=True))
     for config in (new, old):
         check_schedule(source, config)
-    assert choose_schedule(source, new) == Schedule.of(asked.optim, asked.batch)
-    assert choose_schedule(source, old) == Schedule.of(old_run.optim, old_run.batch)
+    assert choose_schedule(source, new) == LRSchedule.from_config(asked.optim, asked.batch)
+    assert choose_schedule(source, old) == LRSchedule.from_config(old_run.optim, old_run.batch)
 
 
 def test_what_changes_nothing_is_silent():
@@ -101,9 +101,9 @@ def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
     for iteration in range(1, 11):
         source = saved(old, iteration)
         at = source.state.scheduled_samples
-        assert choose_schedule(source, new).rate(at) == Schedule.of(asked.optim, asked.batch).rate(at)
+        assert choose_schedule(source, new).rate(at) == LRSchedule.from_config(asked.optim, asked.batch).rate(at)
         kept = replace(asked, optim=replace(asked.optim, use_checkpoint_opt_param_scheduler=True))
-        assert choose_schedule(source, kept).rate(at) == Schedule.of(old.optim, old.batch).rate(at)
+        assert choose_schedule(source, kept).rate(at) == LRSchedule.from_config(old.optim, old.batch).rate(at)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -115,7 +115,7 @@ def test_iterations_at_rate_zero_are_foretold(style, ramp, begun, decay):
 
     batch = replace(run(12).batch, **ramp)
     for floor, warmup in ((0.0, 0), (0.0, 3), (1e-9, 0)):
-        schedule = Schedule(1e-3, floor, style, warmup, 4 * decay, 0.0, 0.0, "constant", annealing=6)
+        schedule = LRSchedule(1e-3, floor, style, warmup, 4 * decay, 0.0, 0.0, "constant", annealing=6)
         consumed, zero, state = 0, [], TrainState()
         for iteration in range(1, 13):
             if iteration == begun + 1:

@@ -11,7 +11,7 @@ from test_mock_data import FLAGS
 
 from megatron.cli.program import pretrain
 from megatron.pipeline.schedules import schedule as book
-from megatron.pipeline.schedules.schedule import Kind, Schedule, gpipe
+from megatron.pipeline.schedules.schedule import Schedule, ScheduleKind, gpipe
 
 
 def shortened(ranks: int, micro_batches: int, chunks: int) -> Schedule:
@@ -35,7 +35,7 @@ WRONG = {
 @pytest.fixture(params=WRONG, ids=lambda make: make.__name__)
 def wrong(request, monkeypatch) -> str:
     """What is said of the schedule that stands in gpipe's row."""
-    monkeypatch.setattr(book, "SCHEDULES", MappingProxyType({**book.SCHEDULES, "gpipe": Kind(request.param)}))
+    monkeypatch.setattr(book, "SCHEDULES", MappingProxyType({**book.SCHEDULES, "gpipe": ScheduleKind(request.param)}))
     return WRONG[request.param]
 
 

@@ -26,26 +26,33 @@ MEANING: Mapping[Op, str] = MappingProxyType(
         Op.W: "weight gradient",
     }
 )
-NARROWEST = 40  # columns of the smallest text drawing
-MOST_ROWS = 32  # ranks in a text drawing; of more, the first and the last
+MIN_WIDTH = 40  # columns of the smallest text drawing
+MAX_ROWS = 32  # ranks in a text drawing; of more, the first and the last
 TEXT_LEFT = 9  # columns of "rank 000 "
 
 
 def draw_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
-    """The timeline in at most `width` columns, without a newline at the end.
+    """Return the timeline as text in at most `width` columns, without a newline at the end.
 
     F3 is the forward of micro-batch 3, and blanks behind it are the rest of its time; dots are bubble. Where ranks have several
     chunks, a letter tells them apart: F3a on the first, F3b on the second. Where boxes are too narrow for that, F, B, I and W
     stand alone, in lower case on every second chunk. What does not fit even so is cut off at the right, and a line says so.
-    ValueError for a width below 40.
+
+    Args:
+        schedule: what is drawn.
+        timeline: its times.
+        width: columns, at least 40.
+
+    Raises:
+        ValueError: the width is less.
     """
-    if width < NARROWEST:
-        raise ValueError(f"a drawing needs at least {NARROWEST} columns, not {width}")
+    if width < MIN_WIDTH:
+        raise ValueError(f"a drawing needs at least {MIN_WIDTH} columns, not {width}")
     columns = width - TEXT_LEFT
     scale = _text_scale(schedule, timeline, columns)
     shown = list(range(schedule.ranks))
-    if schedule.ranks > MOST_ROWS:
-        del shown[MOST_ROWS // 2 : -MOST_ROWS // 2]
+    if schedule.ranks > MAX_ROWS:
+        del shown[MAX_ROWS // 2 : -MAX_ROWS // 2]
     lines = [f"{_numbers(schedule)}; {_results(timeline)}"]
     for above, rank in pairwise([-1, *shown]):
         if rank > above + 1:
@@ -125,12 +132,12 @@ SHADES: Mapping[Op, tuple[str, str]] = MappingProxyType(
 )
 INK, FAINT, BUBBLE, PAPER = "#1f2933", "#66727f", "#e4e8ec", "white"
 LEFT, RIGHT, ROW, GAP, HEAD, FOOT = 64, 20, 24, 3, 46, 50  # pixels: margins, height of a row and between rows, panel's title
-BOX, FEWEST, MOST = 20, 640, 2400  # pixels: a typical box wants 20; the plot is 640 to 2400 wide
+BOX, MIN_PLOT, MAX_PLOT = 20, 640, 2400  # pixels: a typical box wants 20; the plot is 640 to 2400 wide
 DIGIT = 6.6  # pixels of a figure at the boxes' font size
 
 
 def draw_svg(panels: Sequence[Panel]) -> str:
-    """The panels under one another on one scale of time, each from its own first start, as the text of an SVG file.
+    """Return the panels under one another on one scale of time, each from its own first start, as the text of an SVG file.
 
     Boxes are coloured by what they are, darker for later chunks, and carry their micro-batch where they are wide enough; a box
     under the pointer says what it is. Grey is bubble. ValueError without panels.
@@ -139,7 +146,7 @@ def draw_svg(panels: Sequence[Panel]) -> str:
         raise ValueError("there is nothing to draw: give at least one panel")
     longest = max(panel.timeline.makespan for panel in panels) or 1.0
     wanted = max(BOX * longest / _typical(panel.timeline) for panel in panels)
-    plot = min(max(wanted, FEWEST), MOST)
+    plot = min(max(wanted, MIN_PLOT), MAX_PLOT)
     scale = plot / longest
     body, y = [], 14.0
     for panel in panels:
@@ -229,7 +236,7 @@ def _legend(y: float, panels: Sequence[Panel]) -> list[str]:
 
 
 def _shade(op: Op, depth: float) -> str:
-    """depth 0 is the lightest, 1 the darkest."""
+    """Return the shade of a kind of action: depth 0 is the lightest, 1 the darkest."""
     light, dark = ([int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in SHADES[op])
     return "#" + "".join(f"{round(a + (b - a) * depth):02x}" for a, b in zip(light, dark, strict=True))
 

@@ -39,7 +39,7 @@ EARLY = 1  # actions between posting a receive and needing it: the one that runs
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What `produced` made goes to the pipeline rank `peer`, or comes from it, for stage `stage`.
+    """A tensor that goes to the pipeline rank `peer`, or comes from it: `produced` made it, for stage `stage`.
 
     number: the same on both sides, and no other transfer's of the step.
     """
@@ -52,34 +52,34 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Send(Transfer):
-    """Start to send what an action of this rank made."""
+    """Instruction to start sending the output of an action of this rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Receive(Transfer):
-    """Start to receive what an action of this rank will need."""
+    """Instruction to start receiving the input of an action of this rank."""
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The sends with these numbers have been received, as what has just arrived proves."""
+class SendsComplete:
+    """Instruction to free the sends with these numbers: they were received, as what has just arrived proves."""
 
     numbers: tuple[int, ...]
 
 
-Item: TypeAlias = Action | Send | Receive | Done
+Instruction: TypeAlias = Action | Send | Receive | SendsComplete
 
 
 def consumer(action: Action, stages: int) -> int | None:
-    """The stage that needs what `action` makes: hidden states go up, their gradients down. None where there is none."""
+    """Return the stage that needs the output of `action`, or None: hidden states go up, their gradients down."""
     if action.op is Op.W:
         return None
     stage = action.stage + 1 if action.op is Op.F else action.stage - 1
     return stage if 0 <= stage < stages else None
 
 
-def lower(schedule: Schedule, early: int = EARLY) -> list[list[Item]]:
-    """Every rank's program with its sends, its receives, and what is done.
+def lower(schedule: Schedule, early: int = EARLY) -> list[list[Instruction]]:
+    """Return every rank's program with its sends, its receives, and the sends that are complete.
 
     early: actions between posting a receive and needing it, where nothing speaks against it; 0 for an order in which every
     call may block. ValueError when the programs wait for one another for ever.
@@ -97,18 +97,18 @@ def lower(schedule: Schedule, early: int = EARLY) -> list[list[Item]]:
     for rank, program in enumerate(schedule.programs):
         incoming = {sender: channel for (sender, receiver), channel in channels.items() if receiver == rank}
         done = _done(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
-        items: list[Item] = []
+        items: list[Instruction] = []
         for index, action in enumerate(program):
             items += [*ahead[rank].get(index, ()), action, *behind[rank].get(index, ())]
             if index in done:
-                items.append(Done(done[index]))
+                items.append(SendsComplete(done[index]))
         lowered.append(items + ahead[rank].get(len(program), []))
     return lowered
 
 
 Need: TypeAlias = dict[tuple[int, int, bool], int]
 Channel: TypeAlias = dict[tuple[int, int], list[Transfer]]  # (sender, receiver) -> its transfers, in the order they are made
-Places: TypeAlias = list[dict[int, list[Item]]]  # of each rank: index of an action -> what stands next to it
+Places: TypeAlias = list[dict[int, list[Instruction]]]  # of each rank: index of an action -> what stands next to it
 
 
 def _channels(schedule: Schedule) -> Channel:
@@ -198,7 +198,7 @@ def _in_one_order(schedule: Schedule, channels: Channel, needed: list[Need], sta
     The order is (time, transfers before actions, number): every rank's program is sorted by it, and no two are alike in it.
     """
     starts = [[start[action] for action in program] for program in schedule.programs]
-    due: list[list[tuple[float, int, Item]]] = [[] for _ in schedule.programs]
+    due: list[list[tuple[float, int, Instruction]]] = [[] for _ in schedule.programs]
     for (sender, receiver), channel in channels.items():
         for transfer in channel:
             time = starts[receiver][_user(transfer, needed[receiver])]
@@ -220,12 +220,12 @@ def _receive(transfer: Transfer, sender: int) -> Receive:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """The same order without the backward passes: what an evaluation runs."""
+    """Return the same order without the backward passes: an evaluation runs it."""
     programs = tuple(tuple(a for a in program if a.op is Op.F) for program in schedule.programs)
     return replace(schedule, programs=programs)
 
 
-def channels_of(placement: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Every (sender, receiver) between neighbouring stages, in one order."""
+def channel_pairs(placement: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield every (sender, receiver) between neighbouring stages, in one order."""
     pairs = set(pairwise(placement))
     yield from sorted({(a, b) for pair in pairs for a, b in (pair, pair[::-1]) if a != b})

@@ -15,9 +15,9 @@ are the times of a micro-batch's forward, input gradient and weight gradient on 
     idle    what a step takes on the first rank beyond m (F + B + W). The bubble rate is idle / (idle + m (F + B + W)).
     peak    activations held at once, each of one stage and one micro-batch, on rank r = 0 .. p - 1
 
-Every schedule here works for any number of ranks and micro-batches, and with any cut of the layers; `Kind.objection` is for one
-that does not. On every stage, forwards, backwards and weight gradients each run in the
-order of the micro-batches, so gradients are summed in the same order whatever the schedule.
+Every schedule here works for any number of ranks and micro-batches, and with any cut of the layers; `ScheduleKind.objection` is
+for one that does not. On every stage, forwards, backwards and weight gradients each run in the order of the micro-batches, so
+gradients are summed in the same order whatever the schedule.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from types import MappingProxyType
 
 
 class Op(Enum):
-    """What a stage does with a micro-batch. B is I and W at once."""
+    """ScheduleKind of work of a stage on a micro-batch. B is I and W at once."""
 
     F = "F"  # forward
     B = "B"  # backward: gradients of the stage's input and of its weights
@@ -54,7 +54,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Schedule:
-    """placement[stage] is a rank; programs[rank] are its actions in order."""
+    """A pipeline schedule: placement[stage] is a rank; programs[rank] are its actions in order."""
 
     name: str
     micro_batches: int
@@ -73,17 +73,17 @@ class Schedule:
 
     @cached_property
     def chunk(self) -> tuple[int, ...]:
-        """Per stage: how many earlier stages its rank owns."""
+        """Number of earlier stages that a stage's rank owns, for each stage."""
         return tuple(self.placement[:stage].count(rank) for stage, rank in enumerate(self.placement))
 
     @cached_property
     def actions(self) -> frozenset[Action]:
-        """What all ranks run, without order."""
+        """All ranks' actions, without order."""
         return frozenset(action for program in self.programs for action in program)
 
 
 def gpipe(ranks: int, micro_batches: int) -> Schedule:
-    """All forwards, then all backwards (GPipe, https://arxiv.org/abs/1811.06965).
+    """Run all forwards, then all backwards (GPipe, https://arxiv.org/abs/1811.06965).
 
     idle (p - 1) (F + B + W); peak m.
     """
@@ -95,7 +95,7 @@ def gpipe(ranks: int, micro_batches: int) -> Schedule:
 
 
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
-    """Each backward as early as it can be, so that few activations wait for theirs (https://arxiv.org/abs/2006.09503).
+    """Run each backward as early as it can be, so that few activations wait for theirs (https://arxiv.org/abs/2006.09503).
 
     idle (p - 1) (F + B + W); peak p - r, at most m.
     """
@@ -107,12 +107,17 @@ def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
 
 
 def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
-    """1F1B over v chunks of the model per rank (Megatron-LM, https://arxiv.org/abs/2104.04473).
+    """Run 1F1B over v chunks of the model per rank (Megatron-LM, https://arxiv.org/abs/2104.04473).
 
     A rank takes p micro-batches through its first chunk, the same through its second, and so on, then the next p. Where p does
     not divide m, the last group is smaller: the program for full groups without the actions of micro-batches that do not exist.
 
     idle (p - 1) (F + B + W) / v, where p divides m; peak 2 (p - 1 - r) + (v - 1) p + 1, at most v m. One chunk is plain 1F1B.
+
+    Args:
+        ranks: p.
+        micro_batches: m.
+        chunks: v.
     """
     groups = -(-micro_batches // ranks)
     order = [(chunk, group * ranks + m) for group in range(groups) for chunk in range(chunks) for m in range(ranks)]
@@ -120,31 +125,31 @@ def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
     for rank in range(ranks):
         forwards = [Action(Op.F, chunk * ranks + rank, m) for chunk, m in order]
         backwards = [Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in order]
-        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions apart, not one.
-        apart = 1 if chunks == 1 else 2
-        warm_up = apart * (ranks - 1 - rank) + (chunks - 1) * ranks
+        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions stride, not one.
+        stride = 1 if chunks == 1 else 2
+        warm_up = stride * (ranks - 1 - rank) + (chunks - 1) * ranks
         programs.append(_only(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
     return _schedule("interleaved", micro_batches, looped(ranks, chunks), programs)
 
 
 def zero_bubble_h1(ranks: int, micro_batches: int) -> Schedule:
-    """1F1B with weight gradients put off into the gaps, in the memory of 1F1B's first rank (ZB-H1, arXiv 2401.10241).
+    """Run 1F1B with weight gradients deferred into the gaps, in the memory of 1F1B's first rank (ZB-H1, arXiv 2401.10241).
 
     idle (p - 1) (F + B - W), where m >= p and W <= F, B; peak p on every rank, at most m.
     """
-    return _schedule("zb-h1", micro_batches, looped(ranks, 1), _weights_put_off(ranks, micro_batches, apart=1))
+    return _schedule("zb-h1", micro_batches, looped(ranks, 1), _defer_weight_grads(ranks, micro_batches, stride=1))
 
 
 def zero_bubble_h2(ranks: int, micro_batches: int) -> Schedule:
-    """As ZB-H1, with forwards enough ahead to fill the gap at the start too, in twice the memory (ZB-H2, arXiv 2401.10241).
+    """Run ZB-H1 with forwards enough ahead to fill the gap at the start too, in twice the memory (ZB-H2, arXiv 2401.10241).
 
     idle (p - 1) (F + B - 2 W), where m >= 2 p - 1 and W <= F, B; peak 2 p - 1 on every rank, at most m.
     """
-    return _schedule("zb-h2", micro_batches, looped(ranks, 1), _weights_put_off(ranks, micro_batches, apart=2))
+    return _schedule("zb-h2", micro_batches, looped(ranks, 1), _defer_weight_grads(ranks, micro_batches, stride=2))
 
 
 def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
-    """Two chunks per rank, down the ranks and back up, and no idle time in the memory of 1F1B (ZB-V, arXiv 2401.10241).
+    """Run two chunks per rank, down the ranks and back up, without idle time in 1F1B's memory (ZB-V, arXiv 2401.10241).
 
     The last stage is on the first rank, so the backward of a micro-batch starts where its forward started, and rank 0 need not
     wait for it. Fewer than p micro-batches: the program for p without those that do not exist.
@@ -154,36 +159,39 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
     programs = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
-        behind = ranks - rank  # this rank and those behind it
+        remaining = ranks - rank  # this rank and those after it
         whole_up = [(Op.F, up), (Op.I, up), (Op.W, up)]
-        # The first micro-batch goes through the ranks behind and comes back; meanwhile forwards of others,
-        order = [(Op.F, down)] * (2 * behind - 1)
+        # The first micro-batch goes through the ranks after this one and comes back; meanwhile forwards of others,
+        order = [(Op.F, down)] * (2 * remaining - 1)
         # then of both chunks in turn, until the first gradient comes from the ranks in front.
         order += [(Op.F, up), (Op.F, down)] * rank
         # The memory is full. No new micro-batch until a gradient has been to the last rank and is back.
-        order += whole_up * behind
+        order += whole_up * remaining
         # Then a new one for each that is done with.
         order += [(Op.F, down), (Op.I, down), (Op.W, down), *whole_up] * (micro_batches - ranks)
         # No forwards are left. First the gradients that other ranks wait for, then the weight gradients put off for them.
         order += [(Op.I, down), (Op.I, up)] * rank
-        order += [(Op.I, down), (Op.W, down)] * behind
+        order += [(Op.I, down), (Op.W, down)] * remaining
         order += [(Op.W, up)] * rank + [(Op.W, down)] * rank
         programs.append(_only(micro_batches, _number(order)))
     return _schedule("zb-v", micro_batches, v_shaped(ranks), programs)
 
 
 def looped(ranks: int, chunks: int) -> tuple[int, ...]:
-    """Stage s lives on rank s % ranks."""
+    """Return the placement of stage s on rank s % ranks."""
     return tuple(range(ranks)) * chunks
 
 
 def v_shaped(ranks: int, chunks: int = 2) -> tuple[int, ...]:
-    """Down the ranks and back up: rank r owns stages r and 2 p - 1 - r, so the last stage shares a rank with the first."""
+    """Return the placement down the ranks and back up.
+
+    Rank r owns stages r and 2 p - 1 - r, so the last stage shares a rank with the first.
+    """
     return tuple(range(ranks)) + tuple(reversed(range(ranks)))
 
 
 @dataclass(frozen=True)
-class Kind:
+class ScheduleKind:
     """A schedule before ranks and micro-batches are known.
 
     make: (ranks, micro-batches, chunks) -> Schedule. place: (ranks, chunks) -> placement.
@@ -198,14 +206,14 @@ class Kind:
     objection: Callable[[int, int, int], str | None] = lambda ranks, micro_batches, chunks: None
 
 
-SCHEDULES: Mapping[str, Kind] = MappingProxyType(
+SCHEDULES: Mapping[str, ScheduleKind] = MappingProxyType(
     {
-        "gpipe": Kind(lambda p, m, v: gpipe(p, m)),
-        "1f1b": Kind(lambda p, m, v: one_f_one_b(p, m)),
-        "interleaved": Kind(interleaved_1f1b, chunks=None),
-        "zb-h1": Kind(lambda p, m, v: zero_bubble_h1(p, m), splits=True),
-        "zb-h2": Kind(lambda p, m, v: zero_bubble_h2(p, m), splits=True),
-        "zb-v": Kind(lambda p, m, v: zero_bubble_v(p, m), place=v_shaped, chunks=2, splits=True),
+        "gpipe": ScheduleKind(lambda p, m, v: gpipe(p, m)),
+        "1f1b": ScheduleKind(lambda p, m, v: one_f_one_b(p, m)),
+        "interleaved": ScheduleKind(interleaved_1f1b, chunks=None),
+        "zb-h1": ScheduleKind(lambda p, m, v: zero_bubble_h1(p, m), splits=True),
+        "zb-h2": ScheduleKind(lambda p, m, v: zero_bubble_h2(p, m), splits=True),
+        "zb-v": ScheduleKind(lambda p, m, v: zero_bubble_v(p, m), place=v_shaped, chunks=2, splits=True),
     }
 )
 DEFAULT = "1f1b"
@@ -213,22 +221,29 @@ DEFAULT_WITH_CHUNKS = "interleaved"  # where the user asks for virtual stages an
 DEFAULT_CHUNKS = 2  # where the user may choose and did not
 
 
-def kind_of(name: str) -> Kind:
-    """The row of a schedule. KeyError for an unknown name."""
+def schedule_kind(name: str) -> ScheduleKind:
+    """Return the row of a schedule. KeyError for an unknown name."""
     return SCHEDULES[name]
 
 
-def names_of(wanted: Callable[[Kind], bool]) -> str:
-    """The schedules whose row is as wanted, for a message: `a, b or c`."""
+def schedule_names(wanted: Callable[[ScheduleKind], bool]) -> str:
+    """Return the names of schedules whose row is as wanted, for a message: `a, b or c`."""
     *names, last = [name for name, kind in SCHEDULES.items() if wanted(kind)]
     return f"{', '.join(names)} or {last}" if names else last
 
 
 def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
-    """The schedule called `name`. chunks: stages of each rank; None takes what the schedule prescribes, or 2 where it is free.
+    """Return the schedule called `name`.
 
-    ValueError for an unknown name, for less than one rank, micro-batch or chunk, and for numbers that the schedule cannot have;
-    also where its function does not do what its row says.
+    Args:
+        name: a key of `SCHEDULES`.
+        ranks: number of pipeline ranks.
+        micro_batches: of a step.
+        chunks: stages of each rank; None takes what the schedule prescribes, or 2 where it is free.
+
+    Raises:
+        ValueError: an unknown name, less than one rank, micro-batch or chunk, or numbers that the schedule cannot have; also
+            where its function does not do what its row says.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name}; known are {', '.join(SCHEDULES)}")
@@ -239,7 +254,7 @@ def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -
         if count < 1:
             raise ValueError(f"{name} needs at least 1 of {what}, not {count}")
     if kind.chunks not in (None, chunks):
-        free = names_of(lambda other: other.chunks is None)
+        free = schedule_names(lambda other: other.chunks is None)
         raise ValueError(f"{name} has chunks per rank: {kind.chunks}, not {chunks}; leave chunks out, or take {free}")
     if (objection := kind.objection(ranks, micro_batches, chunks)) is not None:
         raise ValueError(f"{name} {objection}, not {ranks} pipeline ranks, {micro_batches} micro-batches and {chunks} chunks")
@@ -248,7 +263,7 @@ def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -
     return schedule
 
 
-def _check_row(schedule: Schedule, kind: Kind, chunks: int) -> None:
+def _check_row(schedule: Schedule, kind: ScheduleKind, chunks: int) -> None:
     """ValueError unless a schedule is what its row says: its stages would be built on other ranks, or in another form."""
     place = kind.place(schedule.ranks, chunks)
     if schedule.placement != place:
@@ -270,22 +285,23 @@ def _warm_up_then_alternate(forwards: Sequence[Action], backwards: Sequence[Acti
     return [*forwards[:warm_up], *steady, *backwards[len(forwards) - warm_up :]]
 
 
-def _weights_put_off(ranks: int, micro_batches: int, apart: int) -> list[list[Action]]:
-    """Programs of ZB-H1 and ZB-H2: neighbours stand `apart` forwards apart, and what that saves in memory, weights may use.
+def _defer_weight_grads(ranks: int, micro_batches: int, stride: int) -> list[list[Action]]:
+    """Return the programs of ZB-H1 and ZB-H2: 1F1B with each rank's weight gradients deferred.
 
-    Rank r holds apart (p - 1 - r) forwards ahead and keeps apart r weight gradients back, so all ranks hold the same number of
-    activations. The weight gradients kept back run at the end, while gradients travel to the first rank.
+    Neighbours stand `stride` forwards stride: rank r is stride (p - 1 - r) forwards ahead of its backwards, and defers stride r
+    weight gradients, so all ranks hold the same number of activations. The deferred ones run at the end, while gradients travel
+    to the first rank.
     """
     programs = []
     for rank in range(ranks):
         forwards, inputs = _actions(Op.F, rank, micro_batches), _actions(Op.I, rank, micro_batches)
         program: list[Action] = []
-        for action in _warm_up_then_alternate(forwards, inputs, warm_up=apart * (ranks - 1 - rank)):
+        for action in _warm_up_then_alternate(forwards, inputs, warm_up=stride * (ranks - 1 - rank)):
             program.append(action)
-            if action.op is Op.I and action.micro_batch >= apart * rank:
-                program.append(Action(Op.W, rank, action.micro_batch - apart * rank))
-        kept_back = min(apart * rank, micro_batches)
-        programs.append(program + _actions(Op.W, rank, micro_batches)[micro_batches - kept_back :])
+            if action.op is Op.I and action.micro_batch >= stride * rank:
+                program.append(Action(Op.W, rank, action.micro_batch - stride * rank))
+        deferred = min(stride * rank, micro_batches)
+        programs.append(program + _actions(Op.W, rank, micro_batches)[micro_batches - deferred :])
     return programs
 
 

@@ -18,21 +18,22 @@ from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 
 
 class CostModel(Protocol):
-    """How long things take, in any one unit of time."""
+    """Durations of actions and transfers, in any one unit of time."""
 
     @property
     def communication(self) -> float:
         """Time from the end of an action until its result is on another rank."""
 
-    def of(self, action: Action) -> float:
-        """Time the action occupies its rank."""
+    def duration(self, action: Action) -> float:
+        """Return the time that the action occupies its rank."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Every stage costs the same. backward: the input gradient alone, so that a whole backward takes backward + weight.
+    """Costs that are the same for every stage.
 
-    Any unit of time. ValueError for a negative or infinite cost.
+    backward: the input gradient alone, so that a whole backward takes backward + weight. Any unit of
+        time. ValueError for a negative or infinite cost.
     """
 
     forward: float = 1.0
@@ -44,7 +45,8 @@ class Costs:
         for name, cost in vars(self).items():
             _check_cost(name, cost)
 
-    def of(self, action: Action) -> float:
+    def duration(self, action: Action) -> float:
+        """Return the time of an action, whatever its stage."""
         match action.op:
             case Op.F:
                 return self.forward
@@ -58,9 +60,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """Every stage has costs of its own: times[op, stage], in any unit of time.
+    """Costs of each stage by itself: times[op, stage], in any unit of time.
 
-    ValueError for a negative or infinite cost, and from `of` for an action that was not measured.
+    ValueError for a negative or infinite cost, and from `duration` for an action that was not measured.
     """
 
     times: Mapping[tuple[Op, int], float]
@@ -71,7 +73,8 @@ class MeasuredCosts:
         for (op, stage), cost in self.times.items():
             _check_cost(f"{op.value} of stage {stage}", cost)
 
-    def of(self, action: Action) -> float:
+    def duration(self, action: Action) -> float:
+        """Return the measured time of an action's kind on its stage."""
         try:
             return self.times[action.op, action.stage]
         except KeyError:
@@ -80,7 +83,7 @@ class MeasuredCosts:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When every action of a schedule starts and ends, in one unit of time on one clock; and what follows from it."""
+    """Start and end of every action of a schedule, in one unit of time on one clock; and what follows from it."""
 
     schedule: Schedule
     start: Mapping[Action, float]
@@ -93,7 +96,7 @@ class Timeline:
 
     @cached_property
     def makespan(self) -> float:
-        """From the first start to the last end over all ranks."""
+        """Time from the first start to the last end over all ranks."""
         return max(self.end.values(), default=0.0) - self.origin
 
     @cached_property
@@ -143,7 +146,7 @@ class Timeline:
 
 
 def dependencies(action: Action, schedule: Schedule) -> tuple[Action, ...]:
-    """The actions whose results `action` needs.
+    """Return the actions whose results `action` needs.
 
     F needs F of the stage before; B and I need their own F and the B or I of the stage behind; W needs its own I.
     """
@@ -191,7 +194,7 @@ def validate(schedule: Schedule) -> None:
 
 
 def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
-    """When every action runs, from time 0, if each starts as early as it can.
+    """Return when every action runs, from time 0, if each starts as early as it can.
 
     ValueError when the programs wait for one another for ever; it names what waits for what.
     """
@@ -218,7 +221,7 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
             if missing is not None:
                 waiting.setdefault(missing, []).append(rank)
                 break
-            start[action], end[action] = begin, begin + costs.of(action)
+            start[action], end[action] = begin, begin + costs.duration(action)
             free[rank] = end[action]
             position[rank] += 1
             runnable.extend(waiting.pop(action, ()))
@@ -227,10 +230,16 @@ def simulate(schedule: Schedule, costs: CostModel) -> Timeline:
     return Timeline(schedule, start, end)
 
 
-def timeline_of(schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float]) -> Timeline:
-    """A timeline from measured times, in one unit on a clock that all ranks share.
+def measured_timeline(schedule: Schedule, start: Mapping[Action, float], end: Mapping[Action, float]) -> Timeline:
+    """Return the timeline of measured times. Times of actions that the schedule does not have are left out.
 
-    ValueError when an action of the schedule has no time, or ends before it starts. Times of other actions are left out.
+    Args:
+        schedule: that was run.
+        start: of each action, in one unit on a clock that all ranks share.
+        end: of each action.
+
+    Raises:
+        ValueError: an action of the schedule has no time, or ends before it starts.
     """
     for program in schedule.programs:
         for action in program:
