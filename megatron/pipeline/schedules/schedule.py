@@ -125,7 +125,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
     for rank in range(ranks):
         forwards = [Action(Op.F, chunk * ranks + rank, m) for chunk, m in order]
         backwards = [Action(Op.B, (chunks - 1 - chunk) * ranks + rank, m) for chunk, m in order]
-        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions stride, not one.
+        # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions apart, not one.
         stride = 1 if chunks == 1 else 2
         warm_up = stride * (ranks - 1 - rank) + (chunks - 1) * ranks
         programs.append(_only(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
@@ -288,7 +288,7 @@ def _warm_up_then_alternate(forwards: Sequence[Action], backwards: Sequence[Acti
 def _defer_weight_grads(ranks: int, micro_batches: int, stride: int) -> list[list[Action]]:
     """Return the programs of ZB-H1 and ZB-H2: 1F1B with each rank's weight gradients deferred.
 
-    Neighbours stand `stride` forwards stride: rank r is stride (p - 1 - r) forwards ahead of its backwards, and defers stride r
+    Neighbours stand `stride` forwards apart: rank r is stride (p - 1 - r) forwards ahead of its backwards, and defers stride r
     weight gradients, so all ranks hold the same number of activations. The deferred ones run at the end, while gradients travel
     to the first rank.
     """
