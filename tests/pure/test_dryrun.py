@@ -208,12 +208,12 @@ def test_costs_are_shares_of_the_flops() -> None:
     config, plan, _ = pipeline("zb-h1", 4)
     costs = flop_costs(config, plan)
     core, linear = 4 * 64 * 768, 24 * 768**2
-    time = costs.duration
-    assert time(Action(Op.I, 0, 0)) / time(Action(Op.F, 0, 5)) == pytest.approx((linear + 2 * core) / (linear + core))
-    assert time(Action(Op.W, 1, 0)) / time(Action(Op.F, 1, 5)) == pytest.approx(linear / (linear + core))
-    assert time(Action(Op.B, 1, 0)) == pytest.approx(time(Action(Op.I, 1, 0)) + time(Action(Op.W, 1, 0)))
-    assert sum(time(Action(Op.F, stage, 0)) for stage in range(4)) == pytest.approx(4)
-    assert 1 <= time(Action(Op.F, 3, 0)) / time(Action(Op.F, 2, 0)) < 1.001  # one token's logits
+    duration = costs.duration
+    assert duration(Action(Op.I, 0, 0)) / duration(Action(Op.F, 0, 5)) == pytest.approx((linear + 2 * core) / (linear + core))
+    assert duration(Action(Op.W, 1, 0)) / duration(Action(Op.F, 1, 5)) == pytest.approx(linear / (linear + core))
+    assert duration(Action(Op.B, 1, 0)) == pytest.approx(duration(Action(Op.I, 1, 0)) + duration(Action(Op.W, 1, 0)))
+    assert sum(duration(Action(Op.F, stage, 0)) for stage in range(4)) == pytest.approx(4)
+    assert 1 <= duration(Action(Op.F, 3, 0)) / duration(Action(Op.F, 2, 0)) < 1.001  # one token's logits
 
 
 def test_the_stage_table(capsys: pytest.CaptureFixture[str]) -> None:
