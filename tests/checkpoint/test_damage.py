@@ -198,6 +198,15 @@ def test_a_part_without_saved_scalars(directory):
         load(directory, {"other": Cut(1, 0, tensors={"w": ((2,), None, torch.float32)})})
 
 
+def test_a_near_name_comes_before_a_name_on_the_hub(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="hub"):
+        find(Path("gpt2-large"))
+    shutil.copytree(saved, tmp_path / "gpt2-large-1")
+    with pytest.raises(CheckpointError, match=r"there is no such directory\. Near it: gpt2-large-1"):
+        find(Path("gpt2-large"))
+
+
 def test_find_says_what_is_there(saved, tmp_path):
     assert find(saved) == find(saved, 100) == find(saved / "iter_0000100") == saved / "iter_0000100"
     run = tmp_path / "gpt-345m"
