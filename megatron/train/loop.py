@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from megatron.config.batch import global_batch_size_at
 from megatron.config.notation import iteration_ranges
 from megatron.contract import Batch
-from megatron.train.errors import TrainingError
 from megatron.train.evaluate import Loader
 from megatron.train.report import StepReport
 from megatron.train.run import Run
 from megatron.train.sinks import Sink
+from megatron.train.skips import check_skip
 from megatron.train.stopping import Request, Stopping
 
 
@@ -171,19 +171,4 @@ def advance(run: Run, report: StepReport) -> None:
         state.skipped_samples += report.samples
         return
     state.consecutive_skips += 1  # of steps that failed, not of those that a flag left out
-    _check_skips(run, report)
-
-
-def _check_skips(run: Run, report: StepReport) -> None:
-    """Raise TrainingError where the step must not be skipped, or is one too many in a row."""
-    state, optim = run.state, run.config.optim
-    what = f"iteration {state.iteration}: the gradient is not finite (norm {report.grad_norm}, loss {report.lm_loss})"
-    if report.nonfinite is not None:
-        what += f": {report.nonfinite}"
-    if optim.on_nonfinite == "abort":
-        raise TrainingError(f"{what}; --on-nonfinite abort stops here. Lower --lr, or skip such steps with --on-nonfinite skip")
-    if state.consecutive_skips >= optim.max_consecutive_skips:
-        raise TrainingError(
-            f"{what}, as in the {state.consecutive_skips - 1} steps before; --max-consecutive-skips stops here. "
-            "Go on from an earlier checkpoint with a lower --lr"
-        )
+    check_skip(state, report, run.config.optim)

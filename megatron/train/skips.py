@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.config.optim import OptimConfig
 from megatron.optim.scaler import Dynamic
+from megatron.train.errors import TrainingError
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
@@ -36,6 +38,29 @@ class SkipCounter:
         return (
             f"skipped: {self.skipped} of the {self.steps} steps since the start of this command, as something in them was not "
             f"finite; {end}"
+        )
+
+
+def check_skip(state: TrainState, report: StepReport, optim: OptimConfig) -> None:
+    """Refuse a skipped step where --on-nonfinite says so, or where it is one too many in a row.
+
+    Args:
+        state: the counters, with the step in them.
+        report: of that step, whose gradient was not finite.
+        optim: the limits.
+
+    Raises:
+        TrainingError: training must not go on.
+    """
+    what = f"iteration {state.iteration}: the gradient is not finite (norm {report.grad_norm}, loss {report.lm_loss})"
+    if report.nonfinite is not None:
+        what += f": {report.nonfinite}"
+    if optim.on_nonfinite == "abort":
+        raise TrainingError(f"{what}; --on-nonfinite abort stops here. Lower --lr, or skip such steps with --on-nonfinite skip")
+    if state.consecutive_skips >= optim.max_consecutive_skips:
+        raise TrainingError(
+            f"{what}, as in the {state.consecutive_skips - 1} steps before; --max-consecutive-skips stops here. "
+            "Go on from an earlier checkpoint with a lower --lr"
         )
 
 
