@@ -20,7 +20,7 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import HuggingFaceTokenizer
 from megatron.data.slow_patterns import check_patterns
 from megatron.files.regular import UnfitFile, open_stream
-from megatron.tasks.sources import read_text
+from megatron.tasks.reading import read_task_text
 
 LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(20_000))
 
@@ -96,7 +96,7 @@ def test_a_line_without_an_end(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=r"c\.jsonl.*:1: a line of more than 1,048,576 bytes"):
         words(str(path))
     with pytest.raises(DataError, match=r"more than the 1,048,576"):
-        read_text(str(path), 1 << 20)
+        read_task_text(str(path), 1 << 20)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 

@@ -31,7 +31,7 @@ def test_a_pretrained_model_learns_the_task(name, precision, bert, tmp_path):
 def asked(root, text, device: str):
     """Scores of a text, and what greedy generation makes of three prompts."""
     opened = open_pipeline(root, Mesh.single(), device=device)
-    figures = zero_shot("PERPLEXITY", opened, Mesh.single(), [str(text)], seq_length=24, overlap=10, say=lambda line: None)
+    figures = zero_shot("PERPLEXITY", opened, Mesh.single(), [str(text)], seq_length=24, overlap=10, log=lambda line: None)
     texts = [GeneratedText.after(opened.tokenizer.tokenize(prompt)) for prompt in ("ma", "tun lo", "lo ma ma")]
     for _ in extend_texts(opened.model, texts, max_new_tokens=16, sampling=Sampling(temperature=0.0)):
         pass
