@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as every program sets it, before torch is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the tools that run in here set it, which would make their forks differ
 sys.path.insert(0, str(Path(__file__).parent))
 # A shell starts what runs in its background deaf to interrupts, and so would be what the tests start and interrupt.

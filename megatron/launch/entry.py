@@ -34,6 +34,8 @@ def loading() -> "Iterator[None]":
     Ctrl-C ends the program silently with status 130: there is nothing to say yet.
     """
     check_python()
+    # Else torch's C++ part adds a warning of sixteen lines to the one line in which a rank says that another has left.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process()
     if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))

@@ -101,8 +101,8 @@ def test_every_layout_is_the_same_run(name, kind, world, layout, twice):
 
 def test_another_mask_in_the_second_run_shows(monkeypatch):
     """A kernel whose generator is not put back: no error, only wrong gradients."""
-    setting, of = replace(MODELS["fused"], global_batch=1), Recompute.of
-    monkeypatch.setattr(Recompute, "of", lambda config, tp, draws: of(config, tp, draws=False))
+    setting, original = replace(MODELS["fused"], global_batch=1), Recompute.from_config
+    monkeypatch.setattr(Recompute, "from_config", lambda config, tp, draws: original(config, tp, draws=False))
     ((expected, norm),), ((loss, wrong),) = (
         trajectory(replace(setting, memory=m), 1)[0] for m in (MemoryConfig(), KINDS["uniform"])
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -64,3 +66,31 @@ def test_ranks_that_do_not_come() -> None:
     with pytest.raises(JobError, match=r"of 3 processes not all came to 127.0.0.1:.*WORLD_SIZE") as error:
         connect_store(LaunchEnvironment(0, 3, port=free_port()), SHORT)
     assert error.value.status == 1
+
+
+LOST_STORE = """
+import os, signal
+from contextlib import suppress
+from megatron.launch.entry import loading
+with loading():
+    from torch.distributed import TCPStore
+read, write = os.pipe()
+if (server := os.fork()) == 0:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(write, str(store.port).encode())
+    signal.pause()
+client = TCPStore("127.0.0.1", int(os.read(read, 10)), is_master=False)
+os.kill(server, signal.SIGKILL)
+os.waitpid(server, 0)
+for _ in range(3):
+    try:
+        client.get("key")
+    except RuntimeError:
+        print("lost")
+"""
+
+
+def test_torch_adds_no_lines_where_the_store_is_lost() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"}
+    done = subprocess.run([sys.executable, "-c", LOST_STORE], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("lost\n" * 3, "")
