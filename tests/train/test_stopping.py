@@ -225,6 +225,7 @@ def test_signals_are_noted_while_the_main_thread_is_blocked(before):
     old = signal.signal(signal.SIGUSR1, before)
     signals = StopSignals()
     signals.install()
+    assert signal.getsignal(signal.SIGUSR1) is not before, "not taken over: the signal would end pytest"
     noted: list[bool] = []
 
     def kill_and_look() -> None:
