@@ -15,9 +15,11 @@ The package is imported only where the normalisation is used, and cannot take th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import MappingProxyType
 from typing import Any
+
+from megatron.config.entry_points import load_entry, with_installed
 
 GROUP = "megatron.normalizations"
 
@@ -27,9 +29,7 @@ OWN: Mapping[str, EntryPoint] = MappingProxyType(
         "RMSNorm": EntryPoint("RMSNorm", "megatron.model.norm:RMSNorm", GROUP),
     }
 )
-NORMALIZATIONS: Mapping[str, EntryPoint] = MappingProxyType(
-    {**OWN, **{found.name: found for found in entry_points(group=GROUP) if found.name not in OWN}}
-)
+NORMALIZATIONS: Mapping[str, EntryPoint] = with_installed(OWN, GROUP)
 
 
 def norm_class(normalization: str) -> Callable[..., Any]:
@@ -37,10 +37,7 @@ def norm_class(normalization: str) -> Callable[..., Any]:
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalization}; known are {', '.join(NORMALIZATIONS)}")
     found = NORMALIZATIONS[normalization]
-    try:
-        made = found.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"needs {found.value}, which cannot be loaded: {error}") from error
+    made = load_entry(found)
     if not isinstance(made, type):
         raise ValueError(f"needs {found.value}, which is no class")
     return made

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import MappingProxyType
+
+from megatron.config.entry_points import load_entry, with_installed
 
 GROUP = "megatron.optimizers"
 
@@ -48,9 +50,7 @@ ADAMW = UpdateRule("megatron.optim.update:adamw_method", moments=2)
 SGD = UpdateRule("megatron.optim.update:sgd_method", moments=1)
 
 OWN: Mapping[str, tuple[UpdateRule, ...]] = MappingProxyType({"adam": (ADAMW,), "sgd": (SGD,)})
-OPTIMIZERS: Mapping[str, tuple[UpdateRule, ...] | EntryPoint] = MappingProxyType(
-    {**OWN, **{found.name: found for found in entry_points(group=GROUP) if found.name not in OWN}}
-)
+OPTIMIZERS: Mapping[str, tuple[UpdateRule, ...] | EntryPoint] = with_installed(OWN, GROUP)
 
 
 def update_rules(optimizer: str) -> tuple[UpdateRule, ...]:
@@ -60,10 +60,7 @@ def update_rules(optimizer: str) -> tuple[UpdateRule, ...]:
     found = OPTIMIZERS[optimizer]
     if isinstance(found, tuple):
         return found
-    try:
-        rules = found.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"needs {found.value}, which cannot be loaded: {error}") from error
+    rules = load_entry(found)
     if not isinstance(rules, tuple) or not all(isinstance(rule, UpdateRule) for rule in rules):
         raise ValueError(f"needs {found.value}, which is no tuple of UpdateRule")
     return rules

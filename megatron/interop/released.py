@@ -105,7 +105,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What an archive holds. about: of config.json. model: resolved. weights: whole, under our names. written_as: its class."""
+    """Content of an archive.
+
+    about: of config.json. model: resolved. weights: whole, under our names. written_as: its class.
+    """
 
     about: dict[str, Any]
     model: ModelConfig

@@ -16,7 +16,7 @@ SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "
 
 @dataclass(frozen=True)
 class Kind:
-    """What one of the two commands converts.
+    """A kind of released model, which one of the two commands converts.
 
     family: that is written. defaults: of config.json, those of the released model. tool: its command.
     """
@@ -34,7 +34,7 @@ class Kind:
 
     @property
     def usual_sizes(self) -> dict[str, Any]:
-        """What a size means that is not in a --config_file: transformers' default, not the released model's."""
+        """Return the sizes that a --config_file leaves out: transformers' defaults, not the released model's."""
         return {name: self.family.fields[name].default for name in self.sizes.values()}
 
 

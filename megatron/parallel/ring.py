@@ -59,7 +59,7 @@ class ScoreBlock:
 
     @property
     def diagonal(self) -> bool:
-        """Whether queries and keys are of the same tokens."""
+        """True where queries and keys are of the same tokens."""
         return self.queries == self.keys
 
 

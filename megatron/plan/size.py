@@ -88,7 +88,7 @@ class MetaModel:
 
     @property
     def causal(self) -> bool:
-        """Whether its tokens see only what came before."""
+        """True where its tokens see only what came before."""
         return self._model.causal
 
     def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:

@@ -87,7 +87,7 @@ class LockReading:
 
     @property
     def holder(self) -> LockHolder | None:
-        """Who holds it; None where its file does not say."""
+        """The run that holds it; None where its file does not say."""
         return LockHolder.of(self.text)
 
     def __str__(self) -> str:

@@ -12,9 +12,10 @@ or where none of our own can express a model that is exported; it cannot take th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import MappingProxyType
 
+from megatron.config.entry_points import load_entry, with_installed
 from megatron.config.schema import ModelConfig
 from megatron.interop.families.family import HFFamily
 from megatron.interop.families.gpt2 import GPT2
@@ -25,9 +26,7 @@ from megatron.interop.families.mistral import MISTRAL
 GROUP = "megatron.families"
 
 OWN: Mapping[str, HFFamily] = MappingProxyType({family.model_type: family for family in (GPT2, LLAMA, MISTRAL, MEGATRON_BERT)})
-FAMILIES: Mapping[str, HFFamily | EntryPoint] = MappingProxyType(
-    {**OWN, **{found.name: found for found in entry_points(group=GROUP) if found.name not in OWN}}
-)
+FAMILIES: Mapping[str, HFFamily | EntryPoint] = with_installed(OWN, GROUP)
 # Known, and not to be read: why.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -47,9 +46,9 @@ def family_named(model_type: str) -> HFFamily:
     if isinstance(found, HFFamily):
         return found
     try:
-        family = found.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the family {model_type} needs {found.value}, which cannot be loaded: {error}") from error
+        family = load_entry(found)
+    except ValueError as error:
+        raise ValueError(f"the family {model_type} {error}") from error
     if not isinstance(family, HFFamily) or family.model_type != model_type:
         raise ValueError(f"the family {model_type} needs {found.value}, which is no HFFamily of this model_type")
     return family
