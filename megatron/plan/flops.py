@@ -1,4 +1,4 @@
-"""How much a model computes: FLOPs, whole and per stage, as its modules say them by `flops`.
+"""FLOPs of a model, whole and per stage, as its modules say them by `flops`.
 
 A layer with a heads of width d, a d = h and f = 4 h takes 24 h^2 + 4 s h, the formula of arXiv 2104.04473. Attention counts the
 whole square, as there and in Megatron-LM of 2023, although causality needs only half of it; see `causal_flops_per_token`.

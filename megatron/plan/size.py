@@ -1,4 +1,4 @@
-"""How large a model is, read from its own modules.
+"""Sizes of a model, read from its own modules.
 
 They are built on the meta device, where tensors have shapes and take no memory. One layer of each kind stands for its likes,
 so that a thousand layers cost no more than one.

@@ -1,1 +1,1 @@
-"""What a user types: flags, `--help`, TOML files and a saved configuration, read into `RunSettings` and written from them."""
+"""The words of a user: flags, `--help`, TOML files and a saved configuration, read into `RunSettings` and written from them."""

@@ -1,4 +1,4 @@
-"""What several families have in common: shapes of their tensors, activations, rotary positions, what none of them expresses."""
+"""Parts that several families share: shapes of their tensors, activations, rotary positions, what none of them expresses."""
 
 from __future__ import annotations
 
