@@ -28,7 +28,7 @@ from typing import Any
 import ours
 import torch
 from cases import PIPELINES, Case
-from pipelined import CONTENDERS, OUR_SCHEDULES, Pipelined, plan_of
+from pipelined import CONTENDERS, OUR_SCHEDULES, Pipelined, plan_of, without_broken
 from train import WARM_UP, Answer, Contest, Failure, Turns, measure, settle, spread, text_of, turn
 
 from megatron.pipeline.executor import Executor
@@ -133,6 +133,7 @@ def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> fl
 
 def take_turns(case: Case, rounds: int) -> dict[str, Any]:
     """Tokens per second of every contender in every round, with the update and without; losses; overheads of our executor."""
+    case = without_broken(case)
     order = list(case.contenders)
     speeds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in order} for kind in (STEPS, GRADIENTS)}
     passes: dict[str, list[tuple[Pass, ...]]] = {name: [] for name in order if name in OUR_SCHEDULES}
@@ -181,6 +182,9 @@ def table(result: dict[str, Any]) -> str:
         layers = "-".join(map(str, result["layers"][name]))
         first, last = result["losses"][name][0], result["losses"][name][-1]
         lines.append("   ".join([f"  {name:23}{layers:>9}", *cells, f"{first:.4f} -> {last:.4f}"]))
+    lines += [
+        f"  {name:23}left out: torch {torch.__version__} fails to run it" for name in case.contenders if name not in columns[0]
+    ]
     lines.append("  executor overhead: time of a step's passes beyond the simulator's prediction from its actions' times")
     for name, values in result["overheads"].items():
         middle, low, high = spread(values)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ from megatron.plan.stages import StagePlan, stages_of
 from megatron.train.run import Run, build_run
 
 OUR_SCHEDULES = {f"ours-{name}": name for name in ("1f1b", "zb-h1", "zb-h2", "zb-v")}
+ZB_V_RUNS_SINCE = (2, 12)  # before, torch's own ZB-V fails over gloo while it sets its stages up: "Pair is not connected"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Pipelined:
     step: Step
     gradients: Callable[[Tensor, Tensor], object]
     executor: Executor | None = None
+
+
+def without_broken(case: Case, torch_version: str = torch.__version__) -> Case:
+    """Return the case without the contenders that this version of torch cannot run."""
+    release = tuple(int(number) for number in torch_version.split(".")[:2])
+    if release >= ZB_V_RUNS_SINCE:
+        return case
+    return replace(case, contenders=tuple(name for name in case.contenders if name != "torch-zb-v"))
 
 
 def plan_of(case: Case, contender: str) -> StagePlan:

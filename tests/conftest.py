@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as the tools that run in here se
 sys.path.insert(0, str(Path(__file__).parent))
 # A shell starts what runs in its background deaf to interrupts, and so would be what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +55,15 @@ def pytest_collection_finish() -> None:
     """Let what thousands of tests are made of be no matter of the garbage collections to come, here and in forks."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def signals_are_given_back() -> Iterator[None]:
+    """Fail the test that leaves a signal taken over, not a later one, whose program could not take it and would end pytest."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert signal.set_wakeup_fd(-1) == -1, "signals are still written to a pipe"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 BERT = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32"
