@@ -17,7 +17,7 @@ from megatron.mesh.mesh import Axis
 T = TypeVar("T")
 
 # A rank waits for the slowest disk. What dies or hangs meanwhile is found by the watch, not by this.
-LONGEST_WAIT = timedelta(days=1)
+MAX_WAIT = timedelta(days=1)
 
 
 class DiskError(CheckpointError):
@@ -32,7 +32,7 @@ def saving_axis(world: Axis) -> Axis:
     """
     if world.group is None:
         return world
-    return replace(world, name="save", group=dist.new_group(list(world.ranks), timeout=LONGEST_WAIT, backend="gloo"))
+    return replace(world, name="save", group=dist.new_group(list(world.ranks), timeout=MAX_WAIT, backend="gloo"))
 
 
 def together(world: Axis, work: Callable[[], T], watch: Watchdog | None = None, what: str = "") -> T:

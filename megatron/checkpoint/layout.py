@@ -45,7 +45,7 @@ NEXT_TRACKER = f".{TRACKER}.tmp"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
 MAX_TRACKER_BYTES = 1000
-MOST_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
+MAX_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
 NONE: Mapping[Path, str] = MappingProxyType({})
 
 
@@ -92,7 +92,7 @@ def path_in(directory: Path, name: str) -> Path:
 
 def _bytes(path: Path) -> bytes:
     """A file that is to be JSON. OSError when it is too large to be one of ours."""
-    return read_bytes(path, MOST_JSON)
+    return read_bytes(path, MAX_JSON)
 
 
 def read_manifest(directory: Path) -> Manifest:

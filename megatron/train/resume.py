@@ -24,7 +24,7 @@ from megatron.checkpoint.layout import (
     CONFIG,
     DIRECTORY,
     MANIFEST,
-    MOST_JSON,
+    MAX_JSON,
     STATE,
     CheckpointError,
     holds_weights_alone,
@@ -324,7 +324,7 @@ def require_same_checkpoint(source: StateSource, world: Axis) -> None:
     seen = None
     if source.directory is not None:
         try:
-            digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MOST_JSON)).hexdigest()[:16]
+            digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MAX_JSON)).hexdigest()[:16]
         except OSError as error:
             digest = f"that cannot be read: {error.strerror}"
         seen = f"{source.directory.name}, manifest {digest}"
