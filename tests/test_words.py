@@ -1,6 +1,6 @@
 """The words of the code: how docstrings begin, who explains its parameters, how much is commented, which names stand twice.
 
-    python tests/test_words.py [megatron/config ...]      lists what the measures find, and their figures
+python tests/test_words.py [megatron/config ...]      lists what the measures find, and their figures
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from source_files import ROOT, shown, sources, tree
+from source_files import shown, sources, tree
 
 NOT_A_SENTENCE = re.compile(r"(What|Whether|How|Of|Where)\b")
 SECTION = re.compile(r"^\s*Args:$", re.MULTILINE)
@@ -120,7 +120,9 @@ def test_a_class_name_has_one_meaning() -> None:
 
 
 def test_limits_are_called_max_and_min() -> None:
-    paths = [path for path in sources("megatron", "tools", "tasks", "tests", "benchmarks", "examples") if path != Path(__file__)]
+    paths = [
+        path for path in sources("megatron", "tools", "tasks", "tests", "benchmarks", "examples") if path != Path(__file__)
+    ]
     assert not [f"{shown(path)}: {name.group()}" for path in paths for name in CONSTANT.finditer(path.read_text())]
 
 
@@ -133,7 +135,11 @@ def test_what_breaks_the_rules_is_found() -> None:
     )
     module = ast.parse(text)
     assert list(no_sentences(module)) == [(1, "How it is."), (13, "Of a.")]
-    assert [(name, explained) for _, name, explained in with_many_parameters(module)] == [("f", True), ("g", False), ("C.i", False)]
+    assert [(name, explained) for _, name, explained in with_many_parameters(module)] == [
+        ("f", True),
+        ("g", False),
+        ("C.i", False),
+    ]
     assert comments_and_code(text, module) == (2, 10)
     assert public_classes({"a.py": module, "b.py": module}) == {"C": ["a.py", "b.py"]}
     assert CONSTANT.findall("MOST_LINES, FEWEST_RANKS, ALMOST_THERE") == ["MOST", "FEWEST"]
