@@ -29,7 +29,7 @@ CLIP = 1.0
 
 @contextmanager
 def process(case: Case) -> Iterator[torch.device]:
-    """torch set up as a script under torchrun does it; gives the device. Nothing of this framework, so nothing it tunes."""
+    """Set torch up as a script under torchrun does it, and yield the device: nothing of this framework, so nothing it tunes."""
     gpu = case.device == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
@@ -246,7 +246,7 @@ def parallelized(case: Case, device: torch.device) -> PlainGPT:
 
 @contextmanager
 def dtensor(case: Case) -> Iterator[Step]:
-    """torch's own tensor parallelism, with its vocabulary-parallel loss."""
+    """Tensor parallelism of torch itself, with its vocabulary-parallel loss."""
     from torch.distributed.tensor.parallel import loss_parallel
 
     with process(case) as device:

@@ -18,8 +18,10 @@ class Dims:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward matmuls of one token, with attention over the whole sequence and the output layer:
-        72 L h^2 (1 + s / 6h + V / 12hL), as in arXiv 2104.04473, section 5.1, without recomputation.
+        """FLOPs of the forward and backward matmuls of one token, without recomputation.
+
+        With attention over the whole sequence and the output layer: 72 L h^2 (1 + s / 6h + V / 12hL), as in arXiv 2104.04473,
+        section 5.1.
         """
         h, depth = self.width, self.layers
         return 72 * depth * h * h * (1 + self.seq / (6 * h) + self.vocab / (12 * h * depth))

@@ -272,6 +272,7 @@ def cases_of(layouts: Sequence[str], saving: Sequence[str], iterations: int, dat
 
 
 def main() -> int:
+    """Run the program, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=24, help="of each run")

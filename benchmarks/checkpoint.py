@@ -213,6 +213,7 @@ def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", default=".", help="on the disk that is measured")
     for name, default in (("ranks", 2), ("layers", 6), ("width", 768), ("sequence", 256), ("rounds", 5), ("steps", 4)):

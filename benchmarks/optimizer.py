@@ -210,6 +210,7 @@ def run(rank: int, case: Case, port: int) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 2), ("parameters", 20), ("width", 1024), ("rounds", 9), ("steps", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)

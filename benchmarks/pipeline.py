@@ -202,6 +202,7 @@ def against(speeds: Mapping[str, Sequence[float]], name: str) -> str:
 
 
 def main() -> int:
+    """Run the benchmark, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(PIPELINES), default=["pp2"], help="default: pp2")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")

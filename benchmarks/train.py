@@ -256,6 +256,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
+    """Run the benchmark, and return its exit status."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = [name for name, case in CASES.items() if case.device == device]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,5 +1,4 @@
-"""A periodic action, a metric on the log line and a place for metrics that the package does not have, as another would bring
-them."""
+"""A periodic action, a metric on the log line and a place for metrics, as another package would bring them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A small world in which four tasks can be learnt: people who hold things of a colour. Its corpus, and each task's files in the
-format in which the real ones are published."""
+"""A small world in which four tasks can be learnt: people who hold things of a colour.
+
+Its corpus, and each task's files in the format in which the real ones are published.
+"""
 
 from __future__ import annotations
 

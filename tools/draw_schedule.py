@@ -55,6 +55,7 @@ def describe(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedule", required=True, help=", ".join(SCHEDULES))
     parser.add_argument("--stages", type=int, required=True, metavar="P", help="pipeline ranks")

@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     given = arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 

@@ -1,6 +1,6 @@
-"""A checkpoint of ours, of any layout -> Megatron-LM's files, cut over any number of ranks, weights only.
+r"""A checkpoint of ours, of any layout -> Megatron-LM's files, cut over any number of ranks, weights only.
 
-    python tools/export_megatron.py --load runs/gpt --save megatron-lm-run \\
+    python tools/export_megatron.py --load runs/gpt --save megatron-lm-run \
         --target-tensor-parallel-size 2 --target-pipeline-parallel-size 2
 
 Load it there with --finetune, or with --no-load-optim --no-load-rng. Exit status: 0 done; 2 bad input; 1 a failure.
@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     given = arguments()
 
     from megatron.checkpoint.find import find

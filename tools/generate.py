@@ -42,6 +42,7 @@ REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was aske
 
 
 def main(argv: list[str]) -> int:
+    """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_model_flags(parser)
     given = parser.add_mutually_exclusive_group(required=True)

@@ -52,6 +52,7 @@ def note(line: str) -> None:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     given = arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 

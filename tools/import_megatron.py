@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     given = arguments()
 
     from megatron.checkpoint.layout import CheckpointError

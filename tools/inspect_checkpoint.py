@@ -64,6 +64,7 @@ def table(about: dict[str, Any], others: list[int]) -> list[str]:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "directory", type=non_empty_path, metavar="DIR", help="directory of checkpoints, or one iter_ directory"

@@ -157,6 +157,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the tool, and return its exit status."""
     args = parser().parse_args(argv)
     prefixes, _ = parse_blend(args.prefix, "PREFIX")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]

@@ -103,7 +103,7 @@ def install_in_venv(venv):
 
 
 def name_of(requirement):
-    """The bare, normalised name of `tokenizers>=0.20`, `megatron-plain[hf]`, …"""
+    """Return the bare, normalised name of `tokenizers>=0.20` or `megatron-plain[hf]`."""
     name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
     return name.lower().replace("_", "-").replace(".", "-")
 
@@ -154,6 +154,7 @@ def install_in_place():
 
 
 def main():
+    """Run the tool, and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", default=".venv", help="directory of the environment, or `system`")
     venv = parser.parse_args().venv

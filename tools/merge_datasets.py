@@ -18,6 +18,7 @@ with loading():
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the tool, and return its exit status."""
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",

@@ -137,6 +137,7 @@ def draw(train: Points, validation: Points, title: str) -> str:
 
 
 def main() -> int:
+    """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", type=non_empty_path, help="metrics.jsonl of a run")
     parser.add_argument("--output", type=non_empty_path, required=True, help="SVG file to write")

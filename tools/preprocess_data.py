@@ -85,6 +85,7 @@ class Progress:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the tool, and return its exit status."""
     args = parser().parse_args(argv)
     if args.partitions != 1:
         raise DataError("--partitions: only 1; use --workers, which needs no partitions")

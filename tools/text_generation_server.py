@@ -44,6 +44,7 @@ REFUSED = (CheckpointError, ConfigError, DataError, ValueError)  # what was aske
 
 
 def main(argv: list[str]) -> int:
+    """Run the tool, and return its exit status."""
     parser = ToolParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_model_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is all (default 127.0.0.1)")

@@ -25,6 +25,7 @@ FILES = {  # by --tokenizer-type, what is written
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the tool, and return its exit status."""
     p = ToolParser(description=__doc__, allow_abbrev=False)
     p.add_argument(
         "--input",

@@ -50,6 +50,7 @@ def cross_entropy(counts: NDArray[np.int64], shares: NDArray[np.float64]) -> flo
 
 
 def main() -> int:
+    """Run the program, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, help="SAVE of a run of pretrain_bert.py, or one iter_ directory")
     try:

@@ -44,6 +44,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 
 def main() -> int:
+    """Run the program, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=non_empty_path, help="file to write")
     output: Path = parser.parse_args().output

@@ -25,6 +25,7 @@ with loading():
 
 
 def main() -> int:
+    """Run the program, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=non_empty_path)
     parser.add_argument("--prompt", required=True)

@@ -117,6 +117,7 @@ def run_steps() -> str:
 
 
 def main() -> int:
+    """Run the quickstart, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()  # it takes nothing but --help
     started = time.monotonic()

@@ -33,6 +33,7 @@ def character_tokenizer(text: str) -> Tokenizer:
 
 
 def main() -> int:
+    """Run the program, and return its exit status."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="a plain text file in UTF-8")
     parser.add_argument("output", type=Path, help="directory to write to")

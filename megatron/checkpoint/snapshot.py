@@ -52,8 +52,11 @@ def _giver(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def _host_memory(size: int, device: torch.device, runtime: Any = None) -> Tensor:
-    """`size` bytes, pinned for a GPU. Registered with CUDA, not taken from torch's pinned allocator, which would round up to
-    a power of two: up to twice the memory. runtime: CUDA's, by default torch's."""
+    """Allocate `size` bytes, pinned for a GPU.
+
+    Registered with CUDA, not taken from torch's pinned allocator, which would round up to a power of two: up to twice the
+    memory. runtime: CUDA's, by default torch's.
+    """
     buffer = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda" and size:
         runtime = runtime or torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -1,5 +1,6 @@
-"""A checkpoint as a Hugging Face directory that proves itself: it appears under its name only once transformers has opened it
-and computed the same logits as this framework.
+"""Export a checkpoint to a Hugging Face directory, and prove it.
+
+It appears under its name only once transformers has opened it and computed the same logits as this framework.
 
 A family that transformers has no class for, which another package brought, is read back here instead.
 """

@@ -68,8 +68,11 @@ def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
 
 
 def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-    """CheckpointError when names or shapes of the weights are not those of a model with this configuration, and when there
-    can be no such model."""
+    """Compare the names and shapes of weights with those of a model with this configuration.
+
+    Raises:
+        CheckpointError: they differ, or there can be no such model.
+    """
     there = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
     if config.num_layers != there:  # before anything is made for every layer
         raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")

@@ -156,8 +156,10 @@ def export_hf(
 
 
 def write_files(storage: Storage, out: Path, groups: list[Group], limit: int) -> None:
-    """Tensors as one safetensors file in `out`, which is created; as several with an index where they have more than `limit`
-    bytes."""
+    """Write tensors as one safetensors file in `out`, which is created.
+
+    Where they have more than `limit` bytes, they become several files with an index.
+    """
     files = files_for(groups, limit)
     storage.make_directory(out)
     where: dict[str, str] = {}

@@ -24,7 +24,7 @@ class TokenizerError(Exception):
 
 
 def auto_tokenizer(directory: Path) -> Any | None:
-    """transformers' own tokenizer of a directory; None where transformers is not installed. TokenizerError when it fails."""
+    """Open a directory with the tokenizer of transformers; None where that is not installed. TokenizerError when it fails."""
     if find_spec("transformers") is None:
         return None
     import transformers

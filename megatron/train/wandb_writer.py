@@ -176,6 +176,7 @@ def serve_run(channel: socket.socket) -> None:
 
 
 def main() -> None:
+    """Run the writer."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the run, whose end is heard of
     channel = socket.socket(fileno=os.dup(0))

@@ -22,8 +22,11 @@ ASSETS = {"vocab.json": b"{}", "deep/merges.txt": b"a b\n"}
 
 
 class Faulty(Storage):
-    """Calls `act` at step number `at`: before and after everything that is done to the disk, in the middle of the first
-    bytes of a file, and of its first tensor. for_ever: at every later step too. None: it only counts."""
+    """Calls `act` at step number `at`.
+
+    Steps are before and after everything that is done to the disk, in the middle of the first bytes of a file, and of its
+    first tensor. for_ever: at every later step too. None: it only counts.
+    """
 
     def __init__(self, at=None, act=None, *, for_ever=False):
         self.at, self.act, self.for_ever, self.steps = at, act, for_ever, 0

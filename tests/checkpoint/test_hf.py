@@ -239,7 +239,6 @@ def test_what_the_tool_says(tmp_path, monkeypatch, capsys):
 
 def test_a_model_that_its_configuration_does_not_describe(tmp_path):
     """The config.json of another run: the names or shapes that do not fit are listed."""
-
     model = ModuleWeights(build(ModelConfig(**BASE), Axis.alone("tp")))
 
     def refused(match, config):

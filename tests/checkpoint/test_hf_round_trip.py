@@ -183,8 +183,10 @@ def test_rows_of_the_output_bias_grow_as_well():
 
 
 def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
-    """Without --finetune it is said what is missing. With it, what came along goes from checkpoint to checkpoint; and nothing
-    is imported into the run."""
+    """Without --finetune it is said what is missing.
+
+    With it, what came along goes from checkpoint to checkpoint; and nothing is imported into the run.
+    """
     source, ours, run = sources / "gpt2_added_tokens", tmp_path / "ours", tmp_path / "run"
     assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", ours) == 0
     (tmp_path / "text.jsonl").write_text('{"text": "hello <sep> the<pad>fox"}\n' * 40)

@@ -1,5 +1,7 @@
-"""Every field and every tensor of every family's directory, removed, changed and doubled: read as transformers reads it, or
-refused in words."""
+"""Every field and every tensor of every family's directory, removed, changed and doubled.
+
+Each is read as transformers reads it, or refused in words.
+"""
 
 from __future__ import annotations
 

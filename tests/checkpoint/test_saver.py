@@ -338,8 +338,10 @@ def memory_of_a_save(rank: int, root: str, async_save: bool) -> None:
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of a process is reset through /proc")
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 def test_the_memory_that_a_save_takes(tmp_path, async_save):
-    """In the background what the rank writes and a tenth more; in the foreground next to nothing. In a new process, which has
-    no memory that others have freed."""
+    """In the background what the rank writes and a tenth more; in the foreground next to nothing.
+
+    In a new process, which has no memory that others have freed.
+    """
     here = Path(__file__).parent
     call = f"from test_saver import memory_of_a_save; memory_of_a_save(0, {str(tmp_path)!r}, {async_save})"
     program = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]; {call}"

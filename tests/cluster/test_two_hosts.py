@@ -38,7 +38,7 @@ class Hosts:
             ip("-n", name, "link", "set", "lo", "up")
 
     def cable(self, state: str) -> None:
-        """up or down; the far end loses its carrier as well."""
+        """Up or down; the far end loses its carrier as well."""
         ip("-n", self.names[1], "link", "set", "cable2", state)
 
     def torchrun(self, number: int, log: Path, *command: str) -> subprocess.Popen[bytes]:

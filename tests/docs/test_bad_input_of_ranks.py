@@ -1,5 +1,6 @@
-"""Bad input to programs that run on several processes, as torchrun starts them: what all of them say together is at most three
-lines, and the launcher's own report has the first process's words.
+"""Bad input to programs that run on several processes, as torchrun starts them.
+
+What all of them say together is at most three lines, and the launcher's own report has the first process's words.
 """
 
 from __future__ import annotations

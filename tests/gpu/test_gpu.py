@@ -1,5 +1,7 @@
-"""What only a GPU can show: the same run as on a CPU, in bf16 and compiled, ranks that share one card, and products that add
-themselves to fp32 gradients."""
+"""What only a GPU can show.
+
+The same run as on a CPU, in bf16 and compiled, ranks that share one card, and products that add themselves to fp32 gradients.
+"""
 
 from __future__ import annotations
 

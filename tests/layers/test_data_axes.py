@@ -62,8 +62,11 @@ def tokens_of(step: int, part: int) -> Tensor:
 
 
 def backward(model: Experts, mesh: Mesh, step: int) -> None:
-    """The gradients of this rank's work. The dense layer sees this rank's parts of the data. An expert sees what the ranks of
-    its cp send it: here made again, without gradients, since the toy has no exchange of tokens."""
+    """The gradients of this rank's work.
+
+    The dense layer sees this rank's parts of the data. An expert sees what the ranks of its cp send it: here made
+    again, without gradients, since the toy has no exchange of tokens.
+    """
     ranks = mesh.dp_cp.size
     parts = range(mesh.dp_cp.rank * DATA // ranks, (mesh.dp_cp.rank + 1) * DATA // ranks)
     sent = range(mesh.dp.rank * DATA // mesh.dp.size, (mesh.dp.rank + 1) * DATA // mesh.dp.size)

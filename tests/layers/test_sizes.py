@@ -136,8 +136,11 @@ def test_what_a_layer_computes_it_says_itself() -> None:
 
 
 def test_what_a_layer_keeps_it_says_itself(toy: tuple[ModelConfig, int]) -> None:
-    """In hidden states of a micro-batch, of which a plain layer keeps 16 and its weight gradients take as many: of two layers
-    each toy norm keeps one more, or one layer the input of one matrix more, whose gradient takes that and its wide output."""
+    """In hidden states of a micro-batch, of which a plain layer keeps 16 and its weight gradients take as many.
+
+    Of two layers each toy norm keeps one more, or one layer the input of one matrix more, whose gradient takes that and its
+    wide output.
+    """
     run = config_of(toy[0], 1, 1)
     found = StageActivations.of(run, MetaModel.of(run), StagePart(range(1, 3), False, False)).micro_batch
     saved, weight_grad = (4, 0) if toy[0].normalization == "toy" else (1, 3)

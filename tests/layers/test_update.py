@@ -60,7 +60,7 @@ def test_it_is_torchs_own(name: str, multiplier: float) -> None:
 
 @pytest.mark.parametrize("kernel", ["fused", "foreach"])
 def test_a_step_imports_no_compiler(kernel: str) -> None:
-    """torch's optimizer classes and torch.autograd.backward do: two seconds of every rank's start."""
+    """Torch's optimizer classes and torch.autograd.backward do: two seconds of every rank's start."""
     program = f"""
 import sys
 from reference import GPT2, Setting, trajectory

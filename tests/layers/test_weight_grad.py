@@ -1,5 +1,4 @@
-"""The backward pass in two parts, I and W: the same gradients as in one, from less than the graph. And weight gradients that
-their products add to the buffer: here with a product of the same meaning in place of the one that only CUDA has."""
+"""The backward pass in two parts, I and W, and weight gradients that their products add to the optimizer's buffer."""
 
 from __future__ import annotations
 
@@ -289,8 +288,10 @@ def exact_product(total: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> N
 
 
 def backward(form: ModelSettings, sequence_parallel: bool, way: str, grad_dtype: torch.dtype = torch.float32):
-    """Gradients of three micro-batches in the optimizer's buffers, by parameter; how often each was reported; the calls of
-    `add_weight_grad`. way: plain, fused, or fused with I and W apart."""
+    """Three micro-batches: gradients in the buffers by parameter, how often each was reported, calls of `add_weight_grad`.
+
+    way: plain, fused, or fused with I and W apart.
+    """
     model, store = stage(form, sequence_parallel, torch.bfloat16), WeightGradStore(fused=way != "plain")
     attach_weight_grad_store(model, store)
     buffers = flat_buffers(model.parameters(), grad_dtype=grad_dtype)

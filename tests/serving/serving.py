@@ -101,7 +101,9 @@ def served(
     buffer: int = 0,
     **service: Any,
 ) -> Iterator[Client]:
-    """max_tokens_total: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a
+    """Serve a model in a thread, and yield a client of it.
+
+    max_tokens_total: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a
     reply that nobody reads; 0 for its own number. service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
@@ -135,6 +137,5 @@ def tireless() -> GPT:
 
 def checkpoint(root: Path) -> Path:
     """One whose tokenizer has a chat template."""
-
     template = {"chat_template.jinja": b"{{ messages[0].content }}"}
     return save_model(tireless(), root, ByteTokenizer().files() | template)

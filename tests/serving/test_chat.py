@@ -117,7 +117,7 @@ def test_a_stream_of_chunks_is_the_whole_reply(client) -> None:
 
 
 def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
-    """eos of the tokenizer, and those of generation_config.json, which lists several."""
+    """Eos of the tokenizer, and those of generation_config.json, which lists several."""
     folder = write_tokenizer(tmp_path)
     tokenizer = open_tokenizer(folder)
     assert ChatFiles.from_directory(folder, tokenizer).ends == (EOS,)

@@ -1,6 +1,6 @@
-"""Starts pretraining commands on several ranks, each in a second, for tests of how runs end: torch is imported once, ranks are
-forked from there.
+"""Starts pretraining commands on several ranks, each in a second, for tests of how runs end.
 
+Torch is imported once, ranks are forked from there.
 Reads one JSON object a line: argv, ranks, launcher, out, err, env, fault (rank, phase, at, how; or null).
 The fault is done at the `at`-th time that rank comes to the phase. launcher: like torchrun, SIGTERM goes to all ranks when one
 has ended with another status than 0. Answers with the exit statuses of the ranks, by a line of JSON.

@@ -55,7 +55,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_first_rank_that_does_not_run() -> None:
-    """torch would add a stack of C++ to it."""
+    """Torch would add a stack of C++ to it."""
     env, began = LaunchEnvironment(1, 2, port=free_port()), time.monotonic()
     with pytest.raises(JobError, match=f"rank 1 on host {HOST} found no rank 0 at 127.0.0.1:{env.port} in 0.01") as error:
         connect_store(env, SHORT)

@@ -19,8 +19,10 @@ from megatron.files.regular import MAX_TOML_BYTES, read_text
 
 
 def read_toml(path: str) -> Reading:
-    """Settings of a TOML file: a table per section of `RunSettings`, keys as the flags without their dashes or as the
-    schema's fields, `-` and `_` alike; `preset` stands before the first table."""
+    """Read the settings of a TOML file, with a table for each section of `RunSettings`.
+
+    Keys are the flags without their dashes, or the schema's fields, `-` and `_` alike; `preset` stands before the first table.
+    """
     reading = Reading()
     reading.broken = True
     try:

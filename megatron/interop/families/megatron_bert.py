@@ -151,8 +151,10 @@ def _config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _class_of(config: ModelConfig, found: Found, about: Mapping[str, Any]) -> tuple[ModelConfig, HFClass]:
-    """Fine-tuned, with the binary head, or without. Without it the model here has no token types; then those there must mean
-    nothing."""
+    """Return the configuration and the class of a model: fine-tuned, with the binary head, or without.
+
+    Without it the model here has no token types; then those there must mean nothing.
+    """
     named = architecture(about)
     head = next((head for head, tuned in FINE_TUNED.items() if tuned.architecture == named), None)
     if head is not None:
