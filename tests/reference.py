@@ -183,7 +183,7 @@ def start(setting: Setting, steps: int) -> Run:
 
 def accumulate(run: Run, setting: Setting) -> None:
     """The gradients of the next step, and no update."""
-    vocab = run.config.model.vocabulary
+    vocab = run.config.model.known_vocab_size
     batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
     run.optimizer.zero()
     run.step.scaled_loss.count(batches)
@@ -194,7 +194,7 @@ def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
     """Train; (loss, gradient norm) of each step, of a BERT with a binary head also the sentence-order loss."""
     curve = []
     for _ in range(steps):
-        vocab = run.config.model.vocabulary
+        vocab = run.config.model.known_vocab_size
         batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
         report = run.step(batches, run.state)
         advance(run, report)

@@ -118,7 +118,7 @@ def test_the_sweep_sees_a_slow_one() -> None:
 
 
 def functions() -> dict[str, Callable[[str], Any]]:
-    from megatron.config.command_line.spelling import known_flags, nearest
+    from megatron.config.command_line.spelling import did_you_mean, known_flags
     from megatron.data.corpus import Line, parse_line
     from megatron.data.fast_cuts import RUN, alternatives
     from megatron.data.sentences import split_sentences
@@ -140,7 +140,7 @@ def functions() -> dict[str, Callable[[str], Any]]:
         "abbreviations": lambda text: list(split_sentences(text[:15_000].replace("a", "A. ").replace("0", "Mr. X. "))),
         "wikitext": detokenize,
         "line of a corpus": line,
-        "flag": lambda text: nearest("--" + text[:15_000], flags),
+        "flag": lambda text: did_you_mean("--" + text[:15_000], flags),
         "stop": lambda text: StopScan(StopTexts([text[1:20_000] + "!", text[:10_000]])).read(text[:20_000]),
         "normalized": normalize_answer,
         "overlap": lambda text: word_f1(text, text[::-1]),

@@ -101,7 +101,7 @@ def answer(
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
     tokenizer = text_tokenizer(opened)
     stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token
-    vocabulary = opened.config.vocabulary
+    vocabulary = opened.config.known_vocab_size
     if args.stop_token is not None and not 0 <= args.stop_token < vocabulary:
         raise ValueError(f"--stop-token {args.stop_token} is outside of the vocabulary of {vocabulary}")
     started_with = [tokenizer.tokenize(prompt) for prompt in prompts]

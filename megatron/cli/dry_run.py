@@ -12,14 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron.config.command_line.parse import Parsed, explain
+from megatron.config.command_line.parse import Parsed, report_and_exit
 from megatron.config.command_line.saved import from_json, to_toml
-from megatron.config.compare import different_model
+from megatron.config.compare import model_differences
 from megatron.config.data import prefixes
-from megatron.config.directories import traces
+from megatron.config.directories import checkpoint_entries
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, flag_text
-from megatron.config.rules import uneven_ahead
+from megatron.config.rules import divisible_remaining_sizes
 from megatron.config.schema import RunConfig
 from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.data.errors import DataError
@@ -62,9 +62,9 @@ def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int
             found = inspect_inputs(config, parsed.world_size)
         else:
             config, told = look(parsed)
-            found = InputSummary(config.model.vocabulary, "the checkpoint's", tuple(told))
+            found = InputSummary(config.model.known_vocab_size, "the checkpoint's", tuple(told))
     except ConfigError as error:
-        explain(error, program)
+        report_and_exit(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
     again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
     lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
@@ -74,7 +74,7 @@ def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int
     try:
         lines += report(config, parsed.world_size, found.source, found.lines)
     except ConfigError as error:
-        explain(error, program)
+        report_and_exit(error, program)
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -102,10 +102,12 @@ def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
     else:
         problems.append(Problem(flag_text("tokenizer.tokenizer_type", kind), f"needs `{missing[0]}`, also to know its size"))
     lines += _datasets(config, tokenizer, problems)
-    if config.checkpoint.load is not None or (config.checkpoint.save is not None and traces(Path(config.checkpoint.save))):
+    if config.checkpoint.load is not None or (
+        config.checkpoint.save is not None and checkpoint_entries(Path(config.checkpoint.save))
+    ):
         lines += _checkpoint(config, world_size, problems)
     else:  # a fresh run has the whole schedule of batch sizes before it
-        problems += uneven_ahead(config, world_size, 0)
+        problems += divisible_remaining_sizes(config, world_size, 0)
     if problems:
         raise ConfigError(problems)
     return InputSummary(count, source, tuple(lines))
@@ -142,7 +144,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)
         if not config.checkpoint.auto_resume:
-            problems += uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0)
+            problems += divisible_remaining_sizes(config, world_size, source.state.consumed_samples if source.progress else 0)
         if source.directory is None:
             return [*source.lines[:-1], *lines]
         if not config.checkpoint.auto_resume:
@@ -155,5 +157,5 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
     except ConfigError as error:
         problems.extend(error.problems)
         return []
-    problems.extend(different_model(held, config.model, str(source.directory)))
+    problems.extend(model_differences(held, config.model, str(source.directory)))
     return [*source.lines[:-1], *lines, f"checkpoint {source.directory}: complete"]

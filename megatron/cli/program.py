@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from megatron.cli.dry_run import dry_run
-from megatron.config.command_line.parse import HelpAsked, Parsed, explain, parse
+from megatron.config.command_line.parse import HelpRequested, Parsed, parse, report_and_exit
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import CheckpointConfig
 from megatron.files.side import forgiving_streams, piped_streams
@@ -65,7 +65,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
         env = LaunchEnvironment.from_environ(os.environ)
     except LaunchEnvironmentError as error:
         problem = Problem("what the launcher says of this process", f"cannot be: {error}")
-        explain(ConfigError([problem]), program, 0 if error.own else None)
+        report_and_exit(ConfigError([problem]), program, 0 if error.own else None)
     early = EarlyStop(env.rank)
     early.reading = env.rank > 0 and env.job is not None
     ctrl_c = CtrlC(env)
@@ -74,7 +74,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     try:
         try:
             parsed = read_command(argv, env, program, defaults, task)
-        except HelpAsked as answer:
+        except HelpRequested as answer:
             with piped_streams():
                 if env.rank == 0:
                     sys.stdout.write(str(answer))
@@ -135,7 +135,7 @@ def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defa
     """
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=_saved_config, task=task)
-    except (ConfigError, HelpAsked):
+    except (ConfigError, HelpRequested):
         raise
     except Exception as error:
         where = f"rank {env.rank} on host {os.uname().nodename}, reading the command"
@@ -172,7 +172,7 @@ def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str
     advice = []
     if ranks and env.launcher == "python" and "--dry-run" not in argv:
         advice = [f"start {ranks} processes: {shlex.join(torchrun_command(ranks, program, argv))}"]
-    explain(error, program, 0 if error.on_disk else env.rank, advice)
+    report_and_exit(error, program, 0 if error.on_disk else env.rank, advice)
 
 
 def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron.config.check import ConfigCheck, Rules, missing
 from megatron.config.errors import Problem
-from megatron.config.notation import Steps, iteration_ranges, parse_steps
+from megatron.config.notation import Steps, parse_iteration_ranges, parse_steps
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, SAMPLES, option
 
 STEPS = "batch.step_batch_size_schedule"
@@ -86,7 +86,7 @@ def global_batch_size_at(batch: BatchSettings, consumed_samples: int) -> int:
     return _shared(batch, _wanted_at(batch, consumed_samples))
 
 
-def full_batch_size(batch: BatchSettings) -> int:
+def final_batch_size(batch: BatchSettings) -> int:
     """Samples of a step when the batch size changes no more, and of an evaluation's."""
     return _shared(batch, _full(batch))
 
@@ -104,7 +104,7 @@ def _wanted_at(batch: BatchSettings, consumed_samples: int) -> int:
     return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
 
 
-def ramp_sizes(batch: BatchSettings) -> list[int]:
+def all_batch_sizes(batch: BatchSettings) -> list[int]:
     """Every global batch size that the run passes through, in order."""
     full = _full(batch)
     if batch.batch_size_steps:
@@ -115,10 +115,10 @@ def ramp_sizes(batch: BatchSettings) -> list[int]:
     return [_shared(batch, size) for size in range(start, full + 1, increment)]
 
 
-def stretches(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
+def batch_size_phases(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
     """(steps, global batch size) of the run from `consumed` samples on, where steps follow that have one size.
 
-    The steps of the last stretch are None: it goes on for ever. Steps of a ramp-up are stretches of their own.
+    The steps of the last phase are None: it goes on for ever. Steps of a ramp-up are phases of their own.
     """
     if batch.batch_size_steps:
         for (_, size), (end, _) in pairwise(_steps(batch)):
@@ -131,13 +131,13 @@ def stretches(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | N
             size = global_batch_size_at(batch, consumed)
             consumed += size
             yield 1, size
-    yield None, full_batch_size(batch)
+    yield None, final_batch_size(batch)
 
 
 def iterations_for(batch: BatchSettings, samples: int) -> int:
     """Steps that `samples` samples make; a last part batch is dropped. A batch that had to be decreased counts as it was."""
     iterations = 0
-    for steps, size in stretches(replace(batch, batch_multiple=1)):
+    for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
         whole = samples // size
         if steps is None or whole < steps:
             return iterations + whole
@@ -151,7 +151,7 @@ def samples_for(batch: BatchSettings, iterations: int) -> int:
     So a run's lengths stay the same on any number of ranks.
     """
     samples = 0
-    for steps, size in stretches(replace(batch, batch_multiple=1)):
+    for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
         taken = iterations if steps is None else min(steps, iterations)
         iterations, samples = iterations - taken, samples + taken * size
         if not iterations:
@@ -246,7 +246,7 @@ def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
     elif ramp[0] < c["batch.batch_multiple"]:
         rule = f"begins with less than `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {c['batch.batch_multiple']}"
         yield Problem(what, rule)
-    elif micro and c.dp and (uneven := [s for s in ramp_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
+    elif micro and c.dp and (uneven := [s for s in all_batch_sizes(c.resolved.batch) if s % (micro * c.dp) and s != size]):
         sizes = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
         rule = f"passes through {sizes}, not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks"
         yield Problem(what, rule, f"START and INCREMENT multiples of {micro * c.dp}")
@@ -264,7 +264,7 @@ def some_training(c: ConfigCheck) -> Iterator[Problem]:
 def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
     """A schedule of batch sizes is alone in saying them, and each makes whole micro-batches.
 
-    A run that goes on with more ranks may have smaller sizes behind it; see `rules.uneven_ahead`.
+    A run that goes on with more ranks may have smaller sizes behind it; see `rules.divisible_remaining_sizes`.
     """
     seq_length, micro = c["data.seq_length"], c["batch.micro_batch_size"]
     if not c[STEPS] or STEPS in c.invalid:
@@ -286,10 +286,10 @@ def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
         rule = "exclude each other: the schedule says every size, and its last one is the global batch size"
         yield Problem(f"{what} and `--global-batch-size {size}`", rule)
     elif micro and c.dp and c["checkpoint.load"] is None and not c["checkpoint.auto_resume"]:
-        yield from uneven_sizes(what, sizes, micro, c.dp)
+        yield from divisible_batch_sizes(what, sizes, micro, c.dp)
 
 
-def uneven_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[Problem]:
+def divisible_batch_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[Problem]:
     """A problem where some of these global batch sizes are no whole micro-batches of each rank."""
     if uneven := [size for size in sizes if size % (micro * dp)]:
         shown = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
@@ -300,7 +300,7 @@ def uneven_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[P
 def skipped_iterations(c: ConfigCheck) -> Iterator[Problem]:
     """Iterations that are left out are numbers and ranges of numbers."""
     try:
-        iteration_ranges(c["batch.skip_train_iterations"])
+        parse_iteration_ranges(c["batch.skip_train_iterations"])
     except ValueError as error:
         yield Problem(
             c.flag_text("batch.skip_train_iterations"), str(error), "numbers and ranges such as 120 300-310, from 1 on"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.config.check import ConfigCheck, Rules, exclusive, needs
-from megatron.config.directories import MANIFEST, iterations, same_directory, traces
+from megatron.config.directories import MANIFEST, checkpoint_entries, iterations, same_directory
 from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 from megatron.config.paths import near
@@ -70,7 +70,7 @@ def starts_fresh(checkpoint: CheckpointConfig) -> bool:
     if checkpoint.finetune or checkpoint.load_iteration is not None or (os.path.exists(root) and not os.path.isdir(root)):
         return False
     try:
-        return not traces(root)
+        return not checkpoint_entries(root)
     except OSError:
         return False
 

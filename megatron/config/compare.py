@@ -9,7 +9,7 @@ from megatron.config.options import by_name, flag_text
 from megatron.config.schema import ModelSettings
 
 # Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
-FREE = {
+MAY_DIFFER = {
     "attention_dropout",
     "hidden_dropout",
     "fused_attention_dropout",
@@ -20,7 +20,7 @@ FREE = {
 HEAD = {"task_head", "labels"}
 
 
-def different_model(held: ModelSettings, wanted: ModelSettings, source: str) -> list[Problem]:
+def model_differences(held: ModelSettings, wanted: ModelSettings, source: str) -> list[Problem]:
     """One problem for each setting in which the model in a checkpoint differs from the wanted one.
 
     source: names the checkpoint. A vocabulary that is not known yet is not compared.
@@ -28,7 +28,7 @@ def different_model(held: ModelSettings, wanted: ModelSettings, source: str) -> 
     problems = []
     for field in fields(ModelSettings):
         there, here = getattr(held, field.name), getattr(wanted, field.name)
-        if field.name in FREE | HEAD or there == here or (field.name == "vocab_size" and here is None):
+        if field.name in MAY_DIFFER | HEAD or there == here or (field.name == "vocab_size" and here is None):
             continue
         if field.name == "vocab_size":
             problems.append(Problem(f"the tokenizer's {here} tokens", f"do not fit {source}, which was trained with {there}"))
@@ -46,7 +46,7 @@ def different_model(held: ModelSettings, wanted: ModelSettings, source: str) -> 
     return problems
 
 
-def different_head(held: ModelSettings, wanted: ModelSettings, source: str, *, new: bool) -> list[Problem]:
+def head_differences(held: ModelSettings, wanted: ModelSettings, source: str, *, new: bool) -> list[Problem]:
     """A problem where the head in a checkpoint is not the wanted one.
 
     new: whether the run may give a pretrained model the head of a task, with initial weights: when it goes on to train it.

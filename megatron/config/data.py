@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron.config.check import ConfigCheck, Rules, missing
 from megatron.config.errors import Problem
 from megatron.config.notation import split_shares
-from megatron.config.option import CHANCE, NOT_NEGATIVE, POSITIVE, WITHIN, option
-from megatron.config.paths import near, unreadable
+from megatron.config.option import BETWEEN_0_AND_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, option
+from megatron.config.paths import near, reason_unreadable
 from megatron.files.prefixes import suggest_prefix
 
 PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path")
@@ -45,9 +45,9 @@ class DataSettings:
     )
     reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
     reset_attention_mask: bool = option(False, "no attention across an end of document")
-    mask_prob: float = option(0.15, "of BERT: share of the tokens that are to be guessed", legal=WITHIN)
+    mask_prob: float = option(0.15, "of BERT: share of the tokens that are to be guessed", legal=BETWEEN_0_AND_1)
     short_seq_prob: float = option(
-        0.1, "of BERT: share of the samples that are shorter than --seq-length, at random", legal=CHANCE
+        0.1, "of BERT: share of the samples that are shorter than --seq-length, at random", legal=FROM_0_TO_1
     )
     eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
 
@@ -92,28 +92,28 @@ def data_paths(c: ConfigCheck) -> Iterator[Problem]:
     elif not given and not c["data.mock_data"] and not c.planning:
         yield from missing(c, ["data.data_path"])
     for name in given:
-        if fault := blend_fault(c[name]):
+        if fault := blend_error(c[name]):
             yield Problem(c.flag_text(name), fault)
 
 
-def blend_fault(words: Sequence[str]) -> str | None:
+def blend_error(words: Sequence[str]) -> str | None:
     """Return what is wrong with the words of a --data-path; None where nothing is."""
     if prefixes(words) is None:
         return "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
-    if light := [w for w in words[::2] if len(words) > 1 and (weight := as_number(w)) is not None and not 0 < weight < inf]:
+    if light := [w for w in words[::2] if len(words) > 1 and (weight := parse_number(w)) is not None and not 0 < weight < inf]:
         return f"has the weight {light[0]}; weights are greater than 0: leave the dataset out instead"
     return None
 
 
 def prefixes(words: Sequence[str]) -> list[str] | None:
     """The dataset prefixes of a --data-path; None where it is neither prefixes alone nor a weight before each."""
-    weights = [as_number(word) is not None for word in words[::2]]
+    weights = [parse_number(word) is not None for word in words[::2]]
     if len(words) % 2 or not any(weights):
-        return None if len(words) > 1 and any(as_number(word) is not None for word in words) else list(words)
+        return None if len(words) > 1 and any(parse_number(word) is not None for word in words) else list(words)
     return list(words[1::2]) if all(weights) else None
 
 
-def as_number(word: str) -> float | None:
+def parse_number(word: str) -> float | None:
     """The number that a word spells, or None."""
     try:
         return float(word)
@@ -140,7 +140,7 @@ def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     files = [Path(prefix + ending) for ending in (".bin", ".idx")]
-    wrong = [(path, why) for path in files if (why := unreadable(path))]
+    wrong = [(path, why) for path in files if (why := reason_unreadable(path))]
     if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
         folder = files[0].parent
         names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None

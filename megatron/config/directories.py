@@ -28,7 +28,7 @@ def iterations(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def traces(root: Path) -> list[str]:
+def checkpoint_entries(root: Path) -> list[str]:
     """Names in a directory that show that a checkpoint was finished in it once, whole or not, in order.
 
     Empty also for a directory that is not there. OSError where it cannot be read.

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from megatron.config.check import ConfigCheck, Rules, divisors, missing
 from megatron.config.errors import Problem
 from megatron.config.normalizations import NORMALIZATIONS, OWN, norm_class
-from megatron.config.option import LAYERS, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, option
+from megatron.config.option import ABOVE_0_TO_1, FROM_0_BELOW_1, LAYERS, NOT_NEGATIVE, POSITIVE, option
 
 FOREIGN: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -50,7 +50,7 @@ class ModelSettings:
         values={"--use-rotary-position-embeddings": "rope", "--no-position-embedding": "none"},
         yielding=("--no-position-embedding",),
     )
-    rotary_percent: float = option(1.0, "share of each head that RoPE turns", legal=SHARE)
+    rotary_percent: float = option(1.0, "share of each head that RoPE turns", legal=ABOVE_0_TO_1)
     rotary_interleaved: bool = option(False, "RoPE turns neighbouring channels as a pair, not the halves of a head")
     rotary_base: float = option(10000.0, "base of the RoPE frequencies", aliases=("--rope-theta",), legal=POSITIVE)
     normalization: str = option("LayerNorm", "normalisation layer", choices=tuple(NORMALIZATIONS))
@@ -72,8 +72,8 @@ class ModelSettings:
     )
     untie_embeddings_and_output_weights: bool = option(False, "give the output layer its own matrix")
     apply_residual_connection_post_layernorm: bool = option(False, "take the residual from the norm's output")
-    attention_dropout: float = option(0.1, "dropout probability of the attention weights", legal=PROBABILITY)
-    hidden_dropout: float = option(0.1, "dropout probability of embedding, attention and MLP output", legal=PROBABILITY)
+    attention_dropout: float = option(0.1, "dropout probability of the attention weights", legal=FROM_0_BELOW_1)
+    hidden_dropout: float = option(0.1, "dropout probability of embedding, attention and MLP output", legal=FROM_0_BELOW_1)
     fused_attention_dropout: bool = option(
         False,
         "let the fused attention kernel draw the attention dropout: faster, but the mask then depends on the layout",
@@ -106,44 +106,44 @@ class ModelConfig(ModelSettings):
     max_position_embeddings: int = field()
 
     @property
-    def vocabulary(self) -> int:
+    def known_vocab_size(self) -> int:
         """True size of the vocabulary. ValueError where no tokenizer and no checkpoint has said it yet."""
         if self.vocab_size is None:
             raise ValueError("ModelConfig.vocab_size is not resolved: it comes with a tokenizer or a checkpoint")
         return self.vocab_size
 
     @property
-    def segment_kinds(self) -> int:
+    def num_token_types(self) -> int:
         """Rows of the token type table; 0 where there is none."""
         return 2 if self.architecture == "bert" and self.bert_binary_head else 0
 
     @property
-    def predicts_words(self) -> bool:
+    def has_output_layer(self) -> bool:
         """True where there is an output layer over the vocabulary."""
         return self.task_head is None
 
     @property
-    def tied(self) -> bool:
+    def ties_embeddings(self) -> bool:
         """True where the output layer is the embedding's matrix."""
-        return self.predicts_words and not self.untie_embeddings_and_output_weights
+        return self.has_output_layer and not self.untie_embeddings_and_output_weights
 
     @property
-    def predicts_order(self) -> bool:
+    def has_binary_head(self) -> bool:
         """True where there is BERT's head that tells if two segments were swapped."""
-        return self.segment_kinds > 0 and self.predicts_words
+        return self.num_token_types > 0 and self.has_output_layer
 
     @property
-    def pooled(self) -> bool:
+    def has_pooler(self) -> bool:
         """True where there is a pooler: a dense layer and tanh on the first token."""
-        return self.predicts_order or self.task_head in ("classification", "choice")
+        return self.has_binary_head or self.task_head in ("classification", "choice")
 
     @property
-    def rows(self) -> int:
+    def rows_per_sample(self) -> int:
         """Rows of one sample: a choice has one for each of its answers."""
         return len(self.labels) if self.task_head == "choice" else 1
 
     @property
-    def task_outputs(self) -> int:
+    def num_task_outputs(self) -> int:
         """Numbers that a task's head gives: for a choice one of each row, for a span its start and its end."""
         return {"choice": 1, "span": 2}.get(self.task_head or "", len(self.labels))
 
@@ -216,7 +216,7 @@ def normalization_package(c: ConfigCheck) -> Iterator[Problem]:
         yield Problem(c.flag_text("model.normalization"), str(error))
 
 
-def of_other_architecture(c: ConfigCheck) -> Iterator[Problem]:
+def other_architecture_settings(c: ConfigCheck) -> Iterator[Problem]:
     """A setting that the model does not have would silently do nothing."""
     own = c["model.architecture"]
     for name in FOREIGN[own]:
@@ -226,5 +226,13 @@ def of_other_architecture(c: ConfigCheck) -> Iterator[Problem]:
 
 
 RULES = Rules(
-    every_run=(sizes_given, head_width, query_groups, rotary_width, positions, normalization_package, of_other_architecture)
+    every_run=(
+        sizes_given,
+        head_width,
+        query_groups,
+        rotary_width,
+        positions,
+        normalization_package,
+        other_architecture_settings,
+    )
 )

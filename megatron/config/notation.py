@@ -29,7 +29,7 @@ def split_shares(split: str) -> list[float]:
     return shares
 
 
-def iteration_ranges(words: Sequence[str]) -> tuple[range, ...]:
+def parse_iteration_ranges(words: Sequence[str]) -> tuple[range, ...]:
     """Each word, a number `N` or a range `A-B` with both ends, as a range. ValueError naming the word that is neither."""
     found = []
     for word in words:

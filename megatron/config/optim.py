@@ -10,7 +10,7 @@ from megatron.config.batch import BatchSettings
 from megatron.config.check import ConfigCheck, Rules, exclusive, missing, needs
 from megatron.config.errors import Problem
 from megatron.config.optimizers import ADAMW, OPTIMIZERS, update_rules
-from megatron.config.option import NOT_NEGATIVE, POSITIVE, PROBABILITY, option
+from megatron.config.option import FROM_0_BELOW_1, NOT_NEGATIVE, POSITIVE, option
 
 KERNEL = "optim.adam_kernel"
 OPTIMIZER = "optim.optimizer"
@@ -43,7 +43,7 @@ class OptimSettings:
     )
     lr_decay_iters: int | None = option(None, "steps until --min-lr; default --train-iters", legal=POSITIVE)
     lr_decay_samples: int | None = option(None, "samples until --min-lr; default --train-samples", legal=POSITIVE)
-    lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up", legal=PROBABILITY)
+    lr_warmup_fraction: float | None = option(None, "share of the decay length that is warm-up", legal=FROM_0_BELOW_1)
     lr_warmup_iters: int = option(0, "steps of linear warm-up", legal=NOT_NEGATIVE)
     lr_warmup_samples: int = option(0, "samples of linear warm-up", legal=NOT_NEGATIVE)
     lr_warmup_init: float = option(0.0, "learning rate that the warm-up begins with", legal=NOT_NEGATIVE)
@@ -60,13 +60,13 @@ class OptimSettings:
         "constant", "shape of the weight decay over time", choices=("constant", "linear", "cosine")
     )
     clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off", legal=NOT_NEGATIVE)
-    adam_beta1: float = option(0.9, "decay of the first moment", legal=PROBABILITY)
-    adam_beta2: float = option(0.999, "decay of the second moment", legal=PROBABILITY)
+    adam_beta1: float = option(0.9, "decay of the first moment", legal=FROM_0_BELOW_1)
+    adam_beta2: float = option(0.999, "decay of the second moment", legal=FROM_0_BELOW_1)
     adam_eps: float = option(1e-8, "added to the root of the second moment", legal=POSITIVE)
     adam_kernel: str = option(
         "fused", "whose AdamW: torch's fused or foreach one, or apex's FusedAdam", choices=("fused", "foreach", "apex")
     )
-    sgd_momentum: float = option(0.9, "momentum of sgd", legal=PROBABILITY)
+    sgd_momentum: float = option(0.9, "momentum of sgd", legal=FROM_0_BELOW_1)
     override_opt_param_scheduler: bool = option(
         False,
         "on resume take the schedule of learning rate and weight decay from the command line; where it differs from the "
@@ -108,7 +108,7 @@ def derive_optim(optim: OptimSettings, batch: BatchSettings) -> OptimSettings:
     )
 
 
-def unit_of(batch: BatchSettings) -> str:
+def length_unit(batch: BatchSettings) -> str:
     """The unit of a run's length and of its learning rate's, as it stands in the flags' names."""
     return "iters" if batch.train_samples is None else "samples"
 
@@ -129,7 +129,7 @@ def one_unit(c: ConfigCheck) -> Iterator[Problem]:
         "batch.train_iters": ("optim.lr_decay_samples", "optim.lr_warmup_samples", "optim.lr_wsd_decay_samples"),
         "batch.train_samples": ("optim.lr_decay_iters", "optim.lr_warmup_iters", "optim.lr_wsd_decay_iters"),
     }
-    unit = f"batch.train_{unit_of(typed.batch)}"
+    unit = f"batch.train_{length_unit(typed.batch)}"
     for name in families[unit]:
         if c[unit] is not None and c.is_set(name):
             yield Problem(c.flag_text(name), f"cannot go with `{c.flag(unit)}`: iterations and samples do not mix")
@@ -190,7 +190,7 @@ def adam_kernel(c: ConfigCheck) -> Iterator[Problem]:
 
 def wsd_phases(c: ConfigCheck) -> Iterator[Problem]:
     """WSD says how long its decay is, and that fits between warm-up and end."""
-    unit = unit_of(c.raw.batch)
+    unit = length_unit(c.raw.batch)
     own, decay = f"optim.lr_wsd_decay_{unit}", c[f"optim.lr_decay_{unit}"]
     if c["optim.lr_decay_style"] != "WSD" or own in c.invalid:
         return

@@ -19,10 +19,10 @@ class Range:
 
 POSITIVE = Range("greater than 0", lambda v: v > 0)
 NOT_NEGATIVE = Range("0 or greater", lambda v: v >= 0)
-PROBABILITY = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
-WITHIN = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
-CHANCE = Range("from 0 to 1", lambda v: 0 <= v <= 1)
-SHARE = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
+FROM_0_BELOW_1 = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
+BETWEEN_0_AND_1 = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
+FROM_0_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
+ABOVE_0_TO_1 = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
 MAX_TOKENS = 1 << 24  # ids of a stranger's tokenizer, and new rows of a vocabulary; the largest known ones have a million
 # What is listed one by one, layer by layer and micro-batch by micro-batch.
 LAYERS = Range("greater than 0 and at most 65,536", lambda v: 0 < v <= 1 << 16)
@@ -108,7 +108,7 @@ class Option:
         return f"`{self.flag} {' '.join(map(str, value)) if self.many else value}`"
 
 
-def options_of(section: str, config: type) -> Iterator[Option]:
+def section_options(section: str, config: type) -> Iterator[Option]:
     """Yield the options of a section, one for each field of its dataclass that has a flag, in order."""
     hints = get_type_hints(config)
     for f in dataclasses.fields(config):

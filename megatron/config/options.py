@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from megatron.config.command import CommandConfig
-from megatron.config.option import Option, options_of
+from megatron.config.option import Option, section_options
 from megatron.config.schema import sections
 
 
@@ -15,7 +15,7 @@ from megatron.config.schema import sections
 def options() -> tuple[Option, ...]:
     """Every field that has a flag, in the schema's order."""
     tables = {"command": CommandConfig, **sections()}
-    return tuple(option for section, config in tables.items() for option in options_of(section, config))
+    return tuple(option for section, config in tables.items() for option in section_options(section, config))
 
 
 @cache

@@ -26,7 +26,7 @@ def near(path: Path, names: list[str] | None = None) -> str:
     return f"; near it: {', '.join(str(folder / name) for name in close)}" if close else ""
 
 
-def unreadable(path: Path, flag: str = "") -> str | None:
+def reason_unreadable(path: Path, flag: str = "") -> str | None:
     """Return why a file cannot be read; None when it can. flag: its flag, where the name of a model may stand instead."""
     if os.path.isdir(path):
         return "is a directory, not a file"

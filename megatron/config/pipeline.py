@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron.config.batch import ramp_sizes
+from megatron.config.batch import all_batch_sizes
 from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
 from megatron.config.layout import LayoutConfig, LayoutSettings
@@ -238,7 +238,7 @@ def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
     if chunks is None or not micro or not full or not c.dp or c.invalid & BATCH:
         return
     ramp = c["batch.rampup_batch_size"]
-    sizes = ramp_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
+    sizes = all_batch_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
     for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules speak of the rest
         count = size // (micro * c.dp)
         if (objection := schedule_kind(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:

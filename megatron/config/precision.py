@@ -41,7 +41,7 @@ class PrecisionConfig:
     )
 
     @property
-    def two_bytes(self) -> bool:
+    def is_16bit(self) -> bool:
         """True where the model's weights and activations are 16-bit numbers."""
         return self.bf16 or self.fp16
 

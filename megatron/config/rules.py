@@ -20,7 +20,7 @@ from megatron.config import (
     task,
     tokenizer,
 )  # fmt: skip
-from megatron.config.batch import stretches, uneven_sizes
+from megatron.config.batch import batch_size_phases, divisible_batch_sizes
 from megatron.config.check import ConfigCheck, Rule
 from megatron.config.errors import Problem
 from megatron.config.layout import data_parallel_size
@@ -66,7 +66,7 @@ def examine(
     return checked, [p for _, p in problems] + [p for rule in rules for p in rule(checked)]
 
 
-def as_it_is(config: RunSettings, world: int = 1) -> ConfigCheck:
+def resolved_check(config: RunSettings, world: int = 1) -> ConfigCheck:
     """Return what single rules look at, for a configuration in which nothing more is to be derived."""
     return ConfigCheck(config, config, world, None, by_name(), derive)
 
@@ -100,11 +100,11 @@ def remarks(checked: ConfigCheck) -> list[str]:
     return [line for section in SECTIONS for remark in section.RULES.remarks for line in remark(checked)]
 
 
-def uneven_ahead(config: RunConfig, world_size: int, consumed: int) -> list[Problem]:
+def divisible_remaining_sizes(config: RunConfig, world_size: int, consumed: int) -> list[Problem]:
     """The problem of the sizes that a resolved run still has before it after `consumed` samples, where there is one."""
     batch, dp = config.batch, data_parallel_size(config.layout, world_size)
     if not batch.step_batch_size_schedule or config.eval.skip_train:
         return []
-    sizes = [size for _, size in stretches(batch, consumed)]
+    sizes = [size for _, size in batch_size_phases(batch, consumed)]
     what = flag_text("batch.step_batch_size_schedule", batch.step_batch_size_schedule)
-    return list(uneven_sizes(what, sizes, batch.micro_batch_size, dp or 1))
+    return list(divisible_batch_sizes(what, sizes, batch.micro_batch_size, dp or 1))

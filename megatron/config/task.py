@@ -151,7 +151,7 @@ def task_data(c: ConfigCheck) -> Iterator[Problem]:
         yield Problem("`--valid-data`", "is missing: the files to evaluate")
 
 
-def foreign_to_tasks(c: ConfigCheck) -> Iterator[Problem]:
+def pretraining_settings(c: ConfigCheck) -> Iterator[Problem]:
     """A setting that a task does not have would silently do nothing."""
     for name in FOREIGN:
         if c.is_set(name):
@@ -201,6 +201,6 @@ def task_files(c: ConfigCheck) -> Iterator[Problem]:
 
 RULES = Rules(
     pretraining=(no_task,),
-    tasks=(task_named, model_named, task_data, foreign_to_tasks, whole_sequences, windows),
+    tasks=(task_named, model_named, task_data, pretraining_settings, whole_sequences, windows),
     disk=(task_files,),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.config.check import ConfigCheck, Rules, missing
 from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
-from megatron.config.paths import unreadable
+from megatron.config.paths import reason_unreadable
 
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("tokenizer.vocab_file", "tokenizer.merge_file"),
@@ -77,7 +77,7 @@ def tokenizer_files(c: ConfigCheck) -> Iterator[Problem]:
         path = Path(c[name])
         if kind == "HuggingFaceTokenizer" and os.path.isdir(path):
             path = path / "tokenizer.json"
-        if wrong := unreadable(path, c.flag(name)):
+        if wrong := reason_unreadable(path, c.flag(name)):
             where = "" if str(path) == c[name] else f"{path} "
             yield Problem(c.flag_text(name), where + wrong)
 

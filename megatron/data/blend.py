@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron.config.data import as_number
+from megatron.config.data import parse_number
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 
@@ -19,7 +19,7 @@ SURPLUS = 0.005  # each dataset is built with this share of samples more than it
 def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
     """Return prefixes and weights of `PREFIX ...` or `WEIGHT PREFIX WEIGHT PREFIX ...`; weights are None for the first form."""
     words = [word.strip() for word in words]
-    weights = [as_number(word) for word in words[::2]]
+    weights = [parse_number(word) for word in words[::2]]
     given = [weight for weight in weights if weight is not None]
     if len(words) % 2 or not given:
         if len(given) == len(words) or (len(given) > 1 and len(words) > 1):

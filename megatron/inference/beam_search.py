@@ -81,7 +81,7 @@ class BeamSearch:
             use_cache: keep keys and values; without, everything is computed again for each token.
         """
         check_prompt(model, prompt)
-        vocabulary = model.config.vocabulary
+        vocabulary = model.config.known_vocab_size
         if 2 * self.width > vocabulary:
             raise ValueError(f"--beam-width {self.width} is too wide for a vocabulary of {vocabulary}: at most half of it")
         room = free_positions(model, prompt)

@@ -152,7 +152,7 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
     if room is not None and room < (0 if reads_only else 1):
         last = len(prompt) + room
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model {last} positions: shorten the prompt")
-    vocabulary = model.config.vocabulary
+    vocabulary = model.config.known_vocab_size
     if outside := [token for token in prompt if not 0 <= token < vocabulary]:
         raise ValueError(f"token {outside[0]} of the prompt is outside of the vocabulary of {vocabulary}")
 

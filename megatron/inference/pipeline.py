@@ -59,7 +59,7 @@ class Pipeline:
             top: also the log-probabilities of the batch's tokens, and of this many alternatives at each place.
         """
         x = self._final_hidden(batch, cache)  # [seq, batch, hidden] on the last stage's rank
-        (rows, seq), vocab = batch.tokens.shape, self.config.vocabulary
+        (rows, seq), vocab = batch.tokens.shape, self.config.known_vocab_size
         if x is not None:
             found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
         else:

@@ -229,7 +229,7 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         ids = tokenizer.tokenize(text)
         if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
             raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
-        within = [number for number in ids if number < ours.config.vocabulary]  # there may be fewer rows than tokens
+        within = [number for number in ids if number < ours.config.known_vocab_size]  # there may be fewer rows than tokens
         prompts.append(within[: ours.config.max_position_embeddings])
     try:
         found = agree(ours.model, theirs, family, prompts)

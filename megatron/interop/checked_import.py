@@ -53,7 +53,7 @@ def store(
 
 def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     """What to say where a model has not one row for each token of its tokenizer; None where it has."""
-    rows, tokens = config.vocabulary, tokenizer.vocab_size
+    rows, tokens = config.known_vocab_size, tokenizer.vocab_size
     if rows == tokens:
         return None
     way = f"to train on with this tokenizer, import with --vocab-size {tokens}"

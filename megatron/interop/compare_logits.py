@@ -165,7 +165,7 @@ def agree(ours: Transformer, theirs: Any, family: HFFamily, prompts: Sequence[Se
 
 def prompt_of(config: ModelConfig) -> list[int]:
     """A prompt that goes through the vocabulary from end to end, as long as the model sees and at most MAX_PROMPT tokens."""
-    vocab = config.vocabulary
+    vocab = config.known_vocab_size
     length = min(MAX_PROMPT, config.max_position_embeddings)
     return [(i * max(1, vocab // length) + i * i) % vocab for i in range(length - 1)] + [vocab - 1]
 
@@ -257,7 +257,7 @@ def _task_pairs(ours: FineTuned, theirs: Any, prompt: Sequence[int]) -> Iterator
 def _bert_batch(ours: Transformer, tokens: Tensor, padding: Tensor) -> tuple[Batch, Tensor | None]:
     """Rows with the second half of each as the second segment; and the segments, None for a model without token types."""
     places, lengths = torch.arange(tokens.shape[1]).expand_as(tokens), (~padding).sum(dim=1, keepdim=True)
-    segments = ((2 * places >= lengths) & ~padding).long() if ours.config.segment_kinds else None
+    segments = ((2 * places >= lengths) & ~padding).long() if ours.config.num_token_types else None
     documents = padding.long() if padding.any() else None
     names = torch.zeros(len(tokens), dtype=torch.int64)
     return Batch(tokens, tokens, torch.ones(tokens.shape), places, names, documents, segments=segments), segments

@@ -62,7 +62,7 @@ def plan(directory: Path, manifest: Manifest, config: ModelConfig, written_as: H
     ours = {name.removeprefix(PREFIX) for name in manifest.tensors if name.startswith(PREFIX)}
     if left := sorted(ours - {row.ours for row in rows}):
         raise CheckpointError(f"{directory}: {written_as.architecture} has no place for {', '.join(left[:20])}")
-    tied = config.tied
+    tied = config.ties_embeddings
     needed = (row.ours for row in rows if not row.ours.endswith(".bias") and not (tied and row.ours == "head.weight"))
     if lacking := sorted({name for name in needed if name not in ours} - {row.ours for row in rows if row.zeros}):
         raise CheckpointError(f"{directory}: its config.json asks for tensors that it does not hold: {', '.join(lacking[:20])}")

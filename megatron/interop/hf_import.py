@@ -109,7 +109,7 @@ def _read(
     weights: dict[str, Tensor] = {}
     used: set[str] = set()
     for row in saved_from.table(config):
-        if row.ours == "head.weight" and config.tied:
+        if row.ours == "head.weight" and config.ties_embeddings:
             continue
         if row.ours.endswith(".bias") and not config.add_bias_linear and row.zeros is None:
             continue

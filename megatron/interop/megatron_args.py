@@ -176,7 +176,7 @@ def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None,
     dtype: `float32`, `float16` or `bfloat16`. `true_vocab_size` is ours, so that an import knows it again.
     """
     heads, groups = config.num_attention_heads, config.num_query_groups
-    vocab, rope = config.vocabulary, config.position_embedding_type == "rope"
+    vocab, rope = config.known_vocab_size, config.position_embedding_type == "rope"
     tanh = config.activation == "gelu"
     values: dict[str, Any] = {name: getattr(config, name) for name in (*SIZES, *SWITCHES, *NUMBERS)}
     values |= {

@@ -220,7 +220,7 @@ def write_megatron(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "
             f"there would name iteration {iteration}. Give --save a new directory, or move away what is there"
         )
-    rows = padded_vocab_size(config.vocabulary, tp, config.make_vocab_size_divisible_by)
+    rows = padded_vocab_size(config.known_vocab_size, tp, config.make_vocab_size_divisible_by)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
     args = namespace(config, tp, pp, tokenizer_type, dtype)

@@ -136,7 +136,7 @@ def understand(
     if args:
         _tell_of_other_settings(args, model, about, say)
     sizes = Sizes(model.num_attention_heads, 1, model.kv_channels)
-    weights = unpadded(join([chunks], sizes, version), model.vocabulary)
+    weights = unpadded(join([chunks], sizes, version), model.known_vocab_size)
     for name in zero_matrices(weights):
         say(f"{name} is all zeros; was the model saved whole?")
     written_as = _class_of(kind, weights)
@@ -267,7 +267,7 @@ def _agree(model: ModelConfig, known: Weights, kind: Kind) -> None:
         "ffn_hidden_size": up.shape[0],
     }
     wrong = [(kind.sizes[name], getattr(model, name), there) for name, there in held.items() if getattr(model, name) != there]
-    if model.vocabulary > word.shape[0]:
+    if model.known_vocab_size > word.shape[0]:
         wrong.append((kind.sizes["vocab_size"], model.vocab_size, word.shape[0]))
     if wrong:
         listed = ", ".join(f"{name} {asked} but {there} in the tensors" for name, asked, there in wrong)

@@ -86,9 +86,9 @@ class Bert(Transformer):
         """Add output layer, masked-word head, pooler and binary head, where `part.head` and the configuration has them."""
         config, tp, here = self.config, self.tp, self.part.head
         self.head = self.build_output(word)
-        self.masked_words = MaskedWordHead(config, self.vocabulary, tp) if here and config.predicts_words else None
-        self.pooler = Pooler(config, tp) if here and config.pooled else None
-        swapped = here and config.predicts_order
+        self.masked_words = MaskedWordHead(config, self.vocabulary, tp) if here and config.has_output_layer else None
+        self.pooler = Pooler(config, tp) if here and config.has_pooler else None
+        swapped = here and config.has_binary_head
         self.order = Dense(config.hidden_size, 2, tp.on_whole_sequences) if swapped else None
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:

@@ -25,9 +25,9 @@ class Embedding(nn.Module):
             self.position = nn.Module()
             self.position.weight = tp.parameter(config.max_position_embeddings, hidden, init="normal")
         self.segment: nn.Module | None = None
-        if config.segment_kinds:
+        if config.num_token_types:
             self.segment = nn.Module()
-            self.segment.weight = tp.parameter(config.segment_kinds, hidden, init="normal")
+            self.segment.weight = tp.parameter(config.num_token_types, hidden, init="normal")
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, keys: DropoutKeys | None) -> Tensor:
         """Add up the embeddings of each token, then drop.

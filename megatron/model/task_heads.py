@@ -39,7 +39,7 @@ class TaskHead(Dense):
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, *, seed: int) -> None:
-        super().__init__(config.hidden_size, config.task_outputs, tp.on_whole_sequences)
+        super().__init__(config.hidden_size, config.num_task_outputs, tp.on_whole_sequences)
         self.config, self.join = config, tp.join
         self.dropout = HiddenDropout(seed, -1, "task_head", config.hidden_dropout)
 
@@ -73,7 +73,7 @@ class Classifier(TaskHead):
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
         """Return the shape of the logits."""
-        return batch.tokens.shape[0], config.task_outputs
+        return batch.tokens.shape[0], config.num_task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
         """Return the logits; arguments as for `TaskHead.logits`."""
@@ -130,7 +130,7 @@ class Tagger(TaskHead):
     @staticmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
         """Return the shape of the logits."""
-        return *batch.tokens.shape, config.task_outputs
+        return *batch.tokens.shape, config.num_task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
         """Return the logits; arguments as for `TaskHead.logits`."""
@@ -155,7 +155,7 @@ class FineTuned(Transformer):
     def build_heads(self, word: nn.Parameter | None) -> None:
         """Add the task's head, and the pooler where it reads one, where `part.head`."""
         config, tp, here = self.config, self.tp, self.part.head
-        self.pooler = Pooler(config, tp) if here and config.pooled else None
+        self.pooler = Pooler(config, tp) if here and config.has_pooler else None
         self.task_head = self._kind(config, tp, seed=self.seed) if here else None
 
     @property

@@ -77,12 +77,12 @@ class Transformer(nn.Module):
         self.recompute = recompute or Recompute()
         plain = causal_attention if self.causal else bidirectional_attention
         core_attention = self.recompute.attention(core_attention or plain)
-        self.vocabulary = VocabShard.for_rank(config.vocabulary, tp.axis, config.make_vocab_size_divisible_by)
+        self.vocabulary = VocabShard.for_rank(config.known_vocab_size, tp.axis, config.make_vocab_size_divisible_by)
         with torch.device(device):
             self.embedding: Embedding | None = None
             if part.embedding:
                 self.embedding = Embedding(config, self.vocabulary, tp, seed=seed)
-                if config.tied and not part.head:
+                if config.ties_embeddings and not part.head:
                     describe_copy(self.embedding.word.weight)
             self.layers = nn.ModuleDict({str(i): self.build_layer(i, core_attention) for i in part.layers})
             self.final_norm = make_norm(config, tp) if part.head else None
@@ -157,10 +157,10 @@ class Transformer(nn.Module):
     def build_output(self, word: nn.Parameter | None) -> VocabOutput | None:
         """Return the output layer where this part has it, without a matrix of its own where it is tied to `word`."""
         config, part = self.config, self.part
-        if not (part.head and config.predicts_words):
+        if not (part.head and config.has_output_layer):
             return None
-        output = VocabOutput(self.vocabulary, config.hidden_size, self.tp, tied=word if config.tied else None)
-        if config.tied and output.weight is not None:
+        output = VocabOutput(self.vocabulary, config.hidden_size, self.tp, tied=word if config.ties_embeddings else None)
+        if config.ties_embeddings and output.weight is not None:
             describe_copy(output.weight)
         return output
 

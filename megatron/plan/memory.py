@@ -50,7 +50,7 @@ def state_of(config: RunConfig, own: Iterable[ParameterSize], owners: int = 1) -
     return state_bytes(
         [p.local for p in listed],
         [(p.spec.with_own_rate() if own_rate else p.spec).bucket_kind for p in listed],
-        two_bytes=config.precision.two_bytes,
+        is_16bit=config.precision.is_16bit,
         rules=[rule_for(config.optim.optimizer, p.name, p.spec.shape) for p in listed],
         bucket=config.layout.ddp_bucket_size,
         shards=owners,
@@ -109,10 +109,10 @@ class StageActivations:
 def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
     """Return the micro-batch of a run as a rank sees it."""
     return MicroBatchShape(
-        rows=config.batch.micro_batch_size * config.model.rows,
+        rows=config.batch.micro_batch_size * config.model.rows_per_sample,
         seq=config.data.seq_length // config.layout.context_parallel_size,
         hidden=config.model.hidden_size,
-        element=2 if config.precision.two_bytes else 4,
+        element=2 if config.precision.is_16bit else 4,
         shared=model.tp.size if model.tp.sequence_parallel else 1,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.config.batch import ramp_sizes
+from megatron.config.batch import all_batch_sizes
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import flag_text
 from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
@@ -72,7 +72,7 @@ def schedule_of(config: RunConfig, dp: int) -> Schedule:
         ConfigError: the schedule's function makes another one than it should.
     """
     layout, name = config.layout, config.layout.pipeline_schedule
-    micro_batches = max(ramp_sizes(config.batch)) // (config.batch.micro_batch_size * dp)
+    micro_batches = max(all_batch_sizes(config.batch)) // (config.batch.micro_batch_size * dp)
     chunks = pipeline_chunks(layout, config.model.num_layers)
     try:
         schedule = make(name, layout.pipeline_model_parallel_size, micro_batches, chunks)

@@ -29,7 +29,7 @@ def state_bytes(
     sizes: Sequence[int],
     kinds: Sequence[Hashable],
     *,
-    two_bytes: bool,
+    is_16bit: bool,
     rules: Sequence[UpdateRule] | None = None,
     bucket: int | None = None,
     shards: int = 1,
@@ -40,7 +40,7 @@ def state_bytes(
     Args:
         sizes: elements of each parameter, as for `parallel.buckets.buckets`.
         kinds: of each parameter, beside its rule.
-        two_bytes: whether the model computes in 16 bit.
+        is_16bit: whether the model computes in 16 bit.
         rules: how each parameter is updated; None: all by AdamW.
         bucket: --ddp-bucket-size.
         shards: ranks that own a slice each.
@@ -53,7 +53,7 @@ def state_bytes(
     held = sum(b.length for b in found)
     own = held // shards
     return StateBytes(
-        weights=2 * held + 4 * own if two_bytes else 4 * held,
+        weights=2 * held + 4 * own if is_16bit else 4 * held,
         gradients=(2 if bf16_gradients else 4) * held,
         optimizer=sum(4 * rules[b.members[0]].moments * (b.length // shards) for b in found),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from megatron.config.batch import ramp_sizes, samples_for
+from megatron.config.batch import all_batch_sizes, samples_for
 from megatron.config.schema import RunConfig
 from megatron.mesh.grid import Grid
 from megatron.parallel.embedding import padded_vocab_size
@@ -29,7 +29,7 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
         source: where the vocabulary's size comes from.
         found: lines about what the run will read.
     """
-    layout, vocab = config.layout, config.model.vocabulary
+    layout, vocab = config.layout, config.model.known_vocab_size
     grid = Grid.from_layout(layout, world)
     yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
     yield from found
@@ -91,10 +91,10 @@ def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Sched
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
     """Yield how samples become batches over the run, and what an iteration computes."""
     batch, seq, model = config.batch, config.data.seq_length, MetaModel(config.model)
-    full = max(ramp_sizes(batch))
-    rows = full * config.model.rows
+    full = max(all_batch_sizes(batch))
+    rows = full * config.model.rows_per_sample
     yield "# Batches"
-    sizes = ramp_sizes(batch)
+    sizes = all_batch_sizes(batch)
     for begin, now in zip(batch.batch_size_steps[::2], sizes, strict=False):
         yield f"global batch {now} from sample {begin:,} on ({begin * seq:,} tokens)"
     if len(sizes) > 1 and batch.rampup_batch_size:
@@ -104,7 +104,7 @@ def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[s
     yield f"global batch {full} = {micro} x {grid.dp} data-parallel ranks"
     if batch.train_iters is not None:
         samples = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.train_iters)
-        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows * seq:,} tokens"
+        yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows_per_sample * seq:,} tokens"
     per_token = flops_per_token(model, seq)
     total = per_token * seq * rows
     yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"

@@ -89,7 +89,7 @@ class GenerationTask:
             raise RequestError(
                 f"the request takes {tokens} tokens, this server allows {max_tokens_total} (--max-tokens-to-oom)"
             )
-        vocabulary = model.config.vocabulary
+        vocabulary = model.config.known_vocab_size
         if self.beam is not None and 2 * self.beam.width > vocabulary:
             raise RequestError(
                 f"beam_width {self.beam.width} is more than half of the {vocabulary} tokens that there are", "beam_width"

@@ -18,7 +18,7 @@ from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError
 from megatron.config.optim import warm_up, wsd_phases
 from megatron.config.resolve import resolve
-from megatron.config.rules import as_it_is
+from megatron.config.rules import resolved_check
 from megatron.config.schema import RunConfig
 from megatron.data.bert_batch import BertCollator
 from megatron.data.errors import DataError
@@ -82,7 +82,7 @@ def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
             config = _with_length(config, training, parsed)
             check_schedule(source, config)
             notes.append(f"{len(examples)} samples to train on, {config.batch.train_iters} iterations of {size}")
-        segments = config.model.segment_kinds > 0
+        segments = config.model.num_token_types > 0
         batches = ExampleCollator(BertCollator(config.data.seq_length, tokenizer.token("pad"), segments), task.rows)
         notes += task.notes
     scorer = partial(TaskEvaluator, task, batches, files)
@@ -128,7 +128,7 @@ def _with_length(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) ->
         eval=replace(config.eval, eval_interval=interval),
     )
     config = resolve(config, parsed.world_size)
-    case = as_it_is(config, parsed.world_size)
+    case = resolved_check(config, parsed.world_size)
     if problems := [*warm_up(case), *wsd_phases(case)]:
         raise ConfigError(problems)
     return config

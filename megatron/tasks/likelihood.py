@@ -86,7 +86,7 @@ class Likelihoods:
                 "once; set max_gen_toks in the task's generation_kwargs, or with --gen_kwargs"
             )
         tokens = (self.tokenizer.tokenize(prompt) or [self.start])[-room:]
-        check_vocabulary(tokens, self.model.config.vocabulary, f"the prompt {quote_start(prompt)}")
+        check_vocabulary(tokens, self.model.config.known_vocab_size, f"the prompt {quote_start(prompt)}")
         written: list[int] = []
         text, stop = "", self.tokenizer.special.get("eod")
         for token in generate(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop):
@@ -120,7 +120,7 @@ class Likelihoods:
 
         The longest are computed first: those of a micro-batch are then alike, and a lack of memory shows at once.
         """
-        vocabulary = self.model.config.vocabulary
+        vocabulary = self.model.config.known_vocab_size
         for window in found:
             check_vocabulary(window.tokens, vocabulary, "the text")
         order = sorted(range(len(found)), key=lambda number: -len(found[number].tokens))

@@ -90,7 +90,7 @@ def evaluate_pretrained(config: RunConfig, job: Job) -> int:
         mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
         # As saved, unless a precision is asked for.
-        dtype = Precision.from_config(config.precision).compute if config.precision.two_bytes else None
+        dtype = Precision.from_config(config.precision).compute if config.precision.is_16bit else None
         opened = open_pipeline(source.directory or "", mesh, device=job.device, dtype=dtype)
         results = zero_shot(
             task.task or "",

@@ -80,7 +80,7 @@ class ZeroShotEvaluation:
         check_scoring_sizes(opened, seq_length, overlap, micro_batch_size)
         self.opened, self.mesh, self.watch, self.log = opened, mesh, watch, log
         self.seq_length, self.overlap, self.micro_batch_size = seq_length, overlap, micro_batch_size
-        self.vocabulary = opened.config.vocabulary
+        self.vocabulary = opened.config.known_vocab_size
 
     def total(self, found: Iterator[Window]) -> EvaluationTotal:
         """Return the sums over all windows, whichever rank scores them. Collective."""

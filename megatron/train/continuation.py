@@ -83,7 +83,7 @@ def run_sinks(run: Run, source: StateSource, out: TextIO, *, own: bool, evaluate
         out,
         resume_at=run.state.iteration if own else None,
         evaluated=evaluated,
-        binary=run.config.model.predicts_order,
+        binary=run.config.model.has_binary_head,
         wandb=wandb_sink(run, save_directory(run.config), own, source.directory is not None),
     )
 

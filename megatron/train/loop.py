@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megatron.config.batch import global_batch_size_at
-from megatron.config.notation import iteration_ranges
+from megatron.config.notation import parse_iteration_ranges
 from megatron.contract import Batch
 from megatron.train.evaluate import Loader
 from megatron.train.report import StepReport
@@ -89,7 +89,7 @@ class Training:
         """Take a step over this rank's micro-batches, or pass over them, as --skip-train-iterations says. Collective."""
         batch, state = self.run.config.batch, self.run.state
         # The counter has not advanced yet, and the flag counts from 1.
-        if all(state.iteration + 1 not in numbers for numbers in iteration_ranges(batch.skip_train_iterations)):
+        if all(state.iteration + 1 not in numbers for numbers in parse_iteration_ranges(batch.skip_train_iterations)):
             return self.run.step(batches, state)
         samples = global_batch_size_at(batch, state.consumed_samples)
         tokens = samples * batches[0].tokens.shape[1]  # tokens: [micro_batch, seq]

@@ -327,7 +327,7 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         out: the console; None on all ranks but the first.
     """
     config, source = prepared.config, prepared.source
-    layout, vocab = config.layout, config.model.vocabulary
+    layout, vocab = config.layout, config.model.known_vocab_size
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     padded = padded_vocab_size(vocab, tp, config.model.make_vocab_size_divisible_by)
     order = order_differs(source.state.order, prepared.datasets[0], config.data, config.batch.seed)

@@ -132,7 +132,7 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
 def sample_flops(config: RunConfig) -> float:
     """Return the FLOPs of training on one sample, with all its choices where it has some."""
     seq_length = config.data.seq_length
-    return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows)
+    return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows_per_sample)
 
 
 def causal_share(config: RunConfig) -> float | None:

@@ -37,7 +37,7 @@ from megatron.checkpoint.layout import (
 from megatron.checkpoint.load import load, verify_together
 from megatron.config.checkpoint import starts_fresh
 from megatron.config.command_line.saved import from_json
-from megatron.config.compare import different_head, different_model
+from megatron.config.compare import head_differences, model_differences
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name, flag_text
 from megatron.config.schema import CheckpointConfig, DataSettings, ModelConfig, RunConfig, RunSettings
@@ -183,9 +183,9 @@ def check_source(source: StateSource, config: RunConfig) -> None:
     """
     if source.saved is None:
         return
-    problems = [*weights_alone(source), *different_model(source.saved.model, config.model, str(source.directory))]
+    problems = [*weights_alone(source), *model_differences(source.saved.model, config.model, str(source.directory))]
     new_head = not source.progress and not config.eval.skip_train
-    problems += different_head(source.saved.model, config.model, str(source.directory), new=new_head)
+    problems += head_differences(source.saved.model, config.model, str(source.directory), new=new_head)
     if source.optimizer and source.saved.checkpoint.no_save_optim:
         rule = "holds no optimizer state, it was saved with --no-save-optim; start a new one with --no-load-optim"
         problems.append(Problem(f"the checkpoint {source.directory}", rule))

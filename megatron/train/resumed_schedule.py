@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron.config.batch import stretches
+from megatron.config.batch import batch_size_phases
 from megatron.config.errors import ConfigError, Problem
-from megatron.config.optim import unit_of
+from megatron.config.optim import length_unit
 from megatron.config.options import by_name
-from megatron.config.rules import uneven_ahead
+from megatron.config.rules import divisible_remaining_sizes
 from megatron.config.schema import BatchConfig, RunConfig
 from megatron.optim.lr import LRSchedule
 from megatron.train.source import StateSource
@@ -96,7 +96,7 @@ def _setting(field: str, config: RunConfig) -> str:
 
 def _length(field: str, config: RunConfig) -> str:
     """Return a length of the schedule as the flags that decide it."""
-    optim, batch, unit = config.optim, config.batch, unit_of(config.batch)
+    optim, batch, unit = config.optim, config.batch, length_unit(config.batch)
     sizes = f"--global-batch-size {batch.global_batch_size}"
     if batch.step_batch_size_schedule:
         sizes = f"--step-batch-size-schedule {' '.join(batch.step_batch_size_schedule)}"
@@ -132,7 +132,7 @@ def check_batch_sizes(source: StateSource, config: RunConfig, world_size: int) -
     Raises:
         ConfigError: a size is no whole micro-batches of each rank.
     """
-    if problems := uneven_ahead(config, world_size, source.state.consumed_samples if source.progress else 0):
+    if problems := divisible_remaining_sizes(config, world_size, source.state.consumed_samples if source.progress else 0):
         raise ConfigError(problems)
 
 
@@ -167,7 +167,7 @@ def zero_rate_warning(schedule: LRSchedule, state: TrainState, batch: BatchConfi
         return None
     which = f"iterations {first} to {last} lie" if first < last else f"iteration {last} lies"
     rule = f"{which} beyond the end of the learning-rate schedule, after {schedule.decay} samples, where --min-lr is 0"
-    ways = f"give a longer --lr-decay-{unit_of(batch)} or a --min-lr"
+    ways = f"give a longer --lr-decay-{length_unit(batch)} or a --min-lr"
     return f"***** WARNING: learning rate 0, nothing is learnt: {rule}; {ways}, on resume with {OVERRIDE} *****"
 
 
@@ -178,7 +178,7 @@ def _first_at_rate_zero(schedule: LRSchedule, state: TrainState, batch: BatchCon
     if end is None or schedule.peak == 0.0 or end <= schedule.warmup:
         return None
     iteration, left = state.iteration, end - state.scheduled_samples
-    for steps, size in stretches(batch, state.consumed_samples):
+    for steps, size in batch_size_phases(batch, state.consumed_samples):
         needed = max(0, -(-left // size))  # steps of this size, rounded up
         if steps is None or needed <= steps:
             return iteration + needed + 1

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron.config.batch import full_batch_size, samples_for
+from megatron.config.batch import final_batch_size, samples_for
 from megatron.config.schema import ModelConfig, RunConfig
 from megatron.contract import Batch
 from megatron.launch.job import Job
@@ -102,7 +102,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         mesh.dp,
         state.scaler,
         masked=config.data.eod_mask_loss or config.model.architecture == "bert",
-        binary=config.model.predicts_order,
+        binary=config.model.has_binary_head,
         device=job.device,
     )
     pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
@@ -280,6 +280,6 @@ def build_pipeline(
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
     """Return how many samples training, each validation and the test will read."""
     batch = config.batch
-    evaluation = config.eval.eval_iters * full_batch_size(batch)
+    evaluation = config.eval.eval_iters * final_batch_size(batch)
     training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.iterations)
     return training, evaluation, evaluation

@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron.checkpoint.layout import DIRECTORY, MANIFEST, NEXT_TRACKER, TRACKER, CheckpointError, iterations, read_manifest
 from megatron.checkpoint.save import put_aside
 from megatron.checkpoint.storage import Storage
-from megatron.config.directories import same_directory, traces
+from megatron.config.directories import checkpoint_entries, same_directory
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import flag_text
 from megatron.config.schema import CheckpointConfig, RunConfig
@@ -45,7 +45,7 @@ def check_save(source: StateSource, config: RunConfig) -> list[str]:
     checkpoint, root = config.checkpoint, Path(config.checkpoint.save or ".")
     if checkpoint.save is None or config.eval.skip_train:
         return []
-    found = traces(root)
+    found = checkpoint_entries(root)
     if MANIFEST in found:
         rule, legal = "is one checkpoint, not a directory of them", str(root.parent)
         raise ConfigError([Problem(flag_text("checkpoint.save", checkpoint.save), rule, legal)])
@@ -195,7 +195,7 @@ def set_run_aside(root: Path, metrics: str | None) -> str | None:
     Raises:
         OSError: where the disk refuses.
     """
-    if not traces(root):
+    if not checkpoint_entries(root):
         return None
     numbers, aside = list(iterations(root)), _next_aside(root)
     aside.mkdir()

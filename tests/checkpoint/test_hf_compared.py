@@ -77,16 +77,16 @@ def test_an_output_matrix_beside_a_tied_embedding(tmp_path, written, name, left_
             read_hf(put(tmp_path, about, tensors))
         return
     config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": word.clone()}), said.append)
-    assert config.tied and "head.weight" not in weights and not said
+    assert config.ties_embeddings and "head.weight" not in weights and not said
     compared_with_source(tmp_path, config, weights)
     other = word.flip(0) + 1
     config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": other}), said.append)
-    assert not config.tied and torch.equal(weights["head.weight"], other)
+    assert not config.ties_embeddings and torch.equal(weights["head.weight"], other)
     assert [f"lm_head.weight differs from {TIED[name]}: it is read as untied" in line for line in said] == [True]
     compared_with_source(tmp_path, config, weights)
     alone = {"lm_head.weight" if key == TIED[name] else key: tensor for key, tensor in tensors.items()}
     config, weights = read_hf(put(tmp_path, about, alone))
-    assert config.tied and torch.equal(weights["embedding.word.weight"], word)
+    assert config.ties_embeddings and torch.equal(weights["embedding.word.weight"], word)
     compared_with_source(tmp_path, config, weights)
 
 

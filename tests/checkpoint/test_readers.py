@@ -32,7 +32,7 @@ from stand_ins import STAND_INS, put
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import read_tensor
-from megatron.config.command_line.data_args import expand
+from megatron.config.command_line.data_args import expand_data_args
 from megatron.config.command_line.toml_file import read_toml
 from megatron.config.errors import ConfigError
 from megatron.config.schema import TokenizerConfig
@@ -89,7 +89,7 @@ def data_paths(name: str) -> Read:
     setting = "data.data_args_path" if name.endswith(".txt") else "data.per_split_data_args_path"
 
     def read(folder: Path) -> None:
-        if problems := expand({setting: str(folder / name)}, files=False)[1]:
+        if problems := expand_data_args({setting: str(folder / name)}, files=False)[1]:
             raise ConfigError(problems)
 
     return read

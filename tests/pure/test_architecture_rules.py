@@ -8,22 +8,22 @@ from legal_run import argv, problems
 from megatron.config.command_line.parse import parse
 from megatron.config.data import shortest_pair
 from megatron.config.errors import ConfigError
-from megatron.config.model import FOREIGN, of_other_architecture
+from megatron.config.model import FOREIGN, other_architecture_settings
 from megatron.config.options import by_name
 
 BERT, GPT = "belongs to BERT (pretrain_bert.py); leave it out", "belongs to GPT (pretrain_gpt.py); leave it out"
 
 # rule, change to the legal run, the whole message
 OF_GPT = [
-    ("of_other_architecture", "--bert-no-binary-head", f"`--bert-no-binary-head` {BERT}"),
-    ("of_other_architecture", "--mask-prob 0.2", f"`--mask-prob 0.2` {BERT}"),
-    ("of_other_architecture", "--short-seq-prob 0.2", f"`--short-seq-prob 0.2` {BERT}"),
+    ("other_architecture_settings", "--bert-no-binary-head", f"`--bert-no-binary-head` {BERT}"),
+    ("other_architecture_settings", "--mask-prob 0.2", f"`--mask-prob 0.2` {BERT}"),
+    ("other_architecture_settings", "--short-seq-prob 0.2", f"`--short-seq-prob 0.2` {BERT}"),
 ]
 OF_BERT = [
-    ("of_other_architecture", "--untie-embeddings-and-output-weights", f"`--untie-embeddings-and-output-weights` {GPT}"),
-    ("of_other_architecture", "--reset-position-ids", f"`--reset-position-ids` {GPT}"),
-    ("of_other_architecture", "--reset-attention-mask", f"`--reset-attention-mask` {GPT}"),
-    ("of_other_architecture", "--eod-mask-loss", f"`--eod-mask-loss` {GPT}"),
+    ("other_architecture_settings", "--untie-embeddings-and-output-weights", f"`--untie-embeddings-and-output-weights` {GPT}"),
+    ("other_architecture_settings", "--reset-position-ids", f"`--reset-position-ids` {GPT}"),
+    ("other_architecture_settings", "--reset-attention-mask", f"`--reset-attention-mask` {GPT}"),
+    ("other_architecture_settings", "--eod-mask-loss", f"`--eod-mask-loss` {GPT}"),
     (
         "shortest_pair",
         "--seq-length 4",
@@ -51,9 +51,9 @@ def test_a_rule_has_its_message_for_a_bert(rule: str, change: str, message: str)
 
 
 def test_every_rule_and_every_foreign_setting_is_tested() -> None:
-    assert {r.__name__ for r in (of_other_architecture, shortest_pair)} == {case[0] for case in OF_GPT + OF_BERT}
+    assert {r.__name__ for r in (other_architecture_settings, shortest_pair)} == {case[0] for case in OF_GPT + OF_BERT}
     for own, cases in (("gpt", OF_GPT), ("bert", OF_BERT)):
-        flags = {change.split()[0] for rule, change, _ in cases if rule == "of_other_architecture"}
+        flags = {change.split()[0] for rule, change, _ in cases if rule == "other_architecture_settings"}
         spelled = {by_name()[name].off or by_name()[name].flag for name in FOREIGN[own]}
         assert flags == spelled
 

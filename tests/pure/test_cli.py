@@ -14,7 +14,7 @@ import pytest
 
 from megatron.cli.program import pretrain
 from megatron.config.command_line.help import help_text
-from megatron.config.command_line.parse import HelpAsked, Parsed, parse
+from megatron.config.command_line.parse import HelpRequested, Parsed, parse
 from megatron.config.command_line.saved import from_json, to_json, to_toml
 from megatron.config.command_line.spelling import spellings
 from megatron.config.errors import ConfigError, Problem
@@ -163,7 +163,7 @@ def test_help_names_every_flag_with_default_and_choices(capsys: pytest.CaptureFi
     assert "default 0.1" in text and "one of adam, sgd" in text
     assert pretrain(["--help", "--nonsense"], program="pretrain_gpt.py", defaults={}) == 0
     assert capsys.readouterr().out == text
-    with pytest.raises(HelpAsked, match=r"megatron \d"):
+    with pytest.raises(HelpRequested, match=r"megatron \d"):
         parse(["--version"], program="x")
 
 
@@ -287,7 +287,7 @@ def test_precision_has_the_flags_of_megatron() -> None:
     assert read(*scale).config.precision == PrecisionConfig(False, True, None, 65536.0, 2.0, 500.0, 4)
     assert read("--fp16", "--loss-scale", "128").config.precision.loss_scale == 128.0
     assert read().config.precision == PrecisionConfig(False, False, None, 2.0**32, 1.0, 1000.0, 2)
-    assert [read(*flag).config.precision.two_bytes for flag in ((), ("--bf16",), ("--fp16",))] == [False, True, True]
+    assert [read(*flag).config.precision.is_16bit for flag in ((), ("--bf16",), ("--fp16",))] == [False, True, True]
     assert read("--skip-train-iterations", "3", "7-9").config.batch.skip_train_iterations == ("3", "7-9")
     assert read("--skip-train").config.eval.skip_train  # exact, though the beginning of another flag
 

@@ -11,12 +11,12 @@ import pytest
 from legal_run import argv, problems
 
 from megatron.config.batch import (
-    full_batch_size,
+    all_batch_sizes,
+    batch_size_phases,
+    final_batch_size,
     global_batch_size_at,
     iterations_for,
-    ramp_sizes,
     samples_for,
-    stretches,
 )
 from megatron.config.command_line.parse import parse
 from megatron.config.notation import parse_steps
@@ -83,7 +83,7 @@ def test_ramp_up_arithmetic() -> None:
     # 16 to 48 in two steps of 16 over 320 samples: each size lasts 160 samples.
     batch = BatchConfig(micro_batch_size=2, global_batch_size=48, rampup_batch_size=(16, 16, 320))
     assert [global_batch_size_at(batch, n) for n in (0, 159, 160, 319, 320, 321, 10**9)] == [16, 16, 32, 32, 48, 48, 48]
-    assert ramp_sizes(batch) == [16, 32, 48] and ramp_sizes(replace(batch, rampup_batch_size=())) == [48]
+    assert all_batch_sizes(batch) == [16, 32, 48] and all_batch_sizes(replace(batch, rampup_batch_size=())) == [48]
     assert global_batch_size_at(batch, 0) // 8 == 2 and global_batch_size_at(batch, 320) // 8 == 6
     # 10 steps of 16 reach 160, 5 of 32 reach 320, which is still within the ramp: one of 48, then 632 // 48 = 13.
     assert iterations_for(batch, 1000) == 10 + 5 + 1 + 13
@@ -100,7 +100,7 @@ def test_step_batch_size_schedule() -> None:
     assert c.batch.batch_size_steps == (0, 2, 8, 4, 15, 6) and c.batch.global_batch_size == 6
     # 4 steps of 2, 2 of 4 to sample 16, 2 of 6 to 28; three samples are left over.
     assert [global_batch_size_at(c.batch, n) for n in (0, 7, 8, 14, 15, 10**9)] == [2, 2, 4, 4, 6, 6]
-    assert c.batch.train_iters == 8 and samples_for(c.batch, 8) == 28 and ramp_sizes(c.batch) == [2, 4, 6]
+    assert c.batch.train_iters == 8 and samples_for(c.batch, 8) == 28 and all_batch_sizes(c.batch) == [2, 4, 6]
     again = resolve(c)
     assert again == c and check(c) == []
     assert resolve(replace(c, batch=replace(c.batch, step_batch_size_schedule=()))).batch.batch_size_steps == ()
@@ -110,12 +110,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_decreased() -> None:
     """With micro-batches of 2 on 3 ranks 10 samples become 6; the lengths of run and schedule stay those of 10."""
     decrease = "--decrease-batch-size-if-needed --global-batch-size 10"
     c = resolved(f"{decrease} --no:train-iters --train-samples 100", 3)
-    assert (c.batch.global_batch_size, full_batch_size(c.batch), global_batch_size_at(c.batch, 7)) == (10, 6, 6)
-    assert c.batch.train_iters == 10 and ramp_sizes(c.batch) == [6] and [*stretches(c.batch)] == [(None, 6)]
+    assert (c.batch.global_batch_size, final_batch_size(c.batch), global_batch_size_at(c.batch, 7)) == (10, 6, 6)
+    assert c.batch.train_iters == 10 and all_batch_sizes(c.batch) == [6] and [*batch_size_phases(c.batch)] == [(None, 6)]
     assert samples_for(resolved(decrease, 3).batch, 10) == 100
-    assert full_batch_size(resolved(decrease, 5).batch) == 10 and resolve(c, 3) == c
+    assert final_batch_size(resolved(decrease, 5).batch) == 10 and resolve(c, 3) == c
     ramp = resolved(f"{decrease} --no:train-iters --train-samples 100 --rampup-batch-size 7 1 30", 3)
-    assert [global_batch_size_at(ramp.batch, n) for n in (0, 10, 30)] == [6, 6, 6] and ramp_sizes(ramp.batch) == [6] * 4
+    assert [global_batch_size_at(ramp.batch, n) for n in (0, 10, 30)] == [6, 6, 6] and all_batch_sizes(ramp.batch) == [6] * 4
     notes = parse(argv(decrease), program="t", world_size=3, files=False).notes
     assert notes == ("the global batch has 6 samples, not 10: the ranks share multiples of 6",)
     too_few = (
@@ -148,7 +148,7 @@ def test_stretches_are_the_steps_of_a_walk(seed: int) -> None:
             consumed += global_batch_size_at(batch, consumed)
             walk.append(consumed)
         for start in (0, random.randint(0, 70)):
-            counts = [size for steps, size in stretches(batch, start) for _ in range(80 if steps is None else steps)]
+            counts = [size for steps, size in batch_size_phases(batch, start) for _ in range(80 if steps is None else steps)]
             at = start
             for size in counts[:80]:
                 assert size == global_batch_size_at(batch, at)

@@ -9,7 +9,7 @@ from megatron.config import memory, pipeline, precision
 from megatron.config.batch import skipped_iterations, step_sizes
 from megatron.config.data import shortest_pair
 from megatron.config.layout import context_dropout, context_split, param_gather
-from megatron.config.model import normalization_package, of_other_architecture
+from megatron.config.model import normalization_package, other_architecture_settings
 from megatron.config.optim import adam_kernel, decoupled_rates, optimizer_package, warm_up_begin, wsd_phases
 from megatron.config.options import options
 from megatron.config.rules import DISK_RULES, PRETRAINING_RULES, check
@@ -247,7 +247,7 @@ def test_a_rule_has_its_message(rule: str, change: str, world: int, message: str
 def test_every_rule_is_tested() -> None:
     # See test_context_rules.py and its like, test_new_schedule.py and test_toy_norm.py.
     elsewhere = {*memory.RULES.every_run, *pipeline.RULES.every_run, *precision.RULES.every_run}
-    elsewhere |= {of_other_architecture, shortest_pair, context_split, context_dropout, param_gather, adam_kernel}
+    elsewhere |= {other_architecture_settings, shortest_pair, context_split, context_dropout, param_gather, adam_kernel}
     elsewhere |= {
         normalization_package,
         skipped_iterations,

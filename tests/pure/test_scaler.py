@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from megatron.config.notation import iteration_ranges
+from megatron.config.notation import parse_iteration_ranges
 from megatron.optim.scaler import Constant, Dynamic, Scaler
 
 # window 4, hysteresis 2: steps (. an update, x an overflow) and the scale after each of them
@@ -68,7 +68,7 @@ def test_what_another_kind_of_scaler_saved_changes_nothing() -> None:
 
 
 def test_sets_of_iterations() -> None:
-    assert iteration_ranges(["3", "7-9"]) == (range(3, 4), range(7, 10)) and iteration_ranges([]) == ()
+    assert parse_iteration_ranges(["3", "7-9"]) == (range(3, 4), range(7, 10)) and parse_iteration_ranges([]) == ()
     for word in ("0", "9-7", "x", "1-", "-1", "1.5", "1-2-3", ""):
         with pytest.raises(ValueError, match="which is no iteration"):
-            iteration_ranges(["1", word])
+            parse_iteration_ranges(["1", word])

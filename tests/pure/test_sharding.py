@@ -131,10 +131,10 @@ def test_ranks_that_cannot_share_evenly_are_refused() -> None:
 def test_bytes_of_a_parameter(shards: int) -> None:
     """6 + 12 / d in 16 bit and 8 + 8 / d in fp32, of elements that no padding rounds up."""
     count = ALIGN * 8 * 3
-    for two_bytes, each in ((True, 6 + 12 / shards), (False, 8 + 8 / shards)):
-        state = state_bytes([count], [0], two_bytes=two_bytes, shards=shards)
+    for is_16bit, each in ((True, 6 + 12 / shards), (False, 8 + 8 / shards)):
+        state = state_bytes([count], [0], is_16bit=is_16bit, shards=shards)
         assert state.weights + state.gradients + state.optimizer == count * each
-    half = state_bytes([count], [0], two_bytes=True, shards=shards, bf16_gradients=True)
+    half = state_bytes([count], [0], is_16bit=True, shards=shards, bf16_gradients=True)
     assert half.weights + half.gradients + half.optimizer == count * (4 + 12 / shards)
-    sgd = state_bytes([count], [0], two_bytes=True, rules=[SGD], shards=shards)
-    assert sgd.optimizer * 2 == state_bytes([count], [0], two_bytes=True, shards=shards).optimizer
+    sgd = state_bytes([count], [0], is_16bit=True, rules=[SGD], shards=shards)
+    assert sgd.optimizer * 2 == state_bytes([count], [0], is_16bit=True, shards=shards).optimizer

@@ -10,7 +10,7 @@ import pytest
 from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
-from megatron.config.rules import EVERY_RUN, TASK_RULES, as_it_is
+from megatron.config.rules import EVERY_RUN, TASK_RULES, resolved_check
 from megatron.config.schema import ModelSettings, RunSettings
 from megatron.config.task import TASKS, task_files
 
@@ -78,10 +78,10 @@ CASES = [
     ("task_data", TRAIN.replace("--epochs 2", ""), ["`--train-data a` needs `--epochs`"]),
     ("task_data", "--task MNLI --load ck --valid-data b --epochs 2", ["`--epochs 2` needs `--train-data`"]),
     ("task_data", f"{ASK} --train-data a --epochs 0", ["`--train-data a` does not go with --task WIKITEXT103", "`--epochs 0`"]),
-    ("foreign_to_tasks", f"{TRAIN} --train-iters 5", ["`--train-iters 5` belongs to pretraining"]),
-    ("foreign_to_tasks", f"{TRAIN} --data-path x", ["`--data-path x` belongs to pretraining"]),
-    ("foreign_to_tasks", f"{TRAIN} --mock-data", ["`--mock-data` belongs to pretraining"]),
-    ("foreign_to_tasks", f"{TRAIN} --data-args-path x", ["`--data-args-path x` belongs to pretraining"]),
+    ("pretraining_settings", f"{TRAIN} --train-iters 5", ["`--train-iters 5` belongs to pretraining"]),
+    ("pretraining_settings", f"{TRAIN} --data-path x", ["`--data-path x` belongs to pretraining"]),
+    ("pretraining_settings", f"{TRAIN} --mock-data", ["`--mock-data` belongs to pretraining"]),
+    ("pretraining_settings", f"{TRAIN} --data-args-path x", ["`--data-args-path x` belongs to pretraining"]),
     ("whole_sequences", f"{ASK} --context-parallel-size 2", ["`--context-parallel-size 2` is for pretraining"]),
     ("windows", f"{ASK} --overlapping-eval 65", ["`--overlapping-eval 65` is more than `--seq-length 64`"]),
 ]
@@ -121,7 +121,7 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
     def said(task: str, word: str) -> list[str]:
         case_config = replace(RunSettings(), task=replace(RunSettings().task, task=task, valid_data=(word,)))
 
-        return [str(p) for p in task_files(as_it_is(case_config))]
+        return [str(p) for p in task_files(resolved_check(case_config))]
 
     assert said("MNLI", "tsv") == said("RACE", "dir") == said("PERPLEXITY", "set") == []
     assert said("MNLI", "gone") == ["`--valid-data gone` does not exist"]

@@ -25,7 +25,7 @@ from megatron.config.schema import (
 ROOT = Path(__file__).parents[2]
 USES = """
 from megatron.config.resolve import resolve, resolve_model
-from megatron.config.rules import check, uneven_ahead
+from megatron.config.rules import check, divisible_remaining_sizes
 from megatron.config.schema import BatchConfig, LayoutConfig, ModelConfig, ModelSettings, RunConfig, RunSettings
 
 settings = RunSettings(model=ModelSettings(num_layers=2))
@@ -42,8 +42,8 @@ def given(config: RunSettings) -> int:
 
 width(run)
 width(settings)  # refused
-uneven_ahead(run, 1, 0)
-uneven_ahead(settings, 1, 0)  # refused
+divisible_remaining_sizes(run, 1, 0)
+divisible_remaining_sizes(settings, 1, 0)  # refused
 check(settings)
 check(run)
 resolve(run)
@@ -54,7 +54,7 @@ settings.batch.global_batch_size + 1  # refused
 run.layout.pipeline_schedule.upper()
 settings.layout.pipeline_schedule.upper()  # refused
 run.model.vocab_size + 1  # refused
-run.model.vocabulary + 1
+run.model.known_vocab_size + 1
 BatchConfig(micro_batch_size=1, global_batch_size=2)
 BatchConfig(micro_batch_size=1)  # refused
 LayoutConfig()  # refused
@@ -110,6 +110,6 @@ def test_a_model_alone() -> None:
     with pytest.raises(ValueError, match="3 attention heads do not divide the width 8"):
         resolve_model(ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=3, max_position_embeddings=4))
     with pytest.raises(ValueError, match=r"ModelConfig\.vocab_size is not resolved"):
-        _ = model.vocabulary
+        _ = model.known_vocab_size
     with pytest.raises(TypeError, match="kv_channels"):
         ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1)

@@ -13,10 +13,10 @@ from megatron.config.command_line.reading import Reading, leading_values
 from megatron.config.command_line.spelling import (
     TAKES_VALUE,
     Spelling,
-    called_here,
+    did_you_mean,
     is_flag,
     known_flags,
-    nearest,
+    name_here,
     plain,
     spellings,
 )
@@ -50,7 +50,7 @@ def read_arguments(argv: Sequence[str]) -> Reading:
             reading.refuse(found.option, f"`{found.flag}`", "needs a value after it")
         else:
             reading.take(found, used)
-    return reading.closed()
+    return reading.finish()
 
 
 def _takes(spelling: Spelling) -> str:
@@ -66,7 +66,7 @@ def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
     word = plain(typed)
     if exact := spellings().get(word) or find_other(word):
         return exact
-    if answer := called_here(word.lstrip("-")):
+    if answer := name_here(word.lstrip("-")):
         reading.unknown(f"`{typed}`", answer)
         return None
     known = (*spellings(), *other_flags())
@@ -80,7 +80,7 @@ def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
         shown = own if len(own) > 1 else begun
         reading.problems.append(Problem(f"`{typed}`", f"could be {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"))
     else:
-        hint = nearest(typed, known_flags()) or "; --help lists all"
+        hint = did_you_mean(typed, known_flags()) or "; --help lists all"
         reading.unknown(f"`{typed}`", "is not a known flag" + hint)
     return None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.config.data import as_number, blend_fault, missing_dataset, prefixes
+from megatron.config.data import blend_error, missing_dataset, parse_number, prefixes
 from megatron.config.errors import Problem
 from megatron.config.options import flag_text
 from megatron.files.regular import MAX_SETTINGS_BYTES, error_reason, read_json, read_text
@@ -28,7 +28,7 @@ class BadFileError(Exception):
     """What is wrong with a file of data paths."""
 
 
-def expand(values: Mapping[str, Any], *, files: bool) -> tuple[dict[str, Any], list[Problem]]:
+def expand_data_args(values: Mapping[str, Any], *, files: bool) -> tuple[dict[str, Any], list[Problem]]:
     """Put what files of data paths hold in the place of the files' names.
 
     Args:
@@ -104,10 +104,10 @@ def _faults(what: str, words: Sequence[Word], files: bool) -> Iterator[Problem]:
     texts = [word.text for word in words]
     named = prefixes(texts)
     if named is None:
-        yield Problem(what, f"{_break(words).place}: {blend_fault(texts)}")
+        yield Problem(what, f"{_break(words).place}: {blend_error(texts)}")
         return
-    if fault := blend_fault(texts):
-        light = next(word for word in words[::2] if blend_fault((word.text, "prefix")))
+    if fault := blend_error(texts):
+        light = next(word for word in words[::2] if blend_error((word.text, "prefix")))
         yield Problem(what, f"{light.place}: {fault}")
     if not files:
         return
@@ -117,6 +117,6 @@ def _faults(what: str, words: Sequence[Word], files: bool) -> Iterator[Problem]:
 
 def _break(words: Sequence[Word]) -> Word:
     """The word at which a list is no longer prefixes alone, or no longer a weight before each prefix."""
-    numbers = [as_number(word.text) is not None for word in words]
+    numbers = [parse_number(word.text) is not None for word in words]
     wanted = [numbers[0] and place % 2 == 0 for place in range(len(words))]
     return next((word for word, is_one, should in zip(words, numbers, wanted, strict=True) if is_one != should), words[-1])

@@ -11,7 +11,7 @@ from megatron.config.checkpoint import CheckpointConfig, first_start, load
 from megatron.config.command_line.saved import from_json
 from megatron.config.errors import ConfigError, Problem, found_on_disk
 from megatron.config.options import by_name, flag_text
-from megatron.config.rules import as_it_is
+from megatron.config.rules import resolved_check
 from megatron.config.schema import RunSettings, assemble
 
 ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
@@ -43,7 +43,7 @@ class FromCheckpoint:
             yield f"from the checkpoint, by --use-checkpoint-args: {', '.join(words)}"
 
 
-def read_checkpoint(
+def checkpoint_settings(
     chosen: Mapping[str, Any], saved: ReadSaved | None, set_by_user: frozenset[str], *, files: bool, task: bool
 ) -> FromCheckpoint:
     """Return the model's shape, the length of a sample and the tokenizer, where the checkpoint is asked for them.
@@ -66,7 +66,7 @@ def read_checkpoint(
     problems: list[Problem] = []
     if asked:
         config = assemble(chosen)
-        checked = as_it_is(config)
+        checked = resolved_check(config)
         if first_start(checked):  # the sizes are those that the command itself gives
             return FromCheckpoint()
         wrong = list(load(checked))

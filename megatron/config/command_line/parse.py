@@ -3,7 +3,7 @@
     try:
         parsed = parse(sys.argv[1:], program="pretrain_gpt.py", world_size=world)
     except ConfigError as error:
-        explain(error, "pretrain_gpt.py")  # and exit
+        report_and_exit(error, "pretrain_gpt.py")  # and exit
 
 A setting comes from the first of: the flag, the file of `--config`, `--preset`, the checkpoint (with
 --use-checkpoint-args), the program's own defaults, the schema. Imports no torch.
@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import megatron
 from megatron.config.command_line.arguments import read_arguments
-from megatron.config.command_line.data_args import FILES, expand
-from megatron.config.command_line.from_checkpoint import ReadSaved, read_checkpoint
+from megatron.config.command_line.data_args import FILES, expand_data_args
+from megatron.config.command_line.from_checkpoint import ReadSaved, checkpoint_settings
 from megatron.config.command_line.help import help_text
 from megatron.config.command_line.reading import Reading
 from megatron.config.command_line.toml_file import read_toml
@@ -50,7 +50,7 @@ class Parsed:
     notes: tuple[str, ...]
 
 
-class HelpAsked(Exception):
+class HelpRequested(Exception):
     """Not a mistake: the answer to `--help` and `--version`, as text."""
 
 
@@ -78,7 +78,7 @@ def parse(
 
     Raises:
         ConfigError: with all mistakes at once.
-        HelpAsked: for `--help` and `--version`.
+        HelpRequested: for `--help` and `--version`.
     """
     if unknown := set(defaults or {}) - set(by_name()) - {"model.architecture"}:
         raise ValueError(f"defaults that are no `section.field` of a run: {sorted(unknown)}")
@@ -86,7 +86,7 @@ def parse(
     _answer(flags, program, task)
     file = _read_file(flags)
     raw = _merge(flags, file, files=files, task=task)
-    checkpoint = read_checkpoint(raw.values, saved, raw.set_by_user, files=files, task=task)
+    checkpoint = checkpoint_settings(raw.values, saved, raw.set_by_user, files=files, task=task)
     below = {**(defaults or {}), **checkpoint.values, **_preset(raw.values)}
     yielding, contradictions = _settle_yielding(below, raw.values, (flags, file))
     settings = assemble({**below, **yielding, **raw.values})
@@ -105,7 +105,7 @@ def parse(
     return Parsed(config, dry_run, ranks, raw.set_by_user | yielding.keys(), tuple(dict.fromkeys(notes)))
 
 
-def explain(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:
+def report_and_exit(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:
     """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints.
 
     Args:
@@ -130,11 +130,11 @@ def _is_first(rank: int | None) -> bool:
 
 
 def _answer(flags: Reading, program: str, task: bool) -> None:
-    """Raise HelpAsked where the command line asks for help or for the version."""
+    """Raise HelpRequested where the command line asks for help or for the version."""
     if flags.values.get("command.help"):
-        raise HelpAsked(help_text(program, task=task))
+        raise HelpRequested(help_text(program, task=task))
     if flags.values.get("command.version"):
-        raise HelpAsked(f"megatron {megatron.__version__}\n")
+        raise HelpRequested(f"megatron {megatron.__version__}\n")
 
 
 def _read_file(flags: Reading) -> Reading:
@@ -163,7 +163,7 @@ class _Raw:
 
 def _merge(flags: Reading, file: Reading, *, files: bool, task: bool) -> _Raw:
     given = {**file.values, **flags.values}
-    values, wrong_lists = (dict(given), []) if task else expand(given, files=files)
+    values, wrong_lists = (dict(given), []) if task else expand_data_args(given, files=files)
     if task:
         values |= implied(values)
     invalid = (flags.invalid | file.invalid) - {"command.config", "command.preset", "command.world_size"}

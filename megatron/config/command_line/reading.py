@@ -56,9 +56,9 @@ class Reading:
         self.problems.append(Problem(what, rule))
         self.invalid.add(option.name)
 
-    def closed(self) -> Reading:
+    def finish(self) -> Reading:
         """Return this at the end of its source: one message for one feature, and for one cause."""
-        self.problems = by_feature(self.problems)
+        self.problems = merge_by_feature(self.problems)
         self.invalid |= self.meant - self.values.keys()
         return self
 
@@ -119,7 +119,7 @@ class Reading:
         self.set(option, tuple(values) if option.many else values[0], spelling.flag)
 
 
-def by_feature(problems: Sequence[Problem]) -> list[Problem]:
+def merge_by_feature(problems: Sequence[Problem]) -> list[Problem]:
     """Say of a feature that is not there once what several flags ask of it."""
     merged: dict[str, list[str]] = {}
     for problem in problems:

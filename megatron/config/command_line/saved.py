@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.config.command_line.values import accept
+from megatron.config.command_line.values import coerce
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import by_name
 from megatron.config.schema import RunSettings, sections
@@ -45,7 +45,7 @@ def from_json(data: Mapping[str, Any]) -> RunSettings:
                 taken[key] = tuple(value) if isinstance(value, list) else value
                 continue
             try:
-                taken[key] = value if value is None else accept(option, value)
+                taken[key] = value if value is None else coerce(option, value)
             except ValueError as error:
                 problems.append(Problem(f"`{name}.{key} = {value!r}` of the saved configuration", str(error)))
         built[name] = sections()[name](**taken)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron.config.command_line.other_flags.other_frameworks import CALLED, meaning_elsewhere
+from megatron.config.command_line.other_flags.other_frameworks import CALLED, find_other_framework
 from megatron.config.option import Option
 from megatron.config.options import options
 
@@ -56,7 +56,7 @@ def known_flags() -> list[str]:
     return [s.flag for s in spellings().values()]
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `; did you mean X or Y?`, and for a word that is near to none an empty string."""
     alike = difflib.get_close_matches(word, known, n=3, cutoff=MIN_LIKENESS)
     near = [other for other in alike if _wrong_letters(word, other) <= MAX_WRONG_LETTERS]
@@ -68,9 +68,9 @@ def _wrong_letters(word: str, other: str) -> int:
     return sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in edits if tag != "equal")
 
 
-def called_here(word: str) -> str | None:
+def name_here(word: str) -> str | None:
     """Return what a flag of another framework is here, `train.global_batch_size` included; None if nothing is known of it."""
     last = "--" + word.rpartition(".")[2]
     if "." in word and last in spellings():
-        return meaning_elsewhere(word) or f"{CALLED} {spellings()[last].flag} here"
-    return meaning_elsewhere(word)
+        return find_other_framework(word) or f"{CALLED} {spellings()[last].flag} here"
+    return find_other_framework(word)

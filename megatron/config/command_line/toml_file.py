@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron.config.command_line.other_flags.table import find_other
 from megatron.config.command_line.reading import Reading
-from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, called_here, nearest, spellings
-from megatron.config.command_line.values import accept
+from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, did_you_mean, name_here, spellings
+from megatron.config.command_line.values import coerce
 from megatron.config.errors import Problem
 from megatron.config.options import options
 from megatron.config.schema import sections
@@ -50,12 +50,12 @@ def read_toml(path: str) -> Reading:
         elif name == "preset":
             _take_key(reading, path, "command", name, table)
         elif isinstance(table, Mapping):
-            rule = f"is not a table of a run{nearest(name, list(sections()))}"
+            rule = f"is not a table of a run{did_you_mean(name, list(sections()))}"
             reading.problems.append(Problem(f"`[{name}]` in {path}", rule, ", ".join(sections())))
             reading.broken = True
         else:
             _unknown_key(reading, path, "", name)
-    return reading.closed()
+    return reading.finish()
 
 
 def _keys(section: str) -> dict[str, Spelling]:
@@ -80,7 +80,7 @@ def _take_key(reading: Reading, path: str, section: str, key: str, value: Any) -
     spelling = known[word]
     try:
         if spelling.value is TAKES_VALUE:
-            reading.set(spelling.option, accept(spelling.option, value), key)
+            reading.set(spelling.option, coerce(spelling.option, value), key)
         elif not isinstance(value, bool):
             raise ValueError("must be true or false")
         elif value:
@@ -98,8 +98,8 @@ def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
         rule += f"; it belongs under [{homes[0]}]"
         reading.invalid.add(_keys(homes[0])[word].option.name)  # which is not missing as well
     else:
-        near = nearest(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
-        rule = rule + near if near else (called_here(word) or rule)
+        near = did_you_mean(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
+        rule = rule + near if near else (name_here(word) or rule)
     reading.unknown(f"`{key}`{place} in {path}", rule)
 
 

@@ -34,7 +34,7 @@ def convert(option: Option, text: str) -> Any:
     return text
 
 
-def accept(option: Option, value: Any) -> Any:
+def coerce(option: Option, value: Any) -> Any:
     """A TOML or JSON value as the field holds it. ValueError saying what it is not."""
     if option.many:
         items = value if isinstance(value, (list, tuple)) else [value]

@@ -75,7 +75,7 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": config.vocabulary,
+        "vocab_size": config.known_vocab_size,
         "n_positions": config.max_position_embeddings,
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,

@@ -102,7 +102,7 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 
 def _config(config: ModelConfig) -> dict[str, Any]:
     return {
-        "vocab_size": config.vocabulary,
+        "vocab_size": config.known_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,

@@ -38,11 +38,11 @@ def _separate(kind: str) -> tuple[str, ...]:
 
 
 def _has_binary_head(config: ModelConfig) -> bool:
-    return config.architecture == "bert" and config.predicts_order
+    return config.architecture == "bert" and config.has_binary_head
 
 
 def _has_words_alone(config: ModelConfig) -> bool:
-    return config.architecture == "bert" and config.predicts_words and not config.predicts_order
+    return config.architecture == "bert" and config.has_output_layer and not config.has_binary_head
 
 
 WITH_ORDER = HFClass(
@@ -132,7 +132,7 @@ def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, 
 def _config(config: ModelConfig) -> dict[str, Any]:
     """With the names of a task's classes; of a choice and a span the outputs have none."""
     about: dict[str, Any] = {
-        "vocab_size": config.vocabulary,
+        "vocab_size": config.known_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_hidden_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from megatron.config.batch import full_batch_size
+from megatron.config.batch import final_batch_size
 from megatron.train.evaluate import Loader, evaluate
 from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import Evaluation, StepReport
@@ -41,7 +41,7 @@ class HeldOut:
                 loader,
                 run.mesh,
                 steps=run.config.eval.eval_iters,
-                global_batch_size=full_batch_size(run.config.batch),
+                global_batch_size=final_batch_size(run.config.batch),
                 watch=run.job.watch,
                 should_stop=training.should_stop,
             )
@@ -50,7 +50,7 @@ class HeldOut:
         if losses is None:
             return
         lm, sop = losses
-        sop_loss = sop if run.config.model.predicts_order else None
+        sop_loss = sop if run.config.model.has_binary_head else None
         result = Evaluation(run.state.iteration, self.split, lm, run.state.consumed_samples, sop_loss)
         for sink in training.sinks:
             sink.evaluation(result, title)
@@ -104,7 +104,7 @@ class Evaluate(Hook):
 def final_evaluations(training: Training, splits: Iterable[HeldOut]) -> None:
     """Evaluate the finished model on each split. Collective. A stop leaves all of them to the next start."""
     config = training.run.config
-    draw = f"{config.eval.eval_iters * full_batch_size(config.batch)}-sample draw"
+    draw = f"{config.eval.eval_iters * final_batch_size(config.batch)}-sample draw"
     for held_out in splits:
         held_out.evaluate(training, f"iteration {training.iteration} on {draw} from {held_out.split} set")
         if training.request.stop is not None:

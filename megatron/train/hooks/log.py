@@ -60,7 +60,7 @@ class Log(Hook):
         metrics = self._metrics(training, report, seconds, self._steps, self._tokens, self._samples)
         if state.window_steps:
             metrics = replace(metrics, lm_loss=state.window_loss / state.window_steps)
-            if training.run.config.model.predicts_order:
+            if training.run.config.model.has_binary_head:
                 metrics = replace(metrics, sop_loss=state.window_sop / state.window_steps)
         for sink in training.sinks:
             sink.line(metrics, context)

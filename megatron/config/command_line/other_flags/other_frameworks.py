@@ -145,6 +145,6 @@ def _table() -> Mapping[str, str]:
 ELSEWHERE: Mapping[str, str] = _table()  # name without leading dashes -> what follows it in an error
 
 
-def meaning_elsewhere(word: str) -> str | None:
+def find_other_framework(word: str) -> str | None:
     """What `word`, without leading dashes and with dashes only, means to people of other frameworks; None if nothing."""
     return ELSEWHERE.get(word) or ELSEWHERE.get(word.rpartition(".")[2])
