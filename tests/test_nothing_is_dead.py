@@ -101,13 +101,11 @@ def test_what_the_package_defines_is_used_by_a_program() -> None:
 
 def test_what_is_dead_is_found() -> None:
     modules = {
-        "megatron.a": ast.parse(
+        "package.a": ast.parse(
             "LEFT = 1\nREAD = 2\nNAMED = 3\ndef again(n): return again(n - 1)\ndef called(): pass\ndef named(): pass\n"
             "def here(): return called()\nclass ScheduleKind:\n    def run(self): pass\n    def rest(self): pass\n"
         ),
-        "megatron.b": ast.parse(
-            "from megatron import a\nfrom megatron.a import here\na.READ\nx.NAMED\nx = 'megatron.a:named'\n"
-        ),
-        "tools.c": ast.parse("from megatron.a import ScheduleKind\nKind().run()\n"),
+        "package.b": ast.parse("from package import a\nfrom package.a import here\na.READ\nx.NAMED\nx = 'package.a:named'\n"),
+        "tools.c": ast.parse("from package.a import ScheduleKind\nScheduleKind().run()\n"),
     }
-    assert list(dead(modules)) == ["megatron.a.LEFT", "megatron.a.again", "megatron.a.ScheduleKind.rest"]
+    assert list(dead(modules, "package")) == ["package.a.LEFT", "package.a.again", "package.a.ScheduleKind.rest"]
