@@ -1,4 +1,4 @@
-"""README's way from a Hugging Face model to a Hugging Face model, and which tokens end documents on it."""
+"""The documentation's way from a Hugging Face model to a Hugging Face model, and which tokens end documents on it."""
 
 import json
 import re
@@ -25,8 +25,8 @@ END, TURN = 256, 258  # ids of <|endoftext|> and <|im_end|>
 
 
 def lines() -> list[list[str]]:
-    """README's commands of the block that imports, trains and exports, in words."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    """Commands of the block in docs/checkpoints.md that imports, trains and exports, in words."""
+    blocks = re.findall(r"^```\n(.*?)^```$", (ROOT / "docs/checkpoints.md").read_text(), re.MULTILINE | re.DOTALL)
     (block,) = (b for b in blocks if "import_hf.py" in b and "pretrain_gpt.py" in b)
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
@@ -62,14 +62,14 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(source, tmp_path, monkeypatch) -> Path:
-    """A directory where README's commands find what they name."""
+    """A directory where the page's commands find what they name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2-medium").symlink_to(source)
     (tmp_path / "corpus.jsonl").write_text('{"text": "hello, the <|im_end|> quick brown fox"}\n' * 1000)
     return tmp_path
 
 
-def test_readme_leads_from_hugging_face_to_hugging_face(here, monkeypatch, capsys) -> None:
+def test_the_page_leads_from_hugging_face_to_hugging_face(here, monkeypatch, capsys) -> None:
     """With another end of document: what preprocessing was told is what training, the checkpoint and the export have."""
     imported, preprocess, training, export = lines()
     assert run(monkeypatch, imported) == 0

@@ -17,12 +17,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
-DOCUMENTS += sorted(p for folder in ("examples", "benchmarks") for p in (ROOT / folder).rglob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS += PAGES + sorted(p for folder in ("examples", "benchmarks") for p in (ROOT / folder).rglob("*.md"))
+MAX_README_LINES = 70  # one screen of text; code blocks come on top
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(document: Path, language: str) -> list[str]:
     return [body for tag, body in FENCE.findall(document.read_text(encoding="utf-8")) if tag == language]
+
+
+def examples(document: Path) -> list[tuple[str, list[str]]]:
+    """Every `sh` block, with the lines of the `text` block that stands behind it: what it prints, shortened by `...`."""
+    found: list[tuple[str, list[str]]] = []
+    for tag, body in FENCE.findall(document.read_text(encoding="utf-8")):
+        if tag == "sh":
+            found.append((body, []))
+        elif tag == "text" and found:
+            found[-1][1].extend(line for line in body.splitlines() if line.strip(". "))
+    return found
 
 
 def commands(block: str) -> list[str]:
@@ -36,7 +49,7 @@ def make_targets() -> set[str]:
 
 COMMAND = re.compile(r"(\w+=\S+ )*(pip|python|torchrun|make|curl|sbatch|srun|source|bash|cd) ")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-EVERY = [(d.relative_to(ROOT).as_posix(), b) for d in DOCUMENTS for b in blocks(d, "sh")]
+EVERY = [(d.relative_to(ROOT).as_posix(), *example) for d in DOCUMENTS for example in examples(d)]
 
 
 @pytest.fixture
@@ -58,9 +71,12 @@ def put_script(path: Path, line: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("document", "block"), EVERY, ids=[f"{d}-{i}" for i, (d, _) in enumerate(EVERY)])
-def test_shell_blocks_run(document: str, block: str, checkout: Path) -> None:
-    """Every `sh` block runs as it stands, except that `make` would run this suite again: its targets must exist."""
+@pytest.mark.parametrize(("document", "block", "printed"), EVERY, ids=[f"{d}-{i}" for i, (d, *_) in enumerate(EVERY)])
+def test_shell_blocks_run(document: str, block: str, printed: list[str], checkout: Path) -> None:
+    """Every `sh` block runs as it stands and prints what the page says, except that `make` would run this suite again.
+
+    Its targets must exist.
+    """
     lines = commands(block)
     made = [line.split()[1] for line in lines if line.startswith("make ")]
     assert set(made) <= make_targets()
@@ -83,6 +99,8 @@ def test_shell_blocks_run(document: str, block: str, checkout: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, f"{document}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    absent = set(printed) - set(done.stdout.splitlines())
+    assert not absent, f"{document} shows lines that are not printed: {sorted(absent)}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.relative_to(ROOT).as_posix())
@@ -99,12 +117,38 @@ def test_there_are_blocks_to_run() -> None:
     assert "make test" in readme
 
 
+def links(document: Path) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", FENCE.sub("", document.read_text(encoding="utf-8")))
+
+
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(document: Path) -> None:
-    text = FENCE.sub("", document.read_text(encoding="utf-8"))
-    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
-    missing = [link for link in links if link and "://" not in link and not (document.parent / link).exists()]
-    assert not missing, missing
+    for link in links(document):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert "://" in link or target.exists(), link
+        assert "://" in link or not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_one_screen_and_leads_to_every_page() -> None:
+    text = FENCE.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(text.splitlines()) <= MAX_README_LINES, "pages under docs/ take what is more"
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES} <= {link.split("#")[0] for link in links(ROOT / "README.md")}
+
+
+def test_the_drawing_is_what_the_page_draws(tmp_path: Path) -> None:
+    """The picture in docs/ stays what the tool makes: draw it again with the command of docs/layouts.md when it changes."""
+    page = "\n".join(blocks(ROOT / "docs/layouts.md", "sh"))
+    (words,) = (shlex.split(line) for line in commands(page) if "draw_schedule.py" in line)
+    drawn = tmp_path / Path(words[-1]).name
+    subprocess.run([sys.executable, *words[1:-1], str(drawn)], cwd=ROOT, check=True, capture_output=True)
+    assert drawn.read_bytes() == (ROOT / "docs" / drawn.name).read_bytes()
 
 
 def test_files_named_in_documents_exist() -> None:
