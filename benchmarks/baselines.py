@@ -42,8 +42,8 @@ def process(case: Case) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def training_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, bf16: bool) -> Step:
-    """Forward, backward, clip and AdamW of a model whose loss is `loss_of(tokens, labels)`."""
+def training_step(model: nn.Module, compute_loss: Callable[[Tensor, Tensor], Tensor], *, bf16: bool) -> Step:
+    """Forward, backward, clip and AdamW of a model whose loss is `compute_loss(tokens, labels)`."""
     # DTensors and plain tensors do not mix in one fused call, so each kind is a group of its own.
     parameters = list(model.parameters())
     kinds = [[p for p in parameters if isinstance(p, DTensor) is kind] for kind in (False, True)]
@@ -54,7 +54,7 @@ def training_step(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor],
     def step(tokens: Tensor, labels: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = loss_of(tokens, labels)
+            loss = compute_loss(tokens, labels)
         loss.backward()
         norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
         whole = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
@@ -252,11 +252,11 @@ def dtensor(case: Case) -> Iterator[Step]:
     with process(case) as device:
         model = parallelized(case, device)
 
-        def loss_of(tokens: Tensor, labels: Tensor) -> Tensor:
+        def compute_loss(tokens: Tensor, labels: Tensor) -> Tensor:
             loss: Tensor = model(tokens, labels)
             return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
-        step = training_step(model, loss_of, bf16=False)
+        step = training_step(model, compute_loss, bf16=False)
 
         def parallel_step(tokens: Tensor, labels: Tensor) -> float:
             with loss_parallel():

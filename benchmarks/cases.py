@@ -1,4 +1,4 @@
-"""What is measured: the dimensions, the layouts and who takes part. `CASES` are train.py's, `PIPELINES` are pipeline.py's."""
+"""The benchmarked models, layouts and contenders. `CASES` are train.py's, `PIPELINES` are pipeline.py's."""
 
 from __future__ import annotations
 

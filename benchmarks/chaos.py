@@ -72,7 +72,7 @@ LOADED = re.compile(r"^loading checkpoint \S*/iter_(\d+)", re.MULTILINE)
 
 @dataclass
 class Count:
-    """What was done and found, over all cases. wrong: a line for each thing that does not hold."""
+    """Kills, resumes and violated guarantees, over all cases. wrong: a line for each guarantee that did not hold."""
 
     kills: list[tuple[Case, str, str]] = field(default_factory=list)  # case, phase, who was killed
     starts: int = 0
@@ -260,7 +260,7 @@ def report(count: Count, cases: Sequence[Case], seconds: float) -> str:
     )
 
 
-def cases_of(layouts: Sequence[str], saving: Sequence[str], iterations: int, data: Path) -> list[Case]:
+def build_cases(layouts: Sequence[str], saving: Sequence[str], iterations: int, data: Path) -> list[Case]:
     """Return the cases of these layouts and ways of saving."""
     common = (*MODEL.split(), "--data-path", str(data), "--train-iters", str(iterations))
     return [
@@ -287,7 +287,7 @@ def main() -> int:
     folder = Path(args.directory or tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     began, count, chance = time.monotonic(), Count(), random.Random(args.seed)
-    cases = cases_of(layouts, saving, args.iterations, make_data(folder))
+    cases = build_cases(layouts, saving, args.iterations, make_data(folder))
     victims: dict[Case, Victim] = {}
     gc.freeze()  # or each rank's first collection copies all that it was forked with
     while len(count.kills) < args.kills and len(count.wrong) < 20:

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: the stall of a step with --async-save and without, and the bandwidth beside dd's to the same disk.
+"""Measure a checkpoint: the stall of a step with --async-save and without, and the bandwidth beside dd's to the same disk.
 
     python benchmarks/checkpoint.py [--directory .] [--ranks 2] [--layers 6] [--width 768] [--rounds 5]
 
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import Case, Dims
-from ours import batches_of, config_of
+from ours import build_config, micro_batches_from_text
 
 from megatron.checkpoint.content import shard_name
 from megatron.config.schema import CheckpointConfig
@@ -84,7 +84,7 @@ def counted_collectives() -> Iterator[list[int]]:
 
 
 def slowest(seconds: float) -> float:
-    """Of all ranks; they go on together."""
+    """Return the longest of the ranks' times, after which all go on together."""
     value = torch.tensor(seconds, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(value, dist.ReduceOp.MAX)
@@ -106,7 +106,7 @@ class Bench:
         self.run, self.root, self.rank = run, root, run.mesh.rank
         dims = case.dims
         tokens = torch.randint(dims.vocab, (dims.micro_batch * case.micro_batches, dims.seq + 1))
-        self.batches = batches_of(case, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        self.batches = micro_batches_from_text(case, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         self.savers = {}
         for name, behind in (("foreground", False), ("async", True)):
             config = CheckpointConfig(save=str(root / name), async_save=behind)
@@ -199,7 +199,7 @@ def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
     with job(LaunchEnvironment.from_environ(os.environ), "gloo" if case.ranks > 1 else None) as started:
         torch.set_num_threads(case.threads)
-        bench = Bench(case, build_run(config_of(case), started), root)
+        bench = Bench(case, build_run(build_config(case), started), root)
         bench.step()
         traffic, size = bench.traffic()  # the first save plans, and tells who holds what
         again, _ = bench.traffic()

@@ -101,7 +101,7 @@ class Attempt:
         return pid
 
     def running(self) -> bool:
-        """Whether any rank is still there."""
+        """True while any rank is alive."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.statuses:
                 ended, status = os.waitpid(pid, os.WNOHANG)
@@ -136,7 +136,7 @@ class Attempt:
         return max((int(n) for n in TRAINED.findall(self.text())), default=-1)
 
     def phase(self) -> str:
-        """What the run did when it was killed."""
+        """The phase in which the run was killed."""
         if any(path.name.endswith(".tmp") for path in (self.folder / "save").iterdir()):
             return "saving"
         if any(self._evaluating[:]):

@@ -167,7 +167,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def take_turns(contenders: dict[str, Contender], case: Case) -> Times:
-    """What `Contender.turn` says of every contender in every round."""
+    """Collect the times that `Contender.turn` reports, for every contender in every round."""
     order: list[str] = list(contenders)
     times: Times = {name: [] for name in contenders}
     for first in range(case.rounds):

@@ -34,7 +34,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.train.run import build_run
 
 
-def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
+def batch_from_text(tokens: Tensor, labels: Tensor) -> Batch:
     """Return tokens `[rows, seq]` and labels as a batch of one document a row."""
     rows, seq = tokens.shape
     return Batch(
@@ -46,15 +46,15 @@ def batch_of(tokens: Tensor, labels: Tensor) -> Batch:
     )
 
 
-def batches_of(case: Case, tokens: Tensor, labels: Tensor) -> list[Batch]:
+def micro_batches_from_text(case: Case, tokens: Tensor, labels: Tensor) -> list[Batch]:
     """A rank's text, cut into its micro-batches."""
     rows = case.dims.micro_batch
-    return [batch_of(*pair) for pair in zip(tokens.split(rows), labels.split(rows), strict=True)]
+    return [batch_from_text(*pair) for pair in zip(tokens.split(rows), labels.split(rows), strict=True)]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a contender of ours leaves out or adds. eager: layers are not compiled on a GPU, as they are by default.
+    """Options in which our contenders differ. eager: layers are not compiled on a GPU, as they are by default.
 
     fusion: weight gradients added within their products; only in layers that are not compiled. kernel: --adam-kernel.
     bf16_gradients: accumulated and reduced in bf16 on a GPU.
@@ -69,7 +69,7 @@ class Options:
 DEFAULT = Options()
 
 
-def config_of(case: Case, schedule: str | None = None, options: Options = DEFAULT) -> RunConfig:
+def build_config(case: Case, schedule: str | None = None, options: Options = DEFAULT) -> RunConfig:
     """The run that a command line with the same numbers would give. schedule: of the pipeline."""
     dims, gpu = case.dims, case.device == "cuda"
     config = RunSettings(
@@ -117,8 +117,8 @@ def process(case: Case) -> Iterator[Job]:
 def ours(case: Case, options: Options = DEFAULT) -> Iterator[Step]:
     """The framework whole: its mesh, model, executor and optimizer."""
     with process(case) as started:
-        run = build_run(config_of(case, options=options), started)
-        yield lambda tokens, labels: run.step(batches_of(case, tokens, labels), run.state).lm_loss
+        run = build_run(build_config(case, options=options), started)
+        yield lambda tokens, labels: run.step(micro_batches_from_text(case, tokens, labels), run.state).lm_loss
 
 
 class MeanLoss(nn.Module):
@@ -130,7 +130,7 @@ class MeanLoss(nn.Module):
         initialize(self.gpt, config, seed=1234)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        loss = self.gpt(None, batch_of(tokens, labels))
+        loss = self.gpt(None, batch_from_text(tokens, labels))
         mean: Tensor = loss.sum / loss.tokens
         return mean
 
@@ -139,5 +139,5 @@ class MeanLoss(nn.Module):
 def ours_in_ddp(case: Case) -> Iterator[Step]:
     """Our model with torch's DistributedDataParallel and AdamW."""
     with process(case) as started:
-        model = DistributedDataParallel(MeanLoss(case.dims, config_of(case).model).to(started.device))
+        model = DistributedDataParallel(MeanLoss(case.dims, build_config(case).model).to(started.device))
         yield training_step(model, model, bf16=False)

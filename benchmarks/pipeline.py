@@ -28,8 +28,8 @@ from typing import Any
 import ours
 import torch
 from cases import PIPELINES, Case
-from pipelined import CONTENDERS, OUR_SCHEDULES, Pipelined, plan_of, without_broken
-from train import WARM_UP, Answer, Contest, Failure, Turns, measure, settle, spread, text_of, turn
+from pipelined import CONTENDERS, OUR_SCHEDULES, Pipelined, build_plan, without_broken
+from train import WARM_UP, Answer, Contest, Failure, Turns, measure, random_text, settle, spread, turn
 
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Stopwatch
@@ -72,19 +72,19 @@ class ActionCosts:
 def prepared(contender: str, case: Case, rank: int) -> Iterator[Turns]:
     """A contender, ready to take turns of each kind."""
     with CONTENDERS[contender](case) as pipelined:
-        text = text_of(case, rank)
+        text = random_text(case, rank)
 
         def take(message: str) -> Answer:
             if message == PROFILE and pipelined.executor is not None:
                 return Profile(passes=profile(pipelined.executor, case, text))
             if message == GRADIENTS:
-                return turn(lambda *text: gradients_of(pipelined, *text), text, case.steps, case.device)
+                return turn(lambda *text: run_gradients(pipelined, *text), text, case.steps, case.device)
             return turn(pipelined.step, text, 1 if message == WARM_UP else case.steps, case.device)
 
         yield take
 
 
-def gradients_of(pipelined: Pipelined, tokens: torch.Tensor, labels: torch.Tensor) -> float:
+def run_gradients(pipelined: Pipelined, tokens: torch.Tensor, labels: torch.Tensor) -> float:
     """Run one step that nobody asks the gradient of."""
     pipelined.gradients(tokens, labels)
     return math.nan  # not asked for: it may be on another rank
@@ -92,7 +92,7 @@ def gradients_of(pipelined: Pipelined, tokens: torch.Tensor, labels: torch.Tenso
 
 def profile(executor: Executor, case: Case, text: tuple[torch.Tensor, torch.Tensor]) -> tuple[Pass, ...]:
     """Passes of the executor, each action timed. They add to gradients that the next step forgets."""
-    batches, passes, plain = ours.batches_of(case, *text), [], executor.recorder
+    batches, passes, plain = ours.micro_batches_from_text(case, *text), [], executor.recorder
     for _ in range(case.steps):
         executor.recorder = stopwatch = Stopwatch(executor.device)
         settle(case.device)
@@ -104,9 +104,9 @@ def profile(executor: Executor, case: Case, text: tuple[torch.Tensor, torch.Tens
     return tuple(passes)
 
 
-def schedule_of(case: Case, contender: str) -> Schedule:
+def build_schedule(case: Case, contender: str) -> Schedule:
     """Return the schedule that a contender runs in a case."""
-    return make(OUR_SCHEDULES[contender], case.pp, case.micro_batches, plan_of(case, contender).chunks)
+    return make(OUR_SCHEDULES[contender], case.pp, case.micro_batches, build_plan(case, contender).chunks)
 
 
 def took(ranks: Sequence[Pass]) -> float:
@@ -115,7 +115,7 @@ def took(ranks: Sequence[Pass]) -> float:
 
 
 def overhead(schedule: Schedule, ranks: Sequence[Pass]) -> float:
-    """Of one pass, by all ranks: time beyond what the simulator predicts from its actions' times, as a share of that."""
+    """Return the time of one pass beyond what the simulator predicts from its actions' times, as a share of that."""
     seconds = {action: s for rank in ranks for action, s in rank.seconds.items()}
     return took(ranks) / simulate(schedule, ActionCosts(seconds)).makespan - 1.0
 
@@ -127,7 +127,7 @@ def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> fl
         for rank in ranks:
             for action, s in rank.seconds.items():
                 seconds.setdefault((action.op, action.stage), []).append(s)
-    costs = MeasuredCosts({kind: statistics.median(all_of) for kind, all_of in seconds.items()})
+    costs = MeasuredCosts({kind: statistics.median(times) for kind, times in seconds.items()})
     return statistics.median(map(took, passes)) / simulate(schedule, costs).makespan - 1.0
 
 
@@ -150,10 +150,10 @@ def take_turns(case: Case, rounds: int) -> dict[str, Any]:
                 if name in passes:
                     passes[name] += zip(*(answer.passes for answer in contest.ask(name, PROFILE)), strict=True)
     check_losses(losses)
-    schedules = {name: schedule_of(case, name) for name in passes}
+    schedules = {name: build_schedule(case, name) for name in passes}
     return {
         "chip": f"CPU, {case.threads} thread(s) a rank",
-        "layers": {name: [len(part.layers) for part in plan_of(case, name).parts] for name in order},
+        "layers": {name: [len(part.layers) for part in build_plan(case, name).parts] for name in order},
         "tokens_per_second": speeds[STEPS],
         "gradients_tokens_per_second": speeds[GRADIENTS],
         "losses": losses,
@@ -171,7 +171,7 @@ def check_losses(losses: Mapping[str, Sequence[float]]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a person reads of one case."""
+    """Format the result of one case as a table."""
     case = PIPELINES[result["case"]]
     columns = result["tokens_per_second"], result["gradients_tokens_per_second"]
     lines = [f"{result['case']}: {case.title} ({result['chip']})"]

@@ -1,4 +1,4 @@
-"""Who takes part in the pipeline benchmark: our executor, and `torch.distributed.pipelining` as its users would write it.
+"""Contenders of the pipeline benchmark: our executor, and `torch.distributed.pipelining` as its users would write it.
 
 Everybody trains the same GPT-2, with a tied output layer, from the same weights on the same text. torch has three forms:
 
@@ -59,10 +59,10 @@ def without_broken(case: Case, torch_version: str = torch.__version__) -> Case:
     return replace(case, contenders=tuple(name for name in case.contenders if name != "torch-zb-v"))
 
 
-def plan_of(case: Case, contender: str) -> StagePlan:
-    """Which layers a contender has on which stage: ours, except where layers are counted out evenly."""
+def build_plan(case: Case, contender: str) -> StagePlan:
+    """Return the layers of each stage for a contender: cut as ours are, except where layers are counted out evenly."""
     schedule = "zb-v" if contender.endswith("zb-v") else OUR_SCHEDULES.get(contender, "1f1b")
-    plan = stages_of(ours.config_of(case, schedule))
+    plan = stages_of(ours.build_config(case, schedule))
     if not contender.endswith("even"):
         return plan
     counts = [(case.dims.layers + stage) // case.pp for stage in range(case.pp)]
@@ -74,20 +74,22 @@ def plan_of(case: Case, contender: str) -> StagePlan:
 def our_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
     """The framework whole."""
     with ours.process(case) as started:
-        run = build_run(ours.config_of(case, OUR_SCHEDULES[contender]), started)
-        step, gradients = parts_of(case, run, run.pipeline)
+        run = build_run(ours.build_config(case, OUR_SCHEDULES[contender]), started)
+        step, gradients = step_and_gradients(case, run, run.pipeline)
         yield Pipelined(step, gradients, run.pipeline)
 
 
-def parts_of(case: Case, run: Run, executor: Executor | TorchExecutor) -> tuple[Step, Callable[[Tensor, Tensor], None]]:
+def step_and_gradients(
+    case: Case, run: Run, executor: Executor | TorchExecutor
+) -> tuple[Step, Callable[[Tensor, Tensor], None]]:
     """Our run's step, and its gradients alone."""
 
     def step(tokens: Tensor, labels: Tensor) -> float:
-        return run.step(ours.batches_of(case, tokens, labels), run.state).lm_loss
+        return run.step(ours.micro_batches_from_text(case, tokens, labels), run.state).lm_loss
 
     def gradients(tokens: Tensor, labels: Tensor) -> None:
         run.optimizer.zero()
-        executor.step(ours.batches_of(case, tokens, labels))
+        executor.step(ours.micro_batches_from_text(case, tokens, labels))
 
     return step, gradients
 
@@ -104,8 +106,8 @@ class OurStage(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.stage.part.embedding:
-            return self.stage.hidden(None, ours.batch_of(x, labels))
-        batch = ours.batch_of(labels, labels)  # only the first stage reads tokens
+            return self.stage.hidden(None, ours.batch_from_text(x, labels))
+        batch = ours.batch_from_text(labels, labels)  # only the first stage reads tokens
         x = self.stage.hidden(x, batch)
         if not self.stage.part.head:
             return x
@@ -138,16 +140,16 @@ class TorchExecutor:
 def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
     """Our run, with torch's executor."""
     with ours.process(case) as started:
-        run = build_run(ours.config_of(case, "1f1b"), started)
+        run = build_run(ours.build_config(case, "1f1b"), started)
         rank = started.env.rank
         executor = TorchExecutor(case, run.stages[rank], rank)
         run.step.pipeline = executor  # type: ignore[attr-defined]  # a `train.step.Step`, which asks for no more than this has
-        yield Pipelined(*parts_of(case, run, executor))
+        yield Pipelined(*step_and_gradients(case, run, executor))
 
 
 def plain_model(case: Case) -> PlainGPT:
     """PlainGPT with the weights that ours begins with."""
-    dims, config = case.dims, ours.config_of(case)
+    dims, config = case.dims, ours.build_config(case)
     gpt = GPT(config.model, StagePart(range(dims.layers), embedding=True, head=True), TensorParallel.alone())
     initialize(gpt, config.model, config.batch.seed)
     weights = gpt.state_dict()
@@ -170,7 +172,7 @@ def our_weight(name: str, weights: dict[str, Tensor], heads: int) -> Tensor:
 
 
 class PlainStage(nn.Module):
-    """What `part` names of a PlainGPT: tokens or hidden states in, hidden states or logits out."""
+    """The part of a PlainGPT that `part` names: tokens or hidden states in, hidden states or logits out."""
 
     def __init__(self, model: PlainGPT, part: StagePart) -> None:
         super().__init__()
@@ -215,7 +217,7 @@ class PlainUpdate:
 def torch_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
     """GPT-2 in plain torch under torch's 1F1B, or its ZB-V."""
     with baselines.process(case) as device:
-        rank, plan = dist.get_rank(), plan_of(case, contender)
+        rank, plan = dist.get_rank(), build_plan(case, contender)
         model = plain_model(case)
         numbers = plan.of_rank(rank)
         modules = [PlainStage(model, plan.parts[number]) for number in numbers]
@@ -224,15 +226,15 @@ def torch_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
             PipelineStage(module, number, len(plan.parts), device) for module, number in zip(modules, numbers, strict=True)
         ]
 
-        def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        def compute_loss(logits: Tensor, labels: Tensor) -> Tensor:
             """A share of the step's mean, so that no gradient has to be scaled afterwards."""
             return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / case.micro_batches
 
         schedule: Any
         if contender.endswith("zb-v"):
-            schedule = ScheduleZBVZeroBubble(list(stages), case.micro_batches, loss_fn=loss_of, scale_grads=False)
+            schedule = ScheduleZBVZeroBubble(list(stages), case.micro_batches, loss_fn=compute_loss, scale_grads=False)
         else:
-            schedule = Schedule1F1B(stages[0], case.micro_batches, loss_fn=loss_of, scale_grads=False)
+            schedule = Schedule1F1B(stages[0], case.micro_batches, loss_fn=compute_loss, scale_grads=False)
         update = PlainUpdate(modules)
         begins, ends = 0 in numbers, len(plan.parts) - 1 in numbers
 

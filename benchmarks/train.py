@@ -57,7 +57,7 @@ CONTENDERS: dict[str, baselines.Contender] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank says after a turn: seconds of the whole turn, loss of its last step; or an error and nothing else."""
+    """A rank's report after a turn: seconds of the whole turn, loss of its last step; or an error and nothing else."""
 
     seconds: float = 0.0
     loss: float = 0.0
@@ -81,7 +81,7 @@ def settle(device: str) -> None:
         dist.barrier()
 
 
-def text_of(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_text(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels of a rank's step. Data-parallel ranks have their own; ranks that share a model share them."""
     dims, draw = case.dims, torch.Generator().manual_seed(rank // case.tp % case.dp)
     rows = case.micro_batches * dims.micro_batch
@@ -103,7 +103,7 @@ def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: i
 def trained(contender: str, case: Case, rank: int) -> Iterator[Turns]:
     """A contender, ready to take turns: warm up, or train."""
     with CONTENDERS[contender](case) as step:
-        text = text_of(case, rank)
+        text = random_text(case, rank)
         yield lambda message: turn(step, text, 1 if message == WARM_UP else case.steps, case.device)
 
 
@@ -228,7 +228,7 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What a person reads of one case."""
+    """Format the result of one case as a table."""
     case, speeds = CASES[result["case"]], result["tokens_per_second"]
     peak, own = result["peak_tflops"], case.contenders[0]  # the one that the others are compared with
     lines = [f"{result['case']}: {case.title} ({result['chip']})"]

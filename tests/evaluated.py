@@ -49,7 +49,7 @@ LLAMA: dict[str, Any] = dict(
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Of three words, one of them frequent, so that a small model soon guesses some."""
+    """Make sentences of three words, one of them frequent, so that a small model soon guesses some."""
     draw = random.Random(seed)
     return [" ".join(draw.choice(("ma", "ma", "ma", "lo", "tun")) for _ in range(draw.randint(4, 8))) for _ in range(count)]
 

@@ -24,7 +24,7 @@ def send(connection: Connection, message: object) -> None:
 
 
 def reduced(x: torch.Tensor) -> tuple[Any, ...]:
-    """How a tensor is pickled: what is no plain one, or belongs to a graph, in the way of torch.save."""
+    """Pickle a tensor by its bytes; one that is no plain tensor, or belongs to a graph, as torch.save does."""
     plain = x.device.type == "cpu" and x.layout is torch.strided and not (x.requires_grad or x.is_neg() or x.is_conj())
     if not plain or not x.numel():
         return x.__reduce_ex__(2)

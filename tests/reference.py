@@ -58,7 +58,7 @@ def dropping(model: ModelSettings) -> ModelSettings:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how.
+    """A training setup: model, data, batch, precision and optimizer.
 
     masked: a third of the tokens do not count, unevenly over samples. documents: token 0 ends one, and positions and
     attention begin anew after it.

@@ -1,4 +1,4 @@
-"""What can stand where a file belongs."""
+"""Things that can stand where a file belongs: directories, pipes, sockets, links."""
 
 from __future__ import annotations
 

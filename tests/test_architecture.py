@@ -72,12 +72,12 @@ OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", 
 OPTIONAL |= {"starlette", "uvicorn"}
 
 
-def place_of(module: str) -> str:
+def without_package(module: str) -> str:
     """`megatron.plan.size` -> `plan.size`."""
     return module.removeprefix("megatron").removeprefix(".")
 
 
-def room_of(place: str) -> str:
+def innermost_room(place: str) -> str:
     """`pipeline.schedules.draw` -> `pipeline.schedules`: the innermost room that a module is in."""
     return max((room for room in ROOMS if f"{place}.".startswith(f"{room}.")), key=len, default=place)
 
@@ -87,18 +87,18 @@ def floor_violations(path: Path, allowed: set[str], own: str) -> list[str]:
     for module, node in imports(path):
         if module != "megatron" and not module.startswith("megatron."):
             continue
-        place = place_of(module)
-        if place in ("", "__version__") or room_of(place) in {own, *allowed}:
+        place = without_package(module)
+        if place in ("", "__version__") or innermost_room(place) in {own, *allowed}:
             continue
         wrong.append(f"{shown(path, node)} imports {module}, which {own} may not")
     return wrong
 
 
-def files_of(room: str) -> list[Path]:
+def files_in_room(room: str) -> list[Path]:
     """The files of a room without those of a room inside it."""
     place = PACKAGE / room.replace(".", "/")
     files = sorted(place.rglob("*.py")) or [place.with_suffix(".py")]
-    return [path for path in files if room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) == room]
+    return [path for path in files if innermost_room(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) == room]
 
 
 def test_every_package_has_a_floor() -> None:
@@ -122,7 +122,7 @@ def test_no_arrow_leads_up_a_floor_or_in_a_circle() -> None:
 
 @pytest.mark.parametrize("package", sorted(ROOMS))
 def test_floors(package: str) -> None:
-    files = files_of(package)
+    files = files_in_room(package)
     assert files, package
     wrong = [line for path in files for line in floor_violations(path, ROOMS[package], package)]
     assert not wrong, "\n".join(wrong)
@@ -267,7 +267,7 @@ MUTATORS = {
 
 
 def module_state(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """What a module would remember between calls: containers that its functions change, and process groups."""
+    """Yield the state that a module keeps between calls: containers that its functions change, and process groups."""
     containers: set[str] = set()
     for node in module.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) or node.value is None:

@@ -14,7 +14,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 Classes = Mapping[str, list[ast.ClassDef]]  # by name
 
 
-def classes_of(modules: Iterable[ast.Module]) -> Classes:
+def classes_by_name(modules: Iterable[ast.Module]) -> Classes:
     found: dict[str, list[ast.ClassDef]] = defaultdict(list)
     for module in modules:
         for node in ast.walk(module):
@@ -47,7 +47,7 @@ def explained(nodes: Iterable[ast.ClassDef]) -> set[str]:
 
 
 def is_stub(method: Function) -> bool:
-    """Whether it is declared alone, as those of a protocol are, whose docstring stands at the class."""
+    """Return whether a method is declared alone, as those of a protocol are, whose docstring stands at the class."""
     last = method.body[-1]
     return len(method.body) == 1 and isinstance(last, ast.Expr) and ast.unparse(last) == "..."
 
@@ -70,7 +70,7 @@ def silent(module: ast.Module, classes: Classes) -> Iterator[str]:
 def test_public_names_say_what_they_are() -> None:
     paths = [*sources("megatron", "tools", "tasks", "benchmarks", "examples"), *ROOT.glob("*.py")]
     modules = {shown(path): tree(path) for path in paths}
-    classes = classes_of(modules.values())
+    classes = classes_by_name(modules.values())
     found = {f"{place}: {name}" for place, module in modules.items() for name in silent(module, classes)}
     assert not found, f"these have no docstring: {sorted(found)}"
 
@@ -83,4 +83,4 @@ def test_the_names_without_a_docstring_are_found() -> None:
         "class D(B):\n    'Says it.'\n    def step(self): pass\n    def asked(self): pass\n    def new(self): pass\n"
         "    @property\n    def size(self):\n        'Says it.'\n    @size.setter\n    def size(self, value): pass\n"
     )
-    assert list(silent(module, classes_of([module]))) == ["f", "g", "C", "C.m", "D.new"]
+    assert list(silent(module, classes_by_name([module]))) == ["f", "g", "C", "C.m", "D.new"]

@@ -85,7 +85,7 @@ def readings(module: ast.Module) -> Iterator[tuple[str, ast.Call]]:
 
 
 def _writes(call: ast.Call, *, method: bool) -> bool:
-    """Whether the mode is given and says that the file is written."""
+    """Return whether the mode is given and says that the file is written."""
     modes = [call.args[0 if method else 1]] if len(call.args) > (0 if method else 1) else []
     modes += [word.value for word in call.keywords if word.arg == "mode"]
     return any(isinstance(mode, ast.Constant) and set(str(mode.value)) & set("wxa") for mode in modes)

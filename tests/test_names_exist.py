@@ -36,7 +36,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Found:
-    """What a name stands for: a module, or one of its functions and classes."""
+    """The module, function or class that a name stands for."""
 
     path: Path
     node: ast.AST | None = None  # None: the module itself

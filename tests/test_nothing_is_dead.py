@@ -1,4 +1,4 @@
-"""What the package defines, some program uses; what only tests use belongs to the tests."""
+"""Every definition of the package is used by some program; one that only tests use belongs to the tests."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ROW = re.compile(r"^\| `([^`]+\.py)` \|", re.MULTILINE)
 BETWEEN = "megatron/cli/program.py"  # reads the command; the table's first row speaks of it
 
 
-def files_of(text: str) -> list[str]:
+def files_in_table(text: str) -> list[str]:
     """The files in the table of the section."""
     return ROW.findall(text.split("\n## Reading order\n")[1].partition("\n## ")[0])
 
@@ -30,12 +30,12 @@ def wrong_with(files: Sequence[str], root: Path) -> str | None:
     return None
 
 
-def module_of(name: str) -> str:
+def module_name(name: str) -> str:
     return name.removesuffix(".py").replace("/", ".")
 
 
 def listed() -> list[str]:
-    return files_of((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+    return files_in_table((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
 
 
 def test_one_step_is_read_in_few_files_and_lines() -> None:
@@ -52,7 +52,7 @@ def test_each_file_is_used_by_one_before_it() -> None:
         used = {module for other in before for module, _ in imports(ROOT / other)}
         if name == "megatron/model/gpt.py":  # a model by its name in the configuration
             used |= {module for module, _ in imports(ROOT / "megatron/model/build.py")}
-        assert module_of(name) in used, f"{name} is imported by none of {before}"
+        assert module_name(name) in used, f"{name} is imported by none of {before}"
 
 
 @pytest.mark.parametrize(("files", "lines"), [(11, 1), (2, 951)])
@@ -67,4 +67,4 @@ def test_more_is_too_much(tmp_path: Path, files: int, lines: int) -> None:
 
 def test_the_table_is_found() -> None:
     table = "| file | what |\n|---|---|\n| `a.py` | x |\n| `b/c.py` | `d.py` |\n"
-    assert files_of(f"\n## Reading order\n\n{table}\n- `e.py`\n\n## Next\n| `f.py` | |\n") == ["a.py", "b/c.py"]
+    assert files_in_table(f"\n## Reading order\n\n{table}\n- `e.py`\n\n## Next\n| `f.py` | |\n") == ["a.py", "b/c.py"]

@@ -1,4 +1,4 @@
-"""How large the pieces of the code may be: lines of a file, lines and branches of a function, and lists of arguments.
+"""Limits on the size of the code's pieces: lines of a file, lines and branches of a function, and lists of arguments.
 
 Each rule finds what breaks it in one parsed file.
 """
@@ -60,7 +60,7 @@ def branching_functions(module: ast.Module, lines: int) -> Found:
 
 
 def is_autograd(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether it is the forward pass of an autograd function, which PyTorch gives positional arguments alone."""
+    """Return whether it is the forward pass of an autograd function, which PyTorch gives positional arguments alone."""
     return function.name == "forward" and [arg.arg for arg in function.args.args[:1]] == ["ctx"]
 
 
@@ -88,7 +88,7 @@ def conditions_as_numbers(module: ast.Module, lines: int) -> Found:
             sides = (node.left, node.right)
             clever = any(isinstance(side, TEXTS) for side in sides) and any(is_condition(side) for side in sides)
         else:
-            clever = isinstance(node, ast.Subscript) and any(map(is_condition, parts_of(node.slice)))
+            clever = isinstance(node, ast.Subscript) and any(map(is_condition, index_parts(node.slice)))
         if clever:
             yield ast.unparse(node), "a condition as a number; write `if`"
 
@@ -99,7 +99,7 @@ def is_condition(node: ast.AST | None) -> bool:
     return isinstance(node, ast.Compare) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "bool")
 
 
-def parts_of(index: ast.expr) -> tuple[ast.AST | None, ...]:
+def index_parts(index: ast.expr) -> tuple[ast.AST | None, ...]:
     return (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
 
 
@@ -112,7 +112,7 @@ class Rule:
     good: str
 
 
-def function_of(lines: int) -> str:
+def function_with_lines(lines: int) -> str:
     return "def f():\n" + "    x = 1\n" * (lines - 1)
 
 
@@ -122,7 +122,7 @@ def function_with(expression: str) -> str:
 
 RULES = {
     "lines of a file": Rule(long_files, "x = 1\n" * 401, f'"""A table. {REASON} it is one."""\n' + "x = 1\n" * 401),
-    "lines of a function": Rule(long_functions, function_of(61), function_of(60)),
+    "lines of a function": Rule(long_functions, function_with_lines(61), function_with_lines(60)),
     "branches of a function": Rule(
         branching_functions,
         function_with(" or ".join(["x"] * 22)),

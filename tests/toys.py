@@ -54,7 +54,7 @@ def mnli(path: Path, count: int, seed: int) -> Path:
 
 
 def race(folder: Path, count: int, seed: int) -> Path:
-    """Which colour: a blank or a question, and four colours."""
+    """Write questions about a colour: a blank or a question, and four colours."""
     random_ = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -73,7 +73,7 @@ def race(folder: Path, count: int, seed: int) -> Path:
 
 
 def squad(path: Path, count: int, seed: int) -> Path:
-    """What somebody has, beside what another one holds, in either order: the answer is its colour and the thing."""
+    """Write questions about what somebody has, beside what another one holds: the answer is its colour and the thing."""
     random_, paragraphs = random.Random(seed), []
     for i in range(count):
         who = random_.sample(NAMES, 2)

@@ -1,4 +1,4 @@
-"""What a model without any context would lose on a run's held-out samples: the figure that a masked loss must stay below.
+"""Compute the loss of a model without any context on a run's held-out samples: the figure that a masked loss must stay below.
 
     python examples/bert_tiny_cpu/unigram.py runs/bert_tiny_cpu/checkpoints
 
@@ -36,7 +36,7 @@ MOST = 5_000  # samples of a split that are counted
 
 
 def masked_counts(samples: SampleSource, number: int, vocab_size: int) -> NDArray[np.int64]:
-    """How often each id is to be guessed in the first `number` samples: int64 `[vocab_size]`."""
+    """Count how often each id is to be guessed in the first `number` samples: int64 `[vocab_size]`."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for sample in (samples[i] for i in range(number)):
         np.add.at(counts, sample.labels[sample.loss_mask], 1)

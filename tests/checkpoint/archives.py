@@ -54,11 +54,11 @@ def build(config, half=False):
     return model.eval()
 
 
-def weights_of(model):
+def named_weights(model):
     return {param_spec(p).name: param_spec(p).local(p.detach()).clone() for p in model.parameters()}
 
 
-def config_of(**changes):
+def small_config(**changes):
     return ModelConfig(**{**SMALL, **changes})
 
 

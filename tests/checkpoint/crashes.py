@@ -1,4 +1,4 @@
-"""What the crash tests share: a disk that fails or dies at a given step, and savers of a small state."""
+"""Shared by the crash tests: a disk that fails or dies at a given step, and savers of a small state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cuts import mesh_of, state
+from cuts import build_mesh, state
 
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import CheckpointConfig, RunSettings
@@ -87,9 +87,9 @@ def raiser(number):
     return fail
 
 
-def run_of(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
+def small_run(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
     """As much of a `Run` as a Saver needs. `held`: its state, which a test may change."""
-    mesh = mesh or mesh_of(1, 1)
+    mesh = mesh or build_mesh(1, 1)
     job = Job(LaunchEnvironment(mesh.rank, mesh.world.size), torch.device("cpu"), None)
     job = Job(job.env, job.device, None, None, watch) if watch is not None else job
     held = state(tp, mesh.tp.rank)
@@ -103,7 +103,7 @@ def run_of(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
     )
 
 
-def saver_of(run, storage=None, said=None) -> Saver:
+def build_saver(run, storage=None, said=None) -> Saver:
     return Saver(run, ASSETS, (said if said is not None else []).append, storage)
 
 
@@ -117,11 +117,11 @@ def save_at(run, saver: Saver, iteration: int) -> Path:
 
 def save_once(root, iteration, storage=None, **checkpoint) -> Path:
     """One whole save by a process of its own, so to speak."""
-    run = run_of(root, **checkpoint)
-    return save_at(run, saver_of(run, storage), iteration)
+    run = small_run(root, **checkpoint)
+    return save_at(run, build_saver(run, storage), iteration)
 
 
-def steps_of(root, iteration, **checkpoint) -> int:
+def count_steps(root, iteration, **checkpoint) -> int:
     """Steps of a save."""
     storage = Faulty()
     save_once(root, iteration, storage, **checkpoint)

@@ -72,11 +72,7 @@ def state(tp: int, rank: int, *, filled: bool = True) -> dict[str, Cut]:
     return {"model": Cut(tp, rank, filled=filled), "optimizer": Cut(tp, rank, prefix="exp_avg.", filled=filled)}
 
 
-def rank_of(mesh: Mesh) -> int:
-    return mesh.tp.rank
-
-
-def mesh_of(tp: int, dp: int) -> Mesh:
+def build_mesh(tp: int, dp: int) -> Mesh:
     """This process's mesh; without torch.distributed the first rank of a grid of one."""
     import torch.distributed as dist
 
@@ -88,17 +84,17 @@ def save_cut(root: str, iteration: int, tp: int, dp: int) -> str:
     """Runs on every rank of tp x dp."""
     from megatron.checkpoint.save import save
 
-    mesh = mesh_of(tp, dp)
+    mesh = build_mesh(tp, dp)
     config = {"layout": {"tp": tp}}
-    return str(save(Path(root), iteration, state(tp, rank_of(mesh)), mesh, config=config, assets={"vocab.json": b"{}"}))
+    return str(save(Path(root), iteration, state(tp, mesh.tp.rank), mesh, config=config, assets={"vocab.json": b"{}"}))
 
 
 def load_cut(directory: str, tp: int, dp: int) -> int:
     """Runs on every rank of tp x dp; returns the iteration after having compared everything."""
     from megatron.checkpoint.load import load
 
-    mesh = mesh_of(tp, dp)
-    parts = state(tp, rank_of(mesh), filled=False)
+    mesh = build_mesh(tp, dp)
+    parts = state(tp, mesh.tp.rank, filled=False)
     loaded = load(Path(directory), parts, mesh)
     for prefix, part in parts.items():
         part.check()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from crashes import Faulty, die, in_children, raiser, run_of, save_at, save_once, saver_of, steps_of
-from cuts import load_cut, mesh_of, save_cut, state
+from crashes import Faulty, build_saver, count_steps, die, in_children, raiser, save_at, save_once, small_run
+from cuts import build_mesh, load_cut, save_cut, state
 from ranks import on_ranks
 
 from megatron.checkpoint.find import find
@@ -52,7 +52,7 @@ def whole(root, *among):
 )
 def test_killed_at_every_step(tmp_path, again, async_save):
     """SIGKILL before, within and after each step. The newest complete one is always whole; later saves clean up."""
-    count = steps_of(tmp_path / "count", 100, async_save=async_save) + 20
+    count = count_steps(tmp_path / "count", 100, async_save=async_save) + 20
     iteration = 100 if again else 200
     outcomes = set()
     for step in range(count):
@@ -82,12 +82,12 @@ def test_killed_at_every_step(tmp_path, again, async_save):
 def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
     """No tracker ever points to a torn checkpoint, the error is told, and the next save of the same run succeeds."""
     failed = 0
-    for step in range(steps_of(tmp_path / "count", 1, async_save=async_save) + 4):
+    for step in range(count_steps(tmp_path / "count", 1, async_save=async_save) + 4):
         root, said = tmp_path / str(step), []
         save_once(root, 100)
         storage = Faulty(step, raiser(number), for_ever=for_ever)
-        run = run_of(root, async_save=async_save, on_save_error="continue", keep_last=1)
-        saver = saver_of(run, storage, said)
+        run = small_run(root, async_save=async_save, on_save_error="continue", keep_last=1)
+        saver = build_saver(run, storage, said)
         save_at(run, saver, 200)
         assert "saving checkpoint at iteration     200" in said[0]
         if saver.saved is None:
@@ -110,8 +110,8 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
 
 @MODES
 def test_an_error_stops_the_run_unless_it_was_told_otherwise(tmp_path, async_save):
-    run = run_of(tmp_path, async_save=async_save)
-    saver = saver_of(run, Faulty(10, raiser(errno.ENOSPC)))
+    run = small_run(tmp_path, async_save=async_save)
+    saver = build_saver(run, Faulty(10, raiser(errno.ENOSPC)))
     with pytest.raises(CheckpointError, match=r"iter_0000200: could not be saved: the disk: No space left on device$"):
         save_at(run, saver, 200)
     assert saver.saved is None
@@ -147,9 +147,9 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
 
 def of_two(rank, root, iteration, storage, async_save):
     dist.init_process_group("gloo", init_method=f"file://{root}.{iteration}.group", rank=rank, world_size=2)
-    mesh = mesh_of(2, 1)
-    run = run_of(root, mesh, tp=2, async_save=async_save)
-    save_at(run, saver_of(run, storage), iteration)
+    mesh = build_mesh(2, 1)
+    run = small_run(root, mesh, tp=2, async_save=async_save)
+    save_at(run, build_saver(run, storage), iteration)
 
 
 def two_and_one_dies(rank, root, step, mortal, async_save):
@@ -157,8 +157,8 @@ def two_and_one_dies(rank, root, step, mortal, async_save):
 
 
 def count_two(root: str, async_save: bool) -> int:
-    storage, run = Faulty(), run_of(root, mesh_of(2, 1), tp=2, async_save=async_save)
-    save_at(run, saver_of(run, storage), 100)
+    storage, run = Faulty(), small_run(root, build_mesh(2, 1), tp=2, async_save=async_save)
+    save_at(run, build_saver(run, storage), 100)
     return storage.steps
 
 
@@ -184,11 +184,11 @@ def test_one_of_two_is_killed(tmp_path, async_save):
 def fail_one_of_two(root: str, async_save: bool, counts: list[int]) -> list[str]:
     """Errors at every step of either rank, one after the other; what each rank says of each."""
     os_fsync, os.fsync = os.fsync, lambda handle: None
-    mesh, lines = mesh_of(2, 1), []
+    mesh, lines = build_mesh(2, 1), []
     try:
-        run = run_of(root, mesh, tp=2, async_save=async_save, on_save_error="continue", keep_last=2)
+        run = small_run(root, mesh, tp=2, async_save=async_save, on_save_error="continue", keep_last=2)
         said: list[str] = []
-        saver = saver_of(run, None, said)
+        saver = build_saver(run, None, said)
         for number, (mortal, step) in enumerate((rank, step) for rank in (0, 1) for step in range(counts[rank])):
             del said[:]
             saver._storage = Faulty(step if mesh.rank == mortal else None, raiser(errno.EIO))
@@ -224,7 +224,7 @@ def test_an_error_on_one_of_two_is_known_on_both(tmp_path, async_save):
 def test_a_killed_pruning_leaves_no_half_checkpoint(tmp_path):
     for n in (100, 200, 300):
         save_once(tmp_path / "count", n)
-    count = steps_of(tmp_path / "count", 400, keep_last=1)
+    count = count_steps(tmp_path / "count", 400, keep_last=1)
     for step in range(count - 15, count):
         root = tmp_path / str(step)
         for n in (100, 200, 300):
@@ -262,7 +262,7 @@ def test_leftovers_of_a_crash_are_overwritten(tmp_path):
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path):
     save_once(tmp_path, 100)
-    directory = save(tmp_path, 100, state(1, 0), mesh_of(1, 1), config={"second": True})
+    directory = save(tmp_path, 100, state(1, 0), build_mesh(1, 1), config={"second": True})
     assert '"second"' in (directory / "config.json").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
 
@@ -290,11 +290,11 @@ def test_what_a_damaged_successor_replaced_is_found_and_stays(tmp_path):
 
 def test_what_stays(tmp_path):
     for n in range(100, 800, 100):
-        save(tmp_path, n, state(1, 0), mesh_of(1, 1), config={}, keep_last=2, keep_every=300)
+        save(tmp_path, n, state(1, 0), build_mesh(1, 1), config={}, keep_last=2, keep_every=300)
     assert list(iterations(tmp_path)) == [300, 600, 700]
     # An unfinished one is no checkpoint: it is neither counted nor deleted. Later ones are not older.
     (tmp_path / "iter_0000650").mkdir()
-    save(tmp_path, 690, state(1, 0), mesh_of(1, 1), config={}, keep_last=1)
+    save(tmp_path, 690, state(1, 0), build_mesh(1, 1), config={}, keep_last=1)
     assert list(iterations(tmp_path)) == [650, 690, 700]
     prune(tmp_path, 700, None, 3)
     assert list(iterations(tmp_path)) == [650, 690, 700]

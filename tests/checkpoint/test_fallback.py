@@ -98,7 +98,7 @@ SAID = {
 
 
 def alone(config: CheckpointConfig) -> StateSource:
-    """What one process starts from."""
+    """Return the state that a single process starts from."""
     run = replace(CONFIG, checkpoint=config)
     return verify_source(find_source(config), run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 

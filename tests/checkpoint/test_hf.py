@@ -101,11 +101,11 @@ def test_the_whole_tool(tmp_path):
     ours = open_model(tmp_path / "run").model
     row = [72, 105]
     for _ in range(greedy.shape[1] - 2):
-        row.append(int(ours.logits(ours.hidden(None, batch_of(row)))[-1, 0].argmax()))
+        row.append(int(ours.logits(ours.hidden(None, make_batch(row)))[-1, 0].argmax()))
     assert greedy[0].tolist() == row
 
 
-def batch_of(row):
+def make_batch(row):
     tokens = torch.tensor([row])
     return Batch(tokens, tokens, torch.ones(tokens.shape), torch.arange(len(row))[None], torch.zeros(1, dtype=torch.int64))
 

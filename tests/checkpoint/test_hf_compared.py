@@ -1,4 +1,4 @@
-"""What is compared when a Hugging Face directory is read or written: copies of tensors, and the logits of both models."""
+"""Comparisons made when a Hugging Face directory is read or written: copies of tensors, and the logits of both models."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_nothing_is_lost(sources, tmp_path, monkeypatch, name):
 
 
 def test_ids_by_hand(sources, monkeypatch):
-    """What was lost before: added tokens are one token, special ones have their roles, and capitals stay where they should."""
+    """Added tokens are one token, special ones have their roles, and capitals stay where they should; all were lost once."""
     found = import_tokenizer(sources / "gpt2_added_tokens", print)
     assert found.tokenize("he<pad>a<sep>") == [256, 258, 97, 259] and found.special["pad"] == 258 and found.eod == 257
     cased, lower = (import_tokenizer(sources / n, print) for n in ("bert_words_cased", "bert_words"))
@@ -97,7 +97,7 @@ def test_ids_by_hand(sources, monkeypatch):
 
 
 def test_transformers_decides(sources, tmp_path, monkeypatch):
-    """Where ours reads something else, or cannot read it, its tokenizer is taken; where none gives the same ids, it is said."""
+    """That of transformers is taken where ours gives other ids or cannot read it; where none gives the same ids, it is said."""
     source = sources / "gpt2_decoder"
     for other in (read_hf_tokenizer(sources / "bert_words"), None):
         monkeypatch.setattr(hf_tokenizers, "read_hf_tokenizer", lambda folder, other=other: other)
@@ -247,7 +247,7 @@ def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
 
 
 def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
-    """Of an import without its tokenizer the end token alone says whether the run's is the same."""
+    """After an import without its tokenizer, the end token alone says whether the run's tokenizer is the same."""
     for iteration, (ends, tokenizer, stay) in enumerate(
         [
             ([5, 256], ByteTokenizer(), True),
@@ -299,10 +299,10 @@ def test_sizes_of_vocabularies(sources, tmp_path, monkeypatch, capsys):
 
 
 def test_an_import_hides_no_checkpoint(tmp_path):
-    from archives import build, config_of, weights_of
+    from archives import build, named_weights, small_config
 
-    config = config_of()
-    weights = weights_of(build(config))
+    config = small_config()
+    weights = named_weights(build(config))
     store(tmp_path, config, weights, iteration=5)
     store(tmp_path, config, weights, iteration=5)
     for iteration in (0, 6):  # a winding back, and a later one that would hide what is there

@@ -74,7 +74,7 @@ def ways(run: Path, tmp_path: Path):
 
 
 class Canary:
-    """What a pickle can do: unpickled, it makes a file."""
+    """An object that shows when a pickle was loaded: unpickled, it makes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

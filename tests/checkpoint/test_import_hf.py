@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import build, config_of, weights_of
+from archives import build, named_weights, small_config
 from models import difference
 from safetensors.torch import load_file, save_file
 
@@ -64,8 +64,8 @@ def imported(source, save, monkeypatch, *more):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_import_export_gives_equal_bytes(tmp_path, monkeypatch, case, dtype):
-    config = config_of(**CASES[case])
-    store(tmp_path / "ours", config, {n: t.to(dtype) for n, t in weights_of(build(config)).items()}, iteration=10)
+    config = small_config(**CASES[case])
+    store(tmp_path / "ours", config, {n: t.to(dtype) for n, t in named_weights(build(config)).items()}, iteration=10)
     export_hf(find(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
     assert imported(tmp_path / "hf", tmp_path / "back", monkeypatch) == 0
     export_hf(find(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
@@ -119,8 +119,8 @@ def test_names_of_the_bare_model_and_its_constants(tmp_path):
 
 
 def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
-    config = config_of(vocab_size=300)
-    store(tmp_path / "ours", config, weights_of(build(config)))
+    config = small_config(vocab_size=300)
+    store(tmp_path / "ours", config, named_weights(build(config)))
     export_hf(find(tmp_path / "ours"), tmp_path / "hf")
     ByteTokenizer().hf_files(tmp_path / "hf", 48)
     assert imported(tmp_path / "hf", tmp_path / "all", monkeypatch) == 0

@@ -100,14 +100,14 @@ def scalars(run: Run) -> dict[str, Any]:
 
 
 def model_weights(run: Run) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
-    """What the model computes with, by name, where it belongs, without padding."""
+    """Return the model's weights by name, without padding, each with its place in the whole tensor."""
     run.optimizer.gatherer.finish()
     parameters = [p for stage in run.stages.values() for p in stage.parameters()]
     return {param_spec(p).name: (param_spec(p).part.slices, param_spec(p).local(p.detach()).clone()) for p in parameters}
 
 
 def train_and_save(setting: Sharing, root: str):
-    """What was saved, and the losses of the run that was not interrupted."""
+    """Save in the middle of a run; return what was saved, and the losses of the run, which was not interrupted."""
     run = begin(setting)
     go(run, setting, BEFORE)
     save(Path(root), BEFORE, run.parts(), run.mesh, config=to_json(run.config))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import Cut, load_cut, mesh_of, rank_of, save_cut, state, whole_bytes
+from cuts import Cut, build_mesh, load_cut, save_cut, state, whole_bytes
 from ranks import on_ranks
 from safetensors import safe_open
 
@@ -79,7 +79,7 @@ def test_a_slice_reads_from_several_pieces(tmp_path):
 
 def test_values_are_cast_to_the_type_of_the_tensor_that_takes_them(tmp_path):
     tensors = {"w": ((4, 4), None, torch.float32)}
-    directory = save(tmp_path, 1, {"model": Cut(1, 0, tensors=tensors)}, mesh_of(1, 1), config={})
+    directory = save(tmp_path, 1, {"model": Cut(1, 0, tensors=tensors)}, build_mesh(1, 1), config={})
     half = Cut(1, 0, tensors={"w": ((4, 4), None, torch.bfloat16)}, filled=False)
     load(directory, {"model": half})
     half.check()
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_named_before_anything_changes(tmp_path):
 
 def split_over_stages(root: str) -> None:
     """Two ranks that hold different tensors, as pipeline stages do: neither takes the other's for unexpected."""
-    mesh = mesh_of(1, 2)
+    mesh = build_mesh(1, 2)
     tensors = {f"layers.{mesh.rank}.weight": ((4, 4), None, torch.float32), "embedding": ((5, 2), None, torch.float32)}
     directory = save(Path(root), 1, {"model": Cut(1, 0, tensors=tensors)}, mesh, config={})
     cut = Cut(1, 0, tensors=tensors, filled=False)
@@ -141,9 +141,9 @@ class Full(Storage):
 
 
 def fail_to_save(root: str) -> str:
-    mesh = mesh_of(2, 2)
+    mesh = build_mesh(2, 2)
     try:
-        save(Path(root), 200, state(2, rank_of(mesh)), mesh, config={}, storage=Full())
+        save(Path(root), 200, state(2, mesh.tp.rank), mesh, config={}, storage=Full())
     except CheckpointError as error:
         return str(error)
     return ""
@@ -158,8 +158,8 @@ def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_previous_one(tmp_path)
 
 
 def fail_to_load(root: str) -> str:
-    mesh = mesh_of(2, 1)
-    parts = state(2, rank_of(mesh), filled=False)
+    mesh = build_mesh(2, 1)
+    parts = state(2, mesh.tp.rank, filled=False)
     try:
         load(find(Path(root)), parts, mesh)
     except CheckpointError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import build, config_of, content, released, weights_of, write_archive
+from archives import build, content, named_weights, released, small_config, write_archive
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError
@@ -67,8 +67,8 @@ def tool(name, monkeypatch, *arguments):
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
     """export, import, export: the same bytes; the weights and every setting that means something are the same."""
-    config = config_of(**CASES[case])
-    weights = weights_of(build(config))
+    config = small_config(**CASES[case])
+    weights = named_weights(build(config))
     store(tmp_path / "ours", config, weights, iteration=10)
     cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
@@ -83,8 +83,8 @@ def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
 
 
 def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
-    config = config_of()
-    weights = weights_of(build(config))
+    config = small_config()
+    weights = named_weights(build(config))
     made = write_megatron(tmp_path, 7, config, weights, tp=2, pp=2, tokenizer_type="GPT2BPETokenizer")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
     file = read_pickled(made / "mp_rank_01_001" / "model_optim_rng.pt", "file")
@@ -104,8 +104,8 @@ def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
 @pytest.mark.parametrize("architecture", ["gpt", "bert"])
 def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, capsys):
     """Older names, every order of queries, keys and values, a foreign class among the args; `release` in the tracker."""
-    config = config_of(architecture=architecture)
-    weights = weights_of(build(config))
+    config = small_config(architecture=architecture)
+    weights = named_weights(build(config))
     (tmp_path / "run" / "release" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release\n")
     path = tmp_path / "run" / "release" / "mp_rank_00" / "model_optim_rng.pt"
@@ -119,8 +119,8 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
 
 
 def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
-    config = config_of(vocab_size=257)
-    write_megatron(tmp_path / "theirs", 3, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
+    config = small_config(vocab_size=257)
+    write_megatron(tmp_path / "theirs", 3, config, named_weights(build(config)), tp=1, pp=1, tokenizer_type=None)
     flags = ("--load", tmp_path / "theirs", "--save", tmp_path / "ours", "--tokenizer-type", "ByteTokenizer")
     assert tool("import_megatron.py", monkeypatch, *flags) == 0
     assert (find(tmp_path / "ours") / "tokenizer" / "megatron_tokenizer.json").is_file()
@@ -129,9 +129,9 @@ def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
 
 
 def test_virtual_stages_are_interleaved(tmp_path):
-    """Of four layers on two ranks with two virtual stages each, rank 0 has layers 0 and 2."""
-    config = config_of()
-    weights = weights_of(build(config))
+    """With four layers on two ranks with two virtual stages each, rank 0 has layers 0 and 2."""
+    config = small_config()
+    weights = named_weights(build(config))
     made = write_megatron(tmp_path / "four", 1, config, weights, tp=1, pp=4, tokenizer_type=None)
     parts = [read_pickled(made / f"mp_rank_00_{p:03d}" / "model_optim_rng.pt", "file")["model"] for p in range(4)]
     args = {**ARGS, "padded_vocab_size": 128, "true_vocab_size": 127}
@@ -153,8 +153,8 @@ def test_what_cannot_be_read(tmp_path):
     assert "there is no such directory" in refused(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "neither mp_rank_ directories nor a readable" in refused(tmp_path / "empty")
-    config = config_of()
-    weights = weights_of(build(config))
+    config = small_config()
+    weights = named_weights(build(config))
     made = write_megatron(tmp_path / "run", 1, config, weights, tp=2, pp=2, tokenizer_type=None)
     os.replace(made / "mp_rank_01_001", tmp_path / "away")
     assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in refused(tmp_path / "run")
@@ -183,10 +183,10 @@ def test_what_cannot_be_read(tmp_path):
     ],
 )
 def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
-    config = config_of()
+    config = small_config()
     folder = tmp_path / "run" / "mp_rank_00"
     folder.mkdir(parents=True)
-    model = released(config, weights_of(build(config)), 3.0, 127)
+    model = released(config, named_weights(build(config)), 3.0, 127)
     write_archive(folder / "model_optim_rng.pt", model, 3.0, {**ARGS, **args})
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "ours") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
@@ -201,9 +201,9 @@ def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
 )
 def test_what_every_model_there_has(tmp_path, settings, lost, words):
     """Without it there would still be a model, of another form, that computes something else."""
-    config = config_of(**settings)
+    config = small_config(**settings)
     made = (
-        write_megatron(tmp_path, 1, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
+        write_megatron(tmp_path, 1, config, named_weights(build(config)), tp=1, pp=1, tokenizer_type=None)
         / "mp_rank_00"
         / "model_optim_rng.pt"
     )
@@ -218,8 +218,8 @@ def test_what_every_model_there_has(tmp_path, settings, lost, words):
 
 
 def test_layouts_that_megatron_lm_does_not_have(tmp_path):
-    config = config_of()
-    weights = weights_of(build(config))
+    config = small_config()
+    weights = named_weights(build(config))
     for tp, pp, words in (
         (3, 1, "4 attention heads cannot be cut over 3"),
         (1, 3, "4 layers cannot be cut into 3"),
@@ -231,8 +231,8 @@ def test_layouts_that_megatron_lm_does_not_have(tmp_path):
 
 
 def test_a_copy_that_differs_is_damage(tmp_path):
-    config = config_of()
-    made = write_megatron(tmp_path, 1, config, weights_of(build(config)), tp=1, pp=2, tokenizer_type=None)
+    config = small_config()
+    made = write_megatron(tmp_path, 1, config, named_weights(build(config)), tp=1, pp=2, tokenizer_type=None)
     path = made / "mp_rank_00_001" / "model_optim_rng.pt"
     model = read_pickled(path, "file")["model"]
     model["word_embeddings_for_head"]["weight"][0, 0] += 1

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from crashes import ASSETS, Faulty, in_children, raiser, run_of, save_at, save_once, saver_of
-from cuts import Cut, load_cut, mesh_of, state
+from crashes import ASSETS, Faulty, build_saver, in_children, raiser, save_at, save_once, small_run
+from cuts import Cut, build_mesh, load_cut, state
 from ranks import on_ranks
 
 from megatron.checkpoint.find import find
@@ -53,7 +53,7 @@ class Gate(Storage):
 
 
 def change(run, by):
-    """What training does: everything in place."""
+    """Change the whole state in place, as training does."""
     for part in run.held.values():
         for shard in part.shards():
             shard.data.add_(by)
@@ -63,8 +63,8 @@ def change(run, by):
 def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     """Training goes on while nothing is written yet. The buffers of the second save are those of the first."""
     storage = Gate()
-    run = run_of(tmp_path, async_save=True)
-    saver = saver_of(run, storage)
+    run = small_run(tmp_path, async_save=True)
+    saver = build_saver(run, storage)
     run.state.iteration = 100
     saver.save()
     change(run, 1)
@@ -101,10 +101,10 @@ def find_or_none(root):
 
 
 def save_both(root: str) -> None:
-    mesh = mesh_of(2, 1)
+    mesh = build_mesh(2, 1)
     for name in ("sync", "async"):
-        run = run_of(f"{root}/{name}", mesh, tp=2, async_save=name == "async")
-        save_at(run, saver_of(run), 100)
+        run = small_run(f"{root}/{name}", mesh, tp=2, async_save=name == "async")
+        save_at(run, build_saver(run), 100)
 
 
 def test_both_ways_write_the_same_bytes(tmp_path):
@@ -128,8 +128,8 @@ def test_both_ways_write_the_same_bytes(tmp_path):
 def test_what_is_told_and_when(tmp_path):
     """The second line comes when it is true; nothing comes twice."""
     said, storage = [], Gate()
-    run = run_of(tmp_path, async_save=True)
-    saver = saver_of(run, storage, said)
+    run = small_run(tmp_path, async_save=True)
+    saver = build_saver(run, storage, said)
     run.state.iteration = 100
     saver.save()
     saver.check()
@@ -143,15 +143,15 @@ def test_what_is_told_and_when(tmp_path):
     saver.finish()
     assert said == lines
     said.clear()
-    run = run_of(tmp_path / "sync")
-    save_at(run, saver_of(run, None, said), 100)
+    run = small_run(tmp_path / "sync")
+    save_at(run, build_saver(run, None, said), 100)
     assert said == [line.format(tmp_path / "sync") for line in LINES]
 
 
 def test_a_failure_in_the_background_is_seen_at_the_next_step(tmp_path):
     save_once(tmp_path, 100)
-    run = run_of(tmp_path, async_save=True)
-    saver = saver_of(run, Faulty(12, raiser(errno.EIO)))
+    run = small_run(tmp_path, async_save=True)
+    saver = build_saver(run, Faulty(12, raiser(errno.EIO)))
     run.state.iteration = 200
     saver.save()
     saver._saving.thread.join()
@@ -160,8 +160,8 @@ def test_a_failure_in_the_background_is_seen_at_the_next_step(tmp_path):
             call()
     assert find(tmp_path).name == "iter_0000100" and saver.saved is None
     # Continued, the numbers change at points that all ranks share, not in `check`.
-    run = run_of(tmp_path, async_save=True, on_save_error="continue")
-    saver = saver_of(run, Faulty(12, raiser(errno.EIO)))
+    run = small_run(tmp_path, async_save=True, on_save_error="continue")
+    saver = build_saver(run, Faulty(12, raiser(errno.EIO)))
     run.state.iteration = 200
     saver.save()
     saver._saving.thread.join()
@@ -175,20 +175,20 @@ def test_what_is_no_fault_of_the_disk_is_never_passed_over(tmp_path):
     def fail():
         raise ValueError("a mistake")
 
-    run = run_of(tmp_path, async_save=True, on_save_error="continue")
+    run = small_run(tmp_path, async_save=True, on_save_error="continue")
     with pytest.raises(CheckpointError, match="ValueError: a mistake"):
-        save_at(run, saver_of(run, Faulty(12, fail)), 100)
+        save_at(run, build_saver(run, Faulty(12, fail)), 100)
     run.held["model"].held.append(replace(run.held["model"].held[0], name="x", data=torch.ones(2)))
     with pytest.raises(CheckpointError, match=r"model.x: the data is"):
-        save_at(run, saver_of(run), 100)
+        save_at(run, build_saver(run), 100)
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 def test_nobody_waits_for_a_deletion(tmp_path, async_save):
     """Three saves end while the first deletion goes on, and what was set aside meanwhile goes with a later one."""
     storage = Gate(deletions=True)
-    run = run_of(tmp_path, async_save=async_save, keep_last=1)
-    saver = saver_of(run, storage)
+    run = small_run(tmp_path, async_save=async_save, keep_last=1)
+    saver = build_saver(run, storage)
     for iteration in (100, 200, 300, 400):
         run.state.iteration = iteration
         saver.save()
@@ -215,8 +215,8 @@ def test_a_deletion_never_meets_a_save(tmp_path):
                 saver._deletion.join(30)
             return record
 
-    run = run_of(tmp_path, async_save=True)
-    saver = saver_of(run, Slow(deletions=True))
+    run = small_run(tmp_path, async_save=True)
+    saver = build_saver(run, Slow(deletions=True))
     for iteration in (100, 200):
         run.state.iteration = iteration
         saver.save()
@@ -253,8 +253,8 @@ def test_comparing_says_how_far_it_has_come(tmp_path):
 
 def test_who_waits_for_the_background_says_what_that_does(tmp_path):
     watch, storage = Heard(), Gate()
-    run = run_of(tmp_path, watch=watch, async_save=True)
-    saver = saver_of(run, storage)
+    run = small_run(tmp_path, watch=watch, async_save=True)
+    saver = build_saver(run, storage)
     run.state.iteration = 100
     saver.save()
     assert storage.reached.wait(60)
@@ -270,10 +270,10 @@ def test_who_waits_for_the_background_says_what_that_does(tmp_path):
 
 def counted_save(root: str) -> tuple[int, list[str], list[str]]:
     """Bytes that this rank hands to collectives in the third save, and the collectives of the second and of the third."""
-    mesh = mesh_of(2, 1)
-    run = run_of(root, mesh, tp=2, async_save=True)
+    mesh = build_mesh(2, 1)
+    run = small_run(root, mesh, tp=2, async_save=True)
     run.held["model"] = Cut(2, mesh.tp.rank, tensors={f"w{i}": ((256, 64), 0, torch.float32) for i in range(8)})
-    saver = saver_of(run)
+    saver = build_saver(run)
     save_at(run, saver, 100)
     calls: list[tuple[str, int]] = []
 
@@ -324,8 +324,8 @@ def peak_kib() -> int:
 def memory_of_a_save(rank: int, root: str, async_save: bool) -> None:
     """Leave in a file by how much the peak of this process grows."""
     os.fsync = lambda handle: None
-    run = run_of(Path(root), async_save=async_save)
-    saver = saver_of(run)
+    run = small_run(Path(root), async_save=async_save)
+    saver = build_saver(run)
     save_at(run, saver, 1)  # threads, imports
     run.held["model"] = Cut(1, 0, tensors={f"w{i}": ((4, 1 << 20), None, torch.float32) for i in range(4)})
     Path("/proc/self/clear_refs").write_text("5")
@@ -352,14 +352,14 @@ def test_the_memory_that_a_save_takes(tmp_path, async_save):
 
 
 def test_without_a_place_to_save_to(tmp_path):
-    run = run_of(tmp_path)
+    run = small_run(tmp_path)
     object.__setattr__(run.config.checkpoint, "save", None)
     with pytest.raises(ValueError, match="no --save"):
-        saver_of(run)
+        build_saver(run)
 
 
 def test_assets_from_a_function_and_a_failing_one(tmp_path):
-    run = run_of(tmp_path)
+    run = small_run(tmp_path)
     directory = save_at(run, Saver(run, lambda: ASSETS, print), 1)
     assert {n for n in read_manifest(directory).files if n.startswith("tokenizer/")} == {f"tokenizer/{n}" for n in ASSETS}
     with pytest.raises(CheckpointError, match="the disk: No space left on device"):
@@ -378,8 +378,8 @@ def hang_in_the_background(rank: int, root: str, port: int) -> None:
     os.dup2(error, 2)
     quick = WatchdogTimeouts(period=0.2, silent=3.0, hang=5.0, settle=1.0)
     with job(env, "gloo", 0.08, timeouts=quick) as started:
-        run = run_of(f"{root}/run", mesh_of(2, 1), tp=2, watch=started.watch, async_save=True)
-        saver = saver_of(run, Stuck() if rank == 1 else None)
+        run = small_run(f"{root}/run", build_mesh(2, 1), tp=2, watch=started.watch, async_save=True)
+        saver = build_saver(run, Stuck() if rank == 1 else None)
         run.state.iteration = 100
         saver.save()
         saver.finish()

@@ -158,7 +158,7 @@ def test_from_the_toy_to_four_ranks_and_back(sources, listed, tmp_path, monkeypa
 
 
 def test_a_model_goes_back_to_the_family_that_it_came_from(sources, listed, tmp_path) -> None:
-    """Where none was named, and for a model that the toy cannot express, the first in the table that can."""
+    """The first family in the table that can is taken where none was named, and for a model that the toy cannot express."""
     model = ModelConfig(**LLAMA)
     assert family_of(model) is LLAMA_FAMILY is family_of(model, "llama") is family_of(model, "mistral")
     assert family_of(model, "toy_llama") is TOY_LLAMA

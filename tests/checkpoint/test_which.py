@@ -1,4 +1,4 @@
-"""Which checkpoint of a directory is meant: one rule, for every program and tool, that no copy and no time stamp changes."""
+"""Choice of a directory's checkpoint: one rule, for every program and tool, that no copy and no time stamp changes."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from archives import build, config_of, weights_of
-from crashes import Faulty, die, in_children, save_once, steps_of
+from archives import build, named_weights, small_config
+from crashes import Faulty, count_steps, die, in_children, save_once
 
 from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
 from megatron.config.schema import CheckpointConfig, RunSettings
@@ -96,7 +96,7 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
         assert newest_complete(tmp_path).path == tmp_path / "iter_0000200"
     pending.unlink()
     # A second save of 300, killed at each of its steps: until it has the name, the first is not what was announced.
-    last = steps_of(tmp_path / "count", 300)
+    last = count_steps(tmp_path / "count", 300)
     for step in range(last - 12, last + 4):  # all of its renames
         copied(tmp_path, tmp_path / "copy")
         in_children(1, lambda rank, step=step: save_once(tmp_path / "copy", 300, Faulty(step, die), keep_last=5))
@@ -109,10 +109,10 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
 
 def test_every_program_and_tool_takes_the_same_one(tmp_path, monkeypatch, capsys):
     """And says in a line that a later one is there."""
-    run, config = tmp_path / "run", config_of(vocab_size=257)
+    run, config = tmp_path / "run", small_config(vocab_size=257)
     for iteration in (1, 2):
         words = ByteTokenizer()
-        write_weights(run, iteration, RunSettings(model=config), weights_of(build(config)), assets=words.files())
+        write_weights(run, iteration, RunSettings(model=config), named_weights(build(config)), assets=words.files())
     (run / "latest_checkpointed_iteration.txt").write_text("1\n")
     source = find_source(CheckpointConfig(load=str(run), finetune=True))
     assert source.directory == run / "iter_0000001" and any("names iteration 1; 2 is later" in line for line in source.lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import build, config_of, content, released, weights_of, write_archive
+from archives import build, content, named_weights, released, small_config, write_archive
 from models import BASE, save_model
 
 from megatron.cli.program import pretrain, run_task
@@ -54,10 +54,10 @@ def inputs(tmp_path_factory) -> Path:
     export(root / "run", root / "hf", verify=False, say=lambda line: None)
     (root / "own").mkdir()
     shutil.copy(root / "hf" / "config.json", root / "own")
-    config = config_of(vocab_size=257)
-    write_megatron(root / "megatron", 10, config, weights_of(build(config)), tp=1, pp=1, tokenizer_type=None)
+    config = small_config(vocab_size=257)
+    write_megatron(root / "megatron", 10, config, named_weights(build(config)), tp=1, pp=1, tokenizer_type=None)
     shutil.copytree(root / "megatron", root / "meg2")
-    made = released(config, weights_of(build(config)), 3.0, 257)
+    made = released(config, named_weights(build(config)), 3.0, 257)
     args = dict(num_layers=4, hidden_size=32, num_attention_heads=4, max_position_embeddings=48, padded_vocab_size=257)
     args |= dict(ffn_hidden_size=80)
     (root / "archive").mkdir()

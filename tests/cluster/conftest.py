@@ -1,4 +1,4 @@
-"""What the tests on several hosts share: a tiny run, and the lines of metrics that runs are compared by."""
+"""Shared by the tests on several hosts: a tiny run, and the lines of metrics that runs are compared by."""
 
 from __future__ import annotations
 

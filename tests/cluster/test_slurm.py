@@ -73,7 +73,7 @@ class Submitted:
         return found[1]
 
     def said(self) -> str:
-        """What the script and the nodes have written."""
+        """The output of the script and of the nodes."""
         return "\n".join(path.read_text() for path in [self.log, *sorted(self.save.glob("logs/*"))] if path.exists())
 
     def wait(self, condition, seconds: float) -> None:

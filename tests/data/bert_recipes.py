@@ -58,7 +58,7 @@ class PairCase:
 
 
 def continues() -> np.ndarray:
-    """Which ids continue a word: every fourth."""
+    """Mark the ids that continue a word: every fourth."""
     return np.array([i % 4 == 3 and i > 10 for i in range(VOCAB)])
 
 

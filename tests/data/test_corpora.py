@@ -149,7 +149,7 @@ def test_text_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_plain_text_in_utf_16(tmp_path: Path) -> None:
-    """Which would be text in UTF-8 too, with a zero after each letter."""
+    """UTF-16 is told from UTF-8, in which it would be text too, with a zero after each letter."""
     for form in ("utf-16-le", "utf-16-be", "utf-16"):
         file = written(tmp_path, "words and words\n".encode(form), "a.txt")
         with pytest.raises(DataError, match=r"a\.txt: it is text in UTF-16, not UTF-8; convert it: `iconv"):

@@ -1,4 +1,4 @@
-"""What a killed command leaves beside its output goes with the next one for the same place; what another one writes stays."""
+"""Files that a killed command leaves beside its output go with the next one for the same place; another command's stay."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_ids_are_spread_over_the_vocabulary_and_documents_end():
 
 
 def test_a_word_has_few_followers():
-    """Of all that could follow a word five do, one of them every other time; in each split the same ones."""
+    """Five words follow each word, one of them every other time; in each split the same ones."""
     (training, validation, _), _ = made_up(count=400)
     followers = [Counter(p for i in range(400) for p in pairwise(d[i].tokens.tolist())) for d in (training, validation)]
     per_word = [Counter(first for first, _ in c.elements()) for c in followers]

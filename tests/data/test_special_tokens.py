@@ -1,4 +1,4 @@
-"""Which tokens end and begin documents, and special tokens that stand in texts, for every kind of tokenizer."""
+"""Tokens that end and begin documents, and special tokens that stand in texts, for every kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def documents(files: Path, folder: Path, tokenizer: TokenizerConfig, **settings:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_flags_choose_the_ends_of_documents(kind: str, files: Path, tmp_path: Path) -> None:
-    """What they name ends and begins a document; it lies in the sidecar, and goes with the tokenizer into checkpoints."""
+    """The tokens that flags name end and begin a document, lie in the sidecar, and go with the tokenizer into checkpoints."""
     eod, bos, ids, _ = KINDS[kind]
     plain = build_tokenizer(config(kind, files))
     chosen = config(kind, files, eod_token=eod, bos_token=bos)

@@ -177,7 +177,7 @@ PROGRAMS = sorted({row.split()[0] for row in READ + TAKEN + WRITTEN + ASKED})
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory, bert: SimpleNamespace) -> dict[str, str]:
-    """What the rows name: a checkpoint, a corpus, a dataset, files of a vocabulary."""
+    """Make the good inputs that the rows name: a checkpoint, a corpus, a dataset, files of a vocabulary."""
     folder = tmp_path_factory.mktemp("good")
     form = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1)
     words = ByteTokenizer()
@@ -205,7 +205,7 @@ def ended(words: list[str]) -> tuple[object, str]:
 
 
 def faults(row: str, kinds: dict[str, Callable[[Path, str], str]], good: dict[str, str], folder: Path) -> list[str]:
-    """What is wrong with the answers of one row; each input in a directory of its own."""
+    """Return what is wrong with the answers of one row; each input lies in a directory of its own."""
     found: list[str] = []
     for number, (kind, make) in enumerate(kinds.items()):
         if (row.rsplit(maxsplit=1)[-1], kind) in MEANS_SOMETHING:

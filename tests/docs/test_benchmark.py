@@ -38,7 +38,7 @@ SMALL = replace(CASES["small"], dims=TINY, steps=6, threads=1)
 
 
 def check_equal_work(losses: dict[str, list[float]]) -> None:
-    """Of each contender: the loss of its first step and of its last."""
+    """Compare the contenders by the losses of their first step and their last."""
     for contender, (first, *_, last) in losses.items():
         assert first == pytest.approx(4.56, abs=0.1), f"{contender} does not begin at ln 96"
         assert last < first - 0.002, f"{contender} does not learn"
@@ -50,7 +50,7 @@ def losses_here(case: Case, contender: str) -> list[float]:
     place = {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": str(case.ranks)}
     there, stays = patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group")
     with patch.dict(os.environ, place), there, stays, benchmark.CONTENDERS[contender](case) as step:
-        text = benchmark.text_of(case, dist.get_rank())
+        text = benchmark.random_text(case, dist.get_rank())
         return [benchmark.turn(step, text, steps, "cpu").loss for steps in (1, 6, 6)]
 
 
@@ -62,12 +62,12 @@ def test_contenders_do_equal_work(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpu-345m-fusion", "gpu-345m-adam"])
 def test_options_of_ours_do_equal_work(name: str) -> None:
-    """What a GPU measures, on a CPU: built, and with the same losses, since only number formats and kernels differ."""
+    """The contenders of a GPU are built on a CPU, with the same losses, since only number formats and kernels differ."""
     case = replace(CASES[name], dims=TINY, device="cpu", steps=2)
     losses = {}
     for contender in case.contenders:
         with benchmark.CONTENDERS[contender](case) as step:
-            text = benchmark.text_of(case, 0)
+            text = benchmark.random_text(case, 0)
             losses[contender] = [benchmark.turn(step, text, steps, "cpu").loss for steps in (1, 6, 6)]
     first = losses[case.contenders[0]]
     assert first[-1] < first[0] - 0.002
@@ -80,13 +80,13 @@ def test_options_of_ours_do_equal_work(name: str) -> None:
 def test_options_of_ours_are_those_of_a_command_line() -> None:
     """On a GPU, which a configuration does not need."""
     case, options = CASES["gpu-345m-fusion"], ours.Options
-    precision = [ours.config_of(case, options=o).precision for o in (options(), options(fusion=False, bf16_gradients=True))]
+    precision = [ours.build_config(case, options=o).precision for o in (options(), options(fusion=False, bf16_gradients=True))]
     assert [(p.bf16, p.grad_reduce_in_bf16, p.gradient_accumulation_fusion) for p in precision] == [
         (True, False, True),
         (True, True, False),
     ]
-    assert [ours.config_of(case, options=options(eager=e)).batch.compile for e in (True, False)] == [False, True]
-    assert ours.config_of(case, options=options(kernel="foreach")).optim.adam_kernel == "foreach"
+    assert [ours.build_config(case, options=options(eager=e)).batch.compile for e in (True, False)] == [False, True]
+    assert ours.build_config(case, options=options(kernel="foreach")).optim.adam_kernel == "foreach"
 
 
 def stat(process: Path) -> list[str]:
@@ -223,7 +223,7 @@ def test_pipelines_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_overhead_is_what_the_simulator_does_not_explain() -> None:
     case = replace(PIPELINE, micro_batches=2)
-    schedule = pipeline.schedule_of(case, "ours-1f1b")
+    schedule = pipeline.build_schedule(case, "ours-1f1b")
     cost = {Op.F: 1.0, Op.B: 2.0}
     # By hand: F0 F1 on rank 0 until 2, F0 B0 on rank 1 from 1 to 4, then F1 B1 until 7, B1 on rank 0 until 9.
     ranks = [{action: cost[action.op] for action in program} for program in schedule.programs]

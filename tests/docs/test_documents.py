@@ -1,4 +1,4 @@
-"""What the documents say is so: their commands run, their links lead somewhere, their numbers are pyproject's."""
+"""The documents' commands run, their links lead somewhere, and their numbers are pyproject's."""
 
 from __future__ import annotations
 

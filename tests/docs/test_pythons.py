@@ -1,4 +1,4 @@
-"""Which Pythons install, the suite on all of a machine's, and texts that do not come with any of them."""
+"""The Pythons that install, the suite on all of a machine's, and texts that do not come with any of them."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_texts_are_the_same_on_every_python() -> None:
 
 
 def test_no_test_reads_texts_of_its_interpreter() -> None:
-    """What comes with Python is another text in each version, and a number measured on it holds for one of them."""
+    """Texts that come with Python differ between versions, and a number measured on one holds for that one alone."""
     sources = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     foreign = re.compile(r"pydoc_data|sysconfig|inspect\.getsource")
     found = [path.name for path in sources if path != Path(__file__) and foreign.search(path.read_text(encoding="utf-8"))]

@@ -117,7 +117,7 @@ def test_every_layout_is_the_same_run(name, layout):
 
 
 def test_the_masks_and_the_dropout_matter():
-    """What the settings above switch on changes the run far more than the tolerance allows."""
+    """The settings above switch on masks and dropout that change the run far more than the tolerance allows."""
     expected = one_process(MODELS["binary head, dropout"], 3)[0]
     assert worst(trajectory(MODELS["binary head"], 3)[0], expected) > 100 * TOLERANCE
     words = [step[:1] for step in trajectory(MODELS["words alone, dropout"], 3)[0]]
@@ -240,7 +240,7 @@ def broken_run(setting: Setting, fault: str):
     ("layout", "fault"), [("tp 2", "the bias of another rank"), ("cp 2", "the order's loss on every rank of cp"), ("tp 2", "")]
 )
 def test_negative_controls(layout, fault):
-    """What the tolerances above are worth."""
+    """A fault of each kind exceeds the tolerances above."""
     setting, (world, changes) = MODELS["binary head, dropout"], LAYOUTS[layout]
     expected = one_process(setting, 1)[0][0]
     for step in on_ranks(world, broken_run, replace(setting, **changes), fault):

@@ -11,7 +11,7 @@ import torch
 from ranks import on_ranks
 from reference import GPT2, accumulate, advance, dropping, go, micro_batches, start
 from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectangles, tied_copies, train
-from test_precision import STEADY, UNTIED, distance, losses_of
+from test_precision import STEADY, UNTIED, distance, train_losses
 
 from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.grid import Grid
@@ -44,7 +44,7 @@ def test_a_precision_says_what_gradients_are():
 
 @cache
 def alone(precision: PrecisionConfig) -> list[float]:
-    return losses_of(replace(NEAR, precision=precision), STEPS)
+    return train_losses(replace(NEAR, precision=precision), STEPS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,7 +52,7 @@ def test_every_layout_is_as_near_as_one_process(layout):
     """Another order of sums rounds otherwise: no further from fp32 than rounding takes one process."""
     rounding = distance(alone(HALF), alone(PrecisionConfig()))
     assert 0.0 < rounding < 0.02 and alone(HALF) != alone(BF16)
-    for losses in on_ranks(2, losses_of, replace(NEAR, **LAYOUTS[layout]), STEPS):
+    for losses in on_ranks(2, train_losses, replace(NEAR, **LAYOUTS[layout]), STEPS):
         assert distance(losses, alone(HALF)) < 2.0 * rounding
         assert distance(losses, alone(PrecisionConfig())) < 2.0 * rounding
 
@@ -142,7 +142,7 @@ def test_the_norm_and_the_clipping_are_fp32s(limit):
 
 
 def poisoned(setting: Sharing, victim: int, value: float):
-    """Whether the second step was skipped, what it changed, and whether training went on after it."""
+    """Return whether the second step was skipped, what it changed, and whether training went on after it."""
     run = start(setting, 3)
     run_step = run.pipeline.step
 

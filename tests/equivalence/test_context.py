@@ -65,7 +65,7 @@ def test_every_layout_is_the_same_run(name, layout):
 
 
 def test_the_masks_matter():
-    """What the settings above switch on changes the run far more than the tolerance allows."""
+    """The settings above switch on masks that change the run far more than the tolerance allows."""
     setting = MODELS["learned positions, dropout, masked, documents"]
     expected, _, _ = one_process(setting)
     for change in ({"documents": False}, {"masked": False}, {"model": GPT2}):
@@ -83,7 +83,7 @@ def test_the_mean_of_micro_batch_means(cp):
 
 
 def first_gradients(setting: Setting, fault: bool = False):
-    """Of the first step. fault: the last rank loses the gradients of its keys and values."""
+    """Return the gradients of the first step. fault: the last rank loses those of its keys and values."""
     run, backward = start(setting, 1), ring._Ring.backward
 
     def losing(ctx, *grads):
@@ -143,7 +143,7 @@ def test_evaluation_is_that_of_one_process(layout):
 @pytest.mark.parametrize("memory", [MemoryConfig("selective"), MemoryConfig("full", "uniform")], ids=["selective", "full"])
 @pytest.mark.parametrize("layout", ["cp 2", "cp 2 x pp 2, zb-h1"])
 def test_recomputation_goes_around_again(layout, memory):
-    """What is run again communicates again, and changes no bit."""
+    """Layers that are run again communicate again, and change no bit."""
     world, changes = LAYOUTS[layout]
     setting = replace(MODELS["rope, grouped queries, dropout, masked, documents"], **changes)
     plain, again = (on_ranks(world, trajectory, s, 3) for s in (setting, replace(setting, memory=memory)))

@@ -110,7 +110,7 @@ def joined(ranks: list[Rectangles]) -> dict[str, Tensor]:
     return whole
 
 
-def weights_of(run: Run) -> dict[str, Tensor]:
+def model_weights(run: Run) -> dict[str, Tensor]:
     """The weights that the model computes with, by name; of each stage's own."""
     run.optimizer.gatherer.finish()
     return {param_spec(p).name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}
@@ -124,7 +124,7 @@ def train(setting: Sharing, steps: int):
         curve += go(run, setting, 1)
         early.append(run.optimizer.reducer.started_early)
         late.append(pending)
-    return curve, rectangles(run.weights.shards()), weights_of(run), early, late, len(run.optimizer.buffers)
+    return curve, rectangles(run.weights.shards()), model_weights(run), early, late, len(run.optimizer.buffers)
 
 
 def difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -172,7 +172,7 @@ def test_overlap_changes_no_bit(layout, sharded):
 
 
 def waits(setting: Sharing):
-    """Of each call in the second step: the buckets under way, and whether any of them has a parameter that it needs."""
+    """List for each call in the second step the buckets under way, and whether any of them has a parameter that it needs."""
     run = start(setting, 2)
     go(run, setting, 1)
     gatherer, seen = run.optimizer.gatherer, []
@@ -233,7 +233,7 @@ def test_the_norm_counts_every_element_once(changes, sharded):
 def bits(setting: Sharing, steps: int):
     run = start(setting, steps)
     curve = go(run, setting, steps)
-    return [loss for loss, _ in curve], weights_of(run), rectangles(run.weights.shards())
+    return [loss for loss, _ in curve], model_weights(run), rectangles(run.weights.shards())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -264,7 +264,7 @@ def test_reduce_scatter_in_place_gives_the_same_sums():
 def tied_copies(setting: Sharing, steps: int):
     run = start(setting, steps)
     go(run, setting, steps)
-    return weights_of(run)[WORD]
+    return model_weights(run)[WORD]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -331,7 +331,7 @@ def broken_run(setting: Setting, fault: str):
 
 @pytest.mark.parametrize("fault", ["", "one stage's gradient 1 % too large", "copies not summed"])
 def test_negative_controls(fault):
-    """What the tolerances above are worth."""
+    """A fault of each kind exceeds the tolerances above."""
     setting = MODELS["tied"]
     norm = one_process(setting, 1)[0][0][1]
     first, second = on_ranks(2, broken_run, laid_out(setting, "1f1b"), fault)

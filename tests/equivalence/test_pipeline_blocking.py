@@ -29,7 +29,7 @@ STEPS = (6, 2, 6, 2)  # micro-batches of each: the second number is a new progra
 
 
 class Done:
-    """What waits no more."""
+    """A transfer that has been waited for already."""
 
     def wait(self) -> None:
         pass

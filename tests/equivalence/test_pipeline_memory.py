@@ -1,4 +1,4 @@
-"""What a stage really holds of a micro-batch, tensor by tensor: there when the simulator says so, and gone when it says so."""
+"""Tensors that a stage really holds of a micro-batch: there when the simulator says so, and gone when it says so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Kept:
 
 
 class Ledger:
-    """Which tensors of which (stage, micro-batch) exist: what autograd keeps, stage inputs, factors that W will use."""
+    """The living tensors of each (stage, micro-batch): what autograd keeps, stage inputs, factors that W will use."""
 
     def __init__(self, pipeline: Executor) -> None:
         self.pipeline, self.held, self.peak = pipeline, {}, 0

@@ -47,7 +47,7 @@ BAD = {2, 3, 8, 9}  # iterations whose gradient overflows
 SCALES = [2.0**e for e in (14, 14, 13, 13, 13, 13, 14, 14, 13, 13, 13, 13, 14, 14)]  # after each: windows 4-7 and 10-13
 
 
-def state_of(run):
+def copy_state(run):
     """Everything that an update changes, on this rank."""
     tensors = [s.data for part in (run.weights, run.optimizer) for s in part.shards()]
     weights = [p.data for stage in run.stages.values() for p in stage.parameters()]
@@ -68,11 +68,11 @@ def overflowing(setting: Setting, victim: int):
     run.pipeline.step = step
     losses, scales, skips, same = [], [], [], []
     for _ in range(STEPS):
-        before = state_of(run)
+        before = copy_state(run)
         batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
         report = run.step(batches, run.state)
         advance(run, report)
-        after = state_of(run)
+        after = copy_state(run)
         losses.append(report.lm_loss)
         scales.append(run.state.scaler.scale)
         skips.append(report.skipped)
@@ -125,7 +125,7 @@ def noisy(batch):
     return replace(batch, labels=torch.where(chosen, torch.randint(0, 127, chosen.shape, generator=generator), batch.labels))
 
 
-def losses_of(setting: Setting, steps: int) -> list[float]:
+def train_losses(setting: Setting, steps: int) -> list[float]:
     run, found = start(setting, steps), []
     for _ in range(steps):
         batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
@@ -141,7 +141,7 @@ STEADY = OptimSettings(lr=1e-2, lr_decay_style="constant")
 
 @cache
 def long_run(precision: PrecisionConfig) -> list[float]:
-    return losses_of(Setting(UNTIED, micro_batch=2, precision=precision, optim=STEADY), LONG)
+    return train_losses(Setting(UNTIED, micro_batch=2, precision=precision, optim=STEADY), LONG)
 
 
 @pytest.mark.parametrize("scale", [2.0**32, 2.0**16])
@@ -160,7 +160,7 @@ SHORT = 20
 @cache
 def alone(name: str) -> list[float]:
     precision = {"fp32": PrecisionConfig(), "bf16": PrecisionConfig(bf16=True), "fp16": FP16}[name]
-    return losses_of(Setting(UNTIED, precision=precision, optim=STEADY), SHORT)
+    return train_losses(Setting(UNTIED, precision=precision, optim=STEADY), SHORT)
 
 
 def distance(losses: list[float], expected: list[float]) -> float:
@@ -174,7 +174,7 @@ def test_every_layout_is_as_near_as_one_process(name, precision, layout):
     rounding = distance(alone(name), alone("fp32"))
     assert 0.0 < rounding < (0.02 if name == "bf16" else 0.004)
     setting = Setting(UNTIED, precision=precision, optim=STEADY, **LAYOUTS[layout])
-    for losses in on_ranks(2, losses_of, setting, SHORT):
+    for losses in on_ranks(2, train_losses, setting, SHORT):
         assert distance(losses, alone(name)) < 2.0 * rounding
         assert distance(losses, alone("fp32")) < 2.0 * rounding
 
@@ -183,7 +183,7 @@ def test_every_layout_is_as_near_as_one_process(name, precision, layout):
 
 
 def head_gradients(dtype: torch.dtype, scale: float):
-    """Of the hidden states and the weight, fp64, by the loss times `scale`; divided by it again."""
+    """Return the fp64 gradients of hidden states and weight by the loss times `scale`, divided by it again."""
     generator = torch.Generator().manual_seed(3)
     axis = Axis.alone("tp")
     shard = VocabShard.for_rank(20011, axis, 128)

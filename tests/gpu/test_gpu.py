@@ -1,4 +1,4 @@
-"""What only a GPU can show.
+"""Checks that only a GPU allows.
 
 The same run as on a CPU, in bf16 and compiled, ranks that share one card, and products that add themselves to fp32 gradients.
 """
@@ -81,7 +81,7 @@ CARD = torch.device("cuda", 0)
 
 
 def factors(number: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one micro-batch's weight gradient: `[tokens, out]` and `[tokens, in]`."""
+    """Make the factors of one micro-batch's weight gradient: `[tokens, out]` and `[tokens, in]`."""
     generator = torch.Generator().manual_seed(number)
     return tuple(torch.randn(512, n, generator=generator).to(CARD, dtype) for n in (384, 256))  # type: ignore[return-value]
 

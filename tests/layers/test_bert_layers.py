@@ -1,4 +1,4 @@
-"""What BERT adds to the layers: attention in both directions, also around the ring, and a bias at the output layer."""
+"""Layers that only BERT has: attention in both directions, also around the ring, and a bias at the output layer."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Experts(nn.Module):
         self.experts = describe(nn.Parameter(whole[expert.part.slices].clone()), expert)
 
 
-def tokens_of(step: int, part: int) -> Tensor:
+def make_hidden(step: int, part: int) -> Tensor:
     """`[TOKENS, HIDDEN]`, of one part of the data."""
     return torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(100 * step + part))
 
@@ -70,10 +70,10 @@ def backward(model: Experts, mesh: Mesh, step: int) -> None:
     ranks = mesh.dp_cp.size
     parts = range(mesh.dp_cp.rank * DATA // ranks, (mesh.dp_cp.rank + 1) * DATA // ranks)
     sent = range(mesh.dp.rank * DATA // mesh.dp.size, (mesh.dp.rank + 1) * DATA // mesh.dp.size)
-    hidden = sum(((tokens_of(step, part) @ model.dense + model.bias).tanh().sum() for part in parts), torch.zeros(()))
+    hidden = sum(((make_hidden(step, part) @ model.dense + model.bias).tanh().sum() for part in parts), torch.zeros(()))
     expert = torch.zeros(())
     for part in sent:
-        x = tokens_of(step, part).view(TOKENS // EXPERTS, EXPERTS, HIDDEN)[:, model.first : model.first + len(model.experts)]
+        x = make_hidden(step, part).view(TOKENS // EXPERTS, EXPERTS, HIDDEN)[:, model.first : model.first + len(model.experts)]
         expert = expert + torch.einsum("teh,ehk->tek", x, model.experts).tanh().sum()
     (hidden + expert).backward()
 

@@ -119,7 +119,7 @@ def test_posting_does_not_wait_and_settling_lets_go():
     assert on_ranks(2, slow_peer)[0] < 0.25
 
 
-def shape_of(placement: tuple[int, ...]):
+def pass_around(placement: tuple[int, ...]):
     """One token around the stages and back, on the channels of a placement, right after they were opened."""
     ends, me, seen = channels(placement), dist.get_rank(), []
     there = list(enumerate(pairwise(placement)))
@@ -138,7 +138,7 @@ def shape_of(placement: tuple[int, ...]):
 def test_looped_and_v_placements(world, place):
     placement = place(world, 2)
     hops = sum(a != b for a, b in pairwise(placement))
-    results = on_ranks(world, shape_of, placement)
+    results = on_ranks(world, pass_around, placement)
     assert all(all(seen) for seen in results) and sum(map(len, results)) == 2 * hops
 
 

@@ -84,7 +84,7 @@ class Stage:
         return causal_attention(*args)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Of the weights and of the input, after one forward and backward pass."""
+        """Return the gradients of the weights and of the input, after one forward and backward pass."""
         self.model.hidden(self.x, self.batch).square().sum().backward()
         return {"x": self.x.grad, **{name: p.grad for name, p in self.model.named_parameters()}}
 
@@ -177,7 +177,7 @@ SEQ = 128
 def kept_bytes(
     form: ModelSettings, kind: str, *, bf16: bool = False, sequence_parallel: bool = False, work: bool = False
 ) -> int:
-    """What autograd keeps between a stage's forward and its backward pass: distinct storages, without the weights."""
+    """Count the bytes that autograd keeps between a stage's forward and backward: distinct storages, without the weights."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     stage = Stage(form, KINDS[kind], seq=SEQ, sequence_parallel=sequence_parallel, dtype=dtype)
     own = {t.untyped_storage().data_ptr() for t in (*stage.model.parameters(), *stage.model.buffers())}

@@ -117,7 +117,7 @@ def test_recomputed_attention_goes_around_again():
 
 
 def exactly_kept(fault: str):
-    """Which of the tensors that travel the fault meets is told by their dtype: here gradients are fp64, the rest fp32."""
+    """The fault tells the tensors that travel by their dtype: here gradients are fp64, the rest fp32."""
     statistics, ring._accumulation_dtype = ring._accumulation_dtype, lambda x: torch.float64
     try:
         return attention(2, 0.0, False, torch.float32, SEQ, fault)
@@ -180,7 +180,7 @@ def test_blocks_are_computed_once_forward_and_once_backward(world):
 
 
 class Made(TorchDispatchMode):
-    """What operations make: elements of the largest tensor; bytes that are there at once, at most."""
+    """Measures the tensors that operations make: elements of the largest; bytes that are there at once, at most."""
 
     def __init__(self) -> None:
         super().__init__()

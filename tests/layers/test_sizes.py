@@ -1,4 +1,4 @@
-"""What a layer says of itself is in the sizes of a run: layers that the package does not know are counted like its own."""
+"""A layer's own figures are in the sizes of a run: layers that the package does not know are counted like its own."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def toy(request: pytest.FixtureRequest) -> Iterator[tuple[ModelConfig, int]]:
         yield model, plain + more
 
 
-def config_of(model: ModelConfig, tp: int, pp: int) -> RunConfig:
+def build_config(model: ModelConfig, tp: int, pp: int) -> RunConfig:
     layout = LayoutSettings(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_stage_layers=(3, 1)[: 2 * pp - 2]
     )
@@ -113,7 +113,7 @@ def counted(config: RunConfig, world: int) -> int:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_what_the_package_does_not_know_is_counted(toy: tuple[ModelConfig, int], tp: int, pp: int) -> None:
     model, parameters = toy
-    config, world = config_of(model, tp, pp), tp * pp
+    config, world = build_config(model, tp, pp), tp * pp
     assert counted(config, world) == parameters
     plan, axis = stages_of(config), Axis("tp", tp, 0, tuple(range(tp)))
     grid = Grid.from_layout(config.layout, world)
@@ -141,7 +141,7 @@ def test_what_a_layer_keeps_it_says_itself(toy: tuple[ModelConfig, int]) -> None
     Of two layers each toy norm keeps one more, or one layer the input of one matrix more, whose gradient takes that and its
     wide output.
     """
-    run = config_of(toy[0], 1, 1)
+    run = build_config(toy[0], 1, 1)
     found = StageActivations.of(run, MetaModel.of(run), StagePart(range(1, 3), False, False)).micro_batch
     saved, weight_grad = (4, 0) if toy[0].normalization == "toy" else (1, 3)
     hidden = 4 * 16 * HIDDEN

@@ -282,7 +282,7 @@ def test_nothing_is_kept_outside():
 
 
 def exact_product(total: torch.Tensor, rows: torch.Tensor, x: torch.Tensor) -> None:
-    """What `add_weight_grad` does: 16-bit factors, summed in fp32."""
+    """Add a weight gradient as `add_weight_grad` does: 16-bit factors, summed in fp32."""
     assert total.dtype is torch.float32 and rows.dtype is x.dtype is torch.bfloat16 and rows.dim() == x.dim() == 2
     total.addmm_(rows.t().float(), x.float())
 

@@ -19,7 +19,7 @@ Programs = list[list[Instruction]]
 
 @dataclass(frozen=True)
 class Device:
-    """When a rank waits. blocking: every transfer's call. whole: given rank and action, whether it waits for the whole device.
+    """Waits of a rank. blocking: every transfer's call. whole: for a rank and action, whether it waits for the whole device.
 
     eager: a send ends when it has begun, as a small one does; else when it is received.
     """
@@ -29,12 +29,12 @@ class Device:
     eager: bool = False
 
 
-def input_of(action: Action) -> tuple[int, int, bool] | None:
+def needed_input(action: Action) -> tuple[int, int, bool] | None:
     return None if action.op is Op.W else (action.stage, action.micro_batch, action.op is Op.F)
 
 
 def stuck(programs: Programs, device: Device) -> list[str]:
-    """What the ranks stand at when none can go on; nothing when all come to their end."""
+    """Return the instruction of each rank when none can go on; nothing when all come to their end."""
     sent: set[int] = set()
     received: set[int] = set()
     posted: list[list[Instruction]] = [[] for _ in programs]
@@ -56,7 +56,7 @@ def stuck(programs: Programs, device: Device) -> list[str]:
             return not device.blocking or over(item)
         if not isinstance(item, Action):
             return True
-        needed = arriving.get(input_of(item))  # type: ignore[arg-type]
+        needed = arriving.get(needed_input(item))  # type: ignore[arg-type]
         if needed is not None and needed not in sent:
             return False
         return not device.whole(rank, item) or all(map(over, posted[rank]))

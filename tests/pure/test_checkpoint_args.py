@@ -1,4 +1,4 @@
-"""What --use-checkpoint-args takes from a checkpoint beyond the model's shape."""
+"""Settings that --use-checkpoint-args takes from a checkpoint beyond the model's shape."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def run(program: str, *arguments: str, python: str = sys.executable, **settings:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_imported_before_the_python_is_known_to_fit(name: str) -> None:
-    """What is written in a program reads in old Pythons too; all but the standard library comes inside `loading()`."""
+    """A program's own text can be parsed by old Pythons too; all but the standard library is imported inside `loading()`."""
     text = (ROOT / name).read_text(encoding="utf-8")
     module = ast.parse(text, feature_version=(3, 8))
     modules = set()

@@ -1,4 +1,4 @@
-"""Which waits a pipeline on GPUs survives: any the first time and under blocking launches, any one later."""
+"""Waits that a pipeline on GPUs survives: any the first time and under blocking launches, any one later."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_gpipe_hung_at_its_peak():
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "gpipe"])
 def test_early_receives_survive_neither_blocking_calls_nor_two_waits(name):
-    """Why there are two ways to lower. gpipe is only ever early where its sender is ahead."""
+    """There are two ways to lower because of this. gpipe is only ever early where its sender is ahead."""
     programs = lower(make(name, 4, 8))
     assert stuck(programs, Device(blocking=True))
     if name != "zb-h2":  # which has so much in hand that each rank gets its input in time
@@ -92,7 +92,7 @@ def test_early_receives_survive_neither_blocking_calls_nor_two_waits(name):
 
 
 def test_receiving_only_when_needed_is_not_enough():
-    """Where each call blocks until the other end is there, neighbours that send to each other first wait for ever."""
+    """If each call blocks until the other end is there, neighbours that send to each other first wait for ever."""
     programs = lower(make("1f1b", 2, 4))
     late: Programs = []
     for items in programs:

@@ -173,7 +173,7 @@ def by_direction(transfer: Transfer, rank: int) -> object:
 
 
 def stuck(schedule: Schedule, programs: list[list[Instruction]], queue: Queue) -> list[str]:
-    """What the ranks stand at when none can go on; nothing when all come to their end.
+    """Return the instruction of each rank when none can go on; nothing when all come to their end.
 
     As in the executor, an action waits for its input, a backward also for the send of the forward's output, the end for
     everything.
@@ -281,7 +281,7 @@ def most_unsettled(schedule: Schedule) -> int:
 
 @pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
 def test_sent_tensors_are_let_go_while_the_step_runs(name):
-    """How many wait depends on the ranks, not on the number of micro-batches."""
+    """The number of waiting tensors depends on the ranks, not on the number of micro-batches."""
     for ranks in (2, 4):
         few, many = (most_unsettled(make(name, ranks, m)) for m in (8 * ranks, 32 * ranks))
         assert few == many <= 8 * ranks, (ranks, few, many)
@@ -289,7 +289,7 @@ def test_sent_tensors_are_let_go_while_the_step_runs(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_done_was_used(name):
-    """When a rank is told that a send is done, the action that uses it has ended, in whatever time anything takes."""
+    """The action that uses a tensor has ended when its sender is told that the send is done, whatever time anything takes."""
     schedule = make(name, 4, 7)
     told = 0
     for costs in (Costs(1, 1, 1, 0), Costs(1, 7, 0.1, 3), Costs(5, 0.2, 3, 0.5)):

@@ -1,4 +1,4 @@
-"""What memory a host has left, read off files as the kernel writes them, and errors that ran out of it."""
+"""Free memory of a host, read off files as the kernel writes them, and errors that ran out of it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_of_a_control_group(tmp_path: Path) -> None:
 
 
 def test_of_a_container(tmp_path: Path) -> None:
-    """Where the group's own path is not to be seen, its files lie at the root; and in the older form."""
+    """If the group's own path is not to be seen, its files lie at the root; and in the older form."""
     second = {"proc/self/cgroup": "0::/../../docker/x\n", "sys/fs/cgroup/memory.max": f"{4 * GIB}\n"}
     assert kernel(tmp_path / "v2", meminfo(64, 48) | second).free == 4 * GIB
     place = "sys/fs/cgroup/memory"

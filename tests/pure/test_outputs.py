@@ -1,4 +1,4 @@
-"""Where a tool may write: not over what it reads, however that is spelt, and over no directory that it did not make."""
+"""A tool writes neither over what it reads, however that is spelt, nor over a directory that it did not make."""
 
 from __future__ import annotations
 

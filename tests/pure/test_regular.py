@@ -1,4 +1,4 @@
-"""What is read, what is refused, and in which words."""
+"""Files that are read, those that are refused, and the words of the refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from what: derived settings have Megatron-LM's values."""
+"""Derived settings have Megatron-LM's values."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_what_is_legal_is_saved_and_read_again(change: str) -> None:
 
 
 def test_smaller_sizes_may_lie_behind_a_run_that_goes_on() -> None:
-    """Whether they do is found out when the checkpoint is."""
+    """They are checked when the checkpoint is found."""
     assert problems(f"{STEPS} 0:2 64:8", 4) != []
     assert (
         problems(f"{STEPS} 0:2 64:8 --load x", 4)

@@ -24,7 +24,7 @@ def action(text: str) -> Action:
     return Action(Op(text[0]), int(stage), int(m))
 
 
-def schedule_of(*programs: str, micro_batches: int = 1) -> Schedule:
+def schedule_from_text(*programs: str, micro_batches: int = 1) -> Schedule:
     return Schedule("test", micro_batches, looped(len(programs), 1), tuple(tuple(map(action, p.split())) for p in programs))
 
 
@@ -112,7 +112,7 @@ def test_peak_activations_of_interleaved():
 
 
 def test_times_of_a_small_step():
-    schedule = schedule_of("F0.0 B0.0", "F1.0 I1.0 W1.0")
+    schedule = schedule_from_text("F0.0 B0.0", "F1.0 I1.0 W1.0")
     timeline = simulate(schedule, Costs(1, 2, 4, 0.5))
     assert {str(a): (timeline.start[a], timeline.end[a]) for a in schedule.actions} == {
         "F0.0": (0, 1),
@@ -155,7 +155,7 @@ def test_a_measurement_is_read_like_a_simulation():
 
 
 def test_a_measurement_with_holes_is_refused():
-    schedule = schedule_of("F0.0 B0.0")
+    schedule = schedule_from_text("F0.0 B0.0")
     start, end = {action("F0.0"): 0.0, action("B0.0"): 1.0}, {action("F0.0"): 1.0, action("B0.0"): 2.0}
     assert measured_timeline(schedule, start, end).makespan == 2
     with pytest.raises(ValueError, match=r"B0\.0 has no start time"):
@@ -194,7 +194,7 @@ def test_dependencies():
 )
 def test_wrong_schedules_are_refused(programs, message):
     with pytest.raises(ValueError) as raised:
-        validate(schedule_of(*programs))
+        validate(schedule_from_text(*programs))
     assert message in str(raised.value)
 
 
@@ -205,12 +205,12 @@ def test_a_placement_must_use_every_rank():
 
 def test_a_deadlock_names_what_waits_for_what():
     with pytest.raises(ValueError) as raised:
-        simulate(schedule_of("F0.0 B0.0 F0.1 B0.1", "F1.0 F1.1 B1.0 B1.1", micro_batches=2), Costs())
+        simulate(schedule_from_text("F0.0 B0.0 F0.1 B0.1", "F1.0 F1.1 B1.0 B1.1", micro_batches=2), Costs())
     assert str(raised.value) == (
         "test: the ranks wait for each other: rank 0 at B0.0 for B1.0 on rank 1; rank 1 at F1.1 for F0.1 on rank 0"
     )
     with pytest.raises(ValueError, match=r"rank 0 at B0\.0 for B1\.0 which no rank runs"):
-        simulate(schedule_of("F0.0 B0.0", "F1.0"), Costs())
+        simulate(schedule_from_text("F0.0 B0.0", "F1.0"), Costs())
 
 
 @pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])

@@ -68,7 +68,7 @@ FORMS = {
 }
 
 
-def run_of(
+def run_config(
     model: ModelConfig,
     *,
     tp: int = 1,
@@ -91,14 +91,14 @@ def run_of(
     return resolve(settings, tp)
 
 
-def activations_of(model: ModelConfig, part: StagePart, **options: Any) -> StageActivations:
-    run = run_of(model, **options)
+def count_activations(model: ModelConfig, part: StagePart, **options: Any) -> StageActivations:
+    run = run_config(model, **options)
     return StageActivations.of(run, MetaModel.of(run), part)
 
 
 def activation_bytes(model: ModelConfig, part: StagePart, in_flight: int = 1, **options: Any) -> int:
     """A stage's activations at their fullest, all together."""
-    found = activations_of(model, part, **options)
+    found = count_activations(model, part, **options)
     return found.held(in_flight, 0) + (found.transient if in_flight else 0)
 
 
@@ -108,8 +108,8 @@ def memory_on_a_rank(
     in_flight: Sequence[int] = (),
     **options: Any,
 ) -> Memory:
-    """Of a rank with these stages, by default the whole model."""
-    run = run_of(model, **options)
+    """Return the memory of a rank with these stages, by default the whole model."""
+    run = run_config(model, **options)
     parts = parts or (StagePart(range(model.num_layers)),)
     plan = StagePlan((0,) * len(parts), parts, len(parts))
     forward = [Action(Op.F, stage, i) for stage, count in enumerate(in_flight or [1] * len(parts)) for i in range(count)]
@@ -218,7 +218,7 @@ def test_padded_vocabulary(tp: int, padded: int) -> None:
 
 
 def forward_flops(model: MetaModel, seq: int) -> int:
-    """Of one token."""
+    """Return the FLOPs of one token's forward pass."""
     return layer_flops(model, seq, model.whole).total + head_flops(model, seq, model.whole)
 
 
@@ -291,7 +291,7 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
 
     def counted(in_flight: int = 1, **memory: object) -> tuple[int, int]:
         how = dict(tp=tp, seq=s, rows=b, sequence_parallel=sequence_parallel)
-        found = activations_of(model, stage, **how, memory=MemoryConfig(**memory))  # type: ignore[arg-type]
+        found = count_activations(model, stage, **how, memory=MemoryConfig(**memory))  # type: ignore[arg-type]
         return found.held(in_flight, 0), found.transient
 
     linear, square = s * b * h * (34 / tp if sequence_parallel else 10 + 24 / tp), s * b * 5 * a * s // tp
@@ -313,9 +313,9 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
 def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> None:
     # h = 3072, 16 bit: inputs h, h, h, 4 h and gradients 3 h, h, 4 h, h of the four linear layers.
     model, stage, tokens = complete(ModelSettings(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
-    found = activations_of(model, stage, seq=tokens, memory=MemoryConfig("full", "uniform"))
+    found = count_activations(model, stage, seq=tokens, memory=MemoryConfig("full", "uniform"))
     assert found.held(5, split=2) == tokens * 3072 * (3 * 2 + 2 * 32)
-    plain = activations_of(model, stage, seq=tokens)
+    plain = count_activations(model, stage, seq=tokens)
     assert plain.held(5, split=2) == 5 * activation_bytes(model, stage, seq=tokens)
 
 
@@ -324,7 +324,7 @@ def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
     first, last, memory = StagePart(range(1), True, False), StagePart(range(1, 3), False, False), MemoryConfig("full", "block")
     alone = [memory_on_a_rank(model, stage, memory=memory) for stage in (first, last)]
     both = memory_on_a_rank(model, first, last, memory=memory)
-    passing = activations_of(model, first, memory=memory).transient
+    passing = count_activations(model, first, memory=memory).transient
     assert 0 < passing == sum(m.activations for m in alone) - both.activations
 
 

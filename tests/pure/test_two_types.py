@@ -1,4 +1,4 @@
-"""What a user gave and what a run uses are two types, which a type checker tells apart, and which agree on every field."""
+"""Settings as a user gave them and as a run uses them are two types, which a checker tells apart and whose fields agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may ask: hosts, origins, the key, and what browsers are told."""
+"""Access to the server: hosts, origins, the key, and what browsers are told."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ TOKENIZER = Letters()
 
 
 def texts(model, prompts, count=8, sampling=None, **options) -> list[GeneratedText]:
-    """What a batch of prompts gives, without a server."""
+    """Generate from a batch of prompts, without a server."""
     found = [GeneratedText.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
     ends = lambda text: text.tokens[-1] == 256  # noqa: E731
     for _ in extend_texts(

@@ -1,4 +1,4 @@
-"""What no client can do to the server: its next request is answered, and its log says what came."""
+"""No client brings the server down: its next request is answered, and its log says what came."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logged(client, what: str) -> str:
 
 
 def stuck(client) -> str:
-    """What /health says is wrong, once it says so."""
+    """Wait until /health says that something is wrong, and return its words."""
     deadline = time.monotonic() + 30
     while (found := client("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness asks, without the package: equal to transformers, on one process and led over several."""
+"""Requests of lm-evaluation-harness, without the package: equal to transformers, on one process and led over several."""
 
 import math
 import subprocess
@@ -155,7 +155,7 @@ def test_the_program_as_a_module():
 
 
 def test_the_harness_itself(model, reference, monkeypatch):
-    """Where the package is installed: registered under its name, and asked as the harness asks."""
+    """The installed package finds the model under its name and asks as it asks any other."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model

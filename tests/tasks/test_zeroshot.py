@@ -156,7 +156,7 @@ def test_lambada_is_that_of_transformers(number, strict, alone, reference, files
 
 
 def test_perplexity_is_that_of_transformers(alone, reference):
-    """Of JSON lines, packed, one text without any token and one longer than a window; and of an indexed dataset."""
+    """Perplexity of packed JSON lines, one text without any token and one longer than a window, and of an indexed dataset."""
     figures, of_tokens = alone[2][4:]
     documents = [reference.tokens(text) for text in TEXTS]
     scores = [s for tokens in documents for s in reference.all_after_first(tokens, SEQ, OVERLAP)]
@@ -218,7 +218,7 @@ def cut_scores(rows):
 
 
 def score_case():
-    """Of whole numbers, so that equal logits are equal in whatever order they are added up."""
+    """Make a model of whole numbers, so that equal logits are equal in whatever order they are added up."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-3, 4, (11, 6), generator=generator).float()
     weight[9] = weight[2]

@@ -39,7 +39,7 @@ def flags(corpus, tmp_path):
 
 @dataclass
 class Ended:
-    """How a slice of a run ended: exit statuses by rank, what was written, and where torchrun would have looked."""
+    """The end of a slice of a run: exit statuses by rank, what was written, and where torchrun would have looked."""
 
     statuses: list[int]
     seconds: float

@@ -44,7 +44,7 @@ PHASES = {
 
 
 def misfortune(how: str) -> None:
-    """What happens to the rank."""
+    """Let the rank come to harm in one of several ways."""
     if how == "exception":
         raise ValueError("made to fail")
     if how == "exit":
@@ -71,7 +71,7 @@ def arm(fault) -> None:
     setattr(owner, name, wrapped)
 
 
-def rank_of(job, rank: int, port: int) -> NoReturn:
+def become_rank(job, rank: int, port: int) -> NoReturn:
     """Be this rank; its end is the program's, with its status."""
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
@@ -99,7 +99,7 @@ def run(job) -> dict[str, object]:
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
-            leave(ended(partial(rank_of, job, rank, port)))
+            leave(ended(partial(become_rank, job, rank, port)))
         pids.append(pid)
     began, statuses, told = time.monotonic(), {}, False
     while len(statuses) < len(pids):

@@ -1,4 +1,4 @@
-"""What ranks compute and communicate with: each sees for itself, and where they differ all end with the same words."""
+"""Devices and backends of the ranks: each sees for itself, and where they differ all end with the same words."""
 
 from __future__ import annotations
 
@@ -95,17 +95,17 @@ def test_the_odd_host_comes_first_and_many_are_counted():
 
 
 def told(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
-    """What `agree_on_devices` ends with on each rank, as threads over one store; None for a rank that does not come."""
+    """Run `agree_on_devices` on each rank, as threads over one store; return how each ended, None for an absent rank."""
     store, ends = dist.HashStore(), [None] * len(said)
 
-    def rank_of(rank: int, choice: DeviceChoice) -> None:
+    def run_rank(rank: int, choice: DeviceChoice) -> None:
         try:
             agree_on_devices(store, LaunchEnvironment(rank, len(said)), choice, timedelta(seconds=seconds))
             ends[rank] = (0, "")
         except JobError as error:
             ends[rank] = (error.status, str(error))
 
-    threads = [threading.Thread(target=rank_of, args=(r, m)) for r, m in enumerate(said) if m is not None]
+    threads = [threading.Thread(target=run_rank, args=(r, m)) for r, m in enumerate(said) if m is not None]
     for thread in threads:
         thread.start()
     for thread in threads:

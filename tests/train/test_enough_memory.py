@@ -22,7 +22,7 @@ COMMAND = (
 )
 
 
-def config_of(flags: str = "", world: int = 1) -> RunConfig:
+def parse_config(flags: str = "", world: int = 1) -> RunConfig:
     words = f"{COMMAND} {flags}".split()
     parsed = parse(words, program="p", world_size=world, files=False)
     return replace(parsed.config, model=replace(parsed.config.model, vocab_size=50257))
@@ -38,7 +38,7 @@ def tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool = False) -> str:
-    """What is said where so many bytes are free; nothing where the run may begin."""
+    """Return the message of a run where so many bytes are free; nothing where the run may begin."""
     try:
         check_memory(config, env, lambda config, env: Room(free, "there is what there is", own))
     except InputError as error:
@@ -47,7 +47,7 @@ def refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool =
 
 
 def test_what_is_needed_and_what_is_there() -> None:
-    config = config_of()
+    config = parse_config()
     need = state(config, 1)
     assert 16 * 8.2e9 < need < 16 * 8.5e9  # weights, gradients and two moments in fp32
     said = refusal(config, LaunchEnvironment(), need - 1)
@@ -59,7 +59,7 @@ def test_what_is_needed_and_what_is_there() -> None:
 
 
 def test_an_evaluation_holds_weights_alone() -> None:
-    config = config_of()
+    config = parse_config()
     only = replace(config, eval=replace(config.eval, skip_train=True))
     assert state(only, 1) == state(config, 1) // 4
     assert "gradients" not in refusal(only, LaunchEnvironment(), 1)
@@ -67,7 +67,7 @@ def test_an_evaluation_holds_weights_alone() -> None:
 
 def test_the_ranks_of_a_host_share_its_memory() -> None:
     """Two hosts of two ranks, each host with a stage of its own; one rank of each host asks for both."""
-    config = config_of("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
+    config = parse_config("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2", 4)
     first, second = (state(config, 4, rank) for rank in (0, 2))
     assert first != second
     for rank, need in ((0, 2 * first), (2, 2 * second)):
@@ -79,7 +79,7 @@ def test_the_ranks_of_a_host_share_its_memory() -> None:
 
 
 def test_a_gpu_is_one_ranks_own() -> None:
-    config = config_of("--tensor-model-parallel-size 2", 2)
+    config = parse_config("--tensor-model-parallel-size 2", 2)
     need = state(config, 2)
     for rank in (0, 1):
         env = LaunchEnvironment(rank, 2, rank, 2, "torchrun")
@@ -89,8 +89,8 @@ def test_a_gpu_is_one_ranks_own() -> None:
 
 def test_what_a_dying_process_gives_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 5.0)
-    rooms = [Room(0, "", True), Room(0, "", True), Room(state(config_of(), 1), "", True)]
-    check_memory(config_of(), LaunchEnvironment(), lambda config, env: rooms.pop(0))
+    rooms = [Room(0, "", True), Room(0, "", True), Room(state(parse_config(), 1), "", True)]
+    check_memory(parse_config(), LaunchEnvironment(), lambda config, env: rooms.pop(0))
     assert not rooms
 
 

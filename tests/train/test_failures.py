@@ -1,4 +1,4 @@
-"""When a rank dies or hangs, all ranks end, and one line says which rank, where, and what it did."""
+"""A rank that dies or hangs ends all ranks, and one line says which rank, where, and what it did."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_ctrl_c_a_second_time(slices, short, tmp_path):
 
 
 def test_ctrl_c_twice_by_torchrun(slices, short, tmp_path):
-    """Which passes on the second one as SIGTERM; before anything was saved, and the second time without --save."""
+    """The second one reaches the ranks as SIGTERM; before anything was saved, and the second time without --save."""
     relayed = {"RANK": "0", "WORLD_SIZE": "1"}
     command = ["--save-interval", "3"]
     ended = slices([*short, *command], fault=(0, "backward", 1, "SIGINT+sleep+SIGTERM"), launcher=False)

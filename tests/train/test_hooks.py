@@ -1,4 +1,4 @@
-"""What is done between the steps of a run: when, and when not."""
+"""Hooks between the steps of a run: the steps at which each acts, and those at which it does not."""
 
 from __future__ import annotations
 

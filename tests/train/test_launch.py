@@ -1,4 +1,4 @@
-"""Which process this is, under torchrun, srun and plain python."""
+"""The process's place in its job, under torchrun, srun and plain python."""
 
 from __future__ import annotations
 

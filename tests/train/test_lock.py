@@ -161,7 +161,7 @@ def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
 
 
 def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
-    """What was judged dead is taken out of the way, and nothing else."""
+    """Only the lock that was judged dead is taken out of the way."""
     held(tmp_path, FAR)
     dead, text = LockReading(LockHolder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / LOCK_FILE).read_text()
     assert not lock._cleared(tmp_path / LOCK_FILE, dead) and (tmp_path / LOCK_FILE).read_text() == text

@@ -44,7 +44,7 @@ class Told(Hook):
         self.calls.append(f"after {self.name}")
 
 
-def training_of(iterations, step=None, start=0):
+def build_training(iterations, step=None, start=0):
     batch = BatchSettings(global_batch_size=4, train_iters=iterations)
     optim = SimpleNamespace(on_nonfinite="abort")
     job = SimpleNamespace(watch=SimpleNamespace(doing=lambda what, alone: None))
@@ -65,22 +65,22 @@ def test_the_loop_is_short():
 
 def test_hooks_are_called_in_their_order():
     calls = []
-    train(training_of(2), [Told("a", calls), Told("b", calls)])
+    train(build_training(2), [Told("a", calls), Told("b", calls)])
     assert calls == ["before a", "before b", "1 a", "1 b", "2 a", "2 b", "after a", "after b"]
 
 
 def test_a_hook_ends_training_and_the_others_are_still_called():
-    calls, training = [], training_of(9)
+    calls, training = [], build_training(9)
     train(training, [Told("a", calls, stop_after=1), Told("b", calls)])
     assert calls == ["before a", "before b", "1 a", "1 b", "after a", "after b"]
     assert training.request.stop == "enough" and training.iteration == 1
 
 
 def test_a_request_before_the_first_step_and_a_run_at_its_end_take_no_step():
-    stopped, calls = training_of(3), []
+    stopped, calls = build_training(3), []
     stopped.request = Request("enough")
     train(stopped, [Told("a", calls)])
-    train(training_of(3, start=3), [Told("a", calls)])
+    train(build_training(3, start=3), [Told("a", calls)])
     assert calls == ["before a", "after a"] * 2 and stopped.iteration == 0
 
 
@@ -88,7 +88,7 @@ def test_an_error_ends_training_before_the_hooks_of_its_step():
     calls = []
     bad = StepReport(float("nan"), float("nan"), skipped=True, nan=True, samples=4, tokens=8)
     with pytest.raises(TrainingError, match="--on-nonfinite abort"):
-        train(training_of(3, step=bad), [Told("a", calls)])
+        train(build_training(3, step=bad), [Told("a", calls)])
     assert calls == ["before a"]
 
 

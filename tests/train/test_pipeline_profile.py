@@ -38,7 +38,7 @@ def plain_run(setting: Setting, steps: int):
     return go(start(setting, steps), setting, steps)
 
 
-def record_of(directory: Path) -> dict:
+def read_profile(directory: Path) -> dict:
     assert sorted(p.name for p in directory.iterdir()) == ["pipeline_profile.json", "pipeline_profile.svg"]
     ElementTree.parse(directory / "pipeline_profile.svg")
     return json.loads((directory / "pipeline_profile.json").read_text())
@@ -59,7 +59,7 @@ def test_a_profile(name, world, layout, tmp_path):
     assert [len(said) for _, said in results] == [1] + [0] * (world - 1)
     assert name in results[0][1][0] and str(tmp_path / "profile") in results[0][1][0]
     assert [curve for curve, _ in results] == on_ranks(world, plain_run, setting, TOTAL), "profiling changed the run"
-    record = record_of(tmp_path / "profile")
+    record = read_profile(tmp_path / "profile")
     dp = world // setting.pp // setting.tp
     schedule = make(name, setting.pp, setting.global_batch // dp)
     assert (record["schedule"], record["micro_batches"]) == (name, schedule.micro_batches)
@@ -96,7 +96,7 @@ def test_a_short_run_is_profiled_as_well(tmp_path):
     """One step alone, and one process alone."""
     ((_, said),) = [profiled(SETTING, str(tmp_path / "one"), 1)]
     assert "profile of 1 steps" in said[0]
-    assert record_of(tmp_path / "one")["measured"]["peak_activations"] == [1]
+    assert read_profile(tmp_path / "one")["measured"]["peak_activations"] == [1]
 
 
 def test_only_some_steps_are_timed(tmp_path):

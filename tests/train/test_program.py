@@ -52,7 +52,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_flags_of_todays_and_old_scripts_train_as_ours_do(flags, tmp_path, capsys):
-    """What the notes say: flags without effect change no loss, and old names mean what the new ones do."""
+    """The notes are true: flags without effect change no loss, and old names mean what the new ones do."""
     short = ["--train-iters", 2, "--lr-warmup-iters", 1, "--eval-iters", 0]
     short += ["--position-embedding-type", "rope", "--num-query-groups", 1]
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
@@ -143,7 +143,7 @@ def test_loading_weights_only(flags, tmp_path, capsys):
 
 
 def test_the_schedule_of_a_resumed_run(flags, tmp_path, capsys):
-    """Where it differs the command says which one counts; that is done, and said."""
+    """If it differs, the command says which one counts; that is done, and said."""
     assert run([*flags, "--exit-interval", "4"]) == Exit.STOPPED
     root = ["--load", str(tmp_path / "run")]
 

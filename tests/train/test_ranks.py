@@ -1,4 +1,4 @@
-"""What the ranks of a run must agree on, and what a hang costs."""
+"""Agreement of a run's ranks on data and settings, and the time that a hang costs."""
 
 from __future__ import annotations
 

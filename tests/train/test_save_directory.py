@@ -1,4 +1,4 @@
-"""What a run may do with a --save in which checkpoints lie: every combination of flags, and what --overwrite leaves alone."""
+"""Runs whose --save holds checkpoints already: every combination of flags, and what --overwrite leaves alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def disk(tmp_path, monkeypatch):
 
 
 def start(flags: str) -> StateSource:
-    """Where a command with these flags of [checkpoint] starts from."""
+    """Return the state that a command with these flags of [checkpoint] starts from."""
     known = {"save": str, "load": str, "load-iteration": int}
     values: dict[str, object] = {}
     for part in flags.split("--")[1:]:

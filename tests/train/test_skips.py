@@ -75,7 +75,7 @@ def test_a_run_that_is_stopped_says_what_was_skipped(flags, capsys):
 
 
 def test_a_loss_scale_of_any_size_is_resumed(flags, tmp_path, capsys):
-    """What a run has saved is never called what no run saves."""
+    """A state that a run has saved is never called one that no run saves."""
     huge = [*flags, "--fp16", "--initial-loss-scale", "1e30", "--eval-iters", 0]
     assert run([*huge, "--exit-interval", 1]) == 75
     assert run([*huge, "--exit-interval", 2, "--auto-resume"]) == 75, capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_a_restart_by_torchrun_resumes(slices, command, flags, whole, tmp_path):
 
 
 def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
-    """What lies in --save from an earlier job was not asked for. A job that was stopped on request stays stopped."""
+    """A checkpoint in --save from an earlier job was not asked for. A job that was stopped on request stays stopped."""
     env = LaunchEnvironment(job="b", attempt=1, launcher="torchrun")
     parsed = parse([*argv(""), "--save", str(tmp_path), "--save-interval", "5"], program="pretrain_gpt.py", files=False)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"

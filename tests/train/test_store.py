@@ -1,4 +1,4 @@
-"""Where processes do not find one another: in words, in time, with the variable that is wrong."""
+"""Processes that do not find one another say so, in time, with the variable that is wrong."""
 
 from __future__ import annotations
 

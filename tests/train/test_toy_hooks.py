@@ -38,11 +38,11 @@ def pretrain(environment: dict[str, str], save: Path, *flags: str, ranks: int = 
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def lines_of(save: Path) -> list[dict]:
+def read_metrics(save: Path) -> list[dict]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
-def norms_of(save: Path, rank: int = 0) -> dict[int, float]:
+def read_norms(save: Path, rank: int = 0) -> dict[int, float]:
     pairs = (line.split() for line in (save / f"norms.{rank}").read_text().splitlines())
     return {int(iteration): float(norm) for iteration, norm in pairs}
 
@@ -55,21 +55,21 @@ def test_an_installed_package_takes_part_in_a_run(tmp_path: Path) -> None:
     assert done.stdout.count("> hook of a package: norm, toy_hooks:EmbeddingNorm\n") == 1
     assert done.stdout.count(f" | {toy_hooks.NAME}: ") == 3 and len(LAST.findall(done.stdout)) == 1
 
-    assert norms_of(alone).keys() == {3, 6}
+    assert read_norms(alone).keys() == {3, 6}
     tally = json.loads((alone / "tally.json").read_text())
-    logged = [line for line in lines_of(alone) if "split" not in line]
+    logged = [line for line in read_metrics(alone) if "split" not in line]
     assert tally["lines"] == [[line["iteration"], line["lm_loss"], line[toy_hooks.NAME]] for line in logged]
-    assert [line[0] for line in tally["lines"]] == [2, 4, 6] and tally["lines"][2][2] == norms_of(alone)[6]
+    assert [line[0] for line in tally["lines"]] == [2, 4, 6] and tally["lines"][2][2] == read_norms(alone)[6]
     assert tally["evaluations"] == [[5, "validation"], [7, "validation"], [7, "test"]] and tally["ended"] == "finished"
 
     done = pretrain(environment, several, "--tensor-model-parallel-size", "2", ranks=2)
     assert done.returncode == 0, done.stderr
-    assert norms_of(several) == norms_of(several, 1) == pytest.approx(norms_of(alone), rel=1e-5)
+    assert read_norms(several) == read_norms(several, 1) == pytest.approx(read_norms(alone), rel=1e-5)
     assert len(LAST.findall(done.stdout)) == 1 and len(json.loads((several / "tally.json").read_text())["lines"]) == 3
 
     done = pretrain({**environment, "PYTHONPATH": str(ROOT)}, plain)
     assert done.returncode == 0 and toy_hooks.NAME not in done.stdout
-    assert [line["lm_loss"] for line in lines_of(plain)] == [line["lm_loss"] for line in lines_of(alone)]
+    assert [line["lm_loss"] for line in read_metrics(plain)] == [line["lm_loss"] for line in read_metrics(alone)]
 
 
 @pytest.mark.parametrize(

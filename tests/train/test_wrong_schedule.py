@@ -34,7 +34,7 @@ WRONG = {
 
 @pytest.fixture(params=WRONG, ids=lambda make: make.__name__)
 def wrong(request, monkeypatch) -> str:
-    """What is said of the schedule that stands in gpipe's row."""
+    """Put a wrong schedule in gpipe's row; return words of the message about it."""
     monkeypatch.setattr(book, "SCHEDULES", MappingProxyType({**book.SCHEDULES, "gpipe": ScheduleKind(request.param)}))
     return WRONG[request.param]
 

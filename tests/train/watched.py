@@ -31,7 +31,7 @@ class Known(Exception):
 
 
 def work(fault: str, env: LaunchEnvironment, marks: Path) -> None:
-    """What goes wrong; on rank 1, unless it says otherwise."""
+    """Do a rank's work, with the fault that is asked for; on rank 1, if its name does not say `all`."""
     if fault == "all-raise":
         time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
         raise Known("in words")
