@@ -140,6 +140,8 @@ def test_the_readme_is_one_screen_and_leads_to_every_page() -> None:
     text = FENCE.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(text.splitlines()) <= MAX_README_LINES, "pages under docs/ take what is more"
     assert {page.relative_to(ROOT).as_posix() for page in PAGES} <= {link.split("#")[0] for link in links(ROOT / "README.md")}
+    shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
+    assert set((ROOT / "docs").glob("*.svg")) <= shown, "a picture that no page shows"
 
 
 def test_the_drawing_is_what_the_page_draws(tmp_path: Path) -> None:
