@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A trained GPT on a task it was not trained for: LAMBADA's last words, or with TASK=WIKITEXT103 the perplexity of a text.
+# Evaluate a trained GPT zero-shot: accuracy of last words on LAMBADA, or with TASK=WIKITEXT103 the perplexity of a text.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 4 ]; then

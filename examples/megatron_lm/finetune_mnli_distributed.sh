@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A pretrained BERT taught whether one sentence follows from another. GLUE_MNLI is the folder of train.tsv and dev_*.tsv.
+# Fine-tune a pretrained BERT on MNLI: does one sentence follow from another? GLUE_MNLI is the directory of train.tsv and dev_*.tsv.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 4 ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A pretrained BERT taught to answer questions about a text, four answers each. RACE is the folder of train, dev and test.
+# Fine-tune a pretrained BERT on RACE: multiple choice with four answers. RACE is the directory of train, dev and test.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 4 ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A trained GPT goes on from a text.
+# Continue a text with a trained GPT.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [ $# -lt 2 ]; then

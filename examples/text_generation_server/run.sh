@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve a checkpoint. Usage: run.sh CHECKPOINT [further flags]; TP= and PP= cut the model over TP x PP processes.
+# Serve a checkpoint. Usage: run.sh CHECKPOINT [further flags]; TP= and PP= divide the model over TP x PP processes.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${1:?usage: run.sh CHECKPOINT [flags]}"
