@@ -9,9 +9,7 @@ import sys
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.cli.program import pretrain
-
-DEFAULTS = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
+    from megatron.cli.program import PRETRAINING_DEFAULTS, pretrain
 
 if __name__ == "__main__":
-    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_bert.py", defaults=DEFAULTS))
+    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_bert.py", defaults=PRETRAINING_DEFAULTS["bert"]))

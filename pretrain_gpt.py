@@ -8,9 +8,7 @@ import sys
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.cli.program import pretrain
-
-DEFAULTS = {"tokenizer.tokenizer_type": "GPT2BPETokenizer"}
+    from megatron.cli.program import PRETRAINING_DEFAULTS, pretrain
 
 if __name__ == "__main__":
-    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_gpt.py", defaults=DEFAULTS))
+    sys.exit(run_main(pretrain, sys.argv[1:], program="pretrain_gpt.py", defaults=PRETRAINING_DEFAULTS["gpt"]))

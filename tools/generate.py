@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
@@ -28,10 +27,9 @@ with loading():
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
     from megatron.files.regular import MAX_PROMPTS_BYTES, parse_json, read_text
-    from megatron.inference.beam_search import BeamSearch
-    from megatron.inference.generate import GeneratedText, Sampling, check_prompt, extend_texts, free_positions
+    from megatron.inference.completions import check_limits, choose_decoding, generate
     from megatron.inference.model_flags import add_model_flags, choose_layout, parse_once, report_refusal
-    from megatron.inference.restore import open_pipeline, text_tokenizer
+    from megatron.inference.restore import open_pipeline
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.job import Job, job
     from megatron.launch.tool_parser import ToolParser, non_empty_name
@@ -67,13 +65,9 @@ def main(argv: list[str]) -> int:
     try:
         env = LaunchEnvironment.from_environ(os.environ)
         grid, device = choose_layout(args, env)
-        sampling = Sampling(args.temperature, args.top_k, args.top_p)
-        search = search_of(args)
+        choose_decoding(args.temperature, args.top_k, args.top_p, args.beam_width, args.length_penalty)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
-        if args.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens {args.max_new_tokens} writes nothing; legal: 1 and above")
-        if args.micro_batch_size < 1:
-            raise ValueError(f"--micro-batch-size {args.micro_batch_size} takes no prompt; legal: 1 and above")
+        check_limits(args.max_new_tokens, args.micro_batch_size)
         find(
             Path(args.load),
             args.load_iteration,
@@ -81,7 +75,7 @@ def main(argv: list[str]) -> int:
         )
         with job(env, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if env.world_size == 1 else started.device
-            answers, notes = answer(args, started, grid, own, prompts, search or sampling)
+            answers, notes = answer(args, started, grid, own, prompts)
     except REFUSED as error:
         return report_refusal(error, env)
     if env.rank == 0:
@@ -94,61 +88,36 @@ def main(argv: list[str]) -> int:
 
 
 def answer(
-    args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str], how: Sampling | BeamSearch
+    args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str]
 ) -> tuple[list[dict[str, object]], str]:
     """Each prompt with what the model adds, and what there is to say about it. Collective."""
     mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
-    tokenizer = text_tokenizer(opened)
-    stop = tokenizer.special.get("eod") if args.stop_token is None else args.stop_token
-    vocabulary = opened.config.known_vocab_size
-    if args.stop_token is not None and not 0 <= args.stop_token < vocabulary:
-        raise ValueError(f"--stop-token {args.stop_token} is outside of the vocabulary of {vocabulary}")
-    started_with = [tokenizer.tokenize(prompt) for prompt in prompts]
-    for number, tokens in enumerate(started_with, 1):  # all of them, before the first one takes its time
-        try:
-            check_prompt(opened.model, tokens)
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from error
-    limits = {"max_new_tokens": args.max_new_tokens, "use_cache": not args.no_cache}
-    found: list[tuple[list[int], str, float | None]] = []
-    if isinstance(how, BeamSearch):
-        for tokens in started_with:
-            *_, beams = replace(how, stop=stop).run(opened.model, tokens, **limits)
-            found.append(([*tokens, *beams[0].tokens], beams[0].end, beams[0].score))
-    else:
-        texts = [GeneratedText.after(tokens) for tokens in started_with]
-
-        def stops(text: GeneratedText) -> bool:
-            return text.tokens[-1] == stop
-
-        for first in range(0, len(texts), args.micro_batch_size):
-            some = texts[first : first + args.micro_batch_size]
-            for _ in extend_texts(opened.model, some, sampling=how, seed=args.seed, first=first, stops=stops, **limits):
-                pass
-        found = [(text.tokens, text.end, None) for text in texts]
+    found = generate(
+        opened,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        beam_width=args.beam_width,
+        length_penalty=args.length_penalty,
+        stop_token=args.stop_token,
+        seed=args.seed,
+        micro_batch_size=args.micro_batch_size,
+        use_cache=not args.no_cache,
+    )
     answers, notes = [], ""
-    for prompt, before, (tokens, end, score) in zip(prompts, started_with, found, strict=True):
-        room = free_positions(opened.model, before)
-        if room is not None and len(tokens) - len(before) == room < args.max_new_tokens and end == "length":
+    for one in found:
+        if one.positions_left is not None:
             notes += (
-                f"note: --max-new-tokens {args.max_new_tokens} was cut to {room}: the model ends at position "
-                f"{len(before) + room}, and the prompt takes {len(before)}\n"
+                f"note: --max-new-tokens {args.max_new_tokens} was cut to {one.positions_left}: the model ends at position "
+                f"{one.prompt_tokens + one.positions_left}, and the prompt takes {one.prompt_tokens}\n"
             )
-        text = tokenizer.detokenize(tokens[:-1] if end == "stop" else tokens)
-        answers.append({"prompt": prompt, "text": text, "end": end} | ({} if score is None else {"score": score}))
+        answers.append(
+            {"prompt": one.prompt, "text": one.text, "end": one.end} | ({} if one.score is None else {"score": one.score})
+        )
     return answers, notes
-
-
-def search_of(args: argparse.Namespace) -> BeamSearch | None:
-    """The beam search that is asked for, without its stop token; ValueError for flags that do not go together."""
-    if args.beam_width is None:
-        if args.length_penalty is not None:
-            raise ValueError("--length-penalty belongs to a beam search: give --beam-width")
-        return None
-    if (args.temperature, args.top_k, args.top_p) != (1.0, 0, 0.0):
-        raise ValueError("--beam-width chooses nothing at random: leave --temperature, --top-k and --top-p out")
-    return BeamSearch(args.beam_width, 1.0 if args.length_penalty is None else args.length_penalty)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from megatron.cli.dry_run import dry_run
@@ -26,6 +27,11 @@ from megatron.launch.signals import StopSignals
 from megatron.train.going_on import CtrlC, resume_advice
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
+# What a pretraining program sets, by `section.field`, where its user does not; by architecture.
+PRETRAINING_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    "gpt": {"tokenizer.tokenizer_type": "GPT2BPETokenizer"},
+    "bert": {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"},
+}
 ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
 
 
@@ -99,7 +105,9 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
             from megatron.tasks.program import start_task as start
         else:
             from megatron.train.pretraining import start
-        return start(parsed, env, began, signals, early)
+        from megatron.train.in_job import report_errors
+
+        return report_errors(partial(start, parsed, env, began, signals, early), env)
     finally:
         signals.close(ignore=env.world_size > 1)
 
@@ -134,7 +142,7 @@ def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defa
         SystemExit: it cannot be read.
     """
     try:
-        parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=_saved_config, task=task)
+        parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=saved_config, task=task)
     except (ConfigError, HelpRequested):
         raise
     except Exception as error:
@@ -203,7 +211,7 @@ def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | Non
     return replace(parsed, notes=(*parsed.notes, line))
 
 
-def _saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
+def saved_config(checkpoint: CheckpointConfig) -> Mapping[str, Any]:
     """Return the configuration saved with the checkpoint to load, for --use-checkpoint-args, with its own tokenizer."""
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError, read_config
     from megatron.data.errors import DataError

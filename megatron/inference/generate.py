@@ -281,7 +281,7 @@ def _score(texts: Sequence[GeneratedText], seen: int, found: Prediction, logits:
             text.scores.append(TokenScore(own, tuple(zip(ids[place - seen][row][1:], best, strict=True))))
 
 
-def generate(
+def generate_tokens(
     model: Predictor,
     prompt: Sequence[int],
     *,

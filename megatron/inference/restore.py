@@ -101,7 +101,7 @@ def open_pipeline(
     return OpenedModel(model, config, open_tokenizer(directory), manifest.iteration, directory)
 
 
-def text_tokenizer(opened: OpenedModel[Pipeline]) -> Tokenizer:
+def text_tokenizer(opened: OpenedModel[Transformer] | OpenedModel[Pipeline]) -> Tokenizer:
     """Return the tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
     if opened.config.architecture != "gpt":
         raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")

@@ -71,8 +71,8 @@ class ExportError(Exception):
 
 
 def export(
-    checkpoint: Path,
-    output: Path,
+    checkpoint: Path | str,
+    output: Path | str,
     *,
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
@@ -89,8 +89,8 @@ def export(
     OutputError for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
     fails, and then what was written is `output` with `.failed` behind its name.
     """
-    directory = find(checkpoint, iteration, lambda line: say(f"note: {line}"))
-    output = check_replaceable("--output", output, [directory], overwrite=overwrite)
+    directory = find(Path(checkpoint), iteration, lambda line: say(f"note: {line}"))
+    output = check_replaceable("--output", Path(output), [directory], overwrite=overwrite)
     failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
         _need_transformers()

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.generate import Predictor, Sampling, generate
+from megatron.inference.generate import Predictor, Sampling, generate_tokens
 from megatron.mesh.mesh import Axis
 from megatron.tasks.scoring import ScoringModel, WindowScore, check_finite, check_vocabulary, score_windows
 from megatron.tasks.windows import Window, split_windows
@@ -89,7 +89,7 @@ class Likelihoods:
         check_vocabulary(tokens, self.model.config.known_vocab_size, f"the prompt {quote_start(prompt)}")
         written: list[int] = []
         text, stop = "", self.tokenizer.special.get("eod")
-        for token in generate(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop):
+        for token in generate_tokens(self.model, tokens, max_new_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop):
             written.append(token)
             text = self.tokenizer.detokenize(written)  # of all tokens: one alone may be part of a character
             if ends := [text.index(end) for end in stops if end and end in text]:

@@ -42,7 +42,9 @@ def run_in_job(
     save: str | None = None,
     compiled: bool = False,
 ) -> int:
-    """Prepare on each rank by itself, then run on all together. What goes wrong is reported once.
+    """Prepare on each rank by itself, then run on all together.
+
+    An error of a single process is raised; of several ranks one reports it, and all end.
 
     Args:
         prepare: makes what this rank needs, without the others; raises InputError.
@@ -55,23 +57,33 @@ def run_in_job(
         compiled: the first work of a kind may take any time, since it is compiled.
 
     Returns:
-        The exit status of `run`, or that of what went wrong.
+        The exit status of `run`.
     """
     hang = layout.hang_timeout_seconds or math.inf
     timeouts = WatchdogTimeouts(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
+    tell = partial(print_lines, sys.stdout if env.rank == 0 else None)
+    with (
+        guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early) as guard,
+        hold_lock(save, guard, env, tell) as joined,
+    ):
+        prepared = prepare(guard.watch)
+        # Before the process group forms, in which a rank that failed would leave the others waiting.
+        guard.wait_for_all("preparing their data", tell)
+        joined()
+        with job(env, layout.distributed_backend, timeout, guard=guard) as started:
+            return run(prepared, started)
+
+
+def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
+    """Return the exit status of `work`, or of the error that ended it, which is reported on stderr.
+
+    Args:
+        work: a job; `run_in_job`.
+        env: the launcher's description of this process.
+    """
     try:
-        tell = partial(print_lines, sys.stdout if env.rank == 0 else None)
-        with (
-            guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early) as guard,
-            hold_lock(save, guard, env, tell) as joined,
-        ):
-            prepared = prepare(guard.watch)
-            # Before the process group forms, in which a rank that failed would leave the others waiting.
-            guard.wait_for_all("preparing their data", tell)
-            joined()
-            with job(env, layout.distributed_backend, timeout, guard=guard) as started:
-                return run(prepared, started)
+        return work()
     except KeyboardInterrupt:
         return print_error("interrupted", 130, env.rank == 0)
     except (InputError, JobError) as error:

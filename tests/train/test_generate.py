@@ -16,7 +16,7 @@ from reference import GPT2, LLAMA
 from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate
+from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate_tokens
 from megatron.inference.restore import open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
@@ -29,7 +29,7 @@ PROMPT = [5, 99, 17, 3]
 
 
 def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
-    return list(generate(predictor(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
+    return list(generate_tokens(predictor(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
@@ -130,7 +130,7 @@ def test_the_stop_token_and_the_last_position_end_the_text():
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
-        list(generate(predictor(build(GPT2)), prompt, max_new_tokens=2, sampling=GREEDY))
+        list(generate_tokens(predictor(build(GPT2)), prompt, max_new_tokens=2, sampling=GREEDY))
 
 
 def test_a_damaged_model_is_refused():
@@ -228,7 +228,7 @@ def written_by_several(root: str, tp: int, sampling: Sampling, use_cache: bool) 
     mesh = Mesh.build(Grid(tp=tp, pp=dist.get_world_size() // tp), dist.get_rank())
     model = open_pipeline(root, mesh).model
     held = sum(len(stage.layers) for stage in model.stages.values())
-    return list(generate(model, PROMPT, max_new_tokens=32, sampling=sampling, use_cache=use_cache)), held
+    return list(generate_tokens(model, PROMPT, max_new_tokens=32, sampling=sampling, use_cache=use_cache)), held
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from writers import POSITIONS, build, predictor, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
-from megatron.inference.generate import GeneratedText, Sampling, batch_of_rows, extend_texts, generate
+from megatron.inference.generate import GeneratedText, Sampling, batch_of_rows, extend_texts, generate_tokens
 from megatron.inference.restore import open_pipeline
 from megatron.interop.hf_export import export_hf
 from megatron.mesh.grid import Grid
@@ -34,7 +34,7 @@ def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[Generat
 
 
 def alone(model, prompt, **options) -> list[int]:
-    return [*prompt, *generate(predictor(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
+    return [*prompt, *generate_tokens(predictor(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
@@ -57,7 +57,7 @@ def test_sampled_texts_follow_from_the_seed_and_their_place():
     texts = together(model, SAMPLED, seed=3)
     assert texts[0].tokens == [
         *PROMPTS[0],
-        *generate(predictor(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
+        *generate_tokens(predictor(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
     ]
     others = together(model, SAMPLED, seed=3, prompts=([9, 9], [8], [7, 6, 5, 4, 3, 2, 1], [5, 99, 17, 3]))
     assert (others[1].tokens, others[3].tokens) == (texts[1].tokens, texts[3].tokens)
@@ -68,7 +68,7 @@ def test_sampled_texts_follow_from_the_seed_and_their_place():
 def test_texts_end_at_the_last_position_each_for_itself():
     texts = together(build(GPT2), max_new_tokens=1000)
     assert {len(text.tokens) for text in texts} == {POSITIONS}
-    assert list(generate(predictor(build(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
+    assert list(generate_tokens(predictor(build(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="48 tokens, the model 48 positions"):
         together(build(GPT2), prompts=([1], [1] * POSITIONS))
 
