@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from megatron.checkpoint.layout import CheckpointError
     from megatron.cli.from_python import configure, parse_args, pretrain
     from megatron.config.errors import ConfigError
-    from megatron.config.schema import ModelConfig, RunConfig, RunSettings
+    from megatron.config.schema import ModelConfig, RunConfig, RunSettings, TokenizerConfig
+    from megatron.contract import Batch
     from megatron.data.bert import BertDataset
     from megatron.data.errors import DataError
     from megatron.data.gpt import GPTDataset
@@ -63,6 +64,8 @@ _HOMES = {
     "ModelConfig": "megatron.config.schema:ModelConfig",
     "RunConfig": "megatron.config.schema:RunConfig",
     "RunSettings": "megatron.config.schema:RunSettings",
+    "TokenizerConfig": "megatron.config.schema:TokenizerConfig",
+    "Batch": "megatron.contract:Batch",
     "BertDataset": "megatron.data.bert:BertDataset",
     "DataError": "megatron.data.errors:DataError",
     "GPTDataset": "megatron.data.gpt:GPTDataset",
@@ -90,6 +93,7 @@ _HOMES = {
 
 __all__ = [
     "GPT",
+    "Batch",
     "Bert",
     "BertDataset",
     "CheckpointError",
@@ -110,6 +114,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunSettings",
+    "TokenizerConfig",
     "TrainingError",
     "build_run",
     "build_tokenizer",
