@@ -104,8 +104,6 @@ def look_up(path: Path, name: str) -> Found | None:
         original = next((alias.name for alias in node.names if (alias.asname or alias.name) == name), name)
         if source and source != path:
             return look_up(source, original) or Found(path, node)
-    if node is None and "__getattr__" in definitions(path):  # a module that loads its names when they are used
-        return Found(path, ast.Pass())
     return None if node is None else Found(path, node)
 
 
