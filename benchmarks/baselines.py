@@ -205,7 +205,7 @@ def plain(case: Case) -> Iterator[Step]:
         yield training_step(model, called, bf16=on_gpu)
 
 
-def parallelized(case: Case, device: torch.device) -> PlainGPT:
+def tensor_parallel_model(case: Case, device: torch.device) -> PlainGPT:
     """PlainGPT cut by torch's own tensor parallelism, with its vocabulary-parallel embedding; the logits stay cut."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
@@ -250,7 +250,7 @@ def dtensor(case: Case) -> Iterator[Step]:
     from torch.distributed.tensor.parallel import loss_parallel
 
     with process(case) as device:
-        model = parallelized(case, device)
+        model = tensor_parallel_model(case, device)
 
         def compute_loss(tokens: Tensor, labels: Tensor) -> Tensor:
             loss: Tensor = model(tokens, labels)

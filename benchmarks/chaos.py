@@ -71,7 +71,7 @@ LOADED = re.compile(r"^loading checkpoint \S*/iter_(\d+)", re.MULTILINE)
 
 
 @dataclass
-class Count:
+class Tally:
     """Kills, resumes and violated guarantees, over all cases. wrong: a line for each guarantee that did not hold."""
 
     kills: list[tuple[Case, str, str]] = field(default_factory=list)  # case, phase, who was killed
@@ -123,7 +123,7 @@ def committed(folder: Path) -> dict[int, Path]:
 class Victim:
     """A run of a case, and the undisturbed one that it must equal."""
 
-    def __init__(self, case: Case, iterations: int, folder: Path, count: Count, chance: random.Random) -> None:
+    def __init__(self, case: Case, iterations: int, folder: Path, count: Tally, chance: random.Random) -> None:
         self.case, self.iterations, self.folder, self.count, self.chance = case, iterations, folder, count, chance
         self.lives = 0
         self._undisturbed = folder / "undisturbed"
@@ -238,7 +238,7 @@ def make_data(folder: Path) -> Path:
     return prefix
 
 
-def report(count: Count, cases: Sequence[Case], seconds: float) -> str:
+def report(count: Tally, cases: Sequence[Case], seconds: float) -> str:
     """The counts as a table and a few sentences."""
     phases = ("start", "training", "saving", "evaluation")
     found = Counter((case, phase) for case, phase, _ in count.kills)
@@ -286,7 +286,7 @@ def main() -> int:
         parser.error(f"no such {unknown}; there are {list(LAYOUTS)} and {list(SAVING)}")
     folder = Path(args.directory or tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
-    began, count, chance = time.monotonic(), Count(), random.Random(args.seed)
+    began, count, chance = time.monotonic(), Tally(), random.Random(args.seed)
     cases = build_cases(layouts, saving, args.iterations, make_data(folder))
     victims: dict[Case, Victim] = {}
     gc.freeze()  # or each rank's first collection copies all that it was forked with

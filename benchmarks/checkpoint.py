@@ -193,7 +193,7 @@ def report(rounds: list[Round], size: int) -> None:
     print(f"{'step meanwhile / step':<34} {spread([r.step_meanwhile / r.step for r in rounds])}")
 
 
-def work(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
+def run_rank(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
     """Measure on one rank; the first one prints the table."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
@@ -228,7 +228,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = mp.get_context("spawn")
-        ranks = [context.Process(target=work, args=(rank, case, root, port, given.rounds)) for rank in range(given.ranks)]
+        ranks = [context.Process(target=run_rank, args=(rank, case, root, port, given.rounds)) for rank in range(given.ranks)]
         for process in ranks:
             process.start()
         for process in ranks:

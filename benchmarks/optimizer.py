@@ -79,7 +79,7 @@ class Row(nn.Module):
 Step = Callable[[int], object]
 
 
-def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
+def build_ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
     """Return a step of this framework's optimizer, and the tensors that it keeps."""
     buffers = flat_buffers(model.parameters(), 4_000_000, mesh, sharded=sharded)
     config = OptimConfig(clip_grad=CLIP, start_weight_decay=DECAY, end_weight_decay=DECAY)
@@ -94,7 +94,7 @@ def ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step,
     return step, iter([*(t for b in buffers for t in (b.weights, b.grads, b.main)), *moments])
 
 
-def torchs(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterator[Tensor]]:
+def build_torch(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterator[Tensor]]:
     """Return a step of PyTorch's own wrapper and optimizer, and the tensors that they keep."""
     ddp = DistributedDataParallel(model, bucket_cap_mb=16, gradient_as_bucket_view=True)
     decays = [p for p in model.parameters() if p.dim() > 1]
@@ -132,9 +132,9 @@ class Contender:
         self.model, self.done = Row(case), 0
         sharded = "distributed" in name or name == ZERO
         if name.startswith("ours"):
-            self.step, kept = ours(self.model, mesh, sharded=sharded, overlap="overlapped" in name)
+            self.step, kept = build_ours(self.model, mesh, sharded=sharded, overlap="overlapped" in name)
         else:
-            self.step, kept = torchs(self.model, mesh, sharded=sharded)
+            self.step, kept = build_torch(self.model, mesh, sharded=sharded)
         self.turn(2)
         self.held = held_bytes(kept)
 
@@ -192,7 +192,7 @@ def report(name: str, times: Times, held: int, apart: float) -> Iterator[str]:
         yield f"    the speed of {against}: {shown[0]}; in processor time {shown[1]}"
 
 
-def run(rank: int, case: Case, port: int) -> None:
+def run_rank(rank: int, case: Case, port: int) -> None:
     """One rank's part."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     torch.set_num_threads(1)
@@ -221,7 +221,7 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=run, args=(rank, case, port)) for rank in range(case.ranks)]
+    ranks = [context.Process(target=run_rank, args=(rank, case, port)) for rank in range(case.ranks)]
     for process in ranks:
         process.start()
     for process in ranks:

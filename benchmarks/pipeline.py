@@ -69,7 +69,7 @@ class ActionCosts:
 
 
 @contextmanager
-def prepared(contender: str, case: Case, rank: int) -> Iterator[Turns]:
+def ready_for_turns(contender: str, case: Case, rank: int) -> Iterator[Turns]:
     """A contender, ready to take turns of each kind."""
     with CONTENDERS[contender](case) as pipelined:
         text = random_text(case, rank)
@@ -109,7 +109,7 @@ def build_schedule(case: Case, contender: str) -> Schedule:
     return make(OUR_SCHEDULES[contender], case.pp, case.micro_batches, build_plan(case, contender).chunks)
 
 
-def took(ranks: Sequence[Pass]) -> float:
+def elapsed(ranks: Sequence[Pass]) -> float:
     """Seconds from the first rank's start to the last rank's end; `perf_counter` is one clock for a host's processes."""
     return max(rank.end for rank in ranks) - min(rank.begin for rank in ranks)
 
@@ -117,7 +117,7 @@ def took(ranks: Sequence[Pass]) -> float:
 def overhead(schedule: Schedule, ranks: Sequence[Pass]) -> float:
     """Return the time of one pass beyond what the simulator predicts from its actions' times, as a share of that."""
     seconds = {action: s for rank in ranks for action, s in rank.seconds.items()}
-    return took(ranks) / simulate(schedule, ActionCosts(seconds)).makespan - 1.0
+    return elapsed(ranks) / simulate(schedule, ActionCosts(seconds)).makespan - 1.0
 
 
 def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> float:
@@ -128,7 +128,7 @@ def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> fl
             for action, s in rank.seconds.items():
                 seconds.setdefault((action.op, action.stage), []).append(s)
     costs = MeasuredCosts({kind: statistics.median(times) for kind, times in seconds.items()})
-    return statistics.median(map(took, passes)) / simulate(schedule, costs).makespan - 1.0
+    return statistics.median(map(elapsed, passes)) / simulate(schedule, costs).makespan - 1.0
 
 
 def take_turns(case: Case, rounds: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def take_turns(case: Case, rounds: int) -> dict[str, Any]:
     order = list(case.contenders)
     speeds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in order} for kind in (STEPS, GRADIENTS)}
     passes: dict[str, list[tuple[Pass, ...]]] = {name: [] for name in order if name in OUR_SCHEDULES}
-    with Contest(case, prepared) as contest:
+    with Contest(case, ready_for_turns) as contest:
         losses = {name: [contest.warm_up(name).loss] for name in order}
         for first in range(rounds):
             first %= len(order)

@@ -100,14 +100,14 @@ def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: i
 
 
 @contextmanager
-def trained(contender: str, case: Case, rank: int) -> Iterator[Turns]:
+def ready_to_train(contender: str, case: Case, rank: int) -> Iterator[Turns]:
     """A contender, ready to take turns: warm up, or train."""
     with CONTENDERS[contender](case) as step:
         text = random_text(case, rank)
         yield lambda message: turn(step, text, 1 if message == WARM_UP else case.steps, case.device)
 
 
-def serve(prepare: Prepare, contender: str, case: Case, rank: int, pipe: Connection) -> None:
+def serve_turns(prepare: Prepare, contender: str, case: Case, rank: int, pipe: Connection) -> None:
     """One rank of one contender: the first message is a port and asks to build and warm up, the others ask for turns."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(pipe.recv()))
@@ -141,7 +141,7 @@ class Rank:
 class Contest:
     """The processes of one case. Leaving it ends them: in peace after the last turn, by force after an exception."""
 
-    def __init__(self, case: Case, prepare: Prepare = trained) -> None:
+    def __init__(self, case: Case, prepare: Prepare = ready_to_train) -> None:
         self.ranks: list[Rank] = []
         context = mp.get_context("spawn")
         # Ctrl-C reaches every process of a terminal. Those here inherit that it is blocked, and the conductor ends them. Itself
@@ -152,7 +152,7 @@ class Contest:
             for contender in case.contenders:
                 for rank in range(case.ranks):
                     here, there = context.Pipe()
-                    process = context.Process(target=serve, args=(prepare, contender, case, rank, there), daemon=True)
+                    process = context.Process(target=serve_turns, args=(prepare, contender, case, rank, there), daemon=True)
                     process.start()
                     there.close()
                     self.ranks.append(Rank(contender, rank, process, here))

@@ -27,9 +27,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_configure(config: pytest.Config) -> None:
     """Start what forks the tests' processes, once for all workers, which have its name in their environment."""
     if not hasattr(config, "workerinput"):
-        from warm_start import Warm
+        from warm_start import WarmServers
 
-        config.add_cleanup(Warm().end)
+        config.add_cleanup(WarmServers().end)
 
 
 # Files that take long begin first, the longest before the others, so that at the end no process is left alone with one of them.
@@ -89,7 +89,7 @@ def train_toy(folder: Path) -> dict[str, Any]:
 
     from megatron.cli.program import pretrain
 
-    vocab, corpus = toys.vocabulary(folder), toys.corpus(folder, 2000)
+    vocab, corpus = toys.write_vocabulary(folder), toys.write_corpus(folder, 2000)
     tool = [os.environ["WARM_PYTHON"], str(Path(__file__).parents[1] / "tools" / "preprocess_data.py"), "--input", str(corpus)]
     words = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(vocab), "--split-sentences", "--workers", "1"]
     subprocess.run([*tool, "--output-prefix", str(folder / "c"), *words], check=True, capture_output=True)
@@ -97,4 +97,7 @@ def train_toy(folder: Path) -> dict[str, Any]:
     flags = [*f"{BERT} {LENGTH} {REST} --make-vocab-size-divisible-by 8".split(), *data]
     defaults = {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"}
     assert pretrain(flags, program="pretrain_bert.py", defaults=defaults) == 0
-    return {"vocab": str(vocab), **{split: toys.files(folder / split, seed) for seed, split in enumerate(("train", "dev"))}}
+    return {
+        "vocab": str(vocab),
+        **{split: toys.write_task_files(folder / split, seed) for seed, split in enumerate(("train", "dev"))},
+    }

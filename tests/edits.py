@@ -16,37 +16,37 @@ from hypothesis import strategies as st
 EXAMPLES = "FUZZ_EXAMPLES"
 # Numbers at which formats break: around nothing, around the ends of every width, and beyond all of them.
 EDGES = [0, 1, 2, 3, 7, 8, 9] + [(1 << bits) + by for bits in (7, 8, 15, 16, 31, 32, 33, 53, 62, 63) for by in (-1, 0, 1)]
-WHOLE = st.sampled_from([*EDGES, *(-n for n in EDGES), 10**30]) | st.integers(-100, 100)
+INTEGERS = st.sampled_from([*EDGES, *(-n for n in EDGES), 10**30]) | st.integers(-100, 100)
 # What JSON can hold in place of anything.
-VALUES: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | WHOLE | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | INTEGERS | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
     | st.sampled_from(["", ".", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "F32", "BOOL", "manifest.json"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )  # fmt: skip
 
 
-def examples(short: int) -> settings:
+def fuzz_settings(short: int) -> settings:
     """Settings of a fuzz test that tries `short` inputs in the suite. The same ones every time."""
     count = int(os.environ.get(EXAMPLES, "0")) or short
     return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def damaged(good: bytes) -> st.SearchStrategy[bytes]:
+def damaged_bytes(good: bytes) -> st.SearchStrategy[bytes]:
     """The bytes of a file after one to four edits: a byte, a number, a cut, a repetition, something foreign in between."""
     at = st.integers(0, len(good))
     edit = st.one_of(
         st.tuples(st.just("byte"), at, st.integers(0, 255)),
-        st.tuples(st.just("number"), at, st.sampled_from([4, 8]), WHOLE),
+        st.tuples(st.just("number"), at, st.sampled_from([4, 8]), INTEGERS),
         st.tuples(st.just("cut"), at, at),
         st.tuples(st.just("repeat"), at, at),
         st.tuples(st.just("insert"), at, st.binary(min_size=1, max_size=12)),
-        st.tuples(st.just("digits"), at, WHOLE),
+        st.tuples(st.just("digits"), at, INTEGERS),
     )
-    return st.lists(edit, min_size=1, max_size=4).map(lambda edits: applied(good, edits))
+    return st.lists(edit, min_size=1, max_size=4).map(lambda edits: apply_edits(good, edits))
 
 
-def applied(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
+def apply_edits(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
     data = bytearray(good)
     for kind, at, *more in edits:
         if kind == "byte" and at < len(data):
@@ -65,16 +65,16 @@ def applied(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
     return bytes(data)
 
 
-def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def json_paths(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every place in a JSON value, as the keys and numbers that lead there."""
     found = [way] if way else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
-        found += places(each, (*way, key))
+        found += json_paths(each, (*way, key))
     return found
 
 
-def changed(value: Any, way: tuple[Any, ...], new: Any) -> None:
+def set_at_path(value: Any, way: tuple[Any, ...], new: Any) -> None:
     """Put `new` at one place of a JSON value; nothing happens where an earlier change took the place away."""
     for key in way[:-1]:
         try:

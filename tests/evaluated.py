@@ -28,7 +28,7 @@ from megatron.tasks.windows import Window
 
 POSITIONS = 40
 VOCABULARY = 257  # of bytes: prime, so that no tensor-parallel size divides it
-FORM: dict[str, Any] = dict(
+SMALL_GPT: dict[str, Any] = dict(
     num_layers=3,
     hidden_size=32,
     num_attention_heads=4,
@@ -38,7 +38,7 @@ FORM: dict[str, Any] = dict(
     attention_dropout=0.0,
 )
 LLAMA: dict[str, Any] = dict(
-    FORM,
+    SMALL_GPT,
     normalization="RMSNorm",
     position_embedding_type="rope",
     activation="swiglu",
@@ -54,9 +54,9 @@ def sentences(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choice(("ma", "ma", "ma", "lo", "tun")) for _ in range(draw.randint(4, 8))) for _ in range(count)]
 
 
-def trained(root: Path, steps: int, **change: Any) -> Path:
+def train_and_export(root: Path, steps: int, **change: Any) -> Path:
     """A checkpoint of a model that has seen some sentences, with a byte tokenizer; exported to root/hf."""
-    config = resolve_model(ModelSettings(**{**FORM, **change}))
+    config = resolve_model(ModelSettings(**{**SMALL_GPT, **change}))
     model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     text = ByteTokenizer().tokenize(". ".join(sentences(400, 1)))
@@ -76,7 +76,7 @@ def trained(root: Path, steps: int, **change: Any) -> Path:
     return root
 
 
-def opened_on(root: str, tp: int, pp: int) -> tuple[OpenedModel[Any], Mesh]:
+def open_on_ranks(root: str, tp: int, pp: int) -> tuple[OpenedModel[Any], Mesh]:
     """The model, on as many ranks as there are; what tp and pp leave over is data parallel."""
     import torch.distributed as dist
 

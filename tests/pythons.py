@@ -36,7 +36,7 @@ class Interpreter(NamedTuple):
         return ".".join(map(str, self.version[:2]))
 
 
-def ask(command: str) -> Interpreter | None:
+def probe(command: str) -> Interpreter | None:
     """Return the interpreter behind a name or a path; None for one that does not run, as pyenv's place-holders may not."""
     found = shutil.which(command)
     if found is None:
@@ -63,13 +63,13 @@ def interpreters() -> list[Interpreter]:
     """Return one of each version that the package supports."""
     found: dict[tuple[int, ...], Interpreter] = {}
     for command in candidates():
-        python = ask(command)
+        python = probe(command)
         if python is not None and OLDEST <= python.version[:2] <= NEWEST:
             found.setdefault(python.version[:2], python)
     return [found[version] for version in sorted(found)]
 
 
-def test_on(python: Interpreter) -> tuple[str, bool]:
+def run_suite(python: Interpreter) -> tuple[str, bool]:
     """Run the suite there, and return how it ended, in words, and whether it passed."""
     print(f"\n== Python {python.short}: {python.path}", flush=True)
     start = time.monotonic()
@@ -82,14 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="names or paths; by default all that are found")
     named = parser.parse_args(arguments).pythons
-    answers = [(name, ask(name)) for name in named] or [(python.path, python) for python in interpreters()]
+    answers = [(name, probe(name)) for name in named] or [(python.path, python) for python in interpreters()]
     if not answers:
         oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
         print(f"error: no Python {oldest} to {newest} on PATH or in ~/.pyenv/versions; name one: PYTHONS=...", file=sys.stderr)
         return 2
     rows, passed = [], True
     for name, python in answers:
-        words, good = test_on(python) if python else ("does not run", False)
+        words, good = run_suite(python) if python else ("does not run", False)
         rows.append(f"{'.'.join(map(str, python.version)) if python else '-':<8} {words:<20} {name}")
         passed = passed and good
     print("", *rows, sep="\n")

@@ -52,7 +52,7 @@ LLAMA = replace(
 BERT = replace(GPT2, architecture="bert")
 
 
-def dropping(model: ModelSettings) -> ModelSettings:
+def with_dropout(model: ModelSettings) -> ModelSettings:
     return replace(model, hidden_dropout=0.1, attention_dropout=0.1)
 
 
@@ -115,26 +115,26 @@ class Setting:
         )
 
 
-def sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
+def gpt_sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
     """Tokens `[SEQ + 1]` and loss mask `[SEQ]` of one sample: learnable, a function of its number alone."""
     generator = torch.Generator().manual_seed(number)
-    start = int(torch.randint(0, vocab, (1,), generator=generator))
-    tokens = (start + torch.arange(SEQ + 1)) % 12 * (vocab // 12)
+    first = int(torch.randint(0, vocab, (1,), generator=generator))
+    tokens = (first + torch.arange(SEQ + 1)) % 12 * (vocab // 12)
     mask = (torch.rand(SEQ, generator=generator) < 0.05 * (1 + number % 13)).float() if masked else torch.ones(SEQ)
     return tokens, mask
 
 
-def pairs(numbers: range, vocab: int, *, binary: bool) -> Batch:
+def bert_micro_batch(numbers: range, vocab: int, *, binary: bool) -> Batch:
     """A micro-batch of these samples of BERT, functions of their numbers: learnable, masked, padded, cut into two segments."""
     rows = []
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
-        start, cut, end = (
+        first, cut, end = (
             int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((0, vocab), (4, 9), (12, 17))
         )
         swapped, places = number % 3 == 0, torch.arange(SEQ)
         second, padding = places >= cut, places >= end
-        labels = (start + places + (3 * second if swapped else 0)) % 12 * (vocab // 12)
+        labels = (first + places + (3 * second if swapped else 0)) % 12 * (vocab // 12)
         guessed = (torch.rand(SEQ, generator=generator) < 0.1 + 0.1 * (number % 3)) & ~padding
         rows.append((labels, guessed, second & ~padding, padding, swapped))
     labels, guessed, second, padding = (torch.stack(column) for column in list(zip(*rows, strict=True))[:4])
@@ -158,9 +158,9 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
         first = consumed + j * block + dp_rank * setting.micro_batch
         numbers = range(first, first + setting.micro_batch)
         if setting.model.architecture == "bert":
-            batches.append(pairs(numbers, vocab, binary=setting.model.bert_binary_head))
+            batches.append(bert_micro_batch(numbers, vocab, binary=setting.model.bert_binary_head))
             continue
-        drawn = [sample(n, vocab, setting.masked) for n in numbers]
+        drawn = [gpt_sample(n, vocab, setting.masked) for n in numbers]
         tokens = torch.stack([t for t, _ in drawn])
         positions = torch.arange(SEQ).expand(len(drawn), SEQ)
         mask = torch.stack([m for _, m in drawn])
@@ -173,7 +173,7 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
     return batches
 
 
-def start(setting: Setting, steps: int) -> Run:
+def start_run(setting: Setting, steps: int) -> Run:
     """A built run on the processes at hand."""
     initialized = dist.is_initialized()
     world = dist.get_world_size() if initialized else 1
@@ -181,7 +181,7 @@ def start(setting: Setting, steps: int) -> Run:
     return build_run(setting.config(world, steps), Job(env, torch.device("cpu"), "gloo" if initialized else None))
 
 
-def accumulate(run: Run, setting: Setting) -> None:
+def accumulate_gradients(run: Run, setting: Setting) -> None:
     """The gradients of the next step, and no update."""
     vocab = run.config.model.known_vocab_size
     batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
@@ -190,7 +190,7 @@ def accumulate(run: Run, setting: Setting) -> None:
     run.pipeline.step(batches)
 
 
-def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
+def train_steps(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
     """Train; (loss, gradient norm) of each step, of a BERT with a binary head also the sentence-order loss."""
     curve = []
     for _ in range(steps):
@@ -202,17 +202,17 @@ def go(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
     return curve
 
 
-Pieces = dict[str, tuple[tuple[slice, ...], Tensor]]
+NamedSlices = dict[str, tuple[tuple[slice, ...], Tensor]]
 
 
-def pieces(run: Run) -> Pieces:
+def main_weight_slices(run: Run) -> NamedSlices:
     """This rank's main weights: global name -> (where they belong, values)."""
     return {s.name: (s.part.slices, s.data.detach().clone()) for s in run.weights.shards()}
 
 
-def gradients(run: Run) -> Pieces:
+def gradient_slices(run: Run) -> NamedSlices:
     """This rank's gradients after the last step."""
-    found: Pieces = {}
+    found: NamedSlices = {}
     for buffer in run.optimizer.buffers:
         for p, view in zip(buffer.parameters, buffer.views(buffer.grads), strict=True):
             spec = param_spec(p)
@@ -220,14 +220,14 @@ def gradients(run: Run) -> Pieces:
     return found
 
 
-def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, ...]], Pieces, Pieces]:
+def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, ...]], NamedSlices, NamedSlices]:
     """Curve of `steps` steps, initial and final weights; what tests run on ranks and in one process."""
-    run = start(setting, steps)
-    initial = pieces(run)
-    return go(run, setting, steps), initial, pieces(run)
+    run = start_run(setting, steps)
+    initial = main_weight_slices(run)
+    return train_steps(run, setting, steps), initial, main_weight_slices(run)
 
 
-def mismatch(whole: Pieces, part: Pieces) -> float:
+def max_relative_error(whole: NamedSlices, part: NamedSlices) -> float:
     """Largest difference of a rank's pieces from the reference's, relative to each tensor's largest value."""
     worst = 0.0
     for name, (where, values) in part.items():

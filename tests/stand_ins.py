@@ -9,7 +9,7 @@ from pathlib import Path
 STAND_INS = ("pipe", "device", "directory", "socket", "huge", "dangling", "unreadable", "empty", "cut")
 
 
-def put(name: str, path: Path, good: bytes) -> bool:
+def make_stand_in(name: str, path: Path, good: bytes) -> bool:
     """Make one at `path`; False where it cannot be made. good: what a good file holds there."""
     match name:
         case "pipe":

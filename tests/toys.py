@@ -16,36 +16,36 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["has", "a", "the", "of", "is", "what", "who", "?", ".", "and", "then", "holds", "now", "not", "it"]
 
 
-def vocabulary(folder: Path) -> Path:
+def write_vocabulary(folder: Path) -> Path:
     path = folder / "vocab.txt"
     path.write_text("\n".join([*SPECIAL, *NAMES, *COLOURS, *THINGS, *WORDS]) + "\n")
     return path
 
 
-def fact(random_: random.Random) -> tuple[str, str, str]:
+def draw_fact(random_: random.Random) -> tuple[str, str, str]:
     return random_.choice(NAMES), random_.choice(COLOURS), random_.choice(THINGS)
 
 
-def corpus(folder: Path, documents: int) -> Path:
+def write_corpus(folder: Path, documents: int) -> Path:
     """Documents of two sentences each of which says the same fact: so the masked words can be guessed from the other one."""
     random_, path = random.Random(0), folder / "corpus.jsonl"
     with path.open("w") as out:
         for _ in range(documents):
-            name, colour, thing = fact(random_)
+            name, colour, thing = draw_fact(random_)
             said = [f"{name} has a {colour} {thing} .", f"the {thing} of {name} is {colour} ."]
             text = " ".join(s.capitalize() for s in said)
             out.write(json.dumps({"text": text}) + "\n")
     return path
 
 
-def mnli(path: Path, count: int, seed: int) -> Path:
+def write_mnli(path: Path, count: int, seed: int) -> Path:
     """The second sentence repeats the colour, denies it, or speaks of something else."""
     random_ = random.Random(seed)
     columns = ["index", "promptID", "pairID", "genre", "sentence1", "sentence2", "gold_label"]
     with path.open("w") as out:
         out.write("\t".join(columns) + "\n")
         for i in range(count):
-            name, colour, thing = fact(random_)
+            name, colour, thing = draw_fact(random_)
             label = random_.choice(["entailment", "contradiction", "neutral"])
             said = {"entailment": f"is {colour}", "contradiction": f"is not {colour}", "neutral": "is now a book"}[label]
             row = [i, i, f"{i}x", "toy", f"{name} has a {colour} {thing} .", f"the {thing} of {name} {said} .", label]
@@ -53,12 +53,12 @@ def mnli(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def race(folder: Path, count: int, seed: int) -> Path:
+def write_race(folder: Path, count: int, seed: int) -> Path:
     """Write questions about a colour: a blank or a question, and four colours."""
     random_ = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        name, colour, thing = fact(random_)
+        name, colour, thing = draw_fact(random_)
         options = random_.sample(COLOURS, 4)
         question = f"the {thing} of {name} is _ ." if i % 4 else f"the {thing} of {name} is"
         made = {
@@ -72,7 +72,7 @@ def race(folder: Path, count: int, seed: int) -> Path:
     return folder
 
 
-def squad(path: Path, count: int, seed: int) -> Path:
+def write_squad(path: Path, count: int, seed: int) -> Path:
     """Write questions about what somebody has, beside what another one holds: the answer is its colour and the thing."""
     random_, paragraphs = random.Random(seed), []
     for i in range(count):
@@ -90,13 +90,13 @@ def squad(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def conll(path: Path, count: int, seed: int) -> Path:
+def write_conll(path: Path, count: int, seed: int) -> Path:
     """People, and what they hold: an entity of two words."""
     random_ = random.Random(seed)
     with path.open("w") as out:
         out.write("-DOCSTART- -X- O O\n\n")
         for _ in range(count):
-            name, colour, thing = fact(random_)
+            name, colour, thing = draw_fact(random_)
             tags = {name: "B-PER", colour: "B-OBJ", thing: "I-OBJ"}
             words = f"{name} has a {colour} {thing} .".split()
             out.writelines(f"{word} X Y {tags.get(word, 'O')}\n" for word in words)
@@ -104,14 +104,14 @@ def conll(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def files(folder: Path, seed: int) -> dict[str, str]:
+def write_task_files(folder: Path, seed: int) -> dict[str, str]:
     """Each task's file, by the task's name; seed 0 makes those to learn from, which are more."""
     folder.mkdir()
     few = 96 if seed else 256
     made = {
-        "MNLI": mnli(folder / "mnli.tsv", few, seed),
-        "RACE": race(folder / "race", few if seed else 2 * few, seed),
-        "SQUAD": squad(folder / "squad.json", few, seed),
-        "NER": conll(folder / "ner.txt", few, seed),
+        "MNLI": write_mnli(folder / "mnli.tsv", few, seed),
+        "RACE": write_race(folder / "race", few if seed else 2 * few, seed),
+        "SQUAD": write_squad(folder / "squad.json", few, seed),
+        "NER": write_conll(folder / "ner.txt", few, seed),
     }
     return {task: str(path) for task, path in made.items()}

@@ -37,7 +37,7 @@ EARLY = ("PYTHON", "LD_", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "CUDA_", "HF_"
 MAX_REQUEST = 1 << 20
 
 
-def imported() -> None:
+def import_packages() -> None:
     """Import what programs need, and let what is there be no matter of the garbage collectors to come."""
     for name in PACKAGES:
         importlib.import_module(name)
@@ -54,16 +54,16 @@ def imported() -> None:
     gc.freeze()
 
 
-def early(environment: dict[str, str]) -> dict[str, str]:
+def startup_variables(environment: dict[str, str]) -> dict[str, str]:
     """Return the part of an environment that counts at the start. PYTHON is only a name that our scripts read."""
     return {name: value for name, value in environment.items() if name.startswith(EARLY) and name != "PYTHON"}
 
 
-def cold(request: dict[str, Any]) -> bool:
+def needs_own_interpreter(request: dict[str, Any]) -> bool:
     """Return whether the program needs an interpreter of its own: by a flag, or by a variable that is read too early for us."""
     words = [word for word in request["words"] if word != "-u"][:1]
     starts = words in (["-m"], ["-c"]) or (bool(words) and not words[0].startswith("-"))
-    return not starts or early(request["environment"]) != early(dict(os.environ))
+    return not starts or startup_variables(request["environment"]) != startup_variables(dict(os.environ))
 
 
 class Server:
@@ -105,7 +105,7 @@ class Server:
             if not pid:
                 return
             with self.running.pop(pid) as connection:
-                answer(connection, status)
+                reply(connection, status)
 
     def take(self) -> tuple[dict[str, Any], list[int]] | None:
         """Answer one request; return it, and its streams, in the process that is to carry it out."""
@@ -114,24 +114,24 @@ class Server:
         if len(streams) != 3:
             return connection.close()
         request = ast.literal_eval(text.decode(errors="surrogateescape"))
-        if cold(request):
-            answer(connection, "cold")
+        if needs_own_interpreter(request):
+            reply(connection, "cold")
             connection.close()
         else:
             if not self.warm:
-                imported()
+                import_packages()
                 self.warm = True
             pid = os.fork()
             if not pid:
                 return request, streams
             self.running[pid] = connection
-            answer(connection, pid)
+            reply(connection, pid)
         for stream in streams:
             os.close(stream)
         return None
 
 
-def answer(connection: socket.socket, word: object) -> None:
+def reply(connection: socket.socket, word: object) -> None:
     try:
         connection.send(str(word).encode())
     except OSError:  # whoever asked is gone
@@ -184,7 +184,7 @@ def run(words: list[str]) -> None:
         exec(compile(Path(words[0]).read_bytes(), words[0], "exec"), vars(main))
 
 
-def ended(work: Callable[[], object]) -> int:
+def run_to_exit_status(work: Callable[[], object]) -> int:
     """Do a program's work, say what ended it, and return its exit status; minus SIGINT after Ctrl-C."""
     try:
         work()
@@ -220,4 +220,4 @@ def leave(status: int) -> NoReturn:
 if __name__ == "__main__":
     asked, descriptors = Server(sys.argv[1]).serve()
     become(asked, descriptors)
-    leave(ended(lambda: run(asked["words"])))
+    leave(run_to_exit_status(lambda: run(asked["words"])))

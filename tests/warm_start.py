@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-class Warm:
+class WarmServers:
     """The servers, two of them: what hangs on the order of a set differs between them, as between processes."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 POSITIONS = 48
 
 
-def build(form: ModelConfig, vocab: int = 127) -> GPT:
+def build_random_gpt(form: ModelConfig, vocab: int = 127) -> GPT:
     """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
     wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
     config = replace(resolve_model(wanted), vocab_size=vocab)
@@ -34,7 +34,7 @@ def build(form: ModelConfig, vocab: int = 127) -> GPT:
     return model
 
 
-def predictor(model: GPT | Pipeline) -> Pipeline:
+def as_pipeline(model: GPT | Pipeline) -> Pipeline:
     """The model as one that generates: itself, or as the only stage of a pipeline."""
     return model if isinstance(model, Pipeline) else Pipeline.alone(model)
 

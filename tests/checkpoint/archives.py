@@ -62,7 +62,7 @@ def small_config(**changes):
     return ModelConfig(**{**SMALL, **changes})
 
 
-def reordered(rows, heads, version):
+def reorder_qkv(rows, heads, version):
     """Rows [heads, 3, width] in the order of an older version."""
     parts = rows.view(heads, 3, -1, *rows.shape[1:])
     if version == 0:
@@ -72,7 +72,7 @@ def reordered(rows, heads, version):
     return parts.reshape(rows.shape)
 
 
-def released(config, weights, version, padded, half=True):
+def released_state(config, weights, version, padded, half=True):
     """The `model` of one file as the released archives have it: older names, a padded vocabulary."""
 
     def grown(t):
@@ -84,7 +84,7 @@ def released(config, weights, version, padded, half=True):
             for kind in ("weight", "bias"):
                 tensor = weights[f"layers.{n}.{ours}.{kind}"]
                 layers[f"layers.{n}.{theirs}.{kind}"] = (
-                    reordered(tensor, config.num_attention_heads, version) if "qkv" in ours else tensor
+                    reorder_qkv(tensor, config.num_attention_heads, version) if "qkv" in ours else tensor
                 )
     for kind in ("weight", "bias"):
         layers[f"final_layernorm.{kind}"] = weights[f"final_norm.{kind}"]
@@ -102,11 +102,11 @@ def released(config, weights, version, padded, half=True):
             **{f"dense.{k}": weights[f"masked_words.dense.{k}"] for k in ("weight", "bias")},
             **{f"layernorm.{k}": weights[f"masked_words.norm.{k}"] for k in ("weight", "bias")},
         }
-    return halved(model) if half else model
+    return to_half(model) if half else model
 
 
-def halved(value):
-    return {k: halved(v) for k, v in value.items()} if isinstance(value, dict) else value.half()
+def to_half(value):
+    return {k: to_half(v) for k, v in value.items()} if isinstance(value, dict) else value.half()
 
 
 @contextmanager
@@ -139,5 +139,5 @@ def write_archive(path, model, version, args=None, **more):
     return path
 
 
-def content(root: Path) -> dict[str, bytes]:
+def read_files(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}

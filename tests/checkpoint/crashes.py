@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cuts import build_mesh, state
+from cuts import build_mesh, build_state
 
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import CheckpointConfig, RunSettings
@@ -21,7 +21,7 @@ from megatron.train.saving import Saver
 ASSETS = {"vocab.json": b"{}", "deep/merges.txt": b"a b\n"}
 
 
-class Faulty(Storage):
+class FaultyStorage(Storage):
     """Calls `act` at step number `at`.
 
     Steps are before and after everything that is done to the disk, in the middle of the first bytes of a file, and of its
@@ -76,11 +76,11 @@ class Faulty(Storage):
         self.step()
 
 
-def die():
+def kill_itself():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def raiser(number):
+def os_error_raiser(number):
     def fail():
         raise OSError(number, os.strerror(number), "the disk")
 
@@ -92,7 +92,7 @@ def small_run(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
     mesh = mesh or build_mesh(1, 1)
     job = Job(LaunchEnvironment(mesh.rank, mesh.world.size), torch.device("cpu"), None)
     job = Job(job.env, job.device, None, None, watch) if watch is not None else job
-    held = state(tp, mesh.tp.rank)
+    held = build_state(tp, mesh.tp.rank)
     return SimpleNamespace(
         config=RunSettings(checkpoint=CheckpointConfig(save=str(root), **checkpoint)),
         job=job,
@@ -123,12 +123,12 @@ def save_once(root, iteration, storage=None, **checkpoint) -> Path:
 
 def count_steps(root, iteration, **checkpoint) -> int:
     """Steps of a save."""
-    storage = Faulty()
+    storage = FaultyStorage()
     save_once(root, iteration, storage, **checkpoint)
     return storage.steps
 
 
-def in_children(ranks, work, *args):
+def run_in_forks(ranks, work, *args):
     """Run `work(rank, *args)` in forked processes, which saves importing torch. The signals or exit statuses they end with."""
     pids = []
     for rank in range(ranks):

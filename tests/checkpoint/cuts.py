@@ -26,20 +26,20 @@ TENSORS: dict[str, tuple[tuple[int, ...], int | None, torch.dtype]] = {
 }
 
 
-def values(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def tensor_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor that `name` stands for: the same everywhere."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (torch.randn(shape, generator=generator) * 100).to(dtype)
 
 
-class Cut:
+class ShardedState:
     """One rank's rectangles of TENSORS. `filled` as they are to be saved; else zeros, to be loaded."""
 
     def __init__(self, tp: int, rank: int, *, prefix: str = "", filled: bool = True, tensors: Any = None) -> None:
         self.held: list[Shard] = []
         self.given: dict[str, Any] = {"iteration": 7, "prefix": prefix} if filled else {}
         for name, (shape, dim, dtype) in (tensors or TENSORS).items():
-            whole = values(prefix + name, shape, dtype)
+            whole = tensor_by_name(prefix + name, shape, dtype)
             start, size = [0] * len(shape), list(shape)
             if dim is not None:
                 block = 64 if name == "embedding.word.weight" else shape[dim] // tp
@@ -64,12 +64,15 @@ class Cut:
     def check(self) -> None:
         """Every rectangle holds what the whole has there, bit for bit."""
         for shard in self.held:
-            want = values(shard.name, shard.shape, shard.dtype)[shard.part.slices]
+            want = tensor_by_name(shard.name, shard.shape, shard.dtype)[shard.part.slices]
             assert torch.equal(shard.data, want), shard.name
 
 
-def state(tp: int, rank: int, *, filled: bool = True) -> dict[str, Cut]:
-    return {"model": Cut(tp, rank, filled=filled), "optimizer": Cut(tp, rank, prefix="exp_avg.", filled=filled)}
+def build_state(tp: int, rank: int, *, filled: bool = True) -> dict[str, ShardedState]:
+    return {
+        "model": ShardedState(tp, rank, filled=filled),
+        "optimizer": ShardedState(tp, rank, prefix="exp_avg.", filled=filled),
+    }
 
 
 def build_mesh(tp: int, dp: int) -> Mesh:
@@ -80,21 +83,21 @@ def build_mesh(tp: int, dp: int) -> Mesh:
     return Mesh.build(Grid(dp=dp, tp=tp), rank)
 
 
-def save_cut(root: str, iteration: int, tp: int, dp: int) -> str:
+def save_on_ranks(root: str, iteration: int, tp: int, dp: int) -> str:
     """Runs on every rank of tp x dp."""
     from megatron.checkpoint.save import save
 
     mesh = build_mesh(tp, dp)
     config = {"layout": {"tp": tp}}
-    return str(save(Path(root), iteration, state(tp, mesh.tp.rank), mesh, config=config, assets={"vocab.json": b"{}"}))
+    return str(save(Path(root), iteration, build_state(tp, mesh.tp.rank), mesh, config=config, assets={"vocab.json": b"{}"}))
 
 
-def load_cut(directory: str, tp: int, dp: int) -> int:
+def load_and_compare(directory: str, tp: int, dp: int) -> int:
     """Runs on every rank of tp x dp; returns the iteration after having compared everything."""
     from megatron.checkpoint.load import load
 
     mesh = build_mesh(tp, dp)
-    parts = state(tp, mesh.tp.rank, filled=False)
+    parts = build_state(tp, mesh.tp.rank, filled=False)
     loaded = load(Path(directory), parts, mesh)
     for prefix, part in parts.items():
         part.check()
@@ -102,6 +105,6 @@ def load_cut(directory: str, tp: int, dp: int) -> int:
     return loaded.iteration
 
 
-def whole_bytes() -> int:
+def state_bytes() -> int:
     """Bytes of the state, each tensor once."""
-    return 2 * sum(values(n, s, d).nbytes for n, (s, _, d) in TENSORS.items())
+    return 2 * sum(tensor_by_name(n, s, d).nbytes for n, (s, _, d) in TENSORS.items())

@@ -75,7 +75,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def write(name: str, directory: Path) -> dict[str, Any]:
+def write_hf_directory(name: str, directory: Path) -> dict[str, Any]:
     """The model `name` of MODELS, in `directory`; returns the JSON of its config.json, with every field of the class."""
     model_class, config_class, settings = MODELS[name]
     torch.manual_seed(1)

@@ -70,7 +70,7 @@ def list_family(monkeypatch: pytest.MonkeyPatch, family: HFFamily) -> None:
     monkeypatch.setattr(table, "FAMILIES", MappingProxyType({**table.FAMILIES, family.model_type: family}))
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest absolute difference of the same logits of two models."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max())

@@ -12,14 +12,14 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "hello world, 1234; isn't
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 
 
-def put(folder: Path, **files: object) -> None:
+def write_files(folder: Path, **files: object) -> None:
     """Files of JSON, or of text where the value is one; `__` in a name stands for the dot."""
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=3)  # unlike what we would write
         (folder / name.replace("__", ".")).write_text(text)
 
 
-def model(folder: Path, kind: str, vocab: int, **settings: object) -> None:
+def write_model(folder: Path, kind: str, vocab: int, **settings: object) -> None:
     """A model with one layer, as transformers writes it."""
     import transformers
 
@@ -42,7 +42,7 @@ def byte_vocabulary(folder: Path, more: tuple[str, ...] = ()) -> int:
     from megatron.data.tokenizer import byte_symbols
 
     vocab = {symbol: number for number, symbol in enumerate([*byte_symbols(), "he", "<|endoftext|>", *more])}
-    put(folder, vocab__json=vocab, merges__txt="#version: 0.2\nh e\n")
+    write_files(folder, vocab__json=vocab, merges__txt="#version: 0.2\nh e\n")
     return len(vocab)
 
 
@@ -50,21 +50,21 @@ def gpt2_added_tokens(folder: Path) -> None:
     """added_tokens.json and special_tokens_map.json, before there was a tokenizer.json."""
     folder.mkdir()
     size = byte_vocabulary(folder)
-    model(folder, "gpt2", size + 2, bos_token_id=257, eos_token_id=[257, size], pad_token_id=None)
+    write_model(folder, "gpt2", size + 2, bos_token_id=257, eos_token_id=[257, size], pad_token_id=None)
     roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<pad>"}
-    put(folder, added_tokens__json={"<pad>": size, "<sep>": size + 1}, special_tokens_map__json=roles)
-    put(folder, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer", "model_max_length": 32})
+    write_files(folder, added_tokens__json={"<pad>": size, "<sep>": size + 1}, special_tokens_map__json=roles)
+    write_files(folder, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer", "model_max_length": 32})
     settings = {"eos_token_id": [257, size], "do_sample": True, "temperature": 0.7, "transformers_version": "4.40.0"}
-    put(folder, generation_config__json=settings)
+    write_files(folder, generation_config__json=settings)
 
 
 def gpt2_decoder(folder: Path) -> None:
     """added_tokens_decoder, tokens that take the spaces beside them, and chat templates in files of their own."""
     folder.mkdir()
     size = byte_vocabulary(folder)
-    model(folder, "gpt2", size + 3, bos_token_id=257, eos_token_id=size + 1)
+    write_model(folder, "gpt2", size + 3, bos_token_id=257, eos_token_id=size + 1)
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    put(
+    write_files(
         folder,
         tokenizer_config__json={
             "add_prefix_space": True,
@@ -81,7 +81,7 @@ def gpt2_decoder(folder: Path) -> None:
         chat_template__jinja=CHAT,
     )
     (folder / "additional_chat_templates").mkdir()
-    put(folder / "additional_chat_templates", tool__jinja="{{ messages | length }}")
+    write_files(folder / "additional_chat_templates", tool__jinja="{{ messages | length }}")
 
 
 def llama_pad_beyond(folder: Path) -> None:
@@ -89,10 +89,10 @@ def llama_pad_beyond(folder: Path) -> None:
     from megatron.data.tokenizer import ByteTokenizer
 
     folder.mkdir()
-    model(folder, "llama", 257, bos_token_id=256, eos_token_id=256)
+    write_model(folder, "llama", 257, bos_token_id=256, eos_token_id=256)
     ByteTokenizer().backend().save(str(folder / "tokenizer.json"))
     roles = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
-    put(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, **roles})
+    write_files(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, **roles})
 
 
 def llama_sentence_piece(folder: Path) -> None:
@@ -105,19 +105,19 @@ def llama_sentence_piece(folder: Path) -> None:
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(buffer.getvalue())
     size = sentencepiece.SentencePieceProcessor(model_proto=buffer.getvalue()).get_piece_size()
-    model(folder, "llama", size, bos_token_id=1, eos_token_id=2)
+    write_model(folder, "llama", size, bos_token_id=1, eos_token_id=2)
 
 
 def bert_words(folder: Path) -> None:
     """A vocab.txt alone, which transformers takes for one of small letters."""
     folder.mkdir()
-    put(folder, vocab__txt="\n".join(WORDS) + "\n")
-    model(folder, "bert", len(WORDS))
+    write_files(folder, vocab__txt="\n".join(WORDS) + "\n")
+    write_model(folder, "bert", len(WORDS))
 
 
 def bert_words_cased(folder: Path) -> None:
     bert_words(folder)
-    put(folder, tokenizer_config__json={"do_lower_case": False})
+    write_files(folder, tokenizer_config__json={"do_lower_case": False})
 
 
 SOURCES = (gpt2_added_tokens, gpt2_decoder, llama_pad_beyond, llama_sentence_piece, bert_words, bert_words_cased)

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from archives import build, content, named_weights, released, small_config, write_archive
+from archives import build, named_weights, read_files, released_state, small_config, write_archive
 from safetensors.torch import load_file
 
 from megatron.contract import Batch
@@ -79,7 +79,7 @@ def test_gpt2_of_every_version(tmp_path, version, capsys):
     """Without args in the file, sizes by --config_file, fp16, the vocabulary with 33 rows of padding."""
     config = small_config()
     model = build(config, half=True)
-    path = write_archive(tmp_path / "gpt.zip", released(config, named_weights(model), version or 0, 160), version)
+    path = write_archive(tmp_path / "gpt.zip", released_state(config, named_weights(model), version or 0, 160), version)
     assert main(GPT2_KIND, "", ["--print-checkpoint-structure", *arguments(tmp_path, path, GPT_FILE)]) == 0
     assert gpt_difference(model, tmp_path) <= 1e-4
     about = json.loads((tmp_path / "config.json").read_text())
@@ -97,7 +97,7 @@ def test_gpt2_of_every_version(tmp_path, version, capsys):
 def test_bert_of_every_version(tmp_path, version):
     config = small_config(architecture="bert", activation="gelu-exact", layernorm_epsilon=1e-12)
     model = build(config, half=True)
-    path = write_archive(tmp_path / "bert.zip", released(config, named_weights(model), version or 0, 127), version)
+    path = write_archive(tmp_path / "bert.zip", released_state(config, named_weights(model), version or 0, 127), version)
     assert main(BERT_KIND, "", arguments(tmp_path, path, BERT_FILE)) == 0
     assert bert_difference(model, tmp_path) <= 1e-4
     about = json.loads((tmp_path / "config.json").read_text())
@@ -111,7 +111,7 @@ def test_settings_that_the_old_scripts_passed_over(tmp_path, capsys):
     """The args of the released BERT say an epsilon of 1e-5, and the published config.json 1e-12."""
     config = small_config(architecture="bert")
     args = {**ARGS, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.1, "attention_dropout": 0.2}
-    path = write_archive(tmp_path / "bert.zip", released(config, named_weights(build(config)), 3.0, 127), 3.0, args)
+    path = write_archive(tmp_path / "bert.zip", released_state(config, named_weights(build(config)), 3.0, 127), 3.0, args)
     assert main(BERT_KIND, "", [str(path)]) == 0
     assert "something else: attention_probs_dropout_prob 0.1 (0.2), layer_norm_eps 1e-12 (1e-05), hidden_act gelu (gelu). " in (
         capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_gpt2_with_args_needs_no_other_file(tmp_path, changes, activation, ours)
     """The .pt itself; sizes and activation from the args, the vocabulary the padded one, as the old script took them."""
     config = small_config(activation=ours)
     model = build(config, half=True)
-    held = released(config, named_weights(model), 3.0, 127)
+    held = released_state(config, named_weights(model), 3.0, 127)
     path = write_archive(tmp_path / "model_optim_rng.pt", held, 3.0, {**ARGS, **changes})
     assert main(GPT2_KIND, "", [str(path)]) == 0
     assert gpt_difference(model, tmp_path) <= 1e-4
@@ -146,7 +146,7 @@ def test_bert_with_args(tmp_path):
     config = small_config(architecture="bert", activation="gelu-exact", layernorm_epsilon=1e-12)
     model = build(config, half=True)
     args = {**ARGS, "tokenizer_type": "BertWordPieceLowerCase"}
-    path = write_archive(tmp_path / "b.zip", released(config, named_weights(model), 3.0, 127), 3.0, args)
+    path = write_archive(tmp_path / "b.zip", released_state(config, named_weights(model), 3.0, 127), 3.0, args)
     assert main(BERT_KIND, "", [str(path)]) == 0
     assert bert_difference(model, tmp_path) <= 1e-4
     assert json.loads((tmp_path / "config.json").read_text())["tokenizer_type"] == "BertWordPieceLowerCase"
@@ -156,7 +156,7 @@ def test_what_a_config_file_leaves_out_means_what_it_does_in_transformers(tmp_pa
     """The config.json of GPT-2's published sizes has no n_inner: four times the width."""
     config = small_config(ffn_hidden_size=128)
     model = build(config, half=True)
-    path = write_archive(tmp_path / "gpt.zip", released(config, named_weights(model), 0, 127), None)
+    path = write_archive(tmp_path / "gpt.zip", released_state(config, named_weights(model), 0, 127), None)
     about = {name: value for name, value in GPT_FILE.items() if name != "n_inner"}
     assert main(GPT2_KIND, "", arguments(tmp_path, path, about)) == 0
     assert gpt_difference(model, tmp_path) <= 1e-4
@@ -170,7 +170,7 @@ def test_a_released_width_needs_nothing_else(tmp_path, capsys):
     """The number of heads is known for the released models' width; the other sizes are those of the tensors."""
     config = small_config(num_layers=1, hidden_size=1024, num_attention_heads=16, num_query_groups=16, kv_channels=64)
     model = build(config, half=True)
-    path = write_archive(tmp_path / "gpt.zip", released(config, named_weights(model), 0, 127), None)
+    path = write_archive(tmp_path / "gpt.zip", released_state(config, named_weights(model), 0, 127), None)
     assert main(GPT2_KIND, "", [str(path)]) == 0
     said = capsys.readouterr().out
     assert "taken from the tensors, since the archive has no args: n_positions 48, n_layer 1, n_inner 80" in said
@@ -180,7 +180,7 @@ def test_a_released_width_needs_nothing_else(tmp_path, capsys):
 
 def test_the_tokenizer_beside_the_archive(tmp_path, capsys):
     config = small_config()
-    path = write_archive(tmp_path / "gpt.zip", released(config, named_weights(build(config)), 0, 127), None)
+    path = write_archive(tmp_path / "gpt.zip", released_state(config, named_weights(build(config)), 0, 127), None)
     words = {letter: i for i, letter in enumerate(["a", "b", "ab", "<|endoftext|>"])}
     (tmp_path / "gpt2-vocab.json").write_text(json.dumps(words))
     (tmp_path / "gpt2-merges.txt").write_text("#version: 0.2\na b\n")
@@ -192,11 +192,11 @@ def test_the_tokenizer_beside_the_archive(tmp_path, capsys):
 
 
 def refused(kind, path, capsys, *more):
-    before = content(path.parent)
+    before = read_files(path.parent)
     assert main(kind, "", [*more, str(path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and str(path) in said and said.count("\n") == 1
-    assert content(path.parent) == before
+    assert read_files(path.parent) == before
     return said
 
 
@@ -217,7 +217,7 @@ def test_what_is_no_archive(tmp_path, capsys):
 
 def test_a_file_that_was_cut_short(tmp_path, capsys):
     config = small_config()
-    path = write_archive(tmp_path / "model.pt", released(config, named_weights(build(config)), 0, 127), None)
+    path = write_archive(tmp_path / "model.pt", released_state(config, named_weights(build(config)), 0, 127), None)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert "not a readable file" in refused(GPT2_KIND, path, capsys)
@@ -225,7 +225,7 @@ def test_a_file_that_was_cut_short(tmp_path, capsys):
 
 def test_settings_that_are_not_the_tensors(tmp_path, capsys):
     config = small_config()
-    model = released(config, named_weights(build(config)), 0, 127)
+    model = released_state(config, named_weights(build(config)), 0, 127)
     path = write_archive(tmp_path / "gpt.zip", model, None)
     said = refused(GPT2_KIND, path, capsys)
     assert "does not say how many attention heads a model of width 32 has; give --config_file" in said
@@ -247,7 +247,7 @@ def test_tensors_that_are_not_the_models(tmp_path, capsys):
     config = small_config()
 
     def path_without(changes, args=ARGS):
-        model = released(config, named_weights(build(config)), 0, 127)
+        model = released_state(config, named_weights(build(config)), 0, 127)
         changes(model["language_model"]["transformer"])
         return write_archive(tmp_path / "gpt.pt", model, None, args)
 
@@ -266,7 +266,7 @@ def test_tensors_that_are_not_the_models(tmp_path, capsys):
 def test_args_that_do_not_say_the_sizes(tmp_path):
     config = small_config()
     model = build(config, half=True)
-    path = write_archive(tmp_path / "gpt.pt", released(config, named_weights(model), 0, 127), None, {"lr": 1.0})
+    path = write_archive(tmp_path / "gpt.pt", released_state(config, named_weights(model), 0, 127), None, {"lr": 1.0})
     assert main(GPT2_KIND, "", arguments(tmp_path, path, GPT_FILE)) == 0
     assert gpt_difference(model, tmp_path) <= 1e-4
 
@@ -289,7 +289,7 @@ def test_code_in_the_archive_does_not_run(tmp_path, kind, capsys):
     canary = tmp_path / "canary"
     config = small_config()
     path = tmp_path / "model.pt"
-    torch.save({"model": released(config, named_weights(build(config)), 0, 127), "extra": kind(canary)}, path)
+    torch.save({"model": released_state(config, named_weights(build(config)), 0, 127), "extra": kind(canary)}, path)
     main(GPT2_KIND, "", arguments(tmp_path, path, GPT_FILE))
     assert not canary.exists()
     if kind is Canary:

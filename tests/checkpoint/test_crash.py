@@ -9,8 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from crashes import Faulty, build_saver, count_steps, die, in_children, raiser, save_at, save_once, small_run
-from cuts import build_mesh, load_cut, save_cut, state
+from crashes import (
+    FaultyStorage,
+    build_saver,
+    count_steps,
+    kill_itself,
+    os_error_raiser,
+    run_in_forks,
+    save_at,
+    save_once,
+    small_run,
+)
+from cuts import build_mesh, build_state, load_and_compare, save_on_ranks
 from ranks import on_ranks
 
 from megatron.checkpoint.find import find
@@ -29,12 +39,12 @@ def synced(monkeypatch):
 
 
 def save_and_die(rank, step, root, iteration, checkpoint):
-    save_once(root, iteration, Faulty(step, die), **checkpoint)
+    save_once(root, iteration, FaultyStorage(step, kill_itself), **checkpoint)
 
 
 def killed_at(step, root, iteration, **checkpoint):
     """Save in a child that is killed at `step`; whether it was."""
-    (status,) = in_children(1, save_and_die, step, root, iteration, checkpoint)
+    (status,) = run_in_forks(1, save_and_die, step, root, iteration, checkpoint)
     assert status in (0, -9)
     return status != 0
 
@@ -43,7 +53,7 @@ def whole(root, *among):
     """The newest checkpoint is whole, and one of these iterations."""
     newest = newest_complete(root).path
     verify(newest)
-    assert load_cut(str(newest), 1, 1) in among
+    assert load_and_compare(str(newest), 1, 1) in among
     return newest.name.removesuffix(".replaced")
 
 
@@ -85,7 +95,7 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
     for step in range(count_steps(tmp_path / "count", 1, async_save=async_save) + 4):
         root, said = tmp_path / str(step), []
         save_once(root, 100)
-        storage = Faulty(step, raiser(number), for_ever=for_ever)
+        storage = FaultyStorage(step, os_error_raiser(number), for_ever=for_ever)
         run = small_run(root, async_save=async_save, on_save_error="continue", keep_last=1)
         saver = build_saver(run, storage, said)
         save_at(run, saver, 200)
@@ -111,13 +121,13 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
 @MODES
 def test_an_error_stops_the_run_unless_it_was_told_otherwise(tmp_path, async_save):
     run = small_run(tmp_path, async_save=async_save)
-    saver = build_saver(run, Faulty(10, raiser(errno.ENOSPC)))
+    saver = build_saver(run, FaultyStorage(10, os_error_raiser(errno.ENOSPC)))
     with pytest.raises(CheckpointError, match=r"iter_0000200: could not be saved: the disk: No space left on device$"):
         save_at(run, saver, 200)
     assert saver.saved is None
 
 
-class Full(Faulty):
+class Full(FaultyStorage):
     def free(self, path):
         super().free(path)
         return 5000
@@ -153,11 +163,11 @@ def of_two(rank, root, iteration, storage, async_save):
 
 
 def two_and_one_dies(rank, root, step, mortal, async_save):
-    of_two(rank, root, 200, Faulty(step, die) if rank == mortal else None, async_save)
+    of_two(rank, root, 200, FaultyStorage(step, kill_itself) if rank == mortal else None, async_save)
 
 
 def count_two(root: str, async_save: bool) -> int:
-    storage, run = Faulty(), small_run(root, build_mesh(2, 1), tp=2, async_save=async_save)
+    storage, run = FaultyStorage(), small_run(root, build_mesh(2, 1), tp=2, async_save=async_save)
     save_at(run, build_saver(run, storage), 100)
     return storage.steps
 
@@ -172,7 +182,7 @@ def test_one_of_two_is_killed(tmp_path, async_save):
     for mortal, step in cases:
         root = tmp_path / f"{mortal}_{step}"
         save_once(root, 100)
-        statuses = in_children(2, two_and_one_dies, str(root), step, mortal, async_save)
+        statuses = run_in_forks(2, two_and_one_dies, str(root), step, mortal, async_save)
         assert statuses[mortal] == -9 and statuses[1 - mortal] in (0, 1), "the other one ends, too"
         outcomes.add(whole(root, 100, 200))
         verify(find(root))
@@ -191,14 +201,14 @@ def fail_one_of_two(root: str, async_save: bool, counts: list[int]) -> list[str]
         saver = build_saver(run, None, said)
         for number, (mortal, step) in enumerate((rank, step) for rank in (0, 1) for step in range(counts[rank])):
             del said[:]
-            saver._storage = Faulty(step if mesh.rank == mortal else None, raiser(errno.EIO))
+            saver._storage = FaultyStorage(step if mesh.rank == mortal else None, os_error_raiser(errno.EIO))
             save_at(run, saver, 2 * number + 1)
             dist.barrier()
             verify(find(Path(root))) if number else None
             assert number == 0 or find(Path(root)).name >= f"iter_{2 * number:07d}"
             dist.barrier()
             lines.append(said[1])
-            saver._storage = Faulty()
+            saver._storage = FaultyStorage()
             save_at(run, saver, 2 * number + 2)
             assert saver.saved == 2 * number + 2
     finally:
@@ -262,7 +272,7 @@ def test_leftovers_of_a_crash_are_overwritten(tmp_path):
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path):
     save_once(tmp_path, 100)
-    directory = save(tmp_path, 100, state(1, 0), build_mesh(1, 1), config={"second": True})
+    directory = save(tmp_path, 100, build_state(1, 0), build_mesh(1, 1), config={"second": True})
     assert '"second"' in (directory / "config.json").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
 
@@ -290,11 +300,11 @@ def test_what_a_damaged_successor_replaced_is_found_and_stays(tmp_path):
 
 def test_what_stays(tmp_path):
     for n in range(100, 800, 100):
-        save(tmp_path, n, state(1, 0), build_mesh(1, 1), config={}, keep_last=2, keep_every=300)
+        save(tmp_path, n, build_state(1, 0), build_mesh(1, 1), config={}, keep_last=2, keep_every=300)
     assert list(iterations(tmp_path)) == [300, 600, 700]
     # An unfinished one is no checkpoint: it is neither counted nor deleted. Later ones are not older.
     (tmp_path / "iter_0000650").mkdir()
-    save(tmp_path, 690, state(1, 0), build_mesh(1, 1), config={}, keep_last=1)
+    save(tmp_path, 690, build_state(1, 0), build_mesh(1, 1), config={}, keep_last=1)
     assert list(iterations(tmp_path)) == [650, 690, 700]
     prune(tmp_path, 700, None, 3)
     assert list(iterations(tmp_path)) == [650, 690, 700]
@@ -314,7 +324,7 @@ def test_a_damaged_checkpoint_is_not_counted_among_those_that_stay(tmp_path):
 def test_the_newest_complete_one(tmp_path):
     assert newest_complete(tmp_path / "nowhere").path is None
     for n in (100, 200, 300):
-        save_cut(str(tmp_path), n, 1, 1)
+        save_on_ranks(str(tmp_path), n, 1, 1)
     assert newest_complete(tmp_path).path == tmp_path / "iter_0000300" and not newest_complete(tmp_path).skipped
     (tmp_path / "iter_0000300" / "shard_00000.safetensors").write_bytes(b"short")
     (tmp_path / "iter_0000200" / "manifest.json").unlink()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import Cut, save_cut, state
+from cuts import ShardedState, build_state, save_on_ranks
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import (
@@ -31,7 +31,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
-    save_cut(str(root), 100, 1, 1)
+    save_on_ranks(str(root), 100, 1, 1)
     return root
 
 
@@ -47,7 +47,7 @@ def files(directory):
 
 def refuse(directory, match):
     """Every way to use the directory ends in the same kind of error."""
-    parts = state(1, 0, filled=False)
+    parts = build_state(1, 0, filled=False)
     with pytest.raises(CheckpointError, match=match):
         verify(directory)
     with pytest.raises(CheckpointError, match=match):
@@ -156,7 +156,7 @@ def put(*path):
 def test_a_manifest_that_lies(directory, change, match):
     forge(directory, change)
     with pytest.raises(CheckpointError, match=match):
-        load(directory, state(1, 0, filled=False))
+        load(directory, build_state(1, 0, filled=False))
 
 
 def test_a_tensor_larger_than_its_file_takes_no_memory(directory):
@@ -195,7 +195,7 @@ def test_scalars_and_configuration_are_compared_with_the_manifest(directory):
 def test_a_part_without_saved_scalars(directory):
     forge(directory, lambda body: None)
     with pytest.raises(CheckpointError, match=r"1 tensors are not in the checkpoint: other\.w"):
-        load(directory, {"other": Cut(1, 0, tensors={"w": ((2,), None, torch.float32)})})
+        load(directory, {"other": ShardedState(1, 0, tensors={"w": ((2,), None, torch.float32)})})
 
 
 def test_a_near_name_comes_before_a_name_on_the_hub(saved, tmp_path, monkeypatch):

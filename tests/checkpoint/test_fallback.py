@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import Cut, state
+from cuts import ShardedState, build_state
 from ranks import on_ranks
 
 from megatron.checkpoint.layout import CheckpointError
@@ -50,7 +50,7 @@ CONFIG = resolve(
 def write(root: Path, iteration: int) -> Path:
     schedule = asdict(LRSchedule.from_config(CONFIG.optim, CONFIG.batch))
     counters = TrainState(iteration=iteration, schedule=schedule)
-    return save(root, iteration, {**state(1, 0), "train": counters}, Mesh.single(), config=to_json(CONFIG))
+    return save(root, iteration, {**build_state(1, 0), "train": counters}, Mesh.single(), config=to_json(CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def hashed(directory: str) -> list[str]:
 
 def test_each_file_is_read_by_one_rank(root):
     directory = root / "iter_0000300"
-    save(root, 300, state(1, 0), Mesh.single(), config={}, assets={f"{n}.txt": bytes(1000 * n) for n in range(5)})
+    save(root, 300, build_state(1, 0), Mesh.single(), config={}, assets={f"{n}.txt": bytes(1000 * n) for n in range(5)})
     files = sorted(p.name for p in directory.rglob("*") if p.is_file() and p.name != "manifest.json")
     first, second = on_ranks(2, hashed, str(directory))
     assert sorted(first + second) == files and first and second
@@ -212,7 +212,7 @@ def test_each_file_is_read_by_one_rank(root):
 
 def load_flipped(directory: str) -> str:
     mesh = Mesh.build(Grid(dp=2), torch.distributed.get_rank())
-    parts = state(1, 0, filled=False)
+    parts = build_state(1, 0, filled=False)
     try:
         load(Path(directory), parts, mesh)
     except CheckpointError as error:
@@ -290,7 +290,11 @@ def test_other_training_data_only_when_told_so(root, monkeypatch):
 
 
 def test_a_missing_part_is_found_before_a_value_changes(root):
-    parts = {"model": Cut(1, 0, filled=False), "optimizer": Cut(1, 0, prefix="exp_avg.", filled=False), "more": TrainState()}
+    parts = {
+        "model": ShardedState(1, 0, filled=False),
+        "optimizer": ShardedState(1, 0, prefix="exp_avg.", filled=False),
+        "more": TrainState(),
+    }
     with pytest.raises(CheckpointError, match=r"state\.json: it has no more"):
         load(root / "iter_0000300", parts, Mesh.single())
     assert not any(s.data.any() for part in parts.values() for s in part.shards())

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cuts import save_cut, state
-from edits import VALUES, changed, damaged, examples, places
+from cuts import build_state, save_on_ranks
+from edits import JSON_VALUES, damaged_bytes, fuzz_settings, json_paths, set_at_path
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from megatron.train.state import TrainState
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("fuzz")
-    save_cut(str(root), 100, 1, 1)
+    save_on_ranks(str(root), 100, 1, 1)
     return root / "iter_0000100"
 
 
@@ -31,7 +31,7 @@ def use(directory: Path) -> str:
     """Everything that is done with a checkpoint before its values count."""
     try:
         manifest = read_manifest(directory)
-        load(directory, state(1, 0, filled=False))
+        load(directory, build_state(1, 0, filled=False))
         for name in manifest.tensors:
             read_tensor(directory, manifest, name)
     except CheckpointError as error:
@@ -44,8 +44,8 @@ def test_damaged_manifests(directory):
     path = directory / "manifest.json"
     good = path.read_bytes()
 
-    @examples(400)
-    @given(damaged(good))
+    @fuzz_settings(400)
+    @given(damaged_bytes(good))
     def run(data: bytes) -> None:
         path.write_bytes(data)
         assert use(directory) == ("read" if data == good else "refused")
@@ -61,15 +61,15 @@ def test_forged_manifests(directory):
     good = path.read_text()
     body = json.loads(good)
     del body["checksum"]
-    edits = st.lists(st.tuples(st.sampled_from(places(body)), VALUES), min_size=1, max_size=3)
+    edits = st.lists(st.tuples(st.sampled_from(json_paths(body)), JSON_VALUES), min_size=1, max_size=3)
     seen = {"read": 0, "refused": 0}
 
-    @examples(300)
+    @fuzz_settings(300)
     @given(edits)
     def run(edits) -> None:
         forged = copy.deepcopy(body)
         for way, value in edits:
-            changed(forged, way, value)
+            set_at_path(forged, way, value)
         plain = json.dumps(forged, indent=1)
         forged["checksum"] = hashlib.sha256(plain.encode()).hexdigest()
         path.write_text(json.dumps(forged, indent=1) + "\n")
@@ -99,8 +99,8 @@ def test_forged_shards(directory, tmp_path):
     head = 8 + int.from_bytes(good[:8], "little")
     seen = {"read": 0, "refused": 0}
 
-    @examples(150)
-    @given(damaged(good[:head]))
+    @fuzz_settings(150)
+    @given(damaged_bytes(good[:head]))
     def run(data: bytes) -> None:
         shard.write_bytes(data + good[head:])
         relist(here, shard.name)
@@ -116,14 +116,14 @@ def test_any_counters(directory):
         "peak": 1.0, "floor": 0.0, "style": "linear", "warmup": 0, "decay": 9, "decay_weights_from": 0.1,
         "decay_weights_to": 0.1, "decay_weights_style": "constant",
     }).scalars()))  # fmt: skip
-    edits = st.lists(st.tuples(st.sampled_from(places(good)), VALUES), min_size=1, max_size=3)
+    edits = st.lists(st.tuples(st.sampled_from(json_paths(good)), JSON_VALUES), min_size=1, max_size=3)
 
-    @examples(300)
+    @fuzz_settings(300)
     @given(edits)
     def run(edits) -> None:
         values = copy.deepcopy(good)
         for way, value in edits:
-            changed(values, way, value)
+            set_at_path(values, way, value)
         try:
             state = counters(values, directory / "state.json")
         except CheckpointError as error:
@@ -139,8 +139,8 @@ def test_any_tracker(directory):
     tracker = directory.parent / "latest_checkpointed_iteration.txt"
     good = tracker.read_bytes()
 
-    @examples(100)
-    @given(st.binary(max_size=30) | damaged(good))
+    @fuzz_settings(100)
+    @given(st.binary(max_size=30) | damaged_bytes(good))
     def run(data: bytes) -> None:
         tracker.write_bytes(data)
         try:

@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from sources import CHAT, model, put
+from sources import CHAT, write_files, write_model
 from tokenizers import AddedToken
 
 from megatron.checkpoint.tokenizer import open_tokenizer
@@ -53,10 +53,10 @@ def source(tmp_path_factory) -> Path:
     folder.mkdir()
     backend = ByteTokenizer().backend()
     backend.add_special_tokens([AddedToken(f"<|im_{end}|>", special=True, normalized=False) for end in ("start", "end")])
-    model(folder, "gpt2", 259, bos_token_id=END, eos_token_id=TURN)
+    write_model(folder, "gpt2", 259, bos_token_id=END, eos_token_id=TURN)
     backend.save(str(folder / "tokenizer.json"))
     roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT}
-    put(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", **roles})
+    write_files(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", **roles})
     return folder
 
 

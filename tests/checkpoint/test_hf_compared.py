@@ -45,7 +45,7 @@ def written(tmp_path_factory):
     def one(name):
         if name not in made:
             directory = tmp_path_factory.mktemp("foreign")
-            about = foreign.write(name, directory)
+            about = foreign.write_hf_directory(name, directory)
             made[name] = directory, about, load_file(directory / "model.safetensors")
         return made[name]
 

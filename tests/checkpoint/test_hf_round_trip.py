@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, put
+from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, write_files
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, read_manifest
@@ -140,7 +140,7 @@ def test_the_export_compares_its_files_with_the_checkpoint(sources, tmp_path):
         (out / name).unlink()
     _same_tokenizer(out, ours)
     assert disagreement(ours, theirs(out)) is None
-    put(out, tokenizer_config__json={"mask_token": "<mask>"})
+    write_files(out, tokenizer_config__json={"mask_token": "<mask>"})
     with pytest.raises(ExportError, match="the tokenizers disagree: it has 261 tokens, transformers' 262"):
         _same_tokenizer(out, ours)
 
@@ -270,7 +270,7 @@ def test_settings_of_generation_in_an_old_config(sources, tmp_path, monkeypatch)
     shutil.copytree(sources / "gpt2_added_tokens", source)
     (source / "generation_config.json").unlink()
     settings = {"do_sample": True, "temperature": 0.7, "max_length": 31, "bad_words_ids": [[3, 4]]}
-    put(source, config__json={**json.loads((source / "config.json").read_text()), **settings})
+    write_files(source, config__json={**json.loads((source / "config.json").read_text()), **settings})
     assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", tmp_path / "ours") == 0
     assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "ours", "--output", tmp_path / "hf") == 0
     before, after = (
@@ -292,7 +292,7 @@ def test_sizes_of_vocabularies(sources, tmp_path, monkeypatch, capsys):
     for number, words in ((17_000_000, "the id of a token is 17,000,000, which makes no sense"), (256, "tokenizer")):
         shutil.copytree(source[1], folder := tmp_path / f"id {number}")
         vocab = json.loads((folder / "vocab.json").read_text())
-        put(folder, vocab__json={**vocab, "zz": number})
+        write_files(folder, vocab__json={**vocab, "zz": number})
         assert tool(monkeypatch, "import_hf.py", "--input", folder, "--save", tmp_path / "no") == 2
         err = capsys.readouterr().err
         assert f"{folder}: " in err and words in err and "--no-tokenizer" in err and "/tokenizer.json" not in err

@@ -60,7 +60,7 @@ def test_the_tables_are_those_of_the_classes(kind):
 def model(request, tmp_path_factory):
     """(name, directory, config.json, tensors) of one of the models."""
     directory = tmp_path_factory.mktemp("foreign")
-    about = foreign.write(request.param, directory)
+    about = foreign.write_hf_directory(request.param, directory)
     return request.param, directory, about, load_file(directory / "model.safetensors")
 
 

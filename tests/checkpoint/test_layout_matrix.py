@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, dropping, go, start
+from reference import GPT2, Setting, start_run, train_steps, with_dropout
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Sharing(Setting):
 
 
 TIED = Sharing(
-    replace(dropping(GPT2), num_layers=4),
+    replace(with_dropout(GPT2), num_layers=4),
     masked=True,
     optim=OptimSettings(lr=1e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=2),
 )
@@ -83,7 +83,7 @@ def run_on(layout: str, function, *args, bf16: bool = False):
 def begin(setting: Sharing) -> Run:
     """A run with a dynamic loss scale, which is exact in fp32, and grows with every second step."""
     with mock.patch.object(Precision, "scaler", lambda _: Dynamic(16.0, 1.0, 2, 2)):
-        return start(setting, BEFORE + AFTER)
+        return start_run(setting, BEFORE + AFTER)
 
 
 def held(run: Run) -> Held:
@@ -109,9 +109,9 @@ def model_weights(run: Run) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
 def train_and_save(setting: Sharing, root: str):
     """Save in the middle of a run; return what was saved, and the losses of the run, which was not interrupted."""
     run = begin(setting)
-    go(run, setting, BEFORE)
+    train_steps(run, setting, BEFORE)
     save(Path(root), BEFORE, run.parts(), run.mesh, config=to_json(run.config))
-    return held(run), scalars(run), go(run, setting, AFTER)
+    return held(run), scalars(run), train_steps(run, setting, AFTER)
 
 
 def load_and_train(setting: Sharing, sources: list[Saved], steps: int):
@@ -127,7 +127,7 @@ def load_and_train(setting: Sharing, sources: list[Saved], steps: int):
             expected = source.whole[f"model.{name}"][where].to(values.dtype)
             assert torch.equal(values, expected), f"{name} did not reach the model"
         assert scalars(run) == source.scalars
-        results.append(({name for name, *_ in mine}, go(run, setting, steps)))
+        results.append(({name for name, *_ in mine}, train_steps(run, setting, steps)))
     return results
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import Cut, build_mesh, load_cut, save_cut, state, whole_bytes
+from cuts import ShardedState, build_mesh, build_state, load_and_compare, save_on_ranks, state_bytes
 from ranks import on_ranks
 from safetensors import safe_open
 
@@ -26,18 +26,18 @@ def run(layout, function, *args):
 
 @pytest.mark.parametrize("saved", LAYOUTS, ids=str)
 def test_any_layout_loads_what_any_layout_saved(tmp_path, saved):
-    (directory,) = set(run(saved, save_cut, str(tmp_path), 100))
+    (directory,) = set(run(saved, save_on_ranks, str(tmp_path), 100))
     assert Path(directory).name == "iter_0000100" and find(tmp_path) == Path(directory)
     manifest = verify(Path(directory))
     for wanted in LAYOUTS:
-        assert set(run(wanted, load_cut, directory)) == {100}
+        assert set(run(wanted, load_and_compare, directory)) == {100}
     # Each tensor's bytes are there once, in files that any safetensors reader opens, and nothing else is.
     files = sorted(Path(directory).glob("shard_*.safetensors"))
     held = 0
     for path in files:
         with safe_open(str(path), "pt") as file:
             held += sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
-    assert held == whole_bytes()
+    assert held == state_bytes()
     assert {p.suffix for p in Path(directory).rglob("*") if p.is_file()} == {".safetensors", ".json"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
     assert len(files) == saved[0] * saved[1], "every rank takes its share"
@@ -50,7 +50,7 @@ def test_replicas_share_the_writing():
     """On 8 x 16 ranks a tensor-parallel group's 16 replicas each write about a sixteenth of it."""
     held = []
     for rank in range(128):
-        cut = Cut(8, rank % 8, tensors={f"layers.{i}.weight": ((64, 48), 0, torch.float32) for i in range(64)})
+        cut = ShardedState(8, rank % 8, tensors={f"layers.{i}.weight": ((64, 48), 0, torch.float32) for i in range(64)})
         held.append([Held(s.name, s.dtype, s.shape, s.part) for s in cut.shards()])
     plan = make_plan(held)
     assert sum(len(w) for w in plan.writes) == 64 * 8
@@ -58,7 +58,7 @@ def test_replicas_share_the_writing():
 
 
 def test_ranks_that_contradict_each_other_are_refused():
-    cut = Cut(2, 0)
+    cut = ShardedState(2, 0)
     held = [Held(s.name, s.dtype, s.shape, s.part) for s in cut.shards()]
     with pytest.raises(CheckpointError, match=r"embedding.word.weight: the ranks do not hold it .* 768 of 1524"):
         make_plan([held])
@@ -69,44 +69,44 @@ def test_ranks_that_contradict_each_other_are_refused():
 
 def test_a_slice_reads_from_several_pieces(tmp_path):
     """Rectangles that fit no grid: a third of the rows from pieces cut over columns."""
-    on_ranks(4, save_cut, str(tmp_path), 1, 4, 1)
+    on_ranks(4, save_on_ranks, str(tmp_path), 1, 4, 1)
     directory = find(tmp_path)
     record = read_manifest(directory).tensors["model.layers.0.attention.dense.weight"]
     assert len(record.pieces) == 4
     whole = read_tensor(directory, read_manifest(directory), "model.layers.0.attention.dense.weight")
-    assert torch.equal(whole, next(s.data for s in Cut(1, 0).shards() if s.name == "layers.0.attention.dense.weight"))
+    assert torch.equal(whole, next(s.data for s in ShardedState(1, 0).shards() if s.name == "layers.0.attention.dense.weight"))
 
 
 def test_values_are_cast_to_the_type_of_the_tensor_that_takes_them(tmp_path):
     tensors = {"w": ((4, 4), None, torch.float32)}
-    directory = save(tmp_path, 1, {"model": Cut(1, 0, tensors=tensors)}, build_mesh(1, 1), config={})
-    half = Cut(1, 0, tensors={"w": ((4, 4), None, torch.bfloat16)}, filled=False)
+    directory = save(tmp_path, 1, {"model": ShardedState(1, 0, tensors=tensors)}, build_mesh(1, 1), config={})
+    half = ShardedState(1, 0, tensors={"w": ((4, 4), None, torch.bfloat16)}, filled=False)
     load(directory, {"model": half})
     half.check()
-    whole = Cut(1, 0, tensors={"w": ((4, 4), None, torch.int64)}, filled=False)
+    whole = ShardedState(1, 0, tensors={"w": ((4, 4), None, torch.int64)}, filled=False)
     with pytest.raises(CheckpointError, match=r"model.w: the checkpoint has torch.float32, requested is torch.int64"):
         load(directory, {"model": whole})
 
 
 def test_what_does_not_fit_is_named_before_anything_changes(tmp_path):
-    save_cut(str(tmp_path), 100, 1, 1)
+    save_on_ranks(str(tmp_path), 100, 1, 1)
     directory = find(tmp_path)
     ours = {"layers.0.mlp_norm.weight": ((12,), None, torch.float32)}
-    other = Cut(1, 0, tensors={**ours, "steps": ((3,), None, torch.int64)}, filled=False)
+    other = ShardedState(1, 0, tensors={**ours, "steps": ((3,), None, torch.int64)}, filled=False)
     with pytest.raises(
         CheckpointError, match=r"1 tensors do not fit: model.steps: the checkpoint has shape \[\], requested is \[3\]"
     ):
         load(directory, {"model": other})
     many = {**ours, **{f"layers.{i}.new": ((2,), None, torch.float32) for i in range(30)}}
     with pytest.raises(CheckpointError, match=r"30 tensors are not in the checkpoint: model.layers.0.new, ") as failure:
-        load(directory, {"model": Cut(1, 0, tensors=many, filled=False)})
+        load(directory, {"model": ShardedState(1, 0, tensors=many, filled=False)})
     assert str(failure.value).count(".new") == 20 and str(failure.value).endswith(", ...")
-    fewer = Cut(1, 0, tensors=ours, filled=False)
+    fewer = ShardedState(1, 0, tensors=ours, filled=False)
     with pytest.raises(CheckpointError, match=r"4 unexpected tensors: model\.embedding\.word\.weight"):
         load(directory, {"model": fewer})
     for cut in (other, fewer):
         assert not any(s.data.any() for s in cut.shards()) and cut.given == {}
-    loaded = load(directory, {"model": Cut(1, 0, tensors=many, filled=False)}, strict=False)
+    loaded = load(directory, {"model": ShardedState(1, 0, tensors=many, filled=False)}, strict=False)
     assert len(loaded.missing) == 30 and len(loaded.unexpected) == 4
     with pytest.raises(CheckpointError, match=r"new.layers"):
         load(directory, {"new": fewer})
@@ -116,8 +116,8 @@ def split_over_stages(root: str) -> None:
     """Two ranks that hold different tensors, as pipeline stages do: neither takes the other's for unexpected."""
     mesh = build_mesh(1, 2)
     tensors = {f"layers.{mesh.rank}.weight": ((4, 4), None, torch.float32), "embedding": ((5, 2), None, torch.float32)}
-    directory = save(Path(root), 1, {"model": Cut(1, 0, tensors=tensors)}, mesh, config={})
-    cut = Cut(1, 0, tensors=tensors, filled=False)
+    directory = save(Path(root), 1, {"model": ShardedState(1, 0, tensors=tensors)}, mesh, config={})
+    cut = ShardedState(1, 0, tensors=tensors, filled=False)
     load(directory, {"model": cut}, mesh)
     cut.check()
 
@@ -143,14 +143,14 @@ class Full(Storage):
 def fail_to_save(root: str) -> str:
     mesh = build_mesh(2, 2)
     try:
-        save(Path(root), 200, state(2, mesh.tp.rank), mesh, config={}, storage=Full())
+        save(Path(root), 200, build_state(2, mesh.tp.rank), mesh, config={}, storage=Full())
     except CheckpointError as error:
         return str(error)
     return ""
 
 
 def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_previous_one(tmp_path):
-    on_ranks(4, save_cut, str(tmp_path), 100, 2, 2)
+    on_ranks(4, save_on_ranks, str(tmp_path), 100, 2, 2)
     (message,) = set(on_ranks(4, fail_to_save, str(tmp_path)))
     assert "iter_0000200: could not be saved: rank 1: " in message and "No space left on device" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
@@ -159,7 +159,7 @@ def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_previous_one(tmp_path)
 
 def fail_to_load(root: str) -> str:
     mesh = build_mesh(2, 1)
-    parts = state(2, mesh.tp.rank, filled=False)
+    parts = build_state(2, mesh.tp.rank, filled=False)
     try:
         load(find(Path(root)), parts, mesh)
     except CheckpointError as error:
@@ -169,7 +169,7 @@ def fail_to_load(root: str) -> str:
 
 def test_a_bad_file_that_one_rank_reads_fails_all(tmp_path):
     """Only the second rank needs the spoilt file, yet the first must not wait for it in vain."""
-    on_ranks(2, save_cut, str(tmp_path), 100, 2, 1)
+    on_ranks(2, save_on_ranks, str(tmp_path), 100, 2, 1)
     directory = find(tmp_path)
     manifest = json.loads((directory / "manifest.json").read_text())
     spoilt = manifest["tensors"]["model.layers.0.attention.qkv.weight"]["pieces"][1]["file"]

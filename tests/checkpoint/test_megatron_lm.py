@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import build, content, named_weights, released, small_config, write_archive
+from archives import build, named_weights, read_files, released_state, small_config, write_archive
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError
@@ -79,7 +79,7 @@ def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
     back = find(tmp_path / "back")
     assert back.name == "iter_0000010" and equal(read_weights(back), weights) and model_config(back) == config
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "back", "--save", tmp_path / "again", *cut) == 0
-    assert content(tmp_path / "again") == content(tmp_path / "theirs")
+    assert read_files(tmp_path / "again") == read_files(tmp_path / "theirs")
 
 
 def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
@@ -109,7 +109,7 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
     (tmp_path / "run" / "release" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("release\n")
     path = tmp_path / "run" / "release" / "mp_rank_00" / "model_optim_rng.pt"
-    write_archive(path, released(config, weights, version, 160, half=False), version, ARGS)
+    write_archive(path, released_state(config, weights, version, 160, half=False), version, ARGS)
     flags = ("--load", tmp_path / "run", "--save", tmp_path / "ours")
     assert tool("import_megatron.py", monkeypatch, *flags, "--vocab-size", 127) == 0
     assert equal(read_weights(find(tmp_path / "ours")), weights) and model_config(find(tmp_path / "ours")) == config
@@ -186,7 +186,7 @@ def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
     config = small_config()
     folder = tmp_path / "run" / "mp_rank_00"
     folder.mkdir(parents=True)
-    model = released(config, named_weights(build(config)), 3.0, 127)
+    model = released_state(config, named_weights(build(config)), 3.0, 127)
     write_archive(folder / "model_optim_rng.pt", model, 3.0, {**ARGS, **args})
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "ours") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()

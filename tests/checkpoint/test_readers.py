@@ -25,9 +25,9 @@ import sentencepiece
 import torch
 import toys
 import zstandard
-from cuts import save_cut
+from cuts import save_on_ranks
 from safetensors.torch import save_file
-from stand_ins import STAND_INS, put
+from stand_ins import STAND_INS, make_stand_in
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
@@ -238,17 +238,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.add_document(np.arange(9), [4, 5])
         writer.finish({"tokenizer_type": "ByteTokenizer"})
     write_arrays({"order": np.arange(9)}, made / "index", {"version": 1})
-    toys.mnli(made / "mnli.tsv", 4, 1)
-    toys.race(made / "race", 1, 1)
-    toys.squad(made / "squad.json", 2, 1)
-    toys.conll(made / "conll.txt", 4, 1)
+    toys.write_mnli(made / "mnli.tsv", 4, 1)
+    toys.write_race(made / "race", 1, 1)
+    toys.write_squad(made / "squad.json", 2, 1)
+    toys.write_conll(made / "conll.txt", 4, 1)
     _weights(made)
-    save_cut(str(made / "run"), 100, 1, 1)
+    save_on_ranks(str(made / "run"), 100, 1, 1)
     return made
 
 
 def _tokenizers(made: Path) -> None:
-    words = toys.vocabulary(made)
+    words = toys.write_vocabulary(made)
     words.rename(made / "words.txt")
     (made / "bpe").mkdir()
     (made / "bpe" / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}')
@@ -338,7 +338,7 @@ def test_every_reader_against_what_is_no_file(number: int, folder: Path) -> None
     path.rename(good)
     try:
         for name in STAND_INS:
-            if put(name, path, good.read_bytes()):
+            if make_stand_in(name, path, good.read_bytes()):
                 with bounded():
                     _answer(row, name, folder)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

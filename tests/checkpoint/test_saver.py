@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from crashes import ASSETS, Faulty, build_saver, in_children, raiser, save_at, save_once, small_run
-from cuts import Cut, build_mesh, load_cut, state
+from crashes import ASSETS, FaultyStorage, build_saver, os_error_raiser, run_in_forks, save_at, save_once, small_run
+from cuts import ShardedState, build_mesh, build_state, load_and_compare
 from ranks import on_ranks
 
 from megatron.checkpoint.find import find
@@ -72,10 +72,10 @@ def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     saver.check()
     storage.opened.set()
     saver.finish()
-    assert load_cut(str(tmp_path / "iter_0000100"), 1, 1) == 100
+    assert load_and_compare(str(tmp_path / "iter_0000100"), 1, 1) == 100
     assert saver.seconds > 0.0
     buffer = saver._contents._snapshot._buffer.data_ptr()
-    for prefix, part in state(1, 0).items():
+    for prefix, part in build_state(1, 0).items():
         for shard, original in zip(run.held[prefix].shards(), part.shards(), strict=True):
             shard.data.copy_(original.data)
         run.held[prefix].given["iteration"] = 7
@@ -85,11 +85,11 @@ def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     change(run, 1)
     storage.opened.set()
     saver.finish()
-    assert load_cut(str(tmp_path / "iter_0000200"), 1, 1) == 200
+    assert load_and_compare(str(tmp_path / "iter_0000200"), 1, 1) == 200
     assert saver._contents._snapshot._buffer.data_ptr() == buffer
     save_at(run, saver, 300)
     with pytest.raises(AssertionError):
-        load_cut(str(tmp_path / "iter_0000300"), 1, 1)
+        load_and_compare(str(tmp_path / "iter_0000300"), 1, 1)
     assert read_state(tmp_path / "iter_0000300")["model"]["iteration"] == 1001
 
 
@@ -151,7 +151,7 @@ def test_what_is_told_and_when(tmp_path):
 def test_a_failure_in_the_background_is_seen_at_the_next_step(tmp_path):
     save_once(tmp_path, 100)
     run = small_run(tmp_path, async_save=True)
-    saver = build_saver(run, Faulty(12, raiser(errno.EIO)))
+    saver = build_saver(run, FaultyStorage(12, os_error_raiser(errno.EIO)))
     run.state.iteration = 200
     saver.save()
     saver._saving.thread.join()
@@ -161,7 +161,7 @@ def test_a_failure_in_the_background_is_seen_at_the_next_step(tmp_path):
     assert find(tmp_path).name == "iter_0000100" and saver.saved is None
     # Continued, the numbers change at points that all ranks share, not in `check`.
     run = small_run(tmp_path, async_save=True, on_save_error="continue")
-    saver = build_saver(run, Faulty(12, raiser(errno.EIO)))
+    saver = build_saver(run, FaultyStorage(12, os_error_raiser(errno.EIO)))
     run.state.iteration = 200
     saver.save()
     saver._saving.thread.join()
@@ -177,7 +177,7 @@ def test_what_is_no_fault_of_the_disk_is_never_passed_over(tmp_path):
 
     run = small_run(tmp_path, async_save=True, on_save_error="continue")
     with pytest.raises(CheckpointError, match="ValueError: a mistake"):
-        save_at(run, build_saver(run, Faulty(12, fail)), 100)
+        save_at(run, build_saver(run, FaultyStorage(12, fail)), 100)
     run.held["model"].held.append(replace(run.held["model"].held[0], name="x", data=torch.ones(2)))
     with pytest.raises(CheckpointError, match=r"model.x: the data is"):
         save_at(run, build_saver(run), 100)
@@ -272,7 +272,7 @@ def counted_save(root: str) -> tuple[int, list[str], list[str]]:
     """Bytes that this rank hands to collectives in the third save, and the collectives of the second and of the third."""
     mesh = build_mesh(2, 1)
     run = small_run(root, mesh, tp=2, async_save=True)
-    run.held["model"] = Cut(2, mesh.tp.rank, tensors={f"w{i}": ((256, 64), 0, torch.float32) for i in range(8)})
+    run.held["model"] = ShardedState(2, mesh.tp.rank, tensors={f"w{i}": ((256, 64), 0, torch.float32) for i in range(8)})
     saver = build_saver(run)
     save_at(run, saver, 100)
     calls: list[tuple[str, int]] = []
@@ -295,7 +295,7 @@ def counted_save(root: str) -> tuple[int, list[str], list[str]]:
         second, total = [name for name, _ in calls], sum(size for _, size in calls)
         calls.clear()
         if mesh.rank == 1:  # one rank alone has something new: all must learn of it
-            run.held["model"].held.extend(Cut(1, 0, tensors={"new": ((8, 8), None, torch.float32)}).held)
+            run.held["model"].held.extend(ShardedState(1, 0, tensors={"new": ((8, 8), None, torch.float32)}).held)
         save_at(run, saver, 300)
         return total, second, [name for name, _ in calls]
     finally:
@@ -327,7 +327,7 @@ def memory_of_a_save(rank: int, root: str, async_save: bool) -> None:
     run = small_run(Path(root), async_save=async_save)
     saver = build_saver(run)
     save_at(run, saver, 1)  # threads, imports
-    run.held["model"] = Cut(1, 0, tensors={f"w{i}": ((4, 1 << 20), None, torch.float32) for i in range(4)})
+    run.held["model"] = ShardedState(1, 0, tensors={f"w{i}": ((4, 1 << 20), None, torch.float32) for i in range(4)})
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_kib()
     save_at(run, saver, 2)
@@ -363,7 +363,7 @@ def test_assets_from_a_function_and_a_failing_one(tmp_path):
     directory = save_at(run, Saver(run, lambda: ASSETS, print), 1)
     assert {n for n in read_manifest(directory).files if n.startswith("tokenizer/")} == {f"tokenizer/{n}" for n in ASSETS}
     with pytest.raises(CheckpointError, match="the disk: No space left on device"):
-        Saver(run, raiser(errno.ENOSPC), print)
+        Saver(run, os_error_raiser(errno.ENOSPC), print)
 
 
 class Stuck(Storage):
@@ -389,7 +389,7 @@ def test_a_disk_that_hangs_is_named(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    assert in_children(2, hang_in_the_background, str(tmp_path), port) == [1, 1]
+    assert run_in_forks(2, hang_in_the_background, str(tmp_path), port) == [1, 1]
     said = (tmp_path / "stderr0").read_text() + (tmp_path / "stderr1").read_text()
     assert said.count("error: ") == 1, said
     assert (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from archives import build, named_weights, released, small_config, write_archive
+from archives import build, named_weights, released_state, small_config, write_archive
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.interop.megatron_files import read_megatron
@@ -16,7 +16,7 @@ UP = "layers.2.mlp.dense_h_to_4h.weight"
 def run(root, args=None, **changes):
     """A directory of Megatron-LM's, of one rank, with the tensors of `changes` in its layers."""
     config = small_config()
-    model = released(config, named_weights(build(config)), 3.0, 128, half=False)
+    model = released_state(config, named_weights(build(config)), 3.0, 128, half=False)
     for name, change in changes.items():
         key = {"up": UP, "norm": "layers.1.input_layernorm.weight"}[name]
         model["language_model"]["transformer"][key] = change(model["language_model"]["transformer"][key])
@@ -56,7 +56,7 @@ def test_the_epsilon_under_its_newer_name(tmp_path):
 def test_a_copy_in_a_released_archive(tmp_path):
     """A released archive may hold a second copy of the tied matrix, for the output layer."""
     config = small_config()
-    model = released(config, named_weights(build(config)), 3.0, 128, half=False)
+    model = released_state(config, named_weights(build(config)), 3.0, 128, half=False)
     word = model["language_model"]["embedding"]["word_embeddings"]["weight"]
     model["word_embeddings_for_head"] = {"weight": word.clone()}
     archive = write_archive(tmp_path / "same.zip", model, 3.0, ARGS)

@@ -23,7 +23,7 @@ from installed import install  # noqa: E402
 from models import LLAMA, list_family, with_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from source_files import ROOT  # noqa: E402
-from sources import put  # noqa: E402
+from sources import write_files  # noqa: E402
 from test_hf_compared import fresh  # noqa: E402
 from toy_families import TOY_LLAMA  # noqa: E402
 
@@ -69,7 +69,7 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(foreign.LLAMA, "vocab_size", 257)
         patch.setitem(foreign.MODELS, "llama", ("LlamaForCausalLM", "LlamaConfig", foreign.LLAMA))
-        about = foreign.write("llama", llama)
+        about = foreign.write_hf_directory("llama", llama)
     tensors = load_file(llama / "model.safetensors")
     for n in range(about["num_hidden_layers"]):
         parts = [tensors.pop(f"model.layers.{n}.self_attn.{x}_proj.weight") for x in "qkv"]
@@ -78,10 +78,12 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
     save_file({renamed(name): tensor for name, tensor in tensors.items()}, toy / "model.safetensors", {"format": "pt"})
     own = {FIELDS[name]: value for name, value in about.items() if name in FIELDS}
     ids = {name: value for name, value in about.items() if name.endswith("_token_id")}
-    put(toy, config__json={"architectures": ["ToyLlamaForCausalLM"], "model_type": "toy_llama", **own, "base": 500.0, **ids})
+    write_files(
+        toy, config__json={"architectures": ["ToyLlamaForCausalLM"], "model_type": "toy_llama", **own, "base": 500.0, **ids}
+    )
     for folder in (llama, toy):
         ByteTokenizer().backend().save(str(folder / "tokenizer.json"))
-        put(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+        write_files(folder, tokenizer_config__json={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
     return llama, toy
 
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from archives import build, named_weights, small_config
-from crashes import Faulty, count_steps, die, in_children, save_once
+from crashes import FaultyStorage, count_steps, kill_itself, run_in_forks, save_once
 
 from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
 from megatron.config.schema import CheckpointConfig, RunSettings
@@ -38,7 +38,9 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
     assert newest.path == tmp_path / "iter_0000200" and not newest.skipped
     assert re.search("names iteration 200; 300 is later, and not taken: .*--load-iteration", newest.note)
     # Killed at its very last step: the directory has its name, the tracker is the old one.
-    assert in_children(1, lambda rank: save_once(tmp_path, 400, Faulty(last_rename(400), die))) == [-signal.SIGKILL]
+    assert run_in_forks(1, lambda rank: save_once(tmp_path, 400, FaultyStorage(last_rename(400), kill_itself))) == [
+        -signal.SIGKILL
+    ]
     assert read_tracker(tmp_path) == 200 and announced(tmp_path) == 400
     copied(tmp_path, tmp_path / "copy")
     for root in (tmp_path, tmp_path / "copy"):
@@ -54,7 +56,7 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
 def last_rename(iteration):
     """The step before the tracker is replaced."""
     with TemporaryDirectory() as name:
-        storage, steps = Faulty(), []
+        storage, steps = FaultyStorage(), []
         rename = storage.rename
         storage.rename = lambda source, target: (steps.append(storage.steps), rename(source, target))
         save_once(Path(name), iteration, storage)
@@ -99,7 +101,9 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
     last = count_steps(tmp_path / "count", 300)
     for step in range(last - 12, last + 4):  # all of its renames
         copied(tmp_path, tmp_path / "copy")
-        in_children(1, lambda rank, step=step: save_once(tmp_path / "copy", 300, Faulty(step, die), keep_last=5))
+        run_in_forks(
+            1, lambda rank, step=step: save_once(tmp_path / "copy", 300, FaultyStorage(step, kill_itself), keep_last=5)
+        )
         newest = newest_complete(tmp_path / "copy").path
         second = (tmp_path / "copy" / "iter_0000300.replaced").exists() and (tmp_path / "copy" / "iter_0000300").exists()
         done = read_tracker(tmp_path / "copy") == 300

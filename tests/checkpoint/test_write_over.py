@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import build, content, named_weights, released, small_config, write_archive
+from archives import build, named_weights, read_files, released_state, small_config, write_archive
 from models import BASE, save_model
 
 from megatron.cli.program import pretrain, run_task
@@ -57,7 +57,7 @@ def inputs(tmp_path_factory) -> Path:
     config = small_config(vocab_size=257)
     write_megatron(root / "megatron", 10, config, named_weights(build(config)), tp=1, pp=1, tokenizer_type=None)
     shutil.copytree(root / "megatron", root / "meg2")
-    made = released(config, named_weights(build(config)), 3.0, 257)
+    made = released_state(config, named_weights(build(config)), 3.0, 257)
     args = dict(num_layers=4, hidden_size=32, num_attention_heads=4, max_position_embeddings=48, padded_vocab_size=257)
     args |= dict(ffn_hidden_size=80)
     (root / "archive").mkdir()
@@ -138,7 +138,7 @@ def said_by(script: Path, argv: str, monkeypatch: pytest.MonkeyPatch) -> tuple[o
 def unchanged(inputs: Path, before: dict[str, bytes], code: object, err: str) -> None:
     assert code == 2, err
     assert "Traceback" not in err and err.startswith("error: "), err
-    assert content(inputs) == before and (inputs / "link").is_symlink()
+    assert read_files(inputs) == before and (inputs / "link").is_symlink()
 
 
 @pytest.mark.parametrize("case", TOOLS)
@@ -147,7 +147,7 @@ def test_no_tool_writes_over_what_it_reads(inputs: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(inputs)
     if case == "convert over --config_file":
         shutil.copy("archive/model.safetensors", "own/model.pt")
-    before = content(inputs)
+    before = read_files(inputs)
     script = ROOT / ("examples/tiny_shakespeare_char" if name == "prepare" else "tools") / f"{name}.py"
     unchanged(inputs, before, *said_by(script, argv + " --no-verify" * (name == "export_hf"), monkeypatch))
 
@@ -158,7 +158,7 @@ def test_no_program_writes_over_what_it_reads(
 ) -> None:
     program, flags = PROGRAMS[case]
     monkeypatch.chdir(inputs)
-    before = content(inputs)
+    before = read_files(inputs)
     with pytest.raises(SystemExit) as done:
         if program == "run":
             pretrain(f"{RUN} {flags}".split(), program="pretrain_gpt.py", defaults={})
@@ -172,7 +172,7 @@ def test_no_program_writes_over_what_it_reads(
 
 def test_the_same_commands_elsewhere_are_carried_out(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
-    before = content(inputs)
+    before = read_files(inputs)
     for argv in (
         f"export_hf --load run --output {tmp_path}/hf --no-verify",
         f"export_hf --load link --output {tmp_path}/hf --no-verify --overwrite",
@@ -186,5 +186,5 @@ def test_the_same_commands_elsewhere_are_carried_out(inputs: Path, tmp_path: Pat
         name, _, rest = argv.partition(" ")
         code, err = said_by(ROOT / "tools" / f"{name}.py", rest, monkeypatch)
         assert code == 0, err
-    assert content(inputs) == before
+    assert read_files(inputs) == before
     assert not [path for path in tmp_path.rglob("*.tmp")] and os.path.exists(tmp_path / "hf" / "config.json")

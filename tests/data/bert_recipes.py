@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 VOCAB, CLS, SEP, MASK = 300, 2, 3, 4
-LONGEST = 64
+MAX_LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PairCase:
     pairs: bool
 
 
-def continues() -> np.ndarray:
+def continuation_ids() -> np.ndarray:
     """Mark the ids that continue a word: every fourth."""
     return np.array([i % 4 == 3 and i > 10 for i in range(VOCAB)])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bert_recipes import CLS, LONGEST, MASK, SEP, VOCAB, continues, digest, index_cases, pair_cases
+from bert_recipes import CLS, MASK, MAX_LENGTH, SEP, VOCAB, continuation_ids, digest, index_cases, pair_cases
 from recipes import write_corpus
 
 from megatron.config.schema import DataConfig, ModelConfig, ModelSettings, TokenizerConfig
@@ -26,8 +26,8 @@ from megatron.data.recipe import build_recipe
 from megatron.data.sentence_index import _mersenne_64, build_sentence_index
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer
 
-MASKING = MaskingRules(MASK, frozenset({CLS, SEP}), continues())
-RULES = PairRules(LONGEST, 0.1, True, CLS, SEP, MASKING, seed=1234)
+MASKING = MaskingRules(MASK, frozenset({CLS, SEP}), continuation_ids())
+RULES = PairRules(MAX_LENGTH, 0.1, True, CLS, SEP, MASKING, seed=1234)
 
 
 # The reference. Digests are over the outputs of megatron-core 0.16.1 for the recipes' inputs: `helpers_cpp.build_mapping`, and
@@ -211,7 +211,7 @@ def test_pairs_that_are_too_long_are_cut() -> None:
         shapes.add((first[0], second[0]))
     assert len(shapes) > 20
     assert truncate_pair([1, 2], [3, 4], 4, random) == ([1, 2], [3, 4])
-    assert len(alone([[20] * 90, [24] * 90], LONGEST - 3, RULES).tokens) == LONGEST
+    assert len(alone([[20] * 90, [24] * 90], MAX_LENGTH - 3, RULES).tokens) == MAX_LENGTH
 
 
 # Datasets on disk.

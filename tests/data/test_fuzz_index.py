@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edits import WHOLE, damaged, examples
+from edits import INTEGERS, damaged_bytes, fuzz_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from recipes import write_corpus
@@ -47,8 +47,8 @@ def test_damaged_indices(files):
     seen = {"read": 0, "refused": 0}
     (files / "bad.bin").write_bytes((files / "good.bin").read_bytes())
 
-    @examples(400)
-    @given(damaged(good))
+    @fuzz_settings(400)
+    @given(damaged_bytes(good))
     def run(data: bytes) -> None:
         (files / "bad.idx").write_bytes(data)
         seen[outcome(str(files / "bad"))] += 1
@@ -59,13 +59,13 @@ def test_damaged_indices(files):
 
 def test_made_up_indices(files):
     """Right in form, with counts, lengths, offsets and documents that are anything; .bin and sidecar of any size."""
-    tables = st.lists(WHOLE, max_size=6)
+    tables = st.lists(INTEGERS, max_size=6)
     seen = {"read": 0, "refused": 0}
 
-    @examples(200)
+    @fuzz_settings(200)
     @given(
-        st.sampled_from([*DTYPE_CODES, 6, 7, 0]), tables, tables, tables, st.none() | WHOLE, st.none() | WHOLE,
-        st.integers(0, 40), st.none() | WHOLE | st.text(max_size=5), st.booleans(),
+        st.sampled_from([*DTYPE_CODES, 6, 7, 0]), tables, tables, tables, st.none() | INTEGERS, st.none() | INTEGERS,
+        st.integers(0, 40), st.none() | INTEGERS | st.text(max_size=5), st.booleans(),
     )  # fmt: skip
     def run(code, lengths, offsets, documents, n, m, size, tokens, consistent) -> None:
         if consistent:  # so that more of them come past the first checks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bert_recipes import CLS, LONGEST, MASK, SEP, continues
+from bert_recipes import CLS, MASK, MAX_LENGTH, SEP, continuation_ids
 from recipes import corpus_recipe, write_corpus
 
 from megatron.config.schema import DataConfig, DataSettings
@@ -106,8 +106,8 @@ def test_bert(folder):
     """Other masks on the same sentences are the same order."""
     indexed = IndexedDataset(write_corpus(folder / "bert", [[s % 290 + 5 for s in d] for d in corpus_recipe(1)]))
 
-    def samples(seed=SEED, wanted=100, longest=LONGEST, short=0.1, masked=0.15):
-        masking = MaskingRules(MASK, frozenset({CLS, SEP}), continues(), masked)
+    def samples(seed=SEED, wanted=100, longest=MAX_LENGTH, short=0.1, masked=0.15):
+        masking = MaskingRules(MASK, frozenset({CLS, SEP}), continuation_ids(), masked)
         rules = PairRules(longest, short, True, CLS, SEP, masking, seed=seed)
         return BertDataset(indexed, range(len(indexed.documents) - 1), rules, wanted)
 

@@ -181,7 +181,7 @@ def pipeline_losses_here(case: Case, contender: str) -> list[float]:
     """As `losses_here`; the passes alone come between the steps, and must leave nothing behind."""
     place = {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": str(case.ranks)}
     there, stays = patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group")
-    with patch.dict(os.environ, place), there, stays, pipeline.prepared(contender, case, dist.get_rank()) as take:
+    with patch.dict(os.environ, place), there, stays, pipeline.ready_for_turns(contender, case, dist.get_rank()) as take:
         losses = [take("warm up").loss]
         for _ in range(6):
             losses.append(take("steps").loss)

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import on_ranks
-from reference import BERT, Setting, dropping, go, gradients, micro_batches, mismatch, pieces, start, trajectory, worst
+from reference import (
+    BERT,
+    Setting,
+    gradient_slices,
+    main_weight_slices,
+    max_relative_error,
+    micro_batches,
+    start_run,
+    train_steps,
+    trajectory,
+    with_dropout,
+    worst,
+)
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.load import load
@@ -41,11 +53,11 @@ class Sharing(Setting):
 
 FOUR = replace(BERT, num_layers=4)
 MODELS = {
-    "binary head, dropout": Sharing(dropping(FOUR), optim=SGD),
+    "binary head, dropout": Sharing(with_dropout(FOUR), optim=SGD),
     "binary head": Sharing(FOUR, optim=SGD),
-    "words alone, dropout": Sharing(replace(dropping(FOUR), bert_binary_head=False), optim=SGD),
+    "words alone, dropout": Sharing(replace(with_dropout(FOUR), bert_binary_head=False), optim=SGD),
     "words alone": Sharing(replace(FOUR, bert_binary_head=False), optim=SGD),
-    "adam": Sharing(dropping(FOUR), optim=ADAM),
+    "adam": Sharing(with_dropout(FOUR), optim=ADAM),
 }
 LAYOUTS = {  # world, and what differs from one process
     "dp 2": (2, {}),
@@ -81,14 +93,14 @@ def test_the_reference_learns(name):
 
 def bert_run(setting: Setting, steps: int):
     """As `trajectory`; and the copies of the word embedding after every step."""
-    run = start(setting, steps)
-    initial, curve, copies = pieces(run), [], []
+    run = start_run(setting, steps)
+    initial, curve, copies = main_weight_slices(run), [], []
     for _ in range(steps):
-        curve += go(run, setting, 1)
+        curve += train_steps(run, setting, 1)
         run.optimizer.gatherer.finish()
         held = {p for stage in run.stages.values() for p in stage.parameters() if param_spec(p).name == WORD}
         copies.append([p.detach().clone() for p in held])
-    return curve, initial, pieces(run), copies
+    return curve, initial, main_weight_slices(run), copies
 
 
 # With dropout everything, without it those that differ most, and with Adam a few.
@@ -105,10 +117,10 @@ def test_every_layout_is_the_same_run(name, layout):
     expected, initial, final = one_process(setting)
     results = on_ranks(world, bert_run, replace(setting, **changes), STEPS)
     for curve, begun, ended, _ in results:
-        assert mismatch(initial, begun) == 0.0, "initial weights depend on the layout"
+        assert max_relative_error(initial, begun) == 0.0, "initial weights depend on the layout"
         assert worst(curve, expected) < TOLERANCE
         # Adam divides noise by noise where a gradient is zero but for rounding: what SGD's weights show, its own need not.
-        assert mismatch(final, ended) < (TOLERANCE if setting.optim is SGD else 1e-2)
+        assert max_relative_error(final, ended) < (TOLERANCE if setting.optim is SGD else 1e-2)
     if changes.get("pp") and changes.get("tp", 1) == 1:
         for step in range(STEPS):
             held = [copy for *_, copies in results for copy in copies[step]]
@@ -137,9 +149,9 @@ def test_the_mean_of_micro_batch_means(layout):
 
 
 def first_gradients(setting: Setting):
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
-    return gradients(run)
+    return gradient_slices(run)
 
 
 @pytest.mark.parametrize("layout", ["tp 2, sequence", "cp 2", "pp 2, 1f1b", "tp 2 x pp 2"])
@@ -148,7 +160,7 @@ def test_gradients_of_every_parameter(layout):
     whole, (world, changes) = first_gradients(setting), LAYOUTS[layout]
     found = on_ranks(world, first_gradients, replace(setting, **changes))
     assert set().union(*found) == set(whole)
-    assert max(mismatch(whole, part) for part in found) < TOLERANCE
+    assert max(max_relative_error(whole, part) for part in found) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", ["tp 2, sequence", "pp 2, zb-h1"])
@@ -180,7 +192,7 @@ class Held:
 
 
 def evaluated(setting: Setting):
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)
 
 
@@ -194,17 +206,17 @@ def test_evaluation_gives_both_losses(layout):
 
 
 def train_and_save(setting: Setting, root: str):
-    run = start(setting, 8)
-    go(run, setting, 3)
+    run = start_run(setting, 8)
+    train_steps(run, setting, 3)
     save(Path(root), 3, run.parts(), run.mesh, config=to_json(run.config))
-    return go(run, setting, 5)
+    return train_steps(run, setting, 5)
 
 
 def load_and_train(setting: Setting, root: str):
-    run = start(setting, 8)
+    run = start_run(setting, 8)
     loaded = load(find(Path(root)), run.parts(), run.mesh)
     assert loaded.iteration == 3 and not loaded.missing and not loaded.unexpected
-    return go(run, setting, 5)
+    return train_steps(run, setting, 5)
 
 
 def test_a_run_goes_on_on_another_layout(tmp_path):
@@ -221,7 +233,7 @@ def test_a_run_goes_on_on_another_layout(tmp_path):
 
 def broken_run(setting: Setting, fault: str):
     """The first step with one thing wrong."""
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     last = run.stages[max(run.stages)]
     if fault == "the bias of another rank":
         summed = cross_entropy.vocab_parallel_cross_entropy
@@ -230,7 +242,7 @@ def broken_run(setting: Setting, fault: str):
         loss = last.loss
         last.loss = lambda x, batch: loss(x, replace(batch, places=None if batch.places is None else batch.places * 0))
     try:
-        return go(run, setting, 1)[0]
+        return train_steps(run, setting, 1)[0]
     finally:
         if fault == "the bias of another rank":
             cross_entropy.vocab_parallel_cross_entropy = summed

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, accumulate, advance, dropping, go, micro_batches, start
+from reference import GPT2, accumulate_gradients, advance, micro_batches, start_run, train_steps, with_dropout
 from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectangles, tied_copies, train
 from test_precision import STEADY, UNTIED, distance, train_losses
 
@@ -59,7 +59,7 @@ def test_every_layout_is_as_near_as_one_process(layout):
 
 def numbers(setting: Sharing):
     """Bytes of buffers and moments; formats of what is reduced and of what the update is given; pipeline rank."""
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     optimizer, given = run.optimizer, []
     step = optimizer.update.step
 
@@ -71,7 +71,7 @@ def numbers(setting: Sharing):
         step(number, grad)
 
     optimizer.update.step = spy
-    go(run, setting, 1)
+    train_steps(run, setting, 1)
     buffers = optimizer.buffers
     for buffer in buffers:
         assert buffer.grads.dtype is torch.bfloat16
@@ -123,8 +123,8 @@ def one_step(setting: Sharing, limit: float):
     """The reported norm, that of the gradients in fp64, and the largest step that plain SGD takes."""
     optim = OptimSettings(optimizer="sgd", sgd_momentum=0.0, lr=1.0, clip_grad=limit)
     setting = replace(setting, optim=optim)
-    run = start(setting, 1)
-    accumulate(run, setting)
+    run = start_run(setting, 1)
+    accumulate_gradients(run, setting)
     before = joined([rectangles(run.weights.shards())])
     report = run.optimizer.step(lr=1.0, weight_decay=0.0, scale=0.5)
     after = joined([rectangles(run.weights.shards())])
@@ -143,7 +143,7 @@ def test_the_norm_and_the_clipping_are_fp32s(limit):
 
 def poisoned(setting: Sharing, victim: int, value: float):
     """Return whether the second step was skipped, what it changed, and whether training went on after it."""
-    run = start(setting, 3)
+    run = start_run(setting, 3)
     run_step = run.pipeline.step
 
     def step(batches):
@@ -173,22 +173,22 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all(changes, value):
 
 
 def test_a_resumed_run_is_the_interrupted_one():
-    setting = replace(PLAIN, model=dropping(PLAIN.model), optim=ADAM)
-    whole, second = start(setting, 6), start(setting, 6)
-    go(whole, setting, 3)
+    setting = replace(PLAIN, model=with_dropout(PLAIN.model), optim=ADAM)
+    whole, second = start_run(setting, 6), start_run(setting, 6)
+    train_steps(whole, setting, 3)
     for mine, its in zip((whole.weights, whole.optimizer), (second.weights, second.optimizer), strict=True):
         for ours, theirs in zip(mine.shards(), its.shards(), strict=True):
             assert ours.dtype is theirs.dtype is torch.float32
             theirs.data.copy_(ours.data)
         its.load_scalars(mine.scalars())
     second.state.load_scalars(whole.state.scalars())
-    assert go(second, setting, 3) == go(whole, setting, 3)
+    assert train_steps(second, setting, 3) == train_steps(whole, setting, 3)
 
 
 def copy_not_finite(setting: Sharing, victim: int):
     """A norm's gradient is the same on all ranks of tp, and the norm counts the first one's; here one rank's is broken."""
-    run = start(setting, 1)
-    accumulate(run, setting)
+    run = start_run(setting, 1)
+    accumulate_gradients(run, setting)
     before = rectangles(run.weights.shards())
     weight = next(iter(run.stages.values())).layers["0"].mlp_norm.weight
     assert not param_spec(weight).split_over and not param_spec(weight).sum_grad_over

@@ -8,7 +8,19 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, Setting, dropping, go, gradients, micro_batches, mismatch, start, trajectory, worst
+from reference import (
+    GPT2,
+    LLAMA,
+    Setting,
+    gradient_slices,
+    max_relative_error,
+    micro_batches,
+    start_run,
+    train_steps,
+    trajectory,
+    with_dropout,
+    worst,
+)
 
 from megatron.config.schema import MemoryConfig, OptimSettings
 from megatron.parallel import ring
@@ -21,9 +33,9 @@ ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_
 SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
     "learned positions": Setting(GPT2, optim=ADAM),
-    "learned positions, dropout, masked, documents": Setting(dropping(GPT2), masked=True, documents=True, optim=SGD),
+    "learned positions, dropout, masked, documents": Setting(with_dropout(GPT2), masked=True, documents=True, optim=SGD),
     "rope, grouped queries": Setting(LLAMA, optim=ADAM),
-    "rope, grouped queries, dropout, masked, documents": Setting(dropping(LLAMA), masked=True, documents=True, optim=ADAM),
+    "rope, grouped queries, dropout, masked, documents": Setting(with_dropout(LLAMA), masked=True, documents=True, optim=ADAM),
 }
 LAYOUTS = {  # world, and what differs from one process
     "cp 2": (2, {"cp": 2}),
@@ -58,10 +70,10 @@ def test_every_layout_is_the_same_run(name, layout):
     expected, initial, final = one_process(setting)
     assert expected[-1][0] < 0.95 * expected[0][0]
     for curve, begun, ended in on_ranks(world, trajectory, replace(setting, **changes), STEPS):
-        assert mismatch(initial, begun) == 0.0, "initial weights depend on the layout"
+        assert max_relative_error(initial, begun) == 0.0, "initial weights depend on the layout"
         assert worst(curve, expected) < TOLERANCE
         # Adam divides noise by noise where a gradient is zero but for rounding: what SGD's weights show, its own need not.
-        assert mismatch(final, ended) < (TOLERANCE if setting.optim is SGD else 1e-2)
+        assert max_relative_error(final, ended) < (TOLERANCE if setting.optim is SGD else 1e-2)
 
 
 def test_the_masks_matter():
@@ -84,7 +96,7 @@ def test_the_mean_of_micro_batch_means(cp):
 
 def first_gradients(setting: Setting, fault: bool = False):
     """Return the gradients of the first step. fault: the last rank loses those of its keys and values."""
-    run, backward = start(setting, 1), ring._Ring.backward
+    run, backward = start_run(setting, 1), ring._Ring.backward
 
     def losing(ctx, *grads):
         grad_q, grad_k, grad_v, _ = backward(ctx, *grads)
@@ -96,7 +108,7 @@ def first_gradients(setting: Setting, fault: bool = False):
         run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
     finally:
         ring._Ring.backward = staticmethod(backward)
-    return gradients(run)
+    return gradient_slices(run)
 
 
 @pytest.mark.parametrize("layout", ["cp 4", "cp 2 x tp 2, sequence"])
@@ -108,7 +120,7 @@ def test_gradients_of_every_parameter(layout, fault):
     whole, (world, changes) = first_gradients(setting), LAYOUTS[layout]
     parts = on_ranks(world, first_gradients, replace(setting, **changes), fault)
     assert all(set(part) == set(whole) for part in parts)
-    errors = [mismatch(whole, part) for part in parts]
+    errors = [max_relative_error(whole, part) for part in parts]
     assert max(errors) > 1000 * TOLERANCE if fault else max(errors) < TOLERANCE
 
 
@@ -127,8 +139,8 @@ class Held:
 
 
 def evaluated(setting: Setting) -> float:
-    run = start(setting, 2)
-    go(run, setting, 1)
+    run = start_run(setting, 2)
+    train_steps(run, setting, 1)
     return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)[0]
 
 
@@ -148,7 +160,7 @@ def test_recomputation_goes_around_again(layout, memory):
     setting = replace(MODELS["rope, grouped queries, dropout, masked, documents"], **changes)
     plain, again = (on_ranks(world, trajectory, s, 3) for s in (setting, replace(setting, memory=memory)))
     for (curve, _, ended), (expected, _, final) in zip(again, plain, strict=True):
-        assert curve == expected and mismatch(final, ended) == 0.0
+        assert curve == expected and max_relative_error(final, ended) == 0.0
 
 
 def bf16_losses(setting: Setting):

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, accumulate, dropping, go, start, trajectory, worst
+from reference import GPT2, Setting, accumulate_gradients, start_run, train_steps, trajectory, with_dropout, worst
 from torch import Tensor, nn
 
 from megatron.config.schema import MemoryConfig, OptimSettings, RunConfig
@@ -52,7 +52,7 @@ class Sharing(Setting):
         return replace(config, layout=layout)
 
 
-TIED = Sharing(replace(dropping(GPT2), num_layers=4), masked=True, optim=SGD)
+TIED = Sharing(replace(with_dropout(GPT2), num_layers=4), masked=True, optim=SGD)
 MODELS = {"sgd": TIED, "adam": replace(TIED, optim=ADAM)}
 LAYOUTS = {  # world, what differs from one process
     "dp 2": (2, dict(micro_batch=1)),
@@ -117,11 +117,11 @@ def model_weights(run: Run) -> dict[str, Tensor]:
 
 
 def train(setting: Sharing, steps: int):
-    run = start(setting, steps)
+    run = start_run(setting, steps)
     early, late, curve = [], [], []
     for _ in range(steps):
         pending = len(run.optimizer.gatherer._pending)
-        curve += go(run, setting, 1)
+        curve += train_steps(run, setting, 1)
         early.append(run.optimizer.reducer.started_early)
         late.append(pending)
     return curve, rectangles(run.weights.shards()), model_weights(run), early, late, len(run.optimizer.buffers)
@@ -173,8 +173,8 @@ def test_overlap_changes_no_bit(layout, sharded):
 
 def waits(setting: Sharing):
     """List for each call in the second step the buckets under way, and whether any of them has a parameter that it needs."""
-    run = start(setting, 2)
-    go(run, setting, 1)
+    run = start_run(setting, 2)
+    train_steps(run, setting, 1)
     gatherer, seen = run.optimizer.gatherer, []
 
     def look(name: str, parameters) -> None:
@@ -187,7 +187,7 @@ def waits(setting: Sharing):
             module.register_forward_pre_hook(lambda module, _, name=name: look(name, module.parameters()))
         loss = stage.loss
         stage.loss = lambda x, batch, stage=stage, loss=loss: (look("loss", stage.parameters()), loss(x, batch))[1]
-    go(run, setting, 1)
+    train_steps(run, setting, 1)
     return seen
 
 
@@ -202,8 +202,8 @@ def test_nothing_computes_with_weights_that_are_under_way(layout):
 
 def first_step(setting: Sharing, fault: float):
     """The first step's norm; one rank's gradients multiplied with `fault`."""
-    run = start(setting, 1)
-    accumulate(run, setting)
+    run = start_run(setting, 1)
+    accumulate_gradients(run, setting)
     if run.mesh.world.last:
         for buffer in run.optimizer.buffers:
             buffer.grads.mul_(fault)
@@ -231,8 +231,8 @@ def test_the_norm_counts_every_element_once(changes, sharded):
 
 
 def bits(setting: Sharing, steps: int):
-    run = start(setting, steps)
-    curve = go(run, setting, steps)
+    run = start_run(setting, steps)
+    curve = train_steps(run, setting, steps)
     return [loss for loss, _ in curve], model_weights(run), rectangles(run.weights.shards())
 
 
@@ -262,8 +262,8 @@ def test_reduce_scatter_in_place_gives_the_same_sums():
 
 
 def tied_copies(setting: Sharing, steps: int):
-    run = start(setting, steps)
-    go(run, setting, steps)
+    run = start_run(setting, steps)
+    train_steps(run, setting, steps)
     return model_weights(run)[WORD]
 
 
@@ -278,8 +278,8 @@ def test_tied_copies_stay_equal_with_three_data_parallel_ranks(bucket, sharded):
 
 def held_bytes(setting: Sharing) -> tuple[int, int, int, int]:
     """Bytes of the storages that this rank really has; and its pipeline rank."""
-    run = start(setting, 1)
-    go(run, setting, 1)
+    run = start_run(setting, 1)
+    train_steps(run, setting, 1)
     buffers = run.optimizer.buffers
     weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for b in buffers for t in (b.weights, b.main)}
     moments = [t for n in range(len(buffers)) for t in run.optimizer.update.state(n).values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import GPT2, LLAMA, Setting, go, micro_batches, start
+from reference import GPT2, LLAMA, Setting, micro_batches, start_run, train_steps
 
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
@@ -41,10 +41,10 @@ def their_losses(directory, setting: Setting) -> list[float]:
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_steps_give_the_same_losses(model, tmp_path):
     setting = Setting(model, optim=OPTIM, micro_batch=2)
-    run = start(setting, STEPS)
+    run = start_run(setting, STEPS)
     checkpoint = save(tmp_path, 0, {"model": run.weights}, run.mesh, config=to_json(run.config))
     export_hf(checkpoint, tmp_path / "hf")
     expected = their_losses(tmp_path / "hf", setting)
-    ours = [loss for loss, _ in go(run, setting, STEPS)]
+    ours = [loss for loss, _ in train_steps(run, setting, STEPS)]
     assert expected[-1] < expected[0] - 0.05
     assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import BERT, SEQ, Setting, go, micro_batches, start
+from reference import BERT, SEQ, Setting, micro_batches, start_run, train_steps
 
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
@@ -20,7 +20,7 @@ SETTING = Setting(BERT, optim=OPTIM, micro_batch=2)
 @pytest.fixture
 def both(tmp_path):
     """A fresh run, and transformers' model with its weights."""
-    run = start(SETTING, STEPS)
+    run = start_run(SETTING, STEPS)
     with torch.no_grad():
         for parameter in run.stages[0].parameters():  # so that no bias and no norm hides
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
@@ -80,6 +80,6 @@ def their_losses(model) -> list[tuple[float, float]]:
 def test_steps_give_the_same_losses(both):
     run, theirs = both
     expected = their_losses(theirs)
-    ours = [(lm, sop) for lm, _, sop in go(run, SETTING, STEPS)]
+    ours = [(lm, sop) for lm, _, sop in train_steps(run, SETTING, STEPS)]
     assert expected[-1][0] < expected[0][0] - 0.05
     assert max(abs(a - b) for step, want in zip(ours, expected, strict=True) for a, b in zip(step, want, strict=True)) < 1e-4

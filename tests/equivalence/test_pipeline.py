@@ -9,7 +9,21 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, SEQ, Pieces, Setting, dropping, go, micro_batches, mismatch, pieces, start, trajectory, worst
+from reference import (
+    GPT2,
+    LLAMA,
+    SEQ,
+    NamedSlices,
+    Setting,
+    main_weight_slices,
+    max_relative_error,
+    micro_batches,
+    start_run,
+    train_steps,
+    trajectory,
+    with_dropout,
+    worst,
+)
 from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import OptimSettings
@@ -25,8 +39,8 @@ TOLERANCE = 1e-5
 ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=4)
 SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
-    "tied": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD),
-    "tied adam": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=ADAM),
+    "tied": Setting(replace(with_dropout(GPT2), num_layers=5), masked=True, optim=SGD),
+    "tied adam": Setting(replace(with_dropout(GPT2), num_layers=5), masked=True, optim=ADAM),
     "untied": Setting(replace(LLAMA, num_layers=5), optim=ADAM),
     "untied sgd": Setting(replace(LLAMA, num_layers=5), optim=SGD),
     "deep": Setting(replace(LLAMA, num_layers=9), optim=ADAM),
@@ -55,16 +69,16 @@ def laid_out(setting: Setting, schedule: str, layout: str = "pp 2", **changes: A
 
 def pipeline_run(setting: Setting, steps: int):
     """Curve, initial and final weights, the copies of the word embedding after every step; peak of live activations."""
-    run = start(setting, steps)
-    initial, curve, copies, peaks = pieces(run), [], [], set()
+    run = start_run(setting, steps)
+    initial, curve, copies, peaks = main_weight_slices(run), [], [], set()
     for _ in range(steps):
-        curve += go(run, setting, 1)
+        curve += train_steps(run, setting, 1)
         copies.append([p.detach().clone() for b in run.optimizer.buffers for p in b.parameters if param_spec(p).name == WORD])
         peaks.add(run.pipeline.peak_in_flight)
     schedule = run.pipeline.schedule(setting.global_batch // setting.micro_batch // run.mesh.dp.size)
     assert peaks == {simulate(schedule, Costs()).peak_activations[run.mesh.pp.rank]}, f"{peaks} activations at once"
     assert leaves_nothing(run)
-    return curve, initial, pieces(run), copies
+    return curve, initial, main_weight_slices(run), copies
 
 
 def leaves_nothing(run: Run) -> bool:
@@ -78,11 +92,11 @@ def leaves_nothing(run: Run) -> bool:
     )
 
 
-def same_run(results, expected, initial: Pieces, final: Pieces, tolerance: float) -> None:
+def same_run(results, expected, initial: NamedSlices, final: NamedSlices, tolerance: float) -> None:
     for curve, begun, ended, _ in results:
-        assert mismatch(initial, begun) == 0.0, "initial weights depend on the layout"
+        assert max_relative_error(initial, begun) == 0.0, "initial weights depend on the layout"
         assert worst(curve, expected) < TOLERANCE
-        assert mismatch(final, ended) < tolerance
+        assert max_relative_error(final, ended) < tolerance
 
 
 # The grid. Five layers do for all schedules but those with two stages on each of four ranks, which take nine. Where the untied
@@ -107,7 +121,7 @@ def test_every_schedule_is_the_same_run(name, schedule, layout):
     # Adam divides noise by noise where a gradient is zero but for rounding: what SGD's weights show, its own need not.
     same_run(results, expected, initial, final, TOLERANCE if setting.optim is SGD else 1e-2)
     if name in ("untied", "deep"):  # the same sums in the same order
-        assert all(curve == expected and mismatch(final, ended) == 0.0 for curve, _, ended, _ in results)
+        assert all(curve == expected and max_relative_error(final, ended) == 0.0 for curve, _, ended, _ in results)
     if name == "tied":
         equal_copies(results, pp=LAYOUTS[layout][2], tp=LAYOUTS[layout][1], v_shaped=schedule == "zb-v")
 
@@ -146,7 +160,7 @@ def test_fewer_micro_batches_than_stages(schedule, pp, micro_batches):
     setting = replace(MODELS["deep"], global_batch=micro_batches)
     expected, _, final = one_process(setting, 3)
     for curve, _, ended, _ in on_ranks(pp, pipeline_run, laid_out(setting, schedule, pp=pp), 3):
-        assert curve == expected and mismatch(final, ended) == 0.0
+        assert curve == expected and max_relative_error(final, ended) == 0.0
 
 
 CUTS = [  # schedule, layout, layers of each stage
@@ -218,8 +232,8 @@ class Held:
 
 def evaluated(setting: Setting, between: bool):
     """Two steps, and between them an evaluation or nothing."""
-    run = start(setting, 2)
-    curve, loss = go(run, setting, 1), 0.0
+    run = start_run(setting, 2)
+    curve, loss = train_steps(run, setting, 1), 0.0
     if between:
         before = [b.grads.clone() for b in run.optimizer.buffers]
         loader = Held(run, setting)
@@ -227,7 +241,7 @@ def evaluated(setting: Setting, between: bool):
         assert all(torch.equal(a, b.grads) for a, b in zip(before, run.optimizer.buffers, strict=True))
         assert all(stage.training for stage in run.stages.values()) and run.pipeline.peak_in_flight == 0
         assert leaves_nothing(run)
-    return curve + go(run, setting, 1), loss, pieces(run)
+    return curve + train_steps(run, setting, 1), loss, main_weight_slices(run)
 
 
 EVALUATIONS = [("1f1b", "pp 2"), ("interleaved", "pp 2"), ("zb-v", "pp 2 x dp 2"), ("zb-h1", "tp 2 x pp 2, sequence")]
@@ -251,15 +265,15 @@ def test_evaluation_is_that_of_one_process_and_leaves_no_trace(schedule, layout)
 
 def recomputed(setting: Setting, steps: int):
     """The run with every layer's forward pass run again in its backward."""
-    run = start(setting, steps)
+    run = start_run(setting, steps)
     calls = []
     for stage in run.stages.values():
         for block in stage.layers.values():
             block.forward = partial(checkpoint, counted(block.forward, calls), use_reentrant=False)
-    curve = go(run, setting, steps)
+    curve = train_steps(run, setting, steps)
     forwards = sum(len(stage.layers) for stage in run.stages.values()) * steps * setting.global_batch // run.mesh.dp.size
     assert len(calls) == 2 * forwards
-    return curve, pieces(run)
+    return curve, main_weight_slices(run)
 
 
 def counted(forward, calls: list[None]):
@@ -289,7 +303,7 @@ def test_bf16_follows_one_process(schedule):
     expected, _, final = one_process(setting)
     assert 0 < worst([step[:1] for step in expected], [step[:1] for step in one_process(MODELS["untied"])[0]]) < 0.03
     for curve, _, ended, _ in on_ranks(2, pipeline_run, laid_out(setting, schedule), STEPS):
-        assert curve == expected and mismatch(final, ended) == 0.0
+        assert curve == expected and max_relative_error(final, ended) == 0.0
     tied = replace(MODELS["tied"], bf16=True)
     expected = one_process(tied, 8)[0]
     for curve, _, _, _ in on_ranks(2, pipeline_run, laid_out(tied, schedule), 8):
@@ -297,10 +311,10 @@ def test_bf16_follows_one_process(schedule):
 
 
 def bytes_sent(setting: Setting) -> int:
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     send, sent = run.pipeline.channels.send, []
     run.pipeline.channels.send = lambda x, peer, number: (sent.append(x.nbytes), send(x, peer, number))
-    go(run, setting, 1)
+    train_steps(run, setting, 1)
     return sum(sent)
 
 
@@ -319,14 +333,14 @@ def test_what_travels(bf16):
 
 def broken_run(setting: Setting, fault: str):
     """The first step's norm with one thing wrong on the last rank; and whether the tied copies are still equal after it."""
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     executor = run.pipeline
     if fault == "one stage's gradient 1 % too large" and run.mesh.world.last:
         backward = executor._backward
         executor._handlers[Op.B] = lambda action, grad: backward(action, grad * 1.01)
     if fault == "copies not summed":
         run.optimizer._sum_copies = lambda axis, views: None
-    return go(run, setting, 1)[0], pieces(run)
+    return train_steps(run, setting, 1)[0], main_weight_slices(run)
 
 
 @pytest.mark.parametrize("fault", ["", "one stage's gradient 1 % too large", "copies not summed"])

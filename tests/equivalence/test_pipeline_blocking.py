@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from reference import LLAMA, Setting, go, micro_batches
+from reference import LLAMA, Setting, micro_batches, train_steps
 
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
@@ -75,7 +75,7 @@ def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
     for count in STEPS:
         channels.blocking = always or count not in seen
         seen.add(count)
-        curve += go(run, replace(setting, global_batch=count), 1)
+        curve += train_steps(run, replace(setting, global_batch=count), 1)
         if count == STEPS[0]:
             channels.blocking = always or not validations
             validations.append(scores(run))

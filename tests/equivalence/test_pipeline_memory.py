@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, micro_batches, start
+from reference import GPT2, Setting, micro_batches, start_run
 
 from megatron.pipeline import executor
 from megatron.pipeline.executor import Executor
@@ -65,7 +65,7 @@ class Ledger:
 
 def held_at_most(setting: Setting, leak: bool = False) -> tuple[int, int, int]:
     """The peak of a step as counted, as simulated, and what is left after it."""
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     ledger = Ledger(run.pipeline)
     batches = micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size)
     run.step.scaled_loss.count(batches)

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, advance, go, micro_batches, start, trajectory
+from reference import GPT2, Setting, advance, micro_batches, start_run, train_steps, trajectory
 
 from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.mesh import Axis
@@ -56,7 +56,7 @@ def copy_state(run):
 
 def overflowing(setting: Setting, victim: int):
     """Losses, scales and skips; whether the skipped steps left everything as it was, bit for bit."""
-    run = start(setting, STEPS)
+    run = start_run(setting, STEPS)
     run_step = run.pipeline.step
 
     def step(batches):
@@ -95,8 +95,8 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(layout, victim):
 def test_the_dynamic_scale_comes_down_from_where_it_begins():
     """Megatron-LM's 2^32 overflows in real gradients, and training goes on where it no longer does."""
     setting = Setting(GPT2, precision=PrecisionConfig(fp16=True))
-    run = start(setting, 40)
-    curve = go(run, setting, 40)
+    run = start_run(setting, 40)
+    curve = train_steps(run, setting, 40)
     overflows = [norm for _, norm in curve if not math.isfinite(norm)]
     assert 10 < len(overflows) < 25
     assert run.state.scaler.scale == 2.0 ** (32 - len(overflows) + 1)
@@ -126,7 +126,7 @@ def noisy(batch):
 
 
 def train_losses(setting: Setting, steps: int) -> list[float]:
-    run, found = start(setting, steps), []
+    run, found = start_run(setting, steps), []
     for _ in range(steps):
         batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
         report = run.step([noisy(batch) for batch in batches], run.state)
@@ -220,17 +220,17 @@ def test_sums_over_many_tokens_end_nowhere():
 
 def test_a_resumed_scaler_is_the_interrupted_one():
     setting = Setting(GPT2, precision=replace(FP16, initial_loss_scale=2.0**20, loss_scale_window=3))
-    whole = start(setting, 12)
-    first = go(whole, setting, 7)
+    whole = start_run(setting, 12)
+    first = train_steps(whole, setting, 7)
     saved = json.loads(json.dumps(whole.state.scalars()))
     scaler = whole.state.scaler.scalars()
     assert scaler["updates"] > 0 or scaler["patience"] < 2, "the scaler stands somewhere in between"
-    second = start(setting, 12)
+    second = start_run(setting, 12)
     for mine, its in zip((whole.weights, whole.optimizer), (second.weights, second.optimizer), strict=True):
         for ours, theirs in zip(mine.shards(), its.shards(), strict=True):
             theirs.data.copy_(ours.data)
         its.load_scalars(mine.scalars())
     second.state.load_scalars(saved)
-    assert second.state.scaler == whole.state.scaler != start(setting, 12).state.scaler
-    assert go(second, setting, 5) == go(whole, setting, 5)
+    assert second.state.scaler == whole.state.scaler != start_run(setting, 12).state.scaler
+    assert train_steps(second, setting, 5) == train_steps(whole, setting, 5)
     assert second.state.scalars() == whole.state.scalars() and first

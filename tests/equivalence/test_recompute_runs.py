@@ -8,7 +8,17 @@ from functools import cache
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, LLAMA, Setting, dropping, go, mismatch, pieces, start, trajectory
+from reference import (
+    GPT2,
+    LLAMA,
+    Setting,
+    main_weight_slices,
+    max_relative_error,
+    start_run,
+    train_steps,
+    trajectory,
+    with_dropout,
+)
 
 from megatron.config.schema import MemoryConfig, OptimSettings
 from megatron.parallel.recompute import Recompute
@@ -17,11 +27,11 @@ STEPS = 6
 TOLERANCE = 1e-5
 SGD = OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")
 MODELS = {
-    "dropping": Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD),
+    "dropping": Setting(replace(with_dropout(GPT2), num_layers=5), masked=True, optim=SGD),
     "plain": Setting(replace(GPT2, num_layers=5), optim=SGD),
-    "llama": Setting(replace(dropping(LLAMA), num_layers=5), optim=SGD),
-    "fused": Setting(replace(dropping(GPT2), num_layers=5, fused_attention_dropout=True), optim=SGD),
-    "bf16": Setting(replace(dropping(GPT2), num_layers=5), bf16=True, optim=SGD),
+    "llama": Setting(replace(with_dropout(LLAMA), num_layers=5), optim=SGD),
+    "fused": Setting(replace(with_dropout(GPT2), num_layers=5, fused_attention_dropout=True), optim=SGD),
+    "bf16": Setting(replace(with_dropout(GPT2), num_layers=5), bf16=True, optim=SGD),
 }
 KINDS = {
     "selective": MemoryConfig("selective"),
@@ -41,7 +51,7 @@ def one_process(name: str, steps: int = STEPS):
 def test_one_process_to_the_last_bit(name, kind):
     expected, _, final = one_process(name)
     curve, _, ended = trajectory(replace(MODELS[name], memory=KINDS[kind]), STEPS)
-    assert curve == expected and mismatch(final, ended) == 0.0
+    assert curve == expected and max_relative_error(final, ended) == 0.0
 
 
 # On every kind of axis, with every kind of schedule.
@@ -49,15 +59,15 @@ def test_one_process_to_the_last_bit(name, kind):
 
 def run_on_rank(setting: Setting, steps: int):
     """Curve and final weights; the forward runs of a layer in a step, for every layer of the rank."""
-    run = start(setting, steps)
+    run = start_run(setting, steps)
     runs: dict[str, int] = {}
     for stage in run.stages.values():
         assert stage.recompute.granularity == setting.memory.recompute_granularity
         for number, block in stage.layers.items():
             block.input_norm.register_forward_hook(lambda *_, n=number: runs.update({n: runs.get(n, 0) + 1}))
-    curve = go(run, setting, steps)
+    curve = train_steps(run, setting, steps)
     rounds = steps * setting.global_batch // setting.micro_batch // run.mesh.dp.size
-    return curve, pieces(run), {number: count / rounds for number, count in runs.items()}
+    return curve, main_weight_slices(run), {number: count / rounds for number, count in runs.items()}
 
 
 TP, SP = {"tp": 2}, {"tp": 2, "sequence_parallel": True}
@@ -91,7 +101,7 @@ def test_every_layout_is_the_same_run(name, kind, world, layout, twice):
     for curve, ended, runs in results:
         pairs = [pair for step, reference in zip(curve, expected, strict=True) for pair in zip(step, reference, strict=True)]
         assert max(abs(a - b) / b for a, b in pairs) < TOLERANCE
-        assert mismatch(final, ended) < TOLERANCE
+        assert max_relative_error(final, ended) < TOLERANCE
         seen |= runs
     assert seen == {str(layer): 2.0 if str(layer) in twice else 1.0 for layer in range(5)}
 

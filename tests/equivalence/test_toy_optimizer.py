@@ -15,7 +15,7 @@ import pytest
 import toy_optimizers
 from installed import install
 from ranks import on_ranks
-from reference import GPT2, LLAMA, dropping, go, start, worst
+from reference import GPT2, LLAMA, start_run, train_steps, with_dropout, worst
 from source_files import ROOT
 from test_distributed_optimizer import Sharing, alone, difference, held_bytes, joined, rectangles
 
@@ -29,7 +29,7 @@ from megatron.plan.enough_memory import states
 
 STEPS = 4
 TOY = OptimSettings(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
-PLAIN = Sharing(replace(dropping(GPT2), num_layers=3), masked=True, optim=TOY, bucket=9000)
+PLAIN = Sharing(replace(with_dropout(GPT2), num_layers=3), masked=True, optim=TOY, bucket=9000)
 UNTIED = replace(PLAIN, model=replace(LLAMA, num_layers=3))
 FORMS = {"gpt2": PLAIN, "llama": UNTIED}
 ALL = dict(sharded=True, overlap_reduce=True, overlap_gather=True)
@@ -42,8 +42,8 @@ def registered():
 
 def train(setting: Sharing, steps: int):
     with registered():
-        run = start(setting, steps)
-        curve = go(run, setting, steps)
+        run = start_run(setting, steps)
+        curve = train_steps(run, setting, steps)
         run.optimizer.gatherer.finish()
         return curve, rectangles(run.weights.shards()), rectangles(run.optimizer.shards()), run.optimizer.scalars()
 
@@ -92,9 +92,9 @@ def test_it_learns_by_its_own_rule():
     """Not by AdamW's: matrices move by orthogonal steps, whose singular values are near the learning rate."""
     with registered():
         setting = replace(alone(UNTIED), optim=replace(TOY, weight_decay=0.0))
-        run = start(setting, 1)
+        run = start_run(setting, 1)
         before = joined([rectangles(run.weights.shards())])
-        go(run, setting, 1)
+        train_steps(run, setting, 1)
         after = joined([rectangles(run.weights.shards())])
     for name, values in after.items():
         if toy_optimizers.is_matrix(name, tuple(values.shape)):
@@ -133,7 +133,7 @@ def cut(setting: Sharing):
 
 def test_buckets_of_another_optimizer_are_refused():
     with registered():
-        run = start(alone(PLAIN), 1)
+        run = start_run(alone(PLAIN), 1)
         parameters = [p for stage in run.stages.values() for p in stage.parameters()]
         with pytest.raises(ValueError, match="a bucket was not laid out for the optimizer toy: it has 2 rules"):
             Optimizer(flat_buffers(parameters), TOY, Mesh.single())

@@ -8,13 +8,13 @@ from unittest.mock import patch
 
 import pytest
 from ranks import on_ranks
-from reference import GPT2, Setting, dropping, trajectory
+from reference import GPT2, Setting, trajectory, with_dropout
 from test_pipeline import SGD, pipeline_run, same_run
 from toy_schedules import TOYS
 
 from megatron.pipeline.schedules import schedule as book
 
-TIED = Setting(replace(dropping(GPT2), num_layers=5), masked=True, optim=SGD)
+TIED = Setting(replace(with_dropout(GPT2), num_layers=5), masked=True, optim=SGD)
 STEPS = 4
 
 

@@ -13,13 +13,13 @@ from reference import (
     LLAMA,
     SEQ,
     Setting,
-    accumulate,
-    dropping,
-    gradients,
+    accumulate_gradients,
+    gradient_slices,
+    max_relative_error,
     micro_batches,
-    mismatch,
-    start,
+    start_run,
     trajectory,
+    with_dropout,
     worst,
 )
 
@@ -40,11 +40,11 @@ LAYOUTS = [  # world, tp, sequence parallel, micro-batch
 ]
 MODELS = {
     "gpt2": Setting(GPT2),
-    "gpt2 dropout": Setting(dropping(GPT2)),
+    "gpt2 dropout": Setting(with_dropout(GPT2)),
     "gpt2 masked": Setting(GPT2, masked=True),
     "gpt2 sgd": Setting(GPT2, optim=OptimSettings(optimizer="sgd", lr=0.1, lr_decay_style="constant")),
     "llama": Setting(LLAMA),
-    "llama dropout masked": Setting(dropping(LLAMA), masked=True),
+    "llama dropout masked": Setting(with_dropout(LLAMA), masked=True),
 }
 
 
@@ -73,10 +73,10 @@ def test_every_layout_is_the_same_run(name, world, tp, sequence_parallel, micro_
     steps = STEPS if world < 4 else STEPS // 2  # four ranks on two cores take their time
     expected, initial, final = one_process(name, steps)
     for curve, begun, ended in on_ranks(world, trajectory, setting, steps):
-        assert mismatch(initial, begun) == 0.0, "initial weights depend on the layout"
+        assert max_relative_error(initial, begun) == 0.0, "initial weights depend on the layout"
         assert worst(curve, expected) < TOLERANCE
         # Adam divides noise by noise where a gradient is zero but for rounding, as that of the keys' biases is.
-        assert mismatch(final, ended) < (TOLERANCE if name == "gpt2 sgd" else 1e-2)
+        assert max_relative_error(final, ended) < (TOLERANCE if name == "gpt2 sgd" else 1e-2)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
@@ -97,10 +97,10 @@ def test_mean_of_micro_batch_means_is_another_run():
 
 def scaled_gradient(setting: Setting, steps: int):
     """A trajectory in which the last rank's gradients are 1 % too large."""
-    run = start(setting, steps)
+    run = start_run(setting, steps)
     curve = []
     for _ in range(steps):
-        accumulate(run, setting)
+        accumulate_gradients(run, setting)
         if run.mesh.world.last:
             for buffer in run.optimizer.buffers:
                 buffer.grads.mul_(1.01)
@@ -119,9 +119,9 @@ def test_negative_control_a_wrong_gradient_is_seen(tp):
 
 
 def first_gradients(setting: Setting):
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     run.step(micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size), run.state)
-    return gradients(run)
+    return gradient_slices(run)
 
 
 @pytest.mark.parametrize(("world", "tp", "sequence_parallel"), [(2, 2, True), (4, 2, True), (4, 4, False)])
@@ -131,7 +131,7 @@ def test_gradients_of_every_parameter(world, tp, sequence_parallel):
     layout = replace(setting, tp=tp, sequence_parallel=sequence_parallel)
     for part in on_ranks(world, first_gradients, layout):
         assert set(part) == set(whole)
-        assert mismatch(whole, part) < TOLERANCE
+        assert max_relative_error(whole, part) < TOLERANCE
 
 
 def bf16_curve(setting: Setting):
@@ -149,7 +149,7 @@ def test_bf16_follows_fp32():
 
 
 def test_a_run_can_be_built_twice_in_one_process():
-    first, second = (start(MODELS["gpt2"], 2) for _ in range(2))
+    first, second = (start_run(MODELS["gpt2"], 2) for _ in range(2))
     assert first.stages[0] is not second.stages[0]
     for a, b in zip(first.stages[0].parameters(), second.stages[0].parameters(), strict=True):
         assert torch.equal(a, b)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from evaluated import sentences, trained
+from evaluated import sentences, train_and_export
 
 from megatron.cli.program import run_task
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts
@@ -39,7 +39,7 @@ def asked(root, text, device: str):
 
 
 def test_scores_and_greedy_texts_are_a_cpus(tmp_path):
-    root, text = trained(tmp_path, steps=40) / "run", tmp_path / "text.txt"
+    root, text = train_and_export(tmp_path, steps=40) / "run", tmp_path / "text.txt"
     text.write_text(". ".join(sentences(5, 3)))
     (loss, written), (expected, texts) = asked(root, text, "cuda"), asked(root, text, "cpu")
     assert loss == pytest.approx(expected, rel=1e-4) and written == texts

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from reference import GPT2, LLAMA, SEQ, Setting, go
+from reference import GPT2, LLAMA, SEQ, Setting, train_steps
 from torch import nn
 
 from megatron.config.resolve import resolve_model
@@ -384,7 +384,7 @@ def run_fused(setting: Setting, fused: bool):
         layout = replace(config.layout, overlap_grad_reduce=True, use_distributed_optimizer=True, ddp_bucket_size=3000)
         env = LaunchEnvironment(dist.get_rank(), dist.get_world_size())
         run = run_module.build_run(replace(config, precision=precision, layout=layout), Job(env, torch.device("cpu"), "gloo"))
-        curve = go(run, setting, 4)
+        curve = train_steps(run, setting, 4)
     return curve, product.call_count, run.optimizer.reducer.started_early, len(run.optimizer.buffers)
 
 

@@ -108,7 +108,7 @@ def counts_before(schedule: Schedule, programs: Programs) -> dict[int, tuple[lis
     return {number: (send, receive) for number, (send, receive) in found.items()}
 
 
-def unsafe(schedule: Schedule, programs: Programs) -> list[int]:
+def unsafe_transfers(schedule: Schedule, programs: Programs) -> list[int]:
     """The transfers that hang when one action, of those that its rank runs meanwhile, waits for the whole device.
 
     One end is posted, and the rank's later action must run before the other end is.

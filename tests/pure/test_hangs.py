@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from spinning import Device, Programs, stuck, unsafe
+from spinning import Device, Programs, stuck, unsafe_transfers
 
 from megatron.pipeline.schedules.lower import Instruction, Receive, forward_only, lower
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make
@@ -59,7 +59,7 @@ def test_the_first_time_every_action_may_wait_for_its_device(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_later_any_one_action_may_wait_for_its_device(name):
     for schedule in schedules(name):
-        assert not unsafe(schedule, lower(schedule)), words(schedule)
+        assert not unsafe_transfers(schedule, lower(schedule)), words(schedule)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -70,7 +70,7 @@ def test_the_rule_is_what_the_model_does(name, by):
         programs = moved(lower(schedule, early=2), by)
         actions = [(rank, action) for rank, program in enumerate(schedule.programs) for action in program]
         hang = [one for one in actions if stuck(programs, Device(whole=lambda *each, one=one: each == one))]
-        assert bool(hang) == bool(unsafe(schedule, programs)), (words(schedule), hang)
+        assert bool(hang) == bool(unsafe_transfers(schedule, programs)), (words(schedule), hang)
         assert by or not hang
 
 
@@ -79,7 +79,7 @@ def test_gpipe_hung_at_its_peak():
     schedule = make("gpipe", 4, 8)
     programs = moved(lower(schedule), 1)
     assert stuck(programs, Device(whole=lambda rank, action: str(action) == "F0.7"))
-    assert unsafe(schedule, programs)
+    assert unsafe_transfers(schedule, programs)
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "gpipe"])

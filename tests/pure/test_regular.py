@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stand_ins import put
+from stand_ins import make_stand_in
 
 from megatron.files import regular
 from megatron.files.regular import (
@@ -27,9 +27,12 @@ from megatron.files.regular import (
     [
         (os.mkfifo, "a named pipe, not a regular file"),
         (Path.mkdir, "a directory, not a regular file"),
-        (lambda path: put("socket", path, b""), "a socket, not a regular file"),
+        (lambda path: make_stand_in("socket", path, b""), "a socket, not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "a device, not a regular file"),
-        (lambda path: put("huge", path, b""), "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file"),
+        (
+            lambda path: make_stand_in("huge", path, b""),
+            "1,099,511,627,776 bytes, more than the 1,000 that are read of such a file",
+        ),
         (lambda path: path.symlink_to("nowhere"), "a link to nowhere, which is not there"),
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
         (lambda path: None, "No such file or directory"),

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from reference import LLAMA
-from writers import build, predictor, save_model
+from writers import as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron.mesh.mesh import Axis
@@ -107,7 +107,7 @@ def served(
     reply that nobody reads; 0 for its own number. service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
-        engine = Engine(predictor(model), tokenizer, Control(Axis.alone("world")))
+        engine = Engine(as_pipeline(model), tokenizer, Control(Axis.alone("world")))
     port = open_port("127.0.0.1", 0)
     if buffer:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
@@ -128,14 +128,14 @@ def served(
     assert not worker.is_alive() and not alive()
 
 
-def tireless() -> GPT:
+def endless_model() -> GPT:
     """A model whose most probable text never ends by itself."""
-    model = build(LLAMA, vocab=VOCAB)
+    model = build_random_gpt(LLAMA, vocab=VOCAB)
     model.head.weight.data[256] = 0.0  # a logit of 0, where the greatest of 256 others is above
     return model
 
 
-def checkpoint(root: Path) -> Path:
+def save_endless_model(root: Path) -> Path:
     """One whose tokenizer has a chat template."""
     template = {"chat_template.jinja": b"{{ messages[0].content }}"}
-    return save_model(tireless(), root, ByteTokenizer().files() | template)
+    return save_model(endless_model(), root, ByteTokenizer().files() | template)

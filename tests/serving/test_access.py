@@ -6,7 +6,7 @@ import socket
 import urllib.error
 
 import pytest
-from serving import Client, Letters, served, tireless
+from serving import Client, Letters, endless_model, served
 
 from megatron.serving.access import Access, check_key, normal_origin, parse_host
 from megatron.serving.fields import RequestError
@@ -17,7 +17,7 @@ PAGE = "https://app.example.org"
 @pytest.fixture(scope="module")
 def client():
     access = Access.for_server("127.0.0.1", ["my.proxy"], [PAGE], "sekret")
-    with served(tireless(), Letters(), access=access, name="org/a model") as client:
+    with served(endless_model(), Letters(), access=access, name="org/a model") as client:
         yield client
 
 

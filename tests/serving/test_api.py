@@ -7,8 +7,8 @@ import time
 
 import pytest
 from reference import GPT2, LLAMA
-from serving import VOCAB, Letters, served, tireless
-from writers import build, predictor
+from serving import VOCAB, Letters, endless_model, served
+from writers import as_pipeline, build_random_gpt
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch
@@ -25,7 +25,7 @@ def texts(model, prompts, count=8, sampling=None, **options) -> list[GeneratedTe
     found = [GeneratedText.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
     ends = lambda text: text.tokens[-1] == 256  # noqa: E731
     for _ in extend_texts(
-        predictor(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options
+        as_pipeline(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options
     ):
         pass
     return found
@@ -37,7 +37,7 @@ def words(text: GeneratedText) -> str:
 
 @pytest.fixture(scope="module")
 def model():
-    return tireless()
+    return endless_model()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_megatron_sampling_and_seeds(client, model):
 
 
 def test_megatron_beams(client, model):
-    *_, beams = BeamSearch(3, 0.5, 65).run(predictor(model), TOKENIZER.tokenize("Hello"), max_new_tokens=8)
+    *_, beams = BeamSearch(3, 0.5, 65).run(as_pipeline(model), TOKENIZER.tokenize("Hello"), max_new_tokens=8)
     asked = {"prompts": ["Hello"], "tokens_to_generate": 8, "beam_width": 3, "length_penalty": 0.5, "stop_token": 65}
     status, reply = client("PUT", "/api", asked)
     assert status == 200 and reply.keys() == {"text", "segments", "scores"}
@@ -187,7 +187,7 @@ def test_completions(client, model):
 
 
 def test_the_end_of_a_document_ends_a_text():
-    eager = build(LLAMA, vocab=VOCAB)
+    eager = build_random_gpt(LLAMA, vocab=VOCAB)
     expected = texts(eager, ("Hello", "Hello", "Go", "Go"), sampling=Sampling(), seed=5)
     with served(eager, TOKENIZER) as client:
         reply = client.complete(prompt=["Hello", "Go"], n=2, max_tokens=8, seed=5, logprobs=0)
@@ -292,14 +292,14 @@ def test_small_routes_and_the_log(client):
 
 
 def test_a_model_with_few_positions_says_what_fits():
-    with served(build(GPT2, vocab=VOCAB), TOKENIZER) as client:
+    with served(build_random_gpt(GPT2, vocab=VOCAB), TOKENIZER) as client:
         status, reply = client("PUT", "/api", {"prompts": ["Hello", "x"], "tokens_to_generate": 44})
         assert status == 400 and "48 positions" in reply and "ask for 43 at most" in reply
         assert client("PUT", "/api", {"prompts": ["Hello"], "tokens_to_generate": 43})[0] == 200
 
 
 def test_a_damaged_model_fails_each_request_and_not_the_server():
-    damaged = build(LLAMA, vocab=VOCAB)
+    damaged = build_random_gpt(LLAMA, vocab=VOCAB)
     damaged.head.weight.data[5] = float("nan")
     with served(damaged, TOKENIZER) as client:
         for _ in range(2):

@@ -7,8 +7,8 @@ import json
 import pytest
 from chats import CHATML, EOS, GEMMA, IM_END, INST, VOCAB, open_tokenizer, write_tokenizer
 from reference import LLAMA
-from serving import Letters, served, tireless
-from writers import build, predictor
+from serving import Letters, endless_model, served
+from writers import as_pipeline, build_random_gpt
 
 from megatron.data.errors import DataError
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts
@@ -53,7 +53,7 @@ def chat(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return build(LLAMA, vocab=VOCAB)
+    return build_random_gpt(LLAMA, vocab=VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_conversation_is_what_transformers_makes_of_it(tmp_path, template, tal
 
 def test_a_reply_is_what_the_model_writes_after_it(client, model, chat) -> None:
     text = GeneratedText.after(chat.tokens(TALKS[0]))
-    for _ in extend_texts(predictor(model), [text], max_new_tokens=6, sampling=Sampling(0.0)):
+    for _ in extend_texts(as_pipeline(model), [text], max_new_tokens=6, sampling=Sampling(0.0)):
         pass
     words = chat.tokenizer.detokenize(text.tokens[text.start :])
     for limit in ("max_tokens", "max_completion_tokens"):
@@ -122,7 +122,7 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
     tokenizer = open_tokenizer(folder)
     assert ChatFiles.from_directory(folder, tokenizer).ends == (EOS,)
     text = GeneratedText.after(tokenizer.tokenize("Hi"))
-    for _ in extend_texts(predictor(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
+    for _ in extend_texts(as_pipeline(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
         pass
     third = text.tokens[text.start + 2]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [IM_END, third, True, -1, "x"]}))
@@ -174,7 +174,7 @@ def test_wrong_chats(client, fields, param, words) -> None:
 def test_without_a_template(tmp_path) -> None:
     chat = opened(tmp_path, template=None)
     for held in ({"chat": chat}, {}):
-        with served(tireless(), Letters(), **held) as client:
+        with served(endless_model(), Letters(), **held) as client:
             status, body = client("POST", "/v1/chat/completions", {"messages": TALKS[0]})
             assert status == 400 and "--chat-template FILE" in body["error"]["message"]
     given = ChatTemplate(ChatFiles.from_directory(tmp_path, chat.tokenizer, "{{ messages[0].content }}"), chat.tokenizer, 1000)

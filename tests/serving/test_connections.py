@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from serving import Client, Letters, served, tireless
+from serving import Client, Letters, endless_model, served
 
 from megatron.serving.connections import ConnectionLimits
 
@@ -35,7 +35,7 @@ def rest(connection: socket.socket) -> bytes:
 
 @pytest.fixture(scope="module")
 def quick():
-    with served(tireless(), Letters(), limits=QUICK) as client:
+    with served(endless_model(), Letters(), limits=QUICK) as client:
         yield client
 
 
@@ -74,7 +74,7 @@ def test_many_idle_connections_do_not_keep_others_out() -> None:
     """200 half-sent requests where 40 connections may be: the oldest go, requests that run stay and new ones are answered."""
     limits = ConnectionLimits(max_connections=40)
     endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
-    with served(tireless(), Letters(), limits=limits) as client, ExitStack() as closing:
+    with served(endless_model(), Letters(), limits=limits) as client, ExitStack() as closing:
         running = closing.enter_context(client.connected(endless))
         assert b"200" in running.recv(100)
         for _ in range(200):
@@ -86,7 +86,7 @@ def test_many_idle_connections_do_not_keep_others_out() -> None:
 def test_requests_that_run_fill_the_server() -> None:
     limits = ConnectionLimits(max_connections=1)
     endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
-    with served(tireless(), Letters(), limits=limits) as client, client.connected(endless) as running:
+    with served(endless_model(), Letters(), limits=limits) as client, client.connected(endless) as running:
         assert b"200" in running.recv(100)
         reply = rest(connect(client))
         assert reply.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"--max-connections" in reply
@@ -95,7 +95,7 @@ def test_requests_that_run_fill_the_server() -> None:
 def test_a_client_that_stops_reading_loses_its_stream() -> None:
     """Its request ends, so that the next one runs. The system keeps little of a reply here, so that most lies in the server."""
     endless = json.dumps({"prompt": "x", "max_tokens": 1200, "temperature": 0, "stream": True, "n": 8}).encode()
-    with served(tireless(), Letters(), limits=QUICK, buffer=4096) as client, socket.socket() as stuck:
+    with served(endless_model(), Letters(), limits=QUICK, buffer=4096) as client, socket.socket() as stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.connect(("127.0.0.1", client.port))
         stuck.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(endless) + endless)

@@ -10,15 +10,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from serving import Letters, served, tireless
-from writers import predictor
+from serving import Letters, endless_model, served
+from writers import as_pipeline
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
 def client():
-    with served(tireless(), Letters()) as client:
+    with served(endless_model(), Letters()) as client:
         yield client
 
 
@@ -56,7 +56,7 @@ def test_sizes_without_end_are_refused(client, fields, param):
 
 def test_a_body_that_cannot_fit_does_not_become_tokens():
     """The tokenizer would hold up every other request, and on several ranks the watch, for as long as it takes."""
-    with served(tireless(), Letters(), max_tokens_total=100) as client:
+    with served(endless_model(), Letters(), max_tokens_total=100) as client:
         for size, expected in ((68_000, 400), (69_000, 413)):
             status, reply = client("PUT", "/api", {"prompts": ["x" * size]})
             assert status == expected and "--max-tokens-to-oom" in reply
@@ -85,7 +85,7 @@ def test_a_wrong_method_is_told_the_right_ones(client):
 
 
 def test_no_room_has_a_status_also_before_a_stream():
-    with served(tireless(), Letters(), max_waiting=1) as client:
+    with served(endless_model(), Letters(), max_waiting=1) as client:
         endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
         with client.connected(endless) as running:
             assert b"200" in running.recv(100)
@@ -99,7 +99,7 @@ def test_no_room_has_a_status_also_before_a_stream():
 
 def test_health_tells_when_the_model_is_stuck():
     """A pass that does not come back for long. When it does, requests are answered again."""
-    model, go_on, asked = predictor(tireless()), threading.Event(), {"prompt": "x", "max_tokens": 3}
+    model, go_on, asked = as_pipeline(endless_model()), threading.Event(), {"prompt": "x", "max_tokens": 3}
     predict = model.predict
 
     def stalled(batch, cache=None, top=None):
@@ -119,7 +119,7 @@ def test_health_tells_when_the_model_is_stuck():
 
 def test_health_tells_when_another_rank_is_gone():
     """Rank 0 then waits in the exchange between two requests, which comes at every beat."""
-    with patch("megatron.serving.engine.MAX_IDLE", 0.3), served(tireless(), Letters()) as client:
+    with patch("megatron.serving.engine.MAX_IDLE", 0.3), served(endless_model(), Letters()) as client:
         exchange, go_on = client.engine.control.exchange, threading.Event()
 
         def blocked(*told, **asked):
@@ -132,7 +132,7 @@ def test_health_tells_when_another_rank_is_gone():
 
 
 def test_too_little_memory_ends_the_request_and_not_the_server():
-    model = predictor(tireless())
+    model = as_pipeline(endless_model())
     predict = model.predict
 
     def short(batch, cache=None, top=None):

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from serving import Client, checkpoint, tireless
-from writers import predictor
+from serving import Client, endless_model, save_endless_model
+from writers import as_pipeline
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts
@@ -67,13 +67,13 @@ def wait_until_up(processes: list[subprocess.Popen[str]], client: Client) -> Non
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    checkpoint(folder)
+    save_endless_model(folder)
     return folder
 
 
 def greedy(prompts: list[str], count: int) -> list[str]:
     texts = [GeneratedText.after(prompt.encode()) for prompt in prompts]
-    for _ in extend_texts(predictor(tireless()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
+    for _ in extend_texts(as_pipeline(endless_model()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
         pass
     return [ByteTokenizer().detokenize(text.tokens) for text in texts]
 

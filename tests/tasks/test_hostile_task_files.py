@@ -29,7 +29,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Read]:
     """By task, what reads one of its files; RACE's is given the file and reads its directory."""
-    words = BertWordPieceLowerCase(str(toys.vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
+    words = BertWordPieceLowerCase(str(toys.write_vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
     classes = ("contradiction", "entailment", "neutral")
     return {
         "MNLI": lambda path: PairClassification(words, 32, MNLI, classes).read(str(path), training=True),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from evaluated import POSITIONS, Reference, opened_on, sentences, trained
+from evaluated import POSITIONS, Reference, open_on_ranks, sentences, train_and_export
 from ranks import on_ranks
 
 from megatron.data.errors import DataError
@@ -34,7 +34,7 @@ START = 256
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("model"), steps=50)
+    return train_and_export(tmp_path_factory.mktemp("model"), steps=50)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def reference(model):
 
 @pytest.fixture(scope="module")
 def asked(model):
-    return Likelihoods(opened_on(str(model / "run"), 1, 1)[0].model, ByteTokenizer(), POSITIONS, 3)
+    return Likelihoods(open_on_ranks(str(model / "run"), 1, 1)[0].model, ByteTokenizer(), POSITIONS, 3)
 
 
 def answers(asked):
@@ -98,7 +98,7 @@ def test_text_ends_before_a_stop_string(asked):
 
 
 def led(root, tp, pp):
-    opened, mesh = opened_on(root, tp, pp)
+    opened, mesh = open_on_ranks(root, tp, pp)
     if not mesh.world.first:
         follow_leader(opened.model, mesh.world)
         return None
@@ -125,7 +125,7 @@ def test_what_cannot_be_asked(asked, model):
         asked.score_continuations([("ma", "x" * 41)])
     with pytest.raises(DataError, match="256 tokens to write leave no room for a prompt in the 40"):
         generate_answer(asked, "ma", {})
-    damaged = opened_on(str(model / "run"), 1, 1)[0].model
+    damaged = open_on_ranks(str(model / "run"), 1, 1)[0].model
     with torch.no_grad():
         damaged.stages[0].embedding.word.weight[ord("m")] = math.nan
     with pytest.raises(DataError, match="not finite"):

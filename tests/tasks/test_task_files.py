@@ -22,7 +22,7 @@ CLASSES = ("contradiction", "entailment", "neutral")
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    return BertWordPieceLowerCase(str(toys.vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
+    return BertWordPieceLowerCase(str(toys.write_vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
 
 
 def spelled(words, row) -> str:
@@ -44,7 +44,7 @@ def test_a_pair_and_how_it_is_cut(words):
 
 
 def test_mnli_and_qqp(words, tmp_path):
-    path = toys.mnli(tmp_path / "mnli.tsv", 5, 1)
+    path = toys.write_mnli(tmp_path / "mnli.tsv", 5, 1)
     task = PairClassification(words, 32, MNLI, CLASSES)
     items = task.read(str(path), training=True)
     lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from evaluated import Reference, sentences, trained
+from evaluated import Reference, sentences, train_and_export
 from ranks import on_ranks
 
 from megatron.cli.program import run_task
@@ -25,7 +25,7 @@ def task(*flags: object) -> int:
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("gpt"), steps=40)
+    return train_and_export(tmp_path_factory.mktemp("gpt"), steps=40)
 
 
 def test_zero_shot_scores_on_four_ranks_are_those_of_transformers(gpt, tmp_path):

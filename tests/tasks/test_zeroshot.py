@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluated import LLAMA, POSITIONS, VOCABULARY, Reference, opened_on, sentences, trained
+from evaluated import LLAMA, POSITIONS, VOCABULARY, Reference, open_on_ranks, sentences, train_and_export
 from ranks import on_ranks
 
 from megatron.config.errors import ConfigError
@@ -32,7 +32,7 @@ TEXTS = [". ".join(sentences(4, 3)), "Ü", "", "The cat sat. " * 5, sentences(1,
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("model"), steps=50)
+    return train_and_export(tmp_path_factory.mktemp("model"), steps=50)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ TASKS = [
 
 def all_scores(root, folder, tp, pp):
     """Each token's score in three windows, each task's figures, and the lines that it said."""
-    opened, mesh = opened_on(root, tp, pp)
+    opened, mesh = open_on_ranks(root, tp, pp)
     batch = batch_windows(example_windows(), opened.model.device)
     values, hits = opened.model.scores(batch)
     figures, said = [], []
@@ -188,8 +188,8 @@ def test_the_lines_are_those_of_megatron_lm(alone):
 
 def test_another_family_and_windows_of_every_size(tmp_path):
     """Rotary positions, grouped queries, untied; windows from one token on, the cheapest and the dearest overlap."""
-    root = trained(tmp_path, steps=10, **LLAMA)
-    reference, (opened, mesh) = Reference(root), opened_on(str(root / "run"), 1, 1)
+    root = train_and_export(tmp_path, steps=10, **LLAMA)
+    reference, (opened, mesh) = Reference(root), open_on_ranks(str(root / "run"), 1, 1)
     text = sentences(1, 8)[0]
     (tmp_path / "a.txt").write_text(text)
     tokens = reference.tokens(text)
@@ -244,7 +244,7 @@ def test_scores_over_a_cut_vocabulary(rows):
 
 @pytest.fixture(scope="module")
 def whole(model):
-    return opened_on(str(model / "run"), 1, 1)
+    return open_on_ranks(str(model / "run"), 1, 1)
 
 
 def refused(whole, task, files, error=DataError, **options):
@@ -319,12 +319,12 @@ def test_checkpoints_that_cannot_be_scored(whole, files, tmp_path):
     text, (opened, mesh) = files / "plain.txt", whole
     for task in ("WIKITEXT103", "PERPLEXITY"):
         assert "no tokenizer" in refused((replace(opened, tokenizer=None), mesh), task, [text])
-    bert = trained(tmp_path, steps=0, architecture="bert")
-    assert "holds a BERT" in refused(opened_on(str(bert / "run"), 1, 1), "PERPLEXITY", [text])
+    bert = train_and_export(tmp_path, steps=0, architecture="bert")
+    assert "holds a BERT" in refused(open_on_ranks(str(bert / "run"), 1, 1), "PERPLEXITY", [text])
 
 
 def test_a_damaged_model_is_refused(model, files):
-    damaged = opened_on(str(model / "run"), 1, 1)
+    damaged = open_on_ranks(str(model / "run"), 1, 1)
     with torch.no_grad():
         damaged[0].model.stages[0].embedding.word.weight[ord("s")] = torch.nan
     assert "not finite" in refused(damaged, "PERPLEXITY", [files / "plain.txt"])

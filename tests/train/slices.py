@@ -21,7 +21,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from warm import ended, leave
+from warm import leave, run_to_exit_status
 
 from megatron.cli import program
 from megatron.optim.optimizer import Optimizer
@@ -43,7 +43,7 @@ PHASES = {
 }
 
 
-def misfortune(how: str) -> None:
+def do_fault(how: str) -> None:
     """Let the rank come to harm in one of several ways."""
     if how == "exception":
         raise ValueError("made to fail")
@@ -56,7 +56,7 @@ def misfortune(how: str) -> None:
             os.kill(os.getpid(), signal.Signals[what])
 
 
-def arm(fault) -> None:
+def arm_fault(fault) -> None:
     owner, name = PHASES[fault["phase"]]
     plain, calls = getattr(owner, name), []
 
@@ -65,7 +65,7 @@ def arm(fault) -> None:
         if len(calls) == fault["at"]:
             if name == "build_datasets":  # which no rank waits for: the others may not watch this one yet
                 time.sleep(1.0)
-            misfortune(fault["how"])
+            do_fault(fault["how"])
         return plain(*args, **keywords)
 
     setattr(owner, name, wrapped)
@@ -82,7 +82,7 @@ def become_rank(job, rank: int, port: int) -> NoReturn:
     if job["ranks"] == 1 and "RANK" not in job.get("env", {}):  # as plain python starts it
         del os.environ["RANK"], os.environ["WORLD_SIZE"]
     if job["fault"] and job["fault"]["rank"] == rank:
-        arm(job["fault"])
+        arm_fault(job["fault"])
     sys.exit(program.pretrain(job["argv"], program="pretrain_gpt.py", defaults={}))
 
 
@@ -99,7 +99,7 @@ def run(job) -> dict[str, object]:
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
-            leave(ended(partial(become_rank, job, rank, port)))
+            leave(run_to_exit_status(partial(become_rank, job, rank, port)))
         pids.append(pid)
     began, statuses, told = time.monotonic(), {}, False
     while len(statuses) < len(pids):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, build, predictor, save_model
+from writers import POSITIONS, as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate_tokens
@@ -29,13 +29,13 @@ PROMPT = [5, 99, 17, 3]
 
 
 def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
-    return list(generate_tokens(predictor(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
+    return list(generate_tokens(as_pipeline(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = build(form)
+    model = build_random_gpt(form)
     export_hf(save_model(model, tmp_path), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     prompt = torch.tensor([PROMPT])
@@ -50,12 +50,12 @@ def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20, 0.9)], ids=["greedy", "sampled"])
 def test_the_cache_changes_nothing(form, sampling):
-    model = build(form)
+    model = build_random_gpt(form)
     assert written(model, sampling) == written(model, sampling, use_cache=False)
 
 
 def test_sampled_text_depends_on_the_seed_only():
-    model = build(LLAMA)
+    model = build_random_gpt(LLAMA)
     first = written(model, Sampling(), seed=1)
     torch.manual_seed(99)
     torch.rand(5)
@@ -64,7 +64,7 @@ def test_sampled_text_depends_on_the_seed_only():
 
 
 def test_the_one_most_probable_token_is_the_greedy_one():
-    model = build(LLAMA)
+    model = build_random_gpt(LLAMA)
     for only in (Sampling(1.0, 1), Sampling(1.0, 0, 1e-9), Sampling(1e-40), Sampling(5e-324)):
         assert written(model, only, seed=3) == written(model)
     tied = torch.tensor([0.0, 2.0, 2.0, 2.0])
@@ -98,7 +98,7 @@ def test_samples_follow_the_probabilities():
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_padding_rows_are_never_sampled(form):
-    model = build(form)
+    model = build_random_gpt(form)
     weight = model.output.matrix
     assert weight.shape[0] == 128
     with torch.no_grad():  # the padding row would win: its logit is the largest of all
@@ -109,13 +109,13 @@ def test_padding_rows_are_never_sampled(form):
 
 
 def test_the_stop_token_and_the_last_position_end_the_text():
-    model = build(GPT2)
+    model = build_random_gpt(GPT2)
     free = written(model, count=1000)
     assert len(free) == POSITIONS - len(PROMPT)
     at = free.index(free[20])
     assert written(model, stop=free[20]) == free[:at]
     assert written(model, count=7) == free[:7]
-    assert len(written(build(LLAMA), count=60)) == 60  # rotary positions do not end
+    assert len(written(build_random_gpt(LLAMA), count=60)) == 60  # rotary positions do not end
 
 
 @pytest.mark.parametrize(
@@ -130,11 +130,11 @@ def test_the_stop_token_and_the_last_position_end_the_text():
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
-        list(generate_tokens(predictor(build(GPT2)), prompt, max_new_tokens=2, sampling=GREEDY))
+        list(generate_tokens(as_pipeline(build_random_gpt(GPT2)), prompt, max_new_tokens=2, sampling=GREEDY))
 
 
 def test_a_damaged_model_is_refused():
-    model = build(GPT2)
+    model = build_random_gpt(GPT2)
     with torch.no_grad():
         model.embedding.word.weight[PROMPT[-1]] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -163,7 +163,7 @@ def tool(tmp_path_factory):
     import importlib.util
 
     root = tmp_path_factory.mktemp("model")
-    save_model(build(GPT2, vocab=257), root, ByteTokenizer().files())
+    save_model(build_random_gpt(GPT2, vocab=257), root, ByteTokenizer().files())
     spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -239,9 +239,9 @@ def written_by_several(root: str, tp: int, sampling: Sampling, use_cache: bool) 
 def test_a_model_cut_over_ranks_writes_the_same_text(form, world, tp, tmp_path):
     """Tied and untied, with and without the cache, greedy and sampled; every rank gets all of it."""
     form, layers = replace(form, num_layers=5), 5
-    save_model(build(form), tmp_path)
+    save_model(build_random_gpt(form), tmp_path)
     for sampling, use_cache in ((GREEDY, True), (GREEDY, False), (Sampling(0.8, 20, 0.9), True)):
-        alone = written(build(form), sampling)
+        alone = written(build_random_gpt(form), sampling)
         assert len(set(alone)) > 4
         results = on_ranks(world, written_by_several, str(tmp_path), tp, sampling, use_cache)
         assert all(text == alone for text, _ in results)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, build, predictor, save_model
+from writers import POSITIONS, as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
@@ -28,18 +28,18 @@ COUNT = 12
 
 def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[GeneratedText]:
     texts = [GeneratedText.after(prompt) for prompt in prompts]
-    for _ in extend_texts(predictor(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
+    for _ in extend_texts(as_pipeline(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
         pass
     return texts
 
 
 def alone(model, prompt, **options) -> list[int]:
-    return [*prompt, *generate_tokens(predictor(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
+    return [*prompt, *generate_tokens(as_pipeline(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
-    model = build(form)
+    model = build_random_gpt(form)
     for use_cache in (True, False):
         texts = together(model, use_cache=use_cache)
         assert [text.tokens for text in texts] == [alone(model, prompt) for prompt in PROMPTS]
@@ -53,11 +53,11 @@ def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
 
 
 def test_sampled_texts_follow_from_the_seed_and_their_place():
-    model = build(LLAMA)
+    model = build_random_gpt(LLAMA)
     texts = together(model, SAMPLED, seed=3)
     assert texts[0].tokens == [
         *PROMPTS[0],
-        *generate_tokens(predictor(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
+        *generate_tokens(as_pipeline(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
     ]
     others = together(model, SAMPLED, seed=3, prompts=([9, 9], [8], [7, 6, 5, 4, 3, 2, 1], [5, 99, 17, 3]))
     assert (others[1].tokens, others[3].tokens) == (texts[1].tokens, texts[3].tokens)
@@ -66,16 +66,16 @@ def test_sampled_texts_follow_from_the_seed_and_their_place():
 
 
 def test_texts_end_at_the_last_position_each_for_itself():
-    texts = together(build(GPT2), max_new_tokens=1000)
+    texts = together(build_random_gpt(GPT2), max_new_tokens=1000)
     assert {len(text.tokens) for text in texts} == {POSITIONS}
-    assert list(generate_tokens(predictor(build(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
+    assert list(generate_tokens(as_pipeline(build_random_gpt(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="48 tokens, the model 48 positions"):
-        together(build(GPT2), prompts=([1], [1] * POSITIONS))
+        together(build_random_gpt(GPT2), prompts=([1], [1] * POSITIONS))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
-    model = build(GPT2)
+    model = build_random_gpt(GPT2)
     for count in (COUNT, 0):
         for text in together(model, max_new_tokens=count, top=3, use_cache=use_cache):
             assert text.written == count and len(text.scores) == len(text.tokens) - 1
@@ -91,7 +91,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
 
 
 def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
-    model = build(LLAMA)
+    model = build_random_gpt(LLAMA)
     whole = [score.log_prob for score in together(model, top=0)[2].scores]
     monkeypatch.setattr("megatron.inference.prediction.MAX_LOGITS", 3 * 127)
     assert [score.log_prob for score in together(model, top=0)[2].scores] == pytest.approx(whole, abs=1e-5)
@@ -100,7 +100,7 @@ def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
 
 
 def test_banned_tokens_and_a_falling_top_p():
-    model = build(GPT2)
+    model = build_random_gpt(GPT2)
     first = together(model)[1].tokens[1]
     without = together(model, banned=lambda last: [first] if last == 8 else [])
     assert without[1].tokens[1] != first and without[2].tokens == together(model)[2].tokens
@@ -118,14 +118,14 @@ def test_banned_tokens_and_a_falling_top_p():
 
 
 def last(search: BeamSearch, model, **options) -> list[Beam]:
-    *_, beams = search.run(predictor(model), PROMPTS[0], **{"max_new_tokens": 16, **options})
+    *_, beams = search.run(as_pipeline(model), PROMPTS[0], **{"max_new_tokens": 16, **options})
     return beams
 
 
 @pytest.mark.parametrize("form", [GPT2, LLAMA], ids=["GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_beams_are_those_of_hugging_face(form, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = build(form)
+    model = build_random_gpt(form)
     export_hf(save_model(model, tmp_path), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     prompt = torch.tensor([PROMPTS[0]])
@@ -155,7 +155,7 @@ def test_beams_are_those_of_hugging_face(form, tmp_path):
 
 
 def test_one_beam_is_the_greedy_text_and_wrong_searches_are_refused():
-    model = build(GPT2)
+    model = build_random_gpt(GPT2)
     assert [*PROMPTS[0], *last(BeamSearch(1), model, max_new_tokens=COUNT)[0].tokens] == alone(model, PROMPTS[0])
     for wrong in (dict(width=0), dict(width=1001), dict(width=2, length_penalty=float("nan"))):
         with pytest.raises(ValueError, match="--"):
@@ -181,7 +181,7 @@ def on_a_layout(root: str, tp: int) -> tuple[list[GeneratedText], list[Generated
 
 @pytest.mark.parametrize(("form", "tp"), [(GPT2, 1), (LLAMA, 2)], ids=["pp 2", "tp 2"])
 def test_a_model_cut_over_ranks_writes_and_searches_the_same(form, tp, tmp_path):
-    model = build(form)
+    model = build_random_gpt(form)
     save_model(model, tmp_path)
     texts, sampled, beams = together(model, top=2), together(model, SAMPLED, seed=3), last(BeamSearch(3, 1.0, 7), model)
     for theirs, theirs_sampled, theirs_beams, first in on_ranks(2, on_a_layout, str(tmp_path), tp):
@@ -201,7 +201,7 @@ def test_a_model_cut_over_ranks_writes_and_searches_the_same(form, tp, tmp_path)
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
-    save_model(build(GPT2, vocab=257), root, ByteTokenizer().files())
+    save_model(build_random_gpt(GPT2, vocab=257), root, ByteTokenizer().files())
     main = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "generate.py"))["main"]
     return lambda *flags: main(["--load", str(root), "--device", "cpu", "--max-new-tokens", "9", *flags])
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import on_ranks
-from reference import GPT2, Setting, advance, micro_batches, start
+from reference import GPT2, Setting, advance, micro_batches, start_run
 
 from megatron.cli.program import pretrain
 from megatron.config.schema import OptimSettings, PrecisionConfig
@@ -47,7 +47,7 @@ def steps(run, setting: Setting, count: int = BAD):
 
 def poisoned_output(setting: Setting, module: str, victim: int):
     """The event after a module of one rank gives an infinite value, for the second micro-batch of the third step."""
-    run = start(setting, BAD + 1)
+    run = start_run(setting, BAD + 1)
     calls = []
 
     def poison(_, inputs, output):
@@ -92,7 +92,7 @@ def test_the_module_the_rank_and_the_sample_are_found(world, layout, module, vic
 
 def poisoned_gradient(setting: Setting, name: str, victim: int, *, lasting: bool):
     """The event after a gradient of one rank overflows in the second micro-batch of the third step."""
-    run = start(setting, BAD + 1)
+    run = start_run(setting, BAD + 1)
     spoilt = []
 
     def poison(_, output):
@@ -129,7 +129,7 @@ def lasting_gradient(*args):
 
 
 def first_overflow(setting: Setting):
-    return steps(start(setting, 2), setting, 1).nonfinite
+    return steps(start_run(setting, 2), setting, 1).nonfinite
 
 
 def test_of_several_stages_the_one_that_goes_back_first_is_named():
@@ -144,7 +144,7 @@ def test_of_several_stages_the_one_that_goes_back_first_is_named():
 
 def test_the_second_run_weighs_each_micro_batch_as_the_first_did():
     setting = Setting(DEEP, precision=PrecisionConfig(fp16=True))
-    run = start(setting, 2)
+    run = start_run(setting, 2)
     scaled_loss, weights = run.pipeline.scaled_loss, []
 
     def counting(loss, micro_batches):
@@ -169,7 +169,7 @@ def test_a_fault_of_the_moment_is_told_as_such():
 
 def lone_loss(setting: Setting):
     """The event where a loss is not a number and the gradients are numbers."""
-    run = start(setting, BAD + 1)
+    run = start_run(setting, BAD + 1)
     step = run.pipeline.step
 
     def poison(batches):

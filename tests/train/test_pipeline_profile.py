@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from ranks import on_ranks
-from reference import GPT2, Setting, go, start
+from reference import GPT2, Setting, start_run, train_steps
 
 from megatron.pipeline.profile import Recorder
 from megatron.pipeline.schedules.schedule import Action, Op, make
@@ -24,18 +24,18 @@ ROUNDING = 1e-6  # ms
 
 def profiled(setting: Setting, directory: str, steps: int):
     """Curve of a profiled run, and what it said."""
-    run = start(setting, steps)
+    run = start_run(setting, steps)
     said: list[str] = []
     plain = run.step
     run.step = ProfiledStep(run, Path(directory), said.append)
-    curve = go(run, setting, steps)
+    curve = train_steps(run, setting, steps)
     assert type(run.pipeline.recorder) is Recorder, "the stopwatch stays behind"
     run.step = plain
     return curve, said
 
 
 def plain_run(setting: Setting, steps: int):
-    return go(start(setting, steps), setting, steps)
+    return train_steps(start_run(setting, steps), setting, steps)
 
 
 def read_profile(directory: Path) -> dict:
@@ -101,7 +101,7 @@ def test_a_short_run_is_profiled_as_well(tmp_path):
 
 def test_only_some_steps_are_timed(tmp_path):
     """Not the first one, which warms up, and no more than are needed."""
-    run = start(SETTING, 30)
+    run = start_run(SETTING, 30)
     step = ProfiledStep(run, tmp_path, lambda line: None)
     assert (step.first, step.last) == (2, 1 + STEPS)
 

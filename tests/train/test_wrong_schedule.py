@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
-from reference import GPT2, Setting, micro_batches, start
+from reference import GPT2, Setting, micro_batches, start_run
 from test_mock_data import FLAGS
 
 from megatron.cli.program import pretrain
@@ -59,6 +59,6 @@ def test_a_run_and_a_dry_run_refuse_it(wrong, tmp_path, capsys):
 
 def test_the_executor_runs_no_such_schedule(wrong):
     setting = Setting(GPT2, schedule="gpipe")
-    run = start(setting, 1)
+    run = start_run(setting, 1)
     with pytest.raises(ValueError, match=wrong):
         run.step(micro_batches(setting, 127, 0, 0, 1), run.state)

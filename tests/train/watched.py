@@ -30,7 +30,7 @@ class Known(Exception):
     """An error that needs no traceback."""
 
 
-def work(fault: str, env: LaunchEnvironment, marks: Path) -> None:
+def do_fault(fault: str, env: LaunchEnvironment, marks: Path) -> None:
     """Do a rank's work, with the fault that is asked for; on rank 1, if its name does not say `all`."""
     if fault == "all-raise":
         time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
@@ -71,7 +71,7 @@ def step(started, number: int, fault: str, marks: Path) -> None:
         watch.computing("F", lambda words=words: words)
         time.sleep(0.01)
         if (number, micro_batch) == (4, 3):
-            work(fault, env, marks)
+            do_fault(fault, env, marks)
         if one_stage:
             dist.all_reduce(x)
         elif env.rank + 1 < env.world_size:
@@ -86,7 +86,7 @@ def explain(error: BaseException, where: str) -> str | None:
     return f"{where}: {error}" if isinstance(error, Known) else None
 
 
-def as_srun_would(ranks: int, fault: str, marks: Path) -> int:
+def fork_ranks(ranks: int, fault: str, marks: Path) -> int:
     """Fork the ranks, which saves importing torch in each, and wait for them."""
     pids = []
     for rank in range(ranks):
@@ -118,4 +118,4 @@ def main(fault: str, marks: Path) -> int:
 
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
-    sys.exit(main(what, where) if "RANK" in os.environ else as_srun_would(3, what, where))
+    sys.exit(main(what, where) if "RANK" in os.environ else fork_ranks(3, what, where))
