@@ -43,7 +43,16 @@ def process(case: Case) -> Iterator[torch.device]:
 
 
 def training_step(model: nn.Module, compute_loss: Callable[[Tensor, Tensor], Tensor], *, bf16: bool) -> Step:
-    """Forward, backward, clip and AdamW of a model whose loss is `compute_loss(tokens, labels)`."""
+    """Build a step of forward, backward, clipping and AdamW.
+
+    Args:
+        model: its parameters are trained; DTensors and plain tensors may stand side by side.
+        compute_loss: tokens and labels `[micro_batch, seq]` to the mean loss, a scalar.
+        bf16: compute under bf16 autocast, with fp32 weights.
+
+    Returns:
+        The step, which gives the loss before the update.
+    """
     # DTensors and plain tensors do not mix in one fused call, so each kind is a group of its own.
     parameters = list(model.parameters())
     kinds = [[p for p in parameters if isinstance(p, DTensor) is kind] for kind in (False, True)]

@@ -89,7 +89,7 @@ class Tally:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, without what a clock says."""
+    """Read the whole lines of metrics.jsonl, without what a clock says."""
     path = folder / "save" / "metrics.jsonl"
     found = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCKED} for line in found if line.endswith("\n")]
@@ -101,12 +101,12 @@ def key(line: dict[str, Any]) -> tuple[int, str]:
 
 
 def samples(folder: Path) -> set[tuple[int, str]]:
-    """Every step's share of every rank: rank; samples that were consumed before, numbers, checksum of the tokens."""
+    """Read every step's share of every rank: rank; samples that were consumed before, numbers, checksum of the tokens."""
     return {(int(p.suffix[1:]), text) for p in folder.glob("samples.*") for text in p.read_text().splitlines()}
 
 
 def committed(folder: Path) -> dict[int, Path]:
-    """Iteration -> checkpoint, of those that are whole, byte for byte."""
+    """Return the checkpoints that are whole, byte for byte, by iteration."""
     whole = {}
     for iteration, path in iterations(folder / "save").items():
         try:
@@ -193,7 +193,7 @@ class Victim:
             self._wrong(str(error))
 
     def _check(self, attempt: Attempt) -> None:
-        """The newest checkpoint was found, none is lost, and all that was told is what the undisturbed run told."""
+        """Check that the newest checkpoint was found, none is lost, and the log is the undisturbed run's."""
         text, newest = attempt.text(), max(self._whole, default=None)
         loaded = LOADED.search(text)
         if loaded and int(loaded[1]) != newest:
@@ -216,7 +216,7 @@ class Victim:
         self.count.samples += len(read)
 
     def _at_the_end(self) -> None:
-        """Every line once, in order, and every sample; then another life begins."""
+        """Check that every line and every sample is there once, in order; then begin another life."""
         if metrics(self.run) != list(self._lines.values()) or samples(self.run) != self._samples:
             self._wrong(f"the lines of {self.run} are not the undisturbed run's")
         self.count.finished += 1
@@ -228,7 +228,7 @@ class Victim:
 
 
 def make_data(folder: Path) -> Path:
-    """A small dataset of bytes; its prefix."""
+    """Write a small dataset of bytes, and return its prefix."""
     prefix = folder / "corpus"
     with IndexedWriter(str(prefix), token_dtype(257)) as writer:
         for number in range(40):
@@ -239,7 +239,13 @@ def make_data(folder: Path) -> Path:
 
 
 def report(count: Tally, cases: Sequence[Case], seconds: float) -> str:
-    """The counts as a table and a few sentences."""
+    """Format the counts as a table and a few sentences.
+
+    Args:
+        count: of all cases.
+        cases: the rows of the table.
+        seconds: that the benchmark took.
+    """
     phases = ("start", "training", "saving", "evaluation")
     found = Counter((case, phase) for case, phase, _ in count.kills)
     width = max(len(str(case)) for case in cases)
@@ -261,7 +267,14 @@ def report(count: Tally, cases: Sequence[Case], seconds: float) -> str:
 
 
 def build_cases(layouts: Sequence[str], saving: Sequence[str], iterations: int, data: Path) -> list[Case]:
-    """Return the cases of these layouts and ways of saving."""
+    """Return the cases of these layouts and ways of saving.
+
+    Args:
+        layouts: keys of LAYOUTS.
+        saving: keys of SAVING.
+        iterations: of each run.
+        data: prefix of the dataset.
+    """
     common = (*MODEL.split(), "--data-path", str(data), "--train-iters", str(iterations))
     return [
         Case(layout, how, ranks, (*common, *flags.split(), *SAVING[how].split()))

@@ -59,7 +59,7 @@ class Round:
 
 @contextmanager
 def counted_collectives() -> Iterator[list[int]]:
-    """Bytes of the tensors that this process hands to collectives meanwhile."""
+    """Collect the bytes of the tensors that this process hands to collectives meanwhile."""
     sizes: list[int] = []
     module: Any = dist.distributed_c10d
     originals = {name: getattr(module, name) for name in COLLECTIVES}
@@ -100,7 +100,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 class Bench:
-    """One rank's part."""
+    """The measurements of one rank."""
 
     def __init__(self, case: Case, run: Run, root: Path) -> None:
         self.run, self.root, self.rank = run, root, run.mesh.rank
@@ -130,7 +130,7 @@ class Bench:
         slowest(0.0)
 
     def dd(self) -> float:
-        """Seconds of a copy on this disk, deleted again."""
+        """Return the seconds of a copy on this disk, which is deleted again."""
         copy = self.root / f"copy{self.rank}"
         command = ["dd", f"if={self.root / f'source{self.rank}'}", f"of={copy}", "bs=16M", "conv=fsync"]
         seconds = timed(lambda: subprocess.run(command, check=True, capture_output=True))
@@ -145,7 +145,12 @@ class Bench:
         return seconds
 
     def one_round(self, steps: int, dd_first: bool) -> Round:
-        """Measure each way of saving once. dd_first: copy a file before the first of them, not after."""
+        """Measure each way of saving once.
+
+        Args:
+            steps: that are timed without a save.
+            dd_first: copy a file before the first save, not after it.
+        """
         step = timed(lambda: [self.step() for _ in range(steps)]) / steps
         dd = self.dd() if dd_first else 0.0
         foreground = self.foreground()
@@ -163,7 +168,7 @@ class Bench:
         return Round(step, foreground, dd, stall, slowest(saver.seconds), slowest(meanwhile))
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that this rank hands to collectives in a save, and that it writes."""
+        """Return the bytes that this rank hands to collectives in a save, and those that it writes."""
         with counted_collectives() as sizes:
             self.savers["foreground"].save()
         held = self.root / "foreground" / f"iter_{self.run.state.iteration:07d}" / shard_name(self.rank)
@@ -180,7 +185,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def report(rounds: list[Round], size: int) -> None:
-    """The first rank's lines."""
+    """Print the figures of all rounds. size: bytes of a checkpoint."""
     mb = size / 1e6
     print(f"{'step':<34} {spread([1000 * r.step for r in rounds], '.0f')} ms")
     print(f"{'save in the foreground':<34} {spread([mb / r.foreground for r in rounds], '.0f')} MB/s of all ranks")
@@ -194,7 +199,15 @@ def report(rounds: list[Round], size: int) -> None:
 
 
 def run_rank(rank: int, case: Case, root: Path, port: int, rounds: int) -> None:
-    """Measure on one rank; the first one prints the table."""
+    """Measure on one rank; the first one prints the table.
+
+    Args:
+        rank: of this process.
+        case: model and layout.
+        root: a directory on the disk that is measured, for all ranks.
+        port: of the ranks' store, on this host.
+        rounds: that are measured, after one that is not.
+    """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(case.ranks))
     with job(LaunchEnvironment.from_environ(os.environ), "gloo" if case.ranks > 1 else None) as started:

@@ -43,7 +43,19 @@ class Case:
 
 
 def train_as(rank: int, case: Case, port: int, folder: Path, log: Path, evaluating: mmap.mmap) -> int:
-    """In a forked child: be this rank, and tell what it reads and when it evaluates. The exit status."""
+    """Become a rank, in a forked child; record the samples that it reads, and mark when it evaluates.
+
+    Args:
+        rank: that the child becomes.
+        case: the run's command.
+        port: of the ranks' store, on this host.
+        folder: of the run; its `save` holds the checkpoints, its `samples.RANK` what was read.
+        log: that the rank's output is appended to.
+        evaluating: a byte for each rank, 1 while it evaluates.
+
+    Returns:
+        The run's exit status.
+    """
     output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -101,7 +113,7 @@ class Attempt:
         return pid
 
     def running(self) -> bool:
-        """True while any rank is alive."""
+        """Return whether any rank is alive."""
         for rank, pid in enumerate(self.pids):
             if rank not in self.statuses:
                 ended, status = os.waitpid(pid, os.WNOHANG)
@@ -110,14 +122,21 @@ class Attempt:
         return len(self.statuses) < len(self.pids)
 
     def kill(self, ranks: Sequence[int]) -> None:
-        """SIGKILL. Before they train, ranks may not know one another yet: then the rest is told to end, as torchrun does."""
+        """Kill these ranks.
+
+        Before they train, ranks may not know one another yet: then the rest is told to end, as torchrun does.
+        """
         rest = [rank for rank in range(len(self.pids)) if rank not in ranks] if self.reached() < 0 else []
         for rank, number in [(r, signal.SIGKILL) for r in ranks] + [(r, signal.SIGTERM) for r in rest]:
             if rank not in self.statuses:
                 os.kill(self.pids[rank], number)
 
     def wait(self, seconds: float) -> float:
-        """Until all ranks have ended; the seconds it took. RuntimeError after so many, and the rest is killed."""
+        """Wait until all ranks have ended, and return the seconds it took.
+
+        Raises:
+            RuntimeError: some were alive after so many seconds; they are killed.
+        """
         began = time.monotonic()
         while self.running():
             if time.monotonic() - began > seconds:
@@ -132,11 +151,11 @@ class Attempt:
         return self.log.read_text(errors="replace")
 
     def reached(self) -> int:
-        """The last iteration that this start has trained; -1 before its first."""
+        """Return the last iteration that this start has trained; -1 before its first."""
         return max((int(n) for n in TRAINED.findall(self.text())), default=-1)
 
     def phase(self) -> str:
-        """The phase in which the run was killed."""
+        """Return the phase in which the run was killed."""
         if any(path.name.endswith(".tmp") for path in (self.folder / "save").iterdir()):
             return "saving"
         if any(self._evaluating[:]):

@@ -51,7 +51,15 @@ CONTENDERS = {  # name: whom it is compared with
 
 @dataclass(frozen=True)
 class Case:
-    """ranks: processes. parameters: matrices `[width, width]`, each with a vector `[width]`. steps: of a turn."""
+    """The sizes of the benchmark.
+
+    Attributes:
+        ranks: processes.
+        parameters: matrices `[width, width]`, each with a vector `[width]`.
+        width: of the matrices.
+        rounds: turns of each contender.
+        steps: of a turn.
+    """
 
     ranks: int
     parameters: int
@@ -61,7 +69,7 @@ class Case:
 
 
 class Row(nn.Module):
-    """The model."""
+    """A row of matrices and vectors, whose loss is a weighted sum of their elements."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -80,7 +88,17 @@ Step = Callable[[int], object]
 
 
 def build_ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple[Step, Iterator[Tensor]]:
-    """Return a step of this framework's optimizer, and the tensors that it keeps."""
+    """Build a step of this framework's optimizer.
+
+    Args:
+        model: the parameters.
+        mesh: all ranks are data-parallel ones.
+        sharded: shard the optimizer's state over them.
+        overlap: reduce gradients during the backward pass.
+
+    Returns:
+        The step, and the tensors that it keeps.
+    """
     buffers = flat_buffers(model.parameters(), 4_000_000, mesh, sharded=sharded)
     config = OptimConfig(clip_grad=CLIP, start_weight_decay=DECAY, end_weight_decay=DECAY)
     optimizer = Optimizer(buffers, config, mesh, overlap_grad_reduce=overlap)
@@ -95,7 +113,16 @@ def build_ours(model: Row, mesh: Mesh, *, sharded: bool, overlap: bool) -> tuple
 
 
 def build_torch(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterator[Tensor]]:
-    """Return a step of PyTorch's own wrapper and optimizer, and the tensors that they keep."""
+    """Build a step of PyTorch's own wrapper and optimizer.
+
+    Args:
+        model: the parameters.
+        mesh: all ranks are data-parallel ones.
+        sharded: shard the optimizer's state over them, by ZeroRedundancyOptimizer.
+
+    Returns:
+        The step, and the tensors that it keeps.
+    """
     ddp = DistributedDataParallel(model, bucket_cap_mb=16, gradient_as_bucket_view=True)
     decays = [p for p in model.parameters() if p.dim() > 1]
     groups = [
@@ -126,7 +153,7 @@ def build_torch(model: Row, mesh: Mesh, *, sharded: bool) -> tuple[Step, Iterato
 
 
 class Contender:
-    """One of them, ready to take turns; its first steps are behind it, which make state and count buckets."""
+    """A contender, ready to take turns; its first steps are behind it, which make state and count buckets."""
 
     def __init__(self, name: str, case: Case, mesh: Mesh) -> None:
         self.model, self.done = Row(case), 0
@@ -139,7 +166,7 @@ class Contender:
         self.held = held_bytes(kept)
 
     def turn(self, steps: int) -> tuple[float, float]:
-        """Seconds of a step from the first rank's start to the last one's end, and of this rank's processors."""
+        """Return the seconds of a step from the first rank's start to the last one's end, and those of this processor."""
         dist.barrier()
         begun = time.perf_counter(), time.process_time()
         for _ in range(steps):
@@ -154,7 +181,7 @@ class Contender:
 
 
 def held_bytes(kept: Iterator[Tensor]) -> int:
-    """Bytes of some tensors; a slice of one that is counted already takes none of its own."""
+    """Count the bytes of tensors; a slice of one that is counted already takes none of its own."""
     elements = {(t.data_ptr(), t.numel()): t for t in kept}
     storages = {t.untyped_storage().data_ptr(): 0 for t in elements.values()}
     for t in elements.values():
@@ -178,7 +205,14 @@ def take_turns(contenders: dict[str, Contender], case: Case) -> Times:
 
 
 def report(name: str, times: Times, held: int, apart: float) -> Iterator[str]:
-    """The lines on a contender. held: bytes. apart: the largest difference of its weights from the first one's."""
+    """Yield the lines about a contender.
+
+    Args:
+        name: of the contender.
+        times: of all contenders.
+        held: bytes that it keeps on the first rank.
+        apart: largest difference of its weights from the first contender's.
+    """
     wall, processor = ([1000 * turn[which] for turn in times[name]] for which in (0, 1))
     yield (
         f"{name:<40} {median(wall):>7.1f} ms, processor {median(processor):>7.1f} ms {held / 2**20:>7.1f} MiB"
@@ -193,7 +227,13 @@ def report(name: str, times: Times, held: int, apart: float) -> Iterator[str]:
 
 
 def run_rank(rank: int, case: Case, port: int) -> None:
-    """One rank's part."""
+    """Measure on one rank; the first one prints the lines.
+
+    Args:
+        rank: of this process.
+        case: the sizes.
+        port: of the ranks' store, on this host.
+    """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(case.ranks))
     torch.set_num_threads(1)
     keep_freed_memory()  # for all of them: what the model's own tensors cost is not the question

@@ -47,17 +47,26 @@ def batch_from_text(tokens: Tensor, labels: Tensor) -> Batch:
 
 
 def micro_batches_from_text(case: Case, tokens: Tensor, labels: Tensor) -> list[Batch]:
-    """A rank's text, cut into its micro-batches."""
+    """Cut a rank's text into its micro-batches.
+
+    Args:
+        case: says how many rows a micro-batch has.
+        tokens: `[rows, seq]`.
+        labels: `[rows, seq]`.
+    """
     rows = case.dims.micro_batch
     return [batch_from_text(*pair) for pair in zip(tokens.split(rows), labels.split(rows), strict=True)]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options in which our contenders differ. eager: layers are not compiled on a GPU, as they are by default.
+    """Options in which our contenders differ.
 
-    fusion: weight gradients added within their products; only in layers that are not compiled. kernel: --adam-kernel.
-    bf16_gradients: accumulated and reduced in bf16 on a GPU.
+    Attributes:
+        eager: layers are not compiled on a GPU, as they are by default.
+        fusion: weight gradients are added within their products; only in layers that are not compiled.
+        kernel: --adam-kernel.
+        bf16_gradients: gradients are accumulated and reduced in bf16 on a GPU.
     """
 
     eager: bool = False
@@ -70,7 +79,13 @@ DEFAULT = Options()
 
 
 def build_config(case: Case, schedule: str | None = None, options: Options = DEFAULT) -> RunConfig:
-    """The run that a command line with the same numbers would give. schedule: of the pipeline."""
+    """Build the configuration that a command line with the same numbers would give.
+
+    Args:
+        case: model and layout.
+        schedule: of the pipeline; None for the default.
+        options: that change only number formats and kernels.
+    """
     dims, gpu = case.dims, case.device == "cuda"
     config = RunSettings(
         model=ModelSettings(
@@ -107,7 +122,7 @@ def build_config(case: Case, schedule: str | None = None, options: Options = DEF
 
 @contextmanager
 def process(case: Case) -> Iterator[Job]:
-    """A process as the entry script sets it up."""
+    """Set up a process as the entry script does."""
     with job(LaunchEnvironment.from_environ(os.environ)) as started:
         torch.set_num_threads(case.threads)
         yield started
@@ -115,7 +130,7 @@ def process(case: Case) -> Iterator[Job]:
 
 @contextmanager
 def ours(case: Case, options: Options = DEFAULT) -> Iterator[Step]:
-    """The framework whole: its mesh, model, executor and optimizer."""
+    """Build a whole run of the framework: its mesh, model, executor and optimizer."""
     with process(case) as started:
         run = build_run(build_config(case, options=options), started)
         yield lambda tokens, labels: run.step(micro_batches_from_text(case, tokens, labels), run.state).lm_loss
@@ -137,7 +152,7 @@ class MeanLoss(nn.Module):
 
 @contextmanager
 def ours_in_ddp(case: Case) -> Iterator[Step]:
-    """Our model with torch's DistributedDataParallel and AdamW."""
+    """Build our model with torch's DistributedDataParallel and AdamW."""
     with process(case) as started:
         model = DistributedDataParallel(MeanLoss(case.dims, build_config(case).model).to(started.device))
         yield training_step(model, model, bf16=False)

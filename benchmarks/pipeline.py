@@ -43,7 +43,13 @@ CLOSE = 1e-4  # losses of equal work, in nats
 
 @dataclass(frozen=True)
 class Pass:
-    """One rank's forward and backward passes of a step: begin and end on the host's clock, seconds of every action."""
+    """One rank's forward and backward passes of a step.
+
+    Attributes:
+        begin: on the host's clock, in seconds.
+        end: likewise.
+        seconds: of every action.
+    """
 
     begin: float
     end: float
@@ -59,7 +65,7 @@ class Profile(Answer):
 
 @dataclass(frozen=True)
 class ActionCosts:
-    """Every action takes as long as it took; results are there at once."""
+    """Costs for the simulator: every action takes as long as it took; results are there at once."""
 
     seconds: Mapping[Action, float]
     communication: float = 0.0
@@ -70,7 +76,13 @@ class ActionCosts:
 
 @contextmanager
 def ready_for_turns(contender: str, case: Case, rank: int) -> Iterator[Turns]:
-    """A contender, ready to take turns of each kind."""
+    """Build a contender that is ready to take turns of each kind.
+
+    Args:
+        contender: a key of CONTENDERS.
+        case: model and layout.
+        rank: of this process.
+    """
     with CONTENDERS[contender](case) as pipelined:
         text = random_text(case, rank)
 
@@ -85,13 +97,28 @@ def ready_for_turns(contender: str, case: Case, rank: int) -> Iterator[Turns]:
 
 
 def run_gradients(pipelined: Pipelined, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-    """Run one step that nobody asks the gradient of."""
+    """Run the forward and backward passes of one step.
+
+    Args:
+        pipelined: the contender.
+        tokens: `[rows, seq]`.
+        labels: `[rows, seq]`.
+
+    Returns:
+        NaN in the place of the loss, which may be on another rank.
+    """
     pipelined.gradients(tokens, labels)
     return math.nan  # not asked for: it may be on another rank
 
 
 def profile(executor: Executor, case: Case, text: tuple[torch.Tensor, torch.Tensor]) -> tuple[Pass, ...]:
-    """Passes of the executor, each action timed. They add to gradients that the next step forgets."""
+    """Time each action of a few passes. They add to gradients that the next step zeroes.
+
+    Args:
+        executor: of our pipeline, on this rank.
+        case: says how many passes.
+        text: tokens and labels, both `[rows, seq]`.
+    """
     batches, passes, plain = ours.micro_batches_from_text(case, *text), [], executor.recorder
     for _ in range(case.steps):
         executor.recorder = stopwatch = Stopwatch(executor.device)
@@ -110,7 +137,7 @@ def build_schedule(case: Case, contender: str) -> Schedule:
 
 
 def elapsed(ranks: Sequence[Pass]) -> float:
-    """Seconds from the first rank's start to the last rank's end; `perf_counter` is one clock for a host's processes."""
+    """Return the seconds from the first rank's start to the last one's end; `perf_counter` is one clock for all of a host."""
     return max(rank.end for rank in ranks) - min(rank.begin for rank in ranks)
 
 
@@ -121,7 +148,7 @@ def overhead(schedule: Schedule, ranks: Sequence[Pass]) -> float:
 
 
 def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> float:
-    """The median step beyond a prediction from the median time of each kind of action on each stage."""
+    """Compare the median step with a prediction from the median time of each kind of action on each stage."""
     seconds: dict[Any, list[float]] = {}
     for ranks in passes:
         for rank in ranks:
@@ -132,7 +159,7 @@ def typical_overhead(schedule: Schedule, passes: Sequence[Sequence[Pass]]) -> fl
 
 
 def take_turns(case: Case, rounds: int) -> dict[str, Any]:
-    """Tokens per second of every contender in every round, with the update and without; losses; overheads of our executor."""
+    """Measure every contender's tokens per second in every round, with the update and without; losses; our overheads."""
     case = without_broken(case)
     order = list(case.contenders)
     speeds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in order} for kind in (STEPS, GRADIENTS)}
@@ -163,7 +190,7 @@ def take_turns(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def check_losses(losses: Mapping[str, Sequence[float]]) -> None:
-    """Failure unless all contenders had the same loss in every round."""
+    """Raise `Failure` unless all contenders had the same loss in every round."""
     for turn_number, of_turn in enumerate(zip(*losses.values(), strict=True)):
         if not max(of_turn) - min(of_turn) <= CLOSE:
             said = ", ".join(f"{name} {loss:.6f}" for name, loss in zip(losses, of_turn, strict=True))
@@ -194,7 +221,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def against(speeds: Mapping[str, Sequence[float]], name: str) -> str:
-    """The ratio to the bar, with its range; nothing where there is no bar."""
+    """Format the ratio to the bar, with its range; empty where there is no bar."""
     if BAR not in speeds or name == BAR:
         return ""
     middle, low, high = spread([mine / bar for mine, bar in zip(speeds[name], speeds[BAR], strict=True)])

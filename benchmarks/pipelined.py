@@ -41,9 +41,12 @@ ZB_V_RUNS_SINCE = (2, 12)  # before, torch's own ZB-V fails over gloo while it s
 
 @dataclass(frozen=True)
 class Pipelined:
-    """step: an optimizer step; gives the mean loss on every rank. gradients: its forward and backward passes alone.
+    """A contender of the pipeline benchmark.
 
-    executor: ours, where the contender has it.
+    Attributes:
+        step: an optimizer step; gives the mean loss on every rank.
+        gradients: its forward and backward passes alone.
+        executor: ours, where the contender has it.
     """
 
     step: Step
@@ -72,7 +75,7 @@ def build_plan(case: Case, contender: str) -> StagePlan:
 
 @contextmanager
 def our_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
-    """The framework whole."""
+    """Build a whole run of the framework."""
     with ours.process(case) as started:
         run = build_run(ours.build_config(case, OUR_SCHEDULES[contender]), started)
         step, gradients = step_and_gradients(case, run, run.pipeline)
@@ -82,7 +85,13 @@ def our_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
 def step_and_gradients(
     case: Case, run: Run, executor: Executor | TorchExecutor
 ) -> tuple[Step, Callable[[Tensor, Tensor], None]]:
-    """Our run's step, and its gradients alone."""
+    """Build our run's step, and one of its gradients alone.
+
+    Args:
+        case: says how text is cut into micro-batches.
+        run: ours.
+        executor: of the passes; ours or torch's.
+    """
 
     def step(tokens: Tensor, labels: Tensor) -> float:
         return run.step(ours.micro_batches_from_text(case, tokens, labels), run.state).lm_loss
@@ -138,7 +147,7 @@ class TorchExecutor:
 
 @contextmanager
 def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
-    """Our run, with torch's executor."""
+    """Build our run with torch's executor."""
     with ours.process(case) as started:
         run = build_run(ours.build_config(case, "1f1b"), started)
         rank = started.env.rank
@@ -148,7 +157,7 @@ def torch_with_our_stages(case: Case) -> Iterator[Pipelined]:
 
 
 def plain_model(case: Case) -> PlainGPT:
-    """PlainGPT with the weights that ours begins with."""
+    """Build a PlainGPT with the weights that ours begins with."""
     dims, config = case.dims, ours.build_config(case)
     gpt = GPT(config.model, StagePart(range(dims.layers), embedding=True, head=True), TensorParallel.alone())
     initialize(gpt, config.model, config.batch.seed)
@@ -161,7 +170,13 @@ def plain_model(case: Case) -> PlainGPT:
 
 
 def our_weight(name: str, weights: dict[str, Tensor], heads: int) -> Tensor:
-    """The weight that PlainGPT calls `name`."""
+    """Return our weight for a parameter of PlainGPT.
+
+    Args:
+        name: of the parameter there.
+        weights: ours, by our names.
+        heads: number of heads, over which queries, keys and values are split.
+    """
     words = name.split(".")
     thirds = {"query": 0, "key": 1, "value": 2}
     if words[-2] in thirds:  # ours has each head's query, key and value behind one another
@@ -202,7 +217,7 @@ class PlainUpdate:
         self.optimizer = torch.optim.AdamW([{"params": ps, "weight_decay": decay} for ps, decay in kinds], lr=LR, fused=True)
 
     def __call__(self, loss: Tensor) -> float:
-        """One update. loss: what this rank knows of the step's mean loss; gives all of it."""
+        """Update the weights, and return the step's mean loss. loss: this rank's share of it."""
         if self.copy is not None and self.copy.grad is not None:
             dist.all_reduce(self.copy.grad)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.counted if p.grad is not None])

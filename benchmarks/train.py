@@ -57,7 +57,13 @@ CONTENDERS: dict[str, baselines.Contender] = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A rank's report after a turn: seconds of the whole turn, loss of its last step; or an error and nothing else."""
+    """A rank's report after a turn.
+
+    Attributes:
+        seconds: of the whole turn.
+        loss: of its last step.
+        error: a traceback; then there is nothing else.
+    """
 
     seconds: float = 0.0
     loss: float = 0.0
@@ -82,7 +88,7 @@ def settle(device: str) -> None:
 
 
 def random_text(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of a rank's step. Data-parallel ranks have their own; ranks that share a model share them."""
+    """Draw tokens and labels of a rank's step. Data-parallel ranks have their own; ranks that share a model share them."""
     dims, draw = case.dims, torch.Generator().manual_seed(rank // case.tp % case.dp)
     rows = case.micro_batches * dims.micro_batch
     text = torch.randint(dims.vocab, (rows, dims.seq + 1), generator=draw).to(case.device)
@@ -90,7 +96,14 @@ def random_text(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: int, device: str) -> Answer:
-    """Several optimizer steps on the same text, timed."""
+    """Time several optimizer steps on the same text.
+
+    Args:
+        step: of a contender.
+        text: tokens and labels, both `[rows, seq]`.
+        steps: how many.
+        device: `cpu` or `cuda`.
+    """
     settle(device)
     begun = time.perf_counter()
     for _ in range(steps):
@@ -101,14 +114,28 @@ def turn(step: baselines.Step, text: tuple[torch.Tensor, torch.Tensor], steps: i
 
 @contextmanager
 def ready_to_train(contender: str, case: Case, rank: int) -> Iterator[Turns]:
-    """A contender, ready to take turns: warm up, or train."""
+    """Build a contender that is ready to take turns: warm up, or train.
+
+    Args:
+        contender: a key of CONTENDERS.
+        case: model and layout.
+        rank: of this process.
+    """
     with CONTENDERS[contender](case) as step:
         text = random_text(case, rank)
         yield lambda message: turn(step, text, 1 if message == WARM_UP else case.steps, case.device)
 
 
 def serve_turns(prepare: Prepare, contender: str, case: Case, rank: int, pipe: Connection) -> None:
-    """One rank of one contender: the first message is a port and asks to build and warm up, the others ask for turns."""
+    """Be one rank of one contender. The first message is a port and asks to build and warm up, the others ask for turns.
+
+    Args:
+        prepare: builds the contender.
+        contender: its name.
+        case: model and layout.
+        rank: of this process.
+        pipe: to the conductor; an empty message ends the rank.
+    """
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_WORLD_SIZE=str(case.ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(pipe.recv()))
     with ExitStack() as stack:
@@ -181,11 +208,19 @@ class Contest:
         return self.ask(contender, port)[0]
 
     def turn(self, contender: str) -> Answer:
-        """One turn, from the first rank's start to the last rank's end. Raises Failure when any rank of anybody fails."""
+        """Take one turn, from the first rank's start to the last rank's end.
+
+        Raises:
+            Failure: a rank of any contender failed.
+        """
         return self.ask(contender, TRAIN)[0]
 
     def ask(self, contender: str, message: object) -> list[Any]:
-        """Have all ranks of a contender do as they are told; what each of them answers. Raises Failure as `turn` does."""
+        """Send a message to all ranks of a contender, and return the answer of each.
+
+        Raises:
+            Failure: a rank of any contender failed.
+        """
         asked = [rank for rank in self.ranks if rank.contender == contender]
         for rank in asked:
             rank.tell(message)
@@ -206,7 +241,7 @@ class Contest:
 
 
 def take_turns(case: Case, rounds: int) -> dict[str, Any]:
-    """Tokens per second over all ranks, and the loss, of every contender in every round."""
+    """Measure tokens per second over all ranks, and the loss, of every contender in every round."""
     order = list(case.contenders)
     speeds: dict[str, list[float]] = {contender: [] for contender in order}
     with Contest(case) as contest:
@@ -278,7 +313,17 @@ def measure(
     take: Callable[[Case, int], dict[str, Any]],
     shown: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Measure the cases that `arguments` names, print each as `shown`, write what --json asks for; the exit status."""
+    """Measure cases one after the other, and print each.
+
+    Args:
+        cases: by name.
+        arguments: of the command line: cases, rounds, json.
+        take: measures a case in so many rounds.
+        shown: formats a case's result.
+
+    Returns:
+        The program's exit status.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no process is left behind
     results = []
     for name in arguments.cases:

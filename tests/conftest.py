@@ -68,9 +68,10 @@ REST = "--hidden-dropout 0 --attention-dropout 0 --log-interval 100 --eval-inter
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A BERT that fills in the words of a toy world (toys.py), and files of tasks in it; the first worker that asks trains it.
+    """Train a BERT that fills in the words of a toy world (toys.py), once for all workers.
 
-    checkpoint, vocab: its directory, its vocab.txt. train, dev: for each task a file to learn from, one to judge by.
+    Returns:
+        checkpoint, vocab: its directory, its vocab.txt. train, dev: for each task a file to train on, one to evaluate on.
     """
     root = tmp_path_factory.getbasetemp()
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "toys"
@@ -84,7 +85,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def train_toy(folder: Path) -> dict[str, Any]:
-    """Train the BERT of the toy world into `folder`/bert; the path of its vocabulary, and for each split its tasks' files."""
+    """Train the BERT of the toy world into `folder`/bert; return its vocabulary's path and the tasks' files of each split."""
     import toys
 
     from megatron.cli.program import pretrain

@@ -27,13 +27,13 @@ JSON_VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 def fuzz_settings(short: int) -> settings:
-    """Settings of a fuzz test that tries `short` inputs in the suite. The same ones every time."""
+    """Return the settings of a fuzz test that tries `short` inputs in the suite, the same ones every time."""
     count = int(os.environ.get(EXAMPLES, "0")) or short
     return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def damaged_bytes(good: bytes) -> st.SearchStrategy[bytes]:
-    """The bytes of a file after one to four edits: a byte, a number, a cut, a repetition, something foreign in between."""
+    """Draw the bytes of a file after one to four edits: a byte, a number, a cut, a repetition, something foreign in between."""
     at = st.integers(0, len(good))
     edit = st.one_of(
         st.tuples(st.just("byte"), at, st.integers(0, 255)),
@@ -47,6 +47,7 @@ def damaged_bytes(good: bytes) -> st.SearchStrategy[bytes]:
 
 
 def apply_edits(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
+    """Apply edits to the bytes of a file, one after the other."""
     data = bytearray(good)
     for kind, at, *more in edits:
         if kind == "byte" and at < len(data):
@@ -66,7 +67,7 @@ def apply_edits(good: bytes, edits: list[tuple[Any, ...]]) -> bytes:
 
 
 def json_paths(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value, as the keys and numbers that lead there."""
+    """List every place in a JSON value, as the keys and numbers that lead there."""
     found = [way] if way else []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
@@ -75,7 +76,13 @@ def json_paths(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def set_at_path(value: Any, way: tuple[Any, ...], new: Any) -> None:
-    """Put `new` at one place of a JSON value; nothing happens where an earlier change took the place away."""
+    """Put `new` at one place of a JSON value; nothing happens where an earlier change took the place away.
+
+    Args:
+        value: a list or dictionary, which is changed.
+        way: the keys and numbers that lead to the place.
+        new: what stands there afterwards.
+    """
     for key in way[:-1]:
         try:
             value = value[key]

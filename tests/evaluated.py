@@ -55,7 +55,16 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def train_and_export(root: Path, steps: int, **change: Any) -> Path:
-    """A checkpoint of a model that has seen some sentences, with a byte tokenizer; exported to root/hf."""
+    """Train a small model on sentences of bytes, save it to root/run, and export a GPT to root/hf.
+
+    Args:
+        root: a directory.
+        steps: of Adam.
+        change: settings that differ from SMALL_GPT.
+
+    Returns:
+        `root`.
+    """
     config = resolve_model(ModelSettings(**{**SMALL_GPT, **change}))
     model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     initialize(model, config, 7)
@@ -77,7 +86,13 @@ def train_and_export(root: Path, steps: int, **change: Any) -> Path:
 
 
 def open_on_ranks(root: str, tp: int, pp: int) -> tuple[OpenedModel[Any], Mesh]:
-    """The model, on as many ranks as there are; what tp and pp leave over is data parallel."""
+    """Open a checkpoint on as many ranks as there are; those that tp and pp leave over are data-parallel.
+
+    Args:
+        root: the directory of checkpoints.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+    """
     import torch.distributed as dist
 
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -99,12 +114,18 @@ class Reference:
 
     @torch.no_grad()
     def of(self, context: list[int], token: int) -> tuple[float, bool]:
-        """The log-probability of a token after a context, and whether it is the most probable one."""
+        """Return the log-probability of a token after a context, and whether it is the most probable one."""
         logits = self.model(torch.tensor([context])).logits[0, -1].double()
         return float(logits.log_softmax(-1)[token]), int(logits.argmax()) == token
 
     def all_after_first(self, tokens: list[int], seq_length: int, overlap: int) -> list[float]:
-        """Each token's, in the window that first reaches it; windows begin at multiples of the overlap."""
+        """Return the log-probability of every token after the first.
+
+        Args:
+            tokens: of one text.
+            seq_length: positions of a window.
+            overlap: windows begin at its multiples; a token counts in the first one that reaches it.
+        """
         found = []
         for at in range(1, len(tokens)):
             start = 0

@@ -12,7 +12,7 @@ LEGAL: dict[str, str] = {
 
 
 def argv(text: str) -> list[str]:
-    """The legal run with flags changed: `--flag value` replaces or adds, `--no:flag` takes away."""
+    """Return the legal run with flags changed: `--flag value` replaces or adds, `--no:flag` takes away."""
     wanted = dict(LEGAL)
     for part in text.split(" --") if text else []:
         name, _, value = part.removeprefix("--").strip().partition(" ")
@@ -24,6 +24,13 @@ def argv(text: str) -> list[str]:
 
 
 def problems(text: str, world: int = 1, files: bool = False) -> list[str]:
+    """Parse the legal run with flags changed, and return what is wrong with it.
+
+    Args:
+        text: flags as `argv` takes them.
+        world: number of ranks.
+        files: check the files that are named, too.
+    """
     try:
         parse(argv(text), program="test", world_size=world, files=files)
     except ConfigError as error:

@@ -33,6 +33,7 @@ TIMEOUT_S = 240.0
 
 
 def _serve(rank: int, pipe: Connection) -> None:
+    """Run the functions that come through the pipe, as one rank of a process group, until the pipe ends."""
     import torch
     import torch.distributed as dist
 
@@ -60,7 +61,7 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class Pool:
-    """`world` processes in one process group."""
+    """Processes in one gloo process group, `world` of them."""
 
     def __init__(self, world: int) -> None:
         with socket.socket() as s:
@@ -78,6 +79,7 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        """Run `function(*args)` on every rank, and return the results by rank."""
         for pipe in self.pipes:
             send(pipe, (function, args))
         deadline = time.monotonic() + TIMEOUT_S
@@ -107,6 +109,7 @@ class Pool:
             process.wait()
 
     def close(self) -> None:
+        """End the ranks; those that do not end in time are killed."""
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
@@ -117,13 +120,26 @@ class Pool:
 
 
 class Pools:
-    """One live pool per world size."""
+    """The living pools, one for each world size."""
 
     def __init__(self) -> None:
         self.live: dict[int, Pool] = {}
         atexit.register(self.close)
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(*args)` on each of `world` ranks.
+
+        Args:
+            world: number of ranks.
+            function: from the top of a module; torch.distributed is initialised when it is called.
+            args: its arguments, which are pickled, as is its result.
+
+        Returns:
+            The results by rank.
+
+        Raises:
+            AssertionError: a rank failed, died or gave no answer in time.
+        """
         pool = self.live.get(world) or Pool(world)
         self.live[world] = pool
         try:

@@ -53,15 +53,20 @@ BERT = replace(GPT2, architecture="bert")
 
 
 def with_dropout(model: ModelSettings) -> ModelSettings:
+    """Return the model with dropout."""
     return replace(model, hidden_dropout=0.1, attention_dropout=0.1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A training setup: model, data, batch, precision and optimizer.
+    """A training setup: model, layout, batch, precision and optimizer.
 
-    masked: a third of the tokens do not count, unevenly over samples. documents: token 0 ends one, and positions and
-    attention begin anew after it.
+    Attributes:
+        per_virtual_stage: layers of a virtual stage.
+        stage_layers: layers of each stage.
+        split: further settings of the layout.
+        masked: a third of the tokens do not count, unevenly over samples.
+        documents: token 0 ends one, and positions and attention begin anew after it.
     """
 
     model: ModelSettings = GPT2
@@ -116,7 +121,16 @@ class Setting:
 
 
 def gpt_sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
-    """Tokens `[SEQ + 1]` and loss mask `[SEQ]` of one sample: learnable, a function of its number alone."""
+    """Make one sample of a GPT: learnable, a function of its number alone.
+
+    Args:
+        number: of the sample.
+        vocab: tokens lie below it.
+        masked: leave out some of the tokens.
+
+    Returns:
+        Tokens `[SEQ + 1]` and loss mask `[SEQ]`.
+    """
     generator = torch.Generator().manual_seed(number)
     first = int(torch.randint(0, vocab, (1,), generator=generator))
     tokens = (first + torch.arange(SEQ + 1)) % 12 * (vocab // 12)
@@ -125,7 +139,13 @@ def gpt_sample(number: int, vocab: int, masked: bool) -> tuple[Tensor, Tensor]:
 
 
 def bert_micro_batch(numbers: range, vocab: int, *, binary: bool) -> Batch:
-    """A micro-batch of these samples of BERT, functions of their numbers: learnable, masked, padded, cut into two segments."""
+    """Make a micro-batch of a BERT: learnable, masked, padded, cut into two segments.
+
+    Args:
+        numbers: of the samples, of which they are functions.
+        vocab: tokens lie below it.
+        binary: with segments and the labels of the sentence-order head.
+    """
     rows = []
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
@@ -151,7 +171,15 @@ def bert_micro_batch(numbers: range, vocab: int, *, binary: bool) -> Batch:
 
 
 def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_size: int) -> list[Batch]:
-    """This rank's share of the step that follows `consumed` samples, as the loader deals it out."""
+    """Make this rank's share of a step, as the loader deals it out.
+
+    Args:
+        setting: of the run.
+        vocab: tokens lie below it.
+        consumed: samples of the steps before.
+        dp_rank: of this rank.
+        dp_size: data-parallel ranks.
+    """
     batches = []
     block = setting.micro_batch * dp_size
     for j in range(setting.global_batch // block):
@@ -174,7 +202,7 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
 
 
 def start_run(setting: Setting, steps: int) -> Run:
-    """A built run on the processes at hand."""
+    """Build a run on the processes at hand."""
     initialized = dist.is_initialized()
     world = dist.get_world_size() if initialized else 1
     env = LaunchEnvironment(dist.get_rank() if initialized else 0, world)
@@ -182,7 +210,7 @@ def start_run(setting: Setting, steps: int) -> Run:
 
 
 def accumulate_gradients(run: Run, setting: Setting) -> None:
-    """The gradients of the next step, and no update."""
+    """Make the gradients of the next step, without an update."""
     vocab = run.config.model.known_vocab_size
     batches = micro_batches(setting, vocab, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
     run.optimizer.zero()
@@ -191,7 +219,16 @@ def accumulate_gradients(run: Run, setting: Setting) -> None:
 
 
 def train_steps(run: Run, setting: Setting, steps: int) -> list[tuple[float, ...]]:
-    """Train; (loss, gradient norm) of each step, of a BERT with a binary head also the sentence-order loss."""
+    """Train a run for some steps.
+
+    Args:
+        run: built already; it may have trained before.
+        setting: that it was built from.
+        steps: how many.
+
+    Returns:
+        (loss, gradient norm) of each step; of a BERT with a binary head also the sentence-order loss.
+    """
     curve = []
     for _ in range(steps):
         vocab = run.config.model.known_vocab_size
@@ -206,12 +243,12 @@ NamedSlices = dict[str, tuple[tuple[slice, ...], Tensor]]
 
 
 def main_weight_slices(run: Run) -> NamedSlices:
-    """This rank's main weights: global name -> (where they belong, values)."""
+    """Copy this rank's main weights: global name -> (the slices that they are of the whole, values)."""
     return {s.name: (s.part.slices, s.data.detach().clone()) for s in run.weights.shards()}
 
 
 def gradient_slices(run: Run) -> NamedSlices:
-    """This rank's gradients after the last step."""
+    """Copy this rank's gradients after the last step, as `main_weight_slices` does."""
     found: NamedSlices = {}
     for buffer in run.optimizer.buffers:
         for p, view in zip(buffer.parameters, buffer.views(buffer.grads), strict=True):
@@ -221,14 +258,14 @@ def gradient_slices(run: Run) -> NamedSlices:
 
 
 def trajectory(setting: Setting, steps: int) -> tuple[list[tuple[float, ...]], NamedSlices, NamedSlices]:
-    """Curve of `steps` steps, initial and final weights; what tests run on ranks and in one process."""
+    """Train a fresh run, and return its curve, initial and final weights; tests run it on ranks and in one process."""
     run = start_run(setting, steps)
     initial = main_weight_slices(run)
     return train_steps(run, setting, steps), initial, main_weight_slices(run)
 
 
 def max_relative_error(whole: NamedSlices, part: NamedSlices) -> float:
-    """Largest difference of a rank's pieces from the reference's, relative to each tensor's largest value."""
+    """Return the largest difference of a rank's slices from the reference's, relative to each tensor's largest value."""
     worst = 0.0
     for name, (where, values) in part.items():
         expected = whole[name][1][where]

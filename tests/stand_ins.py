@@ -10,7 +10,16 @@ STAND_INS = ("pipe", "device", "directory", "socket", "huge", "dangling", "unrea
 
 
 def make_stand_in(name: str, path: Path, good: bytes) -> bool:
-    """Make one at `path`; False where it cannot be made. good: what a good file holds there."""
+    """Make something at `path` that is not the file which is expected there.
+
+    Args:
+        name: one of STAND_INS.
+        path: where it is made; nothing may be there.
+        good: the bytes of a good file, of which some stand-ins hold a part.
+
+    Returns:
+        False where it cannot be made: root may read every file.
+    """
     match name:
         case "pipe":
             os.mkfifo(path)

@@ -31,7 +31,7 @@ class _Writer:
         return int(self.chance() * stop)
 
     def word(self) -> str:
-        """Common words are common: half of all are of the first few, which take no endings."""
+        """Draw a word. Common words are common: half of all are of the first few, which take no endings."""
         if self.chance() < 0.5:
             return WORDS[self.below(COMMON)]
         return WORDS[COMMON + self.below(len(WORDS) - COMMON)] + ENDINGS[self.below(len(ENDINGS))]
@@ -71,7 +71,7 @@ class _Writer:
 
 
 def pages(count: int, length: int, seed: int = 0) -> list[str]:
-    """Pages of a manual, each of about `length` characters.
+    """Make pages of a manual, each of about `length` characters.
 
     Args:
         count: how many.

@@ -20,11 +20,13 @@ from megatron.interop.families.llama import LLAMA
 from megatron.interop.tensor_mapping import GAMMA, SAME, Form, Row, Tensors, join_qkv, split_qkv
 
 
-def stack(tensor: Tensor, config: ModelConfig) -> Tensors:
+def stack_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
+    """Return the stacked queries, keys and values as the toy has them."""
     return (torch.cat(split_qkv(tensor, config)),)
 
 
-def unstack(tensors: Tensors, config: ModelConfig) -> Tensor:
+def split_stacked_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
+    """Return what the toy has stacked as our queries, keys and values."""
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
     return join_qkv(tensors[0].split([heads * width, groups * width, groups * width]), config)
 
@@ -32,7 +34,7 @@ def unstack(tensors: Tensors, config: ModelConfig) -> Tensor:
 ROWS = (
     Row("embedding.word.weight", ("toy.tokens.matrix",), SAME),
     Row("layers.{n}.input_norm.weight", ("toy.blocks.{n}.before_attention.scale",), GAMMA),
-    Row("layers.{n}.attention.qkv.weight", ("toy.blocks.{n}.attention.stacked",), Form(stack, unstack)),
+    Row("layers.{n}.attention.qkv.weight", ("toy.blocks.{n}.attention.stacked",), Form(stack_qkv, split_stacked_qkv)),
     Row("layers.{n}.attention.dense.weight", ("toy.blocks.{n}.attention.out",), SAME),
     Row("layers.{n}.mlp_norm.weight", ("toy.blocks.{n}.before_mlp.scale",), GAMMA),
     Row("layers.{n}.mlp.gate.weight", ("toy.blocks.{n}.mlp.opens",), SAME),

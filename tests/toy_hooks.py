@@ -17,7 +17,7 @@ NAME = "embedding norm"
 
 
 class Tally(Sink):
-    """Writes at the end what it was told, as JSON."""
+    """A sink that writes what it was told at the end, as JSON."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +34,7 @@ class Tally(Sink):
 
 
 class EmbeddingNorm(Hook):
-    """The norm of the embedding after every step; every few steps to a file."""
+    """Log the norm of the embedding after every step; every few steps write it to a file."""
 
     def before_training(self, training: Training) -> None:
         self.folder = Path(training.run.config.checkpoint.save or ".")

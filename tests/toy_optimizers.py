@@ -22,7 +22,7 @@ RULES = (UpdateRule("toy_optimizers:orthogonal_method", moments=1, applies=is_ma
 
 
 def orthogonal(matrix: Tensor, steps: int = 6) -> Tensor:
-    """`[m, n]`: singular values move towards 1."""
+    """Move the singular values of a matrix `[m, n]` towards 1."""
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         x = 1.5 * x - 0.5 * (x @ x.t() @ x)
@@ -30,7 +30,7 @@ def orthogonal(matrix: Tensor, steps: int = 6) -> Tensor:
 
 
 class Orthogonal:
-    """Each matrix in a target, put together from the ranks that it is split over."""
+    """Momentum, made orthogonal, for each matrix in a target, which is put together from the ranks that it is split over."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.steps = target, 0

@@ -12,7 +12,7 @@ from megatron.pipeline.schedules.schedule import Action, Op, Schedule, ScheduleK
 
 
 def vee(ranks: int, micro_batches: int) -> Schedule:
-    """One micro-batch after the other, down the ranks and up again."""
+    """Take one micro-batch after the other, down the ranks and up again."""
     stages = v_shaped(ranks)
     programs: list[list[Action]] = [[] for _ in range(ranks)]
     for m in range(micro_batches):
@@ -23,12 +23,12 @@ def vee(ranks: int, micro_batches: int) -> Schedule:
 
 
 def from_the_last(ranks: int, chunks: int) -> tuple[int, ...]:
-    """Stage s lives on rank p - 1 - s."""
+    """Place stage s on rank p - 1 - s."""
     return tuple(reversed(range(ranks)))
 
 
 def backwards(ranks: int, micro_batches: int) -> Schedule:
-    """Two forwards, two backwards, from the last rank to the first."""
+    """Take two forwards and two backwards, from the last rank to the first."""
     programs = []
     for rank in range(ranks):
         pairs = [(m, m + 1) for m in range(0, micro_batches, 2)]

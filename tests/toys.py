@@ -17,17 +17,19 @@ WORDS = ["has", "a", "the", "of", "is", "what", "who", "?", ".", "and", "then", 
 
 
 def write_vocabulary(folder: Path) -> Path:
+    """Write vocab.txt, and return its path."""
     path = folder / "vocab.txt"
     path.write_text("\n".join([*SPECIAL, *NAMES, *COLOURS, *THINGS, *WORDS]) + "\n")
     return path
 
 
 def draw_fact(random_: random.Random) -> tuple[str, str, str]:
+    """Draw who holds a thing of which colour."""
     return random_.choice(NAMES), random_.choice(COLOURS), random_.choice(THINGS)
 
 
 def write_corpus(folder: Path, documents: int) -> Path:
-    """Documents of two sentences each of which says the same fact: so the masked words can be guessed from the other one."""
+    """Write documents of two sentences that say the same fact, so that masked words can be guessed from the other one."""
     random_, path = random.Random(0), folder / "corpus.jsonl"
     with path.open("w") as out:
         for _ in range(documents):
@@ -39,7 +41,13 @@ def write_corpus(folder: Path, documents: int) -> Path:
 
 
 def write_mnli(path: Path, count: int, seed: int) -> Path:
-    """The second sentence repeats the colour, denies it, or speaks of something else."""
+    """Write pairs of sentences: the second repeats the colour, denies it, or speaks of something else.
+
+    Args:
+        path: of the TSV file.
+        count: number of pairs.
+        seed: other seeds give other pairs.
+    """
     random_ = random.Random(seed)
     columns = ["index", "promptID", "pairID", "genre", "sentence1", "sentence2", "gold_label"]
     with path.open("w") as out:
@@ -54,7 +62,13 @@ def write_mnli(path: Path, count: int, seed: int) -> Path:
 
 
 def write_race(folder: Path, count: int, seed: int) -> Path:
-    """Write questions about a colour: a blank or a question, and four colours."""
+    """Write questions about a colour: a blank or a question, and four colours.
+
+    Args:
+        folder: made, with a JSON file for each question.
+        count: number of questions.
+        seed: other seeds give other questions.
+    """
     random_ = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -73,7 +87,13 @@ def write_race(folder: Path, count: int, seed: int) -> Path:
 
 
 def write_squad(path: Path, count: int, seed: int) -> Path:
-    """Write questions about what somebody has, beside what another one holds: the answer is its colour and the thing."""
+    """Write questions about what somebody has, beside what another one holds: the answer is its colour and the thing.
+
+    Args:
+        path: of the JSON file.
+        count: number of questions.
+        seed: other seeds give other questions.
+    """
     random_, paragraphs = random.Random(seed), []
     for i in range(count):
         who = random_.sample(NAMES, 2)
@@ -91,7 +111,13 @@ def write_squad(path: Path, count: int, seed: int) -> Path:
 
 
 def write_conll(path: Path, count: int, seed: int) -> Path:
-    """People, and what they hold: an entity of two words."""
+    """Write sentences whose people, and the two words of what they hold, are entities.
+
+    Args:
+        path: of the file.
+        count: number of sentences.
+        seed: other seeds give other sentences.
+    """
     random_ = random.Random(seed)
     with path.open("w") as out:
         out.write("-DOCSTART- -X- O O\n\n")
@@ -105,7 +131,7 @@ def write_conll(path: Path, count: int, seed: int) -> Path:
 
 
 def write_task_files(folder: Path, seed: int) -> dict[str, str]:
-    """Each task's file, by the task's name; seed 0 makes those to learn from, which are more."""
+    """Write each task's file, and return the paths by the task's name. Seed 0 makes those to train on, which are larger."""
     folder.mkdir()
     few = 96 if seed else 256
     made = {

@@ -38,7 +38,7 @@ MAX_REQUEST = 1 << 20
 
 
 def import_packages() -> None:
-    """Import what programs need, and let what is there be no matter of the garbage collectors to come."""
+    """Import what programs need, and keep it out of the garbage collections to come."""
     for name in PACKAGES:
         importlib.import_module(name)
     import megatron
@@ -67,7 +67,12 @@ def needs_own_interpreter(request: dict[str, Any]) -> bool:
 
 
 class Server:
-    """Takes requests at a socket. running: the connection of each process."""
+    """Takes requests at a socket.
+
+    Attributes:
+        running: the connection of each process.
+        warm: the packages are imported.
+    """
 
     def __init__(self, path: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -100,6 +105,7 @@ class Server:
                 return asked
 
     def reap(self) -> None:
+        """Reply the wait status of each process that has ended."""
         while self.running:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
@@ -132,6 +138,7 @@ class Server:
 
 
 def reply(connection: socket.socket, word: object) -> None:
+    """Send a word to who asked, unless that one is gone."""
     try:
         connection.send(str(word).encode())
     except OSError:  # whoever asked is gone
@@ -185,7 +192,7 @@ def run(words: list[str]) -> None:
 
 
 def run_to_exit_status(work: Callable[[], object]) -> int:
-    """Do a program's work, say what ended it, and return its exit status; minus SIGINT after Ctrl-C."""
+    """Do a program's work, print what ended it, and return its exit status; minus SIGINT after Ctrl-C."""
     try:
         work()
     except SystemExit as end:

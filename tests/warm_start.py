@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class WarmServers:
-    """The servers, two of them: what hangs on the order of a set differs between them, as between processes."""
+    """Two servers, for what hangs on the order of a set differs between them, as between processes."""
 
     def __init__(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="warm-")

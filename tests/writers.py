@@ -1,4 +1,4 @@
-"""Small models that write text, with random weights, and their checkpoints."""
+"""Small GPTs with random weights that generate text, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSITIONS = 48
 
 
 def build_random_gpt(form: ModelConfig, vocab: int = 127) -> GPT:
-    """Random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
+    """Build a GPT with random weights; norms of either sign, so that a tied output layer does not repeat its input for ever."""
     wanted = replace(form, max_position_embeddings=POSITIONS, vocab_size=vocab)
     config = replace(resolve_model(wanted), vocab_size=vocab)
     model = GPT(config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
@@ -35,10 +35,17 @@ def build_random_gpt(form: ModelConfig, vocab: int = 127) -> GPT:
 
 
 def as_pipeline(model: GPT | Pipeline) -> Pipeline:
-    """The model as one that generates: itself, or as the only stage of a pipeline."""
+    """Return the model as a pipeline, of which it is the only stage."""
     return model if isinstance(model, Pipeline) else Pipeline.alone(model)
 
 
 def save_model(model: GPT, root: Path, assets=None) -> Path:
+    """Save a model, and return the directory of its checkpoint.
+
+    Args:
+        model: the whole model.
+        root: the directory of checkpoints.
+        assets: files of the tokenizer.
+    """
     config = to_json(RunSettings(model=model.config))
     return save(root, 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config, assets=assets)

@@ -36,7 +36,16 @@ MOST = 5_000  # samples of a split that are counted
 
 
 def masked_counts(samples: SampleSource, number: int, vocab_size: int) -> NDArray[np.int64]:
-    """Count how often each id is to be guessed in the first `number` samples: int64 `[vocab_size]`."""
+    """Count how often each id is to be guessed.
+
+    Args:
+        samples: of BERT, masked.
+        number: of them that are read, from the first.
+        vocab_size: of the counts.
+
+    Returns:
+        int64 `[vocab_size]`.
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for sample in (samples[i] for i in range(number)):
         np.add.at(counts, sample.labels[sample.loss_mask], 1)

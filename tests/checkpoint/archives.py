@@ -1,4 +1,4 @@
-"""Models with weights that hide nothing, and files of Megatron-LM written from them by rules of their own."""
+"""Models whose every weight matters, and files of Megatron-LM written from them by rules of their own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = {
 
 
 def build(config, half=False):
-    """The whole model with random weights; half: rounded to fp16, computed in fp32."""
+    """Build the whole model with random weights; half: rounded to fp16, computed in fp32."""
     model = MODELS[config.architecture](config, StagePart(range(config.num_layers), True, True), TensorParallel.alone())
     initialize(model, config, 7)
     with torch.no_grad():
@@ -63,7 +63,13 @@ def small_config(**changes):
 
 
 def reorder_qkv(rows, heads, version):
-    """Rows [heads, 3, width] in the order of an older version."""
+    """Put rows of queries, keys and values in the order of an older version.
+
+    Args:
+        rows: `[heads * 3 * width, ...]`, each head with its queries, keys and values.
+        heads: number of heads.
+        version: of the checkpoint; 0 and 1.0 have orders of their own.
+    """
     parts = rows.view(heads, 3, -1, *rows.shape[1:])
     if version == 0:
         parts = parts.transpose(0, 1)
@@ -73,7 +79,15 @@ def reorder_qkv(rows, heads, version):
 
 
 def released_state(config, weights, version, padded, half=True):
-    """The `model` of one file as the released archives have it: older names, a padded vocabulary."""
+    """Build the `model` of one file as the released archives have it, with older names.
+
+    Args:
+        config: of the model.
+        weights: by our names.
+        version: of the checkpoint, which orders queries, keys and values.
+        padded: rows of the vocabulary.
+        half: in fp16.
+    """
 
     def grown(t):
         return torch.cat([t, torch.full((padded - len(t), *t.shape[1:]), 0.5)])
@@ -111,7 +125,7 @@ def to_half(value):
 
 @contextmanager
 def foreign_class():
-    """A class of a `megatron` that nobody here has; gone when the file is read."""
+    """Make a class of a `megatron` that nobody here has; gone when the file is read."""
     module = types.ModuleType("megatron_lm_of_old")
     kind = enum.Enum("ModelType", {"encoder_or_decoder": 1}, module="megatron_lm_of_old")
     module.ModelType = kind
@@ -123,7 +137,15 @@ def foreign_class():
 
 
 def write_archive(path, model, version, args=None, **more):
-    """A zip with the file in its place, or the file itself where `path` ends in .pt; args: of a class that is not here."""
+    """Write a zip with the file in its place, or the file itself where `path` ends in .pt.
+
+    Args:
+        path: of the archive.
+        model: its `model`; None for a file without one.
+        version: its `checkpoint_version`; None for a file without one.
+        args: its arguments, whose class is not here.
+        more: further keys of the file.
+    """
     file = {"iteration": 5, **more} if model is None else {"model": model, "iteration": 5, **more}
     if version is not None:
         file["checkpoint_version"] = version
@@ -140,4 +162,5 @@ def write_archive(path, model, version, args=None, **more):
 
 
 def read_files(root: Path) -> dict[str, bytes]:
+    """Read all files of a directory, by their relative paths."""
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}

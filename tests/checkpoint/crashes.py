@@ -22,10 +22,15 @@ ASSETS = {"vocab.json": b"{}", "deep/merges.txt": b"a b\n"}
 
 
 class FaultyStorage(Storage):
-    """Calls `act` at step number `at`.
+    """A disk that calls `act` at step number `at`.
 
     Steps are before and after everything that is done to the disk, in the middle of the first bytes of a file, and of its
-    first tensor. for_ever: at every later step too. None: it only counts.
+    first tensor.
+
+    Args:
+        at: number of the step; None: it only counts.
+        act: raises or kills.
+        for_ever: at every later step too.
     """
 
     def __init__(self, at=None, act=None, *, for_ever=False):
@@ -88,7 +93,15 @@ def os_error_raiser(number):
 
 
 def small_run(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
-    """As much of a `Run` as a Saver needs. `held`: its state, which a test may change."""
+    """Build as much of a `Run` as a Saver needs. `held`: its state, which a test may change.
+
+    Args:
+        root: the directory of checkpoints.
+        mesh: of the run; by default of one rank.
+        tp: ranks over which the state is split.
+        watch: of the job.
+        checkpoint: further settings of [checkpoint].
+    """
     mesh = mesh or build_mesh(1, 1)
     job = Job(LaunchEnvironment(mesh.rank, mesh.world.size), torch.device("cpu"), None)
     job = Job(job.env, job.device, None, None, watch) if watch is not None else job
@@ -104,11 +117,24 @@ def small_run(root, mesh=None, tp=1, watch=None, **checkpoint: Any):
 
 
 def build_saver(run, storage=None, said=None) -> Saver:
+    """Build the saver of a run.
+
+    Args:
+        run: as `small_run` builds it.
+        storage: the disk.
+        said: a list that takes the lines that the saver prints.
+    """
     return Saver(run, ASSETS, (said if said is not None else []).append, storage)
 
 
 def save_at(run, saver: Saver, iteration: int) -> Path:
-    """One whole save."""
+    """Save once, and return the directory.
+
+    Args:
+        run: its iteration is set.
+        saver: of the run.
+        iteration: of the checkpoint.
+    """
     run.state.iteration = iteration
     saver.save()
     saver.finish()
@@ -116,20 +142,27 @@ def save_at(run, saver: Saver, iteration: int) -> Path:
 
 
 def save_once(root, iteration, storage=None, **checkpoint) -> Path:
-    """One whole save by a process of its own, so to speak."""
+    """Save once with a saver of its own, as a process does that has just started.
+
+    Args:
+        root: the directory of checkpoints.
+        iteration: of the checkpoint.
+        storage: the disk.
+        checkpoint: further settings of [checkpoint].
+    """
     run = small_run(root, **checkpoint)
     return save_at(run, build_saver(run, storage), iteration)
 
 
 def count_steps(root, iteration, **checkpoint) -> int:
-    """Steps of a save."""
+    """Count the steps at which a save can fail."""
     storage = FaultyStorage()
     save_once(root, iteration, storage, **checkpoint)
     return storage.steps
 
 
 def run_in_forks(ranks, work, *args):
-    """Run `work(rank, *args)` in forked processes, which saves importing torch. The signals or exit statuses they end with."""
+    """Run `work(rank, *args)` in forks, which saves importing torch; return their exit statuses, negative for signals."""
     pids = []
     for rank in range(ranks):
         child = os.fork()

@@ -1,4 +1,4 @@
-"""A small state that is cut like a model and its optimizer: what the checkpoint tests save and load."""
+"""A small state that is split like a model and its optimizer, for the tests to save and load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ TENSORS: dict[str, tuple[tuple[int, ...], int | None, torch.dtype]] = {
 
 
 def tensor_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor that `name` stands for: the same everywhere."""
+    """Make the tensor that `name` stands for, the same everywhere.
+
+    Args:
+        name: seeds its numbers.
+        shape: of the whole tensor.
+        dtype: that the numbers are rounded to.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (torch.randn(shape, generator=generator) * 100).to(dtype)
 
@@ -62,7 +68,7 @@ class ShardedState:
         self.given = dict(values)
 
     def check(self) -> None:
-        """Every rectangle holds what the whole has there, bit for bit."""
+        """Assert that every rectangle holds what the whole has there, bit for bit."""
         for shard in self.held:
             want = tensor_by_name(shard.name, shard.shape, shard.dtype)[shard.part.slices]
             assert torch.equal(shard.data, want), shard.name
@@ -76,7 +82,7 @@ def build_state(tp: int, rank: int, *, filled: bool = True) -> dict[str, Sharded
 
 
 def build_mesh(tp: int, dp: int) -> Mesh:
-    """This process's mesh; without torch.distributed the first rank of a grid of one."""
+    """Build this process's mesh; without torch.distributed the first rank of a grid of one."""
     import torch.distributed as dist
 
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -84,7 +90,14 @@ def build_mesh(tp: int, dp: int) -> Mesh:
 
 
 def save_on_ranks(root: str, iteration: int, tp: int, dp: int) -> str:
-    """Runs on every rank of tp x dp."""
+    """Save the state; called on every rank of tp x dp.
+
+    Args:
+        root: the directory of checkpoints.
+        iteration: of the checkpoint.
+        tp: ranks over which the state is split.
+        dp: ranks that hold the same.
+    """
     from megatron.checkpoint.save import save
 
     mesh = build_mesh(tp, dp)
@@ -93,7 +106,16 @@ def save_on_ranks(root: str, iteration: int, tp: int, dp: int) -> str:
 
 
 def load_and_compare(directory: str, tp: int, dp: int) -> int:
-    """Runs on every rank of tp x dp; returns the iteration after having compared everything."""
+    """Load a checkpoint and compare everything; called on every rank of tp x dp.
+
+    Args:
+        directory: of the checkpoint.
+        tp: ranks over which the state is split.
+        dp: ranks that hold the same.
+
+    Returns:
+        The iteration.
+    """
     from megatron.checkpoint.load import load
 
     mesh = build_mesh(tp, dp)
@@ -106,5 +128,5 @@ def load_and_compare(directory: str, tp: int, dp: int) -> int:
 
 
 def state_bytes() -> int:
-    """Bytes of the state, each tensor once."""
+    """Count the bytes of the state, each tensor once."""
     return 2 * sum(tensor_by_name(n, s, d).nbytes for n, (s, _, d) in TENSORS.items())

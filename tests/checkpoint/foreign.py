@@ -1,4 +1,4 @@
-"""Directories that transformers wrote, of models with weights and settings that hide nothing."""
+"""Directories that transformers wrote, of models whose every weight and setting matters."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def write_hf_directory(name: str, directory: Path) -> dict[str, Any]:
-    """The model `name` of MODELS, in `directory`; returns the JSON of its config.json, with every field of the class."""
+    """Write the model `name` of MODELS; return the JSON of its config.json, with every field of the class."""
     model_class, config_class, settings = MODELS[name]
     torch.manual_seed(1)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**settings))

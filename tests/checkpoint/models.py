@@ -1,4 +1,4 @@
-"""Small models with weights that hide nothing: every bias, norm and matrix differs from its initial value."""
+"""Small models whose every weight matters: each bias, norm and matrix differs from its initial value."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ BERT: dict[str, Any] = dict(BASE, architecture="bert")
 
 
 def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> GPT:
+    """Build this rank's part of a model, with random weights.
+
+    Args:
+        config: of the model.
+        tp: the tensor-parallel axis.
+        dtype: of the weights.
+    """
     part = StagePart(range(config.num_layers), True, True)
     model = MODELS[config.architecture](config, part, TensorParallel(tp), dtype=dtype)
     initialize(model, config, 7)
@@ -61,23 +68,31 @@ def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> 
 
 
 def with_rows(family: HFFamily, rows: tuple[Row, ...]) -> HFFamily:
-    """The family with another table for its first class."""
+    """Return the family with another table for its first class."""
     return replace(family, classes=(replace(family.classes[0], rows=rows), *family.classes[1:]))
 
 
 def list_family(monkeypatch: pytest.MonkeyPatch, family: HFFamily) -> None:
-    """The table of families with this one in it, as it is where a package with an entry point is installed."""
+    """Put a family in the table, where an installed package's entry point puts it."""
     monkeypatch.setattr(table, "FAMILIES", MappingProxyType({**table.FAMILIES, family.model_type: family}))
 
 
 def max_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest absolute difference of the same logits of two models."""
+    """Return the largest absolute difference of the same logits of two models."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max())
 
 
 def save_model(root: str, settings: dict[str, Any], tp: int, dtype: torch.dtype, tokenizer: Any) -> None:
-    """Runs on every rank of tp."""
+    """Build and save a model; called on every rank of tp.
+
+    Args:
+        root: the directory of checkpoints.
+        settings: of the model.
+        tp: ranks over which it is split.
+        dtype: of the weights.
+        tokenizer: whose files are saved too, or None.
+    """
     import torch.distributed as dist
 
     config = ModelConfig(**settings)

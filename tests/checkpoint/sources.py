@@ -13,14 +13,21 @@ CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 
 
 def write_files(folder: Path, **files: object) -> None:
-    """Files of JSON, or of text where the value is one; `__` in a name stands for the dot."""
+    """Write files of JSON, or of text where the value is one; `__` in a name stands for the dot."""
     for name, content in files.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=3)  # unlike what we would write
         (folder / name.replace("__", ".")).write_text(text)
 
 
 def write_model(folder: Path, kind: str, vocab: int, **settings: object) -> None:
-    """A model with one layer, as transformers writes it."""
+    """Write a model with one layer, as transformers does.
+
+    Args:
+        folder: of Hugging Face.
+        kind: `gpt2`, `llama` or `bert`.
+        vocab: rows of its vocabulary.
+        settings: further ones of its configuration.
+    """
     import transformers
 
     torch.manual_seed(1)
@@ -38,7 +45,7 @@ def write_model(folder: Path, kind: str, vocab: int, **settings: object) -> None
 
 
 def byte_vocabulary(folder: Path, more: tuple[str, ...] = ()) -> int:
-    """GPT-2's vocab.json and merges.txt, of bytes and one merge; how many tokens that are."""
+    """Write GPT-2's vocab.json and merges.txt, of bytes and one merge; return the number of tokens."""
     from megatron.data.tokenizer import byte_symbols
 
     vocab = {symbol: number for number, symbol in enumerate([*byte_symbols(), "he", "<|endoftext|>", *more])}
@@ -47,7 +54,7 @@ def byte_vocabulary(folder: Path, more: tuple[str, ...] = ()) -> int:
 
 
 def gpt2_added_tokens(folder: Path) -> None:
-    """added_tokens.json and special_tokens_map.json, before there was a tokenizer.json."""
+    """Write a GPT-2 with added_tokens.json and special_tokens_map.json, as before there was a tokenizer.json."""
     folder.mkdir()
     size = byte_vocabulary(folder)
     write_model(folder, "gpt2", size + 2, bos_token_id=257, eos_token_id=[257, size], pad_token_id=None)
@@ -59,7 +66,7 @@ def gpt2_added_tokens(folder: Path) -> None:
 
 
 def gpt2_decoder(folder: Path) -> None:
-    """added_tokens_decoder, tokens that take the spaces beside them, and chat templates in files of their own."""
+    """Write a GPT-2 with added_tokens_decoder, tokens that take the spaces beside them, and chat templates in own files."""
     folder.mkdir()
     size = byte_vocabulary(folder)
     write_model(folder, "gpt2", size + 3, bos_token_id=257, eos_token_id=size + 1)
@@ -85,7 +92,7 @@ def gpt2_decoder(folder: Path) -> None:
 
 
 def llama_pad_beyond(folder: Path) -> None:
-    """A tokenizer.json, and a `<pad>` that tokenizer_config.json alone names: one token more than the model has rows."""
+    """Write a Llama with a tokenizer.json, and a `<pad>` that tokenizer_config.json alone names: beyond the model's rows."""
     from megatron.data.tokenizer import ByteTokenizer
 
     folder.mkdir()
@@ -96,7 +103,7 @@ def llama_pad_beyond(folder: Path) -> None:
 
 
 def llama_sentence_piece(folder: Path) -> None:
-    """A tokenizer.model alone."""
+    """Write a Llama with a tokenizer.model alone."""
     folder.mkdir()
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -109,13 +116,14 @@ def llama_sentence_piece(folder: Path) -> None:
 
 
 def bert_words(folder: Path) -> None:
-    """A vocab.txt alone, which transformers takes for one of small letters."""
+    """Write a BERT with a vocab.txt alone, which transformers takes for one of small letters."""
     folder.mkdir()
     write_files(folder, vocab__txt="\n".join(WORDS) + "\n")
     write_model(folder, "bert", len(WORDS))
 
 
 def bert_words_cased(folder: Path) -> None:
+    """Write a BERT with a vocab.txt of small and capital letters."""
     bert_words(folder)
     write_files(folder, tokenizer_config__json={"do_lower_case": False})
 

@@ -28,7 +28,7 @@ class IndexCase:
 
 
 def index_cases(count: int = 400) -> Iterator[IndexCase]:
-    """Documents of 0 to 8 sentences, some with a sentence that is too long; only those of which samples can be made."""
+    """Draw documents of 0 to 8 sentences, some with one that is too long; only those of which samples can be made."""
     random = np.random.RandomState(0)
     for number in range(count):
         counts = random.randint(0, 9, random.randint(1, 30))
@@ -63,6 +63,7 @@ def continuation_ids() -> np.ndarray:
 
 
 def pair_cases(count: int = 300) -> Iterator[PairCase]:
+    """Draw samples of one or two segments."""
     random = np.random.RandomState(1)
     for number in range(count):
         seed, target = int(random.randint(0, 10**6)), int(random.choice([61, 61, 20, 5, 2]))
@@ -71,4 +72,5 @@ def pair_cases(count: int = 300) -> Iterator[PairCase]:
 
 
 def digest(values: Any) -> str:
+    """Return a short checksum of values, through JSON."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from megatron.data.indexed import IndexedWriter
 
 
 def corpus_recipe(number: int) -> list[list[np.ndarray]]:
-    """Documents of an indexed dataset, each a list of sequences; some documents and sequences are empty."""
+    """Make the documents of an indexed dataset, each a list of sequences; some documents and sequences are empty."""
     random = np.random.RandomState(1000 + number)
     documents = []
     for _ in range(random.randint(20, 60)):
@@ -32,7 +32,13 @@ BLENDS: list[tuple[list[str] | list[list[str]], str | None, int, int, tuple[int,
 
 
 def write_corpus(prefix: Path, documents: list[list[np.ndarray]], dtype: str = "<u2") -> str:
-    """An indexed dataset of these documents; returns its prefix."""
+    """Write an indexed dataset, and return its prefix.
+
+    Args:
+        prefix: of its files.
+        documents: each a list of sequences.
+        dtype: of the tokens.
+    """
     with IndexedWriter(str(prefix), np.dtype(dtype)) as writer:
         for sequences in documents:
             tokens = np.concatenate([np.empty(0, dtype=np.int64), *sequences])

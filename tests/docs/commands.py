@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str | Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with the given environment variables added, and return its output."""
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,

@@ -12,6 +12,8 @@ FAULT = os.environ.get("FAKE_WANDB_FAULT")
 
 
 class Run:
+    """A run that writes each call to a file."""
+
     url = "https://wandb.example/run"
 
     def __init__(self, folder: str) -> None:

@@ -19,9 +19,12 @@ Programs = list[list[Instruction]]
 
 @dataclass(frozen=True)
 class Device:
-    """Waits of a rank. blocking: every transfer's call. whole: for a rank and action, whether it waits for the whole device.
+    """The waits of a rank.
 
-    eager: a send ends when it has begun, as a small one does; else when it is received.
+    Attributes:
+        blocking: every transfer's call waits for its other end.
+        whole: for a rank and an action, whether the action waits for the whole device.
+        eager: a send ends when it has begun, as a small one does; else when it is received.
     """
 
     blocking: bool = False
@@ -78,9 +81,15 @@ def stuck(programs: Programs, device: Device) -> list[str]:
 
 
 def counts_before(schedule: Schedule, programs: Programs) -> dict[int, tuple[list[int], list[int]]]:
-    """Number of a transfer -> for its send and its receive: of each rank's actions, how many must have run until it is posted.
+    """Count the actions that must have run until each transfer is posted.
 
-    Whatever the number of ranks in between. The rank's own count is that of all its actions before.
+    Args:
+        schedule: of the pipeline.
+        programs: the schedule with its transfers.
+
+    Returns:
+        Number of a transfer -> for its send and its receive, the number of each rank's actions, through whatever ranks in
+        between. The rank's own count is that of all its actions before.
     """
     ran = [[0] * len(programs) for _ in programs]
     after: dict[Action, list[int]] = {}
@@ -109,7 +118,7 @@ def counts_before(schedule: Schedule, programs: Programs) -> dict[int, tuple[lis
 
 
 def unsafe_transfers(schedule: Schedule, programs: Programs) -> list[int]:
-    """The transfers that hang when one action, of those that its rank runs meanwhile, waits for the whole device.
+    """List the transfers that hang when one action, of those that its rank runs meanwhile, waits for the whole device.
 
     One end is posted, and the rank's later action must run before the other end is.
     """

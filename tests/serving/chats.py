@@ -66,7 +66,14 @@ GEMMA = (
 
 
 def write_tokenizer(folder: Path, template: str | None = CHATML, *, as_file: bool = False, **config: Any) -> Path:
-    """A directory as Hugging Face's: bytes are the tokens. as_file: the template lies in a file of its own."""
+    """Write a directory as Hugging Face's, with bytes as tokens.
+
+    Args:
+        folder: made.
+        template: of chats; None for none.
+        as_file: the template lies in a file of its own.
+        config: further fields of tokenizer_config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     backend = Backend(models.BPE(vocab={symbol: i for i, symbol in enumerate(byte_symbols())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -47,20 +47,27 @@ class Letters(ByteTokenizer):
 
 
 class Client:
-    """Requests to one server. log: the lines that it wrote."""
+    """A client of one server. log: the lines that the server wrote."""
 
     def __init__(self, port: int, engine: Engine | None = None) -> None:
         self.port, self.engine, self.log = port, engine, list[str]()
 
     def open(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
-        """headers: with underscores for dashes; "" for one that is to be left out."""
+        """Send a request, and return its reply.
+
+        Args:
+            method: of HTTP.
+            path: on the server.
+            body: JSON, or bytes as they are.
+            headers: with underscores for dashes; "" for one that is to be left out.
+        """
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
         named = {name.replace("_", "-"): value for name, value in ({"content_type": "application/json"} | headers).items()}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, named, method=method)
         return urllib.request.urlopen(request, timeout=60)
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-        """Status and the body's JSON."""
+        """Send a request, and return the status and the body's JSON."""
         try:
             with self.open(method, path, body, **headers) as reply:
                 return reply.status, json.loads(reply.read())
@@ -69,7 +76,7 @@ class Client:
 
     @contextmanager
     def connected(self, body: dict[str, Any]) -> Iterator[socket.socket]:
-        """A connection on which completions have been asked for, which is cut at the end whatever comes."""
+        """Open a connection on which completions have been asked for, which is cut at the end whatever comes."""
         data = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head = f"{head}Content-Length: {len(data)}\r\n\r\n".encode()
@@ -83,7 +90,7 @@ class Client:
         return reply
 
     def events(self, **body: Any) -> list[Any]:
-        """Those of a stream, without the last one, which is [DONE]."""
+        """Return the events of a stream, without the last one, which is [DONE]."""
         with self.open("POST", "/v1/completions", {**body, "stream": True}) as reply:
             assert reply.headers["content-type"].startswith("text/event-stream")
             *pieces, done, rest = reply.read().decode().split("\n\n")
@@ -103,8 +110,14 @@ def served(
 ) -> Iterator[Client]:
     """Serve a model in a thread, and yield a client of it.
 
-    max_tokens_total: of a request. max_waiting: requests. limits: of connections. buffer: bytes that the system keeps of a
-    reply that nobody reads; 0 for its own number. service: further fields of `Service`.
+    Args:
+        model: the whole model.
+        tokenizer: of the model.
+        max_tokens_total: of a request, its prompt and its text.
+        max_waiting: requests.
+        limits: of connections.
+        buffer: bytes that the system keeps of a reply that nobody reads; 0 for its own number.
+        service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
         engine = Engine(as_pipeline(model), tokenizer, Control(Axis.alone("world")))
@@ -129,13 +142,13 @@ def served(
 
 
 def endless_model() -> GPT:
-    """A model whose most probable text never ends by itself."""
+    """Build a model whose most probable text never ends by itself."""
     model = build_random_gpt(LLAMA, vocab=VOCAB)
     model.head.weight.data[256] = 0.0  # a logit of 0, where the greatest of 256 others is above
     return model
 
 
 def save_endless_model(root: Path) -> Path:
-    """One whose tokenizer has a chat template."""
+    """Save such a model, whose tokenizer has a chat template."""
     template = {"chat_template.jinja": b"{{ messages[0].content }}"}
     return save_model(endless_model(), root, ByteTokenizer().files() | template)

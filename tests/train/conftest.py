@@ -39,7 +39,15 @@ def flags(corpus, tmp_path):
 
 @dataclass
 class Ended:
-    """The end of a slice of a run: exit statuses by rank, what was written, and where torchrun would have looked."""
+    """The end of a slice of a run.
+
+    Attributes:
+        statuses: exit statuses by rank.
+        seconds: until the last rank's end.
+        out: the standard output of all ranks.
+        err: their standard error.
+        left: each rank's message, where torchrun looks for it.
+    """
 
     statuses: list[int]
     seconds: float
@@ -66,7 +74,15 @@ class Slices:
         )
 
     def __call__(self, argv, *, ranks=2, fault=None, launcher=True, env=None) -> Ended:
-        """fault: (rank, phase, at, how)."""
+        """Run a command on forked ranks.
+
+        Args:
+            argv: its flags.
+            ranks: number of ranks.
+            fault: (rank, phase, at, how), see `slices.py`; None for none.
+            launcher: end all ranks when one has failed, as torchrun does.
+            env: further variables.
+        """
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         named = None if fault is None else dict(zip(("rank", "phase", "at", "how"), fault, strict=True))

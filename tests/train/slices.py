@@ -44,7 +44,7 @@ PHASES = {
 
 
 def do_fault(how: str) -> None:
-    """Let the rank come to harm in one of several ways."""
+    """Sleep, raise, exit or send this process signals, as `how` says."""
     if how == "exception":
         raise ValueError("made to fail")
     if how == "exit":
@@ -57,6 +57,7 @@ def do_fault(how: str) -> None:
 
 
 def arm_fault(fault) -> None:
+    """Let a fault happen the `at`-th time that this rank comes to its phase."""
     owner, name = PHASES[fault["phase"]]
     plain, calls = getattr(owner, name), []
 
@@ -72,7 +73,13 @@ def arm_fault(fault) -> None:
 
 
 def become_rank(job, rank: int, port: int) -> NoReturn:
-    """Be this rank; its end is the program's, with its status."""
+    """Be this rank: run the command, and end with its status.
+
+    Args:
+        job: the request, see above.
+        rank: of this process.
+        port: of the ranks' store, on this host.
+    """
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
     ranks = str(job["ranks"])
@@ -92,6 +99,7 @@ def stop(pids, number: signal.Signals) -> None:
 
 
 def run(job) -> dict[str, object]:
+    """Fork the ranks of a job, and return how they ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -31,7 +31,13 @@ class Known(Exception):
 
 
 def do_fault(fault: str, env: LaunchEnvironment, marks: Path) -> None:
-    """Do a rank's work, with the fault that is asked for; on rank 1, if its name does not say `all`."""
+    """Do the fault that was asked for, on rank 1, or on all ranks.
+
+    Args:
+        fault: its name.
+        env: of this rank.
+        marks: a directory for a file that says that the rank is ready for signals.
+    """
     if fault == "all-raise":
         time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
         raise Known("in words")
@@ -60,7 +66,14 @@ def do_fault(fault: str, env: LaunchEnvironment, marks: Path) -> None:
 
 
 def step(started, number: int, fault: str, marks: Path) -> None:
-    """Each micro-batch goes from rank to rank; with some faults all are one stage that sums over its ranks."""
+    """Pass each micro-batch from rank to rank; with some faults all are one stage that sums over its ranks.
+
+    Args:
+        started: the job.
+        number: of the step.
+        fault: done in the fourth step.
+        marks: a directory for files about the ranks.
+    """
     watch, env, x = started.watch, started.env, torch.zeros(16)
     one_stage = fault in ("in-collective", "all-raise")
     for micro_batch in range(MICRO_BATCHES):
@@ -87,7 +100,13 @@ def explain(error: BaseException, where: str) -> str | None:
 
 
 def fork_ranks(ranks: int, fault: str, marks: Path) -> int:
-    """Fork the ranks, which saves importing torch in each, and wait for them."""
+    """Fork the ranks as srun starts them, and wait for them; forks save importing torch in each.
+
+    Args:
+        ranks: number of ranks.
+        fault: its name.
+        marks: a directory for files about the ranks.
+    """
     pids = []
     for rank in range(ranks):
         pid = os.fork()
