@@ -1,7 +1,7 @@
-"""Print what a run would do, without doing it: `--dry-run`, for any number of ranks, in one CPU process.
+"""Dry run: check a command and print what it would run, for any number of ranks, in one CPU process.
 
-Opens the tokenizer, the datasets and the checkpoint that the run names, and says what is wrong before torch is
-imported, which takes a checkpoint to look at or a model to read its sizes from.
+It opens the tokenizer, the datasets and the checkpoint that the run names. torch is imported only to read a checkpoint, and
+after all checks to take sizes from the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron.data.matching import adopt_data_roles, check_tokenizer
 from megatron.data.mock import MADE_UP
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 
-GPT2_VOCABULARY = 50257
+GPT2_VOCABULARY = 50257  # tokens; assumed when the tokenizer's files are not named, which a dry run allows for GPT-2's
 
 TaskReader = Callable[[Parsed], tuple[RunConfig, list[str]]]
 
@@ -38,39 +38,43 @@ class InputSummary:
     """Summary of the inputs of a run on the disk.
 
     Attributes:
-        vocabulary: its size.
-        source: where that comes from, in words.
-        lines: one per dataset and checkpoint.
+        vocab_size: size of the vocabulary, unpadded.
+        source: origin of that size, for the printed report.
+        lines: one line per dataset and checkpoint.
     """
 
-    vocabulary: int
+    vocab_size: int
     source: str
     lines: tuple[str, ...]
 
 
-def dry_run(parsed: Parsed, program: str, look: TaskReader | None = None) -> int:
-    """Print what a command would run, and return the exit status. Mistakes in the files end the process with status 2.
+def dry_run(parsed: Parsed, program: str, read_task: TaskReader | None = None) -> int:
+    """Print what a command would run, and return the exit status.
 
     Args:
         parsed: the command.
         program: name of the program, for messages.
-        look: reads the inputs of a task's command, in place of those of a pretraining run; see `tasks.program.preview`.
+        read_task: reads the inputs of a task's command, instead of those of a pretraining run; see `tasks.program.preview`.
+
+    Raises:
+        SystemExit: with status 2, for mistakes in the files.
     """
     config = parsed.config
     try:
-        if look is None:
+        if read_task is None:
             found = inspect_inputs(config, parsed.world_size)
         else:
-            config, told = look(parsed)
+            config, told = read_task(parsed)
             found = InputSummary(config.model.known_vocab_size, "the checkpoint's", tuple(told))
     except ConfigError as error:
         report_and_exit(error, program)
     lines = [f"note: {note}" for note in parsed.notes]
-    again = replace(parsed.config, eval=config.eval)  # without the length, which follows from a task's files
-    lines += ["# The resolved configuration, as a file for --config", to_toml(again)]
-    from megatron.plan.tables import report  # reads sizes from the model, which takes torch: after all mistakes
+    # Without the number of iterations that a task derives from its data: the printed file gives the same epochs.
+    repeatable = replace(parsed.config, eval=config.eval)
+    lines += ["# The resolved configuration, as a file for --config", to_toml(repeatable)]
+    from megatron.plan.tables import report  # imports torch, so only after all mistakes have been reported
 
-    config = replace(config, model=replace(config.model, vocab_size=found.vocabulary))
+    config = replace(config, model=replace(config.model, vocab_size=found.vocab_size))
     try:
         lines += report(config, parsed.world_size, found.source, found.lines)
     except ConfigError as error:
@@ -83,9 +87,9 @@ def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
     """Open everything that the run reads.
 
     Raises:
-        ConfigError: all that is wrong.
+        ConfigError: something cannot be opened or does not fit; it holds all mistakes.
     """
-    problems: list[Problem] = []  # collected, so that one dry run tells all
+    problems: list[Problem] = []  # collected, so that one dry run reports all
     lines: list[str] = []
     tokenizer, count, source = None, GPT2_VOCABULARY, "GPT-2's, since no tokenizer files are named"
     kind = config.tokenizer.tokenizer_type
@@ -114,9 +118,10 @@ def inspect_inputs(config: RunConfig, world_size: int = 1) -> InputSummary:
 
 
 def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Problem]) -> list[str]:
+    """Open the datasets; add mistakes to `problems`, and return a line for each."""
     lines = []
     if tokenizer is not None:
-        with suppress(DataError):  # said of the dataset below
+        with suppress(DataError):  # reported for the dataset below
             lines += adopt_data_roles(config.data, config.tokenizer, tokenizer)[1]
     for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
         for prefix in prefixes(getattr(config.data, name)) or ():
@@ -133,6 +138,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer | None, problems: list[Pro
 
 
 def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> list[str]:
+    """Look at the checkpoint to start from and at --save; add mistakes to `problems`, and return lines on both."""
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.train.resume import find_source, weights_alone
     from megatron.train.resumed_schedule import check_schedule
@@ -140,7 +146,7 @@ def _checkpoint(config: RunConfig, world_size: int, problems: list[Problem]) -> 
 
     what = flag_text("checkpoint.load", config.checkpoint.load)
     try:
-        # Of --auto-resume only a run itself can say what it will find: the checkpoint of --load is the one looked at.
+        # --auto-resume depends on what --save holds when the run starts, so the checkpoint of --load is the one to look at.
         source = find_source(replace(config.checkpoint, auto_resume=False))
         lines = check_save(source, config)
         if not config.checkpoint.auto_resume:

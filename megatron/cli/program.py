@@ -1,6 +1,6 @@
-"""Entry of a program: from a command line to an exit status.
+"""Entry point of a program: from a command line to an exit status.
 
-A command is read, checked and explained before torch is even imported, so a mistake is answered at once.
+A command is parsed and checked before torch is imported, so mistakes are reported at once.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron.launch.signals import StopSignals
 from megatron.train.going_on import CtrlC, resume_advice
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
-# What a pretraining program sets, by `section.field`, where its user does not; by architecture.
+# Defaults of a pretraining program, by architecture and `section.field`.
 PRETRAINING_DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "gpt": {"tokenizer.tokenizer_type": "GPT2BPETokenizer"},
     "bert": {"model.architecture": "bert", "tokenizer.tokenizer_type": "BertWordPieceLowerCase"},
 }
-ALONE_MINUTES = 1 / 3  # that a rank waits for the first one, to tell what it alone may have found
+ALONE_MINUTES = 1 / 3  # how long a rank waits for rank 0, to report a mistake that it alone may have found
 
 
 def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
@@ -40,32 +40,39 @@ def pretrain(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) 
 
     Args:
         argv: the command line, without the program.
-        program: its name, for messages.
-        defaults: the program's own, by `section.field`.
+        program: name of the program, for messages.
+        defaults: defaults of the program, by `section.field`.
 
     Returns:
-        The exit status of the contract: 0, 1, 2 or 75.
+        The exit status: 0 finished, 1 failed, 2 wrong configuration or data, 75 stopped on request.
 
     Raises:
         SystemExit: with status 2, for a wrong configuration.
     """
     with forgiving_streams():
-        return _carry_out(argv, program, defaults, task=False)
+        return _run_command(argv, program, defaults, task=False)
 
 
 def run_task(argv: Sequence[str], *, program: str, defaults: Mapping[str, Any]) -> int:
-    """Run a command of tasks/main.py; otherwise as `pretrain`.
+    """Run a command of tasks/main.py.
 
     Args:
         argv: the command line, without the program.
-        program: its name, for messages.
-        defaults: the program's own, by `section.field`.
+        program: name of the program, for messages.
+        defaults: defaults of the program, by `section.field`.
+
+    Returns:
+        The exit status, as of `pretrain`.
+
+    Raises:
+        SystemExit: with status 2, for a wrong configuration.
     """
     with forgiving_streams():
-        return _carry_out(argv, program, defaults, task=True)
+        return _run_command(argv, program, defaults, task=True)
 
 
-def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:
+def _run_command(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *, task: bool) -> int:
+    """Parse a command, and run it, or print its dry run or help. Returns the exit status."""
     began = time.monotonic()
     try:
         env = LaunchEnvironment.from_environ(os.environ)
@@ -76,7 +83,7 @@ def _carry_out(argv: Sequence[str], program: str, defaults: Mapping[str, Any], *
     early.reading = env.rank > 0 and env.job is not None
     ctrl_c = CtrlC(env)
     signals = StopSignals(early.at_once, ctrl_c)
-    signals.install()  # before anything slow: a stop during start-up must be answered, too
+    signals.install()  # before anything slow, so that a stop during start-up is obeyed too
     try:
         try:
             parsed = read_command(argv, env, program, defaults, task)
@@ -118,7 +125,7 @@ def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
     Args:
         parsed: the command.
         program: name of the program, for messages.
-        task: it is a command of tasks/main.py.
+        task: the program is tasks/main.py.
     """
     if not task:
         return dry_run(parsed, program)
@@ -128,18 +135,19 @@ def print_dry_run(parsed: Parsed, program: str, task: bool) -> int:
 
 
 def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defaults: Mapping[str, Any], task: bool) -> Parsed:
-    """Read and check the command.
+    """Parse and check the command.
 
     Args:
         argv: the command line, without the program.
         env: the launcher's description of this process.
-        program: its name, for messages.
-        defaults: the program's own, by `section.field`.
-        task: it is a command of tasks/main.py.
+        program: name of the program, for messages.
+        defaults: defaults of the program, by `section.field`.
+        task: the program is tasks/main.py.
 
     Raises:
-        ConfigError: the command is wrong.
-        SystemExit: it cannot be read.
+        ConfigError: the command has mistakes.
+        HelpRequested: the command asks for help or the version.
+        SystemExit: with status 1, after an unexpected error.
     """
     try:
         parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=saved_config, task=task)
@@ -155,16 +163,16 @@ def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defa
 
 
 def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str, argv: Sequence[str]) -> int:
-    """Report what is wrong with the command, once for all ranks, and return the exit status.
+    """Report mistakes in the command, once for all ranks, and return the exit status.
 
-    The first rank does, as the others see the same. What another one found on its host's disk may be only there, so it joins
-    the job to tell it, which ends all; where the first rank does not come, it has found the same.
+    Rank 0 reports them, since all ranks find the same in a command. A mistake on a host's disk may be on that host alone: a
+    rank that finds one joins the job to report it, which ends all ranks. If rank 0 does not join, it has found the same.
 
     Args:
         error: the mistakes.
         env: the launcher's description of this process.
         program: name of the program, for messages.
-        argv: the command line, for the advice how to start it.
+        argv: the command line, for the advice on how to start it.
     """
     if env.rank and error.on_disk:
         from megatron.train.in_job import refuse_on_all
@@ -184,16 +192,16 @@ def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str
 
 
 def resume_after_restart(parsed: Parsed, env: LaunchEnvironment) -> Parsed | None:
-    """Let a command that torchrun repeats after a failure go on from what an earlier attempt of this job has saved.
+    """Make a command that torchrun restarts after a failure resume from what an earlier attempt of this job has saved.
 
     Returns:
-        The command, as it was given where no attempt has saved anything; None when the attempt before was stopped on request.
+        The command, unchanged when no attempt has saved anything; None when the previous attempt was stopped on request.
     """
     checkpoint = parsed.config.checkpoint
     if not env.attempt or checkpoint.save is None:
         return parsed
     progress = Progress(checkpoint.save)
-    # The file may be an earlier job's, which this one was not told to go on with.
+    # The file may be of an earlier job, which this one was not told to resume.
     ours = progress.job == env.job
     if ours and progress.stopped:
         return None

@@ -1,1 +1,1 @@
-"""What a run is: the schema, its rules, and the command line made from it. Imports no torch."""
+"""Configuration of a run: the schema, its rules, and the command line made from it. Imports no torch."""

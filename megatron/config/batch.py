@@ -1,9 +1,9 @@
-"""Settings of the batch: how much is trained, in which portions, and the arithmetic of batch sizes that change.
+"""Settings of batch sizes and of the length of a run, with the arithmetic of batch sizes that change.
 
-With `--rampup-batch-size START INCREMENT SAMPLES` the global batch begins with START samples and grows by INCREMENT in
-equal portions of SAMPLES until it reaches `--global-batch-size`. With `--step-batch-size-schedule "0:SIZE TOKENS:SIZE ..."`
-it has each SIZE from so many trained tokens on. Its size is a function of the samples consumed so far, so a resumed run
-needs no other state. The arithmetic is Megatron-LM's.
+With `--rampup-batch-size START INCREMENT SAMPLES` the global batch begins with START samples and grows by INCREMENT at
+equal intervals over SAMPLES samples until it reaches `--global-batch-size`. With `--step-batch-size-schedule "0:SIZE
+TOKENS:SIZE ..."` it has each SIZE from that many trained tokens on. Its size is a function of the samples consumed so far, so
+a resumed run needs no other state. The arithmetic is that of Megatron-LM's num_microbatches_calculator.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron.config.check import ConfigCheck, Rules, missing
 from megatron.config.errors import Problem
-from megatron.config.notation import Steps, parse_iteration_ranges, parse_steps
+from megatron.config.notation import BatchSizeSteps, parse_iteration_ranges, parse_steps
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, SAMPLES, option
 
 STEPS = "batch.step_batch_size_schedule"
@@ -24,106 +24,109 @@ STEPS = "batch.step_batch_size_schedule"
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """Amount of training, and its portions."""
+    """Batch sizes, and the length of training."""
 
-    micro_batch_size: int | None = option(None, "samples per rank and forward pass", legal=POSITIVE)
+    micro_batch_size: int | None = option(None, "samples per data-parallel rank and forward pass", legal=POSITIVE)
     global_batch_size: int | None = option(
-        None, "samples per step over all ranks; default micro batch x data-parallel size", legal=SAMPLES
+        None, "samples per iteration over all ranks (default: micro-batch-size x data-parallel size)", legal=SAMPLES
     )
     rampup_batch_size: tuple[int, ...] = option(
-        (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples", nargs="*"
+        (), "START INCREMENT SAMPLES: grow the global batch by INCREMENT from START over SAMPLES samples"
     )
     decrease_batch_size_if_needed: bool = option(
-        False, "where the ranks cannot share a global batch in whole micro-batches, take the largest smaller one that they can"
+        False, "round the global batch size down to a multiple of micro-batch-size x data-parallel size"
     )
-    batch_multiple: int = option(1, "what --decrease-batch-size-if-needed takes multiples of", flag=None)
+    batch_multiple: int = option(1, "multiple to which --decrease-batch-size-if-needed rounds down, in samples", flag=None)
     step_batch_size_schedule: tuple[str, ...] = option(
         (),
-        "0:SIZE TOKENS:SIZE ...: the global batch has SIZE samples from so many trained tokens on, in place of "
-        "--global-batch-size, which is the last; numbers may end in K, M, B or T",
-        nargs="*",
+        "0:SIZE TOKENS:SIZE ...: global batch size from each number of trained tokens on; the last one is "
+        "--global-batch-size, which may be left out; numbers may end in K, M, B or T",
         metavar="TOKENS:SIZE",
     )
     batch_size_steps: tuple[int, ...] = option(
-        (), "samples and global batch size of each entry of --step-batch-size-schedule, in turn", flag=None
+        (), "consumed samples and global batch size of each entry of --step-batch-size-schedule, alternating", flag=None
     )
-    train_iters: int | None = option(None, "steps to train", legal=POSITIVE)
-    train_samples: int | None = option(None, "samples to train, instead of steps", legal=POSITIVE)
+    train_iters: int | None = option(None, "iterations to train", legal=POSITIVE)
+    train_samples: int | None = option(None, "samples to train, instead of --train-iters", legal=POSITIVE)
     skip_train_iterations: tuple[str, ...] = option(
         (),
-        "iterations N and ranges A-B that read their samples and make no update",
-        nargs="*",
+        "iterations N, and ranges A-B, whose samples are consumed without an update",
         aliases=("--iterations-to-skip",),
     )
-    exit_interval: int | None = option(None, "save and exit when the iteration is a multiple of this", legal=POSITIVE)
-    exit_duration_in_mins: float | None = option(None, "save and exit before this many minutes have passed", legal=POSITIVE)
-    stop_file: str | None = option(None, "save and exit when this file appears, and remove it; default `stop` in --save")
-    seed: int = option(1234, "the one seed: weights, sample order and dropout all follow from it", legal=NOT_NEGATIVE)
+    exit_interval: int | None = option(None, "save and exit at the next iteration that is a multiple of this", legal=POSITIVE)
+    exit_duration_in_mins: float | None = option(
+        None, "save and exit before the run has taken this many minutes", legal=POSITIVE
+    )
+    stop_file: str | None = option(None, "save and exit when this file appears, and remove it (default: `stop` in --save)")
+    seed: int = option(1234, "random seed of initial weights, sample order and dropout masks", legal=NOT_NEGATIVE)
     loss_average: str = option(
         "token",
-        "token: mean over all tokens of the global batch that count; micro-batch: Megatron-LM's mean of micro-batch means",
+        "average of the loss; token: over all tokens of the global batch that count; micro-batch: Megatron-LM's mean of the "
+        "micro-batches' means",
         choices=("token", "micro-batch"),
-        values={"--calculate-per-token-loss": "token"},
+        shortcuts={"--calculate-per-token-loss": "token"},
     )
-    compile: bool = option(False, "compile the transformer layers with torch.compile; pays off at tensor-parallel size 1")
+    compile: bool = option(False, "compile the transformer layers with torch.compile; worthwhile at tensor-parallel size 1")
 
     @property
     def iterations(self) -> int:
-        """Steps to train; 0 where a run trains nothing, or a task's files have not said yet how much."""
+        """Number of iterations to train; 0 for a run that trains nothing, and before a task has read its data."""
         return self.train_iters or 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig(BatchSettings):
-    """Amount of training, and its portions, with the sizes of the batches."""
+    """Resolved batch sizes, and the length of training."""
 
     micro_batch_size: int = field()
     global_batch_size: int = field()
 
 
 def global_batch_size_at(batch: BatchSettings, consumed_samples: int) -> int:
-    """Samples of the step that follows `consumed_samples`. ValueError while the global batch size is open."""
-    return _shared(batch, _wanted_at(batch, consumed_samples))
+    """Return the global batch size of the iteration after `consumed_samples`. ValueError while it is not resolved."""
+    return _round_down(batch, _scheduled_size(batch, consumed_samples))
 
 
 def final_batch_size(batch: BatchSettings) -> int:
-    """Samples of a step when the batch size changes no more, and of an evaluation's."""
-    return _shared(batch, _full(batch))
+    """Return the global batch size after its last change, which is also that of an evaluation."""
+    return _round_down(batch, _target_size(batch))
 
 
-def _wanted_at(batch: BatchSettings, consumed_samples: int) -> int:
-    full = _full(batch)
+def _scheduled_size(batch: BatchSettings, consumed_samples: int) -> int:
+    """Return the global batch size after `consumed_samples`, before it is rounded to what the ranks can share."""
+    full = _target_size(batch)
     if batch.batch_size_steps:
-        return next(size for begin, size in reversed(_steps(batch)) if consumed_samples >= begin)
+        return next(size for begin, size in reversed(_schedule_steps(batch)) if consumed_samples >= begin)
     if not batch.rampup_batch_size:
         return full
     start, increment, samples = batch.rampup_batch_size
-    steps = (full - start) // increment
+    steps = (full - start) // increment  # increments until the full size, at equal intervals of samples / steps
     if steps == 0 or consumed_samples > samples:
         return full
     return min(full, start + int(consumed_samples / (samples / steps)) * increment) if samples else full
 
 
 def all_batch_sizes(batch: BatchSettings) -> list[int]:
-    """Every global batch size that the run passes through, in order."""
-    full = _full(batch)
+    """Return every global batch size of the run, in order."""
+    full = _target_size(batch)
     if batch.batch_size_steps:
-        return [size for _, size in _steps(batch)]
+        return [size for _, size in _schedule_steps(batch)]
     if not batch.rampup_batch_size:
-        return [_shared(batch, full)]
+        return [_round_down(batch, full)]
     start, increment, _ = batch.rampup_batch_size
-    return [_shared(batch, size) for size in range(start, full + 1, increment)]
+    return [_round_down(batch, size) for size in range(start, full + 1, increment)]
 
 
 def batch_size_phases(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple[int | None, int]]:
-    """(steps, global batch size) of the run from `consumed` samples on, where steps follow that have one size.
+    """Yield the number of iterations and the global batch size of each phase of the run, from `consumed` samples on.
 
-    The steps of the last phase are None: it goes on for ever. Steps of a ramp-up are phases of their own.
+    A phase is a series of iterations of one size; those of a ramp-up are phases of their own. The number of the last phase is
+    None: it has no end.
     """
     if batch.batch_size_steps:
-        for (_, size), (end, _) in pairwise(_steps(batch)):
+        for (_, size), (end, _) in pairwise(_schedule_steps(batch)):
             if consumed < end:
-                steps = -(-(end - consumed) // size)
+                steps = -(-(end - consumed) // size)  # rounded up: the iteration that crosses the border has the old size
                 consumed += steps * size
                 yield steps, size
     elif batch.rampup_batch_size:
@@ -135,7 +138,10 @@ def batch_size_phases(batch: BatchSettings, consumed: int = 0) -> Iterator[tuple
 
 
 def iterations_for(batch: BatchSettings, samples: int) -> int:
-    """Steps that `samples` samples make; a last part batch is dropped. A batch that had to be decreased counts as it was."""
+    """Return the number of whole iterations in the first `samples` samples, as if no batch size had been rounded down.
+
+    So a run has the same length on any number of ranks.
+    """
     iterations = 0
     for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
         whole = samples // size
@@ -146,10 +152,7 @@ def iterations_for(batch: BatchSettings, samples: int) -> int:
 
 
 def samples_for(batch: BatchSettings, iterations: int) -> int:
-    """Samples that the first `iterations` steps take. A batch that had to be decreased counts as it was.
-
-    So a run's lengths stay the same on any number of ranks.
-    """
+    """Return the number of samples in the first `iterations` iterations, as if no batch size had been rounded down."""
     samples = 0
     for steps, size in batch_size_phases(replace(batch, batch_multiple=1)):
         taken = iterations if steps is None else min(steps, iterations)
@@ -159,65 +162,74 @@ def samples_for(batch: BatchSettings, iterations: int) -> int:
     return samples
 
 
-def _steps(batch: BatchSettings) -> Steps:
-    """The pairs of `batch_size_steps`."""
+def _schedule_steps(batch: BatchSettings) -> BatchSizeSteps:
+    """Return the pairs that `batch_size_steps` holds in one row, since a saved configuration nests no lists."""
     numbers = batch.batch_size_steps
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def _shared(batch: BatchSettings, size: int) -> int:
-    """A global batch size, decreased to what the ranks can share where that is asked for."""
+def _round_down(batch: BatchSettings, size: int) -> int:
+    """Round a global batch size down to what the ranks can share, if --decrease-batch-size-if-needed is on."""
     return size - size % batch.batch_multiple
 
 
-def _full(batch: BatchSettings) -> int:
+def _target_size(batch: BatchSettings) -> int:
+    """Return the size of --global-batch-size, with which a ramp-up or a schedule ends."""
     if batch.global_batch_size is None:
         raise ValueError("the global batch size is not resolved yet")
     return batch.global_batch_size
 
 
 def derive_batch(batch: BatchSettings, dp: int | None, seq_length: int | None) -> BatchSettings:
-    """Fill in the global batch size and the length of the run. The values are Megatron-LM's."""
-    batch = replace(batch, batch_size_steps=_derive_steps(batch, seq_length))
+    """Fill in the global batch size and the length of the run, as Megatron-LM does.
+
+    Args:
+        batch: the settings.
+        dp: number of data-parallel ranks; None when the layout does not fit the world size.
+        seq_length: tokens per sample; None when it is missing.
+    """
+    batch = replace(batch, batch_size_steps=_parse_schedule(batch, seq_length))
     if batch.batch_size_steps:
         batch = replace(batch, global_batch_size=batch.batch_size_steps[-1])
     if batch.global_batch_size is None and batch.micro_batch_size is not None and dp is not None:
         batch = replace(batch, global_batch_size=batch.micro_batch_size * dp)
+    # Recorded, so that the size at any point follows from the settings alone, without the number of ranks.
     multiple = (batch.micro_batch_size or 1) * (dp or 1) if batch.decrease_batch_size_if_needed else 1
     batch = replace(batch, batch_multiple=max(1, multiple))
     size, ramp = batch.global_batch_size, batch.rampup_batch_size
+    # A ramp-up that a rule will refuse must not be counted through: it may never end.
     sound = size is not None and size > 0 and (not ramp or (len(ramp) == 3 and min(ramp) > 0 and ramp[0] <= size))
     if batch.train_iters is None and batch.train_samples is not None and sound:
         batch = replace(batch, train_iters=iterations_for(batch, batch.train_samples))
     return batch
 
 
-def _derive_steps(batch: BatchSettings, seq_length: int | None) -> tuple[int, ...]:
+def _parse_schedule(batch: BatchSettings, seq_length: int | None) -> tuple[int, ...]:
     if not batch.step_batch_size_schedule or batch.rampup_batch_size or not seq_length or seq_length < 1:
         return ()
     try:
         return tuple(chain(*parse_steps(batch.step_batch_size_schedule, seq_length)))
-    except ValueError:  # which a rule reports
+    except ValueError:  # which `step_sizes` reports
         return ()
 
 
 def micro_batch_given(c: ConfigCheck) -> Iterator[Problem]:
-    """A run needs the size of its micro-batches."""
+    """The micro-batch size is given."""
     yield from missing(c, ["batch.micro_batch_size"])
 
 
 def run_length_given(c: ConfigCheck) -> Iterator[Problem]:
-    """A run that no task describes needs its length."""
+    """Pretraining has a length; a task takes its epochs."""
     open_length = c["batch.train_samples"] is None and "batch.train_samples" not in c.invalid
-    if not c["eval.skip_train"] and open_length and not c.is_set("task.epochs"):  # another rule speaks of epochs
+    if not c["eval.skip_train"] and open_length and not c.is_set("task.epochs"):  # `no_task` reports epochs
         yield from missing(c, ["batch.train_iters"], " (or `--train-samples`)")
 
 
 def global_batch(c: ConfigCheck) -> Iterator[Problem]:
-    """Every rank does the same number of micro-batches in a step."""
+    """The global batch divides into whole micro-batches over the data-parallel ranks."""
     micro, size = c["batch.micro_batch_size"], c["batch.global_batch_size"]
     decreased = c["batch.decrease_batch_size_if_needed"] and size and size >= c["batch.batch_multiple"]
-    if decreased or c["batch.step_batch_size_schedule"]:  # whose sizes have a rule of their own
+    if decreased or c["batch.step_batch_size_schedule"]:  # `step_sizes` checks those of a schedule
         return
     if micro and size and c.dp and size % (micro * c.dp):
         rule = f"is not divisible by `--micro-batch-size {micro}` x {c.dp} data-parallel ranks = {micro * c.dp}"
@@ -225,7 +237,7 @@ def global_batch(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
-    """START INCREMENT SAMPLES: whole steps from START to the global batch size, each of whole micro-batches."""
+    """A ramp-up reaches the global batch size in whole increments, through sizes of whole micro-batches."""
     ramp, size, micro = c["batch.rampup_batch_size"], c["batch.global_batch_size"], c["batch.micro_batch_size"]
     if not ramp or "batch.rampup_batch_size" in c.invalid:
         return
@@ -240,6 +252,7 @@ def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
     if size is None or "batch.global_batch_size" in c.invalid:
         return
     if not c.is_set("batch.global_batch_size"):
+        # Its default is one micro-batch per rank, which nobody means by a ramp-up.
         yield Problem(what, "needs `--global-batch-size`, the size at its end")
     elif ramp[0] > size or (size - ramp[0]) % ramp[1]:
         yield Problem(what, f"does not reach `--global-batch-size {size}` from {ramp[0]} in steps of {ramp[1]}")
@@ -253,7 +266,7 @@ def ramp_up(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def some_training(c: ConfigCheck) -> Iterator[Problem]:
-    """The samples make at least one step."""
+    """The samples to train make at least one global batch."""
     samples, size, ramp = c["batch.train_samples"], c["batch.global_batch_size"], c["batch.rampup_batch_size"]
     if not samples or not size or (ramp and (len(ramp) != 3 or min(ramp) <= 0)):
         return
@@ -262,9 +275,9 @@ def some_training(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
-    """A schedule of batch sizes is alone in saying them, and each makes whole micro-batches.
+    """A schedule of batch sizes excludes other settings of them, and each of its sizes divides into whole micro-batches.
 
-    A run that goes on with more ranks may have smaller sizes behind it; see `rules.divisible_remaining_sizes`.
+    The sizes of a run that may be resumed are checked by `rules.divisible_remaining_sizes`, once it is known where it stands.
     """
     seq_length, micro = c["data.seq_length"], c["batch.micro_batch_size"]
     if not c[STEPS] or STEPS in c.invalid:
@@ -274,7 +287,7 @@ def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
         if c[other]:
             yield Problem(c.flag_text(STEPS, other), "exclude each other; give one of them")
             return
-    if seq_length is None:  # which is said elsewhere
+    if seq_length is None:  # reported by `sample_length_given`
         return
     try:
         sizes = [size for _, size in parse_steps(c[STEPS], seq_length)]
@@ -290,7 +303,14 @@ def step_sizes(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def divisible_batch_sizes(what: str, sizes: list[int], micro: int, dp: int) -> Iterator[Problem]:
-    """A problem where some of these global batch sizes are no whole micro-batches of each rank."""
+    """Yield a problem when some global batch sizes do not divide into whole micro-batches over the ranks.
+
+    Args:
+        what: the setting that gives the sizes, for the message.
+        sizes: global batch sizes, in samples.
+        micro: micro-batch size, in samples.
+        dp: number of data-parallel ranks.
+    """
     if uneven := [size for size in sizes if size % (micro * dp)]:
         shown = ", ".join(map(str, uneven[:4])) + (", ..." if len(uneven) > 4 else "")
         rule = f"has the sizes {shown}, not divisible by `--micro-batch-size {micro}` x {dp} data-parallel ranks"
@@ -298,7 +318,7 @@ def divisible_batch_sizes(what: str, sizes: list[int], micro: int, dp: int) -> I
 
 
 def skipped_iterations(c: ConfigCheck) -> Iterator[Problem]:
-    """Iterations that are left out are numbers and ranges of numbers."""
+    """The iterations to skip are numbers and ranges of numbers."""
     try:
         parse_iteration_ranges(c["batch.skip_train_iterations"])
     except ValueError as error:
@@ -308,7 +328,7 @@ def skipped_iterations(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def stop_file(c: ConfigCheck) -> Iterator[Problem]:
-    """A stop file can appear, and be removed."""
+    """A stop file can be created and removed."""
     if (name := c["batch.stop_file"]) is None:
         return
     path = Path(name).absolute()
@@ -321,7 +341,7 @@ def stop_file(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Say that the batches had to be smaller than what was asked for."""
+    """Yield a remark when --decrease-batch-size-if-needed has rounded the global batch size down."""
     full, multiple = c["batch.global_batch_size"], c["batch.batch_multiple"]
     if full is not None and (rest := full % multiple):
         yield f"the global batch has {full - rest} samples, not {full}: the ranks share multiples of {multiple}"

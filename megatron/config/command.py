@@ -1,4 +1,4 @@
-"""The command itself: settings that are not part of the run, and are not saved."""
+"""Settings of the command itself, which are not part of the run and are not saved."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from megatron.config.presets import PRESETS
 
 @dataclass(frozen=True)
 class CommandConfig:
-    """The command itself. These are not part of the run, and are not saved."""
+    """Settings of the command itself, which are not part of the run and are not saved."""
 
-    config: str | None = option(None, "a TOML file with the same settings; flags win over it", metavar="FILE")
-    preset: str | None = option(None, "sizes of a known model; file and flags win over it", choices=tuple(PRESETS))
-    dry_run: bool = option(False, "check everything and print what would run, in one CPU process; exit 0 or 2")
-    world_size: int | None = option(None, "number of ranks that --dry-run assumes; default one")
-    help: bool = option(False, "print this and exit", aliases=("-h",))
+    config: str | None = option(None, "TOML file of settings; flags on the command line win over it", metavar="FILE")
+    preset: str | None = option(
+        None, "sizes of a published model; the file and the flags win over them", choices=tuple(PRESETS)
+    )
+    dry_run: bool = option(False, "check the configuration and print what would run, in one CPU process; exit status 0 or 2")
+    world_size: int | None = option(None, "number of ranks that --dry-run assumes (default: 1)")
+    help: bool = option(False, "print this help and exit", aliases=("-h",))
     version: bool = option(False, "print the version and exit")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the model that a run asks for."""
+"""Compare the model of a checkpoint with the model of a run that starts from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron.config.errors import Problem
 from megatron.config.options import by_name, flag_text
 from megatron.config.schema import ModelSettings
 
-# Settings that change no shape and no meaning of a weight: a run that loads a checkpoint may choose them anew.
+# These change neither the shape nor the meaning of a weight, so a run may differ from its checkpoint in them.
 MAY_DIFFER = {
     "attention_dropout",
     "hidden_dropout",
@@ -17,19 +17,23 @@ MAY_DIFFER = {
     "init_method_xavier_uniform",
     "make_vocab_size_divisible_by",
 }
-HEAD = {"task_head", "labels"}
+HEAD_FIELDS = {"task_head", "labels"}  # compared by `head_differences`: fine-tuning replaces the pretraining heads
 
 
-def model_differences(held: ModelSettings, wanted: ModelSettings, source: str) -> list[Problem]:
-    """One problem for each setting in which the model in a checkpoint differs from the wanted one.
+def model_differences(saved: ModelSettings, requested: ModelSettings, source: str) -> list[Problem]:
+    """Return one problem for each setting in which a checkpoint's model differs from the requested one.
 
-    source: names the checkpoint. A vocabulary that is not known yet is not compared.
+    Args:
+        saved: the checkpoint's model.
+        requested: the run's model; its vocabulary size is not compared while it is None.
+        source: the checkpoint's path, for messages.
     """
     problems = []
     for field in fields(ModelSettings):
-        there, here = getattr(held, field.name), getattr(wanted, field.name)
-        if field.name in MAY_DIFFER | HEAD or there == here or (field.name == "vocab_size" and here is None):
+        there, here = getattr(saved, field.name), getattr(requested, field.name)
+        if field.name in MAY_DIFFER | HEAD_FIELDS or there == here or (field.name == "vocab_size" and here is None):
             continue
+        # No flag sets these two, so the messages name what does: the tokenizer and the program.
         if field.name == "vocab_size":
             problems.append(Problem(f"the tokenizer's {here} tokens", f"do not fit {source}, which was trained with {there}"))
             continue
@@ -38,32 +42,42 @@ def model_differences(held: ModelSettings, wanted: ModelSettings, source: str) -
             continue
         option = by_name()[f"model.{field.name}"]
         rule, legal = f"does not fit {source}, which was made with {there}", str(there)
-        if option.kind is bool:  # its flag may be the one that turns it off
-            given = here is not (option.flag == option.off)
+        if option.kind is bool:  # a flag without a value; for a default of True it is the one that turns it off
+            given = here is not (option.flag == option.off_flag)
             rule = f"is {'given' if given else 'not given'}, and {source} was made {'without' if given else 'with'} it"
             legal = "without it" if given else "with it"
         problems.append(Problem(flag_text(option.name, here), rule, f"{legal}; --use-checkpoint-args takes them all"))
     return problems
 
 
-def head_differences(held: ModelSettings, wanted: ModelSettings, source: str, *, new: bool) -> list[Problem]:
-    """A problem where the head in a checkpoint is not the wanted one.
+def head_differences(saved: ModelSettings, requested: ModelSettings, source: str, *, new: bool) -> list[Problem]:
+    """Return a problem if the head of a checkpoint's model is not the requested one.
 
-    new: whether the run may give a pretrained model the head of a task, with initial weights: when it goes on to train it.
+    Args:
+        saved: the checkpoint's model.
+        requested: the run's model.
+        source: the checkpoint's path, for messages.
+        new: the run trains, so it may give a pretrained model a task head with initial weights.
     """
-    if held.architecture != wanted.architecture:  # that is said elsewhere
+    if saved.architecture != requested.architecture:  # which `model_differences` reports
         return []
-    if held.task_head is None and wanted.task_head is not None:
+    if saved.task_head is None and requested.task_head is not None:
         rule = f"is in none of the weights of {source}, which were pretrained and not fine-tuned"
         legal = "fine-tune them with --pretrained-checkpoint, --train-data and --epochs"
-        return [] if new else [Problem(f"a head for {wanted.task_head}", rule, legal)]
-    there, here = ((model.task_head, model.labels) for model in (held, wanted))
+        return [] if new else [Problem(f"a head for {requested.task_head}", rule, legal)]
+    there, here = ((model.task_head, model.labels) for model in (saved, requested))
+    # A task may leave its labels open until its files are read; those of the checkpoint are then taken.
     if there == here or (there[0] == here[0] and not here[1]):
         return []
-    return [Problem(f"a model for {_kind(wanted)}", f"cannot start from {source}, which was fine-tuned for {_kind(held)}")]
+    return [
+        Problem(
+            f"a model for {_describe_head(requested)}",
+            f"cannot start from {source}, which was fine-tuned for {_describe_head(saved)}",
+        )
+    ]
 
 
-def _kind(model: ModelSettings) -> str:
+def _describe_head(model: ModelSettings) -> str:
     if model.task_head is None:
         return "pretraining"
     return model.task_head + (f" ({', '.join(model.labels)})" if model.labels else "")

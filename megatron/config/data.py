@@ -1,4 +1,4 @@
-"""Settings of the data: from indexed datasets to micro-batches."""
+"""Settings of the data, from indexed datasets to micro-batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.config.check import ConfigCheck, Rules, missing
 from megatron.config.errors import Problem
 from megatron.config.notation import split_shares
 from megatron.config.option import BETWEEN_0_AND_1, FROM_0_TO_1, NOT_NEGATIVE, POSITIVE, option
-from megatron.config.paths import near, reason_unreadable
+from megatron.config.paths import reason_unreadable, suggest_paths
 from megatron.files.prefixes import suggest_prefix
 
 PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path")
@@ -20,59 +20,59 @@ PATHS = ("data.data_path", "data.train_data_path", "data.valid_data_path", "data
 
 @dataclass(frozen=True)
 class DataSettings:
-    """From indexed datasets to micro-batches."""
+    """Data, from indexed datasets to micro-batches."""
 
-    data_path: tuple[str, ...] = option((), "PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...", nargs="*")
-    train_data_path: tuple[str, ...] = option((), "the same, for training alone", nargs="*")
-    valid_data_path: tuple[str, ...] = option((), "the same, for validation alone", nargs="*")
-    test_data_path: tuple[str, ...] = option((), "the same, for testing alone", nargs="*")
-    data_args_path: str | None = option(None, "a file that holds what would follow --data-path", metavar="FILE")
+    data_path: tuple[str, ...] = option((), "indexed datasets: PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ... for a blend")
+    train_data_path: tuple[str, ...] = option((), "indexed datasets for training, instead of a share of --data-path")
+    valid_data_path: tuple[str, ...] = option((), "indexed datasets for validation, likewise")
+    test_data_path: tuple[str, ...] = option((), "indexed datasets for testing, likewise")
+    data_args_path: str | None = option(None, "text file with the words that would follow --data-path", metavar="FILE")
     per_split_data_args_path: str | None = option(
         None,
-        "a JSON file with what would follow --train-data-path, --valid-data-path and --test-data-path, as lists under the keys "
-        "train, valid and test",
+        "JSON file with the lists train, valid and test: the words that would follow --train-data-path, --valid-data-path and "
+        "--test-data-path",
         metavar="FILE",
     )
     mock_data: bool = option(
-        False, "made-up samples that follow from --seed, in place of data: the losses say nothing, but the run is a real one"
+        False, "use synthetic samples that follow from --seed, instead of data; for trying out and timing a run"
     )
-    split: str = option("969,30,1", "shares of training, validation and test documents")
-    data_cache_path: str | None = option(None, "directory for built sample indices; default `cache` beside the data")
-    seq_length: int | None = option(None, "tokens per sample", aliases=("--encoder-seq-length",), legal=POSITIVE)
-    num_workers: int = option(2, "batches that are read ahead; 0 reads in the training loop", legal=NOT_NEGATIVE)
+    split: str = option("969,30,1", "proportions of documents for training, validation and testing")
+    data_cache_path: str | None = option(None, "directory for sample indices (default: `cache` beside the data)")
+    seq_length: int | None = option(
+        None, "sequence length of a sample, in tokens", aliases=("--encoder-seq-length",), legal=POSITIVE
+    )
+    num_workers: int = option(2, "batches to read ahead; 0: read in the training loop", legal=NOT_NEGATIVE)
     dataloader_type: str = option(
-        "single", "single: in dataset order; cyclic: reshuffled each epoch", choices=("single", "cyclic")
+        "single", "order of samples; single: the dataset's; cyclic: reshuffled each epoch", choices=("single", "cyclic")
     )
-    reset_position_ids: bool = option(False, "count positions from 0 again after each end of document")
-    reset_attention_mask: bool = option(False, "no attention across an end of document")
-    mask_prob: float = option(0.15, "of BERT: share of the tokens that are to be guessed", legal=BETWEEN_0_AND_1)
-    short_seq_prob: float = option(
-        0.1, "of BERT: share of the samples that are shorter than --seq-length, at random", legal=FROM_0_TO_1
-    )
-    eod_mask_loss: bool = option(False, "do not count the prediction made from an end of document")
+    reset_position_ids: bool = option(False, "restart position ids at 0 after each end-of-document token")
+    reset_attention_mask: bool = option(False, "do not attend across an end-of-document token")
+    mask_prob: float = option(0.15, "BERT: share of the tokens that are masked and predicted", legal=BETWEEN_0_AND_1)
+    short_seq_prob: float = option(0.1, "BERT: probability that a sample is shorter than --seq-length", legal=FROM_0_TO_1)
+    eod_mask_loss: bool = option(False, "leave out of the loss what is predicted from an end-of-document token")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(DataSettings):
-    """From indexed datasets to micro-batches, with the length of a sample."""
+    """Data of a run, with the sequence length."""
 
     seq_length: int = field()
 
 
 def sample_length_given(c: ConfigCheck) -> Iterator[Problem]:
-    """A run needs the length of its samples."""
+    """The sequence length is given."""
     yield from missing(c, ["data.seq_length"])
 
 
 def shortest_pair(c: ConfigCheck) -> Iterator[Problem]:
-    """[CLS], two segments of a token each, and two [SEP]."""
+    """A BERT sample has room for [CLS], two segments of one token each, and two [SEP]."""
     seq = c["data.seq_length"]
     if c["model.architecture"] == "bert" and seq is not None and seq < 5 and "data.seq_length" not in c.invalid:
         yield Problem(c.flag_text("data.seq_length"), "is too short for [CLS], two segments and two [SEP]", "5 and more")
 
 
 def split(c: ConfigCheck) -> Iterator[Problem]:
-    """Up to three shares, not negative, not all zero."""
+    """--split is one to three shares, none negative, not all zero."""
     try:
         split_shares(c["data.split"])
     except ValueError:
@@ -80,7 +80,7 @@ def split(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def data_paths(c: ConfigCheck) -> Iterator[Problem]:
-    """Data comes from one set of flags, each PREFIX or WEIGHT PREFIX WEIGHT PREFIX ..., or is made up."""
+    """Data comes from --data-path, from one flag for each split, or is synthetic; blends have a weight for each dataset."""
     own = [n for n in ("data.train_data_path", "data.valid_data_path", "data.test_data_path") if c[n]]
     given = [n for n in ("data.data_path", *own) if c[n]]
     if c["data.mock_data"] and given:
@@ -97,7 +97,7 @@ def data_paths(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def blend_error(words: Sequence[str]) -> str | None:
-    """Return what is wrong with the words of a --data-path; None where nothing is."""
+    """Return the mistake in the words of a --data-path; None when there is none."""
     if prefixes(words) is None:
         return "mixes weights and prefixes; several datasets are WEIGHT PREFIX WEIGHT PREFIX ... or PREFIX PREFIX ..."
     if light := [w for w in words[::2] if len(words) > 1 and (weight := parse_number(w)) is not None and not 0 < weight < inf]:
@@ -106,7 +106,8 @@ def blend_error(words: Sequence[str]) -> str | None:
 
 
 def prefixes(words: Sequence[str]) -> list[str] | None:
-    """The dataset prefixes of a --data-path; None where it is neither prefixes alone nor a weight before each."""
+    """Return the dataset prefixes of a --data-path; None when it is neither prefixes alone nor a weight before each."""
+    # A prefix may look like a number, so only an even count of words with a number in each first place is a blend.
     weights = [parse_number(word) is not None for word in words[::2]]
     if len(words) % 2 or not any(weights):
         return None if len(words) > 1 and any(parse_number(word) is not None for word in words) else list(words)
@@ -114,7 +115,7 @@ def prefixes(words: Sequence[str]) -> list[str] | None:
 
 
 def parse_number(word: str) -> float | None:
-    """The number that a word spells, or None."""
+    """Return a word as a number; None when it is not one."""
     try:
         return float(word)
     except ValueError:
@@ -122,7 +123,7 @@ def parse_number(word: str) -> float | None:
 
 
 def datasets(c: ConfigCheck) -> Iterator[Problem]:
-    """Every prefix has its .bin and .idx."""
+    """The files .bin and .idx of every prefix can be read."""
     for name in PATHS:
         for prefix in prefixes(c[name]) or ():
             level = "sentence" if c["model.architecture"] == "bert" else "document"
@@ -130,22 +131,23 @@ def datasets(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def missing_dataset(what: str, prefix: str, level: str = "document") -> Iterator[Problem]:
-    """A problem where a prefix has no .bin and .idx.
+    """Yield a problem when the files of a dataset cannot be read.
 
     Args:
-        what: the setting that names it, in words.
-        prefix: the prefix, or one of the two files.
-        level: sentence or document, what the program takes: the end of the name that preprocessing gave.
+        what: the setting that names it, for the message.
+        prefix: the prefix, or one of its two files.
+        level: "sentence" or "document", the end of the names that preprocessing gives for this program.
     """
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     files = [Path(prefix + ending) for ending in (".bin", ".idx")]
     wrong = [(path, why) for path in files if (why := reason_unreadable(path))]
+    # Neither file exists: most likely the prefix is misspelled, or lacks the end that preprocessing has added.
     if len(wrong) == 2 and not any(os.path.exists(path) for path in files):
         folder = files[0].parent
         names = sorted(p.name[:-4] for p in folder.glob("*.idx")) if os.access(folder, os.R_OK | os.X_OK) else None
         meant = suggest_prefix(prefix, level)
-        hint = f"; {meant}" if meant else near(Path(prefix), names)
+        hint = f"; {meant}" if meant else suggest_paths(Path(prefix), names)
         yield Problem(what, f"names no dataset: {prefix}.bin and {prefix}.idx do not exist{hint}")
         return
     for path, why in wrong:

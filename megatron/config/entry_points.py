@@ -1,6 +1,7 @@
-"""Things that other packages bring by entry points: listed beside our own, imported only where they are used.
+"""Plug-ins of installed packages, declared as entry points: listed beside the built-in ones, imported only when used.
 
-A name that is ours stays ours. The format is that of importlib.metadata, which reads it from the packages' pyproject.toml.
+A plug-in cannot replace a built-in one of the same name. Packages declare entry points in their pyproject.toml, and
+importlib.metadata reads them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ Own = TypeVar("Own")
 
 
 def with_installed(own: Mapping[str, Own], group: str) -> Mapping[str, Own | EntryPoint]:
-    """Return our own things by name, and after them those that installed packages bring to the group under other names."""
+    """Return the built-in plug-ins by name, then those that installed packages add to the group under other names."""
     return MappingProxyType({**own, **{found.name: found for found in entry_points(group=group) if found.name not in own}})
 
 
 def load_entry(found: EntryPoint) -> Any:
-    """Import what an entry point names. ValueError, which begins with "needs", where that is not there."""
+    """Import the object that an entry point names. ValueError, whose text begins with "needs", when that fails."""
     try:
         return found.load()
     except (ImportError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every mistake of a command at once, each in words a person can act on."""
+"""Mistakes in a configuration: all of a command are collected, and each says what to change."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake.
+    """One mistake in a configuration.
 
-    what: the flags with their values, or the file and key, between backticks.
-    rule: what is wrong with them; continues the sentence that `what` begins.
-    legal: what would be right; empty where the rule says it.
-    ranks: where the number of processes is wrong, one that would be right; else 0.
-    on_disk: it was found on this host's disk, so that other hosts may not have it.
+    Attributes:
+        what: the flags with their values, or the file and key, between backticks.
+        rule: the fault; continues the sentence that `what` begins, as in "`--num-layers 0`" "must be greater than 0".
+        legal: what would be right; empty when the rule says it.
+        ranks: a number of processes that would be right, when that is what is wrong; else 0.
+        on_disk: the mistake was found on this host's disk, and other hosts may not have it.
     """
 
     what: str
@@ -28,18 +29,18 @@ class Problem:
 
 
 class ConfigError(Exception):
-    """A configuration that cannot run, with all its mistakes. Programs print it and exit with status 2."""
+    """A configuration that cannot run, with all its mistakes. Programs print them and exit with status 2."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(dict.fromkeys(problems))
+        self.problems = tuple(dict.fromkeys(problems))  # two rules may find the same one; the first place counts
         super().__init__("\n".join(str(p) for p in self.problems))
 
     @property
     def on_disk(self) -> bool:
-        """Whether every mistake was found on this host's disk, so that other ranks may see none."""
+        """True when every mistake was found on this host's disk, so that ranks on other hosts may see none."""
         return all(problem.on_disk for problem in self.problems)
 
 
-def found_on_disk(problems: Sequence[Problem]) -> list[Problem]:
+def mark_on_disk(problems: Sequence[Problem]) -> list[Problem]:
     """Return the same problems, marked as found on this host's disk."""
     return [replace(problem, on_disk=True) for problem in problems]

@@ -10,13 +10,13 @@ from megatron.config.option import NOT_NEGATIVE, option
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation during training."""
+    """Evaluation during and after training."""
 
-    eval_iters: int = option(100, "steps of one evaluation", legal=NOT_NEGATIVE)
-    eval_interval: int = option(
-        1000, "training steps between evaluations; 0: none before training has ended", legal=NOT_NEGATIVE
+    eval_iters: int = option(100, "global batches per evaluation", legal=NOT_NEGATIVE)
+    eval_interval: int = option(1000, "iterations between evaluations; 0: evaluate only after training", legal=NOT_NEGATIVE)
+    skip_train: bool = option(
+        False, "evaluate without training; --save then receives metrics only, and may be the directory of a run in progress"
     )
-    skip_train: bool = option(False, "only evaluate; --save then takes metrics alone, also beside the run that saves there")
 
 
 RULES = Rules()

@@ -1,4 +1,4 @@
-"""Settings of the layout: how the ranks are arranged. The rules of its pipeline flags stand in `pipeline.py`."""
+"""Settings of the parallel layout, the sizes of the mesh's axes. The rules of the pipeline's flags are in `pipeline.py`."""
 
 from __future__ import annotations
 
@@ -16,83 +16,91 @@ from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, S
 
 @dataclass(frozen=True)
 class LayoutSettings:
-    """Arrangement of the ranks. Data parallelism takes what the other axes leave of the world."""
+    """Parallel layout. Data parallelism takes the ranks that the other axes leave."""
 
-    tensor_model_parallel_size: int = option(1, "ranks that share each layer (tp); keep them within a node", legal=POSITIVE)
-    pipeline_model_parallel_size: int = option(1, "ranks that share the depth (pp)", legal=POSITIVE)
-    context_parallel_size: int = option(1, "ranks that share each sequence (cp)", legal=POSITIVE)
-    sequence_parallel: bool = option(False, "split norms and dropout over the sequence within tp (arXiv 2205.05198)")
+    tensor_model_parallel_size: int = option(
+        1, "tensor-parallel ranks (tp), which share each layer; keep them within a node", legal=POSITIVE
+    )
+    pipeline_model_parallel_size: int = option(
+        1, "pipeline-parallel ranks (pp), which share the layers in stages", legal=POSITIVE
+    )
+    context_parallel_size: int = option(1, "context-parallel ranks (cp), which share each sequence", legal=POSITIVE)
+    sequence_parallel: bool = option(
+        False, "shard norms and dropout along the sequence over the tensor-parallel ranks (arXiv 2205.05198)"
+    )
     pipeline_schedule: str | None = option(
         None,
-        f"order of work in the pipeline; default {DEFAULT}, or {DEFAULT_WITH_CHUNKS} with virtual stages",
+        f"pipeline schedule (default: {DEFAULT}, or {DEFAULT_WITH_CHUNKS} with virtual stages)",
         choices=tuple(SCHEDULES),
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "layers of one virtual stage, about: each rank has num-layers / (pp x this) of them, rounded down", legal=POSITIVE
+        None, "layers per virtual stage; a rank has num-layers / (pp x this) virtual stages, rounded down", legal=POSITIVE
     )
     num_virtual_stages_per_pipeline_rank: int | None = option(
-        None, "virtual stages of each rank, in place of --num-layers-per-virtual-pipeline-stage", legal=LAYERS
+        None, "virtual stages per rank, instead of --num-layers-per-virtual-pipeline-stage", legal=LAYERS
     )
     pipeline_stage_layers: tuple[int, ...] = option(
-        (), "layers of each stage, first to last; default cut so that the ranks have equal work, the head's included", nargs="*"
+        (), "number of layers of each stage, first to last (default: equal work per rank, the output layer's included)"
     )
     pipeline_model_parallel_layout: str | None = option(
         None,
-        "the same, drawn: stages between |, of E (embedding), t (layer), L (loss); x*3 is xxx, (tt|)*2 is tt|tt|",
+        "the stages as text: E (embedding), t (layer) and L (loss), separated by |; x*3 is xxx, (tt|)*2 is tt|tt|",
         metavar='"Et*3|(tt|)*2L"',
     )
     decoder_first_pipeline_num_layers: int | None = option(
-        None, "layers of the first pipeline rank, in all its stages; the other ranks share the rest evenly", legal=POSITIVE
+        None, "layers of the first pipeline rank, over all its stages; the other ranks share the rest evenly", legal=POSITIVE
     )
-    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last pipeline rank, likewise", legal=POSITIVE)
+    decoder_last_pipeline_num_layers: int | None = option(
+        None, "layers of the last pipeline rank, over all its stages", legal=POSITIVE
+    )
     account_for_embedding_in_pipeline_split: bool = option(
-        False, "even stages, in which the embedding counts as a layer: the first one has one less"
+        False, "count the embedding as a layer when the stages are cut evenly: the first stage has one layer less"
     )
     account_for_loss_in_pipeline_split: bool = option(
-        False, "even stages, in which output layer and loss count as a layer: the last one has one less"
+        False, "count output layer and loss as a layer when the stages are cut evenly: the last stage has one layer less"
     )
     use_distributed_optimizer: bool = option(
-        False, "each data-parallel rank keeps a slice of main weights and optimizer state (ZeRO-1, arXiv 1910.02054)"
+        False, "shard main weights and optimizer state over the data-parallel ranks (ZeRO-1, arXiv 1910.02054)"
     )
     overlap_grad_reduce: bool = option(
-        False, "sum gradients over data-parallel ranks bucket by bucket, while the backward pass makes the others"
+        False, "reduce gradients over the data-parallel ranks bucket by bucket, during the backward pass"
     )
     overlap_param_gather: bool = option(
-        False, "of the distributed optimizer: gather new weights bucket by bucket, while the next forward pass runs"
+        False, "with the distributed optimizer: all-gather new weights bucket by bucket, during the next forward pass"
     )
     ddp_bucket_size: int = option(
-        40_000_000, "elements of a bucket of gradients; a larger parameter has one of its own", legal=POSITIVE
+        40_000_000, "elements per gradient bucket; a larger parameter has a bucket of its own", legal=POSITIVE
     )
     distributed_backend: str | None = option(
-        None, "communication library; default nccl with one GPU per rank, else gloo", choices=("nccl", "gloo")
+        None, "communication backend (default: nccl with one GPU per rank, else gloo)", choices=("nccl", "gloo")
     )
-    distributed_timeout_minutes: float = option(10.0, "a collective that takes longer is a failure", legal=POSITIVE)
+    distributed_timeout_minutes: float = option(10.0, "minutes after which a collective counts as failed", legal=POSITIVE)
     hang_timeout_seconds: float = option(
         20.0,
-        "pipeline work counts as hanging after this, or after three times the longest of its kind so far, the first under "
-        "--compile excepted; 0: only after --distributed-timeout-minutes",
+        "seconds after which an action of the pipeline counts as hanging, or three times the longest of its kind, if that is "
+        "more; the first under --compile is excepted; 0: only --distributed-timeout-minutes counts",
         legal=NOT_NEGATIVE,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutConfig(LayoutSettings):
-    """Arrangement of the ranks of a run, with its schedule."""
+    """Parallel layout of a run, with its schedule."""
 
     pipeline_schedule: str = field()
 
 
 def data_parallel_size(layout: LayoutSettings, world_size: int) -> int | None:
-    """Return what the other axes leave of the world; None where they do not divide it."""
+    """Return the number of data-parallel ranks, what the other axes leave; None when they do not divide the world size."""
     model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     return world_size // model if model > 0 and world_size >= model and world_size % model == 0 else None
 
 
 def tensor_split(c: ConfigCheck) -> Iterator[Problem]:
-    """Heads, groups and MLP width split evenly over tensor parallelism; with it the sequence, where that is split."""
+    """Heads, query groups and MLP width divide over the tensor-parallel ranks; with sequence parallelism the sequence, too."""
     tp = c["layout.tensor_model_parallel_size"]
     names = ["model.num_attention_heads", "model.ffn_hidden_size"]
-    if c.is_set("model.num_query_groups"):
+    if c.is_set("model.num_query_groups"):  # else they are as many as the heads
         names.append("model.num_query_groups")
     if c["layout.sequence_parallel"]:
         names.append("data.seq_length")
@@ -104,39 +112,44 @@ def tensor_split(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def world_size(c: ConfigCheck) -> Iterator[Problem]:
-    """The axes other than data parallelism divide the world."""
+    """The axes other than data parallelism divide the world size."""
     names = ["layout.tensor_model_parallel_size", "layout.pipeline_model_parallel_size", "layout.context_parallel_size"]
-    if c.dp is None and c.world > 0 and not c.invalid & set(names):
+    if c.dp is None and c.world_size > 0 and not c.invalid & set(names):
         sizes = [name for name in names if c[name] != 1]
         size = c[names[0]] * c[names[1]] * c[names[2]]
         of = f" = {size}" if len(sizes) > 1 else ""
         ranks = fitting_ranks(c, size)
         legal = f"multiples of {size}" + (f", such as {ranks}" if ranks else "") + (" (--world-size)" if c.planning else "")
-        yield Problem(f"world size {c.world}", f"is not divisible by {c.flag_text(*sizes)}{of}", legal, ranks)
+        yield Problem(f"world size {c.world_size}", f"is not divisible by {c.flag_text(*sizes)}{of}", legal, ranks)
 
 
 def fitting_ranks(c: ConfigCheck, size: int) -> int:
-    """The number of ranks nearest to the world's, not above where that can be, over which the batch divides too; 0 for none.
+    """Return a number of ranks that model and batch divide over, the nearest to the world size; 0 when none is found.
 
-    size: ranks that one copy of the model takes.
+    Fewer ranks than the world has are preferred to more.
+
+    Args:
+        c: the configuration.
+        size: number of ranks that one replica of the model takes.
     """
-    nearest = max(1, c.world // size)
-    for copies in (*range(nearest, 0, -1), *range(nearest + 1, nearest + 65)):
-        resolved = c.derive(c.raw, size * copies)
-        fewer = dataclasses.replace(c, resolved=resolved, world=size * copies, dp=copies)
-        if not [*global_batch(fewer), *ramp_up(fewer)]:
-            return fewer.world
+    nearest = max(1, c.world_size // size)
+    for replicas in (*range(nearest, 0, -1), *range(nearest + 1, nearest + 65)):
+        resolved = c.derive(c.raw, size * replicas)  # the default global batch size depends on the number of ranks
+        other = dataclasses.replace(c, resolved=resolved, world_size=size * replicas, dp=replicas)
+        if not [*global_batch(other), *ramp_up(other)]:
+            return other.world_size
     return 0
 
 
 def context_split(c: ConfigCheck) -> Iterator[Problem]:
-    """Each context-parallel rank has two equal chunks of a sequence, which sequence parallelism may cut once more."""
+    """The sequence divides into two chunks per context-parallel rank, and these over sequence parallelism."""
     cp, tp, seq = c["layout.context_parallel_size"], c["layout.tensor_model_parallel_size"], c["data.seq_length"]
     if cp == 1 or not seq:
         return
     cut = tp if c["layout.sequence_parallel"] else 1
+    # Rank r holds chunks r and 2 cp - 1 - r of 2 cp, so that the causal mask leaves each the same work.
     unit = cp * lcm(2, cut)
-    if seq % unit and not seq % cut:  # a length that tp alone does not cut has been told
+    if seq % unit and not seq % cut:  # a length that tp does not divide is reported by `tensor_split`
         of = f"2 x `--context-parallel-size {cp}`"
         if cut > 1:
             of += f", of which `--sequence-parallel` cuts each rank's part over `--tensor-model-parallel-size {tp}`"
@@ -146,7 +159,7 @@ def context_split(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def context_dropout(c: ConfigCheck) -> Iterator[Problem]:
-    """Attention around the ring has no fused kernel, so nothing that could draw by itself."""
+    """Fused attention dropout needs a fused kernel, which ring attention does not have."""
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0
     if fused and c["layout.context_parallel_size"] > 1:
         rule = f"cannot go with {c.flag_text('layout.context_parallel_size')}, whose attention has no kernel that draws numbers"
@@ -154,7 +167,7 @@ def context_dropout(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def param_gather(c: ConfigCheck) -> Iterator[Problem]:
-    """Weights are gathered where each rank has updated a slice of them, before uncompiled layers."""
+    """Gathers of weights overlap only with the distributed optimizer, and with uncompiled layers."""
     if not c["layout.overlap_param_gather"]:
         return
     if not c["layout.use_distributed_optimizer"]:
@@ -170,7 +183,7 @@ def param_gather(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Yield what was asked of the layout and has no effect."""
+    """Yield a remark for sequence parallelism without tensor parallelism."""
     if c.raw.layout.sequence_parallel and not c["layout.sequence_parallel"]:
         yield "--sequence-parallel changes nothing: --tensor-model-parallel-size is 1"
 

@@ -1,4 +1,4 @@
-"""Settings of recomputation: what is kept for the backward pass, and what is computed again, never in silence."""
+"""Settings of activation recomputation: which activations are kept for the backward pass, and which are computed again."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ FULL = "--recompute-granularity full"
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Activations kept for the backward pass, or computed again."""
+    """Activations that are kept for the backward pass, or recomputed in it (arXiv 2205.05198)."""
 
     recompute_granularity: str | None = option(
         None,
-        "run again in the backward pass instead of keeping: selective: the core attention; full: whole layers",
+        "activations to recompute in the backward pass; selective: those of core attention; full: those of whole layers",
         choices=("full", "selective"),
-        values={"--recompute-activations": "selective"},
+        shortcuts={"--recompute-activations": "selective"},
     )
     recompute_method: str | None = option(
         None,
-        "of full: uniform: all layers, in chunks of --recompute-num-layers; block: that many first layers of each stage",
+        "layers that granularity full recomputes; uniform: all, in chunks of --recompute-num-layers; block: the first "
+        "--recompute-num-layers of each stage",
         choices=("uniform", "block"),
     )
     recompute_num_layers: int = option(
-        1, "layers of a chunk (uniform), or layers of each stage that are run again (block)", legal=POSITIVE
+        1, "layers per recomputed chunk (uniform), or recomputed layers per stage (block)", legal=POSITIVE
     )
     distribute_saved_activations: bool = option(
-        False, "of full: each tensor-parallel rank keeps its share of what a chunk starts from"
+        False, "with granularity full: shard the saved input of each chunk over the tensor-parallel ranks"
     )
 
 
 def recompute_method(c: ConfigCheck) -> Iterator[Problem]:
-    """Whole layers are run again by a method; the core attention alone has none."""
+    """Granularity full needs a method; selective has none."""
     if c.invalid & {GRANULARITY, METHOD}:
         return
     if c[GRANULARITY] == "full":
         if c[METHOD] is None:
             yield Problem(c.flag_text(GRANULARITY), "needs `--recompute-method`", "uniform, block")
         return
-    for name in (METHOD, LAYERS):
+    for name in (METHOD, LAYERS):  # a default that was given counts as not given, and does no harm
         if not c.is_set(name) or name in c.invalid:
             continue
         if c[GRANULARITY] is None:
@@ -57,7 +58,7 @@ def recompute_method(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
-    """Saved inputs are cut over tensor parallelism where they are whole on every rank."""
+    """Saved inputs of chunks are sharded over tensor parallelism only if every rank would hold them whole."""
     tp, hidden, what = c["layout.tensor_model_parallel_size"], c["model.hidden_size"], c.flag_text(DISTRIBUTE)
     if not c[DISTRIBUTE] or c.invalid & {GRANULARITY, "layout.tensor_model_parallel_size"}:
         return
@@ -73,7 +74,8 @@ def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def compiled_recompute(c: ConfigCheck) -> Iterator[Problem]:
-    """Nothing makes sure that a compiled attention draws the same mask twice."""
+    """Compiled attention is not recomputed if its kernel draws the dropout mask."""
+    # The kernel reads torch's generator, and nothing makes a compiled graph restore its state for the second run.
     fused = c["model.fused_attention_dropout"] and c["model.attention_dropout"] > 0.0
     if c[GRANULARITY] == "selective" and c["batch.compile"] and fused:
         rule = "cannot go with `--compile` and `--fused-attention-dropout`: its second run would have to draw the same mask"

@@ -1,15 +1,15 @@
-"""The normalisations that a model can have, each with the class that computes it. Imports no torch.
+"""Table of the normalisation layers that a model can have, by the name of their class. Imports no torch.
 
-A class is a `torch.nn.Module` made from a `ModelConfig` and a `TensorParallel`, as those of `megatron/model/norm.py` are; it is
-imported when a model is built. Its parameters come from `TensorParallel.parameter`, and say there all that sizes, gradients,
-optimizer and checkpoints must know.
+The class is a `torch.nn.Module` made from a `ModelConfig` and a `TensorParallel`, as those of `megatron/model/norm.py` are; it
+is imported when a model is built. It makes its parameters with `TensorParallel.parameter`, which records what sizes, gradients,
+optimizer and checkpoints need to know of them.
 
 A package outside this one adds a normalisation by an entry point of the group `megatron.normalizations`, in its pyproject.toml:
 
     [project.entry-points."megatron.normalizations"]
     DynamicTanh = "my_package.norms:DynamicTanh"
 
-The package is imported only where the normalisation is used, and cannot take the name of one of our own.
+The package is imported only when the normalisation is used, and cannot take the name of a built-in one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NORMALIZATIONS: Mapping[str, EntryPoint] = with_installed(OWN, GROUP)
 
 
 def norm_class(normalization: str) -> Callable[..., Any]:
-    """Return the class of a normalisation. ValueError when it is unknown, or its package does not hold what it should."""
+    """Return the class of a normalisation. ValueError when it is unknown, or its package does not hold such a class."""
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {normalization}; known are {', '.join(NORMALIZATIONS)}")
     found = NORMALIZATIONS[normalization]

@@ -1,4 +1,4 @@
-"""Settings that are written in a small notation of their own, as text and as what it means. Pure."""
+"""Parse the settings that have a notation of their own: shares, ranges, batch-size schedules, pipeline layouts. Pure."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from itertools import pairwise
 from math import inf
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+# Lengths are bounded so that a hostile setting cannot make Decimal compute with a million digits.
 NUMBER = re.compile(r"(\d{1,30}(?:\.\d{0,30})?(?:e\+?\d\d?)?)([kmbt]?)", re.IGNORECASE | re.ASCII)
-MAX_SIGNS = 1 << 17  # of a layout written out: a stage and a layer for each of 65,536
+MAX_SIGNS = 1 << 17  # characters of a layout when repetitions are written out: a `t` and a `|` for each of 65,536 layers
 GROUP = re.compile(r"\(([^()]*)\)\*(\d{1,6})", re.ASCII)
 REPEATED = re.compile(r"([^*()\d])\*(\d{1,6})", re.ASCII)
-Steps = tuple[tuple[int, int], ...]  # (samples consumed before, global batch size from there on)
+BatchSizeSteps = tuple[tuple[int, int], ...]  # (consumed samples, global batch size from there on), in order
 
 
 def split_shares(split: str) -> list[float]:
-    """Shares of training, validation and test documents, as typed: `969,30,1`, `969/30/1` or `[969, 30, 1]`.
+    """Parse the shares of training, validation and test documents: `969,30,1`, `969/30/1` or `[969, 30, 1]`.
 
-    Quotes around it, which a shell script leaves where it quotes twice, are no part of it, as for Megatron-LM.
-    Raises ValueError where these are not one to three shares, none negative and not all zero.
+    Raises:
+        ValueError: not one to three shares, a negative one, or all zero.
     """
+    # A script that quotes twice leaves quotes in the value; Megatron-LM accepts them too.
     words = re.split(r"[,/\s]+", split.strip("'\"[]() \t,"))
     shares = [float(word) for word in words]
     if not (1 <= len(shares) <= 3 and all(0 <= share < inf for share in shares) and sum(shares) > 0):
@@ -30,7 +32,7 @@ def split_shares(split: str) -> list[float]:
 
 
 def parse_iteration_ranges(words: Sequence[str]) -> tuple[range, ...]:
-    """Each word, a number `N` or a range `A-B` with both ends, as a range. ValueError naming the word that is neither."""
+    """Parse iterations: each word is a number `N` or a range `A-B`, both ends included. ValueError names a wrong word."""
     found = []
     for word in words:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
@@ -41,18 +43,18 @@ def parse_iteration_ranges(words: Sequence[str]) -> tuple[range, ...]:
     return tuple(found)
 
 
-def parse_steps(words: Sequence[str], seq_length: int) -> Steps:
-    """The steps of a --step-batch-size-schedule, by samples.
+def parse_steps(words: Sequence[str], seq_length: int) -> BatchSizeSteps:
+    """Parse a --step-batch-size-schedule.
 
     Args:
-        words: TOKENS:SIZE, one or several in a word, between them blanks or commas; each number with an optional K, M, B or T.
-        seq_length: tokens of a sample.
+        words: entries TOKENS:SIZE, separated by blanks or commas; each number may end in K, M, B or T.
+        seq_length: tokens per sample.
 
     Returns:
-        In order, the samples after which each size begins, and the size.
+        For each entry, in order, the number of consumed samples from which the size holds, and the size in samples.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: an entry or their order is wrong.
     """
     steps: list[tuple[int, int]] = []
     for entry in " ".join(words).replace(",", " ").split():
@@ -61,30 +63,37 @@ def parse_steps(words: Sequence[str], seq_length: int) -> Steps:
             raise ValueError(f"has the entry {entry}, which is not TOKENS:SIZE, such as 0:768 or 250B:1536")
         if size != int(size) or not 0 < size <= 1 << 20:
             raise ValueError(f"has the size {entry.split(':')[1]}, which is not a whole number from 1 to 1,048,576")
-        steps.append((int(tokens) // seq_length, int(size)))
+        steps.append((int(tokens) // seq_length, int(size)))  # down to whole samples
     steps.sort(key=lambda step: step[0])
     if not steps or steps[0][0] != 0:
         raise ValueError("does not say the size at the begin; its first entry is 0:SIZE")
-    for (before, _), (after, _) in pairwise(steps):
+    for (before, _), (after, _) in pairwise(steps):  # two entries of different tokens may be of one sample
         if before == after:
             raise ValueError(f"has two sizes from sample {before} on (tokens / `--seq-length {seq_length}`, rounded down)")
     return tuple(steps)
 
 
 def _number(text: str) -> Decimal | None:
-    """A number with its suffix multiplied out; None where it is none."""
+    """Parse a number with an optional suffix, as in 1.5K; None when it is not one."""
     found = NUMBER.fullmatch(text)
     return None if found is None else Decimal(found[1]) * SUFFIXES[found[2].lower()]
 
 
 def parse_layout(text: str) -> tuple[int, ...]:
-    """The layers of each stage of a --pipeline-model-parallel-layout.
+    """Parse a --pipeline-model-parallel-layout in Megatron-Core's notation.
 
-    Stages stand between `|`; E is the embedding, t a layer, L the loss. `x*3` is `xxx` and `(tt|)*2` is `tt|tt|`; commas and
-    blanks mean nothing. ValueError saying what is wrong.
+    Stages are separated by `|`; E is the embedding, t a layer, L the loss. `x*3` is `xxx` and `(tt|)*2` is `tt|tt|`; commas
+    and blanks are ignored.
+
+    Returns:
+        The number of layers of each stage.
+
+    Raises:
+        ValueError: the layout is wrong, or places what is not available.
     """
     plain = re.sub(r"[, ]", "", text)
     for pattern in (GROUP, REPEATED):
+        # Measured before it is written out, so that a short text cannot fill the memory.
         if sum(len(found[1]) * int(found[2]) for found in pattern.finditer(plain)) > MAX_SIGNS:
             raise ValueError(f"is longer than {MAX_SIGNS:,} stages and layers")
         plain = pattern.sub(lambda found: found[1] * int(found[2]), plain)

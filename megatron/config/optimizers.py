@@ -1,16 +1,16 @@
-"""The optimizers that a run can have: rules of update, chosen by a parameter's name and shape. Imports no torch.
+"""Table of the optimizers that a run can have, each a tuple of update rules. Imports no torch.
 
-An optimizer is a row of `OWN`: rules, of which each parameter follows the first that applies to it. A rule says which
-code updates (a function of another file, imported when a run is built) and how much that code keeps, so configuration, memory
-plan, optimizer and checkpoints follow from the row alone.
+Each parameter follows the first rule that applies to its name and shape. A rule names the code that updates the parameter (a
+function of another file, imported when a run is built) and says how much state that code keeps, so configuration, memory plan,
+optimizer and checkpoints follow from the row alone.
 
 A package outside this one adds an optimizer by an entry point of the group `megatron.optimizers`, in its pyproject.toml:
 
     [project.entry-points."megatron.optimizers"]
     muon = "my_package.muon:RULES"
 
-RULES is such a tuple of rules. The package is imported only where the optimizer is used, and cannot take the
-name of one of our own.
+RULES is such a tuple of rules. The package is imported only when the optimizer is used, and cannot take the
+name of a built-in one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def every_parameter(name: str, shape: tuple[int, ...]) -> bool:
 class UpdateRule:
     """The update of some of the parameters by an optimizer.
 
-    method: `module:function`; the function makes a `megatron.optim.update.Method` from an OptimConfig and a `Target`.
-    moments: tensors that the method keeps for each target, as long as it is and fp32.
-    applies: whether a parameter of this global name and whole shape follows the rule.
-    whole: whether the method needs each parameter whole, so that a rank's slice of the state must not cut one.
+    Attributes:
+        method: `module:function`; the function makes a `megatron.optim.update.Method` from an OptimConfig and a `Target`.
+        moments: number of fp32 state tensors that the method keeps for each target, each of the target's size.
+        applies: tells for a parameter's global name and unsharded shape whether it follows the rule.
+        whole: the method needs each parameter whole, so that a rank's slice of the state must not cut one.
     """
 
     method: str
@@ -46,6 +47,7 @@ class UpdateRule:
     whole: bool = False
 
 
+# AdamW keeps the first and the second moment of the gradient, SGD its momentum.
 ADAMW = UpdateRule("megatron.optim.update:adamw_method", moments=2)
 SGD = UpdateRule("megatron.optim.update:sgd_method", moments=1)
 
@@ -54,7 +56,7 @@ OPTIMIZERS: Mapping[str, tuple[UpdateRule, ...] | EntryPoint] = with_installed(O
 
 
 def update_rules(optimizer: str) -> tuple[UpdateRule, ...]:
-    """Return the rules of an optimizer. ValueError when it is unknown, or its package does not hold what it should."""
+    """Return the rules of an optimizer. ValueError when it is unknown, or its package does not hold such a tuple."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {optimizer}; known are {', '.join(OPTIMIZERS)}")
     found = OPTIMIZERS[optimizer]
@@ -67,12 +69,15 @@ def update_rules(optimizer: str) -> tuple[UpdateRule, ...]:
 
 
 def rule_for(optimizer: str, name: str, shape: tuple[int, ...]) -> UpdateRule:
-    """Return the rule of an optimizer that a parameter follows. ValueError when none applies.
+    """Return the rule of an optimizer that a parameter follows.
 
     Args:
         optimizer: a name in `OPTIMIZERS`.
         name: the parameter's global name.
-        shape: its whole shape.
+        shape: its unsharded shape.
+
+    Raises:
+        ValueError: no rule applies.
     """
     for rule in update_rules(optimizer):
         if rule.applies(name, shape):

@@ -1,4 +1,4 @@
-"""One setting: a dataclass field that knows its flag, its help and its legal values."""
+"""Dataclass fields that know their flag, their help and their legal values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class Range:
-    """`text` says in words what `holds` tests."""
+    """Legal range of a number: `holds` tests it, and `text` describes it after "must be"."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -23,8 +23,8 @@ FROM_0_BELOW_1 = Range("at least 0 and less than 1", lambda v: 0 <= v < 1)
 BETWEEN_0_AND_1 = Range("greater than 0 and less than 1", lambda v: 0 < v < 1)
 FROM_0_TO_1 = Range("from 0 to 1", lambda v: 0 <= v <= 1)
 ABOVE_0_TO_1 = Range("greater than 0 and at most 1", lambda v: 0 < v <= 1)
-MAX_TOKENS = 1 << 24  # ids of a stranger's tokenizer, and new rows of a vocabulary; the largest known ones have a million
-# What is listed one by one, layer by layer and micro-batch by micro-batch.
+MAX_TOKENS = 1 << 24  # a vocabulary read from a file may not be larger; the largest known ones have about a million tokens
+# Layers and micro-batches are enumerated one by one in schedules and tables, so a typing error must not ask for billions.
 LAYERS = Range("greater than 0 and at most 65,536", lambda v: 0 < v <= 1 << 16)
 SAMPLES = Range("greater than 0 and at most 1,048,576", lambda v: 0 < v <= 1 << 20)
 
@@ -34,38 +34,42 @@ def option(
     help: str,
     *,
     flag: str | None = "",
-    off: str | None = None,
+    off_flag: str | None = None,
     aliases: tuple[str, ...] = (),
     choices: tuple[str, ...] | None = None,
-    nargs: str | None = None,
-    values: Mapping[str, Any] | None = None,
-    yielding: tuple[str, ...] = (),
+    shortcuts: Mapping[str, Any] | None = None,
+    fallbacks: tuple[str, ...] = (),
     metavar: str | None = None,
     bare: str | None = None,
     legal: Range | None = None,
 ) -> Any:
-    """A dataclass field that knows its flag.
+    """Declare a dataclass field that a user can set.
 
-    flag: the spelling, where it is not the field's name with dashes; None for a field that no flag sets.
-    off: for a bool that is on by default, the flag that turns it off.
-    aliases: other spellings of the same flag. values: further flags that take no argument and set this field to a
-    value (`--use-rotary-position-embeddings` sets `position_embedding_type` to "rope").
-    yielding: those of `values` that hold only where nothing else sets the field to something of its own.
-    choices: the legal strings. nargs: argparse's, for a field that takes several values.
-    bare: for a flag whose value may be left out, what the flag alone sets; in TOML, what `true` sets.
-    legal: the range of a number.
+    Args:
+        default: the field's default.
+        help: text for --help: what the value is, with its unit, or what a switch does; for a switch that is on by default, a
+            noun phrase after "turns off". A default that follows from other settings stands at its end: "(default: --lr)".
+        flag: spelling of the flag, if it is not the field's name with dashes; None for a field that no flag sets.
+        off_flag: flag that turns off a bool whose default is True.
+        aliases: other spellings of the same flag.
+        choices: the legal strings.
+        shortcuts: further flags without a value, and the value to which each sets this field
+            (`--use-rotary-position-embeddings` sets `position_embedding_type` to "rope").
+        fallbacks: those of `shortcuts` that only hold when nothing else sets the field.
+        metavar: name of the value in --help; by default N, X or TEXT.
+        bare: value that the flag sets when it is given without one; in TOML, the value of `true`.
+        legal: legal range of a number.
     """
     return field(
         default=default,
         metadata=dict(
             help=help,
             flag=flag,
-            off=off,
+            off_flag=off_flag,
             aliases=aliases,
             choices=choices,
-            nargs=nargs,
-            values=values or {},
-            yielding=yielding,
+            shortcuts=shortcuts or {},
+            fallbacks=fallbacks,
             metavar=metavar,
             bare=bare,
             legal=legal,
@@ -75,9 +79,17 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """One field that a user can set. `default` is the schema's; `flag` the spelling that messages use.
+    """A field that a user can set, as `option` declared it.
 
-    bare: what the flag sets without a value; None where it needs one.
+    Attributes:
+        section: name of the section.
+        field: name of the field in the section's dataclass.
+        kind: type of one value.
+        many: the field is a tuple of such values.
+        default: the schema's default.
+        flag: the spelling that messages use; for a bool whose default is True, the flag that turns it off.
+
+    The others are the arguments of `option`.
     """
 
     section: str
@@ -87,22 +99,22 @@ class Option:
     default: Any
     help: str
     flag: str
-    off: str | None
+    off_flag: str | None
     aliases: tuple[str, ...]
     choices: tuple[str, ...] | None
-    constants: Mapping[str, Any]
-    yielding: tuple[str, ...]
+    shortcuts: Mapping[str, Any]
+    fallbacks: tuple[str, ...]
     metavar: str | None
     bare: str | None
     legal: Range | None
 
     @property
     def name(self) -> str:
-        """`section.field`, unique over a run."""
+        """Name of the setting, `section.field`, unique in a run."""
         return f"{self.section}.{self.field}"
 
     def text(self, value: Any) -> str:
-        """Return the setting as a user would type it, between backticks: `--num-layers 12`; an open value is left out."""
+        """Return the setting as a user would type it, between backticks: `--num-layers 12`. A value of None is left out."""
         if self.kind is bool or value is None or value == ():
             return f"`{self.flag}`"
         return f"`{self.flag} {' '.join(map(str, value)) if self.many else value}`"
@@ -110,7 +122,7 @@ class Option:
 
 def section_options(section: str, config: type) -> Iterator[Option]:
     """Yield the options of a section, one for each field of its dataclass that has a flag, in order."""
-    hints = get_type_hints(config)
+    hints = get_type_hints(config)  # the annotations themselves are strings
     for f in dataclasses.fields(config):
         meta = f.metadata
         if meta["flag"] is None:
@@ -123,12 +135,12 @@ def section_options(section: str, config: type) -> Iterator[Option]:
             many=many,
             default=f.default,
             help=meta["help"],
-            flag=meta["off"] or meta["flag"] or "--" + f.name.replace("_", "-"),
-            off=meta["off"],
+            flag=meta["off_flag"] or meta["flag"] or "--" + f.name.replace("_", "-"),
+            off_flag=meta["off_flag"],
             aliases=meta["aliases"],
             choices=meta["choices"],
-            constants=meta["values"],
-            yielding=meta["yielding"],
+            shortcuts=meta["shortcuts"],
+            fallbacks=meta["fallbacks"],
             metavar=meta["metavar"],
             bare=meta["bare"],
             legal=meta["legal"],
@@ -136,8 +148,8 @@ def section_options(section: str, config: type) -> Iterator[Option]:
 
 
 def _kind(hint: Any) -> tuple[type, bool]:
-    """(type of one value, whether there are several) of a field's annotation."""
-    if get_origin(hint) in (Union, types.UnionType):
+    """Return the type of one value, and whether there are several, from a field's annotation."""
+    if get_origin(hint) in (Union, types.UnionType):  # of one type and None
         (hint,) = (a for a in get_args(hint) if a is not type(None))
     if get_origin(hint) is tuple:
         return get_args(hint)[0], True

@@ -1,4 +1,4 @@
-"""Every option of a run and of its command, read off the schema."""
+"""All options of a run and of its command, collected from the schema."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from megatron.config.schema import sections
 
 @cache
 def options() -> tuple[Option, ...]:
-    """Every field that has a flag, in the schema's order."""
+    """Return every field that has a flag, in the schema's order."""
     tables = {"command": CommandConfig, **sections()}
     return tuple(option for section, config in tables.items() for option in section_options(section, config))
 
 
 @cache
 def by_name() -> Mapping[str, Option]:
-    """`section.field` -> option."""
+    """Return the options by `section.field`."""
     return {o.name: o for o in options()}
 
 
 def flag_text(name: str, value: Any) -> str:
-    """Return a setting as a user would type it, between backticks: `--num-layers 12`; an open value is left out."""
+    """Return a setting as a user would type it, between backticks: `--num-layers 12`. A value of None is left out."""
     return by_name()[name].text(value)

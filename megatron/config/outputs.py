@@ -1,4 +1,4 @@
-"""The rules of what a run writes: over nothing that it reads, over no file that is something else, and where it may."""
+"""Rules for what a run writes: not over its inputs, not over foreign files, and only where it has permission."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from megatron.config.tokenizer import TOKENIZER_FILES
 from megatron.files.outputs import InputPaths, files_in, holds_other_files, reason_unwritable
 from megatron.files.regular import open_regular
 
-HEAD = 1 << 12  # bytes of a file that show what it is
-FILES = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}
+HEAD_BYTES = 1 << 12  # from the start of a file, to recognize its kind
+JSON_OUTPUTS = {"log.metrics_path": "a file of metrics", "task.results_path": "a file of results"}  # by kind, for messages
 
 
 def check_outputs(checked: ConfigCheck, settings: Sequence[str]) -> list[Problem]:
-    """Everything that is wrong with where a run is to write. settings: the files that its settings were read from."""
-    read = InputPaths([*_read(checked), *settings])
-    found = list(_overwritten(checked, read))
-    said = {problem.what for problem in found}
+    """Return all mistakes in the places where a run is to write.
+
+    Args:
+        checked: the configuration.
+        settings: the files that its settings were read from, which must not be overwritten either.
+    """
+    inputs = InputPaths([*_input_paths(checked), *settings])
+    found = list(_overwritten(checked, inputs))
+    reported = {problem.what for problem in found}  # one message for each file
     return [
         *found,
-        *(problem for problem in _other_kind(checked) if problem.what not in said),
-        *_save(checked),
-        *_wandb(checked),
+        *(problem for problem in _wrong_kind(checked) if problem.what not in reported),
+        *_save_directory(checked),
+        *_wandb_installed(checked),
     ]
 
 
 def writable(c: ConfigCheck) -> Iterator[Problem]:
-    """Check that a run can write what it is going to."""
+    """The directories of outputs can be written, and files that exist already, too."""
     folders = {name: c[name] for name in ("checkpoint.save", "log.tensorboard_dir", "log.profile_pipeline")}
+    # As the user gave them: by default these lie in --save, which is checked itself.
     files = {"log.metrics_path": c.raw.log.metrics_path, "task.results_path": c.raw.task.results_path}
     for name, typed in files.items():
         if typed is not None:
@@ -52,9 +58,9 @@ def writable(c: ConfigCheck) -> Iterator[Problem]:
             yield Problem(c.flag_text(name), "cannot be written: permission denied")
 
 
-def _outputs(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
-    """Every single file that a run writes or removes, with the setting it comes from."""
-    for name in (*FILES, "batch.stop_file"):
+def _output_paths(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
+    """Yield every single file that a run writes or removes, with the setting that names it or its directory."""
+    for name in (*JSON_OUTPUTS, "batch.stop_file"):
         if c[name] is not None:
             yield name, Path(c[name])
     names: tuple[str, ...] = ("latest_checkpointed_iteration.txt", "progress.json", "wandb.json")
@@ -65,8 +71,8 @@ def _outputs(c: ConfigCheck) -> Iterator[tuple[str, Path]]:
             yield from ((name, Path(c[name]) / file) for file in files)
 
 
-def _read(c: ConfigCheck) -> Iterator[str | Path]:
-    """Every file that a run reads, and every directory of a checkpoint or of a task's samples."""
+def _input_paths(c: ConfigCheck) -> Iterator[str | Path]:
+    """Yield every file that a run reads, and every directory of a checkpoint or of a task's samples."""
     for name in PATHS:
         for prefix in prefixes(c[name]) or ():
             stem = prefix[:-4] if prefix.endswith((".bin", ".idx")) else prefix
@@ -79,14 +85,14 @@ def _read(c: ConfigCheck) -> Iterator[str | Path]:
         if c[name] is not None and os.path.isdir(c[name]):
             yield from Path(c[name]).glob("iter_*/")
     if c["checkpoint.load"] is not None and os.path.isfile(Path(c["checkpoint.load"]) / MANIFEST):
-        yield c["checkpoint.load"]  # one itself
+        yield c["checkpoint.load"]  # a single checkpoint, not a directory of them
 
 
-def _overwritten(c: ConfigCheck, read: InputPaths) -> Iterator[Problem]:
-    """Nothing is written over what is read, or twice to one place."""
+def _overwritten(c: ConfigCheck, inputs: InputPaths) -> Iterator[Problem]:
+    """No output overwrites an input or another output."""
     seen: dict[str, str] = {}
-    for name, path in _outputs(c):
-        if (over := read.find_conflict(path)) is not None and not os.path.isdir(path):  # which another rule says
+    for name, path in _output_paths(c):
+        if (over := inputs.find_conflict(path)) is not None and not os.path.isdir(path):  # a directory is another rule's
             where = "lies in" if os.path.isdir(over) else "is"
             rule = f"cannot be written: {path} {where} {over}, which this command reads; choose another place"
             yield Problem(c.flag_text(name), rule)
@@ -95,28 +101,29 @@ def _overwritten(c: ConfigCheck, read: InputPaths) -> Iterator[Problem]:
             yield Problem(f"{c.flag_text(other, name)}", f"are both written to {path}")
 
 
-def _other_kind(c: ConfigCheck) -> Iterator[Problem]:
-    """What is there already under the name of metrics or results is that."""
-    for name, kind in FILES.items():
+def _wrong_kind(c: ConfigCheck) -> Iterator[Problem]:
+    """A file that exists under the name of the metrics or results is one of them, not something else."""
+    for name, kind in JSON_OUTPUTS.items():
         if c[name] is None or not os.path.isfile(c[name]):
             continue
         with suppress(OSError), open_regular(c[name]) as file:
-            head = file.read(HEAD).lstrip()
+            head = file.read(HEAD_BYTES).lstrip()
+            # Even a file of less than these bytes, which a run that was killed may leave, must begin as they do.
             known = b'{"iteration"' if name == "log.metrics_path" else b"{"
             if head and not head.startswith(known) and not known.startswith(head):
                 yield Problem(c.flag_text(name), f"is there already and is not {kind}; choose another place")
 
 
-def _wandb(c: ConfigCheck) -> Iterator[Problem]:
-    """W&B's package is there. A directory `wandb`, which it leaves where it runs, is none."""
+def _wandb_installed(c: ConfigCheck) -> Iterator[Problem]:
+    """The package of W&B is installed, if W&B is used."""
     if c["log.wandb_project"] is not None:
-        spec = find_spec("wandb")
+        spec = find_spec("wandb")  # without an origin it is the directory `wandb` that W&B leaves where it has run
         if spec is None or spec.origin is None:
             yield Problem(c.flag_text("log.wandb_project"), "needs W&B, which is not installed: pip install -e '.[wandb]'")
 
 
-def _save(c: ConfigCheck) -> Iterator[Problem]:
-    """--save is a directory of checkpoints of this program, not one of them, and not another's."""
+def _save_directory(c: ConfigCheck) -> Iterator[Problem]:
+    """--save is a directory for this program's checkpoints, not one of them, and not another program's."""
     if c["checkpoint.save"] is None or not os.path.isdir(c["checkpoint.save"]):
         return
     root, what = Path(c["checkpoint.save"]), c.flag_text("checkpoint.save")

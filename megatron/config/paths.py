@@ -1,4 +1,4 @@
-"""Mistakes in a path that is to be read, with what may have been meant."""
+"""Check paths that are to be read, and suggest what may have been meant."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ from megatron.files.foreign import is_lfs_pointer, recognize_hub_name
 from megatron.files.regular import describe_file_kind
 
 
-def near(path: Path, names: list[str] | None = None) -> str:
-    """`; near it: ...` for a path that is not there; the folder to blame when that is missing as well."""
+def suggest_paths(path: Path, names: list[str] | None = None) -> str:
+    """Return `; near it: ...`, paths that resemble one that does not exist; empty when none does.
+
+    Names the missing directory instead when the path's directory does not exist either.
+
+    Args:
+        path: the path that does not exist.
+        names: names to compare with; by default all that its directory holds.
+    """
     folder = path.parent
     if names is None:
         if not os.path.isdir(folder):
-            while not os.path.isdir(folder):
+            while not os.path.isdir(folder):  # up to the first directory that exists; `path` is then what it lacks
                 path, folder = folder, folder.parent
-            return f"; {folder} has no {path.name}" + near(path)
+            return f"; {folder} has no {path.name}" + suggest_paths(path)
         try:
             names = [entry.name for entry in os.scandir(folder)]
         except OSError as error:
@@ -27,11 +34,17 @@ def near(path: Path, names: list[str] | None = None) -> str:
 
 
 def reason_unreadable(path: Path, flag: str = "") -> str | None:
-    """Return why a file cannot be read; None when it can. flag: its flag, where the name of a model may stand instead."""
+    """Return why a file cannot be read; None when it can.
+
+    Args:
+        path: the file.
+        flag: the flag that names it, if a user may have given a model's name on the Hugging Face Hub instead.
+    """
     if os.path.isdir(path):
         return "is a directory, not a file"
     if not os.path.exists(path):
-        nearby = near(path)
+        # A near miss on the disk is likelier than a name on the Hub, which has the form of a relative path as well.
+        nearby = suggest_paths(path)
         then = "give DIR" if flag == "--tokenizer-model" else f"give {flag} its file in DIR"
         hub = recognize_hub_name(path, then) if flag and not nearby.startswith("; near it") else None
         return f"is {hub}" if hub else f"does not exist{nearby}"
@@ -44,6 +57,6 @@ def reason_unreadable(path: Path, flag: str = "") -> str | None:
     return None if path.stat().st_size else "is empty"
 
 
-def within(save: str | None, name: str) -> str | None:
-    """Return the path of a file in the directory of --save; None without one."""
+def path_in_save(save: str | None, name: str) -> str | None:
+    """Return the path of a file in the directory of --save; None when nothing is saved."""
     return None if save is None else str(Path(save) / name)

@@ -1,13 +1,13 @@
-"""Settings of the pipeline, a part of the layout: how many layers each stage has, and which schedule goes with which stages.
+"""Rules and derived settings of the pipeline, a part of the layout: layers per stage, stages per rank, and the schedule.
 
-The layers of the stages are cut by work, or as flags say in Megatron-LM's ways:
+The layers are cut into stages of equal work, or as the flags say, most of which are Megatron-LM's:
 
-    --pipeline-stage-layers N N ...              of each stage, first to last
-    --pipeline-model-parallel-layout "Et|tt|tL"  the same, drawn
-    --decoder-{first,last}-pipeline-num-layers   of the first and the last rank; the others share the rest evenly
+    --pipeline-stage-layers N N ...              layers of each stage, first to last
+    --pipeline-model-parallel-layout "Et|tt|tL"  the same as text
+    --decoder-{first,last}-pipeline-num-layers   layers of the first and the last rank; the others share the rest evenly
     --account-for-{embedding,loss}-in-pipeline-split   even shares in which that end of the model counts as a layer
 
-A rank with several stages shares its layers evenly among them. What a schedule needs is said in its row in
+A rank with several stages shares its layers evenly among them. What a schedule requires stands in its row in
 `pipeline/schedules/schedule.py`.
 """
 
@@ -24,19 +24,21 @@ from megatron.config.notation import parse_layout
 from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, schedule_kind, schedule_names
 
 PP = "layout.pipeline_model_parallel_size"
-VIRTUAL = "layout.num_layers_per_virtual_pipeline_stage"
-COUNT = "layout.num_virtual_stages_per_pipeline_rank"
+VIRTUAL_LAYERS = "layout.num_layers_per_virtual_pipeline_stage"
+VIRTUAL_STAGES = "layout.num_virtual_stages_per_pipeline_rank"
 SCHEDULE = "layout.pipeline_schedule"
 STAGE_LAYERS = "layout.pipeline_stage_layers"
-DRAWN = "layout.pipeline_model_parallel_layout"
-ENDS = ("layout.decoder_first_pipeline_num_layers", "layout.decoder_last_pipeline_num_layers")
-COUNTED = ("layout.account_for_embedding_in_pipeline_split", "layout.account_for_loss_in_pipeline_split")
-SPLIT = frozenset({PP, VIRTUAL, COUNT, SCHEDULE, STAGE_LAYERS, DRAWN, *ENDS, "model.num_layers"})
-BATCH = frozenset({"batch.micro_batch_size", "batch.global_batch_size", "batch.rampup_batch_size"})
+DRAWN_LAYOUT = "layout.pipeline_model_parallel_layout"
+END_LAYERS = ("layout.decoder_first_pipeline_num_layers", "layout.decoder_last_pipeline_num_layers")
+COUNTED_AS_LAYERS = ("layout.account_for_embedding_in_pipeline_split", "layout.account_for_loss_in_pipeline_split")
+SPLIT_SETTINGS = frozenset(
+    {PP, VIRTUAL_LAYERS, VIRTUAL_STAGES, SCHEDULE, STAGE_LAYERS, DRAWN_LAYOUT, *END_LAYERS, "model.num_layers"}
+)
+BATCH_SETTINGS = frozenset({"batch.micro_batch_size", "batch.global_batch_size", "batch.rampup_batch_size"})
 
 
 def derive_layout(layout: LayoutSettings) -> LayoutSettings:
-    """Fill in the schedule, and turn off sequence parallelism where there is nobody to share with."""
+    """Fill in the schedule, and turn off sequence parallelism when there is one tensor-parallel rank."""
     return replace(
         layout,
         sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
@@ -44,8 +46,8 @@ def derive_layout(layout: LayoutSettings) -> LayoutSettings:
     )
 
 
-def layout_stages(layout: LayoutSettings) -> int:
-    """Stages that --pipeline-model-parallel-layout draws; 0 where it is not given, or is none."""
+def drawn_stages(layout: LayoutSettings) -> int:
+    """Return the number of stages in --pipeline-model-parallel-layout; 0 when it is not given, or wrong."""
     try:
         text = layout.pipeline_model_parallel_layout
         return 0 if text is None else len(parse_layout(text))
@@ -54,34 +56,35 @@ def layout_stages(layout: LayoutSettings) -> int:
 
 
 def wants_virtual_stages(layout: LayoutSettings) -> bool:
-    """Return whether the ranks are to have several stages each, whatever the schedule."""
+    """Return whether the flags ask for several stages per rank, whatever the schedule."""
     if layout.num_layers_per_virtual_pipeline_stage is not None or (layout.num_virtual_stages_per_pipeline_rank or 1) > 1:
         return True
-    return layout_stages(layout) > layout.pipeline_model_parallel_size
+    return drawn_stages(layout) > layout.pipeline_model_parallel_size
 
 
 def pipeline_chunks(layout: LayoutConfig, layers: int) -> int:
-    """Stages of each pipeline rank, for `layers` layers.
+    """Return the number of stages per pipeline rank for a model of `layers` layers, at least 1.
 
-    What the schedule prescribes; where it is free, what the flags say: a number, a drawn layout, or Megatron-LM's num_layers
-    / pp / N virtual stages, rounded down where that leaves a rest, and never none.
+    Some schedules prescribe it. For the others the flags give the number, a layout, or the layers N per virtual stage: then it
+    is layers / (pp x N), rounded down, as in Megatron-LM.
     """
     prescribed = schedule_kind(layout.pipeline_schedule).chunks
     if prescribed is not None:
         return prescribed
     if layout.num_virtual_stages_per_pipeline_rank is not None:
         return layout.num_virtual_stages_per_pipeline_rank
-    drawn, wanted = layout_stages(layout), layout.num_layers_per_virtual_pipeline_stage
-    if wanted is None:
+    drawn, layers_per_stage = drawn_stages(layout), layout.num_layers_per_virtual_pipeline_stage
+    if layers_per_stage is None:
         return max(1, drawn // layout.pipeline_model_parallel_size)
     counted = layout.account_for_embedding_in_pipeline_split + layout.account_for_loss_in_pipeline_split
-    return max(1, (layers + counted) // (layout.pipeline_model_parallel_size * wanted))
+    return max(1, (layers + counted) // (layout.pipeline_model_parallel_size * layers_per_stage))
 
 
-def asked_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | None:
-    """The layers of each stage as the flags say; None where they leave it open, and the stages are cut by work.
+def explicit_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | None:
+    """Return the number of layers of each stage as the flags give it; None when the stages are to be cut by work.
 
-    ValueError saying what is wrong: which the rules find out before a run.
+    Raises:
+        ValueError: the flags cannot be fulfilled, which the rules report before a run.
     """
     if layout.pipeline_stage_layers:
         return layout.pipeline_stage_layers
@@ -91,9 +94,9 @@ def asked_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | N
     embedding, loss = layout.account_for_embedding_in_pipeline_split, layout.account_for_loss_in_pipeline_split
     ranks, chunks = layout.pipeline_model_parallel_size, pipeline_chunks(layout, layers)
     if first is not None or last is not None:
-        shares = _around(first, last, layers, ranks)
+        shares = _fill_between(first, last, layers, ranks)
     elif embedding or loss:
-        total = layers + embedding + loss
+        total = layers + embedding + loss  # either end of the model counts as one layer
         if total % ranks:
             raise ValueError(
                 f"{total} layers, those included that the ends count as, are not divisible by {ranks} pipeline ranks"
@@ -103,16 +106,27 @@ def asked_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] | N
         return None
     if uneven := [share for share in shares if share % chunks]:
         raise ValueError(f"a rank has {uneven[0]} layers, not divisible by its {chunks} stages")
+    # In the order of the model: `place` gives the rank of each stage.
     counts = [shares[rank] // chunks for rank in schedule_kind(layout.pipeline_schedule).place(ranks, chunks)]
-    counts[0] -= embedding
+    counts[0] -= embedding  # what counted as layers is none
     counts[-1] -= loss
     if min(counts) < 0 or 0 in counts[1:-1]:
         raise ValueError(f"a stage is left without layers: {' '.join(map(str, counts))}")
     return tuple(counts)
 
 
-def _around(first: int | None, last: int | None, layers: int, ranks: int) -> Sequence[int]:
-    """The layers of each rank where those of the first or the last are given."""
+def _fill_between(first: int | None, last: int | None, layers: int, ranks: int) -> Sequence[int]:
+    """Return the layers of each rank when those of the first or the last are given.
+
+    Args:
+        first: layers of the first rank, if given.
+        last: layers of the last rank, if given.
+        layers: layers of the model.
+        ranks: number of pipeline ranks.
+
+    Raises:
+        ValueError: the ranks between cannot share the rest evenly.
+    """
     given = [count for count in (first, last) if count is not None]
     between, rest = ranks - len(given), layers - sum(given)
     if between < 0:
@@ -130,52 +144,60 @@ def _around(first: int | None, last: int | None, layers: int, ranks: int) -> Seq
 
 
 def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
-    """Virtual stages and a schedule that leaves their number to the user go together, on at least two ranks."""
-    if c.invalid & {PP, VIRTUAL, COUNT, SCHEDULE, DRAWN}:
+    """A schedule with virtual stages is given their number, in one way, and has at least two ranks; others are not."""
+    if c.invalid & {PP, VIRTUAL_LAYERS, VIRTUAL_STAGES, SCHEDULE, DRAWN_LAYOUT}:
         return
-    asked = [name for name in (VIRTUAL, COUNT, DRAWN) if c[name] is not None]
-    own = schedule_kind(c[SCHEDULE]).chunks
+    asked = [name for name in (VIRTUAL_LAYERS, VIRTUAL_STAGES, DRAWN_LAYOUT) if c[name] is not None]
+    own = schedule_kind(c[SCHEDULE]).chunks  # None: the schedule takes any number
     if len(asked) > 1:
         yield Problem(c.flag_text(*asked), "exclude each other: each says how many stages a rank has; give one of them")
     elif not asked:
         if own is None:
-            other = f"or `{c.flag(COUNT)}`"
-            yield Problem(c.flag_text(SCHEDULE), f"needs `{c.flag(VIRTUAL)}`, the layers of one virtual stage, {other}")
-    elif own is not None and asked != [DRAWN] and c[COUNT] != own:
+            other = f"or `{c.flag(VIRTUAL_STAGES)}`"
+            yield Problem(c.flag_text(SCHEDULE), f"needs `{c.flag(VIRTUAL_LAYERS)}`, the layers of one virtual stage, {other}")
+    # A layout as text may have one stage per rank; `stage_layers` compares its stages with the schedule's.
+    elif own is not None and asked != [DRAWN_LAYOUT] and c[VIRTUAL_STAGES] != own:
         has = "no virtual stages" if own == 1 else f"{own} virtual stages of its own on each rank"
         rule = f"has {has}, and cannot go with {c.flag_text(*asked)}"
         others = schedule_names(lambda kind: kind.chunks is None)
         yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
-    elif c[PP] < 2 and own is None and asked != [DRAWN]:
+    elif c[PP] < 2 and own is None and asked != [DRAWN_LAYOUT]:
         rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has nobody to interleave with"
         yield Problem(c.flag_text(*asked), rule)
 
 
 def one_split(c: ConfigCheck) -> Iterator[Problem]:
-    """The layers are given to the stages in one way."""
-    if c.invalid & SPLIT:
+    """The layers of the stages are given in one way."""
+    if c.invalid & SPLIT_SETTINGS:
         return
-    ways = [[name for name in way if c.is_set(name)] for way in ((STAGE_LAYERS,), (DRAWN,), ENDS, COUNTED)]
+    ways = [
+        [name for name in way if c.is_set(name)] for way in ((STAGE_LAYERS,), (DRAWN_LAYOUT,), END_LAYERS, COUNTED_AS_LAYERS)
+    ]
     given = [names[0] for names in ways if names]
     if len(given) > 1:
         yield Problem(c.flag_text(*given), "exclude each other: each says how many layers the stages have; give one of them")
-    elif ways[2] and c[VIRTUAL] is not None:
-        rule = f"does not go with {c.flag_text(VIRTUAL)}: stages of several sizes have no number of layers in common"
-        yield Problem(c.flag_text(given[0]), rule, f"{c.flag(COUNT)}")
+    elif ways[2] and c[VIRTUAL_LAYERS] is not None:
+        rule = f"does not go with {c.flag_text(VIRTUAL_LAYERS)}: stages of several sizes have no number of layers in common"
+        yield Problem(c.flag_text(given[0]), rule, f"{c.flag(VIRTUAL_STAGES)}")
 
 
 def _chunks(c: ConfigCheck) -> int | None:
-    """Stages of each rank; None where another rule has something to say of what they follow from."""
+    """Return the number of stages per rank; None when another rule reports what it follows from."""
     layers = c["model.num_layers"]
-    if layers is None or c.invalid & SPLIT or any(virtual_stages(c)) or any(one_split(c)):
+    if layers is None or c.invalid & SPLIT_SETTINGS or any(virtual_stages(c)) or any(one_split(c)):
         return None
     return pipeline_chunks(c.resolved.layout, layers)
 
 
 def enough_layers(c: ConfigCheck) -> Iterator[Problem]:
-    """Each stage has at least one layer or an end that counts as one, unless the user says how many each has."""
+    """There are enough layers for the stages, unless the user gives the layers of each."""
     chunks, layers = _chunks(c), c["model.num_layers"]
-    if chunks is None or c[STAGE_LAYERS] or c[DRAWN] is not None or layers + sum(c[name] for name in COUNTED) >= c[PP] * chunks:
+    if (
+        chunks is None
+        or c[STAGE_LAYERS]
+        or c[DRAWN_LAYOUT] is not None
+        or layers + sum(c[name] for name in COUNTED_AS_LAYERS) >= c[PP] * chunks
+    ):
         return
     stages = c[PP] * chunks
     makes = f"{c.flag_text(PP)} makes" if chunks == 1 else f"{c.flag_text(PP, SCHEDULE)} make"
@@ -186,16 +208,16 @@ def enough_layers(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def stage_layers(c: ConfigCheck) -> Iterator[Problem]:
-    """An explicit cut names every stage and every layer; only a stage with an end of the model can do without layers."""
+    """An explicit cut has all stages and all layers, and only the first and the last stage may be without layers."""
     chunks, layers, given, name = _chunks(c), c["model.num_layers"], c[STAGE_LAYERS], STAGE_LAYERS
-    if chunks is None or not (given or c[DRAWN] is not None):
+    if chunks is None or not (given or c[DRAWN_LAYOUT] is not None):
         return
     if not given:
-        name = DRAWN
+        name = DRAWN_LAYOUT
         try:
-            given = parse_layout(c[DRAWN])
+            given = parse_layout(c[DRAWN_LAYOUT])
         except ValueError as error:
-            yield Problem(c.flag_text(DRAWN), str(error))
+            yield Problem(c.flag_text(DRAWN_LAYOUT), str(error))
             return
     stages, rules = c[PP] * chunks, []
     if len(given) != stages:
@@ -209,37 +231,37 @@ def stage_layers(c: ConfigCheck) -> Iterator[Problem]:
         rules.append("leaves a stage between the first and the last without layers, so with nothing to do")
     if rules:
         legal = f"{stages} number{'s' if stages > 1 else ''}, 0 or greater, of sum {layers}"
-        if name == DRAWN:
+        if name == DRAWN_LAYOUT:
             legal = f"stages in a multiple of {c[PP]}, with {layers} t in all"
         yield Problem(c.flag_text(name), " and ".join(rules), legal)
 
 
 def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
-    """Check that what the first and the last rank leave, or the ends of the model make of it, can be shared evenly."""
-    names = [name for name in (*ENDS, *COUNTED) if c.is_set(name)]
+    """The layers that the first and the last rank leave can be shared evenly, those that the ends count as included."""
+    names = [name for name in (*END_LAYERS, *COUNTED_AS_LAYERS) if c.is_set(name)]
     if not names or _chunks(c) is None or any(enough_layers(c)):
         return
     try:
-        asked_stage_layers(c.resolved.layout, c["model.num_layers"])
+        explicit_stage_layers(c.resolved.layout, c["model.num_layers"])
     except ValueError as error:
         yield Problem(c.flag_text(*names), f"cannot be had: {error}", "also --pipeline-stage-layers, the layers of each stage")
 
 
 def split_backward(c: ConfigCheck) -> Iterator[Problem]:
-    """Zero-bubble schedules take the weights' gradients out of the layers' backward pass."""
+    """Layers are not compiled if the schedule splits their backward pass, as zero-bubble schedules do."""
     if c["batch.compile"] and SCHEDULE not in c.invalid and schedule_kind(c[SCHEDULE]).splits:
         rule = "cannot go with `--compile`: it computes weight gradients apart from the layers, which would cut their graph"
         yield Problem(c.flag_text(SCHEDULE), rule, f"{schedule_names(lambda kind: not kind.splits)}, or leave out --compile")
 
 
 def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
-    """Ranks, chunks and micro-batches are such that the schedule can have them, also while the batch size grows."""
+    """The schedule supports these numbers of ranks, stages and micro-batches, at every size of a growing batch."""
     chunks, micro, full = _chunks(c), c["batch.micro_batch_size"], c["batch.global_batch_size"]
-    if chunks is None or not micro or not full or not c.dp or c.invalid & BATCH:
+    if chunks is None or not micro or not full or not c.dp or c.invalid & BATCH_SETTINGS:
         return
     ramp = c["batch.rampup_batch_size"]
     sizes = all_batch_sizes(c.resolved.batch) if not ramp or (len(ramp) == 3 and min(ramp) > 0) else [full]
-    for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules speak of the rest
+    for size in (size for size in sizes if size % (micro * c.dp) == 0):  # other rules report the rest
         count = size // (micro * c.dp)
         if (objection := schedule_kind(c[SCHEDULE]).objection(c[PP], count, chunks)) is not None:
             batch = f"a global batch of {size} makes {count} micro-batch{'es' if count > 1 else ''}"
@@ -250,7 +272,7 @@ def numbers_that_fit(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def remarks(c: ConfigCheck) -> Iterator[str]:
-    """Yield what was said of the pipeline's stages and has no effect."""
+    """Yield remarks for flags of virtual stages and of the split that have no effect on these layers and ranks."""
     layout, layers = c.resolved.layout, c["model.num_layers"]
     virtual, ranks = layout.num_layers_per_virtual_pipeline_stage, layout.pipeline_model_parallel_size
     if virtual is not None and layers is not None and pipeline_chunks(layout, layers) == 1:
@@ -258,7 +280,7 @@ def remarks(c: ConfigCheck) -> Iterator[str]:
         yield f"--num-layers-per-virtual-pipeline-stage {virtual} changes nothing: {why}"
     if layout.num_virtual_stages_per_pipeline_rank == 1:
         yield "--num-virtual-stages-per-pipeline-rank 1 changes nothing: a rank has one stage anyway"
-    counted = [c.flag(name) for name in COUNTED if c[name]]
+    counted = [c.flag(name) for name in COUNTED_AS_LAYERS if c[name]]
     if counted and ranks == 1:
         verb = "changes" if len(counted) == 1 else "change"
         yield f"{' and '.join(counted)} {verb} nothing: --pipeline-model-parallel-size is 1"

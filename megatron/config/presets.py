@@ -1,6 +1,6 @@
-"""Sizes of known models, as fields of `ModelSettings`.
+"""Sizes of published models, as fields of `ModelSettings`.
 
-Chosen with `--preset NAME`, with `preset = "NAME"` in TOML, or from Python with `ModelSettings(**PRESETS["gpt2-125m"])`.
+Choose one with `--preset NAME`, with `preset = "NAME"` in TOML, or from Python with `ModelSettings(**PRESETS["gpt2-125m"])`.
 """
 
 from __future__ import annotations

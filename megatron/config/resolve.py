@@ -1,4 +1,4 @@
-"""From what a user gave to what a run uses: fill in every setting that follows from others."""
+"""Resolve a user's settings into a run's configuration: fill in every setting that follows from others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Section = TypeVar("Section")
 
 
 def derive(settings: RunSettings, world_size: int = 1) -> RunSettings:
-    """Return `settings` with every derived setting filled in. Doing so twice changes nothing.
+    """Return `settings` with every derived setting filled in. Idempotent.
 
-    A setting stays open where what it follows from is missing or does not fit; `rules.check` says why.
+    A setting stays None when those that it follows from are missing or do not fit; `rules.check` reports why.
     """
+    # The batch first: lengths of the learning-rate schedule follow from the run's iterations.
     batch = derive_batch(settings.batch, data_parallel_size(settings.layout, world_size), settings.data.seq_length)
     return replace(
         settings,
@@ -35,30 +36,31 @@ def derive(settings: RunSettings, world_size: int = 1) -> RunSettings:
 
 
 def resolve(settings: RunSettings, world_size: int = 1) -> RunConfig:
-    """Return the run that `settings` ask for. ValueError naming a setting that is missing; `rules.check` names all, and why."""
+    """Return the configuration of a run. ValueError names a setting that is missing; `rules.check` reports all of them."""
     settings = derive(settings, world_size)
     return RunConfig(**{name: complete(getattr(settings, name), kind) for name, kind in get_type_hints(RunConfig).items()})
 
 
 def resolve_model(settings: ModelSettings) -> ModelConfig:
-    """Return the model that `settings` describe, apart from a run. ValueError saying what is missing, or does not fit."""
+    """Return the configuration of a model alone, without a run. ValueError says which setting is missing or does not fit."""
     model = derive_model(settings, None)
+    # A clearer message than that kv_channels is missing; a run has the rule `head_width` for it.
     if model.kv_channels is None and model.num_attention_heads and model.hidden_size:
         raise ValueError(f"{model.num_attention_heads} attention heads do not divide the width {model.hidden_size}")
     return complete(model, ModelConfig)
 
 
 def complete(settings: Any, kind: type[Section]) -> Section:
-    """Return a section's settings, in which nothing is to be derived any more, as what a run uses.
+    """Return a section's derived settings as the type that a run uses, in which they are never None.
 
     Args:
-        settings: of the section.
+        settings: the section, after its `derive_...`.
         kind: the section's dataclass in `RunConfig`.
 
     Raises:
-        ValueError: naming a setting that a run needs, and that is still open.
+        ValueError: a setting that a run needs is still None.
     """
-    if isinstance(settings, kind):
+    if isinstance(settings, kind):  # sections with nothing to derive have one type, and a resolved run may come in again
         return settings
     for field in fields(kind):  # type: ignore[arg-type]
         if field.default is MISSING and getattr(settings, field.name) is None:

@@ -1,4 +1,4 @@
-"""Check that a configuration is legal: the rules of all sections, one after the other."""
+"""Check that a configuration is legal, by the rules of all sections in turn."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from megatron.config.outputs import writable
 from megatron.config.resolve import derive
 from megatron.config.schema import RunConfig, RunSettings
 
+# The order in which mistakes are reported.
 SECTIONS = (model, layout, pipeline, tokenizer, data, batch, optim, precision, memory, checkpoint, eval, log, task)
 EVERY_RUN: tuple[Rule, ...] = tuple(rule for section in SECTIONS for rule in section.RULES.every_run)
 PRETRAINING_RULES: tuple[Rule, ...] = (*EVERY_RUN, *(rule for section in SECTIONS for rule in section.RULES.pretraining))
@@ -38,48 +39,49 @@ DISK_RULES: tuple[Rule, ...] = (*(rule for section in SECTIONS for rule in secti
 
 def examine(
     config: RunSettings,
-    world: int,
+    world_size: int,
     invalid: Collection[str] = (),
     planning: bool = False,
     rules: Sequence[Rule] = PRETRAINING_RULES,
 ) -> tuple[ConfigCheck, list[Problem]]:
-    """Examine a configuration with all rules that need no disk.
+    """Check a configuration with all rules that do not touch the disk.
 
     Args:
-        config: as the user gave it.
-        world: number of ranks.
-        invalid: `section.field` of values that could not be read, which have been reported.
-        planning: whether this is a dry run.
-        rules: of the kind of run.
+        config: the settings as the user gave them.
+        world_size: number of ranks.
+        invalid: settings whose value could not be read, by `section.field`; these have been reported.
+        planning: this is a dry run.
+        rules: the rules to apply, those of pretraining or of tasks.
 
     Returns:
-        What rules that look at the disk go on with, and the problems.
+        The view of the configuration, for the rules that look at the disk, and the problems.
     """
     problems = list(out_of_range(config))
     unfit = {name for name, _ in problems} | set(invalid)
-    for name in unfit:  # back to the default, so that no other rule stumbles over the same mistake
+    for name in unfit:  # back to the default, so that other rules neither fail on the same mistake nor report it again
         section, _, key = name.partition(".")
         part = dataclasses.replace(getattr(config, section), **{key: by_name()[name].default})
         config = dataclasses.replace(config, **{section: part})
-    dp = data_parallel_size(config.layout, world)
-    checked = ConfigCheck(config, derive(config, world), world, dp, by_name(), derive, frozenset(unfit), planning)
+    dp = data_parallel_size(config.layout, world_size)
+    resolved = derive(config, world_size)
+    checked = ConfigCheck(config, resolved, world_size, dp, by_name(), derive, frozenset(unfit), planning)
     return checked, [p for _, p in problems] + [p for rule in rules for p in rule(checked)]
 
 
-def resolved_check(config: RunSettings, world: int = 1) -> ConfigCheck:
-    """Return what single rules look at, for a configuration in which nothing more is to be derived."""
-    return ConfigCheck(config, config, world, None, by_name(), derive)
+def resolved_check(config: RunSettings, world_size: int = 1) -> ConfigCheck:
+    """Return the view of a resolved configuration, to apply single rules to it."""
+    return ConfigCheck(config, config, world_size, None, by_name(), derive)
 
 
 def check(config: RunSettings, world_size: int = 1) -> list[Problem]:
-    """Everything that is wrong with `config` on `world_size` ranks, apart from files; empty when it is legal."""
+    """Return all mistakes in `config` on `world_size` ranks, apart from those in files; empty when it is legal."""
     return examine(config, world_size)[1]
 
 
 def out_of_range(config: RunSettings) -> Iterator[tuple[str, Problem]]:
-    """(`section.field`, problem) of every number outside its range and every word outside its choices."""
+    """Yield `section.field` and a problem for every number outside its range and every string outside its choices."""
     for name, option in by_name().items():
-        if option.section == "command":
+        if option.section == "command":  # which is not part of the run's settings
             continue
         value = getattr(getattr(config, option.section), option.field)
         if value is None:
@@ -91,17 +93,28 @@ def out_of_range(config: RunSettings) -> Iterator[tuple[str, Problem]]:
 
 
 def check_files(checked: ConfigCheck) -> list[Problem]:
-    """Everything that is wrong with what a configuration names on the disk."""
+    """Return all mistakes in the files and directories that a configuration names."""
     return [p for rule in DISK_RULES for p in rule(checked)]
 
 
 def remarks(checked: ConfigCheck) -> list[str]:
-    """Return what was asked for and has no effect in this combination."""
+    """Return a line for each setting that was given and has no effect in this configuration."""
     return [line for section in SECTIONS for remark in section.RULES.remarks for line in remark(checked)]
 
 
 def divisible_remaining_sizes(config: RunConfig, world_size: int, consumed: int) -> list[Problem]:
-    """The problem of the sizes that a resolved run still has before it after `consumed` samples, where there is one."""
+    """Check the batch sizes that a resolved run has not passed yet: each divides over the data-parallel ranks.
+
+    The sizes that it has passed do not count: it may have been resumed with more ranks.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        consumed: number of samples that the run has consumed.
+
+    Returns:
+        At most one problem.
+    """
     batch, dp = config.batch, data_parallel_size(config.layout, world_size)
     if not batch.step_batch_size_schedule or config.eval.skip_train:
         return []

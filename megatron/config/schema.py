@@ -1,15 +1,15 @@
-"""What a run is: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
+"""Schema of a run's configuration: frozen dataclasses, the one source of defaults, flags, help, TOML and the saved config.
 
-There are two types of it. `RunSettings` is what a user gave, by flags, TOML or a saved file; `None` means "derived".
-`RunConfig` is what a run uses: everything that was to be derived is there, and a type checker knows it. `resolve.py` makes
-the one from the other.
+It has two types. `RunSettings` holds what a user gave, by flags, TOML or a saved file; `None` means "derive it".
+`RunConfig` holds what a run uses: every derived setting has its value, and a type checker knows it. `resolve.py` makes the
+second from the first.
 
-Each section is a file of this folder: its dataclass with the legal range of every number, what follows from other settings,
-and its rules. Each field is written with `option(default, help, ...)`, from which `command_line/` derives all that a user
-types: the field `tensor_model_parallel_size` of `LayoutSettings` is the flag `--tensor-model-parallel-size` and the TOML key
-`tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the setting.
-A section with something to derive has two dataclasses: `LayoutSettings` with all fields, and `LayoutConfig`, which inherits
-them and declares again, without a default and without `None`, those that a run always has.
+Each section is a file of this folder: its dataclass with the legal range of every number, the function that derives settings
+from others, and its rules. Each field is written with `option(default, help, ...)`, from which `command_line/` derives all that
+a user types: the field `tensor_model_parallel_size` of `LayoutSettings` is the flag `--tensor-model-parallel-size`, and in TOML
+the key `tensor-model-parallel-size` under `[layout]`. Names, defaults and meanings are Megatron-LM 23.06's where it has the
+setting. A section with something to derive has two dataclasses: `LayoutSettings` with all fields, and `LayoutConfig`, which
+inherits them and declares again, without a default and without `None`, those that a run always has.
 
 Imports no torch: a configuration can be read, checked and printed anywhere.
 """
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A run as it was asked for. Sections are the tables of a TOML file."""
+    """Settings of a run as a user gave them. The sections are the tables of a TOML file."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     layout: LayoutSettings = field(default_factory=LayoutSettings)
@@ -78,7 +78,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(RunSettings):
-    """A run as it is: nothing is left to be derived."""
+    """Resolved configuration of a run: every derived setting has its value."""
 
     model: ModelConfig = field()
     layout: LayoutConfig = field()
@@ -88,12 +88,12 @@ class RunConfig(RunSettings):
 
 
 def sections() -> dict[str, type]:
-    """Name and dataclass of every section of a run's settings, in order."""
+    """Return the name and the dataclass of every section of a run's settings, in order."""
     return dict(get_type_hints(RunSettings))
 
 
 def assemble(values: Mapping[str, Any]) -> RunSettings:
-    """Return the schema's defaults with `section.field` values put in."""
+    """Build settings from values by `section.field`; what they leave out has the schema's default."""
     built = {}
     for section, config in sections().items():
         own = {name.split(".")[1]: v for name, v in values.items() if name.startswith(section + ".")}

@@ -1,4 +1,4 @@
-"""Settings of tasks/main.py: evaluation and fine-tuning. Which model each task is for, and which head that model needs."""
+"""Settings of tasks/main.py: evaluation and fine-tuning, with the table of the tasks and of the models that they need."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
-from megatron.config.paths import within
+from megatron.config.paths import path_in_save
 from megatron.files.prefixes import suggest_prefix
 from megatron.files.regular import describe_file_kind
 
-# What decides the samples and the length of a pretraining run.
-FOREIGN = (
+# These determine the samples and the length of a pretraining run. A task would ignore them, so they are mistakes there.
+PRETRAINING_ONLY = (
     "data.data_path", "data.train_data_path", "data.valid_data_path", "data.test_data_path", "data.mock_data",
     "data.data_args_path", "data.per_split_data_args_path", "data.split",
     "data.dataloader_type", "batch.train_iters", "batch.train_samples", "batch.rampup_batch_size",
@@ -27,9 +27,12 @@ FOREIGN = (
 
 @dataclass(frozen=True)
 class TaskKind:
-    """architecture: of the model. head: that is fine-tuned; None for a task that asks a model as it was pretrained.
+    """Model that a task needs.
 
-    labels: of the head, where the task fixes them; in Megatron-LM's order, which is that of the outputs.
+    Attributes:
+        architecture: gpt or bert.
+        head: kind of head that is fine-tuned; None for a task that evaluates a model as it was pretrained.
+        labels: names of the head's outputs, if the task fixes them, in Megatron-LM's order.
     """
 
     architecture: str
@@ -53,33 +56,35 @@ TASKS: Mapping[str, TaskKind] = MappingProxyType(
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Evaluation and fine-tuning, by tasks/main.py."""
+    """Evaluation and fine-tuning by tasks/main.py."""
 
-    task: str | None = option(None, "what to evaluate or to fine-tune on", choices=tuple(TASKS))
-    train_data: tuple[str, ...] = option((), "files (of RACE directories) to fine-tune on", nargs="*")
-    valid_data: tuple[str, ...] = option((), "files (of RACE directories) to evaluate", nargs="*")
-    epochs: int | None = option(None, "passes over --train-data; 0 only evaluates", legal=NOT_NEGATIVE)
+    task: str | None = option(None, "task to evaluate or to fine-tune on", choices=tuple(TASKS))
+    train_data: tuple[str, ...] = option((), "files to fine-tune on; for RACE, directories")
+    valid_data: tuple[str, ...] = option((), "files to evaluate; for RACE, directories")
+    epochs: int | None = option(None, "passes over --train-data; 0: evaluate only", legal=NOT_NEGATIVE)
     pretrained_checkpoint: str | None = option(
-        None, "directory of checkpoints whose weights fine-tuning begins from; --load goes on with a fine-tuned one"
+        None, "directory of pretrained checkpoints to fine-tune; --load names fine-tuned ones, to evaluate or to resume"
     )
-    overlapping_eval: int = option(
-        32, "of WIKITEXT103 and PERPLEXITY: tokens from one window's begin to the next one's", legal=POSITIVE
-    )
-    strict_lambada: bool = option(False, "of LAMBADA: the last word is tokenized on its own")
-    results_path: str | None = option(None, "file that the results go to, as JSON; default results.json in --save")
+    overlapping_eval: int = option(32, "WIKITEXT103, PERPLEXITY: stride of the overlapping windows, in tokens", legal=POSITIVE)
+    strict_lambada: bool = option(False, "LAMBADA: tokenize the last word separately from its context")
+    results_path: str | None = option(None, "JSON file for the results (default: results.json in --save)")
 
 
-def implied(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that follow from a task's, `section.field` -> value: what is built, and from which checkpoint.
+def settings_from_task(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that follow from a task: the model's architecture and head, and the checkpoint to load.
 
-    values: as the user gave them. Without a known task nothing is built. The model's sizes always come from its checkpoint.
+    Args:
+        values: `section.field` -> value, as the user gave them.
+
+    Returns:
+        `section.field` -> value. Sizes are not among them: those of a task's model come from its checkpoint.
     """
     kind = TASKS.get(values.get("task.task", ""))
     if kind is None:
-        return {"eval.skip_train": True}
+        return {"eval.skip_train": True}  # so that no rule asks for what only training needs
     load, pretrained = values.get("checkpoint.load"), values.get("task.pretrained_checkpoint")
     trains = kind.head is not None and bool(values.get("task.train_data")) and not values.get("eval.skip_train")
-    trains = trains and values.get("task.epochs") != 0  # ones that are missing are a mistake of a run that trains
+    trains = trains and values.get("task.epochs") != 0  # missing epochs are reported as a mistake of a run that trains
     follows: dict[str, Any] = {
         "model.architecture": kind.architecture,
         "model.task_head": kind.head,
@@ -87,6 +92,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
         "eval.skip_train": not trains,
     }
     if load or pretrained:
+        # Only --load in training continues a run, with its iteration and optimizer state; else the weights alone are loaded.
         weights_alone = load is None or not trains
         follows |= {
             "checkpoint.load": load or pretrained,
@@ -97,14 +103,14 @@ def implied(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def derive_task(task: TaskConfig, save: str | None) -> TaskConfig:
-    """Fill in the place of the results."""
+    """Fill in the path of the results."""
     if task.task is None or task.results_path is not None:
         return task
-    return replace(task, results_path=within(save, "results.json"))
+    return replace(task, results_path=path_in_save(save, "results.json"))
 
 
 def no_task(c: ConfigCheck) -> Iterator[Problem]:
-    """Settings of another program."""
+    """Pretraining has none of the settings of tasks."""
     for name in c.options:
         if name == "task.epochs" and c.is_set(name):
             rule = "belongs to tasks/main.py; say how long with --train-iters, or with --train-samples"
@@ -114,14 +120,14 @@ def no_task(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_named(c: ConfigCheck) -> Iterator[Problem]:
-    """Check that a task is named."""
+    """A task is named."""
     if c["task.task"] is None and "task.task" not in c.invalid:
         yield Problem("`--task`", "is missing, and has no default", ", ".join(TASKS))
 
 
 def model_named(c: ConfigCheck) -> Iterator[Problem]:
-    """A task is asked of a model that is there."""
-    if c["task.task"] is None:  # which is said elsewhere; what --load means follows from it
+    """A task has a checkpoint to start from, by one of two flags."""
+    if c["task.task"] is None:  # reported by `task_named`; what --load means follows from it
         return
     if c["checkpoint.load"] is None and not c.invalid & {"checkpoint.load", "task.pretrained_checkpoint"}:
         yield Problem(
@@ -134,7 +140,7 @@ def model_named(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_data(c: ConfigCheck) -> Iterator[Problem]:
-    """Something to evaluate or to train on; for tasks that ask a pretrained model only the former."""
+    """A task has data to evaluate or to train on; one that trains nothing has no settings of training."""
     kind = TASKS.get(c["task.task"] or "")
     if kind is None:
         return
@@ -152,15 +158,15 @@ def task_data(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def pretraining_settings(c: ConfigCheck) -> Iterator[Problem]:
-    """A setting that a task does not have would silently do nothing."""
-    for name in FOREIGN:
+    """A task has none of the settings of pretraining, which would silently do nothing."""
+    for name in PRETRAINING_ONLY:
         if c.is_set(name):
             instead = "--train-data, --valid-data and --epochs say what is read, and how long"
             yield Problem(c.flag_text(name), f"belongs to pretraining; leave it out: {instead}")
 
 
 def whole_sequences(c: ConfigCheck) -> Iterator[Problem]:
-    """Windows and samples of a task are short: their ranks are better used for data parallelism."""
+    """A task does without context parallelism: its samples are short, and ranks serve data parallelism better."""
     if c["layout.context_parallel_size"] != 1:
         yield Problem(
             c.flag_text("layout.context_parallel_size"),
@@ -170,7 +176,7 @@ def whole_sequences(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def windows(c: ConfigCheck) -> Iterator[Problem]:
-    """Each window goes on beyond the last one, and leaves no gap."""
+    """Windows overlap or adjoin, so that no token is left out."""
     step, seq = c["task.overlapping_eval"], c["data.seq_length"]
     if seq and c["task.task"] in ("WIKITEXT103", "PERPLEXITY") and step > seq:
         yield Problem(
@@ -179,10 +185,11 @@ def windows(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def task_files(c: ConfigCheck) -> Iterator[Problem]:
-    """Check that what is to be read is there."""
+    """The data of a task can be read."""
     for name in ("task.train_data", "task.valid_data"):
         for word in c[name]:
             path = Path(word)
+            # PERPLEXITY also takes indexed datasets, by their prefix, under which itself there is no file.
             dataset = c["task.task"] == "PERPLEXITY" and os.path.exists(f"{word}.idx")
             if not os.path.exists(path) and not dataset:
                 meant = suggest_prefix(word, "document") if c["task.task"] == "PERPLEXITY" else None

@@ -1,4 +1,4 @@
-"""Settings of the tokenizer: text to token ids."""
+"""Settings of the tokenizer, which turns text into token ids."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megatron.config.errors import Problem
 from megatron.config.option import NOT_NEGATIVE, POSITIVE, option
 from megatron.config.paths import reason_unreadable
 
+# The settings that name the files of each type; types that are not here need none.
 TOKENIZER_FILES = {
     "GPT2BPETokenizer": ("tokenizer.vocab_file", "tokenizer.merge_file"),
     "BertWordPieceLowerCase": ("tokenizer.vocab_file",),
@@ -24,11 +25,11 @@ TOKENIZER_FILES = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Text to token ids."""
+    """Tokenizer: text to token ids."""
 
     tokenizer_type: str | None = option(
         None,
-        "how text becomes tokens",
+        "type of tokenizer",
         choices=(
             "GPT2BPETokenizer",
             "BertWordPieceLowerCase",
@@ -40,28 +41,28 @@ class TokenizerConfig:
             "NullTokenizer",
         ),
     )
-    vocab_file: str | None = option(None, "vocab.json of GPT-2 BPE, vocab.txt of BERT")
-    merge_file: str | None = option(None, "merges.txt of GPT-2 BPE")
-    tokenizer_model: str | None = option(None, "SentencePiece model; or a tokenizer.json or its directory")
-    vocab_size: int | None = option(None, "number of ids, for NullTokenizer only", legal=POSITIVE)
-    vocab_extra_ids: int = option(0, "additional <extra_id_N> tokens", legal=NOT_NEGATIVE)
-    eod_token: str | None = option(None, "the token that ends a document, by its text or its id; default the tokenizer's own")
-    bos_token: str | None = option(
-        None, "the first token of a document, by its text or its id; preprocessing puts it before each"
+    vocab_file: str | None = option(None, "vocabulary file: vocab.json for GPT-2 BPE, vocab.txt for BERT WordPiece")
+    merge_file: str | None = option(None, "merges file: merges.txt for GPT-2 BPE")
+    tokenizer_model: str | None = option(
+        None, "SentencePiece model file, or a tokenizer.json or its directory for HuggingFaceTokenizer"
     )
+    vocab_size: int | None = option(None, "number of token ids, for NullTokenizer only", legal=POSITIVE)
+    vocab_extra_ids: int = option(0, "number of sentinel tokens <extra_id_N> to add", legal=NOT_NEGATIVE)
+    eod_token: str | None = option(None, "token that ends a document, as text or id (default: the tokenizer's own)")
+    bos_token: str | None = option(None, "token that preprocessing puts before each document, as text or id (default: none)")
 
 
 def tokenizer_given(c: ConfigCheck) -> Iterator[Problem]:
-    """A run that no task describes needs a tokenizer."""
+    """Pretraining needs a tokenizer; a task takes its checkpoint's."""
     yield from missing(c, ["tokenizer.tokenizer_type"])
 
 
 def tokenizer_settings(c: ConfigCheck) -> Iterator[Problem]:
-    """Each tokenizer needs its files, and only NullTokenizer its size."""
+    """Each type of tokenizer needs its files, and NullTokenizer its size."""
     kind = c["tokenizer.tokenizer_type"]
     if kind == "NullTokenizer" and c["tokenizer.vocab_size"] is None and "tokenizer.vocab_size" not in c.invalid:
         yield Problem(c.flag_text("tokenizer.tokenizer_type"), "needs `--vocab-size`, the number of ids")
-    if c.planning:
+    if c.planning:  # a dry run may know a vocabulary's size without its files
         return
     for name in TOKENIZER_FILES.get(kind, ()):
         if c[name] is None:
@@ -69,13 +70,13 @@ def tokenizer_settings(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def tokenizer_files(c: ConfigCheck) -> Iterator[Problem]:
-    """The files of the chosen tokenizer are there."""
+    """The files of the tokenizer can be read."""
     kind = c["tokenizer.tokenizer_type"]
     for name in TOKENIZER_FILES.get(kind, ()):
         if c[name] is None:
             continue
         path = Path(c[name])
-        if kind == "HuggingFaceTokenizer" and os.path.isdir(path):
+        if kind == "HuggingFaceTokenizer" and os.path.isdir(path):  # as Transformers saves a tokenizer
             path = path / "tokenizer.json"
         if wrong := reason_unreadable(path, c.flag(name)):
             where = "" if str(path) == c[name] else f"{path} "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron.config.batch import all_batch_sizes
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.options import flag_text
-from megatron.config.pipeline import asked_stage_layers, pipeline_chunks
+from megatron.config.pipeline import explicit_stage_layers, pipeline_chunks
 from megatron.config.schema import LayoutConfig, ModelConfig, RunConfig
 from megatron.contract import StagePart
 from megatron.parallel.cost import module_flops
@@ -50,7 +50,7 @@ def _stages(model: ModelConfig, layout: LayoutConfig, seq_length: int) -> StageP
     layers = model.num_layers
     chunks = pipeline_chunks(layout, layers)
     placement = schedule_kind(layout.pipeline_schedule).place(layout.pipeline_model_parallel_size, chunks)
-    if (counts := asked_stage_layers(layout, layers)) is not None:
+    if (counts := explicit_stage_layers(layout, layers)) is not None:
         ranges = cut(counts)
     else:
         meta = MetaModel(model)

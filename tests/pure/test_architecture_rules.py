@@ -8,7 +8,7 @@ from legal_run import argv, problems
 from megatron.config.command_line.parse import parse
 from megatron.config.data import shortest_pair
 from megatron.config.errors import ConfigError
-from megatron.config.model import FOREIGN, other_architecture_settings
+from megatron.config.model import UNSUPPORTED, other_architecture_settings
 from megatron.config.options import by_name
 
 BERT, GPT = "belongs to BERT (pretrain_bert.py); leave it out", "belongs to GPT (pretrain_gpt.py); leave it out"
@@ -54,7 +54,7 @@ def test_every_rule_and_every_foreign_setting_is_tested() -> None:
     assert {r.__name__ for r in (other_architecture_settings, shortest_pair)} == {case[0] for case in OF_GPT + OF_BERT}
     for own, cases in (("gpt", OF_GPT), ("bert", OF_BERT)):
         flags = {change.split()[0] for rule, change, _ in cases if rule == "other_architecture_settings"}
-        spelled = {by_name()[name].off or by_name()[name].flag for name in FOREIGN[own]}
+        spelled = {by_name()[name].off_flag or by_name()[name].flag for name in UNSUPPORTED[own]}
         assert flags == spelled
 
 

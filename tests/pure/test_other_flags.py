@@ -16,7 +16,7 @@ from megatron.config.command_line.other_flags.refused import FEATURES, VALUES
 from megatron.config.command_line.other_flags.table import OtherFlag, find_other, other_flags
 from megatron.config.command_line.parse import Parsed, parse
 from megatron.config.command_line.reading import Reading
-from megatron.config.command_line.spelling import plain, spellings
+from megatron.config.command_line.spelling import normalize_flag, spellings
 from megatron.config.errors import ConfigError
 
 HERE = Path(__file__).parent
@@ -71,11 +71,11 @@ def mistakes(*argv: str) -> list[str]:
 def test_every_flag_of_megatron_is_known_by_its_full_name() -> None:
     names = megatron_flags()
     assert len(names) > 900 and sum("23.06" in r for r in names.values()) == 223
-    unknown = [name for name in names if plain(name) not in spellings() and find_other(plain(name)) is None]
+    unknown = [name for name in names if normalize_flag(name) not in spellings() and find_other(normalize_flag(name)) is None]
     assert unknown == []
     for name in names:
         reading = read_arguments([name])
-        assert not any("is read as" in note for note in reading.notes) or find_other(plain(name)), name
+        assert not any("is read as" in note for note in reading.notes) or find_other(normalize_flag(name)), name
         assert not any("not a known flag" in str(p) or "could be" in str(p) for p in reading.problems), name
 
 
@@ -255,7 +255,7 @@ def test_command_lines_of_megatron_are_legal_or_refused_for_a_feature() -> None:
 def test_what_people_of_other_frameworks_type() -> None:
     flags = {flag for names in NAMES for flag in re.findall(r"--[a-z0-9-]+", names)}
     flags |= {flag for answer in MEANT for flag in re.findall(r"--[a-z0-9-]+", answer)} - {"--nproc"}
-    assert [flag for flag in flags if plain(flag) not in spellings()] == []
+    assert [flag for flag in flags if normalize_flag(flag) not in spellings()] == []
     taken = [name for name in ELSEWHERE if "--" + name in spellings() or find_other("--" + name)]
     assert not taken, f"these are known already: {taken}"
     written = sum(len(names.split()) for names in [*NAMES.values(), *MEANT.values()])

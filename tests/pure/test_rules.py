@@ -260,7 +260,7 @@ def test_every_rule_is_tested() -> None:
     assert elsewhere < set(PRETRAINING_RULES)
     assert {r.__name__ for r in PRETRAINING_RULES if r not in elsewhere} == {case[0] for case in CASES}
     # See test_file_rules.py, and for the third test_task_rules.py.
-    files = ["tokenizer_files", "datasets", "stop_file", "load", "task_files", "writable"]
+    files = ["tokenizer_files", "datasets", "stop_file", "load_directory", "task_files", "writable"]
     assert [r.__name__ for r in DISK_RULES] == files
 
 

@@ -1,1 +1,1 @@
-"""The words of a user: flags, `--help`, TOML files and a saved configuration, read into `RunSettings` and written from them."""
+"""Command line, `--help`, TOML files and saved configurations: read into `RunSettings`, and written from them."""

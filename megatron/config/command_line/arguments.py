@@ -1,7 +1,7 @@
-"""Read a command line into settings, collecting every mistake instead of stopping at the first.
+"""Read a command line into settings, collecting all mistakes instead of stopping at the first.
 
-It follows the habits of Megatron-LM's scripts: `--flag value` and `--flag=value`, unambiguous prefixes of a flag, several
-values after `--data-path`, the last of two equal flags wins. Some flags may stand without their value.
+It accepts what argparse accepts in Megatron-LM's scripts: `--flag value` and `--flag=value`, unambiguous prefixes of a flag,
+several values after `--data-path`; the last of two equal flags wins. The value of some flags is optional.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron.config.command_line.spelling import (
     is_flag,
     known_flags,
     name_here,
-    plain,
+    normalize_flag,
     spellings,
 )
 from megatron.config.errors import Problem
 
 
 def read_arguments(argv: Sequence[str]) -> Reading:
-    """Settings of a command line."""
+    """Read the settings of a command line."""
     reading = Reading()
     words = list(argv)
     while words:
@@ -35,7 +35,7 @@ def read_arguments(argv: Sequence[str]) -> Reading:
         typed, has_value, attached = word.partition("=")
         found = _find(typed, reading)
         following = [attached] if has_value else leading_values(words)
-        if found is None:  # its values are unknown too: say nothing more about them
+        if found is None:  # its values mean nothing either, and are no mistakes of their own
             del words[: 0 if has_value else len(following)]
             continue
         takes = found.takes if isinstance(found, OtherFlag) else _takes(found)
@@ -45,15 +45,16 @@ def read_arguments(argv: Sequence[str]) -> Reading:
         if isinstance(found, OtherFlag):
             reading.take_other(found, typed, used)
         elif takes == "0" and has_value:
-            reading.refuse(found.option, f"`{word}`", "takes no value")
+            reading.record_unreadable(found.option, f"`{word}`", "takes no value")
         elif takes == "1" and not used:
-            reading.refuse(found.option, f"`{found.flag}`", "needs a value after it")
+            reading.record_unreadable(found.option, f"`{found.flag}`", "needs a value after it")
         else:
             reading.take(found, used)
     return reading.finish()
 
 
 def _takes(spelling: Spelling) -> str:
+    """Return the number of values of a flag, in the notation of `OtherFlag.takes`; "?" for an optional one."""
     if spelling.value is not TAKES_VALUE:
         return "0"
     if spelling.option.bare is not None:
@@ -62,12 +63,13 @@ def _takes(spelling: Spelling) -> str:
 
 
 def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
-    """Return the flag that was typed, in full or as an unambiguous prefix; else record a mistake."""
-    word = plain(typed)
+    """Return the flag that was typed, in full or as an unambiguous prefix; None, with a recorded mistake, for others."""
+    word = normalize_flag(typed)
     if exact := spellings().get(word) or find_other(word):
         return exact
+    # Before prefixes: `--data` means something in other frameworks, and is the beginning of several flags here.
     if answer := name_here(word.lstrip("-")):
-        reading.unknown(f"`{typed}`", answer)
+        reading.record_unknown(f"`{typed}`", answer)
         return None
     known = (*spellings(), *other_flags())
     begun = [key for key in known if word.startswith("--") and len(word) > 2 and key.startswith(word)]
@@ -76,16 +78,16 @@ def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
         reading.notes.append(f"{typed} is read as {found.flag}")
         return found
     if begun:
-        own = [key for key in begun if key in spellings()]
+        own = [key for key in begun if key in spellings()]  # rather than flags that are accepted without effect, or refused
         shown = own if len(own) > 1 else begun
         reading.problems.append(Problem(f"`{typed}`", f"could be {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"))
     else:
         hint = did_you_mean(typed, known_flags()) or "; --help lists all"
-        reading.unknown(f"`{typed}`", "is not a known flag" + hint)
+        reading.record_unknown(f"`{typed}`", "is not a known flag" + hint)
     return None
 
 
 def _meaning(key: str) -> tuple[str, str]:
-    """Equal for two spellings of one flag."""
+    """Return a key that is equal for two spellings of one flag."""
     spelling = spellings().get(key)
     return (key, "") if spelling is None else (spelling.option.name, repr(spelling.value))

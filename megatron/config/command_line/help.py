@@ -1,4 +1,4 @@
-"""The text of `--help`: every flag by section, with its default and its legal values."""
+"""Text of `--help`: every flag by section, with its default and its legal values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from megatron.config.schema import sections
 
 
 def help_text(program: str, *, task: bool = False) -> str:
-    """Every flag by section, with its default and its legal values. task: also those of tasks/main.py."""
+    """Return the text of `--help`.
+
+    Args:
+        program: name of the program.
+        task: include the flags of tasks/main.py.
+    """
     lines = [f"usage: {program} [--config run.toml] [--flag value ...]", "", "The command:"]
     known = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
     if not task:
@@ -33,20 +38,24 @@ def help_text(program: str, *, task: bool = False) -> str:
 
 
 def _describe(option: Option) -> list[str]:
+    """Return the lines of one flag."""
     kind = option.metavar or {int: "N", float: "X", str: "TEXT", bool: ""}[option.kind]
     argument = f" {kind} ..." if option.many else f" {kind}" if kind else ""
     facts = []
+    text, _, derived = option.help.partition(" (default: ")
     if option.choices:
         facts.append("one of " + ", ".join(option.choices))
     if option.kind is not bool and option.default not in (None, ()):
-        facts.append(f"default {option.default}")
+        facts.append(f"default: {option.default}")
+    elif derived:
+        facts.append(f"default: {derived.removesuffix(')')}")
     facts += [
-        f"{flag} means {value}" + (" unless another is given" if flag in option.yielding else "")
-        for flag, value in option.constants.items()
+        f"{flag} means {value}" + (" unless another is given" if flag in option.fallbacks else "")
+        for flag, value in option.shortcuts.items()
     ]
     if option.aliases:
         facts.append("also " + ", ".join(option.aliases))
-    text = ("turns off: " if option.off else "") + option.help + (f" ({'; '.join(facts)})" if facts else "")
+    text = ("turns off: " if option.off_flag else "") + text + (f" ({'; '.join(facts)})" if facts else "")
     head = f"  {option.flag}{argument}"
     wrapped = textwrap.wrap(text, 82, break_on_hyphens=False)
     if len(head) > 36:

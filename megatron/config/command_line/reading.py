@@ -1,4 +1,4 @@
-"""The settings of one source, a command line or a file, with every mistake in it."""
+"""Collect the settings of one source, a command line or a file, with all mistakes in it."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from typing import Any
 
 from megatron.config.command_line.other_flags.other_frameworks import CALLED, HOW_LONG
 from megatron.config.command_line.other_flags.table import VALUE, OtherFlag
-from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, is_flag, plain, spellings
-from megatron.config.command_line.values import convert
+from megatron.config.command_line.spelling import TAKES_VALUE, Spelling, is_flag, normalize_flag, spellings
+from megatron.config.command_line.values import parse_value
 from megatron.config.errors import Problem
 from megatron.config.option import Option
 
-BELONGS = "belongs to "  # how the rule of a feature that is not there begins
+BELONGS = "belongs to "  # begins the message for a flag of a feature that is not available
 
 
 @dataclass
 class Reading:
-    """The settings of one source: `section.field` -> value. `invalid` names fields whose value could not be read.
+    """Settings of one source, as far as it has been read. Settings are named by `section.field`.
 
-    yielding: values that hold only where no other source and no other flag sets the field to something of its own.
-    meant: fields that an unknown flag seems to mean, so that nobody says they are missing too.
-    broken: whole tables of it could not be read, so what is missing is no mistake of its own.
+    Attributes:
+        values: the settings.
+        fallbacks: flags that hold only when nothing else, in this source or another, sets their field.
+        spelled: the flag or key that gave each setting, as the user spelled it.
+        notes: lines on what was read differently from how it was typed.
+        problems: mistakes.
+        invalid: settings whose value could not be read.
+        suggested: settings that an unknown flag seems to mean; that they are missing is not reported as well.
+        broken: tables could not be read, so that settings are missing through no mistake of their own.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    yielding: dict[str, Spelling] = field(default_factory=dict)
+    fallbacks: dict[str, Spelling] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     invalid: set[str] = field(default_factory=set)
-    meant: set[str] = field(default_factory=set)
+    suggested: set[str] = field(default_factory=set)
     broken: bool = False
 
     def set(self, option: Option, value: Any, how: str) -> None:
-        """Take a value. Two spellings of one setting that disagree are a mistake.
+        """Set a value. Two spellings of one setting that disagree are a mistake; of two equal ones the last wins.
 
         Args:
             option: the setting.
@@ -51,33 +57,39 @@ class Reading:
         self.values[option.name] = value
         self.spelled[option.name] = how
 
-    def refuse(self, option: Option, what: str, rule: str) -> None:
-        """Record a value that cannot be read."""
+    def record_unreadable(self, option: Option, what: str, rule: str) -> None:
+        """Record a value that cannot be read.
+
+        Args:
+            option: the setting.
+            what: the flag or key with the value, for the message.
+            rule: the mistake.
+        """
         self.problems.append(Problem(what, rule))
         self.invalid.add(option.name)
 
     def finish(self) -> Reading:
-        """Return this at the end of its source: one message for one feature, and for one cause."""
+        """Finish at the end of the source: merge mistakes of one feature, and those of one cause. Returns self."""
         self.problems = merge_by_feature(self.problems)
-        self.invalid |= self.meant - self.values.keys()
+        self.invalid |= self.suggested - self.values.keys()
         return self
 
-    def unknown(self, what: str, rule: str) -> None:
-        """Record a flag or key that is none of ours, and the fields that `rule` sends the user to."""
+    def record_unknown(self, what: str, rule: str) -> None:
+        """Record an unknown flag or key, and the settings that the message `rule` suggests instead."""
         self.problems.append(Problem(what, rule))
         words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, HOW_LONG)) else []
         words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")  # keys of a file have no dashes before them
         named = (spellings().get("--" + word.lstrip("-")) for word in words)
-        self.meant |= {spelling.option.name for spelling in named if spelling}
+        self.suggested |= {spelling.option.name for spelling in named if spelling}
 
     def take_other(self, row: OtherFlag, typed: str, values: Sequence[str], where: str = "") -> None:
-        """Take a flag that is no field: as the flags that it is read as, as a note, or as a mistake.
+        """Take a flag that sets no field: as the flags that replace it, as a note, or as a mistake.
 
         Args:
-            row: what is known of the flag.
+            row: the flag's row in the tables.
             typed: the flag or key as the user spelled it.
             values: the words after it.
-            where: ` in FILE` for a key of one.
+            where: ` in FILE` for the key of a file, for messages.
         """
         whole = " ".join([typed, *values]) + where
         if row.means and row.takes == "1" and not values:
@@ -86,7 +98,7 @@ class Reading:
             words = [values[0] if word == VALUE else word for word in row.means]
             self.notes.append(f"{whole} is read as {' '.join(words)}")
             while words:
-                spelling = dataclasses.replace(spellings()[plain(words.pop(0))], flag=typed)
+                spelling = dataclasses.replace(spellings()[normalize_flag(words.pop(0))], flag=typed)
                 following = leading_values(words)
                 del words[: len(following)]
                 self.take(spelling, following)
@@ -99,10 +111,10 @@ class Reading:
             self.problems.append(Problem(f"`{whole if row.legal else typed + where}`", row.text))
 
     def take(self, spelling: Spelling, words: Sequence[str]) -> None:
-        """Take a flag with the words after it, or record that they are no value of it."""
+        """Set the value of a flag from the words after it, or record that they are not a legal one."""
         option = spelling.option
-        if spelling.yields:
-            self.yielding[option.name] = spelling
+        if spelling.is_fallback:  # decided when all sources have been read
+            self.fallbacks[option.name] = spelling
             return
         if spelling.value is not TAKES_VALUE:
             self.set(option, spelling.value, spelling.flag)
@@ -112,15 +124,15 @@ class Reading:
         if option.many and option.kind is int:
             words = _without_brackets(words)
         try:
-            values = [convert(option, word) for word in words]
+            values = [parse_value(option, word) for word in words]
         except ValueError as error:
-            self.refuse(option, f"`{' '.join([spelling.flag, *words])}`", str(error))
+            self.record_unreadable(option, f"`{' '.join([spelling.flag, *words])}`", str(error))
             return
         self.set(option, tuple(values) if option.many else values[0], spelling.flag)
 
 
 def merge_by_feature(problems: Sequence[Problem]) -> list[Problem]:
-    """Say of a feature that is not there once what several flags ask of it."""
+    """Merge the problems of flags that belong to the same unavailable feature into one that names all of them."""
     merged: dict[str, list[str]] = {}
     for problem in problems:
         merged.setdefault(problem.rule if problem.rule.startswith(BELONGS) else str(problem), []).append(problem.what)
@@ -136,12 +148,12 @@ def merge_by_feature(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def leading_values(words: Sequence[str]) -> list[str]:
-    """The words before the next flag."""
+    """Return the words before the next flag."""
     end = next((i for i, word in enumerate(words) if is_flag(word)), len(words))
     return list(words[:end])
 
 
 def _without_brackets(words: Sequence[str]) -> Sequence[str]:
-    """Numbers as a YAML file holds them, `[384 384 97656250]` in one word or several, as one word each."""
+    """Split numbers as YAML files hold them, `[384 384 97656250]` in one word or several, into one word each."""
     text = " ".join(words)
     return text[1:-1].replace(",", " ").split() if text.startswith("[") and text.endswith("]") else words

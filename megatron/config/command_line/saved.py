@@ -1,4 +1,4 @@
-"""A run's configuration as JSON, which lies in every checkpoint, and as TOML, which people edit."""
+"""Write a run's configuration as JSON, for checkpoints, and as TOML, for people to edit; read the JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.config.schema import RunSettings, sections
 
 
 def to_json(config: RunSettings) -> dict[str, dict[str, Any]]:
-    """Sections and fields as values that `json.dumps` takes."""
+    """Return sections and fields as values for `json.dumps`."""
     return {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         for name, fields in dataclasses.asdict(config).items()
@@ -22,9 +22,10 @@ def to_json(config: RunSettings) -> dict[str, dict[str, Any]]:
 
 
 def from_json(data: Mapping[str, Any]) -> RunSettings:
-    """The settings that `to_json` gave. Sections and fields that are absent take their defaults.
+    """Read the settings that `to_json` wrote. Absent sections and fields have their defaults.
 
-    ConfigError naming every section and field that this version does not know, and every value of a wrong type.
+    Raises:
+        ConfigError: sections and fields that this version does not know, and values of a wrong type; it holds all of them.
     """
     if not isinstance(data, Mapping):
         raise ConfigError([Problem("the saved configuration", "is not a JSON object")])
@@ -41,7 +42,7 @@ def from_json(data: Mapping[str, Any]) -> RunSettings:
                 problems.append(Problem(f"`{name}.{key}` of the saved configuration", "is not known to this version"))
                 continue
             option = by_name().get(f"{name}.{key}")
-            if option is None:  # no flag sets it
+            if option is None:  # no flag sets it, so only `to_json` has written it; JSON has lists in place of tuples
                 taken[key] = tuple(value) if isinstance(value, list) else value
                 continue
             try:
@@ -55,7 +56,7 @@ def from_json(data: Mapping[str, Any]) -> RunSettings:
 
 
 def to_toml(config: RunSettings) -> str:
-    """A file for `--config` that gives this run; settings that are still open are left out."""
+    """Return the text of a file for `--config` that gives this run. Settings that are None are left out."""
     lines: list[str] = []
     for section, values in to_json(config).items():
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
@@ -69,5 +70,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
+        # TOML escapes as JSON does, but for DEL, which it forbids in a string and JSON lets pass.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -24,7 +24,7 @@ def read_toml(path: str) -> Reading:
     Keys are the flags without their dashes, or the schema's fields, `-` and `_` alike; `preset` stands before the first table.
     """
     reading = Reading()
-    reading.broken = True
+    reading.broken = True  # until the file has been parsed
     try:
         data = tomllib.loads(read_text(path, MAX_TOML_BYTES).removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
     except OSError as error:
@@ -37,7 +37,7 @@ def read_toml(path: str) -> Reading:
         reading.problems.append(Problem(f"`--config {path}`", "is nested too deeply"))
         return reading
     except ValueError as error:  # TOMLDecodeError, and a number with too many digits
-        if (found := recognize_file(path)) is not None:
+        if (found := recognize_file(path)) is not None:  # say what it is, rather than where its first line is no TOML
             reading.problems.append(Problem(f"`--config {path}`", f"is {found}"))
             return reading
         reading.problems.append(Problem(f"`--config {path}`", f"is not valid TOML: {error}"))
@@ -59,7 +59,7 @@ def read_toml(path: str) -> Reading:
 
 
 def _keys(section: str) -> dict[str, Spelling]:
-    """Key -> what it sets, for one table: every flag of the section, and every field by its own name."""
+    """Return the keys of one table: every flag of the section, and every field by its own name."""
     table = {key.lstrip("-"): s for key, s in spellings().items() if s.option.section == section}
     table |= {o.field.replace("_", "-"): Spelling(o.flag, o) for o in options() if o.section == section}
     return table
@@ -68,10 +68,10 @@ def _keys(section: str) -> dict[str, Spelling]:
 def _take_key(reading: Reading, path: str, section: str, key: str, value: Any) -> None:
     known = _keys(section)
     word = key.replace("_", "-")
-    where = f"`{key} = {_shown(value)}` in {path}"
+    where = f"`{key} = {_as_toml(value)}` in {path}"
     if word not in known:
-        if row := find_other("--" + word):
-            if value is not False:
+        if row := find_other("--" + word):  # a flag that is accepted or refused on the command line is so here
+            if value is not False:  # which asks for nothing
                 items = value if isinstance(value, list) else [] if value is True else [value]
                 reading.take_other(row, key, [str(item) for item in items], f" in {path}")
             return
@@ -86,22 +86,23 @@ def _take_key(reading: Reading, path: str, section: str, key: str, value: Any) -
         elif value:
             reading.take(dataclasses.replace(spelling, flag=key), [])
     except ValueError as error:
-        reading.refuse(spelling.option, where, str(error))
+        reading.record_unreadable(spelling.option, where, str(error))
 
 
 def _unknown_key(reading: Reading, path: str, section: str, key: str) -> None:
+    """Record an unknown key, with the table that it belongs to, or the key that it resembles."""
     word = key.replace("_", "-")
     homes = [name for name in sections() if word in _keys(name)]
     place = f" under [{section}]" if section else " before the first table"
     rule = "is not a known key"
     if homes:
         rule += f"; it belongs under [{homes[0]}]"
-        reading.invalid.add(_keys(homes[0])[word].option.name)  # which is not missing as well
+        reading.invalid.add(_keys(homes[0])[word].option.name)  # so that it is not reported as missing as well
     else:
         near = did_you_mean(word, [known for name in ([section] if section else sections()) for known in _keys(name)])
         rule = rule + near if near else (name_here(word) or rule)
-    reading.unknown(f"`{key}`{place} in {path}", rule)
+    reading.record_unknown(f"`{key}`{place} in {path}", rule)
 
 
-def _shown(value: Any) -> str:
+def _as_toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -1,7 +1,7 @@
-"""What people of nanoGPT, Transformers, torchtitan, LitGPT, DeepSpeed and NeMo type, and what they mean here.
+"""Flags of nanoGPT, Transformers, torchtitan, LitGPT, DeepSpeed and NeMo, and the flags that correspond to them here.
 
-Names stand without leading dashes and with dashes inside. A name with a dot is looked up whole and then without what
-stands before its last dot: `training.seq_len` as `seq-len`.
+Names are written without leading dashes, and with dashes for underscores. A name with a dot is looked up as it is, and then
+without the part before its last dot: `training.seq_len` as `seq-len`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import MappingProxyType
 CALLED = "is called"
 HOW_LONG = "is no flag: say how long with"
 
-# The flag here, then what others call it.
+# Our flag, then its names in other frameworks.
 NAMES = {
     # sizes of the model
     "--num-layers": "n-layer n-layers num-hidden-layers nlayers depth",
@@ -83,7 +83,7 @@ NAMES = {
     "--skip-train": "eval-only only-eval",
 }
 
-# What follows the flag in the error "`--flag` ...", then what people type.
+# The message that follows the flag in the error "`--flag` ...", then the flags that get it.
 MEANT = {
     "is no flag: steps that are accumulated follow from --global-batch-size / (--micro-batch-size x data-parallel ranks)": """
         gradient-accumulation-steps grad-accum gradient-accumulation accumulate-grad-batches gradient-accumulation-iters
@@ -138,13 +138,14 @@ MEANT = {
 
 
 def _table() -> Mapping[str, str]:
+    """Return the message for each name of `NAMES` and `MEANT`."""
     called = {name: f"{CALLED} {flag} here" for flag, names in NAMES.items() for name in names.split()}
     return MappingProxyType(called | {name: answer for answer, names in MEANT.items() for name in names.split()})
 
 
-ELSEWHERE: Mapping[str, str] = _table()  # name without leading dashes -> what follows it in an error
+ELSEWHERE: Mapping[str, str] = _table()  # name without leading dashes -> the message that follows it in an error
 
 
 def find_other_framework(word: str) -> str | None:
-    """What `word`, without leading dashes and with dashes only, means to people of other frameworks; None if nothing."""
+    """Return the message for a flag of another framework, given without leading dashes; None for an unknown one."""
     return ELSEWHERE.get(word) or ELSEWHERE.get(word.rpartition(".")[2])

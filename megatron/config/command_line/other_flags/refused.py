@@ -1,9 +1,9 @@
-"""Megatron-LM's flags that are refused, each with the feature that it belongs to: the feature once, then its flags.
+"""Table of Megatron-LM's flags that are refused, by the feature that they belong to.
 
-`table.py` says how they are written. A feature that lands takes its flags out of here and puts fields into `schema.py`.
+`table.py` explains the notation. When a feature is added, its flags move from here to fields of the schema.
 """
 
-# What follows the flag in the error "`--flag` belongs to ...".
+# The feature, as in the error "`--flag` belongs to ...", then its flags.
 FEATURES = {
     # models
     "mixtures of experts, which are not available yet": """
@@ -97,7 +97,7 @@ FEATURES = {
     # checkpoints
     "checkpoints on the nodes' own disks, which are not available; --async-save saves without waiting": """
         --non-persistent-* --replication --replication-factor --replication-jump""",
-    "conversions; tools/import_megatron.py and tools/export_megatron.py convert": "--ckpt-convert-*",
+    "conversions; tools/import_megatron.py and tools/export_megatron.py parse_value": "--ckpt-convert-*",
     "a layout from the checkpoint, which is not available: any layout loads any checkpoint, so give the one you want": """
         --use-mp-args-from-checkpoint-args""",
     # watching, profiling, faults
@@ -119,7 +119,7 @@ FEATURES = {
         --termination-id""",
 }
 
-# What follows the flag in the error "`--flag` ...", where no feature is missing.
+# The message that follows the flag in the error "`--flag` ...", for flags that belong to no feature; then the flags.
 OTHERWISE = {
     "is not available yet; leave it out: the residual stream has the type of the weights": """
         --fp32-residual-connection --embedding-weights-in-fp32""",
@@ -132,7 +132,7 @@ OTHERWISE = {
     "is not available: settings come from a TOML file, --config FILE": "--yaml-cfg",
 }
 
-# Values of Megatron-LM that a flag of ours does not take: what follows in the error "`--flag value` ...".
+# Values that Megatron-LM's flag takes and ours does not: the message that follows in the error "`--flag value` ...".
 VALUES = {
     "--tokenizer-type": {
         "TikTokenizer": "is not available; HuggingFaceTokenizer reads a tokenizer.json",

@@ -1,6 +1,6 @@
-"""Megatron-LM's old flags, and those that are two of ours: one row a flag, then what it is read as.
+"""Table of Megatron-LM's old flags, and of those that are two of ours: one row a flag, then the flags that replace it.
 
-VALUE stands for the word after the old flag; a flag without it takes none.
+VALUE is the word after the old flag; a flag without it takes none.
 """
 
 RENAMED = """

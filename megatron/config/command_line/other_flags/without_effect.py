@@ -1,10 +1,10 @@
-"""Megatron-LM's flags that change nothing here: each reason once, then its flags. `table.py` says how they are written.
+"""Table of Megatron-LM's flags that are accepted without effect, by the reason. `table.py` explains the notation.
 
-Here stands what chose an implementation, or concerned something that pretraining does not do. What would change a loss, a
-checkpoint or the memory that a run needs stands in `refused.py`.
+They choose an implementation, or concern something that pretraining does not do. A flag that would change a loss, a checkpoint
+or the memory that a run needs is refused instead, in `refused.py`: to ignore it would mislead.
 """
 
-# What follows the flag in the note "`--flag` changes nothing: ...".
+# The reason, as in the note "`--flag` changes nothing: ...", then the flags.
 WITHOUT_EFFECT = {
     # the layers
     "there is one implementation of the layers": """
