@@ -201,6 +201,22 @@ def micro_batches(setting: Setting, vocab: int, consumed: int, dp_rank: int, dp_
     return batches
 
 
+class HeldOutLoader:
+    """A loader of held-out samples, which begin at number 1000, dealt out over data-parallel ranks."""
+
+    def __init__(self, run: Run, setting: Setting) -> None:
+        self.run, self.setting, self.consumed = run, setting, 1000
+
+    def next_batches(self, global_batch_size: int) -> list[Batch]:
+        dp, vocab = self.run.mesh.dp, self.run.config.model.known_vocab_size
+        batches = micro_batches(self.setting, vocab, self.consumed, dp.rank, dp.size)
+        self.consumed += global_batch_size
+        return batches
+
+    def close(self) -> None:
+        pass
+
+
 def start_run(setting: Setting, steps: int) -> Run:
     """Build a run on the processes at hand."""
     initialized = dist.is_initialized()

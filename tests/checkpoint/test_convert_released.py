@@ -279,12 +279,12 @@ class Canary:
         return (eval, (f"open({str(self.place)!r}, 'w')",))
 
 
-class System(Canary):
+class SystemCanary(Canary):
     def __reduce__(self):
         return (os.system, (f"touch '{self.place}'",))
 
 
-@pytest.mark.parametrize("kind", [Canary, System])
+@pytest.mark.parametrize("kind", [Canary, SystemCanary])
 def test_code_in_the_archive_does_not_run(tmp_path, kind, capsys):
     canary = tmp_path / "canary"
     config = small_config()

@@ -127,7 +127,9 @@ def test_an_error_stops_the_run_unless_it_was_told_otherwise(tmp_path, async_sav
     assert saver.saved is None
 
 
-class Full(FaultyStorage):
+class NearlyFullStorage(FaultyStorage):
+    """A disk with 5,000 bytes left."""
+
     def free(self, path):
         super().free(path)
         return 5000
@@ -135,7 +137,7 @@ class Full(FaultyStorage):
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     save_once(tmp_path, 100)
-    storage = Full()
+    storage = NearlyFullStorage()
     with pytest.raises(CheckpointError) as error:
         save_once(tmp_path, 200, storage)
     written = sum(p.stat().st_size for p in (tmp_path / "iter_0000100").rglob("*") if p.is_file())
@@ -146,7 +148,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     assert storage.steps < 10 and not list(tmp_path.glob(".iter*"))
     junk = tmp_path / ".iter_0000050.deleted"
     junk.mkdir()
-    storage = Full()
+    storage = NearlyFullStorage()
     storage.free = lambda path: 5000 if junk.exists() else 1 << 30
     save_once(tmp_path, 200, storage)
     assert whole(tmp_path, 200), "room is made where a crash has left something"

@@ -35,7 +35,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Sharing(Setting):
+class ShardedSetting(Setting):
     """With the distributed optimizer in small buckets; overlapped, so that a checkpoint may find gathers under way."""
 
     sharded: bool = False
@@ -46,7 +46,7 @@ class Sharing(Setting):
         return replace(config, layout=replace(config.layout, overlap_grad_reduce=self.sharded, **own))
 
 
-TIED = Sharing(
+TIED = ShardedSetting(
     replace(with_dropout(GPT2), num_layers=4),
     masked=True,
     optim=OptimSettings(lr=1e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_iters=2),
@@ -65,7 +65,7 @@ Held = list[tuple[str, tuple[int, ...], tuple[slice, ...], Tensor]]
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRun:
     """A checkpoint, and what it must give back: whole tensors by name, counters, and the losses that follow."""
 
     root: str
@@ -80,7 +80,7 @@ def run_on(layout: str, function, *args, bf16: bool = False):
     return on_ranks(world, function, *arguments) if world > 1 else [function(*arguments)]
 
 
-def begin(setting: Sharing) -> Run:
+def begin(setting: ShardedSetting) -> Run:
     """A run with a dynamic loss scale, which is exact in fp32, and grows with every second step."""
     with mock.patch.object(Precision, "scaler", lambda _: Dynamic(16.0, 1.0, 2, 2)):
         return start_run(setting, BEFORE + AFTER)
@@ -106,7 +106,7 @@ def model_weights(run: Run) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
     return {param_spec(p).name: (param_spec(p).part.slices, param_spec(p).local(p.detach()).clone()) for p in parameters}
 
 
-def train_and_save(setting: Sharing, root: str):
+def train_and_save(setting: ShardedSetting, root: str):
     """Save in the middle of a run; return what was saved, and the losses of the run, which was not interrupted."""
     run = begin(setting)
     train_steps(run, setting, BEFORE)
@@ -114,7 +114,7 @@ def train_and_save(setting: Sharing, root: str):
     return held(run), scalars(run), train_steps(run, setting, AFTER)
 
 
-def load_and_train(setting: Sharing, sources: list[Saved], steps: int):
+def load_and_train(setting: ShardedSetting, sources: list[SavedRun], steps: int):
     """From each source in turn; only the first finds a run that is fresh. Names held, and the curve, of each."""
     run, results = begin(setting), []
     for source in sources:
@@ -143,21 +143,21 @@ def joined(ranks: list[Held]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """(layout, bf16) -> Saved; made when first asked for."""
-    made: dict[tuple[str, bool], Saved] = {}
+    made: dict[tuple[str, bool], SavedRun] = {}
 
-    def of(layout: str, bf16: bool = False) -> Saved:
+    def of(layout: str, bf16: bool = False) -> SavedRun:
         if (layout, bf16) not in made:
             root = str(tmp_path_factory.mktemp("run"))
             results = run_on(layout, train_and_save, root, bf16=bf16)
             _, counters, curve = results[0]
             assert all(result[1:] == (counters, curve) for result in results), "the ranks disagree"
-            made[layout, bf16] = Saved(root, joined([result[0] for result in results]), counters, curve)
+            made[layout, bf16] = SavedRun(root, joined([result[0] for result in results]), counters, curve)
         return made[layout, bf16]
 
     return of
 
 
-def check(sources: list[Saved], ranks: list[list[tuple[set[str], list[tuple[float, float]]]]]) -> None:
+def check(sources: list[SavedRun], ranks: list[list[tuple[set[str], list[tuple[float, float]]]]]) -> None:
     """Together the ranks hold everything, and each has the losses and gradient norms of the uninterrupted run."""
     for source, results in zip(sources, zip(*ranks, strict=True), strict=True):
         assert set().union(*(names for names, _ in results)) == set(source.whole)
@@ -210,7 +210,7 @@ def test_what_is_on_the_disk_does_not_show_the_layout(saved, layout):
     assert all(len(record.pieces) <= 3 * world for record in manifest.tensors.values())
 
 
-def resave(setting: Sharing, source: str, root: str) -> None:
+def resave(setting: ShardedSetting, source: str, root: str) -> None:
     run = begin(setting)
     load(find(Path(source)), run.parts(), run.mesh)
     save(Path(root), BEFORE, run.parts(), run.mesh, config=to_json(run.config))

@@ -131,7 +131,7 @@ def test_ranks_with_different_tensors(tmp_path):
     ]
 
 
-class Full(Storage):
+class FullStorage(Storage):
     """No space for shards, on one rank."""
 
     def write(self, path, chunks):
@@ -143,7 +143,7 @@ class Full(Storage):
 def fail_to_save(root: str) -> str:
     mesh = build_mesh(2, 2)
     try:
-        save(Path(root), 200, build_state(2, mesh.tp.rank), mesh, config={}, storage=Full())
+        save(Path(root), 200, build_state(2, mesh.tp.rank), mesh, config={}, storage=FullStorage())
     except CheckpointError as error:
         return str(error)
     return ""

@@ -34,7 +34,7 @@ LINES = [
 ]
 
 
-class Gate(Storage):
+class GatedStorage(Storage):
     """Lets nobody write, or nobody delete, before it is opened."""
 
     def __init__(self, *, deletions=False):
@@ -62,7 +62,7 @@ def change(run, by):
 
 def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     """Training goes on while nothing is written yet. The buffers of the second save are those of the first."""
-    storage = Gate()
+    storage = GatedStorage()
     run = small_run(tmp_path, async_save=True)
     saver = build_saver(run, storage)
     run.state.iteration = 100
@@ -127,7 +127,7 @@ def test_both_ways_write_the_same_bytes(tmp_path):
 
 def test_what_is_told_and_when(tmp_path):
     """The second line comes when it is true; nothing comes twice."""
-    said, storage = [], Gate()
+    said, storage = [], GatedStorage()
     run = small_run(tmp_path, async_save=True)
     saver = build_saver(run, storage, said)
     run.state.iteration = 100
@@ -186,7 +186,7 @@ def test_what_is_no_fault_of_the_disk_is_never_passed_over(tmp_path):
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 def test_nobody_waits_for_a_deletion(tmp_path, async_save):
     """Three saves end while the first deletion goes on, and what was set aside meanwhile goes with a later one."""
-    storage = Gate(deletions=True)
+    storage = GatedStorage(deletions=True)
     run = small_run(tmp_path, async_save=async_save, keep_last=1)
     saver = build_saver(run, storage)
     for iteration in (100, 200, 300, 400):
@@ -207,7 +207,7 @@ def test_a_deletion_never_meets_a_save(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard_00009.safetensors").write_bytes(b"half a file")
 
-    class Slow(Gate):
+    class Slow(GatedStorage):
         def write(self, path, chunks):
             record = super().write(path, chunks)
             if path.name == "shard_00000.safetensors" and ".iter_0000200.tmp" in str(path):
@@ -226,8 +226,8 @@ def test_a_deletion_never_meets_a_save(tmp_path):
     assert not list(tmp_path.glob("*/shard_00009*"))
 
 
-class Heard(Watchdog):
-    """Writes down what it is told."""
+class RecordingWatchdog(Watchdog):
+    """Records the phases that it is told."""
 
     def __init__(self):
         self.said = []
@@ -241,7 +241,7 @@ class Heard(Watchdog):
 
 def test_comparing_says_how_far_it_has_come(tmp_path):
     """One phase for all of a rank's bytes would count as a hang where the disk is slow."""
-    directory, heard = save_once(tmp_path, 100), Heard()
+    directory, heard = save_once(tmp_path, 100), RecordingWatchdog()
     verify_together(directory, Mesh.single().world, heard)
     read = {
         name
@@ -252,7 +252,7 @@ def test_comparing_says_how_far_it_has_come(tmp_path):
 
 
 def test_who_waits_for_the_background_says_what_that_does(tmp_path):
-    watch, storage = Heard(), Gate()
+    watch, storage = RecordingWatchdog(), GatedStorage()
     run = small_run(tmp_path, watch=watch, async_save=True)
     saver = build_saver(run, storage)
     run.state.iteration = 100
@@ -366,7 +366,9 @@ def test_assets_from_a_function_and_a_failing_one(tmp_path):
         Saver(run, os_error_raiser(errno.ENOSPC), print)
 
 
-class Stuck(Storage):
+class StuckStorage(Storage):
+    """A disk that never answers a write."""
+
     def write(self, path, chunks):
         threading.Event().wait(60)
 
@@ -379,7 +381,7 @@ def hang_in_the_background(rank: int, root: str, port: int) -> None:
     quick = WatchdogTimeouts(period=0.2, silent=3.0, hang=5.0, settle=1.0)
     with job(env, "gloo", 0.08, timeouts=quick) as started:
         run = small_run(f"{root}/run", build_mesh(2, 1), tp=2, watch=started.watch, async_save=True)
-        saver = build_saver(run, Stuck() if rank == 1 else None)
+        saver = build_saver(run, StuckStorage() if rank == 1 else None)
         run.state.iteration = 100
         saver.save()
         saver.finish()

@@ -14,7 +14,7 @@ CUDA = torch.device("cuda")
 OUT_OF_MEMORY = 2
 
 
-class Runtime:
+class FakeCudaRuntime:
     """A runtime that keeps its last error, as CUDA's does."""
 
     def __init__(self, status: int, *, asked: bool = True) -> None:
@@ -37,7 +37,7 @@ class Runtime:
         return error
 
 
-def kernel(runtime: Runtime):
+def kernel(runtime: FakeCudaRuntime):
     """A kernel of torch, which checks its own launch by the last error, whoever left it."""
 
     def launch(*shape: int, device: torch.device) -> torch.Tensor:
@@ -51,7 +51,7 @@ def kernel(runtime: Runtime):
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_refusal_leaves_no_error_for_the_next_kernel(monkeypatch, asked):
     """asked: whether the runtime can be asked for its error, which torch's binding cannot."""
-    runtime = Runtime(OUT_OF_MEMORY, asked=asked)
+    runtime = FakeCudaRuntime(OUT_OF_MEMORY, asked=asked)
     monkeypatch.setattr(torch, "ones", kernel(runtime))
     buffer = _host_memory(1000, CUDA, runtime)
     assert buffer.numel() == 1000 and not runtime.pinned
@@ -59,7 +59,7 @@ def test_a_refusal_leaves_no_error_for_the_next_kernel(monkeypatch, asked):
 
 
 def test_pinned_as_long_as_it_lives():
-    runtime = Runtime(0)
+    runtime = FakeCudaRuntime(0)
     buffer = _host_memory(1000, CUDA, runtime)
     assert runtime.pinned == {buffer.data_ptr(): 1000}
     gone = weakref.ref(buffer)
@@ -69,4 +69,4 @@ def test_pinned_as_long_as_it_lives():
 
 
 def test_a_cpu_pins_nothing():
-    assert _host_memory(10, torch.device("cpu"), Runtime(OUT_OF_MEMORY)).numel() == 10
+    assert _host_memory(10, torch.device("cpu"), FakeCudaRuntime(OUT_OF_MEMORY)).numel() == 10

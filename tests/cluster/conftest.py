@@ -47,7 +47,7 @@ def tiny_bert(corpus: Path) -> list[str]:
     return [*FLAGS.split(), *tokenizer, "--data-path", f"{corpus.parent}/bert_text_sentence"]
 
 
-class Lines:
+class MetricsLines:
     """Reads `metrics.jsonl`: what must be equal in two runs, and how far one is."""
 
     TIMES = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal", "peak_memory_bytes"})
@@ -65,8 +65,8 @@ class Lines:
 
 
 @pytest.fixture(scope="session")
-def lines() -> Lines:
-    return Lines()
+def lines() -> MetricsLines:
+    return MetricsLines()
 
 
 @pytest.fixture(scope="session")

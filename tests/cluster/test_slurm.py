@@ -51,7 +51,7 @@ def cluster() -> None:
         pytest.skip(f"SLURM has no two idle nodes: {found}")
 
 
-class Submitted:
+class SlurmJob:
     """A job of one of the scripts. variables: of its environment, beside those that every job here has."""
 
     def __init__(self, script: str, folder: Path, flags: list[str], *options: str, **variables: Path) -> None:
@@ -98,10 +98,10 @@ class Submitted:
 
 @pytest.fixture
 def submit(cluster: None, tmp_path: Path) -> Iterator:
-    jobs: list[Submitted] = []
+    jobs: list[SlurmJob] = []
 
-    def start(script: str, flags: list[str], *options: str, **variables: Path) -> Submitted:
-        jobs.append(Submitted(script, tmp_path, flags, *options, **variables))
+    def start(script: str, flags: list[str], *options: str, **variables: Path) -> SlurmJob:
+        jobs.append(SlurmJob(script, tmp_path, flags, *options, **variables))
         return jobs[-1]
 
     yield start
@@ -123,7 +123,7 @@ def submit_paced(submit, pace: Path, tiny: list[str], tmp_path: Path):
     program = tmp_path / "paced.py"
     program.write_text(PROGRAM)
 
-    def start(script: str, *options: str, flags: tuple[str, ...] = ()) -> Submitted:
+    def start(script: str, *options: str, flags: tuple[str, ...] = ()) -> SlurmJob:
         return submit(script, [*tiny, *FLAGS, *flags], *options, PROGRAM=program, PACE=pace)
 
     return start

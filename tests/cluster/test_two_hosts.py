@@ -21,7 +21,7 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-class Hosts:
+class TwoHosts:
     """Two network namespaces joined by a virtual cable. What runs there has a host name and process numbers of its own."""
 
     def __init__(self) -> None:
@@ -59,8 +59,8 @@ class Hosts:
 
 
 @pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    made = Hosts()
+def hosts() -> Iterator[TwoHosts]:
+    made = TwoHosts()
     try:
         made.build()
         made.cable("up")

@@ -22,7 +22,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.loader import MicroBatchLoader
 
 
-class Numbers:
+class NumberDataset:
     """A dataset whose sample i consists of the number i."""
 
     def __init__(self, size: int) -> None:
@@ -48,7 +48,7 @@ def taken(batches: list[Batch]) -> list[list[int]]:
 
 def test_distribution() -> None:
     """Micro-batch j of rank r starts at consumed + (2 j + r) * 3."""
-    ranks = [MicroBatchLoader(Numbers(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
+    ranks = [MicroBatchLoader(NumberDataset(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
     assert [taken(rank.next_batches(12)) for rank in ranks] == [
         [[12, 13, 14], [18, 19, 20]],
         [[15, 16, 17], [21, 22, 23]],
@@ -59,7 +59,7 @@ def test_distribution() -> None:
 @pytest.mark.parametrize("cyclic", [False, True])
 def test_same_samples_for_every_layout(cyclic: bool) -> None:
     def step_sets(dp: int, size: int) -> list[list[int]]:
-        ranks = [MicroBatchLoader(Numbers(48), MAKE, rank, dp, size, read_ahead=dp, cyclic=cyclic) for rank in range(dp)]
+        ranks = [MicroBatchLoader(NumberDataset(48), MAKE, rank, dp, size, read_ahead=dp, cyclic=cyclic) for rank in range(dp)]
         steps = []
         for _ in range(4):
             batches = [batch for rank in ranks for batch in rank.next_batches(12)]
@@ -80,7 +80,7 @@ def test_restart_and_changing_batch_size(read_ahead: int, cyclic: bool) -> None:
     sizes = [4, 4, 8, 8, 12, 12]
 
     def run(start: int, consumed: int) -> list[Any]:
-        loader = MicroBatchLoader(Numbers(48), MAKE, 1, 2, 2, consumed, read_ahead=read_ahead, cyclic=cyclic)
+        loader = MicroBatchLoader(NumberDataset(48), MAKE, 1, 2, 2, consumed, read_ahead=read_ahead, cyclic=cyclic)
         return [[b.tokens[:, 0].tolist() for b in loader.next_batches(size)] for size in sizes[start:]]
 
     whole = run(0, 0)
@@ -89,35 +89,35 @@ def test_restart_and_changing_batch_size(read_ahead: int, cyclic: bool) -> None:
 
 
 def test_cyclic_reshuffles_each_epoch_and_goes_on() -> None:
-    loader = MicroBatchLoader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=7)
+    loader = MicroBatchLoader(NumberDataset(8), MAKE, 0, 1, 2, cyclic=True, seed=7)
     epochs = [[int(n) for b in loader.next_batches(8) for n in b.tokens[:, 0]] for _ in range(3)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
     assert loader.next_batches(2)[0].samples.tolist() == [24, 25]  # numbers of the training order go on
-    other = MicroBatchLoader(Numbers(8), MAKE, 0, 1, 2, cyclic=True, seed=8)
+    other = MicroBatchLoader(NumberDataset(8), MAKE, 0, 1, 2, cyclic=True, seed=8)
     assert [int(n) for b in other.next_batches(8) for n in b.tokens[:, 0]] != epochs[0]
 
 
 @pytest.mark.parametrize("read_ahead", [0, 3])
 def test_running_out_is_an_error(read_ahead: int) -> None:
-    loader = MicroBatchLoader(Numbers(10), MAKE, 0, 1, 2, read_ahead=read_ahead, name="validation")
+    loader = MicroBatchLoader(NumberDataset(10), MAKE, 0, 1, 2, read_ahead=read_ahead, name="validation")
     loader.next_batches(8)
     with pytest.raises(DataError, match=r"validation data: 8 samples are used and the next step takes 4.*built with 10"):
         loader.next_batches(4)
     assert loader.consumed == 8 and taken(loader.next_batches(2)) == [[8, 9]]
     with pytest.raises(DataError, match="no samples"):
-        MicroBatchLoader(Numbers(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
+        MicroBatchLoader(NumberDataset(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
 
 
 def test_wrong_batch_size() -> None:
     with pytest.raises(ValueError, match="6"):
-        MicroBatchLoader(Numbers(10), MAKE, 0, 2, 3).next_batches(8)
+        MicroBatchLoader(NumberDataset(10), MAKE, 0, 2, 3).next_batches(8)
 
 
 @pytest.mark.parametrize("read_ahead", [0, 3])
 def test_errors_of_the_thread_surface_where_they_belong(read_ahead: int) -> None:
     """The bad sample 7 is read ahead early, but fails the step that takes it, and each later one."""
     make = GPTCollator(vocab_size=7)
-    loader = MicroBatchLoader(Numbers(20), make, 0, 1, 1, read_ahead=read_ahead)
+    loader = MicroBatchLoader(NumberDataset(20), make, 0, 1, 1, read_ahead=read_ahead)
     assert len(loader.next_batches(7)) == 7
     for _ in range(2):
         with pytest.raises(DataError, match=r"sample 7, token 0: id 7 .* 7 ids"):
@@ -132,7 +132,7 @@ def test_read_ahead_is_bounded_and_its_thread_ends() -> None:
         made.append(names[0])
         return MAKE(dataset, numbers, names)
 
-    loader = MicroBatchLoader(Numbers(100), make, 0, 1, 1, read_ahead=3)
+    loader = MicroBatchLoader(NumberDataset(100), make, 0, 1, 1, read_ahead=3)
     loader.next_batches(2)
     deadline = time.monotonic() + 5
     while len(made) < 6 and time.monotonic() < deadline:
@@ -148,8 +148,8 @@ def test_read_ahead_is_bounded_and_its_thread_ends() -> None:
 
 def test_batch_content() -> None:
     """End of document 9 at positions 2 and 3: masked, positions restart after it, documents are counted."""
-    dataset = Numbers(1)
-    dataset.__class__ = type("One", (Numbers,), {"__getitem__": lambda *_: Sample(np.array([1, 2, 9, 9, 5, 6]))})
+    dataset = NumberDataset(1)
+    dataset.__class__ = type("One", (NumberDataset,), {"__getitem__": lambda *_: Sample(np.array([1, 2, 9, 9, 5, 6]))})
     plain = GPTCollator(vocab_size=10, eod=9)(dataset, [0], [17])
     assert plain.tokens.tolist() == [[1, 2, 9, 9, 5]] and plain.labels.tolist() == [[2, 9, 9, 5, 6]]
     assert plain.loss_mask.tolist() == [[1] * 5] and plain.positions.tolist() == [[0, 1, 2, 3, 4]]
@@ -169,7 +169,7 @@ def test_resets_against_a_loop() -> None:
     for _ in range(20):
         tokens = random.randint(0, 4, size=(1, 33))
 
-        class One(Numbers):
+        class One(NumberDataset):
             def __getitem__(self, number: int, tokens: Any = tokens) -> Sample:
                 return Sample(tokens[0])
 

@@ -11,6 +11,7 @@ import torch
 from ranks import on_ranks
 from reference import (
     BERT,
+    HeldOutLoader,
     Setting,
     gradient_slices,
     main_weight_slices,
@@ -40,7 +41,7 @@ WORD = "embedding.word.weight"
 
 
 @dataclass(frozen=True)
-class Sharing(Setting):
+class ShardedSetting(Setting):
     """With the distributed optimizer in small buckets, and both of its overlaps."""
 
     sharded: bool = False
@@ -53,11 +54,11 @@ class Sharing(Setting):
 
 FOUR = replace(BERT, num_layers=4)
 MODELS = {
-    "binary head, dropout": Sharing(with_dropout(FOUR), optim=SGD),
-    "binary head": Sharing(FOUR, optim=SGD),
-    "words alone, dropout": Sharing(replace(with_dropout(FOUR), bert_binary_head=False), optim=SGD),
-    "words alone": Sharing(replace(FOUR, bert_binary_head=False), optim=SGD),
-    "adam": Sharing(with_dropout(FOUR), optim=ADAM),
+    "binary head, dropout": ShardedSetting(with_dropout(FOUR), optim=SGD),
+    "binary head": ShardedSetting(FOUR, optim=SGD),
+    "words alone, dropout": ShardedSetting(replace(with_dropout(FOUR), bert_binary_head=False), optim=SGD),
+    "words alone": ShardedSetting(replace(FOUR, bert_binary_head=False), optim=SGD),
+    "adam": ShardedSetting(with_dropout(FOUR), optim=ADAM),
 }
 LAYOUTS = {  # world, and what differs from one process
     "dp 2": (2, {}),
@@ -177,23 +178,9 @@ def test_16_bits_follow_fp32(layout, precision):
         assert max(abs(a[i] - b[i]) / b[i] for a, b in zip(curve, alone, strict=True) for i in (0, 2)) < 0.02
 
 
-class Held:
-    """Held-out samples, dealt out as the loader does."""
-
-    def __init__(self, run, setting: Setting) -> None:
-        self.run, self.setting, self.consumed = run, setting, 1000
-
-    def next_batches(self, global_batch_size: int):
-        dp = self.run.mesh.dp
-        self.consumed += global_batch_size
-        return micro_batches(self.setting, 127, self.consumed, dp.rank, dp.size)
-
-    def close(self) -> None: ...
-
-
 def evaluated(setting: Setting):
     run = start_run(setting, 1)
-    return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)
+    return evaluate(run.pipeline, HeldOutLoader(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)
 
 
 @pytest.mark.parametrize("layout", ["dp 2", "tp 2, sequence", "pp 2, zb-v", "cp 2"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, accumulate_gradients, advance, micro_batches, start_run, train_steps, with_dropout
-from test_distributed_optimizer import ADAM, Sharing, difference, joined, rectangles, tied_copies, train
+from test_distributed_optimizer import ADAM, ShardedSetting, difference, joined, rectangles, tied_copies, train
 from test_precision import STEADY, UNTIED, distance, train_losses
 
 from megatron.config.schema import OptimSettings, PrecisionConfig
@@ -21,7 +21,7 @@ from megatron.plan.enough_memory import states
 
 BF16 = PrecisionConfig(bf16=True)
 HALF = PrecisionConfig(bf16=True, grad_reduce_in_bf16=True)
-PLAIN = Sharing(replace(GPT2, num_layers=4), precision=HALF, optim=STEADY, masked=True)
+PLAIN = ShardedSetting(replace(GPT2, num_layers=4), precision=HALF, optim=STEADY, masked=True)
 SHARDED = dict(sharded=True, overlap_reduce=True, overlap_gather=True)
 LAYOUTS = {
     "dp 2": dict(),
@@ -31,7 +31,7 @@ LAYOUTS = {
     "pp 2, zb-h1": dict(pp=2, schedule="zb-h1"),
 }
 STEPS = 12
-NEAR = Sharing(UNTIED, precision=HALF, optim=STEADY)
+NEAR = ShardedSetting(UNTIED, precision=HALF, optim=STEADY)
 
 
 def test_a_precision_says_what_gradients_are():
@@ -57,7 +57,7 @@ def test_every_layout_is_as_near_as_one_process(layout):
         assert distance(losses, alone(PrecisionConfig())) < 2.0 * rounding
 
 
-def numbers(setting: Sharing):
+def numbers(setting: ShardedSetting):
     """Bytes of buffers and moments; formats of what is reduced and of what the update is given; pipeline rank."""
     run = start_run(setting, 1)
     optimizer, given = run.optimizer, []
@@ -119,7 +119,7 @@ def test_tied_copies_stay_equal(sharded):
     assert all(torch.equal(copy, copies[0]) for copy in copies)
 
 
-def one_step(setting: Sharing, limit: float):
+def one_step(setting: ShardedSetting, limit: float):
     """The reported norm, that of the gradients in fp64, and the largest step that plain SGD takes."""
     optim = OptimSettings(optimizer="sgd", sgd_momentum=0.0, lr=1.0, clip_grad=limit)
     setting = replace(setting, optim=optim)
@@ -141,7 +141,7 @@ def test_the_norm_and_the_clipping_are_fp32s(limit):
     assert moved == pytest.approx(limit or exact, rel=1e-3)
 
 
-def poisoned(setting: Sharing, victim: int, value: float):
+def poisoned(setting: ShardedSetting, victim: int, value: float):
     """Return whether the second step was skipped, what it changed, and whether training went on after it."""
     run = start_run(setting, 3)
     run_step = run.pipeline.step
@@ -185,7 +185,7 @@ def test_a_resumed_run_is_the_interrupted_one():
     assert train_steps(second, setting, 3) == train_steps(whole, setting, 3)
 
 
-def copy_not_finite(setting: Sharing, victim: int):
+def copy_not_finite(setting: ShardedSetting, victim: int):
     """A norm's gradient is the same on all ranks of tp, and the norm counts the first one's; here one rank's is broken."""
     run = start_run(setting, 1)
     accumulate_gradients(run, setting)

@@ -11,6 +11,7 @@ from ranks import on_ranks
 from reference import (
     GPT2,
     LLAMA,
+    HeldOutLoader,
     Setting,
     gradient_slices,
     max_relative_error,
@@ -124,24 +125,10 @@ def test_gradients_of_every_parameter(layout, fault):
     assert max(errors) > 1000 * TOLERANCE if fault else max(errors) < TOLERANCE
 
 
-class Held:
-    """Held-out samples, dealt out as the loader does."""
-
-    def __init__(self, run, setting: Setting) -> None:
-        self.run, self.setting, self.consumed = run, setting, 1000
-
-    def next_batches(self, global_batch_size: int):
-        batches = micro_batches(self.setting, 127, self.consumed, self.run.mesh.dp.rank, self.run.mesh.dp.size)
-        self.consumed += global_batch_size
-        return batches
-
-    def close(self) -> None: ...
-
-
 def evaluated(setting: Setting) -> float:
     run = start_run(setting, 2)
     train_steps(run, setting, 1)
-    return evaluate(run.pipeline, Held(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)[0]
+    return evaluate(run.pipeline, HeldOutLoader(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)[0]
 
 
 @pytest.mark.parametrize("layout", ["cp 4", "cp 2 x pp 2"])

@@ -32,7 +32,7 @@ ADAM = OptimSettings(lr=5e-3, clip_grad=1.0, lr_decay_style="cosine", lr_warmup_
 
 
 @dataclass(frozen=True)
-class Sharing(Setting):
+class ShardedSetting(Setting):
     """A setting with the options of data-parallel communication; buckets so small that there are many."""
 
     sharded: bool = False
@@ -52,7 +52,7 @@ class Sharing(Setting):
         return replace(config, layout=layout)
 
 
-TIED = Sharing(replace(with_dropout(GPT2), num_layers=4), masked=True, optim=SGD)
+TIED = ShardedSetting(replace(with_dropout(GPT2), num_layers=4), masked=True, optim=SGD)
 MODELS = {"sgd": TIED, "adam": replace(TIED, optim=ADAM)}
 LAYOUTS = {  # world, what differs from one process
     "dp 2": (2, dict(micro_batch=1)),
@@ -72,7 +72,7 @@ MODES = {
 }
 
 
-def laid_out(model: str, layout: str, mode: str) -> tuple[int, Sharing]:
+def laid_out(model: str, layout: str, mode: str) -> tuple[int, ShardedSetting]:
     world, changes = LAYOUTS[layout]
     setting = replace(MODELS[model], **changes, **MODES[mode])
     if setting.cp > 1:  # attention weights are not dropped around the ring
@@ -86,7 +86,7 @@ def one_process(setting: Setting, steps: int = STEPS):
     return curve, {name: values for name, (_, values) in final.items()}
 
 
-def alone(setting: Sharing) -> Sharing:
+def alone(setting: ShardedSetting) -> ShardedSetting:
     """The same run for one process."""
     plain = dict(tp=1, pp=1, cp=1, schedule=None, sequence_parallel=False, micro_batch=1, memory=MemoryConfig())
     return replace(setting, **plain, sharded=False, overlap_reduce=False, overlap_gather=False)
@@ -116,7 +116,7 @@ def model_weights(run: Run) -> dict[str, Tensor]:
     return {param_spec(p).name: p.detach().clone() for stage in run.stages.values() for p in stage.parameters()}
 
 
-def train(setting: Sharing, steps: int):
+def train(setting: ShardedSetting, steps: int):
     run = start_run(setting, steps)
     early, late, curve = [], [], []
     for _ in range(steps):
@@ -171,7 +171,7 @@ def test_overlap_changes_no_bit(layout, sharded):
         assert overlapping[4] == ([0, *[buckets] * 3] if sharded else [0] * 4)
 
 
-def waits(setting: Sharing):
+def waits(setting: ShardedSetting):
     """List for each call in the second step the buckets under way, and whether any of them has a parameter that it needs."""
     run = start_run(setting, 2)
     train_steps(run, setting, 1)
@@ -200,7 +200,7 @@ def test_nothing_computes_with_weights_that_are_under_way(layout):
         assert under_way[0] > 0 and under_way[-1] == 0 and under_way == sorted(under_way, reverse=True)
 
 
-def first_step(setting: Sharing, fault: float):
+def first_step(setting: ShardedSetting, fault: float):
     """The first step's norm; one rank's gradients multiplied with `fault`."""
     run = start_run(setting, 1)
     accumulate_gradients(run, setting)
@@ -230,7 +230,7 @@ def test_the_norm_counts_every_element_once(changes, sharded):
         assert abs(wrong - norm) / norm > 1e-4
 
 
-def bits(setting: Sharing, steps: int):
+def bits(setting: ShardedSetting, steps: int):
     run = start_run(setting, steps)
     curve = train_steps(run, setting, steps)
     return [loss for loss, _ in curve], model_weights(run), rectangles(run.weights.shards())
@@ -248,7 +248,7 @@ def test_slices_hold_the_bits_of_the_whole(bf16):
     assert all(torch.equal(values, got[name]) for name, values in expected.items())
 
 
-def by_reduce_scatter(setting: Sharing, steps: int):
+def by_reduce_scatter(setting: ShardedSetting, steps: int):
     """The way of other backends than gloo."""
     other = SimpleNamespace(**{**vars(collectives.dist), "get_backend": lambda group=None: "nccl"})
     with mock.patch.object(collectives, "dist", other):
@@ -261,7 +261,7 @@ def test_reduce_scatter_in_place_gives_the_same_sums():
         assert a[0] == b[0] and all(torch.equal(values, b[1][name]) for name, values in a[1].items())
 
 
-def tied_copies(setting: Sharing, steps: int):
+def tied_copies(setting: ShardedSetting, steps: int):
     run = start_run(setting, steps)
     train_steps(run, setting, steps)
     return model_weights(run)[WORD]
@@ -276,7 +276,7 @@ def test_tied_copies_stay_equal_with_three_data_parallel_ranks(bucket, sharded):
     assert all(torch.equal(copy, copies[0]) for copy in copies)
 
 
-def held_bytes(setting: Sharing) -> tuple[int, int, int, int]:
+def held_bytes(setting: ShardedSetting) -> tuple[int, int, int, int]:
     """Bytes of the storages that this rank really has; and its pipeline rank."""
     run = start_run(setting, 1)
     train_steps(run, setting, 1)

@@ -13,11 +13,11 @@ from reference import (
     GPT2,
     LLAMA,
     SEQ,
+    HeldOutLoader,
     NamedSlices,
     Setting,
     main_weight_slices,
     max_relative_error,
-    micro_batches,
     start_run,
     train_steps,
     trajectory,
@@ -215,28 +215,13 @@ def test_embedding_and_output_layer_learn_at_their_own_rate(name):
 # Evaluation.
 
 
-class Held:
-    """Held-out samples, dealt out as the loader does."""
-
-    def __init__(self, run: Run, setting: Setting) -> None:
-        self.run, self.setting, self.consumed = run, setting, 1000
-
-    def next_batches(self, global_batch_size: int):
-        dp = self.run.mesh.dp
-        batches = micro_batches(self.setting, 127, self.consumed, dp.rank, dp.size)
-        self.consumed += global_batch_size
-        return batches
-
-    def close(self) -> None: ...
-
-
 def evaluated(setting: Setting, between: bool):
     """Two steps, and between them an evaluation or nothing."""
     run = start_run(setting, 2)
     curve, loss = train_steps(run, setting, 1), 0.0
     if between:
         before = [b.grads.clone() for b in run.optimizer.buffers]
-        loader = Held(run, setting)
+        loader = HeldOutLoader(run, setting)
         loss, _ = evaluate(run.pipeline, loader, run.mesh, steps=2, global_batch_size=setting.global_batch)
         assert all(torch.equal(a, b.grads) for a, b in zip(before, run.optimizer.buffers, strict=True))
         assert all(stage.training for stage in run.stages.values()) and run.pipeline.peak_in_flight == 0

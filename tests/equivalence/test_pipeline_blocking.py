@@ -28,14 +28,14 @@ SETTING = Setting(replace(LLAMA, num_layers=9), global_batch=6)
 STEPS = (6, 2, 6, 2)  # micro-batches of each: the second number is a new program
 
 
-class Done:
+class WaitedTransfer:
     """A transfer that has been waited for already."""
 
     def wait(self) -> None:
         pass
 
 
-class Meeting(Channels):
+class BlockingChannels(Channels):
     """While `blocking`, the two ends of a transfer wait for each other: gloo alone would let a small send go."""
 
     blocking = False
@@ -49,7 +49,7 @@ class Meeting(Channels):
         receiving = super().receive(shape, dtype, peer, number)
         if self.blocking:
             receiving._work.wait()
-            receiving._work = Done()
+            receiving._work = WaitedTransfer()
             dist.send(torch.ones(1), self.up.ranks[peer], tag=number)
         return receiving
 
@@ -70,7 +70,7 @@ def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
     env = LaunchEnvironment(dist.get_rank() if there else 0, world, blocking=always)
     run = build_run(setting.config(world, len(STEPS)), Job(env, CPU, "gloo" if there else None))
     assert run.pipeline.early == (0 if always else EARLY)
-    run.pipeline.channels = channels = Meeting(run.mesh.pp, run.mesh.pp_back, CPU)
+    run.pipeline.channels = channels = BlockingChannels(run.mesh.pp, run.mesh.pp_back, CPU)
     curve, validations, seen = [], [], set()
     for count in STEPS:
         channels.blocking = always or count not in seen

@@ -18,14 +18,14 @@ from megatron.pipeline.schedules.simulate import Costs, simulate
 LAYERS = 9
 
 
-class Kept:
+class KeptTensor:
     """One tensor that autograd keeps for a backward pass."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
-class Ledger:
+class TensorLedger:
     """The living tensors of each (stage, micro-batch): what autograd keeps, stage inputs, factors that W will use."""
 
     def __init__(self, pipeline: Executor) -> None:
@@ -41,11 +41,11 @@ class Ledger:
         def pack(tensor):
             if action.op is not Op.F or tensor.untyped_storage().data_ptr() in parameters:
                 return tensor
-            kept = Kept(tensor)
+            kept = KeptTensor(tensor)
             self.keep(kept)
             return kept
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, Kept) else kept):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor if isinstance(kept, KeptTensor) else kept):
             self.act(action)
         live = self.pipeline._in_flight.get(self.acting)
         for product in live.products if live is not None else ():
@@ -66,7 +66,7 @@ class Ledger:
 def held_at_most(setting: Setting, leak: bool = False) -> tuple[int, int, int]:
     """The peak of a step as counted, as simulated, and what is left after it."""
     run = start_run(setting, 1)
-    ledger = Ledger(run.pipeline)
+    ledger = TensorLedger(run.pipeline)
     batches = micro_batches(setting, 127, 0, run.mesh.dp.rank, run.mesh.dp.size)
     run.step.scaled_loss.count(batches)
     leaked: list[torch.Tensor] = []

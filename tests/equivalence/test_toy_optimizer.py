@@ -17,7 +17,7 @@ from installed import install
 from ranks import on_ranks
 from reference import GPT2, LLAMA, start_run, train_steps, with_dropout, worst
 from source_files import ROOT
-from test_distributed_optimizer import Sharing, alone, difference, held_bytes, joined, rectangles
+from test_distributed_optimizer import ShardedSetting, alone, difference, held_bytes, joined, rectangles
 
 from megatron.config import optimizers
 from megatron.config.schema import OptimSettings
@@ -29,7 +29,7 @@ from megatron.plan.enough_memory import states
 
 STEPS = 4
 TOY = OptimSettings(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
-PLAIN = Sharing(replace(with_dropout(GPT2), num_layers=3), masked=True, optim=TOY, bucket=9000)
+PLAIN = ShardedSetting(replace(with_dropout(GPT2), num_layers=3), masked=True, optim=TOY, bucket=9000)
 UNTIED = replace(PLAIN, model=replace(LLAMA, num_layers=3))
 FORMS = {"gpt2": PLAIN, "llama": UNTIED}
 ALL = dict(sharded=True, overlap_reduce=True, overlap_gather=True)
@@ -40,7 +40,7 @@ def registered():
     return patch.object(optimizers, "OPTIMIZERS", MappingProxyType({**optimizers.OPTIMIZERS, "toy": toy_optimizers.RULES}))
 
 
-def train(setting: Sharing, steps: int):
+def train(setting: ShardedSetting, steps: int):
     with registered():
         run = start_run(setting, steps)
         curve = train_steps(run, setting, steps)
@@ -103,7 +103,7 @@ def test_it_learns_by_its_own_rule():
         assert not values.equal(before[name])
 
 
-def state_of_a_rank(setting: Sharing):
+def state_of_a_rank(setting: ShardedSetting):
     with registered():
         return held_bytes(setting)
 
@@ -126,7 +126,7 @@ def test_a_slice_that_cuts_a_matrix_is_refused():
         on_ranks(2, cut, replace(PLAIN, sharded=True))
 
 
-def cut(setting: Sharing):
+def cut(setting: ShardedSetting):
     with patch.object(toy_optimizers, "RULES", (replace(toy_optimizers.RULES[0], whole=False), optimizers.ADAMW)):
         return train(setting, 1)
 

@@ -34,7 +34,7 @@ def test_a_snapshot_of_a_gpu() -> None:
     assert torch.equal(taken[0].data(), before[taken[0].key].cpu())
 
 
-class Twice:
+class RuntimePinningTwice:
     """torch's runtime, asked to pin the same memory again, which it refuses."""
 
     def cudaHostRegister(self, *memory: int) -> int:
@@ -46,6 +46,6 @@ class Twice:
 
 
 def test_a_refused_registration_leaves_no_error() -> None:
-    buffer = _host_memory(1 << 20, torch.device("cuda"), Twice())
+    buffer = _host_memory(1 << 20, torch.device("cuda"), RuntimePinningTwice())
     assert not buffer.is_pinned()
     assert torch.ones(3, device="cuda").sum().item() == 3.0

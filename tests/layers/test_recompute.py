@@ -41,7 +41,7 @@ def tp_axis() -> Axis:
     return Mesh.build(Grid(tp=dist.get_world_size()), dist.get_rank()).tp if dist.is_initialized() else Axis.alone("tp")
 
 
-class Stage:
+class SmallStage:
     """Five layers between others, and one micro-batch of two samples."""
 
     def __init__(
@@ -109,7 +109,7 @@ AGAIN = {  # the layers that run, forward and then backward
 
 @pytest.mark.parametrize("kind", AGAIN)
 def test_what_is_run_again(kind):
-    stage = Stage(dropping(GPT2), KINDS[kind])
+    stage = SmallStage(dropping(GPT2), KINDS[kind])
     y = stage.model.hidden(stage.x, stage.batch)
     assert stage.calls == ONCE and stage.attended == LAYERS
     y.sum().backward()
@@ -119,7 +119,7 @@ def test_what_is_run_again(kind):
 
 @pytest.mark.parametrize("kind", AGAIN)
 def test_nothing_is_run_again_without_gradients(kind):
-    stage = Stage(GPT2, KINDS[kind])
+    stage = SmallStage(GPT2, KINDS[kind])
     with torch.no_grad():
         y = stage.model.eval().hidden(stage.x, stage.batch)
     assert stage.calls == ONCE and stage.attended == LAYERS and y.grad_fn is None
@@ -132,10 +132,10 @@ FORMS = {"gpt2": GPT2, "gpt2 dropping": dropping(GPT2), "llama dropping": droppi
 
 def same_gradients(form: ModelSettings, kinds: list[str], dtype: torch.dtype = torch.float32, sequence_parallel: bool = False):
     """The names of the kinds that give other gradients than none."""
-    expected = Stage(form, MemoryConfig(), dtype=dtype, sequence_parallel=sequence_parallel).gradients()
+    expected = SmallStage(form, MemoryConfig(), dtype=dtype, sequence_parallel=sequence_parallel).gradients()
     wrong = []
     for kind in kinds:
-        found = Stage(form, KINDS[kind], dtype=dtype, sequence_parallel=sequence_parallel).gradients()
+        found = SmallStage(form, KINDS[kind], dtype=dtype, sequence_parallel=sequence_parallel).gradients()
         if any(not torch.equal(found[name], expected[name]) for name in expected):
             wrong.append(kind)
     return wrong
@@ -159,7 +159,7 @@ def test_a_kernel_that_draws_for_itself_draws_the_same_again(kind):
 
     def gradients(kind: str, draws: bool) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(1)
-        grad = Stage(dropping(GPT2, fused=True), KINDS[kind], draws=draws).gradients()["x"]
+        grad = SmallStage(dropping(GPT2, fused=True), KINDS[kind], draws=draws).gradients()["x"]
         return grad, torch.rand(4)
 
     expected, after = gradients("none", True)
@@ -179,7 +179,7 @@ def kept_bytes(
 ) -> int:
     """Count the bytes that autograd keeps between a stage's forward and backward: distinct storages, without the weights."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    stage = Stage(form, KINDS[kind], seq=SEQ, sequence_parallel=sequence_parallel, dtype=dtype)
+    stage = SmallStage(form, KINDS[kind], seq=SEQ, sequence_parallel=sequence_parallel, dtype=dtype)
     own = {t.untyped_storage().data_ptr() for t in (*stage.model.parameters(), *stage.model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
 

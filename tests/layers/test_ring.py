@@ -179,7 +179,7 @@ def test_blocks_are_computed_once_forward_and_once_backward(world):
     assert on_ranks(world, blocks_computed) == [(2 * world + 1, 2 * world + 1)] * world
 
 
-class Made(TorchDispatchMode):
+class TensorSizes(TorchDispatchMode):
     """Measures the tensors that operations make: elements of the largest; bytes that are there at once, at most."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ def memory(seq: int, dropout: float) -> tuple[int, int]:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
         return x
 
-    with Made() as made:
+    with TensorSizes() as made:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             y = RingAttention(axis)(q, k, v, context, head_keys(5, 3, range(HEADS)))
         layer_input = y.permute(2, 0, 1, 3).reshape(seq // axis.size, ROWS, HEADS * WIDTH)
@@ -241,7 +241,7 @@ def backward_bytes(model: ModelSettings, seq: int, dtype: torch.dtype) -> int:
     keys = DropoutKeys.from_samples(5, torch.tensor([1]), torch.arange(seq // axis.size), slice(None))
     y = RingAttention(axis)(q, k, v, AttentionContext(None, model.attention_dropout, keys), head_keys(5, 3, range(heads)))
     above = torch.ones_like(y)
-    with Made() as made:
+    with TensorSizes() as made:
         y.backward(above)
     return made.peak
 

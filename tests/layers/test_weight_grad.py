@@ -64,7 +64,7 @@ def stage(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype) -> G
     return model
 
 
-class Pass:
+class StagePass:
     """One stage, one micro-batch, up to the gradient of its output."""
 
     def __init__(self, model: GPT, number: int = 0) -> None:
@@ -96,7 +96,7 @@ def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keep
     model = stage(form, sequence_parallel, dtype)
     if keeping:
         attach_weight_grad_store(model, WeightGradStore())
-    passes = [Pass(model, number) for number in range(2)]
+    passes = [StagePass(model, number) for number in range(2)]
     for each in passes:
         each.backward()
     return grads(model), [each.x.grad for each in passes]
@@ -106,7 +106,7 @@ def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
     """The same in two parts, both W after both I; what there was between them; and what W did with autograd."""
     model, store = stage(form, sequence_parallel, dtype), WeightGradStore()
     attach_weight_grad_store(model, store)
-    passes = [Pass(model, number) for number in range(2)]
+    passes = [StagePass(model, number) for number in range(2)]
     kept: list[list[DeferredWeightGrad]] = []
     for each in passes:
         with store.deferring() as products:
@@ -164,7 +164,7 @@ def test_i_and_w_are_the_backward_pass_to_the_bit(tp, sequence_parallel, form, d
 def factors(sequence_parallel: bool):
     model, store = stage(LLAMA, sequence_parallel, torch.float32), WeightGradStore()
     attach_weight_grad_store(model, store)
-    each = Pass(model)
+    each = StagePass(model)
     with store.deferring() as products:
         each.backward()
     return [(tuple(p.weight.shape), p.bias is None, tuple(p.x.shape), tuple(p.grad.shape)) for p in products]
@@ -186,7 +186,7 @@ class Sentinel:
     """Lives as long as a place of the graph."""
 
 
-class Mark(torch.autograd.Function):
+class MarkGraph(torch.autograd.Function):
     """The identity; its place of the graph holds a sentinel."""
 
     @staticmethod
@@ -208,7 +208,7 @@ def let_go(sequence_parallel: bool) -> None:
     def mark(module, args):
         sentinel = Sentinel()
         sentinels.append(weakref.ref(sentinel))
-        return Mark.apply(args[0], sentinel), *args[1:]
+        return MarkGraph.apply(args[0], sentinel), *args[1:]
 
     for module in (block.attention, block.mlp, block.mlp.down):
         module.register_forward_pre_hook(mark)
@@ -224,7 +224,7 @@ def let_go(sequence_parallel: bool) -> None:
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        each = Pass(model)
+        each = StagePass(model)
     gc.collect()
     assert len(sentinels) == 3 and all(ref() for ref in sentinels) and any(ref() for ref in saved)
     with store.deferring() as products:
@@ -253,7 +253,7 @@ def test_the_products_go_where_the_optimizer_reads(dtype):
         attach_weight_grad_store(model, store)
         buffers = flat_buffers(model.parameters())
         for number in range(3):
-            each = Pass(model, number)
+            each = StagePass(model, number)
             if not keep:
                 each.backward()
                 continue
@@ -300,7 +300,7 @@ def backward(form: ModelSettings, sequence_parallel: bool, way: str, grad_dtype:
         register_grad_ready_hook(p, partial(count, reported, name))
     with mock.patch.object(weight_grad, "add_weight_grad", side_effect=exact_product) as product:
         for number in range(3):
-            each = Pass(model, number)
+            each = StagePass(model, number)
             if way != "split":
                 each.backward()
                 continue
@@ -349,7 +349,7 @@ def test_fp32_weights_and_layers_without_a_buffer_are_as_before():
         model, store = stage(GPT2, False, dtype), WeightGradStore(fused=fused)
         attach_weight_grad_store(model, store)
         buffers = flat_buffers(model.parameters()) if buffered else None
-        Pass(model).backward()
+        StagePass(model).backward()
         return buffers, grads(model)
 
     with mock.patch.object(weight_grad, "add_weight_grad", side_effect=AssertionError):

@@ -168,7 +168,7 @@ def test_a_dead_driver_ends_the_job_with_one_message(launcher, tmp_path):
         assert ended.returncode == 1 and "exitcode  : 2" in ended.stderr
 
 
-class Refusing:
+class FailingCollectives:
     """A process group's collectives, of which one fails."""
 
     def __init__(self, monkeypatch, fails: tuple[int, ...]) -> None:
@@ -189,7 +189,7 @@ def test_every_group_is_opened_in_one_order(monkeypatch):
     """Each rank opens its own groups in the order in which all were made, so none waits for one that waits for it."""
     orders = []
     for rank in range(16):
-        groups = Refusing(monkeypatch, ())
+        groups = FailingCollectives(monkeypatch, ())
         mesh = Mesh.build(Grid(pp=4, dp=2, tp=2), rank)
         orders.append(groups.opened)
         assert groups.opened == [g for g in dict.fromkeys(groups.groups) if g in groups.opened]
@@ -201,7 +201,7 @@ def test_every_group_is_opened_in_one_order(monkeypatch):
 
 
 def test_a_group_that_does_not_open_is_named(monkeypatch):
-    Refusing(monkeypatch, (2, 3))
+    FailingCollectives(monkeypatch, (2, 3))
     with pytest.raises(JobError, match=r"^rank 3 cannot open the communicator tp of ranks 2, 3: Connection closed by peer \["):
         Mesh.build(Grid(dp=2, tp=2), 3)
     named = pytest.raises(JobError, match="rank 1 cannot open the communicator pp_back of ranks 1, 0: gone")

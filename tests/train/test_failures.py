@@ -31,7 +31,7 @@ WHERE = f"rank 1 on host {HOST}, stage 1, forward of micro-batch 3: "
 
 
 @dataclass
-class Started:
+class StartedJob:
     """A job: the process that started the ranks, and the directory where they leave marks."""
 
     launcher: subprocess.Popen[str]
@@ -64,17 +64,17 @@ def alive(pid: int) -> bool:
         return False
 
 
-class Starter:
+class JobStarter:
     """Starts jobs; `clean` leaves nothing of them."""
 
     def __init__(self, marks: Path) -> None:
         self.marks, self.jobs = marks, []
 
-    def torchrun(self, fault: str, *flags: str, python: str = WARM) -> Started:
+    def torchrun(self, fault: str, *flags: str, python: str = WARM) -> StartedJob:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), *flags]
         return self._start(*launcher, fault=fault, python=python)
 
-    def srun(self, fault: str) -> Started:
+    def srun(self, fault: str) -> StartedJob:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -82,7 +82,7 @@ class Starter:
 
     def _start(
         self, *launcher: str, fault: str, environment: Mapping[str, str] = MappingProxyType({}), python: str = WARM
-    ) -> Started:
+    ) -> StartedJob:
         path = {} if python == WARM else {"PYTHONPATH": str(ROOT)}  # which would make a start of its own
         process = subprocess.Popen(
             [python, *launcher, str(PROGRAM), fault, str(self.marks)],
@@ -91,7 +91,7 @@ class Starter:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.jobs.append(Started(process, self.marks))
+        self.jobs.append(StartedJob(process, self.marks))
         return self.jobs[-1]
 
     def clean(self) -> None:
@@ -104,8 +104,8 @@ class Starter:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Starter]:
-    starter = Starter(tmp_path)
+def start(tmp_path) -> Iterator[JobStarter]:
+    starter = JobStarter(tmp_path)
     yield starter
     starter.clean()
 
@@ -278,7 +278,7 @@ def test_which_errors_are_echoes():
     assert not is_secondary_error(RuntimeError("boom")) and not is_secondary_error(FileNotFoundError("gloo.txt"))
 
 
-class Beaten:
+class BeatenStore:
     """A store in which another rank publishes its failure just before this one does."""
 
     def set(self, key: str, value: str) -> None:
@@ -299,14 +299,14 @@ def test_who_comes_second_is_silent(monkeypatch):
     monkeypatch.setattr("megatron.launch.watchdog.write_stderr", said.append)
     monkeypatch.setattr("os._exit", sys.exit)
     watch = JobWatchdog(
-        Beaten(), LaunchEnvironment(0, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
+        BeatenStore(), LaunchEnvironment(0, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
     )
     with pytest.raises(SystemExit, match="1"):
         watch._publish("error: my own\n")
     assert not any(said)
 
 
-class Left(Beaten):
+class StoreOfLeftRank(BeatenStore):
     """A store whose rank left when it saw that this one is done, before this one had its last answer."""
 
     def __init__(self) -> None:
@@ -324,7 +324,7 @@ class Left(Beaten):
 def test_the_store_may_leave_as_soon_as_all_are_done(monkeypatch):
     statuses: list[int] = []
     monkeypatch.setattr("os._exit", statuses.append)
-    store = Left()
+    store = StoreOfLeftRank()
     watch = JobWatchdog(
         store, LaunchEnvironment(1, 2), timedelta(minutes=10), timeouts=WatchdogTimeouts(period=0.01, settle=0.1)
     )

@@ -148,7 +148,7 @@ def test_devices():
         choose_device("cuda:2", 2)
 
 
-class Tool:
+class GenerateTool:
     """`tools/generate.py` on a checkpoint with a byte tokenizer."""
 
     def __init__(self, module, root: Path) -> None:
@@ -167,7 +167,7 @@ def tool(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Tool(module, root)
+    return GenerateTool(module, root)
 
 
 def test_the_tool_writes_text_and_says_what_it_cut(tool, capsys):

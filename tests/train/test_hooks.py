@@ -21,8 +21,8 @@ LAST = 8
 REPORT = StepReport(1.0, 1.0, skipped=False, nan=False, samples=4, tokens=8)
 
 
-class Stopping:
-    """Answers as it is told; keeps what it was asked with."""
+class FakeStopping:
+    """Answers in the given order, and records what it was asked."""
 
     def __init__(self, *answers: Request) -> None:
         self.answers, self.asked, self.saves = list(answers), [], 0
@@ -35,14 +35,16 @@ class Stopping:
         self.saves += 1
 
 
-class Clock:
+class FakeClock:
+    """Seconds that a test moves on."""
+
     now = 0.0
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
+def clock(monkeypatch) -> FakeClock:
     """Time as the timers see it: it passes when a test says so."""
-    made = Clock()
+    made = FakeClock()
     monkeypatch.setattr("time.perf_counter", lambda: made.now)
     return made
 
@@ -62,13 +64,13 @@ def training_at(iteration: int, *answers: Request, exit_interval=None, eval_inte
         checkpoint=CheckpointConfig(save_interval=save_interval),
     )
     run = SimpleNamespace(config=config, state=TrainState(iteration=iteration))
-    return Training(run, None, [Sink()], Stopping(*answers), start=0)
+    return Training(run, None, [Sink()], FakeStopping(*answers), start=0)
 
 
-class Loss:
+class RecordingEvaluation:
     """Held-out samples whose evaluation is only written down, and takes five seconds of the clock."""
 
-    def __init__(self, made: list[str], clock: Clock) -> None:
+    def __init__(self, made: list[str], clock: FakeClock) -> None:
         self.made, self.clock = made, clock
 
     def evaluate(self, training, title) -> None:
@@ -114,7 +116,7 @@ def test_the_exit_interval_stops_between_the_ends_and_overrules_no_other_stop():
 
 def test_evaluations_are_made_when_they_are_due_and_are_no_training_time(clock):
     made, scored = [], []
-    hook = Evaluate(Loss(made, clock), lambda training: scored.append(training.iteration), 3)
+    hook = Evaluate(RecordingEvaluation(made, clock), lambda training: scored.append(training.iteration), 3)
     for iteration in range(1, LAST + 1):
         training = training_at(iteration)
         began = training.timer.now()
@@ -125,7 +127,7 @@ def test_evaluations_are_made_when_they_are_due_and_are_no_training_time(clock):
 
 def test_what_was_given_up_is_made_first_by_the_resumed_run(clock):
     made, scored = [], []
-    hook = Evaluate(Loss(made, clock), lambda training: scored.append(training.iteration), 6)
+    hook = Evaluate(RecordingEvaluation(made, clock), lambda training: scored.append(training.iteration), 6)
     stopped = training_at(6, STOP)
     hook.after_step(stopped, REPORT)
     assert stopped.request == STOP and stopped.run.state.evaluation_due and made == ["iteration 6"] and not scored
@@ -144,7 +146,7 @@ def test_what_was_given_up_is_made_first_by_the_resumed_run(clock):
 def test_an_evaluation_keeps_a_request_to_save(clock):
     training = training_at(2)
     training.request = Request(save=True)
-    Evaluate(Loss([], clock)).after_step(training, REPORT)
+    Evaluate(RecordingEvaluation([], clock)).after_step(training, REPORT)
     assert training.request == Request(save=True)
 
 

@@ -18,7 +18,9 @@ from megatron.train.stopping import Request
 MAX_LOOP_LINES = 25
 
 
-class Loader:
+class FakeLoader:
+    """A loader whose micro-batches are their own number."""
+
     def next_batches(self, size):
         return [size]
 
@@ -26,8 +28,8 @@ class Loader:
         pass
 
 
-class Told(Hook):
-    """Writes down when it is called; stops after an iteration."""
+class RecordingHook(Hook):
+    """Records when it is called; stops after an iteration."""
 
     def __init__(self, name, calls, stop_after=None):
         self.name, self.calls, self.stop_after = name, calls, stop_after
@@ -55,7 +57,7 @@ def build_training(iterations, step=None, start=0):
         job=job,
         step=lambda batches, state: step or plain,
     )
-    return Training(run, Loader(), [], None, start=start)
+    return Training(run, FakeLoader(), [], None, start=start)
 
 
 def test_the_loop_is_short():
@@ -65,13 +67,13 @@ def test_the_loop_is_short():
 
 def test_hooks_are_called_in_their_order():
     calls = []
-    train(build_training(2), [Told("a", calls), Told("b", calls)])
+    train(build_training(2), [RecordingHook("a", calls), RecordingHook("b", calls)])
     assert calls == ["before a", "before b", "1 a", "1 b", "2 a", "2 b", "after a", "after b"]
 
 
 def test_a_hook_ends_training_and_the_others_are_still_called():
     calls, training = [], build_training(9)
-    train(training, [Told("a", calls, stop_after=1), Told("b", calls)])
+    train(training, [RecordingHook("a", calls, stop_after=1), RecordingHook("b", calls)])
     assert calls == ["before a", "before b", "1 a", "1 b", "after a", "after b"]
     assert training.request.stop == "enough" and training.iteration == 1
 
@@ -79,8 +81,8 @@ def test_a_hook_ends_training_and_the_others_are_still_called():
 def test_a_request_before_the_first_step_and_a_run_at_its_end_take_no_step():
     stopped, calls = build_training(3), []
     stopped.request = Request("enough")
-    train(stopped, [Told("a", calls)])
-    train(build_training(3, start=3), [Told("a", calls)])
+    train(stopped, [RecordingHook("a", calls)])
+    train(build_training(3, start=3), [RecordingHook("a", calls)])
     assert calls == ["before a", "after a"] * 2 and stopped.iteration == 0
 
 
@@ -88,7 +90,7 @@ def test_an_error_ends_training_before_the_hooks_of_its_step():
     calls = []
     bad = StepReport(float("nan"), float("nan"), skipped=True, nan=True, samples=4, tokens=8)
     with pytest.raises(TrainingError, match="--on-nonfinite abort"):
-        train(build_training(3, step=bad), [Told("a", calls)])
+        train(build_training(3, step=bad), [RecordingHook("a", calls)])
     assert calls == ["before a"]
 
 

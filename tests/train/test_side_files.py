@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 CHECKPOINTS = re.compile(r"\.?(iter_\d+|latest_checkpointed_iteration)\b.*")
 
 
-class Refusing:
+class RefusingDisk:
     """A disk that takes nothing under some directories but checkpoints. seen: the names that it refused."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int, folders: list[Path]) -> None:
@@ -72,7 +72,7 @@ def test_a_run_outlives_every_side_file(flags, tmp_path, monkeypatch, caplog, co
     names = {"tb": "--tensorboard-dir", "profile": "--profile-pipeline", "cache": "--data-cache-path"}
     more = [word for name, flag in names.items() for word in (flag, tmp_path / "side" / name)]
     (tmp_path / "side").mkdir()
-    disk = Refusing(monkeypatch, getattr(errno, code), [tmp_path / "side", tmp_path / "run"])
+    disk = RefusingDisk(monkeypatch, getattr(errno, code), [tmp_path / "side", tmp_path / "run"])
     with caplog.at_level(logging.WARNING):
         assert run([*flags, *more, "--tensorboard-queue-size", 2]) == Exit.FINISHED
     monkeypatch.undo()
@@ -157,7 +157,7 @@ def test_tensorboard_reads_what_a_disk_took_that_was_full_for_a_while(tmp_path):
     assert [(point.step, point.value) for point in events.Scalars("loss")] == [(n, n / 2) for n in range(1, 13)]
 
 
-class Broken(io.StringIO):
+class BrokenPipeStream(io.StringIO):
     """A stream whose reader has left."""
 
     def write(self, text):
@@ -166,9 +166,9 @@ class Broken(io.StringIO):
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_run_outlives_its_console(flags, tmp_path, monkeypatch, caplog, both):
-    monkeypatch.setattr(sys, "stdout", Broken())
+    monkeypatch.setattr(sys, "stdout", BrokenPipeStream())
     if both:
-        monkeypatch.setattr(sys, "stderr", Broken())
+        monkeypatch.setattr(sys, "stderr", BrokenPipeStream())
     assert run(flags) == Exit.FINISHED
     assert [line["iteration"] for line in metrics(tmp_path / "run") if "split" not in line] == list(range(1, 13))
     assert [record.getMessage() for record in caplog.records if "standard output" in record.getMessage()] == [

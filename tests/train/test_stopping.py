@@ -255,7 +255,9 @@ def test_a_signal_that_means_something_else_is_left_alone():
     assert signal.signal(signal.SIGTERM, old) is handler
 
 
-class Signalled(StopSignals):
+class FakeSignals(StopSignals):
+    """Signals of which one has come, or none."""
+
     def __init__(self, name: str | None) -> None:
         super().__init__()
         self.name = name
@@ -276,7 +278,7 @@ def stopping(config, *, mesh=None, name=None, saves=0.0, ends_in=None) -> Stoppi
     environ = {} if ends_in is None else {"SLURM_JOB_END_TIME": str(int(time.time() + ends_in))}
     began, device = time.monotonic(), torch.device("cpu")
     return Stopping(
-        config, mesh or Mesh.single(), device, Signalled(name), began=began, save_seconds=lambda: saves, environ=environ
+        config, mesh or Mesh.single(), device, FakeSignals(name), began=began, save_seconds=lambda: saves, environ=environ
     )
 
 

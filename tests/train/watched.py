@@ -26,7 +26,7 @@ QUICK = WatchdogTimeouts(period=0.2, silent=3.0, hang=5.0, settle=2.0)
 STEPS, MICRO_BATCHES = 8, 4
 
 
-class Known(Exception):
+class ExplainedError(Exception):
     """An error that needs no traceback."""
 
 
@@ -40,14 +40,14 @@ def do_fault(fault: str, env: LaunchEnvironment, marks: Path) -> None:
     """
     if fault == "all-raise":
         time.sleep(1.0 - time.time() % 1.0)  # all at the same moment
-        raise Known("in words")
+        raise ExplainedError("in words")
     if env.rank != 1:
         return
     (marks / "ready").touch()
     if fault == "raise":
         raise ValueError("boom\non two lines")
     if fault == "known":
-        raise Known("in words")
+        raise ExplainedError("in words")
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stop":
@@ -96,7 +96,7 @@ def step(started, number: int, fault: str, marks: Path) -> None:
 
 
 def explain(error: BaseException, where: str) -> str | None:
-    return f"{where}: {error}" if isinstance(error, Known) else None
+    return f"{where}: {error}" if isinstance(error, ExplainedError) else None
 
 
 def fork_ranks(ranks: int, fault: str, marks: Path) -> int:
