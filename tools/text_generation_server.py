@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, also where it is not installed
@@ -71,13 +72,12 @@ def main(argv: list[str]) -> int:
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
-        signals = StopSignals(leave)
-        signals.install()
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
-        with guarded(env, explain=explain, signals=signals) as guard, job(env, guard=guard) as started:
-            device = device if env.world_size == 1 else started.device
-            run(args, started, grid, device, signals, access=access, limits=limits, template=template)
-        signals.close()
+        with closing(StopSignals(leave)) as signals:
+            signals.install()
+            with guarded(env, explain=explain, signals=signals) as guard, job(env, guard=guard) as started:
+                device = device if env.world_size == 1 else started.device
+                run(args, started, grid, device, signals, access=access, limits=limits, template=template)
     except REFUSED as error:
         return report_refusal(error, env)
     return 0

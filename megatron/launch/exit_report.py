@@ -29,7 +29,7 @@ def exit_status(error: BaseException) -> int:
 
 
 def write_stderr(text: str) -> None:
-    """Flush the buffers, then write the text to stderr in one piece. Takes two seconds at most."""
+    """Flush the buffers, then write the text to stderr in one piece. Takes five seconds at most."""
 
     def write() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -42,10 +42,10 @@ def write_stderr(text: str) -> None:
 
 
 def run_briefly(work: Callable[[], object]) -> None:
-    """Run something that may never end, for two seconds at most."""
+    """Run something that may never end, for five seconds at most."""
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
-    worker.join(2.0)
+    worker.join(5.0)
 
 
 def let_rank_0_report(env: LaunchEnvironment) -> None:
