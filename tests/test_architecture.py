@@ -121,7 +121,7 @@ def test_no_arrow_leads_up_a_floor_or_in_a_circle() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(ROOMS))
-def test_floors(package: str) -> None:
+def test_imports_go_down_the_floors(package: str) -> None:
     files = files_in_room(package)
     assert files, package
     wrong = [line for path in files for line in floor_violations(path, ROOMS[package], package)]
@@ -321,7 +321,7 @@ def test_the_state_test_notices_what_it_should() -> None:
     assert not any(list(module_state(ast.parse(code))) for code in good)
 
 
-def test_no_file_is_a_drawer() -> None:
+def test_no_file_is_called_utils_or_helpers() -> None:
     wrong = [shown(p) for p in sources() if re.fullmatch(r"_?(utils?|helpers?|commons?|misc)", p.stem)]
     assert not wrong, wrong
 

@@ -99,7 +99,7 @@ def test_what_the_package_defines_is_used_by_a_program() -> None:
     assert not (settled := sorted(ALLOWED.keys() - found)), f"these are used now; take them out of ALLOWED: {settled}"
 
 
-def test_what_is_dead_is_found() -> None:
+def test_unused_definitions_are_found() -> None:
     modules = {
         "package.a": ast.parse(
             "LEFT = 1\nREAD = 2\nNAMED = 3\ndef again(n): return again(n - 1)\ndef called(): pass\ndef named(): pass\n"

@@ -38,7 +38,7 @@ def both(*words: str, **keywords: object) -> list[subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize("kind", ["-c", "script", "module"])
-def test_what_a_program_sees(kind: str, tmp_path: Path) -> None:
+def test_a_warm_program_sees_what_a_cold_one_does(kind: str, tmp_path: Path) -> None:
     (tmp_path / "seen.py").write_text(SEEN)
     words = {"-c": ["-c", SEEN], "script": ["seen.py"], "module": ["-m", "seen"]}[kind]
     settings = {"cwd": tmp_path, "env": {**os.environ, "A": "ä\n"}, "input": "typed\n", "start_new_session": True}

@@ -200,7 +200,7 @@ def refused(kind, path, capsys, *more):
     return said
 
 
-def test_what_is_no_archive(tmp_path, capsys):
+def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
     assert "there is no such file" in refused(GPT2_KIND, tmp_path / "absent.zip", capsys)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
     assert "not a whole zip archive" in refused(GPT2_KIND, tmp_path / "cut.zip", capsys)

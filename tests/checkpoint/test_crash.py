@@ -300,7 +300,7 @@ def test_what_a_damaged_successor_replaced_is_found_and_stays(tmp_path):
     assert newest_complete(tmp_path).path == tmp_path / "iter_0000100"
 
 
-def test_what_stays(tmp_path):
+def test_keep_last_and_keep_every_choose_the_checkpoints_that_stay(tmp_path):
     for n in range(100, 800, 100):
         save(tmp_path, n, build_state(1, 0), build_mesh(1, 1), config={}, keep_last=2, keep_every=300)
     assert list(iterations(tmp_path)) == [300, 600, 700]

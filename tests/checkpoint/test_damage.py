@@ -83,7 +83,7 @@ def test_truncated_grown_and_missing_files_are_found(directory):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", "\0\1", '{"format": "megatron-checkpoint", "version": 2}', "[" * 100000]
 )
-def test_a_manifest_that_is_none(directory, text):
+def test_an_unusable_manifest_is_refused(directory, text):
     (directory / "manifest.json").write_text(text)
     refuse(directory, "manifest.json: not a usable manifest")
     newest = newest_complete(directory.parent)
@@ -251,7 +251,7 @@ def test_find_takes_the_newest_whole_one_and_says_what_it_passed_over(saved, tmp
         find(run)
 
 
-def test_the_tools(directory, monkeypatch, capsys):
+def test_inspect_and_verify_name_the_damage(directory, monkeypatch, capsys):
     def tool(name, *arguments):
         """The tool's `main` in this process, since starting torch takes seconds."""
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

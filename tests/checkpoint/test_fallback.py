@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
         verify_source(source, run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 
 
-def test_the_table_of_differences(root):
+def test_settings_that_differ_from_the_saved_ones_are_listed(root):
     source = alone(asked(root, "load"))
     assert list(difference_table(source, CONFIG)) == []
     other = replace(

@@ -110,7 +110,7 @@ def test_forged_shards(directory, tmp_path):
     assert seen["refused"] > 20
 
 
-def test_any_counters(directory):
+def test_damaged_counters_are_refused_or_valid(directory):
     """state.json of any content: a run's counters, or an error that names the file."""
     good = json.loads(json.dumps(TrainState(schedule={
         "peak": 1.0, "floor": 0.0, "style": "linear", "warmup": 0, "decay": 9, "decay_weights_from": 0.1,
@@ -135,7 +135,7 @@ def test_any_counters(directory):
     assert counters(good, directory).schedule["decay"] == 9
 
 
-def test_any_tracker(directory):
+def test_a_damaged_tracker_is_refused_or_valid(directory):
     tracker = directory.parent / "latest_checkpointed_iteration.txt"
     good = tracker.read_bytes()
 

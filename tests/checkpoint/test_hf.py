@@ -85,7 +85,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     assert tensors["transformer.wte.weight" if "gpt2" in case else "model.embed_tokens.weight"].shape == (127, 32)
 
 
-def test_the_whole_tool(tmp_path):
+def test_export_hf_writes_a_directory_that_transformers_opens(tmp_path):
     settings = {**BASE, "vocab_size": 257}
     saved(tmp_path / "run", settings, tp=2, tokenizer=ByteTokenizer())
     command = [sys.executable, str(TOOL), "--load", "run", "--output", "hf"]
@@ -127,7 +127,7 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_other_types(tmp_path, dtype):
+def test_exports_in_half_precision_are_proved_exactly(tmp_path, dtype):
     """The proof is exact in half precision too, since both models then hold the rounded weights."""
     said = []
     saved(tmp_path / "run", CASES["gpt2 untied, exact gelu, 1p"])
@@ -190,7 +190,7 @@ def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
         export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
 
 
-def test_places_that_are_taken(tmp_path):
+def test_an_export_overwrites_only_what_it_may(tmp_path):
     saved(tmp_path / "run", BASE)
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()

@@ -157,7 +157,7 @@ def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_what_an_import_says(tmp_path, written, monkeypatch, capsys):
+def test_an_import_reports_logits_and_suspicious_weights(tmp_path, written, monkeypatch, capsys):
     source, about, tensors = written("llama")
     status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
     assert status == 0 and "transformers' logits differ by at most" in out and "all zeros" not in err

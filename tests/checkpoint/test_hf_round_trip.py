@@ -124,7 +124,7 @@ def test_transformers_decides(sources, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_differs_is_named(sources, change, words):
+def test_the_first_difference_of_two_tokenizers_is_named(sources, change, words):
     ours, other = import_tokenizer(sources / "gpt2_decoder", print), theirs(sources / "gpt2_decoder")
     change(other)
     assert re.search(words, disagreement(ours, other) or "nothing")
@@ -163,7 +163,7 @@ def test_more_tokens_than_rows(sources, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_without_the_tokenizer(sources, tmp_path, monkeypatch, capsys):
+def test_a_round_trip_without_the_tokenizer_leaves_its_files_out(sources, tmp_path, monkeypatch, capsys):
     source = sources / "gpt2_added_tokens"
     assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", tmp_path / "ours", "--no-tokenizer") == 0
     assert "note" not in capsys.readouterr().err and open_model(tmp_path / "ours").tokenizer is None
@@ -281,7 +281,7 @@ def test_settings_of_generation_in_an_old_config(sources, tmp_path, monkeypatch)
     assert before.to_diff_dict() | ignored == after.to_diff_dict() | ignored
 
 
-def test_sizes_of_vocabularies(sources, tmp_path, monkeypatch, capsys):
+def test_fewer_rows_than_tokens_are_exported_and_absurd_sizes_refused(sources, tmp_path, monkeypatch, capsys):
     """Fewer rows than tokens can be exported; what no machine holds is refused before anything is made of it."""
     source = ("--input", sources / "gpt2_added_tokens")
     assert tool(monkeypatch, "import_hf.py", *source, "--save", tmp_path / "ours", "--vocab-size", 100) == 0

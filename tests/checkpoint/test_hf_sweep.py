@@ -164,7 +164,7 @@ WITH_EVERY_FIELD = ("gpt2", "llama", "mistral", "bert", "bert classes", "bert sp
 
 
 @pytest.mark.parametrize("model", WITH_EVERY_FIELD, indirect=True)
-def test_every_field(model, tmp_path):
+def test_every_changed_field_is_read_or_refused(model, tmp_path):
     name, source, about, _ = model
     (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
     changes = [(field, value) for field in about for value in other_values(field, about[field])]
@@ -184,7 +184,7 @@ def test_every_field(model, tmp_path):
     assert found["same"] >= 25 and found["refused"] >= 60, found
 
 
-def test_every_tensor(model, tmp_path):
+def test_every_changed_tensor_is_read_or_refused(model, tmp_path):
     """All of what stands outside the layers and in the first; the second's have the same lines of the table."""
     name, _, about, tensors = model
     (tmp_path / "config.json").write_text(json.dumps(about))

@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_every_layout(saved, wanted):
     check(sources, run_on(wanted, load_and_train, sources, AFTER))
 
 
-def test_the_matrix_is_not_trivial(saved):
+def test_the_saved_run_has_a_moved_scale_and_falling_losses(saved):
     """The scale has moved, the moments are not zero, and the losses fall."""
     source = saved("one process")
     assert source.scalars["train"]["scaler"] == {"scale": 32.0, "updates": 1, "patience": 2}

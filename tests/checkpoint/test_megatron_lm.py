@@ -65,7 +65,7 @@ def tool(name, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
-def test_there_and_back(tmp_path, monkeypatch, capsys, case, tp, pp):
+def test_export_import_export_gives_the_same_bytes(tmp_path, monkeypatch, capsys, case, tp, pp):
     """export, import, export: the same bytes; the weights and every setting that means something are the same."""
     config = small_config(**CASES[case])
     weights = named_weights(build(config))
@@ -149,7 +149,7 @@ def refused(root):
     return str(error.value)
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_incomplete_megatron_checkpoints_are_refused(tmp_path):
     assert "there is no such directory" in refused(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "neither mp_rank_ directories nor a readable" in refused(tmp_path / "empty")
@@ -182,7 +182,7 @@ def test_what_cannot_be_read(tmp_path):
         ({"true_vocab_size": 0}, "a vocabulary of 0 tokens; it must have one at least"),
     ],
 )
-def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
+def test_megatron_models_without_a_counterpart_are_refused(tmp_path, monkeypatch, capsys, args, words):
     config = small_config()
     folder = tmp_path / "run" / "mp_rank_00"
     folder.mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_models_that_are_not_here(tmp_path, monkeypatch, capsys, args, words):
         (CASES["llama, grouped, wide heads"], "args.normalization", "no bias of the last LayerNorm, which always has one"),
     ],
 )
-def test_what_every_model_there_has(tmp_path, settings, lost, words):
+def test_a_lost_tensor_that_would_give_another_model_is_refused(tmp_path, settings, lost, words):
     """Without it there would still be a model, of another form, that computes something else."""
     config = small_config(**settings)
     made = (

@@ -77,7 +77,7 @@ def strict_disk(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_place_that_cannot_be(
+def test_an_impossible_output_place_is_refused_before_any_work(
     tool: str, place: str, inputs: Path, strict_disk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, why = PLACES[place]

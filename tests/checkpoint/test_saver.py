@@ -125,7 +125,7 @@ def test_both_ways_write_the_same_bytes(tmp_path):
     }
 
 
-def test_what_is_told_and_when(tmp_path):
+def test_lines_about_a_save_come_once_and_when_they_are_true(tmp_path):
     """The second line comes when it is true; nothing comes twice."""
     said, storage = [], GatedStorage()
     run = small_run(tmp_path, async_save=True)

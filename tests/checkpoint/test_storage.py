@@ -99,7 +99,7 @@ def test_two_may_delete_the_same(tmp_path):
     assert not failures and not (tmp_path / "a").exists()
 
 
-def test_free_space(tmp_path, monkeypatch):
+def test_free_space_is_that_of_the_disk_or_unknown(tmp_path, monkeypatch):
     free = Storage().free(tmp_path)
     assert 0 < free < shutil.disk_usage(tmp_path).total
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))

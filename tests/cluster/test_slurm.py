@@ -165,7 +165,7 @@ def test_preempted_and_out_of_time(submit_paced, pace, expected, lines):
     assert sorted(logs) == [f"{job.id}.{attempt}-{node}" for attempt in (0, 1, 2) for node in (0, 1)], "one of each node"
 
 
-def test_without_torchrun(submit_paced, pace, expected, lines):
+def test_a_preempted_srun_job_without_torchrun_goes_on(submit_paced, pace, expected, lines):
     """The warning goes to the ranks themselves; their exit status 75 comes through srun."""
     job = submit_paced("pretrain_gpt_srun.sbatch")
     job.wait(lambda: lines.iteration(job.save) >= 5, 60.0)
@@ -180,7 +180,7 @@ def test_without_torchrun(submit_paced, pace, expected, lines):
 
 
 @pytest.mark.parametrize("script", ["pretrain_bert.sbatch", "pretrain_bert_srun.sbatch"])
-def test_bert(script, submit, tiny_bert, alone, lines):
+def test_a_bert_job_in_two_attempts_equals_one_run(script, submit, tiny_bert, alone, lines):
     """In two attempts what one process group does in one; --exit-interval ends the first as a time limit would."""
     flags = [*tiny_bert, "--train-iters", "12", "--save-interval", "50", "--eval-interval", "4"]
     job = submit(script, [*flags, "--exit-interval", "8"])

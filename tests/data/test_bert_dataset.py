@@ -133,7 +133,7 @@ def many(count: int = 3000) -> list[tuple[list[int], list[int], list[int]]]:
     return drawn
 
 
-def test_shares() -> None:
+def test_masking_follows_the_published_shares() -> None:
     """15 % are to be guessed; of these 80 % are masked, 10 % any id, 10 % as they were."""
     kinds: Counter[str] = Counter()
     for tokens, seen, places in many():
@@ -241,7 +241,7 @@ def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT,
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_a_micro_batch(tmp_path: Path, tokenizer, binary: bool) -> None:
+def test_a_micro_batch_holds_the_samples_padded_and_masked(tmp_path: Path, tokenizer, binary: bool) -> None:
     dataset, make = built(tokenizer, corpus(tmp_path), model=replace(BERT, bert_binary_head=binary))
     batch = make(dataset, range(20), range(100, 120))
     assert batch.samples.tolist() == list(range(100, 120)) and batch.tokens.shape == (20, 32)
@@ -323,7 +323,7 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer, monkeyp
         make(dataset, range(40), range(40))
 
 
-def test_what_cannot_be_a_dataset(tmp_path: Path, tokenizer) -> None:
+def test_splits_without_samples_are_refused(tmp_path: Path, tokenizer) -> None:
     lonely = write_corpus(tmp_path / "lonely", [[np.arange(5, 12)]] * 9)
     with pytest.raises(
         DataError, match=r"lonely: the training split holds 9 documents, none of which has 2 sentences of up to"
@@ -346,7 +346,7 @@ def test_what_cannot_be_a_dataset(tmp_path: Path, tokenizer) -> None:
         )
 
 
-def test_where_a_sample_lies(tmp_path: Path, tokenizer) -> None:
+def test_the_place_of_a_sample_is_named(tmp_path: Path, tokenizer) -> None:
     prefix = corpus(tmp_path)
     dataset, _ = built(tokenizer, prefix)
     held = IndexedDataset(prefix)

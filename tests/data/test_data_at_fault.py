@@ -102,7 +102,7 @@ def test_the_sidecar_tells_files_of_one_size_apart(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\x00", '{"tokens": "many"}'])
-def test_a_sidecar_that_is_none(tmp_path, content):
+def test_a_damaged_sidecar_is_refused(tmp_path, content):
     prefix = text(tmp_path / "a")
     Path(prefix + ".meta.json").write_text(content)
     with pytest.raises(DataError, match=r"a\.meta\.json: "):
@@ -164,7 +164,7 @@ def npy(header: str, data: bytes = b"") -> bytes:
         npy("{'descr': [('a', '<i4')], 'fortran_order': False, 'shape': (3,)}", bytes(12)),
     ],
 )  # fmt: skip
-def test_arrays_that_are_none(tmp_path, content):
+def test_damaged_cached_arrays_are_not_loaded(tmp_path, content):
     (tmp_path / "a.npy").write_bytes(content)
     for shape in ([3], [10**15], [99999999999999999999999], [-5]):
         (tmp_path / "about.json").write_text(json.dumps({"arrays": {"a": shape}}))

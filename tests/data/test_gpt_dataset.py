@@ -87,13 +87,13 @@ def test_surplus_of_the_reference() -> None:
         ("969, 30, 1", 10, [(0, 10), (10, 10), (10, 10)]),
     ],
 )
-def test_split(split: str, sequences: int, borders: list[tuple[int, int] | None]) -> None:
+def test_split_borders_are_those_of_megatron(split: str, sequences: int, borders: list[tuple[int, int] | None]) -> None:
     ranges = [None if share is None else split_range(share, sequences) for share in parse_split(split)]
     assert [None if r is None else (r.start, r.stop) for r in ranges] == borders
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "1,2,3,4", "0,0,0", "-1,2", "nan,1", "1,inf"])
-def test_wrong_split(split: str) -> None:
+def test_a_wrong_split_is_refused(split: str) -> None:
     with pytest.raises(DataError, match="--split"):
         parse_split(split)
 
@@ -138,7 +138,7 @@ def test_blend_without_weights_cannot_repeat(corpora: Path) -> None:
         build_datasets(data, 1, (100000, 0, 0))
 
 
-def test_wrong_paths(corpora: Path) -> None:
+def test_wrong_data_paths_are_refused(corpora: Path) -> None:
     with pytest.raises(DataError, match=r"nothere.*not found"):
         build_datasets(DataConfig(data_path=(str(corpora / "nothere"),), seq_length=4), 1, (1, 0, 0))
     with pytest.raises(DataError, match="--data-path"):

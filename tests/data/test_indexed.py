@@ -63,7 +63,7 @@ def test_reader_reads_reference_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "name"), [(65499, "uint16"), (65500, "int32"), (257, "uint16"), (250000, "int32")])
-def test_number_format(size: int, name: str) -> None:
+def test_the_token_dtype_follows_the_vocabulary_size(size: int, name: str) -> None:
     assert token_dtype(size).name == name
 
 
@@ -92,7 +92,7 @@ def put(offset: int, code: str, value: int) -> Callable[[bytearray], None]:
         (put(78, "<q", -1), "not in order"),
     ],
 )
-def test_hostile_index(tmp_path: Path, damage: Callable[[bytearray], None], reason: str) -> None:
+def test_a_hostile_index_is_refused(tmp_path: Path, damage: Callable[[bytearray], None], reason: str) -> None:
     prefix = golden(tmp_path)
     data = bytearray(GOLDEN_IDX)
     damage(data)
@@ -145,7 +145,7 @@ def test_empty_dataset(tmp_path: Path) -> None:
     assert IndexedDataset(write_corpus(tmp_path / "b", [[], [np.empty(0, dtype=np.int64)]])).document_count == 2
 
 
-def test_merge(tmp_path: Path) -> None:
+def test_merged_datasets_equal_one_written_directly(tmp_path: Path) -> None:
     parts = [corpus_recipe(i) for i in range(3)]
     prefixes = [write_corpus(tmp_path / "in" / f"p{i}", part) for i, part in enumerate(parts)]
     assert find_prefixes([str(tmp_path / "in")]) == prefixes

@@ -46,7 +46,7 @@ def taken(batches: list[Batch]) -> list[list[int]]:
     return [b.samples.tolist() for b in batches]
 
 
-def test_distribution() -> None:
+def test_micro_batches_are_dealt_out_over_ranks() -> None:
     """Micro-batch j of rank r starts at consumed + (2 j + r) * 3."""
     ranks = [MicroBatchLoader(NumberDataset(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
     assert [taken(rank.next_batches(12)) for rank in ranks] == [
@@ -108,7 +108,7 @@ def test_running_out_is_an_error(read_ahead: int) -> None:
         MicroBatchLoader(NumberDataset(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
 
 
-def test_wrong_batch_size() -> None:
+def test_a_batch_size_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match="6"):
         MicroBatchLoader(NumberDataset(10), MAKE, 0, 2, 3).next_batches(8)
 

@@ -102,7 +102,7 @@ def test_a_rare_dataset_that_is_built_anew_is_noticed(tmp_path):
     assert order_differs(order_marks(*before), after[0], *after[2:])
 
 
-def test_bert(folder):
+def test_the_order_of_bert_samples_ignores_the_masks(folder):
     """Other masks on the same sentences are the same order."""
     indexed = IndexedDataset(write_corpus(folder / "bert", [[s % 290 + 5 for s in d] for d in corpus_recipe(1)]))
 
@@ -126,7 +126,7 @@ def test_bert(folder):
 
 
 @pytest.mark.parametrize("marks", [{"x": "y"}, {"-1": "y"}, {"99999999": "y"}, {"1": 5}])
-def test_marks_of_any_content(folder, marks):
+def test_order_marks_of_any_content_are_compared(folder, marks):
     run = opened(folder)
     assert order_differs(marks, run[0], *run[2:]) is ("1" in marks)
     assert order_differs({}, run[0], *run[2:]) is None and order_differs(marks, None, *run[2:]) is None

@@ -94,7 +94,7 @@ def test_output_does_not_depend_on_workers(tmp_path: Path, monkeypatch: pytest.M
         assert one == three and len(one) > 1000
 
 
-def test_sentences(tmp_path: Path) -> None:
+def test_text_is_cut_into_sentences(tmp_path: Path) -> None:
     text = 'Dr. Smith paid $3.50. "Really?" he asked. Yes! See e.g. fig. 2.\n\nA new paragraph without an end\n\nThe end.'
     expected = [
         "Dr. Smith paid $3.50.",

@@ -123,14 +123,14 @@ def test_hugging_face_gives_the_same_ids(kind: str, files: Path, tmp_path: Path)
             assert getattr(theirs, f"{role}_token_id") == special[role]
 
 
-def test_bytes() -> None:
+def test_the_byte_tokenizer_has_256_bytes_and_an_end() -> None:
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="ByteTokenizer"))
     assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
     assert tokenizer.tokenize("é\n") == [0xC3, 0xA9, 10]
     assert tokenizer.detokenize([0xC3, 0xA9, 256, 0xFF]) == "é<|endoftext|>\ufffd"
 
 
-def test_numbers() -> None:
+def test_the_null_tokenizer_reads_numbers() -> None:
     tokenizer = build_tokenizer(TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=10))
     assert (tokenizer.vocab_size, tokenizer.eod) == (11, 10)
     assert tokenizer.tokenize(" 1 9 10 ") == [1, 9, 10] and tokenizer.detokenize([1, 2]) == "1 2"
@@ -209,7 +209,7 @@ def test_changed_or_missing_saved_files(files: Path, tmp_path: Path) -> None:
         ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "FILE"}, r"lacks \[CLS\]"),
     ],
 )
-def test_wrong_settings(settings: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_wrong_tokenizer_settings_are_refused(settings: dict[str, str], message: str, tmp_path: Path) -> None:
     (tmp_path / "junk").write_text("junk\n")
     config = TokenizerConfig(**{k: str(tmp_path / "junk") if v == "FILE" else v for k, v in settings.items()})
     with pytest.raises(DataError, match=message):

@@ -244,17 +244,17 @@ def impatient() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("row", READ)
-def test_what_is_read(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
+def test_bad_input_files_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
     answered(faults(row, FILES, good, tmp_path))
 
 
 @pytest.mark.parametrize("row", TAKEN + WRITTEN)
-def test_where_it_is_written(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
+def test_bad_output_places_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
     answered(faults(row, PLACES if row in TAKEN else {kind: PLACES[kind] for kind in NEVER}, good, tmp_path))
 
 
 @pytest.mark.parametrize("row", ASKED)
-def test_what_is_asked_for(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
+def test_bad_values_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
     answered(faults(row, VALUES, good, tmp_path))
 
 

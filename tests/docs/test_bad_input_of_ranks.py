@@ -71,7 +71,7 @@ def as_torchrun(words: list[str], folder: Path) -> tuple[list[int], list[str], l
 
 
 @pytest.mark.parametrize(("row", "kind"), ROWS)
-def test_all_ranks_together(row: str, kind: str, good: dict[str, str], tmp_path: Path) -> None:
+def test_several_ranks_report_bad_input_once(row: str, kind: str, good: dict[str, str], tmp_path: Path) -> None:
     make = KINDS[kind]
     words = [*shlex.split(row.format(**good, new=tmp_path / "new")), make(tmp_path, "bad") if make else "--unheard-of"]
     statuses, said, left = as_torchrun(words, tmp_path)

@@ -36,7 +36,7 @@ def asked(batch) -> dict[str, torch.Tensor]:
     return dict(input_ids=batch.tokens, attention_mask=seen, token_type_ids=batch.segments)
 
 
-def test_logits(both):
+def test_bert_logits_equal_those_of_transformers(both):
     run, theirs = both
     model = run.stages[0].eval()
     lengths = set()

@@ -174,7 +174,7 @@ CUTS = [  # schedule, layout, layers of each stage
 
 
 @pytest.mark.parametrize(("schedule", "layout", "layers"), CUTS)
-def test_explicit_cuts(schedule, layout, layers):
+def test_prescribed_stages_equal_one_process(schedule, layout, layers):
     """Also those that leave the ends of the model without layers."""
     setting = MODELS["tied"]
     expected, initial, final = one_process(setting, 5)
@@ -304,7 +304,7 @@ def bytes_sent(setting: Setting) -> int:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_travels(bf16):
+def test_stages_send_each_activation_once(bf16):
     """Under sequence parallelism each rank of tp sends its own part of the sequence, once; otherwise each sends all."""
     setting = replace(MODELS["tied"], bf16=bf16)
     whole = setting.global_batch * SEQ * 32 * (2 if bf16 else 4)  # of one direction, over one boundary
@@ -340,7 +340,7 @@ def test_negative_controls(fault):
     assert equal == (fault != "copies not summed")
 
 
-def test_schedules_of_one_stage():
+def test_every_schedule_of_one_stage_is_the_plain_run():
     """Without a pipeline every schedule is the plain run: order and result."""
     setting = MODELS["untied"]
     expected = one_process(setting, 3)[0]

@@ -131,7 +131,7 @@ def shares_of_another(setting: Setting, steps: int):
         recompute.all_gather = gather
 
 
-def test_a_wrong_share_shows():
+def test_another_ranks_share_of_activations_shows():
     setting = replace(MODELS["dropping"], memory=KINDS["uniform, distributed"], **TP)
     expected = one_process("dropping")[0][0]
     for curve in on_ranks(2, shares_of_another, setting, 1):

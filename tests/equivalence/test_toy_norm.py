@@ -101,7 +101,7 @@ def test_its_parameters_are_what_they_say() -> None:
             assert all(spec.sum_grad_over == axes and not spec.decay for spec in specs.values())
 
 
-def test_it_keeps_what_it_says() -> None:
+def test_the_norm_keeps_the_bytes_that_it_declares() -> None:
     """Between forward and backward pass, beside its parameters."""
     with registered():
         norm = make_norm(resolve_model(replace(GPT2, normalization="DynamicTanh")), TensorParallel.alone())

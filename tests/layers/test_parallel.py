@@ -167,7 +167,7 @@ def test_sizes_that_do_not_divide_are_refused():
 
 
 @pytest.mark.parametrize(("size", "held"), [(1, 50304), (2, 25216), (8, 6400)])
-def test_padding_is_megatrons(size, held):
+def test_vocabulary_padding_is_megatrons(size, held):
     vocab, divisor = 50257, 128
     shards = [VocabShard.for_rank(vocab, Axis("tp", size, r, tuple(range(size))), divisor) for r in range(size)]
     assert {s.padded_size for s in shards} == {held}

@@ -67,7 +67,7 @@ def both_ways():
     ends.wait_all_sends()
 
 
-def test_both_ways_at_once():
+def test_two_ranks_send_to_each_other_at_once():
     on_ranks(2, both_ways)
 
 
@@ -83,7 +83,7 @@ def other_types():
     assert got.dtype is torch.bfloat16 and torch.equal(got, whole[:, ::2])
 
 
-def test_types_and_strides():
+def test_tensors_of_any_type_and_stride_arrive():
     on_ranks(2, other_types)
 
 
@@ -150,7 +150,7 @@ def answer(source: int):
 
 
 @pytest.mark.parametrize("source", [0, 2])
-def test_broadcast(source):
+def test_broadcast_gives_all_ranks_the_sources_tensor(source):
     assert all(torch.equal(x, torch.full((2, 3), float(source))) for x in on_ranks(3, answer, source))
 
 

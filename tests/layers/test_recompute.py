@@ -108,7 +108,7 @@ AGAIN = {  # the layers that run, forward and then backward
 
 
 @pytest.mark.parametrize("kind", AGAIN)
-def test_what_is_run_again(kind):
+def test_recomputation_runs_the_chosen_layers_again(kind):
     stage = SmallStage(dropping(GPT2), KINDS[kind])
     y = stage.model.hidden(stage.x, stage.batch)
     assert stage.calls == ONCE and stage.attended == LAYERS

@@ -103,7 +103,7 @@ def test_result_and_gradients_are_those_of_plain_attention(world, groups, dropou
     assert worst(parts, whole) < TOLERANCE[dtype]
 
 
-def test_bf16_is_near():
+def test_bf16_ring_attention_is_as_near_as_one_process():
     """Statistics and sums are fp32: no further from fp32 than one process is."""
     exact = attention(2, 0.3, True, torch.float32)
     alone = worst([(exact[0], *(x.float() for x in attention(2, 0.3, True, torch.bfloat16)[1:]))], exact)

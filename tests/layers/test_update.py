@@ -32,7 +32,7 @@ def of_torch(config: OptimSettings, parameters: list[torch.Tensor]) -> torch.opt
 
 @pytest.mark.parametrize("multiplier", [1.0, 0.37])
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_torchs_own(name: str, multiplier: float) -> None:
+def test_updates_equal_torchs_own_optimizer(name: str, multiplier: float) -> None:
     config, draw = METHODS[name], torch.Generator().manual_seed(3)
     begun = [torch.randn(33, generator=draw), torch.randn(7, generator=draw)]
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in begun]

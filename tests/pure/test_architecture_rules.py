@@ -63,7 +63,7 @@ def test_legal_runs_of_a_bert_are_silent(change: str) -> None:
     assert problems_of_bert(change) == []
 
 
-def test_ranges() -> None:
+def test_bert_settings_out_of_range_are_refused() -> None:
     assert problems_of_bert("--mask-prob 0 --short-seq-prob 1.5") == [
         "`--mask-prob 0.0` must be greater than 0 and less than 1",
         "`--short-seq-prob 1.5` must be from 0 to 1",

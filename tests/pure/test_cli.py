@@ -327,7 +327,7 @@ def test_world_size_belongs_to_the_dry_run() -> None:
     assert "must be greater than 0" in mistakes(*BASE, "--dry-run", "--world-size", "0")[0]
 
 
-def test_remarks() -> None:
+def test_flags_that_change_nothing_are_noted() -> None:
     assert any("--sequence-parallel changes nothing" in n for n in read("--sequence-parallel").notes)
     pipeline = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage"]
     assert read(*pipeline, "1", "--num-layers", "4", world_size=2).notes == ()

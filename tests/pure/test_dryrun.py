@@ -216,7 +216,7 @@ def test_costs_are_shares_of_the_flops() -> None:
     assert 1 <= duration(Action(Op.F, 3, 0)) / duration(Action(Op.F, 2, 0)) < 1.001  # one token's logits
 
 
-def test_the_stage_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stage_table_counts_layers_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--preset gpt2-125m --seq-length 1024 --micro-batch-size 1 --train-iters 10 --lr 1e-3 --dry-run --world-size 16"
     gpt2 = [*words.split(), *shlex.split("--tokenizer-type GPT2BPETokenizer --tensor-model-parallel-size 2")]
     lines = output([*gpt2, "--pipeline-model-parallel-size", "4", "--global-batch-size", "8"], capsys).splitlines()

@@ -74,7 +74,7 @@ def test_the_environment_that_is_named_is_the_projects(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
-def test_an_old_python(version: str) -> None:
+def test_an_old_python_is_refused_in_one_line(version: str) -> None:
     found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     if not found:
         pytest.skip(f"this machine has no Python {version}")

@@ -214,7 +214,7 @@ FRESH = "; leave out --load to start from new weights, or use --auto-resume to g
         ("--metrics-path @good.bin/m", "`--metrics-path good.bin/m` cannot be written: good.bin is a file, not a directory"),
     ],
 )
-def test_wrong_files(change: str, message: str, disk: Path) -> None:
+def test_wrong_files_are_refused(change: str, message: str, disk: Path) -> None:
     change = (change if "--data-path" in change else f"--data-path @good {change}").replace("LONG", LONG)
     assert on_disk(disk, change) == [message.replace("DISK", str(disk)).replace("LONG", LONG)]
 

@@ -103,7 +103,7 @@ def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
         ("a/b/c", None),        ("my run", None), ("corpus", None), ("here/gpt2", None), ("~/gpt2", None),
     ],
 )  # fmt: skip
-def test_names_on_the_hub(name: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_on_the_hub_are_recognized(name: str, model: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     found = recognize_hub_name(name)

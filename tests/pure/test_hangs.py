@@ -74,7 +74,7 @@ def test_the_rule_is_what_the_model_does(name, by):
         assert by or not hang
 
 
-def test_gpipe_hung_at_its_peak():
+def test_an_early_wait_hangs_gpipe_at_its_peak():
     """The first gradient was awaited before the last forward, which it depends on: an allocator's retry there never ended."""
     schedule = make("gpipe", 4, 8)
     programs = moved(lower(schedule), 1)

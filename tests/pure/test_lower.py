@@ -241,7 +241,7 @@ def test_receives_in_another_order_get_stuck():
     assert stuck(schedule, programs, by_channel)
 
 
-def test_who_needs_what():
+def test_the_consumer_of_an_actions_result():
     assert consumer(Action(Op.F, 0, 3), 2) == 1 and consumer(Action(Op.F, 1, 3), 2) is None
     assert consumer(Action(Op.B, 1, 3), 2) == consumer(Action(Op.I, 1, 3), 2) == 0
     assert consumer(Action(Op.B, 0, 3), 2) is None and consumer(Action(Op.W, 1, 3), 2) is None
@@ -288,7 +288,7 @@ def test_sent_tensors_are_let_go_while_the_step_runs(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_what_is_done_was_used(name):
+def test_a_finished_send_was_used_by_its_receiver(name):
     """The action that uses a tensor has ended when its sender is told that the send is done, whatever time anything takes."""
     schedule = make(name, 4, 7)
     told = 0

@@ -25,12 +25,12 @@ def meminfo(total: int, available: int, swap: int = 0) -> dict[str, str]:
     return {"proc/meminfo": "".join(f"{name}:  {count * 2**20} kB\n" for name, count in rows.items())}
 
 
-def test_of_the_host(tmp_path: Path) -> None:
+def test_free_memory_of_the_host(tmp_path: Path) -> None:
     found = kernel(tmp_path, meminfo(64, 48, 2))
     assert found == HostMemory(50 * GIB, "this host has 64.0 GiB, of which 48.0 GiB are free, and 2.0 GiB of swap")
 
 
-def test_of_a_control_group(tmp_path: Path) -> None:
+def test_free_memory_of_a_control_group(tmp_path: Path) -> None:
     """The tightest of those around the process; what is not the processes' own memory could be freed."""
     group = "sys/fs/cgroup/slurm/job_7"
     files = {
@@ -44,7 +44,7 @@ def test_of_a_control_group(tmp_path: Path) -> None:
     assert found == HostMemory(7 * GIB, "the control group of this process has 8.0 GiB, of which 1.0 GiB are taken")
 
 
-def test_of_a_container(tmp_path: Path) -> None:
+def test_free_memory_of_a_container(tmp_path: Path) -> None:
     """If the group's own path is not to be seen, its files lie at the root; and in the older form."""
     second = {"proc/self/cgroup": "0::/../../docker/x\n", "sys/fs/cgroup/memory.max": f"{4 * GIB}\n"}
     assert kernel(tmp_path / "v2", meminfo(64, 48) | second).free == 4 * GIB
@@ -79,11 +79,11 @@ class OutOfMemoryError(RuntimeError):
         (OSError(12, "Cannot allocate memory"), "out of memory: [Errno 12]"),
     ],
 )  # fmt: skip
-def test_what_allocators_say(error: BaseException, said: str) -> None:
+def test_allocator_errors_become_one_line(error: BaseException, said: str) -> None:
     text = out_of_memory_message(error)
     assert text.startswith(said) and "\n" not in text and "try setting" not in text
 
 
-def test_other_errors_are_none() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     for error in (RuntimeError("shapes differ"), ValueError("out of memory of what came before"), OSError(2, "No such file")):
         assert out_of_memory_message(error) == ""

@@ -45,7 +45,7 @@ def test_every_rule_is_tested_and_in_force() -> None:
     ("value", "why"), [("gone:RULES", "cannot be loaded: No module named 'gone'"), ("math:pi", "is no tuple of UpdateRule")]
 )
 @pytest.mark.parametrize("kernel", ["", " --adam-kernel foreach"])
-def test_optimizer_package(monkeypatch: pytest.MonkeyPatch, value: str, why: str, kernel: str) -> None:
+def test_a_wrong_optimizer_package_is_named_once(monkeypatch: pytest.MonkeyPatch, value: str, why: str, kernel: str) -> None:
     """An installed package whose entry point does not hold what it says: once, whatever else is asked of the optimizer."""
     entry = optimizers.EntryPoint("sgd", value, optimizers.GROUP)
     monkeypatch.setattr(optimizers, "OPTIMIZERS", {**optimizers.OPTIMIZERS, "sgd": entry})

@@ -182,7 +182,7 @@ def test_an_old_flag_that_contradicts_a_new_one() -> None:
     assert mistakes(*BASE, "--batch-size")[0] == "`--batch-size` needs a value after it"
 
 
-def test_flags_that_give_way() -> None:
+def test_no_position_embedding_gives_way_to_other_flags() -> None:
     for words, meaning in {
         "--use-rotary-position-embeddings --no-position-embedding": "rope",
         "--no-position-embedding --use-rotary-position-embeddings": "rope",

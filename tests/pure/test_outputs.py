@@ -57,7 +57,7 @@ def test_a_file_in_a_directory_that_is_read(folder: Path, tmp_path: Path) -> Non
         check_file("--output", folder, InputPaths([]))
 
 
-def test_a_file_that_is_free(folder: Path, tmp_path: Path) -> None:
+def test_an_output_file_that_is_no_input_is_legal(folder: Path, tmp_path: Path) -> None:
     for output in (tmp_path / "new", folder / "new", folder / "in.txt.svg", tmp_path / "b" / "in.txt"):
         check_file("--output", output, InputPaths([folder / "in.txt", folder / "missing"]))
     with pytest.raises(OutputError):  # also one that is not there yet
@@ -73,7 +73,7 @@ def test_a_picture_replaces_only_a_picture(folder: Path) -> None:
         check_picture("--output", folder / "in.txt")
 
 
-def test_a_folder_that_is_read(folder: Path) -> None:
+def test_an_input_folder_is_not_written_to(folder: Path) -> None:
     check_folder("--save", folder / "sub", [folder])
     for output in (folder, folder / "sub" / "..", folder / "linked", Path(f"{folder}/")):
         with pytest.raises(OutputError, match="which this command reads"):

@@ -102,7 +102,7 @@ def test_an_expensive_layer_gets_a_stage_of_its_own() -> None:
         assert split(costs, looped(3, 1)) == (range(1), range(1, 2), range(2, 3))
 
 
-def test_what_cannot_be_cut() -> None:
+def test_layers_that_cannot_be_cut_are_refused() -> None:
     with pytest.raises(ValueError, match="2 layers cannot be cut into 3 stages of at least one layer"):
         split([1.0, 1.0], (0, 1, 2))
     with pytest.raises(ValueError, match="must cost more than 0"):
@@ -111,7 +111,7 @@ def test_what_cannot_be_cut() -> None:
         split([1.0, 1.0], (0, 1), last=-1.0)
 
 
-def test_given_counts() -> None:
+def test_given_counts_become_ranges() -> None:
     assert cut([0, 3, 2]) == (range(0), range(3), range(3, 5))
 
 
@@ -151,7 +151,7 @@ def test_an_explicit_cut_is_followed() -> None:
 
 @pytest.mark.parametrize("ranks", range(2, 6))
 @pytest.mark.parametrize("per_stage", [1, 2, 3])
-def test_virtual_stages(ranks: int, per_stage: int) -> None:
+def test_virtual_stages_cover_all_layers_in_order(ranks: int, per_stage: int) -> None:
     for layers in range(ranks, 14):
         found = plan(
             f"--num-layers {layers} --pipeline-model-parallel-size {ranks} --num-layers-per-virtual-pipeline-stage {per_stage}",

@@ -77,7 +77,7 @@ def test_a_link_inside_is_replaced_and_not_followed(place: Path, tmp_path: Path)
     assert (tmp_path / "victim").read_text() == "precious " * 100 and not (place / "name").is_symlink()
 
 
-def test_what_dead_processes_left_goes(place: Path) -> None:
+def test_status_files_of_dead_processes_are_removed(place: Path) -> None:
     own = Process.own()
     dead = replace(own, pid=2**22 + 1, started=5)
     elsewhere = replace(dead, space="another boot")

@@ -31,7 +31,7 @@ def resolved(change: str, world: int = 1) -> RunConfig:
     return parse(argv(change), program="t", world_size=world, files=False).config
 
 
-def test_derived_values() -> None:
+def test_derived_values_are_megatrons() -> None:
     c = resolved("", 4)
     assert (c.model.ffn_hidden_size, c.model.kv_channels, c.model.num_query_groups) == (64, 4, 4)
     assert (c.batch.global_batch_size, c.optim.lr_decay_iters, c.layout.pipeline_schedule) == (8, 10, "1f1b")

@@ -118,7 +118,7 @@ def test_samples_tile_the_stream() -> None:
     assert (cuts[:, 1] < lengths[order[cuts[:, 0]]])[1:].all()
 
 
-def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_changes_no_sample_index(monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = [index_recipe(i) for i in range(12)]
     whole = [digest(build_sample_index(**recipe)) for recipe in recipes]
     monkeypatch.setattr("megatron.data.sample_index.BLOCK", 3)

@@ -106,14 +106,14 @@ def test_zb_v_goes_down_the_ranks_and_back_up():
     ]
 
 
-def test_placements():
+def test_stages_lie_looped_or_in_a_v():
     assert looped(3, 2) == (0, 1, 2, 0, 1, 2)
     assert v_shaped(3) == (0, 1, 2, 2, 1, 0)
     assert make("zb-v", 3, 1).chunk == (0, 0, 0, 1, 1, 1)
     assert make("interleaved", 2, 1, 3).chunk == (0, 0, 1, 1, 2, 2)
 
 
-def test_chunks_left_out():
+def test_the_number_of_chunks_has_a_default():
     assert [make(name, 2, 2).stages for name in SCHEDULES] == [2, 2, 4, 2, 2, 4]
     assert make("zb-v", 2, 2, 2) == make("zb-v", 2, 2)
 

@@ -166,7 +166,7 @@ def test_a_measurement_with_holes_is_refused():
         measured_timeline(schedule, start, {**end, action("B0.0"): 0.5})
 
 
-def test_dependencies():
+def test_actions_depend_on_their_neighbours():
     whole, split = make("1f1b", 3, 2), make("zb-h1", 3, 2)
 
     def needs(text, schedule):

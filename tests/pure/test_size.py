@@ -207,7 +207,7 @@ def test_the_stages_compute_what_the_model_computes(form: str) -> None:
         ("llama-7b", 32000, 6_738_415_616),  # and Llama-2-7b
     ],
 )
-def test_known_models(name: str, vocab: int, count: int) -> None:
+def test_parameter_counts_of_known_models(name: str, vocab: int, count: int) -> None:
     model = replace(complete(ModelSettings(**PRESETS[name])), vocab_size=vocab)
     assert MetaModel(model).count() == count
 
@@ -243,7 +243,7 @@ def test_flops_by_hand() -> None:
     assert forward_flops(model, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
 
 
-def test_both_conventions_of_attention() -> None:
+def test_flops_with_the_square_and_the_causal_half_of_attention() -> None:
     """Llama-3-8B at 8,192 tokens: 57.91 GFLOP a token over the whole square, and 51.47 in NVIDIA's tables."""
     shape = replace(FORMS["llama"], num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
     vocab, seq = 128256, 8192

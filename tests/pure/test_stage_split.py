@@ -173,7 +173,7 @@ def test_a_layout_is_written_out(text: str, layers: tuple[int, ...]) -> None:
         ("Et*999999L", "longer than 131,072"),
     ],
 )
-def test_a_layout_that_is_none(text: str, wrong: str) -> None:
+def test_a_wrong_pipeline_layout_is_refused(text: str, wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
         parse_layout(text)
 

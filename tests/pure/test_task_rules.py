@@ -47,7 +47,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (ASK, "ck", True, False),
     ],
 )
-def test_what_follows_from_a_task(text: str, loads: str, finetune: bool, trains: bool) -> None:
+def test_settings_follow_from_the_task(text: str, loads: str, finetune: bool, trains: bool) -> None:
     config = read(text).config
     assert (config.checkpoint.load, config.checkpoint.finetune, not config.eval.skip_train) == (loads, finetune, trains)
     kind = TASKS[config.task.task or ""]

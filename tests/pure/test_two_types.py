@@ -104,7 +104,7 @@ def test_what_is_missing_is_named(settings: RunSettings, name: str) -> None:
         resolve(settings)
 
 
-def test_a_model_alone() -> None:
+def test_a_model_is_resolved_without_a_run() -> None:
     model = resolve_model(MODEL)
     assert type(model) is ModelConfig and model == resolve(SMALL).model and resolve_model(model) == model
     with pytest.raises(ValueError, match="3 attention heads do not divide the width 8"):

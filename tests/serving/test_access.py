@@ -107,7 +107,7 @@ def test_a_key_is_asked_for(client: Client) -> None:
             check_key(flag, {"MEGATRON_API_KEY": variable})
 
 
-def test_one_model(client: Client) -> None:
+def test_the_served_model_is_found_by_its_name(client: Client) -> None:
     for path in ("/v1/models/org/a%20model", "/v1/models/org%2Fa%20model"):
         assert '"id":"org/a model"' in asked(client, "GET", path)[2]
     for path in ("/v1/models/org", "/v1/models/other", "/v1/models/org/a%20model/"):

@@ -151,7 +151,7 @@ def test_wrong_megatron_requests(client, fields, message):
     assert status == 400 and isinstance(reply, str) and message in reply
 
 
-def test_bodies_that_are_none(client):
+def test_bodies_that_are_no_json_are_refused(client):
     for body, message in (
         (b"{", "no JSON"),
         (b"[1]", "no JSON object"),
@@ -170,7 +170,7 @@ def test_bodies_that_are_none(client):
     assert client("GET", "/api")[0] == 405 and client("GET", "/nothing")[0] == 404
 
 
-def test_completions(client, model):
+def test_completions_equal_generation_without_a_server(client, model):
     for prompt in ("Hello", list(b"Hello")):
         reply = client.complete(prompt=prompt, max_tokens=8, temperature=0, model="tiny")
         (expected,) = texts(model, ["Hello"])
@@ -274,7 +274,7 @@ def test_a_stream_is_the_whole_reply_in_pieces(client):
         ({"max_tokens": 20000}, 400, None),
     ],
 )
-def test_wrong_completions(client, fields, status, param):
+def test_wrong_completion_requests_are_refused(client, fields, status, param):
     for stream in (False, True):
         found, reply = client("POST", "/v1/completions", {"prompt": "Hello", "stream": stream, **fields})
         assert found == status and reply["error"]["param"] == param
@@ -326,7 +326,7 @@ def test_requests_queue_and_one_whose_client_leaves_ends(client):
         assert done.wait(15) and len(behind) == 1
 
 
-def test_the_end_refuses_what_waits(model):
+def test_waiting_requests_are_refused_at_the_end(model):
     found = []
     with served(model, TOKENIZER) as client:
         asking = [

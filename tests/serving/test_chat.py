@@ -166,12 +166,12 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
         ({"max_tokens": 20_000}, None, "allows 12000"),
     ],
 )
-def test_wrong_chats(client, fields, param, words) -> None:
+def test_wrong_chat_requests_are_refused(client, fields, param, words) -> None:
     status, body = client("POST", "/v1/chat/completions", {"messages": TALKS[0], **fields})
     assert status == 400 and body["error"]["param"] == param and words in body["error"]["message"]
 
 
-def test_without_a_template(tmp_path) -> None:
+def test_chats_without_a_template_are_refused(tmp_path) -> None:
     chat = opened(tmp_path, template=None)
     for held in ({"chat": chat}, {}):
         with served(endless_model(), Letters(), **held) as client:

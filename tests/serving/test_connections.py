@@ -52,7 +52,7 @@ def test_what_is_silent_or_half_sent_is_closed(quick: Client) -> None:
     assert answered.startswith(b"HTTP/1.1 200 OK\r\n") and b'"usage"' in answered
 
 
-def test_what_trickles_is_closed(quick: Client) -> None:
+def test_connections_that_trickle_are_closed(quick: Client) -> None:
     """Each byte comes in time, the whole does not; also where a refusal has been sent and the body goes on."""
     refused = connect(quick, HEAD.replace(b"localhost", b"evil.example"), b"Content-Length: 1000\r\n\r\n")
     head, body = connect(quick), connect(quick, HEAD, b"Content-Length: 1000\r\n\r\n")

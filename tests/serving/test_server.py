@@ -129,13 +129,13 @@ def test_a_taken_port_and_ctrl_c(root: Path) -> None:
         (("--tensor-model-parallel-size", "2"), "start with torchrun --nproc_per_node 2"),
     ],
 )
-def test_what_cannot_be_served(root, flags, message, capsys) -> None:
+def test_checkpoints_that_cannot_be_served_are_refused(root, flags, message, capsys) -> None:
     assert tool_main()(["--load", str(root), "--device", "cpu", *flags]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
-def test_without_the_extra(root, monkeypatch, capsys) -> None:
+def test_a_missing_server_package_is_named(root, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert tool_main()(["--load", str(root)]) == 2
     assert capsys.readouterr().err == "error: the server needs the package uvicorn: pip install -e '.[server]'\n"

@@ -93,7 +93,7 @@ def test_every_layout_is_one_process(name, layout, bert, alone, tmp_path):
 
 
 @pytest.mark.parametrize("name", EPOCHS)
-def test_it_opens_in_transformers(name, alone, tmp_path):
+def test_a_fine_tuned_model_opens_in_transformers(name, alone, tmp_path):
     """The export compares the logits of both before it says done."""
     export(alone(name), tmp_path / "hf", say=lambda line: None)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -118,7 +118,7 @@ def test_one_rank_leads_the_others(world, tp, pp, asked, model):
     assert [hit for _, hit in pairs] == [hit for _, hit in alone[0]]
 
 
-def test_what_cannot_be_asked(asked, model):
+def test_requests_that_cannot_be_scored_are_refused(asked, model):
     with pytest.raises(DataError, match="'' has 0 tokens"):
         asked.score_continuations([("ma", "")])
     with pytest.raises(DataError, match="has 41 tokens; it must have 1 to 40"):
@@ -148,7 +148,7 @@ def test_the_program_refuses_what_it_cannot_do(model, tmp_path, monkeypatch, cap
     assert "is longer than the model" in said(model / "run", "--seq-length", POSITIONS + 1)
 
 
-def test_the_program_as_a_module():
+def test_lm_eval_runs_as_a_module():
     command = [sys.executable, "-m", "megatron.tasks.lm_eval", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "--tensor-model-parallel-size" in done.stdout

@@ -192,7 +192,7 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
         ("B-A L-A U-A", [(0, 2, "A"), (2, 3, "A")]),
     ],
 )
-def test_entities(tags, found):
+def test_entities_are_read_off_tags(tags, found):
     assert list(entities(tags.split())) == found
 
 

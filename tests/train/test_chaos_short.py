@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_three_kills(tmp_path):
+def test_three_kills_lose_nothing(tmp_path):
     """Two layouts, the first also with saving in the background."""
     short = ["--kills", "3", "--iterations", "12", "--layouts", "dp 2, distributed optimizer;pp 2"]
     command = [sys.executable, "benchmarks/chaos.py", *short, "--directory", str(tmp_path)]

@@ -36,7 +36,7 @@ PROGRAM = Path(__file__).parent / "watched.py"
 GPU, CPU = DeviceChoice("a", "cuda", "nccl", "it has 4 GPU(s)"), DeviceChoice("b", "cpu", "gloo", "it has no GPU: no driver")
 
 
-def test_device_and_backend():
+def test_device_and_backend_follow_from_the_gpus():
     assert device_and_backend(LaunchEnvironment(), None, 0) == (torch.device("cpu"), "gloo")
     assert device_and_backend(LaunchEnvironment(3, 4, 3, 4), None, 4) == (torch.device("cuda", 3), "nccl")
     assert device_and_backend(LaunchEnvironment(3, 4, 3, 4), None, 1) == (torch.device("cuda", 0), "gloo")
@@ -45,7 +45,7 @@ def test_device_and_backend():
         device_and_backend(LaunchEnvironment(1, 2, 1, 2), "nccl", 0)
 
 
-def test_what_a_rank_says():
+def test_a_rank_chooses_its_device_with_a_reason():
     """Fewer GPUs than processes mean gloo, but for the one GPU that SLURM shows each task; nccl that cannot be is a problem."""
     device, choice = choose_rank_device(LaunchEnvironment(5, 8, 1, 4, "torchrun"), None, Hardware(2))
     assert device == torch.device("cuda", 1) and (choice.device, choice.backend, choice.gpu_uuid) == ("cuda", "gloo", "")
@@ -60,7 +60,7 @@ def test_what_a_rank_says():
     assert Hardware.detect().gpus or Hardware.detect().why
 
 
-def test_who_fits_together():
+def test_hosts_that_differ_are_named():
     assert device_conflict([GPU, GPU]) is device_conflict([CPU] * 3) is None
     mixed = device_conflict([GPU, GPU, CPU, GPU]) or ""
     assert mixed.startswith(
@@ -113,7 +113,7 @@ def told(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[i
     return ends
 
 
-def test_all_ranks_hear_the_same():
+def test_all_ranks_end_with_the_same_conflict():
     assert told([GPU, GPU, GPU]) == [(0, "")] * 3
     ends = told([GPU, CPU, GPU])
     assert ends == [(2, device_conflict([GPU, CPU, GPU]))] * 3

@@ -126,7 +126,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_rank_fails(start, fault):
+def test_one_failing_rank_ends_the_job_with_its_error(start, fault):
     under_torchrun = fault in ("kill", "raise")
     # Of what runs on forks of a process that has torch, one job shows that nothing hangs on that.
     python = sys.executable if fault == "kill" else WARM
@@ -266,7 +266,7 @@ def test_who_began_earlier_is_to_blame():
         assert not may_wait_for_peer(25.0, [Peer(Heartbeat(FAR, age=30.0, seconds_left=seconds_left))])
 
 
-def test_which_errors_are_echoes():
+def test_errors_that_follow_from_anothers_are_recognized():
     assert is_secondary_error(RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
     try:
         try:
@@ -294,7 +294,7 @@ class BeatenStore:
         return b'{"told by": 1, "text": "", "status": 1}'
 
 
-def test_who_comes_second_is_silent(monkeypatch):
+def test_the_second_rank_to_fail_is_silent(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("megatron.launch.watchdog.write_stderr", said.append)
     monkeypatch.setattr("os._exit", sys.exit)

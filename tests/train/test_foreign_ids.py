@@ -17,7 +17,9 @@ FLAGS = """--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 1
 
 
 @pytest.mark.parametrize("when", ["opened", "met"])
-def test_foreign_ids(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_beyond_the_vocabulary_is_refused(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with IndexedWriter(str(tmp_path / "bad"), np.dtype("<u2")) as writer:
         writer.add_document(np.arange(250, 280), [30])
         writer.finish()

@@ -141,7 +141,7 @@ def test_a_damaged_model_is_refused():
         written(model)
 
 
-def test_devices():
+def test_the_device_of_generation_is_chosen_or_refused():
     assert [choose_device(None, 0).type, choose_device(None, 2).type] == ["cpu", "cuda"]
     assert choose_device("cuda:1", 2) == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="--device cuda:2 is not there: PyTorch finds 2 GPUs"):

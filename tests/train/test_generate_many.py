@@ -258,7 +258,7 @@ def test_the_tool_searches(tool, capsys):
         ("--prompt-file /nowhere", "--prompt-file /nowhere: No such file"),
     ],
 )
-def test_the_tool_refuses(tool, flags, message, capsys):
+def test_the_tool_refuses_bad_requests(tool, flags, message, capsys):
     assert tool(*flags.split()) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1

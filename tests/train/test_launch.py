@@ -19,14 +19,14 @@ SLURM = {
 }
 
 
-def test_torchrun():
+def test_torchruns_variables_are_read():
     environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert LaunchEnvironment.from_environ(environ | {"MASTER_ADDR": "h", "MASTER_PORT": "1"} | SLURM) == LaunchEnvironment(
         5, 8, 1, 4, "torchrun", "h", 1
     )
 
 
-def test_srun():
+def test_slurms_variables_are_read():
     env = LaunchEnvironment.from_environ(SLURM)
     assert (env.rank, env.world_size, env.local_rank, env.local_size, env.address) == (3, 4, 1, 2, "node07")
     assert env.launcher == "srun" and 20000 <= env.port < 32000
@@ -40,7 +40,7 @@ def test_a_batch_script_is_one_process():
     )
 
 
-def test_plain_python():
+def test_plain_python_is_one_process():
     assert LaunchEnvironment.from_environ({}) == LaunchEnvironment()
 
 
@@ -66,7 +66,7 @@ def test_a_broken_variable_is_named():
         ("RANK=1 WORLD_SIZE=2 MASTER_PORT=70000", "MASTER_PORT is 70000", False),
     ],
 )
-def test_what_cannot_be_is_refused(environ, said, own):
+def test_impossible_variables_are_refused(environ, said, own):
     """own: the process itself must say it, where it may be the only one of which it is true."""
     with pytest.raises(LaunchEnvironmentError, match=re.escape(f"the environment variable {said}")) as error:
         LaunchEnvironment.from_environ(dict(pair.split("=") for pair in environ.split()))
@@ -86,7 +86,7 @@ def test_one_host_is_assumed_where_nothing_says_otherwise():
     assert LaunchEnvironment.from_environ({"RANK": "0", "MASTER_ADDR": ""}).address == "127.0.0.1"
 
 
-def test_host_lists():
+def test_slurms_host_lists_are_expanded():
     assert expand_hosts("n[1-3,07],head,gpu[2]-ib") == ["n1", "n2", "n3", "n07", "head", "gpu2-ib"]
 
 

@@ -43,7 +43,7 @@ def ours() -> LockHolder:
     return LockHolder("now", (OWN,))
 
 
-def test_it_comes_and_goes(tmp_path):
+def test_a_lock_is_taken_and_released(tmp_path):
     root = tmp_path / "a" / "run"
     taken = acquire(root, ours(), pytest.fail)
     assert taken is not None and LockHolder.of((root / LOCK_FILE).read_text()) == ours()

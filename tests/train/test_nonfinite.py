@@ -23,7 +23,7 @@ BAD = 3  # the iteration in which something is not finite
 DEEP = replace(GPT2, num_layers=4)
 
 
-def test_an_event_in_words():
+def test_a_nonfinite_event_is_described():
     finding = Finding(1, FORWARD, 0, 3, 5, "the output of layers.12.mlp.down", 2, (7, 8, 9, 11), ": dp 1, tp 1")
     assert str(NonFinite(finding, 2, 8, again=True)) == (
         "the output of layers.12.mlp.down is not finite "

@@ -107,7 +107,9 @@ def test_a_number_of_processes_that_fits(flags: list[str]) -> None:
         ("/none/bin/python a/main.py", "/none/bin/python -m torch.distributed.run --nproc_per_node 2 a/main.py"),
     ],
 )
-def test_the_users_own_words(typed: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_is_advised_in_the_users_own_words(
+    typed: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "torchrun").write_text("")
     (tmp_path / "bin" / "torchrun").chmod(0o755)

@@ -24,7 +24,7 @@ WORDS = {
 
 @pytest.mark.parametrize("how", ["exception", "exit", "SIGKILL"])
 @pytest.mark.parametrize("phase", WORDS)
-def test_one_cause(slices, flags, phase, how):
+def test_a_fault_in_any_phase_gives_one_error(slices, flags, phase, how):
     if how == "exit" and phase not in ("dataset build", "save"):
         pytest.skip("to the others the same as SIGKILL")
     ended = slices([*flags, "--train-iters", "5", "--eval-interval", "2"], fault=(1, phase, 1, how))

@@ -53,7 +53,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "world", "layout"), CASES)
-def test_a_profile(name, world, layout, tmp_path):
+def test_a_profile_records_every_action_and_changes_no_loss(name, world, layout, tmp_path):
     setting = replace(SETTING, schedule=name, **layout)
     results = on_ranks(world, profiled, setting, str(tmp_path / "profile"), TOTAL)
     assert [len(said) for _, said in results] == [1] + [0] * (world - 1)

@@ -68,7 +68,7 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
-def test_a_run_and_its_export(flags, tmp_path, monkeypatch, capsys):
+def test_a_bert_run_trains_and_is_exported(flags, tmp_path, monkeypatch, capsys):
     assert run([*flags, "--tensorboard-dir", tmp_path / "tb"], monkeypatch) == Exit.FINISHED
     out = capsys.readouterr().out
     assert len(re.findall(r"\| lm loss: [\d.E+-]+ \| sop loss: [\d.E+-]+ \| loss scale: 1\.0 \| grad norm", out)) == 12
@@ -127,7 +127,7 @@ def test_a_dry_run(flags, monkeypatch, capsys):
     assert f"{count:,}" in out
 
 
-def test_what_is_refused(flags, sentences, tmp_path, monkeypatch, capsys):
+def test_gpt_settings_and_wrong_checkpoints_are_refused(flags, sentences, tmp_path, monkeypatch, capsys):
     assert run([*flags, "--reset-position-ids", "--seq-length", "4"], monkeypatch) == 2
     err = capsys.readouterr().err
     assert "belongs to GPT (pretrain_gpt.py)" in err and "too short for [CLS]" in err

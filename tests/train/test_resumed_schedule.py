@@ -76,7 +76,7 @@ def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, h
     assert choose_schedule(source, old) == LRSchedule.from_config(old_run.optim, old_run.batch)
 
 
-def test_what_changes_nothing_is_silent():
+def test_changes_without_effect_on_the_schedule_are_silent():
     for config in (run(), run(lr_decay_iters=4), run(4, lr_warmup_fraction=0.0), run(start_weight_decay=0.01)):
         check_schedule(saved(run()), config)
     constant = {"lr_decay_style": "constant"}

@@ -103,13 +103,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("flags", "line"), GOES)
-def test_what_goes_on(disk, flags, line):
+def test_flags_that_go_on_or_start_fresh(disk, flags, line):
     said = start(flags).lines
     assert said == () if not line else said[0].startswith(line) and len(said) == 1
 
 
 @pytest.mark.parametrize(("flags", "why"), REFUSED)
-def test_what_is_refused(disk, flags, why):
+def test_flags_that_would_mix_runs_are_refused(disk, flags, why):
     with pytest.raises(ConfigError) as caught:
         start(flags)
     (problem,) = map(str, caught.value.problems)

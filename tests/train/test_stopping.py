@@ -127,7 +127,7 @@ def test_killed_in_the_last_evaluations(slices, command, flags, whole, tmp_path)
     assert again.statuses == [0, 0] and "nothing is left to train" in again.out
 
 
-def test_without_save(slices, command):
+def test_a_stop_without_save_saves_nothing_and_fails(slices, command):
     ours = command("split")
     del ours[ours.index("--save") : ours.index("--save") + 2]
     del ours[ours.index("--save-interval") : ours.index("--save-interval") + 2]
@@ -151,7 +151,7 @@ def test_a_stop_file_is_obeyed_once(slices, command, tmp_path):
     assert wrong.statuses == [2] and "is a directory, not a file" in wrong.err
 
 
-def test_minutes(slices, command):
+def test_limits_in_minutes_stop_and_save(slices, command):
     """A slot of no length still makes a step; checkpoints by the clock need no interval."""
     short = slices(command("split", "--auto-resume", "--exit-duration-in-mins", "0.0001"))
     assert short.statuses == [75, 75]

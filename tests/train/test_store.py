@@ -41,7 +41,7 @@ def test_a_port_that_is_taken() -> None:
     assert str(error.value).startswith(f"port {port} of host {HOST} is in use by another program") and error.value.status == 2
 
 
-def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_name_is_reported_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def unknown(*where: object, **how: object) -> None:
