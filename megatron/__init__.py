@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from megatron.inference.completions import PromptCompletion, generate
     from megatron.inference.restore import OpenedModel
     from megatron.inference.restore import open_model as load
-    from megatron.interop.checked_export import ExportError
-    from megatron.interop.checked_export import export as export_hf
+    from megatron.interop.checked_export import ExportError, export_hf
     from megatron.launch.environment import LaunchEnvironment
     from megatron.launch.errors import InputError, JobError
     from megatron.launch.job import Job, job
@@ -77,7 +76,7 @@ _HOMES = {
     "OpenedModel": "megatron.inference.restore:OpenedModel",
     "load": "megatron.inference.restore:open_model",
     "ExportError": "megatron.interop.checked_export:ExportError",
-    "export_hf": "megatron.interop.checked_export:export",
+    "export_hf": "megatron.interop.checked_export:export_hf",
     "LaunchEnvironment": "megatron.launch.environment:LaunchEnvironment",
     "InputError": "megatron.launch.errors:InputError",
     "JobError": "megatron.launch.errors:JobError",

@@ -17,7 +17,7 @@ from megatron.config.schema import ModelSettings, RunSettings
 from megatron.contract import StagePart
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import OpenedModel, open_pipeline
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.model.build import MODELS
@@ -80,7 +80,7 @@ def train_and_export(root: Path, steps: int, **change: Any) -> Path:
     saved = to_json(RunSettings(model=config))
     save(root / "run", steps, content, Mesh.single(), config=saved, assets=ByteTokenizer().files())
     if config.architecture == "gpt":
-        export_hf(find(root / "run"), root / "hf")
+        export_weights(find(root / "run"), root / "hf")
         ByteTokenizer().hf_files(root / "hf", POSITIONS)
     return root
 

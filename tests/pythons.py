@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from install import NEWEST, OLDEST  # noqa: E402 - a script beside, which is no package
+from install import MAX_PYTHON, MIN_PYTHON  # noqa: E402 - a script beside, which is no package
 
 
 class Interpreter(NamedTuple):
@@ -51,7 +51,7 @@ def probe(command: str) -> Interpreter | None:
 
 def candidates() -> Iterator[str]:
     """Yield where Pythons may be: names on PATH first, then pyenv's, the newest release of each version first."""
-    for minor in range(OLDEST[1], NEWEST[1] + 1):
+    for minor in range(MIN_PYTHON[1], MAX_PYTHON[1] + 1):
         yield f"python3.{minor}"
     yield "python3"
     places = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
@@ -64,7 +64,7 @@ def interpreters() -> list[Interpreter]:
     found: dict[tuple[int, ...], Interpreter] = {}
     for command in candidates():
         python = probe(command)
-        if python is not None and OLDEST <= python.version[:2] <= NEWEST:
+        if python is not None and MIN_PYTHON <= python.version[:2] <= MAX_PYTHON:
             found.setdefault(python.version[:2], python)
     return [found[version] for version in sorted(found)]
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = parser.parse_args(arguments).pythons
     answers = [(name, probe(name)) for name in named] or [(python.path, python) for python in interpreters()]
     if not answers:
-        oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+        oldest, newest = (".".join(map(str, version)) for version in (MIN_PYTHON, MAX_PYTHON))
         print(f"error: no Python {oldest} to {newest} on PATH or in ~/.pyenv/versions; name one: PYTHONS=...", file=sys.stderr)
         return 2
     rows, passed = [], True

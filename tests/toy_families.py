@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron.config.schema import ModelConfig
-from megatron.interop.families.family import NUMBER, Field, HFClass
+from megatron.interop.families.family import NUMBER, ConfigField, HFClass
 from megatron.interop.families.llama import LLAMA
-from megatron.interop.tensor_mapping import GAMMA, SAME, Form, Row, Tensors, join_qkv, split_qkv
+from megatron.interop.tensor_mapping import GAMMA, SAME, Conversion, TensorMapping, Tensors, join_qkv, split_qkv
 
 
 def stack_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
@@ -32,37 +32,39 @@ def split_stacked_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 ROWS = (
-    Row("embedding.word.weight", ("toy.tokens.matrix",), SAME),
-    Row("layers.{n}.input_norm.weight", ("toy.blocks.{n}.before_attention.scale",), GAMMA),
-    Row("layers.{n}.attention.qkv.weight", ("toy.blocks.{n}.attention.stacked",), Form(stack_qkv, split_stacked_qkv)),
-    Row("layers.{n}.attention.dense.weight", ("toy.blocks.{n}.attention.out",), SAME),
-    Row("layers.{n}.mlp_norm.weight", ("toy.blocks.{n}.before_mlp.scale",), GAMMA),
-    Row("layers.{n}.mlp.gate.weight", ("toy.blocks.{n}.mlp.opens",), SAME),
-    Row("layers.{n}.mlp.up.weight", ("toy.blocks.{n}.mlp.wide",), SAME),
-    Row("layers.{n}.mlp.down.weight", ("toy.blocks.{n}.mlp.narrow",), SAME),
-    Row("final_norm.weight", ("toy.last.scale",), GAMMA),
-    Row("head.weight", ("words.matrix",), SAME),
+    TensorMapping("embedding.word.weight", ("toy.tokens.matrix",), SAME),
+    TensorMapping("layers.{n}.input_norm.weight", ("toy.blocks.{n}.before_attention.scale",), GAMMA),
+    TensorMapping(
+        "layers.{n}.attention.qkv.weight", ("toy.blocks.{n}.attention.stacked",), Conversion(stack_qkv, split_stacked_qkv)
+    ),
+    TensorMapping("layers.{n}.attention.dense.weight", ("toy.blocks.{n}.attention.out",), SAME),
+    TensorMapping("layers.{n}.mlp_norm.weight", ("toy.blocks.{n}.before_mlp.scale",), GAMMA),
+    TensorMapping("layers.{n}.mlp.gate.weight", ("toy.blocks.{n}.mlp.opens",), SAME),
+    TensorMapping("layers.{n}.mlp.up.weight", ("toy.blocks.{n}.mlp.wide",), SAME),
+    TensorMapping("layers.{n}.mlp.down.weight", ("toy.blocks.{n}.mlp.narrow",), SAME),
+    TensorMapping("final_norm.weight", ("toy.last.scale",), GAMMA),
+    TensorMapping("head.weight", ("words.matrix",), SAME),
 )
 FIELDS = MappingProxyType(
     {
-        "vocab_size": Field(int, 32000, "vocab_size"),
-        "width": Field(int, 4096, "hidden_size"),
-        "inner_width": Field(int, 11008, "ffn_hidden_size"),
-        "depth": Field(int, 32, "num_layers"),
-        "heads": Field(int, 32, "num_attention_heads"),
-        "shared_heads": Field(int, None, "num_query_groups"),
-        "head_width": Field(int, None, "kv_channels"),
-        "longest": Field(int, 2048, "max_position_embeddings"),
-        "epsilon": Field(float, 1e-6, "layernorm_epsilon"),
-        "base": Field(NUMBER, 10000.0, "rotary_base"),
-        "dropout": Field(NUMBER, 0.0, "attention_dropout"),
-        "initializer_range": Field(float, 0.02, "init_method_std"),
-        "tie_word_embeddings": Field(bool, False),
+        "vocab_size": ConfigField(int, 32000, "vocab_size"),
+        "width": ConfigField(int, 4096, "hidden_size"),
+        "inner_width": ConfigField(int, 11008, "ffn_hidden_size"),
+        "depth": ConfigField(int, 32, "num_layers"),
+        "heads": ConfigField(int, 32, "num_attention_heads"),
+        "shared_heads": ConfigField(int, None, "num_query_groups"),
+        "head_width": ConfigField(int, None, "kv_channels"),
+        "longest": ConfigField(int, 2048, "max_position_embeddings"),
+        "epsilon": ConfigField(float, 1e-6, "layernorm_epsilon"),
+        "base": ConfigField(NUMBER, 10000.0, "rotary_base"),
+        "dropout": ConfigField(NUMBER, 0.0, "attention_dropout"),
+        "initializer_range": ConfigField(float, 0.02, "init_method_std"),
+        "tie_word_embeddings": ConfigField(bool, False),
     }
 )
 
 
-def settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def to_settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
@@ -72,11 +74,11 @@ def settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, A
     }
 
 
-def config(model: ModelConfig) -> dict[str, Any]:
+def to_fields(model: ModelConfig) -> dict[str, Any]:
     return {
-        name: getattr(model, field.ours)
+        name: getattr(model, field.native)
         for name, field in FIELDS.items()
-        if field.ours is not None and name != "initializer_range"
+        if field.native is not None and name != "initializer_range"
     }
 
 
@@ -89,11 +91,11 @@ TOY_LLAMA = replace(
     model_type="toy_llama",
     classes=(HFClass("ToyLlamaForCausalLM", ROWS),),
     fields=FIELDS,
-    settings=settings,
-    config=config,
+    to_settings=to_settings,
+    to_fields=to_fields,
     unsupported=unsupported,
-    unwritten={"hidden_dropout": "a toy has no hidden dropout"},
-    prefix="toy.",
-    heads=("words.",),
-    copies={"words.matrix": "toy.tokens.matrix"},
+    unwritten_settings={"hidden_dropout": "a toy has no hidden dropout"},
+    tensor_prefix="toy.",
+    head_prefixes=("words.",),
+    tied_copies={"words.matrix": "toy.tokens.matrix"},
 )

@@ -31,8 +31,8 @@ with loading():
     from megatron.pipeline.schedules.simulate import Costs, Timeline, simulate
 
 
-def costs_of(text: str) -> Costs:
-    """Four times from "F,B,W,COMM". ValueError when they are not four finite numbers of 0 or more."""
+def parse_costs(text: str) -> Costs:
+    """Return the four times of "F,B,W,COMM". ValueError when they are not four finite numbers of 0 or more."""
     try:
         forward, backward, weight, communication = (float(part) for part in text.split(","))
     except ValueError:
@@ -40,8 +40,8 @@ def costs_of(text: str) -> Costs:
     return Costs(forward, backward, weight, communication)
 
 
-def describe(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
-    """The numbers of the drawing, as JSON."""
+def describe_timeline(schedule: Schedule, timeline: Timeline) -> dict[str, object]:
+    """Return the numbers of the drawing, as the JSON object that --json prints."""
     return {
         "schedule": schedule.name,
         "stages": schedule.ranks,
@@ -67,7 +67,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         schedule = make(given.schedule, given.stages, given.microbatches, given.chunks)
-        timeline = simulate(schedule, costs_of(given.costs))
+        timeline = simulate(schedule, parse_costs(given.costs))
         if not math.isfinite(timeline.makespan):
             raise ValueError(f"--costs {given.costs} add up to more than a number can hold")
         if given.output is not None:
@@ -82,7 +82,7 @@ def main() -> int:
         print(f"error: cannot write {given.output}: {error.strerror}", file=sys.stderr)
         return 1
     if given.json:
-        print(json.dumps(describe(schedule, timeline), indent=1))
+        print(json.dumps(describe_timeline(schedule, timeline), indent=1))
     elif given.output is None:
         print(draw_text(schedule, timeline, max(40, shutil.get_terminal_size((120, 24)).columns)))
     else:

@@ -23,7 +23,7 @@ with loading():
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = arguments()
+    given = parse_arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 
     import torch
@@ -49,10 +49,10 @@ def main() -> int:
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
     from megatron.files.outputs import OutputError
-    from megatron.interop.checked_export import ExportError, export
+    from megatron.interop.checked_export import ExportError, export_hf
 
     try:
-        source = export(
+        source = export_hf(
             given.load,
             given.output,
             iteration=given.load_iteration,

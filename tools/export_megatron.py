@@ -20,7 +20,7 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = arguments()
+    given = parse_arguments()
 
     from megatron.checkpoint.find import find
     from megatron.checkpoint.layout import CheckpointError, read_manifest

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         )
         with job(env, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
             own = device if env.world_size == 1 else started.device
-            answers, notes = answer(args, started, grid, own, prompts)
+            answers, notes = complete_prompts(args, started, grid, own, prompts)
     except REFUSED as error:
         return report_refusal(error, env)
     if env.rank == 0:
@@ -87,13 +87,27 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def answer(
+def complete_prompts(
     args: argparse.Namespace, started: Job, grid: Grid, device: torch.device, prompts: list[str]
 ) -> tuple[list[dict[str, object]], str]:
-    """Each prompt with what the model adds, and what there is to say about it. Collective."""
+    """Complete each prompt. Collective.
+
+    Args:
+        args: the command line.
+        started: this process's job.
+        grid: over which the model is cut.
+        device: of this process.
+        prompts: texts.
+
+    Returns:
+        Of each prompt the JSON object of its text, and notes for the user, each with a newline.
+
+    Raises:
+        ValueError: for a --stop-token or a prompt that does not fit the model.
+    """
     mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     opened = open_pipeline(args.load, mesh, iteration=args.load_iteration, device=device)
-    found = generate(
+    completions = generate(
         opened,
         prompts,
         max_new_tokens=args.max_new_tokens,
@@ -108,20 +122,21 @@ def answer(
         use_cache=not args.no_cache,
     )
     answers, notes = [], ""
-    for one in found:
-        if one.positions_left is not None:
+    for completion in completions:
+        if completion.positions_left is not None:
             notes += (
-                f"note: --max-new-tokens {args.max_new_tokens} was cut to {one.positions_left}: the model ends at position "
-                f"{one.prompt_tokens + one.positions_left}, and the prompt takes {one.prompt_tokens}\n"
+                f"note: --max-new-tokens {args.max_new_tokens} was cut to {completion.positions_left}: the model ends at position "
+                f"{completion.prompt_tokens + completion.positions_left}, and the prompt takes {completion.prompt_tokens}\n"
             )
         answers.append(
-            {"prompt": one.prompt, "text": one.text, "end": one.end} | ({} if one.score is None else {"score": one.score})
+            {"prompt": completion.prompt, "text": completion.text, "end": completion.end}
+            | ({} if completion.score is None else {"score": completion.score})
         )
     return answers, notes
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are left out. ValueError for a file without any, and for a line that is none."""
+    """Read one prompt a line; empty lines are left out. ValueError for a file without any, and for a line that is none."""
     try:
         lines = read_text(path, MAX_PROMPTS_BYTES, pipes=True).split("\n")
     except (OSError, UnicodeDecodeError) as error:

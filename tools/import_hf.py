@@ -23,7 +23,7 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=non_empty_path, required=True, metavar="DIR", help="the Hugging Face directory")
@@ -46,42 +46,42 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def note(line: str) -> None:
-    """Tell the user something that is no error."""
+def print_note(line: str) -> None:
+    """Print a line that is no error to standard error."""
     print(f"note: {line}", file=sys.stderr)
 
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = arguments()
+    given = parse_arguments()
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; transformers must not look further
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
     from megatron.files.outputs import OutputError, check_folder
-    from megatron.interop.checked_import import compare, rows_and_tokens, store
-    from megatron.interop.compare_logits import LogitsError, compared_with_source
+    from megatron.interop.checked_import import check_weights, vocabulary_mismatch, write_imported
+    from megatron.interop.compare_logits import LogitsError, compare_with_source
     from megatron.interop.hf_import import read_hf
     from megatron.interop.hf_tokenizers import import_tokenizer
-    from megatron.interop.megatron_lm import resized
-    from megatron.interop.side_files import of_source
-    from megatron.interop.whole_tensors import refuse_taken
+    from megatron.interop.megatron_tensors import resize_vocabulary
+    from megatron.interop.side_files import read_side_files
+    from megatron.interop.whole_tensors import check_save_root
 
     try:
         check_folder("--save", given.save, [given.input])
-        refuse_taken(given.save, 0)
-        config, weights = read_hf(given.input, say=note)
-        compare(config, weights)
-        tokenizer = import_tokenizer(given.input, note) if given.tokenizer else None
+        check_save_root(given.save, 0)
+        config, weights = read_hf(given.input, say=print_note)
+        check_weights(config, weights)
+        tokenizer = import_tokenizer(given.input, print_note) if given.tokenizer else None
         print(
-            compared_with_source(given.input, config, weights)
+            compare_with_source(given.input, config, weights)
             if given.verify
             else "not compared with transformers (--no-verify)"
         )
         if given.vocab_size is not None:
-            config, weights = replace(config, vocab_size=given.vocab_size), resized(weights, given.vocab_size)
-        kept = of_source(given.input, tokenizer=tokenizer is not None)
-        made = store(given.save, config, weights, tokenizer, kept=kept)
+            config, weights = replace(config, vocab_size=given.vocab_size), resize_vocabulary(weights, given.vocab_size)
+        kept = read_side_files(given.input, tokenizer=tokenizer is not None)
+        made = write_imported(given.save, config, weights, tokenizer, kept=kept)
     except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -92,10 +92,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if tokenizer is not None:
-        if line := rows_and_tokens(config, tokenizer):
-            note(line)
+        if line := vocabulary_mismatch(config, tokenizer):
+            print_note(line)
     elif given.tokenizer:
-        note("there are no files of a tokenizer that is known, so the checkpoint has no tokenizer")
+        print_note("there are no files of a tokenizer that is known, so the checkpoint has no tokenizer")
     print(f"imported {given.input} to {made}: {sum(t.numel() for t in weights.values()):,} parameters")
     return 0
 

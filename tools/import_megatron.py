@@ -22,7 +22,7 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -37,22 +37,23 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the tool, and return its exit status."""
-    given = arguments()
+    given = parse_arguments()
 
     from megatron.checkpoint.layout import CheckpointError
     from megatron.data.errors import DataError
     from megatron.files.outputs import OutputError, check_folder
-    from megatron.interop.checked_import import chosen_tokenizer, store
+    from megatron.interop.checked_import import tokenizer_from_flags, write_imported
     from megatron.interop.megatron_files import read_megatron
 
     try:
-        tokenizer, vocab_size = chosen_tokenizer(tokenizer_config(given))
-        one = given.load.name == "release" or given.load.name.startswith("iter_")
-        check_folder("--save", given.save, [given.load, *([given.load.parent] if one else [])])
+        tokenizer, vocab_size = tokenizer_from_flags(tokenizer_config(given))
+        # Of a single iteration the directory above it is Megatron-LM's as well.
+        single = given.load.name == "release" or given.load.name.startswith("iter_")
+        check_folder("--save", given.save, [given.load, *([given.load.parent] if single else [])])
         found = read_megatron(given.load, vocab_size)
         for note in found.notes:
             print(f"note: {note}", file=sys.stderr)
-        made = store(given.save, found.config, found.weights, tokenizer, found.iteration)
+        made = write_imported(given.save, found.config, found.weights, tokenizer, found.iteration)
     except (OutputError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: its iteration, configuration, scalars, tensors and files.
+"""Show what a checkpoint holds: its iteration, configuration, scalars, tensors and files.
 
     python tools/inspect_checkpoint.py runs/gpt [--json]
 
@@ -24,8 +24,8 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
-def describe(directory: Path) -> dict[str, Any]:
-    """Everything but the tensors' values, as JSON."""
+def describe_checkpoint(directory: Path) -> dict[str, Any]:
+    """Return everything but the tensors' values, as the JSON object that --json prints. CheckpointError when damaged."""
     manifest = read_manifest(directory)
     return {
         "directory": str(directory),
@@ -41,25 +41,26 @@ def describe(directory: Path) -> dict[str, Any]:
     }
 
 
-def table(about: dict[str, Any], others: list[int]) -> list[str]:
-    """The same for people."""
+def format_checkpoint(checkpoint: dict[str, Any], others: list[int]) -> list[str]:
+    """Return the same as lines for people. others: the iterations beside it."""
+    counts = f"{checkpoint['parameters']:,} parameters, {checkpoint['bytes']:,} bytes"
     lines = [
-        f"{about['directory']}: iteration {about['iteration']}, {about['parameters']:,} parameters, {about['bytes']:,} bytes",
+        f"{checkpoint['directory']}: iteration {checkpoint['iteration']}, {counts}",
         f"iterations beside it: {', '.join(map(str, others)) or 'none'}",
         "",
     ]
-    for section, values in about["config"].items():
+    for section, values in checkpoint["config"].items():
         listed = values.items() if isinstance(values, dict) else [("", values)]
         set_ones = ", ".join(f"{k} {v}" for k, v in listed if v not in (None, [], ""))
         lines.append(f"config {section}: {set_ones}")
-    lines += [f"state {part}: {json.dumps(values)}" for part, values in about["state"].items()]
+    lines += [f"state {part}: {json.dumps(values)}" for part, values in checkpoint["state"].items()]
     lines.append("")
-    width = max(map(len, about["tensors"]), default=0)
-    for name, t in about["tensors"].items():
+    width = max(map(len, checkpoint["tensors"]), default=0)
+    for name, t in checkpoint["tensors"].items():
         pieces = "" if t["pieces"] == 1 else f"  in {t['pieces']} pieces"
         lines.append(f"{name:{width}}  {t['dtype']:4}  {' x '.join(map(str, t['shape'])) or 'scalar'}{pieces}")
     lines.append("")
-    lines += [f"{r['bytes']:>16,}  {name}" for name, r in about["files"].items()]
+    lines += [f"{r['bytes']:>16,}  {name}" for name, r in checkpoint["files"].items()]
     return lines
 
 
@@ -74,12 +75,12 @@ def main() -> int:
     given = parser.parse_args()
     try:
         directory = find(given.directory, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
-        about = describe(directory)
+        checkpoint = describe_checkpoint(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    beside = [n for n in iterations(directory.parent) if n != about["iteration"]]
-    print(json.dumps(about, indent=1) if given.json else "\n".join(table(about, beside)))
+    beside = [n for n in iterations(directory.parent) if n != checkpoint["iteration"]]
+    print(json.dumps(checkpoint, indent=1) if given.json else "\n".join(format_checkpoint(checkpoint, beside)))
     return 0
 
 

@@ -27,33 +27,46 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_name, non_negative_int
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument(
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
         "prefix", type=non_empty_name, nargs="+", metavar="PREFIX", help="a dataset, or a blend as --data-path takes it"
     )
-    p.add_argument(
+    parser.add_argument(
         "--samples", type=non_negative_int, default=0, help="also the first N training samples of a run with --train-samples N"
     )
-    p.add_argument("--split", default=DataSettings().split, help="shares of training, validation and test documents")
-    p.add_argument("--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments")
-    p.add_argument("--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there")
-    p.add_argument("--mask-prob", type=float, default=DataSettings().mask_prob, help="of BERT: share of tokens to guess")
-    p.add_argument(
+    parser.add_argument("--split", default=DataSettings().split, help="shares of training, validation and test documents")
+    parser.add_argument(
+        "--model", choices=("gpt", "bert"), default="gpt", help="whose samples; BERT's are pairs of masked segments"
+    )
+    parser.add_argument(
+        "--bert-no-binary-head", action="store_true", help="of BERT: one segment a sample, as with this flag there"
+    )
+    parser.add_argument("--mask-prob", type=float, default=DataSettings().mask_prob, help="of BERT: share of tokens to guess")
+    parser.add_argument(
         "--short-seq-prob", type=float, default=DataSettings().short_seq_prob, help="of BERT: share of short samples"
     )
-    p.add_argument("--seq-length", type=int, help="tokens per sample")
-    p.add_argument("--seed", type=int, default=1234, help="the run's seed")
-    p.add_argument("--data-cache-path", help="directory for built sample indices")
-    p.add_argument("--documents", type=non_negative_int, default=3, help="how many documents to decode")
-    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    add_tokenizer_flags(p)
-    return p
+    parser.add_argument("--seq-length", type=int, help="tokens per sample")
+    parser.add_argument("--seed", type=int, default=1234, help="the run's seed")
+    parser.add_argument("--data-cache-path", help="directory for built sample indices")
+    parser.add_argument("--documents", type=non_negative_int, default=3, help="how many documents to decode")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    add_tokenizer_flags(parser)
+    return parser
 
 
-def describe(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int) -> dict[str, Any]:
-    """The dataset's counts, sidecar, and its first documents as ids and, with a tokenizer, as text."""
+def describe_dataset(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int) -> dict[str, Any]:
+    """Return the dataset's counts, its sidecar, and its first documents as ids and, with a tokenizer, as text.
+
+    Args:
+        dataset: opened.
+        tokenizer: that made it, if it is known.
+        documents: how many of the first to decode.
+
+    Raises:
+        DataError: for ids that the tokenizer does not have.
+    """
     first = []
     for number in range(min(documents, dataset.document_count)):
         begin, end = dataset.documents[number : number + 2].tolist()
@@ -80,7 +93,7 @@ def describe(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: in
 
 
 def recorded_tokenizer(dataset: IndexedDataset) -> Tokenizer | None:
-    """The tokenizer that the sidecar names, if its files are still there and the same."""
+    """Return the tokenizer that the sidecar names, if its files are still there and the same."""
     meta = dataset.meta()
     try:
         tokenizer = build_tokenizer(TokenizerConfig(**meta["tokenizer"]))
@@ -90,7 +103,7 @@ def recorded_tokenizer(dataset: IndexedDataset) -> Tokenizer | None:
 
 
 def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> list[Any]:
-    """The first `--samples` training samples: of GPT their ids, of BERT all that the model sees and is asked."""
+    """Return the first `--samples` training samples: of GPT their ids, of BERT all that the model sees and is asked."""
     if args.seq_length is None or args.seq_length < 1:
         raise DataError("--samples needs --seq-length, the tokens of a sample")
     data = DataConfig(
@@ -105,22 +118,42 @@ def training_samples(args: argparse.Namespace, tokenizer: Tokenizer | None) -> l
         return [sample.tokens.tolist() for sample in first_samples(args, data, tokenizer, None)]
     if tokenizer is None:
         raise DataError("--model bert needs the tokenizer, which knows [CLS], [SEP] and [MASK]: give --tokenizer-type")
-    make = pairs(data, args.seed, tokenizer, binary=not args.bert_no_binary_head)
-    return [pair(sample, tokenizer) for sample in first_samples(args, data, tokenizer, make)]
+    make = bert_samples(data, args.seed, tokenizer, binary=not args.bert_no_binary_head)
+    return [describe_bert_sample(sample, tokenizer) for sample in first_samples(args, data, tokenizer, make)]
 
 
 def first_samples(
     args: argparse.Namespace, data: DataConfig, tokenizer: Tokenizer | None, make: MakeDataset | None
 ) -> list[Any]:
-    """Return the first training samples of a run with these flags. DataError where there are none."""
+    """Return the first training samples of a run with these flags.
+
+    Args:
+        args: the command line.
+        data: of the run.
+        tokenizer: that made the data, if it is known.
+        make: of BERT makes its samples; None for GPT's.
+
+    Raises:
+        DataError: where the training split has none.
+    """
     training, _, _ = build_datasets(data, args.seed, (args.samples, 0, 0), tokenizer, make)
     if training is None:
         raise DataError(f"--split {args.split} gives the training split nothing")
     return [training[number] for number in range(args.samples)]
 
 
-def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
-    """BERT's samples. DataError for settings that pretrain_bert.py would refuse."""
+def bert_samples(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) -> MakeDataset:
+    """Return the function that makes BERT's samples.
+
+    Args:
+        data: of the run.
+        seed: of the run.
+        tokenizer: with [CLS], [SEP] and [MASK].
+        binary: whether a sample is two segments, as for the binary head.
+
+    Raises:
+        DataError: for settings that pretrain_bert.py would refuse.
+    """
     if wrong := [str(problem) for name, problem in out_of_range(RunSettings(data=data)) if name.startswith("data.")]:
         raise DataError("; ".join(wrong))
     if data.seq_length < SPECIAL_TOKENS + 2:
@@ -128,18 +161,18 @@ def pairs(data: DataConfig, seed: int, tokenizer: Tokenizer, *, binary: bool) ->
     return bert_dataset_maker(data, seed, tokenizer, binary=binary)
 
 
-def pair(sample: PairSample, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A sample of BERT for JSON. first: tokens of the first segment. guess: position -> the id that stood there."""
+def describe_bert_sample(sample: PairSample, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a sample of BERT for JSON. `first`: tokens of the first segment. `guess`: position -> the id that stood there."""
     ids = sample.tokens.tolist()
-    guess = {int(place): int(sample.labels[place]) for place in sample.loss_mask.nonzero()[0]}
+    guess = {int(position): int(sample.labels[position]) for position in sample.loss_mask.nonzero()[0]}
     pieces = [
         f"{tokenizer.piece(i)}={tokenizer.piece(guess[n])}" if n in guess else tokenizer.piece(i) for n, i in enumerate(ids)
     ]
     return dict(tokens=ids, first=sample.first_length, swapped=sample.swapped, guess=guess, text=" ".join(pieces))
 
 
-def show(report: dict[str, Any]) -> None:
-    """The report for people."""
+def print_report(report: dict[str, Any]) -> None:
+    """Print the report for people."""
     for dataset in report["datasets"]:
         print(f"{dataset['prefix']}: {dataset['documents']} documents, {dataset['sequences']} sequences, "
               f"{dataset['tokens']} tokens of {dataset['dtype']}")  # fmt: skip
@@ -158,7 +191,7 @@ def show(report: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool, and return its exit status."""
-    args = parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     prefixes, _ = parse_blend(args.prefix, "PREFIX")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
@@ -166,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         adopt_data_roles(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
-    report: dict[str, Any] = {"datasets": [describe(dataset, tokenizer, args.documents) for dataset in datasets]}
+    report: dict[str, Any] = {"datasets": [describe_dataset(dataset, tokenizer, args.documents) for dataset in datasets]}
     if len(datasets) == 1:
         report = {**report["datasets"][0], **report}
     if args.samples > 0:
@@ -174,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        show(report)
+        print_report(report)
     return 0
 
 

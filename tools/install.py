@@ -17,16 +17,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = (3, 11)
-NEWEST = (3, 14)  # the last one that the torch of constraints.txt has builds for
+MIN_PYTHON = (3, 11)
+MAX_PYTHON = (3, 14)  # the last one that the torch of constraints.txt has builds for
 
 
 class InstallError(Exception):
-    """What stands in the way, in words; exit 1."""
+    """The installation cannot be made; the message says why."""
 
 
 def pip(python, *arguments):
-    """Run pip quietly; its own output is shown when it fails."""
+    """Run pip quietly. InstallError with its own output when it fails."""
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *map(str, arguments)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
@@ -34,7 +34,7 @@ def pip(python, *arguments):
 
 
 def has_pip(python):
-    """Whether `python` is there and can install; a half-made environment cannot."""
+    """Return whether `python` is there and can install; a half-made environment cannot."""
     command = [str(python), "-m", "pip", "--version"]
     return python.exists() and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -44,8 +44,8 @@ def say(text):
     print(text, flush=True)
 
 
-def stamp_of(python_version):
-    """Changes whenever an installation would come out differently."""
+def installation_digest(python_version):
+    """Return a text that changes whenever an installation would come out differently."""
     digest = hashlib.sha256(f"{python_version} {ROOT}".encode())
     for name in ("pyproject.toml", "constraints.txt", "tools/install.py"):
         digest.update((ROOT / name).read_bytes())
@@ -56,11 +56,11 @@ def check_version(venv):
     """Return why the Python that runs this will not do, in one line, or None. With `system` its torch is there already."""
     found = ".".join(map(str, sys.version_info[:3]))
     torch = re.search("torch==(.*)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))[1]
-    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    oldest, newest = (".".join(map(str, version)) for version in (MIN_PYTHON, MAX_PYTHON))
     text = None
-    if sys.version_info < OLDEST:
+    if sys.version_info < MIN_PYTHON:
         text = f"Python {oldest} or newer is needed"
-    elif venv != "system" and sys.version_info[:2] > NEWEST:
+    elif venv != "system" and sys.version_info[:2] > MAX_PYTHON:
         text = f"torch {torch} needs Python {oldest} to {newest}"
     return text and f"{text}, {sys.executable} is {found}; name another: make PYTHON=python3.12 ..."
 
@@ -83,7 +83,7 @@ def install_in_venv(venv):
     if python.exists():
         check_same_python(venv, python)
     stamp = venv / "megatron-installed"
-    wanted = stamp_of(sys.version)
+    wanted = installation_digest(sys.version)
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     if not has_pip(python):
@@ -96,33 +96,33 @@ def install_in_venv(venv):
     say("installing torch (the large download)")
     pip(python, "install", "-c", "constraints.txt", "torch", "setuptools")
     say("installing megatron and its other needs")
-    if has_old(python):  # or one project would be there twice
+    if has_old_name(python):  # or one project would be there twice
         pip(python, "uninstall", "--yes", OLD_NAME)
     pip(python, "install", "-c", "constraints.txt", "-e", ".[dev]")
     stamp.write_text(wanted)
 
 
-def name_of(requirement):
+def distribution_name(requirement):
     """Return the bare, normalised name of `tokenizers>=0.20` or `megatron-plain[hf]`."""
     name = "".join(c if c.isalnum() or c in "-_." else " " for c in requirement).split()[0]
     return name.lower().replace("_", "-").replace(".", "-")
 
 
-def asked_for(extra, project):
-    """The requirements of an extra and of those that it names in turn, as `NAME[hf,zstd]` of this very project."""
+def list_requirements(extra, project):
+    """Yield the requirements of an extra and of those that it names in turn, as `NAME[hf,zstd]` of this very project."""
     for requirement in project["optional-dependencies"][extra]:
         named = re.match(re.escape(project["name"]) + r"\[(.*)\]", requirement)
         if named is None:
             yield requirement
         for other in named[1].split(",") if named else ():
-            yield from asked_for(other.strip(), project)
+            yield from list_requirements(other.strip(), project)
 
 
 OLD_NAME = "megatron"  # under which earlier versions of this project were installed
 
 
-def has_old(python):
-    """Whether this checkout is installed under its old name. A package of that name from elsewhere is somebody else's."""
+def has_old_name(python):
+    """Return whether this checkout is installed under its old name. A package of that name from elsewhere is another."""
     code = "from importlib.metadata import distribution as d; print(d('" + OLD_NAME + "').read_text('direct_url.json') or '')"
     found = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
     return '"' + ROOT.as_uri() + '"' in found.stdout
@@ -133,22 +133,22 @@ def install_in_place():
     import tomllib  # neither is there in the old versions that main() has ruled out by now
     from importlib import metadata
 
-    present = {name_of(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    present = {distribution_name(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
     if "torch" not in present:
         raise InstallError(f"VENV=system uses the torch of {sys.executable}, which has none; install it, or leave VENV= away")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [*project["dependencies"], *asked_for("dev", project)]
-    missing = [r for r in listed if name_of(r) != project["name"] and name_of(r) not in present]
+    listed = [*project["dependencies"], *list_requirements("dev", project)]
+    missing = [r for r in listed if distribution_name(r) != project["name"] and distribution_name(r) not in present]
     if missing:
-        say("installing " + ", ".join(sorted({name_of(r) for r in missing})))
+        say("installing " + ", ".join(sorted({distribution_name(r) for r in missing})))
         pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line]
-        kept = [pin for pin in pins if name_of(pin) not in present]
+        kept = [pin for pin in pins if distribution_name(pin) not in present]
         kept += [f"{name}=={version}" for name, version in sorted(present.items()) if name != project["name"]]
         with tempfile.TemporaryDirectory() as folder:
             constraints = Path(folder) / "constraints.txt"
             constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
             pip(sys.executable, "install", "-c", constraints, *missing)
-    if project["name"] not in present and not has_old(sys.executable):
+    if project["name"] not in present and not has_old_name(sys.executable):
         say("installing megatron")
         pip(sys.executable, "install", "--no-deps", "-e", ".")
 

@@ -19,8 +19,8 @@ with loading():
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool, and return its exit status."""
-    p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument(
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
         "--input",
         type=non_empty_name,
         required=True,
@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar="DIR_OR_PREFIX",
         help="prefixes, or a directory for all in it",
     )
-    p.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
-    args = p.parse_args(argv)
+    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
+    args = parser.parse_args(argv)
     prefixes = find_prefixes(args.input)
     joined = merge_datasets(prefixes, args.output_prefix)
     print(f"{args.output_prefix}: {len(prefixes)} datasets, {joined.document_count} documents, {joined.token_count} tokens")

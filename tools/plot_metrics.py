@@ -34,8 +34,8 @@ class MetricsError(Exception):
     """The file cannot be drawn; the message says why."""
 
 
-def read(path: Path) -> tuple[Points, Points]:
-    """Training and validation points, (iteration, loss), each sorted by iteration.
+def read_losses(path: Path) -> tuple[Points, Points]:
+    """Read the training and validation points, (iteration, loss), each sorted by iteration.
 
     A later line for the same iteration replaces the earlier one (a run that was resumed). MetricsError for a file that is
     missing, not JSON lines, or without a single training loss.
@@ -72,19 +72,31 @@ def read(path: Path) -> tuple[Points, Points]:
     return sorted(train.items()), sorted(validation.items())
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) that lie in [low, high], about `about` of them."""
+def choose_ticks(low: float, high: float, count: int) -> list[float]:
+    """Return round numbers, 1, 2 or 5 times a power of ten apart.
+
+    Args:
+        low: which the first does not fall below.
+        high: which the last does not exceed.
+        count: of numbers, roughly.
+    """
     if high <= low:
         return [low]
-    rough = (high - low) / about
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw(train: Points, validation: Points, title: str) -> str:
-    """The curve as the text of an SVG file."""
+def draw_losses(train: Points, validation: Points, title: str) -> str:
+    """Draw the curves as the text of an SVG file.
+
+    Args:
+        train: at least one point.
+        validation: points, or none.
+        title: above the curves.
+    """
     everything = train + validation
     x_low, x_high = 0.0, max(x for x, _ in everything)
     y_low, y_high = min(y for _, y in everything), max(y for _, y in everything)
@@ -118,9 +130,9 @@ def draw(train: Points, validation: Points, title: str) -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         words(LEFT, 26, title, font_size="15"),
     ]
-    for y in ticks(y_low, y_high, 6):
+    for y in choose_ticks(y_low, y_high, 6):
         out += [line(LEFT, at_y(y), right, at_y(y), FAINT), words(LEFT - 8, at_y(y) + 4, f"{y:g}", text_anchor="end")]
-    for x in ticks(x_low, x_high, 8):
+    for x in choose_ticks(x_low, x_high, 8):
         out += [line(at_x(x), bottom, at_x(x), bottom + 5, INK), words(at_x(x), bottom + 20, f"{x:g}", text_anchor="middle")]
     out.append(line(LEFT, bottom, right, bottom, INK))
     out.append(words((LEFT + right) / 2, HEIGHT - 12, "iteration", text_anchor="middle"))
@@ -144,10 +156,10 @@ def main() -> int:
     parser.add_argument("--title", default="Loss", help="heading of the picture")
     arguments = parser.parse_args()
     try:
-        train, validation = read(arguments.metrics)
+        train, validation = read_losses(arguments.metrics)
         check_picture("--output", arguments.output, [arguments.metrics])
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.output, draw(train, validation, arguments.title))
+        write_whole(arguments.output, draw_losses(train, validation, arguments.title))
     except (MetricsError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

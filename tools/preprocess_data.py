@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""JSON lines to indexed datasets: PREFIX_text_document.bin and .idx, in Megatron-LM's format."""
+"""Turn JSON lines into indexed datasets: PREFIX_text_document.bin and .idx, in Megatron-LM's format."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ with loading():
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    p = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument(
+    parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument(
         "--input",
         type=non_empty_name,
         required=True,
@@ -33,37 +33,41 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON lines, plain or packed (gzip, zstandard, bzip2, xz); globs too",
     )
-    p.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
-    p.add_argument(
+    parser.add_argument("--output-prefix", type=non_empty_name, required=True, help="path of the output, without its ending")
+    parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys to read, each to its own dataset"
     )
-    add_tokenizer_flags(p)
-    p.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
-    p.add_argument(
+    add_tokenizer_flags(parser)
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's end of document")
+    parser.add_argument(
         "--special-tokens-in-text",
         choices=("ids", "plain"),
         default="ids",
         help="ids: a special token that stands in a text, such as <|endoftext|>, gets its id; plain: it is text as any other",
     )
-    p.add_argument("--split-sentences", action="store_true", help="one sequence per sentence, as BERT needs it")
-    p.add_argument("--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between them")
-    p.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same for any number")
-    p.add_argument(
+    parser.add_argument("--split-sentences", action="store_true", help="one sequence per sentence, as BERT needs it")
+    parser.add_argument(
+        "--keep-newlines", action="store_true", help="with --split-sentences, keep the white space between them"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize; the output is the same for any number")
+    parser.add_argument(
         "--on-bad-line",
         choices=("error", "skip"),
         default="error",
         help="of a line that is no JSON object with text under each key, or whose text the tokenizer refuses; "
         "skip: count it, and write it to PREFIX.bad.jsonl",
     )
-    p.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
-    p.add_argument("--partitions", type=int, default=1, help="accepted for Megatron-LM's scripts; only 1")
-    p.add_argument("--dataset-impl", choices=("mmap",), default="mmap", help="accepted for Megatron-LM's scripts")
-    p.add_argument("--lang", default="english", help="accepted for Megatron-LM's scripts; the sentence rules are for English")
-    return p
+    parser.add_argument("--log-interval", type=int, default=1000, help="documents between progress lines")
+    parser.add_argument("--partitions", type=int, default=1, help="accepted for Megatron-LM's scripts; only 1")
+    parser.add_argument("--dataset-impl", choices=("mmap",), default="mmap", help="accepted for Megatron-LM's scripts")
+    parser.add_argument(
+        "--lang", default="english", help="accepted for Megatron-LM's scripts; the sentence rules are for English"
+    )
+    return parser
 
 
 class Progress:
-    """A line that is rewritten on a terminal, plain lines elsewhere."""
+    """A line about progress that is rewritten on a terminal, plain lines elsewhere. interval: documents between lines."""
 
     def __init__(self, interval: int) -> None:
         self.interval, self.next, self.on_terminal = max(interval, 1), max(interval, 1), sys.stderr.isatty()
@@ -86,7 +90,7 @@ class Progress:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool, and return its exit status."""
-    args = parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if args.partitions != 1:
         raise DataError("--partitions: only 1; use --workers, which needs no partitions")
     if args.workers < 1:
@@ -117,12 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def stop(number: int, _: object) -> None:
-    """A request to stop unwinds like an interrupt, so that temporary files go."""
+def raise_interrupt(number: int, _: object) -> None:
+    """Unwind at a request to stop as at an interrupt, so that temporary files go."""
     raise KeyboardInterrupt(number)
 
 
-def guarded() -> int:
+def run_tool() -> int:
     """Return the exit status of the tool; mistakes are said in a line."""
     try:
         return main()
@@ -138,5 +142,5 @@ def guarded() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    sys.exit(run_main(guarded))
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    sys.exit(run_main(run_tool))

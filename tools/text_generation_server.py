@@ -73,18 +73,18 @@ def main(argv: list[str]) -> int:
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
         explain = lambda error, where: str(error) if isinstance(error, REFUSED) else None  # noqa: E731
-        with closing(StopSignals(leave)) as signals:
+        with closing(StopSignals(exit_at_signal)) as signals:
             signals.install()
             with guarded(env, explain=explain, signals=signals) as guard, job(env, guard=guard) as started:
                 device = device if env.world_size == 1 else started.device
-                run(args, started, grid, device, signals, access=access, limits=limits, template=template)
+                run_server(args, started, grid, device, signals, access=access, limits=limits, template=template)
     except REFUSED as error:
         return report_refusal(error, env)
     return 0
 
 
 def add_access_flags(parser: argparse.ArgumentParser) -> None:
-    """Who may ask, and how long a client may take."""
+    """Add the flags that say who may ask, and how long a client may take."""
     usual = ConnectionLimits()
     parser.add_argument(
         "--api-key", help=f"key that clients must send; better in the variable {KEY_VARIABLE}, which `ps` does not show"
@@ -106,12 +106,12 @@ def add_access_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def leave(name: str) -> None:
-    """A signal that comes before there is anything to end."""
+def exit_at_signal(name: str) -> None:
+    """End at a signal that comes before there is anything to end."""
     os._exit(128 + signal.Signals[name])
 
 
-def run(
+def run_server(
     args: argparse.Namespace,
     started: Job,
     grid: Grid,
@@ -122,7 +122,18 @@ def run(
     limits: ConnectionLimits,
     template: str | None,
 ) -> None:
-    """Open the model and serve it. Collective. template: of chats, None for the checkpoint's."""
+    """Open the model and serve it until a signal comes. Collective.
+
+    Args:
+        args: the command line.
+        started: this process's job.
+        grid: over which the model is cut.
+        device: of this process.
+        signals: that end it.
+        access: who may ask.
+        limits: of connections.
+        template: of chats, None for the checkpoint's.
+    """
     mesh = Mesh.build(grid, started.env.rank, started.timeout, watch=started.watch)
     # Before the weights are read, which takes long; after the ranks have met, so that all hear of a port that is taken.
     opened_port = open_port(args.host, args.port) if started.is_main else None

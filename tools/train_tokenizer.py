@@ -17,7 +17,7 @@ with loading():
     from megatron.files.outputs import OutputError
     from megatron.launch.tool_parser import ToolParser, non_empty_name
 
-FILES = {  # by --tokenizer-type, what is written
+FILES = {  # that are written, by --tokenizer-type
     "GPT2BPETokenizer": "tokenizer.json, vocab.json and merges.txt",
     "BertWordPieceLowerCase": "vocab.txt",
     "BertWordPieceCase": "vocab.txt",
@@ -26,8 +26,8 @@ FILES = {  # by --tokenizer-type, what is written
 
 def main(argv: list[str] | None = None) -> int:
     """Run the tool, and return its exit status."""
-    p = ToolParser(description=__doc__, allow_abbrev=False)
-    p.add_argument(
+    parser = ToolParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
         "--input",
         type=non_empty_name,
         required=True,
@@ -35,17 +35,17 @@ def main(argv: list[str] | None = None) -> int:
         metavar="FILE",
         help="JSON lines, or plain text as .txt; also packed (gzip, zstandard, bzip2, xz)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys of the JSON objects to read"
     )
-    p.add_argument(
+    parser.add_argument(
         "--tokenizer-type", choices=list(FILES), default="GPT2BPETokenizer", help="what it is for (default GPT2BPETokenizer)"
     )
-    p.add_argument(
+    parser.add_argument(
         "--vocab-size", required=True, type=int, help="ids, with the 256 bytes and <|endoftext|>, or BERT's special tokens"
     )
-    p.add_argument("--output", type=non_empty_name, required=True, metavar="DIR", help="directory for the files")
-    args = p.parse_args(argv)
+    parser.add_argument("--output", type=non_empty_name, required=True, metavar="DIR", help="directory for the files")
+    args = parser.parse_args(argv)
     if args.tokenizer_type == "GPT2BPETokenizer":
         size = train_bpe(args.input, args.json_keys, args.vocab_size, args.output)
     else:

@@ -1,4 +1,4 @@
-"""Export a checkpoint to a Hugging Face directory, and prove it.
+"""Export a checkpoint as a Hugging Face directory, and verify it.
 
 It appears under its name only once transformers has opened it and computed the same logits as this framework.
 
@@ -28,29 +28,29 @@ from megatron.files.outputs import check_replaceable
 from megatron.files.pending import PendingDirectory
 from megatron.files.regular import read_json
 from megatron.inference.restore import open_model
-from megatron.interop import side_files as kept
 from megatron.interop.compare_logits import (
-    TOLERANCE,
+    LOGIT_TOLERANCE,
     LogitsError,
     NoTransformersError,
-    agree,
+    compare_models,
+    hidden_state_difference,
     import_transformers,
     known_to_transformers,
-    model_with,
-    open_theirs,
-    states_differ,
+    model_from_weights,
+    open_in_transformers,
 )
 from megatron.interop.families.family import HFFamily
-from megatron.interop.families.table import family_named, family_of
-from megatron.interop.hf_config import model_settings
-from megatron.interop.hf_export import export_hf
+from megatron.interop.families.table import family_for_export, family_named
+from megatron.interop.hf_config import config_from_hf
+from megatron.interop.hf_export import export_weights
 from megatron.interop.hf_import import read_hf
-from megatron.interop.hf_tokenizers import TokenizerError, auto_tokenizer, disagreement
+from megatron.interop.hf_tokenizers import TokenizerError, auto_tokenizer, tokenizer_difference
+from megatron.interop.side_files import has_tokenizer, legacy_generation_settings, with_chosen_eod, write_side_files
 from megatron.launch.packages import install_command
 from megatron.model.transformer import Transformer
 
-# What config.json must say, beside what the logits show.
-SETTINGS = (
+# Settings that config.json must hold, since the logits do not show them.
+COMPARED_SETTINGS = (
     "vocab_size",
     "max_position_embeddings",
     "layernorm_epsilon",
@@ -70,7 +70,7 @@ class ExportError(Exception):
     """The export was written and does not hold what it should, or could not be tried."""
 
 
-def export(
+def export_hf(
     checkpoint: Path | str,
     output: Path | str,
     *,
@@ -80,14 +80,26 @@ def export(
     overwrite: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Write `output` from a checkpoint of any layout; returns the iter_ directory it was made from.
+    """Export a checkpoint of any layout as a Hugging Face directory.
 
-    dtype: of the tensors, default as saved. verify: open the result with transformers and compare the fp32 logits of both
-    models on fixed prompts, of a BERT with padding, and those of its binary head too; then again with random weights in both.
-    Where transformers has no such class, the result is read back here, and tensors and hidden states are compared.
-    overwrite: replace an earlier export.
-    OutputError for a place that is taken or read; CheckpointError or DataError for a bad checkpoint; ExportError when the proof
-    fails, and then what was written is `output` with `.failed` behind its name.
+    Args:
+        checkpoint: directory of checkpoints, or one iter_ directory.
+        output: the directory to make.
+        iteration: default the latest.
+        dtype: of the tensors, default as saved.
+        verify: open the result with transformers and compare the fp32 logits of both models on fixed prompts, of a BERT with
+            padding, and those of its binary head too; then again with random weights in both. Where transformers has no such
+            class, the result is read back here, and tensors and hidden states are compared.
+        overwrite: replace an earlier export.
+        say: is told, a line each, what is done and what is left out.
+
+    Returns:
+        The iter_ directory that was exported.
+
+    Raises:
+        OutputError: for a place that is taken or read.
+        CheckpointError, DataError: for a bad checkpoint.
+        ExportError: when the verification fails, and then what was written is `output` with `.failed` behind its name.
     """
     directory = find(Path(checkpoint), iteration, lambda line: say(f"note: {line}"))
     output = check_replaceable("--output", Path(output), [directory], overwrite=overwrite)
@@ -95,12 +107,12 @@ def export(
     if verify:
         _need_transformers()
     with PendingDirectory(output, "export_hf") as pending:
-        tokenizer, written = _write(directory, pending.temporary, dtype, verify=verify, say=say)
+        tokenizer, written = _write_directory(directory, pending.temporary, dtype, verify=verify, say=say)
         if verify:
             try:
-                say(prove(directory, pending.temporary, tokenizer, written))
+                say(verify_export(directory, pending.temporary, tokenizer, written))
             except ExportError as error:
-                pending.commit(failed)
+                pending.commit(failed)  # for whoever looks for the fault
                 raise ExportError(f"{error}. What was written is {failed}") from error
         else:
             say("not verified (--no-verify)")
@@ -118,7 +130,7 @@ def _need_transformers() -> None:
         ) from error
 
 
-def _write(
+def _write_directory(
     directory: Path, out: Path, dtype: torch.dtype | None, *, verify: bool, say: Callable[[str], None]
 ) -> tuple[Tokenizer | None, torch.dtype]:
     """Write all files of the Hugging Face directory `out`: configuration, weights, tokenizer and generation settings.
@@ -128,42 +140,44 @@ def _write(
     """
     tokenizer = open_tokenizer(directory)
     imported = in_checkpoint(directory)
-    files = kept.with_chosen_end(imported, tokenizer)
+    files = with_chosen_eod(imported, tokenizer)
     say(f"writing {directory} as a Hugging Face directory")
     ids = token_ids(files)
-    special = _token_ids(tokenizer) if ids is None else ids
-    # What came from a family goes back to it, where several families can say the same.
+    ids = _special_token_ids(tokenizer) if ids is None else ids
+    # Weights that came from a family go back to it, where several families can express the model.
     source = str((kept_config(imported) or {}).get("model_type"))
-    written = export_hf(directory, out, dtype, model_type=source, special=special, generation=kept.old_settings(files))
+    written = export_weights(
+        directory, out, dtype, model_type=source, token_ids=ids, generation=legacy_generation_settings(files)
+    )
     config = model_config(directory)
-    for setting, why in family_of(config, source).unwritten.items():
+    for setting, why in family_for_export(config, source).unwritten_settings.items():
         if getattr(config, setting):
             say(f"{why}, so {getattr(config, setting):g} is not written")
-    kept.write(files, out)
+    write_side_files(files, out)
     if tokenizer is None or isinstance(tokenizer, NullTokenizer):
         what = "the checkpoint holds no tokenizer" if tokenizer is None else "a NullTokenizer has no text"
         say(f"no tokenizer files: {what}")
         return None, written
-    if kept.has_tokenizer(files):
+    if has_tokenizer(files):
         say("tokenizer files and generation settings as they were imported")
         if files != imported:
             say(f"but for the end of a text, which is also {describe_token(tokenizer, tokenizer.eod)}, chosen by --eod-token")
         if verify:
-            _same_tokenizer(out, tokenizer)
+            _check_tokenizer(out, tokenizer)
     else:
         segments = config.architecture == "bert" and config.bert_binary_head
         tokenizer.hf_files(out, config.max_position_embeddings, segments=segments)
     return tokenizer, written
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """What config.json says of special tokens where nothing else does."""
+def _special_token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """Return the fields of config.json about special tokens where no imported file has them. A text begins as it ends."""
     special = dict(tokenizer.special) if tokenizer else {}
     ids = {"bos": special.get("bos", special.get("eod")), "eos": special.get("eod"), "pad": special.get("pad")}
     return {f"{role}_token_id": number for role, number in ids.items()}
 
 
-def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
+def _check_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
     """Compare transformers' tokenizer of the exported directory with the checkpoint's. ExportError when they differ.
 
     A family may stand under another name than at its source, and transformers then read the same files in another way. So
@@ -171,7 +185,7 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
     """
     for last in (False, True):
         try:
-            why = disagreement(tokenizer, auto_tokenizer(exported))
+            why = tokenizer_difference(tokenizer, auto_tokenizer(exported))
         except TokenizerError as error:
             why = str(error)
         if why is None:
@@ -180,13 +194,13 @@ def _same_tokenizer(exported: Path, tokenizer: Tokenizer) -> None:
             raise ExportError(f"the tokenizers disagree: {why}")
         tokenizer.backend().save(str(exported / "tokenizer.json"), pretty=False)
         path = exported / "tokenizer_config.json"
-        about = read_json_object(path)
+        tokenizer_config = read_json_object(path)
         roles = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
-        about |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
-        path.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokenizer_config |= {"tokenizer_class": "PreTrainedTokenizerFast", **roles}
+        path.write_text(json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written: torch.dtype) -> str:
+def verify_export(directory: Path, exported: Path, tokenizer: Tokenizer | None, dtype: torch.dtype) -> str:
     """Compare an export with its checkpoint: opened by transformers, or read back here where that has no such class.
 
     Both models compute in fp32 from the weights in the type that was written.
@@ -195,7 +209,7 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
         directory: the checkpoint's.
         exported: the Hugging Face directory.
         tokenizer: whose files are in it, if any.
-        written: the type of its tensors.
+        dtype: of its tensors.
 
     Returns:
         A line that says what was compared, and how far it differs.
@@ -203,80 +217,81 @@ def prove(directory: Path, exported: Path, tokenizer: Tokenizer | None, written:
     Raises:
         ExportError: when the directory does not open cleanly, when its settings or the tokenizers disagree, or the logits do.
     """
-    about = read_json(exported / "config.json")
-    family = family_named(about["model_type"])
-    if not known_to_transformers(about["architectures"][0]):
-        return _read_back(directory, exported, family, written)
+    hf_config = read_json(exported / "config.json")
+    family = family_named(hf_config["model_type"])
+    if not known_to_transformers(hf_config["architectures"][0]):
+        return _verify_by_reading_back(directory, exported, family, dtype)
     try:
         transformers = import_transformers()
-        theirs, info = open_theirs(exported, about["architectures"][0])
-        words = None
+        hf_model, info = open_in_transformers(exported, hf_config["architectures"][0])
+        hf_tokenizer = None
         if tokenizer is not None:
-            words = transformers.AutoTokenizer.from_pretrained(str(exported), local_files_only=True)
+            hf_tokenizer = transformers.AutoTokenizer.from_pretrained(str(exported), local_files_only=True)
     except LogitsError as error:
         raise ExportError(str(error)) from error
     except Exception as error:  # whatever transformers trips over is what the user must hear
         raise ExportError(f"transformers cannot open it: {type(error).__name__}: {error}") from error
     if unexpected := info["unexpected_keys"]:
         raise ExportError(f"transformers finds unexpected keys: {', '.join(map(str, sorted(unexpected)[:20]))}")
-    ours = open_model(directory, dtype=torch.float32)
-    _same_settings(ours.config, family, about)
-    _round(ours.model, family, written)
+    opened = open_model(directory, dtype=torch.float32)
+    _check_settings(opened.config, family, hf_config)
+    _round_weights(opened.model, family, dtype)
     prompts = []
     for text in PROMPTS:
-        if tokenizer is None or words is None:
+        if tokenizer is None or hf_tokenizer is None:
             continue
         ids = tokenizer.tokenize(text)
-        if (got := words(text, add_special_tokens=False)["input_ids"]) != ids:
+        if (got := hf_tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
             raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
-        within = [number for number in ids if number < ours.config.known_vocab_size]  # there may be fewer rows than tokens
-        prompts.append(within[: ours.config.max_position_embeddings])
+        within = [number for number in ids if number < opened.config.known_vocab_size]  # there may be fewer rows than tokens
+        prompts.append(within[: opened.config.max_position_embeddings])
     try:
-        found = agree(ours.model, theirs, family, prompts)
+        found = compare_models(opened.model, hf_model, family, prompts)
     except LogitsError as error:
         raise ExportError(str(error)) from error
     return f"transformers opens it; logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
 
 
-def _round(model: Transformer, family: HFFamily, written: torch.dtype) -> None:
-    """Round the weights of a model as those of its export are."""
+def _round_weights(model: Transformer, family: HFFamily, dtype: torch.dtype) -> None:
+    """Round the weights of a model as those of its export in `dtype` are, so that the logits can be equal."""
     weights = {shard.name: shard.data for shard in ModuleWeights(model).shards()}
-    for name, value in family.rounded(weights, model.config, written).items():
+    for name, value in family.rounded(weights, model.config, dtype).items():
         weights[name].copy_(value)
 
 
-def _read_back(directory: Path, exported: Path, family: HFFamily, written: torch.dtype) -> str:
-    """Read what was exported with our own reader, and compare every tensor and the hidden states; returns what was compared.
+def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, dtype: torch.dtype) -> str:
+    """Read the export with our own reader, and compare every tensor and the hidden states; returns a line about it.
 
     This shows that the family's two directions belong together, not that another program computes the same.
     """
-    ours = open_model(directory, dtype=torch.float32)
-    _same_settings(ours.config, family, read_json(exported / "config.json"))
+    opened = open_model(directory, dtype=torch.float32)
+    _check_settings(opened.config, family, read_json(exported / "config.json"))
     try:
         config, found = read_hf(exported, say=lambda line: None)
-        again = model_with(config, found)
+        read_back = model_from_weights(config, found)
     except (CheckpointError, KeyError, RuntimeError) as error:
         raise ExportError(f"it cannot be read back: {error}") from error
-    weights = {shard.name: shard.data for shard in ModuleWeights(ours.model).shards()}
-    for row in family.table(ours.config):
-        if row.ours not in weights:
+    weights = {shard.name: shard.data for shard in ModuleWeights(opened.model).shards()}
+    for row in family.mappings(opened.config):
+        if row.native not in weights:
             continue
-        pairs = zip(row.form.write(weights[row.ours], ours.config), row.form.write(found[row.ours], config), strict=True)
-        if not all(torch.equal(here.to(written), there.to(written)) for here, there in pairs):
-            raise ExportError(f"read back, {row.ours} is another tensor")
-    _round(ours.model, family, written)
-    architecture, difference = family.written_class(config).architecture, states_differ(ours.model, again)
-    if not difference <= TOLERANCE:
-        raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {TOLERANCE:.1g}")
+        to_hf = row.conversion.to_hf
+        pairs = zip(to_hf(weights[row.native], opened.config), to_hf(found[row.native], config), strict=True)
+        if not all(torch.equal(here.to(dtype), there.to(dtype)) for here, there in pairs):
+            raise ExportError(f"read back, {row.native} is another tensor")
+    _round_weights(opened.model, family, dtype)
+    architecture, difference = family.exported_class(config).architecture, hidden_state_difference(opened.model, read_back)
+    if not difference <= LOGIT_TOLERANCE:
+        raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {LOGIT_TOLERANCE:.1g}")
     return (
         f"transformers has no {architecture}, so no logits are compared; read back here, all {len(found)} tensors are the "
         f"checkpoint's, and hidden states differ by at most {difference:.2e}"
     )
 
 
-def _same_settings(config: ModelConfig, family: HFFamily, about: Mapping[str, Any]) -> None:
-    """ExportError when config.json does not say what the logits cannot show: what training needs, and the vocabulary."""
-    back = model_settings(about, family)
-    for name in SETTINGS:
-        if getattr(back, name) != getattr(config, name) and name not in family.unwritten:
+def _check_settings(config: ModelConfig, family: HFFamily, hf_config: Mapping[str, Any]) -> None:
+    """Raise ExportError when config.json lacks what the logits cannot show: what training needs, and the vocabulary."""
+    back = config_from_hf(hf_config, family)
+    for name in COMPARED_SETTINGS:
+        if getattr(back, name) != getattr(config, name) and name not in family.unwritten_settings:
             raise ExportError(f"config.json says {name} {getattr(back, name)}, the checkpoint {getattr(config, name)}")

@@ -1,4 +1,4 @@
-"""Weights from elsewhere as a checkpoint of ours: compared with the model that they are for, written with the tokenizer."""
+"""Write weights from elsewhere as a checkpoint of ours, once they are those of a model, together with the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from megatron.config.rules import out_of_range
 from megatron.config.schema import ModelConfig, RunSettings, TokenizerConfig
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.interop.whole_tensors import refuse_taken, write_weights
+from megatron.interop.whole_tensors import check_save_root, write_weights
 from megatron.model.build import build_stages
 from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.plan.stages import stages_of_model
 
-NOTHING: Mapping[str, bytes] = MappingProxyType({})
+NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
 
-def store(
+def write_imported(
     root: Path,
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     tokenizer: Tokenizer | None = None,
     iteration: int = 0,
-    kept: Mapping[str, bytes] = NOTHING,
+    kept: Mapping[str, bytes] = NO_FILES,
 ) -> Path:
-    """Write the checkpoint `root/iter_<iteration>`, weights only; returns it.
+    """Write the checkpoint `root/iter_<iteration>`, weights only.
 
     Args:
         root: directory of checkpoints.
@@ -42,17 +42,20 @@ def store(
         iteration: of the checkpoint.
         kept: files of the Hugging Face directory that the weights come from, see megatron/interop/side_files.py.
 
+    Returns:
+        The checkpoint's directory.
+
     Raises:
         CheckpointError: when the weights are not exactly the model's, and when `root` holds other checkpoints.
     """
-    refuse_taken(root, iteration)
-    compare(config, weights)
+    check_save_root(root, iteration)
+    check_weights(config, weights)
     run = RunSettings(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
     return write_weights(root, iteration, run, weights, assets(tokenizer, kept))
 
 
-def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
-    """What to say where a model has not one row for each token of its tokenizer; None where it has."""
+def vocabulary_mismatch(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """Return a note where a model has not one row for each token of its tokenizer; None where it has."""
     rows, tokens = config.known_vocab_size, tokenizer.vocab_size
     if rows == tokens:
         return None
@@ -67,28 +70,34 @@ def rows_and_tokens(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     )
 
 
-def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-    """Compare the names and shapes of weights with those of a model with this configuration.
+def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Compare the names and shapes of weights with those of a model.
+
+    Args:
+        config: resolved, and perhaps of no possible model.
+        weights: under our global names, whole.
 
     Raises:
-        CheckpointError: they differ, or there can be no such model.
+        CheckpointError: when they differ, and when there can be no model with this configuration.
     """
-    there = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-    if config.num_layers != there:  # before anything is made for every layer
-        raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {there}")
+    layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    if config.num_layers != layers:  # before anything is made for every layer
+        raise CheckpointError(f"its settings say {config.num_layers} layers, and there are {layers}")
     try:
         if problems := [problem for _, problem in out_of_range(RunSettings(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
         plan = stages_of_model(config)
-        stages = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta")
+        stages = build_stages(
+            config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta"
+        )  # shapes alone, in no memory
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(f"its settings describe no model: {error}") from error
-    wanted = {param_spec(p).name: param_spec(p).shape for stage in stages.values() for p in stage.parameters()}
-    wrong = [f"{name} is not there" for name in sorted(wanted.keys() - weights.keys())]
-    wrong += [f"{name} has no place" for name in sorted(weights.keys() - wanted.keys())]
+    shapes = {param_spec(p).name: param_spec(p).shape for stage in stages.values() for p in stage.parameters()}
+    wrong = [f"{name} is not there" for name in sorted(shapes.keys() - weights.keys())]
+    wrong += [f"{name} has no place" for name in sorted(weights.keys() - shapes.keys())]
     wrong += [
         f"{name} is {tuple(weights[name].shape)}, not {shape}"
-        for name, shape in wanted.items()
+        for name, shape in shapes.items()
         if name in weights and tuple(weights[name].shape) != tuple(shape)
     ]
     if wrong:
@@ -96,10 +105,11 @@ def compare(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights are not those of a model with its settings: {'; '.join(wrong[:5])}{more}")
 
 
-def chosen_tokenizer(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
-    """The tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
+def tokenizer_from_flags(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
+    """Return the tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
 
-    DataError as `build_tokenizer`, and for a file without a --tokenizer-type.
+    Raises:
+        DataError: as `build_tokenizer`, and for a file without a --tokenizer-type.
     """
     if given.tokenizer_type is None:
         if given != replace(TokenizerConfig(), vocab_size=given.vocab_size):

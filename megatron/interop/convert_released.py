@@ -1,4 +1,4 @@
-"""The commands that convert NVIDIA's released archives; their two scripts in tools/ differ only in the kind of model."""
+"""The command line of the two scripts in tools/ that convert NVIDIA's released archives; they differ in the kind of model."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ from megatron.data.errors import DataError
 from megatron.data.fast_tokenizers import GPT2BPETokenizer
 from megatron.files.outputs import InputPaths, OutputError, check_file
 from megatron.files.regular import read_json
-from megatron.interop.checked_import import compare
-from megatron.interop.megatron_files import arguments_of
-from megatron.interop.released import read_archive, read_config_file, understand, write
-from megatron.interop.released_kinds import GPT2_KIND, Kind
+from megatron.interop.checked_import import check_weights
+from megatron.interop.megatron_files import args_in_file
+from megatron.interop.released_archives import model_from_archive, read_archive, read_config_file, write_hf_directory
+from megatron.interop.released_kinds import GPT2_KIND, ReleasedKind
 from megatron.launch.tool_parser import ToolParser, non_empty_path
 
-OUTPUTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OUTPUT_NAMES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Where GPT-2's two files are looked for beside the archive: the names under which they are published.
 VOCABULARIES = (("gpt2-vocab.json", "gpt2-merges.txt"), ("vocab.json", "merges.txt"))
 
 
-def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line of the script for one kind of model. doc: its docstring."""
+def parse_arguments(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of the script for one kind of model.
+
+    Args:
+        kind: of the model.
+        doc: the script's docstring, for --help.
+        argv: the arguments; None for those of the process.
+    """
     parser = ToolParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print-checkpoint-structure", action="store_true", help="list what is in the archive")
     parser.add_argument(
@@ -45,26 +51,35 @@ def arguments(kind: Kind, doc: str | None, argv: Sequence[str] | None) -> argpar
     return parser.parse_args(argv)
 
 
-def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
-    """One command, to its exit status: 0 done, 2 bad input, 1 a disk that refuses."""
-    given = arguments(kind, doc, argv)
+def main(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None = None) -> int:
+    """Run the script for one kind of model.
+
+    Args:
+        kind: of the model.
+        doc: the script's docstring, for --help.
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status: 0 done, 2 bad input, 1 a disk that refuses.
+    """
+    given = parse_arguments(kind, doc, argv)
     path: Path = given.path_to_checkpoint
     out = path.parent
     try:
         read = InputPaths([path, *([given.config_file] if given.config_file else [])])
-        for name in OUTPUTS if os.path.exists(path) else ():
+        for name in OUTPUT_NAMES if os.path.exists(path) else ():
             check_file("the output", out / name, read)
         print(f"reading {path}")
         file = read_archive(path)
         if given.print_checkpoint_structure:
-            print("\n".join(structure(file)))
+            print("\n".join(describe_structure(file)))
         config_file = read_config_file(Path(given.config_file)) if given.config_file else None
-        found = understand(file, kind, config_file)
-        compare(found.model, found.weights)
-        write(found, kind, out)
+        found = model_from_archive(file, kind, config_file)
+        check_weights(found.config, found.weights)
+        write_hf_directory(found, kind, out)
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:
-            print(gpt2_tokenizer(out, arguments_of(file).get("tokenizer_type"), found.about))
+            print(write_gpt2_tokenizer(out, args_in_file(file).get("tokenizer_type"), found.hf_config))
     except (OutputError, CheckpointError, DataError) as error:
         text = str(error)
         print(f"error: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)
@@ -75,34 +90,43 @@ def main(kind: Kind, doc: str | None, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def structure(value: Any, indent: int = 0) -> list[str]:
-    """A nested dictionary as lines: names, and the shapes of tensors."""
+def describe_structure(value: Any, indent: int = 0) -> list[str]:
+    """Return a nested dictionary as lines: names, and the shapes of tensors."""
     lines = []
-    for key, held in value.items():
+    for key, item in value.items():
         start = " " * indent + str(key)
-        if isinstance(held, Mapping):
-            lines += [f"{start}:", *structure(held, indent + 2)]
-        elif isinstance(held, Tensor):
-            lines.append(f"{start}: {'x'.join(map(str, held.shape)) or 'scalar'} {str(held.dtype).removeprefix('torch.')}")
-        elif isinstance(held, bool | int | float | str | None):
-            lines.append(f"{start}: {held!r}")
+        if isinstance(item, Mapping):
+            lines += [f"{start}:", *describe_structure(item, indent + 2)]
+        elif isinstance(item, Tensor):
+            lines.append(f"{start}: {'x'.join(map(str, item.shape)) or 'scalar'} {str(item.dtype).removeprefix('torch.')}")
+        elif isinstance(item, bool | int | float | str | None):
+            lines.append(f"{start}: {item!r}")
         else:
-            lines.append(f"{start}: {type(held).__name__}")
+            lines.append(f"{start}: {type(item).__name__}")
     return lines
 
 
-def gpt2_tokenizer(out: Path, named: Any, about: Mapping[str, Any]) -> str:
-    """Write GPT-2's tokenizer into `out` where its files can be had on this machine; what happened, as a line."""
-    if named not in (None, "GPT2BPETokenizer"):
-        return f"no tokenizer files: the model was trained with {named}; bring that one yourself"
-    length = int(about["n_positions"])
+def write_gpt2_tokenizer(out: Path, tokenizer_type: Any, hf_config: Mapping[str, Any]) -> str:
+    """Write GPT-2's tokenizer where its files can be had on this machine.
+
+    Args:
+        out: directory of the files, in which the vocabulary is looked for first.
+        tokenizer_type: Megatron-LM's, of the archive's args; None where they do not say.
+        hf_config: the content of config.json.
+
+    Returns:
+        A line that says where it was found, or how to get it.
+    """
+    if tokenizer_type not in (None, "GPT2BPETokenizer"):
+        return f"no tokenizer files: the model was trained with {tokenizer_type}; bring that one yourself"
+    length = int(hf_config["n_positions"])
     for vocab, merges in VOCABULARIES:
         if (out / vocab).is_file() and (out / merges).is_file():
             GPT2BPETokenizer(str(out / vocab), str(out / merges)).hf_files(out, length)
             return f"wrote the tokenizer from {out / vocab} and {out / merges}"
-    if cached := _cached():
+    if cached := _cached_gpt2_tokenizer():
         cached.save_pretrained(str(out))
-        _own_class(out / "tokenizer_config.json")
+        _name_tokenizer_class(out / "tokenizer_config.json")
         return "wrote the tokenizer from the cache of transformers"
     return (
         f"no tokenizer files: put gpt2-vocab.json and gpt2-merges.txt into {out} and start again, or open the model with "
@@ -110,8 +134,8 @@ def gpt2_tokenizer(out: Path, named: Any, about: Mapping[str, Any]) -> str:
     )
 
 
-def _cached() -> Any:
-    """GPT-2's tokenizer from the cache of transformers; None where either is not there. Nothing is downloaded."""
+def _cached_gpt2_tokenizer() -> Any:
+    """Return GPT-2's tokenizer from the cache of transformers; None where either is not there. Nothing is downloaded."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers
@@ -121,7 +145,7 @@ def _cached() -> Any:
         return None
 
 
-def _own_class(path: Path) -> None:
-    """The class that config.json names, whatever the installed version of transformers calls it."""
-    about = read_json(path)
-    Storage().write(path, [(json.dumps({**about, "tokenizer_class": "GPT2TokenizerFast"}, indent=2) + "\n").encode()])
+def _name_tokenizer_class(path: Path) -> None:
+    """Put the class that config.json names into tokenizer_config.json, whatever the installed transformers calls it."""
+    settings = read_json(path)
+    Storage().write(path, [(json.dumps({**settings, "tokenizer_class": "GPT2TokenizerFast"}, indent=2) + "\n").encode()])

@@ -1,6 +1,6 @@
-"""A checkpoint as the weights and configuration of a Hugging Face directory, tensor by tensor.
+"""Write a checkpoint as the weights and configuration of a Hugging Face directory, tensor by tensor.
 
-Written are `config.json`, `generation_config.json` and `model.safetensors`, or `model-00001-of-0000N.safetensors` with
+The files are `config.json`, `generation_config.json` and `model.safetensors`, or `model-00001-of-0000N.safetensors` with
 `model.safetensors.index.json`. The tokenizer's files come from whoever holds the tokenizer.
 """
 
@@ -23,16 +23,16 @@ from megatron.checkpoint.model_config import model_config
 from megatron.checkpoint.storage import TORCH_DTYPES, Entry, Storage, safetensors
 from megatron.config.schema import ModelConfig
 from megatron.interop.families.family import HFClass
-from megatron.interop.families.table import family_of
-from megatron.interop.tensor_mapping import Row
+from megatron.interop.families.table import family_for_export
+from megatron.interop.tensor_mapping import TensorMapping
 
-PREFIX = "model."
-SHARD_BYTES = 2_000_000_000
+MODEL_PREFIX = "model."
+SHARD_BYTES = 2_000_000_000  # of a file
 
 
 @dataclass(frozen=True)
-class Group:
-    """What one of our tensors becomes; kept in one file, so that it is read once."""
+class TensorGroup:
+    """The tensors that one of ours becomes; they are kept in one file, so that it is read once."""
 
     entries: tuple[Entry, ...]
 
@@ -42,62 +42,82 @@ class Group:
         return sum(e.bytes for e in self.entries)
 
 
-class _Source:
-    """One row applied to the checkpoint. The result of the last call is kept until all of its tensors were taken."""
+class _ConvertedTensor:
+    """One mapping applied to the checkpoint. Its tensors are made as the first is taken, and kept until each was taken once."""
 
     def __init__(self, make: Callable[[], tuple[Tensor, ...]], names: tuple[str, ...]) -> None:
         self.make, self.names = make, names
         self.made: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
+        """Return one of the tensors, and let go of it."""
         if name not in self.made:
             self.made = dict(zip(self.names, self.make(), strict=True))
         return self.made.pop(name)
 
 
-def plan(directory: Path, manifest: Manifest, config: ModelConfig, written_as: HFClass, dtype: torch.dtype) -> list[Group]:
-    """Every tensor of the export in the class's order. CheckpointError when the two sets of tensors do not match."""
-    groups: list[Group] = []
-    rows = list(written_as.table(config))
-    ours = {name.removeprefix(PREFIX) for name in manifest.tensors if name.startswith(PREFIX)}
-    if left := sorted(ours - {row.ours for row in rows}):
-        raise CheckpointError(f"{directory}: {written_as.architecture} has no place for {', '.join(left[:20])}")
+def plan_tensors(
+    directory: Path, manifest: Manifest, config: ModelConfig, hf_class: HFClass, dtype: torch.dtype
+) -> list[TensorGroup]:
+    """Plan every tensor of the export, in the class's order, without reading any.
+
+    Args:
+        directory: the checkpoint's.
+        manifest: of it.
+        config: resolved.
+        hf_class: whose table says which tensors become which.
+        dtype: of the tensors that are written.
+
+    Raises:
+        CheckpointError: when the tensors of the checkpoint are not those of the table.
+    """
+    groups: list[TensorGroup] = []
+    rows = list(hf_class.mappings(config))
+    native = {name.removeprefix(MODEL_PREFIX) for name in manifest.tensors if name.startswith(MODEL_PREFIX)}
+    if left := sorted(native - {row.native for row in rows}):
+        raise CheckpointError(f"{directory}: {hf_class.architecture} has no place for {', '.join(left[:20])}")
     tied = config.ties_embeddings
-    needed = (row.ours for row in rows if not row.ours.endswith(".bias") and not (tied and row.ours == "head.weight"))
-    if lacking := sorted({name for name in needed if name not in ours} - {row.ours for row in rows if row.zeros}):
+    # A bias may be absent: it is then written as zeros where the class always has it, and left out where it need not.
+    needed = (row.native for row in rows if not row.native.endswith(".bias") and not (tied and row.native == "head.weight"))
+    if lacking := sorted({name for name in needed if name not in native} - {row.native for row in rows if row.zeros_shape}):
         raise CheckpointError(f"{directory}: its config.json asks for tensors that it does not hold: {', '.join(lacking[:20])}")
     for row in rows:
-        if row.ours not in ours and row.zeros is None:
+        if row.native not in native and row.zeros_shape is None:
             continue
-        record = manifest.tensors.get(PREFIX + row.ours)
-        shape = record.shape if record is not None else row.zeros(config) if row.zeros is not None else ()
+        record = manifest.tensors.get(MODEL_PREFIX + row.native)
+        shape = record.shape if record is not None else row.zeros_shape(config) if row.zeros_shape is not None else ()
         try:
-            forms = row.form.write(torch.empty(shape, device="meta"), config)
+            tensors = row.conversion.to_hf(torch.empty(shape, device="meta"), config)  # shapes alone
         except RuntimeError as error:
-            raise CheckpointError(f"{directory}: {row.ours} of shape {shape} does not fit its config.json") from error
-        source = _Source(_maker(directory, manifest, config, row, shape, dtype), row.theirs)
-        shapes = zip(row.theirs, forms, strict=True)
-        groups.append(Group(tuple(Entry(n, dtype, tuple(form.shape), partial(source.take, n)) for n, form in shapes)))
+            raise CheckpointError(f"{directory}: {row.native} of shape {shape} does not fit its config.json") from error
+        source = _ConvertedTensor(_converter(directory, manifest, config, row, shape, dtype), row.hf)
+        named = zip(row.hf, tensors, strict=True)
+        groups.append(TensorGroup(tuple(Entry(n, dtype, tuple(like.shape), partial(source.take, n)) for n, like in named)))
     return groups
 
 
-def _maker(
-    directory: Path, manifest: Manifest, config: ModelConfig, row: Row, shape: tuple[int, ...], dtype: torch.dtype
+def _converter(
+    directory: Path, manifest: Manifest, config: ModelConfig, row: TensorMapping, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that reads one tensor of the checkpoint, zeros of `shape` where it has none, and converts it."""
+
     def make() -> tuple[Tensor, ...]:
-        if PREFIX + row.ours not in manifest.tensors:
-            return row.form.write(torch.zeros(shape, dtype=dtype), config)
-        tensor = read_tensor(directory, manifest, PREFIX + row.ours).float()
+        if MODEL_PREFIX + row.native not in manifest.tensors:
+            return row.conversion.to_hf(torch.zeros(shape, dtype=dtype), config)
+        tensor = read_tensor(directory, manifest, MODEL_PREFIX + row.native).float()
+        # An overflow of the type is a mistake in the command; a tensor that was infinite already is written as it is.
         if tensor.isfinite().all() and not tensor.to(dtype).isfinite().all():
-            raise CheckpointError(f"{row.ours} has values up to {tensor.abs().max():g}, too large for {dtype}; choose another")
-        return tuple(t.to(dtype) for t in row.form.write(tensor, config))
+            raise CheckpointError(
+                f"{row.native} has values up to {tensor.abs().max():g}, too large for {dtype}; choose another"
+            )
+        return tuple(t.to(dtype) for t in row.conversion.to_hf(tensor, config))
 
     return make
 
 
-def files_for(groups: list[Group], limit: int) -> list[list[Group]]:
-    """Groups packed in order into files of at most `limit` bytes; a group that is larger stands alone."""
-    files: list[list[Group]] = []
+def pack_into_files(groups: list[TensorGroup], limit: int) -> list[list[TensorGroup]]:
+    """Pack groups in order into files of at most `limit` bytes; a group that is larger stands alone."""
+    files: list[list[TensorGroup]] = []
     room = 0
     for group in groups:
         if not files or group.bytes > room:
@@ -108,71 +128,94 @@ def files_for(groups: list[Group], limit: int) -> list[list[Group]]:
     return files
 
 
-def export_hf(
+def export_weights(
     checkpoint: Path,
     out: Path,
     dtype: torch.dtype | None = None,
     *,
     model_type: str | None = None,
-    special: Mapping[str, Any] | None = None,
+    token_ids: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] = MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
 ) -> torch.dtype:
-    """Write weights and configuration of a checkpoint directory into `out`, which is created. Returns the type written.
+    """Write weights and configuration of a checkpoint directory as a Hugging Face directory.
 
-    dtype: of the tensors; default the narrowest that rounds none of the saved ones. model_type: of the family to write, where
-    it can express the model; default the first that can. special: what config.json says of special tokens, such as
-    `eos_token_id`: an id, several, or None; default None for `bos`, `eos` and `pad`. generation: what generation_config.json
-    says beside them.
-    One of our tensors at a time is in memory. CheckpointError when the checkpoint is damaged, or when no family of
-    transformers has its architecture: then with everything that stands in the way.
+    One of our tensors at a time is in memory.
+
+    Args:
+        checkpoint: an iter_ directory.
+        out: is created.
+        dtype: of the tensors; default the narrowest that rounds none of the saved ones.
+        model_type: of the family to write, where it can express the model; default the first that can.
+        token_ids: fields of config.json about special tokens, such as `eos_token_id`: an id, several, or None; default None
+            for `bos`, `eos` and `pad`.
+        generation: further fields of generation_config.json.
+        shard_bytes: after which another file is begun.
+
+    Returns:
+        The type that was written.
+
+    Raises:
+        CheckpointError: when the checkpoint is damaged, or when no family of transformers has its architecture: then with
+            everything that stands in the way.
     """
     config, manifest = model_config(checkpoint), verify(checkpoint)
     try:
-        family = family_of(config, model_type)
+        family = family_for_export(config, model_type)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from error
-    written_as = family.written_class(config)
-    if PREFIX + "embedding.word.weight" not in manifest.tensors:
-        raise CheckpointError(f"{checkpoint}: it holds no model, there is no {PREFIX}embedding.word.weight")
-    held = [TORCH_DTYPES[record.dtype] for name, record in manifest.tensors.items() if name.startswith(PREFIX)]
-    dtype = dtype or reduce(torch.promote_types, held)
+    hf_class = family.exported_class(config)
+    if MODEL_PREFIX + "embedding.word.weight" not in manifest.tensors:
+        raise CheckpointError(f"{checkpoint}: it holds no model, there is no {MODEL_PREFIX}embedding.word.weight")
+    dtypes = [TORCH_DTYPES[record.dtype] for name, record in manifest.tensors.items() if name.startswith(MODEL_PREFIX)]
+    dtype = dtype or reduce(torch.promote_types, dtypes)
     storage = Storage()
-    write_files(storage, out, plan(checkpoint, manifest, config, written_as, dtype), shard_bytes)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if special is None else special
-    about = {
-        "architectures": [written_as.architecture],
+    write_tensor_files(storage, out, plan_tensors(checkpoint, manifest, config, hf_class, dtype), shard_bytes)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) if token_ids is None else token_ids
+    hf_config = {
+        "architectures": [hf_class.architecture],
         "model_type": family.model_type,
-        **family.config(config),
+        **family.to_fields(config),
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "initializer_range": config.init_method_std,
         "torch_dtype": str(dtype).removeprefix("torch."),  # the spelling that Transformers 4 and 5 both read
         "use_cache": True,
         **ids,
     }
-    write_json(storage, out / "config.json", about)
+    write_json(storage, out / "config.json", hf_config)
     write_json(storage, out / "generation_config.json", {k: v for k, v in ids.items() if v is not None} | dict(generation))
     return dtype
 
 
-def write_files(storage: Storage, out: Path, groups: list[Group], limit: int) -> None:
-    """Write tensors as one safetensors file in `out`, which is created.
+def write_tensor_files(storage: Storage, out: Path, groups: list[TensorGroup], limit: int) -> None:
+    """Write tensors as one safetensors file, or as several with an index.
 
-    Where they have more than `limit` bytes, they become several files with an index.
+    Args:
+        storage: the disk.
+        out: is created.
+        groups: of the tensors, in order; a group is never parted.
+        limit: bytes of tensors of a file, above which another is begun.
     """
-    files = files_for(groups, limit)
+    files = pack_into_files(groups, limit)
     storage.make_directory(out)
-    where: dict[str, str] = {}
-    for i, held in enumerate(files):
+    weight_map: dict[str, str] = {}  # tensor -> file
+    for i, packed in enumerate(files):
         name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        entries = [entry for group in held for entry in group.entries]
-        storage.write(out / name, safetensors(entries, {"format": "pt"}))
-        where |= {entry.key: name for entry in entries}
+        entries = [entry for group in packed for entry in group.entries]
+        storage.write(out / name, safetensors(entries, {"format": "pt"}))  # a file that does not say so transformers 4 refuses
+        weight_map |= {entry.key: name for entry in entries}
     if len(files) > 1:
         total = sum(group.bytes for group in groups)
-        write_json(storage, out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(storage, out / "model.safetensors.index.json", index)
 
 
 def write_json(storage: Storage, path: Path, values: Mapping[str, Any]) -> None:
-    """A file of JSON as transformers writes it."""
+    """Write a file of JSON as transformers does: indented by two, with a newline at its end.
+
+    Args:
+        storage: the disk.
+        path: of the file.
+        values: the object in it.
+    """
     storage.write(path, [(json.dumps(values, indent=2) + "\n").encode()])

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories, compared with what transformers opens there.
+"""Read the tokenizers of Hugging Face directories, and compare them with what transformers opens there.
 
 transformers is what a directory's authors and users run, so where it is installed it decides: ids, special tokens and added
 tokens of ours are compared with its own, at import on the source and at export on what was written.
@@ -16,7 +16,7 @@ from megatron.data.hugging_face import ROLES, has_hf_tokenizer, read_hf_tokenize
 from megatron.data.matching import PROBE_TEXTS
 from megatron.data.tokenizer_base import HugeIdError, Tokenizer
 
-MAX_MARKS = 64  # added tokens that are tried in text, from either end of the vocabulary
+MAX_ADDED_TOKENS = 64  # added tokens that are tried in text, from either end of the vocabulary
 
 
 class TokenizerError(Exception):
@@ -24,7 +24,7 @@ class TokenizerError(Exception):
 
 
 def auto_tokenizer(directory: Path) -> Any | None:
-    """Open a directory with the tokenizer of transformers; None where that is not installed. TokenizerError when it fails."""
+    """Open a directory's tokenizer by transformers; None where that is not installed. TokenizerError when it fails."""
     if find_spec("transformers") is None:
         return None
     import transformers
@@ -38,10 +38,19 @@ def auto_tokenizer(directory: Path) -> Any | None:
 
 
 def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, with the ids of transformers' `AutoTokenizer`; None where it holds none.
+    """Read the tokenizer of a Hugging Face directory, with the ids of transformers' `AutoTokenizer`.
 
     Ours is read from the same files. Where transformers makes something else of them, its tokenizer is taken as it stands.
-    DataError for damaged files, and where no tokenizer here gives the same ids. say: is told in a line what was compared.
+
+    Args:
+        directory: the Hugging Face directory.
+        say: is told in a line where nothing was compared.
+
+    Returns:
+        The tokenizer; None where the directory holds none.
+
+    Raises:
+        DataError: for damaged files, and where no tokenizer here gives the same ids.
     """
     if not has_hf_tokenizer(directory):
         return None
@@ -62,53 +71,53 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
         if why_not is not None:
             raise why_not
         return ours
-    if ours is not None and disagreement(ours, theirs) is None:
+    if ours is not None and tokenizer_difference(ours, theirs) is None:
         return ours
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None:
         raise DataError(f"{directory}: a {type(theirs).__name__} cannot be used here; --no-tokenizer imports the weights alone")
     try:
-        ours = wrap_backend(backend, {role: token for role, token, _ in special_tokens(theirs)})
+        ours = wrap_backend(backend, {role: token for role, token, _ in special_tokens_by_role(theirs)})
     except DataError as error:
         raise DataError(f"{directory}: its tokenizer: {error}; --no-tokenizer imports the weights alone") from error
-    if why := disagreement(ours, theirs):
+    if why := tokenizer_difference(ours, theirs):
         raise DataError(f"{directory}: the tokenizer here is not transformers': {why}; --no-tokenizer leaves it out")
     return ours
 
 
-def special_tokens(theirs: Any) -> Iterator[tuple[str, str, int]]:
-    """The roles of special tokens that a tokenizer of transformers has, each with its token and its id."""
+def special_tokens_by_role(hf_tokenizer: Any) -> Iterator[tuple[str, str, int]]:
+    """Yield the roles of special tokens that a tokenizer of transformers has, each with its token and its id."""
     for role in ROLES:
-        token, number = getattr(theirs, f"{role}_token", None), getattr(theirs, f"{role}_token_id", None)
+        token, number = getattr(hf_tokenizer, f"{role}_token", None), getattr(hf_tokenizer, f"{role}_token_id", None)
         if token is not None and number is not None:
             yield role, str(token), int(number)
 
 
-def disagreement(ours: Tokenizer, theirs: Any) -> str | None:
-    """In what our tokenizer differs from one of transformers, in words; None where they are the same.
+def tokenizer_difference(tokenizer: Tokenizer, hf_tokenizer: Any) -> str | None:
+    """Return in words the first difference of our tokenizer and one of transformers; None where they are the same.
 
-    Compared are the whole vocabulary, the special tokens, and the ids of texts, added tokens among them.
+    The whole vocabulary is compared, the special tokens, and the ids of texts, added tokens among them.
     """
-    vocab: dict[str, int] = theirs.get_vocab()
+    vocab: dict[str, int] = hf_tokenizer.get_vocab()
     size = max(vocab.values(), default=-1) + 1
-    if size != ours.vocab_size:
-        return f"it has {ours.vocab_size} tokens, transformers' {size}"
+    if size != tokenizer.vocab_size:
+        return f"it has {tokenizer.vocab_size} tokens, transformers' {size}"
     for token, number in vocab.items():
-        if ours.piece(number) != token:
-            return f"token {number} is {ours.piece(number)!r}, for transformers {token!r}"
-    special = {role: number for role, _, number in special_tokens(theirs)}
-    if other := {role for role in ROLES if special.get(role) != ours.special.get(role)}:
+        if tokenizer.piece(number) != token:
+            return f"token {number} is {tokenizer.piece(number)!r}, for transformers {token!r}"
+    special = {role: number for role, _, number in special_tokens_by_role(hf_tokenizer)}
+    if other := {role for role in ROLES if special.get(role) != tokenizer.special.get(role)}:
         role = min(other)
-        return f"the {role} token is {ours.special.get(role)}, for transformers {special.get(role)}"
-    for text in (*PROBE_TEXTS, *_marks(theirs)):
-        found, wanted = ours.tokenize(text), theirs(text, add_special_tokens=False)["input_ids"]
+        return f"the {role} token is {tokenizer.special.get(role)}, for transformers {special.get(role)}"
+    for text in (*PROBE_TEXTS, *_texts_with_added_tokens(hf_tokenizer)):
+        found, wanted = tokenizer.tokenize(text), hf_tokenizer(text, add_special_tokens=False)["input_ids"]
         if found != wanted:
             return f"{text[:60]!r} is {found[:20]}, for transformers {wanted[:20]}"
     return None
 
 
-def _marks(theirs: Any) -> Iterator[str]:
-    """Texts with added tokens in the middle of words, between spaces and side by side."""
-    added = sorted(theirs.get_added_vocab().items(), key=lambda pair: int(pair[1]))
-    for token, _ in {**dict(added[:MAX_MARKS]), **dict(added[-MAX_MARKS:])}.items():
+def _texts_with_added_tokens(hf_tokenizer: Any) -> Iterator[str]:
+    """Yield texts with added tokens in the middle of words, between spaces and side by side."""
+    added = sorted(hf_tokenizer.get_added_vocab().items(), key=lambda pair: int(pair[1]))
+    for token, _ in {**dict(added[:MAX_ADDED_TOKENS]), **dict(added[-MAX_ADDED_TOKENS:])}.items():
         yield f"Hello{token}world {token} and{token}{token}\n{token}  end"

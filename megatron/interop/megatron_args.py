@@ -1,4 +1,4 @@
-"""The settings in Megatron-LM's checkpoints: its argparse namespace to our configuration, and back.
+"""Turn the settings in Megatron-LM's checkpoints, an argparse namespace, into our configuration, and back.
 
 Names are mostly the same, since our flags are Megatron-LM's. What differs: the activation, which is several switches there,
 and the size of the vocabulary, which is the padded one there. Files of all years are read, so any name can be absent; an absent
@@ -20,10 +20,10 @@ from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.parallel.embedding import padded_vocab_size
 
-# Same name and same meaning on both sides.
-NORMS = ("LayerNorm", "RMSNorm")
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
-SWITCHES = (
+MEGATRON_NORMS = ("LayerNorm", "RMSNorm")
+# Arguments of the same name and the same meaning on both sides.
+SIZE_ARGS = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings")
+SWITCH_ARGS = (
     "apply_layernorm_1p",
     "add_bias_linear",
     "untie_embeddings_and_output_weights",
@@ -31,10 +31,10 @@ SWITCHES = (
     "init_method_xavier_uniform",
     "rotary_interleaved",
 )
-NUMBERS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
+NUMBER_ARGS = ("layernorm_epsilon", "rotary_base", "rotary_percent", "attention_dropout", "hidden_dropout", "init_method_std")
 LEARNED_POSITIONS = "embedding.position.weight"
 
-# What the model here does not have: the name there, when its value is harmless, and the words for it otherwise.
+# Settings that the model here does not have: the name there, a test for values that are harmless, and the words for others.
 Harmless = Callable[[Any], bool]
 UNSUPPORTED: Mapping[str, tuple[Harmless, str]] = MappingProxyType(
     {
@@ -54,23 +54,31 @@ UNSUPPORTED: Mapping[str, tuple[Harmless, str]] = MappingProxyType(
 )
 
 
-def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size: int) -> ModelConfig:
-    """The resolved configuration of a model whose settings are `args`, and whose weights are `weights`, by our names.
+def config_from_args(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size: int) -> ModelConfig:
+    """Return the resolved configuration of a model of Megatron-LM.
 
-    vocab_size: the true one. CheckpointError for sizes that are absent, and for what the model here does not have.
+    Args:
+        args: the file's settings, by the names there.
+        weights: under our global names, whole; they tell what files of some years do not say.
+        vocab_size: the true one.
+
+    Raises:
+        CheckpointError: for sizes that are absent, and for what the model here does not have.
     """
     positions = _position_embedding(args, weights)
     _refuse_unsupported(args, weights)
-    if lost := _lost(args, weights, positions=positions != "none"):
-        raise CheckpointError(f"there is no {'; no '.join(lost)}")
+    if missing := _missing_tensors(args, weights, positions=positions != "none"):
+        raise CheckpointError(f"there is no {'; no '.join(missing)}")
     bert = "masked_words.dense.weight" in weights
     model = ModelSettings(
-        **_values(args, vocab_size),
+        **_setting_values(args, vocab_size),
         architecture="bert" if bert else "gpt",
+        # The binary head and the token types come together; either tells of both.
         bert_binary_head="order.weight" in weights or "embedding.segment.weight" in weights or not bert,
-        activation=activation(args),
+        activation=activation_from_args(args),
         normalization=args.get("normalization", "LayerNorm"),
         position_embedding_type=positions,
+        # An RMSNorm has no bias; our setting keeps its default there.
         add_norm_bias="final_norm.bias" in weights or args.get("normalization") == "RMSNorm",
         make_vocab_size_divisible_by=args.get("make_vocab_size_divisible_by") or 128,
     )
@@ -82,8 +90,8 @@ def settings(args: Mapping[str, Any], weights: Mapping[str, Tensor], vocab_size:
 
 
 def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """The kind of positions, by our name for it. Learned ones are known by their tensor."""
-    if _rope(args):
+    """Return the kind of positions, by our name for it. Learned ones are known by their tensor."""
+    if _has_rotary_positions(args):
         return "rope"
     return "learned_absolute" if LEARNED_POSITIONS in weights else "none"
 
@@ -91,23 +99,23 @@ def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) 
 def _refuse_unsupported(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, with everything at once, for what the model there has and the model here does not."""
     found = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
-    if _rope(args) and LEARNED_POSITIONS in weights:
+    if _has_rotary_positions(args) and LEARNED_POSITIONS in weights:
         found.append("rotary and learned positions at once (there, add --no-position-embedding)")
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
         found.append(f"--position-embedding-type {args['position_embedding_type']}")
-    if args.get("normalization", "LayerNorm") not in NORMS:
+    if args.get("normalization", "LayerNorm") not in MEGATRON_NORMS:
         found.append(f"--normalization {args['normalization']}")
     if found:
         raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
 
 
-def _values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The settings that have the same meaning on both sides, each of its type. CheckpointError where one is not, or lacks."""
+def _setting_values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Return the settings that mean the same on both sides, each of its type. CheckpointError where one is not, or lacks."""
     if (epsilon := args.get("norm_epsilon")) is not None:  # its name since September 2023
         if (older := args.get("layernorm_epsilon")) not in (None, epsilon):
             raise CheckpointError(f"the file's args say norm_epsilon {epsilon} and layernorm_epsilon {older}, which are one")
         args = {**args, "layernorm_epsilon": epsilon}
-    values = {name: args[name] for name in (*SIZES, *SWITCHES, *NUMBERS) if args.get(name) is not None}
+    values = {name: args[name] for name in (*SIZE_ARGS, *SWITCH_ARGS, *NUMBER_ARGS) if args.get(name) is not None}
     if lacking := [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]:
         raise CheckpointError(f"the file's args do not say {', '.join(lacking)}")
     values["vocab_size"] = vocab_size
@@ -122,17 +130,17 @@ def _values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
 
 def _check_type(name: str, value: object) -> None:
     """Raise CheckpointError for a switch that is no bool, and for a number that is none."""
-    if name in SWITCHES:
+    if name in SWITCH_ARGS:
         if not isinstance(value, bool):
             raise CheckpointError(f"the file's args say {name} = {value!r}, which is no switch")
         return
-    number = int if name in (*SIZES, "vocab_size") else int | float
+    number = int if name in (*SIZE_ARGS, "vocab_size") else int | float
     if not isinstance(value, number) or isinstance(value, bool):  # a bool is an int to Python
         raise CheckpointError(f"the file's args say {name} = {value!r}, which is no number")
 
 
 def _with_length(model: ModelSettings, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> ModelSettings:
-    """Return `model` with its number of positions: the one that the args say, else that of the tensor, else of a sample."""
+    """Return `model` with its number of positions: that of the args, else of the tensor, else the length of a sample."""
     if model.max_position_embeddings is not None:
         return model
     if model.position_embedding_type == "learned_absolute":
@@ -142,8 +150,8 @@ def _with_length(model: ModelSettings, args: Mapping[str, Any], weights: Mapping
     return replace(model, max_position_embeddings=args["seq_length"])
 
 
-def _lost(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: bool) -> list[str]:
-    """Tensors that every model of Megatron-LM with these args has, and that are not there, in words.
+def _missing_tensors(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: bool) -> list[str]:
+    """Return in words the tensors that every model of Megatron-LM with these args has, and that are not there.
 
     positions: whether the model has any. A model without positions, or with a norm without biases, would be another one.
     """
@@ -156,12 +164,13 @@ def _lost(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, positions: 
     return found
 
 
-def _rope(args: Mapping[str, Any]) -> bool:
+def _has_rotary_positions(args: Mapping[str, Any]) -> bool:
+    # The switch is the older of the two flags.
     return bool(args.get("use_rotary_position_embeddings")) or args.get("position_embedding_type") == "rope"
 
 
-def activation(args: Mapping[str, Any]) -> str:
-    """Ours, from the switches there. Only the fused kernel and --openai-gelu have the tanh approximation."""
+def activation_from_args(args: Mapping[str, Any]) -> str:
+    """Return our name of the activation. Only the fused kernel and --openai-gelu have the tanh approximation."""
     if args.get("swiglu"):
         return "swiglu"
     if args.get("squared_relu"):
@@ -170,15 +179,22 @@ def activation(args: Mapping[str, Any]) -> str:
     return "gelu" if args.get("openai_gelu") or (fused and not args.get("onnx_safe")) else "gelu-exact"
 
 
-def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None, dtype: str) -> argparse.Namespace:
-    """What Megatron-LM finds in the file: its own names for a resolved configuration cut over tp x pp ranks.
+def args_from_config(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None, dtype: str) -> argparse.Namespace:
+    """Return the settings that Megatron-LM finds in a file, under its own names.
 
-    dtype: `float32`, `float16` or `bfloat16`. `true_vocab_size` is ours, so that an import knows it again.
+    `true_vocab_size` is ours, so that an import knows it again.
+
+    Args:
+        config: resolved.
+        tp: tensor-parallel ranks.
+        pp: pipeline ranks.
+        tokenizer_type: Megatron-LM's name of it, None where there is none.
+        dtype: `float32`, `float16` or `bfloat16`.
     """
     heads, groups = config.num_attention_heads, config.num_query_groups
     vocab, rope = config.known_vocab_size, config.position_embedding_type == "rope"
     tanh = config.activation == "gelu"
-    values: dict[str, Any] = {name: getattr(config, name) for name in (*SIZES, *SWITCHES, *NUMBERS)}
+    values: dict[str, Any] = {name: getattr(config, name) for name in (*SIZE_ARGS, *SWITCH_ARGS, *NUMBER_ARGS)}
     values |= {
         "encoder_num_layers": config.num_layers,
         "seq_length": config.max_position_embeddings,
@@ -210,28 +226,34 @@ def namespace(config: ModelConfig, tp: int, pp: int, tokenizer_type: str | None,
     return argparse.Namespace(**dict(sorted(values.items())))
 
 
-def cannot_write(config: ModelConfig, tp: int, pp: int) -> list[str]:
-    """What keeps Megatron-LM from having this model on tp x pp ranks, in words; nothing where it can."""
+def unsupported_by_megatron(config: ModelConfig, tp: int, pp: int) -> list[str]:
+    """Return in words what keeps Megatron-LM from having a model on tp x pp ranks; nothing where it can.
+
+    Args:
+        config: resolved.
+        tp: tensor-parallel ranks.
+        pp: pipeline ranks.
+    """
     found = []
     if tp < 1 or pp < 1:
         return [f"{tp} x {pp} ranks: both must be at least 1"]
-    for what, number in (
+    for counted, number in (
         ("attention heads", config.num_attention_heads),
         ("key-value heads", config.num_query_groups),
         ("features of the MLP", config.ffn_hidden_size),
     ):
         if number % tp:
-            found.append(f"{number} {what} cannot be cut over {tp} tensor-parallel ranks")
+            found.append(f"{number} {counted} cannot be cut over {tp} tensor-parallel ranks")
     if config.num_layers % pp:
         found.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
-    if config.normalization not in NORMS:
-        found.append(f"it has {' and '.join(NORMS)} (--normalization {config.normalization})")
+    if config.normalization not in MEGATRON_NORMS:
+        found.append(f"it has {' and '.join(MEGATRON_NORMS)} (--normalization {config.normalization})")
     if config.normalization == "LayerNorm" and not config.add_norm_bias:
         found.append("its LayerNorm always has a bias (--disable-norm-bias)")
     return found
 
 
 def even_stages(layers: int, pp: int) -> Sequence[range]:
-    """The layers of each pipeline stage."""
+    """Return the layers of each pipeline stage, the same number on all."""
     each = layers // pp
     return [range(stage * each, (stage + 1) * each) for stage in range(pp)]

@@ -1,4 +1,4 @@
-"""Megatron-LM's directories of checkpoints: which file holds which rank's share, read and written.
+"""Read and write Megatron-LM's directories of checkpoints, in which each rank has a file.
 
     latest_checkpointed_iteration.txt               a number, or `release`
     iter_0000100/mp_rank_01/model_optim_rng.pt      tensor-parallel rank 1, where there is one pipeline stage
@@ -30,21 +30,39 @@ from megatron.files.foreign import reason_unfit
 from megatron.files.outputs import holds_other_files
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import error_reason, read_text
-from megatron.interop.foreign_numbers import check_args
-from megatron.interop.megatron_args import cannot_write, even_stages, namespace, settings
-from megatron.interop.megatron_lm import COPY, TABLE, Sizes, Weights, chunks_of, join, split, unpadded
-from megatron.interop.pickled import Inert, read_pickled
-from megatron.interop.soundness import zero_matrices
+from megatron.interop.foreign_values import check_megatron_args
+from megatron.interop.megatron_args import args_from_config, config_from_args, even_stages, unsupported_by_megatron
+from megatron.interop.megatron_tensors import (
+    MEGATRON_TENSORS,
+    TIED_COPY,
+    LayerSizes,
+    Weights,
+    cut_vocabulary,
+    join_ranks,
+    split_over_ranks,
+    virtual_stages_in_file,
+)
+from megatron.interop.safe_pickle import InertObject, read_pickled
+from megatron.interop.weight_checks import zero_matrices
 from megatron.parallel.embedding import padded_vocab_size
 
-FILES = ("model_optim_rng.pt", "model_rng.pt")
-RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-VERSION = 3.0  # of what is written
+# The first holds the optimizer too; the second stands beside the files of a distributed optimizer.
+RANK_FILES = ("model_optim_rng.pt", "model_rng.pt")
+RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+WRITTEN_VERSION = 3.0  # checkpoint_version of the files that are written
 
 
 @dataclass(frozen=True)
-class Imported:
-    """config: resolved. weights: whole, under our names. notes: lines for the user. directory: where it was read."""
+class ImportedModel:
+    """The model in a checkpoint of Megatron-LM.
+
+    Attributes:
+        config: resolved.
+        weights: whole, under our global names.
+        iteration: of the checkpoint, 0 where it does not say.
+        notes: lines for the user.
+        directory: with the mp_rank_ directories that were read.
+    """
 
     config: ModelConfig
     weights: Weights
@@ -53,11 +71,11 @@ class Imported:
     directory: Path
 
 
-def find_megatron(root: Path) -> Path:
-    """The directory with the mp_rank_ directories that `root` means: itself, or what its tracker names. CheckpointError."""
+def find_rank_directories(root: Path) -> Path:
+    """Return the directory that holds mp_rank_ directories: `root`, or the one its tracker names. CheckpointError without."""
     if (why := reason_unfit(root, "Megatron-LM")) is not None:
         raise CheckpointError(f"{root}: {why}")
-    if any(RANK.fullmatch(path.name) for path in root.iterdir()):
+    if any(RANK_DIRECTORY.fullmatch(path.name) for path in root.iterdir()):
         return root
     try:
         word = read_text(root / TRACKER, MAX_TRACKER_BYTES).strip()
@@ -67,22 +85,22 @@ def find_megatron(root: Path) -> Path:
     if word != "release" and not (word.isdecimal() and len(word) < 16):
         raise CheckpointError(f"{root / TRACKER}: expected a number or `release`, found {word[:40]!r}")
     named = root / (word if word == "release" else directory_name(int(word)))
-    if not named.is_dir() or not any(RANK.fullmatch(path.name) for path in named.iterdir()):
+    if not named.is_dir() or not any(RANK_DIRECTORY.fullmatch(path.name) for path in named.iterdir()):
         raise CheckpointError(f"{named}: {TRACKER} names it, and there is no mp_rank_ directory in it")
     return named
 
 
 def rank_files(directory: Path) -> list[list[Path]]:
-    """The file of every rank: of each pipeline stage, of each tensor-parallel rank. CheckpointError when one is absent."""
-    found: dict[tuple[int, int], Path] = {}
+    """Return the file of each tensor-parallel rank of each pipeline stage. CheckpointError when one is absent."""
+    found: dict[tuple[int, int], Path] = {}  # by pipeline stage and tensor-parallel rank
     for path in directory.iterdir():
-        if match := RANK.fullmatch(path.name):
-            files = [path / name for name in FILES if os.path.lexists(path / name)]
+        if match := RANK_DIRECTORY.fullmatch(path.name):
+            files = [path / name for name in RANK_FILES if os.path.lexists(path / name)]
             if not files and os.path.lexists(path / "optim.pt"):
                 what = "it is of Megatron-LM's distributed optimizer, with an optim.pt, which is not read"
                 raise CheckpointError(f"{directory}: {what}; save it there without --use-distributed-optimizer")
             if not files:
-                raise CheckpointError(f"{path}: there is no {FILES[0]} in it")
+                raise CheckpointError(f"{path}: there is no {RANK_FILES[0]} in it")
             if found.setdefault((int(match[2] or 0), int(match[1])), files[0]) != files[0]:
                 raise CheckpointError(f"{directory}: it holds one rank twice, with and without a stage in its name")
     pp, tp = (1 + max(at[i] for at in found) for i in (0, 1))
@@ -92,75 +110,81 @@ def rank_files(directory: Path) -> list[list[Path]]:
     return [[found[p, t] for t in range(tp)] for p in range(pp)]
 
 
-def arguments_of(file: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
+def args_in_file(file: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings in a file by their names, as far as they are numbers, words and lists; none where it has none.
 
     CheckpointError for sizes that no model has.
     """
     args = file.get("args")
-    held = args.values() if isinstance(args, Inert) else args if isinstance(args, Mapping) else {}
-    found = {str(name): value for name, value in held.items() if isinstance(value, bool | int | float | str | list | tuple)}
-    check_args(found, "the file's args")
+    values = args.attributes() if isinstance(args, InertObject) else args if isinstance(args, Mapping) else {}
+    found = {str(name): value for name, value in values.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    check_megatron_args(found, "the file's args")
     return found
 
 
-def version_of(file: Mapping[str, Any], name: str) -> float:
-    """The file's checkpoint_version; 0 where it does not say. CheckpointError for one that is not known."""
+def checkpoint_version(file: Mapping[str, Any], name: str) -> float:
+    """Return the file's checkpoint_version; 0 where it does not say. CheckpointError for one that is not known."""
     version = file.get("checkpoint_version", 0.0)
     if not isinstance(version, int | float) or version not in (0, 1.0, 2.0, 3.0):
         raise CheckpointError(f"{name}: its checkpoint_version is {str(version)[:40]!r}; known are 0, 1.0, 2.0 and 3.0")
     return float(version)
 
 
-def sizes_of(args: Mapping[str, Any]) -> Sizes:
-    """What the order of queries, keys and values follows from."""
+def layer_sizes_from_args(args: Mapping[str, Any]) -> LayerSizes:
+    """Return the sizes on which the order of queries, keys and values depends. CheckpointError where they are not there."""
     try:
         heads = int(args["num_attention_heads"])
         width = int(args.get("kv_channels") or int(args["hidden_size"]) // heads)
         groups = int(args["num_query_groups"]) if args.get("group_query_attention") else heads
-        return Sizes(heads, groups, width, bool(args.get("swiglu")))
+        return LayerSizes(heads, groups, width, bool(args.get("swiglu")))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError("the file's args do not say hidden_size and num_attention_heads") from error
 
 
-def read_megatron(root: Path, vocab_size: int | None = None) -> Imported:
-    """The model in a directory of Megatron-LM's checkpoints, whole. CheckpointError says what is not there or not known.
+def read_megatron(root: Path, vocab_size: int | None = None) -> ImportedModel:
+    """Read the model in a directory of Megatron-LM's checkpoints, whole.
 
-    vocab_size: the true one; default the one that our own export wrote, else the padded one, with a note.
+    Args:
+        root: the directory, or one of a single iteration in it.
+        vocab_size: the true one; default the one that our own export wrote, else the padded one, with a note.
+
+    Raises:
+        CheckpointError: saying what is not there, or not known here.
     """
-    directory = find_megatron(root)
+    directory = find_rank_directories(root)
     try:
-        return _read(directory, vocab_size)
+        return _read_ranks(directory, vocab_size)
     except CheckpointError as error:
         raise error if str(directory) in str(error) else CheckpointError(f"{directory}: {error}") from error
 
 
-def _read(directory: Path, vocab_size: int | None) -> Imported:
+def _read_ranks(directory: Path, vocab_size: int | None) -> ImportedModel:
     files = rank_files(directory)
-    chunks: list[list[list[Weights]]] = []  # of each pipeline rank, of each tensor-parallel rank, of each virtual stage
+    chunks: list[list[list[Weights]]] = []  # [pipeline rank][tensor-parallel rank][virtual stage]
     args: dict[str, Any] = {}
-    iteration, version = 0, VERSION
+    iteration, version = 0, WRITTEN_VERSION
     for p, ranks in enumerate(files):
         chunks.append([])
         for t, path in enumerate(ranks):
             file = read_pickled(path, str(path))
             if p == t == 0:
-                args, version = arguments_of(file), version_of(file, str(path))
+                args, version = args_in_file(file), checkpoint_version(file, str(path))
                 iteration = file["iteration"] if type(file.get("iteration")) is int and file["iteration"] >= 0 else 0
-            elif version_of(file, str(path)) != version:
+            elif checkpoint_version(file, str(path)) != version:
                 raise CheckpointError(f"{path}: its checkpoint_version is not that of the other ranks' files")
-            chunks[-1].append(chunks_of(file, str(path)))
+            chunks[-1].append(virtual_stages_in_file(file, str(path)))
     if not args:
         raise CheckpointError(
             "the files hold no args, so the model's settings are not known; is it a released archive? then "
             "use tools/convert_megatron_gpt2_checkpoint.py or tools/convert_megatron_bert_checkpoint.py"
         )
-    _same_layout(args, tp=len(files[0]), pp=len(files))
+    _check_layout(args, tp=len(files[0]), pp=len(files))
     if len({len(rank) for ranks in chunks for rank in ranks}) != 1:
         raise CheckpointError("its ranks have different numbers of virtual stages")
+    # Virtual stage 0 of every pipeline rank, then virtual stage 1 of every rank, and so on.
     stages = [[rank[v] for rank in ranks] for v in range(len(chunks[0][0])) for ranks in chunks]
-    copies_agree(stages)
-    whole = join(stages, sizes_of(args), version)
+    check_tied_copies(stages)
+    whole = join_ranks(stages, layer_sizes_from_args(args), version)
     if "embedding.word.weight" not in whole:
         raise CheckpointError("there are no word embeddings in it")
     rows, notes = whole["embedding.word.weight"].shape[0], []
@@ -172,14 +196,15 @@ def _read(directory: Path, vocab_size: int | None) -> Imported:
             f"the vocabulary has {rows} rows with its padding, and all are kept: the files do not say how many are true. Give "
             "--vocab-size, or the tokenizer, before you train on"
         )
-    config = settings(args, whole, vocab_size)
+    config = config_from_args(args, whole, vocab_size)
     notes += [f"{name} is all zeros; was the model saved whole?" for name in zero_matrices(whole)]
     if config.architecture == "bert" and config.activation == "gelu":
         notes.append("the masked-word head had the exact GELU there; here it has the tanh approximation, as the layers have")
-    return Imported(config, unpadded(whole, vocab_size), iteration, tuple(notes), directory)
+    return ImportedModel(config, cut_vocabulary(whole, vocab_size), iteration, tuple(notes), directory)
 
 
-def _same_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
+def _check_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
+    """Raise CheckpointError where the args speak of other numbers of ranks than there are directories."""
     names = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
     said = [(name, args[name], there) for name, there in names if type(args.get(name)) is int and args[name] != there]
     if said:
@@ -187,10 +212,10 @@ def _same_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
         raise CheckpointError(f"its args say {name} {wanted}, and there are directories for {there}; are all of them here?")
 
 
-def copies_agree(stages: Sequence[Sequence[Weights]]) -> None:
-    """CheckpointError where the last stage's copy of the tied matrix is not the first stage's."""
+def check_tied_copies(stages: Sequence[Sequence[Weights]]) -> None:
+    """Raise CheckpointError where the last stage's copy of the tied matrix is not the first stage's."""
     for first, last in zip(stages[0], stages[-1], strict=True):
-        if COPY in last and not torch.equal(last[COPY], first.get(TABLE[0].theirs, last[COPY])):
+        if TIED_COPY in last and not torch.equal(last[TIED_COPY], first.get(MEGATRON_TENSORS[0].megatron, last[TIED_COPY])):
             raise CheckpointError("the last stage's copy of the word embeddings differs from the first stage's: it is damaged")
 
 
@@ -204,12 +229,24 @@ def write_megatron(
     pp: int,
     tokenizer_type: str | None,
 ) -> Path:
-    """Write `root/iter_<iteration>` for Megatron-LM on tp x pp ranks, then the tracker; returns the directory.
+    """Write `root/iter_<iteration>` for Megatron-LM on tp x pp ranks, then the tracker. Equal weights give equal bytes.
 
-    Equal weights give equal bytes. CheckpointError for a model or a layout that Megatron-LM does not have, and when the
-    directory is there already.
+    Args:
+        root: directory of checkpoints.
+        iteration: of the checkpoint.
+        config: resolved.
+        weights: under our global names, whole.
+        tp: tensor-parallel ranks.
+        pp: pipeline ranks.
+        tokenizer_type: Megatron-LM's name of it, None where there is none.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        CheckpointError: for a model or a layout that Megatron-LM does not have, and when the directory is there already.
     """
-    if found := cannot_write(config, tp, pp):
+    if found := unsupported_by_megatron(config, tp, pp):
         raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
     final = root / directory_name(iteration)
     if final.exists():
@@ -223,23 +260,25 @@ def write_megatron(
     rows = padded_vocab_size(config.known_vocab_size, tp, config.make_vocab_size_divisible_by)
     tied = not config.untie_embeddings_and_output_weights
     dtype = str(weights["embedding.word.weight"].dtype).removeprefix("torch.")
-    args = namespace(config, tp, pp, tokenizer_type, dtype)
-    parts = split(weights, tp, even_stages(config.num_layers, pp), rows, tied=tied)
+    args = args_from_config(config, tp, pp, tokenizer_type, dtype)
+    parts = split_over_ranks(weights, tp, even_stages(config.num_layers, pp), rows, tied=tied)
     storage = Storage()
     with PendingDirectory(final, "export_megatron") as pending:
         for p, ranks in enumerate(parts):
             for t, model in enumerate(ranks):
                 folder = pending.temporary / (f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}")
                 storage.make_directory(folder)
-                storage.write(folder / FILES[0], [_bytes(args, iteration, model)])
+                storage.write(folder / RANK_FILES[0], [_rank_file_bytes(args, iteration, model)])
                 storage.sync(folder)
         pending.commit(marked=False)
     storage.sync(root)
+    # Last, and on the disk after what it names.
     write_whole(root / TRACKER, str(iteration))
     return final
 
 
-def _bytes(args: argparse.Namespace, iteration: int, model: Mapping[str, Any]) -> bytes:
+def _rank_file_bytes(args: argparse.Namespace, iteration: int, model: Mapping[str, Any]) -> bytes:
+    """Return the bytes of one rank's file, as torch.save writes it. model: its nested dictionary of weights."""
     buffer = io.BytesIO()
-    torch.save({"args": args, "checkpoint_version": VERSION, "iteration": iteration, "model": model}, buffer)
+    torch.save({"args": args, "checkpoint_version": WRITTEN_VERSION, "iteration": iteration, "model": model}, buffer)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The two kinds of archive that NVIDIA released, and what the conversion scripts of Transformers 4 wrote for each."""
+"""The two kinds of archive that NVIDIA released, and the config.json that Transformers 4's scripts wrote for each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from megatron.interop.families.family import HFFamily
 from megatron.interop.families.gpt2 import GPT2
 from megatron.interop.families.megatron_bert import MEGATRON_BERT
 
-SIZES = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
+SIZE_SETTINGS = ("vocab_size", "max_position_embeddings", "hidden_size", "num_layers", "num_attention_heads", "ffn_hidden_size")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ReleasedKind:
     """A kind of released model, which one of the two commands converts.
 
-    family: that is written. defaults: of config.json, those of the released model. tool: its command.
+    Attributes:
+        name: for messages.
+        family: that is written.
+        defaults: of config.json, those of the released model.
+        tool: its command.
     """
 
     name: str
@@ -27,18 +31,18 @@ class Kind:
     tool: str
 
     @property
-    def sizes(self) -> dict[str, str]:
-        """Our name of each size -> its name in config.json."""
-        names = {field.ours: name for name, field in self.family.fields.items()}
-        return {ours: names[ours] for ours in SIZES}
+    def size_fields(self) -> dict[str, str]:
+        """Map our name of each size to its name in config.json."""
+        names = {field.native: name for name, field in self.family.fields.items()}
+        return {ours: names[ours] for ours in SIZE_SETTINGS}
 
     @property
-    def usual_sizes(self) -> dict[str, Any]:
-        """Return the sizes that a --config_file leaves out: transformers' defaults, not the released model's."""
-        return {name: self.family.fields[name].default for name in self.sizes.values()}
+    def default_sizes(self) -> dict[str, Any]:
+        """Return the values of sizes that a --config_file leaves out: transformers' defaults, not the released model's."""
+        return {name: self.family.fields[name].default for name in self.size_fields.values()}
 
 
-GPT2_KIND = Kind(
+GPT2_KIND = ReleasedKind(
     name="GPT-2",
     family=GPT2,
     defaults=MappingProxyType(
@@ -71,7 +75,7 @@ GPT2_KIND = Kind(
     ),
     tool="tools/convert_megatron_gpt2_checkpoint.py",
 )
-BERT_KIND = Kind(
+BERT_KIND = ReleasedKind(
     name="BERT",
     family=MEGATRON_BERT,
     defaults=MappingProxyType(

@@ -1,4 +1,4 @@
-"""Read and write what a Hugging Face directory says beside its weights, byte for byte in the checkpoints that come of it.
+"""Read and write the files beside the weights of a Hugging Face directory, byte for byte in the checkpoints that come of it.
 
 An import puts the files into the checkpoint, training on from it carries them from checkpoint to checkpoint, and an export
 writes them again: generation settings, lists of end tokens, chat templates, and the tokenizer as its authors wrote it.
@@ -17,7 +17,7 @@ from megatron.data.hugging_face import VOCABULARIES
 from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
 # Settings of generation that stood in config.json before they had a file of their own; transformers still reads them there.
-OLD_SETTINGS = frozenset(
+LEGACY_GENERATION_FIELDS = frozenset(
     {
         *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
         *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
@@ -27,8 +27,8 @@ OLD_SETTINGS = frozenset(
 )
 
 
-def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
-    """The files of a Hugging Face directory that are kept, by name. tokenizer: also those of its tokenizer."""
+def read_side_files(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
+    """Return the files of a Hugging Face directory that are kept, by name. tokenizer: also those of its tokenizer."""
     names = [*SETTINGS, *(TOKENIZER_FILES if tokenizer else ())]
     paths = [directory / name for name in names]
     if tokenizer:
@@ -36,25 +36,25 @@ def of_source(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): read_tokenizer_file(str(p), "--input") for p in paths if os.path.lexists(p)}
 
 
-def with_chosen_end(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
+def with_chosen_eod(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """Return the kept files in which the token that --eod-token chose ends a text too, before those that did already."""
     files, end = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
     for name in SETTINGS:
-        about = kept_object(files, name)
-        if end is None or about is None:
+        held = kept_object(files, name)
+        if end is None or held is None:
             continue
-        ends = about.get("eos_token_id")
+        ends = held.get("eos_token_id")
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         if end not in ends:
-            about["eos_token_id"] = [end, *ends] if ends else end
-            files[name] = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
+            held["eos_token_id"] = [end, *ends] if ends else end
+            files[name] = (json.dumps(held, indent=2, ensure_ascii=False) + "\n").encode()
     return files
 
 
-def old_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
-    """The settings of generation that the kept config.json holds, where no file of their own is kept."""
-    about = None if GENERATION in kept else kept_config(kept)
-    return {name: value for name, value in (about or {}).items() if name in OLD_SETTINGS and value is not None}
+def legacy_generation_settings(kept: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the settings of generation that the kept config.json holds, where no file of their own is kept."""
+    hf_config = None if GENERATION in kept else kept_config(kept)
+    return {name: value for name, value in (hf_config or {}).items() if name in LEGACY_GENERATION_FIELDS and value is not None}
 
 
 def has_tokenizer(kept: Mapping[str, bytes]) -> bool:
@@ -62,7 +62,7 @@ def has_tokenizer(kept: Mapping[str, bytes]) -> bool:
     return any(name in kept for name in VOCABULARIES)
 
 
-def write(kept: Mapping[str, bytes], out: Path) -> None:
+def write_side_files(kept: Mapping[str, bytes], out: Path) -> None:
     """Write the kept files into a Hugging Face directory, all but config.json, which the weights decide."""
     for name, content in kept.items():
         if name != "config.json":

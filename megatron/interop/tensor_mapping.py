@@ -1,4 +1,4 @@
-"""How one tensor of ours is written as tensors of another framework, and read back; the lines of which its table is made."""
+"""The rows of a family's table: which tensors of Hugging Face hold one of ours, and how the values are converted both ways."""
 
 from __future__ import annotations
 
@@ -14,49 +14,58 @@ Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Form:
-    """How one tensor of ours is written as theirs, and read back."""
+class Conversion:
+    """The layout of one native tensor in Hugging Face's files, as a function for each direction.
 
-    write: Callable[[Tensor, ModelConfig], Tensors]
-    read: Callable[[Tensors, ModelConfig], Tensor]
+    Attributes:
+        to_hf: converts the native tensor, whole, to those of the file, in the order of `TensorMapping.hf`.
+        from_hf: its inverse.
+    """
+
+    to_hf: Callable[[Tensor, ModelConfig], Tensors]
+    from_hf: Callable[[Tensors, ModelConfig], Tensor]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table; `{n}` stands for the layer's number.
+class TensorMapping:
+    """A native tensor and the tensors of Hugging Face that hold it; `{n}` in the names stands for the layer's number.
 
-    zeros: the shape of ours, where the family has the tensor in any case and zeros mean that it is not there. Without it
-    the row applies only to models that have the tensor.
+    Attributes:
+        native: the name of ours.
+        hf: the names of theirs.
+        conversion: of the values.
+        zeros_shape: the shape of ours, where the family has the tensor in any case and zeros mean that it is not there. Without
+            it the mapping applies only to models that have the tensor.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
-    form: Form
-    zeros: Callable[[ModelConfig], tuple[int, ...]] | None = None
+    native: str
+    hf: tuple[str, ...]
+    conversion: Conversion
+    zeros_shape: Callable[[ModelConfig], tuple[int, ...]] | None = None
 
-    def at(self, n: int) -> Row:
-        """Return the row with the number of a layer in its names."""
-        return replace(self, ours=self.ours.format(n=n), theirs=tuple(t.format(n=n) for t in self.theirs))
+    def for_layer(self, n: int) -> TensorMapping:
+        """Return the mapping with the number of a layer in its names."""
+        return replace(self, native=self.native.format(n=n), hf=tuple(name.format(n=n) for name in self.hf))
 
 
-def _as_it_is(tensor: Tensor, config: ModelConfig) -> Tensors:
+def _keep(tensor: Tensor, config: ModelConfig) -> Tensors:
     return (tensor,)
 
 
-def _back_as_it_is(tensors: Tensors, config: ModelConfig) -> Tensor:
+def _keep_back(tensors: Tensors, config: ModelConfig) -> Tensor:
     return tensors[0]
 
 
-def _turned(tensor: Tensor, config: ModelConfig) -> Tensors:
-    return (tensor.t(),)
+def _transpose(tensor: Tensor, config: ModelConfig) -> Tensors:
+    return (tensor.t(),)  # [out, in] -> [in, out]
 
 
-def _turned_back(tensors: Tensors, config: ModelConfig) -> Tensor:
-    return tensors[0].t()
+def _transpose_back(tensors: Tensors, config: ModelConfig) -> Tensor:
+    return tensors[0].t()  # [in, out] -> [out, in]
 
 
 def _gamma(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """The norm's true weight: with apply_layernorm_1p what is stored is gamma - 1."""
+    """Convert a norm's weight to gamma: with apply_layernorm_1p what is stored is gamma - 1."""
     return (tensor + 1 if config.apply_layernorm_1p else tensor,)
 
 
@@ -65,35 +74,44 @@ def _gamma_back(tensors: Tensors, config: ModelConfig) -> Tensor:
 
 
 def split_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """Rows `[groups, heads per group + 2, head]` -> queries of all heads, keys of all groups, values of all groups."""
-    groups, head = config.num_query_groups, config.kv_channels
+    """Split the native weight or bias of queries, keys and values, in which each group of heads lies together.
+
+    Args:
+        tensor: `[groups * (heads_per_group + 2) * head_dim, ...]`: of each group its queries, its key, its value.
+        config: resolved.
+
+    Returns:
+        Queries `[heads * head_dim, ...]`, keys and values `[groups * head_dim, ...]`.
+    """
+    groups, head_dim = config.num_query_groups, config.kv_channels
     per_group = config.num_attention_heads // groups
-    rows = tensor.reshape(groups, per_group + 2, head, *tensor.shape[1:])
+    rows = tensor.reshape(groups, per_group + 2, head_dim, *tensor.shape[1:])  # [groups, heads_per_group + 2, head_dim, ...]
     return rows[:, :per_group].flatten(0, 2), rows[:, per_group].flatten(0, 1), rows[:, per_group + 1].flatten(0, 1)
 
 
 def join_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
-    """The inverse of `split_qkv`."""
-    groups, head = config.num_query_groups, config.kv_channels
-    parts = [t.reshape(groups, -1, head, *t.shape[1:]) for t in tensors]
+    """Join queries, keys and values into the native weight or bias; the inverse of `split_qkv`."""
+    groups, head_dim = config.num_query_groups, config.kv_channels
+    # Queries [groups, heads_per_group, head_dim, ...], keys and values [groups, 1, head_dim, ...].
+    parts = [t.reshape(groups, -1, head_dim, *t.shape[1:]) for t in tensors]
     return torch.cat(parts, dim=1).flatten(0, 2)
 
 
-def _qkv_in_one(tensor: Tensor, config: ModelConfig) -> Tensors:
-    """All queries, all keys, all values in one; a matrix as GPT-2's Conv1D has it, input first."""
-    whole = torch.cat(split_qkv(tensor, config))
-    return (whole.t() if whole.dim() == 2 else whole,)
+def _stack_qkv(tensor: Tensor, config: ModelConfig) -> Tensors:
+    """Stack all queries, all keys, all values in one tensor; a matrix as GPT-2's Conv1D has it, input first."""
+    stacked = torch.cat(split_qkv(tensor, config))  # [(heads + 2 * groups) * head_dim, ...]
+    return (stacked.t() if stacked.dim() == 2 else stacked,)
 
 
-def _qkv_from_one(tensors: Tensors, config: ModelConfig) -> Tensor:
-    whole = tensors[0].t() if tensors[0].dim() == 2 else tensors[0]
-    head = config.kv_channels
-    q, k = config.num_attention_heads * head, config.num_query_groups * head
-    return join_qkv((whole[:q], whole[q : q + k], whole[q + k :]), config)
+def _unstack_qkv(tensors: Tensors, config: ModelConfig) -> Tensor:
+    stacked = tensors[0].t() if tensors[0].dim() == 2 else tensors[0]  # [(heads + 2 * groups) * head_dim, ...]
+    head_dim = config.kv_channels
+    q, k = config.num_attention_heads * head_dim, config.num_query_groups * head_dim
+    return join_qkv((stacked[:q], stacked[q : q + k], stacked[q + k :]), config)
 
 
-SAME = Form(_as_it_is, _back_as_it_is)
-CONV1D = Form(_turned, _turned_back)  # GPT-2's linear layers keep [in, out]
-GAMMA = Form(_gamma, _gamma_back)
-QKV_IN_ONE = Form(_qkv_in_one, _qkv_from_one)
-QKV_IN_THREE = Form(split_qkv, join_qkv)
+SAME = Conversion(_keep, _keep_back)
+CONV1D = Conversion(_transpose, _transpose_back)  # GPT-2's linear layers, transformers.pytorch_utils.Conv1D, keep [in, out]
+GAMMA = Conversion(_gamma, _gamma_back)
+QKV_IN_ONE = Conversion(_stack_qkv, _unstack_qkv)
+QKV_IN_THREE = Conversion(split_qkv, join_qkv)

@@ -1,4 +1,4 @@
-"""Whole tensors in hand as a checkpoint, and a checkpoint as whole tensors in hand: what imports write and exports read."""
+"""Write whole tensors as a checkpoint, as imports do, and read a checkpoint as whole tensors, as exports do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.config.schema import RunSettings
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.spec import Part, Shard
 
-PREFIX = "model."
+MODEL_PREFIX = "model."  # before the names of weights; others are of the optimizer
 
 
 @dataclass(frozen=True)
@@ -43,35 +43,47 @@ class WholeTensors:
 def write_weights(
     root: Path, iteration: int, config: RunSettings, weights: Mapping[str, Tensor], assets: Assets = None
 ) -> Path:
-    """Write a checkpoint that holds weights alone, and make it the latest of `root`; returns its directory.
+    """Write a checkpoint that holds weights alone, and make it the latest of its directory.
 
-    config: resolved. weights: under our global names. assets: the tokenizer's files. CheckpointError when the disk refuses.
+    Args:
+        root: directory of checkpoints.
+        iteration: of the checkpoint.
+        config: resolved.
+        weights: under our global names, whole.
+        assets: the tokenizer's files.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: when the disk refuses.
     """
     return save(root, iteration, {"model": WholeTensors(weights)}, Mesh.single(), config=to_json(config), assets=assets)
 
 
-def refuse_taken(root: Path, iteration: int) -> None:
-    """CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
+def check_save_root(root: Path, iteration: int) -> None:
+    """Raise CheckpointError where a checkpoint of this iteration, written into `root`, would hide others or wind a run back.
 
     An import alone may be repeated: nothing but the same weights is replaced.
     """
     present = iterations(root)
-    with suppress(CheckpointError):
+    with suppress(CheckpointError):  # a damaged checkpoint is no import that may be repeated
         if list(present) == [iteration] and holds_weights_alone(present[iteration]):
             return
     if not present:
         return
-    held = f"{', '.join(map(str, list(present)[-5:]))}"
+    listed = f"{', '.join(map(str, list(present)[-5:]))}"
     raise CheckpointError(
-        f"--save {root} holds checkpoints already, of iteration {held}: one of iteration {iteration} there would be taken for "
-        "the latest, and a run that goes on would be wound back to it. Give --save a new directory, or move away what is there"
+        f"--save {root} holds checkpoints already, of iteration {listed}: one of iteration {iteration} there would be taken "
+        "for the latest, and a run that goes on would be wound back to it. Give --save a new directory, or move away what is "
+        "there"
     )
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Every weight in an iter_ directory, whole, by its global name. CheckpointError when a byte is not as it was written."""
+    """Read every weight in an iter_ directory, whole, by its global name. CheckpointError when a byte is not as written."""
     manifest = verify(directory)
-    names = [name for name in manifest.tensors if name.startswith(PREFIX)]
+    names = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX)]
     if not names:
         raise CheckpointError(f"{directory}: it holds no model")
-    return {name.removeprefix(PREFIX): read_tensor(directory, manifest, name) for name in names}
+    return {name.removeprefix(MODEL_PREFIX): read_tensor(directory, manifest, name) for name in names}

@@ -17,7 +17,7 @@ from megatron.config.schema import ModelConfig, RunSettings
 from megatron.contract import StagePart
 from megatron.interop.families import table
 from megatron.interop.families.family import HFFamily
-from megatron.interop.tensor_mapping import Row
+from megatron.interop.tensor_mapping import TensorMapping
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.model.build import MODELS
@@ -67,9 +67,9 @@ def build(config: ModelConfig, tp: Axis, dtype: torch.dtype = torch.float32) -> 
     return model
 
 
-def with_rows(family: HFFamily, rows: tuple[Row, ...]) -> HFFamily:
+def with_rows(family: HFFamily, rows: tuple[TensorMapping, ...]) -> HFFamily:
     """Return the family with another table for its first class."""
-    return replace(family, classes=(replace(family.classes[0], rows=rows), *family.classes[1:]))
+    return replace(family, classes=(replace(family.classes[0], templates=rows), *family.classes[1:]))
 
 
 def list_family(monkeypatch: pytest.MonkeyPatch, family: HFFamily) -> None:

@@ -24,10 +24,10 @@ from megatron.contract import Batch
 from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 from megatron.files.outputs import OutputError
 from megatron.inference.restore import open_model
-from megatron.interop.checked_export import ExportError, export
+from megatron.interop.checked_export import ExportError, export_hf
 from megatron.interop.compare_logits import gpt_logits
 from megatron.interop.families.gpt2 import GPT2
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.interop.tensor_mapping import CONV1D, SAME
 from megatron.mesh.mesh import Axis, Mesh
 
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     config = ModelConfig(**CASES[case])
     tp = 2 if config.num_query_groups % 2 == 0 else 1
     saved(tmp_path / "run", CASES[case], tp)
-    export_hf(find(tmp_path / "run"), tmp_path / "hf")
+    export_weights(find(tmp_path / "run"), tmp_path / "hf")
     theirs = opened(tmp_path / "hf")
     tokens = torch.arange(2 * 48).reshape(2, 48) * 5 % 127
     assert max_difference(*gpt_logits(build(config, Axis.alone("tp")).eval(), theirs, tokens)) <= 1e-4
@@ -112,7 +112,7 @@ def make_batch(row):
 
 def test_large_models_are_cut_into_files_with_an_index(tmp_path):
     saved(tmp_path / "run", LLAMA)
-    export_hf(find(tmp_path / "run"), tmp_path / "hf", shard_bytes=20_000)
+    export_weights(find(tmp_path / "run"), tmp_path / "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     assert len(files) > 3 and set(index["weight_map"].values()) == {f.name for f in files}
@@ -120,7 +120,7 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path):
     held = [load_file(f) for f in files]
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held for t in tensors.values())
     assert all(sum(t.nbytes for t in tensors.values()) <= 20_000 for tensors in held)
-    whole = export_hf(find(tmp_path / "run"), tmp_path / "one") and load_file(tmp_path / "one" / "model.safetensors")
+    whole = export_weights(find(tmp_path / "run"), tmp_path / "one") and load_file(tmp_path / "one" / "model.safetensors")
     joined = {name: tensor for tensors in held for name, tensor in tensors.items()}
     assert joined.keys() == whole.keys() and all(torch.equal(joined[n], whole[n]) for n in whole)
     opened(tmp_path / "hf")
@@ -131,7 +131,7 @@ def test_exports_in_half_precision_are_proved_exactly(tmp_path, dtype):
     """The proof is exact in half precision too, since both models then hold the rounded weights."""
     said = []
     saved(tmp_path / "run", CASES["gpt2 untied, exact gelu, 1p"])
-    export(tmp_path / "run", tmp_path / "hf", dtype=dtype, say=said.append)
+    export_hf(tmp_path / "run", tmp_path / "hf", dtype=dtype, say=said.append)
     assert {t.dtype for t in load_file(tmp_path / "hf" / "model.safetensors").values()} == {dtype}
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
     assert any("logits differ" in line for line in said)
@@ -140,7 +140,7 @@ def test_exports_in_half_precision_are_proved_exactly(tmp_path, dtype):
 def test_a_bf16_checkpoint_stays_bf16(tmp_path):
     saved(tmp_path / "run", BASE, dtype=torch.bfloat16)
     assert open_model(tmp_path / "run").model.embedding.word.weight.dtype == torch.bfloat16
-    export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+    export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert load_file(tmp_path / "hf" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
 
 
@@ -152,7 +152,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path):
     config = to_json(RunSettings(model=ModelConfig(**BASE)))
     directory = save(tmp_path / "run", 1, {"model": ModuleWeights(model)}, Mesh.single(), config=config)
     with pytest.raises(CheckpointError, match=r"embedding.word.weight has values up to 1e\+06, too large for torch.float16"):
-        export_hf(directory, tmp_path / "hf", torch.float16)
+        export_weights(directory, tmp_path / "hf", torch.float16)
 
 
 def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
@@ -160,21 +160,21 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", BASE)
     (tmp_path / "hf").mkdir()
     square = "layers.{n}.attention.dense.weight"
-    assert any(row.ours == square and row.form is CONV1D for row in GPT2.classes[0].rows)
-    rows = tuple(replace(row, form=SAME) if row.ours == square else row for row in GPT2.classes[0].rows)
+    assert any(row.native == square and row.conversion is CONV1D for row in GPT2.classes[0].templates)
+    rows = tuple(replace(row, conversion=SAME) if row.native == square else row for row in GPT2.classes[0].templates)
     list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
-        export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+        export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "hf.failed", "run"]
     assert not list((tmp_path / "hf").iterdir()) and (tmp_path / "hf.failed" / "model.safetensors").exists()
 
 
 def test_a_tensor_too_few_fails_the_proof(tmp_path, monkeypatch):
     saved(tmp_path / "run", {**BASE, "add_norm_bias": False})
-    rows = tuple(row for row in GPT2.classes[0].rows if row.ours != "final_norm.bias")
+    rows = tuple(row for row in GPT2.classes[0].templates if row.native != "final_norm.bias")
     list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match=r"missing keys: transformer\.ln_f\.bias"):
-        export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+        export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
 
 
 def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ByteTokenizer, "hf_files", then_change)
     with pytest.raises(ExportError, match="the tokenizers disagree on 'The quick"):
-        export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+        export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
 
 
 def test_an_export_overwrites_only_what_it_may(tmp_path):
@@ -196,15 +196,15 @@ def test_an_export_overwrites_only_what_it_may(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "keep").write_text("")
     with pytest.raises(OutputError, match="is a file, not a directory"):
-        export(tmp_path / "run", tmp_path / "file", verify=False, overwrite=True)
+        export_hf(tmp_path / "run", tmp_path / "file", verify=False, overwrite=True)
     with pytest.raises(OutputError, match=r"it is not empty.*--overwrite"):
-        export(tmp_path / "run", tmp_path / "full", verify=False)
+        export_hf(tmp_path / "run", tmp_path / "full", verify=False)
     assert (tmp_path / "full" / "keep").exists()
     with pytest.raises(OutputError, match="not made by this project's tools"):
-        export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=True)
+        export_hf(tmp_path / "run", tmp_path / "full", verify=False, overwrite=True)
     (tmp_path / "full" / "keep").unlink()
     for overwrite in (False, True):  # its own it does replace
-        export(tmp_path / "run", tmp_path / "full", verify=False, overwrite=overwrite)
+        export_hf(tmp_path / "run", tmp_path / "full", verify=False, overwrite=overwrite)
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == [
         ".made-by-megatron",
         "config.json",
@@ -257,8 +257,8 @@ def test_a_model_that_its_configuration_does_not_describe(tmp_path):
     refused("config.json: ", {"model": {"hidden_sise": 3}})
     directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=of(num_layers=1))
     with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel has no place for layers.1"):
-        export_hf(directory, tmp_path / "hf")
+        export_weights(directory, tmp_path / "hf")
     directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=of(num_layers=3))
     with pytest.raises(CheckpointError, match=r"asks for tensors that it does not hold: layers.2.attention.dense.weight"):
-        export_hf(directory, tmp_path / "hf")
+        export_weights(directory, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

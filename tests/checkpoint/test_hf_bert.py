@@ -13,10 +13,10 @@ from megatron.checkpoint.find import find
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.inference.restore import open_model
-from megatron.interop.checked_export import ExportError, export
+from megatron.interop.checked_export import ExportError, export_hf
 from megatron.interop.compare_logits import bert_logits
 from megatron.interop.families.megatron_bert import MEGATRON_BERT
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.interop.tensor_mapping import SAME, split_qkv
 from megatron.mesh.mesh import Axis
 from megatron.model.bert import Bert
@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     """Saved with tp 2; compared with the model itself, not with what was read back. Rows of several lengths, two segments."""
     config = ModelConfig(**CASES[case])
     saved(tmp_path / "run", CASES[case], 2)
-    export_hf(find(tmp_path / "run"), tmp_path / "hf")
+    export_weights(find(tmp_path / "run"), tmp_path / "hf")
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     name = "MegatronBertForPreTraining" if config.bert_binary_head else "MegatronBertForMaskedLM"
     assert about["architectures"] == [name] and about["tie_word_embeddings"] is True and about["vocab_size"] == 127
@@ -91,7 +91,7 @@ CLASSES = {
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     saved(folder / "run", BERT)
-    export_hf(find(folder / "run"), folder / "hf")
+    export_weights(find(folder / "run"), folder / "hf")
     return folder / "hf"
 
 
@@ -120,7 +120,7 @@ def test_the_export_proves_itself(tmp_path, tokenizer, binary):
     said = []
     settings = {**BERT, "vocab_size": tokenizer.vocab_size, "bert_binary_head": binary}
     saved(tmp_path / "run", settings, tokenizer=tokenizer)
-    export(tmp_path / "run", tmp_path / "hf", say=said.append)
+    export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)
     assert any("logits differ by at most" in line for line in said)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert about["pad_token_id"] == tokenizer.token("pad") == 0 and about["type_vocab_size"] == 2
@@ -135,7 +135,7 @@ def test_the_export_proves_itself(tmp_path, tokenizer, binary):
 
 def test_half_precision_is_proved_exactly(tmp_path):
     saved(tmp_path / "run", BERT)
-    export(tmp_path / "run", tmp_path / "hf", dtype=torch.bfloat16, say=lambda line: None)
+    export_hf(tmp_path / "run", tmp_path / "hf", dtype=torch.bfloat16, say=lambda line: None)
     assert {t.dtype for t in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -150,11 +150,13 @@ def swapped_queries(tensor, config):
 def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch, wrong):
     """Shapes fit, transformers opens it, and only the logits tell; those of the binary head for what it alone uses."""
     saved(tmp_path / "run", BERT)
-    form = replace(SAME, write=lambda tensor, config: (-tensor,))
+    conversion = replace(SAME, to_hf=lambda tensor, config: (-tensor,))
     if "qkv" in wrong:
-        form = replace(SAME, write=swapped_queries)
-    rows = tuple(replace(row, form=form) if row.ours == wrong else row for row in MEGATRON_BERT.classes[0].rows)
-    monkeypatch.setattr("megatron.interop.checked_export._round", lambda model, family, written: None)
+        conversion = replace(SAME, to_hf=swapped_queries)
+    rows = tuple(
+        replace(row, conversion=conversion) if row.native == wrong else row for row in MEGATRON_BERT.classes[0].templates
+    )
+    monkeypatch.setattr("megatron.interop.checked_export._round_weights", lambda model, family, written: None)
     list_family(monkeypatch, with_rows(MEGATRON_BERT, rows))
     with pytest.raises(ExportError, match=r"the logits differ by .*, more than 0.0001. What was written is .*hf.failed"):
-        export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+        export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)

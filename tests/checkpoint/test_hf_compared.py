@@ -21,12 +21,12 @@ from megatron.checkpoint.layout import CheckpointError  # noqa: E402
 from megatron.checkpoint.weights import ModuleWeights  # noqa: E402
 from megatron.config.schema import ModelConfig  # noqa: E402
 from megatron.contract import StagePart  # noqa: E402
-from megatron.interop.checked_export import ExportError, export  # noqa: E402
-from megatron.interop.checked_import import store  # noqa: E402
-from megatron.interop.compare_logits import LogitsError, compared_with_source  # noqa: E402
+from megatron.interop.checked_export import ExportError, export_hf  # noqa: E402
+from megatron.interop.checked_import import write_imported  # noqa: E402
+from megatron.interop.compare_logits import LogitsError, compare_with_source  # noqa: E402
 from megatron.interop.families.gpt2 import GPT2  # noqa: E402
 from megatron.interop.families.llama import LLAMA as LLAMA_FAMILY  # noqa: E402
-from megatron.interop.families.table import family_of  # noqa: E402
+from megatron.interop.families.table import family_for_export  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 from megatron.interop.tensor_mapping import SAME  # noqa: E402
 from megatron.model.build import MODELS  # noqa: E402
@@ -78,16 +78,16 @@ def test_an_output_matrix_beside_a_tied_embedding(tmp_path, written, name, left_
         return
     config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": word.clone()}), said.append)
     assert config.ties_embeddings and "head.weight" not in weights and not said
-    compared_with_source(tmp_path, config, weights)
+    compare_with_source(tmp_path, config, weights)
     other = word.flip(0) + 1
     config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": other}), said.append)
     assert not config.ties_embeddings and torch.equal(weights["head.weight"], other)
     assert [f"lm_head.weight differs from {TIED[name]}: it is read as untied" in line for line in said] == [True]
-    compared_with_source(tmp_path, config, weights)
+    compare_with_source(tmp_path, config, weights)
     alone = {"lm_head.weight" if key == TIED[name] else key: tensor for key, tensor in tensors.items()}
     config, weights = read_hf(put(tmp_path, about, alone))
     assert config.ties_embeddings and torch.equal(weights["embedding.word.weight"], word)
-    compared_with_source(tmp_path, config, weights)
+    compare_with_source(tmp_path, config, weights)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert words"])
@@ -101,7 +101,7 @@ def test_the_copies_of_a_megatron_bert(tmp_path, written, name, copy):
     for held in ({original: value}, {original: value, twin: value.clone()}, {twin: value}):
         config, weights = read_hf(put(tmp_path, about, {**rest, **held}))
         assert torch.equal(weights["embedding.word.weight" if copy == "weight" else "masked_words.bias"], value)
-    compared_with_source(tmp_path, config, weights)
+    compare_with_source(tmp_path, config, weights)
     with pytest.raises(CheckpointError, match=f"cls.predictions.decoder.{copy} differs from {original}"):
         read_hf(put(tmp_path, about, {**rest, original: value, twin: value + 1}))
 
@@ -150,10 +150,10 @@ def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
     _, about, tensors = written("llama")
     mixed = {key: tensor if "norm" in key else tensor.bfloat16() for key, tensor in tensors.items()}
     config, weights = read_hf(put(tmp_path / "mixed", about, mixed), say=print)
-    export(store(tmp_path / "run", config, weights), tmp_path / "hf", say=lambda line: None)
+    export_hf(write_imported(tmp_path / "run", config, weights), tmp_path / "hf", say=lambda line: None)
     back = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(back[key], tensor.float()) for key, tensor in mixed.items())
-    export(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16, say=lambda line: None)
+    export_hf(tmp_path / "run", tmp_path / "half", dtype=torch.bfloat16, say=lambda line: None)
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -177,8 +177,10 @@ def test_an_import_that_differs_leaves_nothing(tmp_path, written, monkeypatch, c
     """A reader that errs: status 1, and nothing under the name."""
     source, *_ = written("llama")
     rows = tuple(
-        replace(row, form=replace(SAME, read=lambda tensors, config: tensors[0].flip(0))) if "mlp_norm" in row.ours else row
-        for row in LLAMA_FAMILY.classes[0].rows
+        replace(row, conversion=replace(SAME, from_hf=lambda tensors, config: tensors[0].flip(0)))
+        if "mlp_norm" in row.native
+        else row
+        for row in LLAMA_FAMILY.classes[0].templates
     )
     list_family(monkeypatch, with_rows(LLAMA_FAMILY, rows))
     status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
@@ -196,10 +198,10 @@ def test_settings_that_the_weights_of_a_model_hide(tmp_path, written):
     _, about, tensors = written("gpt2")
     loud = {key: tensor * 20 if key.startswith("transformer.w") else tensor for key, tensor in tensors.items()}
     config, weights = read_hf(put(tmp_path, about, loud))
-    compared_with_source(tmp_path, config, weights)
+    compare_with_source(tmp_path, config, weights)
     for wrong in (replace(config, layernorm_epsilon=3.1e-3), replace(config, activation="gelu-exact")):
         with pytest.raises(LogitsError, match="logits differ"):
-            compared_with_source(tmp_path, wrong, weights)
+            compare_with_source(tmp_path, wrong, weights)
 
 
 def fresh(root, settings):
@@ -207,7 +209,7 @@ def fresh(root, settings):
     config = ModelConfig(**settings)
     model = MODELS[config.architecture](config, StagePart(range(2), True, True), TensorParallel.alone())
     initialize(model, config, 7)
-    store(root, config, {shard.name: shard.data for shard in ModuleWeights(model).shards()})
+    write_imported(root, config, {shard.name: shard.data for shard in ModuleWeights(model).shards()})
     return root
 
 
@@ -224,12 +226,12 @@ def fresh(root, settings):
     ],
 )
 def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch, settings, field, value, words):
-    family = family_of(ModelConfig(**settings))
+    family = family_for_export(ModelConfig(**settings))
     wrong = {field: value} | ({"embd_pdrop": value} if field == "resid_pdrop" else {})
-    changed = replace(family, config=lambda config: {**family.config(config), **wrong})
+    changed = replace(family, to_fields=lambda config: {**family.to_fields(config), **wrong})
     list_family(monkeypatch, changed)
     with pytest.raises((ExportError, CheckpointError), match=words):
-        export(fresh(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
+        export_hf(fresh(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
     assert not (tmp_path / "hf").exists()
 
 
@@ -243,9 +245,9 @@ def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch
 )
 def test_exchanged_tensors_fail_the_export_of_a_fresh_model(tmp_path, monkeypatch, exchanged):
     """Two that are equal in the checkpoint: its own weights do not tell."""
-    theirs = {row.ours: row.theirs for row in GPT2.classes[0].rows}
+    theirs = {row.native: row.hf for row in GPT2.classes[0].templates}
     swap = dict(zip(exchanged, reversed(exchanged), strict=True))
-    rows = tuple(replace(row, theirs=theirs[swap.get(row.ours, row.ours)]) for row in GPT2.classes[0].rows)
+    rows = tuple(replace(row, hf=theirs[swap.get(row.native, row.native)]) for row in GPT2.classes[0].templates)
     list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match="with random weights in both models the logits differ"):
-        export(fresh(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)
+        export_hf(fresh(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)

@@ -24,11 +24,11 @@ from megatron.data.tokenizer import ByteTokenizer, NullTokenizer, load_tokenizer
 from megatron.files.outputs import MARKER
 from megatron.inference.restore import open_model
 from megatron.interop import hf_tokenizers
-from megatron.interop import side_files as kept
-from megatron.interop.checked_export import ExportError, _same_tokenizer
-from megatron.interop.checked_import import store
-from megatron.interop.hf_tokenizers import disagreement, import_tokenizer
-from megatron.interop.megatron_lm import resized
+from megatron.interop.checked_export import ExportError, _check_tokenizer
+from megatron.interop.checked_import import write_imported
+from megatron.interop.hf_tokenizers import import_tokenizer, tokenizer_difference
+from megatron.interop.megatron_tensors import resize_vocabulary
+from megatron.interop.side_files import read_side_files
 from megatron.interop.whole_tensors import read_weights
 from megatron.mesh.mesh import Mesh
 
@@ -73,7 +73,7 @@ def test_nothing_is_lost(sources, tmp_path, monkeypatch, name):
     ids = [{k: v for k, v in json.loads(f["config.json"]).items() if k.endswith("_token_id")} for f in (before, after)]
     assert ids[0] == ids[1] and ids[0]
     here, there = open_tokenizer(find(tmp_path / "ours")), theirs(source)
-    assert disagreement(here, there) is None and disagreement(here, theirs(out)) is None
+    assert tokenizer_difference(here, there) is None and tokenizer_difference(here, theirs(out)) is None
     assert there.special_tokens_map == theirs(out).special_tokens_map and there.all_special_ids == theirs(out).all_special_ids
     if there.chat_template:
         chats = [
@@ -92,7 +92,10 @@ def test_ids_by_hand(sources, monkeypatch):
     said = []
     monkeypatch.setattr(hf_tokenizers, "find_spec", lambda name: None)
     for make in (gpt2_added_tokens, gpt2_decoder, bert_words_cased):  # the same without transformers
-        assert disagreement(import_tokenizer(sources / make.__name__, said.append), theirs(sources / make.__name__)) is None
+        assert (
+            tokenizer_difference(import_tokenizer(sources / make.__name__, said.append), theirs(sources / make.__name__))
+            is None
+        )
     assert said == ["the tokenizer was not compared with transformers', which is not installed"] * 3
 
 
@@ -101,7 +104,7 @@ def test_transformers_decides(sources, tmp_path, monkeypatch):
     source = sources / "gpt2_decoder"
     for other in (read_hf_tokenizer(sources / "bert_words"), None):
         monkeypatch.setattr(hf_tokenizers, "read_hf_tokenizer", lambda folder, other=other: other)
-        assert disagreement(import_tokenizer(source, print), theirs(source)) is None
+        assert tokenizer_difference(import_tokenizer(source, print), theirs(source)) is None
     monkeypatch.setattr(hf_tokenizers, "wrap_backend", lambda backend, roles: ByteTokenizer())
     with pytest.raises(
         DataError, match=r"not transformers': it has 257 tokens, transformers' 261; --no-tokenizer leaves it out"
@@ -127,7 +130,7 @@ def test_transformers_decides(sources, tmp_path, monkeypatch):
 def test_the_first_difference_of_two_tokenizers_is_named(sources, change, words):
     ours, other = import_tokenizer(sources / "gpt2_decoder", print), theirs(sources / "gpt2_decoder")
     change(other)
-    assert re.search(words, disagreement(ours, other) or "nothing")
+    assert re.search(words, tokenizer_difference(ours, other) or "nothing")
 
 
 def test_the_export_compares_its_files_with_the_checkpoint(sources, tmp_path):
@@ -135,14 +138,14 @@ def test_the_export_compares_its_files_with_the_checkpoint(sources, tmp_path):
     ours = import_tokenizer(sources / "gpt2_decoder", print)
     out = tmp_path / "out"
     shutil.copytree(sources / "gpt2_added_tokens", out)
-    assert disagreement(ours, theirs(out)) is not None
+    assert tokenizer_difference(ours, theirs(out)) is not None
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (out / name).unlink()
-    _same_tokenizer(out, ours)
-    assert disagreement(ours, theirs(out)) is None
+    _check_tokenizer(out, ours)
+    assert tokenizer_difference(ours, theirs(out)) is None
     write_files(out, tokenizer_config__json={"mask_token": "<mask>"})
     with pytest.raises(ExportError, match="the tokenizers disagree: it has 261 tokens, transformers' 262"):
-        _same_tokenizer(out, ours)
+        _check_tokenizer(out, ours)
 
 
 def test_more_tokens_than_rows(sources, tmp_path, monkeypatch, capsys):
@@ -159,7 +162,8 @@ def test_more_tokens_than_rows(sources, tmp_path, monkeypatch, capsys):
     assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "grown", "--output", tmp_path / "hf") == 0
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (
-        config["vocab_size"] == 258 and disagreement(open_model(tmp_path / "grown").tokenizer, theirs(tmp_path / "hf")) is None
+        config["vocab_size"] == 258
+        and tokenizer_difference(open_model(tmp_path / "grown").tokenizer, theirs(tmp_path / "hf")) is None
     )
 
 
@@ -175,11 +179,11 @@ def test_a_round_trip_without_the_tokenizer_leaves_its_files_out(sources, tmp_pa
 
 def test_rows_of_the_output_bias_grow_as_well():
     held = {"embedding.word.weight": torch.eye(3), "masked_words.bias": torch.tensor([1.0, 2.0, 6.0]), "x": torch.ones(3)}
-    grown = resized(held, 5)
+    grown = resize_vocabulary(held, 5)
     assert grown["masked_words.bias"].tolist() == [1, 2, 6, 3, 3] and grown["x"] is held["x"]
-    assert resized(held, 2)["embedding.word.weight"].shape == (2, 3)
+    assert resize_vocabulary(held, 2)["embedding.word.weight"].shape == (2, 3)
     with pytest.raises(CheckpointError, match="a vocabulary of 0 tokens"):
-        resized(held, 0)
+        resize_vocabulary(held, 0)
 
 
 def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
@@ -214,7 +218,7 @@ def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
         assert train(iterations, run) == 0
         assert f"loading checkpoint {(ours, run)[iterations - 1]}/iter_000000{iterations - 1}" in capsys.readouterr().out
         folder = run / f"iter_000000{iterations}" / "tokenizer" / "hugging_face"
-        want = kept.of_source(source, tokenizer=True)
+        want = read_side_files(source, tokenizer=True)
         assert files(folder) == want and len(want) == 7
     assert tool(monkeypatch, "export_hf.py", "--load", run, "--output", tmp_path / "hf") == 0
     assert all(files(tmp_path / "hf")[name] == data for name, data in want.items() if name != "config.json")
@@ -230,7 +234,7 @@ def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
 def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     source, said = sources / "gpt2_added_tokens", []
     tokenizer = import_tokenizer(source, print)
-    own = assets(tokenizer, kept.of_source(source, tokenizer=True))
+    own = assets(tokenizer, read_side_files(source, tokenizer=True))
     directory = save(tmp_path / "run", 1, {}, Mesh.single(), config={}, assets=own)
     assert carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     assert not said
@@ -303,10 +307,10 @@ def test_an_import_hides_no_checkpoint(tmp_path):
 
     config = small_config()
     weights = named_weights(build(config))
-    store(tmp_path, config, weights, iteration=5)
-    store(tmp_path, config, weights, iteration=5)
+    write_imported(tmp_path, config, weights, iteration=5)
+    write_imported(tmp_path, config, weights, iteration=5)
     for iteration in (0, 6):  # a winding back, and a later one that would hide what is there
         with pytest.raises(
             CheckpointError, match=f"holds checkpoints already, of iteration 5: one of iteration {iteration} there"
         ):
-            store(tmp_path, config, weights, iteration=iteration)
+            write_imported(tmp_path, config, weights, iteration=iteration)

@@ -20,10 +20,16 @@ import foreign  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
-from megatron.interop.checked_import import compare  # noqa: E402
-from megatron.interop.compare_logits import LogitsError, model_with, open_theirs, pairs, prompt_of  # noqa: E402
+from megatron.interop.checked_import import check_weights  # noqa: E402
+from megatron.interop.compare_logits import (  # noqa: E402
+    LogitsError,
+    logit_pairs,
+    model_from_weights,
+    open_in_transformers,
+    vocabulary_prompt,
+)
 from megatron.interop.families.table import family_named  # noqa: E402
-from megatron.interop.hf_config import SHARED  # noqa: E402
+from megatron.interop.hf_config import SHARED_FIELDS  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 
 # Fields of the classes that change nothing that a model computes: ids of tokens, caches, forms of outputs, how the same product
@@ -53,7 +59,7 @@ def test_the_tables_are_those_of_the_classes(kind):
         if name in fields:
             assert field.default == fields[name].default and type(field.default) is type(fields[name].default), name
     assert dict(family_named(kind).aliases) == CLASSES[kind].attribute_map
-    assert not SHARED.keys() & (fields.keys() - {"is_encoder_decoder"})
+    assert not SHARED_FIELDS.keys() & (fields.keys() - {"is_encoder_decoder"})
 
 
 @pytest.fixture(scope="module", params=foreign.MODELS)
@@ -68,14 +74,14 @@ def outcome(directory: Path, name: str) -> str:
     """`refused`, by us or by transformers, whom the import asks; `same`; else what is wrong."""
     try:
         config, weights = read_hf(directory, say=lambda line: None)
-        compare(config, weights)
+        check_weights(config, weights)
     except CheckpointError as error:
         return "refused" if len(str(error)) > 20 else f"no words: {error}"
     try:
-        theirs, _ = open_theirs(
+        theirs, _ = open_in_transformers(
             directory, "AutoModelForCausalLM" if config.architecture == "gpt" else foreign.MODELS[name][0], dtype=torch.float32
         )
-        logits = list(pairs(model_with(config, weights), theirs, [prompt_of(config)]))
+        logits = list(logit_pairs(model_from_weights(config, weights), theirs, [vocabulary_prompt(config)]))
     except LogitsError:
         return "refused"
     for here, there in logits:

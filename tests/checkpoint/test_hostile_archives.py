@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.interop.hf_import import read_hf
-from megatron.interop.megatron_files import arguments_of, sizes_of
-from megatron.interop.pickled import read_pickled
-from megatron.interop.released import MEMBER, read_archive
+from megatron.interop.megatron_files import args_in_file, layer_sizes_from_args
+from megatron.interop.released_archives import ARCHIVE_MEMBER, read_archive
+from megatron.interop.safe_pickle import read_pickled
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
@@ -33,7 +33,7 @@ def refusal(path: Path) -> str:
 
 
 def packed(path: Path, size: int, method: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as archive, archive.open(MEMBER, "w", force_zip64=True) as member:
+    with zipfile.ZipFile(path, "w", method) as archive, archive.open(ARCHIVE_MEMBER, "w", force_zip64=True) as member:
         for _ in range(size // MB):
             member.write(bytes(MB))
     return path
@@ -83,7 +83,7 @@ def test_a_file_of_torch_whose_parts_are_packed(tmp_path: Path) -> None:
             archive.writestr(name, plain.read(name))
     assert "its parts are packed" in refusal(tmp_path / "packed.pt")
     with zipfile.ZipFile(tmp_path / "both.zip", "w") as archive:  # and the same within an archive
-        archive.write(tmp_path / "packed.pt", MEMBER)
+        archive.write(tmp_path / "packed.pt", ARCHIVE_MEMBER)
     assert "its parts are packed" in refusal(tmp_path / "both.zip")
 
 
@@ -119,7 +119,7 @@ def test_what_is_whole_is_still_read(tmp_path: Path) -> None:
     held = read_pickled(path, "good")["model"]
     assert torch.equal(held["a"], view) and held["c"]["d"] == 1
     with zipfile.ZipFile(tmp_path / "good.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(path, MEMBER)
+        archive.write(path, ARCHIVE_MEMBER)
     assert torch.equal(read_archive(tmp_path / "good.zip")["model"]["a"], view)
 
 
@@ -127,7 +127,7 @@ def test_the_file_is_cut_at_every_point(tmp_path: Path) -> None:
     whole = io.BytesIO()
     torch.save({"model": {"a": torch.zeros(3)}}, whole)
     with zipfile.ZipFile(tmp_path / "whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(MEMBER, whole.getvalue())
+        archive.writestr(ARCHIVE_MEMBER, whole.getvalue())
     data = (tmp_path / "whole.zip").read_bytes()
     for end in range(0, len(data), 7):
         (tmp_path / "cut.zip").write_bytes(data[:end])
@@ -138,7 +138,7 @@ def test_the_file_is_cut_at_every_point(tmp_path: Path) -> None:
 def test_sizes_in_args_that_no_model_has(value: object) -> None:
     args = {"hidden_size": 4, "num_attention_heads": value}
     with pytest.raises(CheckpointError, match="num_attention_heads"):
-        sizes_of(arguments_of({"args": args}))
+        layer_sizes_from_args(args_in_file({"args": args}))
 
 
 GPT2 = dict(model_type="gpt2", vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=2)

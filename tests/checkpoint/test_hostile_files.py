@@ -26,7 +26,7 @@ from megatron.config.schema import CheckpointConfig, ModelConfig, RunSettings, T
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from megatron.inference.restore import open_model
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.train.resume import find_source
 from megatron.train.state import TrainState
@@ -68,7 +68,7 @@ def ways(run: Path, tmp_path: Path):
     yield lambda: find_source(CheckpointConfig(save=str(run), auto_resume=True))
     yield lambda: open_model(find(run))
     yield lambda: open_tokenizer(directory)
-    yield lambda: export_hf(directory, tmp_path / "hf")
+    yield lambda: export_weights(directory, tmp_path / "hf")
     yield lambda: verify(directory)
     yield lambda: load(directory, {"train": TrainState()}, strict=False)
 
@@ -227,7 +227,7 @@ def test_a_configuration_that_asks_for_all_memory(run, tmp_path, change):
         open_model(directory)
     if "num_layers" in change:
         with pytest.raises(CheckpointError, match=r"config\.json: it asks for 1,000,000,000 layers"):
-            export_hf(directory, tmp_path / "hf")
+            export_weights(directory, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

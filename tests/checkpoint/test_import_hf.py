@@ -15,9 +15,9 @@ from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import open_model
-from megatron.interop.checked_import import store
+from megatron.interop.checked_import import write_imported
 from megatron.interop.compare_logits import gpt_logits
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.interop.hf_import import read_hf
 from megatron.interop.whole_tensors import read_weights
 
@@ -65,10 +65,10 @@ def imported(source, save, monkeypatch, *more):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_export_import_export_gives_equal_bytes(tmp_path, monkeypatch, case, dtype):
     config = small_config(**CASES[case])
-    store(tmp_path / "ours", config, {n: t.to(dtype) for n, t in named_weights(build(config)).items()}, iteration=10)
-    export_hf(find(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
+    write_imported(tmp_path / "ours", config, {n: t.to(dtype) for n, t in named_weights(build(config)).items()}, iteration=10)
+    export_weights(find(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
     assert imported(tmp_path / "hf", tmp_path / "back", monkeypatch) == 0
-    export_hf(find(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
+    export_weights(find(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "hf").iterdir())
     assert len(files) > 4 and files == sorted(p.name for p in (tmp_path / "again").iterdir())
     for name in files:
@@ -120,8 +120,8 @@ def test_names_of_the_bare_model_and_its_constants(tmp_path):
 
 def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
     config = small_config(vocab_size=300)
-    store(tmp_path / "ours", config, named_weights(build(config)))
-    export_hf(find(tmp_path / "ours"), tmp_path / "hf")
+    write_imported(tmp_path / "ours", config, named_weights(build(config)))
+    export_weights(find(tmp_path / "ours"), tmp_path / "hf")
     ByteTokenizer().hf_files(tmp_path / "hf", 48)
     assert imported(tmp_path / "hf", tmp_path / "all", monkeypatch) == 0
     assert "the tokenizer has 257 tokens, the model 300" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimSettings, RunConfig
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.optim.precision import Precision
 from megatron.optim.scaler import Dynamic
 from megatron.parallel.spec import param_spec
@@ -222,6 +222,6 @@ def test_the_export_is_that_of_one_process(saved, layout, tmp_path):
     resave(TIED, root, str(tmp_path / "alone"))
     files = []
     for name, source in (("pipeline", root), ("one", tmp_path / "alone")):
-        export_hf(find(Path(source)), tmp_path / name)
+        export_weights(find(Path(source)), tmp_path / name)
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1] and len(files[0]) > 4 * 127 * 32

@@ -12,9 +12,9 @@ from archives import build, named_weights, read_files, released_state, small_con
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.model_config import model_config
-from megatron.interop.checked_import import store
+from megatron.interop.checked_import import write_imported
 from megatron.interop.megatron_files import read_megatron, write_megatron
-from megatron.interop.pickled import read_pickled
+from megatron.interop.safe_pickle import read_pickled
 from megatron.interop.whole_tensors import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -69,7 +69,7 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, monkeypatch, capsys
     """export, import, export: the same bytes; the weights and every setting that means something are the same."""
     config = small_config(**CASES[case])
     weights = named_weights(build(config))
-    store(tmp_path / "ours", config, weights, iteration=10)
+    write_imported(tmp_path / "ours", config, weights, iteration=10)
     cut = ("--target-tensor-parallel-size", tp, "--target-pipeline-parallel-size", pp)
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "ours", "--save", tmp_path / "theirs", *cut) == 0
     assert ("masked-word head has the exact GELU there" in capsys.readouterr().err) == (config.architecture == "bert")
@@ -88,7 +88,7 @@ def test_a_rank_holds_what_megatron_lm_looks_for(tmp_path):
     made = write_megatron(tmp_path, 7, config, weights, tp=2, pp=2, tokenizer_type="GPT2BPETokenizer")
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "7"
     file = read_pickled(made / "mp_rank_01_001" / "model_optim_rng.pt", "file")
-    args = file["args"].values()
+    args = file["args"].attributes()
     assert (file["checkpoint_version"], file["iteration"], args["padded_vocab_size"]) == (3.0, 7, 256)
     assert (args["bias_gelu_fusion"], args["openai_gelu"], args["tokenizer_type"]) == (True, False, "GPT2BPETokenizer")
     model = file["model"]
@@ -208,7 +208,7 @@ def test_a_lost_tensor_that_would_give_another_model_is_refused(tmp_path, settin
         / "model_optim_rng.pt"
     )
     file = read_pickled(made, "file")
-    args = file["args"].values()
+    args = file["args"].attributes()
     if lost == "args.normalization":
         args = {name: value for name, value in args.items() if name != "normalization"}
     else:

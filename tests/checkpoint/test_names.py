@@ -10,7 +10,7 @@ from megatron.config.schema import ModelConfig
 from megatron.interop.families.gpt2 import GPT2
 from megatron.interop.families.llama import LLAMA
 from megatron.interop.families.megatron_bert import MEGATRON_BERT, WITH_ORDER, WORDS_ALONE
-from megatron.interop.families.table import family_of
+from megatron.interop.families.table import family_for_export
 from megatron.interop.tensor_mapping import join_qkv, split_qkv
 from megatron.mesh.mesh import Axis
 
@@ -39,27 +39,27 @@ def test_qkv_rows_are_what_the_layer_says():
 )
 def test_reading_undoes_writing(settings):
     config = ModelConfig(**settings)
-    family = family_of(config)
+    family = family_for_export(config)
     weights = {s.name: s.data for s in ModuleWeights(build(config, Axis.alone("tp"))).shards()}
-    rows = {row.ours: row for row in family.table(config)}
+    rows = {row.native: row for row in family.mappings(config)}
     theirs = set()
     for name, tensor in weights.items():
-        written = rows[name].form.write(tensor, config)
-        assert len(written) == len(rows[name].theirs)
-        theirs |= set(rows[name].theirs)
-        torch.testing.assert_close(rows[name].form.read(written, config), tensor, rtol=0, atol=1e-6)
-    assert len(theirs) == sum(len(rows[n].theirs) for n in weights), "two of our tensors became the same one"
+        written = rows[name].conversion.to_hf(tensor, config)
+        assert len(written) == len(rows[name].hf)
+        theirs |= set(rows[name].hf)
+        torch.testing.assert_close(rows[name].conversion.from_hf(written, config), tensor, rtol=0, atol=1e-6)
+    assert len(theirs) == sum(len(rows[n].hf) for n in weights), "two of our tensors became the same one"
     for name, value in family.rounded(weights, config, torch.bfloat16).items():
         torch.testing.assert_close(value, weights[name], rtol=0.01, atol=0.01)
         assert not torch.equal(value, weights[name])
 
 
 def test_the_family_follows_from_the_configuration():
-    assert family_of(ModelConfig(**BASE)) is GPT2
-    assert family_of(ModelConfig(**LLAMA_SETTINGS)) is LLAMA
+    assert family_for_export(ModelConfig(**BASE)) is GPT2
+    assert family_for_export(ModelConfig(**LLAMA_SETTINGS)) is LLAMA
     for more, written_as in ({}, WITH_ORDER), (dict(bert_binary_head=False), WORDS_ALONE):
         config = ModelConfig(**BERT, **more)
-        assert family_of(config) is MEGATRON_BERT and MEGATRON_BERT.written_class(config) is written_as
+        assert family_for_export(config) is MEGATRON_BERT and MEGATRON_BERT.exported_class(config) is written_as
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_family_follows_from_the_configuration():
 )
 def test_what_no_family_can_express_is_listed(change, gpt2, llama):
     with pytest.raises(ValueError, match="no Hugging Face family has this architecture") as failure:
-        family_of(ModelConfig(**{**BASE, **change}))
+        family_for_export(ModelConfig(**{**BASE, **change}))
     first, second = str(failure.value).split("; Llama")
     assert gpt2 in first and llama in second
 
@@ -95,7 +95,7 @@ def test_what_no_family_can_express_is_listed(change, gpt2, llama):
 def test_what_megatron_bert_cannot_express_is_listed(change, message):
     """The families of GPT are not mentioned."""
     with pytest.raises(ValueError, match=f"this architecture: {message}"):
-        family_of(ModelConfig(**{**BERT, **change}))
+        family_for_export(ModelConfig(**{**BERT, **change}))
 
 
 def test_a_module_gives_its_parameters_without_padding_and_gets_zeros_there():

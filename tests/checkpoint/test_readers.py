@@ -45,8 +45,8 @@ from megatron.data.indexed import IndexedDataset, IndexedWriter
 from megatron.data.tokenizer import ByteTokenizer, build_tokenizer, load_tokenizer
 from megatron.interop.hf_import import read_hf
 from megatron.interop.megatron_files import read_megatron
-from megatron.interop.released import read_archive, read_config_file
-from megatron.interop.side_files import of_source
+from megatron.interop.released_archives import read_archive, read_config_file
+from megatron.interop.side_files import read_side_files
 from megatron.serving.chat_template import ChatFiles
 from megatron.tasks.glue import MNLI, PairClassification
 from megatron.tasks.race import Race
@@ -160,7 +160,7 @@ def source(folder: Path) -> None:
 
 
 def kept_files(folder: Path) -> object:
-    return of_source(folder / "kept", tokenizer=True)
+    return read_side_files(folder / "kept", tokenizer=True)
 
 
 def chat(folder: Path) -> object:

@@ -6,7 +6,7 @@ from archives import build, named_weights, released_state, small_config, write_a
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.interop.megatron_files import read_megatron
-from megatron.interop.released import read_archive, understand
+from megatron.interop.released_archives import model_from_archive, read_archive
 from megatron.interop.released_kinds import GPT2_KIND
 
 ARGS = dict(num_layers=4, hidden_size=32, ffn_hidden_size=80, num_attention_heads=4, max_position_embeddings=48)
@@ -60,8 +60,8 @@ def test_a_copy_in_a_released_archive(tmp_path):
     word = model["language_model"]["embedding"]["word_embeddings"]["weight"]
     model["word_embeddings_for_head"] = {"weight": word.clone()}
     archive = write_archive(tmp_path / "same.zip", model, 3.0, ARGS)
-    understand(read_archive(archive), GPT2_KIND, None)
+    model_from_archive(read_archive(archive), GPT2_KIND, None)
     model["word_embeddings_for_head"] = {"weight": word + 1}
     archive = write_archive(tmp_path / "other.zip", model, 3.0, ARGS)
     with pytest.raises(CheckpointError, match="copy of the word embeddings differs"):
-        understand(read_archive(archive), GPT2_KIND, None)
+        model_from_archive(read_archive(archive), GPT2_KIND, None)

@@ -32,10 +32,10 @@ from megatron.checkpoint.layout import CheckpointError  # noqa: E402
 from megatron.checkpoint.side_files import in_checkpoint  # noqa: E402
 from megatron.config.schema import ModelConfig  # noqa: E402
 from megatron.data.tokenizer import ByteTokenizer  # noqa: E402
-from megatron.interop.checked_export import ExportError, export  # noqa: E402
-from megatron.interop.checked_import import store  # noqa: E402
+from megatron.interop.checked_export import ExportError, export_hf  # noqa: E402
+from megatron.interop.checked_import import write_imported  # noqa: E402
 from megatron.interop.families.llama import LLAMA as LLAMA_FAMILY  # noqa: E402
-from megatron.interop.families.table import family_of  # noqa: E402
+from megatron.interop.families.table import family_for_export  # noqa: E402
 from megatron.interop.hf_import import read_hf  # noqa: E402
 from megatron.interop.whole_tensors import read_weights  # noqa: E402
 
@@ -162,44 +162,56 @@ def test_from_the_toy_to_four_ranks_and_back(sources, listed, tmp_path, monkeypa
 def test_a_model_goes_back_to_the_family_that_it_came_from(sources, listed, tmp_path) -> None:
     """The first family in the table that can is taken where none was named, and for a model that the toy cannot express."""
     model = ModelConfig(**LLAMA)
-    assert family_of(model) is LLAMA_FAMILY is family_of(model, "llama") is family_of(model, "mistral")
-    assert family_of(model, "toy_llama") is TOY_LLAMA
-    assert family_of(replace(model, add_bias_linear=True), "toy_llama") is LLAMA_FAMILY is family_of(model, "unknown")
+    assert family_for_export(model) is LLAMA_FAMILY is family_for_export(model, "llama") is family_for_export(model, "mistral")
+    assert family_for_export(model, "toy_llama") is TOY_LLAMA
+    assert (
+        family_for_export(replace(model, add_bias_linear=True), "toy_llama")
+        is LLAMA_FAMILY
+        is family_for_export(model, "unknown")
+    )
     for source, kind in zip(sources, ("llama", "toy_llama"), strict=True):
         config, weights = read_hf(source)
         kept = {"config.json": (source / "config.json").read_bytes()}
-        made = store(tmp_path / kind / "run", config, weights, kept=kept)
+        made = write_imported(tmp_path / kind / "run", config, weights, kept=kept)
         assert in_checkpoint(made) == kept
-        export(tmp_path / kind / "run", tmp_path / kind / "hf", say=lambda line: None)
+        export_hf(tmp_path / kind / "run", tmp_path / kind / "hf", say=lambda line: None)
         assert json.loads((tmp_path / kind / "hf" / "config.json").read_text())["model_type"] == kind
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot express --norm.*; ToyLlamaForCausalLM cannot express"):
-        family_of(replace(model, normalization="LayerNorm"))
+        family_for_export(replace(model, normalization="LayerNorm"))
 
 
 def test_a_hidden_dropout_is_named(listed, tmp_path) -> None:
     kept = {"config.json": b'{"model_type": "toy_llama"}'}
     config = ModelConfig(**LLAMA)
     fresh(tmp_path / "fresh", LLAMA)
-    store(tmp_path / "run", config, read_weights(find(tmp_path / "fresh")), kept=kept)
+    write_imported(tmp_path / "run", config, read_weights(find(tmp_path / "fresh")), kept=kept)
     said: list[str] = []
-    export(tmp_path / "run", tmp_path / "hf", say=said.append)
+    export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)
     assert "a toy has no hidden dropout, so 0.1 is not written" in said
 
 
-def with_form(ours: str, **changes):
-    rows = TOY_LLAMA.classes[0].rows
-    return with_rows(TOY_LLAMA, tuple(replace(r, form=replace(r.form, **changes)) if r.ours == ours else r for r in rows))
+def with_conversion(ours: str, **changes):
+    rows = TOY_LLAMA.classes[0].templates
+    return with_rows(
+        TOY_LLAMA, tuple(replace(r, conversion=replace(r.conversion, **changes)) if r.native == ours else r for r in rows)
+    )
 
 
 def with_field(**changes):
-    return replace(TOY_LLAMA, config=lambda model: {**toy_families.config(model), **changes})
+    return replace(TOY_LLAMA, to_fields=lambda model: {**toy_families.to_fields(model), **changes})
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (with_form("layers.{n}.mlp.up.weight", read=lambda tensors, config: -tensors[0]), "layers.0.mlp.up.weight is another"),
-        (with_form("layers.{n}.attention.qkv.weight", read=lambda tensors, config: tensors[0]), "qkv.weight is another tensor"),
+        (
+            with_conversion("layers.{n}.mlp.up.weight", from_hf=lambda tensors, config: -tensors[0]),
+            "layers.0.mlp.up.weight is another",
+        ),
+        (
+            with_conversion("layers.{n}.attention.qkv.weight", from_hf=lambda tensors, config: tensors[0]),
+            "qkv.weight is another tensor",
+        ),
         (with_field(epsilon=1e-5), "config.json says layernorm_epsilon 1e-05, the checkpoint 0.003"),
         (with_field(base=400.0), "read back, its hidden states differ by"),
         (with_field(inner_width=41), "it cannot be read back"),
@@ -209,10 +221,10 @@ def test_directions_that_do_not_belong_together_fail_the_export(sources, listed,
     """Without transformers' logits, reading back must tell."""
     source = sources[1]
     kept = {"config.json": (source / "config.json").read_bytes()}
-    store(tmp_path / "run", *read_hf(source), kept=kept)
+    write_imported(tmp_path / "run", *read_hf(source), kept=kept)
     list_family(monkeypatch, wrong)
     with pytest.raises(ExportError, match=words):
-        export(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
+        export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert not (tmp_path / "hf").exists() and (tmp_path / "hf.failed").exists()
 
 

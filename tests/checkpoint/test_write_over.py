@@ -19,7 +19,7 @@ from models import BASE, save_model
 from megatron.cli.program import pretrain, run_task
 from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.interop.checked_export import export
+from megatron.interop.checked_export import export_hf
 from megatron.interop.megatron_files import write_megatron
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def inputs(tmp_path_factory) -> Path:
     (root / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.0}\n')
     (root / "notes.md").write_text("# Notes\n")
     save_model(str(root / "run"), BASE | {"vocab_size": 257}, 1, torch.float32, ByteTokenizer())
-    export(root / "run", root / "hf", verify=False, say=lambda line: None)
+    export_hf(root / "run", root / "hf", verify=False, say=lambda line: None)
     (root / "own").mkdir()
     shutil.copy(root / "hf" / "config.json", root / "own")
     config = small_config(vocab_size=257)

@@ -15,7 +15,7 @@ from ranks import on_ranks
 
 from megatron.config.command_line.parse import parse
 from megatron.data.indexed import IndexedDataset
-from megatron.interop.checked_export import export
+from megatron.interop.checked_export import export_hf
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job
 from megatron.launch.watchdog import Watchdog
@@ -106,5 +106,5 @@ def test_it_is_whole_byte_for_byte_and_damage_is_found(name, tmp_path, monkeypat
 
 def test_one_becomes_a_hugging_face_directory_with_its_logits(tmp_path, capsys):
     pytest.importorskip("transformers")
-    assert export(BEFORE / "gpt_tp2_pp2", tmp_path / "hf") == BEFORE / "gpt_tp2_pp2" / "iter_0000003"
+    assert export_hf(BEFORE / "gpt_tp2_pp2", tmp_path / "hf") == BEFORE / "gpt_tp2_pp2" / "iter_0000003"
     assert "transformers opens it; logits differ by at most" in capsys.readouterr().out

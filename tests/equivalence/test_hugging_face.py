@@ -10,7 +10,7 @@ from reference import GPT2, LLAMA, Setting, micro_batches, start_run, train_step
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimSettings
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 
 transformers = pytest.importorskip("transformers")
 STEPS, LR = 4, 3e-3
@@ -43,7 +43,7 @@ def test_steps_give_the_same_losses(model, tmp_path):
     setting = Setting(model, optim=OPTIM, micro_batch=2)
     run = start_run(setting, STEPS)
     checkpoint = save(tmp_path, 0, {"model": run.weights}, run.mesh, config=to_json(run.config))
-    export_hf(checkpoint, tmp_path / "hf")
+    export_weights(checkpoint, tmp_path / "hf")
     expected = their_losses(tmp_path / "hf", setting)
     ours = [loss for loss, _ in train_steps(run, setting, STEPS)]
     assert expected[-1] < expected[0] - 0.05

@@ -9,7 +9,7 @@ from reference import BERT, SEQ, Setting, micro_batches, start_run, train_steps
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimSettings
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 
 transformers = pytest.importorskip("transformers")
 STEPS, LR = 5, 3e-3
@@ -26,7 +26,7 @@ def both(tmp_path):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
         run.stages[0].embedding.word.weight[127:] = 0.0
     checkpoint = save(tmp_path, 0, {"model": run.weights}, run.mesh, config=to_json(run.config))
-    export_hf(checkpoint, tmp_path / "hf")
+    export_weights(checkpoint, tmp_path / "hf")
     return run, transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "hf").float().eval()  # eval: no dropout
 
 

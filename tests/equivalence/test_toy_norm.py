@@ -29,8 +29,8 @@ from torch import Tensor
 from megatron.config import normalizations
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import MemoryConfig
-from megatron.interop.families.table import family_of
-from megatron.interop.megatron_args import cannot_write
+from megatron.interop.families.table import family_for_export
+from megatron.interop.megatron_args import unsupported_by_megatron
 from megatron.mesh.mesh import Axis
 from megatron.model.norm import make_norm
 from megatron.parallel.cost import MicroBatchShape, module_activation_bytes
@@ -123,9 +123,9 @@ def test_the_norm_keeps_the_bytes_that_it_declares() -> None:
 def test_exports_refuse_it_in_words() -> None:
     model = resolve_model(replace(GPT2, normalization="DynamicTanh"))
     with pytest.raises(ValueError, match=r"DynamicTanh: it has LayerNorm; .* DynamicTanh: it has RMSNorm"):
-        family_of(model)
-    assert cannot_write(model, 1, 1) == ["it has LayerNorm and RMSNorm (--normalization DynamicTanh)"]
-    assert cannot_write(replace(model, normalization="RMSNorm"), 1, 1) == []
+        family_for_export(model)
+    assert unsupported_by_megatron(model, 1, 1) == ["it has LayerNorm and RMSNorm (--normalization DynamicTanh)"]
+    assert unsupported_by_megatron(replace(model, normalization="RMSNorm"), 1, 1) == []
 
 
 # The command line, in processes that find an installed package.

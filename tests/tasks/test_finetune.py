@@ -12,7 +12,7 @@ from megatron.cli.program import run_task
 from megatron.config.resolve import resolve
 from megatron.config.schema import BatchSettings, DataSettings, ModelSettings, RunSettings
 from megatron.inference.pipeline import Pipeline
-from megatron.interop.checked_export import export
+from megatron.interop.checked_export import export_hf
 from megatron.tasks.tagging import entities, read_sentences
 from megatron.train.report import sample_flops
 
@@ -95,7 +95,7 @@ def test_every_layout_is_one_process(name, layout, bert, alone, tmp_path):
 @pytest.mark.parametrize("name", EPOCHS)
 def test_a_fine_tuned_model_opens_in_transformers(name, alone, tmp_path):
     """The export compares the logits of both before it says done."""
-    export(alone(name), tmp_path / "hf", say=lambda line: None)
+    export_hf(alone(name), tmp_path / "hf", say=lambda line: None)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     kinds = {
         "MNLI": "SequenceClassification",

@@ -18,7 +18,7 @@ from writers import POSITIONS, as_pipeline, build_random_gpt, save_model
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate_tokens
 from megatron.inference.restore import open_pipeline
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.model.gpt import GPT
@@ -36,7 +36,7 @@ def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options)
 def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = build_random_gpt(form)
-    export_hf(save_model(model, tmp_path), tmp_path / "hf")
+    export_weights(save_model(model, tmp_path), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     prompt = torch.tensor([PROMPT])
     text = theirs.generate(

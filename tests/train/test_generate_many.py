@@ -17,7 +17,7 @@ from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
 from megatron.inference.generate import GeneratedText, Sampling, batch_of_rows, extend_texts, generate_tokens
 from megatron.inference.restore import open_pipeline
-from megatron.interop.hf_export import export_hf
+from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 
@@ -126,7 +126,7 @@ def last(search: BeamSearch, model, **options) -> list[Beam]:
 def test_beams_are_those_of_hugging_face(form, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = build_random_gpt(form)
-    export_hf(save_model(model, tmp_path), tmp_path / "hf")
+    export_weights(save_model(model, tmp_path), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     prompt = torch.tensor([PROMPTS[0]])
     early, late = (last(BeamSearch(4), model)[0].tokens[at] for at in (1, 9))

@@ -17,7 +17,7 @@ from texts import pages
 from tokenizers import BertWordPieceTokenizer
 
 from megatron.cli.program import pretrain
-from megatron.interop.checked_export import export
+from megatron.interop.checked_export import export_hf
 from megatron.train.ending import Exit
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_a_bert_run_trains_and_is_exported(flags, tmp_path, monkeypatch, capsys)
     assert [line["split"] for line in held_out] == ["validation"] * 3 + ["test"]
     assert all(set(line) == {"iteration", "split", "lm_loss", "ppl", "sop_loss"} for line in held_out)
     said = []
-    export(tmp_path / "run", tmp_path / "hf", say=said.append)
+    export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)
     assert any("logits differ by at most" in line for line in said)
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(tmp_path / "tb"))

@@ -8,65 +8,72 @@ from typing import Any
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.schema import ModelConfig
-from megatron.interop.families.family import NUMBER, Field, HFClass, HFFamily
-from megatron.interop.families.shared import rotary_base, unsupported_by_all
-from megatron.interop.tensor_mapping import GAMMA, QKV_IN_THREE, SAME, Row
+from megatron.interop.families.family import NUMBER, ConfigField, HFClass, HFFamily
+from megatron.interop.families.shared import rotary_base_from_hf, unsupported_by_all
+from megatron.interop.tensor_mapping import GAMMA, QKV_IN_THREE, SAME, TensorMapping
 
 
 def _projections(kind: str) -> tuple[str, ...]:
+    """Return the names of the tensors of queries, keys and values. kind: `weight` or `bias`."""
     return tuple(f"model.layers.{{n}}.self_attn.{x}_proj.{kind}" for x in "qkv")
 
 
-ROWS = (
-    Row("embedding.word.weight", ("model.embed_tokens.weight",), SAME),
-    Row("layers.{n}.input_norm.weight", ("model.layers.{n}.input_layernorm.weight",), GAMMA),
-    Row("layers.{n}.attention.qkv.weight", _projections("weight"), QKV_IN_THREE),
-    Row("layers.{n}.attention.qkv.bias", _projections("bias"), QKV_IN_THREE),
-    Row("layers.{n}.attention.dense.weight", ("model.layers.{n}.self_attn.o_proj.weight",), SAME),
-    Row("layers.{n}.attention.dense.bias", ("model.layers.{n}.self_attn.o_proj.bias",), SAME),
-    Row("layers.{n}.mlp_norm.weight", ("model.layers.{n}.post_attention_layernorm.weight",), GAMMA),
-    Row("layers.{n}.mlp.gate.weight", ("model.layers.{n}.mlp.gate_proj.weight",), SAME),
-    Row("layers.{n}.mlp.gate.bias", ("model.layers.{n}.mlp.gate_proj.bias",), SAME),
-    Row("layers.{n}.mlp.up.weight", ("model.layers.{n}.mlp.up_proj.weight",), SAME),
-    Row("layers.{n}.mlp.up.bias", ("model.layers.{n}.mlp.up_proj.bias",), SAME),
-    Row("layers.{n}.mlp.down.weight", ("model.layers.{n}.mlp.down_proj.weight",), SAME),
-    Row("layers.{n}.mlp.down.bias", ("model.layers.{n}.mlp.down_proj.bias",), SAME),
-    Row("final_norm.weight", ("model.norm.weight",), GAMMA),
-    Row("head.weight", ("lm_head.weight",), SAME),
+# The names of transformers.LlamaForCausalLM, whose linear layers keep [out, in]: queries [heads * head_dim, hidden], keys and
+# values [groups * head_dim, hidden], the output [hidden, heads * head_dim].
+TEMPLATES = (
+    TensorMapping("embedding.word.weight", ("model.embed_tokens.weight",), SAME),  # [vocab, hidden]
+    TensorMapping("layers.{n}.input_norm.weight", ("model.layers.{n}.input_layernorm.weight",), GAMMA),
+    TensorMapping("layers.{n}.attention.qkv.weight", _projections("weight"), QKV_IN_THREE),
+    TensorMapping("layers.{n}.attention.qkv.bias", _projections("bias"), QKV_IN_THREE),
+    TensorMapping("layers.{n}.attention.dense.weight", ("model.layers.{n}.self_attn.o_proj.weight",), SAME),
+    TensorMapping("layers.{n}.attention.dense.bias", ("model.layers.{n}.self_attn.o_proj.bias",), SAME),
+    TensorMapping("layers.{n}.mlp_norm.weight", ("model.layers.{n}.post_attention_layernorm.weight",), GAMMA),
+    TensorMapping("layers.{n}.mlp.gate.weight", ("model.layers.{n}.mlp.gate_proj.weight",), SAME),  # [ffn, hidden]
+    TensorMapping("layers.{n}.mlp.gate.bias", ("model.layers.{n}.mlp.gate_proj.bias",), SAME),
+    TensorMapping("layers.{n}.mlp.up.weight", ("model.layers.{n}.mlp.up_proj.weight",), SAME),  # [ffn, hidden]
+    TensorMapping("layers.{n}.mlp.up.bias", ("model.layers.{n}.mlp.up_proj.bias",), SAME),
+    TensorMapping("layers.{n}.mlp.down.weight", ("model.layers.{n}.mlp.down_proj.weight",), SAME),  # [hidden, ffn]
+    TensorMapping("layers.{n}.mlp.down.bias", ("model.layers.{n}.mlp.down_proj.bias",), SAME),
+    TensorMapping("final_norm.weight", ("model.norm.weight",), GAMMA),
+    TensorMapping("head.weight", ("lm_head.weight",), SAME),  # [vocab, hidden]
 )
-FIELDS_LIKE_LLAMA: Mapping[str, Field] = MappingProxyType(
+# With the defaults of transformers.LlamaConfig: those that Mistral shares, then the whole.
+FIELDS_LIKE_LLAMA: Mapping[str, ConfigField] = MappingProxyType(
     {
-        "vocab_size": Field(int, 32000, "vocab_size"),
-        "hidden_size": Field(int, 4096, "hidden_size"),
-        "num_hidden_layers": Field(int, 32, "num_layers"),
-        "num_attention_heads": Field(int, 32, "num_attention_heads"),
-        "head_dim": Field(int, None, "kv_channels"),
-        "hidden_act": Field(str, "silu"),
-        "initializer_range": Field(float, 0.02, "init_method_std"),
-        "rms_norm_eps": Field(float, 1e-6, "layernorm_epsilon"),
-        "tie_word_embeddings": Field(bool, False),
-        "rope_parameters": Field(dict, None),
-        "attention_dropout": Field(NUMBER, 0.0, "attention_dropout"),
+        "vocab_size": ConfigField(int, 32000, "vocab_size"),
+        "hidden_size": ConfigField(int, 4096, "hidden_size"),
+        "num_hidden_layers": ConfigField(int, 32, "num_layers"),
+        "num_attention_heads": ConfigField(int, 32, "num_attention_heads"),
+        "head_dim": ConfigField(int, None, "kv_channels"),  # null is hidden_size / num_attention_heads
+        "hidden_act": ConfigField(str, "silu"),
+        "initializer_range": ConfigField(float, 0.02, "init_method_std"),
+        "rms_norm_eps": ConfigField(float, 1e-6, "layernorm_epsilon"),
+        "tie_word_embeddings": ConfigField(bool, False),
+        "rope_parameters": ConfigField(dict, None),
+        "attention_dropout": ConfigField(NUMBER, 0.0, "attention_dropout"),
     }
 )
-FIELDS: Mapping[str, Field] = MappingProxyType(
+FIELDS: Mapping[str, ConfigField] = MappingProxyType(
     {
         **FIELDS_LIKE_LLAMA,
-        "intermediate_size": Field(int, 11008, "ffn_hidden_size"),
-        "num_key_value_heads": Field(int, None, "num_query_groups"),
-        "max_position_embeddings": Field(int, 2048, "max_position_embeddings"),
-        "attention_bias": Field(bool, False),
-        "mlp_bias": Field(bool, False),
+        "intermediate_size": ConfigField(int, 11008, "ffn_hidden_size"),
+        "num_key_value_heads": ConfigField(int, None, "num_query_groups"),  # null is one for each head
+        "max_position_embeddings": ConfigField(int, 2048, "max_position_embeddings"),
+        "attention_bias": ConfigField(bool, False),
+        "mlp_bias": ConfigField(bool, False),
     }
 )
 
 
-def settings_like_llama(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of Llama and of families that differ in fields alone. CheckpointError for what is not here.
+def settings_like_llama(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of Llama and of families that differ in fields alone.
 
     Args:
         values: of the fields.
-        about: config.json.
+        hf_config: the content of config.json.
+
+    Raises:
+        CheckpointError: for what the model here does not have.
     """
     if values["hidden_act"] not in ("silu", "swish"):
         raise CheckpointError(f"`hidden_act` is {values['hidden_act']!r}; the model here has 'silu' only")
@@ -76,31 +83,32 @@ def settings_like_llama(values: Mapping[str, Any], about: Mapping[str, Any]) -> 
             "`attention_bias` and `mlp_bias` differ; the model here has biases in all linear layers or in none"
         )
     window = values.get("sliding_window")
+    # A window as wide as the model is long hides nothing.
     if window is not None and window < values["max_position_embeddings"]:
-        left_out = "" if "sliding_window" in about else ", which it is where it is left out"
+        left_out = "" if "sliding_window" in hf_config else ", which it is where it is left out"
         raise CheckpointError(
             f"`sliding_window` is {window}{left_out}; the model here sees all {values['max_position_embeddings']} positions"
         )
     return {
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
-        "rotary_base": rotary_base(about),
+        "rotary_base": rotary_base_from_hf(hf_config),
         "activation": "swiglu",
         "add_bias_linear": bias,
         "hidden_dropout": 0.0,  # the family has none
     }
 
 
-def _settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def _to_settings(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = values["num_attention_heads"], values["hidden_size"]
-    if width % heads:
+    if width % heads:  # LlamaConfig refuses it too, also where head_dim is given
         raise CheckpointError(f"{heads} attention heads do not divide the width {width}")
-    if about.get("sliding_window") is not None:
-        raise CheckpointError(f"`sliding_window` is {about['sliding_window']!r}; the model here has None only")
-    return settings_like_llama(values, about)
+    if hf_config.get("sliding_window") is not None:
+        raise CheckpointError(f"`sliding_window` is {hf_config['sliding_window']!r}; the model here has None only")
+    return settings_like_llama(values, hf_config)
 
 
-def _config(config: ModelConfig) -> dict[str, Any]:
+def _to_fields(config: ModelConfig) -> dict[str, Any]:
     return {
         "vocab_size": config.known_vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
@@ -141,12 +149,12 @@ def _unsupported(config: ModelConfig) -> list[str]:
 
 LLAMA = HFFamily(
     model_type="llama",
-    classes=(HFClass("LlamaForCausalLM", ROWS),),
+    classes=(HFClass("LlamaForCausalLM", TEMPLATES),),
     fields=FIELDS,
-    settings=_settings,
-    config=_config,
+    to_settings=_to_settings,
+    to_fields=_to_fields,
     unsupported=_unsupported,
-    unwritten=MappingProxyType({"hidden_dropout": "transformers' Llama has no hidden dropout"}),
-    prefix="model.",
-    copies=MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"}),
+    unwritten_settings=MappingProxyType({"hidden_dropout": "transformers' Llama has no hidden dropout"}),
+    tensor_prefix="model.",
+    tied_copies=MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"}),
 )

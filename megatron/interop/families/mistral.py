@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from megatron.interop.families.family import Field
+from megatron.interop.families.family import ConfigField
 from megatron.interop.families.llama import FIELDS_LIKE_LLAMA, LLAMA, settings_like_llama
 
-FIELDS: Mapping[str, Field] = MappingProxyType(
+FIELDS: Mapping[str, ConfigField] = MappingProxyType(
     {
         **FIELDS_LIKE_LLAMA,
-        "intermediate_size": Field(int, 14336, "ffn_hidden_size"),
-        "num_key_value_heads": Field(int, 8, "num_query_groups"),
-        "max_position_embeddings": Field(int, 131072, "max_position_embeddings"),
-        "sliding_window": Field(int | None, 4096),
+        "intermediate_size": ConfigField(int, 14336, "ffn_hidden_size"),
+        "num_key_value_heads": ConfigField(int, 8, "num_query_groups"),
+        "max_position_embeddings": ConfigField(int, 131072, "max_position_embeddings"),
+        "sliding_window": ConfigField(int | None, 4096),
     }
 )
 
-MISTRAL = replace(LLAMA, model_type="mistral", fields=FIELDS, settings=settings_like_llama, written=False)
+MISTRAL = replace(LLAMA, model_type="mistral", fields=FIELDS, to_settings=settings_like_llama, exported=False)

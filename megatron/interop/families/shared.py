@@ -10,7 +10,7 @@ from megatron.checkpoint.layout import CheckpointError
 from megatron.config.schema import ModelConfig
 from megatron.interop.families.family import NUMBER
 
-# transformers' name of an activation -> ours
+# The name of an activation in transformers.activations.ACT2FN -> ours; relu2 is the square of ReLU.
 ACTIVATIONS = MappingProxyType(
     {
         "gelu_new": "gelu",
@@ -22,7 +22,7 @@ ACTIVATIONS = MappingProxyType(
         "relu2": "squared-relu",
     }
 )
-# Of an MLP without a gate, the other way.
+# The other way, for an MLP without a gate.
 ACTIVATION_NAMES = MappingProxyType({"gelu": "gelu_new", "gelu-exact": "gelu", "squared-relu": "relu2"})
 
 
@@ -70,28 +70,31 @@ def unsupported_by_gpt2(config: ModelConfig) -> list[str]:
     return found
 
 
-def activation(name: str, field: str) -> str:
-    """Return our name of an activation of transformers. CheckpointError where the model here has none such.
+def activation_from_hf(name: str, field: str) -> str:
+    """Return our name of an activation of transformers.
 
     Args:
         name: of the activation in transformers.
         field: of config.json in which it stands.
+
+    Raises:
+        CheckpointError: where the model here has none such.
     """
     if name not in ACTIVATIONS:
         raise CheckpointError(f"`{field}` is {name!r}; the model here has {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
-def rotary_base(about: Mapping[str, Any]) -> float:
-    """The base of unscaled rotary positions, as Transformers 5 reads it.
+def rotary_base_from_hf(hf_config: Mapping[str, Any]) -> float:
+    """Return the base of unscaled rotary positions, as Transformers 5 reads it.
 
     It can stand in `rope_scaling`, which goes before `rope_parameters` where it is not empty, and in `rope_theta`, the only one
     that Transformers 4 reads. CheckpointError where one of them says another base, and for positions that are scaled.
     """
-    said = {"rope_theta": about["rope_theta"]} if "rope_theta" in about else {}
-    shares = [about.get("partial_rotary_factor")]
+    bases = {"rope_theta": hf_config["rope_theta"]} if "rope_theta" in hf_config else {}
+    shares = [hf_config.get("partial_rotary_factor")]
     for name in ("rope_parameters", "rope_scaling"):
-        table = about.get(name)
+        table = hf_config.get(name)
         if table is None:
             continue
         if not isinstance(table, dict):
@@ -99,16 +102,16 @@ def rotary_base(about: Mapping[str, Any]) -> float:
         _refuse_scaled(name, table)
         shares.append(table.get("partial_rotary_factor"))
         if "rope_theta" in table:
-            said[f"{name}.rope_theta"] = table["rope_theta"]
+            bases[f"{name}.rope_theta"] = table["rope_theta"]
     if strange := [share for share in shares if share not in (None, 1)]:
         raise CheckpointError(f"`partial_rotary_factor` is {strange[0]!r}; of this family the model here turns whole heads")
-    for name, value in said.items():
+    for name, value in bases.items():
         if not isinstance(value, NUMBER) or isinstance(value, bool) or not 0 < value < 1e30:
             raise CheckpointError(f"`{name}` of config.json is {value!r}, which makes no sense")
-    table = about.get("rope_scaling") or about.get("rope_parameters") or {}
-    base = float(table.get("rope_theta", said.get("rope_theta", 10000.0)))
-    if any(value != base for value in said.values()):
-        listed = " and ".join(f"`{name}` is {value}" for name, value in said.items())
+    table = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
+    base = float(table.get("rope_theta", bases.get("rope_theta", 10000.0)))
+    if any(value != base for value in bases.values()):
+        listed = " and ".join(f"`{name}` is {value}" for name, value in bases.items())
         raise CheckpointError(
             f"{listed}: Transformers 5 takes {base:g}, and other versions may not; leave only the right one in config.json"
         )
@@ -116,6 +119,7 @@ def rotary_base(about: Mapping[str, Any]) -> float:
 
 
 def _refuse_scaled(name: str, table: Mapping[str, Any]) -> None:
+    """CheckpointError for rotary positions that are scaled. name: of the field of config.json that holds `table`."""
     for key, value in table.items():
         if key in ("rope_theta", "partial_rotary_factor") or value is None:
             continue

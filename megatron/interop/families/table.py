@@ -27,7 +27,7 @@ GROUP = "megatron.families"
 
 OWN: Mapping[str, HFFamily] = MappingProxyType({family.model_type: family for family in (GPT2, LLAMA, MISTRAL, MEGATRON_BERT)})
 FAMILIES: Mapping[str, HFFamily | EntryPoint] = with_installed(OWN, GROUP)
-# Known, and not to be read: why.
+# Families that are known and cannot be read, each with the reason.
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "bert": "whose layer norms follow each layer; here they come first, as in 'megatron-bert', and weights of the one make "
@@ -54,12 +54,12 @@ def family_named(model_type: str) -> HFFamily:
     return family
 
 
-def family_of(config: ModelConfig, model_type: str | None = None) -> HFFamily:
+def family_for_export(config: ModelConfig, model_type: str | None = None) -> HFFamily:
     """Return the family that a model is exported as: the one named, else the first in the table that can express it.
 
     Args:
         config: resolved.
-        model_type: of the directory that the model was imported from, if any.
+        model_type: of the directory that the model was imported from, if any: several families can express one model.
 
     Raises:
         ValueError: with everything that stands in the way, when no family can express the model.
@@ -71,7 +71,7 @@ def family_of(config: ModelConfig, model_type: str | None = None) -> HFFamily:
         family = family_named(name)
         if family.expresses(config):
             return family
-        if family.written and family.serves(config):
-            reasons[family.written_class(config).architecture] = ", ".join(family.unsupported(config))
+        if family.exported and family.serves(config):
+            reasons[family.exported_class(config).architecture] = ", ".join(family.unsupported(config))
     listed = "; ".join(f"{architecture} cannot express {why}" for architecture, why in reasons.items())
     raise ValueError(f"no Hugging Face family has this architecture: {listed}")

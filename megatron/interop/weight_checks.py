@@ -1,4 +1,4 @@
-"""Whether tensors of strangers can be the weights of a trained model at all."""
+"""Checks that tensors of strangers can be the weights of a trained model at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bf
 
 
 def refuse_unsound(weights: Mapping[str, Tensor]) -> None:
-    """CheckpointError naming a tensor that is no weight: of integers or 8 bits, or with values that are not finite."""
+    """Raise CheckpointError naming a tensor that is no weight: of integers or 8 bits, or with values that are not finite."""
     for name, tensor in weights.items():
         if tensor.dtype not in WEIGHT_DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -25,5 +25,5 @@ def refuse_unsound(weights: Mapping[str, Tensor]) -> None:
 
 
 def zero_matrices(weights: Mapping[str, Tensor]) -> list[str]:
-    """The names of matrices in which nothing but zeros is; biases may be so."""
+    """Return the names of matrices in which nothing but zeros is; biases may be so."""
     return [name for name, tensor in weights.items() if tensor.dim() > 1 and not tensor.any()]

@@ -1,8 +1,8 @@
-"""Files that torch.save wrote, read without running anything that they ask for.
+"""Read files that torch.save wrote without running anything that they ask for.
 
 Such a file is a pickle: it names classes and functions that its reader shall import and call. Megatron-LM's checkpoints hold
 tensors among many such objects, of classes that are not here. So each name that torch does not know to be harmless stands for
-an `Inert` object, which keeps what it was given and does nothing. Nothing in the file is imported or called; a file that names
+an `InertObject`, which keeps what it was given and does nothing. Nothing in the file is imported or called; a file that names
 a part of the interpreter that could do harm is refused by torch.
 """
 
@@ -25,43 +25,54 @@ from megatron.files.foreign import POINTER, is_lfs_pointer
 from megatron.files.regular import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
-MAX_ENTRIES = 1_000_000  # of all dictionaries together
+MAX_DICTIONARY_ENTRIES = 1_000_000  # of all dictionaries together
 ADVICE = re.compile(r" was not (?:an )?allowed|In PyTorch 2")  # what torch says next would let a file's code run
 LEGACY_PICKLES = 4  # before torch 1.6 a file held four pickles, one after the other, and the last is the value
 
 
-class Inert:
-    """An object of a class that was not imported. given: its arguments. state: what it was to be filled with."""
+class InertObject:
+    """Stand-in for an object of a class that was not imported.
 
-    def __new__(cls, *given: Any, **_: Any) -> Inert:
+    Attributes:
+        args: the arguments that its class would have been called with.
+        state: the value that would have been given to its `__setstate__`, mostly its attributes.
+    """
+
+    def __new__(cls, *args: Any, **_: Any) -> InertObject:
         made = super().__new__(cls)
-        made.given, made.state = given, None
+        made.args, made.state = args, None
         return made
 
-    def __init__(self, *given: Any, **_: Any) -> None:
+    def __init__(self, *args: Any, **_: Any) -> None:
         """Everything was done in `__new__`, since an unpickler may leave this out."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    given: tuple[Any, ...]
+    args: tuple[Any, ...]
     state: Any
 
-    def values(self) -> Mapping[str, Any]:
-        """The attributes that it would have, as those of an argparse.Namespace."""
+    def attributes(self) -> Mapping[str, Any]:
+        """Return the attributes that it would have, as those of an argparse.Namespace."""
         return self.state if isinstance(self.state, dict) else {}
 
 
 def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
-    """The dictionary in a file of torch.save, with its tensors on the CPU. name: of the file, for messages.
+    """Return the dictionary in a file of torch.save, with its tensors on the CPU.
 
-    CheckpointError when it is no such file, or when it asks for what could do harm.
+    Args:
+        source: the file, or its bytes.
+        name: of the file, for messages.
+
+    Raises:
+        CheckpointError: when it is no such file, or when it asks for what could do harm.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
             size = file.seek(0, io.SEEK_END)
             check_unpacked(file, size, name)
-            stubs: list[Any] = [(type("Inert", (Inert,), {}), wanted) for wanted in sorted(_names(file))]
+            # torch takes a class of ours for each name; what it knows to be harmful it refuses in spite of that.
+            stubs: list[Any] = [(type("Inert", (InertObject,), {}), wanted) for wanted in sorted(_foreign_globals(file))]
             file.seek(0)
             with torch.serialization.safe_globals(stubs):
                 value = torch.load(file, map_location="cpu", weights_only=True)
@@ -84,7 +95,13 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
 
 
 def check_unpacked(file: BinaryIO, size: int, name: str) -> None:
-    """CheckpointError where a zip of torch.save would unpack to more than the file's own size: torch packs nothing."""
+    """Raise CheckpointError where a zip of torch.save would unpack to more than the file's own size: torch packs nothing.
+
+    Args:
+        file: opened.
+        size: of the file, in bytes.
+        name: of the file, for messages.
+    """
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
@@ -98,11 +115,16 @@ def check_unpacked(file: BinaryIO, size: int, name: str) -> None:
 
 
 def check_plain(value: Mapping[Any, Any], size: int, name: str) -> None:
-    """CheckpointError for what weights are never: dictionaries in themselves, and tensors that are more than the file holds.
+    """Raise CheckpointError for dictionaries in themselves, and for tensors that are more than the file holds.
 
-    Such a tensor repeats a few bytes of the file, which costs nothing until it is copied. size: of the file, in bytes.
+    Such a tensor repeats a few bytes of the file, by strides of 0, which costs nothing until it is copied.
+
+    Args:
+        value: the file's content.
+        size: of the file, in bytes.
+        name: of the file, for messages.
     """
-    level: list[Any] = [value]
+    level: list[Any] = [value]  # all dictionaries at one depth
     count = 0
     for _ in range(MAX_DEPTH):
         level = [held for table in level for held in table.values()]
@@ -114,19 +136,19 @@ def check_plain(value: Mapping[Any, Any], size: int, name: str) -> None:
                     raise CheckpointError(f"{name}: a tensor of it has shape {tuple(held.shape)}, more than the whole file")
         level = [held for held in level if isinstance(held, Mapping)]
         count += sum(map(len, level))
-        if not level or count > MAX_ENTRIES:
+        if not level or count > MAX_DICTIONARY_ENTRIES:
             break
     if level:
         raise CheckpointError(f"{name}: its dictionaries are nested too deeply, or hold themselves")
 
 
-def _names(file: BinaryIO) -> set[str]:
-    """Every class and function that the file names and that torch does not know; found without unpickling."""
+def _foreign_globals(file: BinaryIO) -> set[str]:
+    """Return every class and function that the file names and that torch does not know; found without unpickling."""
     found: set[str] = set()
     for stream in _pickles(file):
         strings: list[str] = []
         for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "GLOBAL":
+            if opcode.name == "GLOBAL":  # its argument is "module name"; from protocol 4 on both lie on the stack
                 found.add(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
                 found.add(".".join(strings[-2:]))
@@ -137,11 +159,11 @@ def _names(file: BinaryIO) -> set[str]:
 
 
 def _pickles(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The pickles of a file, each in its turn."""
+    """Yield the pickles of a file, each in its turn."""
     if not zipfile.is_zipfile(file):
         file.seek(0)
         for _ in range(LEGACY_PICKLES):
-            yield file
+            yield file  # whoever reads it stops behind one pickle
         return
     with zipfile.ZipFile(file) as archive:
         for entry in archive.namelist():

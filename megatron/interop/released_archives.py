@@ -1,0 +1,349 @@
+"""Turn the archives that NVIDIA released, GPT-2 345M and BERT 345M, into Hugging Face directories.
+
+An archive is a zip with `release/mp_rank_00/model_optim_rng.pt` in it: one file of Megatron-LM, of any checkpoint_version, most
+without the settings it was trained with. So a model's sizes come, first to last, from its args, from `--config_file`, and from
+the tensors where these leave no doubt; and whatever they come from, the tensors must agree.
+The files beside the archive, `config.json` and `model.safetensors`, are those that the conversion scripts of Transformers 4
+made (`convert_megatron_gpt2_checkpoint.py` and its like for BERT): their defaults, and tensors of the archive's type.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.layout import CheckpointError
+from megatron.checkpoint.storage import DTYPES, Entry, Storage
+from megatron.config.resolve import resolve_model
+from megatron.config.schema import ModelConfig, ModelSettings
+from megatron.files.regular import check_regular, error_reason, read_json
+from megatron.interop.families.family import HFClass
+from megatron.interop.families.megatron_bert import WITH_ORDER, WORDS_ALONE
+from megatron.interop.families.shared import ACTIVATIONS
+from megatron.interop.families.table import family_named
+from megatron.interop.foreign_values import check_hf_config
+from megatron.interop.hf_export import SHARD_BYTES, TensorGroup, write_json, write_tensor_files
+from megatron.interop.megatron_args import NUMBER_ARGS, config_from_args
+from megatron.interop.megatron_files import args_in_file, check_tied_copies, checkpoint_version
+from megatron.interop.megatron_tensors import LayerSizes, Weights, cut_vocabulary, join_ranks, virtual_stages_in_file
+from megatron.interop.released_kinds import BERT_KIND, GPT2_KIND, ReleasedKind
+from megatron.interop.safe_pickle import read_pickled
+from megatron.interop.weight_checks import zero_matrices
+
+ARCHIVE_MEMBER = "release/mp_rank_00/model_optim_rng.pt"
+REQUIRED_ARGS = ("num_layers", "hidden_size", "num_attention_heads")  # of args
+REQUIRED_MATRICES = ("embedding.word.weight", "embedding.position.weight", "layers.0.mlp.up.weight")
+MAX_RATIO = 20  # of the unpacked size to the packed one; zip packs weights to more than half
+MAX_FREE_BYTES = 1 << 26  # that may be unpacked from any size
+# Where neither args nor --config_file tell the number of heads: that of the released models, by their width.
+HEADS_BY_WIDTH = MappingProxyType({1024: 16})
+
+
+def read_archive(path: Path) -> dict[str, Any]:
+    """Read the dictionary in a zip with ARCHIVE_MEMBER, or in the file itself. CheckpointError when it may do harm."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: this is a directory; give the archive or its .pt file, or use tools/import_megatron.py")
+    try:
+        check_regular(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: {error.strerror if path.is_symlink() else 'there is no such file'}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if zipfile.is_zipfile(path):  # as a .pt file since torch 1.6 is too
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                member = _unpack_member(archive) if ARCHIVE_MEMBER in names else None
+        except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, zlib.error) as error:
+            raise CheckpointError(f"{path}: {ARCHIVE_MEMBER} in it is damaged: {error}") from error
+        if member is not None:
+            return read_pickled(member, f"{path}: {ARCHIVE_MEMBER}")
+    if path.suffix.lower() == ".zip":
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: not a whole zip archive; was the download cut short?")
+        held = ", ".join(names[:5]) or "nothing"
+        raise CheckpointError(f"{path}: there is no {ARCHIVE_MEMBER} in it; it holds {held}")
+    return read_pickled(path, str(path))
+
+
+def _unpack_member(archive: zipfile.ZipFile) -> bytes:
+    """Return the bytes of ARCHIVE_MEMBER. CheckpointError, before anything is unpacked, for more than weights can pack to.
+
+    The size that the archive claims is checked, and no more is ever unpacked: what is longer is damaged.
+    """
+    member = archive.getinfo(ARCHIVE_MEMBER)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(
+            f"{archive.filename}: {ARCHIVE_MEMBER} is packed by method {member.compress_type}; unpack it, give the .pt"
+        )
+    if member.file_size > MAX_RATIO * member.compress_size + MAX_FREE_BYTES:
+        raise CheckpointError(
+            f"{archive.filename}: {ARCHIVE_MEMBER} would unpack from {member.compress_size:,} bytes to {member.file_size:,}, "
+            f"more than {MAX_RATIO} times as many; weights pack to more than half, so this is made to fill the memory"
+        )
+    return archive.read(member)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read the JSON object of --config_file. CheckpointError when it is none."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable config.json: {error_reason(error)}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    check_hf_config(values, str(path))
+    return values
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """Content of an archive.
+
+    Attributes:
+        hf_config: the content of config.json.
+        config: resolved.
+        weights: whole, under our names.
+        hf_class: the class of transformers that it is written as.
+    """
+
+    hf_config: dict[str, Any]
+    config: ModelConfig
+    weights: Weights
+    hf_class: HFClass
+
+
+def model_from_archive(
+    file: Mapping[str, Any], kind: ReleasedKind, given: Mapping[str, Any] | None, say: Callable[[str], None] = print
+) -> ReleasedModel:
+    """Return the model in one archive's dictionary.
+
+    Args:
+        file: the dictionary.
+        kind: of the model.
+        given: the object of --config_file, None without it.
+        say: is told what was assumed.
+
+    Raises:
+        CheckpointError: when sizes do not agree, and when it is a model of another kind.
+    """
+    args, version = args_in_file(file), checkpoint_version(file, "the checkpoint")
+    stage = _only_stage(file, args)
+    if any(args.get(name) is None for name in REQUIRED_ARGS):
+        args = {}  # of the oldest archives, where they say nothing about the model
+    # Names and shapes first, in any order of queries, keys and values: to order these anew takes the number of heads.
+    tensors = join_ranks([stage], LayerSizes(1, 1, 1), 2.0)
+    _check_kind(tensors, kind)
+    hf_config = _hf_config(args, tensors, kind, given, say)
+    model = _model_config(hf_config, args, tensors, kind)
+    _check_sizes(model, tensors, kind)
+    if args:
+        _note_other_settings(args, model, hf_config, say)
+    sizes = LayerSizes(model.num_attention_heads, 1, model.kv_channels)
+    weights = cut_vocabulary(join_ranks([stage], sizes, version), model.known_vocab_size)
+    for name in zero_matrices(weights):
+        say(f"{name} is all zeros; was the model saved whole?")
+    hf_class = _choose_class(kind, weights)
+    hf_config["architectures"] = [hf_class.architecture]
+    if model.untie_embeddings_and_output_weights:
+        hf_config["tie_word_embeddings"] = False
+    return ReleasedModel(hf_config, model, weights, hf_class)
+
+
+def _only_stage(file: Mapping[str, Any], args: Mapping[str, Any]) -> list[Any]:
+    """Return the weights of the file's only stage, in a list of one rank. CheckpointError for one of several ranks' files."""
+    stages = virtual_stages_in_file(file, "the checkpoint")
+    ranks = [args.get(f"{axis}_model_parallel_size") or 1 for axis in ("tensor", "pipeline")]
+    if len(stages) > 1 or ranks != [1, 1]:
+        raise CheckpointError("it is one rank's share of a model; use tools/import_megatron.py on the whole directory")
+    check_tied_copies([stages])
+    return stages
+
+
+def _check_kind(tensors: Weights, kind: ReleasedKind) -> None:
+    """Raise CheckpointError for a model of the other kind, and for tensors that are no whole model."""
+    if ("masked_words.dense.weight" in tensors) != (kind is BERT_KIND):
+        other = GPT2_KIND if kind is BERT_KIND else BERT_KIND
+        raise CheckpointError(f"it is no {kind.name}; use {other.tool}")
+    if any(name not in tensors or tensors[name].dim() != 2 for name in REQUIRED_MATRICES):
+        raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
+
+
+def _hf_config(
+    args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind, given: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return config.json: the kind's defaults, over them --config_file or the tensors' sizes, over them the args."""
+    if given is not None:
+        hf_config = {**kind.defaults, **kind.default_sizes, **given}
+    else:
+        hf_config = {**kind.defaults, **({} if args else _sizes_from_tensors(tensors, kind, say))}
+    hf_config |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
+    if args:
+        hf_config |= _fields_from_args(args, tensors, kind, given)
+    if (
+        hf_config.get(kind.size_fields["ffn_hidden_size"]) is None
+        and type(width := hf_config[kind.size_fields["hidden_size"]]) is int
+    ):
+        hf_config[kind.size_fields["ffn_hidden_size"]] = 4 * width
+    return hf_config
+
+
+def write_hf_directory(found: ReleasedModel, kind: ReleasedKind, out: Path) -> None:
+    """Write config.json and the weights.
+
+    Args:
+        found: the model; its weights have been checked.
+        kind: of the model.
+        out: directory of the files.
+    """
+    write_tensor_files(Storage(), out, _tensor_groups(found, kind), SHARD_BYTES)
+    write_json(Storage(), out / "config.json", found.hf_config)
+
+
+def _sizes_from_tensors(tensors: Weights, kind: ReleasedKind, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the sizes that the tensors have, for an archive without args and a call without --config_file."""
+    word, up = tensors["embedding.word.weight"], tensors["layers.0.mlp.up.weight"]
+    hidden, default = word.shape[1], kind.defaults  # word [vocab, hidden], up [ffn, hidden]
+    if hidden not in HEADS_BY_WIDTH:
+        raise CheckpointError(
+            f"the archive does not say how many attention heads a model of width {hidden} has; give --config_file, a "
+            f"config.json with its sizes: {', '.join(kind.size_fields.values())}"
+        )
+    found = {
+        # Of BERT the bias of the masked words tells; of GPT-2 nothing says how many rows are padding.
+        "vocab_size": tensors["masked_words.bias"].shape[0] if kind is BERT_KIND else min(word.shape[0], default["vocab_size"]),
+        "max_position_embeddings": tensors["embedding.position.weight"].shape[0],
+        "hidden_size": hidden,
+        "num_layers": _count_layers(tensors),
+        "num_attention_heads": HEADS_BY_WIDTH[hidden],
+        "ffn_hidden_size": up.shape[0],
+    }
+    named = {kind.size_fields[ours]: value for ours, value in found.items()}
+    if other := {name: value for name, value in named.items() if value != default[name] and name != "vocab_size"}:
+        say("taken from the tensors, since the archive has no args: " + ", ".join(f"{n} {v}" for n, v in other.items()))
+    return named
+
+
+def _count_layers(tensors: Weights) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
+
+
+def _fields_from_args(
+    args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return the fields that the old scripts took from args: all sizes, the vocabulary padded; of GPT-2 the activation."""
+    model = config_from_args(args, tensors, args.get("padded_vocab_size") or tensors["embedding.word.weight"].shape[0])
+    found: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in kind.size_fields.items()}
+    if kind is GPT2_KIND:
+        name = "gelu_fast" if args.get("bias_gelu_fusion") else "gelu_new" if args.get("openai_gelu") else "gelu"
+        # The old script let --config_file decide here.
+        found |= {} if given is not None else {"activation_function": name}
+    elif isinstance(args.get("tokenizer_type"), str):
+        found["tokenizer_type"] = args["tokenizer_type"]
+    return found
+
+
+def _model_config(hf_config: Mapping[str, Any], args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind) -> ModelConfig:
+    """Return the configuration that the table of names needs. CheckpointError for a model that the family cannot express."""
+    sizes = {ours: hf_config.get(theirs) for ours, theirs in kind.size_fields.items()}
+    for ours, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{kind.size_fields[ours]} is {value!r}; it must be a number of at least 1")
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:  # type: ignore[operator]
+        raise CheckpointError(f"{sizes['num_attention_heads']} attention heads do not divide the width {sizes['hidden_size']}")
+    if args:
+        vocab = sizes["vocab_size"]
+        model = config_from_args(args, tensors, vocab)  # type: ignore[arg-type]
+    else:
+        given = ModelSettings(
+            **sizes,  # type: ignore[arg-type]
+            architecture="gpt" if kind is GPT2_KIND else "bert",
+            bert_binary_head=kind is GPT2_KIND or "order.weight" in tensors,
+            untie_embeddings_and_output_weights="head.weight" in tensors,
+        )
+        model = resolve_model(given)
+    if unsupported := kind.family.unsupported(model):
+        raise CheckpointError(f"{_choose_class(kind, tensors).architecture} cannot express it: {'; '.join(unsupported)}")
+    return model
+
+
+def _choose_class(kind: ReleasedKind, weights: Mapping[str, Tensor]) -> HFClass:
+    """Return the class that has the heads of these weights."""
+    if kind is BERT_KIND:
+        return WITH_ORDER if "order.weight" in weights else WORDS_ALONE
+    return kind.family.classes[0]
+
+
+def _check_sizes(model: ModelConfig, tensors: Weights, kind: ReleasedKind) -> None:
+    """Raise CheckpointError when the settings are not those of the tensors."""
+    word, position, up = (tensors[f"{name}.weight"] for name in ("embedding.word", "embedding.position", "layers.0.mlp.up"))
+    held = {
+        "max_position_embeddings": position.shape[0],
+        "hidden_size": word.shape[1],
+        "num_layers": _count_layers(tensors),
+        "ffn_hidden_size": up.shape[0],
+    }
+    wrong = [
+        (kind.size_fields[name], getattr(model, name), there) for name, there in held.items() if getattr(model, name) != there
+    ]
+    if model.known_vocab_size > word.shape[0]:
+        wrong.append((kind.size_fields["vocab_size"], model.vocab_size, word.shape[0]))
+    if wrong:
+        listed = ", ".join(f"{name} {asked} but {there} in the tensors" for name, asked, there in wrong)
+        raise CheckpointError(f"the settings are not those of the tensors: {listed}. Give the right --config_file")
+
+
+def _note_other_settings(
+    args: Mapping[str, Any], model: ModelConfig, hf_config: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Say where config.json differs from the args: the old scripts took sizes alone from these."""
+    fields = family_named(hf_config["model_type"]).fields
+    both = [
+        (name, field.native)
+        for name, field in fields.items()
+        if field.native in NUMBER_ARGS and args.get(field.native) is not None
+    ]
+    pairs = [(name, hf_config[name], getattr(model, ours)) for name, ours in both if name in hf_config]
+    other = [f"{name} {said} ({there})" for name, said, there in pairs if said != there]
+    activation = "hidden_act" if "hidden_act" in fields else "activation_function"
+    if "bias_gelu_fusion" in args and ACTIVATIONS.get(hf_config[activation]) != model.activation:
+        other.append(f"{activation} {hf_config[activation]} ({model.activation})")
+    if other:
+        say(
+            "config.json says what Transformers 4's script or --config_file says, and the archive's args, in brackets, say "
+            f"something else: {', '.join(other)}. --config_file decides"
+        )
+
+
+def _tensor_groups(found: ReleasedModel, kind: ReleasedKind) -> list[TensorGroup]:
+    """Return every tensor of the class's table, zeros where the model has none, and the copies of tied ones."""
+    weights, model, groups = found.weights, found.config, []
+    for row in found.hf_class.mappings(model):
+        tensor = weights.get(row.native)
+        if tensor is None:
+            if row.zeros_shape is None:
+                continue  # the output layer of a tied model: a copy stands in for it
+            tensor = torch.zeros(row.zeros_shape(model), dtype=weights["embedding.word.weight"].dtype)
+        made = list(zip(row.hf, row.conversion.to_hf(tensor, model), strict=True))
+        # Transformers 4 wrote tied tensors under both names.
+        if not model.untie_embeddings_and_output_weights:
+            made += [
+                (copy, value) for copy, original in kind.family.tied_copies.items() for name, value in made if name == original
+            ]
+        groups.append(TensorGroup(tuple(_tensor_entry(name, value) for name, value in made)))
+    return groups
+
+
+def _tensor_entry(name: str, tensor: Tensor) -> Entry:
+    """Return the entry of a tensor in a safetensors file. CheckpointError for a type that the format does not have."""
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(f"{name}: {tensor.dtype} cannot be written")
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
