@@ -122,15 +122,14 @@ def complete_prompts(
         use_cache=not args.no_cache,
     )
     answers, notes = [], ""
-    for completion in completions:
-        if completion.positions_left is not None:
+    for done in completions:
+        if done.positions_left is not None:
             notes += (
-                f"note: --max-new-tokens {args.max_new_tokens} was cut to {completion.positions_left}: the model ends at position "
-                f"{completion.prompt_tokens + completion.positions_left}, and the prompt takes {completion.prompt_tokens}\n"
+                f"note: --max-new-tokens {args.max_new_tokens} was cut to {done.positions_left}: the model ends at position "
+                f"{done.prompt_tokens + done.positions_left}, and the prompt takes {done.prompt_tokens}\n"
             )
         answers.append(
-            {"prompt": completion.prompt, "text": completion.text, "end": completion.end}
-            | ({} if completion.score is None else {"score": completion.score})
+            {"prompt": done.prompt, "text": done.text, "end": done.end} | ({} if done.score is None else {"score": done.score})
         )
     return answers, notes
 
