@@ -64,7 +64,7 @@ FIELDS = MappingProxyType(
 )
 
 
-def to_settings(values: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def to_settings(values: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
