@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from cuts import build_mesh, build_state
+from sharded_state import build_mesh, build_state
 
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import CheckpointConfig, RunSettings

@@ -20,8 +20,8 @@ from crashes import (
     save_once,
     small_run,
 )
-from cuts import build_mesh, build_state, load_and_compare, save_on_ranks
 from ranks import on_ranks
+from sharded_state import build_mesh, build_state, load_and_compare, save_on_ranks
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, iterations, newest_complete, verify

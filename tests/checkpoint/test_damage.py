@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import ShardedState, build_state, save_on_ranks
+from sharded_state import ShardedState, build_state, save_on_ranks
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import ShardedState, build_state
 from ranks import on_ranks
+from sharded_state import ShardedState, build_state
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.load import load, verify_together

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cuts import build_state, save_on_ranks
-from edits import JSON_VALUES, damaged_bytes, fuzz_settings, json_paths, set_at_path
+from fuzzing import JSON_VALUES, damaged_bytes, fuzz_settings, json_paths, set_at_path
 from hypothesis import given
 from hypothesis import strategies as st
+from sharded_state import build_state, save_on_ranks
 
 from megatron.checkpoint.layout import CheckpointError, Manifest, newest_complete, read_manifest, read_tracker
 from megatron.checkpoint.load import load, read_tensor

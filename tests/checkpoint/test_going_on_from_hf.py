@@ -9,7 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from sources import CHAT, write_files, write_model
+from hf_directories import CHAT, write_files, write_model
 from tokenizers import AddedToken
 
 from megatron.checkpoint.tokenizer import open_tokenizer

@@ -13,7 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import foreign  # noqa: E402
+import hf_models  # noqa: E402
 from models import BASE, BERT, LLAMA, list_family, with_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -45,7 +45,7 @@ def written(tmp_path_factory):
     def one(name):
         if name not in made:
             directory = tmp_path_factory.mktemp("foreign")
-            about = foreign.write_hf_directory(name, directory)
+            about = hf_models.write_hf_directory(name, directory)
             made[name] = directory, about, load_file(directory / "model.safetensors")
         return made[name]
 

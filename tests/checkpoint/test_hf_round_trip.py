@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sources import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, write_files
+from hf_directories import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, write_files
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, read_manifest

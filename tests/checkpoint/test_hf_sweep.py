@@ -16,7 +16,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import foreign  # noqa: E402
+import hf_models  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
@@ -62,11 +62,11 @@ def test_the_tables_are_those_of_the_classes(kind):
     assert not SHARED_FIELDS.keys() & (fields.keys() - {"is_encoder_decoder"})
 
 
-@pytest.fixture(scope="module", params=foreign.MODELS)
+@pytest.fixture(scope="module", params=hf_models.MODELS)
 def model(request, tmp_path_factory):
     """(name, directory, config.json, tensors) of one of the models."""
     directory = tmp_path_factory.mktemp("foreign")
-    about = foreign.write_hf_directory(request.param, directory)
+    about = hf_models.write_hf_directory(request.param, directory)
     return request.param, directory, about, load_file(directory / "model.safetensors")
 
 
@@ -79,7 +79,9 @@ def outcome(directory: Path, name: str) -> str:
         return "refused" if len(str(error)) > 20 else f"no words: {error}"
     try:
         theirs, _ = open_in_transformers(
-            directory, "AutoModelForCausalLM" if config.architecture == "gpt" else foreign.MODELS[name][0], dtype=torch.float32
+            directory,
+            "AutoModelForCausalLM" if config.architecture == "gpt" else hf_models.MODELS[name][0],
+            dtype=torch.float32,
         )
         logits = list(logit_pairs(model_from_weights(config, weights), theirs, [vocabulary_prompt(config)]))
     except LogitsError:

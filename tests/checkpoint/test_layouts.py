@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuts import ShardedState, build_mesh, build_state, load_and_compare, save_on_ranks, state_bytes
 from ranks import on_ranks
 from safetensors import safe_open
+from sharded_state import ShardedState, build_mesh, build_state, load_and_compare, save_on_ranks, state_bytes
 
 from megatron.checkpoint.content import Held, make_plan
 from megatron.checkpoint.find import find

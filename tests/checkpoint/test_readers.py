@@ -25,8 +25,8 @@ import sentencepiece
 import torch
 import toys
 import zstandard
-from cuts import save_on_ranks
 from safetensors.torch import save_file
+from sharded_state import save_on_ranks
 from stand_ins import STAND_INS, make_stand_in
 
 from megatron.checkpoint.find import find

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from crashes import ASSETS, FaultyStorage, build_saver, os_error_raiser, run_in_forks, save_at, save_once, small_run
-from cuts import ShardedState, build_mesh, build_state, load_and_compare
 from ranks import on_ranks
+from sharded_state import ShardedState, build_mesh, build_state, load_and_compare
 
 from megatron.checkpoint.find import find
 from megatron.checkpoint.layout import CheckpointError, iterations, read_manifest, read_state, verify

@@ -17,13 +17,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-import foreign  # noqa: E402
+import hf_models  # noqa: E402
 import toy_families  # noqa: E402
+from hf_directories import write_files  # noqa: E402
 from installed import install  # noqa: E402
 from models import LLAMA, list_family, with_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from source_files import ROOT  # noqa: E402
-from sources import write_files  # noqa: E402
 from test_hf_compared import fresh  # noqa: E402
 from toy_families import TOY_LLAMA  # noqa: E402
 
@@ -67,9 +67,9 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("sources")
     llama, toy = root / "llama", root / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(foreign.LLAMA, "vocab_size", 257)
-        patch.setitem(foreign.MODELS, "llama", ("LlamaForCausalLM", "LlamaConfig", foreign.LLAMA))
-        about = foreign.write_hf_directory("llama", llama)
+        patch.setitem(hf_models.LLAMA, "vocab_size", 257)
+        patch.setitem(hf_models.MODELS, "llama", ("LlamaForCausalLM", "LlamaConfig", hf_models.LLAMA))
+        about = hf_models.write_hf_directory("llama", llama)
     tensors = load_file(llama / "model.safetensors")
     for n in range(about["num_hidden_layers"]):
         parts = [tensors.pop(f"model.layers.{n}.self_attn.{x}_proj.weight") for x in "qkv"]

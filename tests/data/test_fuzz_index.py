@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edits import INTEGERS, damaged_bytes, fuzz_settings
+from fuzzing import INTEGERS, damaged_bytes, fuzz_settings
 from hypothesis import given
 from hypothesis import strategies as st
 from recipes import write_corpus

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-import writers
+import random_gpts
 
 from megatron.config.schema import ModelSettings
 from megatron.data.tokenizer import ByteTokenizer
@@ -181,7 +181,7 @@ def good(tmp_path_factory: pytest.TempPathFactory, bert: SimpleNamespace) -> dic
     folder = tmp_path_factory.mktemp("good")
     form = ModelSettings(num_layers=1, hidden_size=8, num_attention_heads=1)
     words = ByteTokenizer()
-    writers.save_model(writers.build_random_gpt(form, words.vocab_size), folder / "gpt", words.files())
+    random_gpts.save_model(random_gpts.build_random_gpt(form, words.vocab_size), folder / "gpt", words.files())
     (folder / "corpus.jsonl").write_text('{"text": "some words of a text"}\n' * 50)
     (folder / "some.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": 2.0}\n')

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from evaluated import sentences, train_and_export
+from trained_gpt import sentences, train_and_export
 
 from megatron.cli.program import run_task
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts

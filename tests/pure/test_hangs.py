@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from spinning import Device, Programs, stuck, unsafe_transfers
+from gpu_waits import Device, Programs, stuck, unsafe_transfers
 
 from megatron.pipeline.schedules.lower import Instruction, Receive, forward_only, lower
 from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make

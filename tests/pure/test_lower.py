@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from spinning import counts_before
+from gpu_waits import counts_before
 
 from megatron.pipeline.schedules.lower import (
     Instruction,

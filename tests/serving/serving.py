@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from random_gpts import as_pipeline, build_random_gpt, save_model
 from reference import LLAMA
-from writers import as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer, Tokenizer
 from megatron.mesh.mesh import Axis

@@ -6,9 +6,9 @@ import threading
 import time
 
 import pytest
+from random_gpts import as_pipeline, build_random_gpt
 from reference import GPT2, LLAMA
 from serving import VOCAB, Letters, endless_model, served
-from writers import as_pipeline, build_random_gpt
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from chats import CHATML, EOS, GEMMA, IM_END, INST, VOCAB, open_tokenizer, write_tokenizer
+from random_gpts import as_pipeline, build_random_gpt
 from reference import LLAMA
 from serving import Letters, endless_model, served
-from writers import as_pipeline, build_random_gpt
 
 from megatron.data.errors import DataError
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from random_gpts import as_pipeline
 from serving import Letters, endless_model, served
-from writers import as_pipeline
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

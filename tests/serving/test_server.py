@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from random_gpts import as_pipeline
 from serving import Client, endless_model, save_endless_model
-from writers import as_pipeline
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import GeneratedText, Sampling, extend_texts

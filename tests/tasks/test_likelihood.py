@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from evaluated import POSITIONS, Reference, open_on_ranks, sentences, train_and_export
 from ranks import on_ranks
+from trained_gpt import POSITIONS, Reference, open_on_ranks, sentences, train_and_export
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer

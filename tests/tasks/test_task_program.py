@@ -10,8 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from evaluated import Reference, sentences, train_and_export
 from ranks import on_ranks
+from trained_gpt import Reference, sentences, train_and_export
 
 from megatron.cli.program import run_task
 

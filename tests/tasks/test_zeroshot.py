@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from evaluated import LLAMA, POSITIONS, VOCABULARY, Reference, open_on_ranks, sentences, train_and_export
 from ranks import on_ranks
+from trained_gpt import LLAMA, POSITIONS, VOCABULARY, Reference, open_on_ranks, sentences, train_and_export
 
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError

@@ -32,7 +32,7 @@ from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh, naming_communicator
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).parent / "watched.py"
+PROGRAM = Path(__file__).parent / "watched_job.py"
 GPU, CPU = DeviceChoice("a", "cuda", "nccl", "it has 4 GPU(s)"), DeviceChoice("b", "cpu", "gloo", "it has no GPU: no driver")
 
 

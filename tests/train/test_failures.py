@@ -23,7 +23,7 @@ from megatron.launch.heartbeat import DurationTracker, Heartbeat, Peer, Process,
 from megatron.launch.watchdog import JobWatchdog
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).parent / "watched.py"
+PROGRAM = Path(__file__).parent / "watched_job.py"
 RANKS = 3
 WARM = os.environ["WARM_PYTHON"]
 HOST = os.uname().nodename

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_gpts import POSITIONS, as_pipeline, build_random_gpt, save_model
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate_tokens

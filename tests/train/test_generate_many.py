@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_gpts import POSITIONS, as_pipeline, build_random_gpt, save_model
 from ranks import on_ranks
 from reference import GPT2, LLAMA
-from writers import POSITIONS, as_pipeline, build_random_gpt, save_model
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch

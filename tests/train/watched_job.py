@@ -1,6 +1,6 @@
 """One rank of a job that imitates a pipeline, for `test_failures.py`: tensors go down the ranks, and something goes wrong.
 
-Usage: torchrun watched.py FAULT DIRECTORY, or without torchrun: then it starts the ranks itself as srun would, and prints
+Usage: torchrun watched_job.py FAULT DIRECTORY, or without torchrun: then it starts the ranks itself as srun would, and prints
 their exit statuses. Rank 1 has the fault in its fifth step, in the forward of micro-batch 3. The directory gets each rank's
 process number, and a file `ready` when rank 1 is there.
 """
