@@ -77,7 +77,7 @@ def _run_command(argv: Sequence[str], program: str, defaults: Mapping[str, Any],
     try:
         env = LaunchEnvironment.from_environ(os.environ)
     except LaunchEnvironmentError as error:
-        problem = Problem("what the launcher says of this process", f"cannot be: {error}")
+        problem = Problem("the launcher's environment", f"is wrong: {error}")
         report_and_exit(ConfigError([problem]), program, 0 if error.own else None)
     early = EarlyStop(env.rank)
     early.reading = env.rank > 0 and env.job is not None

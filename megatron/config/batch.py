@@ -219,7 +219,7 @@ def micro_batch_given(c: ConfigCheck) -> Iterator[Problem]:
 
 
 def run_length_given(c: ConfigCheck) -> Iterator[Problem]:
-    """Pretraining has a length; a task takes its epochs."""
+    """Pretraining has a length, --train-iters or --train-samples."""
     open_length = c["batch.train_samples"] is None and "batch.train_samples" not in c.invalid
     if not c["eval.skip_train"] and open_length and not c.is_set("task.epochs"):  # `no_task` reports epochs
         yield from missing(c, ["batch.train_iters"], " (or `--train-samples`)")

@@ -85,10 +85,13 @@ def data_paths(c: ConfigCheck) -> Iterator[Problem]:
     given = [n for n in ("data.data_path", *own) if c[n]]
     if c["data.mock_data"] and given:
         yield Problem(
-            f"`--mock-data` and {c.flag_text(given[0])}", "exclude each other: the samples are made up, or those of files"
+            f"`--mock-data` and {c.flag_text(given[0])}", "exclude each other: the samples are synthetic, or read from files"
         )
     elif c["data.data_path"] and own:
-        yield Problem(f"`--data-path` and `{c.flag(own[0])}`", "exclude each other: one mixes, the other does not")
+        yield Problem(
+            f"`--data-path` and `{c.flag(own[0])}`",
+            "exclude each other: the first is divided by --split, the second is one split",
+        )
     elif not given and not c["data.mock_data"] and not c.planning:
         yield from missing(c, ["data.data_path"])
     for name in given:

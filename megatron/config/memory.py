@@ -65,7 +65,7 @@ def distributed_activations(c: ConfigCheck) -> Iterator[Problem]:
     if c[GRANULARITY] != "full":
         yield Problem(what, f"needs `{FULL}`: it cuts what chunks of whole layers start from")
     if tp < 2:
-        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: one rank has nobody to share with")
+        yield Problem(what, "needs `--tensor-model-parallel-size` of 2 or more: one rank has none to share with")
     elif c["layout.sequence_parallel"]:
         yield Problem(what, "cannot go with `--sequence-parallel`, under which each rank has its own part; leave it out")
     elif hidden and hidden % tp:

@@ -66,7 +66,7 @@ def parse_steps(words: Sequence[str], seq_length: int) -> BatchSizeSteps:
         steps.append((int(tokens) // seq_length, int(size)))  # down to whole samples
     steps.sort(key=lambda step: step[0])
     if not steps or steps[0][0] != 0:
-        raise ValueError("does not say the size at the begin; its first entry is 0:SIZE")
+        raise ValueError("does not give the size at the start; its first entry is 0:SIZE")
     for (before, _), (after, _) in pairwise(steps):  # two entries of different tokens may be of one sample
         if before == after:
             raise ValueError(f"has two sizes from sample {before} on (tokens / `--seq-length {seq_length}`, rounded down)")

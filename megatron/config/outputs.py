@@ -132,5 +132,5 @@ def _save_directory(c: ConfigCheck) -> Iterator[Problem]:
             yield Problem(what, f"is a checkpoint itself; give the directory that holds it, {root.resolve().parent}")
         foreign = sorted(p.name for p in root.iterdir() if re.fullmatch(r"iter_\d{7,15}", p.name) and holds_other_files(p))
         if foreign:
-            rule = f"holds what is no checkpoint of this program: {', '.join(foreign[:3])}"
-            yield Problem(what, f"{rule}; choose another place, or take it away")
+            rule = f"holds directories that are no checkpoints of this program: {', '.join(foreign[:3])}"
+            yield Problem(what, f"{rule}; choose another directory, or remove them")

@@ -84,7 +84,7 @@ def explicit_stage_layers(layout: LayoutConfig, layers: int) -> tuple[int, ...] 
     """Return the number of layers of each stage as the flags give it; None when the stages are to be cut by work.
 
     Raises:
-        ValueError: the flags cannot be fulfilled, which the rules report before a run.
+        ValueError: the flags cannot be met, which the rules report before a run.
     """
     if layout.pipeline_stage_layers:
         return layout.pipeline_stage_layers
@@ -162,7 +162,7 @@ def virtual_stages(c: ConfigCheck) -> Iterator[Problem]:
         others = schedule_names(lambda kind: kind.chunks is None)
         yield Problem(c.flag_text(SCHEDULE), rule, f"--pipeline-schedule {others}, or leave one of them out")
     elif c[PP] < 2 and own is None and asked != [DRAWN_LAYOUT]:
-        rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has nobody to interleave with"
+        rule = "needs `--pipeline-model-parallel-size` of at least 2: one rank has none to interleave with"
         yield Problem(c.flag_text(*asked), rule)
 
 
@@ -244,7 +244,7 @@ def shared_layers(c: ConfigCheck) -> Iterator[Problem]:
     try:
         explicit_stage_layers(c.resolved.layout, c["model.num_layers"])
     except ValueError as error:
-        yield Problem(c.flag_text(*names), f"cannot be had: {error}", "also --pipeline-stage-layers, the layers of each stage")
+        yield Problem(c.flag_text(*names), f"cannot be met: {error}", "also --pipeline-stage-layers, the layers of each stage")
 
 
 def split_backward(c: ConfigCheck) -> Iterator[Problem]:

@@ -119,7 +119,7 @@ def test_data_come_from_one_place(places):
         assert f"`--data-args-path blend.txt` and `{' '.join(other)}` exclude each other; give one of them" in problems
     for flag in ("--data-path", "--train-data-path", "--test-data-path"):
         (problem,) = wrong("--mock-data", flag, "a")
-        assert problem == f"`--mock-data` and `{flag} a` exclude each other: the samples are made up, or those of files"
+        assert problem == f"`--mock-data` and `{flag} a` exclude each other: the samples are synthetic, or read from files"
     assert read("--mock-data").config.data.mock_data
     assert wrong() == ["`--data-path` is missing, and has no default"]
 

@@ -35,7 +35,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "--num-layers-per-virtual-pipeline-stage 1",
         1,
         "`--num-layers-per-virtual-pipeline-stage 1` needs `--pipeline-model-parallel-size` of at least 2: "
-        "one rank has nobody to interleave with",
+        "one rank has none to interleave with",
     ),
     (
         "enough_layers",

@@ -42,7 +42,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "distributed_activations",
         "--distribute-saved-activations --recompute-granularity full --recompute-method block",
         1,
-        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: one rank has nobody to share with",
+        "`--distribute-saved-activations` needs `--tensor-model-parallel-size` of 2 or more: one rank has none to share with",
     ),
     (
         "distributed_activations",

@@ -203,7 +203,7 @@ CASES: list[tuple[str, str, int, str]] = [
         "data_paths",
         "--train-data-path x",
         1,
-        "`--data-path` and `--train-data-path` exclude each other: one mixes, the other does not",
+        "`--data-path` and `--train-data-path` exclude each other: the first is divided by --split, the second is one split",
     ),
     (
         "data_paths",

@@ -61,7 +61,7 @@ CASES = [
     ),
     (f"{STEPS} 0:0", f"`{STEPS} 0:0` has the size 0, which is not a whole number from 1 to 1,048,576"),
     (f"{STEPS} 0:2.5", f"`{STEPS} 0:2.5` has the size 2.5, which is not a whole number from 1 to 1,048,576"),
-    (f"{STEPS} 8:2 16:4", f"`{STEPS} 8:2 16:4` does not say the size at the begin; its first entry is 0:SIZE"),
+    (f"{STEPS} 8:2 16:4", f"`{STEPS} 8:2 16:4` does not give the size at the start; its first entry is 0:SIZE"),
     (
         f"{STEPS} 0:2 16:4 23:6",
         f"`{STEPS} 0:2 16:4 23:6` has two sizes from sample 2 on (tokens / `--seq-length 8`, rounded down)",

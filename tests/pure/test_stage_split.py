@@ -67,30 +67,30 @@ CASES = [
     (
         4,
         f"--num-layers 10 {LAST} 3",
-        f"`{LAST} 3` cannot be had: 7 of `--num-layers 10` are left, which the other 3 pipeline ranks cannot share "
+        f"`{LAST} 3` cannot be met: 7 of `--num-layers 10` are left, which the other 3 pipeline ranks cannot share "
         f"evenly{MORE}",
     ),
     (
         2,
         f"--num-layers 6 {FIRST} 1 {LAST} 4",
-        f"`{FIRST} 1` and `{LAST} 4` cannot be had: all pipeline ranks together have 5 layers, not `--num-layers 6`{MORE}",
+        f"`{FIRST} 1` and `{LAST} 4` cannot be met: all pipeline ranks together have 5 layers, not `--num-layers 6`{MORE}",
     ),
     (
         1,
         f"{FIRST} 1 {LAST} 1",
-        f"`{FIRST} 1` and `{LAST} 1` cannot be had: one pipeline rank is the first and the last; `{PP}` of at least 2 is "
+        f"`{FIRST} 1` and `{LAST} 1` cannot be met: one pipeline rank is the first and the last; `{PP}` of at least 2 is "
         f"needed{MORE}",
     ),
     (
         4,
         f"--num-layers 16 {EMBEDDING} {LOSS}",
-        f"`{EMBEDDING}` and `{LOSS}` cannot be had: 18 layers, those included that the ends count as, are not divisible by 4 "
+        f"`{EMBEDDING}` and `{LOSS}` cannot be met: 18 layers, those included that the ends count as, are not divisible by 4 "
         f"pipeline ranks{MORE}",
     ),
     (
         2,
         f"--num-layers 8 {FIRST} 3 --pipeline-schedule zb-v",
-        f"`{FIRST} 3` cannot be had: a rank has 3 layers, not divisible by its 2 stages{MORE}",
+        f"`{FIRST} 3` cannot be met: a rank has 3 layers, not divisible by its 2 stages{MORE}",
     ),
     (2, f"--num-layers 8 {FIRST} 0", f"`{FIRST} 0` must be greater than 0"),
     (
@@ -107,7 +107,7 @@ CASES = [
     (
         1,
         f"--num-layers 8 {COUNT} 2",
-        f"`{COUNT} 2` needs `{PP}` of at least 2: one rank has nobody to interleave with",
+        f"`{COUNT} 2` needs `{PP}` of at least 2: one rank has none to interleave with",
     ),
     (
         2,
