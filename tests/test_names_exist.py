@@ -7,6 +7,7 @@ Programs inside strings are read too, as far as they parse.
 from __future__ import annotations
 
 import ast
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ SEARCHED = ("tests", "tools", "benchmarks")  # which tests put on sys.path, besi
 SETTERS = {"setattr", "delattr", "object"}  # monkeypatch.setattr(module, "name", ...), patch.object(module, "name")
 BY_NAME = {"setattr", "delattr", "patch", "import_module", "find_spec"}  # patch("megatron.a.name")
 WITHOUT_MEMBERS = {"object", "ABC", "Protocol", "Generic", "Exception", "ValueError", "RuntimeError", "NamedTuple"}
+OTHERS = {  # packages that are not ours; what is neither of these nor Python's own is to be found in the repository
+    "hypothesis", "lm_eval", "numpy", "pytest", "safetensors", "sentencepiece", "setuptools", "tokenizers", "torch",
+    "transformers", "zstandard",
+}  # fmt: skip
 INHERITED = {
     "_fields",
     "_replace",
@@ -145,6 +150,11 @@ def keywords(found: Found) -> frozenset[str] | None:
     return None
 
 
+def is_ours(module: str) -> bool:
+    """Return whether a module must be one of the repository's."""
+    return module.split(".", maxsplit=1)[0] not in OTHERS | sys.stdlib_module_names
+
+
 def rebound(nodes: Sequence[ast.AST]) -> Iterator[str]:
     """Yield the names that a file also uses for something else than an import: parameters, assignments, functions."""
     for node in nodes:
@@ -164,7 +174,7 @@ def bind_imports(nodes: Sequence[ast.AST], names: Names) -> None:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 path = file_for(alias.name, folder)
-                if path is None and alias.name.split(".")[0] == "megatron":
+                if path is None and is_ours(alias.name):
                     names.missing.append((node, alias.name))
                 elif path and (alias.asname or "." not in alias.name):
                     names.bound[alias.asname or alias.name] = Found(path)
@@ -172,7 +182,7 @@ def bind_imports(nodes: Sequence[ast.AST], names: Names) -> None:
                     names.bound["megatron"] = Found(ROOT / "megatron" / "__init__.py")
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             path = file_for(node.module, folder)
-            if path is None and node.module.split(".")[0] == "megatron":
+            if path is None and is_ours(node.module):
                 names.missing.append((node, node.module))
             for alias in node.names if path and path != names.path else ():
                 if found := look_up(path, alias.name):
@@ -282,6 +292,8 @@ STALE = (
     "import megatron.gone",
     "from megatron.gone import thing",
     "from megatron.config import gone",
+    "from gone import thing",
+    "import gone",
     "from megatron.config.errors import Gone",
     "def test():\n    from source_files import gone",
     "import megatron.config.errors as errors\nerrors.gone",
@@ -296,7 +308,7 @@ STALE = (
     "run(f'''\n    import os\n    from megatron.config.errors import Gone\n    Gone({here})\n''')",
 )
 FRESH = (
-    "import megatron, os.path\nos.path.gone",
+    "import megatron, os.path\nos.path.gone\nimport torch.gone",
     "from megatron import config, contract\nfrom megatron.config import errors\nerrors.ConfigError.__name__",
     "from test_names_exist import Found, stale\nFound(path=1).node\nstale(path=1, module=2)\nFound.path",
     "from megatron.config import errors\ndef test(errors):\n    errors.gone",  # another `errors`
