@@ -97,7 +97,7 @@ FEATURES = {
     # checkpoints
     "checkpoints on the nodes' own disks, which are not available; --async-save saves without waiting": """
         --non-persistent-* --replication --replication-factor --replication-jump""",
-    "conversions; tools/import_megatron.py and tools/export_megatron.py parse_value": "--ckpt-convert-*",
+    "conversions; tools/import_megatron.py and tools/export_megatron.py convert": "--ckpt-convert-*",
     "a layout from the checkpoint, which is not available: any layout loads any checkpoint, so give the one you want": """
         --use-mp-args-from-checkpoint-args""",
     # watching, profiling, faults
