@@ -67,7 +67,7 @@ PURE += [
 PURE += ["plan/state_size.py"]
 PURE += [f"optim/{name}.py" for name in ("lr", "scaler", "sharding")]
 PURE += [f"tasks/{name}.py" for name in ("windows", "wikitext")]
-PURE += [f"train/{name}.py" for name in ("going_on", "lock", "progress", "wandb_link", "wandb_run", "wandb_writer")]
+PURE += [f"train/{name}.py" for name in ("interrupt", "lock", "progress", "wandb_link", "wandb_run", "wandb_writer")]
 OPTIONAL = {"apex", "transformer_engine", "flash_attn", "wandb", "tensorboard", "transformers", "lm_eval"}
 OPTIONAL |= {"starlette", "uvicorn"}
 

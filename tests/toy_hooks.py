@@ -10,7 +10,7 @@ import torch
 from megatron.parallel.collectives import all_reduce
 from megatron.train.loop import Hook, Training, is_due
 from megatron.train.report import Evaluation, LogContext, Metrics, StepReport
-from megatron.train.sinks import Ended, Sink
+from megatron.train.sinks import Outcome, Sink
 
 EVERY = 3  # iterations
 NAME = "embedding norm"
@@ -29,7 +29,7 @@ class Tally(Sink):
     def evaluation(self, result: Evaluation, title: str) -> None:
         self.told["evaluations"].append([result.iteration, result.split])
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: Outcome) -> None:
         self.path.write_text(json.dumps(self.told | {"ended": ended}))
 
 

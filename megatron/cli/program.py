@@ -24,7 +24,7 @@ from megatron.launch.command_line import torchrun_command, typed_command
 from megatron.launch.environment import LaunchEnvironment, LaunchEnvironmentError
 from megatron.launch.exit_report import let_rank_0_report, write_error_file, write_stderr
 from megatron.launch.signals import StopSignals
-from megatron.train.going_on import CtrlC, resume_advice
+from megatron.train.interrupt import RunInterruptHandler, resume_advice
 from megatron.train.progress import STOPPED, EarlyStop, Progress
 
 # Defaults of a pretraining program, by architecture and `section.field`.
@@ -81,8 +81,8 @@ def _run_command(argv: Sequence[str], program: str, defaults: Mapping[str, Any],
         report_and_exit(ConfigError([problem]), program, 0 if error.own else None)
     early = EarlyStop(env.rank)
     early.reading = env.rank > 0 and env.job is not None
-    ctrl_c = CtrlC(env)
-    signals = StopSignals(early.at_once, ctrl_c)
+    ctrl_c = RunInterruptHandler(env)
+    signals = StopSignals(early.exit_process, ctrl_c)
     signals.install()  # before anything slow, so that a stop during start-up is obeyed too
     try:
         try:
@@ -100,7 +100,7 @@ def _run_command(argv: Sequence[str], program: str, defaults: Mapping[str, Any],
             with piped_streams():
                 return print_dry_run(parsed, program, task) if env.rank == 0 else 0
         ctrl_c.checkpoint, ctrl_c.command = parsed.config.checkpoint, typed_command(program, argv, env)
-        early.again = resume_advice(ctrl_c.command, ctrl_c.checkpoint)
+        early.resume_advice = resume_advice(ctrl_c.command, ctrl_c.checkpoint)
         again = resume_after_restart(parsed, env)
         if again is None:
             if env.rank == 0:
@@ -112,7 +112,7 @@ def _run_command(argv: Sequence[str], program: str, defaults: Mapping[str, Any],
             from megatron.tasks.program import start_task as start
         else:
             from megatron.train.pretraining import start
-        from megatron.train.in_job import report_errors
+        from megatron.train.job_runner import report_errors
 
         return report_errors(partial(start, parsed, env, began, signals, early), env)
     finally:
@@ -175,7 +175,7 @@ def report_config_error(error: ConfigError, env: LaunchEnvironment, program: str
         argv: the command line, for the advice on how to start it.
     """
     if env.rank and error.on_disk:
-        from megatron.train.in_job import refuse_on_all
+        from megatron.train.job_runner import refuse_on_all
 
         if refuse_on_all(error, env, ALONE_MINUTES) or env.local_rank:
             return 2

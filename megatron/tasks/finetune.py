@@ -33,7 +33,7 @@ from megatron.tasks.samples import Example, ExampleCollator, PaddedExamples, Shu
 from megatron.tasks.squad import Squad
 from megatron.tasks.tagging import Tagging, collect_labels
 from megatron.train.errors import TrainingError
-from megatron.train.in_job import as_input_error, print_lines
+from megatron.train.job_runner import as_input_error, print_lines
 from megatron.train.loop import Training
 from megatron.train.pretraining import Prepared
 from megatron.train.resume import check_source, find_source

@@ -22,7 +22,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim.precision import Precision
 from megatron.tasks.finetune import prepare_finetuning, write_results
 from megatron.tasks.zeroshot import open_sources, zero_shot
-from megatron.train.in_job import as_input_error, print_lines, run_in_job
+from megatron.train.job_runner import as_input_error, print_lines, run_in_job
 from megatron.train.pretraining import run_prepared
 from megatron.train.progress import EarlyStop
 from megatron.train.resume import check_source, find_source

@@ -1,4 +1,4 @@
-"""Tell whether this process goes on with the run of --save, and treat the files that lie there accordingly."""
+"""Decide whether a run continues the one in --save; open or move the files there accordingly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.checkpoint.agreement import together
 from megatron.checkpoint.layout import CheckpointError, announced
 from megatron.config.schema import RunConfig
 from megatron.parallel.collectives import all_reduce
-from megatron.train.in_job import print_lines
+from megatron.train.job_runner import print_lines
 from megatron.train.run import Run
 from megatron.train.save_directory import set_metrics_aside, set_run_aside, starts_beside_another_run
 from megatron.train.sinks import Sink, open_sinks
@@ -22,25 +22,25 @@ from megatron.train.wandb_sink import wandb_sink
 
 
 def save_directory(config: RunConfig) -> str | None:
-    """Return --save; None for an evaluation, which leaves all alone that lies there."""
+    """Return --save; None with --skip-train, which writes no checkpoints."""
     return None if config.eval.skip_train else config.checkpoint.save
 
 
 def continues_run(source: StateSource, config: RunConfig) -> bool:
-    """Return whether this goes on with the run of --save: its lines beyond the checkpoint will be written again.
+    """Return whether this process continues the run of --save, rather than starting another one beside it.
 
-    Another run's lines are left alone.
+    A run that continues drops the metrics that were written after its checkpoint, since it will write them again.
     """
     save = save_directory(config)
     if save is None:
         return False
-    if source.directory is None:  # this run, killed before its first checkpoint
+    if source.directory is None:  # the run was killed before its first checkpoint
         return config.checkpoint.auto_resume or config.checkpoint.load is not None
     return source.progress and source.directory.resolve().parent == Path(save).resolve()
 
 
 def is_trained(source: StateSource, run: Run) -> bool:
-    """Return whether the last iteration of the run is in its checkpoint already."""
+    """Return whether the checkpoint already holds the last iteration of the run."""
     total = run.config.batch.iterations
     return source.progress and not run.config.eval.skip_train and run.state.iteration >= total
 
@@ -52,44 +52,44 @@ def first_rank_decides(run: Run, answer: bool) -> bool:
 
 
 def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> None:
-    """Move away what another run has left in --save, where this one was told to begin there. Collective.
+    """Move the files of another run in --save aside when this run starts a new one there. Collective.
 
     Args:
         run: the run.
-        source: the position that it starts from.
+        source: the checkpoint that it starts from.
         out: the console; None on all ranks but the first.
     """
     config, save = run.config, save_directory(run.config)
     if config.checkpoint.overwrite and out is not None and config.log.metrics_path is not None:
         print_lines(out, *filter(None, [set_metrics_aside(Path(config.log.metrics_path), config.checkpoint.save)]))
     if save is not None and starts_beside_another_run(source, config):
-        # The first rank moves, and all ranks see its error.
+        # The first rank moves the files; `together` raises its error on all ranks.
         aside = partial(set_run_aside, Path(save), config.log.metrics_path)
         print_lines(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
 
 
-def run_sinks(run: Run, source: StateSource, out: TextIO, *, own: bool, evaluated: bool) -> list[Sink]:
+def run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, evaluated: bool) -> list[Sink]:
     """Open the sinks of a run, on the first rank.
 
     Args:
-        run: at the position that it goes on from.
-        source: that position's.
+        run: the run, with its state restored.
+        source: the checkpoint that the state comes from.
         out: the console.
-        own: whether it goes on with the run of --save.
-        evaluated: whether the evaluations after that position were made.
+        continues: whether this process continues the run of --save.
+        evaluated: whether the evaluations due at the restored iteration have been made.
     """
     return open_sinks(
         run.config.log,
         out,
-        resume_at=run.state.iteration if own else None,
+        resume_at=run.state.iteration if continues else None,
         evaluated=evaluated,
         binary=run.config.model.has_binary_head,
-        wandb=wandb_sink(run, save_directory(run.config), own, source.directory is not None),
+        wandb=wandb_sink(run, save_directory(run.config), continues, source.directory is not None),
     )
 
 
 def latest_announced(save: str | None) -> int | None:
-    """Return the iteration that --save announces as its latest; None where it says nothing that can be read."""
+    """Return the iteration in the tracker file of --save; None when there is none, or it cannot be read."""
     with suppress(CheckpointError):
         return announced(Path(save)) if save is not None else None
     return None

@@ -1,4 +1,4 @@
-"""End a run, or this slice of it: at its last iteration, or on request with a checkpoint to go on from."""
+"""End a run at its last iteration, or a slice of it on request, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron.train.stopping import Request
 
 
 class Exit(IntEnum):
-    """End of training as an exit status. STOPPED is on request: start again to go on from the checkpoint."""
+    """Exit status of a training program. STOPPED: stopped on request; the next start resumes from the checkpoint."""
 
     FINISHED = 0
     STOPPED = 75
@@ -28,10 +28,10 @@ class Ending:
     Args:
         training: the run.
         saver: writes checkpoints; None without --save.
-        progress: the file of the run's slices.
-        skips: the slice's steps without an update.
-        again: what to say of how the run goes on.
-        warning: what is said once more when the run is finished.
+        progress: the record of the run's slices.
+        skips: counts the slice's steps without an update.
+        resume_advice: how to resume the run, for the last line.
+        warning: a warning to repeat when the run is finished.
     """
 
     def __init__(
@@ -41,19 +41,24 @@ class Ending:
         progress: Progress,
         skips: SkipCounter,
         *,
-        again: str,
+        resume_advice: str,
         warning: str | None = None,
     ) -> None:
         self._training, self._saver, self._progress = training, saver, progress
-        self._skips, self._again, self._warning = skips, again, warning
+        self._skips, self._resume_advice, self._warning = skips, resume_advice, warning
 
     def stop(self, request: Request) -> Exit:
-        """End the slice with one whole checkpoint, and say why. Collective.
+        """End the slice with a complete checkpoint, and log the reason. Collective.
 
-        Without a checkpoint training has nothing to go on from, so the stop is the end. An evaluation can be made again.
+        Args:
+            request: the agreement to stop.
+
+        Returns:
+            STOPPED if the run can be resumed. Without --save a training run cannot, so the stop is its end; an evaluation can
+            be repeated.
 
         Raises:
-            TrainingError: there is no checkpoint to go on from, or no slice comes any further.
+            TrainingError: a request from outside found no checkpoint to resume from, or two slices in a row made no step.
         """
         training, why = self._training, request.stop or "a request"
         self._log_skips()
@@ -63,60 +68,60 @@ class Ending:
         where, evaluates = f"stopping after iteration {training.iteration}", training.loader is None
         if self._saver is None and request.outside and not evaluates:
             raise TrainingError(f"{where}: {why}; nothing is saved, because there is no --save")
-        goes_on = self._saver is not None or evaluates
-        if not goes_on and (wrong := learning_failure(training.run.state)) is not None:
-            raise TrainingError(f"{where}: {why}; {wrong}")
-        text = f"{where}: {why}; {self._kept()}"
+        can_resume = self._saver is not None or evaluates
+        if not can_resume and (failure := learning_failure(training.run.state)) is not None:
+            raise TrainingError(f"{where}: {why}; {failure}")
+        text = f"{where}: {why}; {self._describe_saved()}"
         training.log(text)
         if self._saver is not None:
             write_error_file(text)
-        return Exit.STOPPED if goes_on else Exit.FINISHED
+        return Exit.STOPPED if can_resume else Exit.FINISHED
 
     def finish(self) -> Exit:
-        """End the run, which remembers that. Collective.
+        """Save the last checkpoint, and record in --save that the run is finished. Collective.
 
         Raises:
-            TrainingError: its last steps were all skipped, or the last checkpoint could not be saved.
+            TrainingError: the last steps were all skipped, or the last checkpoint could not be saved.
         """
         training = self._training
         if training.loader is not None:
             if self._saver is not None and training.iteration > training.start:
                 self._save_last(self._saver)
             self._log_skips()
-            if (wrong := learning_failure(training.run.state)) is not None:
-                raise TrainingError(wrong)
-            # After the last evaluations, so that a run which was killed in them is started again for them.
+            if (failure := learning_failure(training.run.state)) is not None:
+                raise TrainingError(failure)
+            # After the last evaluations: a run that is killed during them is not finished, and repeats them when restarted.
             if self._saver is not None:
-                self._note(finished=training.iteration)
-        training.stopping.acknowledge()  # a request that came too late to be one
+                self._write_progress(finished=training.iteration)
+        training.stopping.acknowledge()  # a request that came after the last step has nothing left to stop
         if self._warning is not None:
             training.log(self._warning)
         return Exit.FINISHED
 
-    def settle(self) -> None:
-        """Wait for a save under way, after a failure: it is what to go on from. Collective."""
+    def finish_pending_save(self) -> None:
+        """After a failure, wait for a save under way, which may be the checkpoint to resume from. Collective."""
         if self._saver is not None:
-            with suppress(CheckpointError):  # the failure that brought us here is the one to tell
+            with suppress(CheckpointError):  # the earlier failure is the one to report
                 self._saver.finish()
 
     def _save_stopped(self, saver: Saver, why: str) -> None:
-        """Save what there is to save, and note how the slice ended. TrainingError where no slice comes any further."""
+        """Save a checkpoint if there was a step, and record how the slice ended. TrainingError after two idle slices."""
         if self._training.iteration > self._training.start:
             self._save_last(saver)
-            self._note(stopped=True)
+            self._write_progress(stopped=True)
             return
-        idle, wrong = self._progress.idle + 1, self._progress.too_short(why)
-        self._note(idle=idle, stopped=wrong is None)
-        if wrong is not None:
-            raise TrainingError(wrong)
+        idle, error = self._progress.idle + 1, self._progress.too_short(why)
+        self._write_progress(idle=idle, stopped=error is None)
+        if error is not None:
+            raise TrainingError(error)
 
     def _save_last(self, saver: Saver) -> None:
-        """Have the state as it is now in a whole checkpoint on the disk, whatever that takes. Collective.
+        """Ensure that the current state is in a complete checkpoint on the disk. Collective.
 
-        TrainingError where it cannot be written, also with --on-save-error continue: nothing comes after it.
+        TrainingError if it cannot be written, even with --on-save-error continue, since no later checkpoint will follow.
         """
         iteration = self._training.iteration
-        saver.finish()  # one under way may be this very checkpoint
+        saver.finish()  # a save under way may be this very checkpoint
         if saver.saved != iteration:
             saver.save()
             saver.finish()
@@ -127,19 +132,19 @@ class Ending:
                 "above; make room there and start again with --auto-resume, from the newest one that is whole"
             )
 
-    def _kept(self) -> str:
-        """Return what a stop keeps and how the run goes on, in words."""
+    def _describe_saved(self) -> str:
+        """Return the text that says what a stop has saved, and how to resume."""
         training = self._training
         if training.loader is None:
-            kept = "the evaluation is not finished"
+            saved = "the evaluation is not finished"
         elif self._saver is None:
             return "there is no --save, so nothing is kept"
         else:
-            kept = "checkpoint saved" if training.iteration > training.start else "nothing new to save"
-        return f"{kept}; {self._again if self._saver is not None else 'start again to go on'}"
+            saved = "checkpoint saved" if training.iteration > training.start else "nothing new to save"
+        return f"{saved}; {self._resume_advice if self._saver is not None else 'start again to go on'}"
 
-    def _note(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
-        """Note on the first rank how this slice ended."""
+    def _write_progress(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
+        """Record on the first rank how this slice ended."""
         if self._training.run.job.is_main:
             self._progress.write(finished=finished, idle=idle, stopped=stopped)
 

@@ -1,4 +1,4 @@
-"""Failures of a run that a person must act on."""
+"""Error that ends training with a message for the user."""
 
 from __future__ import annotations
 

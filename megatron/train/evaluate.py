@@ -1,4 +1,4 @@
-"""The mean loss over held-out samples."""
+"""Compute the mean loss over held-out samples."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def evaluate(
         loader: the held-out micro-batches of this rank.
         mesh: the parallel axes.
         steps: global batches to evaluate.
-        global_batch_size: samples of each.
-        watch: is told the phase.
-        should_stop: asked before each batch, with the same answer on all ranks.
+        global_batch_size: samples of each global batch.
+        watch: the watchdog, to which the phases are reported.
+        should_stop: called before each global batch; its answer must be the same on all ranks.
 
     Returns:
-        Mean loss over the tokens that count, and over the samples' order, which is 0 for a model without a binary head; None
-        where `should_stop` said yes.
+        Mean loss over the unmasked tokens, and mean sentence-order loss over the samples, which is 0 without a binary head.
+        None if `should_stop` returned true.
     """
     loss = tokens = order = 0.0
     watch = watch or Watchdog()

@@ -1,7 +1,7 @@
-"""TensorBoard's file of events (TFRecords of protocol buffers), appended by the training thread itself.
+"""TensorBoard's event file (TFRecords of protocol buffers), written by the training thread itself.
 
-torch's SummaryWriter gives the file to a thread, which dies with a traceback when the disk is full and leaves half a record, at
-which TensorBoard ends.
+torch's SummaryWriter writes in a thread of its own. When the disk is full, that thread dies with a traceback and leaves half a
+record, after which TensorBoard reads no further.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from megatron.files.side import SideFile
 
-FLUSH_SECONDS = 10.0  # between two additions to the file, where events come at all
+FLUSH_SECONDS = 10.0  # maximum time that events wait to be written, as long as new ones arrive
 
 
 class EventFile:
-    """Scalars for TensorBoard, in a file of their own.
+    """An event file of scalars for TensorBoard.
 
     Args:
-        directory: where the file is made.
-        queue: events that wait until they are written together.
-        purge: TensorBoard hides what earlier files of the directory say from this step on; None hides nothing.
+        directory: the directory of the file.
+        queue: number of events that are collected before they are written together.
+        purge: from this step on, TensorBoard hides the points of earlier files in the directory; None hides nothing.
 
     Raises:
         ImportError: the package `tensorboard` is not installed.
@@ -52,17 +52,17 @@ class EventFile:
 
         Args:
             tag: name of the curve.
-            value: of the point.
-            step: its position, an iteration or a number of samples.
+            value: the y value.
+            step: the x value, an iteration or a number of samples.
         """
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
         self._events.append(self._record({"wall_time": time.time(), "step": step, "summary": summary}))
-        # Few and large writes: each one may wait for a file server.
+        # Events are written together, since each write may wait for a file server.
         if len(self._events) >= self._queue or time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the events that wait, as far as the disk takes them."""
+        """Write the collected events, as far as the disk takes them."""
         self._file.add(*self._events)
         self._events.clear()
         self._flushed = time.monotonic()

@@ -20,37 +20,37 @@ from megatron.train.stopping import Request, Stopping
 
 
 class StepTimer:
-    """A clock that stands still in `paused` blocks, so that differences of `now` are seconds of training."""
+    """A clock that stops in `paused` blocks, so that differences of `now` are seconds of training."""
 
     def __init__(self) -> None:
-        self._away = 0.0  # seconds spent in paused blocks
+        self._paused_seconds = 0.0
 
     def now(self) -> float:
         """Return the seconds on the clock."""
-        return time.perf_counter() - self._away
+        return time.perf_counter() - self._paused_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock inside the block: what happens there is not training time."""
+        """Stop the clock inside the block, whose work is not training time."""
         began = time.perf_counter()
         yield
-        self._away += time.perf_counter() - began
+        self._paused_seconds += time.perf_counter() - began
 
 
 @dataclass
 class Training:
-    """A run under way, from its start or from a checkpoint on, as hooks see it.
+    """State of the training loop, which hooks read and change.
 
     Attributes:
-        run: what a step needs; `run.state` are the counters that checkpoints keep.
+        run: the parts of the run; `run.state` holds the counters that checkpoints save.
         loader: the training samples from the run's position on; None to train nothing.
-        sinks: where reports go. The first rank's; the others have none.
-        stopping: finds out whether all ranks are to stop.
-        start: the iteration after which this process began.
-        request: what was agreed last; training ends where it says stop.
-        extra_metrics: more values for the log lines, by name. A hook before `Log` sets them, on the first rank at least.
-        timer: counts the seconds of training.
-        step_began: when the step did, on the timer.
+        sinks: receive the reports; empty on all ranks but the first.
+        stopping: lets all ranks agree on whether to stop.
+        start: the iteration that this process resumed after; 0 for a fresh start.
+        request: the last agreement of the ranks; training ends when it says stop.
+        extra_metrics: additional values of the log lines, by name. A hook before `Log` sets them, at least on the first rank.
+        timer: measures the seconds of training.
+        step_began: time on the timer at which the current step began.
     """
 
     run: Run
@@ -70,14 +70,14 @@ class Training:
 
     @property
     def last_iteration(self) -> int:
-        """The iteration at which the run is at its end."""
+        """The iteration at which the run ends."""
         return self.run.config.batch.iterations
 
     def next_batches(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step.
 
         Raises:
-            ValueError: there is nothing to train.
+            ValueError: there are no training samples.
         """
         if self.loader is None:
             raise ValueError("there are no training samples")
@@ -86,9 +86,9 @@ class Training:
         return self.loader.next_batches(global_batch_size_at(self.run.config.batch, self.run.state.consumed_samples))
 
     def step(self, batches: Sequence[Batch]) -> StepReport:
-        """Take a step over this rank's micro-batches, or pass over them, as --skip-train-iterations says. Collective."""
+        """Take a step over this rank's micro-batches, unless --skip-train-iterations names the iteration. Collective."""
         batch, state = self.run.config.batch, self.run.state
-        # The counter has not advanced yet, and the flag counts from 1.
+        # `state.iteration` counts completed steps, while the flag numbers steps from 1.
         if all(state.iteration + 1 not in numbers for numbers in parse_iteration_ranges(batch.skip_train_iterations)):
             return self.run.step(batches, state)
         samples = global_batch_size_at(batch, state.consumed_samples)
@@ -96,20 +96,20 @@ class Training:
         return StepReport(0.0, 0.0, skipped=True, nan=False, samples=samples, tokens=tokens, left_out=True)
 
     def should_stop(self) -> bool:
-        """Ask between two steps of an evaluation whether to give it up, since the run is to stop. Collective."""
-        asked = self.stopping.ask()
-        if asked.stop is not None:  # a save that is due waits for the next step
-            self.request = asked
-        return asked.stop is not None
+        """Return whether an evaluation must be abandoned because the run is to stop. Collective; called between its steps."""
+        agreed = self.stopping.ask()
+        if agreed.stop is not None:  # a mere save waits for the next training step
+            self.request = agreed
+        return agreed.stop is not None
 
     def log(self, text: str) -> None:
-        """Tell every sink something that is worth a line of its own."""
+        """Send a line of text to every sink."""
         for sink in self.sinks:
             sink.event(text)
 
 
 class Hook:
-    """Something that is done between the steps of a run, on all ranks; a hook overrides what it cares for."""
+    """Work between the steps of a run, on all ranks. A subclass overrides the methods that it needs."""
 
     def before_training(self, training: Training) -> None:
         """Called once, before the first step of this process."""
@@ -118,15 +118,15 @@ class Hook:
         """Called after every step, when the counters have advanced."""
 
     def after_training(self, training: Training) -> None:
-        """Called once, after the last step of this process, also where it was stopped; not after an error."""
+        """Called once, after the last step of this process, also when it was stopped; not after an error."""
 
 
 def train(training: Training, hooks: Sequence[Hook]) -> None:
     """Train to the last iteration, or until a hook or an evaluation asks for a stop. Collective.
 
     Args:
-        training: the run, whose `request` says in the end whether it was stopped.
-        hooks: what else is done, in this order after every step.
+        training: the run; its `request` says afterwards whether it was stopped.
+        hooks: called after every step, in this order.
     """
     for hook in hooks:
         hook.before_training(training)
@@ -141,26 +141,26 @@ def train(training: Training, hooks: Sequence[Hook]) -> None:
 
 
 def is_due(iteration: int, interval: int | None) -> bool:
-    """Return whether something that is done every so many iterations is due after this one."""
+    """Return whether work that is done every `interval` iterations is due after this one."""
     return interval is not None and interval > 0 and iteration % interval == 0
 
 
 def advance(run: Run, report: StepReport) -> None:
-    """Count the step. A skipped one consumes its samples, but moves no schedule.
+    """Update the counters after a step. A skipped step consumes its samples, but does not advance the schedules.
 
     Raises:
-        TrainingError: no more steps may be skipped.
+        TrainingError: too many steps were skipped.
     """
     state = run.state
     state.iteration += 1
     state.consumed_samples += report.samples
     state.consumed_tokens += report.tokens
     state.window_nan += report.nan
-    # The learning rate follows scheduled_samples, the data position consumed_samples: a skipped step moves the second alone.
+    # The learning rate follows scheduled_samples, the data position consumed_samples; a skipped step advances only the latter.
     if not report.skipped:
         state.scheduled_samples += report.samples
         state.consecutive_skips = 0
-        # One infinite loss would spoil the average of the whole log line.
+        # One infinite loss would make the average of the log line infinite.
         if math.isfinite(report.lm_loss + (report.sop_loss or 0.0)):
             state.window_loss += report.lm_loss
             state.window_sop += report.sop_loss or 0.0
@@ -170,5 +170,5 @@ def advance(run: Run, report: StepReport) -> None:
     if report.left_out:
         state.skipped_samples += report.samples
         return
-    state.consecutive_skips += 1  # of steps that failed, not of those that a flag left out
+    state.consecutive_skips += 1  # counts failed steps, not those that --skip-train-iterations names
     check_skip(state, report, run.config.optim)

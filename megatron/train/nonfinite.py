@@ -1,11 +1,11 @@
-"""Find the value that was not finite in a step: its layer and stage, its rank, its samples.
+"""Locate the first value of a step that was not finite: its layer and stage, its rank, its samples.
 
-A skipped step knows no more than that the norm of the summed gradients was not finite. So its micro-batches are run once
-more, one at a time and without an update: the first module whose output is not finite, else the loss, else the parameter
-whose gradient the backward pass makes first, is the event. What is finite the second time was a fault of the moment, in
-a device or in its memory, and is told as such.
+A skipped step knows only that the norm of the summed gradients was not finite. So its micro-batches are run once more, one at a
+time and without an update. The search reports the first module whose output is not finite; else the loss; else the parameter
+whose gradient the backward pass computes first. If everything is finite in the second run, a transient fault of a device or its
+memory is the likely cause, and the report says so.
 
-Skipped steps are rare, so the second run costs nothing that counts; other steps pay nothing.
+Skipped steps are rare, so the cost of the second run does not matter; other steps cost nothing extra.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FORWARD, LOSS, BACKWARD = range(3)
 
 @dataclass(frozen=True, order=True)
 class Finding:
-    """A value that was not finite. Findings are ordered as a step makes them: the first is the cause of the rest.
+    """A value that was not finite. Findings are ordered as a step computes them, so the smallest is the cause of the others.
 
     Attributes:
-        micro_batch: its number in the step of this rank.
+        micro_batch: number of the micro-batch in the step of this rank.
         phase: FORWARD, LOSS or BACKWARD.
-        depth: the stage, negative in the backward pass, which goes through them from the last.
+        depth: the stage; its negative in the backward pass, which visits the stages in reverse.
         place: position among the values of the stage.
-        rank: the one that saw it.
-        what: the value in words.
+        rank: the rank that found the value.
+        what: description of the value, `the output of layers.3.mlp`.
         stage: the pipeline stage.
         samples: numbers of the samples in the micro-batch.
-        coordinates: the rank's place on the parallel axes, in words.
+        coordinates: the rank's coordinates on the parallel axes, `: dp 1, tp 0`; empty for one rank.
     """
 
     micro_batch: int
@@ -60,19 +60,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """The event that a step was not finite, as all ranks together found it.
+    """The result of the search over all ranks.
 
     Attributes:
         first: the first finding over all ranks.
         ranks: number of ranks that found something.
         world: number of all ranks.
-        again: it was found in a second run of the step.
+        reproduced: the value was not finite in the second run of the step either.
     """
 
     first: Finding
     ranks: int
     world: int
-    again: bool
+    reproduced: bool
 
     @property
     def layer(self) -> int | None:
@@ -84,9 +84,9 @@ class NonFinite:
         first = self.first
         layer = "" if self.layer is None else f"layer {self.layer}, "
         places = f", {self.ranks} of {self.world} ranks saw some" if self.world > 1 else ""
-        moment = "" if self.again else "; a second run of the step was finite, so suspect the device"
+        advice = "" if self.reproduced else "; a second run of the step was finite, so suspect the device"
         where = f"{layer}stage {first.stage}, rank {first.rank}{first.coordinates}, samples {format_ranges(first.samples)}"
-        return f"{first.what} is not finite ({where}{places}){moment}"
+        return f"{first.what} is not finite ({where}{places}){advice}"
 
 
 def format_ranges(numbers: Sequence[int]) -> str:
@@ -101,7 +101,7 @@ def format_ranges(numbers: Sequence[int]) -> str:
 
 
 class NonFiniteSearch:
-    """Searches one step on this rank for values that are not finite; `agree` joins what the ranks found.
+    """Searches one step on this rank for values that are not finite; `agree` finds the first one over all ranks.
 
     Args:
         pipeline: runs the step.
@@ -114,14 +114,20 @@ class NonFiniteSearch:
         self.stages: Mapping[int, nn.Module] = pipeline.stages  # type: ignore[assignment]  # stages are modules
         self.found: list[Finding] = []
 
-    def loss(self, output: StepOutput, samples: tuple[int, ...], micro_batch: int = 0) -> None:
-        """Note a loss of this rank that is not finite."""
+    def check_loss(self, output: StepOutput, samples: tuple[int, ...], micro_batch: int = 0) -> None:
+        """Record the loss of this rank if it is not finite.
+
+        Args:
+            output: the losses of a step or of one micro-batch.
+            samples: numbers of the samples in it.
+            micro_batch: number of the micro-batch.
+        """
         if not math.isfinite(float(output.loss)):
             stage = max(self.stages)
             self._note(micro_batch, LOSS, stage, 0, "the loss", stage=stage, samples=samples)
 
-    def gradients(self, samples: tuple[int, ...], micro_batch: int = 0) -> None:
-        """Note the gradient that is not finite and that the backward pass makes first: in the last of the layers."""
+    def check_gradients(self, samples: tuple[int, ...], micro_batch: int = 0) -> None:
+        """Record the first gradient in the order of the backward pass, last layer first, that is not finite."""
         for stage in sorted(self.stages, reverse=True):
             for place, parameter in enumerate(reversed(list(self.stages[stage].parameters()))):
                 grad: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
@@ -130,38 +136,38 @@ class NonFiniteSearch:
                     self._note(micro_batch, BACKWARD, -stage, place, what, stage=stage, samples=samples)
                     return
 
-    def again(self, batches: Sequence[Batch]) -> None:
-        """Run the step's micro-batches once more, each alone, and note what is not finite. Collective over a pipeline.
+    def rerun(self, batches: Sequence[Batch]) -> None:
+        """Run the step's micro-batches once more, each alone, and record what is not finite. Collective over a pipeline.
 
-        Leaves no gradients.
+        The gradient buffers are zero afterwards.
         """
         scaled_loss = self.pipeline.scaled_loss
-        # Each with the weight that it had among the others, or a loss scale would overflow elsewhere.
+        # Each micro-batch keeps its weight among all of the step; otherwise the scaled loss would overflow elsewhere.
         self.pipeline.scaled_loss = lambda loss, _: scaled_loss(loss, len(batches))
         try:
             for number, batch in enumerate(batches):
                 samples = sample_ids([batch])
                 self.zero()
-                with self._watched(number, samples):
+                with self._check_outputs(number, samples):
                     output = self.pipeline.step([batch])
-                self.loss(output, samples, number)
-                self.gradients(samples, number)
+                self.check_loss(output, samples, number)
+                self.check_gradients(samples, number)
         finally:
             self.pipeline.scaled_loss = scaled_loss
             self.zero()
 
     @contextmanager
-    def _watched(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
-        """Note outputs of modules that are not finite inside the block, in the order in which they are made."""
-        calls = count()  # the same on all ranks that hold parts of a stage
+    def _check_outputs(self, micro_batch: int, samples: tuple[int, ...]) -> Iterator[None]:
+        """Record the outputs of modules that are not finite inside the block, in the order of computation."""
+        calls = count()  # counts alike on all ranks that share a stage, so that their findings can be compared
 
-        def look(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        def check_output(name: str, stage: int, module: nn.Module, inputs: Any, output: Any) -> None:
             place = next(calls)
             if isinstance(output, Tensor) and not is_finite(output):
                 self._note(micro_batch, FORWARD, stage, place, f"the output of {name}", stage=stage, samples=samples)
 
         handles = [
-            module.register_forward_hook(partial(look, name, stage))
+            module.register_forward_hook(partial(check_output, name, stage))
             for stage, whole in self.stages.items()
             for name, module in whole.named_modules()
             if name
@@ -191,9 +197,9 @@ class NonFiniteSearch:
 def investigate(
     pipeline: Executor, mesh: Mesh, zero: Callable[[], None], batches: Sequence[Batch], output: StepOutput, *, skipped: bool
 ) -> NonFinite | None:
-    """Find what was not finite in a step that was skipped, or whose loss alone was not finite. Collective.
+    """Find what was not finite in a step that was skipped, or whose loss was not finite. Collective.
 
-    A skipped step is run once more, and its gradients are gone afterwards.
+    A skipped step is run once more, which overwrites its gradients.
 
     Args:
         pipeline: runs the step.
@@ -204,22 +210,22 @@ def investigate(
         skipped: there was no update, so the weights are still those of the step.
 
     Returns:
-        The event; None where no rank can find anything: nothing is known but that the norm was not finite.
+        The first value that was not finite; None when no rank finds one, though the norm was not finite.
     """
     samples = sample_ids(batches)
-    # Before the second run, which overwrites the gradients: what a device got wrong for a moment is seen only here.
-    before = NonFiniteSearch(pipeline, mesh, zero)
-    before.loss(output, samples)
+    # Before the second run overwrites the gradients: a transient fault of a device shows only in the original ones.
+    original = NonFiniteSearch(pipeline, mesh, zero)
+    original.check_loss(output, samples)
     if skipped:
-        before.gradients(samples)
-        after = NonFiniteSearch(pipeline, mesh, zero)
-        after.again(batches)
-        first, ranks = after.agree()
+        original.check_gradients(samples)
+        second = NonFiniteSearch(pipeline, mesh, zero)
+        second.rerun(batches)
+        first, ranks = second.agree()
         if first is not None:
-            return NonFinite(first, ranks, mesh.world.size, again=True)
-    first, ranks = before.agree()
-    # The weights have moved since a step that was not skipped: a second run would be another step.
-    return None if first is None else NonFinite(first, ranks, mesh.world.size, again=not skipped)
+            return NonFinite(first, ranks, mesh.world.size, reproduced=True)
+    first, ranks = original.agree()
+    # After a step with an update there is no second run, since the weights have changed.
+    return None if first is None else NonFinite(first, ranks, mesh.world.size, reproduced=not skipped)
 
 
 def sample_ids(batches: Sequence[Batch]) -> tuple[int, ...]:

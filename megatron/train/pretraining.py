@@ -1,6 +1,6 @@
-"""Carry out a legal pretraining command: tokenizer, checkpoint, data, then the job itself.
+"""Pretrain as a valid command says: open tokenizer, checkpoint and datasets, then build the run, train and evaluate.
 
-Mistakes in them are found before any process group forms, and reported once, by the first rank.
+Mistakes in the inputs are found before the process group forms, and reported once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from megatron.train.hooks.log import Log
 from megatron.train.hooks.save import CheckSave, Save
 from megatron.train.hooks.skips import LogSkips
 from megatron.train.hooks.stop import AgreeOnStop, ExitInterval
-from megatron.train.in_job import as_input_error, print_lines, run_in_job
+from megatron.train.job_runner import as_input_error, print_lines, run_in_job
 from megatron.train.loop import Hook, Training, train
 from megatron.train.pipeline_profile import ProfiledStep
 from megatron.train.progress import EarlyStop, Progress
@@ -61,7 +61,7 @@ from megatron.train.resumed_schedule import check_batch_sizes, check_schedule, c
 from megatron.train.run import Run, build_run, sample_counts
 from megatron.train.save_directory import check_save
 from megatron.train.saving import Saver
-from megatron.train.sinks import Ended
+from megatron.train.sinks import Outcome
 from megatron.train.skips import SkipCounter
 from megatron.train.source import StateSource
 from megatron.train.stopping import Stopping
@@ -72,16 +72,16 @@ class Prepared:
     """Inputs of a run that each rank prepares by itself, before the process group forms.
 
     Attributes:
-        config: of the run, resolved.
-        notes: lines for the user.
-        tokenizer: of the texts.
-        source: where the weights and the state come from.
-        datasets: training, validation, test.
-        batches: makes samples to a batch.
-        scorer: makes, for a run, what is measured beside its validation loss.
-        score_interval: every so many iterations.
-        final: what follows training; None for the losses of validation and test.
-        hooks: of other packages.
+        config: the resolved configuration.
+        notes: lines to print for the user.
+        tokenizer: the tokenizer of the datasets.
+        source: the checkpoint, or the fresh start, that weights and counters come from.
+        datasets: training, validation and test samples; None for a split that has none.
+        collate: turns samples into a micro-batch.
+        scorer: for a fine-tuning run, returns the function that measures the task's score during training.
+        score_interval: iterations between two scores.
+        final: evaluates the finished model; None for the validation and test losses.
+        hooks: hooks of other packages.
     """
 
     config: RunConfig
@@ -89,7 +89,7 @@ class Prepared:
     tokenizer: Tokenizer
     source: StateSource
     datasets: tuple[SampleSource | None, SampleSource | None, SampleSource | None]
-    batches: Collate
+    collate: Collate
     scorer: Callable[[Run], Callable[[Training], object]] | None = None
     score_interval: int | None = None
     final: Callable[[Training], None] | None = None
@@ -97,17 +97,17 @@ class Prepared:
 
 
 def start(parsed: Parsed, env: LaunchEnvironment, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """Pretrain; see `run_prepared`.
+    """Pretrain a model; see `run_prepared`.
 
     Args:
-        parsed: the command.
+        parsed: the parsed command line.
         env: the launcher's description of this process.
         began: start of the program, `time.monotonic()`.
-        signals: what asks the run to stop.
-        early: the end of a run that is stopped before the ranks have joined.
+        signals: the signals that ask the run to stop.
+        early: ends a run that is stopped before the ranks have joined.
 
     Returns:
-        The exit status of the contract.
+        The exit status.
     """
     return run_prepared(prepare_pretraining, parsed, env, began, signals, early)
 
@@ -120,25 +120,25 @@ def run_prepared(
     signals: StopSignals,
     early: EarlyStop,
 ) -> int:
-    """Prepare on each rank, then run the job.
+    """Prepare the inputs on each rank, then run the job.
 
     Args:
-        prepare: reads the inputs of the run; raises InputError.
-        parsed: the command.
+        prepare: opens the inputs of the run; raises InputError.
+        parsed: the parsed command line.
         env: the launcher's description of this process.
         began: start of the program, `time.monotonic()`.
-        signals: what asks the run to stop.
-        early: the end of a run that is stopped before the ranks have joined.
+        signals: the signals that ask the run to stop.
+        early: ends a run that is stopped before the ranks have joined.
 
     Returns:
-        The exit status of the contract.
+        The exit status.
     """
 
     def run(prepared: Prepared, started: Job) -> int:
         signals.hold()
         return run_job(prepared, started, began, signals, early)
 
-    def ready(watch: Watchdog) -> Prepared:
+    def prepare_and_check(watch: Watchdog) -> Prepared:
         prepared = prepare(parsed, watch)
         with as_input_error():
             schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
@@ -149,7 +149,7 @@ def run_prepared(
 
     config = parsed.config
     return run_in_job(
-        ready,
+        prepare_and_check,
         run,
         config.layout,
         env,
@@ -164,11 +164,11 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
     """Open the tokenizer, the checkpoint to start from and the datasets.
 
     Raises:
-        InputError: one of them cannot be used.
+        InputError: one of them is missing or invalid.
     """
     with as_input_error():
         config = parsed.config
-        watch.waiting("reading the tokenizer")  # a phase without a limit: a large dataset takes its time
+        watch.waiting("reading the tokenizer")  # `waiting` phases have no time limit: opening large datasets may take long
         tokenizer = build_tokenizer(config.tokenizer)
         chosen, lines = adopt_data_roles(config.data, config.tokenizer, tokenizer)
         config = replace(config, tokenizer=chosen, model=replace(config.model, vocab_size=tokenizer.vocab_size))
@@ -191,35 +191,35 @@ def prepare_pretraining(parsed: Parsed, watch: Watchdog) -> Prepared:
 
 
 def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals, early: EarlyStop) -> int:
-    """Build the run, restore it, train, evaluate. Collective.
+    """Build the run, restore its state, train and evaluate. Collective.
 
     Args:
         prepared: this rank's inputs.
         started: the job, whose ranks have joined.
         began: start of the program, `time.monotonic()`.
-        signals: what asks the run to stop.
-        early: holds the file of the run's slices.
+        signals: the signals that ask the run to stop.
+        early: holds the record of the run's slices.
 
     Returns:
-        The exit status of the contract.
+        The exit status.
     """
     prepared = replace(prepared, source=verify_source(prepared.source, prepared.config, started))
     config, source, progress = prepared.config, prepared.source, early.progress
     out, save = sys.stdout if started.is_main else None, save_directory(config)
     announce(prepared, started, out)
     run = build_restored(prepared, started, out)
-    own, trained = continues_run(source, config), is_trained(source, run)
-    if trained and (not own or first_rank_decides(run, progress.finished == run.state.iteration)):
+    continues, trained = continues_run(source, config), is_trained(source, run)
+    if trained and (not continues or first_rank_decides(run, progress.finished == run.state.iteration)):
         print_lines(out, f"iteration {run.state.iteration} is the last one already: nothing is left to train")
         return Exit.FINISHED
-    # Only now, when all ranks hold their checkpoint: a run that fails before has moved nothing.
+    # Only after all ranks have loaded their checkpoint, so that a run that fails earlier has moved nothing.
     set_other_run_aside(run, source, out)
     warning = None if config.eval.skip_train else zero_rate_warning(run.schedule, run.state, config.batch)
     print_lines(out, *filter(None, [warning]))
     if config.log.profile_pipeline is not None:
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(print_lines, out))
     evaluated = not (run.state.evaluation_due or trained)
-    sinks = [] if out is None else run_sinks(run, source, out, own=own, evaluated=evaluated)
+    sinks = [] if out is None else run_sinks(run, source, out, continues=continues, evaluated=evaluated)
     files = partial(carried, prepared.tokenizer, source.directory, partial(print_lines, out))
     saver = Saver(run, files, partial(print_lines, out)) if save is not None else None
     open_training, held_out = data_openers(run, prepared)
@@ -233,56 +233,56 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
     skips = SkipCounter()
     hooks = build_hooks(prepared, run, saver, progress, skips, held_out)
     if started.is_main:
-        progress.began(started.env.job, latest_announced(save), started.env.attempt)
-    ending = Ending(training, saver, progress, skips, again=early.again, warning=warning)
+        progress.note_start(started.env.job, latest_announced(save), started.env.attempt)
+    ending = Ending(training, saver, progress, skips, resume_advice=early.resume_advice, warning=warning)
     return train_and_evaluate(training, hooks, prepared.final or partial(final_evaluations, splits=held_out), ending)
 
 
 def train_and_evaluate(training: Training, hooks: Sequence[Hook], final: Callable[[Training], None], ending: Ending) -> Exit:
-    """Train, evaluate what came of it, and end the run or this slice of it. Collective.
+    """Train, evaluate the finished model, and end the run or this slice of it. Collective.
 
     Args:
-        training: the run; whatever happens, its data and sinks are closed.
-        hooks: what is done between steps.
-        final: the evaluations of the finished model.
-        ending: says why, and sees to the last checkpoint.
+        training: the run; its data and sinks are closed in any case.
+        hooks: called after every step, in this order.
+        final: evaluates the finished model.
+        ending: writes the last checkpoint, and reports how the slice ended.
     """
-    ended: Ended = "failed"
+    outcome: Outcome = "failed"
     try:
         if training.loader is not None:
             train(training, hooks)
         if training.request.stop is None:
             final(training)
         status = ending.finish() if training.request.stop is None else ending.stop(training.request)
-        ended = "finished" if status is Exit.FINISHED else "preempted"
-    except TrainingError:  # on all ranks: a save under way is what to go on from
-        ending.settle()
+        outcome = "finished" if status is Exit.FINISHED else "preempted"
+    except TrainingError:  # raised on all ranks; a save under way may be the newest checkpoint to resume from
+        ending.finish_pending_save()
         raise
     finally:
         if training.loader is not None:
             training.loader.close()
         for sink in training.sinks:
-            sink.close(ended)
+            sink.close(outcome)
     return status
 
 
 def build_hooks(
     prepared: Prepared, run: Run, saver: Saver | None, progress: Progress, skips: SkipCounter, held_out: Sequence[HeldOut]
 ) -> list[Hook]:
-    """Return the hooks of a run, in the order in which they act after every step.
+    """Return the hooks of a run, in the order in which they are called after every step.
 
     Args:
-        prepared: the hooks of other packages, and the task's score.
+        prepared: holds the hooks of other packages, and the task's score.
         run: the run.
         saver: writes checkpoints; None without --save.
-        progress: the file of the run's slices.
+        progress: the record of the run's slices.
         skips: counts the steps without an update.
-        held_out: the held-out samples of the splits that there are.
+        held_out: the held-out samples, one entry for each split that has some.
     """
     validation = next((samples for samples in held_out if samples.split == "validation"), None)
     score = None if prepared.scorer is None else prepared.scorer(run)
-    # The order matters: metrics of other packages before the log line, a failed save before the next, the vote on a stop
-    # before an evaluation that it would cut short, and the save last, when all requests are known.
+    # The order matters: metrics of other packages before the log line, the error of a background save before the next save,
+    # the agreement on a stop before an evaluation that it would cut short, and the save last, when all requests are known.
     return [
         *prepared.hooks,
         LogSkips(skips),
@@ -297,10 +297,10 @@ def build_hooks(
 
 
 def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
-    """Build the run, and load the weights and the state that it starts from. Collective.
+    """Build the run, and load the weights and counters that it starts from. Collective.
 
     Args:
-        prepared: the configuration, and the source of the weights.
+        prepared: holds the configuration, and the source of the weights.
         started: the job.
         out: the console; None on all ranks but the first.
     """
@@ -319,10 +319,10 @@ def build_restored(prepared: Prepared, started: Job, out: TextIO | None) -> Run:
 
 
 def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
-    """Print the first lines of a run: where its state comes from, what it runs on, how it is laid out.
+    """Print the first lines of a run: the source of its state, its devices, its layout.
 
     Args:
-        prepared: the configuration, and the source of the state.
+        prepared: holds the configuration, and the source of the state.
         started: the job.
         out: the console; None on all ranks but the first.
     """
@@ -349,13 +349,13 @@ Opener = Callable[[], MicroBatchLoader] | None
 
 
 def data_openers(run: Run, prepared: Prepared) -> tuple[Opener, list[HeldOut]]:
-    """Return what opens the training samples at the run's position, and the held-out samples that there are."""
+    """Return a function that opens the training samples at the run's position, and the held-out samples of each split."""
     data, batch, dp = run.config.data, run.config.batch, run.mesh.dp
 
     def opener(dataset: SampleSource, name: str, consumed: int = 0, *, cyclic: bool = False) -> Callable[[], MicroBatchLoader]:
         return lambda: MicroBatchLoader(
             dataset,
-            prepared.batches,
+            prepared.collate,
             dp.rank,
             dp.size,
             batch.micro_batch_size,

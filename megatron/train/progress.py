@@ -1,7 +1,8 @@
-"""Progress of the slices of a run: a small file beside its checkpoints, and the end of a slice before its first step. Pure.
+"""Record how far the slices of a run came, in a small file beside its checkpoints; end a slice before its first step. Pure.
 
-A run on a cluster is a row of slices, each going on where the one before was stopped. A slot too short for start-up and one
-step would be requeued for ever; two such slices in a row are an error.
+On a cluster with a time limit a run is a sequence of slices, batch jobs each of which resumes where the one before was stopped.
+If the time limit were too short for the start-up and one step, the run would be requeued for ever without any progress. So two
+slices in a row without a step are an error.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ MAX_IDLE_SLICES = 2  # slices in a row without a step
 
 
 class Progress:
-    """Contents of `progress.json` in --save when this slice began. Without --save nothing is known, and nothing is kept.
+    """Content of `progress.json` in --save when this slice began. Without --save, nothing is read or written.
 
     Attributes:
-        finished: the iteration at which the whole run ended, its last evaluations included; None before that.
-        idle: slices in a row, the last one before this among them, that were stopped before they had made a step.
-        job: the launcher's name for the job that began the last slice.
-        tracker: the iteration that was announced as the latest then.
-        stopped: that slice was ended on request.
+        finished: the iteration at which the run ended, with its last evaluations done; None before that.
+        idle: number of slices in a row, up to the one before this, that were stopped before their first step.
+        job: the launcher's id of the job of the last slice.
+        tracker: the iteration in the tracker file of --save when that slice began.
+        stopped: that slice was stopped on request.
     """
 
     def __init__(self, save: str | None) -> None:
@@ -54,7 +55,11 @@ class Progress:
             self.stopped = values.get("stopped_on_request") is True
 
     def too_short(self, why: str) -> str | None:
-        """Return the message for a slice that ends now without a step; None while that is no error."""
+        """Return the error message if this slice ends without a step and was not the first such one; None otherwise.
+
+        Args:
+            why: the reason of the stop, for the message.
+        """
         if self._path is None or self.idle + 1 < MAX_IDLE_SLICES:
             return None
         return (
@@ -62,10 +67,16 @@ class Progress:
             f"step; give the run more time, and delete {self._path}, which keeps the count"
         )
 
-    # What the first rank writes. Nothing depends on it but these two answers, so a full disk is not an error here.
+    # Only the first rank writes. A full disk is no error here, since the file only serves `too_short` and `finished`.
 
     def write(self, *, finished: int | None = None, idle: int = 0, stopped: bool = False) -> None:
-        """Write how far the job is. idle: starts one after another that made no step. stopped: it ended on request."""
+        """Write `progress.json`.
+
+        Args:
+            finished: the iteration at which the whole run ended; None if it goes on.
+            idle: number of slices in a row, this one included, that made no step.
+            stopped: this slice was stopped on request.
+        """
         if self._path is None:
             return
         values: dict[str, Any] = {"finished": finished, "slices_without_a_step": idle, "stopped_on_request": stopped}
@@ -74,13 +85,13 @@ class Progress:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._path, json.dumps(values) + "\n")
 
-    def began(self, job: str | None, tracker: int | None, attempt: int) -> None:
-        """Note that a slice goes on with the run, which is not finished. Only the job's first attempt notes what it found.
+    def note_start(self, job: str | None, tracker: int | None, attempt: int) -> None:
+        """Record the start of a slice. Restarts by torchrun within a job keep `job` and `tracker` of the first start.
 
         Args:
-            job: the launcher's name for the job.
-            tracker: the iteration that --save announces as its latest.
-            attempt: number of restarts by torchrun.
+            job: the launcher's id of the job.
+            tracker: the iteration in the tracker file of --save.
+            attempt: number of restarts by torchrun so far.
         """
         if attempt == 0 or job != self.job:
             self.job, self.tracker = job, tracker
@@ -88,47 +99,47 @@ class Progress:
         elif self.finished is not None:
             self.write(idle=self.idle)
 
-    def moved(self) -> None:
-        """Note that the slice has made its first step."""
+    def note_first_step(self) -> None:
+        """Record that the slice has made its first step."""
         if self.idle:
             self.write()
             self.idle = 0
 
 
 class EarlyStop:
-    """The end of a slice that is told to stop before the ranks have joined: there is nothing to save yet.
+    """End of a slice that is asked to stop before the ranks have joined, when there is nothing to save yet.
 
     Attributes:
-        progress: set as soon as the command has been read.
-        again: advice for going on with a run that has saved; set then, too.
-        before: what the end comes before, in words.
-        reading: this is not the first rank, torchrun has started it, and it still reads the command: what ends it is mostly
-            what the first one has found there, and torchrun reports whoever does not end with 0.
+        progress: the record of the run's slices; an empty one until the command has been read.
+        resume_advice: how to resume a run that has saved; set when the command has been read, too.
+        before: the event that the stop comes before, for the message: `the first step`.
+        reading: torchrun started this process, it is not rank 0, and it still reads the command. A SIGTERM then mostly means
+            that rank 0 has found a mistake in the command, so the process ends with 0: torchrun reports all other statuses.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self.progress = Progress(None)
-        self.again, self.before = "start again to go on", "the first step"
+        self.resume_advice, self.before = "start again to go on", "the first step"
         self.reading = False
 
     def __call__(self, name: str, rank: int) -> tuple[str, int]:
-        """Return the message and the exit status. One rank calls it for all, or each for itself.
+        """Return the message and the exit status. One rank calls this for all, or each rank for itself.
 
         Args:
-            name: of the signal.
-            rank: the one that got it.
+            name: name of the signal, `SIGTERM`.
+            rank: the rank that received it.
         """
         why = f"{name} to rank {rank}"
-        by_hand = name == "SIGINT"  # Ctrl-C tells nothing of the slot
-        wrong = None if by_hand else self.progress.too_short(f"{why} before it")
+        by_hand = name == "SIGINT"  # a Ctrl-C does not show that the time limit is too short
+        error = None if by_hand else self.progress.too_short(f"{why} before it")
         self.progress.write(finished=self.progress.finished, idle=self.progress.idle + (not by_hand))
-        if wrong is not None:
-            return f"error: {wrong}\n", 1
+        if error is not None:
+            return f"error: {error}\n", 1
         return f"stopping before {self.before}: {why}; there is nothing to save; start again to go on\n", STOPPED
 
-    def at_once(self, name: str) -> None:
-        """End this process, which no other watches yet. The first rank speaks, for they are mostly all told to stop."""
+    def exit_process(self, name: str) -> None:
+        """End this process before it has a watchdog. Only rank 0 prints, since the signal mostly reaches all ranks."""
         if self.reading and name == "SIGTERM":
             os._exit(0)
         text, status = self(name, self._rank)

@@ -1,4 +1,4 @@
-"""Records of a step, a log line and an evaluation, which every sink reads."""
+"""Values of a step, a log line and an evaluation, as the sinks receive them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.plan.flops import causal_flops_per_token, flops_per_token
 from megatron.plan.size import MetaModel
 from megatron.train.nonfinite import NonFinite
 
-# Dense peaks of the matrix units in bf16, TFLOP/s, from the makers' data sheets; the longest matching name counts.
+# Peak dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; the longest part that matches counts.
 PEAKS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -36,14 +36,14 @@ class StepReport:
         lm_loss: mean over the global batch; 0 where no token counted.
         grad_norm: L2 norm of the whole gradient, before clipping.
         skipped: there was no update.
-        nan: the loss was not a number.
-        samples: of the global batch.
-        tokens: of the global batch, masked ones included.
-        zeros: zeros in the gradient; None where they are not counted.
-        params_norm: L2 norm of the parameters; None where it is not measured.
-        left_out: skipped because --skip-train-iterations names the step: its samples were read, and that is all.
+        nan: the loss was NaN.
+        samples: number of samples in the global batch.
+        tokens: number of tokens in the global batch, masked ones included.
+        zeros: number of zeros in the gradient; None if they are not counted.
+        params_norm: L2 norm of the parameters; None if it is not computed.
+        left_out: --skip-train-iterations names the step: its samples were read, but not trained on.
         nonfinite: the first value that was not finite.
-        sop_loss: mean of the samples' sentence-order losses; None for a model without.
+        sop_loss: mean sentence-order loss of the samples; None for a model without a binary head.
     """
 
     lm_loss: float
@@ -61,11 +61,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Values of one log line: averages over the steps since the last one. None is unknown.
+    """Values of one log line, averaged over the steps since the last line. None means unknown.
 
-    The fields are the keys of a line of `metrics.jsonl`.
-    tflops_per_gpu and mfu count attention over the whole square, mfu_causal its causal half alone: see `plan/flops.py`.
-    extra: what hooks add, by name; every sink takes it.
+    The fields are the keys of a line of `metrics.jsonl`. tflops_per_gpu and mfu count attention over the whole square of
+    positions, mfu_causal only its causal half: see `plan/flops.py`. extra holds the metrics that hooks add, by name.
     """
 
     iteration: int
@@ -113,7 +112,7 @@ class Evaluation:
 
     @property
     def ppl(self) -> float:
-        """The perplexity; infinite where it is too large for a number."""
+        """The perplexity; infinite when it is too large for a float."""
         try:
             return math.exp(self.lm_loss)
         except OverflowError:
@@ -121,7 +120,7 @@ class Evaluation:
 
 
 def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Return the dense bf16 peak of one device in TFLOP/s: as given, else from its name, else None."""
+    """Return the peak dense bf16 TFLOP/s of a device: `given` if it is not None, else by the device's name, else None."""
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)
@@ -130,13 +129,13 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
 
 
 def sample_flops(config: RunConfig) -> float:
-    """Return the FLOPs of training on one sample, with all its choices where it has some."""
+    """Return the FLOPs of training on one sample, over all its rows (a multiple-choice sample has several)."""
     seq_length = config.data.seq_length
     return float(flops_per_token(MetaModel(config.model), seq_length) * seq_length * config.model.rows_per_sample)
 
 
 def causal_share(config: RunConfig) -> float | None:
-    """Return the share of `sample_flops` that is left with the causal half of attention; None for BERT."""
+    """Return the ratio of FLOPs with causal attention counted by half to `sample_flops`; None for BERT."""
     model, seq_length = MetaModel(config.model), config.data.seq_length
     causal = causal_flops_per_token(model, seq_length)
     return None if causal is None else causal / flops_per_token(model, seq_length)

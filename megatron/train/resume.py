@@ -1,8 +1,8 @@
-"""Find the checkpoint that a run starts from, tell what differs from its configuration, and load it.
+"""Find the checkpoint that a run starts from, compare its configuration with the run's, and load it.
 
-Two looks decide it. Every rank looks for itself before the ranks know each other, at sizes and small files: so that what is
-wrong with a command is said at once. When they are together they compare every byte, and if one is wrong, all go back to
-the next older checkpoint.
+The checkpoint is examined twice. Before the process group forms, each rank alone reads sizes and small files, so that a mistake
+in the command is reported at once. After that the ranks together verify every byte; if one is wrong, all ranks fall back to the
+next older checkpoint.
 """
 
 from __future__ import annotations
@@ -52,36 +52,36 @@ from megatron.train.run import Run, sample_counts
 from megatron.train.source import StateSource
 from megatron.train.state import TrainState
 
-# Settings that are told as fields of the schedule.
+# Prefixes of settings that the table of differences shows as fields of the schedule, and so not a second time.
 SCHEDULED = (
     "lr", "min_lr", "decoupled", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt",
 )  # fmt: skip
-# Settings about this start of the run rather than about the run.
+# Sections that concern this process rather than the run.
 UNIMPORTANT = ("checkpoint", "log")
-# What decides which samples a training run sees, and in which order.
+# The settings that decide which samples a training run sees, and in which order.
 DATA_MIX = ("data_path", "train_data_path", "split", "dataloader_type")
 MOCK = "--mock-data"
-# What else decides it, for a checkpoint that says nothing of its order.
+# All settings that decide the order, for an older checkpoint that does not record its order.
 ORDER = frozenset({*(f"data.{name}" for name in DATA_MIX), "data.mock_data", "data.seq_length", "batch.seed"})
-# The settings whose words a saved schedule holds.
+# Fields of a saved schedule whose value must be one of the choices of a setting.
 STYLES = MappingProxyType(
     {"style": "lr_decay_style", "annealing_style": "lr_wsd_decay_style", "decay_weights_style": "weight_decay_incr_style"}
 )
-# What a model with the head of a task may have beyond a pretrained one.
+# Prefixes of parameters that a model with a task's head may have beyond a pretrained one.
 HEAD_PARAMETERS = ("pooler.", "task_head.")
-NONE: Mapping[Path, str] = MappingProxyType({})
+NO_DAMAGE: Mapping[Path, str] = MappingProxyType({})
 
 
-def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) -> StateSource:
-    """Find the checkpoint to start from: with --auto-resume the newest whole one of --save, else that of --load, if given.
+def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NO_DAMAGE) -> StateSource:
+    """Find the checkpoint to start from: with --auto-resume the newest complete one of --save, else that of --load, if given.
 
     Args:
-        config: what the command says of checkpoints.
-        damaged: checkpoints that are known to be damaged, and why; they are passed over.
+        config: the settings of checkpoints.
+        damaged: checkpoints that are known to be damaged, with the reason; they are passed over.
 
     Raises:
-        CheckpointError: there is none where there should be: never random weights by accident. Only a --save in which
-            nothing was ever finished starts fresh.
+        CheckpointError: an expected checkpoint is missing, so that training does not start from random weights by accident.
+            Only a --save in which no checkpoint was ever finished starts fresh.
     """
     lines: list[str] = []
     if config.auto_resume and config.save is not None:
@@ -91,7 +91,7 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
         # An import that lies in --save is what --load --finetune names there, not a run to go on with.
         imported = newest.path is not None and config.finetune and config.load is not None and holds_weights_alone(newest.path)
         if newest.path is not None and not imported:
-            return _from(newest.path, lines, optimizer=True, progress=True)
+            return _source_from_checkpoint(newest.path, lines, optimizer=True, progress=True)
         if not newest.empty and not imported:
             fresh = "to start fresh, give another --save, or move away what is there"
             raise CheckpointError(f"--auto-resume: no checkpoint in {root} is whole: {'; '.join(newest.skipped)}; {fresh}")
@@ -101,12 +101,13 @@ def find_source(config: CheckpointConfig, damaged: Mapping[Path, str] = NONE) ->
             lines.append(f"nothing to load in {config.load} yet, which is --save as well")
         fresh = "starting fresh: weights and sample order from the seed, a new optimizer, data from the first sample"
         return StateSource(lines=(*lines, fresh))
-    directory = _named(config, lines, damaged)
-    return _from(directory, lines, optimizer=not (config.finetune or config.no_load_optim), progress=not config.finetune)
+    directory = _find_load(config, lines, damaged)
+    with_optimizer = not (config.finetune or config.no_load_optim)
+    return _source_from_checkpoint(directory, lines, optimizer=with_optimizer, progress=not config.finetune)
 
 
-def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, str]) -> Path:
-    """Return the checkpoint that --load means: exactly the one that it names, or the newest whole one of several."""
+def _find_load(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, str]) -> Path:
+    """Return the checkpoint that --load means: exactly the one that it names, or the newest complete one of a directory."""
     path = Path(config.load or ".")
     one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
     if config.load_iteration is not None or one or not path.is_dir():
@@ -122,12 +123,13 @@ def _named(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path, st
     return newest.path
 
 
-def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> StateSource:
+def _source_from_checkpoint(directory: Path, lines: list[str], *, optimizer: bool, progress: bool) -> StateSource:
+    """Read the configuration and the counters of a checkpoint, and log what will be loaded from it."""
     position = "optimizer, " if optimizer else ""
     position += "schedule and data position" if progress else ""
     rest = "only" if not position else f"with {position.rstrip(', ')}"
     lines.append(f"loading checkpoint {directory}: weights {rest}")
-    state = _state(read_state(directory).get("train", {}), directory / STATE)
+    state = _parse_counters(read_state(directory).get("train", {}), directory / STATE)
     try:
         saved = from_json(read_config(directory))
     except ConfigError as error:
@@ -135,18 +137,18 @@ def _from(directory: Path, lines: list[str], *, optimizer: bool, progress: bool)
     return StateSource(directory, saved, state, optimizer, progress, tuple(lines))
 
 
-def _state(values: Mapping[str, Any], path: Path) -> TrainState:
-    """Return the counters of a checkpoint. CheckpointError for a value that no run saves: it would fail later, or mislead."""
+def _parse_counters(values: Mapping[str, Any], path: Path) -> TrainState:
+    """Return the counters of a checkpoint. CheckpointError for a value that no run saves, which would fail later or mislead."""
     state = TrainState()
     for each in fields(state):
-        if each.name in values and not _like(values[each.name], getattr(state, each.name)):
+        if each.name in values and not _is_valid(values[each.name], getattr(state, each.name)):
             raise CheckpointError(f"{path}: train.{each.name}: {str(values[each.name])[:40]!r} is not what a run saves")
-    # Each value is checked by its field's default before it is taken over; the scaler comes last, by its own rules.
+    # Each value was checked against its field's default; the scaler's values have no such field and are checked below.
     state.load_scalars({name: value for name, value in values.items() if name != "scaler"})
     if state.schedule:
         kinds = {f.name: f.type for f in fields(LRSchedule)}
         for name, value in state.schedule.items():
-            if name not in kinds or not _like(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
+            if name not in kinds or not _is_valid(value, {"int": 0, "float": 0.0, "str": "", "bool": False}[str(kinds[name])]):
                 raise CheckpointError(f"{path}: train.schedule.{name}: {str(value)[:40]!r} is no setting of a schedule")
             legal = by_name()[f"optim.{STYLES[name]}"].choices or () if name in STYLES else None
             if legal is not None and value not in legal:
@@ -154,32 +156,31 @@ def _state(values: Mapping[str, Any], path: Path) -> TrainState:
         if missing := {f.name for f in fields(LRSchedule) if f.default is MISSING} - state.schedule.keys():
             raise CheckpointError(f"{path}: train.schedule: {min(missing)} is missing")
     for name, value in values.get("scaler", {}).items():
-        if not _like(value, 0.0):
+        if not _is_valid(value, 0.0):
             raise CheckpointError(f"{path}: train.scaler.{name}: {str(value)[:40]!r} is not what a run saves")
     return state
 
 
-def _like(value: object, default: object) -> bool:
-    """Return whether a JSON value can stand for a field with this default. Counters and rates are finite."""
-    if isinstance(default, bool):  # before int, of which bool is a kind
+def _is_valid(value: object, default: object) -> bool:
+    """Return whether a JSON value has the type of a field's default. Numbers must be finite, counters not negative."""
+    if isinstance(default, bool):  # before int, since bool is a subclass of it
         return isinstance(value, bool)
     if isinstance(default, int | float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         number = whole or (isinstance(default, float) and isinstance(value, float))
         if isinstance(default, float):
             return number and -math.inf < value < math.inf  # type: ignore[operator]
-        # An int64 holds it.
-        return number and 0 <= value < 1 << 63  # type: ignore[operator]
+        return number and 0 <= value < 1 << 63  # type: ignore[operator]  # fits an int64
     if isinstance(default, str):
         return isinstance(value, str)
     return isinstance(value, dict) if not isinstance(default, list | tuple) else isinstance(value, list)
 
 
 def check_source(source: StateSource, config: RunConfig) -> None:
-    """Check that the checkpoint holds what the run asks of it.
+    """Check that the checkpoint fits the run: model, optimizer and data.
 
     Raises:
-        ConfigError: all that does not fit.
+        ConfigError: with a problem for each mismatch.
     """
     if source.saved is None:
         return
@@ -194,37 +195,37 @@ def check_source(source: StateSource, config: RunConfig) -> None:
         legal = f"{source.saved.optim.optimizer}, or --no-load-optim"
         problems.append(Problem(flag_text("optim.optimizer", config.optim.optimizer), rule, legal))
     if source.progress and not config.checkpoint.allow_data_change and not config.eval.skip_train:
-        problems += _other_data(source.saved.data, config.data, source.directory)
+        problems += _data_changes(source.saved.data, config.data, source.directory)
     if problems:
         raise ConfigError(problems)
 
 
 def weights_alone(source: StateSource) -> Iterator[Problem]:
-    """Yield a problem where a run would go on from a checkpoint that has nothing to go on from but its weights."""
+    """Yield a problem if a run would resume from a checkpoint that holds only weights, such as an imported one."""
     if source.directory is not None and (source.optimizer or source.progress) and holds_weights_alone(source.directory):
         rule = "holds weights only, as an import does: no optimizer state, no iteration and no position in the data"
         yield Problem(f"the checkpoint {source.directory}", rule, f"--load {source.directory.parent} --finetune")
 
 
-def _other_data(held: DataSettings, wanted: DataSettings, directory: Path | None) -> Iterator[Problem]:
-    """Yield a problem for each setting by which the training data are others than the checkpoint's."""
+def _data_changes(held: DataSettings, wanted: DataSettings, directory: Path | None) -> Iterator[Problem]:
+    """Yield a problem for each setting that makes the training data differ from the checkpoint's."""
     for name in DATA_MIX:
-        there, here = _source(held, name), _source(wanted, name)
-        if _meant(there) != _meant(here):
+        there, here = _data_setting(held, name), _data_setting(wanted, name)
+        if _normalize(there) != _normalize(here):
             was = " ".join(there) if isinstance(there, tuple) else there
             rule = f"changes the training data of {directory}, which went through `{was or 'no ' + name}`"
             legal = f"{was or 'leave it out'}; --allow-data-change goes on at the same position of the new order"
             yield Problem(f"`{here}`" if here == MOCK else flag_text(f"data.{name}", here), rule, legal)
 
 
-def _source(data: DataSettings, name: str) -> str | tuple[str, ...]:
-    """Return a setting of the data; where they are made up, --mock-data stands in the place of --data-path."""
+def _data_setting(data: DataSettings, name: str) -> str | tuple[str, ...]:
+    """Return a setting of the data; for mock data, return `--mock-data` in place of --data-path."""
     value: str | tuple[str, ...] = getattr(data, name)
     return MOCK if data.mock_data and name == "data_path" else value
 
 
-def _meant(value: str | tuple[str, ...]) -> object:
-    """Return a setting of the data without its spelling: prefixes as absolute paths, weights as numbers."""
+def _normalize(value: str | tuple[str, ...]) -> object:
+    """Return a setting of the data in one spelling: prefixes as absolute paths, weights as numbers."""
     if isinstance(value, str) or not value:
         return value
     prefixes, weights = parse_blend(value)
@@ -237,7 +238,7 @@ def difference_table(source: StateSource, config: RunConfig, another_order: bool
     Args:
         source: the checkpoint.
         config: the resolved configuration.
-        another_order: whether the training data come in another order now; None where the checkpoint does not tell.
+        another_order: whether the training samples come in another order now; None when the checkpoint does not record it.
     """
     if source.saved is None or not source.progress:
         return
@@ -256,6 +257,7 @@ Row = tuple[str, object, object, str]
 
 
 def _setting_rows(saved: RunSettings, config: RunConfig) -> Iterator[Row]:
+    """Yield a row for each setting that differs, but for those that the schedule's rows show."""
     for section in fields(config):
         if section.name in UNIMPORTANT:
             continue
@@ -277,10 +279,10 @@ def _aligned(rows: Iterable[Row]) -> Iterator[str]:
 def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSource:
     """Verify every byte of the source, and fall back to the next older checkpoint while it is damaged. Collective.
 
-    Call it when the ranks are together, before anything is built: schedule and position are those of the result.
+    Call it before the run is built, since schedule and data position are those of the source that is returned.
 
     Args:
-        source: what this rank has found by itself.
+        source: the source that this rank has found alone.
         config: the resolved configuration.
         job: the ranks.
 
@@ -288,13 +290,13 @@ def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSour
         The source that all ranks start from.
 
     Raises:
-        CheckpointError: on all ranks, when nothing whole is left, or what --load names itself is damaged.
+        CheckpointError: on all ranks, when no complete checkpoint is left, or the one that --load names is damaged.
     """
     size = job.env.world_size
     group = dist.group.WORLD if size > 1 else None
     world = Axis("world", size, job.env.rank, tuple(range(size)), group)
     damaged: dict[Path, str] = {}
-    while True:  # each turn rules out one checkpoint
+    while True:  # each iteration rules out one checkpoint
         require_same_checkpoint(source, world)
         if source.directory is None:
             return source
@@ -314,10 +316,10 @@ def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSour
 def require_same_checkpoint(source: StateSource, world: Axis) -> None:
     """Check that all ranks start from the same checkpoint. Collective.
 
-    Each rank has looked for itself; on a directory that is not shared, or that is seen late, they can see differently.
+    Each rank has searched alone, and may have seen other files: the directory may not be shared, or a file server may be late.
 
     Raises:
-        CheckpointError: on all ranks, with what each sees.
+        CheckpointError: on all ranks, with the checkpoint that each rank sees.
     """
     if world.group is None:
         return
@@ -339,10 +341,10 @@ def restore(source: StateSource, run: Run) -> list[str]:
     """Load the run's weights and state from its source. Collective.
 
     Returns:
-        The names of parameters that keep their initial values: those of a head that a pretrained model has not.
+        The names of parameters that keep their initial values: those of a task's head, which the pretrained model lacks.
 
     Raises:
-        CheckpointError: something does not fit.
+        CheckpointError: the checkpoint does not fit the run.
     """
     require_same_checkpoint(source, run.mesh.world)
     schedule, samples = run.state.schedule, sample_counts(run.config)[0]
@@ -354,15 +356,15 @@ def restore(source: StateSource, run: Run) -> list[str]:
         if other_head:
             new = _new_parameters(source.directory, model)
         load(source.directory, parts, run.mesh, verified=source.verified, strict=not other_head)
-    # Loading has overwritten both with the checkpoint's; the run follows the schedule that was chosen for it.
+    # Loading has overwritten both with the checkpoint's values; the run keeps the schedule that `choose_schedule` returned.
     run.state.schedule, run.state.training_samples = schedule, samples
     return new
 
 
 def _new_parameters(directory: Path, model: ModelConfig) -> list[str]:
-    """Return the parameters of a model with a task's head that are not in a checkpoint of pretraining.
+    """Return the parameters of a model with a task's head that are not in the pretraining checkpoint.
 
-    CheckpointError, the same on all ranks, where one is missing that is not of the head.
+    CheckpointError, the same on all ranks, if one outside of the head is missing.
     """
     held = read_manifest(directory).tensors
     missing = [p.name for p in MetaModel(model).parameters() if f"model.{p.name}" not in held]

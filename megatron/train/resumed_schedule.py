@@ -1,6 +1,6 @@
 """Choose the schedule of learning rate and weight decay of a resumed run: the checkpoint's or the command line's.
 
-Both are counted in samples, so --train-iters, --train-samples and --global-batch-size change it as --lr does.
+Schedules are counted in samples, so --train-iters, --train-samples and --global-batch-size change them, as --lr does.
 """
 
 from __future__ import annotations
@@ -26,39 +26,45 @@ OVERRIDE, KEEP = (
 
 @dataclass(frozen=True)
 class ScheduleDifference:
-    """A field of the schedule in which a command differs from the checkpoint that it resumes from."""
+    """A field of the schedule in which the command differs from the checkpoint that it resumes from.
+
+    Attributes:
+        field: name of the field of `LRSchedule`.
+        saved: its value in the checkpoint.
+        requested: its value by the command.
+    """
 
     field: str
-    held: Any
-    asked: Any
+    saved: Any
+    requested: Any
 
 
 def schedule_differences(source: StateSource, config: RunConfig) -> list[ScheduleDifference]:
     """Return the fields in which the schedules differ; a field that has no effect in either is left out."""
     if not source.state.schedule or not source.progress:
         return []
-    held = asdict(LRSchedule.from_saved(source.state.schedule))
-    asked = asdict(LRSchedule.from_config(config.optim, config.batch))
-    idle: set[str] = set()  # fields without an effect
-    if held["style"] == asked["style"] == "constant":
-        idle |= {"floor", "decay", "decoupled_floor"}
-    if held["decoupled"] != asked["decoupled"]:  # which says it all
-        idle |= {"decoupled_peak", "decoupled_floor"}
-    if held["decay_weights_style"] == asked["decay_weights_style"] == "constant":
-        idle |= {"decay_weights_from", "decay_weights_over"}
-    if "WSD" not in (held["style"], asked["style"]):
-        idle |= {"annealing", "annealing_style"}
-    if held["warmup"] == asked["warmup"] == 0:
-        idle.add("initial")
+    saved = asdict(LRSchedule.from_saved(source.state.schedule))
+    requested = asdict(LRSchedule.from_config(config.optim, config.batch))
+    unused: set[str] = set()  # fields without an effect in either schedule
+    if saved["style"] == requested["style"] == "constant":
+        unused |= {"floor", "decay", "decoupled_floor"}
+    if saved["decoupled"] != requested["decoupled"]:  # this field alone is reported
+        unused |= {"decoupled_peak", "decoupled_floor"}
+    if saved["decay_weights_style"] == requested["decay_weights_style"] == "constant":
+        unused |= {"decay_weights_from", "decay_weights_over"}
+    if "WSD" not in (saved["style"], requested["style"]):
+        unused |= {"annealing", "annealing_style"}
+    if saved["warmup"] == requested["warmup"] == 0:
+        unused.add("initial")
     return [
-        ScheduleDifference(name, there, asked[name])
-        for name, there in held.items()
-        if there != asked[name] and name not in idle
+        ScheduleDifference(name, value, requested[name])
+        for name, value in saved.items()
+        if value != requested[name] and name not in unused
     ]
 
 
 def check_schedule(source: StateSource, config: RunConfig) -> None:
-    """Check that the schedules agree, or that the command says which one counts.
+    """Check that the schedules agree, or that a flag says which one to use.
 
     Raises:
         ConfigError: each field in which they differ.
@@ -68,15 +74,15 @@ def check_schedule(source: StateSource, config: RunConfig) -> None:
         return
     legal = f"{OVERRIDE} follows the new schedule from here on, {KEEP} goes on with the checkpoint's"
     problems = [
-        Problem(_setting(d.field, config), f"is {d.asked}; the schedule of {source.directory} has {d.held}", legal)
+        Problem(_describe_field(d.field, config), f"is {d.requested}; the schedule of {source.directory} has {d.saved}", legal)
         for d in schedule_differences(source, config)
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def _setting(field: str, config: RunConfig) -> str:
-    """Return a field of the schedule as the flags that decide it."""
+def _describe_field(field: str, config: RunConfig) -> str:
+    """Return the flags that determine a field of the schedule, for a message."""
     last = "end-" if config.optim.weight_decay_incr_style != "constant" else ""
     names = {
         "peak": "`--lr`",
@@ -91,11 +97,11 @@ def _setting(field: str, config: RunConfig) -> str:
         "decay_weights_to": f"`--{last}weight-decay`",
         "decay_weights_style": "`--weight-decay-incr-style`",
     }
-    return names.get(field) or _length(field, config)
+    return names.get(field) or _describe_length(field, config)
 
 
-def _length(field: str, config: RunConfig) -> str:
-    """Return a length of the schedule as the flags that decide it."""
+def _describe_length(field: str, config: RunConfig) -> str:
+    """Return the flags that determine a length of the schedule, for a message."""
     optim, batch, unit = config.optim, config.batch, length_unit(config.batch)
     sizes = f"--global-batch-size {batch.global_batch_size}"
     if batch.step_batch_size_schedule:
@@ -120,17 +126,17 @@ def _length(field: str, config: RunConfig) -> str:
 
 
 def check_batch_sizes(source: StateSource, config: RunConfig, world_size: int) -> None:
-    """Check the batch sizes that --step-batch-size-schedule still has before it.
+    """Check that the ranks can share each batch size of --step-batch-size-schedule that is still to come.
 
-    Sizes that lie behind a resumed run may be smaller than its ranks can share.
+    The sizes before the position of a resumed run are not checked, since it will not train with them.
 
     Args:
-        source: the position that the run goes on from.
+        source: the source of the position that the run resumes from.
         config: the resolved configuration.
         world_size: number of ranks.
 
     Raises:
-        ConfigError: a size is no whole micro-batches of each rank.
+        ConfigError: a size is not a whole number of micro-batches for each rank.
     """
     if problems := divisible_remaining_sizes(config, world_size, source.state.consumed_samples if source.progress else 0):
         raise ConfigError(problems)
@@ -144,22 +150,22 @@ def choose_schedule(source: StateSource, config: RunConfig) -> LRSchedule:
 
 
 def schedule_rows(source: StateSource, config: RunConfig) -> Iterator[tuple[str, object, object, str]]:
-    """Yield the differences as rows of the table of a resumed run."""
+    """Yield the differences as rows of the table that a resumed run prints: setting, saved, requested, and which is used."""
     winner = "this run's" if config.optim.override_opt_param_scheduler else "the checkpoint's"
     for each in schedule_differences(source, config):
-        yield f"schedule, {each.field}", each.held, each.asked, winner
+        yield f"schedule, {each.field}", each.saved, each.requested, winner
 
 
 def zero_rate_warning(schedule: LRSchedule, state: TrainState, batch: BatchConfig) -> str | None:
-    """Warn where iterations that are still to come would train at a learning rate of 0.
+    """Return a warning if iterations that are still to come would train at a learning rate of 0.
 
     Args:
-        schedule: that the run follows.
-        state: where it stands.
-        batch: of the resolved configuration.
+        schedule: the schedule of the run.
+        state: the counters at the run's position.
+        batch: the batch settings of the resolved configuration.
 
     Returns:
-        The line, None where all is well. Steps that may be skipped are not foreseen: they move the schedule later.
+        The warning; None for none. It assumes that no step will be skipped, which would delay the schedule.
     """
     last = batch.iterations
     first = _first_at_rate_zero(schedule, state, batch)
@@ -172,8 +178,8 @@ def zero_rate_warning(schedule: LRSchedule, state: TrainState, batch: BatchConfi
 
 
 def _first_at_rate_zero(schedule: LRSchedule, state: TrainState, batch: BatchConfig) -> int | None:
-    """Return the first iteration from now on whose update comes after the schedule's end, at a rate of 0."""
-    # Where the rate is 0 at all it stays so. A first update of a warm-up has rate 0 as well, which is as it should be.
+    """Return the first iteration from now on that trains at rate 0 after the end of the schedule; None for none."""
+    # After the decay the rate stays constant. (At the start of a warm-up the rate is 0 as well, which is intended.)
     end = next((samples for samples in (schedule.decay, schedule.decay + 1) if schedule.rate(samples) == 0.0), None)
     if end is None or schedule.peak == 0.0 or end <= schedule.warmup:
         return None

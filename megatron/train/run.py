@@ -1,4 +1,4 @@
-"""A run, built from its configuration: a list of what exists, in the order in which it comes to be."""
+"""Build the parts of a run from its configuration: mesh, stages, buffers, optimizer, pipeline, step."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ from megatron.train.step import ScaledLoss, Step
 
 @dataclass
 class Run:
-    """Everything a step needs, and nothing that only the loop needs.
+    """The parts of a run that a training step needs; what only the loop needs is in `train.loop.Training`.
 
     Attributes:
         config: the resolved configuration.
         job: the process group and device of this rank.
         mesh: the parallel axes.
         stages: this rank's pipeline stages, by their number.
-        weights: the parameters as a part of a checkpoint.
+        weights: the parameters, as a part of a checkpoint.
         optimizer: updates the parameters.
         pipeline: runs forward and backward passes.
-        step: a `train.step.Step`, or what wraps one.
-        schedule: the learning rate and weight decay by samples.
-        state: the counters that checkpoints keep.
+        step: a `train.step.Step`, or a wrapper around one.
+        schedule: learning rate and weight decay as functions of the samples so far.
+        state: the counters that checkpoints save.
     """
 
     config: RunConfig
@@ -83,7 +83,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
     Args:
         config: resolved, with model.vocab_size set.
         job: the process group and device of this rank.
-        schedule: another one than the configuration's, that of a resumed run.
+        schedule: the schedule of a resumed run, in place of the configuration's.
     """
     plan, grid = stages_of(config), Grid.from_layout(config.layout, job.env.world_size)
     mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
@@ -106,8 +106,8 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         device=job.device,
     )
     pipeline = build_pipeline(config, plan, stages, mesh, scaled_loss, job)
-    # Only a fused kernel draws from torch's own generator, which is then seeded anew at every step.
-    own_random = job.device if draws_by_kernel(config.model) else None
+    # Only a fused attention kernel draws from torch's generator; it is then seeded at every step, so that resuming repeats it.
+    torch_random = job.device if draws_by_kernel(config.model) else None
     step = Step(
         scaled_loss,
         pipeline,
@@ -116,7 +116,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         mesh=mesh,
         batch=config.batch,
         watch=job.watch,
-        torch_random=own_random,
+        torch_random=torch_random,
     )
     return Run(
         config=config,
@@ -137,7 +137,7 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
 
     Args:
         config: resolved, with model.vocab_size set.
-        plan: which layers each stage has, and on which pipeline rank it lies.
+        plan: the layers of each stage, and its pipeline rank.
         mesh: the parallel axes.
         device: where the parameters lie.
 
@@ -159,12 +159,12 @@ def build_model(config: RunConfig, plan: StagePlan, mesh: Mesh, device: torch.de
 
 
 def choose_core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> CoreAttention:
-    """Return the core attention of a layout.
+    """Return the core attention for a layout.
 
     Args:
-        mesh: with context parallelism, attention goes around the ring of its cp axis.
-        causal: a token sees only those before it.
-        compiled: for layers that are compiled, whose graph must leave out what communicates.
+        mesh: the parallel axes; with context parallelism, keys and values pass around the ring of the cp axis.
+        causal: a token attends only to itself and the tokens before it.
+        compiled: the layers are compiled, so ring attention, which communicates, is excluded from their graphs.
     """
     if mesh.cp.size == 1:
         return causal_attention if causal else bidirectional_attention
@@ -173,7 +173,7 @@ def choose_core_attention(mesh: Mesh, *, causal: bool, compiled: bool) -> CoreAt
 
 
 def draws_by_kernel(model: ModelConfig) -> bool:
-    """Return whether a fused kernel draws random numbers of its own, for the dropout of attention."""
+    """Return whether a fused attention kernel draws the dropout masks, with torch's random generator."""
     return model.fused_attention_dropout and model.attention_dropout > 0.0
 
 
@@ -187,12 +187,12 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
 
     Args:
         config: resolved.
-        stages: this rank's, by their number.
+        stages: this rank's stages, by their number.
         mesh: the parallel axes.
-        decoupled: embedding and head have a learning rate of their own.
+        decoupled: embedding and output layer have a learning rate of their own.
 
     Returns:
-        Flat buffers of parameters that are reduced and updated alike.
+        The flat buffers, each of parameters that are reduced and updated alike.
     """
     parameters = list(nn.ModuleList(stages.values()).parameters())
     if decoupled:
@@ -207,7 +207,7 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
         optimizer=config.optim.optimizer,
     )
     for buffer in buffers:
-        # Drawn in fp32: the main weights that `load` keeps must not be rounded to the dtype of the model.
+        # Drawn in fp32, since `load` keeps fp32 main weights, which must not be rounded to the model's dtype.
         specs, whole = (param_spec(p) for p in buffer.parameters), buffer.staging_tensor()
         fill_parameters(zip(specs, buffer.views(whole), strict=True), config.model, config.batch.seed)
         buffer.load(whole)
@@ -217,11 +217,11 @@ def build_buffers(config: RunConfig, stages: Mapping[int, Transformer], mesh: Me
 def build_optimizer(
     config: RunConfig, stages: Mapping[int, Transformer], mesh: Mesh, buffers: Sequence[FlatBuffer]
 ) -> Optimizer:
-    """Build the optimizer; with --overlap-param-gather, modules wait for their weights.
+    """Build the optimizer; with --overlap-param-gather, hooks make each module wait for its weights.
 
     Args:
         config: resolved.
-        stages: this rank's, by their number.
+        stages: this rank's stages, by their number.
         mesh: the parallel axes.
         buffers: the parameters, as `build_buffers` returns them.
     """
@@ -235,9 +235,9 @@ def build_optimizer(
         overlap_grad_reduce=layout.overlap_grad_reduce,
         overlap_param_gather=layout.overlap_param_gather,
     )
-    if layout.overlap_param_gather:  # otherwise all weights are there before the first module is called
+    if layout.overlap_param_gather:  # otherwise the optimizer's step ends with all weights gathered
         for stage in stages.values():
-            # In the order of the forward pass, which is the order in which the weights are gathered.
+            # The order of the forward pass, in which the weights are gathered.
             called = (stage.embedding, *stage.layers.values(), stage.final_norm)
             wait_in_turn(optimizer.gatherer, [m for m in called if m is not None], list(stage.parameters()))
     return optimizer
@@ -251,13 +251,13 @@ def build_pipeline(
     Args:
         config: resolved.
         plan: placement and number of the stages.
-        stages: this rank's, by their number.
+        stages: this rank's stages, by their number.
         mesh: the parallel axes.
-        scaled_loss: turns the loss of a micro-batch into what is differentiated.
+        scaled_loss: turns the loss of a micro-batch into the scalar that is differentiated.
         job: device and watchdog of this rank.
     """
     name = config.layout.pipeline_schedule
-    # A compiled layer is one graph, which an addition to a buffer outside would cut.
+    # A fused weight gradient adds to a buffer outside the module, which would break the graph of a compiled layer.
     wanted = config.precision.gradient_accumulation_fusion and not config.batch.compile
     fused = wanted and supports_fused_weight_grad(job.device)
     weight_grad_store = WeightGradStore(fused=fused)
@@ -278,7 +278,7 @@ def build_pipeline(
 
 
 def sample_counts(config: RunConfig) -> tuple[int, int, int]:
-    """Return how many samples training, each validation and the test will read."""
+    """Return the number of samples for training, for each validation, and for the test."""
     batch = config.batch
     evaluation = config.eval.eval_iters * final_batch_size(batch)
     training = batch.train_samples if batch.train_samples is not None else samples_for(batch, batch.iterations)

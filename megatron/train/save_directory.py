@@ -1,6 +1,6 @@
-"""Decide what a run may do with a --save in which checkpoints lie already: go on with them, write over them, or nothing.
+"""Decide what a run may do with a --save that holds checkpoints already: resume from them, overwrite them, or refuse.
 
-What lies in --save     the command                      what happens
+Content of --save       command                          result
 no checkpoint           any                              it begins, or goes on from --load
 a checkpoint itself     any                              refused: --save is the directory around it
 checkpoints             --skip-train                     nothing is written there but lines of metrics, and no lock is taken
@@ -37,10 +37,10 @@ ELSEWHERE = "another --save keeps both"
 
 
 def check_save(source: StateSource, config: RunConfig) -> list[str]:
-    """Return the lines that tell the user of the contents of --save.
+    """Check that the run may write to --save, and return lines for the user about the checkpoints there.
 
     Raises:
-        ConfigError: the run may not write there; see the table above.
+        ConfigError: the run may not write there; see the table at the top of this file.
     """
     checkpoint, root = config.checkpoint, Path(config.checkpoint.save or ".")
     if checkpoint.save is None or config.eval.skip_train:
@@ -55,32 +55,34 @@ def check_save(source: StateSource, config: RunConfig) -> list[str]:
         rule, legal = why
         raise ConfigError([Problem(flag_text("checkpoint.save", checkpoint.save), rule, legal)])
     if checkpoint.overwrite:
-        return _overwriting(root)
+        return _announce_overwrite(root)
     if starts_beside_another_run(source, config):
-        held = _listed(list(iterations(root))) if iterations(root) else "the traces of checkpoints"
+        held = _format_iterations(list(iterations(root))) if iterations(root) else "the traces of checkpoints"
         instead = "--auto-resume would go on with them instead"
-        return [f"note: {root} holds {held}, of another run than --load {checkpoint.load}: {instead}. {_going_aside(root)}"]
+        where = f"{root} holds {held}, of another run than --load {checkpoint.load}"
+        return [f"note: {where}: {instead}. {_announce_set_aside(root)}"]
     later = [number for number in iterations(root) if number > source.state.iteration]
     if not checkpoint.auto_resume and _names_one(checkpoint) and later:
-        return [f"going back to iteration {source.state.iteration}: {_listed(later)} in {root} stay until this run comes there"]
+        held = _format_iterations(later)
+        return [f"going back to iteration {source.state.iteration}: {held} in {root} stay until this run comes there"]
     return []
 
 
 def starts_beside_another_run(source: StateSource, config: RunConfig) -> bool:
-    """Return whether a run writes to --save and begins from a checkpoint elsewhere, so that what lies there is another's.
+    """Return whether a run writes to --save but starts from a checkpoint elsewhere, so that files in --save are another run's.
 
-    The same on all ranks: it follows from what they were told, not from what they see.
+    The answer is the same on all ranks, since it depends on the command and not on the files.
     """
     checkpoint = config.checkpoint
     if checkpoint.save is None or config.eval.skip_train or checkpoint.auto_resume or checkpoint.overwrite:
         return False
-    return source.directory is not None and not _inside(source.directory, checkpoint.save)
+    return source.directory is not None and not _is_in_save(source.directory, checkpoint.save)
 
 
 def _refusal(source: StateSource, config: RunConfig, found: list[str]) -> tuple[str, str] | None:
-    """Look the command up in the table above: what is wrong and the ways out; None where the run may go on."""
+    """Return why the table above refuses the command, and the alternatives; None if the run may write to --save."""
     checkpoint, pretrained = config.checkpoint, config.task.pretrained_checkpoint
-    inside = source.directory is not None and _inside(source.directory, checkpoint.save or ".")
+    inside = source.directory is not None and _is_in_save(source.directory, checkpoint.save or ".")
     anew = "--overwrite begins anew over them"
     on = "--auto-resume goes on with them"
     held = f"holds checkpoints already ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
@@ -101,8 +103,8 @@ def _refusal(source: StateSource, config: RunConfig, found: list[str]) -> tuple[
     return None
 
 
-def _inside(directory: Path, save: str) -> bool:
-    """Return whether a checkpoint is one of --save's, however links lead to it."""
+def _is_in_save(directory: Path, save: str) -> bool:
+    """Return whether a checkpoint lies in --save, directly or through links."""
     return any(same_directory(str(each.parent), save) for each in (directory, directory.resolve()))
 
 
@@ -112,31 +114,31 @@ def _names_one(checkpoint: CheckpointConfig) -> bool:
     return load is not None and (checkpoint.load_iteration is not None or bool(DIRECTORY.fullmatch(Path(load).resolve().name)))
 
 
-def _listed(numbers: list[int]) -> str:
+def _format_iterations(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:8]))
     return f"the checkpoints of iterations {shown}{', ...' if len(numbers) > 8 else ''}"
 
 
-def _overwriting(root: Path) -> list[str]:
-    """Return the line that announces --overwrite. ConfigError for what no run of this program wrote."""
+def _announce_overwrite(root: Path) -> list[str]:
+    """Return the line that announces --overwrite. ConfigError if --save holds anything that this program did not write."""
     for path in iterations(root).values():
-        if strange := _strange(path):
-            rule = f"cannot be written over with --overwrite: {strange}"
+        if foreign := _describe_foreign(path):
+            rule = f"cannot be written over with --overwrite: {foreign}"
             raise ConfigError([Problem(flag_text("checkpoint.save", str(root)), rule, "move it away, or another --save")])
     numbers = list(iterations(root))
-    listed = _listed(numbers) if numbers else "the traces of checkpoints"
+    listed = _format_iterations(numbers) if numbers else "the traces of checkpoints"
     return [f"--overwrite: {listed} in {root} stay until this run's first one is whole, and are removed then"]
 
 
-def _strange(directory: Path) -> str | None:
-    """Return what in a directory no save wrote, in words; None for a checkpoint of this program."""
+def _describe_foreign(directory: Path) -> str | None:
+    """Return a description of what in a directory this program did not write; None for a checkpoint and nothing else."""
     try:
         files = {*read_manifest(directory).files, MANIFEST}
     except CheckpointError as error:
         return f"{error}"
     if directory.is_symlink():
         return f"{directory} is a link"
-    # Every file must stand in the manifest: a directory with anything else in it is not deleted.
+    # A directory is deleted only if its manifest names every file in it.
     for folder, _, names in os.walk(directory):
         for name in names:
             if (path := Path(folder, name)).relative_to(directory).as_posix() not in files:
@@ -146,7 +148,7 @@ def _strange(directory: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Directory:
-    """A directory that was there at the start of the run: its name may be another's later, its inode is not."""
+    """A directory that was there at the start of the run, known by its inode: another one may get its name later."""
 
     path: Path
     device: int
@@ -171,47 +173,47 @@ class CheckpointsToReplace:
             self._old[number] = _Directory(path, about.st_dev, about.st_ino)
 
     def put_aside(self, storage: Storage) -> None:
-        """Give them names under which the saver deletes them. To be called when a checkpoint of the new run is whole."""
-        # Judged again: a user may have moved one away, or put something into it, since the start.
+        """Rename them, so that the saver deletes them. Call this after the new run has committed its first checkpoint."""
+        # Checked again, since a user may have moved one away, or put a file into it, since the start.
         for number, directory in list(self._old.items()):
-            if directory.still_there() and _strange(directory.path) is None:
+            if directory.still_there() and _describe_foreign(directory.path) is None:
                 put_aside(directory.path, number, self._root, storage)
             if not directory.still_there():
                 del self._old[number]
 
 
 def set_run_aside(root: Path, metrics: str | None) -> str | None:
-    """Move all checkpoints of another run in --save into a directory beside them, in which any program finds them whole.
+    """Move all checkpoints of another run in --save into a new directory there, which programs can use as a --load.
 
-    Made by the first rank before anything is saved, so a run that dies early finds nothing here that is not its own.
+    Called by the first rank before anything is saved, so that the two runs' checkpoints never lie beside each other.
 
     Args:
-        root: --save.
-        metrics: the file of metrics that this run will append to; it goes along if it lies in `root`.
+        root: the directory of --save.
+        metrics: the metrics file that this run will append to; the old file is moved too if it lies in `root`.
 
     Returns:
-        A line that says where they are; None where there is nothing to move.
+        A line that says where they are now; None if there is nothing to move.
 
     Raises:
-        OSError: where the disk refuses.
+        OSError: when the disk refuses.
     """
     if not checkpoint_entries(root):
         return None
     numbers, aside = list(iterations(root)), _next_aside(root)
     aside.mkdir()
-    # The tracker first: what is not moved yet would otherwise be announced by it.
+    # The tracker first: if the move is interrupted, it must not announce a checkpoint that has been moved.
     names = [NEXT_TRACKER, TRACKER, PROGRESS, *(name for name in sorted(os.listdir(root)) if DIRECTORY.fullmatch(name))]
     if metrics is not None and same_directory(str(Path(metrics).absolute().parent), str(root)):
         names.append(Path(metrics).name)
     for name in names:
         if os.path.lexists(root / name):
             _move(root / name, aside / name)
-    held = _listed(numbers) if numbers else "the traces of checkpoints"
+    held = _format_iterations(numbers) if numbers else "the traces of checkpoints"
     return f"{held} of another run are in {aside} now: --load {aside} goes on with them"
 
 
 def _move(path: Path, aside: Path) -> None:
-    """Rename into a directory beside; a relative link still leads where it did."""
+    """Move a file or directory one level down; a relative link is rewritten, so that it keeps its target."""
     if path.is_symlink() and not os.path.isabs(target := os.readlink(path)):
         aside.symlink_to(Path("..", target))
         path.unlink()
@@ -224,19 +226,20 @@ def _next_aside(root: Path) -> Path:
     return root / f"set_aside_{max(numbers, default=0) + 1}"
 
 
-def _going_aside(root: Path) -> str:
+def _announce_set_aside(root: Path) -> str:
     return f"When this run starts they are set aside, in {_next_aside(root)}; another --save leaves them where they are"
 
 
 def set_metrics_aside(path: Path, save: str | None) -> str | None:
-    """Rename the metrics file of the run that is written over.
+    """Rename the metrics file of the run that --overwrite replaces.
 
     Returns:
-        A line that says the new name; None where there is nothing to rename.
+        A line with the new name; None if there is nothing to rename.
     """
-    if not path.exists() or not same_directory(str(path.parent), save):  # a file of the user's choice is appended to
+    # A metrics file outside of --save is the user's choice: it is appended to.
+    if not path.exists() or not same_directory(str(path.parent), save):
         return None
-    number = 1  # the first name that is free
+    number = 1  # incremented to the first name that is free
     while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1
     path.rename(aside)

@@ -1,7 +1,7 @@
 """Save checkpoints of a run, synchronously or in the background.
 
-With --async-save the step stops only for as long as it takes to copy this rank's share into host memory. A thread then
-writes the copy, agrees with those of the other ranks over a process group that nothing else uses, and the first commits.
+With --async-save, training stops only while this rank's share is copied into host memory. A thread then writes the copy. The
+threads of all ranks agree, over a process group of their own, that everything is written, and the first rank commits.
 """
 
 from __future__ import annotations
@@ -24,57 +24,58 @@ from megatron.launch.watchdog import Watchdog
 from megatron.train.run import Run
 from megatron.train.save_directory import CheckpointsToReplace
 
-POLL = 0.2  # seconds between two looks at what the thread says, while waiting for it
-DELETION = 5.0  # seconds that the end of a run waits for a deletion; what is left goes at the next save
+POLL_SECONDS = 0.2  # how often a wait for the thread forwards its phase to the watchdog
+# How long the end of a run waits for a deletion; the next save deletes what is left.
+MAX_DELETION_SECONDS = 5.0
 
 
 class PendingSave:
     """One save under way.
 
     Attributes:
-        iteration: of the checkpoint.
-        began: its begin, `time.monotonic()`.
-        seconds: from its begin until it was on disk; None before.
-        error: the exception that ended it.
-        told: its end has been reported.
-        relay: the phases that its thread reports.
-        thread: the thread that it runs in; None in the foreground.
+        iteration: the iteration of the checkpoint.
+        began: start of the save, `time.monotonic()`.
+        seconds: duration from the start until the checkpoint was on disk; None while it is not.
+        error: the exception that ended the save; None without one.
+        reported: the user has been told how the save ended.
+        watch: holds the phases that the thread reports.
+        thread: the thread that writes; None for a synchronous save.
     """
 
     def __init__(self, iteration: int) -> None:
         self.iteration, self.began = iteration, time.monotonic()
         self.seconds: float | None = None
         self.error: BaseException | None = None
-        self.told = False
-        self.relay = DeferredWatch()
+        self.reported = False
+        self.watch = DeferredWatch()
         self.thread: threading.Thread | None = None
 
 
 class DeferredWatch(Watchdog):
-    """Keeps the phases that a thread reports until the main thread waits for it: a watchdog judges main threads alone."""
+    """Keeps the last phase that a thread reports, until the main thread waits for it: watchdogs observe only main threads."""
 
     def __init__(self) -> None:
-        self._said: tuple[Description, bool | None] = ("beginning", True)  # None: it waits for others
-        self._passed: object = None
+        self._phase: tuple[Description, bool | None] = ("beginning", True)  # what, and `alone`; None for a wait
+        self._forwarded: object = None
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
-        self._said = (what, alone)
+        self._phase = (what, alone)
 
     def waiting(self, what: Description) -> None:
-        self._said = (what, None)
+        self._phase = (what, None)
 
-    def pass_on(self, watch: Watchdog, why: str) -> None:
-        """Report the thread's phase as the main thread's own, unless it was reported already.
+    def forward(self, watch: Watchdog, why: str) -> None:
+        """Report the thread's phase as the main thread's own, unless that was done already.
 
         Args:
             watch: the main thread's watchdog.
             why: what the main thread waits for.
         """
-        said = self._said
-        if said is self._passed:
+        phase = self._phase
+        if phase is self._forwarded:
             return
-        self._passed = said
-        what, alone = said
+        self._forwarded = phase
+        what, alone = phase
         if alone is None:
             watch.waiting(f"{why}: {what}")
         else:
@@ -82,27 +83,27 @@ class DeferredWatch(Watchdog):
 
 
 class Saver:
-    """Writes checkpoints of a run into --save: at once, or in the background with --async-save.
+    """Writes checkpoints of a run into --save: synchronously, or in the background with --async-save.
 
-    All ranks make it, and call `save` and `finish`, at the same points.
+    All ranks must create it, and call `save` and `finish`, at the same points.
 
     Args:
         run: the run.
-        tokenizer_assets: the tokenizer's files; the first rank's count.
-        tell: prints a line to the user.
+        tokenizer_assets: returns the tokenizer's files; only the first rank's are saved.
+        log: prints a line to the user.
         storage: the disk.
 
     Attributes:
-        seconds: the longest a whole save took so far on this rank, from its begin until it was on disk; 0.0 before the first.
-        saved: iteration of the newest checkpoint that is, or is being, saved; None before the first. It changes in `save`
-            and `finish` alone, so it is the same on all ranks.
+        seconds: duration of the longest save so far on this rank, from its start until it was on disk; 0.0 before the first.
+        saved: iteration of the newest checkpoint that has been, or is being, saved; None before the first. Only `save` and
+            `finish` change it, so it is the same on all ranks.
     """
 
-    def __init__(self, run: Run, tokenizer_assets: Assets, tell: Callable[[str], None], storage: Storage | None = None) -> None:
+    def __init__(self, run: Run, tokenizer_assets: Assets, log: Callable[[str], None], storage: Storage | None = None) -> None:
         checkpoint = run.config.checkpoint
         if checkpoint.save is None:
             raise ValueError("there is no --save to save to")
-        self._run, self._tell, self._storage = run, tell, storage or Storage()
+        self._run, self._log, self._storage = run, log, storage or Storage()
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
         # A process group of its own: collectives of a thread must not mix with those of the training step.
         self._axis = saving_axis(run.mesh.world)
@@ -116,18 +117,18 @@ class Saver:
         self.saved: int | None = None
 
     def save(self) -> None:
-        """Save a checkpoint of the state as it is now. Collective. Waits for the save before.
+        """Save a checkpoint of the current state. Collective. Waits for the save before it, if one is still under way.
 
-        Returns when it is on disk, or with --async-save when the copy is made.
+        Returns when the checkpoint is on disk, or with --async-save when the copy in host memory is made.
 
         Raises:
-            CheckpointError: it could not be written, or the one before. With --on-save-error continue a failure of the disk
-                is reported instead, and there is no checkpoint.
+            CheckpointError: this checkpoint, or the one before, could not be written. With --on-save-error continue, a disk
+                error is reported to the user instead.
         """
-        self._settle()  # its copy in host memory is about to be overwritten
+        self._finish_pending()  # its copy in host memory is about to be overwritten
         run, saving = self._run, PendingSave(self._run.state.iteration)
         run.job.watch.doing("collecting a checkpoint")
-        self._tell(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
+        self._log(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
         parts = run.parts(optimizer=not self._checkpoint.no_save_optim)
         try:
             content = self._contents.take(saving.iteration, parts, to_json(run.config), self._assets)
@@ -136,83 +137,84 @@ class Saver:
             raise type(error)(f"{where}: could not be saved: {error}") from error
         self._saving, self.saved = saving, saving.iteration
         if self._checkpoint.async_save:
-            arguments = (content, saving, saving.relay)  # a thread lets go of them at its end
+            arguments = (content, saving, saving.watch)  # the thread releases them at its end
             saving.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             saving.thread.start()
         else:
             self._write(content, saving, run.job.watch)
-            self._settle()
+            self._finish_pending()
         run.job.watch.idle()
 
     def check(self) -> None:
-        """Report what the thread has done meanwhile. No communication, so ranks can see it at different steps.
+        """Report the end of a background save, if it has ended. Does not communicate, so ranks may report at different steps.
 
         Raises:
-            CheckpointError: as `save`.
+            CheckpointError: the save failed; see `save`.
             RuntimeError: communication failed, because another rank is lost.
         """
         if self._saving is not None:
             self._report(self._saving)
 
     def finish(self) -> None:
-        """Wait until everything is on disk. Collective. Errors as `save`."""
-        self._settle()
+        """Wait until everything is on disk. Collective. Raises the errors of `save`."""
+        self._finish_pending()
         if self._deletion is not None:
             self._run.job.watch.doing("deleting old checkpoints", alone=True)
-            self._deletion.join(DELETION)
+            self._deletion.join(MAX_DELETION_SECONDS)
         self._run.job.watch.idle()
 
     def _write(self, content: Content, saving: PendingSave, watch: Watchdog) -> None:
-        """Write and commit, in the thread or in its place."""
+        """Write and commit a checkpoint, in the background thread or in the main thread."""
         try:
             write(self._root, content, self._axis, self._storage, watch)
             saving.seconds = time.monotonic() - saving.began
             if self._axis.first:
-                self._tidy(saving.iteration)
-        except BaseException as error:  # raised by `_report` in the main thread
+                self._delete_old(saving.iteration)
+        except BaseException as error:  # `_report` raises it in the main thread
             saving.error = error
 
-    def _tidy(self, newest: int) -> None:
-        """Delete old checkpoints, on the first rank. Nobody waits for that, neither another rank nor the next step."""
+    def _delete_old(self, newest: int) -> None:
+        """Delete old checkpoints in a thread, on the first rank. Neither another rank nor the next step waits for it."""
         keep = self._checkpoint
         try:
             if self._overwritten is not None:
                 self._overwritten.put_aside(self._storage)
-            # Renamed at once, deleted later: a directory with its own name is always a whole checkpoint.
+            # Renamed first, deleted later, so that a directory named like a checkpoint is always a complete one.
             aside = set_aside(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
         except OSError as error:
             logging.getLogger(__name__).warning("%s: nothing could be deleted: %s", self._root, error.strerror)
             return
-        # While the last ones are still being deleted these wait, aside, for the next time.
+        # If earlier ones are still being deleted, these keep their new names until the next save deletes them.
         if aside and (self._deletion is None or not self._deletion.is_alive()):
             self._deletion = threading.Thread(target=delete, args=(aside, self._storage), name="deletion", daemon=True)
             self._deletion.start()
 
-    def _settle(self) -> None:
-        """Wait for the save under way, tell or raise how it ended, and forget it."""
+    def _finish_pending(self) -> None:
+        """Wait for the save under way, and report how it ended, or raise its error."""
         saving = self._saving
         if saving is None:
             return
         while saving.thread is not None and saving.thread.is_alive():
-            saving.relay.pass_on(self._run.job.watch, f"waiting for the checkpoint of iteration {saving.iteration}")
-            saving.thread.join(POLL)
+            saving.watch.forward(self._run.job.watch, f"waiting for the checkpoint of iteration {saving.iteration}")
+            saving.thread.join(POLL_SECONDS)
         self._saving = None
         if saving.seconds is not None:
             self._committed = saving.iteration
-        # A save that failed is none: back to the one before.
+        # After a failed save this is the checkpoint before it.
         self.saved = self._committed
         self._report(saving)
 
     def _report(self, saving: PendingSave) -> None:
+        """Log once how a save ended, or raise its error unless --on-save-error says to continue."""
         error = saving.error
         if error is not None and not (isinstance(error, DiskError) and self._checkpoint.on_save_error == "continue"):
             raise error
-        if saving.told:
+        if saving.reported:
             return
         if error is not None:
-            saving.told = True
-            self._tell(f"{error}. Training goes on without this checkpoint, as --on-save-error continue says")
+            saving.reported = True
+            self._log(f"{error}. Training goes on without this checkpoint, as --on-save-error continue says")
         elif saving.seconds is not None:
-            saving.told = True
+            saving.reported = True
             self.seconds = max(self.seconds, saving.seconds)
-            self._tell(f"  successfully saved checkpoint at iteration {saving.iteration:7d} to {self._root}")
+            self._log(f"  successfully saved checkpoint at iteration {saving.iteration:7d} to {self._root}")

@@ -1,4 +1,4 @@
-"""Sinks of reports: console, JSON lines, TensorBoard; W&B is `wandb_sink.py`. One rank holds them, the others hold none."""
+"""Sinks, which write the reports of a run: console, JSON lines, TensorBoard (for W&B see `wandb_sink.py`). On rank 0 only."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from megatron.launch.packages import install_command
 from megatron.train.event_file import EventFile
 from megatron.train.report import Evaluation, LogContext, Metrics
 
-Ended = Literal["finished", "preempted", "failed"]
-TORN = (math.inf, True)  # the place of a line that a kill cut off: beyond all others
+Outcome = Literal["finished", "preempted", "failed"]
+TRUNCATED = (math.inf, True)  # the `_position` of a line that a kill cut off: after all others
 
 
 class Sink:
-    """Takes reports; a sink overrides what it cares for."""
+    """Receives the reports of a run. A subclass overrides the methods that it needs; the others do nothing."""
 
     def step(self, metrics: Metrics, context: LogContext) -> None:
-        """Take a step's own values; called after every step."""
+        """Write the values of a step; called after every step."""
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
-        """Take the averages since the last line; called every --log-interval steps."""
+        """Write the averages since the last log line; called every --log-interval steps."""
 
     def evaluation(self, result: Evaluation, title: str) -> None:
-        """Take the result of an evaluation; `title` says which."""
+        """Write the result of an evaluation, which `title` names."""
 
     def event(self, text: str) -> None:
-        """Take a text that is worth a line of its own, when it happens."""
+        """Write the text of an event, such as a skipped step, as a line of its own."""
 
-    def close(self, ended: Ended) -> None:
-        """Finish; called at the end of the run, or of this slice of it."""
+    def close(self, ended: Outcome) -> None:
+        """Write what is left, and close; called at the end of the run or of this slice."""
 
 
 class Console(Sink):
-    """Prints Megatron-LM's lines, with throughput and time left at the end."""
+    """Prints Megatron-LM's log lines, extended by throughput and remaining time."""
 
     def __init__(self, out: TextIO) -> None:
         self.out = out
@@ -64,7 +64,7 @@ class Console(Sink):
 
 
 def console_line(metrics: Metrics, context: LogContext) -> str:
-    """Return the training line, from ` iteration` on. Its texts are Megatron-LM's, which people's scripts read."""
+    """Return a log line from ` iteration` on, in Megatron-LM's words, which scripts of users parse."""
     parts = [
         f" iteration {metrics.iteration:8d}/{context.train_iters:8d}",
         f"consumed samples: {metrics.consumed_samples:12d}",
@@ -106,22 +106,22 @@ def console_line(metrics: Metrics, context: LogContext) -> str:
 
 
 class JsonLines(Sink):
-    """Writes `metrics.jsonl`: one object a line, flushed, so that a killed run loses none.
+    """Writes `metrics.jsonl`: one JSON object a line, flushed at once, so that a killed run loses none.
 
     Args:
         path: the file.
-        resume_at: the iteration that a resumed run goes on from; lines beyond it, which the interrupted run wrote and this
-            one will write again, are dropped, so that each iteration stands there once. None appends to what is there.
-        evaluated: the evaluations after that iteration were made; otherwise their lines will be written again, too.
-        binary: the model has a binary head, and a line its loss, null where no step counted.
+        resume_at: the iteration that a resumed run starts from. Lines after it are removed, since the run writes them again and
+            each iteration must stand in the file once. None appends to the file as it is.
+        evaluated: the evaluations at that iteration were made; otherwise their lines are removed, too.
+        binary: the model has a binary head, so lines have the key `sop_loss`.
     """
 
     def __init__(self, path: Path, resume_at: int | None, *, evaluated: bool = True, binary: bool = False) -> None:
         self.binary = binary
         self._file = SideFile(path, "metrics")
-        last = TORN if resume_at is None else (resume_at, evaluated)
+        last = TRUNCATED if resume_at is None else (resume_at, evaluated)
         with warning_on_error(path, "lines of the interrupted run cannot be taken out"):
-            keep_lines(path, lambda line: _place(line) <= last)
+            keep_lines(path, lambda line: _position(line) <= last)
 
     def line(self, metrics: Metrics, context: LogContext) -> None:
         values = asdict(metrics)
@@ -135,49 +135,49 @@ class JsonLines(Sink):
         self._write(values if result.sop_loss is None else values | {"sop_loss": result.sop_loss})
 
     def _write(self, values: dict[str, Any]) -> None:
-        # JSON knows no NaN and no infinity: null says unknown.
+        # JSON has neither NaN nor infinity; null means unknown.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._file.add(json.dumps(plain).encode() + b"\n")
 
 
 def keep_lines(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Remove lines from a file, among them one that a kill or a full disk cut off at the end.
+    """Remove lines from a file, and a last line that a kill or a full disk cut off.
 
     Args:
-        path: the file; nothing is done where it is not there.
-        wanted: returns whether a line stays.
+        path: the file; it need not exist.
+        wanted: returns whether to keep a line.
     """
     if not path.is_file():
         return
     lines = read_bytes(path, MAX_METRICS_BYTES).splitlines(keepends=True)
     kept = [line for line in lines if wanted(line)]
-    # A line without its end was cut off; one that still parses lost only the line break.
+    # A line without a line break was cut off; if it still parses, only the line break is missing.
     if kept and not kept[-1].endswith(b"\n"):
         tail = kept.pop()
-        kept += [tail + b"\n"] if _place(tail) != TORN else []
+        kept += [tail + b"\n"] if _position(tail) != TRUNCATED else []
     if kept == lines:
         return
     if kept == lines[: len(kept)]:
-        os.truncate(path, sum(map(len, kept)))  # which also a full disk can do
+        os.truncate(path, sum(map(len, kept)))  # possible even when the disk is full
     else:
-        write_whole(path, b"".join(kept))  # a new file that takes the old one's name
+        write_whole(path, b"".join(kept))  # writes a new file and renames it
 
 
-def _place(text: bytes) -> tuple[float, bool]:
-    """Return the iteration of a line, and whether it is of an evaluation after it."""
+def _position(text: bytes) -> tuple[float, bool]:
+    """Return the iteration of a line and whether it is an evaluation's, which comes after the training line; for sorting."""
     try:
         values = json.loads(text)
         return float(values["iteration"]), "split" in values
     except (ValueError, KeyError, TypeError, RecursionError):
-        return TORN
+        return TRUNCATED
 
 
 class TensorBoard(Sink):
-    """Writes Megatron-LM's tags to TensorBoard, each also over samples."""
+    """Writes Megatron-LM's tags to TensorBoard, over iterations and over samples."""
 
     def __init__(self, config: LogConfig, resume_at: int | None) -> None:
         self.config = config
-        # Points of an earlier run beyond the resumed iteration are hidden by TensorBoard.
+        # TensorBoard hides the points of earlier files from this step on.
         purge = None if resume_at is None else resume_at + 1
         self._file = EventFile(Path(config.tensorboard_dir or "."), config.tensorboard_queue_size, purge)
 
@@ -195,17 +195,17 @@ class TensorBoard(Sink):
             self._file.scalar(name, value, result.iteration)
             self._file.scalar(f"{name} vs samples", value, result.consumed_samples)
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: Outcome) -> None:
         self._file.flush()
 
 
 def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) -> dict[str, float]:
-    """Return loss, gradient norm and settings of a step by Megatron-LM's tags, where there are some.
+    """Return loss, gradient norm and schedule values of a step, by Megatron-LM's tags; unknown values are left out.
 
     Args:
-        config: says which are logged.
-        metrics: of the step.
-        context: the values beside them.
+        config: selects the optional tags.
+        metrics: the metrics of the step.
+        context: further values of the step.
     """
     values: dict[str, float | None] = {
         "lm loss": metrics.lm_loss,
@@ -222,7 +222,7 @@ def learning_points(config: LogConfig, metrics: Metrics, context: LogContext) ->
         values["batch-size"] = context.global_batch_size
     if config.log_world_size_to_tensorboard:
         values["world-size"] = context.world_size
-    # Our own tags win over those of a hook with the same name.
+    # The run's own tags take precedence over a hook's metric of the same name.
     return dict(metrics.extra) | {tag: value for tag, value in values.items() if value is not None}
 
 
@@ -262,15 +262,15 @@ def open_sinks(
     binary: bool = False,
     wandb: Callable[[], Sink] | None = None,
 ) -> list[Sink]:
-    """Open the sinks that the configuration asks for. A TensorBoard that is not installed is reported, and done without.
+    """Open the sinks that the configuration asks for. If TensorBoard is not installed, print that and leave it out.
 
     Args:
-        config: says which.
+        config: paths and options of the sinks.
         out: the console.
         resume_at: see `JsonLines`.
         evaluated: see `JsonLines`.
         binary: see `JsonLines`.
-        wandb: opens the sink of W&B; None for none.
+        wandb: opens the W&B sink; None for none.
     """
     sinks: list[Sink] = [Console(out)]
     if config.metrics_path is not None:
@@ -281,7 +281,7 @@ def open_sinks(
         except ImportError:
             how = install_command("tensorboard")
             print(f"TensorBoard is not installed, going on without it: {how}", file=out, flush=True)
-        except Exception as error:  # whatever its packages trip over as they are loaded
+        except Exception as error:  # TensorBoard's dependencies can fail on import in many ways
             warn(config.tensorboard_dir, "TensorBoard cannot be used", error)
     if wandb is not None:
         sinks.append(wandb())

@@ -1,4 +1,4 @@
-"""Count the steps that were skipped because a value was not finite, and tell a run that learnt nothing at its end."""
+"""Count the steps that were skipped because a value was not finite; fail a run that has too many of them, or ends in them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from megatron.train.errors import TrainingError
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
-# So many skipped steps at the end of a run are a failure. A dynamic loss scale skips some that mean nothing: it looks for the
-# largest scale without an overflow.
-MIN_LOST = 2
-MIN_LOST_DYNAMIC = 5
+# A run that ends with so many skipped steps in a row has failed. A dynamic loss scale is allowed more of them, as its search for
+# the largest scale without an overflow skips some.
+MIN_FAILED_STEPS = 2
+MIN_FAILED_STEPS_DYNAMIC = 5
 
 
 @dataclass
 class SkipCounter:
-    """The steps of one slice of a run. Those that --skip-train-iterations leaves out are no skipped ones."""
+    """Counts the steps of one slice of a run, and the skipped ones among them, without those of --skip-train-iterations."""
 
     steps: int = 0
     skipped: int = 0
 
     def count(self, report: StepReport) -> None:
-        """Note a step."""
+        """Count a step."""
         if not report.left_out:
             self.steps += 1
             self.skipped += report.skipped
 
     def summary(self, state: TrainState) -> str | None:
-        """Return the closing line of a slice; None where nothing was skipped."""
+        """Return the line for the end of a slice; None if no step was skipped."""
         if not self.skipped:
             return None
         last = state.consecutive_skips
@@ -42,15 +42,15 @@ class SkipCounter:
 
 
 def check_skip(state: TrainState, report: StepReport, optim: OptimConfig) -> None:
-    """Refuse a skipped step where --on-nonfinite says so, or where it is one too many in a row.
+    """Stop training after a skipped step if --on-nonfinite is abort, or --max-consecutive-skips is reached.
 
     Args:
-        state: the counters, with the step in them.
-        report: of that step, whose gradient was not finite.
-        optim: the limits.
+        state: the counters, the skipped step included.
+        report: the report of the step, whose gradient was not finite.
+        optim: holds the two settings.
 
     Raises:
-        TrainingError: training must not go on.
+        TrainingError: training must stop.
     """
     what = f"iteration {state.iteration}: the gradient is not finite (norm {report.grad_norm}, loss {report.lm_loss})"
     if report.nonfinite is not None:
@@ -65,22 +65,22 @@ def check_skip(state: TrainState, report: StepReport, optim: OptimConfig) -> Non
 
 
 def learning_failure(state: TrainState) -> str | None:
-    """Return the error of a run that is at its end and learnt nothing in its last steps, or in any; None where it did.
+    """Return the error message for a finished run whose last steps, or all of them, were skipped; None otherwise.
 
     Args:
-        state: the counters at the end; they count skipped steps also of the slices before.
+        state: the counters at the end, which include the slices before this one.
     """
     last = state.consecutive_skips
     dynamic = isinstance(state.scaler, Dynamic)
-    never = last and not state.scheduled_samples
-    if not never and last < (MIN_LOST_DYNAMIC if dynamic else MIN_LOST):
+    no_update = last and not state.scheduled_samples  # the whole run was without an update
+    if not no_update and last < (MIN_FAILED_STEPS_DYNAMIC if dynamic else MIN_FAILED_STEPS):
         return None
-    if never:
+    if no_update:
         text = f"nothing was learnt at all: each of the {last} steps was skipped, because its gradient was not finite. "
     else:
         text = f"nothing was learnt in the last {last} steps, up to iteration {state.iteration}: they were skipped, because "
         text += "their gradients were not finite. "
-    if dynamic and never:
+    if dynamic and no_update:
         scale = f"The loss scale is {state.scaler.scale:g} now"
         return f"{text}{scale}: train for longer, or begin with a lower --initial-loss-scale"
     if not dynamic and state.scaler.scale != 1.0:

@@ -1,4 +1,4 @@
-"""The checkpoint, or the fresh start, that a run's state comes from."""
+"""Source of a run's weights and counters: a checkpoint or a fresh start."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class StateSource:
 
     Attributes:
         directory: the checkpoint; None for a fresh start.
-        saved: the configuration in it.
-        state: the counters in it.
-        optimizer: the optimizer's state comes from it too.
-        progress: schedule and data position come from it too.
-        lines: what to tell the user of the choice.
-        verified: every byte of it was compared with the manifest.
+        saved: the configuration in the checkpoint.
+        state: the counters in the checkpoint.
+        optimizer: the optimizer's state is loaded from it, too.
+        progress: the counters, with schedule and data position, are loaded from it, too.
+        lines: lines for the user that explain the choice.
+        verified: every byte of the checkpoint was compared with the manifest.
     """
 
     directory: Path | None = None

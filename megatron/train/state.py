@@ -1,4 +1,4 @@
-"""Position of a run: a handful of counters, from which the data position, the schedule and all random numbers follow."""
+"""Counters of a run, from which the data position, the learning rate and all random numbers follow."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from megatron.parallel.spec import Shard
 
 @dataclass
 class TrainState:
-    """Counters of a run that every checkpoint saves; equal on all ranks, but for wandb_run.
+    """Counters of a run, which every checkpoint saves. They are equal on all ranks, except for wandb_run.
 
     Attributes:
         iteration: iterations done.
         consumed_samples: training samples taken, those of skipped steps included; the data position.
-        consumed_tokens: their tokens.
-        skipped_samples: those of iterations that --skip-train-iterations left out, among the consumed ones.
-        scheduled_samples: samples of the updates made; the learning rate follows them, so a skipped step is not counted.
+        consumed_tokens: tokens of these samples.
+        skipped_samples: the consumed samples of iterations that --skip-train-iterations names.
+        scheduled_samples: samples of the steps with an update, which the learning rate follows; skipped steps do not count.
         consecutive_skips: skipped steps since the last update.
-        scaler: the loss scale; its position is saved, not its settings.
+        scaler: the loss scale; its current value and counters are saved, not its settings.
         schedule: the fields of the learning-rate schedule in use, which a resumed run keeps.
         training_samples: number of samples that the training set was built for.
-        order: marks of the order of samples, by which a resumed run knows it again; see `data/order.py`.
-        evaluation_due: the evaluation after this iteration was given up for a stop; a resumed run makes it first.
-        wandb_run: the id of the run's W&B run, "" for none; the first rank's.
-        window_loss: sum of the losses since the last log line. The window is saved so that a resumed run prints the lines
-            of an uninterrupted one.
+        order: digests of the order of samples, by which a resumed run detects another order; see `data/order.py`.
+        evaluation_due: the evaluation after this iteration was abandoned for a stop; a resumed run makes it first.
+        wandb_run: the id of the W&B run, "" for none; only the first rank's is used.
+        window_loss: sum of the losses since the last log line. The window_ fields are saved so that a resumed run prints the
+            same lines as an uninterrupted one.
         window_sop: sum of the sentence-order losses since then.
-        window_steps: steps in these sums.
+        window_steps: number of steps in these sums.
         window_skipped: skipped steps since then.
-        window_nan: steps since then whose loss was not a number.
+        window_nan: steps since then whose loss was NaN.
     """
 
     iteration: int = 0
@@ -54,7 +54,7 @@ class TrainState:
     window_nan: int = 0
 
     def start_window(self) -> None:
-        """Begin the averages of the next log line."""
+        """Reset the sums for the averages of the next log line."""
         self.window_loss = self.window_sop = 0.0
         self.window_steps = self.window_skipped = self.window_nan = 0
 
@@ -68,7 +68,7 @@ class TrainState:
         return values | {"scaler": self.scaler.scalars()}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        # Fields that an older checkpoint does not have keep their defaults; the scaler keeps its settings.
+        # Fields that an older checkpoint lacks keep their defaults. The scaler keeps its settings and loads only its position.
         for each in fields(self):
             if each.name in values and each.name != "scaler":
                 setattr(self, each.name, values[each.name])

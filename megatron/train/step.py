@@ -1,4 +1,4 @@
-"""One training step: the only place where data, pipeline and optimizer meet."""
+"""One training step: forward and backward passes over the micro-batches, then the update of the weights."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from megatron.train.state import TrainState
 class ScaledLoss:
     """Turn the loss of a micro-batch into the scalar that is differentiated, loss scale included.
 
-    With --loss-average token the sum over the micro-batches and ranks is the mean over all tokens of the global batch that
-    count; with micro-batch it is the mean of the micro-batches' means. To both a BERT with a binary head adds the mean over
-    the samples of their sentence-order losses.
+    With --loss-average token, the sum over micro-batches and ranks is the mean over all unmasked tokens of the global batch;
+    with micro-batch, it is the mean of the micro-batches' means. A BERT with a binary head adds the mean sentence-order loss of
+    the samples.
 
     Args:
         batch: sizes, and the kind of average.
-        seq_length: tokens of a sample.
+        seq_length: tokens per sample.
         dp: the data-parallel axis.
-        scaler: holds the loss scale.
-        masked: the data may leave tokens out of the loss, so that they must be counted before each step.
+        scaler: the loss scale.
+        masked: the data may mask tokens, so that the others must be counted before each step.
         binary: the model has a binary head.
-        device: the one that the ranks communicate from.
+        device: the device of collectives.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ScaledLoss:
         self.tokens = 0.0
 
     def count(self, batches: Sequence[Batch]) -> None:
-        """Count the tokens of the global batch that enter the loss. Collective over dp where the data may mask some."""
+        """Count the unmasked tokens of the global batch. Collective over dp if the data may mask some."""
         if not self.masked or not self.by_token:
             self.tokens = float(len(batches) * self.micro_batch_size * self.dp.size * self.seq_length)
             return
@@ -66,7 +66,7 @@ class ScaledLoss:
         self.tokens = max(1.0, float(all_reduce(counted.to(self.device), self.dp)))
 
     def __call__(self, loss: Loss, micro_batches: int) -> Tensor:
-        # Gradients are summed over micro-batches and dp, so each share is divided by the whole batch's size here.
+        # Gradients are summed over micro-batches and dp, so each micro-batch's loss is divided by the size of the global batch.
         if self.by_token:
             scaled = loss.sum * (self.scaler.scale / self.tokens)
         else:
@@ -86,8 +86,8 @@ class Step:
         schedule: the learning rate and weight decay by samples.
         mesh: the parallel axes.
         batch: sizes and seed.
-        watch: is told the phase of the step.
-        torch_random: the device whose own generator draws numbers, with --fused-attention-dropout; else None.
+        watch: the watchdog, to which the phases of the step are reported.
+        torch_random: the device whose torch generator draws dropout, with --fused-attention-dropout; else None.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Step:
             output = self.pipeline.step(batches)
         self.watch.doing("the optimizer's step")
         loss, tokens, means, order = reduce_losses(output, self.mesh)
-        # A sample can have several rows, the choices of a task.
+        # Not counted in rows of the batches, since a sample of a multiple-choice task has several.
         samples = len(batches) * self.batch.micro_batch_size * self.mesh.dp.size
         possible = sum(b.tokens.numel() for b in batches) * self.mesh.dp.size
         mean = loss / max(tokens, 1.0) if self.scaled_loss.by_token else means / (len(batches) * self.mesh.dp.size)
@@ -126,7 +126,7 @@ class Step:
             scale=1.0 / state.scaler.scale,
         )
         nonfinite = None
-        # Before the scaler moves: the search runs the step again at the scale at which it failed.
+        # Before the loss scale is updated, since the search repeats the step at the scale at which it failed.
         if update.skipped or not math.isfinite(mean + order):
             nonfinite = self._investigate(batches, output, state.iteration, skipped=update.skipped)
         state.scaler.update(not update.skipped)
@@ -145,16 +145,16 @@ class Step:
         )
 
     def _investigate(self, batches: Sequence[Batch], output: StepOutput, iteration: int, *, skipped: bool) -> NonFinite | None:
-        """Return what was not finite. Collective. The loss scale is still the step's."""
+        """Find the value that was not finite. Collective. Call it before the loss scale is updated."""
         self.watch.doing("looking for what was not finite")
         with self._seeded(iteration):
             return investigate(self.pipeline, self.mesh, self.optimizer.zero, batches, output, skipped=skipped)
 
     @contextmanager
     def _seeded(self, iteration: int) -> Iterator[None]:
-        """Seed torch's own generator inside, from the iteration and this rank.
+        """Seed torch's generator inside the block, from the iteration and this rank.
 
-        A kernel that draws its own numbers then draws the same ones in a resumed run, and others on every rank.
+        A kernel that draws from it then draws the same numbers in a resumed run, and different ones on each rank.
         """
         device, mesh = self.torch_random, self.mesh
         if device is None:
@@ -168,7 +168,7 @@ class Step:
 def reduce_losses(output: StepOutput, mesh: Mesh) -> tuple[float, float, float, float]:
     """Return the sums of `StepOutput` over all data-parallel ranks and stages, on every rank. Collective."""
     local = torch.stack([output.loss, output.tokens, output.means, output.order])  # [4]
-    # Only the last stage has a loss, the others add zeros. Tensor-parallel ranks all hold the same one.
+    # Only the last stage has a loss; the others add zeros. Tensor-parallel ranks hold the same values, so tp is not summed.
     for axis in (mesh.dp_cp, mesh.pp):
         local = all_reduce(local, axis)
     loss, tokens, means, order = local.tolist()

@@ -1,7 +1,7 @@
-"""Agreement of all ranks to stop or to save, at every boundary of a step, in one small collective.
+"""Let all ranks agree, in one small collective after every step, on whether to stop or to save.
 
 A run is asked to stop by a signal to any one rank, by --exit-duration-in-mins, by the time limit of its SLURM job, or by a stop
-file. The two limits leave room for what is still to come: one step, and the save as long as the longest one so far.
+file. It stops before a time limit, early enough for one more step and for a save as long as the longest one so far.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.launch.signals import STOP_SIGNALS, StopSignals
 from megatron.mesh.mesh import Mesh
 from megatron.parallel.collectives import all_reduce
 
-SLURM_FLOOR = 5.0  # seconds before SLURM's limit that are left in any case: it counts from before the program's start
+SLURM_FLOOR = 5.0  # minimum of seconds left before SLURM's limit
 STOP_FILE = "stop"
 
 
@@ -29,9 +29,9 @@ class Request:
     """Agreement of all ranks at a boundary between steps.
 
     Attributes:
-        stop: why the run stops here; None while it goes on.
-        outside: the reason comes from outside of the command, which wanted more.
-        save: a checkpoint is due, for the stop or by --save-interval-mins.
+        stop: the reason why the run stops here; None while it continues.
+        outside: the reason comes from outside the command: a signal or SLURM.
+        save: a checkpoint is due, because of the stop or of --save-interval-mins.
     """
 
     stop: str | None = None
@@ -46,10 +46,10 @@ class Stopping:
         config: limits, intervals and the stop file.
         mesh: the parallel axes.
         device: where the votes are reduced.
-        signals: what asks this rank to stop.
+        signals: the signals that ask this rank to stop.
         began: start of the program, `time.monotonic()`.
-        save_seconds: returns the seconds of the longest save so far.
-        environ: of the process.
+        save_seconds: returns the duration of the longest save so far, in seconds.
+        environ: the environment variables.
     """
 
     def __init__(
@@ -68,57 +68,59 @@ class Stopping:
         self._end = None if self._minutes is None else began + 60.0 * self._minutes
         end_time = environ.get("SLURM_JOB_END_TIME", "")
         self._slurm_end = float(end_time) if end_time.isdigit() else None  # seconds since 1970
-        folder = None if config.eval.skip_train else config.checkpoint.save  # there it is meant for who trains
+        # A stop file in --save is meant for the run that trains there, not for an evaluation.
+        folder = None if config.eval.skip_train else config.checkpoint.save
         default = None if folder is None else Path(folder) / STOP_FILE
         self.stop_file = default if config.batch.stop_file is None else Path(config.batch.stop_file)
-        self._between = config.checkpoint.save_interval_mins
-        self._saved = time.monotonic()
-        self._step = 0.0
+        self._save_minutes = config.checkpoint.save_interval_mins
+        self._saved_at = time.monotonic()
+        self._step_seconds = 0.0
 
     def ask(self, step_seconds: float | None = None, *, save_due: bool = False) -> Request:
         """Return what all ranks agree on now. Collective over the world.
 
         Args:
-            step_seconds: how long the step took that ends here; None between the steps of an evaluation.
+            step_seconds: duration of the step that ends here; None between the steps of an evaluation.
             save_due: a checkpoint will be written here anyway.
         """
-        self._step = self._step if step_seconds is None else step_seconds
-        wishes = torch.tensor(self._wishes(save_due), dtype=torch.int64, device=self._device)  # [5]
-        # The maximum: one rank that wants to stop is enough, and all see the same reason.
-        signal_, late, slurm_late, file_seen, save = map(int, all_reduce(wishes, self._mesh.world, "max").tolist())
+        self._step_seconds = self._step_seconds if step_seconds is None else step_seconds
+        votes = torch.tensor(self._votes(save_due), dtype=torch.int64, device=self._device)  # [5]
+        # The maximum, since one rank's vote is enough, and so that all ranks see the same reason.
+        signal_, late, slurm_late, file_seen, save = map(int, all_reduce(votes, self._mesh.world, "max").tolist())
         reasons = [
             (signal_, self._decoded(signal_), True),
             (late, f"--exit-duration-in-mins {self._minutes:g}" if self._minutes is not None else "", False),
             (slurm_late, "the time limit of the SLURM job is near", True),
             (file_seen, f"the stop file {self.stop_file}", False),
         ]
-        for wish, why, outside in reasons:
-            if wish:
+        for vote, why, outside in reasons:
+            if vote:
                 return Request(why, outside, save=True)
         return Request(save=bool(save))
 
     def saved(self) -> None:
-        """Note that a checkpoint was just written, or begun."""
-        self._saved = time.monotonic()
+        """Restart the interval of --save-interval-mins: a checkpoint was just written, or begun."""
+        self._saved_at = time.monotonic()
 
     def acknowledge(self) -> None:
-        """Note that the run has stopped: the first rank removes the stop file, or the next start would stop as well."""
+        """Record that the run has stopped. The first rank removes the stop file, which would stop the next start as well."""
         self._signals.answered = True
         if self.stop_file is not None and self._mesh.rank == 0:
             with suppress(OSError):
                 self.stop_file.unlink()
 
-    def _wishes(self, save_due: bool) -> list[int]:
-        """Return what this rank sees, as numbers of which the largest counts."""
+    def _votes(self, save_due: bool) -> list[int]:
+        """Return this rank's votes; the largest over the ranks counts."""
         first, now = self._mesh.rank == 0, time.monotonic()
-        # A save in the background is waited for before the last one; one that is due here is written before the next step.
+        # The last save may be slower than any before, hence 1.5. One more save comes before it: that of the background, or
+        # the one that is due here.
         saves = 1.5 + (1.0 if save_due or self._async else 0.0)
-        margin = self._step + saves * self._save_seconds()
-        # Limits are met early by what must still fit: the next step and the saves.
+        # The next step and the saves must fit before a limit.
+        margin = self._step_seconds + saves * self._save_seconds()
         late = self._end is not None and now + margin > self._end
         slurm_late = self._slurm_end is not None and time.time() + max(margin, SLURM_FLOOR) > self._slurm_end
         file_seen = first and self.stop_file is not None and os.path.isfile(self.stop_file)
-        save = first and self._between is not None and now - self._saved >= 60.0 * self._between
+        save = first and self._save_minutes is not None and now - self._saved_at >= 60.0 * self._save_minutes
         return [self._encoded(), int(late), int(slurm_late), int(file_seen), int(save)]
 
     def _encoded(self) -> int:
@@ -127,6 +129,6 @@ class Stopping:
         name = self._signals.name
         return 0 if name is None else (self._mesh.world.size - self._mesh.rank) * len(names) + names.index(name)
 
-    def _decoded(self, wish: int) -> str:
-        from_last, which = divmod(wish, len(STOP_SIGNALS))
+    def _decoded(self, vote: int) -> str:
+        from_last, which = divmod(vote, len(STOP_SIGNALS))
         return f"{STOP_SIGNALS[which].name} to rank {self._mesh.world.size - from_last}"

@@ -1,4 +1,4 @@
-"""Connection of a run to the process that speaks with Weights & Biases. Only the end waits, for a while."""
+"""Connection from a run to the process that writes to Weights & Biases. It never blocks, except for some seconds at the end."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 from megatron.files.regular import parse_json
 from megatron.files.side import MAX_WAITING, warn
 
-END_SECONDS = 20.0  # that the end of a run waits for W&B
+END_SECONDS = 20.0  # how long the end of a run waits for W&B
 NAME = "W&B"
 
 
 class WandbLink:
-    """Starts `wandb_writer.py` and sends it one message after the other, as fast as it takes them; the rest waits in memory.
+    """Starts `wandb_writer.py` and sends it messages as fast as it takes them; the others wait in memory.
 
     Args:
         setup: the first message.
-        tell: prints a line to the user.
+        log: prints a line to the user.
     """
 
-    def __init__(self, setup: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-        self._tell, self._unread = tell, b""
+    def __init__(self, setup: Mapping[str, Any], log: Callable[[str], None]) -> None:
+        self._log, self._unread = log, b""
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
-        self._rest = b""  # of a message that was taken in part
+        self._rest = b""  # the unsent part of a message that the socket took in part
         self._socket: socket.socket | None = None
         self.done = False
         path = os.pathsep.join(os.path.abspath(part) for part in sys.path)
@@ -43,15 +43,15 @@ class WandbLink:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     env=os.environ | {"PYTHONPATH": path},
-                    start_new_session=True,  # a Ctrl-C in the terminal is not for it
+                    start_new_session=True,  # so that a Ctrl-C in the terminal does not reach it
                 )
             self._socket.setblocking(False)  # a step must never wait for W&B
         except OSError as error:
-            self._lose(error)
+            self._disconnect(error)
         self.send(setup)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Hand over a message, now or with the next one, and report what W&B has answered meanwhile."""
+        """Send a message, or queue it until the socket takes more, and log the answers that have come meanwhile."""
         if self._socket is None:
             return
         self._waiting.append(json.dumps(message).encode() + b"\n")
@@ -59,7 +59,7 @@ class WandbLink:
         self._listen()
 
     def end(self, ended: str) -> None:
-        """Tell how the run ended, and wait until W&B has everything, END_SECONDS at most."""
+        """Send how the run ended, and wait until W&B has everything, END_SECONDS at most."""
         until = time.monotonic() + END_SECONDS
         self.send({"ended": ended})
         while self._socket is not None and (self._waiting or self._rest) and time.monotonic() < until:
@@ -85,37 +85,37 @@ class WandbLink:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._listen()  # it may have said why
-                self._lose(error)
+                self._listen()  # the process may have sent the reason before it ended
+                self._disconnect(error)
                 return
             self._rest = self._rest[sent:]  # the socket may take a part only
 
     def _listen(self) -> None:
-        """Read the answers of the process. Its end closes the connection."""
+        """Read the answers of the process; disconnect when it has ended."""
         while self._socket is not None:
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return
             except OSError as error:
-                self._lose(error)
+                self._disconnect(error)
                 return
             *lines, self._unread = (self._unread + data).split(b"\n")
             for line in lines:
-                self._say(parse_json(line))
+                self._handle_answer(parse_json(line))
             if not data:
-                self._lose(OSError(0, "its process ended"))
+                self._disconnect(OSError(0, "its process ended"))
 
-    def _say(self, message: dict[str, Any]) -> None:
-        if "told" in message:
-            self._tell(message["told"])
+    def _handle_answer(self, message: dict[str, Any]) -> None:
+        if "info" in message:
+            self._log(message["info"])
         elif "failed" in message:
             self.done = self.done or message["failed"] == "cannot be used"
             warn(NAME, message["failed"], OSError(0, message["error"]), message["then"])
         else:
             self.done = True
 
-    def _lose(self, error: OSError) -> None:
+    def _disconnect(self, error: OSError) -> None:
         if not self.done:
             warn(NAME, "cannot be used any more", error)
         self.done = True

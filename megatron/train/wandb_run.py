@@ -1,7 +1,8 @@
-"""Choose the run of Weights & Biases that a slice writes to, so that each iteration stands there once. Pure.
+"""Choose the Weights & Biases run that a slice of training writes to, so that W&B holds each iteration once. Pure.
 
-W&B's history is only added to. What an interrupted slice has logged beyond its checkpoint is not logged again: the same
-settings give the same values. Where they were changed the values are others, and a new W&B run begins, which names the old one.
+W&B's history is append-only. The points that an interrupted slice logged after its checkpoint are not logged again, since the
+same settings give the same values. When the settings have changed, the values differ: a new W&B run begins, which names the old
+one as its parent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron.files.pending import write_whole
 from megatron.files.regular import read_json
 
 WANDB_FILE = "wandb.json"  # in --save
-# What decides the values of a run's points, less what only says how it is carried out, or when it stops.
+# The sections that decide the logged values, and settings in them that do not: they say how the run computes or when it stops.
 SECTIONS = ("model", "data", "batch", "optim", "precision")
 WITHOUT_EFFECT = ("num_workers", "data_cache_path", "micro_batch_size", "compile", "stop_file", "exit_", "train_")
 SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_decay", "override_opt", "use_checkpoint_opt")
@@ -29,15 +30,15 @@ SCHEDULED = ("lr", "min_lr", "weight_decay", "start_weight_decay", "end_weight_d
 
 @dataclass(frozen=True)
 class WandbRun:
-    """A W&B run, and how far it came.
+    """A W&B run, and the newest points in it.
 
     Attributes:
-        id: its own; "" for none.
+        id: W&B's id of the run; "" for none.
         iteration: iteration of the newest training point.
         evaluations: iteration of the newest evaluation, by split.
-        parent: the run that it went on from with other settings; "" for none.
-        fork: the iteration after which it did.
-        settings: see `settings_digest`.
+        parent: id of the run that this one was forked from, with other settings; "" for none.
+        fork: the iteration of the fork.
+        settings: the digest of the settings that the points were made with; see `settings_digest`.
     """
 
     id: str = ""
@@ -48,13 +49,13 @@ class WandbRun:
     settings: str = ""
 
     def write(self, path: Path) -> None:
-        """Keep it beside the checkpoints. OSError where the disk refuses."""
+        """Write the record to a file beside the checkpoints. OSError when the disk refuses."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(asdict(self)) + "\n")
 
 
 def read_wandb_run(path: Path | None) -> WandbRun:
-    """Read what a slice before has kept; an empty run where there is no such file, or none that can be read."""
+    """Read the record of the slice before; return an empty one when there is no file, or it cannot be read."""
     values: Any = None
     if path is not None:
         with suppress(OSError, ValueError):
@@ -72,30 +73,30 @@ def settings_digest(config: RunConfig, schedule: Mapping[str, Any]) -> str:
     """Return a digest of all settings that change what is logged.
 
     Args:
-        config: of the run.
+        config: the resolved configuration.
         schedule: the fields of the learning-rate schedule in use.
     """
     values = to_json(config)
     kept: dict[str, Any] = {
         section: {k: v for k, v in values[section].items() if not k.startswith(WITHOUT_EFFECT)} for section in SECTIONS
     }
-    # The schedule in use says what these flags led to, also where a resumed run keeps another one.
+    # `schedule` stands for these flags: a resumed run may keep its checkpoint's schedule in spite of them.
     kept["optim"] = {k: v for k, v in kept["optim"].items() if not k.startswith(SCHEDULED)}
     text = json.dumps([kept, dict(schedule)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def choose_wandb_run(held: str, iteration: int, kept: WandbRun, settings: str) -> WandbRun:
-    """Choose the W&B run of a slice that goes on with a run after an iteration.
+    """Choose the W&B run of a slice that resumes after an iteration.
 
     Args:
-        held: the id in the checkpoint; "" where there is none.
-        iteration: that the slice goes on after.
-        kept: what the slice before has written down, as `read_wandb_run` gives it.
-        settings: of this slice, as `settings_digest` gives them.
+        held: the W&B id in the checkpoint; "" for none.
+        iteration: the iteration that the slice resumes after.
+        kept: the record of the slice before, from `read_wandb_run`.
+        settings: the digest of this slice's settings, from `settings_digest`.
 
     Returns:
-        The run before, with what it has logged already; or a new one, with the run before as its parent.
+        The W&B run of the slice before, with its newest points; or a new one that has it as its parent.
     """
     # The same run as in the checkpoint, or the fork that an earlier slice made from it at this very iteration.
     followed = kept.id and (kept.id == held or (kept.parent == held and kept.fork == iteration))

@@ -1,4 +1,4 @@
-"""Reports to Weights & Biases, through a process of their own."""
+"""Sink that reports to Weights & Biases through a separate process, so that the run never waits for the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron.config.command_line.saved import to_json
 from megatron.config.schema import LogConfig
 from megatron.train.report import Evaluation, LogContext, Metrics
 from megatron.train.run import Run
-from megatron.train.sinks import Ended, Sink, evaluation_points, learning_points, speed_points
+from megatron.train.sinks import Outcome, Sink, evaluation_points, learning_points, speed_points
 from megatron.train.wandb_link import WandbLink
 from megatron.train.wandb_run import WANDB_FILE, WandbRun, choose_wandb_run, read_wandb_run, settings_digest
 
@@ -26,8 +26,8 @@ class Wandb(Sink):
     Args:
         config: project, names and intervals.
         run: the W&B run.
-        record: the file that keeps how far it came; None without --save.
-        settings: shown by W&B as the run's configuration.
+        record: the file that keeps the newest iteration sent to W&B; None without --save.
+        settings: the configuration that W&B shows for the run.
         out: the console.
     """
 
@@ -55,29 +55,29 @@ class Wandb(Sink):
         sent = {tag: value if math.isfinite(value) else str(value) for tag, value in values.items()}
         self._link.send({"step": step, "split": split, "values": sent})
 
-    def close(self, ended: Ended) -> None:
+    def close(self, ended: Outcome) -> None:
         self._link.end(ended)
 
 
-def wandb_sink(run: Run, save: str | None, own: bool, resumed: bool) -> Callable[[], Wandb] | None:
-    """Choose the W&B run, note its id for checkpoints, and return what opens its sink on the first rank.
+def wandb_sink(run: Run, save: str | None, continues: bool, resumed: bool) -> Callable[[], Wandb] | None:
+    """Choose the W&B run, store its id in the run's state, and return a function that opens its sink on the first rank.
 
     Args:
-        run: the run, whose `state.wandb_run` is set.
-        save: the directory of checkpoints; None without.
-        own: the slice goes on with the run of --save.
-        resumed: it starts from a checkpoint.
+        run: the run; its `state.wandb_run` is set.
+        save: the directory of checkpoints; None without --save.
+        continues: this process continues the run of --save.
+        resumed: the run starts from a checkpoint.
 
     Returns:
-        A function that opens the sink; None where none is asked for.
+        A function that opens the sink; None without --wandb-project.
     """
     config, state = run.config, run.state
-    if not own:
+    if not continues:
         state.wandb_run = ""
     if config.log.wandb_project is None:
         return None
     record = None if save is None else Path(save) / WANDB_FILE
-    kept = read_wandb_run(record) if own else WandbRun()
+    kept = read_wandb_run(record) if continues else WandbRun()
     settings = settings_digest(config, state.schedule)
     held = state.wandb_run if resumed else kept.id
     chosen = choose_wandb_run(held, state.iteration, kept, settings)

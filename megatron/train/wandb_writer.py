@@ -1,8 +1,8 @@
-"""The process that speaks with Weights & Biases for a run: `python -m megatron.train.wandb_writer`, a socket as its input.
+"""Process that writes to Weights & Biases for a run: `python -m megatron.train.wandb_writer`, with a socket as its stdin.
 
-The run must neither wait for W&B nor fall with it, and W&B waits: minutes for a network that is not there, at the end of the
-interpreter for an upload. It also replaces sys.exit and asks for keys on a terminal. So it lives here, hears a line of JSON for
-each point, and outlives a run that is killed, which it then calls failed.
+A run must neither wait for W&B nor fail with it. W&B blocks, however: minutes for a network that is down, and at the end of the
+interpreter for an upload. It also replaces sys.exit and asks for keys on a terminal. So it runs in a process of its own, which
+receives a line of JSON for each point. That process outlives a run that is killed, and then marks it as failed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any
 from megatron.files.regular import parse_json
 from megatron.train.wandb_run import WandbRun, read_wandb_run
 
-EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # the contract's
-LOCK_SECONDS = 30.0  # that the next slice waits for this process of the slice before
-LAST_SECONDS = 600  # that this process lives at most after its run
+EXIT_CODES = {"finished": 0, "failed": 1, "preempted": 75}  # the exit statuses of the pretraining programs
+LOCK_SECONDS = 30.0  # how long the next slice waits for this process of the slice before
+MAX_SECONDS_AFTER_RUN = 600
 OFFLINE = ("offline", "dryrun", "disabled")
 
 Reply = Callable[[Mapping[str, Any]], None]
 
 
 def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
-    """Yield the messages of the run, as many at once as have come, until the run ends."""
+    """Yield the messages of the run, all that have arrived at a time, until the run ends."""
     left = b""
     while True:
         try:
@@ -46,7 +46,7 @@ def receive(channel: socket.socket) -> Iterator[list[dict[str, Any]]]:
 
 
 def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
-    """Open W&B's own run; without a network one whose points stay on the disk. Raises any exception of W&B."""
+    """Open the W&B run; without a network, an offline run whose points stay on the disk. Raises any exception of W&B."""
     import wandb
 
     wanted = {name: value for name, value in setup["init"].items() if value is not None}
@@ -61,18 +61,18 @@ def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
 
 
 class Writer:
-    """Hands points to a W&B run, each once, and keeps how far it came."""
+    """Logs points to a W&B run, each once, and records the newest."""
 
     def __init__(self, setup: Mapping[str, Any], run: Any, reply: Reply) -> None:
         self._run, self._reply, self._failing = run, reply, set[str]()
         self._path = Path(setup["record"]) if setup["record"] else None
         kept, wanted = read_wandb_run(self._path), WandbRun(**setup["run"])
-        # A slice before may have handed over more since this one began.
+        # The process of the slice before may have logged more since this slice read the record.
         self.record = replace(kept, settings=wanted.settings) if kept.id == wanted.id else wanted
         self._begun = self.record.iteration
 
-    def take(self, messages: list[dict[str, Any]]) -> str | None:
-        """Log the points that are new, and return how the run ended, where a message says so."""
+    def log_points(self, messages: list[dict[str, Any]]) -> str | None:
+        """Log the points that are new. Return how the run ended if one of the messages says so."""
         ended = None
         for message in messages:
             if "ended" in message:
@@ -82,26 +82,26 @@ class Writer:
             newest = self.record.iteration if split is None else self.record.evaluations.get(split, -1)
             if step <= newest:
                 continue
-            # W&B takes nothing at a step that an earlier slice has closed: what comes late to one stands at the next.
+            # W&B refuses points of a step that an earlier slice has closed, so a late point goes to the next step.
             with self._surviving("points cannot be logged"):
-                # As text come NaN and the infinite, which JSON has not.
+                # NaN and infinity, which JSON does not have, are sent as text.
                 values = {tag: float(v) if isinstance(v, str) else v for tag, v in message["values"].items()}
                 self._run.log(values, step=max(step, self._begun + 1))
             if split is None:
                 self.record = replace(self.record, iteration=step)
             else:
                 self.record = replace(self.record, evaluations={**self.record.evaluations, split: step})
-        self.keep()
+        self.write_record()
         return ended
 
-    def keep(self) -> None:
-        """Write to the record how far the run came."""
+    def write_record(self) -> None:
+        """Write the newest points to the record beside the checkpoints."""
         if self._path is not None:
             with self._surviving(f"{self._path} cannot be written"):
                 self.record.write(self._path)
 
     def finish(self, ended: str) -> None:
-        """Tell W&B how the run ended, and wait until it has everything."""
+        """Report to W&B how the run ended, and wait until it has everything."""
         with self._surviving("the run cannot be finished"):
             if ended == "preempted":
                 self._run.mark_preempting()
@@ -113,28 +113,28 @@ class Writer:
 
 
 class _Surviving:
-    """Reports anything that goes wrong inside the block, each kind once, and goes on."""
+    """Suppresses any exception inside the block, and reports each kind of failure once."""
 
-    def __init__(self, what: str, told: set[str], reply: Reply) -> None:
-        self._what, self._told, self._reply = what, told, reply
+    def __init__(self, what: str, reported: set[str], reply: Reply) -> None:
+        self._what, self._reported, self._reply = what, reported, reply
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if error is not None and self._what not in self._told:
-            self._told.add(self._what)
+        if error is not None and self._what not in self._reported:
+            self._reported.add(self._what)
             self._reply({"failed": self._what, "error": error_text(error), "then": "the run goes on"})
         return True
 
 
 def error_text(error: BaseException) -> str:
-    """Return an error in one line."""
+    """Return the class and the message of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def wait_for_previous_slice(directory: Path) -> None:
-    """Hold the W&B directory, which the process of the slice before may still write to. Where locks are unknown, go on."""
+    """Lock the W&B directory, which the process of the slice before may still write to; do without where flock fails."""
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, until = os.open(directory, os.O_RDONLY), time.monotonic() + LOCK_SECONDS
@@ -148,10 +148,10 @@ def wait_for_previous_slice(directory: Path) -> None:
 
 
 def serve_run(channel: socket.socket) -> None:
-    """Carry out the messages of a run, until its end."""
+    """Handle the messages of a run, until its end."""
 
     def reply(values: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # a run that is gone
+        with suppress(OSError):  # the run has ended
             channel.sendall(json.dumps(values).encode() + b"\n")
 
     messages = receive(channel)
@@ -165,12 +165,12 @@ def serve_run(channel: socket.socket) -> None:
     except BaseException as error:
         reply({"failed": "cannot be used", "error": error_text(error), "then": "the run goes on without it"})
         return
-    reply({"told": f"W&B: run {setup['run']['id']}, {getattr(run, 'url', None) or 'below ' + setup['init']['dir']}"})
+    reply({"info": f"W&B: run {setup['run']['id']}, {getattr(run, 'url', None) or 'below ' + setup['init']['dir']}"})
     writer = Writer(setup, run, reply)
-    ended = writer.take(rest)
+    ended = writer.log_points(rest)
     for batch in messages:
-        ended = writer.take(batch) or ended
-    signal.alarm(LAST_SECONDS)  # W&B may wait for a network for ever
+        ended = writer.log_points(batch) or ended
+    signal.alarm(MAX_SECONDS_AFTER_RUN)  # W&B may wait for a network for ever
     writer.finish(ended or "failed")
     reply({"done": True})
 
@@ -178,10 +178,10 @@ def serve_run(channel: socket.socket) -> None:
 def main() -> None:
     """Run the writer."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they are meant for the run, whose end is heard of
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the run, whose end closes the socket
     channel = socket.socket(fileno=os.dup(0))
     nowhere = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nowhere, 0)  # W&B's own processes must not hold the socket
+    os.dup2(nowhere, 0)  # W&B's own processes would inherit the socket as stdin and keep it open
     os.close(nowhere)
     serve_run(channel)
 

@@ -192,7 +192,7 @@ def test_nobody_waits_for_a_deletion(tmp_path, async_save):
     for iteration in (100, 200, 300, 400):
         run.state.iteration = iteration
         saver.save()
-        saver._settle()
+        saver._finish_pending()
         assert list(iterations(tmp_path)) == [iteration]
     assert len(list(tmp_path.glob(".iter_*.deleted"))) == 3
     storage.opened.set()
@@ -220,7 +220,7 @@ def test_a_deletion_never_meets_a_save(tmp_path):
     for iteration in (100, 200):
         run.state.iteration = iteration
         saver.save()
-        saver._settle()
+        saver._finish_pending()
     saver.finish()
     verify(tmp_path / "iter_0000200")
     assert not list(tmp_path.glob("*/shard_00009*"))

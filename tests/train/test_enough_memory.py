@@ -14,7 +14,7 @@ from megatron.launch.errors import InputError
 from megatron.mesh.grid import Grid
 from megatron.plan import enough_memory
 from megatron.plan.enough_memory import Room, check_memory, states, total
-from megatron.train.in_job import explain_error
+from megatron.train.job_runner import explain_error
 
 GIB = 2**30
 COMMAND = (

@@ -46,9 +46,11 @@ def ours() -> LockHolder:
 def test_a_lock_is_taken_and_released(tmp_path):
     root = tmp_path / "a" / "run"
     taken = acquire(root, ours(), pytest.fail)
-    assert taken is not None and LockHolder.of((root / LOCK_FILE).read_text()) == ours()
-    taken.name_ranks([OWN, FAR])
-    assert LockHolder.of((root / LOCK_FILE).read_text()) == LockHolder("now", (OWN, FAR)) and os.listdir(root) == [LOCK_FILE]
+    assert taken is not None and LockHolder.from_text((root / LOCK_FILE).read_text()) == ours()
+    taken.set_processes([OWN, FAR])
+    assert LockHolder.from_text((root / LOCK_FILE).read_text()) == LockHolder("now", (OWN, FAR)) and os.listdir(root) == [
+        LOCK_FILE
+    ]
     taken.release()
     assert not root.exists()
 
@@ -125,7 +127,7 @@ def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
 def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.02)
     lost = threading.Event()
-    monkeypatch.setattr(lock, "_end", lambda text: lost.set())
+    monkeypatch.setattr(lock, "_exit_with_error", lambda text: lost.set())
     taken = acquire(tmp_path, ours(), pytest.fail)
     os.utime(tmp_path / LOCK_FILE, (0, 0))
     deadline = time.monotonic() + 20.0
@@ -164,8 +166,8 @@ def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
     """Only the lock that was judged dead is taken out of the way."""
     held(tmp_path, FAR)
     dead, text = LockReading(LockHolder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / LOCK_FILE).read_text()
-    assert not lock._cleared(tmp_path / LOCK_FILE, dead) and (tmp_path / LOCK_FILE).read_text() == text
-    assert lock._cleared(tmp_path / LOCK_FILE, LockReading(text, 0, 0.0)) and os.listdir(tmp_path) == []
+    assert not lock._remove_dead_lock(tmp_path / LOCK_FILE, dead) and (tmp_path / LOCK_FILE).read_text() == text
+    assert lock._remove_dead_lock(tmp_path / LOCK_FILE, LockReading(text, 0, 0.0)) and os.listdir(tmp_path) == []
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
@@ -203,7 +205,7 @@ def test_a_touch_in_the_future_is_not_believed_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     taken = acquire(tmp_path, ours(), lambda line: None)
-    assert LockHolder.of((tmp_path / LOCK_FILE).read_text()) == ours()
+    assert LockHolder.from_text((tmp_path / LOCK_FILE).read_text()) == ours()
     taken.release()
 
 

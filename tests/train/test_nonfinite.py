@@ -25,11 +25,11 @@ DEEP = replace(GPT2, num_layers=4)
 
 def test_a_nonfinite_event_is_described():
     finding = Finding(1, FORWARD, 0, 3, 5, "the output of layers.12.mlp.down", 2, (7, 8, 9, 11), ": dp 1, tp 1")
-    assert str(NonFinite(finding, 2, 8, again=True)) == (
+    assert str(NonFinite(finding, 2, 8, reproduced=True)) == (
         "the output of layers.12.mlp.down is not finite "
         "(layer 12, stage 2, rank 5: dp 1, tp 1, samples 7-9, 11, 2 of 8 ranks saw some)"
     )
-    loss = NonFinite(replace(finding, what="the loss", coordinates=""), 1, 1, again=False)
+    loss = NonFinite(replace(finding, what="the loss", coordinates=""), 1, 1, reproduced=False)
     assert loss.layer is None and str(loss) == (
         "the loss is not finite (stage 2, rank 5, samples 7-9, 11); a second run of the step was finite, so suspect the device"
     )

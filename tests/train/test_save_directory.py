@@ -17,7 +17,7 @@ from megatron.checkpoint.storage import Storage
 from megatron.config.errors import ConfigError
 from megatron.config.schema import CheckpointConfig, EvalConfig, RunSettings, TaskConfig
 from megatron.mesh.mesh import Mesh
-from megatron.train.going_on import resume_advice
+from megatron.train.interrupt import resume_advice
 from megatron.train.resume import find_source
 from megatron.train.save_directory import CheckpointsToReplace, check_save, set_metrics_aside, set_run_aside
 from megatron.train.source import StateSource

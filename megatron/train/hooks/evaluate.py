@@ -1,4 +1,4 @@
-"""Evaluations during training and at its end: losses of held-out samples, and a task's score."""
+"""Evaluate during training and at its end: the losses of held-out samples, and a task's score."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class HeldOut:
 
     Attributes:
         split: its name, `validation` or `test`.
-        open: opens the samples at their beginning, so that every evaluation sees the same ones.
+        open: opens the samples from the first one on, so that every evaluation sees the same ones.
     """
 
     split: str
     open: Callable[[], Loader]
 
     def evaluate(self, training: Training, title: str) -> None:
-        """Evaluate the model as it is and tell the sinks. Collective. Training goes on as if this had not been.
+        """Evaluate the current model, and report the losses to the sinks. Collective. Training is not affected.
 
-        Where the run is to stop meanwhile, the evaluation is given up, nothing is told, and `training.request` says so.
+        If the run is asked to stop meanwhile, the evaluation is abandoned without a report, and `training.request` is set.
 
         Args:
             training: the run.
-            title: what the console says of when this is.
+            title: names the evaluation on the console: `iteration 100`.
         """
         run = training.run
         run.job.watch.doing(f"opening the {self.split} data", alone=True)
@@ -46,7 +46,7 @@ class HeldOut:
                 should_stop=training.should_stop,
             )
         finally:
-            loader.close()  # ends its threads also where the evaluation fails
+            loader.close()  # ends its threads even when the evaluation fails
         if losses is None:
             return
         lm, sop = losses
@@ -57,12 +57,12 @@ class HeldOut:
 
 
 class Evaluate(Hook):
-    """Makes the evaluations that are due; one that was given up for a stop is the first thing that the resumed run does.
+    """Makes the evaluations that are due. A resumed run first repeats the one that was abandoned for a stop.
 
     Args:
-        validation: the samples whose loss is computed every --eval-interval iterations; None where there are none.
-        score: what else is measured and told; it asks `training.should_stop` between its steps.
-        score_interval: every so many iterations.
+        validation: the samples whose loss is computed every --eval-interval iterations; None for none.
+        score: measures and reports a task's score; it calls `training.should_stop` between its steps.
+        score_interval: iterations between two scores.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Evaluate(Hook):
 
     def after_step(self, training: Training, report: StepReport) -> None:
         state, interval = training.run.state, training.run.config.eval.eval_interval
-        # Saved with the state, so that a run which stops here makes the evaluation when it resumes.
+        # Checkpoints save this, so that a run which stops here makes the evaluation when it resumes.
         validates = self._validation is not None and is_due(state.iteration, interval)
         more = training.iteration < training.last_iteration
         state.evaluation_due = more and (validates or self._scores(state.iteration))
@@ -93,7 +93,7 @@ class Evaluate(Hook):
         iteration, interval = training.iteration, training.run.config.eval.eval_interval
         scores = self._scores(iteration)
         with training.timer.paused():
-            # A resumed run may be asked for an evaluation that its new intervals do not name: then the loss is the one.
+            # After a resume with other intervals neither may be due at this iteration; then the validation loss is evaluated.
             if self._validation is not None and interval and (is_due(iteration, interval) or not scores):
                 self._validation.evaluate(training, f"iteration {iteration}")
             if self._score is not None and scores and training.request.stop is None:
@@ -102,7 +102,7 @@ class Evaluate(Hook):
 
 
 def final_evaluations(training: Training, splits: Iterable[HeldOut]) -> None:
-    """Evaluate the finished model on each split. Collective. A stop leaves all of them to the next start."""
+    """Evaluate the finished model on each split. Collective. After a stop, the next start repeats all of them."""
     config = training.run.config
     draw = f"{config.eval.eval_iters * final_batch_size(config.batch)}-sample draw"
     for held_out in splits:

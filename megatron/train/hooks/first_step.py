@@ -1,4 +1,4 @@
-"""The note that a slice of a run came further than its start."""
+"""Record that a slice of a run has made a step."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megatron.train.report import StepReport
 
 
 class NoteFirstStep(Hook):
-    """Notes the first step of a slice in `progress.json`, which counts the slices in a row that made none."""
+    """Records the first step of a slice in `progress.json`, which counts the slices in a row without a step."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def after_step(self, training: Training, report: StepReport) -> None:
-        # Once a slice: any later step would only write the same again.
+        # Only after the first step, since later ones would write the same again.
         if training.run.job.is_main and training.iteration == training.start + 1:
-            self._progress.moved()
+            self._progress.note_first_step()

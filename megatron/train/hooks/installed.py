@@ -1,14 +1,14 @@
 """Hooks of other packages: entry points of the group `megatron.hooks`.
 
-A package brings one in its pyproject.toml, and takes part in every run of an environment in which it is installed; the run says
-so in a line. The entry point names a class, or a function without arguments that makes the hook:
+A package declares a hook in its pyproject.toml. The hook then takes part in every run of an environment in which the package is
+installed, and the run prints a line about it. The entry point names a class, or a function without arguments that returns one:
 
     [project.entry-points."megatron.hooks"]
     samples = "my_package.samples:WriteSamples"
 
-The hook is a `megatron.train.loop.Hook`, on every rank. It comes before the log line, so it can put values of its own there,
-in `training.extra_metrics`; and on the first rank it can add a sink to `training.sinks` before training begins. What is not
-training time stands in `with training.timer.paused()`.
+The hook is a `megatron.train.loop.Hook`, created on every rank. It is called before the log line is written, so it can add
+values to that line in `training.extra_metrics`; in `before_training`, on the first rank, it can add a sink to `training.sinks`.
+Work that is not training time belongs in `with training.timer.paused()`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ GROUP = "megatron.hooks"
 
 
 def installed_hooks() -> dict[str, Hook]:
-    """Return the hooks of installed packages, by what a run says of each.
+    """Return the hooks of installed packages, by the description that a run prints of each.
 
     Raises:
-        InputError: a package does not hold what it should.
+        InputError: an entry point cannot be loaded, or is not a hook.
     """
     found = sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value))
-    return {f"{entry.name}, {entry.value}": _made(entry) for entry in found}
+    return {f"{entry.name}, {entry.value}": _load_hook(entry) for entry in found}
 
 
-def _made(entry: EntryPoint) -> Hook:
+def _load_hook(entry: EntryPoint) -> Hook:
     try:
         hook = entry.load()()
     except (ImportError, AttributeError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The log lines: a step's values for every sink, and every --log-interval steps their averages."""
+"""Report the values of every step to the sinks, and every --log-interval steps their averages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron.train.report import LogContext, Metrics, StepReport, causal_share,
 
 
 class Log(Hook):
-    """Measures steps and hands their values to the sinks.
+    """Computes the metrics of steps and sends them to the sinks.
 
     Args:
         config: the resolved configuration.
-        device: the device of this rank, of whose peak MFU is a share.
+        device: the device of this rank; MFU is relative to its peak FLOP/s.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Log(Hook):
         self._flops, self._causal_share = sample_flops(config), causal_share(config)
         self._peak = peak_tflops(device, config.log.peak_tflops)
         self._line_began = self._step_began = 0.0
-        self._steps = self._tokens = self._samples = 0  # since the last line
+        self._steps = self._tokens = self._samples = 0  # since the last log line
 
     def before_training(self, training: Training) -> None:
         self._line_began = self._step_began = training.timer.now()
@@ -47,7 +47,7 @@ class Log(Hook):
             self._line_began, self._steps, self._tokens, self._samples = now, 0, 0, 0
 
     def _log_step(self, training: Training, report: StepReport, seconds: float, context: LogContext) -> None:
-        """Hand the step's own values to the sinks."""
+        """Send the values of one step to the sinks."""
         metrics = self._metrics(training, report, seconds, int(not report.left_out), report.tokens, report.samples)
         if not report.skipped:
             metrics = replace(metrics, lm_loss=report.lm_loss, sop_loss=report.sop_loss)
@@ -55,7 +55,7 @@ class Log(Hook):
             sink.step(metrics, context)
 
     def _log_line(self, training: Training, report: StepReport, seconds: float, context: LogContext) -> None:
-        """Hand the averages since the last line to the sinks."""
+        """Send the averages since the last log line to the sinks."""
         state = training.run.state
         metrics = self._metrics(training, report, seconds, self._steps, self._tokens, self._samples)
         if state.window_steps:
@@ -67,14 +67,14 @@ class Log(Hook):
 
     def _context(self, training: Training, report: StepReport, elapsed: float) -> LogContext:
         state, schedule = training.run.state, training.run.schedule
-        to_go = training.last_iteration - state.iteration
+        remaining = training.last_iteration - state.iteration
         return LogContext(
             global_batch_size=report.samples,
             train_iters=training.last_iteration,
             world_size=training.run.job.env.world_size,
             zeros=report.zeros,
             params_norm=report.params_norm,
-            eta_seconds=elapsed / self._steps * to_go if self._steps else None,
+            eta_seconds=elapsed / self._steps * remaining if self._steps else None,
             skipped_samples=state.skipped_samples,
             decoupled_lr=schedule.decoupled_rate(state.scheduled_samples) if schedule.decoupled else None,
         )
@@ -82,9 +82,9 @@ class Log(Hook):
     def _metrics(
         self, training: Training, report: StepReport, seconds: float, steps: int, tokens: int, samples: int
     ) -> Metrics:
-        """Return the metrics of steps that took `seconds` together; left-out steps, which train nothing, are not counted."""
+        """Return the metrics of `steps` steps that took `seconds` together, not counting those of --skip-train-iterations."""
         run, state, share = training.run, training.run.state, self._causal_share
-        # FLOPs of all samples over all ranks: `samples` are the global batch's.
+        # `samples` counts global batches, so their FLOPs are divided by the number of ranks.
         tflops = self._flops * samples / seconds / run.job.env.world_size / 1e12 if steps else None
         mfu = tflops / self._peak if tflops is not None and self._peak else None
         on_gpu = self._device.type == "cuda"

@@ -1,4 +1,4 @@
-"""Save checkpoints during training, and report how those written in the background went."""
+"""Save checkpoints during training, and check on those that are written in the background."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron.train.saving import Saver
 
 
 class CheckSave(Hook):
-    """Reports how a save in the background went; CheckpointError where it failed."""
+    """Reports the end of a background save; raises CheckpointError if it failed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
@@ -18,7 +18,7 @@ class CheckSave(Hook):
 
 
 class Save(Hook):
-    """Saves a checkpoint at --save-interval, on request, and after the last iteration; collective."""
+    """Saves a checkpoint at --save-interval, on request, and after the last iteration. Collective."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver, self._tried_at = saver, -1

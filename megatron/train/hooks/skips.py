@@ -1,4 +1,4 @@
-"""Count the steps without an update, and report each on a line."""
+"""Count the steps without an update, and log each on a line."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from megatron.train.state import TrainState
 
 
 class LogSkips(Hook):
-    """Counts the steps without an update, and tells each when it happens, with what was not finite."""
+    """Counts the steps without an update, and logs each of them with the value that was not finite."""
 
     def __init__(self, skips: SkipCounter) -> None:
         self._skips = skips
 
     def after_step(self, training: Training, report: StepReport) -> None:
         self._skips.count(report)
-        if (text := _event(training.run.state, report)) is not None:
+        if (text := _describe_skip(training.run.state, report)) is not None:
             training.log(f"iteration {training.iteration}: {text}")
 
 
-def _event(state: TrainState, report: StepReport) -> str | None:
-    """Return the line on a step that was left out, or in which something was not finite; None for any other."""
+def _describe_skip(state: TrainState, report: StepReport) -> str | None:
+    """Return the text about a step that was skipped, or in which a value was not finite; None for any other step."""
     if report.left_out:
         return "left out, as --skip-train-iterations says; its samples are passed over"
     if report.skipped:

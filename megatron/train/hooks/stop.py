@@ -1,4 +1,4 @@
-"""The ends of training: on request, and at --exit-interval."""
+"""Stop training on request, and at --exit-interval."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from megatron.train.stopping import Request
 
 
 class AgreeOnStop(Hook):
-    """Asks at every boundary of a step whether to stop or to save now; collective.
+    """Lets the ranks agree after every step on whether to stop or to save now. Collective.
 
     Args:
-        evaluations_follow: whether the finished model is evaluated. Where it is not, the last step is the end, and a request
-            during that step came too late to be one.
+        evaluations_follow: the finished model is evaluated. If it is not, a request to stop during the last step is ignored,
+            since nothing follows that it could stop.
     """
 
     def __init__(self, *, evaluations_follow: bool) -> None:
         self._evaluations_follow = evaluations_follow
 
     def after_step(self, training: Training, report: StepReport) -> None:
-        # How long the next step will take at least, by which a time limit must be met early.
+        # An estimate for the next step, which must fit before a time limit.
         seconds = training.timer.now() - training.step_began
         save_due = is_due(training.iteration, training.run.config.checkpoint.save_interval)
         training.request = training.stopping.ask(seconds, save_due=save_due)

@@ -1,4 +1,4 @@
-"""Run a job: each rank prepares by itself, then all work together; an error is reported once, by one rank."""
+"""Run a job of several ranks: each prepares its inputs alone, then all work together. One rank reports an error, once."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def run_in_job(
     save: str | None = None,
     compiled: bool = False,
 ) -> int:
-    """Prepare on each rank by itself, then run on all together.
+    """Call `prepare` on each rank alone, form the process group, and call `run` on all ranks.
 
-    An error of a single process is raised; of several ranks one reports it, and all end.
+    An error of a single process is raised. With several ranks, one rank reports the error, and all end.
 
     Args:
-        prepare: makes what this rank needs, without the others; raises InputError.
-        run: the work of all ranks; returns the exit status.
+        prepare: builds this rank's inputs without the other ranks; raises InputError.
+        run: does the work of all ranks; returns the exit status.
         layout: timeouts and backend of the process group.
         env: the launcher's description of this process.
-        signals: what asks the job to stop.
-        early: the end of a job that is stopped before the ranks have joined.
-        save: the directory that is this job's alone meanwhile.
-        compiled: the first work of a kind may take any time, since it is compiled.
+        signals: the signals that ask the job to stop.
+        early: ends a job that is stopped before the process group has formed.
+        save: the directory to lock for this job; None locks nothing.
+        compiled: layers are compiled, so the watchdog sets no limit to the first action of each kind.
 
     Returns:
         The exit status of `run`.
@@ -62,24 +62,24 @@ def run_in_job(
     hang = layout.hang_timeout_seconds or math.inf
     timeouts = WatchdogTimeouts(hang=hang, first=math.inf if compiled else hang)
     timeout = layout.distributed_timeout_minutes
-    tell = partial(print_lines, sys.stdout if env.rank == 0 else None)
+    log = partial(print_lines, sys.stdout if env.rank == 0 else None)
     with (
         guarded(env, timeout, explain=explain_error, timeouts=timeouts, signals=signals, early=early) as guard,
-        hold_lock(save, guard, env, tell) as joined,
+        hold_lock(save, guard, env, log) as record_ranks,
     ):
         prepared = prepare(guard.watch)
-        # Before the process group forms, in which a rank that failed would leave the others waiting.
-        guard.wait_for_all("preparing their data", tell)
-        joined()
+        # Before the process group forms: inside it, a rank that failed to prepare would leave the others waiting.
+        guard.wait_for_all("preparing their data", log)
+        record_ranks()
         with job(env, layout.distributed_backend, timeout, guard=guard) as started:
             return run(prepared, started)
 
 
 def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
-    """Return the exit status of `work`, or of the error that ended it, which is reported on stderr.
+    """Return the exit status of `work`, or that of the error that ended it, which is reported on stderr.
 
     Args:
-        work: a job; `run_in_job`.
+        work: runs the job, by `run_in_job`.
         env: the launcher's description of this process.
     """
     try:
@@ -89,21 +89,24 @@ def report_errors(work: Callable[[], int], env: LaunchEnvironment) -> int:
     except (InputError, JobError) as error:
         write_error_file(f"error: {error}")
         return print_error(f"error: {error}", error.status)
-    except Exception as error:  # of several ranks only what no watch saw: they did not find one another
+    except Exception as error:  # with several ranks the watchdog reports errors; here are those before the ranks have met
         where = f"rank {env.rank} on host {os.uname().nodename}"
-        words = explain_error(error, where)
-        text = f"error: {words}" if words else f"error: {where}: {type(error).__name__}: {error}"
+        message = explain_error(error, where)
+        text = f"error: {message}" if message else f"error: {where}: {type(error).__name__}: {error}"
         write_error_file(text)
-        return print_error(text if words else traceback.format_exc() + text, exit_status(error))
+        return print_error(text if message else traceback.format_exc() + text, exit_status(error))
 
 
 def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) -> bool:
-    """End all ranks with what this one has found; does not return then. False where there is no first rank to tell it to.
+    """End all ranks with the mistakes that this rank has found in the command. Does not return once rank 0 has them.
 
     Args:
         error: the mistakes.
-        env: of this process.
-        minutes: to wait for the first rank.
+        env: the launcher's description of this process.
+        minutes: time to wait for rank 0.
+
+    Returns:
+        False when rank 0 cannot be reached.
     """
     exit_0_on_sigterm(env)
     try:
@@ -114,13 +117,13 @@ def refuse_on_all(error: ConfigError, env: LaunchEnvironment, minutes: float) ->
 
 
 def explain_error(error: BaseException, where: str) -> str | None:
-    """Return the words for an error that needs no traceback; None for any other.
+    """Return the message of an error that needs no traceback; None for any other error.
 
     Args:
         error: the exception.
-        where: rank, host and phase, for an error that may be this rank's alone.
+        where: rank, host and phase, which go before the message of an error that other ranks may not have.
     """
-    if isinstance(error, TrainingError | CheckpointError):  # the same on all ranks
+    if isinstance(error, TrainingError | CheckpointError):  # raised by all ranks alike, so no rank is named
         return str(error)
     if isinstance(error, DataError | InputError):
         return f"{where}: {error}"
@@ -128,22 +131,22 @@ def explain_error(error: BaseException, where: str) -> str | None:
     return f"{where}: {memory}; {LOWER_MEMORY}" if memory else None
 
 
-def print_error(message: str, status: int, speak: bool = True) -> int:
+def print_error(message: str, status: int, is_reporter: bool = True) -> int:
     """Print an error message to stderr, and return the exit status.
 
     Args:
         message: the whole message.
         status: the exit status to return.
-        speak: false on a rank that leaves the message to another.
+        is_reporter: false on a rank that leaves the message to another.
     """
-    if speak:
+    if is_reporter:
         print(message, file=sys.stderr, flush=True)
     return status
 
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """Turn errors of a setting, of data or of a checkpoint inside the block into InputError."""
+    """Turn a ConfigError, DataError or CheckpointError raised inside the block into an InputError."""
     try:
         yield
     except ConfigError as error:
@@ -153,7 +156,7 @@ def as_input_error() -> Iterator[None]:
 
 
 def print_lines(out: TextIO | None, *lines: str) -> None:
-    """Print lines at once; nothing where this rank has no output."""
+    """Print and flush lines; print nothing when `out` is None, as on all ranks but the first."""
     for line in lines:
         if out is not None:
             print(line, file=out, flush=True)

@@ -1,7 +1,7 @@
-"""Tell the user how to go on with a run that was stopped: the command, and the answer to Ctrl-C. Imports no torch.
+"""Answer Ctrl-C during a run, and give the command that resumes a stopped run. Imports no torch.
 
-torchrun passes the first Ctrl-C on to its processes as SIGINT, kills them half a minute later, and ends them with SIGTERM at
-the second. Under plain python the processes get each Ctrl-C themselves.
+torchrun forwards the first Ctrl-C to its processes as SIGINT and kills them half a minute later; at the second Ctrl-C it sends
+them SIGTERM. Under plain python the processes receive each Ctrl-C themselves.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.exit_report import write_error_file, write_stderr
 from megatron.launch.signals import InterruptHandler
 
-INTERRUPTED = 130  # the exit status of what a second Ctrl-C ends, as shells have it
+INTERRUPTED = 130  # exit status after a second Ctrl-C: 128 + SIGINT, as shells report it
 
 
 def resume_advice(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
-    """Return the advice for going on with a run that has saved: the same command with --auto-resume, without --overwrite."""
+    """Return the advice on resuming a run that has saved: the same command with --auto-resume and without --overwrite."""
     if checkpoint.auto_resume:
         return "start again to go on"
     kept = [word for word in command if word.replace("_", "-") != "--overwrite"]
@@ -29,34 +29,37 @@ def resume_advice(command: Sequence[str], checkpoint: CheckpointConfig) -> str:
     return f"start again with --auto-resume{file} to go on: {shlex.join([*kept, '--auto-resume'])}"
 
 
-class CtrlC(InterruptHandler):
-    """Answers Ctrl-C for a run. The first rank speaks, since all of them hear it.
+class RunInterruptHandler(InterruptHandler):
+    """Answers Ctrl-C for a run. Every rank receives it, but only rank 0 prints.
 
-    checkpoint, command: set as soon as the command has been read; `typed_command`.
+    Attributes:
+        checkpoint: the checkpoint settings; the defaults until the command line has been read.
+        command: the command as the user typed it; empty until then.
     """
 
     def __init__(self, env: LaunchEnvironment) -> None:
-        self._first, self.relayed = env.rank == 0, env.launcher == "torchrun"
+        self._is_rank_0, self.relayed = env.rank == 0, env.launcher == "torchrun"
         self.echo = 0.5 if env.world_size > 1 else 0.0
         self.checkpoint = CheckpointConfig()
         self.command: Sequence[str] = ()
 
     def first(self) -> None:
-        """Say that the run saves, and for how long its launcher waits."""
-        if self._first:
+        """Print that the run saves a checkpoint, and how long its launcher waits for that."""
+        if self._is_rank_0:
             what = "saving a checkpoint" if self.checkpoint.save is not None else "without --save nothing is kept"
             limit = "; torchrun kills what is not done in half a minute" if self.relayed else ""
             write_stderr(f"Ctrl-C: stopping at the end of this step, {what}{limit}; a second Ctrl-C ends at once\n")
 
     def again(self, name: str) -> None:
-        """End this process, and say what is kept."""
+        """End this process, and print which checkpoint remains."""
         text = f"ended at once by a second Ctrl-C ({name}); {self._kept()}\n"
-        if self._first:
+        if self._is_rank_0:
             write_stderr(text)
         write_error_file(text)
         os._exit(INTERRUPTED)
 
     def _kept(self) -> str:
+        """Return which checkpoint remains after an immediate end, and how to resume from it."""
         if self.checkpoint.save is None:
             return "nothing is kept, because there is no --save"
         from megatron.checkpoint.layout import CheckpointError, read_tracker
