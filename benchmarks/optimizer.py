@@ -35,7 +35,7 @@ from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
-from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.spec import ParameterSpec, Part, describe
 
 LR, DECAY, CLIP = 1e-3, 0.01, 1.0
 DDP, ZERO = "torch DDP + AdamW", "torch DDP + ZeroRedundancyOptimizer"
@@ -77,7 +77,7 @@ class Row(nn.Module):
         generator = torch.Generator().manual_seed(1)
         for number in range(case.parameters):
             for kind, shape in (("weight", (case.width, case.width)), ("bias", (case.width,))):
-                spec = ParamSpec(f"{number}.{kind}", shape, Part.whole(shape), decay=kind == "weight")
+                spec = ParameterSpec(f"{number}.{kind}", shape, Part.whole(shape), decay=kind == "weight")
                 self.held.append(describe(nn.Parameter(torch.randn(shape, generator=generator)), spec))
 
     def forward(self, factor: float) -> Tensor:

@@ -12,7 +12,7 @@ from megatron.parallel.spec import Shard, param_spec
 
 
 class ModuleWeights:
-    """The `Checkpointable` of one or several modules (a rank's stages) whose parameters know their ParamSpec."""
+    """The `Checkpointable` of one or several modules (a rank's stages) whose parameters know their ParameterSpec."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]

@@ -19,8 +19,10 @@ from megatron.data.gpt import SampleSource
 class GPTCollator:
     """Collate GPT samples into a `Batch`.
 
-    vocab_size: token ids from here on are an error. eod: the id that ends a document, needed by the three options, which are
-    those of `--reset-position-ids`, `--reset-attention-mask` and `--eod-mask-loss`.
+    Attributes:
+        vocab_size: token ids from here on are an error.
+        eod: the id that ends a document, needed by the three options, which are those of `--reset-position-ids`,
+            `--reset-attention-mask` and `--eod-mask-loss`.
     """
 
     vocab_size: int

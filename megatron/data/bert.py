@@ -26,9 +26,12 @@ SPECIAL_TOKENS = 3  # [CLS] and two [SEP]
 class PairSample:
     """One sample of BERT, without padding.
 
-    tokens: int64 `[n]`, the ids that the model sees. labels: int64 `[n]`, the ids before masking. loss_mask: bool `[n]`, the
-    positions to predict. first_length: tokens of the first segment, with [CLS] and its [SEP]. swapped: whether the second
-    segment's sentences stood before the first's.
+    Attributes:
+        tokens: int64 `[n]`, the ids that the model sees.
+        labels: int64 `[n]`, the ids before masking.
+        loss_mask: bool `[n]`, the positions to predict.
+        first_length: tokens of the first segment, with [CLS] and its [SEP].
+        swapped: whether the second segment's sentences stood before the first's.
     """
 
     tokens: NDArray[np.int64]
@@ -42,9 +45,11 @@ class PairSample:
 class PairRules:
     """Settings by which sentences become samples.
 
-    max_length: tokens of a sample, special ones included. short_seq_prob: share of samples with a random, shorter length.
-    binary_head: make two segments, for the model's binary head. cls, sep: ids of [CLS] and [SEP]. seed: seed of all random
-    numbers.
+    Attributes:
+        max_length: tokens of a sample, special ones included.
+        short_seq_prob: share of samples with a random, shorter length.
+        binary_head: make two segments, for the model's binary head. cls, sep: ids of [CLS] and [SEP].
+        seed: seed of all random numbers.
     """
 
     max_length: int

@@ -18,8 +18,10 @@ from megatron.data.gpt import SampleSource
 class BertCollator:
     """Collate sentence pairs into a `Batch`.
 
-    seq_length: tokens of a padded row. pad_id: id of padding. binary_head: whether the model has a binary head, which wants
-    segments and their order.
+    Attributes:
+        seq_length: tokens of a padded row.
+        pad_id: id of padding.
+        binary_head: whether the model has a binary head, which wants segments and their order.
     """
 
     seq_length: int

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 class TokenColumn:
     """Tokens of one block of documents, for one key of their JSON objects.
 
-    empty: documents without tokens. longest_part: characters that the tokenizer was given at once, at most.
+    Attributes:
+        empty: documents without tokens.
+        longest_part: characters that the tokenizer was given at once, at most.
     """
 
     tokens: NDArray[Any]  # [tokens], of all documents

@@ -35,8 +35,9 @@ MAX_QUEUED_BYTES = 1 << 24  # of JSON that is under way, for each worker
 class PreprocessConfig:
     """Settings of preprocessing.
 
-    keys: of the JSON objects; each gets a dataset of its own. plain_special_tokens: those that stand in a text are text like
-    any other.
+    Attributes:
+        keys: of the JSON objects; each gets a dataset of its own.
+        plain_special_tokens: those that stand in a text are text like any other.
     """
 
     tokenizer: TokenizerConfig
@@ -52,8 +53,11 @@ class PreprocessConfig:
 class EncodedBlock:
     """One block of lines after tokenization.
 
-    columns: one for each key. size: bytes of JSON. bad: reasons and skipped lines. special_tokens: number of times that each
-    one stands in the texts.
+    Attributes:
+        columns: one for each key.
+        size: bytes of JSON.
+        bad: reasons and skipped lines.
+        special_tokens: number of times that each one stands in the texts.
     """
 
     columns: list[TokenColumn]

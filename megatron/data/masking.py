@@ -21,8 +21,11 @@ RUN_PROBABILITIES = (1.0 / RUN_LENGTHS) / (1.0 / RUN_LENGTHS).sum()
 class MaskingRules:
     """Settings of masking, and what it must know of the vocabulary.
 
-    mask_id: id of [MASK]. never_masked: ids that are never masked and end a word, those of [CLS] and [SEP]. is_continuation:
-    bool `[vocab_size]`, whether an id continues a word (WordPiece's `##`). mask_prob: share of the tokens to predict.
+    Attributes:
+        mask_id: id of [MASK].
+        never_masked: ids that are never masked and end a word, those of [CLS] and [SEP].
+        is_continuation: bool `[vocab_size]`, whether an id continues a word (WordPiece's `##`).
+        mask_prob: share of the tokens to predict.
     """
 
     mask_id: int

@@ -30,8 +30,11 @@ MAX_QUIET_PART = 1 << 24  # characters that are worth a word when they cannot be
 class PreprocessTotals:
     """Counts of a whole run, to report while it goes on and at its end.
 
-    size: bytes of JSON read. seconds: since the first block was asked for. longest_part: as in `TokenColumn`. special_tokens:
-    as in `EncodedBlock`.
+    Attributes:
+        size: bytes of JSON read.
+        seconds: since the first block was asked for.
+        longest_part: as in `TokenColumn`.
+        special_tokens: as in `EncodedBlock`.
     """
 
     documents: int = 0

@@ -17,8 +17,10 @@ from megatron.data.tokenizer import Tokenizer
 class Recipe:
     """Functions that make a model's data.
 
-    make: makes the samples of one dataset. collate: makes a micro-batch of samples. mock: makes samples up; None without
-    --mock-data.
+    Attributes:
+        make: makes the samples of one dataset.
+        collate: makes a micro-batch of samples.
+        mock: makes samples up; None without --mock-data.
     """
 
     make: MakeDataset

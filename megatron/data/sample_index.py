@@ -24,9 +24,10 @@ SEPARATE_BELOW = 0.80  # share of the last epoch, as Megatron-Core has it
 class SampleIndex:
     """The three arrays by which a sample's tokens are found.
 
-    documents: int32 `[epochs * documents]`, the sequence at each place of the stream.
-    samples: int32 or int64 `[samples + 1, 2]`, each cut as (place in the stream, token within that sequence).
-    shuffle: uint32 or int64 `[samples]`, the cut at which each sample of the training order starts.
+    Attributes:
+        documents: int32 `[epochs * documents]`, the sequence at each place of the stream.
+        samples: int32 or int64 `[samples + 1, 2]`, each cut as (place in the stream, token within that sequence).
+        shuffle: uint32 or int64 `[samples]`, the cut at which each sample of the training order starts.
     """
 
     documents: NDArray[np.int32]
@@ -38,7 +39,9 @@ class SampleIndex:
 class EpochPlan:
     """The number of epochs, and the start of the last one if it is shuffled apart.
 
-    tokens: of one epoch. first_epochs_samples: number of samples before the last epoch if that is shuffled apart.
+    Attributes:
+        tokens: of one epoch.
+        first_epochs_samples: number of samples before the last epoch if that is shuffled apart.
     """
 
     tokens: int

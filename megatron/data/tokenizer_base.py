@@ -30,8 +30,10 @@ class HugeIdError(DataError):
 class Tokenizer(ABC):
     """A tokenizer, as training, preprocessing, export and generation use it.
 
-    kind: its `--tokenizer-type`. special: ids by role, of eod, bos, eos, unk, cls, sep, pad, mask: those it has.
-    assets: the files it was made of, by the name they are saved under.
+    Attributes:
+        kind: its `--tokenizer-type`.
+        special: ids by role, of eod, bos, eos, unk, cls, sep, pad, mask: those it has.
+        assets: the files it was made of, by the name they are saved under.
     """
 
     kind: ClassVar[str]

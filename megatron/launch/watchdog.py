@@ -62,8 +62,12 @@ class Watchdog:
 class JobWatchdog(Watchdog):
     """The watchdog of one rank of several: `start`, then the phases, then `stop` or `fail`.
 
-    store: a connection for this watchdog alone. keeps_store: this process serves it. timeout: of the job. signals: the requests
-    to stop. early: ends the job where a signal asks before `signals.hold()`; default as any process that a signal ends.
+    Args:
+        store: a connection for this watchdog alone.
+        keeps_store: this process serves it.
+        timeout: of the job.
+        signals: the requests to stop.
+        early: ends the job where a signal asks before `signals.hold()`; default as any process that a signal ends.
     """
 
     def __init__(

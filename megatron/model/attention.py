@@ -22,10 +22,19 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class AttentionCache(Protocol):
-    """Keys and values of earlier tokens, as attention asks for them; `inference/kv_cache.py` keeps them."""
+    """Interface of a key-value cache during generation; `inference/kv_cache.py` implements it."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's new keys and values `[batch, groups, positions, head_dim]`; returns all of them."""
+        """Append the keys and values of new tokens, and return those of all tokens so far.
+
+        Args:
+            layer: global number of the layer.
+            key: `[batch, groups, new tokens, head_dim]`.
+            value: `[batch, groups, new tokens, head_dim]`.
+
+        Returns:
+            Keys and values, each `[batch, groups, all tokens, head_dim]`.
+        """
         ...
 
 
@@ -33,12 +42,13 @@ class AttentionCache(Protocol):
 class AttentionContext:
     """Attention mask and attention-dropout state of one micro-batch.
 
-    mask: bool `[batch, 1, queries, keys]`, True where a query may see a key. None where the core attention's own rule, causal
-        or bidirectional, is all there is, or where the keys are on several ranks.
-    dropout: probability that an attention weight is dropped.
-    dropout_keys: random identities of the tokens; None outside training.
-    fused_dropout: leave dropout to the attention kernel's own generator.
-    documents: those of the batch, for a core attention whose keys are on several ranks.
+    Attributes:
+        mask: bool `[batch, 1, queries, keys]`, True where a query may see a key. None where the core attention's own rule,
+            causal or bidirectional, is all there is, or where the keys are on several ranks.
+        dropout: probability that an attention weight is dropped.
+        dropout_keys: random identities of the tokens; None outside training.
+        fused_dropout: leave dropout to the attention kernel's own generator.
+        documents: those of the batch, for a core attention whose keys are on several ranks.
     """
 
     mask: Tensor | None = None
@@ -49,10 +59,10 @@ class AttentionContext:
 
 
 def attention_mask(batch: Batch, *, causal: bool) -> Tensor | None:
-    """Return the mask that keeps attention within documents, bool `[batch, 1, seq, seq]`, True where a token may look.
+    """Return the mask that keeps attention within documents, bool `[batch, 1, seq, seq]`, True where a token may attend.
 
-    None where each row is one document, and the core attention alone says what is seen. None as well for a part of a sequence:
-    its keys are in several places, and the core attention knows which.
+    None when each row is one document, so that the core attention's own rule is enough. None as well under context parallelism,
+    where the core attention applies `AttentionContext.documents` to the keys of each rank.
     """
     if batch.documents is None or batch.places is not None:
         return None
@@ -61,7 +71,7 @@ def attention_mask(batch: Batch, *, causal: bool) -> Tensor | None:
 
 
 class CoreAttention(Protocol):
-    """Core attention: softmax(q k^T / sqrt(head_dim)) v on the heads of this process. The model is handed one."""
+    """Core attention: softmax(q k^T / sqrt(head_dim)) v on the heads of this process. It is passed to the model."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
         """Return the attended values, `[batch, heads, seq, head_dim]`.
@@ -71,13 +81,13 @@ class CoreAttention(Protocol):
             k: `[batch, groups, keys, head_dim]`.
             v: like k.
             context: mask and dropout of the micro-batch.
-            head_keys: int32 `[heads]`, the heads' part in the random numbers of dropout.
+            head_keys: int32 `[heads]`, the random keys of the heads, for dropout.
         """
         ...
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
-    """Let each token see itself and what came before; the queries are the last of the keys' positions.
+    """Attend from each token to itself and the tokens before it. The queries are the last of the keys' positions.
 
     Args:
         q: `[batch, heads, seq, head_dim]`.
@@ -88,15 +98,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext,
     """
     queries, keys, mask = q.shape[2], k.shape[2], context.mask
     draws_here = context.dropout_keys is not None and context.dropout > 0.0 and not context.fused_dropout
-    # The kernel's own causal rule aligns the first query with the first key. With a cache the last ones belong together, and
-    # the plain form below has no rule, so both need the triangle as a mask. A single query sees everything.
+    # The kernel's causal rule aligns the first query with the first key. With a cache the last query belongs to the last key,
+    # and the unfused form has no causal rule: both need the triangle as a mask. A single query attends to all keys.
     if mask is None and queries > 1 and (draws_here or queries != keys):
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)  # [seq, keys]
     return _attention(q, k, v, context, head_keys, mask, kernel_is_causal=mask is None and queries == keys)
 
 
 def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext, head_keys: Tensor) -> Tensor:
-    """Let each token see all tokens, or all that `context.mask` allows.
+    """Attend from each token to all tokens, or to those that `context.mask` allows.
 
     Args:
         q: `[batch, heads, seq, head_dim]`.
@@ -118,14 +128,14 @@ def _attention(
     *,
     kernel_is_causal: bool,
 ) -> Tensor:
-    """Return softmax(q k^T / sqrt(d)) v. mask: bool, broadcast to `[batch, heads, seq, keys]`; None: nothing is masked."""
+    """Return softmax(q k^T / sqrt(d)) v, `[batch, heads, seq, head_dim]`. mask: bool, broadcast to the scores, or None."""
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [batch, heads, keys, head_dim]
     if context.dropout_keys is None or context.dropout == 0.0 or context.fused_dropout:
         dropout = 0.0 if context.dropout_keys is None else context.dropout
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=kernel_is_causal)
-    # Dropped weights are a function of their global place, which no fused kernel can draw: the plain form.
-    # Scaled in place and after the product: a scaled copy of q would be kept for the backward pass.
+    # Which weights are dropped is a function of their global position, which fused kernels cannot compute: the unfused form.
+    # Scaled in place after the product, since a scaled copy of q would be kept for the backward pass.
     scores = (q @ k.transpose(-1, -2)).mul_(q.shape[-1] ** -0.5)  # [batch, heads, seq, keys]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -135,10 +145,10 @@ def _attention(
 
 
 class Attention(nn.Module):
-    """`[seq, batch, hidden] -> [seq, batch, hidden]`.
+    """Self-attention, `[seq, batch, hidden] -> [seq, batch, hidden]`.
 
-    The fused weight's rows are ordered `[groups, heads per group + 2, head_dim]`: the queries of a key-value head, its
-    key, its value. So a slice of rows is a number of whole groups, for any tensor-parallel size that divides them.
+    The rows of the fused qkv weight are ordered `[groups, heads per group + 2, head_dim]`: for each key-value head its queries,
+    its key, its value. So a tensor-parallel rank's rows are whole groups, for any tensor-parallel size that divides them.
     """
 
     def __init__(
@@ -152,7 +162,7 @@ class Attention(nn.Module):
         own_groups = tp.share(groups, f"{heads} heads in {groups} groups")
         self.layer, self.core_attention = layer, core_attention
         self.dropout, self.fused_dropout = config.attention_dropout, config.fused_attention_dropout
-        # From here on the groups and heads of this process; all of them, unless layers are cut.
+        # The groups and heads of this process: all of them without tensor parallelism.
         self.groups, self.heads_per_group = len(own_groups), heads // groups
         self.heads = self.groups * self.heads_per_group
         own_heads = range(own_groups.start * self.heads_per_group, own_groups.stop * self.heads_per_group)
@@ -167,7 +177,7 @@ class Attention(nn.Module):
         return Flops(core=2 * 2 * seq * self.qkv.tp.size * self.heads * self.head_dim)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of queries, keys and values, and what the core attention says of itself, or torch's takes."""
+        """Return the bytes of queries, keys and values, and those of the core attention: as it reports, else torch's."""
         qkv = ActivationBytes(saved=shape.element * shape.tokens * self.qkv.weight.shape[0])
         if hasattr(self.core_attention, "activation_bytes"):
             core: ActivationBytes = self.core_attention.activation_bytes(
@@ -176,14 +186,14 @@ class Attention(nn.Module):
             return qkv + core
         per_token = 2 * (self.heads - self.groups) * self.head_dim * shape.element  # repeated keys and values
         if self.dropout > 0.0 and not self.fused_dropout:
-            per_token += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its dropout mask, what is left
+            per_token += (2 * shape.element + 1) * self.heads * shape.seq  # softmax, its dropout mask, the dropped weights
         return qkv + ActivationBytes(saved=per_token * shape.tokens, core=per_token * shape.tokens)
 
     def forward(self, x: Tensor, context: AttentionContext, rotary: Rotary | None, cache: AttentionCache | None) -> Tensor:
-        """CoreAttention over the sequence, and over the cache's tokens before it.
+        """Attend over the sequence, and over the cache's tokens before it.
 
         Args:
-            x: `[seq, batch, hidden]`; where the sequence is cut between layers, the slice that is here.
+            x: `[seq, batch, hidden]`; under sequence parallelism, this rank's slice of the sequence.
             context: mask and dropout of the micro-batch.
             rotary: rotation of queries and keys; None with learned positions.
             cache: keys and values of earlier tokens; None in training.
@@ -193,6 +203,7 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x)  # [seq, batch, groups * (heads_per_group + 2) * head_dim]
         seq, batch = qkv.shape[:2]
+        # [seq, batch, groups, heads_per_group + 2, head_dim]
         qkv = qkv.view(seq, batch, self.groups, self.heads_per_group + 2, self.head_dim)
         if self.heads_per_group == 1:
             q, k, v = qkv.unbind(3)  # each [seq, batch, heads, head_dim]
@@ -203,13 +214,13 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotary.rotate(q), rotary.rotate(k)
         if rotary is not None or self.heads_per_group > 1:
-            # The queries are copies by now; as views, keys and values would keep all of `qkv` in memory.
+            # q is a copy here; k and v as views would keep all of `qkv` in memory.
             k, v = k.contiguous(), v.contiguous()
         q = q.permute(1, 2, 0, 3)  # [batch, heads, seq, head_dim]
         k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # [batch, groups, seq, head_dim]
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # [batch, groups, keys, head_dim]
         y: Tensor = self.core_attention(q, k, v, context, self.get_buffer("head_keys"))  # [batch, heads, seq, head_dim]
-        y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)  # the heads side by side
+        y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)  # [seq, batch, heads * head_dim]
         projected: Tensor = self.dense(y)  # [seq, batch, hidden]
         return projected

@@ -15,7 +15,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class HiddenDropout(nn.Module):
-    """Dropout of the residual stream at one place of the model."""
+    """Dropout of the residual stream at one site of the model, with masks that do not depend on the layout."""
 
     def __init__(self, seed: int, layer: int, site: str, probability: float) -> None:
         super().__init__()
@@ -27,19 +27,20 @@ class HiddenDropout(nn.Module):
         return ActivationBytes(saved=shape.hidden_elements if self.probability > 0.0 else 0)
 
     def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
-        """Drop features of x `[seq, batch, hidden]`. keys: random identities of x's tokens; None outside training."""
+        """Drop features of x `[seq, batch, hidden]`. keys: the random keys of x's tokens; None outside training."""
         if keys is None or self.probability == 0.0:
             return x
-        return drop(x, keys.features(self.get_buffer("key"), x.shape[-1]), self.probability)
+        numbers = keys.features(self.get_buffer("key"), x.shape[-1])  # [seq, batch, hidden]
+        return drop(x, numbers, self.probability)  # [seq, batch, hidden]
 
 
 class Block(nn.Module):
-    """`[seq, batch, hidden] -> [seq, batch, hidden]`, pre-norm; `layer` is the global number, from 0.
+    """A pre-norm layer, `[seq, batch, hidden] -> [seq, batch, hidden]`; `layer` is its global number, from 0.
 
         x = x + dropout(attention(norm(x)))
         x = x + dropout(mlp(norm(x)))
 
-    With apply_residual_connection_post_layernorm the residual line starts at the norm's output, as in the original BERT.
+    With apply_residual_connection_post_layernorm, x on the right is the output of the norm, as in the original BERT.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         cache: AttentionCache | None = None,
     ) -> Tensor:
-        """Go through attention and MLP.
+        """Run attention and MLP.
 
         Args:
             x: `[seq, batch, hidden]`.
             context: attention's mask and dropout.
-            keys: random identities of x's tokens, for dropout of the residual stream; None outside training.
+            keys: the random keys of x's tokens, for dropout of the residual stream; None outside training.
             rotary: rotation of queries and keys; None with learned positions.
             cache: keys and values of earlier tokens; None in training.
 
@@ -76,7 +77,7 @@ class Block(nn.Module):
         """
         normed = self.input_norm(x)  # [seq, batch, hidden]
         attended = self.attention(normed, context, rotary, cache)  # [seq, batch, hidden]
-        x = (normed if self.residual_from_norm else x) + self.after_attention(attended, keys)
+        x = (normed if self.residual_from_norm else x) + self.after_attention(attended, keys)  # [seq, batch, hidden]
         normed = self.mlp_norm(x)  # [seq, batch, hidden]
-        y: Tensor = (normed if self.residual_from_norm else x) + self.after_mlp(self.mlp(normed), keys)
+        y: Tensor = (normed if self.residual_from_norm else x) + self.after_mlp(self.mlp(normed), keys)  # [seq, batch, hidden]
         return y

@@ -1,4 +1,4 @@
-"""The model that a configuration names, cut into the stages of one rank."""
+"""Build the model that a configuration describes: the pipeline stages of one rank."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ MODELS: Mapping[str, type[Transformer]] = MappingProxyType({"gpt": GPT, "bert": 
 
 
 def model_class(config: ModelConfig) -> type[Transformer]:
-    """Return the class of the model that a configuration names."""
+    """Return the class of the model that a configuration describes."""
     return MODELS[config.architecture] if config.task_head is None else FineTuned
 
 
 def build_stages(
     config: ModelConfig, placement: Sequence[int], parts: Sequence[StagePart], tp: TensorParallel, rank: int, **options: Any
 ) -> dict[int, Transformer]:
-    """Return the stages of pipeline rank `rank`, by their number; uninitialised.
+    """Return the stages of a pipeline rank by their number, with uninitialised parameters.
 
     Args:
         config: resolved, with vocab_size set.
-        placement: stage -> pipeline rank.
-        parts: what each stage owns.
-        tp: how layers are cut.
+        placement: the pipeline rank of each stage.
+        parts: the layers of each stage, and whether it has embedding and heads.
+        tp: the tensor-parallel ranks.
         rank: the pipeline rank.
-        options: of every stage, as for `Transformer`.
+        options: further arguments of `Transformer`, the same for every stage.
     """
     model, stages = model_class(config), dict[int, Transformer]()
     for number, part in enumerate(parts):
         if placement[number] == rank:
-            # A tied output layer on the rank of the embedding shares its matrix instead of holding a copy.
+            # A tied output layer on the rank of the embedding shares the matrix instead of holding a copy.
             first = stages[0].embedding if 0 in stages else None
             word = None if first is None else first.word.weight
             stages[number] = model(config, part, tp, word=word, **options)

@@ -1,4 +1,4 @@
-"""Tokens to hidden states: words, learned positions and kinds of segment."""
+"""The embedding of a model: token ids to hidden states, from words, learned positions and token types."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Embedding(nn.Module):
-    """Token ids `[batch, seq]` -> `[seq, batch, hidden]`: word, learned position and kind of segment, then dropout."""
+    """Embedding, `[batch, seq] -> [seq, batch, hidden]`: word, learned position and token type, then dropout."""
 
     def __init__(self, config: ModelConfig, vocabulary: VocabShard, tp: TensorParallel, *, seed: int) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.positions_here = tp.positions
+        self.local_positions = tp.positions
         self.dropout = HiddenDropout(seed, -1, "embedding", config.hidden_dropout)
         self.word = VocabEmbedding(vocabulary, hidden, tp)
         self.position: nn.Module | None = None
@@ -30,21 +30,21 @@ class Embedding(nn.Module):
             self.segment.weight = tp.parameter(config.num_token_types, hidden, init="normal")
 
     def forward(self, tokens: Tensor, positions: Tensor, segments: Tensor | None, keys: DropoutKeys | None) -> Tensor:
-        """Add up the embeddings of each token, then drop.
+        """Add the embeddings of each token, and apply dropout.
 
         Args:
             tokens: int64 `[batch, seq]`, whole sequences.
             positions: int64 `[batch, seq]`, within the document.
-            segments: int64 `[batch, seq]`, which segment of a pair; None for a model without.
-            keys: random identities of the tokens; None outside training.
+            segments: int64 `[batch, seq]`, the token types; None for a model without.
+            keys: the random keys of the tokens; None outside training.
 
         Returns:
-            Hidden states `[seq, batch, hidden]`; where the sequence is cut between layers, the slice that is here.
+            Hidden states `[seq, batch, hidden]`; under sequence parallelism, this rank's slice of the sequence.
         """
         x: Tensor = self.word(tokens.t())  # [seq, batch, hidden]
-        here = self.positions_here(tokens.shape[1])  # a slice of the sequence
+        local = self.local_positions(tokens.shape[1])  # this rank's slice of the sequence
         for table, numbers in ((self.position, positions), (self.segment, segments)):
             if table is not None and numbers is not None:
-                x = x + nn.functional.embedding(numbers.t()[here], table.get_parameter("weight"))  # [seq, batch, hidden]
-        dropped: Tensor = self.dropout(x, keys)
+                x = x + nn.functional.embedding(numbers.t()[local], table.get_parameter("weight"))  # [seq, batch, hidden]
+        dropped: Tensor = self.dropout(x, keys)  # [seq, batch, hidden]
         return dropped

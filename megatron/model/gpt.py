@@ -10,21 +10,21 @@ from megatron.parallel.output import VocabOutput
 
 
 class GPT(Transformer):
-    """The part of a GPT that `part` names; arguments as for `Transformer`."""
+    """The part of a GPT that `part` describes; the arguments are those of `Transformer`."""
 
     causal = True
 
     def build_heads(self, word: nn.Parameter | None) -> None:
-        """Add the output layer, where `part.head`."""
+        """Add the output layer if `part.head`."""
         self.head = self.build_output(word)
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the sum of the cross-entropies of the tokens that count. x: final hidden states `[seq, batch, hidden]`."""
+        """Return the sum of the unmasked tokens' cross-entropies. x: final hidden states `[seq, batch, hidden]`."""
         return Loss(self.output.loss(x, batch.labels, batch.loss_mask), batch.loss_mask.sum())
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits of each next token, fp32 `[seq, batch, vocab]`, padding left out. x: as for `loss`."""
-        return self.output.logits(x)
+        """Return next-token logits of final hidden states, fp32 `[seq, batch, vocab]`, without vocabulary padding."""
+        return self.output.logits(x)  # [seq, batch, vocab]
 
     @property
     def output(self) -> VocabOutput:

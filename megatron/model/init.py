@@ -1,4 +1,4 @@
-"""Every initialisation rule in one table, drawn so that no layout shows in the weights.
+"""Initialise the weights of a model: a table of rules, and draws that do not depend on the layout.
 
 Megatron-LM's rules (as GPT-2's): N(0, std) for matrices, N(0, std / sqrt(2 L)) for the two projections of each layer
 that end in the residual stream, L the layers of the whole model; zeros for biases, ones for norms.
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from megatron.config.schema import ModelConfig
 from megatron.parallel.random import derive_seed
-from megatron.parallel.spec import ParamSpec, param_spec
+from megatron.parallel.spec import ParameterSpec, param_spec
 
 Rule = Callable[[Tensor, torch.Generator], object]
 
 
 def rules(config: ModelConfig) -> dict[str, Rule]:
-    """Return the table: `ParamSpec.init` -> a function that fills a whole fp32 tensor."""
+    """Return the initialisation rules: for each value of `ParameterSpec.init`, a function that fills a whole fp32 tensor."""
     std, layers = config.init_method_std, config.num_layers
 
     def normal(scale: float) -> Rule:
@@ -40,15 +40,15 @@ def rules(config: ModelConfig) -> dict[str, Rule]:
 
 
 @torch.no_grad()
-def fill_parameters(places: Iterable[tuple[ParamSpec, Tensor]], config: ModelConfig, seed: int) -> None:
-    """Write initial weights into local tensors: each is drawn whole from (seed, its global name), and the part is kept.
+def fill_parameters(places: Iterable[tuple[ParameterSpec, Tensor]], config: ModelConfig, seed: int) -> None:
+    """Write initial weights into local tensors. Each parameter is drawn whole from (seed, its global name), then sliced.
 
     The draw is on the CPU in fp32, so the weights are the same on every device and layout. Padding is zero.
 
     Args:
-        places: specs of parameters, and for each the local tensor to fill.
+        places: specs of parameters, each with the local tensor to fill.
         config: gives the standard deviation and the number of layers.
-        seed: of the run.
+        seed: the run's seed.
     """
     table = rules(config)
     for spec, place in places:
@@ -62,8 +62,8 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Write initial weights into a model's own parameters, rounded to their dtype.
 
     Args:
-        model: parameters of which every one has a named spec.
+        model: the model; each of its parameters must have a named spec.
         config: gives the standard deviation and the number of layers.
-        seed: of the run.
+        seed: the run's seed.
     """
     fill_parameters(((param_spec(p), p) for p in model.parameters()), config, seed)

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: up, activation, down (arXiv 1909.08053, section 3)."""
+"""The MLP of a layer: up projection, activation, down projection (arXiv 1909.08053, section 3)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """`[seq, batch, hidden] -> [seq, batch, hidden]`: down(act(up(x))), or with SwiGLU down(silu(gate(x)) * up(x)).
+    """MLP, `[seq, batch, hidden] -> [seq, batch, hidden]`: down(act(up(x))), or with SwiGLU down(silu(gate(x)) * up(x)).
 
-    Gate and up are two weights, so that each shard of either is one rectangle.
+    Gate and up are separate weights, so that each rank's shard of either is one rectangle.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
@@ -44,14 +44,14 @@ class MLP(nn.Module):
         self.down = RowLinear(ffn_hidden, hidden, tp, bias=bias, init="output")
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes of the activation's input; with a gate also of the two factors that are multiplied."""
+        """Return the bytes of the activation's input; with a gate, also those of the two factors of the product."""
         tensors = 1 if self.gate is None else 3
         return ActivationBytes(saved=tensors * shape.element * shape.tokens * self.up.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[seq, batch, hidden]` to the same shape, each token by itself."""
         if self.gate is None:
-            y = self.activation(self.up(x))  # [seq, batch, ffn_hidden]
-            return self.down(y)  # type: ignore[no-any-return]
-        gate, up = column_linears(x, [self.gate, self.up])  # each [seq, batch, ffn_hidden]
+            y = self.activation(self.up(x))  # [seq, batch, ffn_hidden / tp]
+            return self.down(y)  # type: ignore[no-any-return]  # [seq, batch, hidden]
+        gate, up = column_linears(x, [self.gate, self.up])  # each [seq, batch, ffn_hidden / tp]
         return self.down(self.activation(gate) * up)  # type: ignore[no-any-return]  # [seq, batch, hidden]

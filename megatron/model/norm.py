@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension. To add one: a class here, and its row in config/normalizations.py."""
+"""Normalisation over the last dimension. A new one needs a class here, and a row in config/normalizations.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Norm(nn.Module):
-    """`[..., hidden] -> [..., hidden]`: a weight, and where the kind has one and the configuration wants it a bias.
+    """Normalisation, `[..., hidden] -> [..., hidden]`, with a weight, and a bias if `has_bias` and the configuration wants it.
 
     With apply_layernorm_1p the stored weight is gamma - 1.
     """

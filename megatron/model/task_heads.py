@@ -1,12 +1,12 @@
-"""BERT with the head of a task in place of those of pretraining: what is fine-tuned (arXiv 1810.04805, section 4).
+"""BERT for fine-tuning, with the head of a task in place of the heads of pretraining (arXiv 1810.04805, section 4).
 
-    classification   pooled first token, dropout, a linear layer: a class of the sample
+    classification   pooled first token, dropout, a linear layer: the class of a sample
     choice           the same with one output for each row; consecutive rows are the choices of one sample
-    span             a linear layer on each token with two outputs: where an answer starts, and where it ends
-    tags             dropout and a linear layer on each token: a class of each token
+    span             a linear layer on each token with two outputs: the start and the end of an answer
+    tags             dropout and a linear layer on each token: the class of each token
 
-Transformers' names for them are MegatronBertFor{SequenceClassification, MultipleChoice, QuestionAnswering,
-TokenClassification}. A head is never cut, and is computed on whole sequences: it is small.
+Transformers calls these models MegatronBertFor{SequenceClassification, MultipleChoice, QuestionAnswering, TokenClassification}.
+The heads are small, so every tensor-parallel rank computes them whole, on whole sequences.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class TaskHead(Dense):
-    """The last linear layer of a task, with the meaning of its logits.
+    """The last linear layer of a task, and the loss of its logits.
 
-    `labels` and `loss_mask` of a batch say what is right and where that counts:
+    `labels` and `loss_mask` of a batch hold the right answers, and where they count:
 
-    classification, choice: at the first token of each row, of a choice of its first row; the number of the class or choice.
-    span: at the first two tokens, the positions of start and end.
-    tags: at every token that has a tag.
+    classification: the number of the class, at the first token of each row.
+    choice: the number of the right choice, at the first token of the first row of each sample.
+    span: the positions of start and end, at the first two tokens of each row.
+    tags: the number of the tag, at every token that has one.
     """
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, *, seed: int) -> None:
@@ -46,24 +47,26 @@ class TaskHead(Dense):
     @staticmethod
     @abstractmethod
     def shape(config: ModelConfig, batch: Batch) -> tuple[int, ...]:
-        """Return the shape of the logits, which a stage without the head must know too."""
+        """Return the shape of the logits, which the other pipeline stages need in order to receive them."""
 
     @abstractmethod
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
         """Return the task's logits, fp32.
 
         Args:
-            x: final hidden states `[seq, batch, hidden]`, as the last layer hands them on.
-            pooled: `[batch, hidden]`, for the heads that read it.
-            batch: whose they are.
-            keys: the random identities of all tokens; None where nothing is dropped.
+            x: final hidden states `[seq, batch, hidden]`; under sequence parallelism, this rank's slice of the sequence.
+            pooled: `[batch, hidden]`, for the heads that read it; else None.
+            batch: the micro-batch of these states.
+            keys: the random keys of all tokens; None without dropout.
         """
 
     @abstractmethod
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return cross-entropies, and which of them count: two fp32 tensors of one shape.
+        """Return cross-entropies and the mask of those that count, two fp32 tensors of one shape.
 
-        logits: as `logits` gives them. batch: whose labels are compared.
+        Args:
+            logits: the result of `logits`.
+            batch: the micro-batch, with its labels.
         """
 
 
@@ -76,10 +79,9 @@ class Classifier(TaskHead):
         return batch.tokens.shape[0], config.num_task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        """Return the logits; arguments as for `TaskHead.logits`."""
         if pooled is None:
             raise ValueError("this model has no pooler")
-        # The pooled vector stands for the first token, and has its random identity.
+        # The pooled vector takes the random key of the first token.
         first = None if keys is None else DropoutKeys(keys.whole[:1], keys.local[:1], keys.feature, keys.weight)
         logits: Tensor = self(self.dropout(pooled.unsqueeze(0), first).squeeze(0))  # [rows, classes]
         return logits.float()
@@ -87,7 +89,7 @@ class Classifier(TaskHead):
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies, and which of them count."""
         rows_per_sample = batch.tokens.shape[0] // logits.shape[0]  # 1, but for multiple choice
-        labels, counted = batch.labels[::rows_per_sample, 0], batch.loss_mask[::rows_per_sample, 0]  # [samples]
+        labels, counted = batch.labels[::rows_per_sample, 0], batch.loss_mask[::rows_per_sample, 0]  # each [samples]
         return F.cross_entropy(logits, labels, reduction="none"), counted
 
 
@@ -101,8 +103,7 @@ class Chooser(Classifier):
         return batch.tokens.shape[0] // choices, choices
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        """Return the logits; arguments as for `TaskHead.logits`."""
-        return super().logits(x, pooled, batch, keys).view(self.shape(self.config, batch))
+        return super().logits(x, pooled, batch, keys).view(self.shape(self.config, batch))  # [samples, choices]
 
 
 class SpanFinder(TaskHead):
@@ -114,14 +115,14 @@ class SpanFinder(TaskHead):
         return 2, *batch.tokens.shape
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        """Return the logits; arguments as for `TaskHead.logits`."""
         logits: Tensor = self(self.join(x)).float().permute(2, 1, 0)  # [2, rows, seq]
+        # Padding is a document of its own, numbered above 0.
         return logits if batch.documents is None else logits.masked_fill(batch.documents > 0, -torch.inf)
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies, and which of them count."""
         ends = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, :2].t().flatten(), reduction="none")  # [2 * rows]
-        return ends, batch.loss_mask[:, :2].t().flatten()
+        return ends, batch.loss_mask[:, :2].t().flatten()  # [2 * rows]
 
 
 class Tagger(TaskHead):
@@ -133,13 +134,13 @@ class Tagger(TaskHead):
         return *batch.tokens.shape, config.num_task_outputs
 
     def logits(self, x: Tensor, pooled: Tensor | None, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        """Return the logits; arguments as for `TaskHead.logits`."""
         logits: Tensor = self(self.dropout(self.join(x), keys))  # [seq, rows, classes]
-        return logits.float().transpose(0, 1)
+        return logits.float().transpose(0, 1)  # [rows, seq, classes]
 
     def losses(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return cross-entropies, and which of them count."""
-        return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none"), batch.loss_mask.flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")  # [rows * seq]
+        return losses, batch.loss_mask.flatten()
 
 
 HEADS: Mapping[str, type[TaskHead]] = MappingProxyType(
@@ -148,36 +149,36 @@ HEADS: Mapping[str, type[TaskHead]] = MappingProxyType(
 
 
 class FineTuned(Transformer):
-    """The part of a fine-tuned BERT that `part` names; arguments as for `Transformer`."""
+    """The part of a fine-tuned BERT that `part` describes; the arguments are those of `Transformer`."""
 
     causal = False
 
     def build_heads(self, word: nn.Parameter | None) -> None:
-        """Add the task's head, and the pooler where it reads one, where `part.head`."""
-        config, tp, here = self.config, self.tp, self.part.head
-        self.pooler = Pooler(config, tp) if here and config.has_pooler else None
-        self.task_head = self._kind(config, tp, seed=self.seed) if here else None
+        """Add the task's head, and the pooler if it reads one, if `part.head`."""
+        config, tp, is_last = self.config, self.tp, self.part.head
+        self.pooler = Pooler(config, tp) if is_last and config.has_pooler else None
+        self.task_head = self._head_class(config, tp, seed=self.seed) if is_last else None
 
     @property
-    def _kind(self) -> type[TaskHead]:
+    def _head_class(self) -> type[TaskHead]:
         return HEADS[self.config.task_head or ""]
 
     def loss(self, x: Tensor, batch: Batch) -> Loss:
-        """Return the sum of the cross-entropies of what counts, and how many these are."""
+        """Return the sum of the unmasked cross-entropies, and their number."""
         head = self._head()
-        losses, counted = head.losses(self._logits(head, x, batch, self._task_keys(batch)), batch)
+        losses, counted = head.losses(self._logits(head, x, batch, self._whole_sequence_keys(batch)), batch)
         return Loss((losses * counted).sum(), batch.loss_mask.sum())
 
     def task_logits(self, x: Tensor, batch: Batch) -> Tensor:
-        """Return from the final hidden states the task's logits, fp32, of the shape `task_shape`."""
+        """Return the task's logits of the final hidden states, fp32, of the shape `task_shape`."""
         return self._logits(self._head(), x, batch, None)
 
     def task_shape(self, batch: Batch) -> tuple[int, ...]:
-        """Return the shape of the task's logits, on a stage without the head too."""
-        return self._kind.shape(self.config, batch)
+        """Return the shape of the task's logits, also on a stage without the head."""
+        return self._head_class.shape(self.config, batch)
 
     def _logits(self, head: TaskHead, x: Tensor, batch: Batch, keys: DropoutKeys | None) -> Tensor:
-        pooled = None if self.pooler is None else self.pooler(x)
+        pooled = None if self.pooler is None else self.pooler(x)  # [batch, hidden]
         return head.logits(x, pooled, batch, keys)
 
     def _head(self) -> TaskHead:
@@ -185,8 +186,8 @@ class FineTuned(Transformer):
             raise ValueError("this stage is not the last, and has no head")
         return self.task_head
 
-    def _task_keys(self, batch: Batch) -> DropoutKeys | None:
-        """Return the random identities of whole sequences' tokens; None where nothing is dropped."""
+    def _whole_sequence_keys(self, batch: Batch) -> DropoutKeys | None:
+        """Return the random keys of the tokens of whole sequences; None without dropout."""
         if not self.training or self.config.hidden_dropout == 0.0:
             return None
         seq = batch.tokens.shape[1]

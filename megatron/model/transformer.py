@@ -1,9 +1,9 @@
-"""The transformer: embedding, layers and final norm; the whole of it, or the slice that one pipeline stage owns.
+"""The transformer: embedding, layers and final norm, or the slice of these that one pipeline stage owns.
 
-What reads the final hidden states, an output layer or other heads, is added by the models: `gpt.py`, `bert.py`,
-`task_heads.py`. By default GPT-2's form (pre-norm, GELU, learned positions). RMSNorm, SwiGLU, rotary positions, grouped
-queries and no biases are options; together they are the Llama family's form. Hidden states are `[seq, batch, hidden]`; where
-the sequence is cut between layers, `seq` is what is here.
+The models in `gpt.py`, `bert.py` and `task_heads.py` add an output layer or other heads. The default is GPT-2's architecture
+(pre-norm, GELU, learned positions). RMSNorm, SwiGLU, rotary positions, grouped queries and no biases are options; together they
+make the Llama family's architecture. Hidden states are `[seq, batch, hidden]`; under sequence parallelism, `seq` is this rank's
+slice of the sequence.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class Transformer(nn.Module):
-    """The part of a model that `part` names. Parameters have global names, and are uninitialised until `initialize`.
+    """The part of a model that `part` describes. Parameters have global names, and are uninitialised until `initialize`.
 
-    A model says whether its attention is `causal`, builds its heads in `build_heads`, and gives their `loss`.
+    A subclass sets `causal`, the kind of its attention, and implements `build_heads` and `loss`.
     """
 
     causal: bool
@@ -61,15 +61,15 @@ class Transformer(nn.Module):
 
         Args:
             config: resolved, with vocab_size set.
-            part: the layers, and whether embedding and heads.
-            tp: how layers are cut.
-            seed: of the dropout masks.
-            core_attention: plain, causal or not as the model is, unless given.
-            recompute: what is run again in the backward pass; nothing unless given.
-            word: the embedding's weight, for a tied output layer on a stage without the embedding, when both stages are held
-                by one process; elsewhere such a stage holds a copy.
-            dtype: of the parameters.
-            device: of the parameters.
+            part: the layers of this part, and whether it has the embedding and the heads.
+            tp: the tensor-parallel ranks.
+            seed: seed of the dropout masks.
+            core_attention: the core attention; default that of one sequence on one rank, causal if the model is.
+            recompute: the activations to recompute in the backward pass; default none.
+            word: the embedding's weight, for a tied output layer on a stage without the embedding, when one process holds both
+                stages; otherwise such a stage holds a copy.
+            dtype: dtype of the parameters.
+            device: device of the parameters.
         """
         super().__init__()
         self.config, self.part, self.tp, self.seed = config, part, tp, seed
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
 
     @staticmethod
     def layer_kind(config: ModelConfig, number: int) -> Hashable:
-        """Return what a layer shares with its likes: those of one kind have equal parameters and equal work. Here all do."""
+        """Return a key that is equal for layers with equal parameters and equal work; None, since here all layers are alike."""
         return None
 
     def build_layer(self, number: int, core_attention: CoreAttention) -> Block:
@@ -101,9 +101,10 @@ class Transformer(nn.Module):
 
     @abstractmethod
     def build_heads(self, word: nn.Parameter | None) -> None:
-        """Add what reads the final hidden states, where `part.head`; None for each elsewhere.
+        """Add the modules that read the final hidden states if `part.head`; set each to None otherwise.
 
-        word: the embedding's weight `[vocab, hidden]`, where this process holds it.
+        Args:
+            word: the embedding's weight `[vocab, hidden]`, if this process holds it.
         """
 
     @abstractmethod
@@ -111,23 +112,25 @@ class Transformer(nn.Module):
         """Return the loss of the final hidden states `[seq, batch, hidden]`."""
 
     def forward(self, x: Tensor | None, batch: Batch) -> Tensor | Loss:
-        """Return the hidden states `[seq, batch, hidden]` after this part, or the loss where the head is.
+        """Return the hidden states `[seq, batch, hidden]` after this part, or the loss on the part with the head.
 
-        x: hidden states of the stage before; None where the embedding is.
+        Args:
+            x: hidden states `[seq, batch, hidden]` of the stage before; None on the part with the embedding.
+            batch: the micro-batch.
         """
         x = self.hidden(x, batch)
         return self.loss(x, batch) if self.part.head else x
 
     def hidden(self, x: Tensor | None, batch: Batch, cache: AttentionCache | None = None) -> Tensor:
-        """Go through embedding, layers and final norm, as far as this part has them.
+        """Run embedding, layers and final norm, those that this part has.
 
         Args:
-            x: hidden states `[seq, batch, hidden]` of the stage before; None where the embedding is.
-            batch: the micro-batch; with a cache its new tokens alone, at their true positions.
+            x: hidden states `[seq, batch, hidden]` of the stage before; None on the part with the embedding.
+            batch: the micro-batch; with a cache only the new tokens, at their true positions.
             cache: keys and values of the tokens before.
 
         Returns:
-            Hidden states `[seq, batch, hidden]`, normed where the head is.
+            Hidden states `[seq, batch, hidden]`, normalised on the part with the head.
         """
         config, keys = self.config, self._dropout_keys(batch)
         if self.embedding is not None:
@@ -144,18 +147,18 @@ class Transformer(nn.Module):
         dropout, fused = config.attention_dropout, config.fused_attention_dropout
         context = AttentionContext(mask, dropout, keys, fused, batch.documents)
         blocks = list(self.layers.values())
-        # The layers one after the other; what `recompute` says is run again in the backward pass.
-        x = self.recompute.through(blocks, lambda block, x: block(x, context, keys, rotary, cache), x)
-        return x if self.final_norm is None else self.final_norm(x)
+        # [seq, batch, hidden]
+        x = self.recompute.run_layers(blocks, lambda block, x: block(x, context, keys, rotary, cache), x)
+        return x if self.final_norm is None else self.final_norm(x)  # [seq, batch, hidden]
 
     def hidden_shape(self, batch: Batch) -> tuple[int, int, int]:
         """Return the shape of the hidden states between stages, as they are here."""
         rows, seq = batch.tokens.shape
-        # Sequence first; where layers cut the sequence between them, the part of it that is here.
+        # Sequence first; under sequence parallelism, this rank's slice.
         return len(range(seq)[self.tp.positions(seq)]), rows, self.config.hidden_size
 
     def build_output(self, word: nn.Parameter | None) -> VocabOutput | None:
-        """Return the output layer where this part has it, without a matrix of its own where it is tied to `word`."""
+        """Return the output layer, or None on a part without it. Tied to the embedding, it has no matrix of its own."""
         config, part = self.config, self.part
         if not (part.head and config.has_output_layer):
             return None
@@ -165,7 +168,7 @@ class Transformer(nn.Module):
         return output
 
     def _dropout_keys(self, batch: Batch) -> DropoutKeys | None:
-        """Return the tokens' random identities; None where nothing is dropped."""
+        """Return the random keys of the tokens; None without dropout."""
         if not self.training or max(self.config.hidden_dropout, self.config.attention_dropout) == 0.0:
             return None
         seq = batch.tokens.shape[1]

@@ -22,7 +22,7 @@ from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.sharding import owned, param_ranges, rectangles
 from megatron.parallel.buckets import Bucket, buckets
 from megatron.parallel.collectives import CollectiveWork, gather_slices_async
-from megatron.parallel.spec import ParamSpec, Part, Shard, param_spec
+from megatron.parallel.spec import ParameterSpec, Part, Shard, param_spec
 
 
 class FlatBuffer:
@@ -77,7 +77,7 @@ class FlatBuffer:
             values = own[each.place : each.place + each.high - each.low]  # [high - low]
             yield self.parameters[each.member], each.low, values
 
-    def whole_params(self, own: Tensor) -> Iterator[tuple[ParamSpec, Tensor]]:
+    def whole_params(self, own: Tensor) -> Iterator[tuple[ParameterSpec, Tensor]]:
         """Yield the parameters in a tensor of this rank's slice `[own]`, each with its values in the shape of its part.
 
         ValueError where the slice cuts one: those of a rule that needs them whole are laid out so that none is.

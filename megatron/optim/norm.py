@@ -15,10 +15,10 @@ from megatron.mesh.grid import complementary_axes
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.optim.buffers import FlatBuffer
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.spec import ParamSpec, param_spec
+from megatron.parallel.spec import ParameterSpec, param_spec
 
 
-def owns_in_norm(spec: ParamSpec, mesh: Mesh) -> bool:
+def owns_in_norm(spec: ParameterSpec, mesh: Mesh) -> bool:
     """Return whether this rank is the first of those that hold copies of a parameter, data-parallel ones aside.
 
     The ranks of a stage are those of the data axis times those of some further axes; over each of the further ones a

@@ -21,10 +21,10 @@ from megatron.config.optimizers import ADAMW
 from megatron.config.schema import OptimConfig
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
-from megatron.parallel.spec import ParamSpec
+from megatron.parallel.spec import ParameterSpec
 
 
-def no_params(own: Tensor) -> Iterator[tuple[ParamSpec, Tensor]]:
+def no_params(own: Tensor) -> Iterator[tuple[ParameterSpec, Tensor]]:
     """Yield nothing: of a tensor in which no parameters are known."""
     return iter(())
 
@@ -42,10 +42,10 @@ class Target:
     decay: bool
     decoupled: bool = False
     method: str = ADAMW.method
-    whole_params: Callable[[Tensor], Iterator[tuple[ParamSpec, Tensor]]] = no_params
+    whole_params: Callable[[Tensor], Iterator[tuple[ParameterSpec, Tensor]]] = no_params
     axis: Callable[[str], Axis] = Axis.alone
 
-    def join(self, spec: ParamSpec, part: Tensor) -> Tensor:
+    def join(self, spec: ParameterSpec, part: Tensor) -> Tensor:
         """Return the whole tensor of `spec.shape`, given each rank's part of it. Collective over the axes that split it."""
         whole = part.new_zeros(spec.shape)
         whole[spec.part.slices] = part

@@ -18,9 +18,10 @@ ALIGN = 64  # elements: every parameter and every slice starts on a 256-byte lin
 class Bucket:
     """Parameters that lie together in flat memory.
 
-    members: numbers of parameters, in the order in which they lie.
-    offsets: where each begins, in elements.
-    length: of the bucket in elements, padding included; a multiple of ALIGN times the ranks that share it.
+    Attributes:
+        members: numbers of parameters, in the order in which they lie.
+        offsets: where each begins, in elements.
+        length: of the bucket in elements, padding included; a multiple of ALIGN times the ranks that share it.
     """
 
     members: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Collectives along one axis: plain ones, and six differentiable ones in pairs that are each other's backward.
+"""Collectives along one axis of the mesh: plain ones, and six differentiable ones, in pairs that are each other's backward.
 
                               forward           backward
     copy_to                   identity          all-reduce
@@ -9,7 +9,7 @@
     gather_and_reduce_grad    all-gather        reduce-scatter
 
 `copy_to`/`reduce_from` are f and g of arXiv 1909.08053, `gather_and_reduce_grad`/`reduce_scatter_to` g and g-bar of 2205.05198.
-On an axis of size 1 every function returns its argument. Below, n stands for the ranks of the axis.
+On an axis of size 1 every function returns its argument. In the shapes below, n is the number of ranks of the axis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 
 class CollectiveWork:
-    """A collective under way, like torch.distributed's Work, but `wait()` gives its result."""
+    """A collective in progress, like torch.distributed's Work, except that `wait` returns the result."""
 
     def __init__(self, work: Any, result: Callable[[], Tensor]) -> None:
         self._work, self._result = work, result
@@ -42,23 +42,23 @@ class CollectiveWork:
 
 
 def _needs_host(x: Tensor, axis: Axis) -> bool:
-    """Return whether `x` must go through host memory: gloo does little on a GPU's, which ranks share for a test."""
+    """Return whether `x` must go through host memory, since gloo supports few collectives on GPU tensors."""
     return x.is_cuda and dist.get_backend(axis.group) == "gloo"
 
 
 def all_reduce_async(x: Tensor, axis: Axis) -> CollectiveWork:
-    """Start to sum `x` `[...]` over the axis, in place."""
+    """Start to sum `x` `[...]` over the axis, in place; the result is `x`."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
-        host = x.cpu()
+        host = x.cpu()  # [...]
         dist.all_reduce(host, group=axis.group)
         return CollectiveWork(None, lambda: x.copy_(host))
     return CollectiveWork(dist.all_reduce(x, group=axis.group, async_op=True), lambda: x)
 
 
 def all_gather_async(x: Tensor, axis: Axis) -> CollectiveWork:
-    """Start to join the ranks' `x` along dimension 0: `[m, ...] -> [m * n, ...]`."""
+    """Start to concatenate the ranks' `x` along dimension 0: `[m, ...] -> [m * n, ...]`."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
     device = x.device
@@ -80,7 +80,7 @@ def reduce_scatter_async(x: Tensor, axis: Axis) -> CollectiveWork:
 
 
 def reduce_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
-    """Start to sum `x` `[m * n]` over the axis, in place: this rank's share becomes the sum, the rest is left undefined."""
+    """Start to sum `x` `[m * n]` over the axis, in place: only this rank's share `[m]` holds the sum, the rest is undefined."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
@@ -99,10 +99,10 @@ def gather_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
     if _needs_host(x, axis):
-        joining = all_gather_async(own_slice(x, axis), axis)
-        return CollectiveWork(None, lambda: x.copy_(joining.wait()))
+        gathering = all_gather_async(own_slice(x, axis), axis)  # [m] -> [m * n]
+        return CollectiveWork(None, lambda: x.copy_(gathering.wait()))
     if dist.get_backend(axis.group) == "gloo":  # its all-gather takes half as long again as a broadcast from each rank
-        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)
+        shares = zip(x.view(axis.size, -1), axis.ranks, strict=True)  # each [m]
         return CollectiveWork(
             _AllWorks([dist.broadcast(y, rank, group=axis.group, async_op=True) for y, rank in shares]), lambda: x
         )
@@ -110,10 +110,10 @@ def gather_slices_async(x: Tensor, axis: Axis) -> CollectiveWork:
 
 
 class _AllWorks:
-    """Several transfers under way, as one."""
+    """Several transfers in progress, waited for as one."""
 
-    def __init__(self, works: Sequence[Any], leaving: Tensor | None = None) -> None:
-        self._works, self._leaving = works, leaving  # a tensor must live until it has left
+    def __init__(self, works: Sequence[Any], sent: Tensor | None = None) -> None:
+        self._works, self._sent = works, sent  # keeps the sent tensor alive until the transfer has ended
 
     def wait(self) -> None:
         for work in self._works:
@@ -121,23 +121,23 @@ class _AllWorks:
 
 
 def ring_shift_async(x: Tensor, axis: Axis) -> CollectiveWork:
-    """Start to pass `x` `[...]` to the next rank of the ring, and to get the like of it from the rank before."""
+    """Start to send `x` `[...]` to the next rank of the ring, and to receive the previous rank's, which is the result."""
     if axis.size == 1:
         return CollectiveWork(None, lambda: x)
     device = x.device
     x = x.cpu() if _needs_host(x, axis) else x.contiguous()
-    room = torch.empty_like(x)  # for what arrives
-    following, before = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
-    # As one batch: where transfers are worked off in order, no rank may wait for a send before it has posted its receive.
-    passing = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, room, before, axis.group)]
-    return CollectiveWork(_AllWorks(dist.batch_isend_irecv(passing), x), lambda: room.to(device))
+    received = torch.empty_like(x)  # [...]
+    following, previous = axis.ranks[(axis.rank + 1) % axis.size], axis.ranks[axis.rank - 1]
+    # As one batch: where transfers run in order, all ranks could otherwise wait in a send with no receive posted.
+    transfers = [dist.P2POp(dist.isend, x, following, axis.group), dist.P2POp(dist.irecv, received, previous, axis.group)]
+    return CollectiveWork(_AllWorks(dist.batch_isend_irecv(transfers), x), lambda: received.to(device))
 
 
 def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """Reduce `x` `[...]` over the axis in place and return it.
 
     Args:
-        x: of one shape on all ranks.
+        x: `[...]`, of the same shape on all ranks.
         axis: the ranks.
         op: "sum" or "max".
     """
@@ -152,12 +152,12 @@ def all_reduce(x: Tensor, axis: Axis, op: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Join the ranks' `x` along `dim`: `[..., m, ...] -> [..., m * n, ...]`.
+    """Concatenate the ranks' `x` along `dim`: `[..., m, ...] -> [..., m * n, ...]`.
 
     Args:
-        x: of one shape on all ranks.
+        x: `[...]`, of the same shape on all ranks.
         axis: the ranks.
-        dim: where the ranks' parts stand beside one another.
+        dim: the dimension of the concatenation.
     """
     if axis.size == 1:
         return x
@@ -167,12 +167,12 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Sum over the axis, keep this rank's share of `dim`: `[..., m * n, ...] -> [..., m, ...]`.
+    """Sum over the axis, and keep this rank's share of `dim`: `[..., m * n, ...] -> [..., m, ...]`.
 
     Args:
-        x: of one shape on all ranks.
+        x: `[...]`, of the same shape on all ranks.
         axis: the ranks.
-        dim: of which each rank keeps a share.
+        dim: the dimension that is divided over the ranks.
     """
     if axis.size == 1:
         return x
@@ -185,21 +185,21 @@ def own_slice(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """Return this rank's share of `dim` as a view: `[..., m * n, ...] -> [..., m, ...]`. No communication.
 
     Args:
-        x: the same on all ranks.
+        x: the same tensor on all ranks.
         axis: the ranks.
-        dim: which is shared out.
+        dim: the dimension that is divided over the ranks.
     """
     share = x.shape[dim] // axis.size
     return x.narrow(dim, axis.rank * share, share)
 
 
 class _Mapped(torch.autograd.Function):
-    """One collective forward, its conjugate backward."""
+    """Applies one collective in the forward pass, and its conjugate in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.conjugate = backward
-        return forward(x)
+        return forward(x)  # for the shapes see the table of functions below
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,21 +214,21 @@ def _mapped(x: Tensor, axis: Axis, forward: Callable[[Tensor], Tensor], backward
 
 
 def _alias(x: Tensor) -> Tensor:
-    return x.view_as(x)  # autograd wants another tensor than the input
+    return x.view_as(x)  # autograd requires the output to be another tensor object than the input
 
 
 def _sum_copy(x: Tensor, axis: Axis) -> Tensor:
-    """Return the sum over the axis, and leave the caller's tensor alone."""
+    """Return the sum over the axis `[...]`, without changing the argument."""
     return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """Enter a region where each rank uses `x` `[...]` for its own part of a sum: f of arXiv 1909.08053."""
+    """Enter a region in which each rank computes its part of a sum from `x` `[...]`: f of arXiv 1909.08053."""
     return _mapped(x, axis, _alias, lambda g: _sum_copy(g, axis))
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """Leave such a region: add up the ranks' parts `[...]`. It is g of arXiv 1909.08053."""
+    """Leave the region that `copy_to` entered: sum the ranks' parts `[...]`; g of arXiv 1909.08053."""
     return _mapped(x, axis, lambda y: _sum_copy(y, axis), _alias)
 
 
@@ -236,45 +236,45 @@ def scatter_to(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """Keep this rank's slice of a tensor that all ranks hold: `[..., m * n, ...] -> [..., m, ...]`.
 
     Args:
-        x: the same on all ranks.
+        x: the same tensor on all ranks.
         axis: the ranks.
-        dim: which is cut.
+        dim: the dimension that is divided over the ranks.
     """
     return _mapped(x, axis, lambda y: own_slice(y, axis, dim).contiguous(), lambda g: all_gather(g, axis, dim))
 
 
 def gather_from(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """Join the slices into a tensor that all ranks then use in the same way: `[..., m, ...] -> [..., m * n, ...]`.
+    """Concatenate the slices into a tensor that all ranks use in the same way: `[..., m, ...] -> [..., m * n, ...]`.
 
-    The gradient is the same on all ranks, so each keeps its slice of it.
+    The gradient is then the same on all ranks, and each keeps its slice of it.
 
     Args:
         x: this rank's slice.
         axis: the ranks.
-        dim: which is cut.
+        dim: the dimension that is divided over the ranks.
     """
     return _mapped(x, axis, lambda y: all_gather(y, axis, dim), lambda g: own_slice(g, axis, dim).contiguous())
 
 
 def reduce_scatter_to(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Add up the ranks' parts, keep this rank's slice of the sum: `[..., m * n, ...] -> [..., m, ...]`.
+    """Sum the ranks' parts, and keep this rank's slice of the sum: `[..., m * n, ...] -> [..., m, ...]`.
 
     Args:
         x: this rank's part of the sum.
         axis: the ranks.
-        dim: which is cut.
+        dim: the dimension that is divided over the ranks.
     """
     return _mapped(x, axis, lambda y: reduce_scatter(y, axis, dim), lambda g: all_gather(g, axis, dim))
 
 
 def gather_and_reduce_grad(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
-    """Join the slices into a tensor that each rank uses for its own part of a sum: `[..., m, ...] -> [..., m * n, ...]`.
+    """Concatenate the slices into a tensor from which each rank computes a part of a sum: `[..., m, ...] -> [..., m * n, ...]`.
 
-    Each rank has a part of the gradient, so these are added up, and each keeps its slice of the sum.
+    Each rank then has a part of the gradient. The parts are summed, and each rank keeps its slice of the sum.
 
     Args:
         x: this rank's slice.
         axis: the ranks.
-        dim: which is cut.
+        dim: the dimension that is divided over the ranks.
     """
     return _mapped(x, axis, lambda y: all_gather(y, axis, dim), lambda g: reduce_scatter(g, axis, dim))

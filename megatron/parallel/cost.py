@@ -21,7 +21,9 @@ from megatron.parallel.spec import param_spec
 class Flops:
     """FLOPs of one token's forward pass, over all ranks; matrix products alone, a multiplication and an addition being 2.
 
-    linear: of products with a weight. core: of products of two activations, as in attention.
+    Attributes:
+        linear: of products with a weight.
+        core: of products of two activations, as in attention.
     """
 
     linear: int = 0
@@ -51,9 +53,12 @@ def module_flops(module: nn.Module, seq: int) -> Flops:
 class MicroBatchShape:
     """A micro-batch as it passes through the layers of one rank.
 
-    rows: its samples. seq: tokens of each; under context parallelism those of this rank. hidden: width of the residual stream.
-    element: bytes of a number that is computed with. shared: ranks that share the tokens between the regions of tensor
-    parallelism, more than 1 under sequence parallelism.
+    Attributes:
+        rows: its samples.
+        seq: tokens of each; under context parallelism those of this rank.
+        hidden: width of the residual stream.
+        element: bytes of a number that is computed with.
+        shared: ranks that share the tokens between the regions of tensor parallelism, more than 1 under sequence parallelism.
     """
 
     rows: int
@@ -82,9 +87,11 @@ class MicroBatchShape:
 class ActivationBytes:
     """Bytes of activations of a micro-batch on one rank.
 
-    saved: from the forward pass to the backward pass. core: of these, within the core attention. transient: while the module
-    is at work, at most, beside what is saved. weight_grad: the factors of weight gradients, of which a split backward pass
-    keeps both until it makes them.
+    Attributes:
+        saved: from the forward pass to the backward pass.
+        core: of these, within the core attention.
+        transient: while the module is at work, at most, beside what is saved.
+        weight_grad: the factors of weight gradients, of which a split backward pass keeps both until it makes them.
     """
 
     saved: int = 0

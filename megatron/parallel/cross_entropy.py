@@ -1,10 +1,10 @@
-"""The output layer and its cross-entropy in one, over a vocabulary that may be cut over the tensor-parallel axis.
+"""Fused output layer and cross-entropy, over a vocabulary that may be divided over the tensor-parallel axis.
 
-Logits are the largest activation of a language model, and only the loss wants them. So a few tokens at a time their
-logits are computed, turned into losses and at once into gradients, and forgotten: the memory is that of one chunk, which
-on a CPU stays in its cache. Over a cut vocabulary three numbers a token are reduced instead of gathering the logits
-(1909.08053): the maximum, the sum of exponentials, the label's logit. Padding rows get the logit minus infinity, so the
-loss is that of the unpadded vocabulary.
+Logits are the largest activation of a language model, and only the loss needs them. So the tokens are processed in chunks: the
+logits of a chunk are computed, turned into losses and at once into gradients, and discarded. Only one chunk's logits are in
+memory at a time, which on a CPU fit in its cache. With a divided vocabulary, three numbers per token are reduced instead of
+gathering the logits (1909.08053): the maximum, the sum of exponentials, the label's logit. The logits of padding rows are set
+to minus infinity, so the loss is that of the unpadded vocabulary.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
 from megatron.parallel.embedding import VocabShard
 
-# Logits of one chunk: what stays in a CPU's cache (16 MB in fp32), and enough rows to fill a GPU (0.5 GB).
+# Number of logits in a chunk: on a CPU they fit in its cache (16 MB in fp32), on a GPU the rows occupy it fully (0.5 GB).
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
-MAX_FP16_ROWS = 4096  # with hidden states of up to 16, no sum over a chunk passes 65504, where fp16 ends
-MIN_ROWS = 256  # below this the weight's gradient is read and written more often than it is worth
+MAX_FP16_ROWS = 4096  # with hidden states of up to 16, no sum over a chunk exceeds 65504, the largest fp16 number
+MIN_ROWS = 256  # with fewer, reading and writing the weight's gradient for every chunk would dominate
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabShard, tp: Axis) -> tuple[Tensor, Tensor]:
@@ -46,36 +46,36 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, shard: VocabSha
         losses, probabilities = -x.gather(-1, local).squeeze(-1), x.exp_()
     else:
         x = x - all_reduce(x.amax(dim=-1), tp, "max").unsqueeze(-1)  # [tokens, padded_size]
-        # A label is on one rank, and adds 0 on the others.
+        # Each label is on one rank; the others add 0.
         at_label = x.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0.0)  # [tokens]
         exponentials = x.exp_()  # [tokens, padded_size]
         total, at_label = all_reduce(torch.stack([exponentials.sum(dim=-1), at_label]), tp)  # [tokens] each
         losses, probabilities = total.log() - at_label, exponentials.div_(total.unsqueeze(-1))
-    # Subtract 1 at the label, on the rank that has it.
+    # Subtract 1 at the label, on the rank that holds its column.
     probabilities.scatter_add_(-1, local, elsewhere.to(x.dtype).unsqueeze(-1) - 1.0)
     return losses, probabilities
 
 
 def _label_columns(labels: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Return the labels' columns on this rank, int64 `[tokens, 1]`, and where they are on another one, bool `[tokens]`."""
+    """Return the labels' columns on this rank, int64 `[tokens, 1]`, and whether another rank holds them, bool `[tokens]`."""
     elsewhere = (labels < shard.start) | (labels >= shard.start + shard.size)
     return (labels - shard.start).masked_fill(elsewhere, 0).unsqueeze(-1), elsewhere
 
 
 def _chunk_rows(x: Tensor, shard: VocabShard) -> int:
-    """Return the tokens whose logits are held at a time; the same on every rank of tp."""
+    """Return the number of tokens in a chunk; the same on every rank of tp."""
     return max(MIN_ROWS, CHUNK.get(x.device.type, CHUNK["cpu"]) // shard.padded_size)
 
 
 def fused_linear_cross_entropy_bytes(tokens: int, hidden: int, padded_size: int, element: int) -> int:
-    """Return what `fused_linear_cross_entropy` holds at its fullest on a GPU; on a CPU, whose chunks are smaller, at most.
+    """Return the peak bytes of `fused_linear_cross_entropy` on a GPU, an upper bound for a CPU, whose chunks are smaller.
 
-    There are the input and its gradient, tokens x hidden each; the weight's gradient, padded_size x hidden in fp32, and a
-    product or a copy of it in the compute dtype; and of one chunk the logits, in 16 bit also their fp32 copy, and the fp32
+    It holds the input and its gradient, tokens x hidden each; the weight's gradient, padded_size x hidden in fp32, and one
+    chunk's product or a copy of it in the compute dtype; the logits of one chunk, for 16 bit also in fp32; its fp32
     probabilities.
 
     Args:
-        tokens: of all samples at hand.
+        tokens: number of tokens on this rank.
         hidden: width of the hidden states.
         padded_size: rows of the vocabulary on this rank.
         element: bytes of a number in the compute dtype.
@@ -86,7 +86,7 @@ def fused_linear_cross_entropy_bytes(tokens: int, hidden: int, padded_size: int,
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """The loss with its gradients, made together: that of the sum is each token's own, times the gradient from above."""
+    """Computes the loss and its gradients in the forward pass; the backward pass multiplies them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -105,10 +105,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x) if needs_grad else None  # [tokens, hidden]
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_grad else None  # [padded_size, hidden]
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad and bias is not None else None
-        room = x.new_empty(min(rows, x.shape[0]), shard.padded_size)  # one chunk's logits, reused by all
+        buffer = x.new_empty(min(rows, x.shape[0]), shard.padded_size)  # [rows, padded_size], reused by all chunks
         for first in range(0, x.shape[0], rows):
             chunk = slice(first, first + rows)
-            logits = torch.mm(x[chunk], weight.t(), out=room[: x.shape[0] - first])  # [rows, padded_size]
+            logits = torch.mm(x[chunk], weight.t(), out=buffer[: x.shape[0] - first])  # [rows, padded_size]
             if bias is not None:
                 logits += bias
             # [rows], [rows, padded_size]
@@ -117,7 +117,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += mask[chunk] @ grads
             if grad_x is not None and grad_weight is not None:
-                # The mask's rows go to the narrow factors, which are much smaller than the logits' gradients.
+                # The mask is applied to the hidden-sized factors, which are much smaller than the logits' gradients.
                 grads, counts = grads.to(x.dtype), mask[chunk].unsqueeze(-1).to(x.dtype)  # counts: [rows, 1]
                 torch.mm(grads, weight, out=grad_x[chunk]).mul_(counts)
                 counted = x[chunk] * counts  # [rows, hidden]
@@ -125,7 +125,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight.copy_(grads.t() @ counted)
                 elif x.dtype == torch.float32:
                     grad_weight.addmm_(grads.t(), counted)
-                else:  # the chunks' sum in fp32, their products in the compute dtype
+                else:  # the product in the compute dtype, summed over the chunks in fp32
                     grad_weight += grads.t() @ counted
         if grad_x is not None and grad_weight is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
@@ -134,9 +134,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since nobody else has them; autograd itself refuses a second backward over changed tensors.
+        # In place, since nothing else reads them; autograd refuses a second backward pass over changed tensors.
         grad_x, grad_weight, grad_bias = ctx.saved_tensors
-        # A loss scale above 65504 is no fp16 number, though its product with a gradient can be one.
+        # In fp32: a loss scale above 65504 has no fp16 representation, though its product with a gradient can have one.
         grad_x = (grad_x.float() * above[0]).to(grad_x.dtype) if grad_x.dtype == torch.float16 else grad_x.mul_(above[0])
         grad_bias = None if grad_bias is None else grad_bias.mul_(above[0]).to(ctx.dtype)
         return grad_x, grad_weight.mul_(above[0]).to(ctx.dtype), grad_bias, *[None] * 6
@@ -156,13 +156,13 @@ def fused_linear_cross_entropy(
     """Return the sum over tokens of mask * cross-entropy of the logits `x weight^T + bias`.
 
     Args:
-        x: `[tokens, hidden]`, whole on every rank; the gradient it gets is this rank's part of a sum over tp.
+        x: `[tokens, hidden]`, whole on every rank; its gradient is this rank's part of a sum over tp.
         weight: `[padded_size, hidden]`, this rank's rows.
         labels: int64 `[tokens]` within the vocabulary.
         mask: fp32 `[tokens]`.
         shard: this rank's rows of the vocabulary.
         tp: the ranks that hold the others.
-        rows: tokens of a chunk, the same on every rank; default what suits the device.
+        rows: tokens per chunk, the same on every rank; default by the device.
         bias: `[padded_size]`, this rank's part; None for none.
 
     Returns:
@@ -181,9 +181,9 @@ def fused_linear_cross_entropy(
 def label_scores(
     x: Tensor, weight: Tensor, labels: Tensor, shard: VocabShard, tp: Axis, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the labels, and whether each is the most probable token.
+    """Return log-probabilities of the labels, and whether each label is the most probable token.
 
-    Of equally probable tokens the lower one counts as the more probable, as in generation.
+    Of equally probable tokens the lowest id counts as the most probable, as in generation.
 
     Args:
         x: `[tokens, hidden]`, whole on every rank.
@@ -191,25 +191,25 @@ def label_scores(
         labels: int64 `[tokens]` within the vocabulary.
         shard: this rank's rows of the vocabulary.
         tp: the ranks that hold the others.
-        rows: tokens of a chunk, the same on every rank; default what suits the device.
+        rows: tokens per chunk, the same on every rank; default by the device.
 
     Returns:
         fp32 `[tokens]` and bool `[tokens]`, equal on every rank of tp.
     """
     rows = rows or _chunk_rows(x, shard)
-    scores = x.new_empty(x.shape[0], dtype=torch.float32)
-    hits = torch.empty_like(scores, dtype=torch.bool)
+    scores = x.new_empty(x.shape[0], dtype=torch.float32)  # [tokens]
+    hits = torch.empty_like(scores, dtype=torch.bool)  # [tokens]
     for first in range(0, x.shape[0], rows):
         chunk = slice(first, first + rows)
         logits = (x[chunk] @ weight.t()).float()  # [rows, padded_size]
         logits[:, shard.size :] = -torch.inf
-        local, elsewhere = _label_columns(labels[chunk], shard)
+        local, elsewhere = _label_columns(labels[chunk], shard)  # [rows, 1], [rows]
         own, best = logits.max(dim=-1)  # [rows], [rows]: this rank's largest logit, and its column
         highest = all_reduce(own.clone(), tp, "max")  # [rows]
-        # The lowest of the ranks' most probable tokens, as the largest of their negatives.
+        # The lowest id among the ranks' most probable tokens, as a maximum of negatives. [rows]
         best = -all_reduce(-(best + shard.start).masked_fill(own < highest, shard.vocab_size), tp, "max")
-        at_label = logits.gather(-1, local).squeeze(-1).sub_(highest).masked_fill_(elsewhere, 0.0)
-        total = logits.sub_(highest.unsqueeze(-1)).exp_().sum(dim=-1)
+        at_label = logits.gather(-1, local).squeeze(-1).sub_(highest).masked_fill_(elsewhere, 0.0)  # [rows]
+        total = logits.sub_(highest.unsqueeze(-1)).exp_().sum(dim=-1)  # [rows]
         total, at_label = all_reduce(torch.stack([total, at_label]), tp)
         scores[chunk] = at_label - total.log()
         hits[chunk] = best == labels[chunk]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.mesh.mesh import Axis
-from megatron.parallel.spec import ParamSpec, Part, describe, param_spec
+from megatron.parallel.spec import ParameterSpec, Part, describe, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -32,7 +32,8 @@ class VocabShard:
     They are `padded_size` rows, of which the first `size` are the tokens `start` and on. The rest is padding: it makes all
     ranks' shares equal and well aligned for matrix units. Padding never takes part in a softmax, a checkpoint or a sample.
 
-    vocab_size: of the whole vocabulary, without padding.
+    Attributes:
+        vocab_size: of the whole vocabulary, without padding.
     """
 
     vocab_size: int
@@ -58,13 +59,15 @@ class VocabShard:
 def vocab_parameter(shard: VocabShard, hidden: int) -> nn.Parameter:
     """Return a `[padded_size, hidden]` matrix whose rows are tokens: the embedding, or an untied output layer."""
     part = Part((shard.start, 0), (shard.size, hidden))
-    spec = ParamSpec("", (shard.vocab_size, hidden), part, frozenset({"tp"}))
+    spec = ParameterSpec("", (shard.vocab_size, hidden), part, frozenset({"tp"}))
     return describe(nn.Parameter(torch.empty(shard.padded_size, hidden)), spec)
 
 
 def vocab_bias(shard: VocabShard) -> nn.Parameter:
     """Return a bias `[padded_size]` of the output layer's logits."""
-    spec = ParamSpec("", (shard.vocab_size,), Part((shard.start,), (shard.size,)), frozenset({"tp"}), decay=False, init="zeros")
+    spec = ParameterSpec(
+        "", (shard.vocab_size,), Part((shard.start,), (shard.size,)), frozenset({"tp"}), decay=False, init="zeros"
+    )
     return describe(nn.Parameter(torch.empty(shard.padded_size)), spec)
 
 

@@ -54,7 +54,7 @@ class _ColumnLinears(torch.autograd.Function):
         gathering = ctx.tp.enter_async(x)  # runs beside the products for the input's gradient
         grad_x = grads[0].matmul(weights[0])  # [seq, ..., in], this rank's part of a sum
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
-            grad_x = grad_x + grad.matmul(weight)
+            grad_x = grad_x + grad.matmul(weight)  # [seq, ..., in]
         whole = gathering.wait()  # [seq, ..., in]
         reducing = ctx.tp.leave_async(grad_x)  # runs beside the products for the weights' gradients
         if ctx.store is not None and ctx.store.is_deferring:
@@ -64,6 +64,7 @@ class _ColumnLinears(torch.autograd.Function):
         rows = whole.flatten(0, -2)  # [tokens, in]
         flat = [g.flatten(0, -2) for g in grads]  # each [tokens, out / tp]
         fused = ctx.store is not None and ctx.store.fused
+        # Each weight gradient is [out / tp, in], each bias gradient [out / tp].
         grad_weights = [compute_weight_grad(w, g, rows, fused=fused) for w, g in zip(ctx.weights, flat, strict=True)]
         grad_biases = [None if b is None else g.sum(0) for g, b in zip(flat, ctx.biases, strict=True)]
         return reducing.wait(), None, None, None, *grad_weights, *grad_biases
@@ -82,8 +83,8 @@ class ColumnLinear(nn.Module):
         """Make the layer.
 
         Args:
-            in_features: of the input.
-            out_features: of the output, over all ranks.
+            in_features: number of input features.
+            out_features: number of output features over all ranks.
             tp: the ranks.
             bias: whether there is one.
             same_input: whether another layer is given the same input by `column_linears`, which keeps it once.
@@ -181,6 +182,6 @@ class RowLinear(nn.Module):
         """Return all output features of `[..., in_features / tp]`, summed over the ranks."""
         if self.tp.size == 1:
             return linear(x, self.weight, self.bias, self.weight_grad_store)
-        # The bias comes after the sum, or it would be added once for each rank.
+        # The bias is added after the sum over ranks, which would otherwise count it once per rank.
         y = self.tp.leave(linear(x, self.weight, None, self.weight_grad_store))  # [seq or seq / tp, ..., out_features]
         return y if self.bias is None else y + self.bias

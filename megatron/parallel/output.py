@@ -1,6 +1,6 @@
-"""The output layer: final hidden states times the vocabulary's matrix, whose rows may be cut over ranks.
+"""The output layer: final hidden states times the vocabulary's matrix, whose rows may be divided over tensor-parallel ranks.
 
-Whatever is asked of it, hidden states come as layers hand them on, and every rank gets the whole answer.
+Its methods take hidden states as the last layer returns them, and return the whole result on every rank.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from megatron.parallel.tensor_parallel import TensorParallel
 class VocabOutput(nn.Module):
     """Loss, logits and scores of hidden states `[seq, batch, hidden]`, under sequence parallelism of this rank's slice of them.
 
-    tied: the embedding's weight, `[padded_size, hidden]`, where the output layer has none of its own. It is no parameter of
-        this module.
-    bias, of each method: `[padded_size]`, this rank's part.
+    Args:
+        shard: this rank's rows of the vocabulary.
+        hidden: width of the hidden states.
+        tp: the tensor-parallel ranks.
+        tied: the embedding's weight, `[padded_size, hidden]`, for a tied output layer. It is not a parameter of this module.
     """
 
     def __init__(self, shard: VocabShard, hidden: int, tp: TensorParallel, *, tied: nn.Parameter | None = None) -> None:
@@ -31,7 +33,7 @@ class VocabOutput(nn.Module):
 
     @property
     def matrix(self) -> nn.Parameter:
-        """This rank's rows, `[padded_size, hidden]`; its own, or the embedding's where it is tied."""
+        """This rank's rows of the weight, `[padded_size, hidden]`: the layer's own, or the embedding's if it is tied."""
         matrix = self._tied[0] if self.weight is None else self.weight
         if matrix is None:
             raise ValueError("the output layer has lost its matrix")
@@ -42,35 +44,36 @@ class VocabOutput(nn.Module):
         return weight_flops(self.matrix)
 
     def activation_bytes(self, shape: MicroBatchShape) -> ActivationBytes:
-        """Return the bytes that the loss takes while it runs; nothing but gradients is kept."""
+        """Return the transient bytes of the loss; only gradients are saved for the backward pass."""
         rows = self.shard.padded_size
         return ActivationBytes(transient=fused_linear_cross_entropy_bytes(shape.tokens, shape.hidden, rows, shape.element))
 
     def loss(self, x: Tensor, labels: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the sum of the cross-entropies that count, fp32; see `fused_linear_cross_entropy`.
+        """Return the sum of the unmasked cross-entropies, fp32 scalar; see `fused_linear_cross_entropy`.
 
         Args:
-            x: hidden states.
+            x: hidden states `[seq, batch, hidden]`; under sequence parallelism, this rank's slice of the sequence.
             labels: int64 `[batch, seq]`.
             mask: fp32 `[batch, seq]`, 1 where a label counts.
-            bias: of the logits.
+            bias: `[padded_size]`, this rank's part of the logits' bias; None for none.
         """
         labels, mask = labels.t().reshape(-1), mask.t().reshape(-1)  # [seq * batch]
         whole = self.tp.enter(x).flatten(0, 1)  # [seq * batch, hidden]
         return fused_linear_cross_entropy(whole, self.matrix, labels, mask, self.shard, self.tp.axis, bias=bias)
 
     def logits(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return fp32 `[seq, batch, vocab]`, padding left out."""
+        """Return logits, fp32 `[seq, batch, vocab]`, without padding. bias: `[padded_size]`, this rank's part."""
         columns = column_products(x, self.tp, [self.matrix], [bias])[0]  # [seq, batch, padded_size]
-        # Cut the padding off after the gather: it stands at the vocabulary's end alone.
-        return gather_from(columns, self.tp.axis, -1)[..., : self.shard.vocab_size].float()
+        # The padding is at the end of the whole vocabulary, so it is cut off after the gather.
+        return gather_from(columns, self.tp.axis, -1)[..., : self.shard.vocab_size].float()  # [seq, batch, vocab]
 
     def label_scores(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and whether each is the most probable token there, bool.
+        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and whether each is the most probable token, bool.
 
-        Only a few tokens' logits are there at a time. labels: int64 `[batch, seq]`.
+        The logits are computed in chunks of tokens. labels: int64 `[batch, seq]`.
         """
         labels = labels.t()  # [seq, batch]
         whole = self.tp.join(x).flatten(0, 1)  # [seq * batch, hidden]
+        # Each [seq * batch].
         scores, hits = label_scores(whole, self.matrix, labels.reshape(-1), self.shard, self.tp.axis)
         return scores.view(labels.shape), hits.view(labels.shape)

@@ -76,10 +76,11 @@ def head_keys(seed: int, layer: int, heads: range) -> Tensor:
 class DropoutKeys:
     """The random identity of each token of a micro-batch, from which with a place's key every mask follows.
 
-    whole: int32 `[seq, batch]`, for all tokens at hand.
-    local: the slice this rank holds between the parallel layers, `whole` itself without sequence parallelism.
-    feature: key of the masks of the residual stream.
-    weight: key of the masks of attention weights.
+    Attributes:
+        whole: int32 `[seq, batch]`, for all tokens at hand.
+        local: the slice this rank holds between the parallel layers, `whole` itself without sequence parallelism.
+        feature: key of the masks of the residual stream.
+        weight: key of the masks of attention weights.
     """
 
     whole: Tensor

@@ -1,14 +1,14 @@
-"""Activation recomputation: a part of the forward pass keeps its input alone and is run again in the backward pass.
+"""Activation recomputation: parts of the forward pass save only their input, and run again in the backward pass.
 
-    selective         the core attention of every layer: little work, and all that grows with seq^2 (arXiv 2205.05198)
-    full, uniform     all layers of a stage, in chunks of K: each chunk keeps its input (arXiv 1604.06174)
-    full, block       the first K layers of a stage, each by itself; the others keep what they need
+    selective         the core attention of every layer: little work, and all the memory that grows with seq^2 (2205.05198)
+    full, uniform     all layers of a stage, in chunks of K; each chunk saves its input (arXiv 1604.06174)
+    full, block       the first K layers of a stage, each by itself; the other layers save all their activations
 
-With `distribute` each tensor-parallel rank keeps its share of a chunk's input, and they join the shares before they run the
-chunk again. Recomputed layers communicate again, in the order in which they do forward, so the same on every rank.
+With `distribute`, each tensor-parallel rank saves its share of a chunk's input; the ranks gather the shares before they run the
+chunk again. Recomputed layers repeat their collectives in the order of the forward pass, which is the same on every rank.
 
-Dropout needs no care: its masks are functions of the tokens' places. Only a kernel that draws for itself (`draws`) has its
-generator put back to where it was.
+Dropout masks are functions of the tokens' positions, so they come out alike. Only if a kernel draws random numbers itself
+(`draws`), the state of torch's generator is restored for it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ T = TypeVar("T")
 class Recompute:
     """Choice of what a stage runs again in the backward pass; by default nothing.
 
-    granularity: None, "selective" or "full"; method ("uniform" or "block") and num_layers, the K above, are of "full".
-    distribute: the axis over which a chunk's input is cut, None to keep it whole on every rank. draws: whether the forward
-    pass takes numbers from torch's generator.
+    Attributes:
+        granularity: None, "selective" or "full"; method ("uniform" or "block") and num_layers, the K above, are of "full".
+        distribute: the axis over which a chunk's input is divided; None to save it whole on every rank.
+        draws: whether the forward pass takes numbers from torch's generator.
     """
 
     granularity: str | None = None
@@ -47,48 +48,48 @@ class Recompute:
 
     @classmethod
     def from_config(cls, config: MemoryConfig, tp: Axis, *, draws: bool) -> Recompute:
-        """Return what a legal configuration asks for.
+        """Return the choice of a valid configuration.
 
         Args:
             config: the memory section.
-            tp: the axis that a chunk's input may be cut over.
-            draws: whether the forward pass takes numbers from torch's generator.
+            tp: the axis over which a chunk's input may be divided.
+            draws: whether the forward pass draws numbers from torch's generator.
         """
         distribute = tp if config.distribute_saved_activations and tp.size > 1 else None
         return cls(config.recompute_granularity, config.recompute_method, config.recompute_num_layers, distribute, draws)
 
     def attention(self, core_attention: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        """Return the core attention, itself or one that keeps only queries, keys and values."""
-        return self._again(core_attention) if self.granularity == "selective" else core_attention
+        """Return the core attention, wrapped with selective recomputation so that it saves only queries, keys and values."""
+        return self._recomputed(core_attention) if self.granularity == "selective" else core_attention
 
-    def through(self, layers: Sequence[T], call: Callable[[T, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Run `call(layer, x)` for one layer after the other. Without gradients nothing is kept, and nothing run again.
+    def run_layers(self, layers: Sequence[T], call: Callable[[T, Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply `call(layer, x)` for one layer after the other, with recomputation if gradients are enabled.
 
         Args:
-            layers: of the stage, in their order.
-            call: runs one of them.
-            x: `[...]`; with `distribute` its number of elements is a multiple of the axis' size.
+            layers: the layers of the stage, in order.
+            call: runs one layer.
+            x: `[...]`; with `distribute`, its number of elements must be a multiple of the axis' size.
 
         Returns:
-            The last layer's output, like x.
+            The last layer's output, of the shape of x.
         """
-        for chunk, again in self.chunks(layers):
+        for chunk, is_recomputed in self.chunks(layers):
 
             def run(x: Tensor, chunk: Sequence[T] = chunk) -> Tensor:
                 for layer in chunk:
                     x = call(layer, x)
                 return x
 
-            if not again:
+            if not is_recomputed:
                 x = run(x)
             elif self.distribute is not None and torch.is_grad_enabled():
-                x = self._again_from_shares(run, x, self.distribute)
+                x = self._recomputed_from_shares(run, x, self.distribute)
             else:
-                x = self._again(run)(x)
+                x = self._recomputed(run)(x)
         return x
 
     def chunks(self, layers: Sequence[T]) -> Iterator[tuple[Sequence[T], bool]]:
-        """Yield the layers in pieces, and whether a piece is run again."""
+        """Yield the layers in chunks, and whether each chunk is recomputed."""
         count = min(self.num_layers, len(layers))
         if self.granularity != "full":
             yield layers, False
@@ -101,27 +102,29 @@ class Recompute:
             yield layers[count:], False
 
     def activation_bytes(self, layers: Sequence[ActivationBytes], start: int) -> ActivationBytes:
-        """Return what a stage's layers take together; what is run again keeps its input, and passes by once (2205.05198, 5).
+        """Return the bytes of a stage's layers with recomputation (2205.05198, section 5).
+
+        A recomputed chunk saves its input, and its other activations exist only while its backward pass runs.
 
         Args:
-            layers: what each of them takes where nothing is run again.
+            layers: the bytes of each layer without recomputation.
             start: bytes of a layer's input.
         """
         weight_grad = sum(layer.weight_grad for layer in layers)
         transient = max((layer.transient for layer in layers), default=0)
         if self.granularity == "selective":
-            again = max((layer.core for layer in layers), default=0)
-            return ActivationBytes(sum(y.saved - y.core for y in layers), 0, transient + again, weight_grad)
-        # A chunk's layers keep their inputs too: its own is there already, unless each rank has a share of it.
-        share, there = (start, start) if self.distribute is None else (start // self.distribute.size, 0)
-        saved, most = 0, 0
-        for chunk, again in self.chunks(layers):
+            recomputed = max((layer.core for layer in layers), default=0)
+            return ActivationBytes(sum(y.saved - y.core for y in layers), 0, transient + recomputed, weight_grad)
+        # The activations of a recomputed chunk include its input, which is in memory already unless only a share was saved.
+        saved_input, in_memory = (start, start) if self.distribute is None else (start // self.distribute.size, 0)
+        saved, largest = 0, 0
+        for chunk, is_recomputed in self.chunks(layers):
             whole = sum(layer.saved for layer in chunk)
-            saved += share if again else whole
-            most = max(most, whole - there) if again else most
-        return ActivationBytes(saved, 0, transient + most, weight_grad)
+            saved += saved_input if is_recomputed else whole
+            largest = max(largest, whole - in_memory) if is_recomputed else largest
+        return ActivationBytes(saved, 0, transient + largest, weight_grad)
 
-    def _again(self, function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    def _recomputed(self, function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         def recomputed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
             if not torch.is_grad_enabled():
                 return function(*args, **kwargs)
@@ -130,15 +133,15 @@ class Recompute:
 
         return recomputed
 
-    def _again_from_shares(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: Axis) -> Tensor:
-        """Return `function(x)`, keeping this rank's share of x alone."""
+    def _recomputed_from_shares(self, function: Callable[[Tensor], Tensor], x: Tensor, axis: Axis) -> Tensor:
+        """Return `function(x)`, saving only this rank's share of x `[...]` for the recomputation."""
         shape, whole = x.shape, [x]
 
         def run(share: Tensor) -> Tensor:
-            # Backward, the tensors that were not kept take their values from a second run. It needs no connection to what
-            # came before x, so its input is a new leaf.
+            # The first run uses x itself. The second one only supplies the values of tensors that were not saved, so its input
+            # is a new leaf, without the graph before x. [...]
             joined = whole.pop() if whole else all_gather(share, axis).view(shape).requires_grad_()
-            return function(joined)
+            return function(joined)  # [...]
 
-        share = own_slice(x.detach().flatten(), axis).clone()  # [elements / tp]; a clone, so that x itself is free to go
-        return self._again(run)(share)
+        share = own_slice(x.detach().flatten(), axis).clone()  # [elements / tp]; a clone, so that x itself can be freed
+        return self._recomputed(run)(share)

@@ -43,20 +43,22 @@ class Part:
 
 
 @dataclass(frozen=True)
-class ParamSpec:
+class ParameterSpec:
     """Identity of one parameter.
 
-    name: global, e.g. `layers.7.attention.qkv.weight`; layers counted over the whole model.
-    shape: of the whole parameter, without padding.
-    part: the rectangle this rank holds. The local tensor can be longer in dimension 0: the surplus is padding (of the
-        vocabulary), always zero, and no part of the parameter.
-    split_over: axes whose ranks hold different rectangles.
-    data_axis: the axis whose ranks hold equal copies that saw other samples. Its gradients are summed there, and under the
-        distributed optimizer each of these ranks owns a slice of its state.
-    sum_grad_over: further axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
-        must be summed too.
-    decay: whether weight decay applies. decoupled: whether its learning rate is that of --decoupled-lr.
-    init: the rule of `model/init.py` that draws it.
+    Attributes:
+        name: global, e.g. `layers.7.attention.qkv.weight`; layers counted over the whole model.
+        shape: of the whole parameter, without padding.
+        part: the rectangle this rank holds. The local tensor can be longer in dimension 0: the surplus is padding (of the
+            vocabulary), always zero, and no part of the parameter.
+        split_over: axes whose ranks hold different rectangles.
+        data_axis: the axis whose ranks hold equal copies that saw other samples. Its gradients are summed there, and under the
+            distributed optimizer each of these ranks owns a slice of its state.
+        sum_grad_over: further axes whose ranks hold equal copies that saw different parts of the work, so that their gradients
+            must be summed too.
+        decay: whether weight decay applies.
+        decoupled: whether its learning rate is that of --decoupled-lr.
+        init: the rule of `model/init.py` that draws it.
     """
 
     name: str
@@ -69,7 +71,7 @@ class ParamSpec:
     decoupled: bool = False
     data_axis: str = "dp_cp"
 
-    def with_own_rate(self) -> ParamSpec:
+    def with_own_rate(self) -> ParameterSpec:
         """Return the spec of a run with --decoupled-lr."""
         return replace(self, decoupled=self.name in DECOUPLED)
 
@@ -88,15 +90,15 @@ class ParamSpec:
         return tensor[tuple(slice(0, n) for n in self.part.shape)]
 
 
-def describe(parameter: nn.Parameter, spec: ParamSpec) -> nn.Parameter:
+def describe(parameter: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
     """Attach `spec` to `parameter`; the layer that makes a parameter calls this once."""
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 
 
-def param_spec(parameter: Tensor) -> ParamSpec:
+def param_spec(parameter: Tensor) -> ParameterSpec:
     """Return the record attached by `describe`. AttributeError when there is none."""
-    spec: ParamSpec = parameter.spec  # type: ignore[attr-defined]
+    spec: ParameterSpec = parameter.spec  # type: ignore[attr-defined]
     return spec
 
 
@@ -134,7 +136,8 @@ def run_grad_ready_hook(parameter: Tensor) -> None:
 class Shard:
     """One rectangle of one named tensor, as a checkpoint sees it.
 
-    data: the local tensor of exactly `part.shape`, a view of the live state: reading it saves, writing it loads.
+    Attributes:
+        data: the local tensor of exactly `part.shape`, a view of the live state: reading it saves, writing it loads.
     """
 
     name: str

@@ -30,14 +30,16 @@ from megatron.parallel.collectives import (
     reduce_scatter_async,
     reduce_scatter_to,
 )
-from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.spec import ParameterSpec, Part, describe
 
 
 @dataclass(frozen=True)
 class TensorParallel:
     """The ranks that the layers of a model are cut over.
 
-    axis: the tensor-parallel ranks. sequence_parallel: cut activations between the regions too; False on an axis of size 1.
+    Attributes:
+        axis: the tensor-parallel ranks.
+        sequence_parallel: cut activations between the regions too; False on an axis of size 1.
     """
 
     axis: Axis
@@ -110,7 +112,7 @@ class TensorParallel:
             decay: whether weight decay applies.
         """
         axes = frozenset({self.axis.name}) if self.sequence_parallel else frozenset[str]()
-        spec = ParamSpec("", shape, Part.whole(shape), sum_grad_over=axes, decay=decay, init=init)
+        spec = ParameterSpec("", shape, Part.whole(shape), sum_grad_over=axes, decay=decay, init=init)
         return describe(nn.Parameter(torch.empty(shape)), spec)
 
     def slice_parameter(self, shape: tuple[int, ...], part: Part, *, init: str = "normal", decay: bool = True) -> nn.Parameter:
@@ -122,5 +124,5 @@ class TensorParallel:
             init: the rule of `model/init.py` that draws it.
             decay: whether weight decay applies.
         """
-        spec = ParamSpec("", shape, part, frozenset({self.axis.name}), decay=decay, init=init)
+        spec = ParameterSpec("", shape, part, frozenset({self.axis.name}), decay=decay, init=init)
         return describe(nn.Parameter(torch.empty(part.shape)), spec)

@@ -1,11 +1,11 @@
-"""Weight gradients of linear layers: made with the input's gradient, or deferred to a W action (zero bubble, arXiv 2401.10241).
+"""Weight gradients of linear layers, computed at once or deferred to a W action (zero bubble, arXiv 2401.10241).
 
-A zero-bubble schedule runs the backward pass of a stage in two parts: I makes the gradient of the input, which another
-stage waits for; W makes the gradients of the weights, any time later. In I the linear layers therefore put the two factors
-of their weight's gradient aside, `grad^T` and the input, and W is nothing but the products.
+A zero-bubble schedule splits the backward pass of a stage into two actions. I computes the gradient of the input, which another
+stage waits for; W computes the gradients of the weights, at any later time. So in I the linear layers store the two factors of
+their weight's gradient, the output's gradient and the input, and W multiplies them.
 
-On a GPU the product of 16-bit factors can add itself to the fp32 gradient: it is summed in fp32 anyway, and so it is neither
-rounded to 16 bit nor written and read again (gradient accumulation fusion). Autograd then gets no gradient of the weight.
+On a GPU, the product of 16-bit factors can be added to the fp32 gradient by the matrix multiplication itself, so that it is
+neither rounded to 16 bit nor written and read again (gradient accumulation fusion). Autograd then gets no weight gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron.parallel.spec import accumulate, run_grad_ready_hook
 
 
 def add_weight_grad(total: Tensor, rows: Tensor, x: Tensor) -> None:
-    """Add the weight gradient `rows^T x` to `total` within the product. CUDA alone can.
+    """Add the weight gradient `rows^T x` to `total` within the matrix multiplication. CUDA only.
 
     Args:
         total: fp32 `[out, in]`.
@@ -36,7 +36,7 @@ def add_weight_grad(total: Tensor, rows: Tensor, x: Tensor) -> None:
 def supports_fused_weight_grad(device: torch.device) -> bool:
     """Return whether `add_weight_grad` works on a device.
 
-    Older torch takes no fp32 sum beside 16-bit factors, and a CPU has no such product.
+    Older versions of torch do not accept an fp32 sum with 16-bit factors, and there is no such product on CPUs.
     """
     if device.type != "cuda":
         return False
@@ -49,13 +49,13 @@ def supports_fused_weight_grad(device: torch.device) -> bool:
 
 
 def compute_weight_grad(weight: nn.Parameter, rows: Tensor, x: Tensor, *, fused: bool) -> Tensor | None:
-    """Return the gradient of a weight, not added to anything yet; None where it was added to the buffer already.
+    """Return the gradient of a weight for the caller to add; None if it was already added to the gradient buffer.
 
     Args:
         weight: `[out, in]`.
         rows: `[tokens, out]`, the gradient of the output.
         x: `[tokens, in]`, the input.
-        fused: add it within the product, if the weight has 16 bit and an fp32 buffer.
+        fused: add it within the product, if the weight is 16-bit and has an fp32 gradient buffer.
 
     Returns:
         `[out, in]`, or None.
@@ -64,17 +64,20 @@ def compute_weight_grad(weight: nn.Parameter, rows: Tensor, x: Tensor, *, fused:
     if not fused or total is None or total.dtype != torch.float32 or weight.dtype == torch.float32:
         return rows.t().matmul(x)  # [out, in]
     add_weight_grad(total, rows, x)
-    run_grad_ready_hook(weight)  # autograd will not, since it gets no gradient
+    run_grad_ready_hook(weight)  # autograd does not call it, since it gets no gradient
     return None
 
 
 @dataclass(frozen=True)
 class DeferredWeightGrad:
-    """The gradients of a weight `[out, in]` and of its bias `[out]`, not yet made.
+    """The factors from which the gradients of a weight and its bias will be computed.
 
-    x: the layer's input, `[..., in]`.
-    grad: the gradient of its output, `[..., out]`.
-    fused: as for `compute_weight_grad`.
+    Attributes:
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+        x: the layer's input, `[..., in]`.
+        grad: the gradient of its output, `[..., out]`.
+        fused: as for `compute_weight_grad`.
     """
 
     weight: nn.Parameter
@@ -85,21 +88,22 @@ class DeferredWeightGrad:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Make them, and add them to the parameters' gradients."""
+        """Compute the gradients, and add them to the parameters' gradients."""
         rows = self.grad.flatten(0, -2)  # [tokens, out]
-        made = compute_weight_grad(self.weight, rows, self.x.flatten(0, -2), fused=self.fused)
-        if made is not None:
-            accumulate(self.weight, made)
+        grad_weight = compute_weight_grad(self.weight, rows, self.x.flatten(0, -2), fused=self.fused)  # [out, in], or None
+        if grad_weight is not None:
+            accumulate(self.weight, grad_weight)
         if self.bias is not None:
-            accumulate(self.bias, rows.sum(0))
+            accumulate(self.bias, rows.sum(0))  # [out]
 
 
 class WeightGradStore:
     """Deferred weight gradients of the linear layers of a rank's stages.
 
-    The layers put them here while `deferring` is open, else they make them at once.
+    Inside a `deferring` block the layers store the factors here; outside, they compute the gradients at once.
 
-    fused: add gradients to fp32 buffers within the product; only where `supports_fused_weight_grad`.
+    Args:
+        fused: add gradients to fp32 buffers within the product; only where `supports_fused_weight_grad`.
     """
 
     def __init__(self, *, fused: bool = False) -> None:
@@ -112,7 +116,7 @@ class WeightGradStore:
         return self._deferred is not None
 
     def put(self, weight: nn.Parameter, bias: nn.Parameter | None, x: Tensor, grad: Tensor) -> None:
-        """Put the factors of a weight's gradient aside, for later.
+        """Store the factors of a weight's gradient for later.
 
         Args:
             weight: `[out, in]`.
@@ -125,12 +129,12 @@ class WeightGradStore:
         """
         if self._deferred is None:
             raise RuntimeError("no backward pass is keeping its weight products")
-        # Detached, so that the graph behind them is free to go.
+        # Detached, so that their graph can be freed.
         self._deferred.append(DeferredWeightGrad(weight, bias, x.detach(), grad.detach(), self.fused))
 
     @contextmanager
     def deferring(self) -> Iterator[list[DeferredWeightGrad]]:
-        """Open a list in which a backward pass inside leaves its weight gradients."""
+        """Defer the weight gradients of a backward pass inside the block to the list that is yielded."""
         deferred: list[DeferredWeightGrad] = []
         self._deferred = deferred
         try:
@@ -161,25 +165,25 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, store: WeightGradStore | None) -> Tensor:
-    """Return `x weight^T + bias`; torch's own, unless a store decides when the weight's gradient is made.
+    """Return `x weight^T + bias`, by torch's own function unless there is a store for the weight's gradient.
 
     Args:
         x: `[..., in]`.
         weight: `[out, in]`.
         bias: `[out]`, or None.
-        store: takes the weight's gradient while it defers; None for autograd's way.
+        store: can defer or fuse the weight's gradient; None leaves it to autograd.
 
     Returns:
         `[..., out]`.
     """
     if store is None:
-        return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias, store)  # type: ignore[no-untyped-call]
+        return F.linear(x, weight, bias)  # [..., out]
+    y: Tensor = _Linear.apply(x, weight, bias, store)  # type: ignore[no-untyped-call]  # [..., out]
     return y
 
 
 def attach_weight_grad_store(module: nn.Module, store: WeightGradStore) -> None:
-    """Let `store` decide when every parallel linear layer of `module` makes its weight gradient."""
+    """Make `store` the weight-gradient store of every parallel linear layer of `module`."""
     for layer in module.modules():
         if hasattr(layer, "weight_grad_store"):
             layer.weight_grad_store = store  # type: ignore[assignment]  # a plain attribute of ours

@@ -19,7 +19,7 @@ from megatron.mesh.mesh import Axis
 from megatron.model.build import model_class
 from megatron.model.transformer import Transformer
 from megatron.parallel.ring import RingAttention
-from megatron.parallel.spec import ParamSpec, param_spec
+from megatron.parallel.spec import ParameterSpec, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 
 
@@ -27,7 +27,7 @@ from megatron.parallel.tensor_parallel import TensorParallel
 class ParameterSize:
     """A parameter of one rank. local: elements that the rank holds; of a vocabulary with the padding."""
 
-    spec: ParamSpec
+    spec: ParameterSpec
     local: int
 
     @property

@@ -56,8 +56,11 @@ def read_value(file: str, form: str) -> Value:
 class Value:
     """A value of a JSON file.
 
-    file: its name. place: the way to the value, "" for the whole. held: the value as `json` reads it. form: the expected
-    content of the file, for messages.
+    Attributes:
+        file: its name.
+        place: the way to the value, "" for the whole.
+        held: the value as `json` reads it.
+        form: the expected content of the file, for messages.
     """
 
     file: str

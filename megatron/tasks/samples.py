@@ -22,9 +22,11 @@ from megatron.data.tokenizer import Tokenizer
 class Example:
     """One example of a task.
 
-    rows: input of the model, several for a choice, with the right answer in `labels` where `loss_mask` is true. name: of the
-    example in its file, for results and messages. truth: right answer, as the score compares it; None where it is not known.
-    detail: further values from which logits become an answer.
+    Attributes:
+        rows: input of the model, several for a choice, with the right answer in `labels` where `loss_mask` is true.
+        name: of the example in its file, for results and messages.
+        truth: right answer, as the score compares it; None where it is not known.
+        detail: further values from which logits become an answer.
     """
 
     rows: tuple[PairSample, ...]
@@ -44,8 +46,10 @@ class TaskScore:
 class Task(ABC):
     """A task: its published files are read as examples, which become rows of tokens, and their answers are scored.
 
-    tokenizer: has [CLS], [SEP] and padding. seq_length: tokens of the longest row. notes: lines for the user about the files.
-    DataError for a tokenizer without these tokens, and for rows that have no room for an example.
+    Args:
+        tokenizer: has [CLS], [SEP] and padding.
+        seq_length: tokens of the longest row. notes: lines for the user about the files. DataError for a tokenizer without
+            these tokens, and for rows that have no room for an example.
     """
 
     rows: int = 1  # of each example

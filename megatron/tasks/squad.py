@@ -42,8 +42,10 @@ class Paragraph:
 class ContextWindow:
     """The part of a paragraph in one row.
 
-    first: position of its first token in the row. offsets: first character and end of each token in `text`. impossible:
-    whether questions of this file can have no answer.
+    Attributes:
+        first: position of its first token in the row.
+        offsets: first character and end of each token in `text`.
+        impossible: whether questions of this file can have no answer.
     """
 
     text: str

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 class Window:
     """A part of a text that the model sees at once.
 
-    tokens: all but the last one are input, all but the first one labels: at least two. num_scored: number of labels that are
-    scored, at least one; they are the last ones, the others were scored before and are context.
+    Attributes:
+        tokens: all but the last one are input, all but the first one labels: at least two.
+        num_scored: number of labels that are scored, at least one; they are the last ones, the others were scored before and
+            are context.
     """
 
     tokens: Sequence[int]

@@ -25,7 +25,7 @@ from megatron.optim.lr import LRSchedule
 from megatron.optim.optimizer import Optimizer
 from megatron.optim.precision import Precision
 from megatron.parallel.recompute import Recompute
-from megatron.parallel.ring import RingAttention, share
+from megatron.parallel.ring import RingAttention, shard_batch
 from megatron.parallel.spec import Checkpointable, describe, param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightGradStore, attach_weight_grad_store, supports_fused_weight_grad
@@ -272,7 +272,7 @@ def build_pipeline(
         scaled_loss,
         weight_grad_store,
         watch=job.watch,
-        share=partial(share, cp=mesh.cp),
+        share=partial(shard_batch, cp=mesh.cp),
         early=0 if job.env.blocking else EARLY,
     )
 

@@ -10,8 +10,8 @@ from megatron.train.errors import TrainingError
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 
-# A run that ends with so many skipped steps in a row has failed. A dynamic loss scale is allowed more of them, as its search for
-# the largest scale without an overflow skips some.
+# A run that ends with so many skipped steps in a row has failed. A dynamic loss scale is allowed more of them, since its search
+# for the largest scale without an overflow skips some.
 MIN_FAILED_STEPS = 2
 MIN_FAILED_STEPS_DYNAMIC = 5
 

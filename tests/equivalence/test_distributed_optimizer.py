@@ -20,7 +20,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import collectives
-from megatron.parallel.spec import ParamSpec, Part, Shard, describe, param_spec
+from megatron.parallel.spec import ParameterSpec, Part, Shard, describe, param_spec
 from megatron.plan.enough_memory import states
 from megatron.train.run import Run
 
@@ -308,7 +308,7 @@ def test_bytes_are_those_of_the_formula(layout, sharded, bf16):
 
 def parameter(name: str, values: list[float], **kind: object) -> nn.Parameter:
     shape = (len(values),)
-    return describe(nn.Parameter(torch.tensor(values)), ParamSpec(name, shape, Part.whole(shape), **kind))  # type: ignore[arg-type]
+    return describe(nn.Parameter(torch.tensor(values)), ParameterSpec(name, shape, Part.whole(shape), **kind))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kernel", ["fused", "foreach"])

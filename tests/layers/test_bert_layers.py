@@ -15,7 +15,7 @@ from megatron.model.attention import AttentionContext, bidirectional_attention
 from megatron.parallel.cross_entropy import fused_linear_cross_entropy
 from megatron.parallel.embedding import VocabShard
 from megatron.parallel.random import DropoutKeys, head_keys
-from megatron.parallel.ring import RingAttention, score_blocks, share
+from megatron.parallel.ring import RingAttention, score_blocks, shard_batch
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 
@@ -36,7 +36,7 @@ def attention(groups: int, dropout: float, padded: bool, causal: bool = False):
     cp, tokens = axis("cp"), torch.zeros(ROWS, SEQ, dtype=torch.int64)
     padding = (torch.arange(SEQ) >= torch.tensor([[SEQ], [19]])).long() if padded else None
     batch = Batch(tokens, tokens, torch.ones(ROWS, SEQ), tokens, torch.tensor([7, 8]), padding)
-    part = share(batch, cp)
+    part = shard_batch(batch, cp)
     places = torch.arange(SEQ) if part.places is None else part.places
     q, k, v = (draw(ROWS, n, SEQ, WIDTH, seed=n * 10 + i) for i, n in enumerate((HEADS, groups, groups)))
     q, k, v = (x[:, :, places].clone().requires_grad_() for x in (2 * q, 2 * k, v))

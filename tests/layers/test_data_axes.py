@@ -23,7 +23,7 @@ from megatron.mesh.mesh import Mesh
 from megatron.optim import buffers as optim_buffers
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
-from megatron.parallel.spec import ParamSpec, Part, describe
+from megatron.parallel.spec import ParameterSpec, Part, describe
 
 EXPERTS, HIDDEN, TOKENS, STEPS = 4, 6, 8, 3
 DATA = 4  # parts of the data, whatever the layout
@@ -49,10 +49,10 @@ class Experts(nn.Module):
         self.first = mesh.cp.rank * own
         whole = torch.randn(EXPERTS, HIDDEN, HIDDEN, generator=draw)
         part = Part((self.first, 0, 0), (own, HIDDEN, HIDDEN))
-        expert = ParamSpec("experts", tuple(whole.shape), part, frozenset({"cp"}), data_axis=data_axis)
+        expert = ParameterSpec("experts", tuple(whole.shape), part, frozenset({"cp"}), data_axis=data_axis)
         dense, bias = torch.randn(HIDDEN, HIDDEN, generator=draw), torch.randn(HIDDEN, generator=draw)
-        self.dense = describe(nn.Parameter(dense), ParamSpec("dense", tuple(dense.shape), Part.whole(tuple(dense.shape))))
-        self.bias = describe(nn.Parameter(bias), ParamSpec("bias", (HIDDEN,), Part.whole((HIDDEN,)), decay=False))
+        self.dense = describe(nn.Parameter(dense), ParameterSpec("dense", tuple(dense.shape), Part.whole(tuple(dense.shape))))
+        self.bias = describe(nn.Parameter(bias), ParameterSpec("bias", (HIDDEN,), Part.whole((HIDDEN,)), decay=False))
         self.experts = describe(nn.Parameter(whole[expert.part.slices].clone()), expert)
 
 
@@ -136,7 +136,7 @@ def test_an_expert_summed_over_the_wrong_ranks_is_another_run(sharded: bool) -> 
 
 
 def test_an_axis_that_the_mesh_does_not_have_is_refused() -> None:
-    weight = describe(nn.Parameter(torch.zeros(2)), ParamSpec("w", (2,), Part.whole((2,)), data_axis="expert"))
+    weight = describe(nn.Parameter(torch.zeros(2)), ParameterSpec("w", (2,), Part.whole((2,)), data_axis="expert"))
     with pytest.raises(ValueError, match="the mesh has no axis expert; it has tp, cp, dp, pp, dp_cp, world"):
         flat_buffers([weight], mesh=Mesh.single())
 

@@ -22,7 +22,7 @@ from megatron.parallel import ring
 from megatron.parallel.collectives import ring_shift_async
 from megatron.parallel.cost import MicroBatchShape
 from megatron.parallel.random import DropoutKeys, head_keys
-from megatron.parallel.ring import RingAttention, rank_chunks, score_blocks, share
+from megatron.parallel.ring import RingAttention, rank_chunks, score_blocks, shard_batch
 
 ROWS, HEADS, SEQ, WIDTH = 2, 4, 32, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -47,7 +47,7 @@ def whole_batch(seq: int = SEQ, documents: bool = False) -> Batch:
 def attention(groups: int, dropout: float, documents: bool, dtype: torch.dtype, seq: int = SEQ, fault: str = ""):
     """(places of this rank, result, gradients of queries, keys and values there)."""
     axis, batch = cp_axis(), whole_batch(seq, documents)
-    part = share(batch, axis)
+    part = shard_batch(batch, axis)
     places = torch.arange(seq) if part.places is None else part.places
     q, k, v = (draw(ROWS, n, seq, WIDTH, seed=n * 10 + i, dtype=dtype) for i, n in enumerate((HEADS, groups, groups)))
     q, k, v = (x[:, :, places].clone().requires_grad_() for x in (2 * q, 2 * k, v))
@@ -202,7 +202,7 @@ class TensorSizes(TorchDispatchMode):
 def memory(seq: int, dropout: float) -> tuple[int, int]:
     """Elements that are kept for the backward pass, without dropout's keys; elements of the largest tensor ever made."""
     axis, kept = cp_axis(), {}
-    part = share(whole_batch(seq, True), axis)
+    part = shard_batch(whole_batch(seq, True), axis)
     q, k, v = (draw(ROWS, n, seq // axis.size, WIDTH, seed=n, dtype=torch.float32) for n in (HEADS, 2, 2))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     keys = DropoutKeys.from_samples(5, part.samples, part.places, slice(None))
@@ -262,7 +262,7 @@ def test_the_memory_that_a_dry_run_shows_is_what_a_backward_pass_takes(world, dr
 
 
 def shared_batch():
-    return share(whole_batch(documents=True), cp_axis())
+    return shard_batch(whole_batch(documents=True), cp_axis())
 
 
 def test_ranks_share_a_micro_batch():
@@ -273,12 +273,12 @@ def test_ranks_share_a_micro_batch():
         for name in ("tokens", "labels", "loss_mask", "positions"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, part.places]), name
         assert torch.equal(part.samples, whole.samples) and torch.equal(part.documents, whole.documents)
-    assert share(whole, Axis.alone("cp")) is whole
+    assert shard_batch(whole, Axis.alone("cp")) is whole
 
 
 def test_what_does_not_cut_is_refused():
     with pytest.raises(ValueError, match="a sequence of 34 tokens does not cut into 2 x 2 equal chunks"):
-        share(whole_batch(34), Axis("cp", 2, 0, (0, 1)))
+        shard_batch(whole_batch(34), Axis("cp", 2, 0, (0, 1)))
     core_attention, keys = RingAttention(Axis("cp", 2, 0, (0, 1))), head_keys(1, 1, range(2))
     q, k = torch.zeros(1, 2, 1, WIDTH), torch.zeros(1, 2, 4, WIDTH)
     with pytest.raises(ValueError, match="not 1 queries and 4 keys; generate with context-parallel size 1"):
