@@ -1,7 +1,7 @@
-"""Choose the device and the backend of each rank, agreed on over the job's store before any process group forms.
+"""Choose the device and the backend of each rank; all ranks compare their choices before the process group forms.
 
-A host whose driver is dead would take gloo while the others wait for it in NCCL. So every rank publishes its choice, the first
-one compares them, and where they differ all end with one message.
+A host whose driver has failed would choose gloo, while the others wait for it in NCCL. So every rank publishes its choice in
+the job's store, and rank 0 compares them. If they differ, all ranks end with one message.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Hardware:
 
     Attributes:
         gpus: number of GPUs.
-        why: the reason there is none, in words; empty where there are some.
-        gpu_uuid: UUID of the only GPU, where it can be read; empty else.
+        why: the reason why there is none; empty if there are some.
+        gpu_uuid: UUID of the only GPU, if it can be read; otherwise empty.
     """
 
     gpus: int
@@ -45,7 +45,7 @@ class Hardware:
 
 
 def _gpu_uuid() -> str:
-    """Return the UUID of GPU 0; empty where torch or the driver does not tell."""
+    """Return the UUID of GPU 0; empty if torch or the driver does not report it."""
     try:
         return str(torch.cuda.get_device_properties(0).uuid)
     except (AttributeError, RuntimeError, AssertionError):
@@ -53,15 +53,15 @@ def _gpu_uuid() -> str:
 
 
 def _why_none() -> str:
-    """Return in words why torch sees no GPU."""
+    """Return the reason why torch sees no GPU."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch is built without CUDA"
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "CUDA_VISIBLE_DEVICES is empty"
     try:
-        # The driver tells why only when it is asked to start.
+        # The driver reports the reason only when it is initialised.
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except Exception as error:  # whatever the driver says
+    except Exception as error:  # of any class, depending on the driver
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return "torch sees none"
 
@@ -74,9 +74,9 @@ class DeviceChoice:
         host: name of its host.
         device: type of the device, `cuda` or `cpu`.
         backend: `nccl` or `gloo`.
-        why: the reason, in words.
-        gpu_uuid: UUID of its GPU, where NCCL must have it alone.
-        problem: why it cannot do as the command says; empty where it can.
+        why: the reason for the choice.
+        gpu_uuid: UUID of its GPU, if NCCL needs it for this rank alone; otherwise empty.
+        problem: why the backend of the command is impossible; empty if it is possible.
     """
 
     host: str
@@ -92,11 +92,11 @@ def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -
 
     Args:
         env: the launcher's environment of this process.
-        backend: what the command asks for, None where it names none.
+        backend: the backend that the command names; None for none.
         gpus: number of GPUs that the process sees.
 
     Raises:
-        ValueError: nccl is asked for, and there are fewer GPUs than processes.
+        ValueError: the command names nccl, and there are fewer GPUs than processes.
     """
     enough = gpus >= env.local_size
     if backend == "nccl" and not (gpus and enough):
@@ -109,11 +109,11 @@ def device_and_backend(env: LaunchEnvironment, backend: str | None, gpus: int) -
 
 
 def choose_rank_device(env: LaunchEnvironment, asked: str | None, found: Hardware) -> tuple[torch.device, DeviceChoice]:
-    """Return the device that this rank would take, and its choice as the other ranks hear of it.
+    """Return the device that this rank would take, and its choice for the comparison with the other ranks.
 
     Args:
         env: the launcher's environment of this process.
-        asked: the backend that the command names, None where it names none.
+        asked: the backend that the command names; None for none.
         found: the GPUs that this process sees.
     """
     # SLURM may show each task only its own GPU, which is then device 0.
@@ -128,7 +128,7 @@ def choose_rank_device(env: LaunchEnvironment, asked: str | None, found: Hardwar
 
 
 def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, timeout: timedelta) -> None:
-    """Publish this rank's choice, and wait for the verdict on all of them. Collective.
+    """Publish this rank's choice, and wait for rank 0's comparison of all choices. Collective.
 
     Args:
         store: the job's key-value store.
@@ -137,8 +137,7 @@ def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, time
         timeout: time that all ranks together have to publish theirs.
 
     Raises:
-        JobError: with status 2, the same on all ranks, where the choices do not fit together; with status 1 where ranks do not
-            come.
+        JobError: with status 2, the same on all ranks, if the choices do not fit together; with status 1 if ranks are missing.
     """
     store.set(f"means {env.rank}", json.dumps(asdict(own)))
     if env.rank == 0:
@@ -160,7 +159,7 @@ def agree_on_devices(store: Any, env: LaunchEnvironment, own: DeviceChoice, time
 
 
 def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
-    """Return why ranks with these choices, one a rank, cannot work together; None where they can."""
+    """Return why ranks with these choices, by rank, cannot work together; None if they can."""
     if any(one.problem for one in choices):
         return "; ".join(f"{who}: {one.problem}" for who, one in _alike(choices) if one.problem)
     if len({(one.device, one.backend) for one in choices}) > 1:
@@ -169,7 +168,7 @@ def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
             f"the hosts of this job differ: {kinds}. Mend what is wrong or leave those hosts out; --distributed-backend gloo "
             "lets processes share a GPU, and an empty CUDA_VISIBLE_DEVICES for all processes makes all compute on CPUs"
         )
-    # Each rank sees one GPU, as its device 0: only its UUID tells whether two ranks have the same.
+    # Each rank sees one GPU, as its device 0; only the UUID shows whether two ranks have the same one.
     gpu_ranks: dict[tuple[str, str], list[int]] = {}
     for rank, one in enumerate(choices):
         if one.gpu_uuid:
@@ -184,9 +183,9 @@ def device_conflict(choices: Sequence[DeviceChoice]) -> str | None:
 
 
 def _alike(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]]:
-    """Group hosts whose ranks chose the same: yield each group in words, and one choice of it.
+    """Group the hosts whose ranks chose alike; yield the description and one choice of each group.
 
-    The smallest group comes first, since its hosts are the ones to look at.
+    The smallest group comes first, since its hosts are probably the faulty ones.
     """
     kinds: dict[tuple[str, ...], dict[str, list[int]]] = {}
     for rank, one in enumerate(choices):
@@ -194,12 +193,12 @@ def _alike(choices: Sequence[DeviceChoice]) -> Iterator[tuple[str, DeviceChoice]
     for hosts in sorted(kinds.values(), key=len):
         named = [f"{host} ({describe_ranks(ranks)})" for host, ranks in list(hosts.items())[:MAX_HOSTS]]
         more = len(hosts) - len(named)
-        words = ", ".join(named) + (f" and {more} more" if more else "")
-        yield f"host {words}", choices[next(iter(hosts.values()))[0]]
+        listed = ", ".join(named) + (f" and {more} more" if more else "")
+        yield f"host {listed}", choices[next(iter(hosts.values()))[0]]
 
 
 def describe_ranks(ranks: Sequence[int]) -> str:
-    """Return ranks in words: `rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`; of many the first and the last."""
+    """Return text for ranks: `rank 3`, `ranks 0 to 7`, `ranks 0, 4, 8`; for many, only the first and the last."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):

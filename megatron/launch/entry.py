@@ -1,4 +1,4 @@
-"""Start and end every program, so that it ends in one line where a traceback would help nobody.
+"""Start and end every program, so that expected errors end it with one line instead of a traceback.
 
     with loading():
         import torch
@@ -6,8 +6,8 @@
     if __name__ == "__main__":
         sys.exit(run_main(main))
 
-A program imports this before anything else. So it needs the standard library alone, and reads as Python 3.6 does: what is
-wrong may be the interpreter, or that nothing is installed for it.
+A program imports this before anything else. So this file needs only the standard library, and is valid Python 3.6: the error to
+report may be that the interpreter is too old, or that nothing is installed for it.
 """
 
 import os
@@ -29,15 +29,15 @@ INTERRUPTED = 128 + signal.SIGINT  # exit statuses as shells have them
 
 @contextmanager
 def loading() -> "Iterator[None]":
-    """Import what a program needs. SystemExit, after one line, where this Python is too old or lacks a package.
+    """Import a program's modules inside the block. If Python is too old or lacks a package, print a line and raise SystemExit.
 
-    Ctrl-C ends the program silently with status 130: there is nothing to say yet.
+    Ctrl-C ends the program silently, with status 130.
     """
     check_python()
-    # Else torch's C++ part adds a warning of sixteen lines to the one line in which a rank says that another has left.
+    # Otherwise torch's C++ code adds a warning of sixteen lines to the line in which a rank reports that another has left.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     quiet = "TORCHELASTIC_RUN_ID" in os.environ and not is_first_process()
-    if quiet:  # what ends it now is the first process's mistake, and torchrun reports each that does not end with 0
+    if quiet:  # a SIGTERM now follows from the first process's mistake; torchrun reports all that do not end with 0
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     try:
         yield
@@ -51,16 +51,15 @@ def loading() -> "Iterator[None]":
 
 
 def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = (), failed: "Kinds" = (), **named: object) -> int:
-    """Return the exit status of `main` with these arguments, or of what ended it, of which one line is said.
+    """Run `main`, and return its exit status. Expected errors are printed in one line; others end with a traceback.
 
-    A reader of its output that leaves early, as `head` does, ends it silently with the status of SIGPIPE. What nobody expects
-    still ends in a traceback.
+    If the reader of the output leaves early, as `head` does, the program ends silently with the status of SIGPIPE.
 
     Args:
         main: the program.
         arguments: positional arguments of `main`.
-        wrong: errors in what the program was asked for; exit status 2.
-        failed: errors that it met on its way; exit status 1.
+        wrong: classes of errors in the input of the program; exit status 2.
+        failed: classes of errors during its work; exit status 1.
         named: named arguments of `main`.
 
     Returns:
@@ -96,14 +95,14 @@ def run_main(main: "Callable[..., int]", *arguments: object, wrong: "Kinds" = ()
 
 
 def check_python() -> None:
-    """End the program with status 2, after one line, where Python is older than what the package needs."""
+    """End the program with status 2 and a line if Python is older than the package needs."""
     if sys.version_info < MIN_PYTHON:
         needed, found = (".".join(map(str, version[:3])) for version in (MIN_PYTHON, sys.version_info))
         exit_with_error(f"Python {needed} or newer is needed, and {sys.executable} is {found}: {activation_command()}")
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """Return what to say of a package of ours that is not installed; an empty text for any other package."""
+    """Return the message for a dependency that is not installed; an empty text for a package that is none."""
     name = (error.name or "").split(".")[0]
     if name not in REQUIRED and name not in EXTRAS:
         return ""
@@ -112,10 +111,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
 
 
 def activation_command() -> str:
-    """Return the words that tell how a shell gets the Python which the project is installed for.
-
-    It is that of the environment `.venv` of this checkout, or of one that has to be made first.
-    """
+    """Return the advice on how to activate the environment `.venv` of this checkout, or to create it first."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     script = os.path.join(root, ".venv", "bin", "activate")
     near = os.path.relpath(script)
@@ -123,15 +119,15 @@ def activation_command() -> str:
     return f"run {activate} first" if os.path.exists(script) else f"run `make install` first, and then {activate}"
 
 
-def exit_with_error(words: str) -> NoReturn:
-    """End the program with status 2, after one line from the first of its processes."""
+def exit_with_error(message: str) -> NoReturn:
+    """End the program with status 2; the first process prints the message."""
     if is_first_process():
-        sys.stderr.write(f"error: {words}\n")
+        sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
 
 
 def is_first_process() -> bool:
-    """Return whether this process speaks for all that a launcher has started, of which the first one does."""
+    """Return whether this is the first of the processes that a launcher has started, which prints for all."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) in ("", "0")
 
 

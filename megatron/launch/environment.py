@@ -10,16 +10,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-# Variables that differ between the processes of a job; a mistake in one of the others is seen by all.
+# Variables that differ between the processes of a job. A mistake in one of the other variables is found by all processes.
 PER_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID")
 HOW = "leave these variables to torchrun or srun, or unset them for a single process"
 
 
 class LaunchEnvironmentError(ValueError):
-    """The launcher's variables contradict each other, or are no numbers.
+    """The launcher's variables contradict each other, or are not numbers.
 
     Attributes:
-        own: the mistake may be this process's alone, so that it must say so itself.
+        own: the mistake may concern this process alone, so it must report it itself, whatever its rank.
     """
 
     def __init__(self, text: str, *, own: bool = False) -> None:
@@ -29,7 +29,7 @@ class LaunchEnvironmentError(ValueError):
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """This process among the processes of the job, as its launcher says.
+    """The place of this process among the processes of the job, as its launcher describes it.
 
     Attributes:
         rank: number of this process among all.
@@ -39,9 +39,9 @@ class LaunchEnvironment:
         launcher: `torchrun`, `srun` or `python`.
         address: host of rank 0, where the job's store is.
         port: port of the store.
-        job: the launcher's name for the job, where it tells.
-        attempt: how often the launcher has started these processes anew.
-        blocking: CUDA_LAUNCH_BLOCKING is set, so the launch of a kernel returns when the kernel ends.
+        job: torchrun's id of the job; None under other launchers.
+        attempt: number of restarts by torchrun so far.
+        blocking: CUDA_LAUNCH_BLOCKING is set, so launching a kernel returns only when the kernel has ended.
     """
 
     rank: int = 0
@@ -57,13 +57,13 @@ class LaunchEnvironment:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """Read the launcher's variables; LaunchEnvironmentError names what is wrong with them."""
+        """Read the launcher's variables; LaunchEnvironmentError if they are wrong."""
         blocking = environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
         return replace(cls._started(environ), blocking=blocking)
 
     @classmethod
     def _started(cls, environ: Mapping[str, str]) -> LaunchEnvironment:
-        """Return the environment without `blocking`, as torchrun or srun describes it; one process where neither does."""
+        """Return the environment of torchrun or srun, without `blocking`; that of a single process if neither is there."""
         if "RANK" in environ or "WORLD_SIZE" in environ:
             world = _number(environ, "WORLD_SIZE", 1)
             rank = _position(environ, "RANK", world, "WORLD_SIZE", default=0 if world == 1 else None)
@@ -73,7 +73,7 @@ class LaunchEnvironment:
             return cls(
                 rank=rank,
                 world_size=world,
-                # Without the variable all processes are taken to be on one host, as without LOCAL_WORLD_SIZE.
+                # Without the variable all processes are assumed to be on one host, as without LOCAL_WORLD_SIZE.
                 local_rank=_position(environ, "LOCAL_RANK", local_world, "LOCAL_WORLD_SIZE", default=rank % local_world),
                 local_size=local_world,
                 launcher="torchrun",
@@ -82,11 +82,11 @@ class LaunchEnvironment:
                 job=environ.get("TORCHELASTIC_RUN_ID"),
                 attempt=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             )
-        # A batch script has SLURM_PROCID as well; only a step that srun started has a step with tasks.
+        # A batch script has SLURM_PROCID as well, but only a step of srun has more than one task.
         if "SLURM_STEP_ID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
             per_node = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
             hosts = expand_hosts(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1")))
-            # Steps of several jobs may share a host: a port of their own for each.
+            # Steps of several jobs may share a host, so each gets a port that follows from its ids.
             own_port = 20000 + (_number(environ, "SLURM_JOB_ID", 0) * 7 + _number(environ, "SLURM_STEP_ID")) % 12000
             world = _number(environ, "SLURM_STEP_NUM_TASKS")
             local_rank = _number(environ, "SLURM_LOCALID", 0)
@@ -94,7 +94,7 @@ class LaunchEnvironment:
                 rank=_position(environ, "SLURM_PROCID", world, "SLURM_STEP_NUM_TASKS"),
                 world_size=world,
                 local_rank=local_rank,
-                # Of the first host; one that has more tasks has at least those up to this one.
+                # The number of tasks on the first host. A host with more has at least local_rank + 1.
                 local_size=min(world, max(int(per_node.group()) if per_node else 1, local_rank + 1)),
                 launcher="srun",
                 address=environ.get("MASTER_ADDR") or hosts[0],
@@ -104,7 +104,7 @@ class LaunchEnvironment:
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Read a variable that holds a number; LaunchEnvironmentError where it does not, or is missing and has no default."""
+    """Read a variable that holds a number; LaunchEnvironmentError if it does not, or is missing and has no default."""
     text = environ.get(name)
     if text is None and default is not None:
         return default

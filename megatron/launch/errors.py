@@ -1,12 +1,12 @@
-"""Errors that end a job before its work begins."""
+"""Errors that end a job before its work begins, and the types of functions that turn errors into messages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# Puts an error in words, given it and where it came up. None where it needs type, text and traceback.
+# Returns the message of an error, given the error and its rank, host and phase; None for one that needs its traceback.
 Explain = Callable[[BaseException, str], str | None]
-# Returns what a job says that a signal ends before it can save, and its status, given the signal's name and the rank.
+# Returns message and exit status of a job that a signal ends before it can save, given the signal's name and the rank.
 Early = Callable[[str, int], tuple[str, int]]
 
 
@@ -14,7 +14,7 @@ class JobError(Exception):
     """The processes cannot work together; the message says why, and no traceback is shown.
 
     Attributes:
-        status: the exit status, 2 where the command or a host must change.
+        status: the exit status; 2 if the command or a host must change.
     """
 
     def __init__(self, text: str, status: int = 1) -> None:

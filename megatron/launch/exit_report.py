@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron.launch.environment import LaunchEnvironment
 
-FIRST_RANK_SECONDS = 10.0  # by which rank 0 may be slower to its message than the others
+FIRST_RANK_SECONDS = 10.0  # how long the other ranks wait for rank 0's message before they end
 COMMUNICATION_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 
 
@@ -38,57 +38,57 @@ def write_stderr(text: str) -> None:
         with suppress(OSError):
             os.write(2, text.encode(errors="replace"))
 
-    run_briefly(write)  # nobody may read the other end, or the main thread may hold a stream's lock for ever
+    run_briefly(write)  # it may block for ever: nobody reads the other end, or the main thread holds a stream's lock
 
 
 def run_briefly(work: Callable[[], object]) -> None:
-    """Run something that may never end, for five seconds at most."""
+    """Run a function that may block for ever, and wait for it five seconds at most."""
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     worker.join(5.0)
 
 
 def let_rank_0_report(env: LaunchEnvironment) -> None:
-    """Wait, on a rank other than the first, until the first has said what is wrong with the command that all have.
+    """Wait, on a rank other than 0, until rank 0 has reported the mistake in the command.
 
-    A launcher ends all processes when one leaves, so that must not be before the first one has spoken. One that is torchrun
-    reports each that does not end with 0, so this process then does.
+    A launcher ends all processes when one of them ends, so this one must not end before rank 0's message. torchrun reports
+    every process that does not end with 0, so this process ends with 0 when torchrun ends it.
     """
     exit_0_on_sigterm(env)
     time.sleep(1.0 if env.job is None else FIRST_RANK_SECONDS)
 
 
 def exit_0_on_sigterm(env: LaunchEnvironment) -> None:
-    """Make this process end with 0 where torchrun ends it, since another one has failed and speaks for all."""
+    """Make this process end with 0 when torchrun ends it, since another one has failed and reports that."""
     if env.job is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
 
 
 def write_error_file(text: str) -> None:
-    """Leave the root cause where torchrun looks for it, so that its own report names it too. Other launchers get nothing.
+    """Write the error to the file from which torchrun's report takes it; does nothing under other launchers.
 
-    The format is that of torch.distributed.elastic's error files. Of a failure only the lines that name it: torchrun shows the
-    file of each rank that it found dead, and one traceback is enough.
+    The format is that of torch.distributed.elastic's error files. Only the lines that begin with `error: ` are written, without
+    the traceback, since torchrun shows the file of every rank that it found dead.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     lines = text.strip().splitlines()
-    words = "\n".join([line for line in lines if line.startswith("error: ")] or lines)
-    if path and words:
-        extra = {"py_callstack": words, "timestamp": str(int(time.time()))}
+    message = "\n".join([line for line in lines if line.startswith("error: ")] or lines)
+    if path and message:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": {"message": words, "extraInfo": extra}}), encoding="utf-8")
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
 
 
 def is_secondary_error(error: BaseException) -> bool:
-    """Return whether an error may only show that another rank failed.
+    """Return whether an error may be only the consequence of another rank's failure.
 
-    Such are torch's errors of communication, known by their class or by their text.
+    These are torch's communication errors, recognized by their class or their text.
     """
     cause: BaseException | None = error
-    # torch wraps some errors, so the causes are looked at too.
+    # torch wraps some errors, so the causes are examined as well.
     while cause is not None:
         text = str(cause).lower()
-        # By its name, because a process can end before it has imported torch.
+        # By the name of the class, since the process may not have imported torch yet.
         of_torch = any(kind.__name__ == "DistError" for kind in type(cause).__mro__)
         if of_torch or (isinstance(cause, RuntimeError) and any(words in text for words in COMMUNICATION_WORDS)):
             return True

@@ -1,7 +1,7 @@
-"""Heartbeats of ranks, and the judgement of who died, froze or hangs. Imports no torch.
+"""Heartbeats of ranks, and the rules by which a rank counts as dead, frozen or hung. Imports no torch.
 
 Each rank writes a `Heartbeat` every half second. From the heartbeats of the others, and the process table of its own host, a
-rank sees who died and who is frozen; from its own `DurationTracker` it sees that it hangs itself.
+rank detects that another one died or is frozen; from its own `DurationTracker`, that it hangs itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WatchdogTimeouts:
-    """Seconds that a watchdog waits.
+    """Timeouts of a watchdog, in seconds.
 
     Attributes:
-        period: between two heartbeats.
-        silent: without a heartbeat, until a rank counts as frozen or lost.
-        hang: the least that a computation may take before it counts as hung.
-        first: the least for the first computation of its kind, where that takes longer, as a compiler does; default `hang`.
-        settle: after a communication error or SIGTERM, until the cause of it must have shown.
+        period: time between two heartbeats.
+        silent: time without a heartbeat after which a rank counts as frozen or lost.
+        hang: minimum duration after which a computation can count as hung.
+        first: the same for the first computation of its kind, which may include compilation; default `hang`.
+        settle: time after a communication error or SIGTERM within which its cause must have shown.
     """
 
     period: float = 0.5
@@ -38,9 +38,9 @@ class Process:
 
     Attributes:
         host: name of its host.
-        space: boot and process namespace; empty where the process cannot be looked up.
-        pid: its number.
-        started: time at which it started, in clock ticks since boot; a number alone is used again.
+        space: boot id and process namespace; empty if the process cannot be looked up.
+        pid: process id.
+        started: start time in clock ticks since boot, since process ids are reused.
     """
 
     host: str
@@ -55,18 +55,18 @@ class Process:
 
     @classmethod
     def here(cls, pid: int) -> Process:
-        """Return a process of this host and namespace by its number."""
+        """Return a process of this host and namespace by its process id."""
         try:
-            # Containers may share a host's name but not its process numbers.
+            # Containers may share a host's name but not its process ids.
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
             space = f"{boot} {os.readlink('/proc/self/ns/pid')}"
         except OSError:
-            space = ""  # nobody is looked up
+            space = ""  # no process can be looked up
         _, started = _stat(pid)
         return cls(os.uname().nodename, space, pid, started)
 
     def state(self, seen_from: Process) -> str:
-        """`gone`, `stopped` or `alive`; `unknown` from another host."""
+        """Return `gone`, `stopped` or `alive`; `unknown` from another host."""
         if not self.space or self.space != seen_from.space:
             return "unknown"
         state, started = _stat(self.pid)
@@ -75,16 +75,16 @@ class Process:
         return "stopped" if state in "Tt" else "alive"
 
     def kill(self, seen_from: Process) -> None:
-        """End it without asking, which also ends a stopped process. Nothing from another host."""
+        """Send SIGKILL, which also ends a stopped process; does nothing from another host."""
         if self.state(seen_from) in ("stopped", "alive"):
             try:
                 os.kill(self.pid, signal.SIGKILL)
             except OSError:
-                return  # it went by itself
+                return  # it has ended by itself
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """Letter of the state and start time of a process; `X` and 0 when there is none."""
+    """Return state letter and start time of a process from /proc; `X` and 0 when there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -100,11 +100,11 @@ class Heartbeat:
 
     Attributes:
         process: the rank's process.
-        number: counts up with each heartbeat.
-        what: the rank's phase in words.
+        number: serial number of the heartbeat.
+        what: description of the rank's phase.
         age: seconds since the phase began.
-        seconds_left: seconds until the phase counts as a hang; None where it has no such limit.
-        ending: why no more heartbeats need come: `finished`, `terminated`, `ended`; empty while the rank works.
+        seconds_left: seconds until the phase counts as hung; None for a phase without a limit.
+        ending: the reason why heartbeats may stop: `finished`, `terminated` or `ended`; empty while the rank works.
     """
 
     process: Process
@@ -126,10 +126,10 @@ class Heartbeat:
 
 
 class DurationTracker:
-    """Durations of this rank's computations, by kind, and the time that one may take.
+    """Records the durations of this rank's computations by kind, and derives the time limit of the next one.
 
-    The first of a kind may take `first` seconds; it allocates and connects, or compiles, and says little about the rest.
-    From then on the limit is three times the longest one, and at least `hang` seconds; never more than `timeout`.
+    The first of a kind may take `first` seconds, since it allocates, connects or compiles. After that the limit is three times
+    the longest duration so far, at least `hang` seconds, and at most `timeout`.
     """
 
     def __init__(self, hang: float, timeout: float, first: float | None = None) -> None:
@@ -138,7 +138,7 @@ class DurationTracker:
         self._longest: dict[str, float] = {}
 
     def record(self, kind: str, seconds: float) -> None:
-        """Record how long a phase of one kind took. The first of its kind does not count once there is another."""
+        """Record the duration of a phase of one kind. The second one replaces the first, which is slower than the rest."""
         longest = self._longest.get(kind)
         if longest is None:
             self._longest[kind] = seconds
@@ -150,7 +150,7 @@ class DurationTracker:
             self._longest[kind] = seconds
 
     def longest(self, kind: str) -> float | None:
-        """Return the seconds of the longest phase of a kind; None where none has ended."""
+        """Return the duration of the longest phase of a kind in seconds; None before one has ended."""
         return self._longest.get(kind)
 
     def limit(self, kind: str) -> float:
@@ -161,33 +161,33 @@ class DurationTracker:
 
 @dataclass
 class Peer:
-    """Another rank as this one sees it.
+    """Another rank as seen by this one.
 
     Attributes:
-        beat: the last heartbeat that was read of it.
-        quiet: seconds since that came, counted by this rank.
+        beat: its last heartbeat.
+        quiet: seconds since that heartbeat arrived, counted by this rank.
     """
 
     beat: Heartbeat
     quiet: float = 0.0
 
     def update(self, beat: Heartbeat, seconds: float) -> None:
-        """Take in the heartbeat that was read now, `seconds` after the last reading."""
-        # By its number and not its time: the clocks of two hosts differ.
+        """Record the heartbeat that was just read, `seconds` after the last reading."""
+        # Recognized as new by its number, not by a time, since the clocks of two hosts differ.
         self.quiet = 0.0 if beat.number != self.beat.number else self.quiet + seconds
         self.beat = beat
 
     def has_ended(self, own: Process) -> bool:
-        """Return whether the rank has ended, or is about to and needs nobody any more."""
+        """Return whether the rank has ended, or is about to end and needs no other rank."""
         return self.beat.ending in ("ended", "finished") or self.beat.process.state(own) == "gone"
 
     def problem(self, timeouts: WatchdogTimeouts, own: Process, *, trouble: bool) -> str | None:
-        """Return what is wrong with the rank, in words; None while nothing is.
+        """Return a description of the rank's failure; None while it seems healthy.
 
         Args:
             timeouts: the limits.
-            own: the process that asks.
-            trouble: something is known to be wrong somewhere, so a rank that cannot be looked up may be silent for less long.
+            own: this process.
+            trouble: some failure in the job is known, so a shorter silence counts for a process that cannot be looked up.
         """
         if self.beat.ending:
             return None
@@ -208,10 +208,10 @@ class Peer:
 
 
 def may_wait_for_peer(age: float, others: list[Peer]) -> bool:
-    """Return whether a computation that takes `age` seconds may be held up by another rank.
+    """Return whether a computation that has taken `age` seconds may be waiting for another rank.
 
-    Work given to a GPU waits for other ranks without saying so. Then the one whose own work began earlier is to blame, and
-    it may be within its limit still: it compiles, or reads data.
+    Work on a GPU can wait for other ranks unnoticed. Then the rank whose phase began earlier is the cause, and it may still be
+    within its own limit, because it compiles or reads data.
     """
     return any(
         not peer.beat.ending

@@ -1,4 +1,4 @@
-"""Start and stop torch.distributed, on the device and with the backend that all ranks have."""
+"""Start and stop torch.distributed, on the device and with the backend that all ranks agree on; attach the watchdog."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from megatron.launch.signals import StopSignals
 from megatron.launch.store import connect_store, serves_store
 from megatron.launch.watchdog import JobWatchdog, Watchdog
 
-NCCL_TIMEOUT_MARGIN = timedelta(seconds=60)  # of NCCL's timeout beyond the watch's
+NCCL_TIMEOUT_MARGIN = timedelta(seconds=60)  # by which NCCL's timeout exceeds the watchdog's
 
 
 @dataclass(frozen=True)
 class Job:
-    """A started process of a job.
+    """A process of a running job.
 
     Attributes:
         env: the launcher's environment of the process.
-        device: on which it computes.
-        backend: through which it communicates; None for a single process.
-        timeout: of a collective; None for torch's own.
-        watch: the watchdog that is told what the process does.
+        device: the device that it computes on.
+        backend: the backend of its collectives; None for a single process.
+        timeout: the timeout of a collective; None for torch's own.
+        watch: the watchdog, to which the process reports its phases.
     """
 
     env: LaunchEnvironment
@@ -47,23 +47,23 @@ class Job:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which speaks for all."""
+        """True on rank 0, which prints for all ranks."""
         return self.env.rank == 0
 
     def describe(self) -> str:
-        """Return in words how many processes there are, who started them, and on what."""
+        """Return a line with the number of processes, the launcher, the device and the backend."""
         talk = f"{self.backend}" if self.backend else "no communication needed"
         return f"{self.env.world_size} process(es) started by {self.env.launcher}, on {self.device.type}, {talk}"
 
 
 @dataclass(frozen=True)
 class Guard:
-    """The protection of a process while its job lasts; a single process has none of it.
+    """Watchdog and store of a process, before and during its process group; a single process has neither.
 
     Attributes:
         watch: the watchdog of this process.
         store: its connection to the job's key-value store; None for a single process.
-        timeout: of a collective.
+        timeout: the timeout of a collective.
         world_size: number of processes of the job.
         signals: the requests to stop.
     """
@@ -74,34 +74,34 @@ class Guard:
     world_size: int = 1
     signals: StopSignals = field(default_factory=StopSignals)
 
-    def wait_for_all(self, what: str, tell: Callable[[str], object]) -> None:
-        """Wait until every rank has come here, for as long as it takes; the watchdog finds a rank that dies meanwhile.
+    def wait_for_all(self, what: str, log: Callable[[str], object]) -> None:
+        """Wait without a time limit until every rank has called this; the watchdog finds a rank that dies meanwhile.
 
         Args:
-            what: what the ranks that are missing are still doing, in words.
-            tell: gets a line every half minute of waiting.
+            what: description of what the missing ranks are still doing.
+            log: called with a line every half minute of waiting.
         """
         if self.store is None:
             return
         self.watch.waiting(f"waiting for ranks that are still {what}")
-        while self.signals.name is not None:  # before all are here there is nothing to save: the watch ends the job
+        while self.signals.name is not None:  # there is nothing to save yet, so the watchdog ends the job
             time.sleep(0.05)
-        # A counter and no barrier of torch: nobody knows how long a rank needs, and this rank must stay reachable.
+        # A counter instead of torch's barrier, which has a timeout and blocks the connection to the store.
         here, next_line = self.store.add("here", 1), time.monotonic() + 30.0
         while here < self.world_size:
             time.sleep(0.05)
             here = self.store.add("here", 0)
             if time.monotonic() > next_line:
-                tell(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
+                log(f"waiting for {self.world_size - here} of {self.world_size} ranks, which are still {what}")
                 next_line += 30.0
 
     def ask_rank_0(self, rank: int, what: str, work: Callable[[], str | None]) -> str | None:
         """Return the first rank's answer on all ranks, which wait for it as long as it takes. Collective, once for each `what`.
 
         Args:
-            rank: number of this process.
-            what: what the first rank does, in words.
-            work: makes the answer, on the first rank alone: what is wrong in words, or None.
+            rank: this rank.
+            what: description of what rank 0 does.
+            work: called on rank 0 only; returns the answer, an error message or None.
         """
         if self.store is None:
             answers = [work() if rank == 0 else None]
@@ -139,18 +139,18 @@ def guarded(
     signals: StopSignals | None = None,
     early: Early | None = None,
 ) -> Iterator[Guard]:
-    """Have the processes of a job watch one another. No process group is needed for that, so it can begin before there is one.
+    """Run the watchdogs of a job inside the block. They need no process group, so they can start before there is one.
 
-    An error that leaves the block, and a rank that dies or hangs, ends all of them with one message, and this process does not
-    return. One process, and a group that is there, are not watched; errors just pass through.
+    An error that leaves the block, and a rank that dies or hangs, ends all ranks with one message; the block then does not
+    return. A single process, or one whose process group exists already, gets no watchdog, and errors pass through.
 
     Args:
         env: the launcher's environment of this process.
-        timeout_minutes: of a collective, and of the start.
-        explain: puts errors that need no traceback in words; see `errors.Explain`.
-        timeouts: seconds that the watchdog waits; default `WatchdogTimeouts()`.
+        timeout_minutes: the timeout of a collective, and of the start.
+        explain: returns the message of errors that need no traceback; see `errors.Explain`.
+        timeouts: the watchdog's timeouts; default `WatchdogTimeouts()`.
         signals: requests to stop that the caller answers; by default a signal ends the job.
-        early: tells how a job ends that is asked to before it can save; see `JobWatchdog`.
+        early: message and status of a job that is asked to stop before it can save; see `JobWatchdog`.
     """
     timeout = timedelta(minutes=timeout_minutes)
     if env.world_size == 1 or dist.is_initialized():
@@ -172,13 +172,12 @@ def guarded(
     if own:
         signals.install()
     watch.start()
-    signals.watched()
+    signals.hand_to_watchdog()
     try:
         yield Guard(watch, store, timeout, env.world_size, signals)
     except BaseException as error:
-        # An exit with status 0 is no failure.
-        if exit_status(error):
-            watch.fail(error)  # and take nothing apart: it could block for ever
+        if exit_status(error):  # an exit with status 0 is no failure
+            watch.fail(error)  # does not return: destroying the process group could block for ever
         raise
     finally:
         watch.stop()
@@ -197,17 +196,17 @@ def job(
     guard: Guard | None = None,
     look: Callable[[], Hardware] = Hardware.detect,
 ) -> Iterator[Job]:
-    """Start torch.distributed for more than one process, and stop it at the end. A group that is there stays.
+    """Start torch.distributed for several processes, and stop it at the end. An existing process group is used and kept.
 
-    For a process that does nothing else: on a CPU it also sets the number of threads and how the allocator keeps memory.
+    On a CPU it also sets the number of torch's threads and the behaviour of malloc, for the whole process.
 
     Args:
         env: the launcher's environment of this process.
         backend: `nccl` or `gloo`; None for the one that fits the hardware.
-        timeout_minutes: of a collective, and of the start.
-        explain: as of `guarded`.
-        timeouts: as of `guarded`.
-        guard: the watch, where the processes have one already; else `guarded` makes it.
+        timeout_minutes: the timeout of a collective, and of the start.
+        explain: see `guarded`.
+        timeouts: see `guarded`.
+        guard: the watchdog and store, if the process has them already; by default `guarded` creates them.
         look: finds the GPUs of this process.
 
     Raises:
@@ -229,7 +228,7 @@ def job(
         if there.store is None:
             yield Job(env, device, choice.backend if env.world_size > 1 else None, there.timeout)
             return
-        # NCCL's own watchdog aborts the process; the watch, which knows what it did, has its say before.
+        # NCCL's own watchdog would abort the process without naming the phase, so its timeout comes after ours.
         limit = there.timeout + NCCL_TIMEOUT_MARGIN if choice.backend == "nccl" else there.timeout
         # Without device_id, so that NCCL opens a communicator for each pair of ranks that send to each other. Bound to a device
         # it has one for the whole group, in which a receive that was posted early holds up every send behind it.

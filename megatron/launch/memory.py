@@ -1,6 +1,6 @@
-"""Measure how much memory this host can still give to processes, and describe errors that ran out of it. Imports no torch.
+"""Measure the memory that this host can still give to processes, and describe out-of-memory errors. Imports no torch.
 
-Linux tells what it could free, and what the control groups allow that this process is in, as those of containers and jobs.
+Linux reports the available memory, and the limits of the control groups of this process, such as those of containers and jobs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_MESSAGE_LENGTH = 400  # characters of an allocator's message
-# What allocators say: torch's for the host, torch's for a GPU, the system's.
+# Parts of the messages of allocators: torch's for the host, torch's for a GPU, the system's.
 ALLOCATORS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory", "Unable to allocate")
 
 
@@ -20,24 +20,24 @@ class HostMemory:
     """Memory that processes of this host can still get.
 
     Attributes:
-        free: in bytes.
-        words: the whole and what is left of it, as a message says it.
+        free: bytes.
+        description: total and free memory, for a message.
     """
 
     free: int
-    words: str
+    description: str
 
 
 def host_memory(root: Path = Path("/")) -> HostMemory | None:
-    """Return what is left for this process and its siblings; None where the system does not say.
+    """Return the free memory for this process and its siblings; None if the system does not report it.
 
-    Rather too much than too little: all swap counts as free, and of a control group all that is no process's own memory.
+    It is an upper estimate: all swap counts as free, and in a control group everything but the processes' own memory.
     """
-    said = _table(root / "proc/meminfo")
-    if "MemAvailable" not in said:
+    meminfo = _table(root / "proc/meminfo")
+    if "MemAvailable" not in meminfo:
         return None
-    swap = 1024 * said.get("SwapFree", 0)
-    free, total = 1024 * said["MemAvailable"], 1024 * said.get("MemTotal", 0)
+    swap = 1024 * meminfo.get("SwapFree", 0)
+    free, total = 1024 * meminfo["MemAvailable"], 1024 * meminfo.get("MemTotal", 0)
     more = f", and {format_gib(swap)} of swap" if swap else ""
     found = [HostMemory(free + swap, f"this host has {format_gib(total)}, of which {format_gib(free)} are free{more}")]
     for maximum, used in _groups(root):
@@ -51,7 +51,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Yield limit and own memory, in bytes, of each control group that limits this process: its own and those around it."""
+    """Yield limit and own memory, in bytes, of each control group that limits this process: its own and the enclosing ones."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, place = line.split(":", 2)
         # Version 2 of control groups has one hierarchy, whose list of controllers is empty here.
@@ -61,21 +61,21 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
         base = root / "sys/fs/cgroup" / ("" if second else "memory")
         limit, own = ("memory.max", "anon") if second else ("memory.limit_in_bytes", "total_rss")
         parts = [part for part in place.split("/") if part not in ("", "..")]
-        # A group is limited by those around it too, up to the root.
+        # The limits of enclosing groups apply as well, up to the root.
         for depth in range(len(parts), -1, -1):
             folder = base.joinpath(*parts[:depth])
-            with suppress(ValueError):  # `max`, or no such group where its files are seen from
+            with suppress(ValueError):  # the limit is `max`, or a container does not show this group
                 yield int(_text(folder / limit)), _table(folder / "memory.stat").get(own, 0)
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Read one of the kernel's tables, whose rows are a name, perhaps a colon, and a number."""
+    """Read one of the kernel's tables, each row of which is a name, sometimes a colon, and a number."""
     rows = [line.replace(":", " ").split() for line in _text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _text(path: Path) -> str:
-    """Return the content of a file; an empty text where it cannot be read."""
+    """Return the content of a file; an empty text if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -83,19 +83,19 @@ def _text(path: Path) -> str:
 
 
 def format_gib(count: float) -> str:
-    """Return a number of bytes as people read it, in GiB."""
+    """Return a number of bytes as text in GiB: `1.5 GiB`."""
     return f"{count / 2**30:.1f} GiB"
 
 
 def out_of_memory_message(error: BaseException) -> str:
-    """Return what to say of an error of an allocator, of the host or a GPU; an empty text for any other error."""
+    """Return the message for an allocation error of the host or a GPU; an empty text for any other error."""
     text = " ".join(str(error).split())
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    allocator = "RuntimeError" in kinds and any(words in text for words in ALLOCATORS)
+    allocator = "RuntimeError" in kinds and any(part in text for part in ALLOCATORS)
     if not allocator and not kinds & {"MemoryError", "OutOfMemoryError"} and getattr(error, "errno", None) != 12:
         return ""
-    # From torch's message the place in its sources goes, and advice on fragments that fill the rest of a screen.
+    # Remove the source location in torch's message, and its long advice on fragmentation.
     text = text.partition(" If reserved but unallocated")[0].rpartition("DefaultCPUAllocator: ")[2]
-    there = host_memory()  # a GPU's message already says what it has
-    left = "" if there is None or "CUDA" in text else f"; {there.words}"
+    there = host_memory()
+    left = "" if there is None or "CUDA" in text else f"; {there.description}"  # a GPU's message has its own numbers
     return f"out of memory: {text[:MAX_MESSAGE_LENGTH] or type(error).__name__}{left}"

@@ -1,6 +1,6 @@
-"""The packages that this one needs, or a part of it, and how they are installed. Standard library alone, for any Python 3.
+"""The packages that this one depends on, and the commands that install them. Standard library only, for any Python 3.
 
-On the package index the name `megatron` is somebody else's, so the commands name this checkout.
+On the package index the name `megatron` belongs to another project, so the commands install this checkout.
 """
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")

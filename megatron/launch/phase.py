@@ -1,26 +1,26 @@
-"""Phases of a rank, as it tells its watchdog."""
+"""Phases of a rank's work, as its watchdog records them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-Description = object  # a phase in words, by its str() or, where it can be called, by its result
+Description = object  # the description of a phase: its str(), or the result of calling it
 
-COMPUTING = "computing"  # waits for nobody, and is judged by the longest of its kind
-DOING = "doing"  # may wait for others, and may take as long as the job's timeout
-ALONE = "alone"  # the same without waiting
-WAITING = "waiting"  # for others or for the device, as long as it takes
+COMPUTING = "computing"  # waits for no other rank; its limit follows from the longest of its kind
+DOING = "doing"  # may wait for other ranks; its limit is the job's timeout
+ALONE = "alone"  # waits for no other rank; its limit is the job's timeout
+WAITING = "waiting"  # waits for other ranks or for the device, without a limit
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """The work of the main thread at one time.
+    """The present work of the main thread.
 
     Attributes:
-        since: when it began, of `time.monotonic`, in seconds.
+        since: start of the phase, `time.monotonic()`.
         mode: COMPUTING, DOING, ALONE or WAITING.
-        kind: of a computation, by which its usual duration is known; else empty.
-        what: the phase in words, which are made only when somebody reads them.
+        kind: for COMPUTING, the kind whose durations are compared; otherwise empty.
+        what: the description; a function is called only when the description is needed.
     """
 
     since: float
@@ -30,7 +30,7 @@ class Phase:
 
 
 def describe_phase(what: Description) -> str:
-    """Return the words in which a rank describes its phase."""
+    """Return the description of a phase as text."""
     try:
         return str(what()) if callable(what) else str(what)
     except Exception as error:  # a wrong description must not end a healthy job

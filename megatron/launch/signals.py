@@ -1,4 +1,4 @@
-"""Take SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, noted at once even while the main thread is blocked."""
+"""Record SIGTERM, SIGUSR1 and Ctrl-C as requests to stop, at once even while the main thread is blocked."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class InterruptHandler:
-    """Answers Ctrl-C while a run works towards a step boundary. Called from another thread than the main one.
+    """Answers Ctrl-C during training. Its methods are called from another thread than the main one.
 
     Attributes:
-        relayed: the launcher takes Ctrl-C itself and passes on the first as SIGINT, the second as SIGTERM, as torchrun does.
-        echo: seconds within which a launcher passes on the same Ctrl-C that its processes had from the terminal as well.
+        launcher_forwards: the launcher forwards the first Ctrl-C as SIGINT and the second as SIGTERM, as torchrun does.
+        echo_seconds: a second SIGINT within this time is the same Ctrl-C, which reached the process from the terminal and again
+            from the launcher.
     """
 
-    relayed = False
-    echo = 0.0
+    launcher_forwards = False
+    echo_seconds = 0.0
 
-    def first(self) -> None:
-        """Say what the run does now."""
+    def on_first_interrupt(self) -> None:
+        """Print what the run does now."""
 
-    def again(self, name: str) -> None:
-        """End the process at once. name: of the signal."""
+    def on_second_interrupt(self, name: str) -> None:
+        """End the process at once. name: name of the signal."""
 
 
 class StopSignals:
-    """The signals that asked this process to stop. Who answers them changes with the phase of the run.
+    """The signals that asked this process to stop. The phase of the run decides how they are answered.
 
-    At first `at_once` does, where it is given: it is called with the signal's name, from another thread, and ends the process.
-    After `watched` the watchdog of a job of several ranks reads `name`, and ends the job. After `hold` the request waits for
-    the next step boundary of the training loop. A second signal changes nothing, but a second Ctrl-C does not wait.
+    At first `at_once`, if given, is called with the signal's name, from another thread, and ends the process. After
+    `hand_to_watchdog`, the watchdog of a job of several ranks reads `name` and ends the job. After `hold`, the request waits
+    for the next step boundary of the training loop. A second signal changes nothing, except that a second Ctrl-C ends the
+    process.
 
     Attributes:
-        name: of the first signal that came; None before.
+        name: name of the first signal that came; None before.
         held: requests wait for a step boundary.
-        answered: the run has saved and leaves, so that nothing more is asked of it.
+        answered: the run has saved and is ending, so further signals are ignored.
     """
 
     def __init__(self, at_once: Callable[[str], object] | None = None, interrupts: InterruptHandler | None = None) -> None:
@@ -51,10 +53,10 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Take the signals over. Does nothing where they have an effect already, and outside of the main thread.
+        """Install the handlers, in the main thread only, for signals that have no other Python handler.
 
-        One that is ignored is taken as well: a batch script ignores it for the sake of the launcher, which the ranks inherit.
-        Not so Ctrl-C, which a shell has its background ignore.
+        A signal that is ignored gets a handler, too: a batch script ignores it to protect the launcher, and the ranks inherit
+        that. The exception is Ctrl-C, which shells make background processes ignore.
         """
         mine = [number for number in STOP_SIGNALS if signal.getsignal(number) in (signal.SIG_DFL, signal.SIG_IGN)]
         mine = [number for number in mine if number != signal.SIGINT]
@@ -64,8 +66,8 @@ class StopSignals:
             return
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # The interpreter writes the signal's number at once, while a Python handler has to wait for the main thread. Both note
-        # it, so that the main thread does not run ahead of a signal that it has got.
+        # The interpreter writes the signal's number to the pipe at once, while a Python handler waits for the main thread. Both
+        # record it, so that the main thread never continues without a signal that it has received.
         before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         if before != -1:
             signal.set_wakeup_fd(before)
@@ -77,7 +79,7 @@ class StopSignals:
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
 
-    def watched(self) -> None:
+    def hand_to_watchdog(self) -> None:
         """Leave requests to the watchdog, which reads `name`, from now on."""
         self._at_once = None
 
@@ -94,7 +96,7 @@ class StopSignals:
         return self.name == name
 
     def close(self, *, ignore: bool = False) -> None:
-        """Give the signals back. ignore: the end is near, and what comes now is a launcher's echo of it."""
+        """Restore the previous handlers. ignore: ignore the signals instead; the launcher may send some as the process ends."""
         if not self._previous:
             return
         for number, previous in self._previous.items():
@@ -112,26 +114,26 @@ class StopSignals:
             for number in os.read(self._read, 64):
                 if number == 0:
                     return
-                if number not in self._previous:  # any signal that Python handles is written
+                if number not in self._previous:  # every signal with a Python handler is written to the pipe
                     continue
                 self._interrupted(number)
                 self._note(number)
-                at_once = self._at_once  # the main thread may take it away meanwhile
+                at_once = self._at_once  # read once, since the main thread may set it to None meanwhile
                 if at_once is not None and self.name is not None:
                     at_once(self.name)
 
     def _interrupted(self, number: int) -> None:
-        """Answer Ctrl-C: at the first say what follows, at the second end the process."""
+        """Answer Ctrl-C: the first time print what follows, the second time end the process."""
         if self._interrupts is None or not self.held or self.answered:
             return
         now, before = time.monotonic(), self._interrupted_at
-        again = number == signal.SIGINT or (self._interrupts.relayed and number == signal.SIGTERM)
+        again = number == signal.SIGINT or (self._interrupts.launcher_forwards and number == signal.SIGTERM)
         if before is None and number == signal.SIGINT:
             self._interrupted_at = now
-            self._interrupts.first()
-        elif before is not None and again and now - before > self._interrupts.echo:
-            self._interrupts.again(signal.Signals(number).name)
+            self._interrupts.on_first_interrupt()
+        elif before is not None and again and now - before > self._interrupts.echo_seconds:
+            self._interrupts.on_second_interrupt(signal.Signals(number).name)
 
     def _note(self, number: int) -> None:
-        """Remember the first signal."""
+        """Record the first signal."""
         self.name = self.name or signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Keep what a process does in a few bytes that outlive it: its peers on the same host read them when it has died.
+"""Keep the current phase of a process in a small file, which other ranks on the host read when it has died.
 
 Imports no torch.
 """
@@ -14,27 +14,27 @@ from hashlib import sha256
 from megatron.files.private import PrivateDirectory
 from megatron.launch.heartbeat import Process
 
-SIZE = 256  # bytes; longer words are cut
-KEPT = 600.0  # seconds that what a dead process left stays, from when a start noticed it
+SIZE = 256  # bytes of the file; a longer text is truncated
+KEPT = 600.0  # seconds that the file of a dead process is kept after another process has noticed it
 
 
 class StatusFile:
-    """The current phase of a process, in a small file that is mapped into its memory, so that writing costs a microsecond.
+    """The current phase of a process, in a small memory-mapped file, so that writing costs a microsecond.
 
-    Where no file can be made, the bytes are plain memory, and nobody will read them. The files lie where only this user can
-    write. What dead processes left there goes when a new one is made.
+    If no file can be created, the text is kept in plain memory, which nobody reads. The directory of the files belongs to this
+    user alone. Creating a file removes those of processes that have long been dead.
     """
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self._room: mmap.mmap | bytearray = bytearray(SIZE)
-        if not process.space:  # nobody could look it up
+        if not process.space:  # no other process could find the file
             return
         with suppress(OSError), PrivateDirectory() as directory:
             remove_dead(directory, process)
             descriptor = directory.create(_name(process))
             try:
-                # Written and not only given a size: a page that a full disk has no room for would kill the process later.
+                # The bytes are written, not only reserved: on a full disk a later access to the page would kill the process.
                 if os.write(descriptor, bytes(SIZE)) == SIZE:
                     self._room = mmap.mmap(descriptor, SIZE)
             finally:
@@ -42,7 +42,7 @@ class StatusFile:
 
     def write(self, text: str) -> None:
         """Replace the text."""
-        # A null byte ends the text; what stands behind it is of an earlier, longer one.
+        # A null byte ends the text; the bytes after it belong to an earlier, longer text.
         data = text.encode(errors="replace")[: SIZE - 1] + b"\0"
         self._room[: len(data)] = data
 
@@ -52,10 +52,7 @@ class StatusFile:
 
 
 def read_status(process: Process, seen_from: Process) -> str | None:
-    """Return what a process of the same host wrote last, also when it has died.
-
-    None for a process of another host, and where there is no such file.
-    """
+    """Return the last text of a process on the same host, alive or dead; None if it is on another host or has no file."""
     if not process.space or process.space != seen_from.space:
         return None
     try:
@@ -67,25 +64,25 @@ def read_status(process: Process, seen_from: Process) -> str | None:
 
 
 def remove_status(process: Process) -> None:
-    """Remove the file of a process that could not do so itself."""
+    """Remove the file of a process that died before it could remove it."""
     with suppress(OSError), PrivateDirectory() as directory:
         directory.remove(_name(process))
 
 
 def remove_dead(directory: PrivateDirectory, own: Process) -> None:
-    """Remove what processes left that this one can see to be gone: those of its own host, boot and process namespace.
+    """Remove the files of dead processes of this host, boot and process namespace, KEPT seconds after they were noticed.
 
-    Not at once: who watched a process that has just been killed, in another job of this user, is about to read it.
+    Not at once, since the ranks of another job of this user may be about to read the file of one that was just killed.
     """
     pattern = re.compile(re.escape(_name(own).rsplit("-", 2)[0]) + r"-(\d+)-(\d+)")
     for match in filter(None, map(pattern.fullmatch, directory.names())):
         gone = Process(own.host, own.space, int(match[1]), int(match[2])).state(own) == "gone"
-        with suppress(FileNotFoundError):  # another start was faster
+        with suppress(FileNotFoundError):  # another process has removed it
             if gone and directory.seconds_left_over(match[0]) > KEPT:
                 directory.remove(match[0])
 
 
 def _name(process: Process) -> str:
-    """Return the name of a process's file: host, boot and namespace in one word, then number and start."""
+    """Return the name of a process's file: a digest of host, boot and namespace, the process id, the start time."""
     where = sha256(f"{process.host} {process.space}".encode()).hexdigest()[:12]
     return f"slate-{where}-{process.pid}-{process.started}"

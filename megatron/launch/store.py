@@ -14,14 +14,14 @@ import torch.distributed as dist
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import JobError
 
-NAME_SECONDS = 15.0  # for which a name that is not known is asked again
+NAME_SECONDS = 15.0  # how long an unknown host name is looked up again
 
 
 class Store(Protocol):
     """The part of torch's stores that a watchdog uses. They raise subclasses of RuntimeError when the connection is lost."""
 
     def set(self, key: str, value: str) -> None:
-        """Give a key its value."""
+        """Set the value of a key."""
 
     def check(self, keys: list[str]) -> bool:
         """Return whether all keys have values, without waiting."""
@@ -32,26 +32,26 @@ class Store(Protocol):
         ...
 
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes:
-        """Replace a value where it is the expected one; return the value that the key has then.
+        """Replace a value if it is the expected one, atomically; return the value that the key has then.
 
         Args:
-            key: of the value.
-            expected_value: what it must be; empty for a key without a value.
-            desired_value: what it becomes.
+            key: the key.
+            expected_value: the value that is replaced; empty for a key without a value.
+            desired_value: the new value.
         """
         ...
 
 
 def connect_store(env: LaunchEnvironment, timeout: timedelta, *, again: bool = False) -> Any:
-    """Return a connection to the store that the launcher serves, or else the first rank.
+    """Connect to the job's store, which the launcher serves, or else rank 0.
 
     Args:
         env: the launcher's environment of this process.
         timeout: time to wait for the server and the other processes.
-        again: another connection of this process. An operation blocks others on the same connection.
+        again: this is a further connection of this process. Operations on the same connection block one another.
 
     Raises:
-        JobError: nobody serves the store in time, or processes do not come; at once where its port is taken.
+        JobError: no server or not all processes in time; at once if the port is in use.
     """
     _check_address(env, min(timeout.total_seconds(), NAME_SECONDS))
     if not serves_store(env.rank):
@@ -68,13 +68,13 @@ def connect_store(env: LaunchEnvironment, timeout: timedelta, *, again: bool = F
         )
     except RuntimeError as error:
         raise _unreachable(env, timeout, str(error)) from error
-    # A launcher that starts the processes again keeps its store, and what the last attempt wrote there.
+    # After a restart torchrun still serves the same store, with the keys of the attempt before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"megatron attempt {attempt}", store)  # type: ignore[attr-defined]
 
 
 def _check_address(env: LaunchEnvironment, seconds: float) -> None:
-    """Raise JobError for a host whose name nobody knows. A slow name server is asked again, for so many seconds."""
+    """Raise JobError if the host's name is unknown. The lookup is repeated for so many seconds, as name servers can be slow."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -89,7 +89,7 @@ def _check_address(env: LaunchEnvironment, seconds: float) -> None:
 
 
 def _wait_for_server(env: LaunchEnvironment, timeout: timedelta) -> None:
-    """Wait until somebody listens where the store should be. torch waits as well, but with a stack of C++ in the end."""
+    """Wait until the store's port accepts connections. torch waits as well, but fails with a C++ stack trace."""
     until = time.monotonic() + timeout.total_seconds()
     while True:
         try:
@@ -103,10 +103,7 @@ def _wait_for_server(env: LaunchEnvironment, timeout: timedelta) -> None:
 
 
 def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobError:
-    """Return the error that says why there is no store.
-
-    Its port is taken or not allowed, nobody serves it, or processes did not come.
-    """
+    """Return the error for a store that cannot be used: its port is not free, no server is there, or processes are missing."""
     where = f"{env.address}:{env.port}"
     if "EADDRINUSE" in why or "EACCES" in why or "EADDRNOTAVAIL" in why:
         trouble = "is in use by another program" if "EADDRINUSE" in why else "cannot be opened"
@@ -124,10 +121,10 @@ def _unreachable(env: LaunchEnvironment, timeout: timedelta, why: str) -> JobErr
 
 
 def _who(env: LaunchEnvironment) -> str:
-    """Return rank and host of this process, in words."""
+    """Return a description of this process: rank and host."""
     return f"rank {env.rank} on host {os.uname().nodename}"
 
 
 def serves_store(rank: int) -> bool:
-    """Return whether this rank's process serves the store: the first one does, unless the launcher does."""
+    """Return whether this process serves the store: rank 0 does, unless the launcher does."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

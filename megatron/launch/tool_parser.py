@@ -9,15 +9,15 @@ from typing import NoReturn
 from megatron.launch.entry import is_first_process
 from megatron.launch.exit_report import write_error_file
 
-MAX_DIGITS = 18  # of an integer: what has as many fits into 64 bits
-MAX_MESSAGE = 400  # characters of a mistake: a value may be a whole file, by mistake
+MAX_DIGITS = 18  # digits of an integer, so that it fits into 64 bits
+MAX_MESSAGE = 400  # characters of a message, since a value on the command line may be very long
 
 
 class ToolParser(argparse.ArgumentParser):
-    """argparse's parser, without its usage before each mistake, which fills the screen and hides the mistake."""
+    """argparse's parser, without the usage text before each error message, which would hide the message."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line, to a launcher too, and exit with status 2."""
+        """Print the mistake in the command line, write it for the launcher too, and exit with status 2."""
         shown = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
         if is_first_process():
             write_error_file(f"error: {shown}")
@@ -25,14 +25,14 @@ class ToolParser(argparse.ArgumentParser):
 
 
 def non_empty_name(text: str) -> str:
-    """Return the name of a file, a directory or a prefix, as `type=` of an argument. It has at least one letter."""
+    """Return the name of a file, a directory or a prefix, as `type=` of an argument; it must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty")
     return text
 
 
 def non_empty_path(text: str) -> Path:
-    """Return a path, as `type=` of an argument. An empty one would mean the directory at hand."""
+    """Return a path, as `type=` of an argument; it must not be empty, which would mean the current directory."""
     return Path(non_empty_name(text))
 
 

@@ -1,12 +1,12 @@
-"""Ends a job of several ranks when one of them dies or hangs, with one error that names rank, host and what it did.
+"""End a job of several ranks when one of them dies or hangs, with one error message that names its rank, host and phase.
 
-Every rank has a thread with a connection of its own to the job's store. It writes a beat every half second, reads those of
-its neighbours, and looks for a failure that somebody has published. Only the first failure is published, and only the rank
-that published it speaks. The thread ends the process even while the main thread is blocked inside a collective.
+Every rank has a watchdog thread with its own connection to the job's store. Every half second it writes a heartbeat, reads
+those of its neighbours, and looks for a published failure. Only the first failure is published and printed, by the rank that
+had it. The thread ends the process even while the main thread is blocked inside a collective.
 
-An error of a rank's own work is published at once. An error of communication is mostly the echo of something else, and so is
-a launcher's SIGTERM, so the rank first looks around for a rank that died, froze or failed. Where a SIGTERM has no such cause it
-asks the job to stop: a training loop does so at its next step boundary, anything else is ended by the watch.
+An error in a rank's own work is published at once. A communication error, or a launcher's SIGTERM, is mostly a consequence, so
+the rank first looks for one that died, froze or failed. A SIGTERM without such a cause is a request to stop: a training loop
+stops at its next step boundary, and in any other phase the watchdog ends the job.
 """
 
 from __future__ import annotations
@@ -33,41 +33,39 @@ from megatron.launch.signals import StopSignals
 from megatron.launch.status_file import StatusFile, read_status, remove_status
 from megatron.launch.store import Store, serves_store
 
-STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: it ended on request, or cannot run as it is asked to
-NEIGHBOURS = 8  # so that the store's work grows with the number of ranks, not with its square
+STOPPED, REFUSED = 75, 2  # exit statuses of a whole job: stopped on request, or wrong configuration
+NEIGHBOURS = 8  # ranks that each rank observes; if it observed all, the store's load would grow with their square
 COMMUNICATION = ("torch.distributed", "megatron.parallel.collectives", "megatron.pipeline.transfer")
 
 
 class Watchdog:
-    """Listener to what a rank says about its work. This one tells nobody: for one process.
+    """Receives the phases of a rank's work. This base class, for a single process, ignores them.
 
-    `what` is the phase in words, or something that gives them when called; they are made only when somebody reads them.
+    `what` is the description of the phase, or a function that returns it and is called only if the description is needed.
     """
 
-    at_end: Callable[[], object] | None = None  # called where a watch ends the process, if all others have ended
+    at_end: Callable[[], object] | None = None  # called when the watchdog ends the process, if all other ranks have ended
 
     def computing(self, kind: str, what: Description) -> None:
-        """Begin work that waits for nobody. What takes far longer than others of its kind counts as a hang."""
+        """Begin work that waits for no other rank. It counts as hung if it takes far longer than others of its kind."""
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
-        """Begin work that may take as long as the job's timeout. alone: it waits for nobody, though others may wait for it."""
+        """Begin work that may take as long as the job's timeout. alone: it does not wait for other ranks."""
 
     def waiting(self, what: Description) -> None:
-        """Begin to wait for other ranks or for the device, for as long as it takes."""
+        """Begin to wait for other ranks or for the device, without a time limit."""
 
     def idle(self) -> None:
-        """End the phase; the next one has not begun."""
+        """End the phase before the next one has begun."""
 
 
 class JobWatchdog(Watchdog):
     """The watchdog of one rank of several: `start`, then the phases, then `stop` or `fail`.
 
     Args:
-        store: a connection for this watchdog alone.
-        keeps_store: this process serves it.
-        timeout: of the job.
-        signals: the requests to stop.
-        early: ends the job where a signal asks before `signals.hold()`; default as any process that a signal ends.
+        store: a connection that only this watchdog uses; keeps_store: this process serves it.
+        timeout: the job's timeout.
+        early: message and status for a signal before `signals.hold()`; by default the process ends as by the signal.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class JobWatchdog(Watchdog):
         self._process, self._pace = Process.own(), DurationTracker(self._timeouts.hang, self._timeout, self._timeouts.first)
         self._status_file = StatusFile(self._process)
         self._phase = self._seen_phase = Phase(time.monotonic(), WAITING, "", "starting up")
-        self._age = 0.0  # seconds for which the thread has seen that phase
+        self._age = 0.0  # seconds since the thread first saw this phase
         self._peers: dict[int, Peer] = {}
         others = [(env.rank + i) % env.world_size for i in range(1, env.world_size)]
         self._others, self._neighbours = others, others[:NEIGHBOURS]
@@ -103,19 +101,19 @@ class JobWatchdog(Watchdog):
     # The main thread calls these, at some microseconds each.
 
     def computing(self, kind: str, what: Description) -> None:
-        """Begin a phase that is judged by the others of its kind."""
+        """Begin a phase whose limit follows from earlier ones of its kind."""
         self._change(COMPUTING, kind, what)
 
     def doing(self, what: Description, *, alone: bool = False) -> None:
-        """Begin a phase that is judged by the job's timeout."""
+        """Begin a phase whose limit is the job's timeout."""
         self._change(ALONE if alone else DOING, "", what)
 
     def waiting(self, what: Description) -> None:
-        """Begin a phase that is not judged."""
+        """Begin a phase without a time limit."""
         self._change(WAITING, "", what)
 
     def idle(self) -> None:
-        """Begin a phase that has no name and is not judged."""
+        """Begin an unnamed phase without a time limit."""
         self._change(WAITING, "", "between two phases")
 
     def _change(self, mode: str, kind: str, what: Description) -> None:
@@ -127,7 +125,7 @@ class JobWatchdog(Watchdog):
         self._status_file.write(describe_phase(what))
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the watchdog's threads."""
         self._wake, self._waker = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
@@ -137,10 +135,10 @@ class JobWatchdog(Watchdog):
             thread.start()
 
     def stop(self) -> None:
-        """End watching, since the rank's work is done. One that serves the store stays until all ranks are done."""
+        """End the threads, since the rank's work is done. The rank that serves the store first waits for all others."""
         self._change(WAITING, "", "waiting for the other ranks to finish")
         self._stopping.set()
-        self._nudge()
+        self._wake_thread()
         for thread in self._threads:
             thread.join()
         self._status_file.wipe()
@@ -148,19 +146,19 @@ class JobWatchdog(Watchdog):
         os.close(self._waker)
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End the process, since the rank's work ended with an error: find the cause, and tell it once."""
-        self._seen_phase = self._phase  # the thread may not have looked since the phase began
+        """End the process after an error in the rank's work; the thread finds the cause, and one rank reports it."""
+        self._seen_phase = self._phase  # the thread may not have read the current phase yet
         self._error = error
-        self._nudge()
+        self._wake_thread()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends one more after Ctrl-C
-        # The other thread ends the process well before this.
+        # The watchdog's thread ends the process well before this.
         threading.Event().wait(2 * self._timeouts.silent + 10.0)
         self._end(1, "".join(traceback.format_exception(error)))
 
-    def _nudge(self) -> None:
+    def _wake_thread(self) -> None:
         """Wake the thread before its next heartbeat is due."""
-        with suppress(BlockingIOError):  # then there is enough to wake it
+        with suppress(BlockingIOError):  # the pipe is full, which wakes the thread as well
             os.write(self._waker, b"\0")
 
     # The watchdog's own thread calls these.
@@ -170,34 +168,33 @@ class JobWatchdog(Watchdog):
         try:
             while not self._finished():
                 self._round()
-                self._rest()
+                self._sleep()
             self._over.set()
         except RuntimeError as error:  # what torch's stores raise
-            if self._published_ending != "finished":  # else all are done, and the one that serves the store has left
-                self._lost_store(str(error))
+            if self._published_ending != "finished":  # otherwise all are done, and the rank that serves the store has left
+                self._end_without_store(str(error))
             self._over.set()
         except Exception as error:
             self._end(1, f"{traceback.format_exc()}error: {self._describe_rank()}: the watch failed: {error}\n")
 
-    def _rest(self) -> None:
-        """Sleep until the next heartbeat is due, or something happens."""
-        ready, _, _ = select.select([self._wake], [], [], self._timeouts.period)
-        if ready:
+    def _sleep(self) -> None:
+        """Sleep until the next heartbeat is due, or `_wake_thread` is called."""
+        if select.select([self._wake], [], [], self._timeouts.period)[0]:
             os.read(self._wake, 512)
 
     def _ends_early(self) -> bool:
-        """Return whether a signal asks for the end, and nobody but this watchdog will answer."""
+        """Return whether a signal asks for the end, and no training loop is there to answer it."""
         return self._signals.name is not None and not self._signals.held
 
     def _finished(self) -> bool:
-        """Return whether this rank's work is done, and nobody needs the store that it may serve."""
+        """Return whether this rank's work is done, and no other rank needs the store that it may serve."""
         if not self._stopping.is_set():
             return False
         self._exchange(self._others if self._keeps_store else [])
         return not self._keeps_store or all(peer.beat.ending for peer in self._peers.values())
 
     def _round(self) -> None:
-        """Exchange heartbeats once, and judge what they show: a failure, a dead or frozen rank, a hang of this one."""
+        """Exchange heartbeats once, and react to a failure, a dead or frozen rank, or a hang of this rank."""
         looking = self._signals.name is not None and (self._ends_early() or self._signal_age < self._timeouts.settle)
         troubled = looking or self._error is not None
         everyone = troubled or len(self._peers) < len(self._others)
@@ -206,7 +203,7 @@ class JobWatchdog(Watchdog):
             self._publish(self._describe_error(self._error), exit_status(self._error))
         ranks = sorted(self._peers) if everyone else self._neighbours
         if any(self._problem(rank, troubled) for rank in ranks):
-            # A process that is gone may have said goodbye after its beat was read.
+            # A process that is gone may have reported its end after its heartbeat was read.
             self._exchange(self._others)
             for rank in ranks:
                 if (problem := self._problem(rank, troubled)) is not None:
@@ -216,26 +213,26 @@ class JobWatchdog(Watchdog):
             self._error_age += passed if self._error is not None else 0.0
             self._look_for_cause()
         elif self._ending == "" and (seconds_left := self._seconds_left()) is not None and seconds_left <= 0:
-            self._tell_hang()
+            self._report_hang()
 
     def _problem(self, rank: int, troubled: bool) -> str | None:
         return self._peers[rank].problem(self._timeouts, self._process, trouble=troubled)
 
     def _look_for_cause(self) -> None:
-        """Look around after a signal or an error of communication, while no cause has shown so far."""
+        """After a signal or a communication error whose cause is not known yet, decide whether to wait longer or to end."""
         peers, timeouts = self._peers.values(), self._timeouts
         if self._error is not None and self._error_age >= timeouts.settle:
             self._publish(self._describe_error(self._error), exit_status(self._error))
         if not self._ends_early():
             return
-        # One that never came has told its story before there was a watch.
-        alike = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
-        if not alike and self._signal_age < timeouts.settle:
+        # A rank that never joined has failed, and reported that, before it had a watchdog.
+        all_are_ending = len(peers) < len(self._others) or all(peer.beat.ending for peer in peers)
+        if not all_are_ending and self._signal_age < timeouts.settle:
             return
         name = self._signals.name or ""
         if self._early is not None:
             self._publish(*self._early(name, self._env.rank))
-        if not alike:
+        if not all_are_ending:
             text = f"error: {self._describe_rank()}: ended by {name}, which other ranks did not get\n"
             self._publish(text, 128 + signal.Signals[name])
         self._leave(128 + signal.Signals[name])
@@ -243,7 +240,7 @@ class JobWatchdog(Watchdog):
     def _exchange(self, ranks: Sequence[int], ending: str | None = None) -> float:
         """Write this rank's heartbeat, read those of `ranks`; return the seconds since the last round. Follows a failure."""
         now = time.monotonic()
-        # A process that was suspended, or waits for a slow store, must not take its own pause for the others'.
+        # At most two periods, so that a pause of this process, or a slow store, does not count as silence of the others.
         passed, self._last_round = min(now - self._last_round, 2 * self._timeouts.period), now
         phase = self._phase
         self._age = self._age + passed if phase is self._seen_phase else 0.0
@@ -272,12 +269,12 @@ class JobWatchdog(Watchdog):
         return passed
 
     def _seconds_left(self) -> float | None:
-        """Return the seconds that this rank's phase may still take; None for one that is not judged."""
+        """Return the seconds that this rank's phase may still take; None for a phase without a limit."""
         mode = self._seen_phase.mode
         if mode == WAITING or (self._age > 1.0 and self._communicates()):
             return None
         limit = self._pace.limit(self._seen_phase.kind) if mode == COMPUTING else self._timeout
-        # Work that may contain waiting excuses nobody else until it is over its limit.
+        # A phase that may wait for others is no excuse for ranks that wait for this one, until it is over its limit.
         return None if mode == DOING and self._age < limit else round(limit - self._age, 2)
 
     def _communicates(self) -> bool:
@@ -286,16 +283,16 @@ class JobWatchdog(Watchdog):
         return frame is not None and str(frame.f_globals.get("__name__", "")).startswith(COMMUNICATION)
 
     def _describe_rank(self, rank: int | None = None) -> str:
-        """Return rank, host and phase in words, of this rank or another one."""
+        """Return a description of this rank or another: rank, host and phase."""
         if rank is None or rank == self._env.rank:
             return f"rank {self._env.rank} on host {self._process.host}, {describe_phase(self._seen_phase.what)}"
         beat = self._peers[rank].beat
-        # Beats are half a second apart: what a rank did when it died stands on its slate, for ranks of its host.
+        # The last heartbeat can be half a second old; the status file, for ranks of the same host, holds the phase at death.
         what = read_status(beat.process, self._process) or beat.what
         return f"rank {rank} on host {beat.process.host}, {what}"
 
-    def _tell_hang(self) -> None:
-        """End the job for this rank's hang, unless it waits for a rank that began earlier."""
+    def _report_hang(self) -> None:
+        """End the job because this rank hangs, unless it may wait for a rank whose phase began earlier."""
         phase = self._seen_phase
         self._exchange(self._others)
         if self._phase is not phase or may_wait_for_peer(self._age, list(self._peers.values())):
@@ -308,44 +305,44 @@ class JobWatchdog(Watchdog):
         self._publish(f"error: {self._describe_rank()}: {what}; its main thread is at:\n{stack}")
 
     def _describe_error(self, error: BaseException) -> str:
-        """Return what to say of an error that ended this rank's work."""
+        """Return the message of an error that ended this rank's work."""
         if isinstance(error, KeyboardInterrupt):
             return "interrupted\n"
-        if isinstance(error, SystemExit):  # whoever raised it has said why
+        if isinstance(error, SystemExit):  # its message was printed where it was raised
             return ""
-        words = str(error) if isinstance(error, JobError) else self._explain(error, self._describe_rank())
-        if words is not None:
-            return f"error: {words}\n"
+        message = str(error) if isinstance(error, JobError) else self._explain(error, self._describe_rank())
+        if message is not None:
+            return f"error: {message}\n"
         text = " ".join(str(error).split())[:1000]
         return f"{''.join(traceback.format_exception(error))}error: {self._describe_rank()}: {type(error).__name__}: {text}\n"
 
     def _publish(self, text: str, status: int = 1) -> NoReturn:
-        """Publish a failure and say it; follow another's where one came first. Ends the process."""
+        """Publish a failure, print it and end the process; if another rank's failure was published first, follow that."""
         own = json.dumps({"told by": self._env.rank, "text": text[:10000], "status": status})
         self._pending_beat = self._beat_number
-        told = self._store.compare_set("failure", "-", own)
+        published = self._store.compare_set("failure", "-", own)
         self._pending_beat = 0
-        if told.decode() != own:
-            self._follow(told)
+        if published.decode() != own:
+            self._follow(published)
         write_stderr(text)
         write_error_file(text)
-        self._outstay()
+        self._wait_for_peers_to_end()
         self._leave(status)
 
     def _follow(self, failure: bytes) -> NoReturn:
-        """End this process after a failure that another rank has told, and which ends first."""
-        told = json.loads(failure)
+        """End this process after another rank has published a failure; that rank ends first."""
+        published = json.loads(failure)
         self._exchange([], ending="ended")
-        if told["status"] == STOPPED or self._env.job is None:
+        if published["status"] == STOPPED or self._env.job is None:
             time.sleep(2 * self._timeouts.period)
         elif self._signals.wait_for("SIGTERM", within=2 * self._timeouts.period):
-            self._leave(0)  # torchrun has seen the other one end, and would report each that does not end with 0
-        write_error_file(str(told["text"]))  # which asks whichever rank it finds first
+            self._leave(0)  # torchrun has seen the other rank end; it would report every other status than 0 as well
+        write_error_file(str(published["text"]))  # torchrun reads the file of the first dead rank that it finds
         own = 1 if self._error is None else exit_status(self._error)
-        self._leave(told["status"] if told["status"] in (STOPPED, REFUSED) else own)
+        self._leave(published["status"] if published["status"] in (STOPPED, REFUSED) else own)
 
-    def _outstay(self) -> None:
-        """Stay until the others need nothing more of this rank or of the store; for a few seconds at most."""
+    def _wait_for_peers_to_end(self) -> None:
+        """Wait until no other rank needs this rank or the store; for a few seconds at most."""
         for _ in range(int(self._timeouts.settle / 0.1)):
             self._exchange(self._others, ending="ended")
             if all(peer.has_ended(self._process) for peer in self._peers.values()):
@@ -353,9 +350,9 @@ class JobWatchdog(Watchdog):
             time.sleep(0.1)
 
     def _leave(self, status: int) -> NoReturn:
-        """End this process, and those of this host that are too frozen to end themselves."""
+        """End this process, and kill the frozen ones on this host, which cannot end themselves."""
         if self._keeps_store:
-            self._outstay()
+            self._wait_for_peers_to_end()
         elif self._ending != "ended":
             self._exchange([], ending="ended")
         for peer in self._peers.values():
@@ -366,17 +363,17 @@ class JobWatchdog(Watchdog):
         self._end(status)
 
     def _watch_store(self) -> None:
-        """Run the second thread: the store may never answer, when its host is lost or its process frozen."""
+        """Run the second thread, which ends the process if the store does not answer: its host or process may be lost."""
         before, ticks = 0, 0.0
         while not self._over.wait(self._timeouts.period):
-            # Counted, not measured: a pause of this process is no delay of the store.
+            # Counted in ticks, not by the clock, so that a pause of this process does not count as the store's.
             ticks = ticks + self._timeouts.period if self._pending_beat and self._pending_beat == before else 0.0
             before = self._pending_beat
             if ticks >= self._timeouts.silent:
-                self._lost_store(f"no answer for {ticks:.0f} s")
+                self._end_without_store(f"no answer for {ticks:.0f} s")
 
-    def _lost_store(self, why: str) -> NoReturn:
-        """End the process, since nothing can be agreed on. By its number alone, one rank away from the store's host speaks."""
+    def _end_without_store(self, why: str) -> NoReturn:
+        """End the process, since without the store nothing can be agreed on. The lowest rank on another host reports it."""
         echo = self._signals.name is not None and (self._ends_early() or self._signal_age < self._timeouts.settle)
         if echo or self._ending == "ended":
             self._end(1 if self._signals.name is None else 128 + signal.Signals[self._signals.name])
@@ -394,7 +391,7 @@ class JobWatchdog(Watchdog):
         self._end(1, text)
 
     def _end(self, status: int, text: str = "") -> NoReturn:
-        """Exit now. Nothing that could block for ever stands in the way, such as a collective's destructor."""
+        """Exit at once, without destructors, which could block for ever in a collective."""
         write_stderr(text)
         write_error_file(text)
         if self.at_end is not None and all(peer.has_ended(self._process) for peer in self._peers.values()):

@@ -1,7 +1,7 @@
-"""Map ranks to coordinates of the grid and back, and group ranks along axes. Pure arithmetic: any world size, on a laptop.
+"""Map ranks to coordinates on the parallel axes and back, and group ranks along axes. Pure arithmetic, for any world size.
 
-The order is Megatron-LM's, tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp, so that the ranks
-which talk most are neighbours on a node.
+The order is Megatron-LM's, with tensor parallelism fastest: rank = ((pp * DP + dp) * CP + cp) * TP + tp. So the ranks that
+communicate most are neighbours on a node.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.config.schema import LayoutConfig
 
 AXES = ("pp", "dp", "cp", "tp")  # slowest to fastest
 
-# Axes of a mesh, each with the axes of the grid along which its ranks differ.
+# The axes of a mesh, each with the axes of the grid along which its ranks differ.
 MESH_AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tp": ("tp",),
@@ -35,20 +35,20 @@ def is_within_stage(axis: str) -> bool:
 
 
 def complementary_axes(axis: str) -> frozenset[str]:
-    """Return the axes of the grid that together with `axis` span every rank of a pipeline stage, each rank once."""
-    # Stages hold different parameters, so what is summed over a stage never runs along the pipeline.
+    """Return the axes of the grid, without pp, that are not part of `axis`: together they span all ranks of a stage."""
+    # Stages hold different parameters, so sums over the ranks of a stage never include the pipeline axis.
     return frozenset(AXES) - {"pp", *MESH_AXES[axis]}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes of the four axes.
+    """Sizes of the four parallel axes.
 
     Attributes:
-        pp: pipeline parallelism.
-        dp: data parallelism.
-        cp: context parallelism.
-        tp: tensor parallelism.
+        pp: pipeline-parallel size.
+        dp: data-parallel size.
+        cp: context-parallel size.
+        tp: tensor-parallel size.
     """
 
     pp: int = 1
@@ -58,7 +58,7 @@ class Grid:
 
     @classmethod
     def from_layout(cls, layout: LayoutConfig, world_size: int) -> Grid:
-        """Return a layout's grid; data parallelism takes what is left of the world.
+        """Return the grid of a layout; data parallelism takes the remaining factor of the world size.
 
         Raises:
             ValueError: the other sizes do not divide the world.

@@ -1,4 +1,4 @@
-"""Give one rank's view of the grid, with live process groups. Passed to whoever needs it, never looked up."""
+"""Open the process groups of one rank, along each axis of the grid. The mesh is passed as an argument, never looked up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Axis:
     """One rank's position in one group of ranks.
 
     Attributes:
-        name: of the axis, as `tp`.
+        name: name of the axis: `tp`, `dp_cp`.
         size: number of ranks in the group.
         rank: this rank's number within the group.
         ranks: global ranks of the group, in its order.
@@ -46,13 +46,13 @@ class Axis:
 
     @classmethod
     def alone(cls, name: str, rank: int = 0) -> Axis:
-        """Return an axis of size 1, as a single process, a tool or a plain layer uses."""
+        """Return an axis of size 1, for a single process."""
         return cls(name, 1, 0, (rank,))
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Everything parallel code may know about the layout."""
+    """The parallel axes of one rank: all that parallel code may know about the layout."""
 
     grid: Grid
     rank: int
@@ -62,7 +62,7 @@ class Mesh:
     pp: Axis  # pipeline parallelism: stages, towards higher ranks
     dp_cp: Axis  # gradients of a parameter are summed here, unless its spec names another axis
     world: Axis  # all ranks
-    pp_back: Axis  # pp again, with communicators of its own for what travels to lower ranks
+    pp_back: Axis  # pp again, with separate communicators for tensors that are sent to lower ranks
     embedding: Axis  # the ranks of a pipeline with the first and the last stage: copies of a tied matrix
 
     @classmethod
@@ -79,9 +79,9 @@ class Mesh:
         Args:
             grid: sizes of the axes.
             rank: this rank.
-            timeout: a collective that takes longer is a failure; default torch's own.
+            timeout: the timeout of a collective; default torch's.
             ends: the pipeline ranks that own the first and the last stage.
-            watch: the watchdog, told which group is being opened.
+            watch: the watchdog, to which the group that is being opened is reported.
 
         Raises:
             ValueError: the running job has another number of ranks than the grid.
@@ -98,13 +98,13 @@ class Mesh:
             if ranks not in groups:
                 with naming_communicator(name, ranks, rank):
                     groups[ranks] = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
-                # What goes down the pipeline has a communicator for each two ranks: `pipeline.transfer` opens those.
+                # Transfers along the pipeline have a communicator for each pair of ranks, which `pipeline.transfer` opens.
                 if rank in ranks and len(ranks) > 1 and name != "pp_back":
                     opening[ranks] = name
             if rank in ranks:
                 axes[name] = Axis(name, len(ranks), ranks.index(rank), ranks, groups[ranks])
 
-        # new_group is collective over the world: each rank creates every group, in one order, also those that it is not in.
+        # new_group is collective over the world: each rank creates all groups in one order, even those that it is not in.
         for name, along in MESH_AXES.items():
             for members in grid.groups(*along):
                 add(name, tuple(members), known)
@@ -113,7 +113,7 @@ class Mesh:
             if rank in members:
                 axes["embedding"] = Axis.alone("embedding", rank)
             add("embedding", tuple(sorted({members[end] for end in ends})), known)
-        # In one order on all ranks. A rank that opened another group first would keep this one waiting, for ever if both do.
+        # In the same order on all ranks: two ranks that opened groups in different orders would wait for each other for ever.
         for ranks, name in opening.items():
             watch.doing(f"opening the communicator {name} of {describe_ranks(ranks)}")
             with naming_communicator(name, ranks, rank):
@@ -139,7 +139,7 @@ def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[
     """Turn a failure inside the block into a JobError that names the communicator.
 
     Args:
-        name: of the axis.
+        name: name of the axis.
         ranks: global ranks of the group.
         rank: this rank.
     """
@@ -151,9 +151,9 @@ def naming_communicator(name: str, ranks: Sequence[int], rank: int) -> Iterator[
 
 
 def _open(group: dist.ProcessGroup | None) -> None:
-    """Run a tiny collective to its end: NCCL sets a communicator up at its first use, which waits for the whole device.
+    """Run a small collective, since NCCL sets a communicator up at its first use, and waits for the whole device then.
 
-    In the middle of a step, the device could be waiting for a rank that waits here.
+    In the middle of a step that could be a deadlock, if the device is waiting for a rank that waits here.
     """
     on_gpu = dist.get_backend(group) == "nccl"
     token = torch.ones(1, device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")  # [1]

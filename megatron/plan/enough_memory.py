@@ -105,7 +105,7 @@ def room_of(config: RunConfig, env: LaunchEnvironment) -> Room | None:
         return None
     if device.type != "cuda":
         there = host_memory()
-        return None if there is None else Room(there.free, there.words, own=False)
+        return None if there is None else Room(there.free, there.description, own=False)
     free, capacity = torch.cuda.mem_get_info(device)
     if found.gpus < env.local_size and choice.backend != "nccl":  # shared, and others may have allocated already
         return Room(capacity, f"the GPU has {format_gib(capacity)}", own=True)

@@ -38,19 +38,19 @@ class RunInterruptHandler(InterruptHandler):
     """
 
     def __init__(self, env: LaunchEnvironment) -> None:
-        self._is_rank_0, self.relayed = env.rank == 0, env.launcher == "torchrun"
-        self.echo = 0.5 if env.world_size > 1 else 0.0
+        self._is_rank_0, self.launcher_forwards = env.rank == 0, env.launcher == "torchrun"
+        self.echo_seconds = 0.5 if env.world_size > 1 else 0.0
         self.checkpoint = CheckpointConfig()
         self.command: Sequence[str] = ()
 
-    def first(self) -> None:
+    def on_first_interrupt(self) -> None:
         """Print that the run saves a checkpoint, and how long its launcher waits for that."""
         if self._is_rank_0:
             what = "saving a checkpoint" if self.checkpoint.save is not None else "without --save nothing is kept"
-            limit = "; torchrun kills what is not done in half a minute" if self.relayed else ""
+            limit = "; torchrun kills what is not done in half a minute" if self.launcher_forwards else ""
             write_stderr(f"Ctrl-C: stopping at the end of this step, {what}{limit}; a second Ctrl-C ends at once\n")
 
-    def again(self, name: str) -> None:
+    def on_second_interrupt(self, name: str) -> None:
         """End this process, and print which checkpoint remains."""
         text = f"ended at once by a second Ctrl-C ({name}); {self._kept()}\n"
         if self._is_rank_0:

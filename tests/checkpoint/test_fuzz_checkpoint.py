@@ -16,7 +16,7 @@ from sharded_state import build_state, save_on_ranks
 
 from megatron.checkpoint.layout import CheckpointError, Manifest, newest_complete, read_manifest, read_tracker
 from megatron.checkpoint.load import load, read_tensor
-from megatron.train.resume import _state as counters  # the reader of state.json
+from megatron.train.resume import _parse_counters as counters  # the reader of state.json
 from megatron.train.state import TrainState
 
 
