@@ -1,4 +1,4 @@
-"""Recognize files and directories of other programs by their content, so that messages name them and say what to do."""
+"""Recognize files and directories of other programs by their content, so that error messages name them and give advice."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import MappingProxyType
 
 from megatron.files.regular import open_regular, read_json
 
-HEAD_BYTES = 1 << 10  # of a file, by which it is recognized; tar's mark stands at byte 257
+HEAD_BYTES = 1 << 10  # bytes of a file that are read to recognize it; tar's mark is at byte 257
 LFS = b"version https://git-lfs."
-# What is unpacked where text is read: how it begins, by the kind of packing; and the program that unpacks it elsewhere.
+# First bytes of the kinds of compression that are unpacked when text is read, and the programs that unpack them elsewhere.
 PACKED = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstandard"),
-    *((bytes([n]) + b"\x2a\x4d\x18", "zstandard") for n in range(0x50, 0x60)),  # a frame that is to be skipped
+    *((bytes([n]) + b"\x2a\x4d\x18", "zstandard") for n in range(0x50, 0x60)),  # a skippable frame
     *((b"BZh%d" % level + begin, "bzip2") for level in range(1, 10) for begin in (b"1AY&SY", b"\x17rE8P\x90")),
     (b"\xfd7zXZ\x00", "xz"),
     (b"\x5d\x00\x00", "lzma"),
@@ -27,8 +27,8 @@ LINES = 'write one JSON object a line, such as {"text": "..."}'
 TABLE = f"{LINES}: `python -c \"import pandas; pandas.read_%s('FILE').to_json('FILE.jsonl', orient='records', lines=True)\"`"
 UNPACK = "unpack it and name the files in it"
 ENCODING = "convert it: `iconv -f %s -t UTF-8 FILE > NEW`"
-# What is read nowhere: the place of its mark, the mark, what it is, what to do with FILE. A mark of letters alone could begin
-# a text, and counts beside bytes that no text has.
+# Kinds of files that no reader accepts: offset of the mark, the mark, the kind, the advice for FILE. A mark of letters alone
+# could begin a text, so it counts only together with bytes that no text has.
 MARKS = (
     (0, LFS, "a pointer of Git LFS, in place of the file itself", "run `git lfs pull` where it was cloned"),
     (0, b"PAR1", "a Parquet file", TABLE % "parquet"),
@@ -55,19 +55,19 @@ MARKS = (
     (0, b"\xff\xfe", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
     (0, b"\xfe\xff", "text in UTF-16, not UTF-8", ENCODING % "UTF-16"),
 )
-# Two Latin characters in UTF-16 without a mark, by which of their bytes are zeros; as UTF-8 they are text as well.
+# UTF-16 without a byte-order mark: which of the four bytes of two Latin characters are zero. As UTF-8 they are valid text, too.
 UNMARKED: Mapping[tuple[bool, ...], str] = MappingProxyType(
     {(False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"}
 )
 MAX_ZEROS = 0.2  # share of zero bytes in a text
 
-# Names on the Hugging Face hub: of an owner and a model, or of the oldest models alone.
+# Names on the Hugging Face hub: owner and model, or for the oldest models the model alone.
 OWNED = re.compile(r"(?<![\w.-])[\w-][\w.-]*/[\w-][\w.-]*")
 UNOWNED = re.compile(
     r"(gpt2(-medium|-large|-xl)?|distilgpt2|openai-gpt|bert-(base|large)-.*|distilbert-.*|roberta-(base|large)|"
     r"albert-.*|electra-.*|t5-(small|base|large|3b|11b)|xlnet-.*|xlm-.*|megatron-bert-.*)"
 )
-LOCAL = re.compile(  # how people call directories of their own
+LOCAL = re.compile(  # usual names of local directories
     r"(runs?|checkpoints?|ckpts?|data(sets?)?|out(puts?)?|saved?|saves|results?|exps?|experiments|logs?|te?mp|work(space)?|scratch|"
     r"models?|weights|pretrained|tests?|home|root|mnt|examples|tools|tasks)"
 )
@@ -76,11 +76,11 @@ THEN = "then --load CKPT (training begins from it with --finetune)"
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """Something that another program made.
+    """The format of a file or directory of another program.
 
     Attributes:
-        what: its kind, in words.
-        advice: what to do with it here.
+        what: its description: `a Parquet file`.
+        advice: what the user should do with it.
     """
 
     what: str
@@ -94,25 +94,25 @@ POINTER = ForeignFormat(*next((what, advice) for _, mark, what, advice in MARKS 
 
 
 def packing(head: bytes) -> str | None:
-    """Return how a file is packed that begins with these bytes; None where it is not."""
+    """Return the compression of a file that begins with these bytes; None for none."""
     return next((kind for mark, kind in PACKED if head.startswith(mark)), None)
 
 
 def recognize_bytes(head: bytes, file: str | os.PathLike[str] = "FILE", *, text: bool = True) -> ForeignFormat | None:
-    """Recognize a file that is something else than it should be by its first bytes.
+    """Recognize a foreign file by its first bytes.
 
     Args:
-        head: at most HEAD_BYTES of it.
+        head: its first HEAD_BYTES bytes.
         file: its name, for commands in the advice.
-        text: whether it should be text, in which zero bytes are rare.
+        text: the file is expected to be text, in which zero bytes are rare.
 
     Returns:
-        What it is; None where they show nothing.
+        Its format; None if it is not recognized.
     """
     name = os.fspath(file)
     if kind := packing(head):
         return ForeignFormat(f"compressed with {kind}", f"unpack it: `{UNPACKERS[kind]} -d {name}`")
-    # Bytes below a tab are in no text.
+    # No text has bytes below the tab character.
     binary = any(byte < 9 for byte in head)
     for place, mark, what, advice in MARKS:
         if head[place:].startswith(mark) and (binary or not mark.isalnum()):
@@ -134,7 +134,7 @@ def recognize_file(path: str | os.PathLike[str]) -> ForeignFormat | None:
 
 
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file is what Git leaves in place of a large one that it did not fetch."""
+    """Return whether a file is a pointer of Git LFS, which stands for a large file that was not fetched."""
     try:
         with open_regular(path) as file:
             return file.read(len(LFS)) == LFS
@@ -143,16 +143,16 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 def recognize_hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> ForeignFormat | None:
-    """Recognize the name of a model on the Hugging Face hub where a path on this machine should stand.
+    """Recognize the name of a model on the Hugging Face hub that was given instead of a local path.
 
-    A path whose first directory is there, or is called as people call those of their own, is none.
+    A path whose first directory exists, or has a usual name of a local directory, is not taken for a name of the hub.
 
     Args:
-        name: what was given; there is nothing of that name here.
-        then: what to do when it was downloaded to DIR, for the advice.
+        name: the name that was given.
+        then: what to do after the model was downloaded to DIR, for the advice.
 
     Returns:
-        What it is; None for what is no such name, and for a path that is there.
+        The description of the name; None if it is no name of the hub, or exists locally.
     """
     text = os.fspath(name)
     found = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/|^hf://", "", text)
@@ -172,16 +172,16 @@ def recognize_hub_name(name: str | os.PathLike[str], then: str = "give DIR") -> 
 
 
 def recognize_directory(path: str | os.PathLike[str], reader: str = "ours") -> ForeignFormat | None:
-    """Recognize a directory of weights that another program made; None for any other, and for one that cannot be read.
+    """Recognize a directory of weights of another program; None for any other, and for one that cannot be read.
 
     Args:
         path: the directory.
-        reader: who wants to read it: `ours` for our own checkpoints, `Megatron-LM` or `Hugging Face`.
+        reader: the expected format, which is not foreign: `ours`, `Megatron-LM` or `Hugging Face`.
     """
     root = Path(path)
-    for kind in KINDS[reader]:
+    for recognizer in RECOGNIZERS[reader]:
         try:
-            found = kind(root)
+            found = recognizer(root)
         except OSError:
             return None
         if found is not None:
@@ -190,11 +190,11 @@ def recognize_directory(path: str | os.PathLike[str], reader: str = "ours") -> F
 
 
 def reason_unfit(path: str | os.PathLike[str], reader: str) -> str | None:
-    """Return why weights of another program cannot be read there, in words that go on after the name; None where they may be.
+    """Return why a directory cannot hold weights of the format `reader`, as the rest of a sentence about it; None if it may.
 
     Args:
-        path: of the directory.
-        reader: as of `recognize_directory`.
+        path: the directory.
+        reader: the expected format; see `recognize_directory`.
     """
     if not os.path.isdir(path):
         hub = recognize_hub_name(path, "give DIR" if reader == "Hugging Face" else f"`{_importing('DIR')}`")
@@ -208,7 +208,7 @@ def reason_unfit(path: str | os.PathLike[str], reader: str) -> str | None:
 
 
 def recognize(path: str | os.PathLike[str]) -> ForeignFormat | None:
-    """Recognize what stands where a directory of checkpoints should: another directory, a file, or a name of the hub."""
+    """Recognize what was given instead of a directory of checkpoints: a foreign directory, a file, or a name of the hub."""
     if os.path.isdir(path):
         return recognize_directory(path)
     if os.path.lexists(path):
@@ -224,19 +224,19 @@ def _own(root: Path) -> ForeignFormat | None:
 
 
 def _inside(root: Path) -> list[Path]:
-    """Everything in a directory and in its directories of iterations."""
+    """Return the entries of a directory and of its directories of iterations."""
     entries = list(root.iterdir())
     steps = [p for p in entries if re.fullmatch(r"iter_\d+|release|(global_)?step[-_]?\d+|weights|checkpoint-\d+", p.name)]
     return [*entries, *(inner for step in sorted(steps)[:100] if step.is_dir() for inner in step.iterdir())]
 
 
 def _names(paths: Iterable[Path], pattern: str) -> list[Path]:
-    """Return the paths whose last part the whole pattern matches, sorted."""
+    """Return the paths whose last part matches the whole pattern, sorted."""
     return sorted(path for path in paths if re.fullmatch(pattern, path.name))
 
 
 def _deepspeed(root: Path) -> ForeignFormat | None:
-    """Recognize a checkpoint of DeepSpeed, of ZeRO or not."""
+    """Recognize a checkpoint of DeepSpeed, with or without ZeRO."""
     if not _names(_inside(root), r"global_step\d+|zero_to_fp32\.py|.*_model_states\.pt|(bf16_)?zero_pp_rank_.*\.pt"):
         return None
     advice = "have its program write a Hugging Face directory DIR (zero_to_fp32.py in it joins the weights)"
@@ -244,7 +244,7 @@ def _deepspeed(root: Path) -> ForeignFormat | None:
 
 
 def _megatron_core(root: Path) -> ForeignFormat | None:
-    """Recognize a distributed checkpoint, of Megatron-Core or of PyTorch alone."""
+    """Recognize a distributed checkpoint of Megatron-Core or PyTorch."""
     inside = _inside(root)
     shards = _names(inside, r"__\d+_\d+\.distcp|\.metadata")
     core = _names(inside, r"common\.pt")
@@ -268,7 +268,7 @@ def _megatron_lm(root: Path) -> ForeignFormat | None:
 
 
 def _hub_cache(root: Path) -> ForeignFormat | None:
-    """Recognize a directory above the model: a cache of the hub, or one of a Trainer with several checkpoints."""
+    """Recognize a directory whose subdirectories hold models: a cache of the hub, or the output of a Trainer."""
     if os.path.lexists(root / "config.json"):
         return None
     kept = {"snapshots/*/config.json": "the Hugging Face hub's cache", "checkpoint-*/config.json": "the Hugging Face Trainer"}
@@ -287,7 +287,7 @@ def _adapter(root: Path) -> ForeignFormat | None:
 
 
 def _hugging_face(root: Path) -> ForeignFormat | None:
-    """Recognize a Hugging Face directory, and whether its weights can be imported as they are."""
+    """Recognize a Hugging Face directory; the advice depends on the form of its weights."""
     entries = list(root.iterdir())
     weights = _names(entries, r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
     if not weights and not _is_hugging_face(root / "config.json"):
@@ -305,7 +305,7 @@ def _hugging_face(root: Path) -> ForeignFormat | None:
 
 
 def _is_hugging_face(config: Path) -> bool:
-    """Return whether a config.json is one of transformers; a checkpoint of this program has tables in it."""
+    """Return whether a config.json is one of transformers, rather than of a checkpoint of this program."""
     try:
         about = read_json(config)
     except (OSError, ValueError):
@@ -314,7 +314,7 @@ def _is_hugging_face(config: Path) -> bool:
 
 
 def _single_files(root: Path) -> ForeignFormat | None:
-    """Recognize one file that holds everything, as torch.save and others leave it."""
+    """Recognize a directory with a single file of all weights, as torch.save and other programs write it."""
     found = _names(root.iterdir(), r".*\.(pt|pth|ckpt|nemo|gguf)")
     if not found:
         return None
@@ -332,8 +332,8 @@ def _importing_megatron(directory: object) -> str:
     return f"python tools/import_megatron.py --load {directory} --save CKPT"
 
 
-Kind = Callable[[Path], ForeignFormat | None]
-KINDS: Mapping[str, tuple[Kind, ...]] = MappingProxyType(  # for what each reader takes a directory
+Recognizer = Callable[[Path], ForeignFormat | None]
+RECOGNIZERS: Mapping[str, tuple[Recognizer, ...]] = MappingProxyType(  # the foreign formats for each expected one
     {
         "ours": (_deepspeed, _megatron_core, _megatron_lm, _hub_cache, _adapter, _hugging_face, _single_files),
         "Megatron-LM": (_own, _deepspeed, _megatron_core, _hub_cache, _adapter, _hugging_face),

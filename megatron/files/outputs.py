@@ -1,6 +1,6 @@
-"""Check where a tool may write: never over what it reads, and over a directory only where it made that itself.
+"""Check where a tool may write: never over its own input, and over a directory only if a tool of this project made it.
 
-Paths are compared by what they lead to, so links, hard links, relative paths and `..` hide nothing.
+Paths are compared by the files that they lead to, so links, hard links, relative paths and `..` make no difference.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 
 from megatron.files.regular import describe_file_kind, error_reason, open_regular, read_json
 
-MARKER = ".made-by-megatron"  # in a directory that a tool made as a whole, and may replace
-TEMPORARY = r"\.\d+(-[0-9a-f]{8})?\.tmp"  # how the names of files/pending.py end
-MAX_MARKER = 1 << 20  # bytes
-CHECKPOINT_FILES = ("manifest.json", "state.json")  # one of them at least is in every checkpoint, be it damaged
+MARKER = ".made-by-megatron"  # the file that marks a directory which a tool has made, and may replace
+TEMPORARY = r"\.\d+(-[0-9a-f]{8})?\.tmp"  # the suffix of temporary names; see files/pending.py
+MAX_MARKER = 1 << 20  # bytes of the marker file
+CHECKPOINT_FILES = ("manifest.json", "state.json")  # every checkpoint, even a damaged one, has at least one of them
 SVG = (b"<svg", b"<?xml")
-KERNEL = ("/proc", "/sys")  # file systems in which nobody makes files
-SUFFIX_BYTES = 32  # bytes of a name that files/pending.py needs for its ending
-MAX_NAME_BYTES = 255  # of a file or directory, on every file system that is in use
+KERNEL = ("/proc", "/sys")  # the kernel's file systems, in which no files can be created
+SUFFIX_BYTES = 32  # bytes of a name that files/pending.py needs for its suffix
+MAX_NAME_BYTES = 255  # length of a file's name on common file systems
 
 
 class OutputError(Exception):
-    """An output would replace something that has to stay; the message says what. Tools exit with status 2 then."""
+    """An output would replace something that must not be replaced, or cannot be written. Tools exit with status 2."""
 
 
 class InputPaths:
-    """Every file and directory that a command reads, looked up once for any number of outputs."""
+    """The files and directories that a command reads, looked up once for any number of outputs."""
 
     def __init__(self, paths: Iterable[str | Path]) -> None:
         self.paths = list(paths)
         self._by_place = {_place(path): path for path in self.paths}
 
     def find_conflict(self, path: str | Path) -> str | Path | None:
-        """Return the input that an output would replace: it is this path, a directory above it, or holds it by a hard link.
+        """Return the input that an output would replace; None for none.
 
-        None where nothing of that is so.
+        Such an input is the path itself, a directory above it, or a directory with a hard link to it.
         """
         own = self._by_place.get(_place(path))
         above = (self._by_place[place] for place in _upwards(path) if place in self._by_place)
@@ -49,14 +49,14 @@ class InputPaths:
 
 
 def reason_unwritable(folder: str | Path) -> str | None:
-    """Return why nothing can be written into a directory that is there or is to be made; None where it can.
+    """Return why no file can be written into an existing or new directory, as the rest of a sentence about it; None if one can.
 
-    Words that go on after its name. Nothing is made to find out.
+    Nothing is created for this check.
     """
     if "\0" in os.fspath(folder):
         return "is no name of a directory: it holds a null byte"
     path = Path(os.path.abspath(folder))
-    # What is to be made would lie in the nearest directory that is there.
+    # A new directory would be created in the nearest one that exists.
     while not os.path.lexists(path):
         if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
             return f"cannot be made: a name in it has more than {MAX_NAME_BYTES} bytes"
@@ -79,7 +79,7 @@ def reason_unwritable(folder: str | Path) -> str | None:
 
 
 def _check_place(flag: str, output: str | Path, folder: str | Path) -> None:
-    """Raise OutputError unless something can be written into the directory `folder`, which is or holds the output."""
+    """Raise OutputError unless files can be written into the directory `folder`, which is or holds the output."""
     if why := reason_unwritable(folder):
         raise OutputError(f"{flag} {output}: {why}; choose another place")
 
@@ -88,16 +88,16 @@ def check_file(flag: str, output: str | Path, reads: InputPaths) -> None:
     """Raise OutputError unless a command may write this file.
 
     Args:
-        flag: what the file was named with, for the message.
-        output: the file; it need not be there.
-        reads: what the command reads. A file inside of a directory that is read counts as read.
+        flag: the flag that names the file, for the message.
+        output: the file; it need not exist.
+        reads: the command's input. A file in a directory that is read counts as read.
     """
     if os.path.isdir(output):
         raise OutputError(f"{flag} {output}: is a directory, not a file")
     if (read := reads.find_conflict(output)) is not None:
         what = "lies in" if os.path.isdir(read) else "is"
         raise OutputError(f"{flag} {output}: {what} {read}, which this command reads; choose another place")
-    if os.path.exists(output) and not os.path.isfile(output):  # a device or a pipe, which is written to and not replaced
+    if os.path.exists(output) and not os.path.isfile(output):  # a device or a pipe, which is not replaced
         if not os.access(output, os.W_OK):
             raise OutputError(f"{flag} {output}: cannot be written: permission denied; choose another place")
     elif not os.path.abspath(output).startswith(("/dev/fd/", "/dev/std", "/proc/self/fd/")):
@@ -107,19 +107,19 @@ def check_file(flag: str, output: str | Path, reads: InputPaths) -> None:
 
 
 def files_in(path: str | Path) -> list[str | Path]:
-    """Return a file itself, or of a directory the files that lie directly in it."""
-    with suppress(OSError):  # what cannot be looked into is named itself
+    """Return the files directly in a directory; for a file, return the file itself."""
+    with suppress(OSError):  # a directory that cannot be read is returned itself
         if os.path.isdir(path):
             return [entry.path for entry in os.scandir(path) if not entry.is_dir()]
     return [path]
 
 
 def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = ()) -> None:
-    """Raise OutputError unless a command may write an SVG picture there: as `check_file`, and over no other kind of file.
+    """Raise OutputError unless a command may write an SVG picture there: see `check_file`; only SVG files are overwritten.
 
     Args:
-        flag: what the file was named with, for the message.
-        output: the file; it need not be there.
+        flag: the flag that names the file, for the message.
+        output: the file; it need not exist.
         reads: every file and directory that the command reads.
     """
     check_file(flag, output, InputPaths(reads))
@@ -131,11 +131,11 @@ def check_picture(flag: str, output: str | Path, reads: Iterable[str | Path] = (
 
 
 def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> None:
-    """Raise OutputError unless a command may add files of its own to this directory, which it does not read.
+    """Raise OutputError unless a command may add files to this directory, which must not be its input.
 
     Args:
-        flag: what the directory was named with, for the message.
-        output: the directory; it need not be there.
+        flag: the flag that names the directory, for the message.
+        output: the directory; it need not exist.
         reads: every file and directory that the command reads.
     """
     _check_place(flag, output, output)
@@ -145,20 +145,20 @@ def check_folder(flag: str, output: str | Path, reads: Iterable[str | Path]) -> 
 
 
 def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path], *, overwrite: bool) -> Path:
-    """Find out whether a command may make this directory, or replace it as a whole.
+    """Check that a command may create this directory, or replace it as a whole.
 
     Args:
-        flag: what the directory was named with, for the message.
-        output: the directory; it need not be there.
+        flag: the flag that names the directory, for the message.
+        output: the directory; it need not exist.
         reads: every file and directory that the command reads.
-        overwrite: whether the user said that what is there may go.
+        overwrite: the user allows to replace an existing directory.
 
     Returns:
-        The directory's real path, with a name of its own.
+        The directory's real path.
 
     Raises:
-        OutputError: where the directory is read, holds or lies in what is read, is a link, or is not empty and was not made by
-            a tool of this project; the last also for a single file that somebody put into it.
+        OutputError: the directory is an input of the command, contains one or lies in one; is a link; was not made by a tool; or
+            not made by a tool of this project, or holds a file that the tool did not write.
     """
     real = Path(os.path.realpath(output))
     if os.path.islink(os.path.abspath(output)):
@@ -192,31 +192,31 @@ def holds_other_files(directory: Path) -> bool:
 
 
 def write_marker(directory: Path, made_by: str, names: Iterable[str]) -> None:
-    """Leave a note in a directory that it was made as a whole, so that it may be replaced.
+    """Write the marker file of a directory, which allows to replace it later.
 
     Args:
         directory: the directory.
         made_by: name of the tool that made it.
-        names: of all its entries; what else is found there later, somebody else has put there.
+        names: names of all its entries; others that are found later are not the tool's, and prevent the replacement.
     """
     note = {"made_by": made_by, "entries": sorted({*names, MARKER})}
     (directory / MARKER).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
 def unexpected_entries(directory: Path) -> list[str] | None:
-    """Return the entries of a directory that its maker does not name; None where no tool of this project made it."""
+    """Return the entries of a directory that its marker does not name; None if it has no marker."""
     try:
         entries = read_json(directory / MARKER, MAX_MARKER)["entries"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not isinstance(entries, list):
         return None
-    # What a killed command left under a temporary name is the maker's as well.
+    # Temporary files that a killed command has left are the tool's as well.
     return sorted(name for name in {*os.listdir(directory)} - {*entries} if not re.search(TEMPORARY + "$", name))
 
 
 def _place(path: str | Path) -> tuple[int, int] | str:
-    """Return a value that is equal for all paths to one place: device and inode, or the real path of what is not there."""
+    """Return a key that is equal for all paths to the same file: device and inode, or the real path if it does not exist."""
     try:
         about = os.stat(path)
     except (OSError, ValueError):
@@ -225,12 +225,12 @@ def _place(path: str | Path) -> tuple[int, int] | str:
 
 
 def _upwards(path: str | Path) -> Iterator[tuple[int, int] | str]:
-    """Yield the places of a path and of all directories above it."""
+    """Yield the keys of a path and of all directories above it."""
     real = Path(os.path.realpath(path))
     yield from map(_place, (path, *real.parents))
 
 
 def _links_to(directory: str | Path, path: str | Path) -> bool:
-    """Return whether one of a directory's files is, by a hard link, this one."""
+    """Return whether a directory holds a hard link to this file."""
     place = _place(path)
     return any(_place(os.path.join(folder, name)) == place for folder, _, names in os.walk(directory) for name in names)

@@ -1,8 +1,8 @@
-"""Write files and directories that appear under their name whole, or not at all.
+"""Write files and directories atomically: they appear under their name complete, or not at all.
 
-They are written under a temporary name beside it, `NAME.<pid>-<random>.tmp`, and a lock of the kernel is held on that while
-the writer lives, whatever ends it. So the next writer of the same name can tell what a killed one left, and removes it, from
-what another one is still writing. Where the file system knows no locks, left-over files stay.
+They are written under a temporary name in the same directory, `NAME.<pid>-<random>.tmp`, and renamed. The writer holds an flock
+on the temporary file, which the kernel releases however the writer ends. So the next writer of the same name can remove the
+left-overs of killed writers without touching files that are still being written. Without flock, left-overs stay.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron.files.outputs import MARKER, TEMPORARY, write_marker
 
 
 class PendingFile:
-    """A file under its temporary name: write to `file`, then `commit`. Anything else leaves nothing behind.
+    """A file under a temporary name: write to `file`, then call `commit`. Without `commit`, the file is removed.
 
     Attributes:
-        path: where it is to be; what is there stays until then.
-        temporary: its name until then.
-        file: opened for writing bytes.
+        path: the final path; an existing file stays there until `commit`.
+        temporary: the temporary path.
+        file: the file, opened for writing bytes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,30 +34,30 @@ class PendingFile:
         remove_leftovers(self.path)
         while True:
             self.temporary = self.path.with_name(self.path.name + _ending())
-            # Exclusive, so that nobody else's file or link of this name is written to.
+            # O_EXCL, so that an existing file or link of this name is not written to.
             descriptor = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
             if _lock(descriptor) is not False and _is_at(descriptor, self.temporary):
                 break
-            os.close(descriptor)  # taken for a left-over file before it was locked
-        self._lock = os.dup(descriptor)  # the file is closed before it has its name
+            os.close(descriptor)  # another process took it for a left-over and removed it before it was locked
+        self._lock = os.dup(descriptor)  # keeps the lock after `file` is closed, until the rename
         self.file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=1 << 20)
         self._open = True
 
     def close(self) -> None:
-        """Finish writing; OSError when the disk refuses the rest. The temporary name stays reserved."""
+        """Write the buffered rest, and close the file; OSError when the disk refuses. The lock is kept."""
         self.file.close()
 
     def commit(self) -> None:
-        """Give the file its name, in place of what had it."""
+        """Rename the file to its final path, replacing an existing one."""
         self.close()
         os.replace(self.temporary, self.path)
         self._release()
 
     def discard(self) -> None:
-        """Remove it, unless it was committed."""
+        """Remove the file, unless it was committed."""
         if not self._open:
             return
-        with suppress(OSError):  # what is in the buffer
+        with suppress(OSError):  # the buffered rest may not fit on the disk
             self.file.close()
         with suppress(OSError):
             self.temporary.unlink(missing_ok=True)
@@ -75,9 +75,12 @@ class PendingFile:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file in one step: it is as before, or holds all of `content`, text in UTF-8. OSError when that fails.
+    """Write a file atomically: afterwards it has its old content or all of `content`. Text is encoded as UTF-8.
 
-    A link is replaced and not followed. A device, a pipe or the like is written to.
+    A link is replaced, not followed. A device or a pipe is written to.
+
+    Raises:
+        OSError: writing failed.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if _is_stream(path):
@@ -90,7 +93,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def _is_stream(path: str | Path) -> bool:
-    """Return whether a name stands for something that only takes bytes: a device or a pipe, also a redirected one."""
+    """Return whether a path leads to a device or a pipe, which can only be written to, not replaced."""
     if os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/")):
         return True
     try:
@@ -100,11 +103,11 @@ def _is_stream(path: str | Path) -> bool:
 
 
 class PendingDirectory:
-    """A directory under its temporary name: fill `temporary`, then `commit`. Anything else leaves nothing behind.
+    """A directory under a temporary name: fill `temporary`, then call `commit`. Without `commit`, the directory is removed.
 
     Args:
-        path: where it is to be. Its parents are made.
-        made_by: name of the tool, for the note that lets a tool replace it later.
+        path: the final path. Its parents are created.
+        made_by: name of the tool, for the marker file that allows to replace the directory later.
     """
 
     def __init__(self, path: Path, made_by: str) -> None:
@@ -114,7 +117,7 @@ class PendingDirectory:
         while True:
             self.temporary = path.with_name(f".{path.name}{_ending()}")
             self.temporary.mkdir()
-            with suppress(FileNotFoundError):  # taken for a left-over directory before it was locked
+            with suppress(FileNotFoundError):  # another process took it for a left-over before it was locked
                 self._lock = os.open(self.temporary / MARKER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
                 if _lock(self._lock) is not False and _is_at(self._lock, self.temporary / MARKER):
                     break
@@ -122,11 +125,11 @@ class PendingDirectory:
         self._open = True
 
     def commit(self, path: Path | None = None, *, marked: bool = True) -> None:
-        """Give the directory its name, in place of what had it: check before that it may go (`check_replaceable`).
+        """Rename the directory to its final path, replacing an existing one; check that first with `check_replaceable`.
 
         Args:
-            path: another name than the one it was made for.
-            marked: whether the note stays in it.
+            path: another final path than that of the constructor.
+            marked: write the marker file.
         """
         path = path or self.path
         if marked:
@@ -134,7 +137,7 @@ class PendingDirectory:
         else:
             (self.temporary / MARKER).unlink()
         aside = path.with_name(f".{path.name}{_ending()}")
-        # A directory cannot be replaced by a rename, so the old one steps aside first.
+        # A rename cannot replace a directory, so the old one is renamed first.
         if path.exists():
             os.replace(path, aside)
         os.replace(self.temporary, path)
@@ -142,7 +145,7 @@ class PendingDirectory:
         shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove it, unless it was committed."""
+        """Remove the directory, unless it was committed."""
         if self._open:
             shutil.rmtree(self.temporary, ignore_errors=True)
             self._release()
@@ -159,7 +162,7 @@ class PendingDirectory:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers of `path` left under temporary names beside it. What cannot be removed stays."""
+    """Remove the temporary files and directories of killed writers of `path`, as far as they can be removed."""
     pattern = re.compile(re.escape(path.name) + TEMPORARY)
     with suppress(OSError):
         for entry in list(os.scandir(path.parent)):
@@ -169,7 +172,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _remove_leftover(path: Path, directory: bool) -> None:
-    """Remove a temporary file or directory whose writer is gone."""
+    """Remove a temporary file or directory if its writer has ended, which its lock shows."""
     with suppress(FileNotFoundError):
         descriptor = os.open(path / MARKER if directory else path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -179,16 +182,16 @@ def _remove_leftover(path: Path, directory: bool) -> None:
             os.close(descriptor)
         return
     if directory:
-        path.rmdir()  # its writer had not come further; OSError when it has meanwhile
+        path.rmdir()  # a directory without a marker yet; OSError if its writer has created one meanwhile
 
 
 def _ending() -> str:
-    """Return a new ending of a temporary name."""
+    """Return a new suffix of a temporary name."""
     return f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Try to lock a file; return whether this process has it now, None where the file system knows no locks."""
+    """Try to lock a file; return whether this process holds the lock now, None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -199,7 +202,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file still has this name."""
+    """Return whether an open file is still at this path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

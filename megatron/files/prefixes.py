@@ -1,4 +1,4 @@
-"""Suggest what somebody meant by a prefix that names no dataset: one beside it, or a text that is to become one."""
+"""Suggest which dataset the user meant by a prefix that names none: one of a similar name, or a text to preprocess."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MAX_LISTED = 5  # datasets in a message
 
 
 def suggest_prefix(prefix: str, level: str) -> str | None:
-    """Return which dataset or text a prefix may mean that has no .bin and no .idx, in words that go on after it.
+    """Return a suggestion for a prefix without .bin and .idx files, as the rest of a sentence about it.
 
     Args:
-        prefix: as it was given, without .bin or .idx.
+        prefix: the prefix, without .bin or .idx.
         level: the last word of the names of the datasets that the program reads, `document` or `sentence`.
 
     Returns:
-        What is there instead and what to do; None where nothing near has such a name.
+        What exists instead, and what to do; None if there is no file with such a name.
     """
     stem = _stem(prefix)
     text = next((p for p in (prefix, *(stem + end + packed for end in TEXTS for packed in ("", *PACKED))) if _is_text(p)), None)
@@ -46,7 +46,7 @@ def suggest_prefix(prefix: str, level: str) -> str | None:
 
 
 def _stem(prefix: str) -> str:
-    """Return the prefix without the ending of a text."""
+    """Return the prefix without the extension of a text file."""
     stem = prefix.rstrip("/") if os.path.isdir(prefix) else prefix
     for endings in (PACKED, TEXTS):
         stem = next((stem.removesuffix(end) for end in endings if stem.endswith(end)), stem)
@@ -54,12 +54,12 @@ def _stem(prefix: str) -> str:
 
 
 def _is_text(path: str) -> bool:
-    """Return whether a path is a file that is named like a text."""
+    """Return whether a path is a file with the extension of a text."""
     return os.path.isfile(path) and path.endswith((*TEXTS, *(end + packed for end in TEXTS for packed in PACKED)))
 
 
 def _datasets(stem: str) -> list[str]:
-    """Return prefixes of whole datasets in the directory `stem`, or of those beside it that preprocessing makes of `stem`."""
+    """Return the prefixes of datasets in the directory `stem`, or of those that preprocessing writes for the prefix `stem`."""
     folder, name = (Path(stem), "") if os.path.isdir(stem) else (Path(stem).parent, Path(stem).name)
     pattern = re.compile(r".*" if not name else re.escape(name) + r"_.+_(document|sentence)")
     found = sorted(entry.name[:-4] for entry in os.scandir(folder) if entry.name.endswith(".idx"))

@@ -1,4 +1,4 @@
-"""Keep small files in a directory of the machine's temporary place where no other user can plant or change anything."""
+"""Keep small files in a private directory below the machine's temporary directory, safe from other users."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ NAME = "megatron"
 
 
 class PrivateDirectory:
-    """Small files of this user, in a directory with mode 0700. OSError where there can be none.
+    """Small files of this user, in a directory with mode 0700. OSError if it cannot be used.
 
-    The place is the same for all of a user's processes on a host that have one `TMPDIR`. Somebody may have been there first:
-    what is no directory, or not this user's alone, is not used. Files are named relative to the directory that was opened, so
-    nobody can put another in its place.
+    All processes of a user on a host with the same `TMPDIR` share the directory. If the path exists and is not a directory of
+    this user alone, it is not used. Files are opened relative to the open directory, so that it cannot be replaced by another.
     """
 
     def __init__(self) -> None:
@@ -30,7 +29,7 @@ class PrivateDirectory:
             raise PermissionError(f"{self.path}: not a directory of this user alone")
 
     def create(self, name: str) -> int:
-        """Open a new file for reading and writing; one that has its name goes."""
+        """Open a new file for reading and writing; an existing one of this name is removed."""
         self.remove(name)
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self._directory)
 
@@ -43,9 +42,9 @@ class PrivateDirectory:
             os.close(descriptor)
 
     def seconds_left_over(self, name: str) -> float:
-        """Mark a file as left over by a dead process; return the seconds since it was marked first.
+        """Mark the file of a dead process as left over; return the seconds since it was first marked.
 
-        The mark is that its write permission is gone.
+        A marked file has no write permission.
         """
         about = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
         if not about.st_mode & stat.S_IWUSR:
@@ -64,7 +63,7 @@ class PrivateDirectory:
         return os.listdir(self._directory)
 
     def close(self) -> None:
-        """Let go of the directory, which stays."""
+        """Close the directory; its files stay."""
         os.close(self._directory)
 
     def __enter__(self) -> PrivateDirectory:

@@ -1,8 +1,8 @@
-"""Read files that somebody else may have made: regular ones only, of a size that is known and bounded before the first byte.
+"""Read files of users safely: only regular files, whose size is known and bounded before the first byte is read.
 
-A name can belong to a pipe, which waits for ever, to a device without an end, to a directory, or to a file larger than the
-memory. Every reader goes through here, or asks `check_regular` before it hands a name to a library. What is refused is an
-OSError that says what the name is, so that a handler of files that are not there also covers these.
+A path can lead to a pipe, which blocks for ever, to an endless device, to a directory, or to a file larger than the memory.
+Every reader uses these functions, or calls `check_regular` before it passes a path to a library. The error is an OSError that
+names the kind of file, so that handlers of missing files cover it as well.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MAX_METRICS_BYTES = 1 << 31  # metrics.jsonl; a line has 400 bytes
 MAX_LINE_BYTES = 1 << 28  # one line of a corpus: a document
 
 MAX_TASK_JSON_BYTES = 1 << 27  # a task's file that is one JSON value; SQuAD's largest has 42 MB
-MAX_DEPTH = 200  # of brackets in JSON
-MAX_VALUES = 10_000_000  # in a JSON text; an empty list has 2 bytes there and 64 in memory
-STRING = re.compile(r'"[^"]*+"?')  # where no quote is escaped
-PIPE_TIMEOUT = 5.0  # seconds that a named pipe may wait for somebody who writes into it
+MAX_DEPTH = 200  # nesting of brackets in JSON
+MAX_VALUES = 10_000_000  # values in a JSON text; an empty list has 2 bytes there and 64 in memory
+STRING = re.compile(r'"[^"]*+"?')  # a JSON string in a text from which escaped quotes were removed
+PIPE_TIMEOUT = 5.0  # seconds to wait for a writer of a named pipe
 
 KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -45,7 +45,7 @@ KINDS = (
 
 
 class UnfitFile(OSError):
-    """A name that belongs to no regular file, or to one that is too large. `strerror` says which, without the name."""
+    """A path that is not a regular file, or is a file that is too large. `strerror` is the reason, without the path."""
 
     def __init__(self, path: PathLike, what: str) -> None:
         super().__init__(errno.EINVAL, what, os.fspath(path))
@@ -55,29 +55,29 @@ class UnfitFile(OSError):
 
 
 def error_reason(error: BaseException) -> str:
-    """Return why a file cannot be read, in words, without its name and without the system's number of the error."""
+    """Return the reason why a file cannot be read, without its path and the number of the error."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
 def describe_file_kind(mode: int) -> str:
-    """Return the kind of file that an `st_mode` says, in words; "" for a regular one."""
+    """Return a description of the kind of file of an `st_mode`; "" for a regular one."""
     if stat.S_ISREG(mode):
         return ""
-    return next((words for test, words in KINDS if test(mode)), "something else")
+    return next((description for test, description in KINDS if test(mode)), "something else")
 
 
 def check_regular(path: PathLike, max_bytes: int | None = None) -> int:
-    """Return the size in bytes of a regular file, links followed. Nothing is opened: opening a device can have effects.
+    """Return the size in bytes of a regular file, following links. It is not opened, since opening a device can have effects.
 
     Raises:
-        UnfitFile: it is something else, or has more than `max_bytes`.
-        OSError: as of `os.stat`, where there is no such file.
+        UnfitFile: the path is not a regular file, or the file has more than `max_bytes`.
+        OSError: there is no such file; see `os.stat`.
     """
     return _check(path, _stat(path), max_bytes)
 
 
 def _stat(path: PathLike) -> os.stat_result:
-    """Return `os.stat` of a path, with words of our own for links that lead nowhere and for null bytes."""
+    """Return `os.stat` of a path, with clearer errors for broken links and null bytes."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _stat(path: PathLike) -> os.stat_result:
             raise FileNotFoundError(errno.ENOENT, what, os.fspath(path)) from None
         raise
     except ValueError as error:
-        why = "it holds a null byte" if "\0" in os.fsdecode(path) else error  # Python's own words differ between versions
+        why = "it holds a null byte" if "\0" in os.fsdecode(path) else error  # Python's message differs between versions
         raise UnfitFile(repr(os.fspath(path)), f"no name of a file: {why}") from None
 
 
@@ -106,10 +106,10 @@ def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
     """Open a regular file for reading bytes.
 
     Raises:
-        UnfitFile: as of `check_regular`, also where the name comes to stand for something else meanwhile.
+        UnfitFile: see `check_regular`; also if the file is replaced by something else meanwhile.
     """
     check_regular(path, max_bytes)
-    # Without O_NONBLOCK a pipe that took the file's place would make this wait; regular files do not heed it.
+    # Without O_NONBLOCK, opening would block if a pipe had replaced the file; it has no effect on regular files.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
         _check(path, os.fstat(handle), max_bytes)
@@ -120,7 +120,7 @@ def open_regular(path: PathLike, max_bytes: int | None = None) -> BinaryIO:
 
 
 class _Pipe(io.FileIO):
-    """A pipe that remembers what the last read gave: 0 where nobody writes, None where no byte has come yet."""
+    """A pipe that remembers the result of the last read: 0 without a writer, None if no byte has come yet."""
 
     last: int | None = None
 
@@ -130,15 +130,15 @@ class _Pipe(io.FileIO):
 
 
 def open_stream(path: PathLike, patience: float = PIPE_TIMEOUT, *, max_bytes: int | None = None) -> BinaryIO:
-    """Open a regular file or a pipe for reading once, from its beginning to its end: `--input <(zcat corpus.gz)`.
+    """Open a regular file or a pipe for reading once from beginning to end, as for `--input <(zcat corpus.gz)`.
 
     Args:
-        path: of the file or pipe.
-        patience: seconds to wait for somebody who writes into a named pipe.
-        max_bytes: the most that a regular file may have; None for any size.
+        path: the file or pipe.
+        patience: seconds to wait for a writer of a named pipe.
+        max_bytes: maximum size of a regular file; None for any size.
 
     Raises:
-        UnfitFile: it is something else, larger, or a named pipe into which nobody writes in time.
+        UnfitFile: the path is something else, the file is larger, or the named pipe has no writer in time.
     """
     if not stat.S_ISFIFO(_stat(path).st_mode):
         return open_regular(path, max_bytes)
@@ -159,16 +159,16 @@ def read_bytes(path: PathLike, max_bytes: int, *, pipes: bool = False) -> bytes:
     """Return all bytes of a regular file.
 
     Args:
-        path: of the file.
-        max_bytes: the most that it may have.
-        pipes: it may be a pipe as well, as for `open_stream`.
+        path: the file.
+        max_bytes: maximum size.
+        pipes: the path may also be a pipe, see `open_stream`.
 
     Raises:
-        UnfitFile: as of `check_regular`, also for a file that grows or that says it is smaller.
+        UnfitFile: see `check_regular`; also if the file grows, or is larger than its reported size.
     """
     with open_stream(path, max_bytes=max_bytes) if pipes else open_regular(path, max_bytes) as file:
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
-        # One byte more than it says: a file of /proc says 0, and one that somebody appends to grows.
+        # One byte more than the reported size, which is 0 for files in /proc and too small for a growing file.
         data += file.read(max(0, max_bytes + 1 - len(data)))
     if len(data) > max_bytes:
         raise _too_large(path, len(data), max_bytes)
@@ -179,12 +179,12 @@ def read_text(path: PathLike, max_bytes: int, *, pipes: bool = False) -> str:
     """Return a regular file of text in UTF-8.
 
     Args:
-        path: of the file.
-        max_bytes: the most that it may have.
-        pipes: it may be a pipe as well, as for `open_stream`.
+        path: the file.
+        max_bytes: maximum size.
+        pipes: the path may also be a pipe, see `open_stream`.
 
     Raises:
-        UnfitFile: as of `read_bytes`.
+        UnfitFile: see `read_bytes`.
         UnicodeDecodeError: the bytes are not UTF-8; a ValueError.
     """
     return read_bytes(path, max_bytes, pipes=pipes).decode("utf-8")
@@ -194,8 +194,8 @@ def read_json(path: PathLike, max_bytes: int = MAX_SETTINGS_BYTES) -> Any:
     """Return the value of a JSON file.
 
     Raises:
-        UnfitFile: as of `read_bytes`.
-        ValueError: it is no JSON; the message says why.
+        UnfitFile: see `read_bytes`.
+        ValueError: the file is not JSON; the message says why.
     """
     return parse_json(read_bytes(path, max_bytes))
 
@@ -205,10 +205,10 @@ def parse_json(text: str | bytes, parse_int: Callable[[str], Any] | None = None)
 
     Args:
         text: the text, or its bytes in UTF-8.
-        parse_int: makes whole numbers of their digits; default `int`.
+        parse_int: converts the digits of a whole number; default `int`.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, has endless numbers or more than `MAX_VALUES` values.
+        ValueError: the text is not JSON, is nested too deeply, or has too long numbers or more than `MAX_VALUES` values.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Write what a run has beside its checkpoints and may lose: a disk that refuses costs a warning, never the run."""
+"""Write the side files of a run, such as metrics, and its console: if a write fails, the run prints a warning and continues."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-MAX_WAITING = 10_000  # pieces that are kept while they cannot be written; then the oldest are lost
+MAX_WAITING = 10_000  # maximum number of pieces that are kept while they cannot be written; the oldest are dropped
 
 
 class SideFile:
-    """A file that is only added to. What cannot be written waits in memory, and goes out with what is added next.
+    """An append-only file. Pieces that cannot be written are kept in memory, and written together with the next ones.
 
-    It is opened for each addition, so a file or directory that somebody removes is made again; and cut back where only a part
-    was written, so that it never holds half a piece.
+    The file is opened for each addition, so it is created again if somebody removes it. After a partial write it is truncated,
+    so that it never holds half a piece.
 
     Args:
-        path: of the file.
-        what: its content in a word, for the warning.
+        path: the file.
+        what: name of its content, for the warning.
         head: the first bytes of an empty file.
     """
 
@@ -35,7 +35,7 @@ class SideFile:
         self._failing = False
 
     def add(self, *pieces: bytes) -> None:
-        """Append the pieces, in order, as far as the disk takes them."""
+        """Append the pieces in order; those that cannot be written are kept for the next call."""
         self._waiting.extend(pieces)
         try:
             self._write()
@@ -59,7 +59,7 @@ class SideFile:
                 while left:
                     left = left[os.write(descriptor, left) :]
             except OSError:
-                with suppress(OSError):  # there is nothing to cut off a device
+                with suppress(OSError):  # a device cannot be truncated
                     os.ftruncate(descriptor, about.st_size)
                 raise
         finally:
@@ -67,13 +67,13 @@ class SideFile:
 
 
 def warn(path: object, what: str, error: BaseException, then: str = "the run goes on without it") -> None:
-    """Say in the log that a side file failed.
+    """Log a warning that a side file failed.
 
     Args:
-        path: of the file.
-        what: what cannot be done.
-        error: why.
-        then: what follows.
+        path: the file.
+        what: what failed.
+        error: the reason.
+        then: the consequence.
     """
     cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     logging.getLogger(__name__).warning("%s: %s: %s; %s", path, what, cause, then)
@@ -81,7 +81,7 @@ def warn(path: object, what: str, error: BaseException, then: str = "the run goe
 
 @contextmanager
 def warning_on_error(path: object, what: str) -> Iterator[None]:
-    """Turn an OSError of the block into a warning. what: what cannot be done then."""
+    """Turn an OSError of the block into a warning. what: what failed, for the warning."""
     try:
         yield
     except OSError as error:
@@ -89,10 +89,7 @@ def warning_on_error(path: object, what: str) -> Iterator[None]:
 
 
 class SideStream:
-    """Standard output or error of a run, for which a full disk or a reader that has left is no reason to end.
-
-    Everything but writing is the stream's own.
-    """
+    """Wraps standard output or error of a run: a full disk, or a reader that has left, does not end the run."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self.failed = stream, name, False
@@ -101,18 +98,18 @@ class SideStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what the stream takes."""
-        with self._forgiving():
+        """Write the text if the stream accepts it."""
+        with self._warn_once():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what is in the buffer, as far as the stream takes it."""
-        with self._forgiving():
+        """Write the buffered text if the stream accepts it."""
+        with self._warn_once():
             self._stream.flush()
 
     @contextmanager
-    def _forgiving(self) -> Iterator[None]:
+    def _warn_once(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -121,7 +118,7 @@ class SideStream:
                 warn(self._name, "cannot be written to", error, "the run goes on, and lines are lost meanwhile")
 
     def release(self) -> None:
-        """Drop what the stream does not take, or the interpreter would report it as a failure of the program."""
+        """Drop buffered text that cannot be written, which the interpreter would report as an error at exit."""
         if not self.failed:
             return
         try:
@@ -132,10 +129,10 @@ class SideStream:
 
 @contextmanager
 def forgiving_streams() -> Iterator[None]:
-    """Let nothing that is printed inside fail. Where a stream is closed from the beginning, it goes nowhere."""
+    """Ignore errors of printing inside the block. A stream that was closed from the beginning is replaced by /dev/null."""
     before = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
-    streams = [SideStream(_bare(stream) or _nothing(), name) for stream, name in zip(before, names, strict=True)]
+    streams = [SideStream(_unwrap(stream) or _null_stream(), name) for stream, name in zip(before, names, strict=True)]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield
@@ -146,15 +143,15 @@ def forgiving_streams() -> Iterator[None]:
             stream.release()
 
 
-def _nothing() -> TextIO:
-    """Return a stream that goes nowhere."""
+def _null_stream() -> TextIO:
+    """Return a stream to /dev/null."""
     return io.TextIOWrapper(open(os.devnull, "wb"), encoding="utf-8")
 
 
 class PipedStream:
-    """Standard output or error of a program that ends where nobody reads it any more, silently, as one that SIGPIPE ends.
+    """Wraps standard output or error of a tool: when the reader has left, the program ends silently, as by SIGPIPE.
 
-    SystemExit says so, which no handler of errors takes for one of its own. Another failure, a full disk say, is named.
+    It ends by SystemExit, which no handler of errors catches. Other failures, such as a full disk, are reported.
     """
 
     def __init__(self, stream: TextIO, name: str) -> None:
@@ -165,7 +162,7 @@ class PipedStream:
 
     def write(self, text: str) -> int:
         """Write the text, or end the program."""
-        with self._ending():
+        with self._exit_on_error():
             self._stream.write(text)
         return len(text)
 
@@ -175,12 +172,12 @@ class PipedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Pass on what is in the buffer, or end the program."""
-        with self._ending():
+        """Write the buffered text, or end the program."""
+        with self._exit_on_error():
             self._stream.flush()
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
+    def _exit_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -194,10 +191,10 @@ class PipedStream:
 
 @contextmanager
 def piped_streams() -> Iterator[None]:
-    """Let what is printed inside end the program where it cannot be written, what waits in buffers at the end included."""
+    """End the program if text that is printed inside the block cannot be written, including what is buffered at its end."""
     before = sys.stdout, sys.stderr
     names = ("standard output", "standard error")
-    streams = [bare and PipedStream(bare, name) for bare, name in zip(map(_bare, before), names, strict=True)]
+    streams = [stream and PipedStream(stream, name) for stream, name in zip(map(_unwrap, before), names, strict=True)]
     sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
     try:
         yield
@@ -209,13 +206,13 @@ def piped_streams() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
-def _bare(stream: Any) -> Any:
-    """Return the stream itself, without what another block has put around it; None where it is closed from the beginning."""
+def _unwrap(stream: Any) -> Any:
+    """Return a stream without the wrapper of another block; None for one that was closed from the beginning."""
     return stream._stream if isinstance(stream, SideStream | PipedStream) else stream
 
 
 def _drop(stream: TextIO) -> None:
-    """Redirect a stream that cannot be written to nowhere, or the interpreter would report it once more at its end."""
+    """Redirect a stream that cannot be written to /dev/null, since the interpreter would report its error again at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
