@@ -157,8 +157,8 @@ def check_replaceable(flag: str, output: str | Path, reads: Sequence[str | Path]
         The directory's real path.
 
     Raises:
-        OutputError: the directory is an input of the command, contains one or lies in one; is a link; was not made by a tool; or
-            not made by a tool of this project, or holds a file that the tool did not write.
+        OutputError: the directory is an input of the command, contains one or lies in one; it is a link; it was not made by a
+            tool of this project and is not empty; or it holds a file that the tool did not write.
     """
     real = Path(os.path.realpath(output))
     if os.path.islink(os.path.abspath(output)):

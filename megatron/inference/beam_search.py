@@ -1,4 +1,4 @@
-"""Beam search: the most probable whole continuations, several at a time, token by token."""
+"""Beam search: find the most probable continuations of a prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.inference.generate import Predictor, batch_of_rows, check_prompt, 
 from megatron.inference.kv_cache import KVCache
 
 MAX_BEAM_WIDTH = 1000
-MAX_LENGTH_PENALTY = 50  # penalty: a power of the length that a float still holds
+MAX_LENGTH_PENALTY = 50  # so that the length to this power fits into a float
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Beam:
     """One continuation of a prompt.
 
     Attributes:
-        tokens: the written ones, with the one that ended it.
-        score: their summed log-probability, divided by their number to the power of the length penalty.
+        tokens: the generated tokens, including the one that ended the text.
+        score: sum of their log-probabilities, divided by their number to the power of the length penalty.
         end: "stop" or "length".
     """
 
@@ -31,15 +31,16 @@ class Beam:
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Settings of a beam search, and the search itself.
+    """A beam search with its settings.
 
     Attributes:
-        width: continuations that are followed at once.
-        length_penalty: 0 favours short texts, above 1 long ones; 1 is the mean log-probability of a token.
-        stop: the token that ends a text.
+        width: number of unfinished continuations that are kept.
+        length_penalty: exponent of the length in the score: 0 favours short texts, above 1 long ones; with 1 the score is the
+            mean log-probability of a token.
+        stop: the token that ends a text; None for none.
 
     Raises:
-        ValueError: a value makes no sense.
+        ValueError: a value is out of its range.
     """
 
     width: int
@@ -68,17 +69,17 @@ class BeamSearch:
         banned: Callable[[int], Sequence[int]] = lambda last: (),
         use_cache: bool = True,
     ) -> Iterator[list[Beam]]:
-        """Yield after every token the finished continuations so far, best first; the last time `width` of them. Collective.
+        """Yield after every token the finished continuations so far, best first; at the end `width` of them. Collective.
 
-        It is over when the best one followed, scored at its present length, is no better than the worst of `width` finished
-        ones; with positive penalties that is the rule of `early_stopping=False` in transformers.
+        The search ends when the best unfinished continuation, scored at its present length, is no better than the worst of
+        `width` finished ones. With positive penalties this is the rule of `early_stopping=False` in transformers.
 
         Args:
-            model: the same on all ranks, which all get the same continuations.
-            prompt: the tokens to go on from. ValueError where they cannot be continued.
-            max_new_tokens: the most that a continuation may have.
+            model: the model; all ranks get the same continuations.
+            prompt: the tokens of the prompt. ValueError if it cannot be continued.
+            max_new_tokens: maximum number of tokens of a continuation.
             banned: returns the tokens that must not follow a token.
-            use_cache: keep keys and values; without, everything is computed again for each token.
+            use_cache: keep keys and values; without it, every pass computes all tokens again.
         """
         check_prompt(model, prompt)
         vocabulary = model.config.known_vocab_size
@@ -88,8 +89,8 @@ class BeamSearch:
         limit = max_new_tokens if room is None else min(max_new_tokens, room)
         model.eval()
         cache = KVCache() if use_cache else None
-        followed: list[tuple[int, ...]] = [()]
-        sums = torch.zeros(1)
+        followed: list[tuple[int, ...]] = [()]  # the unfinished continuations
+        sums = torch.zeros(1)  # [beams], their log-probabilities
         finished: list[Beam] = []
         for length in range(1, limit + 1):
             seen = cache.length if cache is not None else 0
@@ -97,24 +98,24 @@ class BeamSearch:
             logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
             if cache is not None:
                 cache.length = seen + len(rows[0])
-            # [beams, vocab], as is the sum below
+            # [beams, vocab]
             logits = torch.stack([mask_banned(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
-            totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()
-            best, places = totals.topk(2 * self.width)  # twice the width: as many may end as are followed
-            going: list[tuple[int, tuple[int, ...], float]] = []
+            totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()  # [beams * vocab]
+            best, places = totals.topk(2 * self.width)  # each [2 * width]: up to `width` of them may be finished
+            unfinished: list[tuple[int, tuple[int, ...], float]] = []
             for rank, (total, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
                 row, token = divmod(place, vocabulary)
                 tokens = (*followed[row], token)
                 if token != self.stop and length < limit:
-                    going.append((row, tokens, total))
+                    unfinished.append((row, tokens, total))
                 elif rank < self.width:
                     finished.append(Beam(tokens, self.score(total, length), "stop" if token == self.stop else "length"))
             finished = sorted(finished, key=lambda beam: -beam.score)[: self.width]
             yield finished
-            going = going[: self.width]
+            unfinished = unfinished[: self.width]
             full = len(finished) == self.width
-            if not going or (full and self.score(going[0][2], length) <= finished[-1].score):
+            if not unfinished or (full and self.score(unfinished[0][2], length) <= finished[-1].score):
                 return
-            followed, sums = [tokens for _, tokens, _ in going], torch.tensor([total for *_, total in going])
+            followed, sums = [tokens for _, tokens, _ in unfinished], torch.tensor([total for *_, total in unfinished])
             if cache is not None:
-                cache.select([row for row, *_ in going])
+                cache.select([row for row, *_ in unfinished])

@@ -1,8 +1,8 @@
-"""Text from a trained model: one or several prompts at once, one token at a time, with a cache of keys and values.
+"""Generate text from one or several prompts at once, one token at a time, with a key-value cache.
 
-All sequences of a batch begin at position 0, so they share their positions and one length of the cache. The first pass reads as
-much as the shortest prompt has; from then on every sequence gets one token a pass, where one that is still in its prompt gets
-its own next one. So nothing is padded or masked, and each text is what its prompt alone would give.
+All sequences of a batch begin at position 0, so they share their positions and the length of the cache. The first pass reads as
+many tokens as the shortest prompt has. From then on every sequence gets one token per pass; one that is longer than that gets
+the next token of its prompt. So nothing is padded or masked, and each text is the one that its prompt alone would give.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Sampling:
     """Rule by which the next token is chosen.
 
     Attributes:
-        temperature: the logits are divided by it; 0 takes the most probable token.
-        top_k: only the k most probable tokens; 0 is all.
-        top_p: only the most probable ones that together reach this probability; 0 and 1 are all (nucleus sampling,
-            arXiv 1904.09751).
-        top_p_decay: top_p is multiplied by it after each token; 0 leaves it.
-        top_p_bound: top_p falls no lower than this.
+        temperature: divisor of the logits; 0 chooses the most probable token.
+        top_k: sample only from the k most probable tokens; 0 for all.
+        top_p: sample only from the most probable tokens that together reach this probability (nucleus sampling, arXiv
+            1904.09751); 0 and 1 for all.
+        top_p_decay: factor of top_p after each token; 0 for none.
+        top_p_bound: lower bound of the decaying top_p.
 
     Raises:
-        ValueError: a value makes no sense.
+        ValueError: a value is out of its range.
     """
 
     temperature: float = 1.0
@@ -54,12 +54,12 @@ class Sampling:
             raise ValueError(f"--top-p {self.top_p} is no probability; legal: 0 to 1")
 
     def choose(self, logits: Tensor, generator: torch.Generator, written: int = 0, banned: Sequence[int] = ()) -> int:
-        """Choose the next token; on the CPU, so that a seed gives the same text on every device.
+        """Choose the next token, on the CPU so that a seed gives the same text on every device.
 
         Args:
-            logits: `[vocab]`. Of equal ones the lower token counts as the more probable.
-            generator: of the text, on the CPU.
-            written: tokens that the text has got already.
+            logits: `[vocab]`. Of equal logits, the lower token id counts as the more probable.
+            generator: the random generator of the text, on the CPU.
+            written: number of tokens generated so far.
             banned: tokens that must not be chosen.
 
         Raises:
@@ -68,7 +68,7 @@ class Sampling:
         logits = mask_banned(logits, banned)
         if self.temperature == 0.0:
             return int(logits.argmax())
-        # In fp64 a temperature of any size divides to zero or to minus infinity, never to NaN.
+        # In fp64, dividing by a temperature of any size gives zero or minus infinity, never NaN.
         ordered, order = logits.sort(descending=True, stable=True)  # [vocab]
         kept = ordered[: self.top_k or None].double()  # [k], as are the probabilities
         probabilities = ((kept - kept[0]) / self.temperature).softmax(dim=-1)
@@ -76,14 +76,14 @@ class Sampling:
         if self.top_p_decay > 0.0:
             top_p = max(top_p * self.top_p_decay**written, self.top_p_bound)
         if 0.0 < self.top_p < 1.0 or self.top_p_decay > 0.0:
-            # The sum without the token itself, so the one that crosses top_p stays, and the first one always.
+            # The sum of the tokens before each one, so that the token that crosses top_p is kept, and always the first one.
             before = probabilities.cumsum(0) - probabilities  # [k]
             probabilities = probabilities.masked_fill((before >= top_p).logical_and_(before > 0.0), 0.0)
         return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def mask_banned(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
-    """Return logits `[vocab]` on the CPU, those of `banned` tokens minus infinity; ValueError where one is not finite."""
+    """Return logits `[vocab]` on the CPU, with minus infinity for `banned` tokens; ValueError if one is not finite."""
     logits = logits.cpu()
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
@@ -91,14 +91,14 @@ def mask_banned(logits: Tensor, banned: Sequence[int] = ()) -> Tensor:
 
 
 def choose_device(name: str | None, gpus: int) -> torch.device:
-    """Return the device to generate on; by default a GPU where there is one.
+    """Return the device to generate on; by default a GPU if there is one.
 
     Args:
         name: `cpu`, `cuda` or `cuda:N`; None for the default.
         gpus: number of GPUs of this machine.
 
     Raises:
-        ValueError: the name is not known, or its GPU is not there.
+        ValueError: the name is unknown, or there is no such GPU.
     """
     if name is None:
         return torch.device("cuda" if gpus else "cpu")
@@ -123,13 +123,13 @@ class Predictor(Protocol):
         Args:
             batch: sequences of equal length; with a cache only their new tokens.
             cache: keys and values of the tokens before.
-            top: also the log-probabilities of the batch's tokens, and of this many alternatives at each place.
+            top: also return the log-probabilities of the batch's tokens, and of this many alternatives at each position.
         """
         ...
 
 
 def free_positions(model: Predictor, prompt: Sequence[int]) -> int | None:
-    """Return how many tokens the model can write after `prompt`: its free learned positions; None where nothing ends them."""
+    """Return how many tokens can follow `prompt`: the free learned positions, or None for other position embeddings."""
     if model.config.position_embedding_type != "learned_absolute":
         return None
     return model.config.max_position_embeddings - len(prompt)
@@ -139,12 +139,12 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
     """Check that a prompt can be continued.
 
     Args:
-        model: the model that reads it.
-        prompt: its tokens.
-        reads_only: nothing will be written after it.
+        model: the model.
+        prompt: the tokens of the prompt.
+        reads_only: no token will be generated, so no position need be free.
 
     Raises:
-        ValueError: it is empty, has unknown tokens, or leaves no position free.
+        ValueError: the prompt is empty, has unknown tokens, or leaves no position free.
     """
     room = free_positions(model, prompt)
     if not prompt:
@@ -159,7 +159,7 @@ def check_prompt(model: Predictor, prompt: Sequence[int], *, reads_only: bool = 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability given what stands before it, and those of the most probable tokens there, best first."""
+    """Log-probability of a token given those before it; ids and log-probabilities of the most probable tokens, best first."""
 
     log_prob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -167,14 +167,13 @@ class TokenScore:
 
 @dataclass
 class GeneratedText:
-    """A prompt, and the tokens that are written after it so far.
+    """A prompt, and the tokens generated after it so far.
 
     Attributes:
-        tokens: of both.
-        start: index of the first written one.
-        scores: of tokens[1:], where they were asked for.
-        end: "" while it goes on, "stop" after the token that ended it, which is the last of `tokens`, "length" after as many
-            as were allowed.
+        tokens: the tokens of the prompt and the generated ones.
+        start: index of the first generated token.
+        scores: scores of tokens[1:], if they were requested.
+        end: "" until the text has ended; "stop" if its last token ended it; "length" if it has the maximum number of tokens.
     """
 
     tokens: list[int]
@@ -183,13 +182,13 @@ class GeneratedText:
     end: str = ""
 
     @classmethod
-    def after(cls, prompt: Sequence[int]) -> GeneratedText:
-        """Begin a text after a prompt, with nothing written."""
+    def from_prompt(cls, prompt: Sequence[int]) -> GeneratedText:
+        """Return the text of a prompt without generated tokens."""
         return cls(list(prompt), len(prompt))
 
     @property
     def written(self) -> int:
-        """Number of tokens that are written so far."""
+        """Number of tokens generated so far."""
         return len(self.tokens) - self.start
 
 
@@ -207,22 +206,22 @@ def extend_texts(
     top: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int]]:
-    """Add tokens to texts until each has ended. Collective: all ranks get the same tokens.
+    """Generate tokens until each text has ended. Collective: all ranks get the same tokens.
 
     Args:
         model: the model.
         texts: extended in place, up to the model's last position. ValueError for one that cannot be continued.
-        max_new_tokens: the most that each text gets.
+        max_new_tokens: maximum number of new tokens of each text.
         sampling: the rule by which tokens are chosen.
-        seed: random choices follow from it and from the number of the text.
+        seed: the seed; random choices follow from it and from the number of the text.
         first: number of the first text.
         stops: returns whether a text's last token ends it.
         banned: returns the tokens that must not follow a token.
-        top: every token after the first gets a score, with that many alternatives; None for no scores.
-        use_cache: keep keys and values; without, everything is computed again: the reference for the cache.
+        top: compute a score for every token after the first, with this many alternatives; None for no scores.
+        use_cache: keep keys and values; without it every pass computes all tokens again, as a reference for tests.
 
     Yields:
-        After every pass the numbers of the texts that grew or ended.
+        After every pass, the indices of the texts that grew or ended.
     """
     limits = [_limit(model, text.tokens, max_new_tokens) for text in texts]
     generators = [_generator(seed, first + i) for i in range(len(texts))]
@@ -230,7 +229,7 @@ def extend_texts(
     live, cache = list(range(len(texts))), KVCache() if use_cache else None
     while live:
         seen = cache.length if cache is not None else 0
-        # All texts read as far as the shortest one, so that a pass needs no padding and one length for the cache.
+        # All texts are read as far as the shortest one, so that no padding is needed and the cache has one length.
         known = min(len(texts[i].tokens) for i in live)
         found = model.predict(batch_of_rows([texts[i].tokens[seen:known] for i in live], seen, model.device), cache, top)
         if cache is not None:
@@ -238,7 +237,7 @@ def extend_texts(
         logits, grown = found.logits.cpu(), []
         for row, i in enumerate(live):
             text = texts[i]
-            if len(text.tokens) > known:  # still in its prompt
+            if len(text.tokens) > known:  # the next token is one of its prompt
                 continue
             grown.append(i)
             if text.written < limits[i]:
@@ -256,19 +255,19 @@ def extend_texts(
 
 
 def _limit(model: Predictor, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """Return how many tokens may be written after `prompt`. ValueError for one that cannot be continued."""
+    """Return how many tokens may be generated after `prompt`. ValueError for one that cannot be continued."""
     check_prompt(model, prompt, reads_only=max_new_tokens == 0)
     room = free_positions(model, prompt)
     return max_new_tokens if room is None else min(max_new_tokens, room)
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
-    """The random choices of one text. Number 0 has those of a text that is written alone."""
+    """Return the random generator of a text. Text number 0 has that of a text that is generated alone."""
     return torch.Generator().manual_seed(derive_seed(seed, "generate", *([number] if number else [])))
 
 
 def _score(texts: Sequence[GeneratedText], seen: int, found: Prediction, logits: Tensor, top: int) -> None:
-    """Give the tokens after position `seen` their scores: those inside of the pass, and the one that follows it."""
+    """Append the scores of the tokens after position `seen`: those that the pass has read, and the one after them."""
     known = seen + found.log_probs.shape[0] + 1
     following = torch.tensor([text.tokens[known] if len(text.tokens) > known else 0 for text in texts])
     last_log_probs, last_ids = log_probabilities(logits, following, top)
@@ -291,18 +290,18 @@ def generate_tokens(
     stop: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[int]:
-    """Yield the new tokens of one text, one by one. See `extend_texts`.
+    """Yield the new tokens of one text, one by one; see `extend_texts`.
 
     Args:
         model: the model.
-        prompt: tokens to go on from.
-        max_new_tokens: the most that are yielded.
+        prompt: the tokens of the prompt.
+        max_new_tokens: maximum number of new tokens.
         sampling: the rule by which tokens are chosen.
-        seed: of the random choices.
+        seed: seed of the random choices.
         stop: the token that ends the text, which is not yielded.
         use_cache: keep keys and values of the tokens so far.
     """
-    text = GeneratedText.after(prompt)
+    text = GeneratedText.from_prompt(prompt)
 
     def stops(text: GeneratedText) -> bool:
         return text.tokens[-1] == stop
@@ -321,7 +320,7 @@ def batch_of_rows(rows: Sequence[Sequence[int]], first: int, device: torch.devic
     Args:
         rows: token sequences of equal length.
         first: position of their first tokens.
-        device: of the tensors.
+        device: device of the tensors.
     """
     ids = torch.tensor([list(row) for row in rows], device=device)  # [batch, seq]
     positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)  # [batch, seq]

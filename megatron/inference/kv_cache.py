@@ -1,4 +1,4 @@
-"""The key-value cache of generation, which lets each token be computed once."""
+"""The key-value cache of generation, with which each token is computed only once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens generated so far, for every layer: `[batch, groups, positions, head_dim]`."""
+    """Keys and values of the tokens so far, for every layer `[batch, groups, positions, head_dim]`.
+
+    Attributes:
+        length: number of positions; the caller advances it after all layers of a pass.
+    """
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
@@ -19,9 +23,9 @@ class KVCache:
         """Append a layer's new keys and values. Memory grows by doubling.
 
         Args:
-            layer: its number.
+            layer: number of the layer.
             key: `[batch, groups, new positions, head_dim]`.
-            value: the same.
+            value: `[batch, groups, new positions, head_dim]`.
 
         Returns:
             All keys and values of the layer so far, as views of the cache.
@@ -37,10 +41,10 @@ class KVCache:
             held = self._held[layer] = grown
         held[0][:, :, start:end] = key
         held[1][:, :, start:end] = value
-        return held[0][:, :, :end], held[1][:, :, :end]
+        return held[0][:, :, :end], held[1][:, :, :end]  # each [batch, groups, positions, head_dim]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences of the batch, in this order; one may be taken several times."""
+        """Keep these sequences of the batch, in this order; one may be taken several times."""
         for layer, (key, value) in self._held.items():
             chosen = torch.tensor(rows, device=key.device)  # [new batch]
             self._held[layer] = key.index_select(0, chosen), value.index_select(0, chosen)

@@ -1,4 +1,4 @@
-"""The flags of tools that open a trained model, in one process or cut over several."""
+"""Flags of the tools that open a trained model, in one process or divided over several."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
-    """Return `parse(argv)`, an argparse method, of which only the first of several processes prints help and mistakes."""
+    """Return `parse(argv)`, a method of argparse; of several processes only the first prints help and mistakes."""
     if is_first_process():
         return parse(argv)
     try:
@@ -48,30 +48,30 @@ def parse_once(parse: Callable[[Sequence[str]], T], argv: Sequence[str]) -> T:
 
 
 def report_refusal(error: Exception, env: LaunchEnvironment) -> int:
-    """Report once for all ranks what cannot be done, and return the exit status.
+    """Report a mistake in the command once for all ranks, and return the exit status.
 
     Args:
-        error: what was found before the ranks have met.
-        env: of this process.
+        error: the mistake, found before the process group forms.
+        env: the launcher's description of this process.
     """
     if env.rank == 0:
         write_error_file(f"error: {error}")
     else:
-        let_rank_0_report(env)  # and torchrun ends this process meanwhile
+        let_rank_0_report(env)  # under torchrun, which ends this process meanwhile, it does not return
     if env.local_rank == 0 or getattr(error, "own", False):
         print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 def choose_layout(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Grid, torch.device]:
-    """Choose the grid that the model is cut over, and the device of a process that is alone; see `Job` for several.
+    """Choose the grid that the model is divided over, and the device of a single process; for several, `Job` has the device.
 
     Args:
-        args: as parsed with the flags of `add_model_flags`.
+        args: the parsed flags of `add_model_flags`.
         env: the launcher's description of this process.
 
     Raises:
-        ValueError: the product of the sizes is not the number of processes, or the device is not there.
+        ValueError: the product of the sizes is not the number of processes, or there is no such device.
     """
     grid = Grid(tp=args.tensor_model_parallel_size, pp=args.pipeline_model_parallel_size)
     if args.device is not None and env.world_size > 1:
@@ -82,9 +82,9 @@ def choose_layout(args: argparse.Namespace, env: LaunchEnvironment) -> tuple[Gri
         raise ValueError(f"{sizes}; legal: 1 and above")
     if grid.world_size != env.world_size:
         command = torchrun_command(grid.world_size, os.path.relpath(sys.argv[0]), sys.argv[1:])
-        words = f": {shlex.join(command)}" if env.launcher == "python" else ""
+        whole_command = f": {shlex.join(command)}" if env.launcher == "python" else ""
         raise ValueError(
             f"{sizes} needs as many processes; there are {env.world_size}: "
-            f"start with torchrun --nproc_per_node {grid.world_size}{words}"
+            f"start with torchrun --nproc_per_node {grid.world_size}{whole_command}"
         )
     return grid, device

@@ -1,4 +1,4 @@
-"""The whole model's predictions where its stages lie on several ranks: one pass up the pipeline, the answer to all ranks."""
+"""Predictions of a model whose stages lie on several ranks: one forward pass, whose result is broadcast to all ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from megatron.pipeline.transfer import Channels
 
 
 class Pipeline:
-    """A model cut over ranks, used like a whole one.
+    """A model divided over pipeline ranks, with the interface of a whole one.
 
     Args:
-        config: of the model.
-        stages: this rank's, by number.
-        placement: pipeline rank of each stage.
-        channels: carry hidden states between ranks.
+        config: the model's configuration.
+        stages: this rank's stages, by their number.
+        placement: the pipeline rank of each stage.
+        channels: transfer hidden states between ranks.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Pipeline:
         return cls(model.config, {0: model}, (0,), Channels(Axis.alone("pp"), Axis.alone("pp"), model.device))
 
     def eval(self) -> None:
-        """Turn dropout off."""
+        """Put all stages into evaluation mode, without dropout."""
         for stage in self.stages.values():
             stage.train(False)
 
@@ -51,12 +51,12 @@ class Pipeline:
     def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
         """Return the prediction on every rank, without the padding of the vocabulary. Collective.
 
-        Only what was asked for travels: one row of logits for each sequence, and with `top` the log-probabilities.
+        Only the requested values are sent: one row of logits for each sequence, and with `top` the log-probabilities.
 
         Args:
             batch: sequences of equal length; with a cache only their new tokens.
             cache: keys and values of the tokens before.
-            top: also the log-probabilities of the batch's tokens, and of this many alternatives at each place.
+            top: also return the log-probabilities of the batch's tokens, and of this many alternatives at each position.
         """
         x = self._final_hidden(batch, cache)  # [seq, batch, hidden] on the last stage's rank
         (rows, seq), vocab = batch.tokens.shape, self.config.known_vocab_size
@@ -64,17 +64,17 @@ class Pipeline:
             found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
         else:
             found = empty_prediction(seq, rows, vocab, top, self.device)
-        # A part without elements is the same on all ranks, so all leave out its broadcast.
+        # A tensor without elements is empty on all ranks, so all skip its broadcast.
         for part in (found.logits, found.log_probs, found.ids):
             if part.numel():
-                self._to_all(part)
+                self._broadcast(part)
         return found
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and bool whether each is the most probable token.
+        """Return the labels' log-probabilities, fp32 `[seq, batch]`, and whether each is the most probable token, bool.
 
-        On every rank. Collective. Logits stay where they are made: two numbers a token travel.
+        Collective; every rank gets the result. Logits stay on the last stage: two numbers per token are sent.
         """
         x = self._final_hidden(batch, None)
         rows, seq = batch.tokens.shape
@@ -82,8 +82,8 @@ class Pipeline:
         if x is not None:
             for part, made in zip(answer, cast(GPT, self._last).output.label_scores(x, batch.labels), strict=True):
                 part.copy_(made)
-        answer = self._to_all(answer)
-        return answer[0], answer[1] > 0.5
+        answer = self._broadcast(answer)  # [2, seq, batch]
+        return answer[0], answer[1] > 0.5  # each [seq, batch]; a hit is sent as 1.0
 
     @torch.no_grad()
     def task_logits(self, batch: Batch) -> Tensor:
@@ -92,29 +92,29 @@ class Pipeline:
         answer = torch.empty(cast(FineTuned, next(iter(self.stages.values()))).task_shape(batch), device=self.device)
         if x is not None:
             answer.copy_(cast(FineTuned, self._last).task_logits(x, batch))
-        return self._to_all(answer)
+        return self._broadcast(answer)
 
     @property
     def _last(self) -> Transformer:
-        """The stage with the heads, where it is on this rank."""
+        """The stage with the heads; KeyError on other ranks than the last."""
         return self.stages[len(self.placement) - 1]
 
     def _final_hidden(self, batch: Batch, cache: KVCache | None) -> Tensor | None:
-        """Run one pass up the pipeline, and return `[seq, batch, hidden]` where its last stage is; elsewhere None."""
+        """Run one forward pass; return the final hidden states `[seq, batch, hidden]` on the last stage's rank, else None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1
         for number, owner in enumerate(self.placement):
             before = self.placement[number - 1] if number else owner
             if owner == me:
                 stage = self.stages[number]
-                if before != me:  # stages of the same rank hand over in memory
+                if before != me:  # between stages of the same rank, x is passed on in memory
                     x = self.channels.receive(stage.hidden_shape(batch), stage.dtype, before, number).wait()
                 x = stage.hidden(x, batch, cache)
             if number < last and owner == me != self.placement[number + 1] and x is not None:
                 self.channels.send(x, self.placement[number + 1], number + 1)
         return x if last in self.stages else None
 
-    def _to_all(self, answer: Tensor) -> Tensor:
-        """The last stage's answer on every rank of the pipeline, in place, once all that was sent has left."""
+    def _broadcast(self, answer: Tensor) -> Tensor:
+        """Send the last stage's tensor to every rank of the pipeline, in place, after the pending sends."""
         self.channels.wait_all_sends()
         return self.channels.broadcast(answer, self.placement[-1])

@@ -1,4 +1,4 @@
-"""Open a trained model from its checkpoint, whatever layout saved it; export and generation start from it."""
+"""Open a trained model from a checkpoint of any layout, in one process or divided over several ranks."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class OpenedModel(Generic[Model]):
     """A model read from a checkpoint.
 
     Attributes:
-        model: in evaluation mode.
-        config: of the model.
-        tokenizer: the one it was trained with; None when the checkpoint holds none.
-        iteration: of the checkpoint.
-        directory: the iter_ directory that all of it came from.
+        model: the model, in evaluation mode.
+        config: the model's configuration.
+        tokenizer: the tokenizer that it was trained with; None if the checkpoint holds none.
+        iteration: iteration of the checkpoint.
+        directory: the iter_ directory that it was read from.
     """
 
     model: Model
@@ -61,13 +61,13 @@ def open_model(
 
     Args:
         checkpoint: the directory.
-        iteration: the one to open; the latest by default.
-        device: where the parameters lie.
-        dtype: of the parameters; that of the saved embedding by default.
+        iteration: the iteration to open; default the latest.
+        device: device of the parameters.
+        dtype: dtype of the parameters; default that of the saved embedding.
 
     Raises:
-        CheckpointError: the checkpoint is not there, or damaged.
-        DataError: its tokenizer is.
+        CheckpointError: the checkpoint is missing or damaged.
+        DataError: its tokenizer is damaged.
     """
     mesh = Mesh.single()
     directory, manifest, config = _find(checkpoint, iteration)
@@ -84,14 +84,14 @@ def open_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> OpenedModel[Pipeline]:
-    """Read a model cut over the tensor- and pipeline-parallel ranks of `mesh`; otherwise as `open_model`. Collective.
+    """Read a model divided over the tensor- and pipeline-parallel ranks of `mesh`; see `open_model`. Collective.
 
     Args:
         checkpoint: a directory of checkpoints, or one iter_ directory.
         mesh: the parallel axes.
-        iteration: the one to open; the latest by default.
-        device: where this rank's parameters lie.
-        dtype: of the parameters; that of the saved embedding by default.
+        iteration: the iteration to open; default the latest.
+        device: device of this rank's parameters.
+        dtype: dtype of the parameters; default that of the saved embedding.
     """
     directory, manifest, config = _find(checkpoint, iteration)
     placement, stages = _stages(directory, manifest, config, mesh, device, dtype)
@@ -102,7 +102,7 @@ def open_pipeline(
 
 
 def text_tokenizer(opened: OpenedModel[Transformer] | OpenedModel[Pipeline]) -> Tokenizer:
-    """Return the tokenizer of a model that goes on with a text; DataError for a BERT, and where there is no tokenizer."""
+    """Return the tokenizer of a model that generates text; DataError for a BERT, or without a tokenizer."""
     if opened.config.architecture != "gpt":
         raise DataError(f"{opened.directory} holds a BERT, which fills in masked words and does not go on with a text")
     if opened.tokenizer is None:
@@ -122,7 +122,7 @@ def _stages(
     word = manifest.tensors.get("model.embedding.word.weight")
     if word is None:
         raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
-    _not_far_larger(directory, manifest, config)
+    _check_size(directory, manifest, config)
     try:
         plan = stages_of_model(config, mesh.pp.size)
         stages = build_stages(
@@ -141,10 +141,10 @@ def _stages(
     return plan.placement, stages
 
 
-def _not_far_larger(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
-    """CheckpointError for a configuration of a model of another order of size, before memory is taken for it.
+def _check_size(directory: Path, manifest: Manifest, config: ModelConfig) -> None:
+    """Raise CheckpointError if the configuration describes a far larger model, before memory is allocated for it.
 
-    A smaller difference is found when the weights are loaded, and then said tensor by tensor.
+    Smaller differences are reported when the weights are loaded, tensor by tensor.
     """
     held = sum(prod(t.shape) for n, t in manifest.tensors.items() if n.startswith("model."))
     try:

@@ -169,7 +169,7 @@ class Engine:
         there is one rank; of several the others wait for this one's part.
         """
         beams: list[Beam] = []
-        texts = [GeneratedText.after(prompt) for prompt in task.prompts]
+        texts = [GeneratedText.from_prompt(prompt) for prompt in task.prompts]
         told = [(text.start, 0) for text in texts]
         self._at(f"reading the prompts of a request for {len(texts)} texts", busy=True)
         steps = self._beams(task, beams) if task.beam else self._texts(task, texts)

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a task: a run over the task's examples, with the task's head, that is scored after each epoch."""
+"""Fine-tune a model on a task: train on its examples with a task head, and score its evaluation files after each epoch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build_task(config: RunConfig, tokenizer: Tokenizer) -> Task:
 
 
 def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
-    """Prepare tokenizer, checkpoint to start from, and examples. InputError says what is wrong with one of them."""
+    """Open the tokenizer, the checkpoint to start from and the examples. InputError if one of them cannot be used."""
     with as_input_error():
         config, notes = parsed.config, list(parsed.notes)
         watch.waiting("looking for a checkpoint")
@@ -72,7 +72,7 @@ def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
         files = [EvaluationFile(path, task.read(path, training=False)) for path in config.task.valid_data]
         size, training = config.batch.global_batch_size, None
         held_out = PaddedExamples([example for file in files for example in file.examples], task, size)
-        # Each evaluation reads all examples, unless the user asked for fewer.
+        # Each evaluation reads all examples, unless the user sets --eval-iters.
         draw = len(held_out) // size
         draw = min(draw, config.eval.eval_iters) if "eval.eval_iters" in parsed.set_by_user else draw
         config = replace(config, eval=replace(config.eval, eval_iters=draw))
@@ -101,7 +101,7 @@ def prepare_finetuning(parsed: Parsed, watch: Watchdog) -> Prepared:
 
 
 def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
-    """Return the tokenizer that is asked for, else the checkpoint's."""
+    """Return the tokenizer of the command, else the checkpoint's."""
     if config.tokenizer.tokenizer_type is not None:
         return build_tokenizer(config.tokenizer)
     tokenizer = open_tokenizer(source.directory) if source.directory is not None else None
@@ -111,7 +111,7 @@ def _tokenizer(config: RunConfig, source: StateSource) -> Tokenizer:
 
 
 def _labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
-    """Return the labels: the task's own, those that the checkpoint was fine-tuned for, or those of the training data."""
+    """Return the labels: those of the task; for tags, those of a fine-tuned checkpoint, else those of the training data."""
     if config.model.task_head != "tags":
         return config.model.labels
     saved = source.saved.model if source.saved is not None else config.model
@@ -119,7 +119,7 @@ def _labels(config: RunConfig, source: StateSource) -> tuple[str, ...]:
 
 
 def _with_length(config: RunConfig, training: ShuffledEpochs, parsed: Parsed) -> RunConfig:
-    """Return the configuration with the iterations of all epochs, validated after each unless --eval-interval differs."""
+    """Return the configuration with the iterations of all epochs; it validates after each epoch by default."""
     iterations_per_epoch = training.epoch_size // config.batch.global_batch_size
     interval = config.eval.eval_interval if "eval.eval_interval" in parsed.set_by_user else iterations_per_epoch
     config = replace(
@@ -143,7 +143,7 @@ class EvaluationFile:
 
 
 class TaskEvaluator:
-    """Answers every example of some files with the run's model, as it is and on its layout, and scores the answers."""
+    """Answers every example of the evaluation files with the run's model, on its layout, and scores the answers."""
 
     def __init__(self, task: Task, batches: ExampleCollator, files: Sequence[EvaluationFile], run: Run) -> None:
         self.task, self.batches, self.files, self.run = task, batches, files, run
@@ -151,7 +151,7 @@ class TaskEvaluator:
         self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
 
     def __call__(self, training: Training) -> dict[str, Any] | None:
-        """Return scores and answers, file by file, as JSON holds them. Collective. None where the run is asked to stop."""
+        """Return scores and answers of each file as JSON values. Collective. None if the run is asked to stop."""
         results, every = [], []
         for file in self.files:
             answers = self._answers(file.examples, training)
@@ -163,7 +163,7 @@ class TaskEvaluator:
             results.append({"path": file.path, **score.metrics, **score.counts, "answers": named})
             every += answers
         if len(results) > 1:
-            # Files can have samples of the same name, as SQuAD 1.1 and 2.0 do.
+            # Files can have examples of the same name, as SQuAD 1.1 and 2.0 do.
             examples = [
                 replace(example, name=f"{n}:{example.name}") for n, file in enumerate(self.files) for example in file.examples
             ]
@@ -173,7 +173,7 @@ class TaskEvaluator:
 
     @torch.no_grad()
     def _answers(self, examples: Sequence[Example], training: Training) -> list[Any] | None:
-        """Return the answer to each example, on every rank; data-parallel ranks share the work. None where a stop is due."""
+        """Return the answer to each example, on every rank; data-parallel ranks share the work. None if the run is to stop."""
         dp, size = self.run.mesh.dp, self.run.config.batch.micro_batch_size
         source, block = PaddedExamples(examples, self.task, size * dp.size), size * dp.size
         mine: list[Any] = []
@@ -186,7 +186,7 @@ class TaskEvaluator:
                 numbers = range(first + dp.rank * size, first + (dp.rank + 1) * size)
                 # [rows, classes], [rows, seq, tags], or [2, rows, seq] of a span
                 logits = self.model.task_logits(self.batches(source, numbers, numbers).to(self.run.job.device)).cpu()
-                mine += [self._answer(examples, n, row) for n, row in zip(numbers, self._each(logits), strict=True)]
+                mine += [self._answer(examples, n, row) for n, row in zip(numbers, self._split_examples(logits), strict=True)]
         finally:
             for stage in self.run.stages.values():
                 stage.train(True)
@@ -194,7 +194,7 @@ class TaskEvaluator:
         if dp.group is not None:
             parts = [[] for _ in range(dp.size)]
             dist.all_gather_object(parts, mine, group=dp.group)
-        # Back into the order of the examples: block by block, in each the part of every data-parallel rank.
+        # Restore the order of the examples: in each block, one part of every data-parallel rank follows the other.
         blocks = [part[first : first + size] for first in range(0, len(mine), size) for part in parts]
         answers = [answer for block in blocks for answer in block][: len(examples)]
         if None in answers:
@@ -204,16 +204,16 @@ class TaskEvaluator:
             )
         return answers
 
-    def _each(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Split the logits of a batch into those of each example. A span's two outputs come first, before the batch."""
+    def _split_examples(self, logits: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split the logits of a batch into those of each example. For spans the batch is dimension 1: `[2, rows, seq]`."""
         return logits.unbind(1) if self.run.config.model.task_head == "span" else logits.unbind(0)
 
     def _answer(self, examples: Sequence[Example], number: int, logits: torch.Tensor) -> Any:
-        """Return the answer to one example; None for padding of the last batch, and where the model computes no numbers."""
+        """Return the answer to one example; None for padding of the last batch, and for logits that are NaN."""
         return None if number >= len(examples) or logits.isnan().any() else self.task.decode(examples[number], logits)
 
     def _line(self, name: str, score: TaskScore) -> str:
-        """Return a score as Megatron-LM's line shows it."""
+        """Return the line about a score, in Megatron-LM's words."""
         config, done = self.run.config, self.run.state.iteration
         per_epoch = max(1, config.batch.iterations // (config.task.epochs or 1))
         text = f" >> |epoch: {done // per_epoch if config.batch.train_iters else 0}| {name}: "
@@ -222,7 +222,7 @@ class TaskEvaluator:
 
 
 def score_final_model(scorer: Callable[[Run], TaskEvaluator], training: Training) -> None:
-    """Score the finished model, and write the results to a file. Collective. A stop leaves it to the next start."""
+    """Score the finished model, and write the results to a file. Collective. After a stop, the next start does it."""
     run = training.run
     results = scorer(run)(training) if run.config.task.valid_data else None
     path = run.config.task.results_path
@@ -232,7 +232,7 @@ def score_final_model(scorer: Callable[[Run], TaskEvaluator], training: Training
 
 
 def write_results(path: str, results: dict[str, Any]) -> None:
-    """Write results as a JSON file, whole or not at all. TrainingError when the disk refuses; then they are printed."""
+    """Write results to a JSON file, atomically. When the disk refuses, print them and raise TrainingError."""
     text = json.dumps(results, indent=1) + "\n"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

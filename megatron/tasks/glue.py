@@ -1,4 +1,4 @@
-"""MNLI and QQP as GLUE (arXiv 1804.07461) publishes them: tab-separated, a pair of sentences and its class in each line."""
+"""MNLI and QQP in GLUE's format (arXiv 1804.07461): tab-separated lines, each with a pair of sentences and its class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from megatron.tasks.samples import Example, Task, TaskScore
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a file's columns, as in its header line. name: of the examples. label: of the class; test files lack it."""
+    """Names of the columns in a file's header line.
+
+    Attributes:
+        name: column of the example's id.
+        first: column of the first sentence.
+        second: column of the second sentence.
+        label: column of the class, which test files lack.
+    """
 
     name: str
     first: str
@@ -30,22 +37,22 @@ NO_GOLD = "-"  # label of a pair about which MNLI's annotators did not agree
 
 
 def accuracy(examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
-    """Return the share of examples answered right, of those with a known truth; no metric where none has one (test files)."""
+    """Return the share of right answers among examples with a known truth; no metric if none has one, as in test files."""
     pairs = [(example.truth, answer) for example, answer in zip(examples, answers, strict=True) if example.truth is not None]
     correct = sum(truth == answer for truth, answer in pairs)
     return TaskScore({"accuracy": 100.0 * correct / len(pairs)} if pairs else {}, {"correct": correct, "total": len(pairs)})
 
 
 class PairClassification(Task):
-    """The task of a class for each pair of sentences. labels: the classes, in the order of the outputs."""
+    """Classification of pairs of sentences as a task. labels: the classes, in the order of the model's outputs."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, columns: Columns, labels: Sequence[str]) -> None:
         super().__init__(tokenizer, seq_length)
         self.columns, self.labels = columns, list(labels)
 
     def read(self, path: str, *, training: bool) -> list[Example]:
-        """Read a file of tab-separated values; for training without the pairs that have no class."""
-        lines = read_task_text(path).split("\n")  # not splitlines, which also ends lines at marks within sentences
+        """Read a file of tab-separated values; for training, leave out the pairs without a class."""
+        lines = read_task_text(path).split("\n")  # not splitlines, which also splits at separators within sentences
         header = lines[0].rstrip("\r").split("\t")
         wanted = vars(self.columns)
         places = {role: header.index(name) for role, name in wanted.items() if name in header}
@@ -57,7 +64,7 @@ class PairClassification(Task):
         for number, line in enumerate(lines[1:], 2):
             cells = line.rstrip("\r").split("\t")
             if len(cells) != len(header):
-                # A torn line is left out and told of: its columns could be any.
+                # A broken line is left out with a note, since its cells cannot be assigned to columns.
                 torn += [number] if line.strip() else []
                 continue
             example = self._example(f"{path}:{number}", {role: cells[place] for role, place in places.items()})

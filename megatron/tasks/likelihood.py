@@ -1,6 +1,6 @@
-"""Answer the requests of lm-evaluation-harness: likelihoods of texts, and text until a stop string; without the package.
+"""Compute what lm-evaluation-harness requests: likelihoods of texts, and generated text; does not import its package.
 
-Tokens and windows are those of the harness's own Hugging Face model, so that a checkpoint and its export get equal figures.
+Tokens and windows are those of the harness's Hugging Face model, so that a checkpoint and its export get equal figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ class LikelihoodModel(ScoringModel, Predictor, Protocol):
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """A model and its tokenizer. seq_length: tokens that it sees at once. micro_batch_size: windows in one pass."""
+    """A model and its tokenizer, for the requests of the harness.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        seq_length: tokens that the model reads at once.
+        micro_batch_size: number of windows in one forward pass.
+        single: the data-parallel axis, of one rank.
+    """
 
     model: LikelihoodModel
     tokenizer: Tokenizer
@@ -34,17 +42,17 @@ class Likelihoods:
     def score_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """Score continuations of contexts.
 
-        A context that is too long loses its beginning; after an empty one the continuation follows the start token.
+        A context that is too long is cut at its beginning; an empty one is replaced by the start token.
 
         Returns:
-            For each (context, continuation) the continuation's log-probability, and whether it is the most probable one.
+            For each (context, continuation), the continuation's log-probability, and whether it is the most probable one.
 
         Raises:
-            DataError: for a continuation that becomes no token, or more than the model sees at once.
+            DataError: a continuation has no token, or more than the model reads at once.
         """
         found = []
         for context, continuation in pairs:
-            before, after = self.split(context, continuation)
+            before, after = self.tokenize_pair(context, continuation)
             if not 1 <= len(after) <= self.seq_length:
                 raise DataError(
                     f"the continuation {quote_start(continuation)} has {len(after)} tokens; it must have 1 to "
@@ -54,30 +62,30 @@ class Likelihoods:
         return [(one.log_probability, one.hit) for one in self._scores(found)]
 
     def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """Return each text's log-probability after the start token; every token counts once, however long the text is."""
+        """Return each text's log-probability after the start token; long texts are scored in windows, every token once."""
         owner: list[int] = []
         found: list[Window] = []
         for number, text in enumerate(texts):
             cut = list(split_windows([self.start, *self.tokenizer.tokenize(text)], self.seq_length, self.seq_length, full=True))
             found += cut
             owner += [number] * len(cut)
-        sums = [0.0] * len(texts)  # a text of several windows is the sum of them
+        sums = [0.0] * len(texts)  # the log-probability of a text is the sum over its windows
         for number, one in zip(owner, self._scores(found), strict=True):
             sums[number] += one.log_probability
         return sums
 
     def generate_until(self, prompt: str, stops: Sequence[str], max_tokens: int, sampling: Sampling, seed: int = 0) -> str:
-        """Return the text that the model writes after a prompt, up to the first of the stop strings, which is left out.
+        """Return the text that the model generates after a prompt, up to and without the first of the stop strings.
 
         Args:
-            prompt: loses its beginning where it leaves no room for `max_tokens`.
+            prompt: the prompt; it is cut at its beginning if it leaves no room for `max_tokens`.
             stops: strings that end the text.
-            max_tokens: largest number of tokens to write.
-            sampling: temperature and cuts.
-            seed: of the sampling.
+            max_tokens: maximum number of generated tokens.
+            sampling: the rule by which tokens are chosen.
+            seed: seed of the sampling.
 
         Raises:
-            DataError: where no prompt would leave room.
+            DataError: `max_tokens` leaves no room for any prompt.
         """
         room = self.seq_length - max_tokens
         if room < 1:
@@ -98,16 +106,16 @@ class Likelihoods:
 
     @property
     def start(self) -> int:
-        """The token before a text without a context: the beginning of a text, or the end of the one before."""
+        """The token before a text without a context: the begin-of-text token, else the end-of-document token."""
         return self.tokenizer.token("bos" if "bos" in self.tokenizer.special else "eod")
 
-    def split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    def tokenize_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return context and continuation in tokens.
 
-        They are tokenised together, since a tokenizer joins neighbours, and cut where the context ends. Spaces at the
-        context's end go to the continuation, where most vocabularies have them.
+        They are tokenised together, since a tokenizer can merge characters of both, and split where the context ends. Spaces at
+        the context's end go to the continuation.
         """
-        # " a" is one token for most vocabularies, and "a" after a token of spaces hardly ever seen in training.
+        # " a" is one token in most vocabularies, while "a" after a token of spaces hardly ever occurs in training.
         bare = context.rstrip()
         if not bare:
             return [self.start], self.tokenizer.tokenize(context + continuation)
@@ -118,7 +126,8 @@ class Likelihoods:
     def _scores(self, found: Sequence[Window]) -> list[WindowScore]:
         """Return the scores in the order of the windows.
 
-        The longest are computed first: those of a micro-batch are then alike, and a lack of memory shows at once.
+        The longest are computed first, so that the windows of a micro-batch have similar lengths, and a lack of memory shows
+        early.
         """
         vocabulary = self.model.config.known_vocab_size
         for window in found:

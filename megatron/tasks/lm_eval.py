@@ -4,9 +4,10 @@ r"""Run lm-evaluation-harness (the package lm_eval, arXiv 2405.14782) on a check
     torchrun --nproc_per_node 4 -m megatron.tasks.lm_eval --load CKPT \
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --tasks hellaswag
 
-What is not listed here goes to lm_eval's own command line; --output_path writes its JSON. From Python the model is known as
-"megatron" once `register()` was called: `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`.
-Needs `pip install -e '.[eval]'`. On several processes the first one runs lm_eval, the others compute along with it.
+All flags that this program does not know are passed to lm_eval's command line; --output_path writes its JSON. In Python, after
+`register()`, the model is called "megatron": `lm_eval.simple_evaluate(model="megatron", model_args="load=CKPT", tasks=[...])`.
+Needs `pip install -e '.[eval]'`. On several processes, the first one runs lm_eval, and the others compute their parts of the
+model.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
 from megatron.launch.packages import install_command
 from megatron.mesh.mesh import Mesh
-from megatron.tasks.leading import LeaderModel, follow_leader
+from megatron.tasks.leader import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
 from megatron.tasks.scoring import check_scoring_sizes, require_tokenizer
 
 NAME = "megatron"
 DEFAULT_MICRO_BATCH = 8
-DEFAULT_TOKENS = 256  # of a generated text: the harness's own default
-TIMEOUT_MINUTES = 24 * 60.0  # the others wait while the first process reads data sets and computes metrics
-INPUT_ERRORS = (CheckpointError, ConfigError, DataError)  # mistakes of the user, shown without a traceback
+DEFAULT_TOKENS = 256  # maximum length of a generated text: the harness's own default
+TIMEOUT_MINUTES = 24 * 60.0  # the other processes wait while the first one reads data sets and computes metrics
+INPUT_ERRORS = (CheckpointError, ConfigError, DataError)  # mistakes of the user, reported without a traceback
 
 
 def open_likelihoods(
@@ -62,13 +63,13 @@ def open_likelihoods(
     Args:
         load: directory of checkpoints.
         mesh: the ranks that share the model.
-        iteration: of the checkpoint; None for the newest.
-        seq_length: tokens that the model sees at once; None for all positions that it was made with.
-        micro_batch_size: windows in one pass.
-        device: of this rank.
+        iteration: iteration of the checkpoint; None for the newest.
+        seq_length: tokens that the model reads at once; None for its maximum.
+        micro_batch_size: number of windows in one forward pass.
+        device: this rank's device.
 
     Raises:
-        CheckpointError, ConfigError, DataError: for a checkpoint that cannot be scored.
+        CheckpointError, ConfigError, DataError: the checkpoint cannot be scored.
     """
     opened = open_pipeline(load, mesh, iteration=iteration, device=device)
     length = seq_length or opened.config.max_position_embeddings
@@ -77,11 +78,11 @@ def open_likelihoods(
 
 
 def harness_model(ready: Likelihoods | None = None) -> type[Any]:
-    """Return the harness's subclass for our checkpoints. ready: an open model, in place of the one that its arguments name."""
+    """Return a model class of the harness for our checkpoints. ready: an open model to use instead of the arguments' one."""
     from lm_eval.api.model import LM
 
     class MegatronLM(LM):  # type: ignore[misc, unused-ignore]
-        """model_args: load (or pretrained), load_iteration, seq_length; device and batch_size are the harness's."""
+        """A checkpoint as a model of the harness. The model_args are load (or pretrained), load_iteration and seq_length."""
 
         def __init__(
             self,
@@ -134,9 +135,9 @@ def generate_answer(model: Likelihoods, prompt: str, asked: Mapping[str, Any]) -
     """Return the text for one request of the harness.
 
     Args:
-        model: writes the text.
-        prompt: the text before.
-        asked: generation arguments of the request; greedy unless do_sample is true.
+        model: generates the text.
+        prompt: the prompt.
+        asked: the generation arguments of the request; greedy unless do_sample is true.
     """
     until = asked.get("until") or []
     max_tokens = next(
@@ -201,11 +202,11 @@ def run_on_ranks(args: argparse.Namespace, harness_args: Sequence[str], started:
     """Run lm_eval on the first process, with a model on all of them. Collective.
 
     Args:
-        args: of this program.
-        harness_args: words of the command line that go to lm_eval.
+        args: the parsed flags of this program.
+        harness_args: the words of the command line that are passed to lm_eval.
         started: the job.
-        mesh: all ranks.
-        device: of this rank.
+        mesh: the parallel axes.
+        device: this rank's device.
     """
     model = open_likelihoods(
         args.load,
@@ -231,17 +232,16 @@ def run_harness(model: Likelihoods, load: str, harness_args: Sequence[str]) -> N
     """Run lm_eval's own command line with a model.
 
     Args:
-        model: answers the harness.
-        load: directory of the checkpoint, as the results name it.
-        harness_args: words of the command line.
+        model: the model that answers the harness's requests.
+        load: directory of the checkpoint, for the results.
+        harness_args: the words of the command line.
     """
     from lm_eval.__main__ import cli_evaluate
 
     register(model)
-    records = (
-        [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]
-    )  # noted in the results, where the syntax allows for it
-    sys.argv = ["lm_eval", "--model", NAME, *records, *harness_args]
+    # The results name the checkpoint by --model_args, whose syntax does not allow some characters.
+    model_args = [] if set(load) & set("=, ") else ["--model_args", f"load={load}"]
+    sys.argv = ["lm_eval", "--model", NAME, *model_args, *harness_args]
     try:
         cli_evaluate()
     except SystemExit as ended:

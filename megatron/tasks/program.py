@@ -1,4 +1,4 @@
-"""Carry out a legal command of tasks/main.py: fine-tune a model, score a fine-tuned one, or evaluate a pretrained one."""
+"""Run a valid command of tasks/main.py: fine-tune a model, score a fine-tuned one, or evaluate a pretrained one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from megatron.train.source import StateSource
 
 
 def preview(parsed: Parsed) -> tuple[RunConfig, list[str]]:
-    """Return the configuration that a command would run, and lines about its files; nothing is started.
+    """Return the configuration that a command would run, and lines about its files, for a dry run.
 
-    Raises ConfigError for files that cannot be used.
+    Raises:
+        ConfigError: a file cannot be used.
     """
     config = parsed.config
     try:
@@ -51,11 +52,11 @@ def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: St
     """Start a task, and return the exit status.
 
     Args:
-        parsed: the command.
-        env: this process's place in the job.
-        began: time at which the process started.
-        signals: requests to stop.
-        early: tells the user of a stop before the work began.
+        parsed: the parsed command line.
+        env: the launcher's description of this process.
+        began: start of the program, `time.monotonic()`.
+        signals: the signals that ask the job to stop.
+        early: ends a job that is stopped before the ranks have joined.
     """
     if TASKS[parsed.config.task.task or ""].head is not None:
         return run_prepared(prepare_finetuning, parsed, env, began, signals, early)
@@ -63,7 +64,7 @@ def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: St
     early.before = "the end of the evaluation"
 
     def check(watch: Watchdog) -> RunConfig:
-        watch.waiting("reading the files")  # a phase without a limit
+        watch.waiting("reading the files")  # `waiting` phases have no time limit
         check_inputs(parsed.config)
         return parsed.config
 
@@ -71,9 +72,9 @@ def start_task(parsed: Parsed, env: LaunchEnvironment, began: float, signals: St
 
 
 def check_inputs(config: RunConfig) -> StateSource:
-    """Return the checkpoint to evaluate. InputError for it, or for a file, before anything is loaded."""
+    """Check the files of the task, and return the checkpoint to evaluate; InputError if one of them cannot be used."""
     with as_input_error():
-        # Opened here to find mistakes alone; the ranks open them again where they are read.
+        # Opened here only to find mistakes; `zero_shot` opens them again.
         open_sources(config.task.task or "", config.task.valid_data)
         source = find_source(config.checkpoint)
         check_source(source, config)
@@ -81,7 +82,7 @@ def check_inputs(config: RunConfig) -> StateSource:
 
 
 def evaluate_pretrained(config: RunConfig, job: Job) -> int:
-    """Score a pretrained model on this rank's part of it. Collective."""
+    """Score a pretrained model, and return the exit status. Collective."""
     task, out = config.task, sys.stdout if job.is_main else None
     with as_input_error():
         source = find_source(config.checkpoint)
@@ -89,7 +90,7 @@ def evaluate_pretrained(config: RunConfig, job: Job) -> int:
         grid = Grid.from_layout(config.layout, job.env.world_size)
         mesh = Mesh.build(grid, job.env.rank, job.timeout, watch=job.watch)
         job.watch.waiting("loading the checkpoint")
-        # As saved, unless a precision is asked for.
+        # In the dtype of the checkpoint, unless the command sets a precision.
         dtype = Precision.from_config(config.precision).compute if config.precision.is_16bit else None
         opened = open_pipeline(source.directory or "", mesh, device=job.device, dtype=dtype)
         results = zero_shot(

@@ -1,9 +1,9 @@
-"""RACE (arXiv 1704.04683) as published: a directory of .txt files, each a JSON object of an article with its questions.
+"""RACE in its published format (arXiv 1704.04683): a directory of .txt files, each a JSON object of an article with questions.
 
     {"article": "...", "questions": ["... _ .", ...], "options": [["a", "b", "c", "d"], ...], "answers": ["C", ...]}
 
-A row is question and option, then the article; an option goes into the question's blank `_` where it has one (Megatron-LM's
-form). Question and option take at most 128 tokens.
+A row is question and option, then the article, as in Megatron-LM: the option replaces the blank `_` of the question if it has
+one, and follows it otherwise. Question and option together have at most 128 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
 from megatron.tasks.glue import accuracy
-from megatron.tasks.reading import read_value
+from megatron.tasks.reading import read_json_value
 from megatron.tasks.samples import Example, Task, TaskScore
 
 FORM = "RACE's JSON: {article, questions: [...], options: [[four each], ...], answers: [A to D, ...]}"
@@ -25,14 +25,14 @@ MAX_QUESTION_TOKENS = 128
 
 
 class Race(Task):
-    """The task of one right answer of four. labels: the names of the choices, A to D."""
+    """RACE as a task: one right answer of four. labels: the names of the choices, A to D."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, labels: Sequence[str]) -> None:
         super().__init__(tokenizer, seq_length)
         self.labels, self.rows = list(labels), len(labels)
 
     def read(self, path: str, *, training: bool) -> list[Example]:
-        """Read all .txt files of a directory; each question has its right answer, also in a test set."""
+        """Read all .txt files of a directory; each question has its right answer, even in the test set."""
         files = sorted(Path(path).rglob("*.txt"))
         examples = [example for file in files for example in self._questions(file)]
         if not examples:
@@ -41,21 +41,21 @@ class Race(Task):
 
     def _questions(self, file: Path) -> Iterator[Example]:
         """Yield the questions of a file, checked, as examples of one row for each option."""
-        whole = read_value(str(file), FORM)
+        whole = read_json_value(str(file), FORM)
         context = self.tokenizer.tokenize(" ".join(whole["article"].text().split()))
         columns = [list(whole[name].items()) for name in ("questions", "options", "answers")]
         if len({len(column) for column in columns}) > 1:
             counts = f"{len(columns[0])} questions, {len(columns[1])} options, {len(columns[2])} answers"
-            raise whole.wrong(f"it has {counts}, which should be as many of each; expected {FORM}")
+            raise whole.error(f"it has {counts}, which should be as many of each; expected {FORM}")
         for number, (question, choices, answer) in enumerate(zip(*columns, strict=True)):
             options, right = [choice.text() for choice in choices.items()], answer.text()
             if len(options) != self.rows:
-                raise choices.wrong(f"it holds {len(options)} options; legal: {self.rows}")
+                raise choices.error(f"it holds {len(options)} options; legal: {self.rows}")
             if right not in self.labels:
-                raise answer.wrong(f"it is {right[:60]!r}; legal: {', '.join(self.labels)}")
+                raise answer.error(f"it is {right[:60]!r}; legal: {', '.join(self.labels)}")
             right_index = self.labels.index(right)
             rows = tuple(self._row(question.text(), option, context, right_index) for option in options)
-            for row in rows[1:]:  # the loss is that of the four together, and counted at the first
+            for row in rows[1:]:  # the loss of an example is that of the four rows together, and is counted at the first
                 row.loss_mask[:] = False
             yield Example(rows, f"{file.stem}-{number}", right)
 

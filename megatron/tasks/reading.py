@@ -1,6 +1,6 @@
-"""Read tasks' files; each message about a wrong one names the file and the place in it.
+"""Read the files of tasks, with error messages that name the file and the place in it.
 
-A place is a line, `dev.tsv:12`, or the way to a value of a JSON file, `train.json: data[3].paragraphs[0].context`.
+A place is a line, `dev.tsv:12`, or the path of a value in a JSON file, `train.json: data[3].paragraphs[0].context`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ MAX_SHOWN = 60  # characters of a wrong value in a message
 
 
 def read_task_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a whole file of text, unpacked where it is packed, without its byte-order mark.
+    """Read a whole text file, which may be compressed, without its byte-order mark.
 
-    DataError where it cannot be read, is damaged, no UTF-8, or has more than `max_bytes` unpacked.
+    Raises:
+        DataError: the file cannot be read, is damaged, is not UTF-8, or has more than `max_bytes` after decompression.
     """
     try:
         check_regular(file, max_bytes)
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error_reason(error)})") from error
-    data = bytearray()  # the limit holds for the unpacked bytes, of which a small file can hold very many
+    data = bytearray()  # the limit applies to the decompressed bytes, of which a small file can hold very many
     with open_text(file) as stream:
         try:
             while len(data) <= max_bytes and (more := stream.read(BLOCK_BYTES)):
@@ -43,82 +44,82 @@ def read_task_text(file: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise DataError(f"{file}:{line}: {not_utf8(error)}") from error
 
 
-def read_value(file: str, form: str) -> Value:
-    """Read a file that is one JSON value. form: its expected content, for messages. DataError where it is no JSON."""
+def read_json_value(file: str, form: str) -> JsonValue:
+    """Read a file that is one JSON value; DataError if it is not. form: its expected content, for messages."""
     text = read_task_text(file, MAX_TASK_JSON_BYTES)
     try:
-        return Value(file, "", parse_json(text), form)
+        return JsonValue(file, "", parse_json(text), form)
     except ValueError as error:
         raise DataError(f"{file}: it is not JSON: {error}; expected {form}") from error
 
 
 @dataclass(frozen=True)
-class Value:
+class JsonValue:
     """A value of a JSON file.
 
     Attributes:
         file: its name.
-        place: the way to the value, "" for the whole.
-        held: the value as `json` reads it.
+        place: path of the value in the file; "" for the whole.
+        content: the value as `json` reads it.
         form: the expected content of the file, for messages.
     """
 
     file: str
     place: str
-    held: Any
+    content: Any
     form: str
 
-    def wrong(self, rule: str) -> DataError:
-        """Return the error that says what is wrong with this value. rule: goes on after the value's place."""
+    def error(self, rule: str) -> DataError:
+        """Return an error about this value. rule: the rest of the sentence about it."""
         where = f"{self.file}: {self.place}" if self.place else self.file
         return DataError(f"{where}: {rule}")
 
-    def of_kind(self, kind: type, wanted: str) -> Any:
-        """Return the value itself; DataError unless it is of this kind. wanted: the kind in words."""
-        if isinstance(self.held, kind):
-            return self.held
-        found = json_type_name(self.held)
+    def require_type(self, kind: type, wanted: str) -> Any:
+        """Return the content; DataError unless it is of this type. wanted: description of the type."""
+        if isinstance(self.content, kind):
+            return self.content
+        found = json_type_name(self.content)
         shown = f" {self._shown()}" if found in ("a number", "text", "true or false") else ""
-        raise self.wrong(f"it is {found}{shown}, not {wanted}; expected {self.form}")
+        raise self.error(f"it is {found}{shown}, not {wanted}; expected {self.form}")
 
     def __contains__(self, key: str) -> bool:
-        return key in self.of_kind(dict, "an object")
+        return key in self.require_type(dict, "an object")
 
-    def __getitem__(self, key: str) -> Value:
-        """Return the value under a key of an object. DataError where it has none."""
-        held = self.of_kind(dict, "an object")
+    def __getitem__(self, key: str) -> JsonValue:
+        """Return the value under a key of an object; DataError if it is missing."""
+        held = self.require_type(dict, "an object")
         if key not in held:
             keys = ", ".join(json.dumps(name)[1:-1] for name in list(held)[:8]) or "none"
-            raise self.wrong(f"it has no `{key}` (its keys: {keys}); expected {self.form}")
-        return Value(self.file, f"{self.place}.{key}".lstrip("."), held[key], self.form)
+            raise self.error(f"it has no `{key}` (its keys: {keys}); expected {self.form}")
+        return JsonValue(self.file, f"{self.place}.{key}".lstrip("."), held[key], self.form)
 
-    def items(self) -> Iterator[Value]:
+    def items(self) -> Iterator[JsonValue]:
         """Return the values of a list, in order."""
-        held = self.of_kind(list, "a list")
-        return (Value(self.file, f"{self.place}[{n}]", item, self.form) for n, item in enumerate(held))
+        held = self.require_type(list, "a list")
+        return (JsonValue(self.file, f"{self.place}[{n}]", item, self.form) for n, item in enumerate(held))
 
     def text(self) -> str:
-        """Return a text. DataError for another value, and for half of a surrogate pair, which no tokenizer takes."""
-        held: str = self.of_kind(str, "text")
+        """Return the content, a text; DataError for another type, or half of a surrogate pair, which tokenizers refuse."""
+        held: str = self.require_type(str, "text")
         try:
             held.encode("utf-8")
         except UnicodeEncodeError as error:
             half = f"\\u{ord(held[error.start]):04x}"
             rule = f"it holds half of a surrogate pair, {half} at character {error.start}: {self._shown()}"
-            raise self.wrong(rule) from error
+            raise self.error(rule) from error
         return held
 
-    def flag(self) -> bool:
-        """Return true or false."""
-        return bool(self.of_kind(bool, "true or false"))
+    def boolean(self) -> bool:
+        """Return the content, true or false; DataError for another type."""
+        return bool(self.require_type(bool, "true or false"))
 
-    def whole(self, largest: int) -> int:
-        """Return a whole number from 0 to `largest`. DataError for any other: a fraction, an infinite or a negative one."""
-        if type(self.held) is not int or not 0 <= self.held <= largest:
-            raise self.wrong(f"it is {self._shown()}, not a whole number from 0 to {largest}")
-        return self.held
+    def integer(self, largest: int) -> int:
+        """Return the content, a whole number from 0 to `largest`; DataError for anything else."""
+        if type(self.content) is not int or not 0 <= self.content <= largest:
+            raise self.error(f"it is {self._shown()}, not a whole number from 0 to {largest}")
+        return self.content
 
     def _shown(self) -> str:
         """Return the beginning of the value as JSON, for a message."""
-        shown = json.dumps(self.held)  # in ASCII
+        shown = json.dumps(self.content)  # in ASCII
         return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."

@@ -23,10 +23,10 @@ class Example:
     """One example of a task.
 
     Attributes:
-        rows: input of the model, several for a choice, with the right answer in `labels` where `loss_mask` is true.
-        name: of the example in its file, for results and messages.
-        truth: right answer, as the score compares it; None where it is not known.
-        detail: further values from which logits become an answer.
+        rows: input of the model, several rows for a choice, with the right answer in `labels` where `loss_mask` is true.
+        name: name of the example in its file, for results and messages.
+        truth: the right answer, as the score compares it; None if it is not known.
+        detail: further values that `Task.decode` needs.
     """
 
     rows: tuple[PairSample, ...]
@@ -37,23 +37,33 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The score of some answers. metrics: by name, in percent. counts: the numbers that they were computed from."""
+    """The score of some answers.
+
+    Attributes:
+        metrics: metrics by name, in percent.
+        counts: the numbers from which they were computed, by name.
+    """
 
     metrics: dict[str, float]
     counts: dict[str, int]
 
 
 class Task(ABC):
-    """A task: its published files are read as examples, which become rows of tokens, and their answers are scored.
+    """A task: reads published files as examples, which are rows of tokens, and scores the answers to them.
 
     Args:
-        tokenizer: has [CLS], [SEP] and padding.
-        seq_length: tokens of the longest row. notes: lines for the user about the files. DataError for a tokenizer without
-            these tokens, and for rows that have no room for an example.
+        tokenizer: a tokenizer with [CLS], [SEP] and padding.
+        seq_length: maximum number of tokens in a row.
+
+    Attributes:
+        notes: lines for the user about the files.
+
+    Raises:
+        DataError: the tokenizer lacks one of the tokens, or `seq_length` is too short for an example.
     """
 
-    rows: int = 1  # of each example
-    min_seq_length: int = 3  # has room for one token between [CLS] and [SEP]
+    rows: int = 1  # number of rows of each example
+    min_seq_length: int = 3  # room for one token between [CLS] and [SEP]
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int) -> None:
         if seq_length < self.min_seq_length:
@@ -66,15 +76,20 @@ class Task(ABC):
     def read(self, path: str, *, training: bool) -> list[Example]:
         """Return the examples of a file or directory, in order.
 
-        training: leave out examples without a right answer. Raises DataError, with the file and the line or entry.
+        Args:
+            path: the file or directory.
+            training: leave out examples without a right answer.
+
+        Raises:
+            DataError: an entry is wrong; the message names file and line.
         """
 
     @abstractmethod
     def decode(self, example: Example, logits: Tensor) -> Any:
-        """Return the model's answer to one example as JSON holds it, from its logits."""
+        """Return the model's answer to one example as a JSON value, from its logits."""
 
     def list_answers(self, examples: Sequence[Example], answers: Sequence[Any]) -> list[dict[str, Any]]:
-        """Return the answers as results hold them, each with the name of its example."""
+        """Return the answers for the file of results, each with the name of its example."""
         return [{"id": example.name, "answer": answer} for example, answer in zip(examples, answers, strict=True)]
 
     @abstractmethod
@@ -82,11 +97,11 @@ class Task(ABC):
         """Return the score of the answers to all of `examples`."""
 
     def build_pair(self, first: Sequence[int], second: Sequence[int], answer: int) -> PairSample:
-        """Return the row [CLS] first [SEP] second [SEP], cut at the end where it is too long, with the answer at [CLS].
+        """Return the row [CLS] first [SEP] second [SEP], cut at the end if it is too long, with the answer at [CLS].
 
         Args:
             first: ids of the first segment.
-            second: ids of the second segment; one without tokens is left out with its [SEP].
+            second: ids of the second segment; an empty one is left out with its [SEP].
             answer: label of the pair.
         """
         tokens = [self.cls, *first[: self.seq_length - 2], self.sep]
@@ -96,12 +111,12 @@ class Task(ABC):
         return self.build_row(tokens, first_length, {0: answer})
 
     def build_row(self, tokens: Sequence[int], first_length: int, answers: dict[int, int]) -> PairSample:
-        """Return a row whose right answers stand at some of its tokens.
+        """Return a row with right answers at some of its tokens.
 
         Args:
             tokens: ids of the row.
-            first_length: tokens of the first segment.
-            answers: labels by position.
+            first_length: number of tokens of the first segment.
+            answers: labels, by their position in the row.
         """
         labels = np.zeros(len(tokens), dtype=np.int64)  # [n]
         loss_mask = np.zeros(len(tokens), dtype=np.bool_)  # [n]
@@ -110,12 +125,12 @@ class Task(ABC):
         return PairSample(np.array(tokens, dtype=np.int64), labels, loss_mask, first_length, swapped=False)
 
     def padding_example(self) -> Example:
-        """Return an example of which nothing counts: it fills the last batch."""
+        """Return an example that is masked everywhere, to fill the last batch."""
         return Example((self.build_row([self.cls, self.sep], 2, {}),) * self.rows, "", None)
 
 
 class PaddedExamples(SampleSource):
-    """Examples in their order, padded at the end to a multiple of `multiple` with ones of which nothing counts."""
+    """Examples in their order, padded at the end to a multiple of `multiple` with masked ones."""
 
     def __init__(self, examples: Sequence[Example], task: Task, multiple: int) -> None:
         self.examples, self.padding = examples, task.padding_example()
@@ -135,8 +150,8 @@ class PaddedExamples(SampleSource):
 class ShuffledEpochs(SampleSource):
     """Examples reshuffled for each epoch: example i is a function of the seed and i.
 
-    The last ones of an epoch that make no whole global batch are left out, as Megatron-LM does; they are others each time.
-    DataError where there is not one batch.
+    The last examples of an epoch that do not fill a global batch are left out, as in Megatron-LM; these differ in each epoch.
+    DataError if there are fewer examples than one global batch.
     """
 
     def __init__(self, examples: Sequence[Example], epochs: int, global_batch: int, seed: int) -> None:
@@ -151,7 +166,7 @@ class ShuffledEpochs(SampleSource):
 
     def __getitem__(self, number: int) -> Example:
         epoch, place = divmod(number, self.epoch_size)
-        if epoch != self._epoch:  # a training run reads in order, so one permutation at a time is enough
+        if epoch != self._epoch:  # a run reads in order, so only the current epoch's permutation is kept
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
             self._epoch = epoch
         return self.examples[int(self._order[place])]
@@ -163,7 +178,12 @@ class ShuffledEpochs(SampleSource):
 
 @dataclass(frozen=True)
 class ExampleCollator:
-    """Collates examples into a `Batch`: all rows of one example, then those of the next. rows: of each example."""
+    """Collates examples into a `Batch`: all rows of one example, then those of the next.
+
+    Attributes:
+        row_collator: collates rows.
+        rows: number of rows of each example.
+    """
 
     row_collator: BertCollator
     rows: int
@@ -180,6 +200,6 @@ class ExampleCollator:
             Tensors `[examples * rows, seq]`.
         """
         rows = [row for index in indices for row in dataset[index].rows]
-        # Each row has a number of its own, so that its dropout masks differ from those of the others.
+        # Each row gets its own number, so that its dropout masks differ from those of the others.
         row_ids = [sample_id * self.rows + row for sample_id in sample_ids for row in range(self.rows)]
         return self.row_collator.collate(rows, row_ids)

@@ -1,4 +1,4 @@
-"""Score windows of text with log-probabilities, on any layout."""
+"""Compute log-probabilities of windows of text, on any layout."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def score_windows(
 
     Args:
         model: the whole model.
-        windows: the same on all ranks.
-        micro_batch_size: windows of one rank in one pass.
+        windows: the windows, the same on all ranks.
+        micro_batch_size: windows of one rank in one forward pass.
         dp: the data-parallel axis.
-        watch: told what this rank does.
+        watch: the watchdog, to which the phases are reported.
     """
     watch, source, done = watch or Watchdog(), iter(windows), 0
     while block := list(islice(source, micro_batch_size * dp.size)):
@@ -71,7 +71,7 @@ def score_windows(
 
 
 def batch_windows(windows: Sequence[Window], device: torch.device) -> Batch:
-    """Collate windows into a batch, padded behind to the longest of them, which a causal model does not see."""
+    """Collate windows into a batch, padded at the end to the longest of them; a causal model does not attend to the padding."""
     longest = max(len(window.tokens) for window in windows)
     ids = torch.zeros(len(windows), longest, dtype=torch.int64)  # [batch, seq + 1]
     mask = torch.zeros(len(windows), longest - 1)  # [batch, seq]
@@ -89,14 +89,14 @@ def check_scoring_sizes(opened: OpenedModel[Pipeline], seq_length: int, overlap:
     """Check that the sizes of an evaluation fit a model.
 
     Args:
-        opened: the checkpoint.
-        seq_length: tokens that the model sees at once.
-        overlap: distance from one window to the next.
-        micro_batch_size: windows in one pass.
+        opened: the model.
+        seq_length: tokens that the model reads at once.
+        overlap: distance between the starts of two windows.
+        micro_batch_size: number of windows in one forward pass.
 
     Raises:
-        ConfigError: with every size that does not fit.
-        DataError: for a model that predicts no next token.
+        ConfigError: a problem for each size that does not fit.
+        DataError: the model is no GPT.
     """
     config = opened.config
     if config.architecture != "gpt":
@@ -125,15 +125,15 @@ def check_finite(total: float, where: str) -> None:
 
 
 def check_vocabulary(tokens: Sequence[int], vocab_size: int, where: str) -> None:
-    """Check that the model has some tokens.
+    """Check that token ids are in the vocabulary.
 
     Args:
-        tokens: ids.
-        vocab_size: ids of the model.
-        where: place of the tokens, for the message.
+        tokens: the ids.
+        vocab_size: size of the model's vocabulary.
+        where: names the text of the tokens, for the message.
 
     Raises:
-        DataError: for an id outside of the vocabulary.
+        DataError: an id is outside the vocabulary.
     """
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         wrong = max(tokens) if max(tokens) >= vocab_size else min(tokens)

@@ -1,4 +1,4 @@
-"""Open the texts to score: a plain file, JSON lines, or an indexed dataset; checked before a model is loaded."""
+"""Open the texts to score, from a plain file, JSON lines or an indexed dataset, and check them before a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT_KEY = "text"
 
 @dataclass(frozen=True)
 class SourceText:
-    """One text, and where it stands, for messages."""
+    """A text, and its place for messages: `FILE` or `FILE:LINE`."""
 
     where: str
     text: str
@@ -28,7 +28,14 @@ class SourceText:
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A text in tokens. words: separated by white space. bytes: in UTF-8. Both 0 where only tokens are known."""
+    """A text in tokens.
+
+    Attributes:
+        where: its place, for messages.
+        tokens: its token ids.
+        words: number of words, separated by white space; 0 if only tokens are known.
+        bytes: number of bytes in UTF-8; 0 if only tokens are known.
+    """
 
     where: str
     tokens: Sequence[int]
@@ -39,15 +46,14 @@ class TokenizedDocument:
 class TextFile:
     """A plain text, which is one document, or JSON lines of the form {"text": ...}, one document each (.jsonl, .json).
 
-    It may be packed, as `open_unpacked` reads it. The whole file is read once when it is opened: DataError, with file and
-    line, for one that holds no text.
+    It may be compressed. The whole file is read once when it is opened: DataError, with file and line, if it holds no text.
     """
 
     has_text = True
 
     def __init__(self, file: str, *, lines: bool | None = None) -> None:
         self.file, self.lines = file, bare_name(file).endswith((".jsonl", ".json")) if lines is None else lines
-        if not sum(bool(text.text.strip()) for text in self.texts()):  # all are read, and found good
+        if not sum(bool(text.text.strip()) for text in self.texts()):  # reads all texts, which checks them
             raise DataError(f"{file}: there is no text in it")
 
     def texts(self) -> Iterator[SourceText]:
@@ -63,7 +69,7 @@ class TextFile:
             yield SourceText(self.file, read_task_text(self.file))
 
     def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
-        """Return the texts in tokens, nothing added before or after. DataError at once where there is no tokenizer."""
+        """Return the texts in tokens, without special tokens. DataError at once if there is no tokenizer."""
         if tokenizer is None:
             raise DataError(f"{self.file}: a text, and the checkpoint holds no tokenizer for it")
         return (
@@ -88,10 +94,13 @@ class TokenFile:
         raise DataError(f"{self.file}: an indexed dataset, which holds tokens and no text")
 
     def documents(self, tokenizer: Tokenizer | None) -> Iterator[TokenizedDocument]:
-        """Return the documents as they were written, with an end-of-document token where there is one.
+        """Return the documents of the dataset, with their end-of-document tokens if they have some.
 
-        tokenizer: the checkpoint's; None where it holds none. Raises DataError at once if the dataset says that another
-        tokenizer made it.
+        Args:
+            tokenizer: the checkpoint's tokenizer; None if it holds none.
+
+        Raises:
+            DataError: the dataset was made with another tokenizer; raised at once.
         """
         if tokenizer is not None:
             check_tokenizer(self.dataset, tokenizer)

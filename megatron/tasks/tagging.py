@@ -1,7 +1,7 @@
-"""Tagging in the format of CoNLL-2003 (cs/0306050): a word a line, its tag in the last column, an empty line after sentences.
+"""Tagging in the format of CoNLL-2003 (cs/0306050): a word per line, its tag in the last column, empty lines between sentences.
 
-The first piece of each word carries its tag. Beside the share of right tags the score has F1 of whole entities, for tags of the
-forms IOB1, IOB2, IOBES and BILOU: an entity is right when its words and its kind are.
+The tag is predicted at the first piece of each word. The score is the share of right tags, and the F1 of whole entities for
+tags of the forms IOB1, IOB2, IOBES and BILOU: an entity is right if its words and its kind are.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Sentence = list[tuple[str, str]]
 
 
 def read_sentences(path: str) -> Iterator[Sentence]:
-    """Yield the words of each sentence with their tags. DataError names file and line."""
+    """Yield the words of each sentence with their tags; DataError with file and line for a wrong line."""
     return (words for _, words in numbered_sentences(path))
 
 
 def numbered_sentences(path: str) -> Iterator[tuple[int, Sentence]]:
-    """Yield each sentence with the line of its first word; the lines of the others follow."""
+    """Yield each sentence with the line number of its first word; its other words are on the following lines."""
     words: Sentence = []
     for number, line in enumerate([*read_task_text(path).split("\n"), ""], 1):  # the empty line ends the last sentence
         columns = line.split()
@@ -40,15 +40,15 @@ def numbered_sentences(path: str) -> Iterator[tuple[int, Sentence]]:
 
 
 def collect_labels(paths: Iterable[str]) -> tuple[str, ...]:
-    """Return every tag of some files, O first."""
+    """Return all tags of the files, O first."""
     tags = {tag for path in paths for words in read_sentences(path) for _, tag in words}
     return tuple(sorted(tags, key=lambda tag: (tag != "O", tag)))
 
 
 class Tagging(Task):
-    """The task of a tag for each word. labels: the tags, in the order of the outputs.
+    """Tagging as a task: a tag for each word. labels: the tags, in the order of the model's outputs.
 
-    A sentence that is too long loses its end, whose words count as wrong.
+    A sentence that is too long is cut at its end, and the words there count as wrong.
     """
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, labels: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ class Tagging(Task):
                 has = ", ".join(self.labels)
                 has = has if len(has) <= 200 else f"{has[:200]}... ({len(self.labels)} in all)"
                 raise DataError(f"{path}:{strange[0][0]}: the model has no tag {strange[0][1][:60]}; it has {has}")
-            tokens, places = [self.cls], {}  # the position of each word's first piece, by the word's number
+            tokens, places = [self.cls], {}  # places: position of each word's first piece, by the number of the word
             for position, (word, _) in enumerate(words):
                 pieces = self.tokenizer.tokenize(word) or [self.tokenizer.token("unk")]
                 if len(tokens) + len(pieces) >= self.seq_length:
@@ -86,7 +86,7 @@ class Tagging(Task):
         return [self.labels[int(best[example.detail[p]])] if p in example.detail else "O" for p in range(len(example.truth))]
 
     def score(self, examples: Sequence[Example], answers: Sequence[Any]) -> TaskScore:
-        """Return the share of right tags, and F1 of whole entities where the tags name some."""
+        """Return the share of right tags, and the F1 of whole entities if the tags mark entities."""
         correct = total = hits = found = expected = 0
         for example, tags in zip(examples, answers, strict=True):
             seen = [(a, b) for p, (a, b) in enumerate(zip(example.truth, tags, strict=True)) if p in example.detail]
@@ -94,7 +94,7 @@ class Tagging(Task):
             true, given = set(entities(example.truth)), set(entities(tags))
             hits, found, expected = hits + len(true & given), found + len(given), expected + len(true)
         metrics, counts = {"accuracy": 100.0 * correct / max(1, total)}, {"correct": correct, "total": total}
-        if not any(True for label in self.labels for _ in entities([label])):  # parts of speech, say
+        if not any(True for label in self.labels for _ in entities([label])):  # tags of words, such as parts of speech
             return TaskScore(metrics, counts)
         return TaskScore({**metrics, "f1": 200.0 * hits / max(1, found + expected)}, {**counts, "entities": expected})
 

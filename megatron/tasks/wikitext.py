@@ -1,14 +1,14 @@
-"""Detokenize WikiText: its text as people write it; pure.
+"""Convert WikiText's tokenised files to ordinary text; pure.
 
-The benchmark's files are tokenised: spaces around punctuation, @-@ within words. Models are trained on ordinary text, so the
-spaces are taken out first, by the rules with which the published figures were made (those of GPT-2 and Megatron-LM), oddities
-included: a lone N becomes a 1, and "dogs ' tails" closes up to "dogs' tails". The perplexity is then normalised
-to the number of words of the tokenised file, which makes models with different vocabularies comparable.
+The benchmark's files have spaces around punctuation, and @-@ within words. Models are trained on ordinary text, so the spaces
+are removed first, by the rules of GPT-2 and Megatron-LM with which the published figures were made. These rules have their
+quirks: a lone N becomes a 1, and "dogs ' tails" becomes "dogs' tails". The perplexity is then normalised by the number of words
+of the tokenised file, which makes models with different vocabularies comparable.
 """
 
 from __future__ import annotations
 
-# In this order: a later rule sees what an earlier one made.
+# The order matters, since later rules apply to the results of earlier ones.
 CONTRACTIONS = (("s '", "s'"),)
 NUMBERS = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."))
 PUNCTUATION = tuple((f" {mark} ", f"{mark} ") for mark in ":;.!?,")
@@ -28,14 +28,14 @@ def detokenize(text: str) -> str:
     for old, new in (*CONTRACTIONS, *NUMBERS, *PUNCTUATION):
         text = text.replace(old, new)
     for left, right in PAIRS:
-        text = _close_up(text, left, right)
+        text = _strip_inside(text, left, right)
     for old, new in (*HEADINGS, *REST):
         text = text.replace(old, new)
     return text
 
 
-def _close_up(text: str, left: str, right: str) -> str:
-    """Take out the white space just inside of pairs: between an opening mark and the next closing one."""
+def _strip_inside(text: str, left: str, right: str) -> str:
+    """Remove the white space just inside pairs of an opening mark and the next closing one."""
     parts: list[str] = []
     begin = 0
     while (start := text.find(left, begin)) >= 0 and (end := text.find(right, start + 1)) >= 0:

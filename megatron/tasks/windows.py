@@ -1,4 +1,4 @@
-"""Cut texts longer than the model's sequences into overlapping windows in which every token is scored once; pure."""
+"""Split texts longer than the model's sequences into overlapping windows, so that every token is scored once; pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Window:
     """A part of a text that the model sees at once.
 
     Attributes:
-        tokens: all but the last one are input, all but the first one labels: at least two.
-        num_scored: number of labels that are scored, at least one; they are the last ones, the others were scored before and
-            are context.
+        tokens: at least two token ids; all but the last are the input, all but the first are the labels.
+        num_scored: number of labels that are scored, at least one. They are the last ones; the others are context, and were
+            scored in earlier windows.
     """
 
     tokens: Sequence[int]
@@ -24,12 +24,11 @@ def split_windows(tokens: Sequence[int], seq_length: int, overlap: int, *, full:
     """Yield the windows of a text; every token but the first is scored in exactly one of them.
 
     Args:
-        tokens: of the text.
+        tokens: token ids of the text.
         seq_length: tokens that the model reads at once.
-        overlap: Megatron-LM's --overlapping-eval, the distance from one window to the next, and so the number of tokens that
-            are new in it; from 1, where every token has the longest context, to `seq_length`, where it is the cheapest.
-        full: where the last window has fewer new tokens, move it back, so that it has as much context as the others; else
-            it is shorter.
+        overlap: Megatron-LM's --overlapping-eval: the distance between the starts of two windows, and so the number of new
+            tokens in each. With 1 every token has the longest context; `seq_length` is the fastest.
+        full: if the last window has fewer new tokens, fill it up with context; otherwise it is shorter.
     """
     targets, done = len(tokens) - 1, 0
     while done < targets:

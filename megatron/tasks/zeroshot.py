@@ -1,16 +1,16 @@
 """Score a language model zero-shot: WikiText-103's perplexity, LAMBADA's accuracy, the perplexity of any text.
 
-The first two as the paper (arXiv 1909.08053, section 5.3) and Megatron-LM define them, so that their figures can be compared:
+The first two follow the paper (arXiv 1909.08053, section 5.3) and Megatron-LM, so that the figures can be compared:
 
-- WIKITEXT103: one text file, without the spaces of its tokeniser where its path contains "wiki" (`wikitext.py`), in
-  overlapping windows. loss is the mean over all tokens but the first; adjusted ppl normalises it to the words of the file as
-  it is: exp(loss x token ratio), token ratio = (tokens - 1) / (words - 1), words being what single spaces separate.
-- LAMBADA: JSON lines with a "text", whose last word is to be guessed. By default the whole text is tokenised and only its
-  last token is guessed. With strict the last word is tokenised by itself, with a space before it, and all its tokens must be
+- WIKITEXT103: one text file, in overlapping windows; if its path contains "wiki", it is detokenized first (`wikitext.py`).
+  loss is the mean over all tokens but the first. adjusted ppl normalises it by the words of the original file:
+  exp(loss x token ratio), token ratio = (tokens - 1) / (words - 1), where words are separated by single spaces.
+- LAMBADA: JSON lines with a "text", whose last word is to be predicted. By default the whole text is tokenised, and only its
+  last token is predicted. With strict the last word is tokenised by itself, with a space before it, and all its tokens must be
   the most probable ones.
-- PERPLEXITY: every document from its beginning, in overlapping windows; its first token is context only. Word and byte
-  perplexity and bits per byte are the mean loss of a token times tokens per word and per byte (arXiv 2101.00027), words being
-  what white space separates.
+- PERPLEXITY: every document from its beginning, in overlapping windows; its first token is only context. Word and byte
+  perplexity and bits per byte follow from the mean loss per token, multiplied by tokens per word and per byte (arXiv
+  2101.00027), where words are separated by white space.
 """
 
 from __future__ import annotations
@@ -39,13 +39,20 @@ from megatron.tasks.windows import Window, split_windows
 
 Log = Callable[[str], object]
 DEFAULT_OVERLAP = 32  # Megatron-LM's
-MAX_EXPONENT = 20  # Megatron-LM's: a perplexity is shown as at most e^20
+MAX_EXPONENT = 20  # Megatron-LM's: perplexities are shown as at most e^20
 PROGRESS_S = 30.0
 
 
 @dataclass(frozen=True)
 class EvaluationTotal:
-    """Sums over all windows. loss: minus the log-probabilities of all targets. hits: windows with every target guessed."""
+    """Sums over all windows.
+
+    Attributes:
+        loss: sum of the targets' negative log-probabilities.
+        hits: number of windows all of whose targets are the most probable tokens.
+        targets: number of scored tokens.
+        windows: number of windows.
+    """
 
     loss: float
     hits: int
@@ -57,12 +64,12 @@ class ZeroShotEvaluation:
     """One evaluation of a model on this rank of a mesh.
 
     Args:
-        opened: the checkpoint.
-        mesh: that of `opened`; its data-parallel ranks share the windows.
-        seq_length: tokens that the model sees at once.
-        overlap: distance from one window to the next.
-        micro_batch_size: windows in one pass.
-        watch: told what this rank does.
+        opened: the model.
+        mesh: the mesh of the model; its data-parallel ranks share the windows.
+        seq_length: tokens that the model reads at once.
+        overlap: distance between the starts of two windows.
+        micro_batch_size: number of windows in one forward pass.
+        watch: the watchdog, to which the phases are reported.
         log: called with lines about the progress.
     """
 
@@ -83,7 +90,7 @@ class ZeroShotEvaluation:
         self.vocabulary = opened.config.known_vocab_size
 
     def total(self, found: Iterator[Window]) -> EvaluationTotal:
-        """Return the sums over all windows, whichever rank scores them. Collective."""
+        """Return the sums over all windows of all data-parallel ranks. Collective."""
         count = tokens = 0
         next_line = time.monotonic() + PROGRESS_S
 
@@ -99,14 +106,14 @@ class ZeroShotEvaluation:
         loss = hits = 0.0
         for one in score_windows(self.opened.model, each(), self.micro_batch_size, self.mesh.dp, self.watch):
             loss, hits = loss - one.log_probability, hits + one.hit
-        # Each rank went through all windows, so only these two need a sum; fp64, since a loss has millions of terms.
+        # Every rank counts all windows itself, so only these two are summed; in fp64, since a loss has millions of terms. [2]
         sums = torch.tensor([loss, hits], dtype=torch.float64, device=self.opened.model.device)
         loss, hits = all_reduce(sums, self.mesh.dp).tolist()
         check_finite(loss, str(self.opened.directory))
         return EvaluationTotal(loss, int(hits), tokens, count)
 
-    def cut(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
-        """Return the windows of one text; DataError for a token that the model does not have. where: of the text."""
+    def split_text(self, tokens: Sequence[int], where: str) -> Iterator[Window]:
+        """Return the windows of a text; DataError for a token that the model does not have. where: names it for the message."""
         check_vocabulary(tokens, self.vocabulary, where)
         return split_windows(tokens, self.seq_length, self.overlap)
 
@@ -128,24 +135,23 @@ def zero_shot(
 
     Args:
         task: WIKITEXT103, LAMBADA or PERPLEXITY.
-        opened: the checkpoint.
-        mesh: that of `opened`; its data-parallel ranks share the windows.
-        files: of the task.
-        seq_length: tokens that the model sees at once.
-        overlap: Megatron-LM's --overlapping-eval, see `split_windows`; default 32, or `seq_length` where that is less;
-            LAMBADA has no use for it.
-        strict: of LAMBADA: guess the whole last word.
-        micro_batch_size: windows in one pass.
-        watch: told what this rank does.
-        log: called with the lines on every rank; only one should show them.
+        opened: the model.
+        mesh: the mesh of the model; its data-parallel ranks share the windows.
+        files: the task's files.
+        seq_length: tokens that the model reads at once.
+        overlap: Megatron-LM's --overlapping-eval, see `split_windows`; default 32, at most `seq_length`. Not used by LAMBADA.
+        strict: for LAMBADA, predict the whole last word.
+        micro_batch_size: number of windows in one forward pass.
+        watch: the watchdog, to which the phases are reported.
+        log: called with lines of text on every rank; only one rank should print them.
 
     Returns:
-        The figures, ready for JSON; None for a perplexity too large for a number.
+        The figures as JSON values; None for a perplexity that is too large for a float.
 
     Raises:
-        ConfigError: for sizes that do not fit the model.
-        DataError: for files that are missing or not in the task's form, before the model computes anything; also for tokens
-            that the model does not have.
+        ConfigError: a size does not fit the model.
+        DataError: a file is missing or not in the task's format, which is found before the model computes anything; or a text
+            has tokens that the model does not have.
     """
     sources = open_sources(task, files)
     if overlap is None or task == "LAMBADA":
@@ -166,9 +172,11 @@ def zero_shot(
 
 
 def open_sources(task: str, files: Sequence[str]) -> list[TextSource]:
-    """Open the files of a task, and read them once, so that nothing of them is wrong later; needs no model.
+    """Open the files of a task, and read them once to check them. Needs no model.
 
-    Raises ConfigError for a task or a number of files that makes no sense, DataError for a file.
+    Raises:
+        ConfigError: the task is unknown, or the number of files is wrong.
+        DataError: a file cannot be used.
     """
     if task not in ("WIKITEXT103", "LAMBADA", "PERPLEXITY"):
         raise ConfigError([Problem(f"`--task {task}`", "is no zero-shot task", "WIKITEXT103, LAMBADA, PERPLEXITY")])
@@ -189,8 +197,8 @@ def wikitext(scoring: ZeroShotEvaluation, source: TextSource) -> tuple[dict[str,
     tokens = require_tokenizer(scoring.opened).tokenize(detokenize(raw) if "wiki" in source.file else raw)
     if min(len(tokens), words) < 2:
         raise DataError(f"{source.file}: {len(tokens)} tokens and {words} words; a perplexity needs at least two of each")
-    total = scoring.total(scoring.cut(tokens, source.file))
-    # The first token has no prediction, so one is taken off tokens and words alike, as Megatron-LM does.
+    total = scoring.total(scoring.split_text(tokens, source.file))
+    # The first token has no prediction, so one is subtracted from tokens and words, as in Megatron-LM.
     loss, ratio = total.loss / total.targets, (len(tokens) - 1) / (words - 1)
     figures = {
         "overlap": scoring.overlap,
@@ -210,12 +218,12 @@ def wikitext(scoring: ZeroShotEvaluation, source: TextSource) -> tuple[dict[str,
 
 
 def lambada(scoring: ZeroShotEvaluation, source: TextSource, *, strict: bool) -> tuple[dict[str, Any], str]:
-    """Return the figures of LAMBADA, and the line about them. A context that is too long loses its beginning.
+    """Return the figures of LAMBADA, and the line about them. A context that is too long is cut at its beginning.
 
     Args:
         scoring: the evaluation.
         source: JSON lines.
-        strict: guess the last word, tokenised by itself, instead of the last token.
+        strict: predict the last word, tokenised by itself, instead of the last token.
     """
     tokenizer = require_tokenizer(scoring.opened)
     found, shortened = [], 0
@@ -274,7 +282,7 @@ def perplexity(scoring: ZeroShotEvaluation, sources: Sequence[TextSource]) -> tu
                 counts["tokens"] += len(document.tokens)
                 counts["words"] += document.words
                 counts["bytes"] += document.bytes
-                yield from scoring.cut(document.tokens, document.where)
+                yield from scoring.split_text(document.tokens, document.where)
 
     total = scoring.total(found())
     if not total.targets:
@@ -302,7 +310,7 @@ def perplexity(scoring: ZeroShotEvaluation, sources: Sequence[TextSource]) -> tu
 
 
 def exp_or_none(x: float) -> float | None:
-    """Return e^x; None where that is larger than a number can be."""
+    """Return e^x; None if it is too large for a float."""
     try:
         return math.exp(x)
     except OverflowError:
@@ -310,5 +318,5 @@ def exp_or_none(x: float) -> float | None:
 
 
 def clipped_exp(x: float) -> float:
-    """Return e^x as Megatron-LM shows it, at most e^20."""
+    """Return e^x, but at most e^20, as Megatron-LM shows it."""
     return math.exp(min(MAX_EXPONENT, x))

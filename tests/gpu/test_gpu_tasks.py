@@ -32,7 +32,7 @@ def asked(root, text, device: str):
     """Scores of a text, and what greedy generation makes of three prompts."""
     opened = open_pipeline(root, Mesh.single(), device=device)
     figures = zero_shot("PERPLEXITY", opened, Mesh.single(), [str(text)], seq_length=24, overlap=10, log=lambda line: None)
-    texts = [GeneratedText.after(opened.tokenizer.tokenize(prompt)) for prompt in ("ma", "tun lo", "lo ma ma")]
+    texts = [GeneratedText.from_prompt(opened.tokenizer.tokenize(prompt)) for prompt in ("ma", "tun lo", "lo ma ma")]
     for _ in extend_texts(opened.model, texts, max_new_tokens=16, sampling=Sampling(temperature=0.0)):
         pass
     return figures["loss"], [text.tokens for text in texts]

@@ -22,7 +22,7 @@ TOKENIZER = Letters()
 
 def texts(model, prompts, count=8, sampling=None, **options) -> list[GeneratedText]:
     """Generate from a batch of prompts, without a server."""
-    found = [GeneratedText.after(TOKENIZER.tokenize(prompt)) for prompt in prompts]
+    found = [GeneratedText.from_prompt(TOKENIZER.tokenize(prompt)) for prompt in prompts]
     ends = lambda text: text.tokens[-1] == 256  # noqa: E731
     for _ in extend_texts(
         as_pipeline(model), found, max_new_tokens=count, sampling=sampling or Sampling(0.0), stops=ends, **options

@@ -79,7 +79,7 @@ def test_a_conversation_is_what_transformers_makes_of_it(tmp_path, template, tal
 
 
 def test_a_reply_is_what_the_model_writes_after_it(client, model, chat) -> None:
-    text = GeneratedText.after(chat.tokens(TALKS[0]))
+    text = GeneratedText.from_prompt(chat.tokens(TALKS[0]))
     for _ in extend_texts(as_pipeline(model), [text], max_new_tokens=6, sampling=Sampling(0.0)):
         pass
     words = chat.tokenizer.detokenize(text.tokens[text.start :])
@@ -121,7 +121,7 @@ def test_every_token_that_the_files_name_ends_a_reply(tmp_path, model) -> None:
     folder = write_tokenizer(tmp_path)
     tokenizer = open_tokenizer(folder)
     assert ChatFiles.from_directory(folder, tokenizer).ends == (EOS,)
-    text = GeneratedText.after(tokenizer.tokenize("Hi"))
+    text = GeneratedText.from_prompt(tokenizer.tokenize("Hi"))
     for _ in extend_texts(as_pipeline(model), [text], max_new_tokens=4, sampling=Sampling(0.0)):
         pass
     third = text.tokens[text.start + 2]

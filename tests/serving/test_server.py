@@ -72,7 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def greedy(prompts: list[str], count: int) -> list[str]:
-    texts = [GeneratedText.after(prompt.encode()) for prompt in prompts]
+    texts = [GeneratedText.from_prompt(prompt.encode()) for prompt in prompts]
     for _ in extend_texts(as_pipeline(endless_model()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
         pass
     return [ByteTokenizer().detokenize(text.tokens) for text in texts]

@@ -27,7 +27,7 @@ COUNT = 12
 
 
 def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[GeneratedText]:
-    texts = [GeneratedText.after(prompt) for prompt in prompts]
+    texts = [GeneratedText.from_prompt(prompt) for prompt in prompts]
     for _ in extend_texts(as_pipeline(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
         pass
     return texts
@@ -174,7 +174,7 @@ def on_a_layout(root: str, tp: int) -> tuple[list[GeneratedText], list[Generated
     model = open_pipeline(root, Mesh.build(Grid(tp=tp, pp=dist.get_world_size() // tp), dist.get_rank())).model
     heard, broadcast = [], model.channels.broadcast
     model.channels.broadcast = lambda x, source: heard.append(x.numel()) or broadcast(x, source)
-    next(extend_texts(model, [GeneratedText.after([1] * 30)], max_new_tokens=1, sampling=GREEDY))
+    next(extend_texts(model, [GeneratedText.from_prompt([1] * 30)], max_new_tokens=1, sampling=GREEDY))
     first = sum(heard)
     return together(model, top=2), together(model, SAMPLED, seed=3), last(BeamSearch(3, 1.0, 7), model), first
 

@@ -1,7 +1,7 @@
-"""Let one rank lead and the others compute with it: for a program that runs on one rank only, with a model on several.
+"""Use a model that is divided over several ranks from a program that runs on one of them, the leader.
 
-The leader uses its model as ever. Each call first tells the other ranks what to compute, in a few numbers and the batch's
-tokens, and they take their part in it. So the program needs to know nothing of ranks.
+The program calls the leader's model like any other. Each call first broadcasts a command and the batch's tokens to the other
+ranks, which then compute their parts. So the program need not know about ranks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ END, SCORES, PREDICTION = range(3)  # commands of the leader
 
 
 class LeaderModel:
-    """The leader's model, which has the other ranks of `world` compute along. `finish` ends that."""
+    """The model on the leader's rank; each call also runs the other ranks of `world`, until `finish`."""
 
     def __init__(self, model: LikelihoodModel, world: Axis) -> None:
         self.model, self.world = model, world
         self.config, self.device = model.config, model.device
 
     def eval(self) -> None:
-        """Put the leader's model into evaluation mode; the others are in it already."""
+        """Put the leader's part of the model into evaluation mode; the other parts are in it already."""
         self.model.eval()
 
     def scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -55,17 +55,18 @@ class LeaderModel:
         all_reduce(torch.tensor([END, 0, 0, 0], device=self.device), self.world)
 
     def _command(self, command: int, batch: Batch, first: int) -> None:
-        """Tell the other ranks to compute. first: position of the first token, 0 for a new cache."""
+        """Send a command and its batch to the other ranks. first: position of the first token, 0 for a new cache."""
         rows, seq = batch.tokens.shape
-        # The others add zeros, so each sum is a broadcast; the shape goes first, since they must know it for the tokens.
+        # The other ranks add zeros, so each sum is a broadcast. The shape is sent first, for the buffer of the tokens. [4]
         all_reduce(torch.tensor([command, rows, seq, first], device=self.device), self.world)
         all_reduce(torch.stack([batch.tokens, batch.labels]), self.world)  # [2, batch, seq]
 
 
 def follow_leader(model: LikelihoodModel, world: Axis) -> None:
-    """Compute along with the leader, on every other rank, until it has finished."""
+    """Compute this rank's part of the leader's calls, on every other rank, until the leader has finished."""
     cache = KVCache()
     while True:
+        # [4]
         command, rows, seq, first = all_reduce(torch.zeros(4, dtype=torch.int64, device=model.device), world).tolist()
         if command == END:
             return
