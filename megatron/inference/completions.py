@@ -175,7 +175,7 @@ def _sample(
     model: Pipeline, rows: Sequence[list[int]], sampling: Sampling, limits: Limits, seed: int, stop: int | None
 ) -> list[Written]:
     """Return a text after each prompt, several of them at a time."""
-    texts = [GeneratedText.after(row) for row in rows]
+    texts = [GeneratedText.from_prompt(row) for row in rows]
 
     def stops(text: GeneratedText) -> bool:
         return text.tokens[-1] == stop
