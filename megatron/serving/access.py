@@ -1,7 +1,8 @@
-"""Decide who may ask the server: host names, origins and the key.
+"""Check who may use the server, by host name, origin and API key.
 
-A web page that somebody on this network opens can send requests here, though not every kind, and not without naming its origin;
-and by a name of its own that comes to mean this machine's address (DNS rebinding) it could even read the replies.
+A web page that somebody on this network opens can send some kinds of requests to the server; the browser adds the page's
+origin. With a host name of its own that resolves to this machine's address (DNS rebinding), the page could even read the
+replies.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from megatron.serving.fields import RequestError, one_line
 ANY_NAME = "*"
 KEY_VARIABLE = "MEGATRON_API_KEY"
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
-PREFLIGHT_SECONDS = 600  # for which a browser may remember the answer to a preflight
+PREFLIGHT_SECONDS = 600  # how long a browser may cache the answer to a preflight request
 AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]{2,45}\]|[^\s:/?#@\[\]]{1,255})(?P<port>:[0-9]{1,5})?", re.IGNORECASE)
 ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]{0,30})://(?P<authority>[^\s/?#@]{1,270})", re.IGNORECASE)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 
 
 def parse_host(authority: str) -> str | None:
-    """Return the name or address in `name`, `name:port` or `[address]:port`, in small letters; None for anything else."""
+    """Return the name or address in `name`, `name:port` or `[address]:port`, in lower case; None for anything else."""
     match = AUTHORITY.fullmatch(authority)
     return match["host"].strip("[]").lower().rstrip(".") or None if match else None
 
 
 def normal_origin(text: str) -> str | None:
-    """Return an origin as browsers write it, `https://name:port` or `null`; None for what is none."""
+    """Return an origin in the browsers' form, `https://name:port` or `null`; None for anything else."""
     if text == "null":
         return text
     match = ORIGIN.fullmatch(text)
@@ -53,15 +54,15 @@ def is_address(host: str) -> bool:
 
 
 def machine_names(bound: str) -> frozenset[str]:
-    """Return the names under which a server bound to this name or address can be asked for, besides addresses."""
+    """Return the host names of a server that is bound to this name or address."""
     names = {"localhost", bound.lower(), *(socket.gethostname().lower(),)}
     if bound not in LOOPBACK:
-        names.add(socket.getfqdn().lower())  # may ask a name server, so only where others can come
+        names.add(socket.getfqdn().lower())  # may query a name server, so only if other hosts can connect
     return frozenset({*names, *(name.partition(".")[0] for name in names if not is_address(name))})
 
 
 def check_key(flag: str | None, environment: Mapping[str, str]) -> str | None:
-    """Return the key that clients must have, None for none; ValueError for one that no client could send."""
+    """Return the API key of the flag or the environment, None for none; ValueError for one that clients cannot send."""
     name, key = ("--api-key", flag) if flag is not None else (KEY_VARIABLE, environment.get(KEY_VARIABLE))
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         what = "is empty" if not key else "holds a space or another character that is no visible ASCII"
@@ -74,8 +75,8 @@ class Access:
     """Requirements for a request's headers.
 
     Attributes:
-        hosts: names that are this server's, besides addresses.
-        origins: of web pages that may ask.
+        hosts: the server's names; IP addresses are always allowed.
+        origins: origins of web pages that may send requests.
         key: the API key; None for none.
     """
 
@@ -89,12 +90,12 @@ class Access:
 
         Args:
             bound: the name or address that it is bound to.
-            hosts: further names that are this server's, `*` for all.
-            origins: web pages that may ask, `*` for all.
+            hosts: further names of the server, `*` for all.
+            origins: origins of web pages that may send requests, `*` for all.
             key: the API key; None for none.
 
         Raises:
-            ValueError: a host or an origin is none.
+            ValueError: a host or an origin is invalid.
         """
         allowed_hosts, allowed_origins = set(machine_names(bound)), set()
         for text in hosts:
@@ -110,9 +111,9 @@ class Access:
         return cls(frozenset(allowed_hosts), frozenset(allowed_origins), key)
 
     def check_host(self, given: Sequence[str]) -> str:
-        """Return the host that is asked for, "" where none is named; RequestError for another's."""
+        """Return the host of the request, "" if it names none; RequestError if it is not this server's."""
         if not given:
-            return ""  # HTTP/1.0, which no browser speaks
+            return ""  # HTTP/1.0, which browsers do not use
         host = parse_host(given[0])
         if host is None or not (ANY_NAME in self.hosts or host in self.hosts or is_address(host)):
             raise RequestError(
@@ -122,9 +123,9 @@ class Access:
         return host
 
     def check_origin(self, given: Sequence[str], host: str) -> str | None:
-        """Return the origin to be named in the reply, None where no page asks; RequestError for a foreign one.
+        """Return the origin to allow in the reply, None if the request has none; RequestError for a foreign one.
 
-        The server's own are those on its host, on this machine's names, and on the loopback addresses, with any port.
+        Origins on the request's host, on this machine's names and on the loopback addresses are allowed, with any port.
         """
         if not given:
             return None
@@ -138,7 +139,7 @@ class Access:
         return given[0]
 
     def check_authorization(self, given: Sequence[str]) -> None:
-        """Raise RequestError for a wrong or missing key, in a time that does not tell how much of it is right."""
+        """Raise RequestError for a wrong or missing key; the comparison takes constant time."""
         if self.key is None:
             return
         scheme, _, sent = given[0].partition(" ") if given else ("", "", "")
@@ -149,12 +150,12 @@ class Access:
 
 
 def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -> Any:
-    """Return an ASGI application behind these checks, with the headers by which browsers hear about allowed origins.
+    """Return an ASGI application behind these checks, with the headers of allowed origins (CORS).
 
     Args:
         app: the application.
         access: the checks.
-        log: gets a line for each request that is refused here.
+        log: called with a line for each refused request.
     """
     from starlette.responses import JSONResponse, Response
 
@@ -170,24 +171,24 @@ def with_access_checks(app: Any, access: Access, log: Callable[[str], object]) -
             if scope["method"] == "OPTIONS" and origin is not None and asked:
                 private = header(b"access-control-request-private-network")
                 headers = _preflight(header(b"access-control-request-headers"), private)
-                await Response(status_code=204, headers=headers)(scope, receive, _naming(origin, send))
+                await Response(status_code=204, headers=headers)(scope, receive, _with_origin(origin, send))
                 return
-            # A load balancer asks for the health, and has no key.
+            # Load balancers, which have no key, request /health.
             if scope["path"] != "/health":
                 access.check_authorization(header(b"authorization"))
         except RequestError as error:
             client = scope["client"][0] if scope["client"] else "?"
             log(f"{client} {one_line(scope['method'] + ' ' + scope['path'])}: status {error.status}, {one_line(str(error))}")
             challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-            await JSONResponse(error.body(), error.status, challenge)(scope, receive, _naming(origin, send))
+            await JSONResponse(error.body(), error.status, challenge)(scope, receive, _with_origin(origin, send))
             return
-        await app(scope, receive, _naming(origin, send))
+        await app(scope, receive, _with_origin(origin, send))
 
     return gate
 
 
 def _preflight(asked: Sequence[str], private_network: Sequence[str]) -> dict[str, str]:
-    """Return headers of the answer to a browser that asks before it sends a page's request (CORS preflight)."""
+    """Return the headers of the answer to a CORS preflight request."""
     names = [name.strip() for name in ",".join(asked).split(",")]
     named = [name for name in names if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name)]
     return {
@@ -198,8 +199,8 @@ def _preflight(asked: Sequence[str], private_network: Sequence[str]) -> dict[str
     }
 
 
-def _naming(origin: str | None, send: Any) -> Any:
-    """Return `send` with the headers by which a browser hands a reply to the page."""
+def _with_origin(origin: str | None, send: Any) -> Any:
+    """Return `send`, wrapped to add the headers with which a browser lets the page read the reply."""
     if origin is None:
         return send
 

@@ -1,4 +1,4 @@
-"""Serve the HTTP routes. Starlette is imported only when they are built: it belongs to the extra `server`."""
+"""Handle the HTTP routes of the server. Starlette, of the extra `server`, is imported only when the routes are built."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-MAX_BYTES_PER_TOKEN = 32  # at most, on average, in JSON: text holds five, an escaped Chinese character six
-OTHER_FIELDS_BYTES = 1 << 16  # of the other fields
-MAX_READ_BYTES = 16 << 20  # that are read of a body that is too large: a client hears why only when it has sent all
-CLIENT_CHECK_SECONDS = 0.2  # seconds between two looks at whether the client is still there
+MAX_BYTES_PER_TOKEN = 32  # upper bound of the average in JSON: text has about five, an escaped Chinese character six
+OTHER_FIELDS_BYTES = 1 << 16  # bytes of a request besides its prompts or messages
+MAX_READ_BYTES = 16 << 20  # bytes that are read of a body that is too large, since clients read the error only after sending
+CLIENT_CHECK_SECONDS = 0.2  # how often the server checks whether the client is still connected
 
-Gone = Callable[[], Awaitable[bool]]  # whether the client of a request has gone
+IsDisconnected = Callable[[], Awaitable[bool]]  # returns whether the client of a request has disconnected
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Service:
     """The model behind the routes, and its limits.
 
     Attributes:
-        engine: carries out the tasks.
-        model: its name for clients.
-        max_tokens_total: of one request, prompts and texts together.
-        log: gets one line for each request.
-        chat: the chat template; None where nothing is known of conversations.
-        access: who may ask.
+        engine: runs the tasks.
+        model: the model's name for clients.
+        max_tokens_total: maximum number of tokens of one request, prompts and generated texts together.
+        log: called with a line for each request.
+        chat: the chat template; None if the checkpoint has none.
+        access: the checks of hosts, origins and the API key.
         patience: seconds without progress after which the model counts as stuck.
     """
 
@@ -66,28 +66,30 @@ class Service:
 
     @property
     def max_body_bytes(self) -> int:
-        """The most bytes that a request may have."""
+        """Maximum number of bytes in the body of a request."""
         return max_body_bytes(self.max_tokens_total)
 
 
 def max_body_bytes(max_tokens_total: int) -> int:
-    """Return the most bytes that a request may have.
+    """Return the maximum number of bytes in the body of a request.
 
-    While a larger one became tokens, nothing else in this process could run.
+    Tokenising a larger one would block this process for too long.
     """
     return MAX_BYTES_PER_TOKEN * max_tokens_total + OTHER_FIELDS_BYTES
 
 
-async def task_events(service: Service, task: GenerationTask, gone: Gone) -> AsyncIterator[TextUpdate | TaskResult]:
-    """Have a task carried out, and yield what becomes of it. Stops it where this iterator is closed or the client has gone.
+async def task_events(
+    service: Service, task: GenerationTask, is_disconnected: IsDisconnected
+) -> AsyncIterator[TextUpdate | TaskResult]:
+    """Submit a task, and yield its updates and its result. The task is stopped if the iterator is closed or the client leaves.
 
     Args:
         service: the model and its limits.
         task: the task.
-        gone: says whether the client has gone.
+        is_disconnected: returns whether the client has disconnected.
 
     Raises:
-        RequestError: the task is wrong; later, a failure or the server's end.
+        RequestError: the task is invalid; or, later, it failed, or the server is stopping.
     """
     task.check(service.engine.model, service.max_tokens_total)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[TextUpdate | TaskResult]()
@@ -105,7 +107,7 @@ async def task_events(service: Service, task: GenerationTask, gone: Gone) -> Asy
                 event = await asyncio.wait_for(events.get(), CLIENT_CHECK_SECONDS)
             except TimeoutError:
                 event = None
-            if await gone():
+            if await is_disconnected():
                 raise RequestError("the client has gone", status=499)
             if isinstance(event, TaskResult) and event.error:
                 raise RequestError(event.error, status=event.status)
@@ -114,23 +116,23 @@ async def task_events(service: Service, task: GenerationTask, gone: Gone) -> Asy
             if isinstance(event, TaskResult):
                 return
     finally:
-        # The engine sees it at its next token, and ends the task on all ranks.
+        # The engine checks this at its next token, and then ends the task on all ranks.
         pending.dropped.set()
 
 
 async def collect(
-    service: Service, task: GenerationTask, gone: Gone, *, echo: bool = False
+    service: Service, task: GenerationTask, is_disconnected: IsDisconnected, *, echo: bool = False
 ) -> tuple[list[CompletionText], TaskResult]:
-    """Return all texts of a task at their ends, and its result.
+    """Run a task to its end; return its complete texts, and its result.
 
     Args:
         service: the model and its limits.
         task: the task.
-        gone: says whether the client has gone.
+        is_disconnected: returns whether the client has disconnected.
         echo: the prompts are part of the texts.
     """
     completions = [CompletionText(task, prompt, service.engine.tokenizer, echo=echo) for prompt in task.prompts]
-    done, events = TaskResult(), task_events(service, task, gone)
+    done, events = TaskResult(), task_events(service, task, is_disconnected)
     try:
         async for event in events:
             if isinstance(event, TaskResult):
@@ -138,12 +140,12 @@ async def collect(
             else:
                 completions[event.index].add(event)
     finally:
-        await events.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
+        await events.aclose()  # type: ignore[attr-defined]  # at once, not when the garbage collector closes it
     return completions, done
 
 
 def build_app(service: Service) -> Any:
-    """Return the ASGI application: `PUT /api`, OpenAI's routes, `GET /health`, and the checks of access before them."""
+    """Return the ASGI application: `PUT /api`, OpenAI's routes and `GET /health`, behind the access checks."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
@@ -167,9 +169,9 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
     """Return a reply in JSON.
 
     Args:
-        body: its value.
-        status: of HTTP.
-        headers: besides those of its content.
+        body: the JSON value.
+        status: the HTTP status.
+        headers: headers besides those of the content.
     """
     from starlette.responses import JSONResponse
 
@@ -177,19 +179,19 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 
 class Handlers:
-    """One method for each route, and one for errors on the way to it."""
+    """Handlers of the routes, and one of errors before a route is reached."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self._began = int(time.time())
 
     async def api(self, request: Request) -> Response:
-        """Answer Megatron-LM's own route. Its errors are plain text, as they are there."""
+        """Answer Megatron-LM's route. Errors are plain text, as in Megatron-LM."""
         service = self.service
         quiet, request.state.began = False, time.monotonic()
         try:
             fields = await read_fields(request, service.max_body_bytes)
-            quiet = fields.held.get("no_log") is True
+            quiet = fields.values.get("no_log") is True
             task = megatron_api.read_task(fields, service.engine.tokenizer)
             completions, done = await collect(service, task, request.is_disconnected)
             answer: object = megatron_api.reply(task, completions, done, service.engine.tokenizer)
@@ -201,7 +203,7 @@ class Handlers:
         return json_response(answer, status)
 
     async def completions(self, request: Request) -> Response:
-        """Answer OpenAI's completions of a text."""
+        """Answer a request for OpenAI's text completions."""
         service = self.service
         request.state.began = time.monotonic()
         fields = await read_fields(request, service.max_body_bytes)
@@ -210,7 +212,7 @@ class Handlers:
         )
 
     async def chat_completions(self, request: Request) -> Response:
-        """Answer OpenAI's completions of a conversation."""
+        """Answer a request for OpenAI's chat completions."""
         service = self.service
         request.state.began = time.monotonic()
         fields = await read_fields(request, service.max_body_bytes)
@@ -218,7 +220,7 @@ class Handlers:
         messages = read_messages(fields)
         if service.chat is None:
             raise RequestError(NO_TEMPLATE)
-        # The template runs in another process, and the event loop serves other clients meanwhile.
+        # The template runs in another process; a thread waits for it, so that the event loop can serve other clients.
         prompt = await asyncio.to_thread(service.chat.tokens, messages)
         wanted = ChatRequest.from_fields(
             fields,
@@ -231,12 +233,13 @@ class Handlers:
         return await self._reply(request, wanted)
 
     async def _reply(self, request: Request, wanted: CompletionRequest | ChatRequest) -> Response:
-        """Answer a request of OpenAI's, as a stream or whole."""
+        """Answer a request of OpenAI's API, as a stream or in one reply."""
         from starlette.responses import StreamingResponse
 
         service = self.service
         if wanted.stream:
-            wanted.task.check(service.engine.model, service.max_tokens_total)  # while there can still be a status
+            # Checked before the stream begins, after which no error status can be sent.
+            wanted.task.check(service.engine.model, service.max_tokens_total)
             service.engine.check_room()
             self._log(request, "a stream begins")
             return StreamingResponse(event_stream(service, wanted), media_type="text/event-stream")
@@ -246,7 +249,7 @@ class Handlers:
         return json_response(body)
 
     async def list_models(self, request: Request) -> Response:
-        """Answer with the only model, in a list."""
+        """Answer with the list of models, which has one entry."""
         return json_response({"object": "list", "data": [model_body(self.service.model, self._began)]})
 
     async def one_model(self, request: Request) -> Response:
@@ -263,10 +266,10 @@ class Handlers:
         return json_response({"status": "ok"})
 
     async def refuse(self, request: Request, error: Exception) -> Response:
-        """Answer a request that a route has refused, or that no route takes."""
+        """Answer a request that a route has refused, or that matches no route."""
         from starlette.exceptions import HTTPException
 
-        if isinstance(error, HTTPException):  # no route, or not with this method: its headers tell which there are
+        if isinstance(error, HTTPException):  # no such route or method; the headers name the allowed methods
             wrong = RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
             return json_response(wrong.body(), wrong.status, error.headers)
         wrong = error if isinstance(error, RequestError) else RequestError(str(error))
@@ -279,10 +282,10 @@ class Handlers:
 
 
 async def read_fields(request: Request, largest: int) -> Fields:
-    """Return the body of a request as fields. `largest` is the most bytes that it may have.
+    """Return the fields of a request's body, which may have up to `largest` bytes.
 
     Raises:
-        RequestError: it is too large or no JSON object, or the client goes meanwhile.
+        RequestError: the body is too large or no JSON object, or the client disconnects meanwhile.
     """
     from starlette.requests import ClientDisconnect
 
@@ -291,7 +294,7 @@ async def read_fields(request: Request, largest: int) -> Fields:
     try:
         async for piece in request.stream():
             size += len(piece)
-            # A body that is too large is read on, so that its client hears why, but not kept.
+            # The rest of a body that is too large is read but not kept, so that the client gets the error message.
             body += piece if size <= largest else b""
             if size > max(MAX_READ_BYTES, largest):
                 break
@@ -304,7 +307,7 @@ async def read_fields(request: Request, largest: int) -> Fields:
 
 
 def check_content_type(given: Sequence[str], encoding: str) -> None:
-    """Raise RequestError for a body that is not declared as JSON: a browser lets any page send one declared as text."""
+    """Raise RequestError for a body that is not declared as JSON, since browsers let any page send one declared as text."""
     kind, _, parameters = given[0].partition(";") if len(given) == 1 else ("", "", "")
     named = dict(part.strip().lower().partition("=")[::2] for part in parameters.split(";"))
     if kind.strip().lower() != "application/json":
@@ -318,22 +321,19 @@ def check_content_type(given: Sequence[str], encoding: str) -> None:
 
 
 async def event_stream(service: Service, wanted: CompletionRequest | ChatRequest) -> AsyncIterator[str]:
-    """Yield server-sent events: chunks of one text each, at last perhaps the usage, and [DONE].
-
-    An error is an event too.
-    """
+    """Yield server-sent events: chunks with new parts of the texts, the usage if requested, errors, and [DONE]."""
     task = wanted.task
     completions = [CompletionText(task, prompt, service.engine.tokenizer, echo=wanted.echo) for prompt in task.prompts]
 
     def event(body: object) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
-    async def stays() -> bool:
-        return False  # the response that reads this iterator looks for itself, and closes it
+    async def never_disconnected() -> bool:
+        return False  # Starlette's response checks the connection itself, and closes this iterator
 
     for chunk in wanted.first_chunks():
         yield event(chunk)
-    events = task_events(service, task, stays)
+    events = task_events(service, task, never_disconnected)
     try:
         async for update in events:
             if isinstance(update, TextUpdate):
@@ -345,5 +345,5 @@ async def event_stream(service: Service, wanted: CompletionRequest | ChatRequest
     except RequestError as error:
         yield event(error.body())
     finally:
-        await events.aclose()  # type: ignore[attr-defined]  # at once, not when the collector comes by
+        await events.aclose()  # type: ignore[attr-defined]  # at once, not when the garbage collector closes it
     yield "data: [DONE]\n\n"

@@ -1,6 +1,6 @@
-"""Read requests and write replies in the form of OpenAI's chat completions.
+"""Read requests and write replies of OpenAI's chat completions API.
 
-The form is that of https://platform.openai.com/docs/api-reference/chat.
+Its reference is https://platform.openai.com/docs/api-reference/chat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.serving.task import MAX_PROMPTS, GenerationTask
 MAX_ALTERNATIVES = 20
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TEXTS = ("name", "tool_call_id", "reasoning_content")  # fields of a message beside role and content
-EMPTY = ("refusal", "annotations", "audio", "function_call")  # fields that clients send back with nothing in them
+EMPTY = ("refusal", "annotations", "audio", "function_call")  # fields of replies that clients send back, without content
 NOT_OFFERED: tuple[tuple[str, Any], ...] = (
     *NEUTRAL,
     ("tools", []),
@@ -36,15 +36,15 @@ KNOWN = COMMON | {"messages", "logprobs", "top_logprobs", "metadata", *LIMITS} |
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
-    """Return the messages as a chat template gets them, each content a text; RequestError for one that is none."""
-    given = fields.held.get("messages")
+    """Return the messages for the chat template, each content as text; RequestError for an invalid message."""
+    given = fields.values.get("messages")
     if not isinstance(given, list) or not given:
         raise RequestError("messages must be given, as a list of objects with role and content", "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(given)]
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
-    """Return one message as a chat template gets it. where: its name in an error."""
+    """Return one message for the chat template. where: names it in an error."""
     if not isinstance(given, dict):
         raise RequestError(f"{where} must be an object with role and content", "messages")
     message = {name: value for name, value in given.items() if value is not None and not (name in EMPTY and not value)}
@@ -63,13 +63,13 @@ def _message(given: Any, where: str) -> dict[str, Any]:
         message["content"] = _content(message["content"], f"{where}.content")
     elif not (role == "assistant" and calls):
         raise RequestError(f"{where}.content must be given, as a string or a list of parts of type text", "messages")
-    # Some templates read an assistant's reasoning under its older name.
+    # Some templates use the older name of `reasoning_content`.
     older = {"thinking": message["reasoning_content"]} if "reasoning_content" in message else {}
     return {**older, **message, "role": ROLES[role]}
 
 
 def _content(given: Any, where: str) -> str:
-    """Return a string, or the texts of a list of parts, one a line."""
+    """Return a string as it is, or the texts of a list of parts, joined by line breaks."""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
@@ -85,9 +85,9 @@ class ChatRequest(OpenAIRequest):
 
     @classmethod
     def check(cls, fields: Fields, model: str) -> None:
-        """Raise RequestError for a field that is not offered; before the messages are rendered, which costs time."""
+        """Raise RequestError for an unsupported field; called before the messages are rendered, which is slow."""
         check_names(fields, KNOWN, NOT_OFFERED, model)
-        if not isinstance(fields.held.get("metadata", {}), dict):
+        if not isinstance(fields.values.get("metadata", {}), dict):
             raise RequestError("metadata must be an object", "metadata")
 
     @classmethod
@@ -101,18 +101,15 @@ class ChatRequest(OpenAIRequest):
         ends: Sequence[int],
         max_tokens_total: int,
     ) -> ChatRequest:
-        """Read a request; RequestError for the first field that is wrong.
+        """Read a request; RequestError for the first invalid field.
 
         Args:
-            fields: the request.
-            prompt: its messages, as tokens.
-            served: the model, whose longest sequence ends a reply of no given length.
-            model: its name for clients.
+            fields: the fields of the request.
+            prompt: the tokens of its messages.
+            served: the model, whose sequence length limits a reply without a given length.
+            model: the model's name for clients.
             ends: tokens that end a reply.
-            max_tokens_total: most tokens of a request, prompts and replies together.
-
-        Returns:
-            What is asked for.
+            max_tokens_total: maximum number of tokens of a request, prompts and replies together.
         """
         samples = fields.integer("n", 1, 1, MAX_PROMPTS)
         (stream, usage), (sampling, seed) = read_stream(fields), read_sampling(fields)
@@ -128,7 +125,7 @@ class ChatRequest(OpenAIRequest):
         return cls(task, samples, stream, usage, model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()))
 
     def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
-        """Return the reply to a request that is no stream."""
+        """Return the reply to a request without streaming."""
         choices = []
         for i, completion in enumerate(completions):
             text, log_probs = completion.show()
@@ -138,11 +135,11 @@ class ChatRequest(OpenAIRequest):
         return self._body("chat.completion", choices, usage=count_usage(completions, self.samples))
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks of a stream that stand before all text."""
+        """Return the chunks of a stream before the first text."""
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.samples)]
 
     def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
-        """Return the chunks of a stream for what is new of a reply; one by itself tells how it ended."""
+        """Return the chunks of a stream for the new part of a reply; its end is a chunk of its own."""
         text, log_probs = completion.show()
         found = []
         if text or (log_probs and log_probs["tokens"]):
@@ -152,7 +149,7 @@ class ChatRequest(OpenAIRequest):
         return found
 
     def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
-        """Return the chunks of a stream that stand behind all text."""
+        """Return the chunks of a stream after the last text."""
         return [self._body("chat.completion.chunk", [], usage=count_usage(completions, self.samples))] if self.usage else []
 
     def _chunk(
@@ -167,37 +164,37 @@ class ChatRequest(OpenAIRequest):
 
 
 def _length(fields: Fields, prompt: Sequence[int], served: Predictor, max_tokens_total: int) -> int:
-    """Return the most tokens of a reply: as asked, else what the model and this server leave room for."""
-    given = {name: fields.integer(name, 1, 1) for name in LIMITS if name in fields.held}
+    """Return the maximum number of tokens of a reply: as requested, else as many as the model and the server allow."""
+    given = {name: fields.integer(name, 1, 1) for name in LIMITS if name in fields.values}
     if len(set(given.values())) > 1:
         raise RequestError("max_tokens is the older name of max_completion_tokens, and they differ: give one", "max_tokens")
     if given:
         return next(iter(given.values()))
-    longest = served.config.max_position_embeddings  # that it was trained on, also where nothing ends its positions
+    longest = served.config.max_position_embeddings  # the length that it was trained on, also with rotary positions
     if longest is not None and longest > len(prompt):
         max_tokens_total = min(max_tokens_total, longest)
     return max(1, max_tokens_total - len(prompt))
 
 
 def _alternatives(fields: Fields) -> int | None:
-    """Return how many alternatives of each token are told, None for no log-probabilities."""
+    """Return how many alternatives are returned for each token; None without log-probabilities."""
     wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 0, MAX_ALTERNATIVES)
-    if "top_logprobs" in fields.held and not wanted:
+    if "top_logprobs" in fields.values and not wanted:
         raise RequestError("top_logprobs needs logprobs true", "top_logprobs")
     return top if wanted else None
 
 
 def _log_probs(found: dict[str, list[Any]] | None) -> dict[str, Any] | None:
-    """Return log-probabilities in the form of chats."""
+    """Return log-probabilities in the form of the chat API."""
     if found is None:
         return None
 
-    def told(token: str, log_prob: float | None) -> dict[str, Any]:
+    def entry(token: str, log_prob: float | None) -> dict[str, Any]:
         return {"token": token, "logprob": log_prob, "bytes": list(token.encode())}
 
     rows = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
     content = [
-        {**told(token, own), "top_logprobs": [told(*best) for best in sorted((top or {}).items(), key=lambda e: -e[1])]}
+        {**entry(token, own), "top_logprobs": [entry(*best) for best in sorted((top or {}).items(), key=lambda e: -e[1])]}
         for token, own, top in rows
     ]
     return {"content": content, "refusal": None}

@@ -1,10 +1,10 @@
-"""Render a chat template in a process of its own: `python -m megatron.serving.chat_render`, started by `chat_template`.
+"""Render chat templates in a separate process: `python -m megatron.serving.chat_render`, started by `chat_template`.
 
-A template is a stranger's program. Jinja's sandbox (`chat_sandbox`) keeps it from reading files, but neither from running for
-ever nor from filling the memory; a process can be given a limit of memory, and ended.
+A template is an untrusted program. Jinja's sandbox (`chat_sandbox`) prevents it from reading files, but not from running for
+ever or filling the memory; so it runs in a process with a memory limit, which can be killed.
 
-Reads JSON lines. The first holds the template, the special tokens and how long a text may be; each of the others one
-conversation. Writes a line for each: {"text": ...} or {"error": ...}.
+The process reads JSON lines. The first one holds the template, the special tokens and the maximum length of a text; each of the
+others one conversation. It writes a line for each: {"text": ...} or {"error": ...}.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ MAX_ERROR = 1000  # characters
 MAX_MEMORY = 512 << 20  # bytes of address space
 
 
-def compiled(source: str) -> Any:
-    """Return the template; an exception of jinja2's for one that is none."""
-    from megatron.serving.chat_sandbox import ChatEnvironment  # here: what is wrong with jinja2 is an answer too
+def compile_source(source: str) -> Any:
+    """Compile a template; raises jinja2's exceptions for an invalid one."""
+    from megatron.serving.chat_sandbox import ChatEnvironment  # imported here, so that its errors become answers
 
     return ChatEnvironment().from_string(source)
 
 
-def rendered(template: Any, tokens: dict[str, str], asked: dict[str, Any], longest: int) -> str:
+def render(template: Any, tokens: dict[str, str], asked: dict[str, Any], longest: int) -> str:
     """Return the text of a conversation.
 
     Args:
-        template: compiled by `compiled`.
-        tokens: special tokens that it may name, such as bos_token.
-        asked: its variables, the messages among them.
-        longest: the most characters of the text.
+        template: the result of `compile_source`.
+        tokens: special tokens that the template may use, such as bos_token.
+        asked: the template's variables, such as the messages.
+        longest: maximum number of characters of the text.
 
     Raises:
         ValueError: the text is longer.
@@ -49,32 +49,32 @@ def rendered(template: Any, tokens: dict[str, str], asked: dict[str, Any], longe
 
 
 def answer(work: Callable[[], str]) -> str:
-    """Return the line that holds the text which some work makes, or its error. A template's own errors are for the client."""
+    """Return the line with the text that `work` returns, or its error; the errors of a template are sent to the client."""
     try:
         found = {"text": work()}
     except MemoryError:
         found = {"error": "it needs too much memory"}
-    except Exception as error:  # whatever a template brings about
+    except Exception as error:  # templates can raise any exception
         found = {"error": str(error)[:MAX_ERROR] or type(error).__name__}
     return json.dumps(found)
 
 
 def main() -> None:
-    # A stranger's program that crashes leaves no image of the memory behind.
-    """Answer the lines of stdin, one by one, under limits of memory."""
+    """Answer the lines of stdin, one by one, with a memory limit."""
+    # Without core dumps, which would write the conversation to the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     about = json.loads(sys.stdin.readline())
     templates: list[Any] = []
 
     def compile_template() -> str:
-        templates.append(compiled(about["template"]))
+        templates.append(compile_source(about["template"]))
         return ""
 
     print(answer(compile_template), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(answer(partial(rendered, templates[0], about["tokens"], asked, about["longest"])), flush=True)
+        print(answer(partial(render, templates[0], about["tokens"], asked, about["longest"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turn conversations into text as a checkpoint does: its chat template, special tokens, and tokens that end a reply."""
+"""Turn conversations into text with the checkpoint's chat template; read its special tokens and the tokens that end a reply."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TEMPLATE, CONFIG, TOKENS, GENERATION = (
     "special_tokens_map.json",
     "generation_config.json",
 )
-MODEL = "config.json"  # of that directory
-MAX_TEMPLATE = 1 << 20  # bytes; the longest published ones have some tens of thousands
-MAX_FILE = 32 << 20  # bytes of a JSON file: some list every added token
-MAX_SECONDS, MAX_START = 20.0, 120.0  # that a template may take for a conversation, and its process to start
+MODEL = "config.json"
+MAX_TEMPLATE = 1 << 20  # bytes of a template; the longest published ones have some tens of thousands
+MAX_FILE = 32 << 20  # bytes of a JSON file; some list every added token
+MAX_SECONDS, MAX_START = 20.0, 120.0  # time limits of rendering a conversation, and of starting the template's process
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "HOME")  # others may hold secrets
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "HOME")  # all others, which may hold secrets, are removed
 NO_TEMPLATE = (
     "this checkpoint's tokenizer carries no chat template, so how it writes a conversation is not known: ask /v1/completions, "
     "start the server with --chat-template FILE, or serve what tools/import_hf.py made of a model that has a "
@@ -39,12 +39,12 @@ NO_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ChatFiles:
-    """Settings for chats in the files beside a tokenizer.
+    """Chat settings from the files beside a tokenizer.
 
     Attributes:
         template: the chat template; None for none.
-        tokens: special tokens that a template may name, such as bos_token.
-        ends: tokens that end a reply.
+        tokens: texts of the special tokens that a template may use, by name, such as bos_token.
+        ends: ids of the tokens that end a reply.
     """
 
     template: str | None
@@ -58,13 +58,13 @@ class ChatFiles:
         Args:
             folder: the tokenizer's directory.
             tokenizer: the tokenizer.
-            given: a template in place of the directory's.
+            given: a template to use instead of the directory's.
 
         Raises:
             DataError: a file is damaged.
         """
         about, generation = _read_json(_place(folder, CONFIG)), _read_json(_place(folder, GENERATION))
-        # What tokenizer_config.json names wins over special_tokens_map.json.
+        # tokenizer_config.json takes precedence over special_tokens_map.json.
         named = {**_read_json(_place(folder, TOKENS)), **about}
         tokens = {f"{role}_token": tokenizer.piece(tokenizer.special[role]) for role in ROLES if role in tokenizer.special}
         if "eod" in tokenizer.special:
@@ -81,7 +81,7 @@ class ChatFiles:
 
 
 def read_template(file: Path) -> str:
-    """Return the text of a file with a template; DataError for a file that holds none."""
+    """Return the text of a template file; DataError if it cannot be read."""
     try:
         return _read(file, MAX_TEMPLATE).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def read_template(file: Path) -> str:
 
 
 def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
-    """Return the template of a conversation without tools: that of the file, else the configuration's."""
+    """Return the template for conversations without tools: that of the template file, else of tokenizer_config.json."""
     if os.path.lexists(file := _place(folder, TEMPLATE)):
         return read_template(file)
     held = about.get("chat_template")
@@ -102,7 +102,7 @@ def _template(folder: Path, about: Mapping[str, Any]) -> str | None:
 
 
 def _place(folder: Path, name: str) -> Path:
-    """Return where a file of this name lies: as its authors wrote it, else beside the tokenizer."""
+    """Return the path of a file: the authors' original if it was kept, else the one beside the tokenizer."""
     kept = folder / KEPT / name
     return kept if os.path.lexists(kept) else folder / name
 
@@ -116,7 +116,7 @@ def _read(path: Path, most: int) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a file's JSON object; an empty one where there is no such file."""
+    """Return a file's JSON object; an empty one if there is no such file."""
     if not os.path.lexists(path):
         return {}
     try:
@@ -130,13 +130,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass
 class ChatTemplate:
-    """A template in use, in a process of its own that is started when it is needed. For several threads.
+    """A chat template that is rendered in a separate process, which is started when it is needed. Safe for several threads.
 
     Attributes:
         files: the template and its tokens.
-        tokenizer: makes the tokens of a text.
-        longest: most characters of a conversation's text.
-        trouble: why there is no template; empty where there is one.
+        tokenizer: the tokenizer of the model.
+        longest: maximum number of characters of a conversation's text.
+        trouble: the reason why the template cannot be used; empty if it can.
     """
 
     files: ChatFiles
@@ -151,7 +151,7 @@ class ChatTemplate:
             self.trouble = NO_TEMPLATE
             return
         try:
-            self._backend = self.tokenizer.backend()  # it knows special tokens in a text, which a template writes
+            self._backend = self.tokenizer.backend()  # it recognizes the special tokens that templates write as text
             with self._lock:
                 self._start()
         except (DataError, RequestError) as error:
@@ -159,7 +159,7 @@ class ChatTemplate:
             self.close()
 
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-        """Return a conversation and the beginning of the reply to it as tokens; RequestError where the template refuses it."""
+        """Return a conversation with the beginning of the reply as tokens; RequestError if the template refuses it."""
         text = self.text(messages)
         try:
             return tuple(self._backend.encode(text, add_special_tokens=False).ids)
@@ -167,7 +167,7 @@ class ChatTemplate:
             raise RequestError("the chat template writes half of a surrogate pair, which is no text", "messages") from error
 
     def text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Return a conversation and the beginning of the reply to it, as transformers' `apply_chat_template` does."""
+        """Return a conversation with the beginning of the reply as text, as transformers' `apply_chat_template` does."""
         if self.trouble:
             raise RequestError(self.trouble)
         asked = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
@@ -180,15 +180,15 @@ class ChatTemplate:
                 raise RequestError(f"the chat template refuses these messages: {error}", "messages") from error
 
     def close(self) -> None:
-        """End the process, also one that still renders."""
-        # Before the lock, which a thread that waits for the template holds.
+        """End the process, even if it is rendering."""
+        # Killed before taking the lock, which a thread that waits for the process holds.
         if (process := self._process) is not None:
             process.kill()
         with self._lock:
             self._stop()
 
     def _start(self) -> None:
-        """Start the process and give it the template."""
+        """Start the process, and send it the template."""
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         self._process = subprocess.Popen(
@@ -197,23 +197,23 @@ class ChatTemplate:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # a Ctrl-C is for the server, which ends it in order
+            start_new_session=True,  # so that Ctrl-C reaches only the server, which then ends the process
         )
         about = {"template": self.files.template, "tokens": self.files.tokens, "longest": self.longest}
         self._ask(about, MAX_START)
 
     def _ask(self, question: Mapping[str, Any], seconds: float) -> str:
-        """Return the process's answer; RequestError for its error, and where it is not there in time."""
+        """Return the process's answer; RequestError for an error in it, or without an answer in time."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise RequestError("its process has ended")
-        # A kill ends the read below, which has no timeout of its own.
+        # The read below has no timeout; killing the process ends it.
         late = threading.Timer(seconds, process.kill)
         late.start()
         try:
             process.stdin.write(json.dumps(question).encode() + b"\n")
             process.stdin.flush()
-            line = process.stdout.readline(16 * self.longest + (1 << 20))  # a character is up to twelve in JSON
+            line = process.stdout.readline(16 * self.longest + (1 << 20))  # a character has up to twelve bytes in JSON
             answer = json.loads(line)
         except (OSError, ValueError):
             self._stop()

@@ -80,7 +80,7 @@ class CompletionText:
         if self._scan.found is not None:
             return certain[: self._scan.found]
         # What may begin a stop text waits for the tokens that tell.
-        return certain if self.end else certain[: len(certain) - self._scan.held]
+        return certain if self.end else certain[: len(certain) - self._scan.num_pending]
 
     def _log_probs(self, places: range) -> dict[str, list[Any]]:
         """Return log-probabilities in OpenAI's form, of the tokens with these places. A text's first token has none."""

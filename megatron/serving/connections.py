@@ -1,6 +1,6 @@
-"""Set deadlines for connections: a client that is silent, sends or reads too slowly loses its own, and nobody else waits.
+"""Limit the number and duration of connections, so that silent or slow clients are disconnected and do not block others.
 
-uvicorn bounds only the time between two requests of one connection.
+uvicorn itself limits only the time between two requests of one connection.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from megatron.serving.fields import RequestError, one_line
 
-LINGER = 1.0  # seconds for which a client that has been refused may go on sending, so that it hears why
-MIN_RATE = 1024  # bytes a second, at which a client must take what it has asked for
+LINGER = 1.0  # seconds that a refused connection stays open, so that the client can read the error
+MIN_RATE = 1024  # bytes per second at which a client must read its reply
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """The most that one client may take of the server, and that all clients may together.
+    """Limits of the connections to the server.
 
     Attributes:
-        request_timeout: seconds from connecting, or the first byte of a later request, until a request is there.
-        keep_alive_timeout: seconds between two requests.
-        send_timeout: seconds without `MIN_RATE` of progress while a reply waits to be read.
-        max_connections: open at once.
+        request_timeout: seconds within which a request must arrive, from the connection or its first byte on.
+        keep_alive_timeout: seconds between two requests of a connection.
+        send_timeout: seconds within which a client must read its reply at `MIN_RATE`.
+        max_connections: maximum number of open connections.
     """
 
     request_timeout: float = 20.0
@@ -44,9 +44,9 @@ class ConnectionLimits:
 
 
 def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with these limits. log: gets a line for each request that is refused here.
+    """Return a subclass of uvicorn's protocol with these limits. log: called with a line for each refused request.
 
-    uvicorn makes one object of it for each connection. What it overrides, `ConnectionGuard` decides.
+    uvicorn creates an instance for each connection. The overridden methods call `ConnectionGuard`.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -54,7 +54,7 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
         def connection_made(self, transport: Any) -> None:
             self.guard = ConnectionGuard(self, limits, log)
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of every byte that nobody takes
+            transport.set_write_buffer_limits(high=0)  # `pause_writing` is then called whenever a byte is not sent at once
             self.guard.watch_request()
             self.guard.make_room()
 
@@ -80,31 +80,31 @@ def guarded_protocol(limits: ConnectionLimits, log: Callable[[str], object]) -> 
             self.guard.reply_taken()
             super().resume_writing()
 
-        def send_400_response(self, msg: str) -> None:  # where uvicorn handles h11's error: what came is no HTTP
+        def send_400_response(self, msg: str) -> None:  # uvicorn calls this for h11's errors: the request is not valid HTTP
             error = sys.exc_info()[1]
             status = getattr(error, "error_status_hint", 400)
             self.guard.refuse(status, f"the request is no HTTP that this server reads: {error or msg}")
 
         def _should_upgrade(self) -> bool:
-            return False  # a client that asks for a WebSocket gets HTTP
+            return False  # requests for a WebSocket are answered by HTTP
 
     return GuardedProtocol
 
 
 class ConnectionGuard:
-    """The deadlines of one connection: a timer for the request that arrives, another for the reply that leaves.
+    """The deadlines of one connection: a timer for the arriving request, and one for the reply that is being sent.
 
     Args:
-        protocol: uvicorn's, with `guard`, this object; of it are read `conn` (h11's state of the connection), `cycle` (the
-            request that is being answered), `transport`, `client`, and `connections`, all of the server.
-        limits: of every connection.
-        log: gets a line for each request that is refused here.
+        protocol: uvicorn's protocol. This class reads its `conn` (h11's state of the connection), `cycle` (the request that is
+            being answered), `transport`, `client` and `connections` (all connections of the server).
+        limits: the limits of every connection.
+        log: called with a line for each refused request.
     """
 
     def __init__(self, protocol: Any, limits: ConnectionLimits, log: Callable[[str], object]) -> None:
         self._protocol, self._limits, self._log = protocol, limits, log
         self._arriving, self._leaving = Timer(protocol.loop), Timer(protocol.loop)
-        self._unsent = 0  # bytes of the reply that nobody had taken when its timer was set
+        self._unsent = 0  # unsent bytes of the reply when its timer was last started
         self.quiet_since: float = protocol.loop.time()
         self.refused = False
 
@@ -115,19 +115,19 @@ class ConnectionGuard:
 
     @property
     def busy(self) -> bool:
-        """True while a request is here that has not been answered."""
+        """True while a request has arrived that has not been answered."""
         cycle = self._protocol.cycle
         answered = cycle is None or cycle.response_complete or self.refused
         return not answered and not self._body_arrives()
 
     def _body_arrives(self) -> bool:
-        """Return whether the body of a request is due."""
+        """Return whether the rest of a request's body is expected."""
         import h11
 
         return self._protocol.conn.their_state is h11.SEND_BODY
 
     def _head_arrives(self) -> bool:
-        """Return whether a request's first line and headers are due. Between two requests uvicorn's own timer runs."""
+        """Return whether a request's first line and headers are expected. Between two requests uvicorn's timer runs."""
         import h11
 
         return self._protocol.conn.their_state is h11.IDLE and self._protocol.timeout_keep_alive_task is None
@@ -142,7 +142,7 @@ class ConnectionGuard:
             self._arriving.start(self._limits.request_timeout, self._too_late)
 
     def _too_late(self) -> None:
-        """Refuse the request that did not arrive in time, or close a connection on which nothing came."""
+        """Refuse a request that did not arrive in time; close a connection on which nothing has arrived."""
         self._arriving.cancel()
         if self._body_arrives() or self._protocol.conn.trailing_data[0]:
             limit = self._limits.request_timeout
@@ -151,31 +151,30 @@ class ConnectionGuard:
             self._protocol.transport.close()
 
     def watch_reply(self) -> None:
-        """Run the timer of a reply that waits to be read."""
+        """Start the timer of a reply that the client must read."""
         self._unsent = self._protocol.transport.get_write_buffer_size()
-        self._leaving.start(self._limits.send_timeout, self._look_at_reply)
+        self._leaving.start(self._limits.send_timeout, self._check_reply)
 
     def reply_taken(self) -> None:
         """Stop the timer of the reply."""
         self._leaving.cancel()
 
-    def _look_at_reply(self) -> None:
-        """Abort a connection whose client takes the reply too slowly."""
+    def _check_reply(self) -> None:
+        """Abort the connection if its client reads the reply too slowly; otherwise start the timer again."""
         seconds, before = self._limits.send_timeout, self._unsent
         self._unsent = self._protocol.transport.get_write_buffer_size()
-        # A slow client may take its time, as long as it takes something.
         if before - self._unsent >= MIN_RATE * seconds:
-            self._leaving.start(seconds, self._look_at_reply)
+            self._leaving.start(seconds, self._check_reply)
             return
         self._log(f"{self._client()}: closed, since the reply was not read for {seconds:g} s (--send-timeout)")
         self._protocol.transport.abort()
 
     def make_room(self) -> None:
-        """Close the connection that has been quiet longest where there are too many; this one where all have requests."""
+        """If there are too many connections, close the one that has been idle longest, or refuse this one if none is idle."""
         protocol, limit = self._protocol, self._limits.max_connections
         if len(protocol.connections) <= limit:
             return
-        # A connection without a request loses nothing that its client could not ask for again.
+        # Closing a connection without a request loses nothing: its client can connect again.
         idle = [other for other in protocol.connections if other is not protocol and not other.guard.busy]
         if idle:
             oldest = min(idle, key=lambda other: other.guard.quiet_since)
@@ -185,7 +184,7 @@ class ConnectionGuard:
             self.refuse(503, f"{limit} requests are open already (--max-connections): try again later")
 
     def refuse(self, status: int, message: str) -> None:
-        """Answer where there is no answer yet, and close the connection."""
+        """Send an error, unless a reply has begun, and close the connection."""
         import h11
 
         protocol, error = self._protocol, RequestError(message, status=status)
@@ -199,12 +198,12 @@ class ConnectionGuard:
                 h11.EndOfMessage(),
             )
             protocol.transport.write(b"".join(protocol.conn.send(event) or b"" for event in events))
-        except h11.LocalProtocolError:  # an answer has begun already, or must have no body
+        except h11.LocalProtocolError:  # a reply has begun already, or must not have a body
             protocol.transport.abort()
             return
         self._log(f"{self._client()}: status {status}, {one_line(str(error))}")
         self.refused = True
-        if protocol.cycle is not None:  # an application that waits for the body waits no longer
+        if protocol.cycle is not None:  # wakes an application that waits for the rest of the body
             protocol.cycle.disconnected = True
             protocol.cycle.message_event.set()
         protocol.transport.write_eof()
@@ -215,7 +214,7 @@ class ConnectionGuard:
 
 
 class Timer:
-    """A call that an event loop makes later, unless it is put off or cancelled."""
+    """A delayed call on an event loop, which can be restarted or cancelled."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -223,16 +222,16 @@ class Timer:
 
     @property
     def running(self) -> bool:
-        """True from `start` until `cancel`, also when the call has been made."""
+        """True from `start` until `cancel`, even after the call."""
         return self._due is not None
 
     def start(self, seconds: float, call: Callable[[], object]) -> None:
-        """Make this call after so many seconds, in place of any that was set before."""
+        """Make this call after so many seconds; replaces an earlier one."""
         self.cancel()
         self._due = self._loop.call_later(seconds, call)
 
     def cancel(self) -> None:
-        """Make no call."""
+        """Cancel the call."""
         if self._due is not None:
             self._due.cancel()
         self._due = None

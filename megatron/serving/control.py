@@ -1,7 +1,7 @@
-"""Tell all ranks what rank 0 has to do, and hear which of them were asked to end.
+"""Broadcast rank 0's commands to all ranks, and let all know whether one of them was asked to stop.
 
-Small collectives over all ranks, on a process group of their own. Rank 0 speaks at least every half second, also while no
-request comes, so that nobody ever waits as long as a collective may take.
+These are small collectives over all ranks, on a process group of their own. Rank 0 calls them at least every half second, even
+without requests, so that no rank waits until the timeout of a collective.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
 
-NOTHING, GO_ON, DROP, TASK = range(4)  # no work; continue the task; abandon it; begin the one in the payload
+NOTHING, CONTINUE, DROP, TASK = range(4)  # no work; continue the task; abandon it; begin the one in the payload
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Command:
     """The outcome of one exchange, the same on all ranks.
 
     Attributes:
-        command: rank 0's: NOTHING, GO_ON, DROP or TASK.
-        payload: with TASK, the task.
-        stop: some rank has been asked to end.
+        command: rank 0's command: NOTHING, CONTINUE, DROP or TASK.
+        payload: for TASK, the task.
+        stop: some rank was asked to stop.
     """
 
     command: int
@@ -34,12 +34,12 @@ class Command:
 
 
 class Control:
-    """One rank's end of the exchange. Collective: all ranks make one, and call `exchange` equally often."""
+    """The exchange of commands on one rank. Collective: all ranks create one, and call `exchange` equally often."""
 
     def __init__(self, world: Axis, timeout: timedelta | None = None) -> None:
         self.axis = world
         if world.group is not None:
-            # What travels lies in host memory, so it is gloo's under NCCL too.
+            # The tensors are in host memory, so the group uses gloo even in a job with NCCL.
             group = dist.new_group(list(world.ranks), timeout=timeout, backend="gloo")
             self.axis = replace(world, name="control", group=group)
 
@@ -49,22 +49,22 @@ class Control:
         return self.axis.first
 
     def exchange(self, command: int = NOTHING, payload: bytes = b"", *, stop: bool = False) -> Command:
-        """Exchange a command and the wish to stop. Collective.
+        """Exchange rank 0's command and all ranks' requests to stop. Collective.
 
         Args:
-            command: what rank 0 tells; ignored on the others.
-            payload: what rank 0 sends with it; ignored on the others.
-            stop: this rank has been asked to end.
+            command: rank 0's command; ignored on the others.
+            payload: rank 0's data for the command; ignored on the others.
+            stop: this rank was asked to stop.
         """
         if self.axis.size == 1:
             return Command(command, payload, stop)
-        told = torch.tensor([command, len(payload), stop] if self.is_leader else [0, 0, stop], dtype=torch.int64)  # [3]
-        # The maximum gives rank 0's numbers, the others' are 0, and the wish of any rank.
-        command, length, asked = map(int, all_reduce(told, self.axis, "max").tolist())
+        header = torch.tensor([command, len(payload), stop] if self.is_leader else [0, 0, stop], dtype=torch.int64)  # [3]
+        # The maximum: command and length are rank 0's, since the others have 0; one rank's stop is enough.
+        command, length, asked = map(int, all_reduce(header, self.axis, "max").tolist())
         if length:
-            room = torch.zeros(length, dtype=torch.uint8)  # [length]
+            buffer = torch.zeros(length, dtype=torch.uint8)  # [length]
             if self.is_leader:
-                room.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-            dist.broadcast(room, self.axis.ranks[0], group=self.axis.group)
-            payload = bytes(room.tolist())
+                buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+            dist.broadcast(buffer, self.axis.ranks[0], group=self.axis.group)
+            payload = bytes(buffer.tolist())
         return Command(command, payload, bool(asked))

@@ -1,4 +1,4 @@
-"""Turn tokens into text, piece by piece."""
+"""Convert tokens to text incrementally."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from collections.abc import Sequence
 
 from megatron.data.tokenizer import Tokenizer
 
-CONTEXT = 16  # tokens before a place that settle how what follows is spelt: a space, the rest of a character
-REPLACEMENT_CHARACTER = "\ufffd"  # what a decoder puts where the bytes of a character are not all there
+CONTEXT = 16  # number of earlier tokens that can affect how a token is decoded: by a space, or the start of a character
+REPLACEMENT_CHARACTER = "\ufffd"  # a decoder's output for an incomplete character
 
 
 def added_text(tokenizer: Tokenizer, tokens: Sequence[int], start: int, end: int | None = None) -> str:
-    """Return the text that `tokens[start:end]` add to what is before them, where some tokenizers spell a first token otherwise.
+    """Return the text that `tokens[start:end]` add to the text of the tokens before them.
 
     Args:
-        tokenizer: of the model.
-        tokens: a text, and what is before it.
-        start: number of the first token of the part.
-        end: number behind its last one; None for all that follow.
+        tokenizer: the model's tokenizer.
+        tokens: the tokens of a text.
+        start: index of the first token of the part.
+        end: index after its last token; None for the end of the text.
     """
-    # Some tokens before the part settle whether its first one is spelt with a space.
+    # Decoded with the tokens before, since some tokenizers decode the first token of a text without its space.
     before = tokenizer.detokenize(tokens[max(0, start - CONTEXT) : start])
     whole = tokenizer.detokenize(tokens[max(0, start - CONTEXT) : end])
     return whole[_alike(before, whole) :]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return one token by itself. A piece of SentencePiece keeps the sign that stands for its space."""
+    """Return the text of a single token; for SentencePiece, with the character that stands for a space."""
     return tokenizer.piece(token) if "SentencePiece" in tokenizer.kind else tokenizer.detokenize([token])
 
 
 def token_width(tokenizer: Tokenizer, tokens: Sequence[int], place: int) -> int:
-    """Return how many characters a token adds to the text before it. One of several tokens is added by the last of them.
+    """Return how many characters a token adds to the text. A character of several tokens counts for the last of them.
 
     Args:
-        tokenizer: of the model.
-        tokens: the text.
-        place: number of the token in it.
+        tokenizer: the model's tokenizer.
+        tokens: the tokens of the text.
+        place: index of the token.
     """
     start = max(0, place - CONTEXT)
     before = tokenizer.detokenize(tokens[start:place]).rstrip(REPLACEMENT_CHARACTER)
@@ -45,8 +45,8 @@ def token_width(tokenizer: Tokenizer, tokens: Sequence[int], place: int) -> int:
 
 
 def _alike(before: str, whole: str) -> int:
-    """Return how many characters both begin with: all of `before`, but for a last one that the next token changes."""
+    """Return the length of the common prefix: all of `before`, except for an incomplete last character."""
     if whole.startswith(before):
         return len(before)
-    # The last character of `before` was unfinished: it stops where the two differ.
+    # The last character of `before` was incomplete, so the common prefix ends where the two texts differ.
     return next(i for i in range(len(before) + 1) if i >= len(whole) or i >= len(before) or before[i] != whole[i])

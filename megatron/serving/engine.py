@@ -1,4 +1,4 @@
-"""Carry out tasks, one after the other, on all ranks at once: all compute the same tokens, rank 0 hands them on."""
+"""Run generation tasks one after the other, on all ranks together; rank 0 delivers the tokens to the clients."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import Beam
 from megatron.inference.generate import GeneratedText, Predictor, TokenScore, extend_texts
 from megatron.launch.watchdog import Watchdog
-from megatron.serving.control import DROP, GO_ON, NOTHING, TASK, Control
+from megatron.serving.control import CONTINUE, DROP, NOTHING, TASK, Control
 from megatron.serving.fields import RequestError
 from megatron.serving.task import GenerationTask
 
-EXCHANGE_SECONDS = 0.5  # between two exchanges while no request comes
-MAX_WAITING = 256  # requests in the queue
-MAX_IDLE = 15.0  # seconds without a sign of the engine while no request runs: it gives one at every exchange
+EXCHANGE_SECONDS = 0.5  # time between two exchanges of the ranks while there is no request
+MAX_WAITING = 256  # maximum number of requests in the queue
+MAX_IDLE = 15.0  # seconds without an exchange, while no request runs, after which the engine counts as stuck
 
 
 @dataclass(frozen=True)
 class TextUpdate:
-    """The growth of a text since its last update.
+    """The new part of a text since its last update.
 
     Attributes:
         index: number of the text in its task.
         tokens: new tokens.
-        scores: of as many tokens as are known by now, also of the prompt's.
-        end: why the text has ended; empty while it goes on.
+        scores: new scores, which include those of the prompt's tokens.
+        end: `stop` or `length` when the text has ended; otherwise empty.
     """
 
     index: int
@@ -45,9 +45,9 @@ class TaskResult:
     """The end of a task.
 
     Attributes:
-        beams: of a beam search, best first.
-        error: why it ended early; empty where it did not.
-        status: of HTTP, for an error.
+        beams: results of a beam search, best first.
+        error: the reason why the task ended early; empty if it did not.
+        status: the HTTP status of an error.
     """
 
     beams: tuple[Beam, ...] = ()
@@ -64,8 +64,8 @@ class QueuedTask:
 
     Attributes:
         task: the task.
-        deliver: gets its updates and then one TaskResult, on the engine's thread.
-        dropped: nobody waits for it any more.
+        deliver: called with its updates and then one TaskResult, on the engine's thread.
+        dropped: set when the client no longer waits for it.
     """
 
     task: GenerationTask
@@ -74,7 +74,7 @@ class QueuedTask:
 
 
 class Engine:
-    """One rank's engine. Collective where the model or the control are."""
+    """Runs the tasks on one rank; collective over the ranks of the model."""
 
     def __init__(self, model: Predictor, tokenizer: Tokenizer, control: Control, watch: Watchdog | None = None) -> None:
         self.model, self.tokenizer, self.control, self.watch = model, tokenizer, control, watch or Watchdog()
@@ -83,9 +83,10 @@ class Engine:
         self._progress: tuple[float, str, bool] = (time.monotonic(), "starting", False)
 
     def trouble(self, patience: float) -> str:
-        """Return why requests are not being answered, in words; "" where they are. From any thread.
+        """Return why requests are not being answered; "" if they are. Can be called from any thread.
 
-        patience: seconds that a request may take from one of its tokens to the next.
+        Args:
+            patience: seconds that a request may take from one of its tokens to the next.
         """
         if self._closed.is_set():
             return STOPPING.error
@@ -95,8 +96,8 @@ class Engine:
             return ""
         return f"the model has made no progress for {quiet:.0f} s, while {what}"
 
-    def _at(self, what: str, *, busy: bool) -> None:
-        """Tell the watchdog, and whoever asks for `trouble`, what happens from now on."""
+    def _begin_phase(self, what: str, *, busy: bool) -> None:
+        """Record the current phase for the watchdog and for `trouble`."""
         self._progress = (time.monotonic(), what, busy)
         if busy:
             self.watch.doing(what)
@@ -104,37 +105,41 @@ class Engine:
             self.watch.waiting(what)
 
     def check_room(self) -> None:
-        """Raise RequestError when as many requests wait as may."""
+        """Raise RequestError if the queue is full."""
         if self._waiting.full():
             raise RequestError(f"{self._waiting.maxsize} requests wait already: try again later", status=503)
 
     def submit(self, pending: QueuedTask) -> None:
-        """Queue a task, from one thread of rank 0. It is refused at once when the end has come.
+        """Queue a task, from one thread of rank 0. If the engine has ended, the task is refused at once.
 
         Raises:
-            RequestError: there is no room.
+            RequestError: the queue is full.
         """
         self.check_room()
-        # The engine may close meanwhile, and then nobody would take the task out: so that is looked at afterwards.
+        # Checked after queueing, since the engine may end in between, and would leave the task in the queue.
         self._waiting.put_nowait(pending)
         if self._closed.is_set():
             self._refuse_all()
 
     def run(self, asked_to_stop: Callable[[], bool]) -> None:
-        """Work until some rank is asked to stop; what waits or runs then is refused. asked_to_stop: of this rank."""
+        """Run tasks until some rank is asked to stop; then refuse the current and the queued ones.
+
+        Args:
+            asked_to_stop: returns whether this rank was asked to stop.
+        """
         try:
             while True:
-                # Only rank 0 has a queue. All ranks come to the exchange, whether there is a task or not.
+                # Only rank 0 has a queue. All ranks take part in the exchange, whether there is a task or not.
                 pending = self._next() if self.control.is_leader else None
-                self._at("waiting for a request", busy=False)
-                word = self.control.exchange(
+                self._begin_phase("waiting for a request", busy=False)
+                message = self.control.exchange(
                     NOTHING if pending is None else TASK,
                     b"" if pending is None else pending.task.to_bytes(),
                     stop=asked_to_stop(),
                 )
-                if not word.stop and word.command == TASK:
-                    done = self._carry_out(GenerationTask.from_bytes(word.payload), pending, asked_to_stop)
-                elif word.stop:
+                if not message.stop and message.command == TASK:
+                    done = self._run_task(GenerationTask.from_bytes(message.payload), pending, asked_to_stop)
+                elif message.stop:
                     done = STOPPING
                 else:
                     continue
@@ -147,7 +152,7 @@ class Engine:
             self._refuse_all()
 
     def _next(self) -> QueuedTask | None:
-        """Return the next task that somebody still waits for; None after a while without one."""
+        """Return the next task whose client still waits; None after EXCHANGE_SECONDS without one."""
         try:
             pending = self._waiting.get(timeout=EXCHANGE_SECONDS)
         except queue.Empty:
@@ -155,36 +160,36 @@ class Engine:
         return None if pending.dropped.is_set() else pending
 
     def _refuse_all(self) -> None:
-        """Refuse all tasks that wait, since the server stops."""
+        """Refuse all queued tasks, since the server is stopping."""
         while True:
             try:
                 self._waiting.get_nowait().deliver(STOPPING)
             except queue.Empty:
                 return
 
-    def _carry_out(self, task: GenerationTask, pending: QueuedTask | None, asked_to_stop: Callable[[], bool]) -> TaskResult:
-        """Carry out a task, on all ranks in step.
+    def _run_task(self, task: GenerationTask, pending: QueuedTask | None, asked_to_stop: Callable[[], bool]) -> TaskResult:
+        """Run a task, on all ranks together.
 
-        ValueError, such as of a damaged model, comes on all of them at once and ends the task. So does too little memory where
-        there is one rank; of several the others wait for this one's part.
+        A ValueError, such as that of a damaged model, is raised on all ranks alike, and ends only the task. So does a lack of
+        memory on a single rank. With several ranks it ends the server, since the others wait for this rank's part.
         """
         beams: list[Beam] = []
         texts = [GeneratedText.from_prompt(prompt) for prompt in task.prompts]
-        told = [(text.start, 0) for text in texts]
-        self._at(f"reading the prompts of a request for {len(texts)} texts", busy=True)
+        delivered = [(text.start, 0) for text in texts]  # numbers of tokens and scores that the client has of each text
+        self._begin_phase(f"reading the prompts of a request for {len(texts)} texts", busy=True)
         steps = self._beams(task, beams) if task.beam else self._texts(task, texts)
         try:
             for number, grown in enumerate(steps):
-                self._at(f"writing token {number + 1} of a request for {len(texts)} texts", busy=True)
-                command = GO_ON
+                self._begin_phase(f"writing token {number + 1} of a request for {len(texts)} texts", busy=True)
+                command = CONTINUE
                 if pending is not None:
-                    # The client hears of a token before the other ranks hear that they may go on.
-                    _tell(pending, grown, texts, told)
-                    command = DROP if pending.dropped.is_set() else GO_ON
-                word = self.control.exchange(command, stop=asked_to_stop())
-                if word.stop:
+                    # Delivered before the exchange, in which this rank may have to wait for the others.
+                    _deliver_new(pending, grown, texts, delivered)
+                    command = DROP if pending.dropped.is_set() else CONTINUE
+                message = self.control.exchange(command, stop=asked_to_stop())
+                if message.stop:
                     return STOPPING
-                if word.command == DROP:
+                if message.command == DROP:
                     return TaskResult(error="nobody waits for this request any more", status=499)
         except ValueError as error:
             return TaskResult(error=str(error))
@@ -197,7 +202,7 @@ class Engine:
         return TaskResult(tuple(beams))
 
     def _texts(self, task: GenerationTask, texts: list[GeneratedText]) -> Iterator[list[int]]:
-        """Generate the texts of a task; yield, at each step, which of them grew."""
+        """Generate the texts of a task; after each step, yield the indices of those that grew."""
         return extend_texts(
             self.model,
             texts,
@@ -210,7 +215,7 @@ class Engine:
         )
 
     def _beams(self, task: GenerationTask, beams: list[Beam]) -> Iterator[list[int]]:
-        """Run a beam search, and keep its beams in `beams`; no text of the task grows meanwhile."""
+        """Run a beam search, and store its results in `beams`; yield an empty list after each step, since no text grows."""
         if task.beam is None:
             return
         for found in task.beam.run(self.model, task.prompts[0], max_new_tokens=task.max_new_tokens, banned=task.banned):
@@ -218,9 +223,11 @@ class Engine:
             yield []
 
 
-def _tell(pending: QueuedTask, grown: Sequence[int], texts: Sequence[GeneratedText], told: list[tuple[int, int]]) -> None:
-    """Deliver what is new of the texts that grew. told: how many tokens and scores of each have been delivered."""
+def _deliver_new(
+    pending: QueuedTask, grown: Sequence[int], texts: Sequence[GeneratedText], delivered: list[tuple[int, int]]
+) -> None:
+    """Deliver the new tokens and scores of the texts that grew, and update their numbers in `delivered`."""
     for i in grown:
-        text, (tokens, scores) = texts[i], told[i]
-        told[i] = len(text.tokens), len(text.scores)
+        text, (tokens, scores) = texts[i], delivered[i]
+        delivered[i] = len(text.tokens), len(text.scores)
         pending.deliver(TextUpdate(i, tuple(text.tokens[tokens:]), tuple(text.scores[scores:]), text.end))

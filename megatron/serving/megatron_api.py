@@ -15,7 +15,7 @@ from megatron.serving.engine import TaskResult
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.task import MAX_PROMPTS, GenerationTask
 
-# Fields of older versions, and what they are called now; the server of Megatron-LM refuses them too.
+# Fields of older versions and their present names; the server of Megatron-LM refuses the old names, too.
 REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))
 SAMPLING = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "random_seed")
 STOPS = ("stop_on_double_eol", "stop_on_eol", "prevent_newline_after_colon")
@@ -24,9 +24,9 @@ KNOWN = frozenset(("prompts", "tokens_to_generate", "logprobs", "add_BOS", "no_l
 
 
 def read_task(fields: Fields, tokenizer: Tokenizer) -> GenerationTask:
-    """Return the task of a request; RequestError for the first field that is wrong."""
+    """Return the task of a request; RequestError for the first invalid field."""
     for old, new in REPLACED:
-        if old in fields.held:
+        if old in fields.values:
             raise RequestError(f"{old} is no longer a field: use {new}", old)
     fields.only(KNOWN)
     prompts = _prompts(fields, fields.boolean("add_BOS"), tokenizer)
@@ -49,7 +49,7 @@ def read_task(fields: Fields, tokenizer: Tokenizer) -> GenerationTask:
 
 def _prompts(fields: Fields, begin: bool, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Return the prompts as tokens. begin: put the token that ends documents before each, as between two documents."""
-    prompts = fields.held.get("prompts")
+    prompts = fields.values.get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("prompts must be given, as a list of strings", "prompts")
     if not 1 <= len(prompts) <= MAX_PROMPTS:
@@ -65,17 +65,17 @@ def _sampling(fields: Fields) -> Sampling:
     if top_k > 0 and top_p > 0.0:
         raise RequestError("top_k and top_p exclude each other", "top_p")
     for name in ("top_p_decay", "top_p_bound"):
-        if name in fields.held and top_p == 0.0:
+        if name in fields.values and top_p == 0.0:
             raise RequestError(f"{name} needs top_p", name)
     decay = fields.number("top_p_decay", 0.0, 0.0, 1.0)
-    bound = fields.number("top_p_bound", 0.0, 0.0, top_p, above="top_p_bound" in fields.held)
+    bound = fields.number("top_p_bound", 0.0, 0.0, top_p, above="top_p_bound" in fields.values)
     return Sampling(temperature, top_k, top_p, decay, bound)
 
 
 def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> BeamSearch | None:
     stop = fields.integer("stop_token", tokenizer.special.get("eod", -1), -1)
     penalty = fields.number("length_penalty", 1.0, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
-    if "beam_width" not in fields.held:
+    if "beam_width" not in fields.values:
         return None
     width = fields.integer("beam_width", 1, 1, MAX_BEAM_WIDTH)
     if prompts > 1:
@@ -86,25 +86,25 @@ def _beam(fields: Fields, tokenizer: Tokenizer, prompts: int, count: int) -> Bea
 
 
 def _stop_runs(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Return what ends a text: the end of a document, and where asked for the end of a line or of a paragraph."""
+    """Return the token sequences that end a text: the end of a document, and if requested that of a line or paragraph."""
     runs: list[tuple[int, ...]] = [(tokenizer.special["eod"],)] if "eod" in tokenizer.special else []
     line, double = fields.boolean("stop_on_eol"), fields.boolean("stop_on_double_eol")
     if line or double:
         newline, paragraph = _inside("\n", tokenizer), _inside("\n\n", tokenizer)
-        # Some tokenizers have a token for two newlines, others write the one for a newline twice.
+        # Some tokenizers have a token for two newlines, others use that of one newline twice.
         runs += [paragraph, newline] if line else [paragraph, newline * 2]
     return tuple(dict.fromkeys(run for run in runs if run))
 
 
 def _inside(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens of `text` within a text: some tokenizers put a space before the first word."""
-    # Tokens of "x" and of "x" with the text behind it: what the second has more is the text within a text.
+    """Return the tokens of `text` in the middle of a text, since some tokenizers add a space at the beginning."""
+    # The tokens by which "x" followed by the text is longer than "x".
     before, whole = tokenizer.tokenize("x"), tokenizer.tokenize("x" + text)
     return tuple(whole[len(before) :] if whole[: len(before)] == before else tokenizer.tokenize(text))
 
 
 def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int], ...]:
-    """Return the pair of colon and newline, where the latter must not follow."""
+    """Return the pair of colon and newline, if the request forbids a newline after a colon."""
     if not fields.boolean("prevent_newline_after_colon"):
         return ()
     colon, newline = _inside(":", tokenizer), _inside("\n", tokenizer)
@@ -114,15 +114,13 @@ def _banned_after(fields: Fields, tokenizer: Tokenizer) -> tuple[tuple[int, int]
 def reply(
     task: GenerationTask, completions: Sequence[CompletionText], done: TaskResult, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Return the reply: text, segments and logprobs of every prompt with what follows it.
-
-    After a beam search there is one of each beam, and the scores.
+    """Return the reply: text, segments and logprobs of every prompt with its completion; for a beam search, of each beam.
 
     Args:
         task: the task of the request.
-        completions: its texts at their ends.
+        completions: its complete texts.
         done: its result.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
     """
     if task.beam is not None:
         rows = [[*task.prompts[0], *beam.tokens] for beam in done.beams]

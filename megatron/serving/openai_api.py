@@ -1,6 +1,6 @@
-"""Read requests and write replies in the form of OpenAI's completions.
+"""Read requests and write replies of OpenAI's completions API.
 
-The form is that of https://platform.openai.com/docs/api-reference/completions.
+Its reference is https://platform.openai.com/docs/api-reference/completions.
 """
 
 from __future__ import annotations
@@ -27,16 +27,13 @@ class CompletionRequest(OpenAIRequest):
 
     @classmethod
     def from_fields(cls, fields: Fields, tokenizer: Tokenizer, model: str, ends: Sequence[int]) -> CompletionRequest:
-        """Read a request; RequestError for the first field that is wrong.
+        """Read a request; RequestError for the first invalid field.
 
         Args:
-            fields: the request.
-            tokenizer: of the model.
-            model: the name of the one that is served.
+            fields: the fields of the request.
+            tokenizer: the model's tokenizer.
+            model: the model's name for clients.
             ends: tokens that end a text.
-
-        Returns:
-            What is asked for.
         """
         check_names(fields, KNOWN, NOT_OFFERED, model)
         samples = fields.integer("n", 1, 1, MAX_PROMPTS)
@@ -51,27 +48,27 @@ class CompletionRequest(OpenAIRequest):
             max_new_tokens=fields.integer("max_tokens", 16, 0 if echo else 1),
             sampling=sampling,
             seed=seed,
-            top=fields.integer("logprobs", 0, 0, MAX_LOGPROBS) if "logprobs" in fields.held else None,
+            top=fields.integer("logprobs", 0, 0, MAX_LOGPROBS) if "logprobs" in fields.values else None,
             stop_runs=tuple((end,) for end in ends),
             stop_texts=read_stops(fields),
         )
         return cls(task, samples, stream, usage, model, f"cmpl-{secrets.token_hex(12)}", int(time.time()), echo)
 
     def full_reply(self, completions: Sequence[CompletionText]) -> dict[str, Any]:
-        """Return the reply to a request that is no stream."""
-        choices = [told for i, completion in enumerate(completions) for told in self._told(i, completion)]
+        """Return the reply to a request without streaming."""
+        choices = [choice for i, completion in enumerate(completions) for choice in self._choices(i, completion)]
         return self._body(choices, usage=count_usage(completions, self.samples))
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks of a stream that stand before all text."""
+        """Return the chunks of a stream before the first text: none."""
         return []
 
     def chunks(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
-        """Return the chunks of a stream for what is new of a text."""
-        return [self._body([told], **self._no_usage()) for told in self._told(index, completion)]
+        """Return the chunks of a stream for the new part of a text."""
+        return [self._body([choice], **self._no_usage()) for choice in self._choices(index, completion)]
 
     def last_chunks(self, completions: Sequence[CompletionText]) -> list[dict[str, Any]]:
-        """Return the chunks of a stream that stand behind all text."""
+        """Return the chunks of a stream after the last text."""
         return [self._body([], usage=count_usage(completions, self.samples))] if self.usage else []
 
     def _no_usage(self) -> dict[str, Any]:
@@ -81,7 +78,8 @@ class CompletionRequest(OpenAIRequest):
         about = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
         return {**about, "choices": choices, **more}
 
-    def _told(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
+    def _choices(self, index: int, completion: CompletionText) -> list[dict[str, Any]]:
+        """Return the entry of `choices` for the new part of a text; none if nothing is new."""
         text, log_probs = completion.show()
         if not text and not completion.end and not (log_probs and log_probs["tokens"]):
             return []
@@ -89,14 +87,14 @@ class CompletionRequest(OpenAIRequest):
 
 
 def count_usage(completions: Sequence[CompletionText], samples: int) -> dict[str, int]:
-    """Return the usage. Every prompt counts once, also where it gets several texts."""
+    """Return the numbers of tokens. Every prompt counts once, even if it has several completions."""
     prompts, written = sum(r.start for r in completions[::samples]), sum(r.written for r in completions)
     return {"prompt_tokens": prompts, "completion_tokens": written, "total_tokens": prompts + written}
 
 
 def _prompts(fields: Fields, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """Read the prompts: a string, token ids, or a list of either."""
-    given = fields.held.get("prompt")
+    given = fields.values.get("prompt")
     several = isinstance(given, list) and all(isinstance(prompt, str | list) for prompt in given)
     prompts = given if isinstance(given, list) and several else [given]
     if not prompts:

@@ -52,15 +52,15 @@ def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[st
         model: the name of the model that is served.
     """
     fields.only(frozenset(known))
-    asked = fields.held.get("model", model)
+    asked = fields.values.get("model", model)
     if asked != model:
         raise no_model(asked, model)
     for name, value in neutral:
-        given = fields.held.get(name, value)
+        given = fields.values.get(name, value)
         # False equals 0, and is no number.
         if given != value or isinstance(given, bool) is not isinstance(value, bool):
             raise RequestError(f"{name} is not offered: leave it out", name)
-    if not isinstance(fields.held.get("user", ""), str):
+    if not isinstance(fields.values.get("user", ""), str):
         raise RequestError("user must be a string", "user")
 
 
@@ -78,7 +78,7 @@ def read_sampling(fields: Fields) -> tuple[Sampling, int]:
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
     """Return whether the reply is a stream, and whether its end tells the usage."""
-    stream, options = fields.boolean("stream"), fields.held.get("stream_options")
+    stream, options = fields.boolean("stream"), fields.values.get("stream_options")
     if options is None:
         return stream, False
     if not isinstance(options, dict) or not isinstance(usage := options.get("include_usage") or False, bool):
@@ -92,7 +92,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
 
 def read_stops(fields: Fields) -> tuple[str, ...]:
     """Return the texts that end a reply."""
-    given = fields.held.get("stop", [])
+    given = fields.values.get("stop", [])
     stops = [given] if isinstance(given, str) else given
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise RequestError("stop must be a string or a list of strings, none of them empty", "stop")

@@ -1,6 +1,6 @@
-"""Run the server's process: a port, uvicorn on a thread of its own, and the engine on the main thread until it is asked to end.
+"""Run the server: open the port, run uvicorn on a background thread, and the engine on the main thread.
 
-The model runs on the main thread, which is the one that the watchdog of a job of several ranks looks at.
+The model runs on the main thread, since the watchdog of a job with several ranks observes that one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.serving.app import Service, build_app
 from megatron.serving.connections import ConnectionLimits, guarded_protocol
 from megatron.serving.engine import Engine
 
-GRACE = 5  # seconds for replies that are under way when the end has come
+GRACE = 5  # seconds for replies that are in progress when the server is stopped
 
 
 class ServerError(ValueError):
@@ -33,7 +33,7 @@ class ServerError(ValueError):
 
 
 def require_packages() -> None:
-    """Raise ServerError where the extra is not installed."""
+    """Raise ServerError if the extra `server` is not installed."""
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -45,7 +45,7 @@ def open_port(host: str, port: int) -> socket.socket:
     """Return a bound socket that does not listen yet.
 
     Raises:
-        ServerError: the port is taken, or the host unknown.
+        ServerError: the port is in use, or the host unknown.
     """
     if not 0 <= port <= 65535:
         raise ServerError(f"--port {port} is none; legal: 0 (any free one) to 65535")
@@ -59,29 +59,29 @@ def open_port(host: str, port: int) -> socket.socket:
         opened.bind(address)
     except OSError as error:
         opened.close()
-        raise _taken(host, port, error) from error
+        raise _port_error(host, port, error) from error
     return opened
 
 
-def _taken(host: str, port: int, error: OSError) -> ServerError:
-    """Return the error of a port that cannot be opened."""
+def _port_error(host: str, port: int, error: OSError) -> ServerError:
+    """Return the error for a port that cannot be opened."""
     return ServerError(f"--port {port} cannot be opened on {host}: {error.strerror or error}; choose another")
 
 
 @contextmanager
 def listening(service: Service, opened: socket.socket, limits: ConnectionLimits | None = None) -> Iterator[Callable[[], bool]]:
-    """Answer requests from another thread while the block lasts.
+    """Answer requests on another thread inside the block.
 
     Args:
         service: the model and its limits.
         opened: a bound socket.
-        limits: of connections; default `ConnectionLimits()`.
+        limits: the limits of connections; default `ConnectionLimits()`.
 
     Yields:
-        A function that says whether requests are still answered.
+        A function that returns whether requests are still answered.
 
     Raises:
-        ServerError: another process has come to listen on the port first.
+        ServerError: another process listens on the port already.
     """
     import uvicorn
 
@@ -89,7 +89,7 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
     try:
         opened.listen(128)
     except OSError as error:
-        raise _taken(host, port, error) from error
+        raise _port_error(host, port, error) from error
     limits = limits or ConnectionLimits()
     config = uvicorn.Config(
         build_app(service),
@@ -97,18 +97,18 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
         interface="asgi3",
         lifespan="off",
         log_config=None,
-        log_level="error",  # what is no HTTP has its own line in the log
+        log_level="error",  # invalid HTTP requests are logged by `ConnectionGuard`
         access_log=False,
-        proxy_headers=False,  # a client's own word is no address
+        proxy_headers=False,  # clients could forge their address in these headers
         timeout_graceful_shutdown=GRACE,
-        timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]  # a timer's delay, also a fraction
+        timeout_keep_alive=limits.keep_alive_timeout,  # type: ignore[arg-type]  # a float works as well
         ws="none",
     )
-    # On a thread of its own, where uvicorn takes no signals over.
+    # Outside of the main thread uvicorn installs no signal handlers.
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, name="http", daemon=True)
     thread.start()
-    # An error of the start ends the thread, and the block below finds it dead.
+    # An error at the start ends the thread, which the caller finds by the function below.
     while thread.is_alive() and not server.started:
         time.sleep(0.01)
     try:
@@ -122,10 +122,7 @@ def listening(service: Service, opened: socket.socket, limits: ConnectionLimits 
 
 @contextmanager
 def catch_interrupts() -> Iterator[threading.Event]:
-    """Note Ctrl-C inside the block, which asks for the end, instead of raising KeyboardInterrupt.
-
-    Does nothing where another thread than the main one calls.
-    """
+    """Set an event at Ctrl-C inside the block, instead of raising KeyboardInterrupt; only in the main thread."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -147,11 +144,11 @@ def serve(
     """Serve until SIGTERM, SIGUSR1 or Ctrl-C on any rank. Collective.
 
     Args:
-        engine: this rank's.
+        engine: this rank's engine.
         opened: a bound socket on rank 0, None on the others.
-        service: on rank 0, None on the others.
-        signals: what asks this rank to stop.
-        limits: of connections.
+        service: the model and its limits on rank 0, None on the others.
+        signals: the signals that ask this rank to stop.
+        limits: the limits of connections.
     """
     signals.hold()
     with catch_interrupts() as interrupted:
@@ -167,14 +164,14 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             log_line(f"serving {service.model} on http://{shown}:{port}")
 
-            def over() -> bool:
+            def should_stop() -> bool:
                 if not alive():
                     raise RuntimeError("the HTTP server's thread has ended")
                 return asked()
 
-            engine.run(over)
+            engine.run(should_stop)
 
 
 def log_line(line: str) -> None:
-    """Write one line to stderr, at once."""
+    """Write a line to stderr, and flush it."""
     print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Find stop texts in a text that grows, in time linear in the text however many there are; pure.
+"""Find stop texts in a growing text, in time linear in its length, for any number of stop texts; pure.
 
 Aho and Corasick, "Efficient string matching: an aid to bibliographic search" (1975).
 """
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 
 class StopTexts:
-    """An automaton whose state after a text is the longest end of it that begins a stop text. State 0 is the empty end.
+    """An automaton: its state after a text is the longest suffix of it that is a prefix of a stop text; state 0 is empty.
 
     Attributes:
-        depth: number of characters of each state.
-        longest: length of the longest stop text that each state ends with, 0 for none.
+        depth: number of characters of each state's prefix.
+        longest: length of the longest stop text that the state's prefix ends with; 0 for none.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._next: list[dict[str, int]] = [{}]
-        self._shorter = [0]  # the state of the longest end of a state's text, the text itself apart
+        self._shorter = [0]  # the failure link: the state of the longest proper suffix
         self.depth, self.longest = [0], [0]
         for stop in stops:
             self._add(stop)
@@ -40,29 +40,29 @@ class StopTexts:
         self.longest[state] = self.depth[state]
 
     def _link(self) -> None:
-        """Give each state its shorter one; states are visited by depth, so that those of shorter texts are known."""
+        """Set the failure links, visiting the states by depth, so that those of shorter prefixes are known."""
         waiting = deque(self._next[0].values())
         while waiting:
             state = waiting.popleft()
             for character, following in self._next[state].items():
                 self._shorter[following] = self.step(self._shorter[state], character)
                 waiting.append(following)
-            # A text that ends with a stop text ends with its shorter ends' stop texts too; the longest begins first.
+            # A text also ends with the stop texts of its suffixes; the longest stop text is the one that begins first.
             self.longest[state] = self.longest[state] or self.longest[self._shorter[state]]
 
     def step(self, state: int, character: str) -> int:
         """Return the state after one more character."""
-        # Each step falls back at most as far as earlier steps went ahead, so a text costs linear time.
+        # The depth falls at most as far as earlier steps have raised it, so the total time is linear.
         while state and character not in self._next[state]:
             state = self._shorter[state]
         return self._next[state].get(character, 0)
 
 
 class StopScan:
-    """The search for the first stop text in one text that grows.
+    """The search for the first stop text in a growing text.
 
     Attributes:
-        found: where it begins, in characters; None for nowhere.
+        found: position of its first character; None if there is none yet.
     """
 
     def __init__(self, stops: StopTexts) -> None:
@@ -71,12 +71,12 @@ class StopScan:
         self.found: int | None = None
 
     @property
-    def held(self) -> int:
+    def num_pending(self) -> int:
         """Number of characters at the end that may be the beginning of a stop text."""
         return self._stops.depth[self._state]
 
     def read(self, text: str) -> None:
-        """Look at the whole text as it is by now; only what is new costs time, unless what was read before has changed."""
+        """Search the text, given in whole; only its new part takes time, unless the part before has changed."""
         if not text.startswith(self._seen):
             self._seen, self._state, self.found = "", 0, None
         for end in range(len(self._seen), len(text)):

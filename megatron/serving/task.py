@@ -1,4 +1,4 @@
-"""Describe what a request asks of the model, in tokens and numbers: the same for both forms of requests, and for all ranks."""
+"""Describe a generation task in tokens and numbers, the same for all APIs and all ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MAX_PROMPTS = 128
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """Prompts and how they go on.
+    """Prompts, and the settings of their continuation.
 
     Attributes:
-        prompts: tokens of each.
-        max_new_tokens: after each prompt.
-        sampling: how tokens are chosen.
-        seed: of the random numbers.
-        top: how many alternatives the score of a token lists; None for no scores.
-        stop_runs: tokens in a row that end a text when the last of them is written.
-        stop_texts: what ends a text when it appears in what is written.
+        prompts: the tokens of each prompt.
+        max_new_tokens: maximum number of tokens generated after each prompt.
+        sampling: the rule by which tokens are chosen.
+        seed: seed of the random numbers.
+        top: number of alternatives in the score of a token; None for no scores.
+        stop_runs: sequences of tokens that end a text.
+        stop_texts: strings that end a text when they appear in its generated part.
         banned_after: pairs of a token and one that must not follow it.
-        beam: a beam search of the only prompt instead of sampling.
+        beam: a beam search for the only prompt, instead of sampling.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -64,11 +64,11 @@ class GenerationTask:
         )
 
     def check(self, model: Predictor, max_tokens_total: int) -> None:
-        """Raise RequestError for what the model cannot do.
+        """Raise RequestError if the model or the server's limits do not allow the task.
 
         Args:
             model: the model that is served.
-            max_tokens_total: the most of a request, prompts and what is written together.
+            max_tokens_total: maximum number of tokens of a request, prompts and generated texts together.
         """
         try:
             for prompt in self.prompts:
@@ -83,7 +83,7 @@ class GenerationTask:
                 f"the longest prompt has {len(longest)} tokens and {self.max_new_tokens} are to be written, the model has "
                 f"{positions} positions: shorten the prompt or ask for {room} at most"
             )
-        # The cache of keys and values has a row for each text, as long as the longest.
+        # The key-value cache has a row for each text, of the length of the longest.
         rows = len(self.prompts) if self.beam is None else self.beam.width
         if (tokens := rows * (len(longest) + self.max_new_tokens)) > max_tokens_total:
             raise RequestError(
@@ -101,14 +101,11 @@ class GenerationTask:
 
     @cached_property
     def stop_automaton(self) -> StopTexts:
-        """The automaton of the stop texts.
-
-        Built when the first text of the task gets its first token: of tasks that wait none is in memory.
-        """
+        """The automaton of the stop texts, built at the task's first token, so that queued tasks need no memory for it."""
         return StopTexts(self.stop_texts)
 
     def stops(self, tokenizer: Tokenizer) -> Callable[[GeneratedText], bool]:
-        """Return a function that says whether the last token that a text of this task got ends it."""
+        """Return a function that tells whether the last token of a text of this task ends the text."""
         scans: dict[int, StopScan] = {}
 
         def stops(text: GeneratedText) -> bool:
@@ -119,7 +116,7 @@ class GenerationTask:
             if id(text) not in scans:
                 scans[id(text)] = StopScan(self.stop_automaton)
             scan = scans[id(text)]
-            # What is not yet a whole character may still become another one.
+            # An incomplete character at the end is left out, since the next token may complete it.
             scan.read(added_text(tokenizer, text.tokens, text.start).rstrip(REPLACEMENT_CHARACTER))
             return scan.found is not None
 

@@ -21,15 +21,15 @@ def test_a_scan_finds_what_a_search_finds() -> None:
             scan.read(text)
             places = [at for stop in stops if (at := text.find(stop)) >= 0]
             assert scan.found == min(places, default=None)
-            assert scan.held == max(n for stop in stops for n in range(len(stop) + 1) if text.endswith(stop[:n]))
+            assert scan.num_pending == max(n for stop in stops for n in range(len(stop) + 1) if text.endswith(stop[:n]))
 
 
 def test_a_text_that_has_changed_is_read_again() -> None:
     scan = StopScan(StopTexts(["end"]))
     scan.read("the en")
-    assert scan.held == 2
+    assert scan.num_pending == 2
     scan.read("the exen")
-    assert scan.held == 2 and scan.found is None
+    assert scan.num_pending == 2 and scan.found is None
     scan.read("the end")
     assert scan.found == 4
 
@@ -48,4 +48,4 @@ def test_only_what_is_new_is_looked_at() -> None:
     scan, stops.steps = StopScan(stops), 0
     for length in range(1, 1001):
         scan.read("a" * length)
-    assert stops.steps == 1000 and scan.found is None and scan.held == 50
+    assert stops.steps == 1000 and scan.found is None and scan.num_pending == 50
