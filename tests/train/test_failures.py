@@ -137,7 +137,7 @@ def test_one_failing_rank_ends_the_job_with_its_error(start, fault):
     assert job.launcher.returncode == 1 if under_torchrun else job.statuses.split() == ["1", str(own), "1"]
     assert len(errors(text)) == 1, text
     assert re.fullmatch(re.escape(WHERE) + FAULTS[fault], errors(text)[0]), text
-    assert text.count("    work(fault, env, marks)") == (fault in ("raise", "in-collective")), "its stack, and no other's"
+    assert text.count("    do_fault(fault, env, marks)") == (fault in ("raise", "in-collective")), "its stack, and no other's"
 
 
 def test_a_hang_ends_within_half_a_minute(start):
