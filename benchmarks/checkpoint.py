@@ -159,7 +159,7 @@ class Bench:
         saver.seconds = 0.0
         stall = timed(saver.save)
         count, began = 0, time.perf_counter()
-        while slowest(float(saver._saving is not None and not saver._saving.told)):
+        while slowest(float(saver._saving is not None and not saver._saving.reported)):
             self.step()
             saver.check()
             count += 1

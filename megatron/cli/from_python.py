@@ -91,8 +91,8 @@ def pretrain(config: RunConfig) -> Exit:
     early = EarlyStop(env.rank)
     early.progress = Progress(None if config.eval.skip_train else config.checkpoint.save)
     if not config.checkpoint.auto_resume:
-        early.again = "start again with --auto-resume to go on"
-    signals = StopSignals(early.at_once)
+        early.resume_advice = "start again with --auto-resume to go on"
+    signals = StopSignals(early.exit_process)
     signals.install()
     try:
         return Exit(start(Parsed(config, False, env.world_size, frozenset(), ()), env, began, signals, early))

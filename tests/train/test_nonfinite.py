@@ -83,7 +83,7 @@ def test_the_module_the_rank_and_the_sample_are_found(world, layout, module, vic
     setting = Setting(DEEP, optim=SGD, **layout)
     arguments = (setting, module, victim)
     for event, skipped in on_ranks(world, poisoned_output, *arguments) if world > 1 else [poisoned_output(*arguments)]:
-        assert skipped and event.again
+        assert skipped and event.reproduced
         first = event.first
         assert (first.what, first.rank, event.layer, first.stage, first.samples) == (
             f"the output of {module}", victim, layer, stage, samples,
@@ -120,7 +120,7 @@ def test_a_gradient_is_found_by_its_parameter(layout, name, victim, stage):
     setting = Setting(DEEP, optim=SGD, **layout)
     samples = (11,) if victim and "pp" not in layout and "tp" not in layout else (10, 11)
     for event in on_ranks(2, lasting_gradient, setting, name, victim):
-        assert event.again and event.first.what == f"the gradient of {name}"
+        assert event.reproduced and event.first.what == f"the gradient of {name}"
         assert (event.first.rank, event.first.stage, event.first.samples, event.ranks) == (victim, stage, samples, 1)
 
 
@@ -136,7 +136,7 @@ def test_of_several_stages_the_one_that_goes_back_first_is_named():
     """Megatron-LM's first loss scale overflows in many gradients; a pipeline names the one that one process names."""
     setting = Setting(replace(DEEP, untie_embeddings_and_output_weights=True), precision=PrecisionConfig(fp16=True))
     alone = first_overflow(setting)
-    assert alone.again and alone.first.what.startswith("the gradient of ")
+    assert alone.reproduced and alone.first.what.startswith("the gradient of ")
     for event in on_ranks(2, first_overflow, replace(setting, pp=2)):
         assert (event.first.what, event.first.samples) == (alone.first.what, alone.first.samples)
         assert (event.first.stage, event.first.rank, event.ranks) == (1, 1, 2)
@@ -163,7 +163,7 @@ def passing_gradient(*args):
 
 def test_a_fault_of_the_moment_is_told_as_such():
     for event in on_ranks(2, passing_gradient, Setting(DEEP, optim=SGD, pp=2), "layers.3.mlp.up.weight", 1):
-        assert not event.again and event.first.what == "the gradient of layers.3.mlp.up.weight"
+        assert not event.reproduced and event.first.what == "the gradient of layers.3.mlp.up.weight"
         assert (event.first.rank, event.first.samples) == (1, (8, 9, 10, 11)) and "suspect the device" in str(event)
 
 

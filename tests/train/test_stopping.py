@@ -178,16 +178,16 @@ def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("12")
     progress = Progress(str(tmp_path))
-    progress.began("b", 12, 0)
+    progress.note_start("b", 12, 0)
     assert not resume_after_restart(parsed, env).config.checkpoint.auto_resume
     tracker.write_text("15")
-    progress.began("b", 15, 1)  # a later attempt does not move the mark
+    progress.note_start("b", 15, 1)  # a later attempt does not move the mark
     assert resume_after_restart(parsed, env).config.checkpoint.auto_resume
     assert not resume_after_restart(parsed, replace(env, job="c")).config.checkpoint.auto_resume
     assert resume_after_restart(parsed, replace(env, attempt=0)) is parsed
     progress.write(stopped=True)
     assert resume_after_restart(parsed, env) is None and resume_after_restart(parsed, replace(env, job="c")) is not None
-    Progress(str(tmp_path)).began("b", 15, 0)
+    Progress(str(tmp_path)).note_start("b", 15, 0)
     assert resume_after_restart(parsed, env) is not None
 
 
