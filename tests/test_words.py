@@ -67,6 +67,11 @@ def with_many_parameters(module: ast.Module) -> Iterator[tuple[int, str, bool]]:
             yield function.lineno, name, bool(SECTION.search(text))
 
 
+def attributes_as_functions(module: ast.Module) -> list[str]:
+    """Return the functions called `x_of`, which a verb or `x_from_y` says better."""
+    return [node.name for node in ast.walk(module) if isinstance(node, FUNCTIONS) and re.fullmatch(r"(\w+_)?of", node.name)]
+
+
 def comments_and_code(text: str, module: ast.Module) -> tuple[int, int]:
     """Count the comments for readers, those at the end of a line too, and the lines of code; a docstring is neither."""
     comments, code = 0, set[int]()
@@ -115,6 +120,17 @@ def test_comments_say_why() -> None:
     assert comments >= 0.046 * code, f"{comments} comments on {code} lines of code"
 
 
+def test_tests_and_benchmarks_keep_the_same_rules() -> None:
+    """Docstrings are sentences, support modules explain their parameters, and no function is called `x_of`."""
+    paths = sources("tests", "benchmarks", "examples")
+    assert not [f"{shown(path)}:{line}: {text}" for path in paths for line, text in no_sentences(tree(path))]
+    assert not [f"{shown(path)}: {name}" for path in paths for name in attributes_as_functions(tree(path))]
+    support = [path for path in paths if not path.name.startswith("test_")]
+    found = [(shown(path), *rest) for path in support for rest in with_many_parameters(tree(path))]
+    silent = [f"{place}:{line}: {name}" for place, line, name, explained in found if not explained]
+    assert len(silent) <= 0.1 * len(found), silent
+
+
 def test_a_class_name_has_one_meaning() -> None:
     assert len(public_classes(package())) <= 2
 
@@ -140,6 +156,7 @@ def test_what_breaks_the_rules_is_found() -> None:
         ("g", False),
         ("C.i", False),
     ]
+    assert attributes_as_functions(ast.parse("def size_of(x): pass\ndef of(x): pass\ndef often(): pass")) == ["size_of", "of"]
     assert comments_and_code(text, module) == (2, 10)
     assert public_classes({"a.py": module, "b.py": module}) == {"C": ["a.py", "b.py"]}
     assert CONSTANT.findall("MOST_LINES, FEWEST_RANKS, ALMOST_THERE") == ["MOST", "FEWEST"]

@@ -113,7 +113,7 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
-    def of(self, context: list[int], token: int) -> tuple[float, bool]:
+    def log_prob(self, context: list[int], token: int) -> tuple[float, bool]:
         """Return the log-probability of a token after a context, and whether it is the most probable one."""
         logits = self.model(torch.tensor([context])).logits[0, -1].double()
         return float(logits.log_softmax(-1)[token]), int(logits.argmax()) == token
@@ -131,5 +131,5 @@ class Reference:
             start = 0
             while at > start + seq_length:
                 start += overlap
-            found.append(self.of(tokens[start:at], tokens[at])[0])
+            found.append(self.log_prob(tokens[start:at], tokens[at])[0])
         return found

@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
 # Two ranks.
 
 
-def of_two(rank, root, iteration, storage, async_save):
+def save_with_another(rank, root, iteration, storage, async_save):
     dist.init_process_group("gloo", init_method=f"file://{root}.{iteration}.group", rank=rank, world_size=2)
     mesh = build_mesh(2, 1)
     run = small_run(root, mesh, tp=2, async_save=async_save)
@@ -165,7 +165,7 @@ def of_two(rank, root, iteration, storage, async_save):
 
 
 def two_and_one_dies(rank, root, step, mortal, async_save):
-    of_two(rank, root, 200, FaultyStorage(step, kill_itself) if rank == mortal else None, async_save)
+    save_with_another(rank, root, 200, FaultyStorage(step, kill_itself) if rank == mortal else None, async_save)
 
 
 def count_two(root: str, async_save: bool) -> int:

@@ -267,12 +267,12 @@ def test_settings_that_differ_from_the_saved_ones_are_listed(root):
 def test_other_training_data_only_when_told_so(root, monkeypatch):
     source = alone(asked(root, "load"))
 
-    def of(**change) -> RunConfig:
+    def with_data(**change) -> RunConfig:
         return replace(CONFIG, data=replace(CONFIG.data, **change))
 
-    for same in (of(), of(data_path=(os.path.abspath("data/text.bin"),)), of(valid_data_path=("v",))):
+    for same in (with_data(), with_data(data_path=(os.path.abspath("data/text.bin"),)), with_data(valid_data_path=("v",))):
         check_source(source, same)
-    mixed = of(data_path=("0.3", "data/text", "0.7", "data/code"))
+    mixed = with_data(data_path=("0.3", "data/text", "0.7", "data/code"))
     with pytest.raises(ConfigError) as caught:
         check_source(source, mixed)
     (problem,) = caught.value.problems
@@ -280,7 +280,11 @@ def test_other_training_data_only_when_told_so(root, monkeypatch):
         f"`--data-path 0.3 data/text 0.7 data/code` changes the training data of {source.directory}, which went through "
         "`data/text`; legal: data/text; --allow-data-change goes on at the same position of the new order"
     )
-    for change in (of(split="1,1,1"), of(dataloader_type="cyclic"), of(data_path=(), train_data_path=("data/text",))):
+    for change in (
+        with_data(split="1,1,1"),
+        with_data(dataloader_type="cyclic"),
+        with_data(data_path=(), train_data_path=("data/text",)),
+    ):
         with pytest.raises(ConfigError, match="changes the training data"):
             check_source(source, change)
     allowed = replace(mixed, checkpoint=CheckpointConfig(allow_data_change=True))

@@ -246,19 +246,21 @@ def test_a_model_that_its_configuration_does_not_describe(tmp_path):
         with pytest.raises(CheckpointError, match=match):
             open_model(directory)
 
-    def of(**change):
+    def changed_config(**change):
         return to_json(RunSettings(model=ModelConfig(**{**BASE, **change})))
 
-    refused(r"embedding.word.weight: the checkpoint has shape \[127, 32\], requested is \[128, 32\]", of(vocab_size=128))
-    refused(r"tensors are not in the checkpoint: model.layers.2", of(num_layers=3))
-    refused(r"unexpected tensors: model.layers.1", of(num_layers=1))
-    refused(r"config.json describes no model: .*num_layers is not resolved", of(num_layers=None))
+    refused(
+        r"embedding.word.weight: the checkpoint has shape \[127, 32\], requested is \[128, 32\]", changed_config(vocab_size=128)
+    )
+    refused(r"tensors are not in the checkpoint: model.layers.2", changed_config(num_layers=3))
+    refused(r"unexpected tensors: model.layers.1", changed_config(num_layers=1))
+    refused(r"config.json describes no model: .*num_layers is not resolved", changed_config(num_layers=None))
     refused("no section 'model'", {})
     refused("config.json: ", {"model": {"hidden_sise": 3}})
-    directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=of(num_layers=1))
+    directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=changed_config(num_layers=1))
     with pytest.raises(CheckpointError, match=r"GPT2LMHeadModel has no place for layers.1"):
         export_weights(directory, tmp_path / "hf")
-    directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=of(num_layers=3))
+    directory = save(tmp_path / "run", 1, {"model": model}, Mesh.single(), config=changed_config(num_layers=3))
     with pytest.raises(CheckpointError, match=r"asks for tensors that it does not hold: layers.2.attention.dense.weight"):
         export_weights(directory, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

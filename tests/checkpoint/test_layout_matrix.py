@@ -142,10 +142,10 @@ def joined(ranks: list[Held]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(layout, bf16) -> Saved; made when first asked for."""
+    """Return a function (layout, bf16) -> SavedRun, which runs each layout once."""
     made: dict[tuple[str, bool], SavedRun] = {}
 
-    def of(layout: str, bf16: bool = False) -> SavedRun:
+    def run_once(layout: str, bf16: bool = False) -> SavedRun:
         if (layout, bf16) not in made:
             root = str(tmp_path_factory.mktemp("run"))
             results = run_on(layout, train_and_save, root, bf16=bf16)
@@ -154,7 +154,7 @@ def saved(tmp_path_factory):
             made[layout, bf16] = SavedRun(root, joined([result[0] for result in results]), counters, curve)
         return made[layout, bf16]
 
-    return of
+    return run_once
 
 
 def check(sources: list[SavedRun], ranks: list[list[tuple[set[str], list[tuple[float, float]]]]]) -> None:

@@ -52,7 +52,7 @@ class MetricsLines:
 
     TIMES = frozenset({"iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal", "peak_memory_bytes"})
 
-    def of(self, save: Path) -> list[dict[str, object]]:
+    def read(self, save: Path) -> list[dict[str, object]]:
         """All lines, without what a clock says."""
         text = (save / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k not in self.TIMES} for line in text]

@@ -136,7 +136,7 @@ def expected(cluster: None, alone, tiny, lines):
 
     def wait() -> list[dict[str, object]]:
         assert process.wait(timeout=120.0) == 0
-        return lines.of(save)
+        return lines.read(save)
 
     return wait
 
@@ -160,7 +160,7 @@ def test_preempted_and_out_of_time(submit_paced, pace, expected, lines):
     job.wait_ended("COMPLETED")
     for iteration in (preempted, late):
         assert f"loading checkpoint {job.save}/iter_{iteration:07d}: " in job.said()
-    assert lines.of(job.save) == expected()
+    assert lines.read(job.save) == expected()
     logs = [path.name.rpartition("-")[0] for path in (job.save / "logs").iterdir()]
     assert sorted(logs) == [f"{job.id}.{attempt}-{node}" for attempt in (0, 1, 2) for node in (0, 1)], "one of each node"
 
@@ -176,7 +176,7 @@ def test_a_preempted_srun_job_without_torchrun_goes_on(submit_paced, pace, expec
     pace.unlink()
     job.wait_ended("COMPLETED")
     assert f"attempt {job.id}.0 ended with status 75" in job.said() and f"attempt {job.id}.1 ended with status 0" in job.said()
-    assert lines.of(job.save) == expected()
+    assert lines.read(job.save) == expected()
 
 
 @pytest.mark.parametrize("script", ["pretrain_bert.sbatch", "pretrain_bert_srun.sbatch"])
@@ -191,8 +191,8 @@ def test_a_bert_job_in_two_attempts_equals_one_run(script, submit, tiny_bert, al
     job.start_now()
     job.wait_ended("COMPLETED")
     assert process.wait(timeout=120.0) == 0
-    assert lines.of(job.save) == lines.of(save)
-    assert all("sop_loss" in line for line in lines.of(job.save))
+    assert lines.read(job.save) == lines.read(save)
+    assert all("sop_loss" in line for line in lines.read(job.save))
     logs = {path.name.rpartition("-")[0] for path in (job.save / "logs").iterdir()}
     assert logs == {f"{job.id}.{attempt}-{node}" for attempt in (0, 1) for node in (0, 1)}, "one of each node"
 

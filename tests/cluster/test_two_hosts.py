@@ -103,5 +103,5 @@ def test_the_cable_is_cut(hosts, alone, tiny, lines, tmp_path):
         for job in jobs:
             job.kill()
             job.wait()
-    assert lines.of(save) == lines.of(expected)
-    assert [line["iteration"] for line in lines.of(save) if "grad_norm" in line] == list(range(1, ITERATIONS + 1))
+    assert lines.read(save) == lines.read(expected)
+    assert [line["iteration"] for line in lines.read(save) if "grad_norm" in line] == list(range(1, ITERATIONS + 1))

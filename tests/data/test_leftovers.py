@@ -94,11 +94,11 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
             for _ in range(9):  # blocks for both workers, and no end
                 text.write(json.dumps({"text": "a" * (1 << 20)}).encode() + b"\n")
             assert parent.stderr is not None and "documents" in parent.stderr.readline()
-            assert len(of_session(parent.pid)) >= 3
+            assert len(living_processes(parent.pid)) >= 3
             parent.kill()
             parent.wait()
             deadline = time.monotonic() + 30
-            while (left := of_session(parent.pid)) and time.monotonic() < deadline:
+            while (left := living_processes(parent.pid)) and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert not left
         finally:
@@ -106,7 +106,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
                 os.killpg(parent.pid, signal.SIGKILL)
 
 
-def of_session(leader: int) -> list[int]:
+def living_processes(leader: int) -> list[int]:
     """The living processes of a session."""
     found = []
     for place in Path("/proc").glob("[0-9]*/stat"):

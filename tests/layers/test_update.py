@@ -22,7 +22,7 @@ METHODS = {
 }
 
 
-def of_torch(config: OptimSettings, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+def build_torch_optimizer(config: OptimSettings, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
     groups = [{"params": parameters[:1], "weight_decay": DECAY}, {"params": parameters[1:], "weight_decay": 0.0, "lr": LR / 2}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=LR, momentum=config.sgd_momentum, fused=True)
@@ -36,7 +36,7 @@ def test_updates_equal_torchs_own_optimizer(name: str, multiplier: float) -> Non
     config, draw = METHODS[name], torch.Generator().manual_seed(3)
     begun = [torch.randn(33, generator=draw), torch.randn(7, generator=draw)]
     expected = [torch.nn.Parameter(tensor.clone()) for tensor in begun]
-    reference = of_torch(config, list(expected))
+    reference = build_torch_optimizer(config, list(expected))
     mains = [tensor.clone() for tensor in begun]
     (rule,) = update_rules(config.optimizer)
     targets = [Target(mains[0], True, method=rule.method), Target(mains[1], False, decoupled=True, method=rule.method)]

@@ -63,14 +63,14 @@ def alone(bert, tmp_path_factory):
     """Losses, gradient norms and results of a few steps in one process, with dropout, by the task."""
     found = {}
 
-    def of(name):
+    def run_once(name):
         if name not in found:
             folder = tmp_path_factory.mktemp("alone")
             assert task(*fine_tuning(bert, name, folder, *SHORT)) == 0
             found[name] = folder
         return found[name]
 
-    return of
+    return run_once
 
 
 SHORT = ("--epochs", "1", "--global-batch-size", "64", "--micro-batch-size", "4", "--lr", "1e-3", "--save-interval", "3")

@@ -64,11 +64,11 @@ def test_continuations_are_those_of_transformers(asked, reference):
         else:
             before, guess = [START], reference.tokens(context + continuation)
         tokens = [*before, *guess][-POSITIONS - 1 :]
-        found = [reference.of(tokens[:at], tokens[at]) for at in range(len(tokens) - len(guess), len(tokens))]
+        found = [reference.log_prob(tokens[:at], tokens[at]) for at in range(len(tokens) - len(guess), len(tokens))]
         # A space that ends the context is scored with the continuation.
         if context.endswith(" ") and context.strip():
             at = len(tokens) - len(guess) - 1
-            found.append(reference.of(tokens[:at], tokens[at]))
+            found.append(reference.log_prob(tokens[:at], tokens[at]))
         assert value == pytest.approx(sum(v for v, _ in found), abs=1e-4 * len(found))
         assert hit == all(best for _, best in found)
     assert len({hit for _, hit in asked.score_continuations(PAIRS)}) == 2
@@ -81,7 +81,7 @@ def test_texts_are_those_of_transformers(asked, reference):
         while done < len(tokens):
             end = min(done + POSITIONS, len(tokens))
             start = max(0, end - POSITIONS - 1)
-            total += sum(reference.of(tokens[start:at], tokens[at])[0] for at in range(done, end))
+            total += sum(reference.log_prob(tokens[start:at], tokens[at])[0] for at in range(done, end))
             done = end
         assert value == pytest.approx(total, abs=1e-4 * max(1, len(tokens)))
 
@@ -166,5 +166,5 @@ def test_the_harness_itself(model, reference, monkeypatch):
     made = get_model("megatron").create_from_arg_string(f"load={model / 'run'}", {"device": "cpu"})
     request = Instance("loglikelihood", {}, ("ma ma", " "), 0)
     ((value, hit),) = made.loglikelihood([request])
-    expected, best = reference.of(reference.tokens("ma ma"), ord(" "))
+    expected, best = reference.log_prob(reference.tokens("ma ma"), ord(" "))
     assert value == pytest.approx(expected, abs=1e-4) and hit == best

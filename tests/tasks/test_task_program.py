@@ -48,7 +48,7 @@ def test_zero_shot_scores_on_four_ranks_are_those_of_transformers(gpt, tmp_path)
     found, hits = json.loads((tmp_path / "r.json").read_text()), 0
     for line in lines:
         *context, last = reference.tokens(line)
-        hits += reference.of(context, last)[1]
+        hits += reference.log_prob(context, last)[1]
     assert found["correct"] == hits and found["accuracy"] == pytest.approx(hits / 8, abs=1e-4)
 
 

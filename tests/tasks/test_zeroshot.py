@@ -95,7 +95,7 @@ def test_each_token_has_the_score_of_transformers(alone, reference):
     values, hits, seen = alone[0], alone[1], 0
     for row, window in enumerate(example_windows()):
         for at in range(1, len(window.tokens)):
-            expected, best = reference.of(list(window.tokens[:at]), window.tokens[at])
+            expected, best = reference.log_prob(list(window.tokens[:at]), window.tokens[at])
             assert values[at - 1][row] == pytest.approx(expected, abs=1e-4)
             assert hits[at - 1][row] == best
             seen += best
@@ -145,7 +145,7 @@ def test_lambada_is_that_of_transformers(number, strict, alone, reference, files
         guess, hit = reference.tokens(word), True
         tokens = [*reference.tokens(context), *guess][-SEQ - 1 :]
         for at in range(len(tokens) - len(guess), len(tokens)):
-            value, best = reference.of(tokens[:at], tokens[at])
+            value, best = reference.log_prob(tokens[:at], tokens[at])
             hit, total, targets = hit and best, total - value, targets + 1
         correct += hit
     figures = alone[2][number]
