@@ -12,7 +12,7 @@ RUN := $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 # Hundreds of processes import the package; those of a machine that says not to keep bytecode would compile it every time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install quickstart test test-all-pythons bench lint
+.PHONY: install quickstart test test-all-pythons bench lint docs
 install:
 	@$(PYTHON) tools/install.py --venv $(VENV)
 
@@ -31,6 +31,10 @@ bench: install
 	$(RUN) benchmarks/pipeline.py
 	$(RUN) benchmarks/optimizer.py
 	$(RUN) benchmarks/checkpoint.py
+
+# Pages of docs/ and of every module, in site/
+docs: install
+	$(RUN) tools/build_docs.py --output site
 
 lint: install
 	$(RUN) -m ruff check .

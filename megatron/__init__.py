@@ -135,6 +135,6 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that is here
         module, _, attribute = _HOMES[name].partition(":")
         return getattr(import_module(module), attribute)
 
-    def __dir__() -> list[str]:
+    def __dir__() -> "list[str]":  # in quotes, so that an older Python comes as far as the message that it is too old
         """List the public names too, which are not here until they are used."""
         return sorted({*globals(), *__all__})

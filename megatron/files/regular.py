@@ -45,7 +45,7 @@ KINDS = (
 
 
 class UnfitFile(OSError):
-    """A path that is not a regular file, or is a file that is too large. `strerror` is the reason, without the path."""
+    """A path that is not a regular file, or is a file that is too large. `OSError.strerror` is the reason, without the path."""
 
     def __init__(self, path: PathLike, what: str) -> None:
         super().__init__(errno.EINVAL, what, os.fspath(path))

@@ -12,6 +12,8 @@ EXTRAS = {
     "starlette": "server",
     "uvicorn": "server",
     "jinja2": "server",
+    "pdoc": "docs",
+    "markdown2": "docs",
 }
 
 

@@ -42,7 +42,7 @@ class Reading:
     suggested: set[str] = field(default_factory=set)
     broken: bool = False
 
-    def set(self, option: Option, value: Any, how: str) -> None:
+    def assign(self, option: Option, value: Any, how: str) -> None:
         """Set a value. Two spellings of one setting that disagree are a mistake; of two equal ones the last wins.
 
         Args:
@@ -117,7 +117,7 @@ class Reading:
             self.fallbacks[option.name] = spelling
             return
         if spelling.value is not TAKES_VALUE:
-            self.set(option, spelling.value, spelling.flag)
+            self.assign(option, spelling.value, spelling.flag)
             return
         if not words and option.bare is not None:
             words = [option.bare]
@@ -128,7 +128,7 @@ class Reading:
         except ValueError as error:
             self.record_unreadable(option, f"`{' '.join([spelling.flag, *words])}`", str(error))
             return
-        self.set(option, tuple(values) if option.many else values[0], spelling.flag)
+        self.assign(option, tuple(values) if option.many else values[0], spelling.flag)
 
 
 def merge_by_feature(problems: Sequence[Problem]) -> list[Problem]:

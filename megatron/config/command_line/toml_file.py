@@ -80,7 +80,7 @@ def _take_key(reading: Reading, path: str, section: str, key: str, value: Any) -
     spelling = known[word]
     try:
         if spelling.value is TAKES_VALUE:
-            reading.set(spelling.option, coerce(spelling.option, value), key)
+            reading.assign(spelling.option, coerce(spelling.option, value), key)
         elif not isinstance(value, bool):
             raise ValueError("must be true or false")
         elif value:
