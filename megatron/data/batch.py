@@ -20,7 +20,7 @@ class GPTCollator:
     """Collate GPT samples into a `Batch`.
 
     Attributes:
-        vocab_size: token ids from here on are an error.
+        vocab_size: size of the vocabulary; larger token ids are an error.
         eod: the id that ends a document, needed by the three options, which are those of `--reset-position-ids`,
             `--reset-attention-mask` and `--eod-mask-loss`.
     """
@@ -42,9 +42,9 @@ class GPTCollator:
         """Return the collator that the data settings ask for.
 
         Args:
-            data: holds the three options.
+            data: the data settings, with the three options.
             vocab_size: number of token ids.
-            eod: id of the end of document; None where the tokenizer has none.
+            eod: id of the end-of-document token; None if the tokenizer has none.
 
         Raises:
             DataError: when an option needs an end of document and there is none.
@@ -95,16 +95,16 @@ def document_indices(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
 
     ends: bool `[batch, seq]`, true at an end of document, which still belongs to the document that it ends.
     """
-    counts = np.zeros(ends.shape, dtype=np.int64)
-    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])  # shifted by one: an end counts for what follows it
+    counts = np.zeros(ends.shape, dtype=np.int64)  # [batch, seq]
+    np.cumsum(ends[:, :-1], axis=1, out=counts[:, 1:])  # shifted by one, since an end belongs to the document before it
     return counts
 
 
 def document_starts(ends: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Return the position at which each token's document starts, int64 `[batch, seq]`.
 
-    ends: as in `document_indices`. The document in which a sample begins starts at 0.
+    ends: see `document_indices`. The document in which a sample begins starts at 0.
     """
-    starts = np.zeros(ends.shape, dtype=np.int64)
+    starts = np.zeros(ends.shape, dtype=np.int64)  # [batch, seq]
     starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, ends.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)

@@ -64,7 +64,7 @@ class BertCollator:
         )
 
     def _pad(self, rows: Sequence[NDArray], fill: int | bool) -> NDArray:  # type: ignore[type-arg]  # ids or flags
-        """Return rows of different lengths as one array `[batch, seq]`, filled up behind."""
+        """Return rows of different lengths as one array `[batch, seq]`, padded at the end."""
         padded = np.full((len(rows), self.seq_length), fill, dtype=rows[0].dtype)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row

@@ -1,4 +1,4 @@
-"""Several datasets drawn from by weight, in Megatron-Core 0.16's order."""
+"""Blend several datasets by weight, in Megatron-Core 0.16's order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.config.data import parse_number
 from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 
-SURPLUS = 0.005  # each dataset is built with this share of samples more than its weight asks for
+SURPLUS = 0.005  # share of samples that each dataset is built with beyond those of its weight
 
 
 def parse_blend(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
@@ -44,8 +44,8 @@ def samples_per_dataset(weights: Sequence[float], samples: int, surplus: float =
 
     Args:
         weights: normalised, one for each dataset.
-        samples: of all datasets together.
-        surplus: share that is added on top.
+        samples: number of samples of all datasets together.
+        surplus: share that is added to each dataset.
     """
     return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in weights]
 
@@ -61,10 +61,10 @@ def blend_order(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16],
     share = np.array(weights, dtype=np.float64)
     drawn, lack = np.zeros(len(weights)), np.empty(len(weights))  # [datasets]
     multiply, subtract = np.multiply, np.subtract
-    for n in range(size):  # each choice depends on all before it, so there is no way around a loop
+    for n in range(size):  # each choice depends on all earlier ones, so the loop cannot be vectorised
         multiply(share, max(n, 1), out=lack)
         subtract(lack, drawn, out=lack)
-        chosen = lack.argmax()  # of equals the first, as Megatron-Core takes it
+        chosen = lack.argmax()  # the first of equals, as in Megatron-Core
         order[n] = chosen
         drawn[chosen] += 1.0
     numbers = np.empty(size, dtype=np.int64)
@@ -75,9 +75,10 @@ def blend_order(weights: Sequence[float], size: int) -> tuple[NDArray[np.int16],
 
 
 class BlendedDataset:
-    """One numbered set of samples out of several: sample i is sample `numbers[i]` of dataset `order[i]`.
+    """A blend of several datasets: sample i is sample `numbers[i]` of dataset `order[i]`.
 
-    Raises DataError if a dataset has fewer samples than the order draws from it.
+    Raises:
+        DataError: a dataset has fewer samples than the order draws from it.
     """
 
     def __init__(self, datasets: Sequence[SampleSource], order: NDArray[np.int16], numbers: NDArray[np.int64]) -> None:
@@ -95,7 +96,7 @@ class BlendedDataset:
         return self.datasets[int(self.order[number])][int(self.numbers[number])]
 
     def locate(self, number: int, position: int) -> str:
-        """Return where token `position` of a sample lies, for a message."""
+        """Return the place of token `position` of a sample, for a message."""
         return self.datasets[int(self.order[number])].locate(int(self.numbers[number]), position)
 
 

@@ -1,4 +1,4 @@
-"""The training, validation and test datasets of a run, from its settings."""
+"""Build the training, validation and test datasets of a run from its settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def bert_dataset_maker(data: DataConfig, seed: int, tokenizer: Tokenizer, *, bin
     Args:
         data: length of the samples, and what share of them is short or masked.
         seed: seed of the run.
-        tokenizer: holds BERT's special tokens.
+        tokenizer: the tokenizer, with BERT's special tokens.
         binary: whether the samples are for a binary head.
     """
     return pair_dataset_maker(build_pair_rules(data, seed, tokenizer, tokenizer.token, binary=binary))
@@ -170,8 +170,8 @@ class DatasetBuilder:
                 self.build_one(prefix, share, count, split)
                 for prefix, count in zip(prefixes, samples_per_dataset(weights, num_samples, surplus), strict=True)
             ]
-            # Rounding can make the order draw more than was built. Then more is built: it must end, since a surplus of
-            # 1 doubles every dataset.
+            # By rounding, the order can draw more samples than were built; then more are built. This ends, since the surplus
+            # doubles each time.
             if all(len(part) >= count for part, count in zip(parts, drawn, strict=True)):
                 return BlendedDataset(parts, order, numbers)
             surplus *= 2
@@ -210,11 +210,11 @@ def build_datasets(
         seed: seed of the orders.
         counts: least number of samples of each of the three.
         tokenizer: checked against the datasets' sidecars, if given.
-        make: makes the samples of one dataset; GPT's unless given.
-        mock: makes samples up from their number and the split's name, in place of those of files.
+        make: creates the samples of one dataset; default GPT's.
+        mock: creates synthetic samples, given their number and the split's name, instead of reading files.
 
     Returns:
-        The three datasets; None where no samples are asked for, or no data are given.
+        The three datasets; None for a split without data or with a count of 0.
 
     Raises:
         DataError: for missing or wrong files, and for a split that is too small.
@@ -238,7 +238,7 @@ def build_datasets(
             built.append(None)
             continue
         prefixes, weights = parse_blend(words, flag)
-        # A single weighted prefix is still a blend under --data-path: it has the surplus, and so another order.
+        # Under --data-path a single prefix with a weight is a blend, whose surplus changes the order, as in Megatron-Core.
         alone = len(prefixes) == 1 and (weights is None or not data.data_path)
         built.append(
             builder.build_one(prefixes[0], share, num_samples, split)

@@ -1,4 +1,4 @@
-"""Put the tokens of many documents together, part by part, as an indexed dataset takes them."""
+"""Collect the tokens of many documents in arrays that are appended to an indexed dataset at once."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ JSON_TYPES = ((bool, "true or false"), (str, "text"), (int | float, "a number"),
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a corpus, not yet parsed. number: from 1 on."""
+    """One unparsed line of a corpus. number: its line number, from 1."""
 
     file: str
     number: int
@@ -27,11 +27,11 @@ class Line:
 
 
 class BadLine(Exception):
-    """A line that is no document; the message names file and line."""
+    """A line that is not a document; the message names file and line."""
 
 
 def expand_globs(patterns: Sequence[str]) -> list[str]:
-    """Return the files that these names and globs stand for, each glob in sorted order; DataError for one without any."""
+    """Return the files of these names and globs, each glob's in sorted order; DataError for one without files."""
     files: list[str] = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -133,7 +133,7 @@ def parse_line(line: Line, keys: Sequence[str], advice: str = "; choose with --j
 
 
 def _text(document: dict[str, Any], key: str, where: str, advice: str) -> str:
-    """Return the text under a key; BadLine where it is not there, and for any other value than text."""
+    """Return the text under a key; BadLine if it is missing, or its value is not text."""
     if key not in document:
         have = ", ".join(map(repr, list(document)[:8])) or "none"
         within = next((name for name, value in document.items() if isinstance(value, dict) and key in value), None)

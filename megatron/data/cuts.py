@@ -1,4 +1,4 @@
-"""Cut long texts into parts whose tokens, one after the other, are the tokens of the whole text.
+"""Cut long texts into parts, so that the tokens of the parts, one after the other, are the tokens of the whole text.
 
 Tokenizers keep a hundred bytes and more for each character of what they are given at once. A `Seam`, made from what is known of
 a tokenizer, decides of a place whether the text can be cut there. Where there is no seam, or a text has no such place, the text
@@ -26,7 +26,7 @@ PLACES = (
 
 
 class Seam(ABC):
-    """Decides where a tokenizer's texts can be cut. context: characters on either side of a place that `judge` needs."""
+    """Decides where a tokenizer's texts can be cut. context: number of characters on either side that `judge` needs."""
 
     context: int = 64
 
@@ -87,7 +87,7 @@ def _place(text: str, start: int, stop: int, seam: Seam) -> tuple[int, int] | No
 
 
 def adjacent_pairs(pieces: Iterable[str]) -> frozenset[str]:
-    """Return every two characters that stand side by side in one of these pieces."""
+    """Return all pairs of adjacent characters in these pieces."""
     return frozenset(piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1))
 
 

@@ -36,8 +36,8 @@ class PreprocessConfig:
     """Settings of preprocessing.
 
     Attributes:
-        keys: of the JSON objects; each gets a dataset of its own.
-        plain_special_tokens: those that stand in a text are text like any other.
+        keys: keys of the JSON objects; each gets a dataset of its own.
+        plain_special_tokens: special tokens in texts are tokenized like any other text.
     """
 
     tokenizer: TokenizerConfig
@@ -73,7 +73,7 @@ class EncodedBlock:
 
 
 class UnreadableTexts(Exception):
-    """Texts that the tokenizer gives up on. reasons: one for each, by the number of its document in the block."""
+    """Texts that the tokenizer refuses. reasons: the reason for each, by the number of its document in the block."""
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def init_worker() -> None:
 
 
 def exit_with_parent() -> None:
-    """End this worker when its parent is killed: the pool's workers hold both ends of its pipe, and would wait for ever."""
+    """End this worker when its parent is killed: it holds both ends of the pool's pipe, and would otherwise wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Errors of data and tokenizer files, as a user sees them."""
+"""Errors of data and tokenizer files, whose messages are shown to the user."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class DataError(Exception):
 
 
 class ForeignIdError(DataError):
-    """Token ids that the tokenizer does not have, met when training had begun already; wrong data all the same."""
+    """Token ids outside the vocabulary, found after training has begun; exit status 2 as for other wrong data."""
 
     status = 2  # the exit status of the job

@@ -47,7 +47,7 @@ class FastTokenizer(Tokenizer):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Cuts long texts, as the steps of the backend tell."""
+        """Finds the places where long texts can be cut, from the steps of the backend."""
         return fast_seam(self._backend)
 
     def tokenize_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -87,7 +87,7 @@ class FastTokenizer(Tokenizer):
 
 
 class GPT2BPETokenizer(FastTokenizer):
-    """GPT-2's byte-level BPE from vocab.json and merges.txt; `<|endoftext|>` ends a document, and is known in text too."""
+    """GPT-2's byte-level BPE from vocab.json and merges.txt; `<|endoftext|>` ends a document, and is recognized in texts."""
 
     kind = "GPT2BPETokenizer"
 
@@ -114,7 +114,7 @@ class GPT2BPETokenizer(FastTokenizer):
 
 
 def read_word_pieces(vocab_file: str, flag: str) -> dict[str, int]:
-    """Return the words of a vocab.txt of BERT with their ids. DataError, naming the flag, when it is none."""
+    """Return the word pieces of BERT's vocab.txt with their ids; DataError that names the flag if the file is invalid."""
     try:
         words = read_tokenizer_file(vocab_file, flag).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -183,7 +183,7 @@ class BertWordPieceCase(BertWordPieceTokenizer):
 
 
 def _older_form(directory: Path) -> str | None:
-    """Return the flags of a tokenizer that a directory holds in a form before tokenizer.json; None where there is none."""
+    """Return the flags for a tokenizer that a directory holds in a form older than tokenizer.json; None for none."""
     forms = {
         "tokenizer.model": f"--tokenizer-type GPTSentencePieceTokenizer --tokenizer-model {directory / 'tokenizer.model'}",
         "merges.txt": f"--tokenizer-type GPT2BPETokenizer --vocab-file {directory / 'vocab.json'} --merge-file "

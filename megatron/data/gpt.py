@@ -1,4 +1,4 @@
-"""GPT samples: `seq_length + 1` consecutive tokens that run on across documents."""
+"""GPT samples: `seq_length + 1` consecutive tokens, across the borders of documents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SampleSource(Protocol):
     def __getitem__(self, number: int) -> Any: ...
 
     def locate(self, number: int, position: int) -> str:
-        """Return where in the files token `position` of a sample lies, for a message."""
+        """Return the place of token `position` of a sample in the files, for a message."""
         ...
 
 
@@ -72,12 +72,12 @@ class GPTDataset:
             numbers = np.arange(sequences.start, sequences.stop, dtype=np.int32)
             return asdict(build_sample_index(indexed.lengths, numbers, seq_length, seed, num_samples))
 
-        # These names are part of the name of a cache on disk: another spelling would build every index anew.
+        # The names of the keys are part of the cache's path, so renaming one would rebuild every index.
         key: dict[str, object] = dict(
             sequences=[sequences.start, sequences.stop], seq_length=seq_length, seed=seed, wanted=num_samples
         )
         try:
-            # An empty split goes past the cache: it cannot be built, and should not wait to say so.
+            # For an empty split, `build` raises an error, so the cache is not used.
             arrays = build() if cache is None or not sequences else cache.get(indexed.prefix, key, build, indexed.idx_path)
         except DataError as error:
             raise DataError(
@@ -93,7 +93,7 @@ class GPTDataset:
     def __getitem__(self, number: int) -> Sample:
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        # The index may come from a damaged cache, so each number is checked before it is used as a place.
+        # The index may come from a damaged cache, so each number is checked before it is used as an index.
         self.indexed.check_unchanged()
         cut = int(self.index.shuffle[number])
         if not 0 <= cut < len(self.index.samples) - 1:
@@ -122,7 +122,7 @@ class GPTDataset:
         return DataError(f"{self.indexed.prefix}: its index cache{where} is damaged: {what}; delete it")
 
     def locate(self, number: int, position: int) -> str:
-        """Return where token `position` of a sample lies, for a message: file, document, token."""
+        """Return the place of token `position` of a sample, for a message: file, document, token."""
         place, start = self.index.samples[int(self.index.shuffle[number])].tolist()
         while True:
             sequence = int(self.index.documents[place])

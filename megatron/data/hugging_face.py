@@ -1,7 +1,7 @@
-"""Read the tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json, or those before it.
+"""Read the tokenizer of a Hugging Face directory, from the files that transformers reads: a tokenizer.json or older forms.
 
 Older directories hold `vocab.json` and `merges.txt` (GPT-2), `vocab.txt` (BERT) or `tokenizer.model` (SentencePiece), with
-their further tokens in `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`.
+added tokens in `added_tokens.json`, `special_tokens_map.json` and `tokenizer_config.json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def has_hf_tokenizer(directory: Path) -> bool:
 
 
 def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
-    """Return the tokenizer of a Hugging Face directory; None where its files are not known. DataError for damaged ones."""
+    """Return the tokenizer of a Hugging Face directory; None if it has no known files. DataError for damaged ones."""
     first = next((name for name in VOCABULARIES if os.path.lexists(directory / name)), None)
     about = _config(directory)
     match first:
@@ -62,7 +62,7 @@ def read_hf_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is no file."""
+    """Return the JSON object in a file; an empty one if there is no file."""
     if not os.path.lexists(path):
         return {}
     try:

@@ -1,8 +1,8 @@
-"""Cache sample indices on disk, so that one process builds what all others map into memory.
+"""Cache sample indices on disk: one process builds an index, and all others map it into memory.
 
-An index lives in `DIRECTORY/<dataset>/<settings and version of the file>/` and appears by one rename, whole or not at all. A
-builder holds a lock that the kernel releases when it dies, whatever the cause; the others wait for it, but never for ever:
-who waited too long builds in memory. So does everybody when the directory cannot be written.
+An index is stored in `DIRECTORY/<dataset>/<settings and version of the file>/`, which appears by a rename, complete or not at
+all. The process that builds it holds a lock, which the kernel releases if it dies. The others wait for it, up to a time limit,
+after which they build the index in memory. All processes do so if the directory cannot be written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class IndexCache:
-    """Keeps index arrays in one directory; None: `cache` beside each dataset. timeout: seconds to wait for a builder."""
+    """Keeps index arrays in a directory; by default in `cache` beside each dataset. timeout: seconds to wait for a builder."""
 
     def __init__(self, directory: str | None = None, timeout: float = 600.0) -> None:
         self.directory, self.timeout = directory, timeout
@@ -89,7 +89,7 @@ def json_digest(value: dict[str, object]) -> str:
 
 
 def load_arrays(place: Path) -> Arrays | None:
-    """Return the arrays in a directory, memory-mapped; None if they are not all there, or are no arrays of whole numbers."""
+    """Return the arrays in a directory, memory-mapped; None if some are missing or are not arrays of whole numbers."""
     try:
         about = read_json(place / "about.json")
         shapes = {name: tuple(shape) for name, shape in about["arrays"].items() if name.isidentifier()}
@@ -109,7 +109,7 @@ def load_arrays(place: Path) -> Arrays | None:
 
 
 def source_changed(about: Path, stamp: dict[str, object]) -> bool:
-    """Return whether an index was built from a file of another size or time of change."""
+    """Return whether an index was built from a file of another size or modification time."""
     try:
         then = read_json(about)
         return any(then[name] != value for name, value in stamp.items())
@@ -141,7 +141,7 @@ def write_arrays(arrays: Arrays, place: Path, about: dict[str, object]) -> None:
 
 
 def remove_stale_builds(place: Path) -> None:
-    """Remove what killed builders left beside a place, whose lock is held; of other places only where nobody builds."""
+    """Remove the left-overs of killed builders: of this index, whose lock is held, and of others that nobody is building."""
     for left_over in place.parent.glob("*.*.tmp"):
         name = left_over.name.split(".")[0]
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
@@ -152,7 +152,7 @@ def remove_stale_builds(place: Path) -> None:
 
 @contextlib.contextmanager
 def file_lock(path: Path, timeout: float) -> Iterator[None]:
-    """Hold a file lock. TimeoutError (an OSError) when another process has it for more than `timeout` seconds."""
+    """Hold a file lock inside the block; TimeoutError (an OSError) if another process holds it for `timeout` seconds."""
     # Not through a link, which somebody else may have put into a directory that many share, nor a pipe, which would wait.
     with open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)) as file:
         start = time.monotonic()

@@ -8,10 +8,10 @@ The format is Megatron-LM's memory-mapped one, byte for byte. All numbers are li
           int64[m] the sequence at which each document starts: first 0, last n
     .bin  the tokens of all sequences, one after the other
 
-A document is one sequence, or one per sentence. `PREFIX.meta.json` beside them is ours and optional: it says which
-tokenizer made the tokens, how many there are, and what the .bin begins and ends with.
+A document is one sequence, or one per sentence. An optional third file, `PREFIX.meta.json`, is this project's own: it names the
+tokenizer, the number of tokens, and a digest of the beginning and end of the .bin.
 
-Whatever the files hold, opening them ends in a dataset whose every number was checked against the files, or in a DataError.
+Opening a dataset checks every number in the index against the files, and raises DataError for any mismatch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def raise_open_file_limit(count: int) -> None:
 
 
 def check_prefix(prefix: str) -> str:
-    """Return a prefix without a `.bin` or `.idx` that was typed along; DataError if one of the two files is missing."""
+    """Return a prefix without a trailing `.bin` or `.idx`; DataError if one of the two files is missing."""
     if prefix.endswith((".bin", ".idx")):
         prefix = prefix[:-4]
     missing = [prefix + end for end in (".idx", ".bin") if not os.path.lexists(prefix + end)]
@@ -80,7 +80,7 @@ def check_prefix(prefix: str) -> str:
 
 
 def ends_digest(path: str) -> str:
-    """Return a digest of the size, the beginning and the end of a .bin: a name for its content that costs no full reading."""
+    """Return a digest of the size, the beginning and the end of a .bin, which identifies it without reading all of it."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open_regular(path) as file:
@@ -91,7 +91,7 @@ def ends_digest(path: str) -> str:
 
 
 def file_stamp(path: str) -> tuple[int, int, int]:
-    """Return inode, size and time of the last change: one of them differs once a file was replaced or written to."""
+    """Return inode, size and modification time, one of which changes when a file is replaced or written to."""
     about = os.stat(path)
     return about.st_ino, about.st_size, about.st_mtime_ns
 
@@ -111,10 +111,15 @@ def read_sidecar(prefix: str) -> dict[str, Any]:
 
 
 class IndexedDataset:
-    """A dataset on disk, memory-mapped: `dataset[i]` is sequence i, int array `[tokens]`.
+    """A memory-mapped dataset on disk: `dataset[i]` is sequence i, int array `[tokens]`.
 
-    lengths: int32 `[n]`, tokens of each sequence. offsets: int64 `[n]`, bytes. documents: int64 `[m]`, the sequence at
-    which each document starts. Raises DataError for files that are missing, truncated, foreign or inconsistent.
+    Attributes:
+        lengths: int32 `[n]`, number of tokens of each sequence.
+        offsets: int64 `[n]`, byte offset of each sequence in the .bin.
+        documents: int64 `[m]`, the sequence at which each document starts.
+
+    Raises:
+        DataError: the files are missing, truncated, of another format or inconsistent.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -131,10 +136,10 @@ class IndexedDataset:
             ) from error
 
     def _open(self) -> None:
-        """Map the index and the tokens, once every number of the index has been compared with the files."""
+        """Check every number of the index against the files, and map index and tokens into memory."""
         size = check_regular(self.idx_path)
         self.dtype, n, m = self._read_header(size)
-        # A memory map holds a file open, which a blend of thousands cannot afford for small indices.
+        # A memory map keeps its file open, so small indices are read instead: a blend may have thousands of them.
         index = (
             np.memmap(self.idx_path, mode="r", dtype=np.uint8)
             if size > MMAP_MIN_BYTES
@@ -176,7 +181,7 @@ class IndexedDataset:
         return DTYPE_CODES[code], n, m
 
     def _checked_bytes(self) -> int:
-        """Return the bytes of the .bin. DataError unless the sequences fill it one after the other: then no read leaves it."""
+        """Return the size of the .bin; DataError unless the sequences fill it exactly, so that no read can be out of bounds."""
         have, n = os.path.getsize(self.bin_path), len(self.lengths)
         if n and int(self.lengths.min()) < 0:
             raise self._bad(f"sequence {int(self.lengths.argmin())} has a negative length")
@@ -239,7 +244,7 @@ class IndexedDataset:
         """Return tokens of one sequence, `[stop - start]`, as a view of the memory map.
 
         Args:
-            number: of the sequence.
+            number: number of the sequence.
             start: first token.
             stop: token after the last one; None, or beyond the end: the end.
         """
@@ -263,7 +268,7 @@ class IndexedDataset:
 
 
 class IndexedWriter:
-    """Writes a dataset under temporary names; `finish` puts it in place, anything else leaves nothing behind.
+    """Writes a dataset under temporary names; `finish` renames the files, and without it they are removed.
 
     with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
         writer.add_document(tokens, [len(tokens)])

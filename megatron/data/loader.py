@@ -1,6 +1,6 @@
 """Load the micro-batches of one data-parallel rank, in order.
 
-The whole state is one integer: how many samples all ranks together have been handed. Sample number n of the training
+The whole state is one integer, the number of samples that all ranks together have consumed. Sample number n of the training
 order is therefore the same for every layout. With d data-parallel ranks and micro-batches of b samples, micro-batch j of
 rank r holds the samples from `consumed + (j * d + r) * b` on. Blocks of d * b samples do not depend on the global batch
 size, so it may change from step to step while batches are read ahead.
@@ -39,7 +39,7 @@ class MicroBatchLoader:
         cyclic: reshuffle the dataset for each epoch and never run out; otherwise samples come in its order, once.
         seed: seed of the reshuffling.
         pin_memory: put batches into pinned memory.
-        name: of the split, for messages.
+        name: name of the split, for messages.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MicroBatchLoader:
         )
         self._ahead = ReadAhead(self._source, read_ahead) if read_ahead > 0 else None
         self._failure: Exception | None = None
-        if self._ahead is not None:  # a loader that is forgotten must not leave its thread behind
+        if self._ahead is not None:  # stops the thread of a loader that is garbage-collected without `close`
             weakref.finalize(self, self._ahead.stop)
 
     def next_batches(self, global_batch_size: int) -> list[Batch]:
@@ -141,20 +141,20 @@ def epoch_order(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
     """Return the order of a cyclic loader in one epoch, int64 `[total]`.
 
     Args:
-        seed: of the run.
-        epoch: from 0 on.
-        total: samples of the dataset.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        total: number of samples in the dataset.
     """
     return np.random.default_rng([seed, epoch]).permutation(total)
 
 
 class ReadAhead:
-    """Draws from an iterator in a thread of its own, up to `depth` items early; its exceptions surface in `get`."""
+    """Reads an iterator ahead in a thread, by up to `depth` items; `get` raises its exceptions."""
 
     def __init__(self, source: Iterator[Batch], depth: int) -> None:
         self._items: queue.Queue[Batch | Exception] = queue.Queue(maxsize=depth)
         self._stopped = threading.Event()
-        # The thread knows the queue and the event, not this object, so that a forgotten loader can be collected.
+        # The thread has references to the queue and the event only, so that this object can be garbage-collected.
         args = (source, self._items, self._stopped)
         self._thread = threading.Thread(target=fill_queue, args=args, name="read-ahead", daemon=True)
         self._thread.start()
@@ -169,10 +169,10 @@ class ReadAhead:
         return item
 
     def stop(self) -> None:
-        """Let the thread end, and wait until it has: one that is inside torch must not outlive the interpreter."""
+        """End the thread, and wait for it, since a thread inside torch must not outlive the interpreter."""
         self._stopped.set()
         with suppress(queue.Empty):
-            self._items.get_nowait()  # the thread may wait for room
+            self._items.get_nowait()  # wakes a thread that waits because the queue is full
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
 
@@ -183,7 +183,7 @@ def fill_queue(source: Iterator[Batch], items: queue.Queue[Batch | Exception], s
     Args:
         source: iterator of micro-batches.
         items: receives them, and the exception that ends the source.
-        stopped: set by whoever needs no more.
+        stopped: set when no more items are needed.
     """
 
     def put(item: Batch | Exception) -> None:
@@ -199,5 +199,5 @@ def fill_queue(source: Iterator[Batch], items: queue.Queue[Batch | Exception], s
             put(batch)
             if stopped.is_set():
                 return
-    except Exception as error:  # the caller is told, whatever it is
+    except Exception as error:  # raised again by `get`
         put(error)

@@ -1,4 +1,4 @@
-"""Check that datasets and a tokenizer belong together: by the sidecar, and without one by the ids themselves."""
+"""Check that datasets were made with a tokenizer: by the sidecar file, or without one by the token ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron.data.indexed import IndexedDataset, read_sidecar
 from megatron.data.special_tokens import ROLE_FLAGS, describe_token
 from megatron.data.tokenizer_base import PROBES, Tokenizer
 
-MAX_CHECKED_TOKENS = 1 << 24  # tokens of a dataset without a sidecar; of a larger one, in pieces that are spread over it
+MAX_CHECKED_TOKENS = 1 << 24  # tokens that are checked without a sidecar; in a larger dataset, in pieces spread over it
 CHECKED_PIECE = 1 << 16
-# Texts that two tokenizers must cut alike to be the same: punctuation, numbers, accents, other scripts, special tokens.
+# Texts that equal tokenizers must tokenize alike: punctuation, numbers, accents, other scripts, special tokens.
 PROBE_TEXTS = (
     *PROBES,
     "The quick brown fox jumps over the lazy dog.",
@@ -30,13 +30,14 @@ PROBE_TEXTS = (
     "   \n\n\t ",
     "x" * 250,
 )
-ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # others go by their own name
+ROLE_NAMES = {"eod": "the end of document", "bos": "the first token"}  # in messages; other roles have their own names
 
 
 def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
     """Check that a dataset was made with this tokenizer.
 
-    Raises DataError if its sidecar names another one, and without a sidecar for ids that the tokenizer does not have.
+    Raises:
+        DataError: the sidecar names another tokenizer; or, without a sidecar, the tokenizer lacks some of the ids.
     """
     meta = dataset.meta()
     made_with = meta.get("tokenizer_digest")
@@ -53,7 +54,7 @@ def check_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
 
 
 def _other_special_tokens(prefix: str, there: Mapping[str, Any], tokenizer: Tokenizer) -> str:
-    """Return the message where only the roles of special tokens differ. there: the dataset's ids by role."""
+    """Return the message for tokenizers that differ only in the roles of special tokens. there: the dataset's ids by role."""
     other = [role for role in {**there, **tokenizer.special} if there.get(role) != tokenizer.special.get(role)]
     here = {role: _named(tokenizer, tokenizer.special.get(role)) for role in other}
     words = [
@@ -73,9 +74,10 @@ def _named(tokenizer: Tokenizer, number: object) -> str:
 
 
 def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
-    """Check that the ids of a dataset are in the vocabulary; of a large dataset a part is looked at.
+    """Check that the ids of a dataset are in the vocabulary; for a large dataset, only some of them.
 
-    Raises DataError, with file, document and token, for one that is not.
+    Raises:
+        DataError: an id is not; the message names file, document and token.
     """
     limits = np.iinfo(dataset.dtype)
     if limits.min >= 0 and limits.max < vocab_size:
@@ -98,27 +100,27 @@ def check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
 
 
 def _starts(tokens: int) -> Iterator[int]:
-    """Return where the pieces to check begin: all of a small dataset, else some spread over it, with the first and last."""
+    """Return the starts of the pieces to check: all of a small dataset, else some that are spread evenly over it."""
     if tokens <= MAX_CHECKED_TOKENS:
         return iter(range(0, tokens, CHECKED_PIECE))
     return iter(np.linspace(0, tokens - CHECKED_PIECE, MAX_CHECKED_TOKENS // CHECKED_PIECE).astype(np.int64).tolist())
 
 
 def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Tokenizer) -> tuple[TokenizerConfig, list[str]]:
-    """Give a tokenizer the end and beginning of documents that flags chose when the data were preprocessed.
+    """Set a tokenizer's end-of-document and first token to those that were chosen by flags when the data were preprocessed.
 
-    A flag of this run wins over that of the preprocessing.
+    A flag of this run takes precedence over that of the preprocessing.
 
     Args:
-        data: names the datasets.
-        given: the settings that the tokenizer was made of.
-        tokenizer: is changed.
+        data: the data settings, which name the datasets.
+        given: the settings of the tokenizer.
+        tokenizer: the tokenizer, which is changed.
 
     Returns:
-        The settings that make such a tokenizer, and a line for the user about each change.
+        The settings of the changed tokenizer, and a line for the user about each change.
 
     Raises:
-        DataError: for a sidecar that cannot be read.
+        DataError: a sidecar cannot be read.
     """
     lines: list[str] = []
     for words in (data.data_path, data.train_data_path, data.valid_data_path, data.test_data_path):
@@ -136,7 +138,7 @@ def adopt_data_roles(data: DataSettings, given: TokenizerConfig, tokenizer: Toke
 
 
 def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
-    """Return the roles that flags gave to tokens when a dataset was made with this vocabulary, each with the token."""
+    """Return roles and tokens that were chosen by flags when the dataset was made, if it has the tokenizer's vocabulary."""
     meta = read_sidecar(prefix.removesuffix(".bin").removesuffix(".idx"))
     chosen = meta.get("chosen")
     if not isinstance(chosen, dict) or meta.get("vocabulary_digest") != tokenizer.vocabulary_digest():
@@ -145,7 +147,7 @@ def _chosen(prefix: str, tokenizer: Tokenizer) -> Sequence[tuple[str, int]]:
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether two tokenizers have one vocabulary, and cut the probe texts alike."""
+    """Return whether two tokenizers have the same vocabulary, and tokenize the probe texts alike."""
     return (
         one.vocab_size == other.vocab_size
         and all(one.piece(number) == other.piece(number) for number in range(one.vocab_size))

@@ -1,4 +1,4 @@
-"""Join several indexed datasets to one."""
+"""Merge several indexed datasets into one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Make up data (--mock-data): text from which a model can learn something, of any amount, from the seed alone.
+"""Generate synthetic data for --mock-data: text of any amount that a model can learn, from the seed alone.
 
-Some ids of the vocabulary stand in a circle, in random order. A word is followed by one a few places further along, by a near
-one more often than by a far one, so that the loss of a GPT that has learnt all there is to learn is 1.3. Sample i of a split
-follows from the seed, the split and i; the circle, which is what can be learnt, is that of all splits.
+Some ids of the vocabulary, the words, are arranged in a circle in random order. Each word is followed by one a few places
+further along the circle, more often by a near one than by a far one. A GPT that has learnt this completely has a loss of 1.3.
+Sample i of a split follows from the seed, the split and i; all splits share the circle.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from megatron.data.gpt import SPLITS, Sample, SampleSource
 from megatron.data.tokenizer_base import Tokenizer
 
 MADE_UP = "the data are made up, as --mock-data asks: the losses say nothing of a corpus"
-MAX_WORDS = 128  # in the circle: so few that a short run sees each of them often
-STEPS = np.array([1, -1, 2, -2, 3])  # along the circle, from a word to the next one
-SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
+MAX_WORDS = 128  # words in the circle: few enough that a short run sees each of them often
+STEPS = np.array([1, -1, 2, -2, 3])  # steps along the circle from a word to the next one
+SHARES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])  # probabilities of these steps
 MEAN_DOCUMENT = 200  # tokens
 MIN_SENTENCE, MAX_SENTENCE = 4, 24  # tokens
-SEEDS = 2**32  # numpy's generators take no larger ones
+SEEDS = 2**32  # number of seeds that numpy's generators accept
 
-MakeMock = Callable[[int, str], SampleSource]  # number of samples, split -> made-up samples
+MakeMock = Callable[[int, str], SampleSource]  # given the number of samples and the split, returns synthetic samples
 
 
 class MockText:
-    """A circle of words, and the chances that one follows another.
+    """A circle of words, and the probabilities with which one follows another.
 
     Args:
         vocab_size: ids of the tokenizer; the words are spread over all of them, and so over all tensor-parallel ranks.
-        special: ids that are no words.
+        special: ids that must not be words.
         seed: seed of the run.
     """
 
@@ -51,7 +51,7 @@ class MockText:
         return np.random.RandomState([self.seed, SPLITS.index(split), number % SEEDS])
 
     def write(self, random: np.random.RandomState, fresh: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Return words, int64 `[n]`. fresh: bool `[n]`, true where a text begins that does not go on from the word before."""
+        """Return words, int64 `[n]`. fresh: bool `[n]`, true at the first word of a text, which does not depend on the last."""
         steps = random.choice(STEPS, size=len(fresh), p=SHARES)  # [n]
         steps[fresh] = random.randint(0, len(self.words), size=np.count_nonzero(fresh))  # to any word of the circle
         words: NDArray[np.int64] = self.words[np.cumsum(steps) % len(self.words)]
@@ -59,7 +59,7 @@ class MockText:
 
 
 class MockGPT:
-    """Made-up samples of GPT: documents one after the other, each closed by the end of document, if there is one."""
+    """Synthetic GPT samples: documents one after the other, each followed by the end-of-document token, if there is one."""
 
     def __init__(self, text: MockText, eod: int | None, seq_length: int, count: int, split: str) -> None:
         self.text, self.eod, self.seq_length, self.count, self.split = text, eod, seq_length, count, split
@@ -84,7 +84,7 @@ class MockGPT:
 
 
 class MockBert:
-    """Made-up samples of BERT: sentences that go on from one another, made to pairs and masked as those of a corpus."""
+    """Synthetic BERT samples: sequences of sentences, made into masked pairs like those of a corpus."""
 
     def __init__(self, text: MockText, rules: PairRules, count: int, split: str) -> None:
         self.text, self.rules, self.count, self.split = text, rules, count, split
@@ -106,12 +106,12 @@ class MockBert:
         return pair_sample(sentences, target, self.rules, random)
 
     def locate(self, number: int, position: int) -> str:
-        """Return where a sample lies, for a message. A swapped, cut pair tells no position."""
+        """Return the name of a sample, for a message; the position is not known in a swapped and truncated pair."""
         return f"made-up {self.split} sample {number}"
 
 
 def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
-    """Return the function that makes GPT's samples up.
+    """Return the function that generates GPT's samples.
 
     Args:
         tokenizer: its ids are the words.
@@ -123,16 +123,16 @@ def mock_gpt(tokenizer: Tokenizer, seq_length: int, seed: int) -> MakeMock:
 
 
 def mock_bert(tokenizer: Tokenizer, rules: PairRules) -> MakeMock:
-    """Return the function that makes BERT's samples up, by these rules."""
+    """Return the function that generates BERT's samples, by these rules."""
     text = MockText(tokenizer.vocab_size, bert_roles(tokenizer).values(), rules.seed)
     return lambda count, split: MockBert(text, rules, count, split)
 
 
 def bert_roles(tokenizer: Tokenizer) -> Mapping[str, int]:
-    """Return ids for BERT's special tokens: the tokenizer's, and for those that it lacks the last ones of its vocabulary.
+    """Return ids for BERT's special tokens: the tokenizer's, and for tokens that it lacks the last ids of its vocabulary.
 
-    Made-up text needs none of these ids for anything else, so that NullTokenizer, which has no file, will do. DataError where
-    the vocabulary is too small.
+    Synthetic text uses these ids for nothing else, so NullTokenizer, which needs no file, is sufficient. DataError if the
+    vocabulary is too small.
     """
     roles = dict(tokenizer.special)
     free = (i for i in reversed(range(tokenizer.vocab_size)) if i not in tokenizer.special.values())

@@ -1,7 +1,7 @@
-"""Compare two orders of samples by marks: digests of some samples of each, at the same places.
+"""Detect a changed order of training samples by marks: digests of some samples, at fixed positions of the order.
 
-The order follows from the data, the split, the seed, the sequence length, the weights of a blend and how many epochs
-were put together, but most of these only where they change something. So the samples themselves are compared.
+The order follows from the data, the split, the seed, the sequence length, the weights of a blend and the number of epochs, but
+not every change of these changes the order. So the samples themselves are compared.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from megatron.data.errors import DataError
 from megatron.data.gpt import SampleSource
 from megatron.data.loader import epoch_order
 
-MARK_COUNT = 32  # spread over the order
-MAX_BLEND_DATASETS = 256  # of a blend, whose first and last samples are looked at as well
-BLEND_WINDOW = 1 << 20  # samples of a blend that are searched for them
+MARK_COUNT = 32  # number of marks that are spread over the order
+MAX_BLEND_DATASETS = 256  # datasets of a blend whose first and last samples are marked as well
+BLEND_WINDOW = 1 << 20  # samples of a blend that are searched for these
 
 
 def order_marks(dataset: SampleSource, count: int, data: DataConfig, seed: int) -> dict[str, str]:
-    """Return the marks of an order: place in the training order -> digest of the sample there.
+    """Return the marks of an order: by the position in the training order, the digest of the sample there.
 
     Args:
         dataset: the training samples.
         count: number of samples that the run will read.
-        data: says whether the loader reshuffles each epoch.
+        data: the data settings, which decide whether the loader reshuffles each epoch.
         seed: seed of the reshuffling.
     """
     return _marks(dataset, _places(dataset, min(count, len(dataset))), data, seed)
 
 
 def order_differs(marks: Mapping[str, Any], dataset: SampleSource | None, data: DataConfig, seed: int) -> bool | None:
-    """Return whether a dataset has other samples than those of `marks` at a place that both have.
+    """Return whether a dataset has other samples than the marks say, at a position that both have.
 
     Args:
-        marks: `order_marks` of another dataset, as a checkpoint holds them.
-        dataset: the training samples; None where nothing is trained.
-        data: as in `order_marks`.
-        seed: as in `order_marks`.
+        marks: the `order_marks` in a checkpoint.
+        dataset: the training samples; None for none.
+        data: see `order_marks`.
+        seed: see `order_marks`.
 
     Returns:
-        None where there are no marks to compare with.
+        None if there are no marks, or no training samples.
     """
     if not marks or dataset is None:
         return None
@@ -56,10 +56,10 @@ def order_differs(marks: Mapping[str, Any], dataset: SampleSource | None, data: 
 
 
 def _places(dataset: SampleSource, count: int) -> list[int]:
-    """Return the places to mark, among the first `count` of the training order."""
+    """Return the positions to mark, among the first `count` of the training order."""
     places = {count * i // MARK_COUNT for i in range(MARK_COUNT)} if count else set()
     if isinstance(dataset, BlendedDataset) and count:
-        # One dataset may be built anew, while the others stay as they are.
+        # One dataset of a blend may change while the others stay, so each dataset gets marks of its own.
         window = np.asarray(dataset.order[: min(count, BLEND_WINDOW)])
         for numbers in (np.arange(len(window)), np.arange(len(window))[::-1]):
             _, first = np.unique(window[numbers], return_index=True)
@@ -75,7 +75,7 @@ def _marks(dataset: SampleSource, places: Sequence[int], data: DataConfig, seed:
         try:
             sample = dataset[place if order is None else int(order[place])]
         except DataError:
-            continue  # training on it says so
+            continue  # training reports the error when it comes to this sample
         digest = hashlib.blake2b(digest_size=8)
         for array in _tokens(sample):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes() + b"|")
@@ -85,6 +85,6 @@ def _marks(dataset: SampleSource, places: Sequence[int], data: DataConfig, seed:
 
 def _tokens(sample: Any) -> Iterator[NDArray[np.int64]]:
     """Yield the tokens of a sample of any kind, before some of BERT's are masked."""
-    # A task's sample has rows; in those the labels are answers, and its tokens are not masked.
+    # The samples of tasks have rows, whose labels are answers and whose tokens are not masked.
     for row in getattr(sample, "rows", None) or [sample]:
         yield row.labels if row is sample and isinstance(row, PairSample) else row.tokens

@@ -1,4 +1,4 @@
-"""Preprocess a corpus of JSON lines into indexed datasets: one process writes, in order, the lines that `encode.py` encodes."""
+"""Preprocess a corpus of JSON lines into indexed datasets; `encode.py` encodes the lines, one process writes them in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose a model's samples and their collator: the one place that tells GPT's data from BERT's."""
+"""Choose the samples and the collator of a model, GPT or BERT."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Functions that make a model's data.
+    """Functions that create a model's data.
 
     Attributes:
-        make: makes the samples of one dataset.
-        collate: makes a micro-batch of samples.
-        mock: makes samples up; None without --mock-data.
+        make: creates the samples of one dataset.
+        collate: turns samples into a micro-batch.
+        mock: generates synthetic samples; None without --mock-data.
     """
 
     make: MakeDataset
@@ -29,13 +29,13 @@ class Recipe:
 
 
 def build_recipe(model: ModelConfig, data: DataConfig, seed: int, tokenizer: Tokenizer) -> Recipe:
-    """Return the functions that make a model's data.
+    """Return the functions that create a model's data.
 
     Args:
-        model: resolved; says the architecture.
-        data: settings of the samples.
+        model: the resolved model settings.
+        data: the data settings.
         seed: seed of the run.
-        tokenizer: gives ids to the special tokens.
+        tokenizer: the tokenizer, with the special tokens that the samples need.
 
     Raises:
         DataError: when the tokenizer lacks a token that the samples need.
@@ -44,7 +44,7 @@ def build_recipe(model: ModelConfig, data: DataConfig, seed: int, tokenizer: Tok
         collate = GPTCollator.from_config(data, tokenizer.vocab_size, tokenizer.special.get("eod"))
         made_up = mock_gpt(tokenizer, data.seq_length, seed) if data.mock_data else None
         return Recipe(gpt_dataset_maker(data, seed), collate, made_up)
-    # Made-up text can do without the tokenizer's special tokens, so that NullTokenizer serves as well.
+    # Synthetic samples do not need the tokenizer's special tokens, so that NullTokenizer can be used as well.
     token = bert_roles(tokenizer).__getitem__ if data.mock_data else tokenizer.token
     rules = build_pair_rules(data, seed, tokenizer, token, binary=model.bert_binary_head)
     pair_collator = BertCollator(data.seq_length, token("pad"), model.bert_binary_head)

@@ -1,7 +1,7 @@
-"""Index of BERT samples: rows of (first sentence, end, target length), from lengths and a seed alone.
+"""Index of BERT samples: rows of (first sentence, end, target length), from the lengths of sentences and a seed.
 
-A document's sentences are put together, in order, until they reach a target length; what is left over of a document joins
-its last sample. The target is the longest that fits, but with probability `short` a random shorter one, as in the BERT paper
+The sentences of a document are joined in order until they reach a target length; the rest of a document is added to its last
+sample. The target is the longest that fits, but with probability `short` a random shorter one, as in the BERT paper
 (arXiv 1810.04805), so that short inputs are seen in training too. Rows are then shuffled. Random numbers and order are those
 of Megatron-LM's sample map, so the same data give the same samples.
 """
@@ -71,7 +71,7 @@ def build_sentence_index(
 
 
 def _usable(documents: NDArray[np.int64], lengths: NDArray[np.int32], min_sentences: int) -> list[tuple[int, int]]:
-    """Return first sentence and end of every document with enough sentences and, where it has several, none too long."""
+    """Return first sentence and end of the usable documents: those with enough sentences, none of them too long."""
     starts, ends = np.asarray(documents[:-1], dtype=np.int64), np.asarray(documents[1:], dtype=np.int64)
     # Sums up to each sentence: two of them are equal where no sentence between is too long.
     too_long = np.concatenate([[0], np.cumsum(lengths > MAX_SENTENCE_TOKENS)])

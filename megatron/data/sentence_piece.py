@@ -22,7 +22,7 @@ USER_DEFINED = 4  # ModelProto.SentencePiece.Type
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model as it is; its `</s>` ends a document."""
+    """A SentencePiece model without added tokens; its `</s>` ends a document."""
 
     kind = "GPTSentencePieceTokenizer"
 
@@ -47,12 +47,12 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return len(self._pieces)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a text, encoded part by part where it is long."""
+        """Return the ids of a text; a long text is encoded in parts."""
         return [i for part in self.parts(text) for i in self._model.encode_as_ids(part)]
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Cuts long texts; None for a model that allows for no cut."""
+        """Finds the places where long texts can be cut; None if the model allows none."""
         known = cuts_are_safe(self.assets["tokenizer.model"])
         return BPESeam(self._model, self._pieces[: self._own], self.added_tokens()) if known else None
 
@@ -78,7 +78,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
         return {p: n for n in found if (p := self._pieces[n]).strip(f"{SPACE} \n\t\r")}
 
     def read_special_as_text(self) -> None:
-        """Do nothing, or raise a DataError for a model that finds user-defined pieces: it cannot be told not to."""
+        """Raise a DataError if the model has user-defined pieces, which it always finds in texts; otherwise do nothing."""
         if own := self._symbols():
             names = ", ".join(map(repr, list(own)[:4]))
             raise DataError(
@@ -87,7 +87,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
             )
 
     def added_tokens(self) -> list[str]:
-        """Return the tokens that are found in text before the model sees it."""
+        """Return the added tokens, which are found in a text before the model encodes the rest."""
         return []
 
     def backend(self) -> Backend:
@@ -99,7 +99,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     """A SentencePiece model with `<CLS>`, `<SEP>`, `<EOD>`, `<MASK>` and `<extra_id_N>`, added as Megatron-LM adds them.
 
-    What the model has already keeps its id. All of these are known in text.
+    Tokens that the model has already keep their ids. All of them are recognized in texts.
     """
 
     kind = "SentencePieceTokenizer"
@@ -240,9 +240,9 @@ def convert_sentence_piece(proto: bytes, model: Any, pieces: list[str], scores: 
     Args:
         proto: the serialised ModelProto, of which trainer_spec (2) and normalizer_spec (3) are read.
         model: the SentencePieceProcessor of it.
-        pieces: by id, those of the model and then added ones.
-        scores: of the model's pieces.
-        added: tokens of `pieces` that are cut from the text first.
+        pieces: the pieces by id, those of the model and then the added ones.
+        scores: scores of the model's pieces.
+        added: tokens of `pieces` that are found in a text first.
 
     Raises:
         DataError: for a word or character model, and for one that writes spaces as suffixes.

@@ -1,9 +1,8 @@
-"""Find regular expressions of a tokenizer.json that take for ever, before a text does.
+"""Find regular expressions of a tokenizer.json that take exponential time, before they meet a text.
 
-A pattern such as `(a+)+$` tries every way to cut a run of letters: each letter more doubles the time, and with twenty-five of
-them the library gives up in a panic, or a run stands still. Which patterns do so cannot be read off them with ease, so short
-runs of characters that they may match are given to them, longer and longer ones, under a clock that counts only the time of
-this thread.
+A pattern such as `(a+)+$` tries every way to split a run of letters: each further letter doubles the time, and with twenty-five
+of them the library panics, or a run seems to hang. It is hard to recognize such patterns by their form. So they are tried on
+runs of characters that they may match, of growing length, while the CPU time of this thread is measured.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def failures_as_data_errors(name: str) -> Iterator[None]:
 
 
 def _growth(described: Any) -> int:
-    """Return the number of characters that one may become, at most, in this part of a tokenizer."""
+    """Return the maximum number of characters that one character can become in this part of a tokenizer."""
     if isinstance(described, list):
         return math.prod(map(_growth, described))
     if not isinstance(described, dict):
@@ -119,7 +118,7 @@ def _texts(patterns: list[str]) -> Iterator[str]:
 
 
 def _quick(run: Callable[[str], object], text: str) -> bool:
-    """Return whether a text takes the time that is due. A second try counts, since the first may build tables."""
+    """Return whether a text takes no more than the allowed time. A second try counts, since the first may build tables."""
     due = FREE_SECONDS + SECONDS_PER_CHARACTER * len(text)
     for _ in range(2):
         began = time.thread_time()

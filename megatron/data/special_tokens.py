@@ -1,4 +1,4 @@
-"""Special tokens: choose those that end and begin a document, and report those that stand in texts."""
+"""Special tokens: choose those at the end and beginning of documents, and report those that occur in texts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_token(tokenizer: Tokenizer, flag: str, wanted: str) -> int:
 
 
 def describe_token(tokenizer: Tokenizer, number: int) -> str:
-    """Return a token as a message names it: its text and its id."""
+    """Return a description of a token for messages: its text and its id."""
     return f"{tokenizer.piece(number)!r} (id {number})"
 
 
@@ -81,7 +81,7 @@ def describe_document_tokens(tokenizer: Tokenizer, config: TokenizerConfig, *, a
 
 
 class SpecialTokenCounter:
-    """Counts the special tokens that stand in texts. tokens: as of `Tokenizer.special_in_text`."""
+    """Counts the special tokens that occur in texts. tokens: see `Tokenizer.special_in_text`."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         # A regular expression takes the first alternative, which must not be the beginning of a longer token.
@@ -89,7 +89,7 @@ class SpecialTokenCounter:
         self._any = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def __call__(self, texts: Iterable[str]) -> Counter[str]:
-        """Return the number of times that each token stands in these texts."""
+        """Return how often each token occurs in these texts."""
         return Counter[str]() if self._any is None else Counter(token for text in texts for token in self._any.findall(text))
 
 

@@ -1,4 +1,4 @@
-"""The interface of tokenizers; save them, and write them for Hugging Face."""
+"""The interface of tokenizers, with saving and the export to Hugging Face."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAVED = "megatron_tokenizer.json"
 
 
 class HugeIdError(DataError):
-    """A token's id is beyond MAX_TOKENS. Such a tokenizer must not even be saved: every id below is looked at for that."""
+    """A token's id exceeds MAX_TOKENS. Such a tokenizer cannot be saved either, since that iterates over all smaller ids."""
 
 
 class Tokenizer(ABC):
@@ -85,7 +85,7 @@ class Tokenizer(ABC):
 
     @cached_property
     def seam(self) -> Seam | None:
-        """Finds places at which a text can be cut without changing its tokens; None where no such place is known."""
+        """Finds places at which a text can be cut without changing its tokens; None if no such place is known."""
         return None
 
     def parts(self, text: str) -> Iterator[str]:
