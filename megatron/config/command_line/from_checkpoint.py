@@ -15,10 +15,8 @@ from megatron.config.rules import resolved_check
 from megatron.config.schema import RunSettings, assemble
 
 ReadSaved = Callable[[CheckpointConfig], Mapping[str, Any]]
-FREE_OF_TOKENIZER = {
-    "tokenizer.eod_token",
-    "tokenizer.bos_token",
-}  # apply to any tokenizer, so they do not replace the checkpoint's
+# Apply to any tokenizer, so that giving them does not replace the checkpoint's.
+FREE_OF_TOKENIZER = {"tokenizer.eod_token", "tokenizer.bos_token"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +93,8 @@ def _read_settings(
         return {}, list(error.problems)
     except (OSError, ValueError) as error:
         return {}, [Problem("`--use-checkpoint-args`", f"cannot read the checkpoint's configuration: {error}")]
-    names = [
-        f.name for f in dataclasses.fields(run.model) if f"model.{f.name}" in by_name()
-    ]  # without vocab_size, which no flag sets
+    # Without vocab_size, which no flag sets.
+    names = [f.name for f in dataclasses.fields(run.model) if f"model.{f.name}" in by_name()]
     found = {f"model.{name}": getattr(run.model, name) for name in names}
     longest = run.model.max_position_embeddings
     found["data.seq_length"] = longest if task or run.data.seq_length is None else run.data.seq_length
