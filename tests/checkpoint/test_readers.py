@@ -98,7 +98,7 @@ def data_paths(name: str) -> Read:
 def metrics(folder: Path) -> object:
     tool = runpy.run_path(str(ROOT / "tools" / "plot_metrics.py"))
     try:
-        return tool["read"](folder / "metrics.jsonl")
+        return tool["read_losses"](folder / "metrics.jsonl")
     except tool["MetricsError"] as error:
         raise DataError(str(error)) from error
 
