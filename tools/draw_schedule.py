@@ -68,7 +68,7 @@ def main() -> int:
     try:
         schedule = make(given.schedule, given.stages, given.microbatches, given.chunks)
         timeline = simulate(schedule, parse_costs(given.costs))
-        if not math.isfinite(timeline.makespan):
+        if not math.isfinite(timeline.makespan):  # each is finite, their sum need not be
             raise ValueError(f"--costs {given.costs} add up to more than a number can hold")
         if given.output is not None:
             title = f"{schedule.name}, costs {given.costs}"

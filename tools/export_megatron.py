@@ -69,6 +69,7 @@ def main() -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    # Megatron-LM's BertLMHead calls torch's exact GELU, where the fused kernel of its layers has the tanh approximation.
     if config.architecture == "bert" and config.activation == "gelu":
         note = (
             "the masked-word head has the exact GELU there, unless --openai-gelu is given; here it has the tanh approximation"

@@ -68,13 +68,14 @@ def main(argv: list[str]) -> int:
         choose_decoding(args.temperature, args.top_k, args.top_p, args.beam_width, args.length_penalty)
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         check_limits(args.max_new_tokens, args.micro_batch_size)
+        # A mistake in --load is said before the ranks meet.
         find(
             Path(args.load),
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,
         )
         with job(env, explain=lambda error, where: str(error) if isinstance(error, REFUSED) else None) as started:
-            own = device if env.world_size == 1 else started.device
+            own = device if env.world_size == 1 else started.device  # of several processes the job gives each its own
             answers, notes = complete_prompts(args, started, grid, own, prompts)
     except REFUSED as error:
         return report_refusal(error, env)

@@ -69,7 +69,7 @@ def main() -> int:
 
     try:
         check_folder("--save", given.save, [given.input])
-        check_save_root(given.save, 0)
+        check_save_root(given.save, 0)  # before the work, not after it
         config, weights = read_hf(given.input, say=print_note)
         check_weights(config, weights)
         tokenizer = import_tokenizer(given.input, print_note) if given.tokenizer else None

@@ -77,6 +77,7 @@ def describe_dataset(dataset: IndexedDataset, tokenizer: Tokenizer | None, docum
                 f"{dataset.bin_path}, document {number}, token {wrong}: id {ids[wrong]} is outside of the vocabulary of "
                 f"{tokenizer.vocab_size} ids; the data was made with another tokenizer"
             )
+        # The beginning is enough to recognize a document by.
         first.append({"tokens": len(ids), "ids": ids[:64], **({"text": tokenizer.detokenize(ids[:256])} if tokenizer else {})})
     lengths = dataset.lengths
     return dict(
@@ -196,12 +197,13 @@ def main(argv: list[str] | None = None) -> int:
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     tokenizer = recorded_tokenizer(datasets[0]) if args.tokenizer_type is None else build_tokenizer(tokenizer_config(args))
     if tokenizer is not None:
+        # The data says which token ends a document, as --eod-token did when it was made.
         adopt_data_roles(DataSettings(data_path=tuple(args.prefix)), tokenizer_config(args), tokenizer)
         for dataset in datasets:
             check_tokenizer(dataset, tokenizer)
     report: dict[str, Any] = {"datasets": [describe_dataset(dataset, tokenizer, args.documents) for dataset in datasets]}
     if len(datasets) == 1:
-        report = {**report["datasets"][0], **report}
+        report = {**report["datasets"][0], **report}  # of a single dataset its counts stand at the top as well
     if args.samples > 0:
         report["samples"] = training_samples(args, tokenizer)
     if args.json:

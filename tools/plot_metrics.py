@@ -85,7 +85,7 @@ def choose_ticks(low: float, high: float, count: int) -> list[float]:
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first = math.ceil(low / step - 1e-9)
+    first = math.ceil(low / step - 1e-9)  # rounding must not lose a number at either edge
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
@@ -100,7 +100,7 @@ def draw_losses(train: Points, validation: Points, title: str) -> str:
     everything = train + validation
     x_low, x_high = 0.0, max(x for x, _ in everything)
     y_low, y_high = min(y for _, y in everything), max(y for _, y in everything)
-    margin = 0.06 * (y_high - y_low) or 0.5
+    margin = 0.06 * (y_high - y_low) or 0.5  # of a curve that is flat
     y_low, y_high = max(0.0, y_low - margin), y_high + margin
 
     def at_x(x: float) -> float:
@@ -141,7 +141,7 @@ def draw_losses(train: Points, validation: Points, title: str) -> str:
     curves = [("training", train, TRAIN, ""), ("validation", validation, VALIDATION, ' stroke-dasharray="5 3"')]
     for row, (name, points, color, dashes) in enumerate(curve for curve in curves if curve[1]):
         out.append(f'<path d="{path(points)}" fill="none" stroke="{color}" stroke-width="1.6"{dashes}/>')
-        if dashes or len(points) == 1:
+        if dashes or len(points) == 1:  # evaluations are few, and a line of one point does not show
             out += [dot(at_x(x), at_y(y), color) for x, y in points]
         y = TOP + 18 + 20 * row
         out += [dot(right - 168, y - 4, color), words(right - 156, y, f"{name}, last {points[-1][1]:.3f}")]

@@ -75,7 +75,7 @@ class Progress:
     def __call__(self, totals: PreprocessTotals) -> None:
         if totals.documents < self.next:
             return
-        self.next = totals.documents - totals.documents % self.interval + self.interval
+        self.next = totals.documents - totals.documents % self.interval + self.interval  # documents come in batches
         rate, mb = totals.documents / max(totals.seconds, 1e-9), totals.size / max(totals.seconds, 1e-9) / 1e6
         line = f"Processed {totals.documents} documents ({rate:.1f} docs/s, {mb:.2f} MB/s)."
         print(

@@ -67,6 +67,7 @@ def main(argv: list[str]) -> int:
         template = None if args.chat_template is None else read_template(args.chat_template)
         access = Access.for_server(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
+        # A mistake in --load is said before the ranks meet.
         find(
             Path(args.load),
             args.load_iteration,

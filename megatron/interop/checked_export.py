@@ -241,15 +241,15 @@ def verify_export(directory: Path, exported: Path, tokenizer: Tokenizer | None, 
         if tokenizer is None or hf_tokenizer is None:
             continue
         ids = tokenizer.tokenize(text)
-        if (got := hf_tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
-            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {got} there")
+        if (hf_ids := hf_tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
+            raise ExportError(f"the tokenizers disagree on {text!r}: {ids} here, {hf_ids} there")
         within = [number for number in ids if number < opened.config.known_vocab_size]  # there may be fewer rows than tokens
         prompts.append(within[: opened.config.max_position_embeddings])
     try:
-        found = compare_models(opened.model, hf_model, family, prompts)
+        agreement = compare_models(opened.model, hf_model, family, prompts)
     except LogitsError as error:
         raise ExportError(str(error)) from error
-    return f"transformers opens it; logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
+    return f"transformers opens it; logits differ by at most {agreement.largest:.2e} (fp32, {agreement.positions} positions)"
 
 
 def _round_weights(model: Transformer, family: HFFamily, dtype: torch.dtype) -> None:
@@ -267,8 +267,8 @@ def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, d
     opened = open_model(directory, dtype=torch.float32)
     _check_settings(opened.config, family, read_json(exported / "config.json"))
     try:
-        config, found = read_hf(exported, say=lambda line: None)
-        read_back = model_from_weights(config, found)
+        config, weights_back = read_hf(exported, say=lambda line: None)
+        read_back = model_from_weights(config, weights_back)
     except (CheckpointError, KeyError, RuntimeError) as error:
         raise ExportError(f"it cannot be read back: {error}") from error
     weights = {shard.name: shard.data for shard in ModuleWeights(opened.model).shards()}
@@ -276,7 +276,7 @@ def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, d
         if row.native not in weights:
             continue
         to_hf = row.conversion.to_hf
-        pairs = zip(to_hf(weights[row.native], opened.config), to_hf(found[row.native], config), strict=True)
+        pairs = zip(to_hf(weights[row.native], opened.config), to_hf(weights_back[row.native], config), strict=True)
         if not all(torch.equal(here.to(dtype), there.to(dtype)) for here, there in pairs):
             raise ExportError(f"read back, {row.native} is another tensor")
     _round_weights(opened.model, family, dtype)
@@ -284,8 +284,8 @@ def _verify_by_reading_back(directory: Path, exported: Path, family: HFFamily, d
     if not difference <= LOGIT_TOLERANCE:
         raise ExportError(f"read back, its hidden states differ by {difference:.2e}, more than {LOGIT_TOLERANCE:.1g}")
     return (
-        f"transformers has no {architecture}, so no logits are compared; read back here, all {len(found)} tensors are the "
-        f"checkpoint's, and hidden states differ by at most {difference:.2e}"
+        f"transformers has no {architecture}, so no logits are compared; read back here, all {len(weights_back)} tensors are "
+        f"the checkpoint's, and hidden states differ by at most {difference:.2e}"
     )
 
 

@@ -105,15 +105,15 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights are not those of a model with its settings: {'; '.join(wrong[:5])}{more}")
 
 
-def tokenizer_from_flags(given: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
+def tokenizer_from_flags(flags: TokenizerConfig) -> tuple[Tokenizer | None, int | None]:
     """Return the tokenizer that flags name, and the true size of the vocabulary that they give; None where they give none.
 
     Raises:
         DataError: as `build_tokenizer`, and for a file without a --tokenizer-type.
     """
-    if given.tokenizer_type is None:
-        if given != replace(TokenizerConfig(), vocab_size=given.vocab_size):
+    if flags.tokenizer_type is None:
+        if flags != replace(TokenizerConfig(), vocab_size=flags.vocab_size):
             raise DataError("the tokenizer's files need --tokenizer-type")
-        return None, given.vocab_size
-    tokenizer = build_tokenizer(given)
+        return None, flags.vocab_size
+    tokenizer = build_tokenizer(flags)
     return tokenizer, tokenizer.vocab_size

@@ -129,8 +129,8 @@ def compare_with_source(directory: Path, config: ModelConfig, weights: Mapping[s
         return f"not compared with transformers' logits: transformers has no {architecture}"
     name = "AutoModelForCausalLM" if config.architecture == "gpt" else architecture
     hf_model, _ = open_in_transformers(directory, name, dtype=torch.float32)
-    found = compare_models(model_from_weights(config, weights), hf_model, family, [])
-    return f"transformers' logits differ by at most {found.largest:.2e} (fp32, {found.positions} positions)"
+    agreement = compare_models(model_from_weights(config, weights), hf_model, family, [])
+    return f"transformers' logits differ by at most {agreement.largest:.2e} (fp32, {agreement.positions} positions)"
 
 
 def model_from_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
@@ -157,8 +157,8 @@ def compare_models(model: Transformer, hf_model: Any, family: HFFamily, prompts:
     Raises:
         LogitsError: when they differ by more than rounding does.
     """
-    numbers = vocabulary_prompt(model.config)
-    prompts = [numbers, *(ids for ids in prompts if ids)]
+    sweep = vocabulary_prompt(model.config)
+    prompts = [sweep, *(ids for ids in prompts if ids)]
     largest = 0.0
     for here, there in logit_pairs(model, hf_model, prompts):
         difference, allowed = _max_difference(here, there), LOGIT_TOLERANCE * max(1.0, float(there.abs().max()) / 10)
@@ -169,7 +169,7 @@ def compare_models(model: Transformer, hf_model: Any, family: HFFamily, prompts:
     for faint in (False, True):
         if faint:
             _shrink_embeddings(model, hf_model, family)
-        for here, there in logit_pairs(model, hf_model, [numbers, numbers[: len(numbers) // 2 + 1]]):
+        for here, there in logit_pairs(model, hf_model, [sweep, sweep[: len(sweep) // 2 + 1]]):
             difference, scale = _max_difference(here, there), float(there.abs().max())
             if not difference <= RANDOM_TOLERANCE * scale:
                 kind = "random weights and faint embeddings" if faint else "random weights"
@@ -264,17 +264,17 @@ def _task_logit_pairs(model: FineTuned, hf_model: Any, prompt: Sequence[int]) ->
     tokens = torch.tensor([[*prompt[less:], *[0] * less] for less in short.tolist()])
     padding = torch.arange(len(prompt)) >= len(prompt) - short[:, None]  # [rows, seq]
     batch, segments = _bert_batch(model, tokens, padding)
-    words = {"input_ids": tokens, "attention_mask": (~padding).long(), "token_type_ids": segments}
+    inputs = {"input_ids": tokens, "attention_mask": (~padding).long(), "token_type_ids": segments}
     if model.config.task_head == "choice":
-        words = {name: None if values is None else values[None] for name, values in words.items()}  # [1, choices, seq]
+        inputs = {name: None if values is None else values[None] for name, values in inputs.items()}  # [1, choices, seq]
     with torch.no_grad():
-        found, answers = _run_transformers(hf_model, **words), model.task_logits(model.hidden(None, batch), batch)
+        outputs, logits = _run_transformers(hf_model, **inputs), model.task_logits(model.hidden(None, batch), batch)
         if model.config.task_head == "span":
-            for here, there in zip(answers, (found.start_logits, found.end_logits), strict=True):  # [rows, seq] each
+            for here, there in zip(logits, (outputs.start_logits, outputs.end_logits), strict=True):  # [rows, seq] each
                 yield here[~padding], there[~padding]
         else:
-            seen = ~padding if answers.dim() == 3 else slice(None)  # tags have logits at each token, [rows, seq, classes]
-            yield answers[seen], found.logits[seen]
+            seen = ~padding if logits.dim() == 3 else slice(None)  # tags have logits at each token, [rows, seq, classes]
+            yield logits[seen], outputs.logits[seen]
 
 
 def _bert_batch(model: Transformer, tokens: Tensor, padding: Tensor) -> tuple[Batch, Tensor | None]:
@@ -301,11 +301,11 @@ def bert_logits(model: Bert, hf_model: Any, tokens: Tensor, lengths: Tensor) -> 
     batch, segments = _bert_batch(model, tokens, padding)
     with torch.no_grad():
         final = model.hidden(None, batch)  # [seq, batch, hidden]
-        found = _run_transformers(hf_model, input_ids=tokens, attention_mask=(~padding).long(), token_type_ids=segments)
-        words = found.prediction_logits if model.order is not None else found.logits
-        yield model.logits(final).transpose(0, 1)[~padding], words[~padding]
+        outputs = _run_transformers(hf_model, input_ids=tokens, attention_mask=(~padding).long(), token_type_ids=segments)
+        word_logits = outputs.prediction_logits if model.order is not None else outputs.logits
+        yield model.logits(final).transpose(0, 1)[~padding], word_logits[~padding]
         if model.order is not None:
-            yield model.order_logits(final), found.seq_relationship_logits
+            yield model.order_logits(final), outputs.seq_relationship_logits
 
 
 def gpt_logits(model: GPT, hf_model: Any, tokens: Tensor) -> LogitPair:
@@ -322,10 +322,10 @@ def gpt_logits(model: GPT, hf_model: Any, tokens: Tensor) -> LogitPair:
         return model.logits(model.hidden(None, batch)).transpose(0, 1), _run_transformers(hf_model, input_ids=tokens).logits
 
 
-def _run_transformers(hf_model: Any, **words: Tensor | None) -> Any:
+def _run_transformers(hf_model: Any, **inputs: Tensor | None) -> Any:
     """Call a model of transformers. LogitsError when it cannot run."""
     try:
-        return hf_model(**words)
+        return hf_model(**inputs)
     except Exception as error:  # whatever transformers trips over is what the user must hear
         raise LogitsError(f"transformers cannot run it: {type(error).__name__}: {error}") from error
 

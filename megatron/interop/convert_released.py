@@ -62,24 +62,24 @@ def main(kind: ReleasedKind, doc: str | None, argv: Sequence[str] | None = None)
     Returns:
         The exit status: 0 done, 2 bad input, 1 a disk that refuses.
     """
-    given = parse_arguments(kind, doc, argv)
-    path: Path = given.path_to_checkpoint
+    args = parse_arguments(kind, doc, argv)
+    path: Path = args.path_to_checkpoint
     out = path.parent
     try:
-        read = InputPaths([path, *([given.config_file] if given.config_file else [])])
+        inputs = InputPaths([path, *([args.config_file] if args.config_file else [])])
         for name in OUTPUT_NAMES if os.path.exists(path) else ():
-            check_file("the output", out / name, read)
+            check_file("the output", out / name, inputs)
         print(f"reading {path}")
         file = read_archive(path)
-        if given.print_checkpoint_structure:
+        if args.print_checkpoint_structure:
             print("\n".join(describe_structure(file)))
-        config_file = read_config_file(Path(given.config_file)) if given.config_file else None
-        found = model_from_archive(file, kind, config_file)
-        check_weights(found.config, found.weights)
-        write_hf_directory(found, kind, out)
+        config_file = read_config_file(Path(args.config_file)) if args.config_file else None
+        model = model_from_archive(file, kind, config_file)
+        check_weights(model.config, model.weights)
+        write_hf_directory(model, kind, out)
         print(f"wrote {out / 'config.json'} and the weights beside it")
         if kind is GPT2_KIND:
-            print(write_gpt2_tokenizer(out, args_in_file(file).get("tokenizer_type"), found.hf_config))
+            print(write_gpt2_tokenizer(out, args_in_file(file).get("tokenizer_type"), model.hf_config))
     except (OutputError, CheckpointError, DataError) as error:
         text = str(error)
         print(f"error: {text if str(path) in text else f'{path}: {text}'}", file=sys.stderr)

@@ -44,14 +44,14 @@ def check_hf_config(hf_config: Mapping[str, Any], where: str) -> None:
     _check_sizes(hf_config, where, of)
     for name, value in hf_config.items():
         table = value if isinstance(value, dict) else {name: value}
-        for key, held in table.items():
+        for key, item in table.items():
             field = f"`{name}`{of}" if table is not value else f"`{key}` of `{name}`{of}"
-            if isinstance(held, float) and not math.isfinite(held):
-                raise CheckpointError(f"{where}: {field} is {held}, which is no number to compute with")
-            if isinstance(held, int) and abs(held) >= MAX_INTEGER:
-                raise CheckpointError(f"{where}: {field} is {shorten_value(held)}, which makes no sense")
-            if isinstance(held, str) and len(held) > MAX_TEXT:
-                raise CheckpointError(f"{where}: {field} is a text of {len(held):,} characters, which makes no sense")
+            if isinstance(item, float) and not math.isfinite(item):
+                raise CheckpointError(f"{where}: {field} is {item}, which is no number to compute with")
+            if isinstance(item, int) and abs(item) >= MAX_INTEGER:
+                raise CheckpointError(f"{where}: {field} is {shorten_value(item)}, which makes no sense")
+            if isinstance(item, str) and len(item) > MAX_TEXT:
+                raise CheckpointError(f"{where}: {field} is a text of {len(item):,} characters, which makes no sense")
         if name in SWITCH_FIELDS and value is not None and not isinstance(value, bool):
             raise CheckpointError(f"{where}: `{name}`{of} is {shorten_value(value)}; it must be true or false")
         if name == "architectures" and value is not None and not _is_list_of_names(value):

@@ -65,13 +65,13 @@ def _refuse_foreign(hf_config: Mapping[str, Any], family: HFFamily) -> None:
 def _field_values(hf_config: Mapping[str, Any], family: HFFamily) -> dict[str, Any]:
     """Return the value of every field of the family's class, its default where it is absent."""
     _refuse_foreign(hf_config, family)
-    given = dict(hf_config)
+    named = dict(hf_config)
     for alias, name in family.aliases.items():
-        if alias in hf_config and (other := given.setdefault(name, hf_config[alias])) != hf_config[alias]:
+        if alias in hf_config and (other := named.setdefault(name, hf_config[alias])) != hf_config[alias]:
             raise CheckpointError(f"`{alias}` is {hf_config[alias]!r} and `{name}` {other!r}, which are one and the same")
     values = {}
     for name, field in family.fields.items():
-        values[name] = value = given.get(name, field.default)
+        values[name] = value = named.get(name, field.default)
         if value is None and field.default is None:
             continue
         kinds_differ = isinstance(value, bool) != (field.types is bool)  # a bool is an int to Python

@@ -180,18 +180,18 @@ def _read_json_object(path: Path, max_bytes: int = MAX_SETTINGS_BYTES) -> dict[s
 
 def _read_all_tensors(directory: Path, family: HFFamily) -> dict[str, Tensor]:
     """Read all tensors of the directory, without the constants, and with the prefix that a model without its head lacks."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in _tensor_files(directory):
         in_file = _read_file(directory / name)
-        if twice := sorted(key for key in in_file.keys() & found.keys() if not _same_tensor(in_file[key], found[key])):
+        if twice := sorted(key for key in in_file.keys() & tensors.keys() if not _same_tensor(in_file[key], tensors[key])):
             raise CheckpointError(f"{directory / name}: {twice[0]} is another one in a file before it; which is right?")
-        found |= in_file
-    found = {key: tensor for key, tensor in found.items() if not key.endswith(family.constant_suffixes)}
-    if not any(key.startswith(family.tensor_prefix) for key in found):
+        tensors |= in_file
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(family.constant_suffixes)}
+    if not any(key.startswith(family.tensor_prefix) for key in tensors):
         # GPT2Model writes `wte.weight` where GPT2LMHeadModel writes `transformer.wte.weight`; a head has no prefix in either.
         prefix, heads = family.tensor_prefix, family.head_prefixes
-        found = {key if key.startswith(heads) else prefix + key: tensor for key, tensor in found.items()}
-    return found
+        tensors = {key if key.startswith(heads) else prefix + key: tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def _tensor_files(directory: Path) -> list[str]:
@@ -207,8 +207,8 @@ def _tensor_files(directory: Path) -> list[str]:
             raise CheckpointError(f"{directory / INDEX_FILE}: its weight_map does not name files of this directory")
         return names
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-    held = f"{pickled[0]} is a pickle, which can run code, and is not read" if pickled else "there is no model.safetensors"
-    raise CheckpointError(f"{directory}: {held}; open the model with transformers and save_pretrained it, to have safetensors")
+    why = f"{pickled[0]} is a pickle, which can run code, and is not read" if pickled else "there is no model.safetensors"
+    raise CheckpointError(f"{directory}: {why}; open the model with transformers and save_pretrained it, to have safetensors")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -54,35 +54,37 @@ def import_tokenizer(directory: Path, say: Callable[[str], None]) -> Tokenizer |
     """
     if not has_hf_tokenizer(directory):
         return None
-    ours: Tokenizer | None = None
-    why_not: DataError | None = None
+    tokenizer: Tokenizer | None = None
+    own_error: DataError | None = None
     try:
-        ours = read_hf_tokenizer(directory)
+        tokenizer = read_hf_tokenizer(directory)
     except HugeIdError as error:
         raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
     except DataError as error:  # transformers may read it all the same
-        why_not = error
+        own_error = error
     try:
-        theirs = auto_tokenizer(directory)
+        hf_tokenizer = auto_tokenizer(directory)
     except TokenizerError as error:
         raise DataError(f"{directory}: {error}; --no-tokenizer imports the weights alone") from error
-    if theirs is None:
+    if hf_tokenizer is None:
         say("the tokenizer was not compared with transformers', which is not installed")
-        if why_not is not None:
-            raise why_not
-        return ours
-    if ours is not None and tokenizer_difference(ours, theirs) is None:
-        return ours
-    backend = getattr(theirs, "backend_tokenizer", None)
+        if own_error is not None:
+            raise own_error
+        return tokenizer
+    if tokenizer is not None and tokenizer_difference(tokenizer, hf_tokenizer) is None:
+        return tokenizer
+    backend = getattr(hf_tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise DataError(f"{directory}: a {type(theirs).__name__} cannot be used here; --no-tokenizer imports the weights alone")
+        raise DataError(
+            f"{directory}: a {type(hf_tokenizer).__name__} cannot be used here; --no-tokenizer imports the weights alone"
+        )
     try:
-        ours = wrap_backend(backend, {role: token for role, token, _ in special_tokens_by_role(theirs)})
+        tokenizer = wrap_backend(backend, {role: token for role, token, _ in special_tokens_by_role(hf_tokenizer)})
     except DataError as error:
         raise DataError(f"{directory}: its tokenizer: {error}; --no-tokenizer imports the weights alone") from error
-    if why := tokenizer_difference(ours, theirs):
+    if why := tokenizer_difference(tokenizer, hf_tokenizer):
         raise DataError(f"{directory}: the tokenizer here is not transformers': {why}; --no-tokenizer leaves it out")
-    return ours
+    return tokenizer
 
 
 def special_tokens_by_role(hf_tokenizer: Any) -> Iterator[tuple[str, str, int]]:

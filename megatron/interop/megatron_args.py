@@ -98,15 +98,15 @@ def _position_embedding(args: Mapping[str, Any], weights: Mapping[str, Tensor]) 
 
 def _refuse_unsupported(args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError, with everything at once, for what the model there has and the model here does not."""
-    found = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
+    unsupported = [words for name, (harmless, words) in UNSUPPORTED.items() if name in args and not harmless(args[name])]
     if _has_rotary_positions(args) and LEARNED_POSITIONS in weights:
-        found.append("rotary and learned positions at once (there, add --no-position-embedding)")
+        unsupported.append("rotary and learned positions at once (there, add --no-position-embedding)")
     if args.get("position_embedding_type", "learned_absolute") not in ("learned_absolute", "rope", "none"):
-        found.append(f"--position-embedding-type {args['position_embedding_type']}")
+        unsupported.append(f"--position-embedding-type {args['position_embedding_type']}")
     if args.get("normalization", "LayerNorm") not in MEGATRON_NORMS:
-        found.append(f"--normalization {args['normalization']}")
-    if found:
-        raise CheckpointError(f"the model there has {'; '.join(found)}, which the model here does not have")
+        unsupported.append(f"--normalization {args['normalization']}")
+    if unsupported:
+        raise CheckpointError(f"the model there has {'; '.join(unsupported)}, which the model here does not have")
 
 
 def _setting_values(args: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -155,13 +155,15 @@ def _missing_tensors(args: Mapping[str, Any], weights: Mapping[str, Tensor], *, 
 
     positions: whether the model has any. A model without positions, or with a norm without biases, would be another one.
     """
-    found = []
+    missing = []
     if not positions and args.get("add_position_embedding", True) and args.get("position_embedding_type") != "none":
-        found.append("position embedding, and the file's args ask for learned positions (they say no --no-position-embedding)")
+        missing.append(
+            "position embedding, and the file's args ask for learned positions (they say no --no-position-embedding)"
+        )
     biased = args.get("normalization", "LayerNorm") == "LayerNorm"
     if biased and "final_norm.weight" in weights and "final_norm.bias" not in weights:
-        found.append("bias of the last LayerNorm, which always has one there; of an RMSNorm the file's args must say so")
-    return found
+        missing.append("bias of the last LayerNorm, which always has one there; of an RMSNorm the file's args must say so")
+    return missing
 
 
 def _has_rotary_positions(args: Mapping[str, Any]) -> bool:
@@ -234,7 +236,7 @@ def unsupported_by_megatron(config: ModelConfig, tp: int, pp: int) -> list[str]:
         tp: tensor-parallel ranks.
         pp: pipeline ranks.
     """
-    found = []
+    obstacles = []
     if tp < 1 or pp < 1:
         return [f"{tp} x {pp} ranks: both must be at least 1"]
     for counted, number in (
@@ -243,14 +245,14 @@ def unsupported_by_megatron(config: ModelConfig, tp: int, pp: int) -> list[str]:
         ("features of the MLP", config.ffn_hidden_size),
     ):
         if number % tp:
-            found.append(f"{number} {counted} cannot be cut over {tp} tensor-parallel ranks")
+            obstacles.append(f"{number} {counted} cannot be cut over {tp} tensor-parallel ranks")
     if config.num_layers % pp:
-        found.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
+        obstacles.append(f"{config.num_layers} layers cannot be cut into {pp} equal stages")
     if config.normalization not in MEGATRON_NORMS:
-        found.append(f"it has {' and '.join(MEGATRON_NORMS)} (--normalization {config.normalization})")
+        obstacles.append(f"it has {' and '.join(MEGATRON_NORMS)} (--normalization {config.normalization})")
     if config.normalization == "LayerNorm" and not config.add_norm_bias:
-        found.append("its LayerNorm always has a bias (--disable-norm-bias)")
-    return found
+        obstacles.append("its LayerNorm always has a bias (--disable-norm-bias)")
+    return obstacles
 
 
 def even_stages(layers: int, pp: int) -> Sequence[range]:

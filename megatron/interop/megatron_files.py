@@ -117,9 +117,9 @@ def args_in_file(file: Mapping[str, Any]) -> dict[str, Any]:
     """
     args = file.get("args")
     values = args.attributes() if isinstance(args, InertObject) else args if isinstance(args, Mapping) else {}
-    found = {str(name): value for name, value in values.items() if isinstance(value, bool | int | float | str | list | tuple)}
-    check_megatron_args(found, "the file's args")
-    return found
+    plain = {str(name): value for name, value in values.items() if isinstance(value, bool | int | float | str | list | tuple)}
+    check_megatron_args(plain, "the file's args")
+    return plain
 
 
 def checkpoint_version(file: Mapping[str, Any], name: str) -> float:
@@ -205,11 +205,11 @@ def _read_ranks(directory: Path, vocab_size: int | None) -> ImportedModel:
 
 def _check_layout(args: Mapping[str, Any], tp: int, pp: int) -> None:
     """Raise CheckpointError where the args speak of other numbers of ranks than there are directories."""
-    names = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
-    said = [(name, args[name], there) for name, there in names if type(args.get(name)) is int and args[name] != there]
-    if said:
-        name, wanted, there = said[0]
-        raise CheckpointError(f"its args say {name} {wanted}, and there are directories for {there}; are all of them here?")
+    counted = (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp))
+    wrong = [(name, args[name], there) for name, there in counted if type(args.get(name)) is int and args[name] != there]
+    if wrong:
+        name, asked, there = wrong[0]
+        raise CheckpointError(f"its args say {name} {asked}, and there are directories for {there}; are all of them here?")
 
 
 def check_tied_copies(stages: Sequence[Sequence[Weights]]) -> None:
@@ -246,8 +246,8 @@ def write_megatron(
     Raises:
         CheckpointError: for a model or a layout that Megatron-LM does not have, and when the directory is there already.
     """
-    if found := unsupported_by_megatron(config, tp, pp):
-        raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(found)}")
+    if obstacles := unsupported_by_megatron(config, tp, pp):
+        raise CheckpointError(f"Megatron-LM cannot have this model so: {'; '.join(obstacles)}")
     final = root / directory_name(iteration)
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")

@@ -99,16 +99,16 @@ class LayerSizes:
 
 def flatten_state(state: Mapping[str, Any], prefix: str = "") -> Weights:
     """Return the tensors of a nested dictionary under dotted names, in the spelling of the table."""
-    found: Weights = {}
+    tensors: Weights = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
-            found |= flatten_state(value, f"{prefix}{key}.")
+            tensors |= flatten_state(value, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
             name = f"{prefix}{key}"
             for old, new in OLDER_NAMES:
                 name = name.replace(old, new)
-            found[name] = value
-    return found
+            tensors[name] = value
+    return tensors
 
 
 def virtual_stages_in_file(file: Mapping[str, Any], name: str) -> list[Weights]:

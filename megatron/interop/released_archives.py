@@ -122,14 +122,14 @@ class ReleasedModel:
 
 
 def model_from_archive(
-    file: Mapping[str, Any], kind: ReleasedKind, given: Mapping[str, Any] | None, say: Callable[[str], None] = print
+    file: Mapping[str, Any], kind: ReleasedKind, config_file: Mapping[str, Any] | None, say: Callable[[str], None] = print
 ) -> ReleasedModel:
     """Return the model in one archive's dictionary.
 
     Args:
         file: the dictionary.
         kind: of the model.
-        given: the object of --config_file, None without it.
+        config_file: the object of --config_file, None without it.
         say: is told what was assumed.
 
     Raises:
@@ -142,20 +142,20 @@ def model_from_archive(
     # Names and shapes first, in any order of queries, keys and values: to order these anew takes the number of heads.
     tensors = join_ranks([stage], LayerSizes(1, 1, 1), 2.0)
     _check_kind(tensors, kind)
-    hf_config = _hf_config(args, tensors, kind, given, say)
-    model = _model_config(hf_config, args, tensors, kind)
-    _check_sizes(model, tensors, kind)
+    hf_config = _build_hf_config(args, tensors, kind, config_file, say)
+    config = _model_config(hf_config, args, tensors, kind)
+    _check_sizes(config, tensors, kind)
     if args:
-        _note_other_settings(args, model, hf_config, say)
-    sizes = LayerSizes(model.num_attention_heads, 1, model.kv_channels)
-    weights = cut_vocabulary(join_ranks([stage], sizes, version), model.known_vocab_size)
+        _note_other_settings(args, config, hf_config, say)
+    sizes = LayerSizes(config.num_attention_heads, 1, config.kv_channels)
+    weights = cut_vocabulary(join_ranks([stage], sizes, version), config.known_vocab_size)
     for name in zero_matrices(weights):
         say(f"{name} is all zeros; was the model saved whole?")
     hf_class = _choose_class(kind, weights)
     hf_config["architectures"] = [hf_class.architecture]
-    if model.untie_embeddings_and_output_weights:
+    if config.untie_embeddings_and_output_weights:
         hf_config["tie_word_embeddings"] = False
-    return ReleasedModel(hf_config, model, weights, hf_class)
+    return ReleasedModel(hf_config, config, weights, hf_class)
 
 
 def _only_stage(file: Mapping[str, Any], args: Mapping[str, Any]) -> list[Any]:
@@ -177,17 +177,21 @@ def _check_kind(tensors: Weights, kind: ReleasedKind) -> None:
         raise CheckpointError(f"it holds no whole {kind.name}: there are no word or position embeddings, or no layers")
 
 
-def _hf_config(
-    args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind, given: Mapping[str, Any] | None, say: Callable[[str], None]
+def _build_hf_config(
+    args: Mapping[str, Any],
+    tensors: Weights,
+    kind: ReleasedKind,
+    config_file: Mapping[str, Any] | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return config.json: the kind's defaults, over them --config_file or the tensors' sizes, over them the args."""
-    if given is not None:
-        hf_config = {**kind.defaults, **kind.default_sizes, **given}
+    if config_file is not None:
+        hf_config = {**kind.defaults, **kind.default_sizes, **config_file}
     else:
         hf_config = {**kind.defaults, **({} if args else _sizes_from_tensors(tensors, kind, say))}
     hf_config |= {"architectures": kind.defaults["architectures"], "model_type": kind.defaults["model_type"]}
     if args:
-        hf_config |= _fields_from_args(args, tensors, kind, given)
+        hf_config |= _fields_from_args(args, tensors, kind, config_file)
     if (
         hf_config.get(kind.size_fields["ffn_hidden_size"]) is None
         and type(width := hf_config[kind.size_fields["hidden_size"]]) is int
@@ -196,16 +200,16 @@ def _hf_config(
     return hf_config
 
 
-def write_hf_directory(found: ReleasedModel, kind: ReleasedKind, out: Path) -> None:
+def write_hf_directory(model: ReleasedModel, kind: ReleasedKind, out: Path) -> None:
     """Write config.json and the weights.
 
     Args:
-        found: the model; its weights have been checked.
+        model: of the archive; its weights have been checked.
         kind: of the model.
         out: directory of the files.
     """
-    write_tensor_files(Storage(), out, _tensor_groups(found, kind), SHARD_BYTES)
-    write_json(Storage(), out / "config.json", found.hf_config)
+    write_tensor_files(Storage(), out, _tensor_groups(model, kind), SHARD_BYTES)
+    write_json(Storage(), out / "config.json", model.hf_config)
 
 
 def _sizes_from_tensors(tensors: Weights, kind: ReleasedKind, say: Callable[[str], None]) -> dict[str, Any]:
@@ -217,7 +221,7 @@ def _sizes_from_tensors(tensors: Weights, kind: ReleasedKind, say: Callable[[str
             f"the archive does not say how many attention heads a model of width {hidden} has; give --config_file, a "
             f"config.json with its sizes: {', '.join(kind.size_fields.values())}"
         )
-    found = {
+    sizes = {
         # Of BERT the bias of the masked words tells; of GPT-2 nothing says how many rows are padding.
         "vocab_size": tensors["masked_words.bias"].shape[0] if kind is BERT_KIND else min(word.shape[0], default["vocab_size"]),
         "max_position_embeddings": tensors["embedding.position.weight"].shape[0],
@@ -226,9 +230,9 @@ def _sizes_from_tensors(tensors: Weights, kind: ReleasedKind, say: Callable[[str
         "num_attention_heads": HEADS_BY_WIDTH[hidden],
         "ffn_hidden_size": up.shape[0],
     }
-    named = {kind.size_fields[ours]: value for ours, value in found.items()}
-    if other := {name: value for name, value in named.items() if value != default[name] and name != "vocab_size"}:
-        say("taken from the tensors, since the archive has no args: " + ", ".join(f"{n} {v}" for n, v in other.items()))
+    named = {kind.size_fields[native]: value for native, value in sizes.items()}
+    if unusual := {name: value for name, value in named.items() if value != default[name] and name != "vocab_size"}:
+        say("taken from the tensors, since the archive has no args: " + ", ".join(f"{n} {v}" for n, v in unusual.items()))
     return named
 
 
@@ -237,39 +241,39 @@ def _count_layers(tensors: Weights) -> int:
 
 
 def _fields_from_args(
-    args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind, given: Mapping[str, Any] | None
+    args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind, config_file: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Return the fields that the old scripts took from args: all sizes, the vocabulary padded; of GPT-2 the activation."""
     model = config_from_args(args, tensors, args.get("padded_vocab_size") or tensors["embedding.word.weight"].shape[0])
-    found: dict[str, Any] = {theirs: getattr(model, ours) for ours, theirs in kind.size_fields.items()}
+    fields: dict[str, Any] = {field: getattr(model, native) for native, field in kind.size_fields.items()}
     if kind is GPT2_KIND:
         name = "gelu_fast" if args.get("bias_gelu_fusion") else "gelu_new" if args.get("openai_gelu") else "gelu"
         # The old script let --config_file decide here.
-        found |= {} if given is not None else {"activation_function": name}
+        fields |= {} if config_file is not None else {"activation_function": name}
     elif isinstance(args.get("tokenizer_type"), str):
-        found["tokenizer_type"] = args["tokenizer_type"]
-    return found
+        fields["tokenizer_type"] = args["tokenizer_type"]
+    return fields
 
 
 def _model_config(hf_config: Mapping[str, Any], args: Mapping[str, Any], tensors: Weights, kind: ReleasedKind) -> ModelConfig:
     """Return the configuration that the table of names needs. CheckpointError for a model that the family cannot express."""
-    sizes = {ours: hf_config.get(theirs) for ours, theirs in kind.size_fields.items()}
-    for ours, value in sizes.items():
+    sizes = {native: hf_config.get(field) for native, field in kind.size_fields.items()}
+    for native, value in sizes.items():
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{kind.size_fields[ours]} is {value!r}; it must be a number of at least 1")
+            raise CheckpointError(f"{kind.size_fields[native]} is {value!r}; it must be a number of at least 1")
     if sizes["hidden_size"] % sizes["num_attention_heads"]:  # type: ignore[operator]
         raise CheckpointError(f"{sizes['num_attention_heads']} attention heads do not divide the width {sizes['hidden_size']}")
     if args:
         vocab = sizes["vocab_size"]
         model = config_from_args(args, tensors, vocab)  # type: ignore[arg-type]
     else:
-        given = ModelSettings(
+        settings = ModelSettings(
             **sizes,  # type: ignore[arg-type]
             architecture="gpt" if kind is GPT2_KIND else "bert",
             bert_binary_head=kind is GPT2_KIND or "order.weight" in tensors,
             untie_embeddings_and_output_weights="head.weight" in tensors,
         )
-        model = resolve_model(given)
+        model = resolve_model(settings)
     if unsupported := kind.family.unsupported(model):
         raise CheckpointError(f"{_choose_class(kind, tensors).architecture} cannot express it: {'; '.join(unsupported)}")
     return model
@@ -282,40 +286,42 @@ def _choose_class(kind: ReleasedKind, weights: Mapping[str, Tensor]) -> HFClass:
     return kind.family.classes[0]
 
 
-def _check_sizes(model: ModelConfig, tensors: Weights, kind: ReleasedKind) -> None:
+def _check_sizes(config: ModelConfig, tensors: Weights, kind: ReleasedKind) -> None:
     """Raise CheckpointError when the settings are not those of the tensors."""
     word, position, up = (tensors[f"{name}.weight"] for name in ("embedding.word", "embedding.position", "layers.0.mlp.up"))
-    held = {
+    actual = {
         "max_position_embeddings": position.shape[0],
         "hidden_size": word.shape[1],
         "num_layers": _count_layers(tensors),
         "ffn_hidden_size": up.shape[0],
     }
     wrong = [
-        (kind.size_fields[name], getattr(model, name), there) for name, there in held.items() if getattr(model, name) != there
+        (kind.size_fields[name], getattr(config, name), there)
+        for name, there in actual.items()
+        if getattr(config, name) != there
     ]
-    if model.known_vocab_size > word.shape[0]:
-        wrong.append((kind.size_fields["vocab_size"], model.vocab_size, word.shape[0]))
+    if config.known_vocab_size > word.shape[0]:
+        wrong.append((kind.size_fields["vocab_size"], config.vocab_size, word.shape[0]))
     if wrong:
         listed = ", ".join(f"{name} {asked} but {there} in the tensors" for name, asked, there in wrong)
         raise CheckpointError(f"the settings are not those of the tensors: {listed}. Give the right --config_file")
 
 
 def _note_other_settings(
-    args: Mapping[str, Any], model: ModelConfig, hf_config: Mapping[str, Any], say: Callable[[str], None]
+    args: Mapping[str, Any], config: ModelConfig, hf_config: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
     """Say where config.json differs from the args: the old scripts took sizes alone from these."""
     fields = family_named(hf_config["model_type"]).fields
-    both = [
+    shared = [
         (name, field.native)
         for name, field in fields.items()
         if field.native in NUMBER_ARGS and args.get(field.native) is not None
     ]
-    pairs = [(name, hf_config[name], getattr(model, ours)) for name, ours in both if name in hf_config]
+    pairs = [(name, hf_config[name], getattr(config, native)) for name, native in shared if name in hf_config]
     other = [f"{name} {said} ({there})" for name, said, there in pairs if said != there]
     activation = "hidden_act" if "hidden_act" in fields else "activation_function"
-    if "bias_gelu_fusion" in args and ACTIVATIONS.get(hf_config[activation]) != model.activation:
-        other.append(f"{activation} {hf_config[activation]} ({model.activation})")
+    if "bias_gelu_fusion" in args and ACTIVATIONS.get(hf_config[activation]) != config.activation:
+        other.append(f"{activation} {hf_config[activation]} ({config.activation})")
     if other:
         say(
             "config.json says what Transformers 4's script or --config_file says, and the archive's args, in brackets, say "
@@ -323,22 +329,25 @@ def _note_other_settings(
         )
 
 
-def _tensor_groups(found: ReleasedModel, kind: ReleasedKind) -> list[TensorGroup]:
+def _tensor_groups(model: ReleasedModel, kind: ReleasedKind) -> list[TensorGroup]:
     """Return every tensor of the class's table, zeros where the model has none, and the copies of tied ones."""
-    weights, model, groups = found.weights, found.config, []
-    for row in found.hf_class.mappings(model):
+    weights, config, groups = model.weights, model.config, []
+    for row in model.hf_class.mappings(config):
         tensor = weights.get(row.native)
         if tensor is None:
             if row.zeros_shape is None:
                 continue  # the output layer of a tied model: a copy stands in for it
-            tensor = torch.zeros(row.zeros_shape(model), dtype=weights["embedding.word.weight"].dtype)
-        made = list(zip(row.hf, row.conversion.to_hf(tensor, model), strict=True))
+            tensor = torch.zeros(row.zeros_shape(config), dtype=weights["embedding.word.weight"].dtype)
+        written = list(zip(row.hf, row.conversion.to_hf(tensor, config), strict=True))
         # Transformers 4 wrote tied tensors under both names.
-        if not model.untie_embeddings_and_output_weights:
-            made += [
-                (copy, value) for copy, original in kind.family.tied_copies.items() for name, value in made if name == original
+        if not config.untie_embeddings_and_output_weights:
+            written += [
+                (copy, value)
+                for copy, original in kind.family.tied_copies.items()
+                for name, value in written
+                if name == original
             ]
-        groups.append(TensorGroup(tuple(_tensor_entry(name, value) for name, value in made)))
+        groups.append(TensorGroup(tuple(_tensor_entry(name, value) for name, value in written)))
     return groups
 
 
