@@ -15,7 +15,7 @@ def keyword(call: ast.Call, name: str) -> object:
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 
-def unsafe(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+def unsafe_calls(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
     """Calls that would run code held in a file, and assertions (python -O drops them, and they explain nothing)."""
     for node in ast.walk(module):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PICKLES:
@@ -37,7 +37,7 @@ def unsafe(module: ast.Module) -> Iterator[tuple[str, ast.AST]]:
 
 def test_loading_a_file_never_runs_code() -> None:
     own = [p for p in sources() if not p.is_relative_to(ROOT / "tests")]
-    wrong = [f"{shown(p, n)}: {w}" for p in own for w, n in unsafe(tree(p))]
+    wrong = [f"{shown(p, n)}: {w}" for p in own for w, n in unsafe_calls(tree(p))]
     assert not wrong, "\n".join(wrong)
 
 
@@ -45,7 +45,7 @@ def test_the_safety_test_notices_what_it_should() -> None:
     bad = ["pickle.load(f)", "torch.load(p)", "torch.load(p, weights_only=False)", "np.load(p, allow_pickle=True)"]
     bad += ["yaml.load(f)", "A.from_pretrained(d, trust_remote_code=True)", "exec(s)", "pickle.Unpickler(f)"]
     bad += ["from pickle import loads", "subprocess.run(c, shell=True)", "os.system(c)", "torch.jit.load(p)"]
-    assert all(list(unsafe(ast.parse(code))) for code in bad)
+    assert all(list(unsafe_calls(ast.parse(code))) for code in bad)
     good = [
         "json.load(f)",
         "subprocess.run([c])",
@@ -55,4 +55,4 @@ def test_the_safety_test_notices_what_it_should() -> None:
         "model.eval()",
         "safetensors.torch.load(b)",
     ]
-    assert not any(list(unsafe(ast.parse(code))) for code in good)
+    assert not any(list(unsafe_calls(ast.parse(code))) for code in good)

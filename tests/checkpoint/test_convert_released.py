@@ -45,20 +45,20 @@ def batch(tokens, segments=None):
     )
 
 
-def opened(kind, directory):
+def open_in_transformers(kind, directory):
     model, info = kind.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     return model.float().eval()
 
 
 def gpt_difference(model, directory):
-    theirs = opened(transformers.AutoModelForCausalLM, directory)
+    theirs = open_in_transformers(transformers.AutoModelForCausalLM, directory)
     with torch.no_grad():
         return (model.logits(model.hidden(None, batch(TOKENS))).transpose(0, 1) - theirs(input_ids=TOKENS).logits).abs().max()
 
 
 def bert_difference(model, directory):
-    theirs = opened(transformers.MegatronBertForPreTraining, directory)
+    theirs = open_in_transformers(transformers.MegatronBertForPreTraining, directory)
     segments = (torch.arange(40).expand_as(TOKENS) > 20).long()
     with torch.no_grad():
         hidden = model.hidden(None, batch(TOKENS, segments))
@@ -162,7 +162,7 @@ def test_what_a_config_file_leaves_out_means_what_it_does_in_transformers(tmp_pa
     assert gpt_difference(model, tmp_path) <= 1e-4
     capsys.readouterr()
     del about["n_layer"], about["n_head"]
-    said = refused(GPT2_KIND, path, capsys, *arguments(tmp_path, path, about)[:2])
+    said = convert_and_fail(GPT2_KIND, path, capsys, *arguments(tmp_path, path, about)[:2])
     assert "12 attention heads do not divide the width 32" in said
 
 
@@ -191,7 +191,7 @@ def test_the_tokenizer_beside_the_archive(tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path)("aba", add_special_tokens=False)["input_ids"] == [2, 0]
 
 
-def refused(kind, path, capsys, *more):
+def convert_and_fail(kind, path, capsys, *more):
     before = read_files(path.parent)
     assert main(kind, "", [*more, str(path)]) == 2
     said = capsys.readouterr().err
@@ -201,18 +201,18 @@ def refused(kind, path, capsys, *more):
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path, capsys):
-    assert "there is no such file" in refused(GPT2_KIND, tmp_path / "absent.zip", capsys)
+    assert "there is no such file" in convert_and_fail(GPT2_KIND, tmp_path / "absent.zip", capsys)
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
-    assert "not a whole zip archive" in refused(GPT2_KIND, tmp_path / "cut.zip", capsys)
+    assert "not a whole zip archive" in convert_and_fail(GPT2_KIND, tmp_path / "cut.zip", capsys)
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "")
-    assert "no release/mp_rank_00/model_optim_rng.pt in it; it holds readme.txt" in refused(
+    assert "no release/mp_rank_00/model_optim_rng.pt in it; it holds readme.txt" in convert_and_fail(
         GPT2_KIND, tmp_path / "other.zip", capsys
     )
     (tmp_path / "text.pt").write_text("hello")
-    assert "not a readable file of torch.save" in refused(BERT_KIND, tmp_path / "text.pt", capsys)
+    assert "not a readable file of torch.save" in convert_and_fail(BERT_KIND, tmp_path / "text.pt", capsys)
     torch.save({"weights": {}}, tmp_path / "else.pt")
-    assert "it has no `model`" in refused(GPT2_KIND, tmp_path / "else.pt", capsys)
+    assert "it has no `model`" in convert_and_fail(GPT2_KIND, tmp_path / "else.pt", capsys)
 
 
 def test_a_file_that_was_cut_short(tmp_path, capsys):
@@ -220,26 +220,26 @@ def test_a_file_that_was_cut_short(tmp_path, capsys):
     path = write_archive(tmp_path / "model.pt", released_state(config, named_weights(build(config)), 0, 127), None)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "not a readable file" in refused(GPT2_KIND, path, capsys)
+    assert "not a readable file" in convert_and_fail(GPT2_KIND, path, capsys)
 
 
 def test_settings_that_are_not_the_tensors(tmp_path, capsys):
     config = small_config()
     model = released_state(config, named_weights(build(config)), 0, 127)
     path = write_archive(tmp_path / "gpt.zip", model, None)
-    said = refused(GPT2_KIND, path, capsys)
+    said = convert_and_fail(GPT2_KIND, path, capsys)
     assert "does not say how many attention heads a model of width 32 has; give --config_file" in said
     sizes = tmp_path / "sizes.json"
     sizes.write_text(json.dumps({**GPT_FILE, "n_layer": 3, "vocab_size": 128}))
-    said = refused(GPT2_KIND, path, capsys, "--config_file", str(sizes))
+    said = convert_and_fail(GPT2_KIND, path, capsys, "--config_file", str(sizes))
     assert "n_layer 3 but 4 in the tensors, vocab_size 128 but 127 in the tensors" in said
-    assert "it is no BERT; use tools/convert_megatron_gpt2_checkpoint.py" in refused(BERT_KIND, path, capsys)
+    assert "it is no BERT; use tools/convert_megatron_gpt2_checkpoint.py" in convert_and_fail(BERT_KIND, path, capsys)
     write_archive(path, model, 7.0)
-    assert "its checkpoint_version is '7.0'; known are 0, 1.0, 2.0 and 3.0" in refused(GPT2_KIND, path, capsys)
+    assert "its checkpoint_version is '7.0'; known are 0, 1.0, 2.0 and 3.0" in convert_and_fail(GPT2_KIND, path, capsys)
     write_archive(path, model, 3.0, {**ARGS, "tensor_model_parallel_size": 2})
-    assert "one rank's share of a model; use tools/import_megatron.py" in refused(GPT2_KIND, path, capsys)
+    assert "one rank's share of a model; use tools/import_megatron.py" in convert_and_fail(GPT2_KIND, path, capsys)
     write_archive(path, model, 3.0, {**ARGS, "swiglu": True})
-    assert "GPT2LMHeadModel cannot express it: --swiglu" in refused(GPT2_KIND, path, capsys)
+    assert "GPT2LMHeadModel cannot express it: --swiglu" in convert_and_fail(GPT2_KIND, path, capsys)
 
 
 def test_tensors_that_are_not_the_models(tmp_path, capsys):
@@ -252,15 +252,15 @@ def test_tensors_that_are_not_the_models(tmp_path, capsys):
         return write_archive(tmp_path / "gpt.pt", model, None, args)
 
     path = path_without(lambda layers: layers.pop("layers.1.mlp.dense_4h_to_h.bias"))
-    assert "layers.1.mlp.down.bias is not there" in refused(GPT2_KIND, path, capsys)
+    assert "layers.1.mlp.down.bias is not there" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: layers.update({"layers.1.attention.dense.weight": torch.zeros(32, 16)}))
-    assert "layers.1.attention.dense.weight is (32, 16), not (32, 32)" in refused(GPT2_KIND, path, capsys)
+    assert "layers.1.attention.dense.weight is (32, 16), not (32, 32)" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: layers.update({"layers.0.mlp.dense_h_to_4h.weight": torch.zeros(80)}))
-    assert "it holds no whole GPT-2" in refused(GPT2_KIND, path, capsys)
+    assert "it holds no whole GPT-2" in convert_and_fail(GPT2_KIND, path, capsys)
     path = path_without(lambda layers: None, {**ARGS, "padded_vocab_size": "x"})
-    assert "the file's args say vocab_size = 'x', which is no number" in refused(GPT2_KIND, path, capsys)
+    assert "the file's args say vocab_size = 'x', which is no number" in convert_and_fail(GPT2_KIND, path, capsys)
     torch.save({"model": [torch.zeros(2)]}, path)
-    assert "it has no `model` with weights in it" in refused(GPT2_KIND, path, capsys)
+    assert "it has no `model` with weights in it" in convert_and_fail(GPT2_KIND, path, capsys)
 
 
 def test_args_that_do_not_say_the_sizes(tmp_path):

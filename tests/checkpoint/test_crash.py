@@ -49,7 +49,7 @@ def killed_at(step, root, iteration, **checkpoint):
     return status != 0
 
 
-def whole(root, *among):
+def assert_newest_is_whole(root, *among):
     """The newest checkpoint is whole, and one of these iterations."""
     newest = newest_complete(root).path
     verify(newest)
@@ -69,7 +69,7 @@ def test_killed_at_every_step(tmp_path, again, async_save):
         root = tmp_path / str(step)
         save_once(root, 100)
         died = killed_at(step, root, iteration, async_save=async_save)
-        outcomes.add((died, whole(root, 100, iteration) == f"iter_{iteration:07d}"))
+        outcomes.add((died, assert_newest_is_whole(root, 100, iteration) == f"iter_{iteration:07d}"))
         if not again:
             assert find(root) in (root / "iter_0000100", root / "iter_0000200")
             verify(find(root))
@@ -110,10 +110,10 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
             assert saver.saved == 200 and "successfully saved checkpoint at iteration     200" in said[1]
         assert len(said) == 2
         verify(find(root))
-        whole(root, 100, 200)
+        assert_newest_is_whole(root, 100, 200)
         storage.at = None
         save_at(run, saver, 300)
-        assert saver.saved == 300 and whole(root, 300) and find(root).name == "iter_0000300"
+        assert saver.saved == 300 and assert_newest_is_whole(root, 300) and find(root).name == "iter_0000300"
         assert sorted(p.name for p in root.iterdir()) == ["iter_0000300", "latest_checkpointed_iteration.txt"]
     assert failed > 30
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     storage = NearlyFullStorage()
     storage.free = lambda path: 5000 if junk.exists() else 1 << 30
     save_once(tmp_path, 200, storage)
-    assert whole(tmp_path, 200), "room is made where a crash has left something"
+    assert assert_newest_is_whole(tmp_path, 200), "room is made where a crash has left something"
 
 
 # Two ranks.
@@ -186,10 +186,10 @@ def test_one_of_two_is_killed(tmp_path, async_save):
         save_once(root, 100)
         statuses = run_in_forks(2, two_and_one_dies, str(root), step, mortal, async_save)
         assert statuses[mortal] == -9 and statuses[1 - mortal] in (0, 1), "the other one ends, too"
-        outcomes.add(whole(root, 100, 200))
+        outcomes.add(assert_newest_is_whole(root, 100, 200))
         verify(find(root))
         save_once(root, 300)
-        assert not list(root.glob(".iter*")) and whole(root, 300) and set(iterations(root)) >= {100, 300}
+        assert not list(root.glob(".iter*")) and assert_newest_is_whole(root, 300) and set(iterations(root)) >= {100, 300}
     assert outcomes == {"iter_0000100", "iter_0000200"}
 
 
@@ -229,7 +229,7 @@ def test_an_error_on_one_of_two_is_known_on_both(tmp_path, async_save):
     assert {line.split(":")[0] for line in told[-counts[1] :]} == {"rank 1"}, (
         "every step of the second rank is before the commit"
     )
-    whole(tmp_path / "run", 2 * sum(counts))
+    assert_newest_is_whole(tmp_path / "run", 2 * sum(counts))
     assert len(iterations(tmp_path / "run")) == 2 and not list((tmp_path / "run").glob(".iter*"))
 
 
@@ -244,7 +244,7 @@ def test_a_killed_pruning_leaves_no_half_checkpoint(tmp_path):
         assert killed_at(step, root, 400, keep_last=1)
         for path in iterations(root).values():
             verify(path)
-        whole(root, 400)
+        assert_newest_is_whole(root, 400)
         save_once(root, 500, keep_last=1)
         assert list(iterations(root)) == [500] and not list(root.glob(".iter*"))
 

@@ -95,7 +95,7 @@ def test_a_manifest_in_another_encoding(directory):
     refuse(directory, "manifest.json: not a usable manifest")
 
 
-def forge(directory, change):
+def forge_manifest(directory, change):
     """Change the manifest and give it a right checksum, as an attacker would."""
     manifest = read_manifest(directory)
     body = json.loads(manifest.to_text())
@@ -108,7 +108,7 @@ def forge(directory, change):
 NAME = "model.embedding.word.weight"
 
 
-def outside(to):
+def with_slice_at(to):
     def change(body):
         body["files"][to] = body["files"].pop("shard_00000.safetensors")
         for tensor in body["tensors"].values():
@@ -121,7 +121,7 @@ def outside(to):
 @pytest.mark.parametrize("to", ["../secret.safetensors", "/etc/passwd", "a/../../b", "a\\..\\b", "./x", "", "a//b"])
 def test_a_path_that_leads_outside_is_refused(directory, to):
     (directory.parent / "secret.safetensors").write_bytes((directory / "shard_00000.safetensors").read_bytes())
-    forge(directory, outside(to))
+    forge_manifest(directory, with_slice_at(to))
     refuse(directory, "leads outside the checkpoint")
 
 
@@ -154,7 +154,7 @@ def put(*path):
     ],
 )
 def test_a_manifest_that_lies(directory, change, match):
-    forge(directory, change)
+    forge_manifest(directory, change)
     with pytest.raises(CheckpointError, match=match):
         load(directory, build_state(1, 0, filled=False))
 
@@ -166,14 +166,14 @@ def test_a_tensor_larger_than_its_file_takes_no_memory(directory):
         tensor = body["tensors"][NAME]
         tensor["shape"] = tensor["pieces"][0]["shape"] = [10**7, 10**7]
 
-    forge(directory, change)
+    forge_manifest(directory, change)
     refuse(directory, "'shard_00000.safetensors' has .* bytes, too few for the .* bytes of tensors in it")
 
 
 def test_a_manifest_round_trips(directory):
     text = (directory / "manifest.json").read_text()
     assert Manifest.from_text(text).to_text() == text
-    forge(directory, lambda body: None)
+    forge_manifest(directory, lambda body: None)
     verify(directory)  # so the refusals above are not for a bad forgery
 
 
@@ -193,7 +193,7 @@ def test_scalars_and_configuration_are_compared_with_the_manifest(directory):
 
 
 def test_a_part_without_saved_scalars(directory):
-    forge(directory, lambda body: None)
+    forge_manifest(directory, lambda body: None)
     with pytest.raises(CheckpointError, match=r"1 tensors are not in the checkpoint: other\.w"):
         load(directory, {"other": ShardedState(1, 0, tensors={"w": ((2,), None, torch.float32)})})
 

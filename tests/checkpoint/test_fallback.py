@@ -67,7 +67,7 @@ def root(saved, tmp_path):
     return tmp_path / "run"
 
 
-def flip(path: Path) -> None:
+def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -81,10 +81,10 @@ DAMAGE = {
     "torn": lambda root: (root / "iter_0000300" / "manifest.json").unlink(),
     "missing shard": lambda root: shard(root, 300).unlink(),
     "truncated": lambda root: shard(root, 300).write_bytes(shard(root, 300).read_bytes()[:-1]),
-    "state": lambda root: flip(root / "iter_0000300" / "state.json"),
-    "manifest": lambda root: flip(root / "iter_0000300" / "manifest.json"),
+    "state": lambda root: flip_byte(root / "iter_0000300" / "state.json"),
+    "manifest": lambda root: flip_byte(root / "iter_0000300" / "manifest.json"),
     "gone": lambda root: shutil.rmtree(root / "iter_0000300"),
-    "flipped byte": lambda root: flip(shard(root, 300)),
+    "flipped byte": lambda root: flip_byte(shard(root, 300)),
 }
 SAID = {
     "torn": "iter_0000300: it has no manifest.json",
@@ -97,13 +97,13 @@ SAID = {
 }
 
 
-def alone(config: CheckpointConfig) -> StateSource:
+def load_on_one_process(config: CheckpointConfig) -> StateSource:
     """Return the state that a single process starts from."""
     run = replace(CONFIG, checkpoint=config)
     return verify_source(find_source(config), run, Job(LaunchEnvironment(0, 1), torch.device("cpu"), None))
 
 
-def asked(root: Path, how: str) -> CheckpointConfig:
+def checkpoint_config(root: Path, how: str) -> CheckpointConfig:
     return CheckpointConfig(save=str(root), auto_resume=True) if how == "auto" else CheckpointConfig(load=str(root))
 
 
@@ -111,7 +111,7 @@ def asked(root: Path, how: str) -> CheckpointConfig:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_next_older_one(root, damage, how):
     DAMAGE[damage](root)
-    source = alone(asked(root, how))
+    source = load_on_one_process(checkpoint_config(root, how))
     assert source.directory == root / "iter_0000200" and source.verified and source.state.iteration == 200
     *passed, loading = source.lines
     assert loading.startswith(f"loading checkpoint {root}/iter_0000200: weights with optimizer, schedule")
@@ -119,9 +119,9 @@ def test_the_next_older_one(root, damage, how):
 
 
 def test_several_are_passed_over_one_line_each(root):
-    flip(shard(root, 300))
+    flip_byte(shard(root, 300))
     shard(root, 200).unlink()
-    source = alone(asked(root, "load"))
+    source = load_on_one_process(checkpoint_config(root, "load"))
     assert (
         source.directory == root / "iter_0000100" and [line.split(":")[0] for line in source.lines[:2]] == ["passed over"] * 2
     )
@@ -136,39 +136,39 @@ def test_nothing_whole_is_an_error_never_a_fresh_start(root, damage):
     with pytest.raises(
         CheckpointError, match=f"--auto-resume: no checkpoint in .* is whole: .*{SAID[damage]}.*; to start fresh"
     ):
-        alone(asked(root, "auto"))
+        load_on_one_process(checkpoint_config(root, "auto"))
     with pytest.raises(CheckpointError, match=f".*: no whole checkpoint is there: .*{SAID[damage]}"):
-        alone(asked(root, "load"))
+        load_on_one_process(checkpoint_config(root, "load"))
 
 
 def test_only_an_empty_directory_starts_fresh(tmp_path):
     (tmp_path / ".iter_0000005.tmp").mkdir()
     for root in (tmp_path, tmp_path / "new"):
-        source = alone(asked(root, "auto"))
+        source = load_on_one_process(checkpoint_config(root, "auto"))
         assert source.directory is None and source.lines[-1].startswith("starting fresh")
-    assert "a save that was interrupted" in alone(asked(tmp_path, "auto")).lines[0]
+    assert "a save that was interrupted" in load_on_one_process(checkpoint_config(tmp_path, "auto")).lines[0]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5\n")
     with pytest.raises(CheckpointError, match="names iteration 5, which is not there"):
-        alone(asked(tmp_path, "auto"))
+        load_on_one_process(checkpoint_config(tmp_path, "auto"))
 
 
 def test_what_is_named_is_taken_or_refused(root):
     chosen = CheckpointConfig(load=str(root), load_iteration=300)
-    flip(shard(root, 300))
+    flip_byte(shard(root, 300))
     for config in (chosen, CheckpointConfig(load=str(root / "iter_0000300"))):
         with pytest.raises(CheckpointError, match=r"its bytes do not match.*Other iterations there: 100, 200; choose one with"):
-            alone(config)
-    assert alone(replace(chosen, load_iteration=100)).directory == root / "iter_0000100"
+            load_on_one_process(config)
+    assert load_on_one_process(replace(chosen, load_iteration=100)).directory == root / "iter_0000100"
 
 
 def test_without_a_tracker_the_newest_is_taken(root):
     (root / "latest_checkpointed_iteration.txt").unlink()
-    assert alone(asked(root, "load")).directory == root / "iter_0000300"
+    assert load_on_one_process(checkpoint_config(root, "load")).directory == root / "iter_0000300"
 
 
-def settled(root: str, how: str) -> tuple[str, tuple[str, ...]]:
+def load_on_rank(root: str, how: str) -> tuple[str, tuple[str, ...]]:
     rank = torch.distributed.get_rank()
-    config = asked(Path(root), how)
+    config = checkpoint_config(Path(root), how)
     job = Job(LaunchEnvironment(rank, torch.distributed.get_world_size()), torch.device("cpu"), "gloo")
     try:
         source = verify_source(find_source(config), replace(CONFIG, checkpoint=config), job)
@@ -179,13 +179,13 @@ def settled(root: str, how: str) -> tuple[str, tuple[str, ...]]:
 
 def test_all_ranks_go_back_together(root):
     """Only one rank reads the damaged file, and all of them learn of it."""
-    flip(shard(root, 300))
-    first, second = on_ranks(2, settled, str(root), "auto")
+    flip_byte(shard(root, 300))
+    first, second = on_ranks(2, load_on_rank, str(root), "auto")
     assert first == second and first[0] == f"{root}/iter_0000200"
     assert "shard_00000.safetensors: its bytes do not match" in first[1][0]
     for iteration in (100, 200):
-        flip(shard(root, iteration))
-    first, second = on_ranks(2, settled, str(root), "auto")
+        flip_byte(shard(root, iteration))
+    first, second = on_ranks(2, load_on_rank, str(root), "auto")
     assert first == second and first[0] == "error" and "no checkpoint in" in first[1][0]
 
 
@@ -222,14 +222,14 @@ def load_flipped(directory: str) -> str:
 
 
 def test_load_changes_nothing_before_every_byte_was_compared(root):
-    flip(shard(root, 300))
+    flip_byte(shard(root, 300))
     for answer in on_ranks(2, load_flipped, str(root / "iter_0000300")):
         assert answer.startswith("changed: False; rank ") and "shard_00000.safetensors: its bytes do not match" in answer
 
 
 def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
-    flip(shard(root, 300))
-    run = replace(CONFIG, checkpoint=asked(root, "auto"))
+    flip_byte(shard(root, 300))
+    run = replace(CONFIG, checkpoint=checkpoint_config(root, "auto"))
     source, real = find_source(run.checkpoint), resume.read_config
     monkeypatch.setattr(resume, "read_config", lambda d: {**real(d), "model": asdict(replace(CONFIG.model, hidden_size=64))})
     with pytest.raises(CheckpointError, match=r"passed over: .*; but it does not fit: `--hidden-size 32` .* made with 64"):
@@ -237,7 +237,7 @@ def test_a_checkpoint_of_another_model_is_no_way_back(root, monkeypatch):
 
 
 def test_settings_that_differ_from_the_saved_ones_are_listed(root):
-    source = alone(asked(root, "load"))
+    source = load_on_one_process(checkpoint_config(root, "load"))
     assert list(difference_table(source, CONFIG)) == []
     other = replace(
         CONFIG,
@@ -265,7 +265,7 @@ def test_settings_that_differ_from_the_saved_ones_are_listed(root):
 
 
 def test_other_training_data_only_when_told_so(root, monkeypatch):
-    source = alone(asked(root, "load"))
+    source = load_on_one_process(checkpoint_config(root, "load"))
 
     def with_data(**change) -> RunConfig:
         return replace(CONFIG, data=replace(CONFIG.data, **change))

@@ -27,7 +27,7 @@ def directory(tmp_path_factory) -> Path:
     return root / "iter_0000100"
 
 
-def use(directory: Path) -> str:
+def use_checkpoint(directory: Path) -> str:
     """Everything that is done with a checkpoint before its values count."""
     try:
         manifest = read_manifest(directory)
@@ -48,11 +48,11 @@ def test_damaged_manifests(directory):
     @given(damaged_bytes(good))
     def run(data: bytes) -> None:
         path.write_bytes(data)
-        assert use(directory) == ("read" if data == good else "refused")
+        assert use_checkpoint(directory) == ("read" if data == good else "refused")
 
     run()
     path.write_bytes(good)
-    assert use(directory) == "read"
+    assert use_checkpoint(directory) == "read"
 
 
 def test_forged_manifests(directory):
@@ -73,14 +73,14 @@ def test_forged_manifests(directory):
         plain = json.dumps(forged, indent=1)
         forged["checksum"] = hashlib.sha256(plain.encode()).hexdigest()
         path.write_text(json.dumps(forged, indent=1) + "\n")
-        seen[use(directory)] += 1
+        seen[use_checkpoint(directory)] += 1
 
     run()
     path.write_text(good)
     assert seen["refused"] > 50
 
 
-def relist(directory: Path, name: str) -> None:
+def update_manifest(directory: Path, name: str) -> None:
     """Put a file's size and checksum into the manifest, as who replaced it on purpose would."""
     body = json.loads((directory / "manifest.json").read_text())
     data = (directory / name).read_bytes()
@@ -103,8 +103,8 @@ def test_forged_shards(directory, tmp_path):
     @given(damaged_bytes(good[:head]))
     def run(data: bytes) -> None:
         shard.write_bytes(data + good[head:])
-        relist(here, shard.name)
-        seen[use(here)] += 1
+        update_manifest(here, shard.name)
+        seen[use_checkpoint(here)] += 1
 
     run()
     assert seen["refused"] > 20
@@ -157,4 +157,4 @@ def test_a_damaged_tracker_is_refused_or_valid(directory):
 def test_a_manifest_keeps_what_it_says(directory):
     """So the refusals are not for everything."""
     text = (directory / "manifest.json").read_text()
-    assert Manifest.from_text(text).to_text() == text and use(directory) == "read"
+    assert Manifest.from_text(text).to_text() == text and use_checkpoint(directory) == "read"

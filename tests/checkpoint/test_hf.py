@@ -56,13 +56,13 @@ CASES = {
 }
 
 
-def saved(root, settings, tp=1, dtype=torch.float32, tokenizer=None):
+def save_small_model(root, settings, tp=1, dtype=torch.float32, tokenizer=None):
     arguments = (str(root), settings, tp, dtype, tokenizer)
     on_ranks(tp, save_model, *arguments) if tp > 1 else save_model(*arguments)
     return root
 
 
-def opened(directory):
+def open_in_transformers(directory):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.float().eval()
@@ -73,9 +73,9 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     """Saved with tp 2 where that divides; compared with the model itself, not with what was read back."""
     config = ModelConfig(**CASES[case])
     tp = 2 if config.num_query_groups % 2 == 0 else 1
-    saved(tmp_path / "run", CASES[case], tp)
+    save_small_model(tmp_path / "run", CASES[case], tp)
     export_weights(find(tmp_path / "run"), tmp_path / "hf")
-    theirs = opened(tmp_path / "hf")
+    theirs = open_in_transformers(tmp_path / "hf")
     tokens = torch.arange(2 * 48).reshape(2, 48) * 5 % 127
     assert max_difference(*gpt_logits(build(config, Axis.alone("tp")).eval(), theirs, tokens)) <= 1e-4
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -87,13 +87,13 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
 
 def test_export_hf_writes_a_directory_that_transformers_opens(tmp_path):
     settings = {**BASE, "vocab_size": 257}
-    saved(tmp_path / "run", settings, tp=2, tokenizer=ByteTokenizer())
+    save_small_model(tmp_path / "run", settings, tp=2, tokenizer=ByteTokenizer())
     command = [sys.executable, str(TOOL), "--load", "run", "--output", "hf"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "logits differ by at most" in done.stdout and done.stdout.endswith("exported run/iter_0000010 to hf\n")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "run"]
-    model = opened(tmp_path / "hf")
+    model = open_in_transformers(tmp_path / "hf")
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert words("Hé", add_special_tokens=False)["input_ids"] == [72, 195, 169]
     assert model.generation_config.eos_token_id == words.eos_token_id == model.config.eos_token_id == 256
@@ -111,7 +111,7 @@ def make_batch(row):
 
 
 def test_large_models_are_cut_into_files_with_an_index(tmp_path):
-    saved(tmp_path / "run", LLAMA)
+    save_small_model(tmp_path / "run", LLAMA)
     export_weights(find(tmp_path / "run"), tmp_path / "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
@@ -123,14 +123,14 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path):
     whole = export_weights(find(tmp_path / "run"), tmp_path / "one") and load_file(tmp_path / "one" / "model.safetensors")
     joined = {name: tensor for tensors in held for name, tensor in tensors.items()}
     assert joined.keys() == whole.keys() and all(torch.equal(joined[n], whole[n]) for n in whole)
-    opened(tmp_path / "hf")
+    open_in_transformers(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_exports_in_half_precision_are_proved_exactly(tmp_path, dtype):
     """The proof is exact in half precision too, since both models then hold the rounded weights."""
     said = []
-    saved(tmp_path / "run", CASES["gpt2 untied, exact gelu, 1p"])
+    save_small_model(tmp_path / "run", CASES["gpt2 untied, exact gelu, 1p"])
     export_hf(tmp_path / "run", tmp_path / "hf", dtype=dtype, say=said.append)
     assert {t.dtype for t in load_file(tmp_path / "hf" / "model.safetensors").values()} == {dtype}
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
@@ -138,7 +138,7 @@ def test_exports_in_half_precision_are_proved_exactly(tmp_path, dtype):
 
 
 def test_a_bf16_checkpoint_stays_bf16(tmp_path):
-    saved(tmp_path / "run", BASE, dtype=torch.bfloat16)
+    save_small_model(tmp_path / "run", BASE, dtype=torch.bfloat16)
     assert open_model(tmp_path / "run").model.embedding.word.weight.dtype == torch.bfloat16
     export_hf(tmp_path / "run", tmp_path / "hf", say=lambda line: None)
     assert load_file(tmp_path / "hf" / "model.safetensors")["transformer.wte.weight"].dtype == torch.bfloat16
@@ -157,7 +157,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path):
 
 def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
     """A forgotten transposition of a square matrix: shapes fit, transformers opens it, and only the logits tell."""
-    saved(tmp_path / "run", BASE)
+    save_small_model(tmp_path / "run", BASE)
     (tmp_path / "hf").mkdir()
     square = "layers.{n}.attention.dense.weight"
     assert any(row.native == square and row.conversion is CONV1D for row in GPT2.classes[0].templates)
@@ -170,7 +170,7 @@ def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch):
 
 
 def test_a_tensor_too_few_fails_the_proof(tmp_path, monkeypatch):
-    saved(tmp_path / "run", {**BASE, "add_norm_bias": False})
+    save_small_model(tmp_path / "run", {**BASE, "add_norm_bias": False})
     rows = tuple(row for row in GPT2.classes[0].templates if row.native != "final_norm.bias")
     list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match=r"missing keys: transformer\.ln_f\.bias"):
@@ -178,7 +178,7 @@ def test_a_tensor_too_few_fails_the_proof(tmp_path, monkeypatch):
 
 
 def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
-    saved(tmp_path / "run", {**BASE, "vocab_size": 257}, tokenizer=ByteTokenizer())
+    save_small_model(tmp_path / "run", {**BASE, "vocab_size": 257}, tokenizer=ByteTokenizer())
     write = ByteTokenizer.hf_files
 
     def then_change(self, directory, max_length, **more):
@@ -191,7 +191,7 @@ def test_tokenizers_that_disagree_fail_the_proof(tmp_path, monkeypatch):
 
 
 def test_an_export_overwrites_only_what_it_may(tmp_path):
-    saved(tmp_path / "run", BASE)
+    save_small_model(tmp_path / "run", BASE)
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "keep").write_text("")
@@ -221,10 +221,10 @@ def test_what_the_tool_says(tmp_path, monkeypatch, capsys):
         return code, out, err
 
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    run, hf = saved(tmp_path / "run", BASE, tokenizer=NullTokenizer(126)), tmp_path / "hf"
+    run, hf = save_small_model(tmp_path / "run", BASE, tokenizer=NullTokenizer(126)), tmp_path / "hf"
     code, _, err = tool("--load", tmp_path / "ran", "--output", hf)
     assert code == 2 and err.startswith("error: ") and f"Near it: {run}" in err
-    saved(tmp_path / "odd", {**BASE, "position_embedding_type": "rope"})
+    save_small_model(tmp_path / "odd", {**BASE, "position_embedding_type": "rope"})
     code, _, err = tool("--load", tmp_path / "odd", "--output", hf)
     assert code == 2 and "no Hugging Face family has this architecture" in err and "RMSNorm" in err
     assert not hf.exists() and not list(tmp_path.glob(".hf*"))

@@ -41,7 +41,7 @@ CASES = {
 }
 
 
-def saved(root, settings, tp=1, dtype=torch.float32, tokenizer=None):
+def save_small_model(root, settings, tp=1, dtype=torch.float32, tokenizer=None):
     arguments = (str(root), settings, tp, dtype, tokenizer)
     on_ranks(tp, save_model, *arguments) if tp > 1 else save_model(*arguments)
     return root
@@ -51,7 +51,7 @@ def saved(root, settings, tp=1, dtype=torch.float32, tokenizer=None):
 def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     """Saved with tp 2; compared with the model itself, not with what was read back. Rows of several lengths, two segments."""
     config = ModelConfig(**CASES[case])
-    saved(tmp_path / "run", CASES[case], 2)
+    save_small_model(tmp_path / "run", CASES[case], 2)
     export_weights(find(tmp_path / "run"), tmp_path / "hf")
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     name = "MegatronBertForPreTraining" if config.bert_binary_head else "MegatronBertForMaskedLM"
@@ -90,7 +90,7 @@ CLASSES = {
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    saved(folder / "run", BERT)
+    save_small_model(folder / "run", BERT)
     export_weights(find(folder / "run"), folder / "hf")
     return folder / "hf"
 
@@ -119,7 +119,7 @@ def tokenizer(tmp_path_factory):
 def test_the_export_proves_itself(tmp_path, tokenizer, binary):
     said = []
     settings = {**BERT, "vocab_size": tokenizer.vocab_size, "bert_binary_head": binary}
-    saved(tmp_path / "run", settings, tokenizer=tokenizer)
+    save_small_model(tmp_path / "run", settings, tokenizer=tokenizer)
     export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)
     assert any("logits differ by at most" in line for line in said)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -134,7 +134,7 @@ def test_the_export_proves_itself(tmp_path, tokenizer, binary):
 
 
 def test_half_precision_is_proved_exactly(tmp_path):
-    saved(tmp_path / "run", BERT)
+    save_small_model(tmp_path / "run", BERT)
     export_hf(tmp_path / "run", tmp_path / "hf", dtype=torch.bfloat16, say=lambda line: None)
     assert {t.dtype for t in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -149,7 +149,7 @@ def swapped_queries(tensor, config):
 )
 def test_wrong_weights_fail_the_proof(tmp_path, monkeypatch, wrong):
     """Shapes fit, transformers opens it, and only the logits tell; those of the binary head for what it alone uses."""
-    saved(tmp_path / "run", BERT)
+    save_small_model(tmp_path / "run", BERT)
     conversion = replace(SAME, to_hf=lambda tensor, config: (-tensor,))
     if "qkv" in wrong:
         conversion = replace(SAME, to_hf=swapped_queries)

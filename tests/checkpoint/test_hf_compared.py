@@ -52,14 +52,14 @@ def written(tmp_path_factory):
     return one
 
 
-def put(directory, about, tensors):
+def write_directory(directory, about, tensors):
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(about))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
     return directory
 
 
-def imported(monkeypatch, capsys, source, save, *more):
+def run_import(monkeypatch, capsys, source, save, *more):
     monkeypatch.setattr(sys, "argv", ["import_hf.py", "--input", str(source), "--save", str(save), *more])
     status = runpy.run_path(str(TOOL))["main"]()
     return (status, *capsys.readouterr())
@@ -74,18 +74,18 @@ def test_an_output_matrix_beside_a_tied_embedding(tmp_path, written, name, left_
     said, word = [], tensors[TIED[name]]
     if left_out and name != "gpt2":
         with pytest.raises(CheckpointError, match=r"there is no tensor lm_head.weight"):  # the class's default is untied
-            read_hf(put(tmp_path, about, tensors))
+            read_hf(write_directory(tmp_path, about, tensors))
         return
-    config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": word.clone()}), said.append)
+    config, weights = read_hf(write_directory(tmp_path, about, {**tensors, "lm_head.weight": word.clone()}), said.append)
     assert config.ties_embeddings and "head.weight" not in weights and not said
     compare_with_source(tmp_path, config, weights)
     other = word.flip(0) + 1
-    config, weights = read_hf(put(tmp_path, about, {**tensors, "lm_head.weight": other}), said.append)
+    config, weights = read_hf(write_directory(tmp_path, about, {**tensors, "lm_head.weight": other}), said.append)
     assert not config.ties_embeddings and torch.equal(weights["head.weight"], other)
     assert [f"lm_head.weight differs from {TIED[name]}: it is read as untied" in line for line in said] == [True]
     compare_with_source(tmp_path, config, weights)
     alone = {"lm_head.weight" if key == TIED[name] else key: tensor for key, tensor in tensors.items()}
-    config, weights = read_hf(put(tmp_path, about, alone))
+    config, weights = read_hf(write_directory(tmp_path, about, alone))
     assert config.ties_embeddings and torch.equal(weights["embedding.word.weight"], word)
     compare_with_source(tmp_path, config, weights)
 
@@ -99,16 +99,16 @@ def test_the_copies_of_a_megatron_bert(tmp_path, written, name, copy):
     rest = {key: tensor for key, tensor in tensors.items() if key not in (original, twin)}
     value = tensors[original]
     for held in ({original: value}, {original: value, twin: value.clone()}, {twin: value}):
-        config, weights = read_hf(put(tmp_path, about, {**rest, **held}))
+        config, weights = read_hf(write_directory(tmp_path, about, {**rest, **held}))
         assert torch.equal(weights["embedding.word.weight" if copy == "weight" else "masked_words.bias"], value)
     compare_with_source(tmp_path, config, weights)
     with pytest.raises(CheckpointError, match=f"cls.predictions.decoder.{copy} differs from {original}"):
-        read_hf(put(tmp_path, about, {**rest, original: value, twin: value + 1}))
+        read_hf(write_directory(tmp_path, about, {**rest, original: value, twin: value + 1}))
 
 
 def test_a_tensor_in_two_files(tmp_path, written):
     _, about, tensors = written("llama")
-    put(tmp_path, about, {})
+    write_directory(tmp_path, about, {})
     (tmp_path / "model.safetensors").unlink()
     where = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -124,7 +124,7 @@ def test_a_tensor_in_two_files(tmp_path, written):
 def test_an_adapter_is_not_passed_over(tmp_path, written):
     """Transformers opens the adapter's model there, where PEFT is installed."""
     _, about, tensors = written("llama")
-    put(tmp_path, about, tensors)
+    write_directory(tmp_path, about, tensors)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(CheckpointError, match=r"adapter_config.json in it, .*merge both with merge_and_unload"):
         read_hf(tmp_path)
@@ -149,7 +149,7 @@ def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
     """Norms in fp32 beside matrices in bf16, as released models have them."""
     _, about, tensors = written("llama")
     mixed = {key: tensor if "norm" in key else tensor.bfloat16() for key, tensor in tensors.items()}
-    config, weights = read_hf(put(tmp_path / "mixed", about, mixed), say=print)
+    config, weights = read_hf(write_directory(tmp_path / "mixed", about, mixed), say=print)
     export_hf(write_imported(tmp_path / "run", config, weights), tmp_path / "hf", say=lambda line: None)
     back = load_file(tmp_path / "hf" / "model.safetensors")
     assert all(torch.equal(back[key], tensor.float()) for key, tensor in mixed.items())
@@ -159,17 +159,17 @@ def test_no_weight_is_rounded_without_being_asked(tmp_path, written):
 
 def test_an_import_reports_logits_and_suspicious_weights(tmp_path, written, monkeypatch, capsys):
     source, about, tensors = written("llama")
-    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
+    status, out, err = run_import(monkeypatch, capsys, source, tmp_path / "ours")
     assert status == 0 and "transformers' logits differ by at most" in out and "all zeros" not in err
     saved = json.loads((tmp_path / "ours" / "iter_0000000" / "config.json").read_text())["model"]
     assert saved["hidden_dropout"] == 0.0 and saved["attention_dropout"] == 0.3 and saved["layernorm_epsilon"] == 3e-3
     key = "model.layers.1.mlp.up_proj.weight"
-    zeros = put(tmp_path / "zeros", about, {**tensors, key: torch.zeros(40, 16)})
-    status, out, err = imported(monkeypatch, capsys, zeros, tmp_path / "zeros-ours")
+    zeros = write_directory(tmp_path / "zeros", about, {**tensors, key: torch.zeros(40, 16)})
+    status, out, err = run_import(monkeypatch, capsys, zeros, tmp_path / "zeros-ours")
     assert status == 0 and f"note: {key} is all zeros" in err
     for change, words in ((tensors[key].int(), "holds int32"), (tensors[key].log(), "has values that are not finite")):
-        bad = put(tmp_path / "bad", about, {**tensors, key: change})
-        status, out, err = imported(monkeypatch, capsys, bad, tmp_path / "bad-ours")
+        bad = write_directory(tmp_path / "bad", about, {**tensors, key: change})
+        status, out, err = run_import(monkeypatch, capsys, bad, tmp_path / "bad-ours")
         assert status == 2 and f"{key} {words}" in err and not (tmp_path / "bad-ours").exists()
 
 
@@ -183,13 +183,13 @@ def test_an_import_that_differs_leaves_nothing(tmp_path, written, monkeypatch, c
         for row in LLAMA_FAMILY.classes[0].templates
     )
     list_family(monkeypatch, with_rows(LLAMA_FAMILY, rows))
-    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours")
+    status, out, err = run_import(monkeypatch, capsys, source, tmp_path / "ours")
     assert status == 1 and "the logits differ by" in err and "--no-verify" in err and not (tmp_path / "ours").exists()
-    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "ours", "--no-verify")
+    status, out, err = run_import(monkeypatch, capsys, source, tmp_path / "ours", "--no-verify")
     assert status == 0 and "not compared with transformers (--no-verify)" in out
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
-    status, out, err = imported(monkeypatch, capsys, source, tmp_path / "again")
+    status, out, err = run_import(monkeypatch, capsys, source, tmp_path / "again")
     assert status == 0 and "not compared with transformers' logits: transformers is not installed" in out
 
 
@@ -197,14 +197,14 @@ def test_settings_that_the_weights_of_a_model_hide(tmp_path, written):
     """Loud embeddings hide an epsilon, and the two forms of GELU are close."""
     _, about, tensors = written("gpt2")
     loud = {key: tensor * 20 if key.startswith("transformer.w") else tensor for key, tensor in tensors.items()}
-    config, weights = read_hf(put(tmp_path, about, loud))
+    config, weights = read_hf(write_directory(tmp_path, about, loud))
     compare_with_source(tmp_path, config, weights)
     for wrong in (replace(config, layernorm_epsilon=3.1e-3), replace(config, activation="gelu-exact")):
         with pytest.raises(LogitsError, match="logits differ"):
             compare_with_source(tmp_path, wrong, weights)
 
 
-def fresh(root, settings):
+def save_untrained_model(root, settings):
     """A model that was never trained: biases of zero, norms of one."""
     config = ModelConfig(**settings)
     model = MODELS[config.architecture](config, StagePart(range(2), True, True), TensorParallel.alone())
@@ -231,7 +231,7 @@ def test_a_wrong_setting_fails_the_export_of_a_fresh_model(tmp_path, monkeypatch
     changed = replace(family, to_fields=lambda config: {**family.to_fields(config), **wrong})
     list_family(monkeypatch, changed)
     with pytest.raises((ExportError, CheckpointError), match=words):
-        export_hf(fresh(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
+        export_hf(save_untrained_model(tmp_path / "run", settings), tmp_path / "hf", say=lambda line: None)
     assert not (tmp_path / "hf").exists()
 
 
@@ -250,4 +250,4 @@ def test_exchanged_tensors_fail_the_export_of_a_fresh_model(tmp_path, monkeypatc
     rows = tuple(replace(row, hf=theirs[swap.get(row.native, row.native)]) for row in GPT2.classes[0].templates)
     list_family(monkeypatch, with_rows(GPT2, rows))
     with pytest.raises(ExportError, match="with random weights in both models the logits differ"):
-        export_hf(fresh(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)
+        export_hf(save_untrained_model(tmp_path / "run", BASE), tmp_path / "hf", say=lambda line: None)

@@ -45,7 +45,7 @@ def tool(monkeypatch, name, *arguments):
     return main(argv) if signature(main).parameters else main()
 
 
-def theirs(folder):
+def transformers_tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -72,12 +72,17 @@ def test_nothing_is_lost(sources, tmp_path, monkeypatch, name):
     assert not changed and after.keys() - before.keys() <= {"generation_config.json"}
     ids = [{k: v for k, v in json.loads(f["config.json"]).items() if k.endswith("_token_id")} for f in (before, after)]
     assert ids[0] == ids[1] and ids[0]
-    here, there = open_tokenizer(find(tmp_path / "ours")), theirs(source)
-    assert tokenizer_difference(here, there) is None and tokenizer_difference(here, theirs(out)) is None
-    assert there.special_tokens_map == theirs(out).special_tokens_map and there.all_special_ids == theirs(out).all_special_ids
+    here, there = open_tokenizer(find(tmp_path / "ours")), transformers_tokenizer(source)
+    assert tokenizer_difference(here, there) is None and tokenizer_difference(here, transformers_tokenizer(out)) is None
+    assert (
+        there.special_tokens_map == transformers_tokenizer(out).special_tokens_map
+        and there.all_special_ids == transformers_tokenizer(out).all_special_ids
+    )
     if there.chat_template:
         chats = [
-            t.apply_chat_template(MESSAGES, tokenize=False, chat_template=c) for t in (there, theirs(out)) for c in (None, CHAT)
+            t.apply_chat_template(MESSAGES, tokenize=False, chat_template=c)
+            for t in (there, transformers_tokenizer(out))
+            for c in (None, CHAT)
         ]
         assert chats[0] == chats[2] and "the fox" in chats[0]
 
@@ -93,7 +98,9 @@ def test_ids_by_hand(sources, monkeypatch):
     monkeypatch.setattr(hf_tokenizers, "find_spec", lambda name: None)
     for make in (gpt2_added_tokens, gpt2_decoder, bert_words_cased):  # the same without transformers
         assert (
-            tokenizer_difference(import_tokenizer(sources / make.__name__, said.append), theirs(sources / make.__name__))
+            tokenizer_difference(
+                import_tokenizer(sources / make.__name__, said.append), transformers_tokenizer(sources / make.__name__)
+            )
             is None
         )
     assert said == ["the tokenizer was not compared with transformers', which is not installed"] * 3
@@ -104,7 +111,7 @@ def test_transformers_decides(sources, tmp_path, monkeypatch):
     source = sources / "gpt2_decoder"
     for other in (read_hf_tokenizer(sources / "bert_words"), None):
         monkeypatch.setattr(hf_tokenizers, "read_hf_tokenizer", lambda folder, other=other: other)
-        assert tokenizer_difference(import_tokenizer(source, print), theirs(source)) is None
+        assert tokenizer_difference(import_tokenizer(source, print), transformers_tokenizer(source)) is None
     monkeypatch.setattr(hf_tokenizers, "wrap_backend", lambda backend, roles: ByteTokenizer())
     with pytest.raises(
         DataError, match=r"not transformers': it has 257 tokens, transformers' 261; --no-tokenizer leaves it out"
@@ -128,7 +135,7 @@ def test_transformers_decides(sources, tmp_path, monkeypatch):
     ],
 )
 def test_the_first_difference_of_two_tokenizers_is_named(sources, change, words):
-    ours, other = import_tokenizer(sources / "gpt2_decoder", print), theirs(sources / "gpt2_decoder")
+    ours, other = import_tokenizer(sources / "gpt2_decoder", print), transformers_tokenizer(sources / "gpt2_decoder")
     change(other)
     assert re.search(words, tokenizer_difference(ours, other) or "nothing")
 
@@ -138,11 +145,11 @@ def test_the_export_compares_its_files_with_the_checkpoint(sources, tmp_path):
     ours = import_tokenizer(sources / "gpt2_decoder", print)
     out = tmp_path / "out"
     shutil.copytree(sources / "gpt2_added_tokens", out)
-    assert tokenizer_difference(ours, theirs(out)) is not None
+    assert tokenizer_difference(ours, transformers_tokenizer(out)) is not None
     for name in ("added_tokens.json", "special_tokens_map.json"):
         (out / name).unlink()
     _check_tokenizer(out, ours)
-    assert tokenizer_difference(ours, theirs(out)) is None
+    assert tokenizer_difference(ours, transformers_tokenizer(out)) is None
     write_files(out, tokenizer_config__json={"mask_token": "<mask>"})
     with pytest.raises(ExportError, match="the tokenizers disagree: it has 261 tokens, transformers' 262"):
         _check_tokenizer(out, ours)
@@ -163,7 +170,7 @@ def test_more_tokens_than_rows(sources, tmp_path, monkeypatch, capsys):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (
         config["vocab_size"] == 258
-        and tokenizer_difference(open_model(tmp_path / "grown").tokenizer, theirs(tmp_path / "hf")) is None
+        and tokenizer_difference(open_model(tmp_path / "grown").tokenizer, transformers_tokenizer(tmp_path / "hf")) is None
     )
 
 

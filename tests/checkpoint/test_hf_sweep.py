@@ -70,7 +70,7 @@ def model(request, tmp_path_factory):
     return request.param, directory, about, load_file(directory / "model.safetensors")
 
 
-def outcome(directory: Path, name: str) -> str:
+def import_outcome(directory: Path, name: str) -> str:
     """`refused`, by us or by transformers, whom the import asks; `same`; else what is wrong."""
     try:
         config, weights = read_hf(directory, say=lambda line: None)
@@ -184,7 +184,7 @@ def test_every_changed_field_is_read_or_refused(model, tmp_path):
         if value is not LEFT_OUT:
             changed[field] = value
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        result = outcome(tmp_path, name)
+        result = import_outcome(tmp_path, name)
         found[result] += 1
         if result not in ("same", "refused"):
             wrong.append((field, "left out" if value is LEFT_OUT else value, result))
@@ -200,7 +200,7 @@ def test_every_changed_tensor_is_read_or_refused(model, tmp_path):
 
     def expect(what: str, wanted: str, changed: dict[str, torch.Tensor]) -> None:
         save_file({k: v.contiguous() for k, v in changed.items()}, tmp_path / "model.safetensors")
-        if (result := outcome(tmp_path, name)) != wanted:
+        if (result := import_outcome(tmp_path, name)) != wanted:
             wrong.append((what, result))
 
     expect("as it is", "same", tensors)

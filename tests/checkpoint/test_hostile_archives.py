@@ -32,21 +32,21 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def packed(path: Path, size: int, method: int = zipfile.ZIP_DEFLATED) -> Path:
+def write_zip(path: Path, size: int, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive, archive.open(ARCHIVE_MEMBER, "w", force_zip64=True) as member:
         for _ in range(size // MB):
             member.write(bytes(MB))
     return path
 
 
-def saved(path: Path, value: Any) -> Path:
+def save_pickled(path: Path, value: Any) -> Path:
     torch.save({"model": value}, path)
     return path
 
 
 def test_an_archive_that_would_fill_the_memory_is_never_unpacked(tmp_path: Path) -> None:
     """The whole command, in a process whose memory is measured: 256 MB would be unpacked from 256 kB."""
-    path = packed(tmp_path / "bomb.zip", 256 * MB)
+    path = write_zip(tmp_path / "bomb.zip", 256 * MB)
     assert path.stat().st_size < MB // 2
     code = (
         "import resource, sys, torch, megatron.interop.convert_released as c, megatron.interop.released_kinds as r\n"
@@ -62,7 +62,7 @@ def test_an_archive_that_would_fill_the_memory_is_never_unpacked(tmp_path: Path)
 
 
 def test_an_archive_that_says_it_is_smaller_is_damaged(tmp_path: Path) -> None:
-    path = packed(tmp_path / "lie.zip", 24 * MB)
+    path = write_zip(tmp_path / "lie.zip", 24 * MB)
     data = path.read_bytes()
     assert struct.pack("<Q", 24 * MB) in data or struct.pack("<I", 24 * MB) in data
     for form in ("<Q", "<I"):
@@ -73,11 +73,11 @@ def test_an_archive_that_says_it_is_smaller_is_damaged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_methods_whose_unpacking_cannot_be_bounded(tmp_path: Path, method: int) -> None:
-    assert f"packed by method {method}" in refusal(packed(tmp_path / "other.zip", MB, method))
+    assert f"packed by method {method}" in refusal(write_zip(tmp_path / "other.zip", MB, method))
 
 
 def test_a_file_of_torch_whose_parts_are_packed(tmp_path: Path) -> None:
-    plain = zipfile.ZipFile(saved(tmp_path / "plain.pt", {"a": torch.zeros(MB)}))
+    plain = zipfile.ZipFile(save_pickled(tmp_path / "plain.pt", {"a": torch.zeros(MB)}))
     with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in plain.namelist():
             archive.writestr(name, plain.read(name))
@@ -89,16 +89,16 @@ def test_a_file_of_torch_whose_parts_are_packed(tmp_path: Path) -> None:
 
 def test_tensors_and_dictionaries_that_are_more_than_the_file(tmp_path: Path) -> None:
     repeated = torch.zeros(1).expand(1 << 20, 1 << 16)
-    assert "more than the whole file" in refusal(saved(tmp_path / "repeated.pt", {"a": repeated}))
-    assert "only plain ones" in refusal(saved(tmp_path / "sparse.pt", {"a": torch.zeros(2, 2).to_sparse()}))
-    assert "only plain ones" in refusal(saved(tmp_path / "meta.pt", {"a": torch.zeros(2, 2, device="meta")}))
+    assert "more than the whole file" in refusal(save_pickled(tmp_path / "repeated.pt", {"a": repeated}))
+    assert "only plain ones" in refusal(save_pickled(tmp_path / "sparse.pt", {"a": torch.zeros(2, 2).to_sparse()}))
+    assert "only plain ones" in refusal(save_pickled(tmp_path / "meta.pt", {"a": torch.zeros(2, 2, device="meta")}))
     itself: dict[str, Any] = {}
     itself["a"] = itself
-    assert "hold themselves" in refusal(saved(tmp_path / "itself.pt", itself))
+    assert "hold themselves" in refusal(save_pickled(tmp_path / "itself.pt", itself))
     doubled: dict[str, Any] = {"a": torch.zeros(1)}
     for _ in range(40):
         doubled = {"a": doubled, "b": doubled}
-    assert "nested too deeply" in refusal(saved(tmp_path / "doubled.pt", doubled))
+    assert "nested too deeply" in refusal(save_pickled(tmp_path / "doubled.pt", doubled))
 
 
 def test_what_torch_advises_is_not_passed_on(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_what_torch_advises_is_not_passed_on(tmp_path: Path) -> None:
 
 def test_what_is_whole_is_still_read(tmp_path: Path) -> None:
     view = torch.arange(8.0).view(2, 4).t()
-    path = saved(tmp_path / "good.pt", {"a": view, "b": view, "c": {"d": torch.ones(())}})
+    path = save_pickled(tmp_path / "good.pt", {"a": view, "b": view, "c": {"d": torch.ones(())}})
     held = read_pickled(path, "good")["model"]
     assert torch.equal(held["a"], view) and held["c"]["d"] == 1
     with zipfile.ZipFile(tmp_path / "good.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -51,7 +51,7 @@ def run(saved, tmp_path):
     return tmp_path / "run"
 
 
-def relist(directory: Path, name: str) -> None:
+def update_manifest(directory: Path, name: str) -> None:
     """Have the manifest vouch for a file as it is now, with a right checksum: damage is found by sums, malice is not."""
     body = json.loads((directory / "manifest.json").read_text())
     data = (directory / name).read_bytes()
@@ -61,7 +61,7 @@ def relist(directory: Path, name: str) -> None:
     (directory / "manifest.json").write_text(json.dumps(body, indent=1) + "\n")
 
 
-def ways(run: Path, tmp_path: Path):
+def ways_to_use(run: Path, tmp_path: Path):
     """Every way to use a checkpoint."""
     directory = run / "iter_0000010"
     yield lambda: find_source(CheckpointConfig(load=str(run)))
@@ -106,8 +106,8 @@ def test_a_pickle_under_any_name_is_not_run(run, tmp_path, name, form):
     else:
         for vouched in (False, True)[: 1 if name == "manifest.json" else 2]:
             if vouched:
-                relist(directory, name)
-            failed = [error for way in ways(run, tmp_path) if (error := refusal(way)) is not None]
+                update_manifest(directory, name)
+            failed = [error for way in ways_to_use(run, tmp_path) if (error := refusal(way)) is not None]
             assert failed and all(Path(name).name in error or "config.json" in error for error in failed), failed
             assert vouched or len(failed) >= 5
     assert not canary.exists()
@@ -136,7 +136,7 @@ def test_what_is_not_a_file_of_the_checkpoint_is_not_opened(run, tmp_path, name,
         path.mkdir()
     else:
         path.symlink_to({"outside": outside, "circle": path}.get(to, to))
-    answers = [refusal(way) for way in ways(run, tmp_path)]
+    answers = [refusal(way) for way in ways_to_use(run, tmp_path)]
     refusals = [answer for answer in answers if answer is not None]
     # Who opens the tokenizer alone does not look at the others.
     assert len(refusals) >= len(answers) - 1 and all(Path(name).name in refused for refused in refusals), answers
@@ -177,7 +177,7 @@ def test_counters_of_a_wrong_kind(run, change, match):
     directory = run / "iter_0000010"
     state = read_state(directory)
     (directory / "state.json").write_text(json.dumps({**state, "train": {**state["train"], **change}}))
-    relist(directory, "state.json")
+    update_manifest(directory, "state.json")
     with pytest.raises(CheckpointError, match=match):
         find_source(CheckpointConfig(load=str(run)))
 
@@ -194,7 +194,7 @@ TEXTS = {
 def test_json_that_is_none_of_ours(run, text, name, read):
     directory = run / "iter_0000010"
     (directory / name).write_text(text, errors="surrogateescape")
-    relist(directory, name)
+    update_manifest(directory, name)
     if name == "config.json" and text == TEXTS["part"]:
         with pytest.raises(CheckpointError, match=r"config\.json: "):
             find_source(CheckpointConfig(load=str(run)))
@@ -222,7 +222,7 @@ def test_a_configuration_that_asks_for_all_memory(run, tmp_path, change):
     directory = run / "iter_0000010"
     config = read_config(directory)
     (directory / "config.json").write_text(json.dumps({**config, "model": {**config["model"], **change}}))
-    relist(directory, "config.json")
+    update_manifest(directory, "config.json")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         open_model(directory)
     if "num_layers" in change:

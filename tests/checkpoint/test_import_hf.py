@@ -54,7 +54,7 @@ CASES = {
 }
 
 
-def imported(source, save, monkeypatch, *more):
+def run_import(source, save, monkeypatch, *more):
     monkeypatch.setattr(sys, "argv", ["import_hf.py", "--input", str(source), "--save", str(save), *more])
     with pytest.raises(SystemExit) as done:
         runpy.run_path(str(TOOL), run_name="__main__")
@@ -67,7 +67,7 @@ def test_export_import_export_gives_equal_bytes(tmp_path, monkeypatch, case, dty
     config = small_config(**CASES[case])
     write_imported(tmp_path / "ours", config, {n: t.to(dtype) for n, t in named_weights(build(config)).items()}, iteration=10)
     export_weights(find(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
-    assert imported(tmp_path / "hf", tmp_path / "back", monkeypatch) == 0
+    assert run_import(tmp_path / "hf", tmp_path / "back", monkeypatch) == 0
     export_weights(find(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "hf").iterdir())
     assert len(files) > 4 and files == sorted(p.name for p in (tmp_path / "again").iterdir())
@@ -75,7 +75,7 @@ def test_export_import_export_gives_equal_bytes(tmp_path, monkeypatch, case, dty
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-def theirs(kind, tmp_path):
+def write_transformers_model(kind, tmp_path):
     """A directory that transformers itself wrote, of a model with random weights."""
     torch.manual_seed(1)
     if kind == "gpt2":
@@ -100,16 +100,16 @@ def theirs(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_what_transformers_wrote_computes_the_same_here(tmp_path, monkeypatch, kind):
-    model, source = theirs(kind, tmp_path)
+    model, source = write_transformers_model(kind, tmp_path)
     ByteTokenizer().hf_files(tmp_path / "words", 48)
-    assert imported(source, tmp_path / "ours", monkeypatch) == 0
+    assert run_import(source, tmp_path / "ours", monkeypatch) == 0
     tokens = torch.arange(2 * 40).reshape(2, 40) * 5 % 127
     assert max_difference(*gpt_logits(open_model(tmp_path / "ours").model, model, tokens)) <= 1e-4
 
 
 def test_names_of_the_bare_model_and_its_constants(tmp_path):
     """As the published GPT-2 has them: no prefix, and the causal mask among the tensors."""
-    _, source = theirs("gpt2", tmp_path)
+    _, source = write_transformers_model("gpt2", tmp_path)
     whole = read_hf(source)[1]
     tensors = load_file(source / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -123,9 +123,9 @@ def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
     write_imported(tmp_path / "ours", config, named_weights(build(config)))
     export_weights(find(tmp_path / "ours"), tmp_path / "hf")
     ByteTokenizer().hf_files(tmp_path / "hf", 48)
-    assert imported(tmp_path / "hf", tmp_path / "all", monkeypatch) == 0
+    assert run_import(tmp_path / "hf", tmp_path / "all", monkeypatch) == 0
     assert "the tokenizer has 257 tokens, the model 300" in capsys.readouterr().err
-    assert imported(tmp_path / "hf", tmp_path / "cut", monkeypatch, "--vocab-size", "257") == 0
+    assert run_import(tmp_path / "hf", tmp_path / "cut", monkeypatch, "--vocab-size", "257") == 0
     opened = open_model(tmp_path / "cut")
     assert opened.tokenizer.tokenize("Hé") == [72, 195, 169] and opened.config.vocab_size == 257
     assert read_weights(find(tmp_path / "cut"))["embedding.word.weight"].shape == (257, 32)
@@ -154,15 +154,15 @@ def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_what_the_model_here_is_not(tmp_path, monkeypatch, capsys, kind, changes, words):
-    source = theirs(kind, tmp_path)[1]
+    source = write_transformers_model(kind, tmp_path)[1]
     about = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**about, **changes}))
-    assert imported(source, tmp_path / "ours", monkeypatch) == 2
+    assert run_import(source, tmp_path / "ours", monkeypatch) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "ours").exists()
 
 
 def test_pickles_and_damage(tmp_path):
-    source = theirs("gpt2", tmp_path)[1]
+    source = write_transformers_model("gpt2", tmp_path)[1]
     weights = source / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])

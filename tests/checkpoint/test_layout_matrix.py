@@ -86,7 +86,7 @@ def begin(setting: ShardedSetting) -> Run:
         return start_run(setting, BEFORE + AFTER)
 
 
-def held(run: Run) -> Held:
+def saved_rectangles(run: Run) -> Held:
     """Every rectangle of this rank that a checkpoint keeps: weights and both moments."""
     return [
         (f"{prefix}.{s.name}", s.shape, s.part.slices, s.data.detach().clone())
@@ -111,7 +111,7 @@ def train_and_save(setting: ShardedSetting, root: str):
     run = begin(setting)
     train_steps(run, setting, BEFORE)
     save(Path(root), BEFORE, run.parts(), run.mesh, config=to_json(run.config))
-    return held(run), scalars(run), train_steps(run, setting, AFTER)
+    return saved_rectangles(run), scalars(run), train_steps(run, setting, AFTER)
 
 
 def load_and_train(setting: ShardedSetting, sources: list[SavedRun], steps: int):
@@ -120,7 +120,7 @@ def load_and_train(setting: ShardedSetting, sources: list[SavedRun], steps: int)
     for source in sources:
         loaded = load(find(Path(source.root)), run.parts(), run.mesh)
         assert loaded.iteration == BEFORE and not loaded.missing and not loaded.unexpected
-        mine = held(run)
+        mine = saved_rectangles(run)
         for name, _, where, values in mine:
             assert torch.equal(values, source.whole[name][where]), f"{name} is not what was saved"
         for name, (where, values) in model_weights(run).items():
@@ -131,7 +131,7 @@ def load_and_train(setting: ShardedSetting, sources: list[SavedRun], steps: int)
     return results
 
 
-def joined(ranks: list[Held]) -> dict[str, Tensor]:
+def join_rectangles(ranks: list[Held]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for mine in ranks:
         for name, shape, where, values in mine:
@@ -151,7 +151,7 @@ def saved(tmp_path_factory):
             results = run_on(layout, train_and_save, root, bf16=bf16)
             _, counters, curve = results[0]
             assert all(result[1:] == (counters, curve) for result in results), "the ranks disagree"
-            made[layout, bf16] = SavedRun(root, joined([result[0] for result in results]), counters, curve)
+            made[layout, bf16] = SavedRun(root, join_rectangles([result[0] for result in results]), counters, curve)
         return made[layout, bf16]
 
     return run_once

@@ -52,7 +52,7 @@ ARGS = dict(
 )
 
 
-def equal(one, other):
+def equal_weights(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) and one[n].dtype == other[n].dtype for n in one)
 
 
@@ -77,7 +77,7 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, monkeypatch, capsys
     assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0
     back = find(tmp_path / "back")
-    assert back.name == "iter_0000010" and equal(read_weights(back), weights) and model_config(back) == config
+    assert back.name == "iter_0000010" and equal_weights(read_weights(back), weights) and model_config(back) == config
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "back", "--save", tmp_path / "again", *cut) == 0
     assert read_files(tmp_path / "again") == read_files(tmp_path / "theirs")
 
@@ -112,7 +112,7 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
     write_archive(path, released_state(config, weights, version, 160, half=False), version, ARGS)
     flags = ("--load", tmp_path / "run", "--save", tmp_path / "ours")
     assert tool("import_megatron.py", monkeypatch, *flags, "--vocab-size", 127) == 0
-    assert equal(read_weights(find(tmp_path / "ours")), weights) and model_config(find(tmp_path / "ours")) == config
+    assert equal_weights(read_weights(find(tmp_path / "ours")), weights) and model_config(find(tmp_path / "ours")) == config
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "padded") == 0
     assert "has 160 rows with its padding" in capsys.readouterr().err
     assert model_config(find(tmp_path / "padded")).vocab_size == 160
@@ -140,31 +140,31 @@ def test_virtual_stages_are_interleaved(tmp_path):
         folder.mkdir(parents=True)
         write_archive(folder / "model_optim_rng.pt", None, 3.0, args, model0=parts[rank], model1=parts[rank + 2])
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("1")
-    assert equal(read_megatron(tmp_path / "run").weights, weights)
+    assert equal_weights(read_megatron(tmp_path / "run").weights, weights)
 
 
-def refused(root):
+def import_and_fail(root):
     with pytest.raises(CheckpointError) as error:
         read_megatron(root)
     return str(error.value)
 
 
 def test_incomplete_megatron_checkpoints_are_refused(tmp_path):
-    assert "there is no such directory" in refused(tmp_path / "absent")
+    assert "there is no such directory" in import_and_fail(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    assert "neither mp_rank_ directories nor a readable" in refused(tmp_path / "empty")
+    assert "neither mp_rank_ directories nor a readable" in import_and_fail(tmp_path / "empty")
     config = small_config()
     weights = named_weights(build(config))
     made = write_megatron(tmp_path / "run", 1, config, weights, tp=2, pp=2, tokenizer_type=None)
     os.replace(made / "mp_rank_01_001", tmp_path / "away")
-    assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in refused(tmp_path / "run")
+    assert "tensor-parallel rank 1 of pipeline stage 1 is not there; it needs 2 x 2" in import_and_fail(tmp_path / "run")
     for name in ("mp_rank_01_000", "mp_rank_00_001"):
         os.replace(made / name, tmp_path / name)
-    assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in refused(tmp_path / "run")
+    assert "its args say tensor_model_parallel_size 2, and there are directories for 1" in import_and_fail(tmp_path / "run")
     os.replace(made / "mp_rank_00_000", made / "mp_rank_9999999999")  # what lacks is found without a list of all
-    assert "tensor-parallel rank 0 of pipeline stage 0 is not there" in refused(tmp_path / "run")
+    assert "tensor-parallel rank 0 of pipeline stage 0 is not there" in import_and_fail(tmp_path / "run")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("../..")
-    assert "expected a number or `release`" in refused(tmp_path / "run")
+    assert "expected a number or `release`" in import_and_fail(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_lost_tensor_that_would_give_another_model_is_refused(tmp_path, settin
     else:
         del file["model"]["language_model"]["embedding"]["position_embeddings"]
     write_archive(made, file["model"], 3.0, args)
-    assert f"there is {words}" in refused(tmp_path)
+    assert f"there is {words}" in import_and_fail(tmp_path)
 
 
 def test_layouts_that_megatron_lm_does_not_have(tmp_path):
@@ -237,4 +237,4 @@ def test_a_copy_that_differs_is_damage(tmp_path):
     model = read_pickled(path, "file")["model"]
     model["word_embeddings_for_head"]["weight"][0, 0] += 1
     write_archive(path, model, 3.0, ARGS)
-    assert "copy of the word embeddings differs" in refused(tmp_path)
+    assert "copy of the word embeddings differs" in import_and_fail(tmp_path)

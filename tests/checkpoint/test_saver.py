@@ -321,7 +321,7 @@ def peak_kib() -> int:
     return 0
 
 
-def memory_of_a_save(rank: int, root: str, async_save: bool) -> None:
+def measure_save_memory(rank: int, root: str, async_save: bool) -> None:
     """Leave in a file by how much the peak of this process grows."""
     os.fsync = lambda handle: None
     run = small_run(Path(root), async_save=async_save)

@@ -24,7 +24,7 @@ from installed import install  # noqa: E402
 from models import LLAMA, list_family, with_rows  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from source_files import ROOT  # noqa: E402
-from test_hf_compared import fresh  # noqa: E402
+from test_hf_compared import save_untrained_model  # noqa: E402
 from toy_families import TOY_LLAMA  # noqa: E402
 
 from megatron.checkpoint.find import find  # noqa: E402
@@ -183,7 +183,7 @@ def test_a_model_goes_back_to_the_family_that_it_came_from(sources, listed, tmp_
 def test_a_hidden_dropout_is_named(listed, tmp_path) -> None:
     kept = {"config.json": b'{"model_type": "toy_llama"}'}
     config = ModelConfig(**LLAMA)
-    fresh(tmp_path / "fresh", LLAMA)
+    save_untrained_model(tmp_path / "fresh", LLAMA)
     write_imported(tmp_path / "run", config, read_weights(find(tmp_path / "fresh")), kept=kept)
     said: list[str] = []
     export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)

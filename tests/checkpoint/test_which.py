@@ -42,7 +42,7 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
         -signal.SIGKILL
     ]
     assert read_tracker(tmp_path) == 200 and announced(tmp_path) == 400
-    copied(tmp_path, tmp_path / "copy")
+    copy_without_times(tmp_path, tmp_path / "copy")
     for root in (tmp_path, tmp_path / "copy"):
         newest = newest_complete(root)
         assert newest.path == root / "iter_0000400" and "iteration 200; the save of 400 after it was finished" in newest.note
@@ -63,7 +63,7 @@ def last_rename(iteration):
         return steps[-1]
 
 
-def copied(root, target):
+def copy_without_times(root, target):
     """As by a copy that keeps no time stamps: here the tracker is the oldest."""
     shutil.copytree(root, target, copy_function=shutil.copy)
     for age, path in enumerate(sorted(target.rglob("*"), reverse=True)):
@@ -76,7 +76,7 @@ def test_an_older_number_in_the_tracker_is_the_way_back(tmp_path):
     for n in (100, 200, 300):
         save_once(tmp_path, n)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("100\n")
-    copied(tmp_path, tmp_path / "copy")
+    copy_without_times(tmp_path, tmp_path / "copy")
     for root in (tmp_path, tmp_path / "copy"):
         newest = newest_complete(root)
         assert newest.path == root / "iter_0000100" and "names iteration 100; 200, 300 are later, and not taken" in newest.note
@@ -100,7 +100,7 @@ def test_a_next_tracker_alone_announces_nothing(tmp_path):
     # A second save of 300, killed at each of its steps: until it has the name, the first is not what was announced.
     last = count_steps(tmp_path / "count", 300)
     for step in range(last - 12, last + 4):  # all of its renames
-        copied(tmp_path, tmp_path / "copy")
+        copy_without_times(tmp_path, tmp_path / "copy")
         run_in_forks(
             1, lambda rank, step=step: save_once(tmp_path / "copy", 300, FaultyStorage(step, kill_itself), keep_last=5)
         )

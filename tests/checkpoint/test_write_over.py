@@ -135,7 +135,7 @@ def said_by(script: Path, argv: str, monkeypatch: pytest.MonkeyPatch) -> tuple[o
     return done.value.code, err.getvalue()
 
 
-def unchanged(inputs: Path, before: dict[str, bytes], code: object, err: str) -> None:
+def assert_inputs_unchanged(inputs: Path, before: dict[str, bytes], code: object, err: str) -> None:
     assert code == 2, err
     assert "Traceback" not in err and err.startswith("error: "), err
     assert read_files(inputs) == before and (inputs / "link").is_symlink()
@@ -149,7 +149,7 @@ def test_no_tool_writes_over_what_it_reads(inputs: Path, monkeypatch: pytest.Mon
         shutil.copy("archive/model.safetensors", "own/model.pt")
     before = read_files(inputs)
     script = ROOT / ("examples/tiny_shakespeare_char" if name == "prepare" else "tools") / f"{name}.py"
-    unchanged(inputs, before, *said_by(script, argv + " --no-verify" * (name == "export_hf"), monkeypatch))
+    assert_inputs_unchanged(inputs, before, *said_by(script, argv + " --no-verify" * (name == "export_hf"), monkeypatch))
 
 
 @pytest.mark.parametrize("case", PROGRAMS)
@@ -167,7 +167,7 @@ def test_no_program_writes_over_what_it_reads(
     err = capsys.readouterr().err
     flag = flags.rsplit(" --", 1)[-1].split()[0].lstrip("-")
     assert err.count("error: ") == 1 and flag in err, err  # this is what is wrong, and nothing else
-    unchanged(inputs, before, done.value.code, err)
+    assert_inputs_unchanged(inputs, before, done.value.code, err)
 
 
 def test_the_same_commands_elsewhere_are_carried_out(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_maps_of_the_reference() -> None:
     assert digest(found) == "6aad867aaed70f22"
 
 
-def alone(sentences: list[list[int]], target: int, rules: PairRules, number: int = 7) -> PairSample:
+def sample_from_sentences(sentences: list[list[int]], target: int, rules: PairRules, number: int = 7) -> PairSample:
     """Sample `number` of a dataset in which it is made of these sentences."""
     dataset = BertDataset.__new__(BertDataset)
     held = type("Held", (), {"__getitem__": lambda self, i: np.array(sentences[i])})()
@@ -69,7 +69,7 @@ def alone(sentences: list[list[int]], target: int, rules: PairRules, number: int
 def test_samples_of_the_reference() -> None:
     found = []
     for case in pair_cases():
-        sample = alone(case.sentences, case.target, replace(RULES, seed=case.seed, binary_head=case.pairs))
+        sample = sample_from_sentences(case.sentences, case.target, replace(RULES, seed=case.seed, binary_head=case.pairs))
         kinds = [0] * sample.first_length + [1] * (len(sample.tokens) - sample.first_length)
         labels = sample.labels[sample.loss_mask].tolist()
         found.append([sample.tokens.tolist(), list(map(int, sample.loss_mask)), labels, kinds, int(sample.swapped)])
@@ -123,7 +123,7 @@ def test_share_of_short_samples() -> None:
 # Masking.
 
 
-def many(count: int = 3000) -> list[tuple[list[int], list[int], list[int]]]:
+def many_masked_samples(count: int = 3000) -> list[tuple[list[int], list[int], list[int]]]:
     """(tokens, what is seen, the places) of samples of 100 tokens."""
     random = np.random.RandomState(0)
     drawn = []
@@ -136,7 +136,7 @@ def many(count: int = 3000) -> list[tuple[list[int], list[int], list[int]]]:
 def test_masking_follows_the_published_shares() -> None:
     """15 % are to be guessed; of these 80 % are masked, 10 % any id, 10 % as they were."""
     kinds: Counter[str] = Counter()
-    for tokens, seen, places in many():
+    for tokens, seen, places in many_masked_samples():
         assert len(places) <= 15 and places == sorted(places)
         assert all(seen[i] == tokens[i] for i in range(100) if i not in places)
         kinds["all"] += len(places)
@@ -148,7 +148,7 @@ def test_masking_follows_the_published_shares() -> None:
 
 def test_words_are_guessed_whole_and_special_tokens_never() -> None:
     apart, runs = {CLS, SEP}, Counter[int]()
-    for tokens, _, places in many():
+    for tokens, _, places in many_masked_samples():
         guessed = set(places)
         assert not any(tokens[i] in apart for i in guessed)
         for i in range(1, 100):
@@ -172,8 +172,10 @@ def test_a_share_of_choice_and_tiny_samples() -> None:
 
 def test_a_sample_is_a_function_of_seed_and_number() -> None:
     sentences = [[12 + 4 * j for j in range(9)], [100 + 4 * j for j in range(9)], [200 + 4 * j for j in range(9)]]
-    first = alone(sentences, 61, RULES)
-    again, other, next_ = (alone(sentences, 61, r, n) for r, n in ((RULES, 7), (replace(RULES, seed=1), 7), (RULES, 8)))
+    first = sample_from_sentences(sentences, 61, RULES)
+    again, other, next_ = (
+        sample_from_sentences(sentences, 61, r, n) for r, n in ((RULES, 7), (replace(RULES, seed=1), 7), (RULES, 8))
+    )
     assert first.tokens.tolist() == again.tokens.tolist() and first.labels.tolist() == again.labels.tolist()
     assert first.tokens.tolist() != other.tokens.tolist() != next_.tokens.tolist()
 
@@ -184,7 +186,7 @@ def test_segments_and_their_order() -> None:
     whole = [t for s in sentences for t in s]
     cuts, swaps = Counter[int](), 0
     for number in range(2000):
-        sample = alone(sentences, 61, RULES, number)
+        sample = sample_from_sentences(sentences, 61, RULES, number)
         labels = sample.labels.tolist()
         first, second = labels[1 : sample.first_length - 1], labels[sample.first_length : -1]
         assert labels[0] == CLS and labels[-1] == labels[sample.first_length - 1] == SEP
@@ -196,7 +198,7 @@ def test_segments_and_their_order() -> None:
 
 def test_without_binary_head_there_is_one_segment() -> None:
     sentences = [[20 + i] * 3 for i in range(5)]
-    sample = alone(sentences, 61, replace(RULES, binary_head=False))
+    sample = sample_from_sentences(sentences, 61, replace(RULES, binary_head=False))
     assert sample.labels.tolist() == [CLS, *[t for s in sentences for t in s], SEP]
     assert not sample.swapped and sample.first_length == len(sample.tokens)
 
@@ -211,7 +213,7 @@ def test_pairs_that_are_too_long_are_cut() -> None:
         shapes.add((first[0], second[0]))
     assert len(shapes) > 20
     assert truncate_pair([1, 2], [3, 4], 4, random) == ([1, 2], [3, 4])
-    assert len(alone([[20] * 90, [24] * 90], MAX_LENGTH - 3, RULES).tokens) == MAX_LENGTH
+    assert len(sample_from_sentences([[20] * 90, [24] * 90], MAX_LENGTH - 3, RULES).tokens) == MAX_LENGTH
 
 
 # Datasets on disk.
@@ -233,7 +235,7 @@ def corpus(tmp_path: Path, name: str = "s", documents: int = 30, shift: int = 0)
 BERT = ModelSettings(architecture="bert", vocab_size=92)
 
 
-def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT, seed: int = 1, split: str = "1"):
+def build_bert_dataset(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT, seed: int = 1, split: str = "1"):
     """(training samples, how they become batches)."""
     data = DataConfig(data_path=words, split=split, seq_length=32)
     recipe = build_recipe(model, data, seed, tokenizer)
@@ -242,7 +244,7 @@ def built(tokenizer, *words: str, wanted=(200, 0, 0), model: ModelConfig = BERT,
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_micro_batch_holds_the_samples_padded_and_masked(tmp_path: Path, tokenizer, binary: bool) -> None:
-    dataset, make = built(tokenizer, corpus(tmp_path), model=replace(BERT, bert_binary_head=binary))
+    dataset, make = build_bert_dataset(tokenizer, corpus(tmp_path), model=replace(BERT, bert_binary_head=binary))
     batch = make(dataset, range(20), range(100, 120))
     assert batch.samples.tolist() == list(range(100, 120)) and batch.tokens.shape == (20, 32)
     assert (batch.segments is not None) == (batch.swapped is not None) == binary
@@ -261,7 +263,7 @@ def test_a_micro_batch_holds_the_samples_padded_and_masked(tmp_path: Path, token
 
 
 def test_a_full_batch_has_no_padding(tmp_path: Path, tokenizer) -> None:
-    dataset, make = built(tokenizer, write_corpus(tmp_path / "full", [[np.full(40, 9), np.full(40, 9)]] * 20))
+    dataset, make = build_bert_dataset(tokenizer, write_corpus(tmp_path / "full", [[np.full(40, 9), np.full(40, 9)]] * 20))
     full = [i for i in range(100) if len(dataset[i].tokens) == 32][:4]
     assert make(dataset, full, full).documents is None
 
@@ -271,7 +273,7 @@ def test_a_loader_resumes_in_the_middle(tmp_path: Path, tokenizer, read_ahead: i
     prefix = corpus(tmp_path)
 
     def run(consumed: int) -> list:
-        dataset, make = built(tokenizer, prefix)
+        dataset, make = build_bert_dataset(tokenizer, prefix)
         loader = MicroBatchLoader(dataset, make, 1, 2, 2, consumed, read_ahead=read_ahead)
         try:
             steps = [loader.next_batches(8) for _ in range(10 - consumed // 8)]
@@ -286,8 +288,8 @@ def test_a_loader_resumes_in_the_middle(tmp_path: Path, tokenizer, read_ahead: i
 
 def test_blends_and_splits(tmp_path: Path, tokenizer) -> None:
     first, second = corpus(tmp_path, "a"), corpus(tmp_path, "b", shift=1)
-    blend, _ = built(tokenizer, "3", first, "1", second)
-    alone_first, _ = built(tokenizer, first, wanted=(151, 0, 0))
+    blend, _ = build_bert_dataset(tokenizer, "3", first, "1", second)
+    alone_first, _ = build_bert_dataset(tokenizer, first, wanted=(151, 0, 0))
     same = [i for i in range(200) if blend.locate(i, 0).startswith(f"{first}.bin")]
     assert len(same) == 150 and len(blend) >= 200
     assert [blend[i].tokens.tolist() for i in same] == [alone_first[i].tokens.tolist() for i in range(150)]
@@ -302,7 +304,7 @@ def test_the_cache_tells_settings_apart(tmp_path: Path, tokenizer) -> None:
     prefix = corpus(tmp_path)
 
     def rows(**changes) -> list:
-        return built(tokenizer, prefix, **changes)[0].rows.tolist()
+        return build_bert_dataset(tokenizer, prefix, **changes)[0].rows.tolist()
 
     before = rows()
     assert rows() == before and len(list((tmp_path / "cache").glob("*/*/about.json"))) == 1
@@ -316,9 +318,9 @@ def test_an_id_beyond_the_vocabulary_is_named(tmp_path: Path, tokenizer, monkeyp
     prefix = write_corpus(tmp_path / "bad", documents)
     message = rf"{tmp_path}/bad.bin, document 2, sentence 1, token 3: id 92 is outside of the vocabulary of 92 ids"
     with pytest.raises(DataError, match=message):
-        built(tokenizer, prefix)
+        build_bert_dataset(tokenizer, prefix)
     monkeypatch.setattr(matching, "_starts", lambda tokens: iter(()))
-    dataset, make = built(tokenizer, prefix)
+    dataset, make = build_bert_dataset(tokenizer, prefix)
     with pytest.raises(ForeignIdError, match=message):
         make(dataset, range(40), range(40))
 
@@ -328,10 +330,10 @@ def test_splits_without_samples_are_refused(tmp_path: Path, tokenizer) -> None:
     with pytest.raises(
         DataError, match=r"lonely: the training split holds 9 documents, none of which has 2 sentences of up to"
     ):
-        built(tokenizer, lonely)
-    assert len(built(tokenizer, lonely, model=replace(BERT, bert_binary_head=False))[0]) >= 200
+        build_bert_dataset(tokenizer, lonely)
+    assert len(build_bert_dataset(tokenizer, lonely, model=replace(BERT, bert_binary_head=False))[0]) >= 200
     with pytest.raises(DataError, match=r"the validation split holds 0 documents.*--split"):
-        built(tokenizer, corpus(tmp_path), wanted=(10, 10, 0), split="1000000,1,0")
+        build_bert_dataset(tokenizer, corpus(tmp_path), wanted=(10, 10, 0), split="1000000,1,0")
     with pytest.raises(DataError, match="ByteTokenizer has no cls token"):
         build_recipe(BERT, DataConfig(seq_length=32), 1, ByteTokenizer())
     with pytest.raises(ValueError, match="samples of 1 tokens"):
@@ -348,7 +350,7 @@ def test_splits_without_samples_are_refused(tmp_path: Path, tokenizer) -> None:
 
 def test_the_place_of_a_sample_is_named(tmp_path: Path, tokenizer) -> None:
     prefix = corpus(tmp_path)
-    dataset, _ = built(tokenizer, prefix)
+    dataset, _ = build_bert_dataset(tokenizer, prefix)
     held = IndexedDataset(prefix)
     for number in range(30):
         begin, end, _ = dataset.rows[number].tolist()
@@ -371,7 +373,7 @@ def test_the_inspector_shows_what_training_reads(tmp_path: Path, tokenizer, caps
     tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "inspect_dataset.py"))
     assert tool["main"]([prefix, *flags, "--seq-length", "32", "--json"]) == 0
     model = replace(BERT, bert_binary_head=binary)
-    training, _ = built(tokenizer, prefix, wanted=(20, 0, 0), model=model)
+    training, _ = build_bert_dataset(tokenizer, prefix, wanted=(20, 0, 0), model=model)
     for shown, sample in zip(json.loads(capsys.readouterr().out)["samples"], map(training.__getitem__, range(20)), strict=True):
         assert shown["tokens"] == sample.tokens.tolist() and shown["first"] == sample.first_length
         assert shown["swapped"] == sample.swapped and list(map(int, shown["guess"])) == sample.loss_mask.nonzero()[0].tolist()

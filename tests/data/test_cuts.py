@@ -45,7 +45,7 @@ DEEPSEEK = (
 )
 
 
-def isolated(expression: str) -> Any:
+def isolated_split(expression: str) -> Any:
     return pre_tokenizers.Split(Regex(expression), "isolated")
 
 
@@ -55,16 +55,20 @@ FORMS: dict[str, tuple[Any, Any, str]] = {  # normalizer, pre-tokenizer, model
     "gpt2": (None, BYTES, "bpe"),
     "roberta": (None, P.ByteLevel(add_prefix_space=True), "bpe"),
     "starcoder": (None, P.Sequence([P.Digits(True), BYTES]), "bpe"),
-    "falcon": (None, P.Sequence([P.Punctuation("contiguous"), BYTES, P.Digits(False), isolated("[0-9][0-9][0-9]")]), "bpe"),
-    "llama3": (None, P.Sequence([isolated(GPT4), MAPPED]), "bpe"),
-    "qwen": (N.NFC(), P.Sequence([isolated(GPT4.replace("{1,3}", "")), MAPPED]), "bpe"),
-    "gpt4o": (None, P.Sequence([isolated(GPT4O), MAPPED]), "bpe"),
-    "deepseek": (
-        N.Sequence([]),
-        P.Sequence([isolated(r"\p{N}{1,3}"), isolated("[一-龥぀-ゟ゠-ヿ]+"), isolated(DEEPSEEK), MAPPED]),
+    "falcon": (
+        None,
+        P.Sequence([P.Punctuation("contiguous"), BYTES, P.Digits(False), isolated_split("[0-9][0-9][0-9]")]),
         "bpe",
     ),
-    "bloom": (None, P.Sequence([isolated(r" ?[^(\s|[.,!?…。，、।۔،])]+"), MAPPED]), "bpe"),
+    "llama3": (None, P.Sequence([isolated_split(GPT4), MAPPED]), "bpe"),
+    "qwen": (N.NFC(), P.Sequence([isolated_split(GPT4.replace("{1,3}", "")), MAPPED]), "bpe"),
+    "gpt4o": (None, P.Sequence([isolated_split(GPT4O), MAPPED]), "bpe"),
+    "deepseek": (
+        N.Sequence([]),
+        P.Sequence([isolated_split(r"\p{N}{1,3}"), isolated_split("[一-龥぀-ゟ゠-ヿ]+"), isolated_split(DEEPSEEK), MAPPED]),
+        "bpe",
+    ),
+    "bloom": (None, P.Sequence([isolated_split(r" ?[^(\s|[.,!?…。，、।۔،])]+"), MAPPED]), "bpe"),
     "llama2": (N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]), None, "bpe"),
     "gemma": (N.Replace(" ", "▁"), P.Split(" ", "merged_with_previous"), "bpe"),
     "metaspace": (None, P.Metaspace(prepend_scheme="first", split=False), "bpe"),
@@ -84,7 +88,7 @@ FORMS: dict[str, tuple[Any, Any, str]] = {  # normalizer, pre-tokenizer, model
 WHOLE = ("llama2", "gemma", "metaspace", "folding")  # text is not split, but the vocabulary was made of words
 # One looks far to either side, counts characters, or is not known for what it does.
 UNKNOWN: dict[str, tuple[Any, Any, str]] = {
-    "an expression": (None, isolated(r"\w+\s\w+|\s|."), "bpe"),
+    "an expression": (None, isolated_split(r"\w+\s\w+|\s|."), "bpe"),
     "counting": (None, P.FixedLength(5), "bpe"),
     "scripts": (None, P.UnicodeScripts(), "bpe"),
     "bytes first": (N.ByteLevel(), None, "bpe"),
@@ -126,7 +130,7 @@ SPACED = st.lists(st.sampled_from(PIECES), min_size=1, max_size=25).map(" ".join
 QUICK = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def trained(form: tuple[Any, Any, str], *, added: bool, of_words: bool = False) -> Backend:
+def train_backend(form: tuple[Any, Any, str], *, added: bool, of_words: bool = False) -> Backend:
     normalizer, splitter, model = form
     options: dict[str, Any] = {"vocab_size": 500, "show_progress": False}
     if model == "bpe":
@@ -154,7 +158,7 @@ def trained(form: tuple[Any, Any, str], *, added: bool, of_words: bool = False) 
     return backend
 
 
-def seams(text: str, seam: Seam) -> Iterator[tuple[str, str]]:
+def allowed_cuts(text: str, seam: Seam) -> Iterator[tuple[str, str]]:
     """Every way to cut a text in two that the seam allows."""
     for place in sorted({match.start() for kind in PLACES for match in kind.finditer(text)}):
         skipped = seam.judge(text[max(0, place - seam.context) : place], text[place : place + seam.context])
@@ -165,7 +169,7 @@ def seams(text: str, seam: Seam) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("name", FORMS)
 def test_no_cut_changes_the_tokens(name: str, added: bool) -> None:
-    backend = trained(FORMS[name], added=added, of_words=name in WHOLE)
+    backend = train_backend(FORMS[name], added=added, of_words=name in WHOLE)
     seam = fast_seam(backend)
     assert seam is not None
 
@@ -176,17 +180,19 @@ def test_no_cut_changes_the_tokens(name: str, added: bool) -> None:
     @given(STRANGE | SPACED)
     def cut_anywhere(text: str) -> None:
         whole = ids(text)
-        for left, right in seams(text, seam):
+        for left, right in allowed_cuts(text, seam):
             assert ids(left) + ids(right) == whole, (left, right)
 
     cut_anywhere()
     plain = TEXTS[0].replace("Foo", "")
-    assert len(list(seams(plain, seam))) > (0 if name == "nothing" else len(plain) / 200), "ordinary text has places for cuts"
+    assert len(list(allowed_cuts(plain, seam))) > (0 if name == "nothing" else len(plain) / 200), (
+        "ordinary text has places for cuts"
+    )
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_what_is_not_known_is_not_cut(name: str) -> None:
-    assert fast_seam(trained(UNKNOWN[name], added=False)) is None
+    assert fast_seam(train_backend(UNKNOWN[name], added=False)) is None
 
 
 def test_a_merge_across_words_is_not_cut() -> None:
@@ -231,11 +237,11 @@ def test_no_cut_changes_the_pieces(kind: str, name: str, models_of_pieces: dict[
     @given(STRANGE | SPACED)
     def cut_anywhere(text: str) -> None:
         whole = tokenizer.tokenize(text)
-        for left, right in seams(text, seam):
+        for left, right in allowed_cuts(text, seam):
             assert tokenizer.tokenize(left) + tokenizer.tokenize(right) == whole, (left, right)
 
     cut_anywhere()
-    assert len(list(seams(TEXTS[0], seam))) > len(TEXTS[0]) / 200
+    assert len(list(allowed_cuts(TEXTS[0], seam))) > len(TEXTS[0]) / 200
 
 
 def test_a_unigram_model_is_not_cut(models_of_pieces: dict[str, bytes], tmp_path: Path) -> None:
@@ -260,7 +266,7 @@ def test_bytes_and_numbers_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parts_are_short_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuts, "MAX_PART", 200)
-    seam = fast_seam(trained(FORMS["gpt2"], added=False))
+    seam = fast_seam(train_backend(FORMS["gpt2"], added=False))
     text = TEXTS[0] + "x" * 1000 + TEXTS[1]
     found = list(split_text(text, lambda: seam))
     assert "".join(found) == text and max(map(len, found)) < 1400 and sorted(map(len, found))[-2] <= 200
@@ -272,7 +278,7 @@ def test_a_dataset_of_long_documents(
     split: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same as of whole documents, with ends of documents in their places."""
-    (tmp_path / "t.json").write_text(trained(FORMS["gpt2"], added=True).to_str())
+    (tmp_path / "t.json").write_text(train_backend(FORMS["gpt2"], added=True).to_str())
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
     texts = ["", *TEXTS, " ", "y" * 500, "z" * 450]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -293,7 +299,7 @@ def test_a_dataset_of_long_documents(
 
 def test_memory_for_one_long_document(tmp_path: Path) -> None:
     """Twenty times the size of a document of 4 MB is enough; it takes 130 times, tokenized at once."""
-    (tmp_path / "t.json").write_text(trained(FORMS["gpt2"], added=False).to_str())
+    (tmp_path / "t.json").write_text(train_backend(FORMS["gpt2"], added=False).to_str())
     text = re.sub(r"\s+", " ", " ".join(TEXTS))
     text = (text * (4_000_000 // len(text) + 1))[:4_000_000]
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "short"}) + "\n")

@@ -27,7 +27,7 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def outcome(prefix: str) -> str:
+def read_whole_dataset(prefix: str) -> str:
     """Open a dataset and read all of it: every number that comes out was inside of the files."""
     try:
         dataset = IndexedDataset(prefix)
@@ -51,7 +51,7 @@ def test_damaged_indices(files):
     @given(damaged_bytes(good))
     def run(data: bytes) -> None:
         (files / "bad.idx").write_bytes(data)
-        seen[outcome(str(files / "bad"))] += 1
+        seen[read_whole_dataset(str(files / "bad"))] += 1
 
     run()
     assert seen["refused"] > 100 and seen["read"] > 0
@@ -85,7 +85,7 @@ def test_made_up_indices(files):
         sidecar.unlink(missing_ok=True)
         if tokens is not None:
             sidecar.write_text(json.dumps({"tokens": tokens}))
-        seen[outcome(str(files / "made"))] += 1
+        seen[read_whole_dataset(str(files / "made"))] += 1
 
     run()
     assert seen["refused"] > 20 and seen["read"] > 20

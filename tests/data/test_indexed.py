@@ -67,29 +67,29 @@ def test_the_token_dtype_follows_the_vocabulary_size(size: int, name: str) -> No
     assert token_dtype(size).name == name
 
 
-def put(offset: int, code: str, value: int) -> Callable[[bytearray], None]:
+def overwrite(offset: int, code: str, value: int) -> Callable[[bytearray], None]:
     return lambda data: struct.pack_into(code, data, offset, value)
 
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (put(0, "<B", 0), "not an index"),
-        (put(9, "<Q", 2), "version 2"),
-        (put(17, "<B", 6), "code 6"),
-        (put(17, "<B", 99), "code 99"),
-        (put(18, "<Q", 4), "truncated"),
-        (put(18, "<Q", 2**63), "truncated"),
-        (put(26, "<Q", 0), "too long"),
-        (put(34, "<i", -3), "negative"),
-        (put(34, "<i", 4), "sequence 1 does not begin"),
-        (put(42, "<i", 2), "golden.bin: truncated"),
-        (put(46, "<q", 2), "sequence 0 does not begin"),
-        (put(54, "<q", 2**62), "sequence 1 does not begin"),
-        (put(70, "<q", 1), "do not run from"),
-        (put(86, "<q", 4), "do not run from"),
-        (put(78, "<q", 4), "not in order"),
-        (put(78, "<q", -1), "not in order"),
+        (overwrite(0, "<B", 0), "not an index"),
+        (overwrite(9, "<Q", 2), "version 2"),
+        (overwrite(17, "<B", 6), "code 6"),
+        (overwrite(17, "<B", 99), "code 99"),
+        (overwrite(18, "<Q", 4), "truncated"),
+        (overwrite(18, "<Q", 2**63), "truncated"),
+        (overwrite(26, "<Q", 0), "too long"),
+        (overwrite(34, "<i", -3), "negative"),
+        (overwrite(34, "<i", 4), "sequence 1 does not begin"),
+        (overwrite(42, "<i", 2), "golden.bin: truncated"),
+        (overwrite(46, "<q", 2), "sequence 0 does not begin"),
+        (overwrite(54, "<q", 2**62), "sequence 1 does not begin"),
+        (overwrite(70, "<q", 1), "do not run from"),
+        (overwrite(86, "<q", 4), "do not run from"),
+        (overwrite(78, "<q", 4), "not in order"),
+        (overwrite(78, "<q", -1), "not in order"),
     ],
 )
 def test_a_hostile_index_is_refused(tmp_path: Path, damage: Callable[[bytearray], None], reason: str) -> None:

@@ -41,7 +41,7 @@ class NumberDataset:
 MAKE = GPTCollator(vocab_size=1000)
 
 
-def taken(batches: list[Batch]) -> list[list[int]]:
+def sample_numbers(batches: list[Batch]) -> list[list[int]]:
     assert all(torch.equal(b.samples, b.tokens[:, 0]) for b in batches)
     return [b.samples.tolist() for b in batches]
 
@@ -49,7 +49,7 @@ def taken(batches: list[Batch]) -> list[list[int]]:
 def test_micro_batches_are_dealt_out_over_ranks() -> None:
     """Micro-batch j of rank r starts at consumed + (2 j + r) * 3."""
     ranks = [MicroBatchLoader(NumberDataset(100), MAKE, rank, 2, 3, 12) for rank in range(2)]
-    assert [taken(rank.next_batches(12)) for rank in ranks] == [
+    assert [sample_numbers(rank.next_batches(12)) for rank in ranks] == [
         [[12, 13, 14], [18, 19, 20]],
         [[15, 16, 17], [21, 22, 23]],
     ]
@@ -103,7 +103,7 @@ def test_running_out_is_an_error(read_ahead: int) -> None:
     loader.next_batches(8)
     with pytest.raises(DataError, match=r"validation data: 8 samples are used and the next step takes 4.*built with 10"):
         loader.next_batches(4)
-    assert loader.consumed == 8 and taken(loader.next_batches(2)) == [[8, 9]]
+    assert loader.consumed == 8 and sample_numbers(loader.next_batches(2)) == [[8, 9]]
     with pytest.raises(DataError, match="no samples"):
         MicroBatchLoader(NumberDataset(0), MAKE, 0, 1, 2, read_ahead=read_ahead, cyclic=True).next_batches(2)
 

@@ -19,7 +19,7 @@ from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
 BERT = ModelSettings(architecture="bert")
 
 
-def made_up(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **data):
+def build_mock_datasets(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **data):
     """The three datasets and what makes batches of them."""
     tokenizer = tokenizer or NullTokenizer(1000)
     data = DataConfig(mock_data=True, seq_length=64, split=split, **data)
@@ -29,9 +29,9 @@ def made_up(model=None, count=50, seed=7, split="80,10,10", tokenizer=None, **da
 
 def test_a_sample_follows_from_the_seed_the_split_and_its_number():
     """Not from how many there are, so that a longer run begins as a shorter one."""
-    (training, validation, test), _ = made_up()
-    (longer, *_), _ = made_up(count=5000)
-    (other, *_), _ = made_up(seed=8)
+    (training, validation, test), _ = build_mock_datasets()
+    (longer, *_), _ = build_mock_datasets(count=5000)
+    (other, *_), _ = build_mock_datasets(seed=8)
     assert len(training) == 50 and len(longer) == 5000
     kinds = [training[3].tokens, validation[3].tokens, test[3].tokens, other[3].tokens, training[4].tokens]
     assert np.array_equal(training[3].tokens, longer[3].tokens) and training[3].tokens.shape == (65,)
@@ -42,12 +42,12 @@ def test_a_sample_follows_from_the_seed_the_split_and_its_number():
 
 
 def test_a_split_without_a_share_is_none():
-    (training, validation, test), _ = made_up(split="100,0,0")
+    (training, validation, test), _ = build_mock_datasets(split="100,0,0")
     assert len(training) == 50 and validation is None and test is None
 
 
 def test_ids_are_spread_over_the_vocabulary_and_documents_end():
-    (training, validation, _), batches = made_up(reset_position_ids=True, reset_attention_mask=True)
+    (training, validation, _), batches = build_mock_datasets(reset_position_ids=True, reset_attention_mask=True)
     tokens = np.concatenate([training[i].tokens for i in range(50)])
     words = set(tokens.tolist()) - {1000}
     assert len(words) == MAX_WORDS and min(words) < 50 and max(words) > 950
@@ -60,7 +60,7 @@ def test_ids_are_spread_over_the_vocabulary_and_documents_end():
 
 def test_a_word_has_few_followers():
     """Five words follow each word, one of them every other time; in each split the same ones."""
-    (training, validation, _), _ = made_up(count=400)
+    (training, validation, _), _ = build_mock_datasets(count=400)
     followers = [Counter(p for i in range(400) for p in pairwise(d[i].tokens.tolist())) for d in (training, validation)]
     per_word = [Counter(first for first, _ in c.elements()) for c in followers]
     for counts, totals in zip(followers, per_word, strict=True):
@@ -72,7 +72,7 @@ def test_a_word_has_few_followers():
 
 
 def test_pairs_of_bert_are_masked_and_swapped_like_those_of_a_corpus():
-    (training, *_), batches = made_up(BERT, count=200, short_seq_prob=0.2)
+    (training, *_), batches = build_mock_datasets(BERT, count=200, short_seq_prob=0.2)
     roles = bert_roles(NullTokenizer(1000))
     assert roles == {"eod": 1000, "cls": 999, "sep": 998, "mask": 997, "pad": 996}
     samples = [training[i] for i in range(200)]
@@ -91,22 +91,22 @@ def test_pairs_of_bert_are_masked_and_swapped_like_those_of_a_corpus():
 
 
 def test_bert_without_a_binary_head_has_one_segment():
-    (training, *_), _ = made_up(ModelSettings(architecture="bert", bert_binary_head=False))
+    (training, *_), _ = build_mock_datasets(ModelSettings(architecture="bert", bert_binary_head=False))
     assert all(not training[i].swapped and training[i].first_length == len(training[i].tokens) for i in range(50))
 
 
 def test_a_vocabulary_that_is_too_small():
     with pytest.raises(DataError, match="no id for sep: the tokenizer has only 2"):
-        made_up(BERT, tokenizer=NullTokenizer(1))
-    (training, *_), _ = made_up(tokenizer=NullTokenizer(1))
+        build_mock_datasets(BERT, tokenizer=NullTokenizer(1))
+    (training, *_), _ = build_mock_datasets(tokenizer=NullTokenizer(1))
     assert set(training[0].tokens.tolist()) <= {0, 1}
-    (training, *_), _ = made_up(tokenizer=ByteTokenizer())
+    (training, *_), _ = build_mock_datasets(tokenizer=ByteTokenizer())
     assert max(training[0].tokens) <= 256
 
 
 @pytest.mark.parametrize("model", [ModelSettings(), BERT], ids=["gpt", "bert"])
 def test_two_ranks_share_the_samples_of_one(model):
-    (training, *_), batches = made_up(model, count=16)
+    (training, *_), batches = build_mock_datasets(model, count=16)
 
     def dealt(ranks: int) -> list[list[int]]:
         loaders = [MicroBatchLoader(training, batches, rank, ranks, 2, 4, read_ahead=0) for rank in range(ranks)]

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     return made
 
 
-def opened(folder: Path, count=COUNT, seed=SEED, **settings):
+def open_training_samples(folder: Path, count=COUNT, seed=SEED, **settings):
     """The training samples of a run, and what its loader needs."""
     data = DataConfig(**{"data_path": ("p0",), "split": "90,5,5", "seq_length": 8, "num_workers": 0} | settings)
     words = tuple(str(folder / word) if word[0] in "pc" else word for word in data.data_path)
@@ -56,7 +56,7 @@ def opened(folder: Path, count=COUNT, seed=SEED, **settings):
     return build_datasets(data, seed, (count, 0, 0))[0], count, data, seed
 
 
-def read(run) -> list[bytes]:
+def read_samples(run) -> list[bytes]:
     """The samples that a run trains on, in order."""
     samples, count, data, seed = run
     taken = lambda dataset, numbers, names: [dataset[number].tokens.tobytes() for number in numbers]  # noqa: E731
@@ -72,8 +72,8 @@ def test_it_is_said_iff_the_samples_differ(folder, change, blend, cyclic):
     base = {"data_path": blend, "dataloader_type": "cyclic" if cyclic else "single"}
     if len(blend) == 3 and CHANGES[change].get("count", 0) > 110:
         pytest.skip("one epoch holds not so many")
-    before, after = opened(folder, **base), opened(folder, **base | CHANGES[change])
-    differ = any(a != b for a, b in zip(read(before), read(after), strict=False))
+    before, after = open_training_samples(folder, **base), open_training_samples(folder, **base | CHANGES[change])
+    differ = any(a != b for a, b in zip(read_samples(before), read_samples(after), strict=False))
     assert order_differs(order_marks(*before), after[0], *after[2:]) is differ
     if change in ("nothing", "reset flags") or (change, blend, cyclic) == ("a copy of the data", ("p0",), cyclic):
         assert not differ
@@ -83,11 +83,11 @@ def test_it_is_said_iff_the_samples_differ(folder, change, blend, cyclic):
 
 def test_within_an_epoch_and_beyond_it(folder):
     """The samples themselves say so: the second epoch is put together with the first."""
-    whole = len(opened(folder, count=1)[0])
+    whole = len(open_training_samples(folder, count=1)[0])
     for count, differs in ((whole, False), (whole + 1, True), (20 * whole, True)):
-        before, after = opened(folder, count=whole // 2), opened(folder, count=count)
+        before, after = open_training_samples(folder, count=whole // 2), open_training_samples(folder, count=count)
         assert order_differs(order_marks(*before), after[0], *after[2:]) is differs
-        assert (read(before) != read(after)[: whole // 2]) is differs
+        assert (read_samples(before) != read_samples(after)[: whole // 2]) is differs
 
 
 def test_a_rare_dataset_that_is_built_anew_is_noticed(tmp_path):
@@ -96,8 +96,8 @@ def test_a_rare_dataset_that_is_built_anew_is_noticed(tmp_path):
     for name, documents in (("p0", 4000), ("p1", 8)):
         write_corpus(tmp_path / name, [[random.randint(0, 60000, size=17)] for _ in range(documents)])
     blend = {"data_path": ("0.995", "p0", "0.005", "p1"), "split": "1,0,0"}
-    before, after = opened(tmp_path, 2000, **blend), opened(tmp_path, 5000, **blend)
-    pairs = list(zip(read(before), read(after), strict=False))
+    before, after = open_training_samples(tmp_path, 2000, **blend), open_training_samples(tmp_path, 5000, **blend)
+    pairs = list(zip(read_samples(before), read_samples(after), strict=False))
     assert 0 < sum(a != b for a, b in pairs) <= 11
     assert order_differs(order_marks(*before), after[0], *after[2:])
 
@@ -127,6 +127,6 @@ def test_the_order_of_bert_samples_ignores_the_masks(folder):
 
 @pytest.mark.parametrize("marks", [{"x": "y"}, {"-1": "y"}, {"99999999": "y"}, {"1": 5}])
 def test_order_marks_of_any_content_are_compared(folder, marks):
-    run = opened(folder)
+    run = open_training_samples(folder)
     assert order_differs(marks, run[0], *run[2:]) is ("1" in marks)
     assert order_differs({}, run[0], *run[2:]) is None and order_differs(marks, None, *run[2:]) is None

@@ -189,11 +189,11 @@ def good(tmp_path_factory: pytest.TempPathFactory, bert: SimpleNamespace) -> dic
     made = {"gpt": "gpt", "corpus": "corpus.jsonl", "prefix": "c_text_document", "json": "some.json", "empty": "empty"}
     named = {name: str(folder / path) for name, path in {**made, "metrics": "metrics.jsonl"}.items()}
     row = f"tools/preprocess_data.py --output-prefix {folder / 'c'} --input {named['corpus']} --tokenizer-type ByteTokenizer"
-    assert ended(row.split())[0] == 0
+    assert run_here(row.split())[0] == 0
     return {**named, "vocab": bert.vocab, "bert": bert.checkpoint}
 
 
-def ended(words: list[str]) -> tuple[object, str]:
+def run_here(words: list[str]) -> tuple[object, str]:
     """The status of a program that is run here, and what it says on stderr."""
     said, status = io.StringIO(), None
     with patch.object(sys, "argv", [str(ROOT / words[0]), *words[1:]]), redirect_stdout(io.StringIO()), redirect_stderr(said):
@@ -214,7 +214,7 @@ def faults(row: str, kinds: dict[str, Callable[[Path, str], str]], good: dict[st
         here.mkdir()
         words = [*shlex.split(row.format(**good, new=here / "new")), make(here, "bad")]
         try:
-            status, said = ended(words)
+            status, said = run_here(words)
         except BaseException as error:  # the test's alarm among them
             found.append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
             continue
@@ -224,7 +224,7 @@ def faults(row: str, kinds: dict[str, Callable[[Path, str], str]], good: dict[st
     return found
 
 
-def answered(found: list[str]) -> None:
+def assert_no_faults(found: list[str]) -> None:
     if found:
         pytest.fail("\n".join(found), pytrace=False)
 
@@ -245,21 +245,21 @@ def impatient() -> Iterator[None]:
 
 @pytest.mark.parametrize("row", READ)
 def test_bad_input_files_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
-    answered(faults(row, FILES, good, tmp_path))
+    assert_no_faults(faults(row, FILES, good, tmp_path))
 
 
 @pytest.mark.parametrize("row", TAKEN + WRITTEN)
 def test_bad_output_places_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
-    answered(faults(row, PLACES if row in TAKEN else {kind: PLACES[kind] for kind in NEVER}, good, tmp_path))
+    assert_no_faults(faults(row, PLACES if row in TAKEN else {kind: PLACES[kind] for kind in NEVER}, good, tmp_path))
 
 
 @pytest.mark.parametrize("row", ASKED)
 def test_bad_values_are_refused_in_words(row: str, good: dict[str, str], tmp_path: Path, impatient: None) -> None:
-    answered(faults(row, VALUES, good, tmp_path))
+    assert_no_faults(faults(row, VALUES, good, tmp_path))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_flags_that_nobody_knows(program: str, good: dict[str, str], tmp_path: Path) -> None:
     kinds = {"a flag": lambda *_: "--unheard-of", "a dash": lambda *_: "-", "many": lambda *_: "--no-such=1"}
     row = {"pretrain_gpt.py": f"{BYTES} --mock-data", "pretrain_bert.py": f"{BERT} --mock-data --vocab-file {{vocab}}"}
-    answered(faults(row.get(program, program), kinds, good, tmp_path))
+    assert_no_faults(faults(row.get(program, program), kinds, good, tmp_path))

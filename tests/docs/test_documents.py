@@ -121,7 +121,7 @@ def links(document: Path) -> list[str]:
     return re.findall(r"\]\(([^)]+)\)", FENCE.sub("", document.read_text(encoding="utf-8")))
 
 
-def anchors(document: Path) -> set[str]:
+def heading_anchors(document: Path) -> set[str]:
     """The names that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -133,7 +133,7 @@ def test_links_lead_somewhere(document: Path) -> None:
         name, _, anchor = link.partition("#")
         target = document.parent / name if name else document
         assert "://" in link or target.exists(), link
-        assert "://" in link or not anchor or anchor in anchors(target), link
+        assert "://" in link or not anchor or anchor in heading_anchors(target), link
 
 
 def test_the_readme_is_one_screen_and_leads_to_every_page() -> None:

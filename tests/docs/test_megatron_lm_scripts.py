@@ -61,7 +61,7 @@ def model(script: str) -> str:
     return "gpt" if "gpt" in script else "bert"
 
 
-def trained(save: Path) -> None:
+def assert_trained(save: Path) -> None:
     """Two iterations, none of them skipped, and the evaluations at the end."""
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [line["lm_loss"] is not None for line in lines] == [True] * 4
@@ -77,7 +77,7 @@ def test_pretraining_in_small(data: dict[str, list[Path]], tmp_path: Path) -> No
         ranks = "4" if "_mp" in script else "2"
         done = run(FOLDER / script, *data[model(script)], tmp_path / script, *TINY.split(), GPUS=ranks)
         assert done.returncode == 0, script + done.stdout[-3000:] + done.stderr[-3000:]
-        trained(tmp_path / script)
+        assert_trained(tmp_path / script)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(in_small, scripts))
@@ -96,7 +96,7 @@ def test_bert_on_two_machines(data: dict[str, list[Path]], tmp_path: Path) -> No
         both = [pool.submit(run, *command, **where) for _ in range(2)]
     for one in both:
         assert one.result().returncode == 0, one.result().stderr[-3000:]
-    trained(tmp_path)
+    assert_trained(tmp_path)
 
 
 def test_the_sizes_are_legal(data: dict[str, list[Path]], tmp_path: Path) -> None:

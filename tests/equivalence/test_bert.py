@@ -178,7 +178,7 @@ def test_16_bits_follow_fp32(layout, precision):
         assert max(abs(a[i] - b[i]) / b[i] for a, b in zip(curve, alone, strict=True) for i in (0, 2)) < 0.02
 
 
-def evaluated(setting: Setting):
+def evaluate_fresh_run(setting: Setting):
     run = start_run(setting, 1)
     return evaluate(run.pipeline, HeldOutLoader(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)
 
@@ -186,9 +186,9 @@ def evaluated(setting: Setting):
 @pytest.mark.parametrize("layout", ["dp 2", "tp 2, sequence", "pp 2, zb-v", "cp 2"])
 def test_evaluation_gives_both_losses(layout):
     setting, (world, changes) = MODELS["binary head, dropout"], LAYOUTS[layout]
-    expected = evaluated(setting)
+    expected = evaluate_fresh_run(setting)
     assert expected[1] == pytest.approx(0.69, abs=0.2)
-    for losses in on_ranks(world, evaluated, replace(setting, **changes)):
+    for losses in on_ranks(world, evaluate_fresh_run, replace(setting, **changes)):
         assert losses == pytest.approx(expected, rel=TOLERANCE)
 
 

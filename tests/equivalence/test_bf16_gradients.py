@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from reference import GPT2, accumulate_gradients, advance, micro_batches, start_run, train_steps, with_dropout
-from test_distributed_optimizer import ADAM, ShardedSetting, difference, joined, rectangles, tied_copies, train
+from test_distributed_optimizer import ADAM, ShardedSetting, difference, join_rectangles, rectangles, tied_copies, train
 from test_precision import STEADY, UNTIED, distance, train_losses
 
 from megatron.config.schema import OptimSettings, PrecisionConfig
@@ -43,21 +43,21 @@ def test_a_precision_says_what_gradients_are():
 
 
 @cache
-def alone(precision: PrecisionConfig) -> list[float]:
+def losses_of_one_process(precision: PrecisionConfig) -> list[float]:
     return train_losses(replace(NEAR, precision=precision), STEPS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_as_near_as_one_process(layout):
     """Another order of sums rounds otherwise: no further from fp32 than rounding takes one process."""
-    rounding = distance(alone(HALF), alone(PrecisionConfig()))
-    assert 0.0 < rounding < 0.02 and alone(HALF) != alone(BF16)
+    rounding = distance(losses_of_one_process(HALF), losses_of_one_process(PrecisionConfig()))
+    assert 0.0 < rounding < 0.02 and losses_of_one_process(HALF) != losses_of_one_process(BF16)
     for losses in on_ranks(2, train_losses, replace(NEAR, **LAYOUTS[layout]), STEPS):
-        assert distance(losses, alone(HALF)) < 2.0 * rounding
-        assert distance(losses, alone(PrecisionConfig())) < 2.0 * rounding
+        assert distance(losses, losses_of_one_process(HALF)) < 2.0 * rounding
+        assert distance(losses, losses_of_one_process(PrecisionConfig())) < 2.0 * rounding
 
 
-def numbers(setting: ShardedSetting):
+def bytes_and_formats(setting: ShardedSetting):
     """Bytes of buffers and moments; formats of what is reduced and of what the update is given; pipeline rank."""
     run = start_run(setting, 1)
     optimizer, given = run.optimizer, []
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_formula(layout, sharded):
     setting = replace(PLAIN, **LAYOUTS[layout], sharded=sharded)
     config = setting.config(2, 1)
     grid = Grid.from_layout(config.layout, 2)
-    for found, given, pp_rank in on_ranks(2, numbers, setting):
+    for found, given, pp_rank in on_ranks(2, bytes_and_formats, setting):
         (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == (memory.weights, memory.gradients, memory.optimizer)
         assert given and all(given), "the update works in fp32, on the slice alone"
@@ -109,7 +109,7 @@ def test_slices_hold_the_bits_of_the_whole():
     setting = replace(PLAIN, optim=replace(ADAM, clip_grad=0.0))
     whole, sliced = on_ranks(2, train, setting, 4), on_ranks(2, train, replace(setting, **SHARDED), 4)
     assert [a for a, _ in whole[0][0]] == [b for b, _ in sliced[0][0]]
-    assert difference(joined([held for _, held, *_ in sliced]), joined([whole[0][1]])) == 0.0
+    assert difference(join_rectangles([held for _, held, *_ in sliced]), join_rectangles([whole[0][1]])) == 0.0
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -125,9 +125,9 @@ def one_step(setting: ShardedSetting, limit: float):
     setting = replace(setting, optim=optim)
     run = start_run(setting, 1)
     accumulate_gradients(run, setting)
-    before = joined([rectangles(run.weights.shards())])
+    before = join_rectangles([rectangles(run.weights.shards())])
     report = run.optimizer.step(lr=1.0, weight_decay=0.0, scale=0.5)
-    after = joined([rectangles(run.weights.shards())])
+    after = join_rectangles([rectangles(run.weights.shards())])
     exact = math.sqrt(sum(float((0.5 * b.own_grads.double()).square().sum()) for b in run.optimizer.buffers))
     moved = math.sqrt(sum(float((after[n].double() - before[n].double()).square().sum()) for n in before))
     return report.grad_norm, exact, moved
@@ -141,7 +141,7 @@ def test_the_norm_and_the_clipping_are_fp32s(limit):
     assert moved == pytest.approx(limit or exact, rel=1e-3)
 
 
-def poisoned(setting: ShardedSetting, victim: int, value: float):
+def train_with_poison(setting: ShardedSetting, victim: int, value: float):
     """Return whether the second step was skipped, what it changed, and whether training went on after it."""
     run = start_run(setting, 3)
     run_step = run.pipeline.step
@@ -168,7 +168,7 @@ def poisoned(setting: ShardedSetting, victim: int, value: float):
 @pytest.mark.parametrize("changes", [dict(sharded=True, overlap_gather=True), dict(tp=2)], ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_skips_the_step_on_all(changes, value):
-    for skips, same in on_ranks(2, poisoned, replace(PLAIN, **changes), 1, value):
+    for skips, same in on_ranks(2, train_with_poison, replace(PLAIN, **changes), 1, value):
         assert skips == same == [False, True, False]
 
 

@@ -125,7 +125,7 @@ def test_gradients_of_every_parameter(layout, fault):
     assert max(errors) > 1000 * TOLERANCE if fault else max(errors) < TOLERANCE
 
 
-def evaluated(setting: Setting) -> float:
+def evaluate_after_a_step(setting: Setting) -> float:
     run = start_run(setting, 2)
     train_steps(run, setting, 1)
     return evaluate(run.pipeline, HeldOutLoader(run, setting), run.mesh, steps=2, global_batch_size=setting.global_batch)[0]
@@ -134,8 +134,8 @@ def evaluated(setting: Setting) -> float:
 @pytest.mark.parametrize("layout", ["cp 4", "cp 2 x pp 2"])
 def test_evaluation_is_that_of_one_process(layout):
     setting, (world, changes) = MODELS["learned positions, dropout, masked, documents"], LAYOUTS[layout]
-    expected = evaluated(setting)
-    for loss in on_ranks(world, evaluated, replace(setting, **changes)):
+    expected = evaluate_after_a_step(setting)
+    for loss in on_ranks(world, evaluate_after_a_step, replace(setting, **changes)):
         assert abs(loss - expected) / expected < TOLERANCE
 
 

@@ -72,7 +72,7 @@ MODES = {
 }
 
 
-def laid_out(model: str, layout: str, mode: str) -> tuple[int, ShardedSetting]:
+def setting_for_layout(model: str, layout: str, mode: str) -> tuple[int, ShardedSetting]:
     world, changes = LAYOUTS[layout]
     setting = replace(MODELS[model], **changes, **MODES[mode])
     if setting.cp > 1:  # attention weights are not dropped around the ring
@@ -86,7 +86,7 @@ def one_process(setting: Setting, steps: int = STEPS):
     return curve, {name: values for name, (_, values) in final.items()}
 
 
-def alone(setting: ShardedSetting) -> ShardedSetting:
+def on_one_process(setting: ShardedSetting) -> ShardedSetting:
     """The same run for one process."""
     plain = dict(tp=1, pp=1, cp=1, schedule=None, sequence_parallel=False, micro_batch=1, memory=MemoryConfig())
     return replace(setting, **plain, sharded=False, overlap_reduce=False, overlap_gather=False)
@@ -100,7 +100,7 @@ def rectangles(shards) -> Rectangles:
     return [(s.name, s.shape, s.part.slices, s.data.detach().clone()) for s in found]
 
 
-def joined(ranks: list[Rectangles]) -> dict[str, Tensor]:
+def join_rectangles(ranks: list[Rectangles]) -> dict[str, Tensor]:
     """The whole tensors, from all ranks' rectangles."""
     whole: dict[str, Tensor] = {}
     for held in ranks:
@@ -141,8 +141,8 @@ RUNS += [("adam", layout) for layout in ("dp 2", "tp 2 x dp 2, sequence", "pp 2 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("model", "layout"), RUNS)
 def test_every_layout_is_the_same_run(model, layout, mode):
-    world, setting = laid_out(model, layout, mode)
-    expected, final = one_process(alone(setting))
+    world, setting = setting_for_layout(model, layout, mode)
+    expected, final = one_process(on_one_process(setting))
     results = on_ranks(world, train, setting, STEPS)
     for curve, _, own, _, _, _ in results:
         assert worst(curve, expected) < TOLERANCE
@@ -150,14 +150,14 @@ def test_every_layout_is_the_same_run(model, layout, mode):
             if values.shape == final[name].shape:
                 assert float((values - final[name]).abs().max()) < (1e-5 if model == "sgd" else 1e-3)
     tolerance = TOLERANCE if model == "sgd" else 1e-2  # Adam divides noise by noise where a gradient is nothing else
-    assert difference(joined([held for _, held, *_ in results]), final) < tolerance
+    assert difference(join_rectangles([held for _, held, *_ in results]), final) < tolerance
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "cp 2 x dp 2"])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_overlap_changes_no_bit(layout, sharded):
     """The same collectives, at other times: from the second step on before the last backward pass has ended."""
-    world, setting = laid_out("adam", layout, "sharded" if sharded else "overlapped reduction")
+    world, setting = setting_for_layout("adam", layout, "sharded" if sharded else "overlapped reduction")
     at_once = replace(setting, overlap_reduce=False, overlap_gather=False)
     during = replace(setting, overlap_reduce=True, overlap_gather=sharded)
     for plain, overlapping in zip(on_ranks(world, train, at_once, 4), on_ranks(world, train, during, 4), strict=True):
@@ -171,7 +171,7 @@ def test_overlap_changes_no_bit(layout, sharded):
         assert overlapping[4] == ([0, *[buckets] * 3] if sharded else [0] * 4)
 
 
-def waits(setting: ShardedSetting):
+def buckets_under_way(setting: ShardedSetting):
     """List for each call in the second step the buckets under way, and whether any of them has a parameter that it needs."""
     run = start_run(setting, 2)
     train_steps(run, setting, 1)
@@ -193,14 +193,14 @@ def waits(setting: ShardedSetting):
 
 @pytest.mark.parametrize("layout", ["dp 2", "pp 2 x dp 2, zb-h1"])
 def test_nothing_computes_with_weights_that_are_under_way(layout):
-    world, setting = laid_out("sgd", layout, "sharded, all overlapped")
-    for seen in on_ranks(world, waits, setting):
+    world, setting = setting_for_layout("sgd", layout, "sharded, all overlapped")
+    for seen in on_ranks(world, buckets_under_way, setting):
         assert not [name for name, _, needed in seen if needed]
         under_way = [pending for _, pending, _ in seen]
         assert under_way[0] > 0 and under_way[-1] == 0 and under_way == sorted(under_way, reverse=True)
 
 
-def first_step(setting: ShardedSetting, fault: float):
+def first_norm(setting: ShardedSetting, fault: float):
     """The first step's norm; one rank's gradients multiplied with `fault`."""
     run = start_run(setting, 1)
     accumulate_gradients(run, setting)
@@ -223,14 +223,14 @@ def first_step(setting: ShardedSetting, fault: float):
 )
 def test_the_norm_counts_every_element_once(changes, sharded):
     setting = replace(TIED, masked=False, **changes, sharded=sharded)
-    norm = first_step(alone(setting), 1.0)
-    for right in on_ranks(4, first_step, setting, 1.0):
+    norm = first_norm(on_one_process(setting), 1.0)
+    for right in on_ranks(4, first_norm, setting, 1.0):
         assert abs(right - norm) / norm < 1e-6
-    for wrong in on_ranks(4, first_step, setting, 1.01):
+    for wrong in on_ranks(4, first_norm, setting, 1.01):
         assert abs(wrong - norm) / norm > 1e-4
 
 
-def bits(setting: ShardedSetting, steps: int):
+def train_to_the_bit(setting: ShardedSetting, steps: int):
     run = start_run(setting, steps)
     curve = train_steps(run, setting, steps)
     return [loss for loss, _ in curve], model_weights(run), rectangles(run.weights.shards())
@@ -240,11 +240,11 @@ def bits(setting: ShardedSetting, steps: int):
 def test_slices_hold_the_bits_of_the_whole(bf16):
     """A sum of two is the same in any order; without clipping, which takes the norm, nothing else can differ."""
     setting = replace(MODELS["adam"], bf16=bf16, optim=replace(ADAM, clip_grad=0.0))
-    whole = on_ranks(2, bits, setting, 4)
-    sliced = on_ranks(2, bits, replace(setting, sharded=True, overlap_gather=True), 4)
+    whole = on_ranks(2, train_to_the_bit, setting, 4)
+    sliced = on_ranks(2, train_to_the_bit, replace(setting, sharded=True, overlap_gather=True), 4)
     for a, b in zip(whole, sliced, strict=True):
         assert a[0] == b[0] and all(torch.equal(values, b[1][name]) for name, values in a[1].items())
-    expected, got = joined([whole[0][2]]), joined([held for *_, held in sliced])
+    expected, got = join_rectangles([whole[0][2]]), join_rectangles([held for *_, held in sliced])
     assert all(torch.equal(values, got[name]) for name, values in expected.items())
 
 
@@ -252,12 +252,12 @@ def by_reduce_scatter(setting: ShardedSetting, steps: int):
     """The way of other backends than gloo."""
     other = SimpleNamespace(**{**vars(collectives.dist), "get_backend": lambda group=None: "nccl"})
     with mock.patch.object(collectives, "dist", other):
-        return bits(setting, steps)
+        return train_to_the_bit(setting, steps)
 
 
 def test_reduce_scatter_in_place_gives_the_same_sums():
     setting = replace(MODELS["adam"], sharded=True, overlap_reduce=True)
-    for a, b in zip(on_ranks(2, bits, setting, 4), on_ranks(2, by_reduce_scatter, setting, 4), strict=True):
+    for a, b in zip(on_ranks(2, train_to_the_bit, setting, 4), on_ranks(2, by_reduce_scatter, setting, 4), strict=True):
         assert a[0] == b[0] and all(torch.equal(values, b[1][name]) for name, values in a[1].items())
 
 
@@ -291,7 +291,7 @@ def held_bytes(setting: ShardedSetting) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("layout", ["dp 4", "tp 2 x dp 2, sequence", "pp 2 x dp 2, 1f1b"])
 def test_bytes_are_those_of_the_formula(layout, sharded, bf16):
-    world, setting = laid_out("adam", layout, "sharded" if sharded else "overlapped reduction")
+    world, setting = setting_for_layout("adam", layout, "sharded" if sharded else "overlapped reduction")
     setting = replace(setting, bf16=bf16)
     config = setting.config(world, 1)
     grid, dp = Grid.from_layout(config.layout, world), world // (setting.tp * setting.pp)

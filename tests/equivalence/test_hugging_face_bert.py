@@ -30,7 +30,7 @@ def both(tmp_path):
     return run, transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "hf").float().eval()  # eval: no dropout
 
 
-def asked(batch) -> dict[str, torch.Tensor]:
+def transformers_inputs(batch) -> dict[str, torch.Tensor]:
     """A batch in transformers' words."""
     seen = torch.ones_like(batch.tokens) if batch.documents is None else 1 - batch.documents
     return dict(input_ids=batch.tokens, attention_mask=seen, token_type_ids=batch.segments)
@@ -41,7 +41,7 @@ def test_bert_logits_equal_those_of_transformers(both):
     model = run.stages[0].eval()
     lengths = set()
     for batch in micro_batches(SETTING, 127, 0, 0, 1):
-        words = asked(batch)
+        words = transformers_inputs(batch)
         lengths |= set(words["attention_mask"].sum(1).tolist())
         with torch.no_grad():
             final, expected = model.hidden(None, batch), theirs(**words)
@@ -64,7 +64,7 @@ def their_losses(model) -> list[tuple[float, float]]:
         counted = sum(float(batch.loss_mask.sum()) for batch in batches)
         total = [0.0, 0.0]
         for batch in batches:
-            found = model(**asked(batch))
+            found = model(**transformers_inputs(batch))
             chosen = batch.loss_mask.bool()
             words = torch.nn.functional.cross_entropy(found.prediction_logits[chosen], batch.labels[chosen], reduction="sum")
             order = torch.nn.functional.cross_entropy(found.seq_relationship_logits, batch.swapped, reduction="sum")

@@ -60,7 +60,7 @@ def one_process(setting: Setting, steps: int = STEPS):
     return trajectory(setting, steps)
 
 
-def laid_out(setting: Setting, schedule: str, layout: str = "pp 2", **changes: Any) -> Setting:
+def setting_for_layout(setting: Setting, schedule: str, layout: str = "pp 2", **changes: Any) -> Setting:
     _, tp, pp, sequence_parallel = LAYOUTS[layout]
     virtual = 1 if schedule == "interleaved" else None  # layers of a virtual stage
     wanted = {"tp": tp, "pp": pp, "sequence_parallel": sequence_parallel, **changes}
@@ -117,7 +117,7 @@ def test_every_schedule_is_the_same_run(name, schedule, layout):
     world = LAYOUTS[layout][0]
     steps = STEPS if world == 2 else STEPS // 2  # four ranks on two cores take their time
     expected, initial, final = one_process(setting, steps)
-    results = on_ranks(world, pipeline_run, laid_out(setting, schedule, layout), steps)
+    results = on_ranks(world, pipeline_run, setting_for_layout(setting, schedule, layout), steps)
     # Adam divides noise by noise where a gradient is zero but for rounding: what SGD's weights show, its own need not.
     same_run(results, expected, initial, final, TOLERANCE if setting.optim is SGD else 1e-2)
     if name in ("untied", "deep"):  # the same sums in the same order
@@ -146,7 +146,7 @@ def test_tied_copies_stay_equal_with_adam(layout):
     setting = MODELS["tied adam"]
     expected, initial, final = one_process(setting)
     world, tp, pp, _ = LAYOUTS[layout]
-    results = on_ranks(world, pipeline_run, laid_out(setting, "1f1b", layout), STEPS)
+    results = on_ranks(world, pipeline_run, setting_for_layout(setting, "1f1b", layout), STEPS)
     same_run(results, expected, initial, final, 1e-2)
     equal_copies(results, pp=pp, tp=tp, v_shaped=False)
 
@@ -159,7 +159,7 @@ def test_fewer_micro_batches_than_stages(schedule, pp, micro_batches):
     """Nine layers on three and four ranks: to the last bit one process, for every schedule."""
     setting = replace(MODELS["deep"], global_batch=micro_batches)
     expected, _, final = one_process(setting, 3)
-    for curve, _, ended, _ in on_ranks(pp, pipeline_run, laid_out(setting, schedule, pp=pp), 3):
+    for curve, _, ended, _ in on_ranks(pp, pipeline_run, setting_for_layout(setting, schedule, pp=pp), 3):
         assert curve == expected and max_relative_error(final, ended) == 0.0
 
 
@@ -178,7 +178,7 @@ def test_prescribed_stages_equal_one_process(schedule, layout, layers):
     """Also those that leave the ends of the model without layers."""
     setting = MODELS["tied"]
     expected, initial, final = one_process(setting, 5)
-    wanted = laid_out(setting, schedule, layout, stage_layers=layers)
+    wanted = setting_for_layout(setting, schedule, layout, stage_layers=layers)
     same_run(on_ranks(LAYOUTS[layout][0], pipeline_run, wanted, 5), expected, initial, final, TOLERANCE)
 
 
@@ -194,7 +194,7 @@ def test_megatrons_ways_to_cut(schedule, split):
     """With a learning rate of its own for the tied matrix on both of its stages."""
     setting = replace(MODELS["tied"], optim=replace(SGD, decoupled_lr=0.3))
     expected, initial, final = one_process(setting, 2)
-    wanted = replace(laid_out(setting, schedule, split=tuple(split.items())), per_virtual_stage=None)
+    wanted = replace(setting_for_layout(setting, schedule, split=tuple(split.items())), per_virtual_stage=None)
     same_run(on_ranks(2, pipeline_run, wanted, 2), expected, initial, final, TOLERANCE)
 
 
@@ -215,7 +215,7 @@ def test_embedding_and_output_layer_learn_at_their_own_rate(name):
 # Evaluation.
 
 
-def evaluated(setting: Setting, between: bool):
+def train_and_evaluate(setting: Setting, between: bool):
     """Two steps, and between them an evaluation or nothing."""
     run = start_run(setting, 2)
     curve, loss = train_steps(run, setting, 1), 0.0
@@ -236,9 +236,9 @@ EVALUATIONS = [("1f1b", "pp 2"), ("interleaved", "pp 2"), ("zb-v", "pp 2 x dp 2"
 def test_evaluation_is_that_of_one_process_and_leaves_no_trace(schedule, layout):
     """The model drops out in training and loses a third of its tokens to the mask."""
     setting = MODELS["tied"]
-    _, expected, _ = evaluated(setting, True)
-    wanted, world = laid_out(setting, schedule, layout), LAYOUTS[layout][0]
-    results, without = on_ranks(world, evaluated, wanted, True), on_ranks(world, evaluated, wanted, False)
+    _, expected, _ = train_and_evaluate(setting, True)
+    wanted, world = setting_for_layout(setting, schedule, layout), LAYOUTS[layout][0]
+    results, without = on_ranks(world, train_and_evaluate, wanted, True), on_ranks(world, train_and_evaluate, wanted, False)
     for (curve, loss, ended), (undisturbed, _, ended_without) in zip(results, without, strict=True):
         assert abs(loss - expected) / expected < TOLERANCE
         assert curve == undisturbed
@@ -248,20 +248,20 @@ def test_evaluation_is_that_of_one_process_and_leaves_no_trace(schedule, layout)
 # Recomputation, precision, and what travels.
 
 
-def recomputed(setting: Setting, steps: int):
+def train_with_recomputation(setting: Setting, steps: int):
     """The run with every layer's forward pass run again in its backward."""
     run = start_run(setting, steps)
     calls = []
     for stage in run.stages.values():
         for block in stage.layers.values():
-            block.forward = partial(checkpoint, counted(block.forward, calls), use_reentrant=False)
+            block.forward = partial(checkpoint, counting_calls(block.forward, calls), use_reentrant=False)
     curve = train_steps(run, setting, steps)
     forwards = sum(len(stage.layers) for stage in run.stages.values()) * steps * setting.global_batch // run.mesh.dp.size
     assert len(calls) == 2 * forwards
     return curve, main_weight_slices(run)
 
 
-def counted(forward, calls: list[None]):
+def counting_calls(forward, calls: list[None]):
     def call(*args):
         calls.append(None)
         return forward(*args)
@@ -273,9 +273,9 @@ def counted(forward, calls: list[None]):
     ("schedule", "layout"), [("1f1b", "pp 2"), ("zb-h1", "pp 2"), ("zb-v", "pp 2"), ("zb-h1", "tp 2 x pp 2, sequence")]
 )
 def test_recomputation_changes_nothing(schedule, layout):
-    setting, world = laid_out(MODELS["tied"], schedule, layout), LAYOUTS[layout][0]
+    setting, world = setting_for_layout(MODELS["tied"], schedule, layout), LAYOUTS[layout][0]
     for (curve, ended), plain in zip(
-        on_ranks(world, recomputed, setting, 3), on_ranks(world, trajectory, setting, 3), strict=True
+        on_ranks(world, train_with_recomputation, setting, 3), on_ranks(world, trajectory, setting, 3), strict=True
     ):
         assert curve == plain[0]
         assert all(torch.equal(values, plain[2][name][1]) for name, (_, values) in ended.items())
@@ -287,11 +287,11 @@ def test_bf16_follows_one_process(schedule):
     setting = replace(MODELS["untied"], bf16=True)
     expected, _, final = one_process(setting)
     assert 0 < worst([step[:1] for step in expected], [step[:1] for step in one_process(MODELS["untied"])[0]]) < 0.03
-    for curve, _, ended, _ in on_ranks(2, pipeline_run, laid_out(setting, schedule), STEPS):
+    for curve, _, ended, _ in on_ranks(2, pipeline_run, setting_for_layout(setting, schedule), STEPS):
         assert curve == expected and max_relative_error(final, ended) == 0.0
     tied = replace(MODELS["tied"], bf16=True)
     expected = one_process(tied, 8)[0]
-    for curve, _, _, _ in on_ranks(2, pipeline_run, laid_out(tied, schedule), 8):
+    for curve, _, _, _ in on_ranks(2, pipeline_run, setting_for_layout(tied, schedule), 8):
         assert max(abs(a[0] - b[0]) / b[0] for a, b in zip(curve, expected, strict=True)) < 0.01
 
 
@@ -308,12 +308,12 @@ def test_stages_send_each_activation_once(bf16):
     """Under sequence parallelism each rank of tp sends its own part of the sequence, once; otherwise each sends all."""
     setting = replace(MODELS["tied"], bf16=bf16)
     whole = setting.global_batch * SEQ * 32 * (2 if bf16 else 4)  # of one direction, over one boundary
-    assert on_ranks(2, bytes_sent, laid_out(setting, "1f1b")) == [whole] * 2
-    assert on_ranks(4, bytes_sent, laid_out(setting, "1f1b", "tp 2 x pp 2")) == [whole] * 4
-    assert on_ranks(4, bytes_sent, laid_out(setting, "zb-h1", "tp 2 x pp 2, sequence")) == [whole // 2] * 4
+    assert on_ranks(2, bytes_sent, setting_for_layout(setting, "1f1b")) == [whole] * 2
+    assert on_ranks(4, bytes_sent, setting_for_layout(setting, "1f1b", "tp 2 x pp 2")) == [whole] * 4
+    assert on_ranks(4, bytes_sent, setting_for_layout(setting, "zb-h1", "tp 2 x pp 2, sequence")) == [whole // 2] * 4
     # Down and up: each rank sends hidden states over one boundary and gradients over one; the turn at the end is free.
-    assert on_ranks(2, bytes_sent, laid_out(setting, "zb-v")) == [2 * whole] * 2
-    assert on_ranks(2, bytes_sent, laid_out(setting, "interleaved")) == [3 * whole] * 2
+    assert on_ranks(2, bytes_sent, setting_for_layout(setting, "zb-v")) == [2 * whole] * 2
+    assert on_ranks(2, bytes_sent, setting_for_layout(setting, "interleaved")) == [3 * whole] * 2
 
 
 def broken_run(setting: Setting, fault: str):
@@ -333,7 +333,7 @@ def test_negative_controls(fault):
     """A fault of each kind exceeds the tolerances above."""
     setting = MODELS["tied"]
     norm = one_process(setting, 1)[0][0][1]
-    first, second = on_ranks(2, broken_run, laid_out(setting, "1f1b"), fault)
+    first, second = on_ranks(2, broken_run, setting_for_layout(setting, "1f1b"), fault)
     error = abs(first[0][1] - norm) / norm
     equal = torch.equal(first[1][WORD][1], second[1][WORD][1])
     assert (error < TOLERANCE) == (not fault) and (error > 100 * TOLERANCE) == bool(fault)

@@ -60,7 +60,7 @@ def scores(run: Run) -> tuple[float, float]:
     return float(out.loss), float(out.tokens)
 
 
-def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
+def train_and_validate(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
     """Losses and gradient norms of the steps, results of two validations among them.
 
     always: all calls block, as the process was told; else only those of programs that run for the first time.
@@ -84,7 +84,7 @@ def course(setting: Setting, always: bool) -> tuple[list[Any], list[Any]]:
 
 @cache
 def one_process() -> tuple[list[Any], list[Any]]:
-    return course(SETTING, False)
+    return train_and_validate(SETTING, False)
 
 
 @pytest.mark.parametrize("always", [True, False])
@@ -93,7 +93,7 @@ def test_blocking_calls(schedule, always):
     virtual = 1 if schedule == "interleaved" else None
     setting = replace(SETTING, pp=RANKS, schedule=schedule, per_virtual_stage=virtual)
     curve, validations = one_process()
-    results = on_ranks(RANKS, course, setting, always)
+    results = on_ranks(RANKS, train_and_validate, setting, always)
     assert all(found == curve for found, _ in results)
     scored = [tuple(map(sum, zip(*each, strict=True))) for each in zip(*(scores for _, scores in results), strict=True)]
     assert scored == validations

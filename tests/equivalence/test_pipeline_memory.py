@@ -83,7 +83,7 @@ def held_at_most(setting: Setting, leak: bool = False) -> tuple[int, int, int]:
     return ledger.peak, predicted, len(ledger.held)
 
 
-def laid_out(name: str, pp: int) -> Setting:
+def setting_for_schedule(name: str, pp: int) -> Setting:
     setting = Setting(replace(GPT2, num_layers=LAYERS), pp=pp, schedule=name, global_batch=8)
     return replace(setting, per_virtual_stage=2) if name == "interleaved" else setting
 
@@ -91,11 +91,11 @@ def laid_out(name: str, pp: int) -> Setting:
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_tensors_are_held_as_the_simulator_says(name, pp):
-    for counted, predicted, left in on_ranks(pp, held_at_most, laid_out(name, pp)):
+    for counted, predicted, left in on_ranks(pp, held_at_most, setting_for_schedule(name, pp)):
         assert counted == predicted
         assert left == 0
 
 
 def test_negative_control_a_leak_is_seen():
-    for counted, predicted, left in on_ranks(2, held_at_most, laid_out("1f1b", 2), True):
+    for counted, predicted, left in on_ranks(2, held_at_most, setting_for_schedule("1f1b", 2), True):
         assert left == 8 and counted > predicted

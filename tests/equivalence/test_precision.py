@@ -54,7 +54,7 @@ def copy_state(run):
     return [t.clone() for t in (*tensors, *weights)], run.optimizer.scalars()["step"]
 
 
-def overflowing(setting: Setting, victim: int):
+def train_with_overflows(setting: Setting, victim: int):
     """Losses, scales and skips; whether the skipped steps left everything as it was, bit for bit."""
     run = start_run(setting, STEPS)
     run_step = run.pipeline.step
@@ -84,7 +84,7 @@ def overflowing(setting: Setting, victim: int):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(layout, victim):
     setting = Setting(GPT2, precision=FP16, optim=OptimSettings(lr=1e-2, lr_decay_style="constant"), **LAYOUTS[layout])
-    for losses, scales, skips, same, scheduled in on_ranks(2, overflowing, setting, victim):
+    for losses, scales, skips, same, scheduled in on_ranks(2, train_with_overflows, setting, victim):
         assert scales == SCALES
         assert [number for number, skipped in enumerate(skips, 1) if skipped] == sorted(BAD)
         assert same == skips, "a skipped step changes nothing, and no other leaves all as it was"
@@ -118,7 +118,7 @@ def test_a_scale_leaves_no_trace_in_gradients(average):
 # Near fp32.
 
 
-def noisy(batch):
+def add_label_noise(batch):
     """Three labels in ten are random, so that the loss does not fall to nothing."""
     generator = torch.Generator().manual_seed(int(batch.samples[0]))
     chosen = torch.rand(batch.labels.shape, generator=generator) < 0.3
@@ -129,7 +129,7 @@ def train_losses(setting: Setting, steps: int) -> list[float]:
     run, found = start_run(setting, steps), []
     for _ in range(steps):
         batches = micro_batches(setting, 127, run.state.consumed_samples, run.mesh.dp.rank, run.mesh.dp.size)
-        report = run.step([noisy(batch) for batch in batches], run.state)
+        report = run.step([add_label_noise(batch) for batch in batches], run.state)
         advance(run, report)
         found.append(report.lm_loss)
     return found
@@ -158,7 +158,7 @@ SHORT = 20
 
 
 @cache
-def alone(name: str) -> list[float]:
+def losses_of_one_process(name: str) -> list[float]:
     precision = {"fp32": PrecisionConfig(), "bf16": PrecisionConfig(bf16=True), "fp16": FP16}[name]
     return train_losses(Setting(UNTIED, precision=precision, optim=STEADY), SHORT)
 
@@ -171,12 +171,12 @@ def distance(losses: list[float], expected: list[float]) -> float:
 @pytest.mark.parametrize(("name", "precision"), [("bf16", PrecisionConfig(bf16=True)), ("fp16", FP16)])
 def test_every_layout_is_as_near_as_one_process(name, precision, layout):
     """A layout adds in another order, which rounds otherwise: no further from fp32 than rounding takes one process."""
-    rounding = distance(alone(name), alone("fp32"))
+    rounding = distance(losses_of_one_process(name), losses_of_one_process("fp32"))
     assert 0.0 < rounding < (0.02 if name == "bf16" else 0.004)
     setting = Setting(UNTIED, precision=precision, optim=STEADY, **LAYOUTS[layout])
     for losses in on_ranks(2, train_losses, setting, SHORT):
-        assert distance(losses, alone(name)) < 2.0 * rounding
-        assert distance(losses, alone("fp32")) < 2.0 * rounding
+        assert distance(losses, losses_of_one_process(name)) < 2.0 * rounding
+        assert distance(losses, losses_of_one_process("fp32")) < 2.0 * rounding
 
 
 # The output layer, whose gradients are made before the loss scale is known to them.

@@ -17,7 +17,7 @@ from installed import install
 from ranks import on_ranks
 from reference import GPT2, LLAMA, start_run, train_steps, with_dropout, worst
 from source_files import ROOT
-from test_distributed_optimizer import ShardedSetting, alone, difference, held_bytes, joined, rectangles
+from test_distributed_optimizer import ShardedSetting, difference, held_bytes, join_rectangles, on_one_process, rectangles
 
 from megatron.config import optimizers
 from megatron.config.schema import OptimSettings
@@ -63,13 +63,15 @@ LAYOUTS = {  # world, what differs from one process
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_the_run_of_one_process(layout, form):
     (world, changes), setting = LAYOUTS[layout], FORMS[form]
-    expected, weights, state, scalars = train(alone(setting), STEPS)
+    expected, weights, state, scalars = train(on_one_process(setting), STEPS)
     results = on_ranks(world, train, replace(setting, **changes), STEPS)
     for curve, _, _, own in results:
         assert worst(curve, expected) < 1e-4
         assert own == scalars == {"optimizer": "toy", "step": STEPS}
-    assert difference(joined([held for _, held, *_ in results]), joined([weights])) < 1e-2  # of AdamW's: noise by noise
-    own, reference = joined([held for _, _, held, _ in results]), joined([state])
+    assert (
+        difference(join_rectangles([held for _, held, *_ in results]), join_rectangles([weights])) < 1e-2
+    )  # of AdamW's: noise by noise
+    own, reference = join_rectangles([held for _, _, held, _ in results]), join_rectangles([state])
     momenta = {f"momentum.{name}" for name, shape, *_ in weights if toy_optimizers.is_matrix(name, shape)}
     rest = {name for name, shape, *_ in weights if not toy_optimizers.is_matrix(name, shape)}
     assert len(momenta) == 3 * {"gpt2": 4, "llama": 5}[form]
@@ -81,7 +83,9 @@ def test_slices_share_the_matrices_out_whole():
     """Each belongs to one data-parallel rank alone, and none of the two has much more than half."""
     held = [state for _, _, state, _ in on_ranks(2, train, replace(PLAIN, sharded=True, bucket=1_000_000), 1)]
     matrices = [{name: values for name, _, _, values in rank if name.startswith("momentum.")} for rank in held]
-    shapes = {f"momentum.{n}": shape for n, shape, *_ in train(alone(PLAIN), 1)[1] if toy_optimizers.is_matrix(n, shape)}
+    shapes = {
+        f"momentum.{n}": shape for n, shape, *_ in train(on_one_process(PLAIN), 1)[1] if toy_optimizers.is_matrix(n, shape)
+    }
     assert not matrices[0].keys() & matrices[1].keys()
     assert {name: values.shape for rank in matrices for name, values in rank.items()} == shapes
     first, second = (sum(values.numel() for values in rank.values()) for rank in matrices)
@@ -91,11 +95,11 @@ def test_slices_share_the_matrices_out_whole():
 def test_it_learns_by_its_own_rule():
     """Not by AdamW's: matrices move by orthogonal steps, whose singular values are near the learning rate."""
     with registered():
-        setting = replace(alone(UNTIED), optim=replace(TOY, weight_decay=0.0))
+        setting = replace(on_one_process(UNTIED), optim=replace(TOY, weight_decay=0.0))
         run = start_run(setting, 1)
-        before = joined([rectangles(run.weights.shards())])
+        before = join_rectangles([rectangles(run.weights.shards())])
         train_steps(run, setting, 1)
-        after = joined([rectangles(run.weights.shards())])
+        after = join_rectangles([rectangles(run.weights.shards())])
     for name, values in after.items():
         if toy_optimizers.is_matrix(name, tuple(values.shape)):
             largest = (before[name] - values).svd().S[0]
@@ -103,7 +107,7 @@ def test_it_learns_by_its_own_rule():
         assert not values.equal(before[name])
 
 
-def state_of_a_rank(setting: ShardedSetting):
+def rank_state(setting: ShardedSetting):
     with registered():
         return held_bytes(setting)
 
@@ -114,7 +118,7 @@ def test_the_plan_knows_its_bytes(layout):
     setting = replace(UNTIED, **changes)
     config = setting.config(world, 1)
     grid = Grid.from_layout(config.layout, world)
-    for *found, pp_rank in on_ranks(world, state_of_a_rank, setting):
+    for *found, pp_rank in on_ranks(world, rank_state, setting):
         with registered():
             (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == [memory.weights, memory.gradients, memory.optimizer]
@@ -123,17 +127,17 @@ def test_the_plan_knows_its_bytes(layout):
 def test_a_slice_that_cuts_a_matrix_is_refused():
     """The rule's own word lays matrices out whole: without it a slice would hold half of one."""
     with pytest.raises(AssertionError, match=r"this rank's slice cuts layers.*, which its optimizer needs whole"):
-        on_ranks(2, cut, replace(PLAIN, sharded=True))
+        on_ranks(2, train_on_cut_matrices, replace(PLAIN, sharded=True))
 
 
-def cut(setting: ShardedSetting):
+def train_on_cut_matrices(setting: ShardedSetting):
     with patch.object(toy_optimizers, "RULES", (replace(toy_optimizers.RULES[0], whole=False), optimizers.ADAMW)):
         return train(setting, 1)
 
 
 def test_buckets_of_another_optimizer_are_refused():
     with registered():
-        run = start_run(alone(PLAIN), 1)
+        run = start_run(on_one_process(PLAIN), 1)
         parameters = [p for stage in run.stages.values() for p in stage.parameters()]
         with pytest.raises(ValueError, match="a bucket was not laid out for the optimizer toy: it has 2 rules"):
             Optimizer(flat_buffers(parameters), TOY, Mesh.single())

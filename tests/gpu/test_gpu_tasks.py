@@ -28,7 +28,7 @@ def test_a_pretrained_model_learns_the_task(name, precision, bert, tmp_path):
     assert all(found[metric] > 95.0 for metric in ("accuracy", "exact_match", "f1") if metric in found), found
 
 
-def asked(root, text, device: str):
+def score_and_generate(root, text, device: str):
     """Scores of a text, and what greedy generation makes of three prompts."""
     opened = open_pipeline(root, Mesh.single(), device=device)
     figures = zero_shot("PERPLEXITY", opened, Mesh.single(), [str(text)], seq_length=24, overlap=10, log=lambda line: None)
@@ -41,5 +41,5 @@ def asked(root, text, device: str):
 def test_scores_and_greedy_texts_are_a_cpus(tmp_path):
     root, text = train_and_export(tmp_path, steps=40) / "run", tmp_path / "text.txt"
     text.write_text(". ".join(sentences(5, 3)))
-    (loss, written), (expected, texts) = asked(root, text, "cuda"), asked(root, text, "cpu")
+    (loss, written), (expected, texts) = score_and_generate(root, text, "cuda"), score_and_generate(root, text, "cpu")
     assert loss == pytest.approx(expected, rel=1e-4) and written == texts

@@ -51,7 +51,7 @@ def attention(groups: int, dropout: float, padded: bool, causal: bool = False):
     return places, y.detach(), q.grad, k.grad, v.grad
 
 
-def apart(parts, whole) -> float:
+def max_error(parts, whole) -> float:
     """The largest error of any part, relative to the whole tensor's largest value."""
     return max(
         float((mine - expected[:, :, places]).abs().max() / expected.abs().max())
@@ -77,11 +77,11 @@ def test_around_the_ring_it_is_the_same(world, groups, dropout, padded):
     whole = attention(groups, dropout, padded)
     parts = on_ranks(world, attention, groups, dropout, padded)
     assert torch.cat([places for places, *_ in parts]).sort().values.tolist() == list(range(SEQ))
-    assert apart(parts, whole) < 1e-12
+    assert max_error(parts, whole) < 1e-12
 
 
 def test_negative_control_a_causal_ring_is_another():
-    assert apart(on_ranks(2, attention, 4, 0.0, True, True), attention(4, 0.0, padded=True)) > 0.1
+    assert max_error(on_ranks(2, attention, 4, 0.0, True, True), attention(4, 0.0, padded=True)) > 0.1
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])

@@ -24,7 +24,7 @@ def tp_axis() -> Axis:
     return Mesh.build(Grid(tp=dist.get_world_size()), dist.get_rank()).tp
 
 
-def filled(module: torch.nn.Module) -> torch.nn.Module:
+def fill_parameters(module: torch.nn.Module) -> torch.nn.Module:
     """Every parameter as its part of one whole tensor, the same on all layouts."""
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
@@ -107,7 +107,7 @@ def mlp(sequence_parallel: bool, two: bool):
             "down": RowLinear(16, 12, cut, bias=True),
         }
     )
-    filled(layers.double())  # so that only the order of sums differs, far below the tolerance
+    fill_parameters(layers.double())  # so that only the order of sums differs, far below the tolerance
     x = draw(8, 3, 12).double()
     x = (collectives.own_slice(x, tp) if sequence_parallel else x).clone().requires_grad_()
     if two:
@@ -146,11 +146,11 @@ def test_column_and_row_are_the_whole_layers(world, sequence_parallel, two):
 
 def test_size_one_is_the_plain_layer_bit_for_bit():
     alone, x = TensorParallel(Axis.alone("tp"), sequence_parallel=True), draw(4, 2, 12)
-    column = filled(ColumnLinear(12, 16, alone, bias=True))
-    row = filled(RowLinear(12, 16, alone, bias=True))
+    column = fill_parameters(ColumnLinear(12, 16, alone, bias=True))
+    row = fill_parameters(RowLinear(12, 16, alone, bias=True))
     for layer in (column, row):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    table = filled(VocabEmbedding(VocabShard.for_rank(100, alone.axis, 64), 12, alone))
+    table = fill_parameters(VocabEmbedding(VocabShard.for_rank(100, alone.axis, 64), 12, alone))
     tokens = torch.randint(0, 100, (4, 5))
     assert torch.equal(table(tokens), F.embedding(tokens, table.weight))
 
@@ -179,7 +179,7 @@ def vocabulary(vocab: int, divisor: int, sequence_parallel: bool, rows: int):
     """Embedding and loss over a cut vocabulary, `rows` tokens a chunk: outputs, gradients of table, input and head."""
     tp = tp_axis()
     shard = VocabShard.for_rank(vocab, tp, divisor)
-    table = filled(VocabEmbedding(shard, 6, TensorParallel(tp, sequence_parallel)))
+    table = fill_parameters(VocabEmbedding(shard, 6, TensorParallel(tp, sequence_parallel)))
     tokens = torch.randint(0, vocab, (8, 2), generator=torch.Generator().manual_seed(3))
     x = table(tokens)
     weight = draw(8, 2, 6)

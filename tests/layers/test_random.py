@@ -21,19 +21,19 @@ def keys(samples=(3, 4, 2**40 + 3), seq: int = 64, local: slice = slice(None), s
     return DropoutKeys.from_samples(seed, torch.tensor(samples), torch.arange(seq), local)
 
 
-def numbers_at(layer: int, site: str) -> torch.Tensor:
+def random_features(layer: int, site: str) -> torch.Tensor:
     return keys().features(site_key(1, layer, site), 256)
 
 
 def test_masks_are_uniform_and_independent():
-    numbers = numbers_at(5, "mlp").double() / 2**32  # in [-1/2, 1/2)
+    numbers = random_features(5, "mlp").double() / 2**32  # in [-1/2, 1/2)
     count = numbers.numel()
     assert abs(numbers.mean()) < 4 / math.sqrt(12 * count)
     assert abs(numbers.var() - 1 / 12) < 0.001
     assert numbers.unique().numel() > 0.99 * count
     others = {
-        "layer": numbers_at(6, "mlp"),
-        "site": numbers_at(5, "attention"),
+        "layer": random_features(6, "mlp"),
+        "site": random_features(5, "attention"),
         "seed": keys(seed=2).features(site_key(2, 5, "mlp"), 256),
         "sample": keys(samples=(7, 8, 9)).features(site_key(1, 5, "mlp"), 256),
     }
@@ -48,7 +48,7 @@ def test_masks_are_uniform_and_independent():
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
 def test_drop_keeps_the_mean(probability):
     x = torch.ones(64, 3, 256, requires_grad=True)
-    y = drop(x, numbers_at(0, "mlp"), probability)
+    y = drop(x, random_features(0, "mlp"), probability)
     assert abs((y == 0).double().mean() - probability) < 0.01
     assert abs(y.mean() - 1) < 0.03
     y.sum().backward()
@@ -71,7 +71,7 @@ def test_any_piece_of_a_mask_is_that_piece_of_the_whole():
 
 def test_large_sample_numbers_are_told_apart():
     """Samples 3 and 2^40 + 3 share their low 32 bits."""
-    numbers = numbers_at(0, "mlp")
+    numbers = random_features(0, "mlp")
     assert not torch.equal(numbers[:, 0], numbers[:, 2])
 
 

@@ -194,7 +194,7 @@ def kept_bytes(
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def published(form: ModelSettings, kind: str, *, bf16: bool, tp: int = 1, sequence_parallel: bool = False) -> float:
+def published_bytes(form: ModelSettings, kind: str, *, bf16: bool, tp: int = 1, sequence_parallel: bool = False) -> float:
     """Bytes of the five layers by 2205.05198, with e bytes an element: 2 in its equations, which add up to these."""
     e, h, a = 2 if bf16 else 4, form.hidden_size, form.num_attention_heads
     masks = 2 if form.hidden_dropout else 0
@@ -221,7 +221,7 @@ COUNTED = ("none", "selective", "uniform 1", "uniform 2", "block 2")
 @pytest.mark.parametrize("kind", COUNTED)
 def test_memory_is_the_published(kind, bf16):
     measured = kept_bytes(dropping(WIDE), kind, bf16=bf16)
-    assert measured == pytest.approx(published(dropping(WIDE), kind, bf16=bf16), rel=0.01)
+    assert measured == pytest.approx(published_bytes(dropping(WIDE), kind, bf16=bf16), rel=0.01)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -230,7 +230,7 @@ def test_memory_is_the_published_on_two_ranks(kind, sequence_parallel):
     if sequence_parallel and "distributed" in kind:
         return
     found = on_ranks(2, kept_on_rank, kind, sequence_parallel)
-    expected = published(dropping(WIDE), kind, bf16=True, tp=2, sequence_parallel=sequence_parallel)
+    expected = published_bytes(dropping(WIDE), kind, bf16=True, tp=2, sequence_parallel=sequence_parallel)
     assert found == [pytest.approx(expected, rel=0.01)] * 2
 
 
@@ -241,8 +241,8 @@ def kept_on_rank(kind: str, sequence_parallel: bool) -> int:
 def test_fused_attention_keeps_less_than_the_published():
     """Without dropout of the weights torch's kernel keeps no square: what the formula counts for selective."""
     form = replace(WIDE, hidden_dropout=0.1)
-    assert kept_bytes(form, "none") == pytest.approx(published(form, "selective", bf16=False), rel=0.01)
-    assert kept_bytes(form, "none") < 0.7 * published(dropping(form), "none", bf16=False)
+    assert kept_bytes(form, "none") == pytest.approx(published_bytes(form, "selective", bf16=False), rel=0.01)
+    assert kept_bytes(form, "none") < 0.7 * published_bytes(dropping(form), "none", bf16=False)
 
 
 GATED = replace(LLAMA, hidden_size=256, num_attention_heads=8, normalization="LayerNorm", attention_dropout=0.1)

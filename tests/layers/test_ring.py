@@ -81,7 +81,7 @@ def break_ring(fault: str, axis: Axis) -> None:
     ring.ring_shift_async = broken
 
 
-def worst(parts, whole) -> float:
+def max_error(parts, whole) -> float:
     """The largest error of any part, relative to the whole tensor's largest value."""
     errors = [0.0]
     for places, *tensors in parts:
@@ -100,20 +100,20 @@ def test_result_and_gradients_are_those_of_plain_attention(world, groups, dropou
     whole = attention(groups, dropout, documents, dtype)
     parts = on_ranks(world, attention, groups, dropout, documents, dtype)
     assert torch.cat([places for places, *_ in parts]).sort().values.tolist() == list(range(SEQ))
-    assert worst(parts, whole) < TOLERANCE[dtype]
+    assert max_error(parts, whole) < TOLERANCE[dtype]
 
 
 def test_bf16_ring_attention_is_as_near_as_one_process():
     """Statistics and sums are fp32: no further from fp32 than one process is."""
     exact = attention(2, 0.3, True, torch.float32)
-    alone = worst([(exact[0], *(x.float() for x in attention(2, 0.3, True, torch.bfloat16)[1:]))], exact)
+    alone = max_error([(exact[0], *(x.float() for x in attention(2, 0.3, True, torch.bfloat16)[1:]))], exact)
     parts = on_ranks(4, attention, 2, 0.3, True, torch.bfloat16)
-    assert worst([(places, *(x.float() for x in tensors)) for places, *tensors in parts], exact) < max(1.5 * alone, 0.01)
+    assert max_error([(places, *(x.float() for x in tensors)) for places, *tensors in parts], exact) < max(1.5 * alone, 0.01)
 
 
 def test_recomputed_attention_goes_around_again():
     whole = attention(2, 0.3, True, torch.float64)
-    assert worst(on_ranks(4, attention, 2, 0.3, True, torch.float64, SEQ, "checkpoint"), whole) < 1e-12
+    assert max_error(on_ranks(4, attention, 2, 0.3, True, torch.float64, SEQ, "checkpoint"), whole) < 1e-12
 
 
 def exactly_kept(fault: str):
@@ -128,7 +128,7 @@ def exactly_kept(fault: str):
 @pytest.mark.parametrize("fault", ["", "gradient lost", "keys 0.1 % too large"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_negative_controls(world, fault):
-    error = worst(on_ranks(world, exactly_kept, fault), attention(2, 0.0, False, torch.float32))
+    error = max_error(on_ranks(world, exactly_kept, fault), attention(2, 0.0, False, torch.float32))
     assert (error < TOLERANCE[torch.float32]) == (not fault)
     assert (error > 10 * TOLERANCE[torch.float32]) == bool(fault)
 

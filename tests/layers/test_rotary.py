@@ -11,7 +11,7 @@ from megatron.model.rotary import Rotary
 HEAD, SEQ = 8, 5
 
 
-def turned(interleaved: bool, x: torch.Tensor, percent: float = 1.0) -> torch.Tensor:
+def rotate(interleaved: bool, x: torch.Tensor, percent: float = 1.0) -> torch.Tensor:
     positions = torch.arange(3, 3 + SEQ).expand(2, SEQ)
     return Rotary.from_positions(positions, HEAD, percent, 100.0, interleaved).rotate(x)
 
@@ -25,13 +25,13 @@ def test_pairs_of_channels_turn_like_complex_numbers(percent: float) -> None:
     turn = torch.polar(torch.ones_like(angles), angles)[:, None, None]  # [seq, 1, 1, width / 2]
     pairs = torch.view_as_complex(x[..., :width].unflatten(-1, (-1, 2)).contiguous())
     neighbours = torch.cat([torch.view_as_real(pairs * turn).flatten(-2), x[..., width:]], dim=-1)
-    torch.testing.assert_close(turned(True, x, percent), neighbours)
+    torch.testing.assert_close(rotate(True, x, percent), neighbours)
     halves = torch.complex(x[..., : width // 2], x[..., width // 2 : width]) * turn
-    torch.testing.assert_close(turned(False, x, percent), torch.cat([halves.real, halves.imag, x[..., width:]], dim=-1))
+    torch.testing.assert_close(rotate(False, x, percent), torch.cat([halves.real, halves.imag, x[..., width:]], dim=-1))
 
 
 def test_the_two_forms_differ_by_the_order_of_channels_alone() -> None:
     x = torch.randn(SEQ, 2, 3, HEAD)
     order = torch.arange(HEAD).view(2, -1).t().flatten()  # where each neighbour stands among the halves
-    torch.testing.assert_close(turned(True, x[..., order]), turned(False, x)[..., order])
-    assert not torch.allclose(turned(True, x), turned(False, x)) and ModelSettings().rotary_interleaved is False
+    torch.testing.assert_close(rotate(True, x[..., order]), rotate(False, x)[..., order])
+    assert not torch.allclose(rotate(True, x), rotate(False, x)) and ModelSettings().rotary_interleaved is False

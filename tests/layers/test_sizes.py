@@ -104,7 +104,7 @@ def build_config(model: ModelConfig, tp: int, pp: int) -> RunConfig:
     return resolve(RunSettings(model=model, layout=layout, data=DataConfig(seq_length=16), batch=batch), tp * pp)
 
 
-def counted(config: RunConfig, world: int) -> int:
+def counted_parameters(config: RunConfig, world: int) -> int:
     """The parameters that a dry run shows."""
     (line,) = (line for line in report(config, world, "", ()) if line.startswith("# Parameters: "))
     return int(line.split()[2].replace(",", ""))
@@ -114,7 +114,7 @@ def counted(config: RunConfig, world: int) -> int:
 def test_what_the_package_does_not_know_is_counted(toy: tuple[ModelConfig, int], tp: int, pp: int) -> None:
     model, parameters = toy
     config, world = build_config(model, tp, pp), tp * pp
-    assert counted(config, world) == parameters
+    assert counted_parameters(config, world) == parameters
     plan, axis = stages_of(config), Axis("tp", tp, 0, tuple(range(tp)))
     grid = Grid.from_layout(config.layout, world)
     for rank in range(pp):

@@ -87,11 +87,11 @@ def is_linear(name: str) -> bool:
     return any(f".{layer}." in name for layer in LINEAR)
 
 
-def grads(model: nn.Module) -> dict[str, torch.Tensor]:
+def named_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keeping: bool):
+def unsplit_gradients(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keeping: bool):
     """Gradients of two micro-batches, backward in one. keeping: through layers that could have kept their products."""
     model = stage(form, sequence_parallel, dtype)
     if keeping:
@@ -99,7 +99,7 @@ def whole(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype, keep
     passes = [StagePass(model, number) for number in range(2)]
     for each in passes:
         each.backward()
-    return grads(model), [each.x.grad for each in passes]
+    return named_gradients(model), [each.x.grad for each in passes]
 
 
 def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
@@ -113,7 +113,7 @@ def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
             each.backward()
         kept.append(products)
     assert not store.is_deferring
-    between = grads(model)
+    between = named_gradients(model)
     touched: list[str] = []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: touched.append(name))
@@ -126,20 +126,20 @@ def split(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype):
         torch.autograd.backward = backward
     assert not touched, "W went through autograd"
     assert not any(p.grad.requires_grad or p.grad.grad_fn for p in model.parameters())
-    return grads(model), [each.x.grad for each in passes], between
+    return named_gradients(model), [each.x.grad for each in passes], between
 
 
-def same(a, b) -> bool:
+def same_gradients(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def compare(form: ModelSettings, sequence_parallel: bool, dtype: torch.dtype) -> list[str]:
     """Names of the gradients that I alone makes."""
-    expected, expected_x = whole(form, sequence_parallel, dtype, keeping=False)
-    ready, ready_x = whole(form, sequence_parallel, dtype, keeping=True)
+    expected, expected_x = unsplit_gradients(form, sequence_parallel, dtype, keeping=False)
+    ready, ready_x = unsplit_gradients(form, sequence_parallel, dtype, keeping=True)
     got, got_x, between = split(form, sequence_parallel, dtype)
     assert len(expected) == len(got) and all(g.any() for g in expected.values())
-    assert same(ready, expected) and same(got, expected), "gradients of the weights"
+    assert same_gradients(ready, expected) and same_gradients(got, expected), "gradients of the weights"
     for a, b, c in zip(expected_x, ready_x, got_x, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c), "gradient of the input"
     assert all(torch.equal(between[name], expected[name]) for name in between)
@@ -199,7 +199,7 @@ class MarkGraph(torch.autograd.Function):
         return grad, None
 
 
-def let_go(sequence_parallel: bool) -> None:
+def objects_left_after_i(sequence_parallel: bool) -> None:
     """After I the graph is gone, though its products are there, and so are activations that no product needs."""
     model, store = stage(GPT2, sequence_parallel, torch.float32), WeightGradStore()
     attach_weight_grad_store(model, store)
@@ -241,7 +241,7 @@ def let_go(sequence_parallel: bool) -> None:
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_after_i_only_the_factors_are_left(tp, sequence_parallel):
-    let_go(sequence_parallel) if tp == 1 else on_ranks(tp, let_go, sequence_parallel)
+    objects_left_after_i(sequence_parallel) if tp == 1 else on_ranks(tp, objects_left_after_i, sequence_parallel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -324,7 +324,7 @@ def compare_fused(form: ModelSettings, sequence_parallel: bool) -> None:
     assert plain[2] == 0 and fused[2] == split[2] == 3 * len(linear) > 0
     for _, reported, _ in (plain, fused, split):  # autograd reports a None too, so as often as it likes, but always the same
         assert reported.keys() == plain[0].keys() and all(times % 3 == 0 for times in reported.values())
-    assert same(fused[0], split[0])
+    assert same_gradients(fused[0], split[0])
     for name, expected in plain[0].items():
         if name in linear:
             error = float((fused[0][name] - expected).abs().max() / expected.abs().max())
@@ -341,7 +341,7 @@ def test_products_that_add_themselves_are_the_same_gradients(tp, sequence_parall
 
 def test_no_product_adds_itself_to_a_buffer_of_16_bit():
     plain, fused = (backward(GPT2, False, way, torch.bfloat16) for way in ("plain", "fused"))
-    assert fused[2] == 0 and same(plain[0], fused[0])
+    assert fused[2] == 0 and same_gradients(plain[0], fused[0])
 
 
 def test_fp32_weights_and_layers_without_a_buffer_are_as_before():
@@ -350,11 +350,11 @@ def test_fp32_weights_and_layers_without_a_buffer_are_as_before():
         attach_weight_grad_store(model, store)
         buffers = flat_buffers(model.parameters()) if buffered else None
         StagePass(model).backward()
-        return buffers, grads(model)
+        return buffers, named_gradients(model)
 
     with mock.patch.object(weight_grad, "add_weight_grad", side_effect=AssertionError):
         for dtype, buffered in ((torch.float32, True), (torch.bfloat16, False)):
-            assert same(gradients(dtype, True, buffered)[1], gradients(dtype, False, buffered)[1])
+            assert same_gradients(gradients(dtype, True, buffered)[1], gradients(dtype, False, buffered)[1])
 
 
 def test_a_cpu_has_no_such_product():

@@ -32,7 +32,7 @@ OF_BERT = [
 ]
 
 
-def problems_of_bert(change: str) -> list[str]:
+def bert_problems(change: str) -> list[str]:
     try:
         parse(argv(change), program="test", defaults={"model.architecture": "bert"}, files=False)
     except ConfigError as error:
@@ -47,7 +47,7 @@ def test_a_rule_has_its_message_for_a_gpt(rule: str, change: str, message: str) 
 
 @pytest.mark.parametrize(("rule", "change", "message"), OF_BERT)
 def test_a_rule_has_its_message_for_a_bert(rule: str, change: str, message: str) -> None:
-    assert problems_of_bert(change) == [message]
+    assert bert_problems(change) == [message]
 
 
 def test_every_rule_and_every_foreign_setting_is_tested() -> None:
@@ -60,11 +60,11 @@ def test_every_rule_and_every_foreign_setting_is_tested() -> None:
 
 @pytest.mark.parametrize("change", ["", "--mask-prob 0.2 --short-seq-prob 0 --bert-no-binary-head", "--seq-length 5"])
 def test_legal_runs_of_a_bert_are_silent(change: str) -> None:
-    assert problems_of_bert(change) == []
+    assert bert_problems(change) == []
 
 
 def test_bert_settings_out_of_range_are_refused() -> None:
-    assert problems_of_bert("--mask-prob 0 --short-seq-prob 1.5") == [
+    assert bert_problems("--mask-prob 0 --short-seq-prob 1.5") == [
         "`--mask-prob 0.0` must be greater than 0 and less than 1",
         "`--short-seq-prob 1.5` must be from 0 to 1",
     ]

@@ -29,7 +29,7 @@ BASE = shlex.split(
 )
 
 
-def read(*extra: str, **options_: Any) -> Parsed:
+def parse_with(*extra: str, **options_: Any) -> Parsed:
     return parse([*BASE, *extra], program="test", files=False, **options_)
 
 
@@ -40,7 +40,7 @@ def mistakes(*argv: str, **options_: Any) -> list[str]:
 
 
 def test_flags_set_their_fields() -> None:
-    parsed = read("--num-layers", "3", "--bf16", "--lr=2e-4", "--disable-bias-linear", "--swiglu", "--split", "90,10")
+    parsed = parse_with("--num-layers", "3", "--bf16", "--lr=2e-4", "--disable-bias-linear", "--swiglu", "--split", "90,10")
     c = parsed.config
     assert (c.model.num_layers, c.precision.bf16, c.optim.lr, c.data.split) == (3, True, 2e-4, "90,10")
     assert (c.model.add_bias_linear, c.model.activation) == (False, "swiglu")
@@ -66,13 +66,13 @@ def test_every_option_can_be_typed_and_written_to_a_file(option: Any, tmp_path: 
 
 
 def test_parsing_habits_of_megatron_scripts() -> None:
-    assert read("--eval-it", "5").config.eval.eval_iters == 5
-    assert read("--lr", "1", "--lr", "2").config.optim.lr == 2.0
-    assert read("--local_rank", "3", "--local-rank=2").config == read().config
-    assert read("--num_workers", "0").config.data.num_workers == 0
-    assert read("--override-lr-scheduler").config.optim.override_opt_param_scheduler
-    assert read("--override-opt_param-scheduler").config.optim.override_opt_param_scheduler
-    assert read("--data-path", "0.3", "a", "0.7", "b").config.data.data_path == ("0.3", "a", "0.7", "b")
+    assert parse_with("--eval-it", "5").config.eval.eval_iters == 5
+    assert parse_with("--lr", "1", "--lr", "2").config.optim.lr == 2.0
+    assert parse_with("--local_rank", "3", "--local-rank=2").config == parse_with().config
+    assert parse_with("--num_workers", "0").config.data.num_workers == 0
+    assert parse_with("--override-lr-scheduler").config.optim.override_opt_param_scheduler
+    assert parse_with("--override-opt_param-scheduler").config.optim.override_opt_param_scheduler
+    assert parse_with("--data-path", "0.3", "a", "0.7", "b").config.data.data_path == ("0.3", "a", "0.7", "b")
     ramp = ("--rampup-batch-size", "2", "2", "100", "--global-batch-size", "8", "--train-samples", "1000")
     without_iterations = [w for w in BASE if w not in ("--train-iters", "10")]
     assert parse([*without_iterations, *ramp], program="t", files=False).config.batch.rampup_batch_size == (2, 2, 100)
@@ -80,16 +80,16 @@ def test_parsing_habits_of_megatron_scripts() -> None:
 
 
 def test_a_value_may_be_left_out_where_the_flag_alone_means_something(tmp_path: Path) -> None:
-    assert read("--profile-pipeline", "--bf16").config.log.profile_pipeline == "pipeline_profile"
-    assert read("--profile-pipeline", "there", "--bf16").config.log.profile_pipeline == "there"
-    assert read("--profile-pipeline=there").config.log.profile_pipeline == "there"
-    assert read("--bf16", "--profile-pipeline").config.precision.bf16
+    assert parse_with("--profile-pipeline", "--bf16").config.log.profile_pipeline == "pipeline_profile"
+    assert parse_with("--profile-pipeline", "there", "--bf16").config.log.profile_pipeline == "there"
+    assert parse_with("--profile-pipeline=there").config.log.profile_pipeline == "there"
+    assert parse_with("--bf16", "--profile-pipeline").config.precision.bf16
     assert mistakes(*BASE, "--profile-pipeline", "one", "two") == ["`two` belongs to no flag"]
     assert mistakes(*BASE, "--save") == ["`--save` needs a value after it"]
     file = tmp_path / "run.toml"
     for value, meaning in (("true", "pipeline_profile"), ("false", None), ("'there'", "there")):
         file.write_text(f"[log]\nprofile-pipeline = {value}\n")
-        assert read("--config", str(file)).config.log.profile_pipeline == meaning
+        assert parse_with("--config", str(file)).config.log.profile_pipeline == meaning
     file.write_text("[log]\nprofile-pipeline = 3\n")
     assert mistakes(*BASE, "--config", str(file)) == [f"`profile-pipeline = 3` in {file} is not a string"]
     file.write_text("[log]\ntensorboard-dir = true\n")
@@ -100,7 +100,7 @@ def test_a_value_may_be_left_out_where_the_flag_alone_means_something(tmp_path: 
 
 
 def test_a_prefix_is_noted_and_an_ambiguous_one_refused() -> None:
-    assert "--eval-it is read as --eval-iters" in read("--eval-it", "5").notes
+    assert "--eval-it is read as --eval-iters" in parse_with("--eval-it", "5").notes
     assert mistakes(*BASE, "--num-l", "5") == ["`--num-l` could be --num-layers, --num-layers-per-virtual-pipeline-stage"]
 
 
@@ -130,7 +130,7 @@ def test_two_spellings_that_disagree() -> None:
         "`--swiglu` and `--squared-relu` set the same thing to different values"
     ]
     assert "`--num-layers` and `--encoder-num-layers`" in mistakes(*BASE, "--encoder-num-layers", "5")[0]
-    assert read("--encoder-num-layers", "2").config.model.num_layers == 2
+    assert parse_with("--encoder-num-layers", "2").config.model.num_layers == 2
 
 
 def test_the_process_prints_all_mistakes_fast_and_without_a_traceback(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_an_unreadable_checkpoint_is_one_mistake(tmp_path: Path) -> None:
 
 
 def test_toml_and_json_round_trips(tmp_path: Path) -> None:
-    config = read("--swiglu", "--disable-bias-linear", "--data-path", "0.5", 'a "quoted" päth\\', "0.5", "b").config
+    config = parse_with("--swiglu", "--disable-bias-linear", "--data-path", "0.5", 'a "quoted" päth\\', "0.5", "b").config
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert parse(["--config", str(file)], program="t", files=False).config == config
@@ -262,7 +262,7 @@ def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
 def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("preset = 'llama-7b'\n[model]\ndisable-bias-linear = true\nswiglu = true\n[data]\ndata_path = 'one'\n")
-    config = read("--config", str(file)).config
+    config = parse_with("--config", str(file)).config
     assert config.model.normalization == "RMSNorm" and config.data.data_path == ("data",)
     assert mistakes("--config", str(tmp_path / "no.toml"))[0].endswith("cannot be read: No such file or directory")
     file.write_bytes(b"\xff\xfe\x00")
@@ -270,12 +270,12 @@ def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
 
 
 def test_recomputation_has_the_flags_of_megatron() -> None:
-    assert read("--recompute-activations").config.memory == MemoryConfig("selective")
+    assert parse_with("--recompute-activations").config.memory == MemoryConfig("selective")
     full = shlex.split("--recompute-granularity full --recompute-method block --recompute-num-layers 3")
-    assert read(*full).config.memory == MemoryConfig("full", "block", 3)
+    assert parse_with(*full).config.memory == MemoryConfig("full", "block", 3)
     uniform = shlex.split("--recompute-granularity full --recompute-method uniform --distribute-saved-activations")
-    two = read(*uniform, "--tensor-model-parallel-size", "2", world_size=2)
-    assert two.config.memory == MemoryConfig("full", "uniform", 1, True) and read().config.memory == MemoryConfig()
+    two = parse_with(*uniform, "--tensor-model-parallel-size", "2", world_size=2)
+    assert two.config.memory == MemoryConfig("full", "uniform", 1, True) and parse_with().config.memory == MemoryConfig()
     assert mistakes(*BASE, "--recompute-activations", "--recompute-granularity", "full")[0] == (
         "`--recompute-activations` and `--recompute-granularity` set the same thing to different values"
     )
@@ -285,32 +285,32 @@ def test_recomputation_has_the_flags_of_megatron() -> None:
 
 def test_precision_has_the_flags_of_megatron() -> None:
     scale = shlex.split("--fp16 --initial-loss-scale 65536 --min-loss-scale 2 --loss-scale-window 500 --hysteresis 4")
-    assert read(*scale).config.precision == PrecisionConfig(False, True, None, 65536.0, 2.0, 500.0, 4)
-    assert read("--fp16", "--loss-scale", "128").config.precision.loss_scale == 128.0
-    assert read().config.precision == PrecisionConfig(False, False, None, 2.0**32, 1.0, 1000.0, 2)
-    assert [read(*flag).config.precision.is_16bit for flag in ((), ("--bf16",), ("--fp16",))] == [False, True, True]
-    assert read("--skip-train-iterations", "3", "7-9").config.batch.skip_train_iterations == ("3", "7-9")
-    assert read("--skip-train").config.eval.skip_train  # exact, though the beginning of another flag
+    assert parse_with(*scale).config.precision == PrecisionConfig(False, True, None, 65536.0, 2.0, 500.0, 4)
+    assert parse_with("--fp16", "--loss-scale", "128").config.precision.loss_scale == 128.0
+    assert parse_with().config.precision == PrecisionConfig(False, False, None, 2.0**32, 1.0, 1000.0, 2)
+    assert [parse_with(*flag).config.precision.is_16bit for flag in ((), ("--bf16",), ("--fp16",))] == [False, True, True]
+    assert parse_with("--skip-train-iterations", "3", "7-9").config.batch.skip_train_iterations == ("3", "7-9")
+    assert parse_with("--skip-train").config.eval.skip_train  # exact, though the beginning of another flag
 
 
 def test_a_configuration_saved_before_there_was_fp16() -> None:
-    saved = to_json(read("--bf16").config)
+    saved = to_json(parse_with("--bf16").config)
     saved["precision"] = {"bf16": True}
     del saved["batch"]["skip_train_iterations"]
-    assert resolve(from_json(saved)) == read("--bf16").config
+    assert resolve(from_json(saved)) == parse_with("--bf16").config
 
 
 def test_a_configuration_saved_before_there_was_recomputation() -> None:
-    saved = to_json(read().config)
+    saved = to_json(parse_with().config)
     del saved["memory"]
-    assert resolve(from_json(saved)) == read().config
+    assert resolve(from_json(saved)) == parse_with().config
 
 
 def test_a_configuration_saved_before_there_were_pipelines() -> None:
-    saved = to_json(read().config)
+    saved = to_json(parse_with().config)
     for section, field in (("layout", "pipeline_stage_layers"), ("log", "profile_pipeline")):
         del saved[section][field]
-    assert resolve(from_json(saved)) == read().config
+    assert resolve(from_json(saved)) == parse_with().config
 
 
 def test_presets_are_fields_of_the_model() -> None:
@@ -321,18 +321,18 @@ def test_presets_are_fields_of_the_model() -> None:
 
 def test_world_size_belongs_to_the_dry_run() -> None:
     assert "goes with --dry-run" in mistakes(*BASE, "--world-size", "8")[0]
-    assert read("--dry-run", "--world-size", "8").config.batch.global_batch_size == 16
-    assert read("--dry-run").dry_run and not read().dry_run
-    assert read(world_size=3).config.batch.global_batch_size == 6
+    assert parse_with("--dry-run", "--world-size", "8").config.batch.global_batch_size == 16
+    assert parse_with("--dry-run").dry_run and not parse_with().dry_run
+    assert parse_with(world_size=3).config.batch.global_batch_size == 6
     assert "must be greater than 0" in mistakes(*BASE, "--dry-run", "--world-size", "0")[0]
 
 
 def test_flags_that_change_nothing_are_noted() -> None:
-    assert any("--sequence-parallel changes nothing" in n for n in read("--sequence-parallel").notes)
+    assert any("--sequence-parallel changes nothing" in n for n in parse_with("--sequence-parallel").notes)
     pipeline = ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage"]
-    assert read(*pipeline, "1", "--num-layers", "4", world_size=2).notes == ()
-    assert read(*pipeline, "3", "--num-layers", "7", world_size=2).notes == (
+    assert parse_with(*pipeline, "1", "--num-layers", "4", world_size=2).notes == ()
+    assert parse_with(*pipeline, "3", "--num-layers", "7", world_size=2).notes == (
         "--num-layers-per-virtual-pipeline-stage 3 changes nothing: 7 layers on 2 pipeline ranks are one stage each",
     )
-    assert any("without --save" in n for n in read("--save-interval", "5").notes)
-    assert read().notes == ()
+    assert any("without --save" in n for n in parse_with("--save-interval", "5").notes)
+    assert parse_with().notes == ()

@@ -24,13 +24,13 @@ def places(tmp_path, monkeypatch):
     return tmp_path
 
 
-def read(*flags: str) -> Parsed:
+def parse_with(*flags: str) -> Parsed:
     return parse([*BASE, *flags], program="test")
 
 
-def wrong(*flags: str) -> list[str]:
+def parse_problems(*flags: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        read(*flags)
+        parse_with(*flags)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -38,9 +38,9 @@ def wrong(*flags: str) -> list[str]:
 def test_a_file_is_what_would_follow_data_path(places, text):
     Path("blend.txt").write_text(text, encoding="utf-8", newline="")
     words = text.removeprefix("\ufeff").split()
-    assert read("--data-args-path", "blend.txt").config == read("--data-path", *words).config
+    assert parse_with("--data-args-path", "blend.txt").config == parse_with("--data-path", *words).config
     Path("run.toml").write_text('[data]\ndata-args-path = "blend.txt"\n')
-    assert read("--config", "run.toml").config == read("--data-path", *words).config
+    assert parse_with("--config", "run.toml").config == parse_with("--data-path", *words).config
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_json_file_is_the_flags_of_each_split(places, lists):
         words = lists.get(key) or []
         words = words.split() if isinstance(words, str) else [str(word) for word in words]
         flags += [f"--{key}-data-path", *words] if words else []
-    assert read("--per-split-data-args-path", "splits.json").config == read(*flags).config
+    assert parse_with("--per-split-data-args-path", "splits.json").config == parse_with(*flags).config
 
 
 BAD_TEXTS = {
@@ -74,7 +74,7 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("text", BAD_TEXTS, ids=repr)
 def test_what_is_wrong_with_a_file_is_one_message_with_its_place(places, text):
     Path("blend.txt").write_text(text)
-    (problem,) = wrong("--data-args-path", "blend.txt")
+    (problem,) = parse_problems("--data-args-path", "blend.txt")
     assert problem.startswith("`--data-args-path blend.txt`") and BAD_TEXTS[text] in problem
 
 
@@ -95,7 +95,7 @@ BAD_JSON = {
 @pytest.mark.parametrize("text", BAD_JSON)
 def test_what_is_wrong_with_a_json_file_is_one_message_with_its_place(places, text):
     Path("splits.json").write_text(text)
-    (problem,) = wrong("--per-split-data-args-path", "splits.json")
+    (problem,) = parse_problems("--per-split-data-args-path", "splits.json")
     assert problem.startswith("`--per-split-data-args-path splits.json`") and BAD_JSON[text] in problem
 
 
@@ -108,20 +108,20 @@ def test_a_file_that_cannot_be_read(places):
         ("--per-split-data-args-path", "gone", "cannot be read: No such file or directory"),
         ("--per-split-data-args-path", "bytes", "is not JSON: "),
     ):
-        (problem,) = wrong(flag, name)
+        (problem,) = parse_problems(flag, name)
         assert problem.startswith(f"`{flag} {name}` {rule}")
 
 
 def test_data_come_from_one_place(places):
     Path("blend.txt").write_text("a")
     for other in (["--data-path", "b"], ["--valid-data-path", "b"], ["--mock-data"], ["--per-split-data-args-path", "s"]):
-        problems = wrong("--data-args-path", "blend.txt", *other)
+        problems = parse_problems("--data-args-path", "blend.txt", *other)
         assert f"`--data-args-path blend.txt` and `{' '.join(other)}` exclude each other; give one of them" in problems
     for flag in ("--data-path", "--train-data-path", "--test-data-path"):
-        (problem,) = wrong("--mock-data", flag, "a")
+        (problem,) = parse_problems("--mock-data", flag, "a")
         assert problem == f"`--mock-data` and `{flag} a` exclude each other: the samples are synthetic, or read from files"
-    assert read("--mock-data").config.data.mock_data
-    assert wrong() == ["`--data-path` is missing, and has no default"]
+    assert parse_with("--mock-data").config.data.mock_data
+    assert parse_problems() == ["`--data-path` is missing, and has no default"]
 
 
 def test_nothing_is_written_over_a_file_of_data_paths(places):
@@ -129,7 +129,8 @@ def test_nothing_is_written_over_a_file_of_data_paths(places):
     Path("splits.json").write_text('{"train": ["a"]}')
     for flag, name in (("--data-args-path", "blend.txt"), ("--per-split-data-args-path", "splits.json")):
         assert any(
-            f"`--metrics-path {name}` cannot be written" in problem for problem in wrong(flag, name, "--metrics-path", name)
+            f"`--metrics-path {name}` cannot be written" in problem
+            for problem in parse_problems(flag, name, "--metrics-path", name)
         )
 
 

@@ -51,7 +51,7 @@ FORMS = {  # what lies in a directory, what it is called, what is to be done
 }
 
 
-def made(folder: Path, content: list[str] | dict[str, str]) -> Path:
+def write_content(folder: Path, content: list[str] | dict[str, str]) -> Path:
     for name in content:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content[name] if isinstance(content, dict) else "x")
@@ -61,7 +61,7 @@ def made(folder: Path, content: list[str] | dict[str, str]) -> Path:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_directory_is_named_as_what_it_is(form: str, tmp_path: Path) -> None:
     content, what, advice = FORMS[form]
-    found = recognize(made(tmp_path, content))
+    found = recognize(write_content(tmp_path, content))
     assert found is not None and what in found.what, found
     assert advice.replace("DIR", str(tmp_path)) in found.advice, found
 
@@ -69,13 +69,13 @@ def test_a_directory_is_named_as_what_it_is(form: str, tmp_path: Path) -> None:
 def test_what_is_ours_or_nobodys_is_not(tmp_path: Path) -> None:
     for name, content in {"ours": OURS, "unfinished": ["iter_0000004/config.json"], "notes": ["readme.md"], "none": []}.items():
         (tmp_path / name).mkdir()
-        assert recognize(made(tmp_path / name, content)) is None, name
+        assert recognize(write_content(tmp_path / name, content)) is None, name
     assert recognize(tmp_path / "nothing") is None
 
 
 def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
     for name, content in {"ours": OURS, "hf": FORMS["Hugging Face"][0], "lm": FORMS["Megatron-LM"][0]}.items():
-        made(tmp_path / name, content)
+        write_content(tmp_path / name, content)
     seen = {
         (name, reader): getattr(recognize_directory(tmp_path / name, reader), "what", None)
         for name in ("ours", "hf", "lm")

@@ -25,7 +25,7 @@ def schedules(name: str, ranks: range = RANKS, micro_batches: range = MICRO_BATC
                     yield forward_only(schedule)
 
 
-def moved(programs: Programs, by: int) -> Programs:
+def move_receives(programs: Programs, by: int) -> Programs:
     """Every receive `by` actions earlier, whatever its sender waits for."""
     found: Programs = []
     for items in programs:
@@ -67,7 +67,7 @@ def test_later_any_one_action_may_wait_for_its_device(name):
 def test_the_rule_is_what_the_model_does(name, by):
     """Each action waits in turn. Receives that are moved ahead get some stuck, and the rule says of which schedules."""
     for schedule in schedules(name, range(2, 4), range(1, 7, 2)):
-        programs = moved(lower(schedule, early=2), by)
+        programs = move_receives(lower(schedule, early=2), by)
         actions = [(rank, action) for rank, program in enumerate(schedule.programs) for action in program]
         hang = [one for one in actions if stuck(programs, Device(whole=lambda *each, one=one: each == one))]
         assert bool(hang) == bool(unsafe_transfers(schedule, programs)), (words(schedule), hang)
@@ -77,7 +77,7 @@ def test_the_rule_is_what_the_model_does(name, by):
 def test_an_early_wait_hangs_gpipe_at_its_peak():
     """The first gradient was awaited before the last forward, which it depends on: an allocator's retry there never ended."""
     schedule = make("gpipe", 4, 8)
-    programs = moved(lower(schedule), 1)
+    programs = move_receives(lower(schedule), 1)
     assert stuck(programs, Device(whole=lambda rank, action: str(action) == "F0.7"))
     assert unsafe_transfers(schedule, programs)
 

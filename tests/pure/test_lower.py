@@ -38,7 +38,7 @@ def grid(name: str) -> list[Schedule]:
 
 
 @cache
-def lowered(name: str) -> list[tuple[Schedule, list[list[Instruction]]]]:
+def lower_grid(name: str) -> list[tuple[Schedule, list[list[Instruction]]]]:
     return [(schedule, lower(schedule)) for schedule in grid(name)]
 
 
@@ -53,7 +53,7 @@ def waits_for(action: Action) -> tuple[int, int, bool] | None:
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_result_for_another_rank_is_sent_once_and_received_once(name):
-    for schedule, programs in lowered(name):
+    for schedule, programs in lower_grid(name):
         sent = {i.number: (rank, i) for rank, items in enumerate(programs) for i in items if isinstance(i, Send)}
         received = {i.number: (rank, i) for rank, items in enumerate(programs) for i in items if isinstance(i, Receive)}
         counts = Counter(i.number for items in programs for i in items if isinstance(i, Transfer))
@@ -75,7 +75,7 @@ def test_every_result_for_another_rank_is_sent_once_and_received_once(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_actions_stay_in_order_and_sends_follow_what_they_send(name):
-    for schedule, programs in lowered(name):
+    for schedule, programs in lower_grid(name):
         for program, items in zip(schedule.programs, programs, strict=True):
             assert tuple(i for i in items if isinstance(i, Action)) == program
             for before, item in itertools.pairwise([None, *items]):
@@ -85,7 +85,7 @@ def test_the_actions_stay_in_order_and_sends_follow_what_they_send(name):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_receives_are_posted_in_the_senders_order(name):
     """All that a backend needs which matches by order alone; the channels are those that were opened."""
-    for schedule, programs in lowered(name):
+    for schedule, programs in lower_grid(name):
         orders: dict[tuple[int, int], list[list[int]]] = {}
         for rank, items in enumerate(programs):
             for item in items:
@@ -219,7 +219,7 @@ def stuck(schedule: Schedule, programs: list[list[Instruction]], queue: Queue) -
 @pytest.mark.parametrize("queue", [tagged, by_channel])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_backend_gets_stuck(name, queue):
-    for schedule, programs in lowered(name):
+    for schedule, programs in lower_grid(name):
         assert not stuck(schedule, programs, queue), (name, schedule.ranks, schedule.micro_batches, schedule.stages)
 
 

@@ -62,7 +62,7 @@ json.dump(answers, sys.stdout)
 """
 
 
-def carried_out(root: Path, *commands: list[str]) -> list[tuple[int, str, str]]:
+def run_in_project(root: Path, *commands: list[str]) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each command in that project."""
     done = subprocess.run(
         [sys.executable, "-c", DRIVER],
@@ -81,22 +81,22 @@ def dry_run(change: str, *schedule: str) -> list[str]:
     return ["pretrain_gpt.py", *flags, "--dry-run", "--world-size", "2", "--pipeline-schedule", *schedule]
 
 
-def drawing(schedule: str, micro_batches: int) -> list[str]:
+def drawing_command(schedule: str, micro_batches: int) -> list[str]:
     counts = ["--stages", "2", "--microbatches", str(micro_batches)]
     return ["tools/draw_schedule.py", "--schedule", schedule, *counts, "--json"]
 
 
 def test_dry_run_rules_and_drawing_know_what_a_new_row_says(project):
     ramp = "--no:train-iters --rampup-batch-size 4 2 100 --train-samples 200 --lr-decay-samples 200"
-    planned, few, compiled, grows, *drawn, odd = carried_out(
+    planned, few, compiled, grows, *drawn, odd = run_in_project(
         project,
         dry_run("", "vee"),
         dry_run("--num-layers 3", "vee"),
         dry_run("", "vee", "--compile"),
         dry_run(ramp, "backwards"),
-        drawing("vee", 4),
-        drawing("backwards", 4),
-        drawing("backwards", 3),
+        drawing_command("vee", 4),
+        drawing_command("backwards", 4),
+        drawing_command("backwards", 3),
     )
     assert planned[0] == 0 and planned[2] == ""
     table = planned[1].split("# Parameters")[1].splitlines()[2:6]

@@ -58,7 +58,7 @@ def command_lines() -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
     return tuple(found)
 
 
-def read(*extra: str) -> Parsed:
+def parse_with(*extra: str) -> Parsed:
     return parse([*BASE, *extra], program="test", files=False)
 
 
@@ -84,7 +84,7 @@ def test_no_flag_is_both_in_the_schema_and_in_the_tables() -> None:
     assert not both, f"these flags have a field now: take them out of config/command_line/other_flags: {both}"
 
 
-def outcome(row: OtherFlag, *values: str) -> Reading:
+def read_flag(row: OtherFlag, *values: str) -> Reading:
     return read_arguments([row.flag.replace("*", "x"), *values])
 
 
@@ -97,17 +97,17 @@ def test_each_other_flag_has_one_line(kind: str) -> None:
             continue
         name = row.flag.replace("*", "x")
         if kind == "renamed":
-            reading = outcome(row, *["block" if "method" in name else "1"] * (row.takes == "1"))
+            reading = read_flag(row, *["block" if "method" in name else "1"] * (row.takes == "1"))
             assert reading.problems == [] and reading.values and len(reading.notes) == 1, name
             assert f"{name}" in reading.notes[0] and f"is read as {row.means[0]}" in reading.notes[0]
             continue
         harmless = {"0": [], "1": ["1"], "*": ["1", "2"]}[row.takes] if not row.legal else [row.legal[-1]]
         if kind == "without effect" or row.legal:
-            reading = outcome(row, *harmless)
+            reading = read_flag(row, *harmless)
             assert (reading.problems, reading.values) == ([], {}), name
             assert len(reading.notes) == 1 and f"{name} " in reading.notes[0] and "changes nothing: " in reading.notes[0]
         if kind == "refused" or row.legal:
-            reading = outcome(row, "strange")
+            reading = read_flag(row, "strange")
             assert (len(reading.problems), reading.notes, reading.values) == (1, [], {}), name
             assert row.text in str(reading.problems[0])
 
@@ -134,7 +134,7 @@ def test_a_switch_that_asks_for_nothing_is_no_mistake() -> None:
         "--expert-model-parallel-size 1", "--mtp-num-layers 0", "--rotary-scaling-factor 1.0", "--softmax-type vanilla",
         "--data-parallel-sharding-strategy no_shard", "--recompute-modules core_attn", "--rope-type rope",
     ):  # fmt: skip
-        (note,) = read(*words.split()).notes
+        (note,) = parse_with(*words.split()).notes
         assert note == f"{words} changes nothing: it asks for nothing that is not there"
 
 
@@ -170,7 +170,10 @@ def test_a_feature_is_refused_in_one_message() -> None:
 def test_old_flags_are_read_as_the_new_ones(old: str, new: str) -> None:
     base = shlex.split(" ".join(BASE).replace(" --micro-batch-size 2", "")) if old.startswith("--batch-size") else BASE
     parsed = parse([*base, *old.split()], program="t", files=False)
-    assert parsed.config == parse([*base, *new.split()], program="t", files=False).config != read().config or "model-par" in old
+    assert (
+        parsed.config == parse([*base, *new.split()], program="t", files=False).config != parse_with().config
+        or "model-par" in old
+    )
     assert len(parsed.notes) == len([word for word in old.split() if word.startswith("--") and word != "--save"])
 
 
@@ -192,19 +195,19 @@ def test_no_position_embedding_gives_way_to_other_flags() -> None:
         "--preset llama-7b --no-position-embedding": "rope",
         "--preset gpt2-125m --no-position-embedding": "none",
     }.items():
-        assert read(*words.split()).config.model.position_embedding_type == meaning, words
+        assert parse_with(*words.split()).config.model.position_embedding_type == meaning, words
     assert mistakes(*BASE, "--no-position-embedding", "--position-embedding-type", "learned_absolute") == [
         "`--position-embedding-type` and `--no-position-embedding` set the same thing to different values"
     ]
     groups = {"--group-query-attention --num-query-groups 2": 2, "--num-query-groups 4 --group-query-attention": 4}
     for words, size in {**groups, "--group-query-attention": 1, "": 4}.items():
-        assert read(*words.split()).config.model.num_query_groups == size, words
+        assert parse_with(*words.split()).config.model.num_query_groups == size, words
 
 
 def test_flags_that_give_way_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[model]\nuse-rotary-position-embeddings = true\nno-position-embedding = true\nnum-query-groups = 2\n")
-    model = read("--config", str(file), "--group-query-attention").config.model
+    model = parse_with("--config", str(file), "--group-query-attention").config.model
     assert (model.position_embedding_type, model.num_query_groups) == ("rope", 2)
 
 
@@ -227,7 +230,7 @@ def test_other_flags_in_a_file(tmp_path: Path) -> None:
 
 def test_values_as_scripts_and_yaml_files_hold_them() -> None:
     for split in ("'99,1,0'", '"99,1,0"', "[99, 1, 0]", "99/1/0"):
-        assert read("--split", split).config.data.split == split
+        assert parse_with("--split", split).config.data.split == split
     ramp = ["--rampup-batch-size", "[2", "2", "100]", "--global-batch-size", "8", "--train-samples", "1000"]
     without = shlex.split(" ".join(BASE).replace(" --train-iters 10", ""))
     for words in (ramp, ["--rampup-batch-size", "[2 2 100]", *ramp[4:]], ["--rampup-batch-size", "[2, 2, 100]", *ramp[4:]]):

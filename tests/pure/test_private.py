@@ -34,7 +34,7 @@ def test_a_peer_reads_what_a_process_wrote(place: Path) -> None:
     assert not list(place.iterdir()) and read_status(own, own) is None
 
 
-def planted(place: Path, victim: Path, kind: str) -> None:
+def plant(place: Path, victim: Path, kind: str) -> None:
     if kind == "a link":
         (victim / "inner").mkdir(mode=0o700, parents=True)
         place.symlink_to(victim / "inner")
@@ -47,7 +47,7 @@ def planted(place: Path, victim: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["a link", "open to others", "a file"])
 def test_what_somebody_planted_is_not_used(place: Path, tmp_path: Path, kind: str) -> None:
-    planted(place, tmp_path / "victim", kind)
+    plant(place, tmp_path / "victim", kind)
     with pytest.raises(OSError):
         PrivateDirectory()
     own = Process.own()

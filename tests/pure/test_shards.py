@@ -16,7 +16,7 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
-def tiling(rng: random.Random, shape: tuple[int, ...], cuts: int) -> list[Part]:
+def random_tiling(rng: random.Random, shape: tuple[int, ...], cuts: int) -> list[Part]:
     """Disjoint rectangles that cover `shape`, cut at random places; not a grid."""
     parts = [Part((0,) * len(shape), shape)]
     for _ in range(cuts):
@@ -33,7 +33,7 @@ def tiling(rng: random.Random, shape: tuple[int, ...], cuts: int) -> list[Part]:
     return parts
 
 
-def cut(array: np.ndarray, part: Part) -> np.ndarray:
+def slice_part(array: np.ndarray, part: Part) -> np.ndarray:
     return array[tuple(slice(a, a + n) for a, n in zip(part.start, part.shape, strict=True))]
 
 
@@ -42,22 +42,22 @@ def test_any_tiling_fills_any_other(seed):
     rng = random.Random(seed)
     shape = tuple(rng.randrange(1, 12) for _ in range(rng.randrange(1, 4)))
     whole = np.arange(prod(shape)).reshape(shape)
-    saved, wanted = tiling(rng, shape, rng.randrange(12)), tiling(rng, shape, rng.randrange(12))
+    saved, wanted = random_tiling(rng, shape, rng.randrange(12)), random_tiling(rng, shape, rng.randrange(12))
     assert fault(shape, saved) is None and fault(shape, wanted) is None
-    held = [cut(whole, p) for p in saved]
+    held = [slice_part(whole, p) for p in saved]
     for part in wanted:
         target = np.full(part.shape, -1)
         for copy in copies(part, saved):
             assert (target[copy.target] == -1).all()  # nothing is copied twice
             target[copy.target] = held[copy.piece][copy.source]
-        np.testing.assert_array_equal(target, cut(whole, part))
+        np.testing.assert_array_equal(target, slice_part(whole, part))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_spoilt_tiling_is_found(seed):
     rng = random.Random(seed)
     shape = (9, 7)
-    saved = tiling(rng, shape, 8)
+    saved = random_tiling(rng, shape, 8)
     i = rng.randrange(len(saved))
     start, size = saved[i]
     assert "hold" in fault(shape, saved[:i] + saved[i + 1 :])

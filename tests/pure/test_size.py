@@ -116,7 +116,7 @@ def memory_on_a_rank(
     return memory_of(run, MetaModel.of(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
 
 
-def complete(model: ModelSettings) -> ModelConfig:
+def resolve_with_vocab(model: ModelSettings) -> ModelConfig:
     return replace(resolve_model(model), vocab_size=VOCAB)
 
 
@@ -136,7 +136,7 @@ STAGES = [
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize(("form", "part"), STAGES)
 def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: int) -> None:
-    model = complete(FORMS[form])
+    model = resolve_with_vocab(FORMS[form])
     last = TensorParallel(Axis("tp", tp, tp - 1, tuple(range(tp))))
     built = MODELS[model.architecture](model, part, last, dtype=torch.float32)
     real = [(param_spec(p).name, param_spec(p).shape, p.numel()) for p in built.parameters()]
@@ -149,7 +149,7 @@ def test_parameters_are_those_of_a_real_build(form: str, part: StagePart, tp: in
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
-    model = complete(FORMS[form])
+    model = resolve_with_vocab(FORMS[form])
     dtype = torch.bfloat16 if bf16 else torch.float32
     first = TensorParallel(Axis("tp", 2, 0, (0, 1)))
     built = MODELS[model.architecture](model, StagePart(range(3), True, True), first, dtype=dtype)
@@ -165,7 +165,7 @@ def test_bytes_are_those_of_real_buffers(form: str, bf16: bool) -> None:
 
 
 def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
-    model = complete(PLAIN)
+    model = resolve_with_vocab(PLAIN)
     sizes, first, last = MetaModel(model), StagePart(range(2), True, False), StagePart(range(2, 3), False, True)
     assert [p.spec.name for p in sizes.parameters(last) if VOCAB in p.spec.shape] == ["embedding.word.weight"]
     assert sizes.count(first) + sizes.count(last) == sizes.count() + VOCAB * 24
@@ -173,7 +173,7 @@ def test_a_tied_output_layer_elsewhere_holds_a_copy() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stages_of_one_rank_together(form: str) -> None:
-    model, first, last = complete(FORMS[form]), StagePart(range(1), True, False), StagePart(range(1, 3), False, True)
+    model, first, last = resolve_with_vocab(FORMS[form]), StagePart(range(1), True, False), StagePart(range(1, 3), False, True)
     both, whole = memory_on_a_rank(model, first, last, tp=2, in_flight=[3, 1]), memory_on_a_rank(model, tp=2)
     assert (both.weights, both.gradients, both.optimizer) == (whole.weights, whole.gradients, whole.optimizer)
     # On two ranks a tied matrix is there twice: 2 x 24 x 64 elements, as 127 tokens are padded to 2 x 64.
@@ -185,7 +185,7 @@ def test_the_stages_of_one_rank_together(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_stages_compute_what_the_model_computes(form: str) -> None:
-    model, seq = complete(FORMS[form]), 8
+    model, seq = resolve_with_vocab(FORMS[form]), 8
     parts = [StagePart(range(1), True, False), StagePart(range(1, 3), False, False), StagePart(range(3, 3), False, True)]
     whole = MetaModel(model)
     flops = [stage_flops(whole, seq, part) for part in parts]
@@ -208,7 +208,7 @@ def test_the_stages_compute_what_the_model_computes(form: str) -> None:
     ],
 )
 def test_parameter_counts_of_known_models(name: str, vocab: int, count: int) -> None:
-    model = replace(complete(ModelSettings(**PRESETS[name])), vocab_size=vocab)
+    model = replace(resolve_with_vocab(ModelSettings(**PRESETS[name])), vocab_size=vocab)
     assert MetaModel(model).count() == count
 
 
@@ -224,21 +224,21 @@ def forward_flops(model: MetaModel, seq: int) -> int:
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_flops_are_those_of_all_ranks(tp: int) -> None:
-    model = complete(replace(PLAIN, num_attention_heads=8))
+    model = resolve_with_vocab(replace(PLAIN, num_attention_heads=8))
     alone, cut = MetaModel(model), MetaModel(model, tp)
     assert forward_flops(cut, 8) == forward_flops(alone, 8)
 
 
 def test_flops_by_hand() -> None:
     # GPT: 2 layers, h = 8, 2 heads of 4, f = 12, s = 5, vocabulary 11, one token forward.
-    custom = complete(replace(PLAIN, num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12))
+    custom = resolve_with_vocab(replace(PLAIN, num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12))
     layer = 2 * 8 * 24 + 2 * 5 * 8 + 2 * 5 * 8 + 2 * 8 * 8 + 2 * 8 * 12 + 2 * 12 * 8  # qkv, scores, sum, dense, up, down
     assert layer == 1056
     model = MetaModel(replace(custom, vocab_size=11))
     assert forward_flops(model, 5) == 2 * layer + 2 * 8 * 11 == 2288
     assert flops_per_token(model, 5) == 6864
     # Grouped queries and SwiGLU: 4 heads of 4 in 2 groups, h = 16, f = 24.
-    llama = complete(replace(FORMS["llama"], num_layers=1, hidden_size=16, num_attention_heads=4, ffn_hidden_size=24))
+    llama = resolve_with_vocab(replace(FORMS["llama"], num_layers=1, hidden_size=16, num_attention_heads=4, ffn_hidden_size=24))
     model = MetaModel(replace(llama, vocab_size=11))
     assert forward_flops(model, 5) == 2 * 16 * 32 + 4 * 5 * 16 + 2 * 16 * 16 + 3 * 2 * 16 * 24 + 2 * 16 * 11
 
@@ -247,14 +247,14 @@ def test_flops_with_the_square_and_the_causal_half_of_attention() -> None:
     """Llama-3-8B at 8,192 tokens: 57.91 GFLOP a token over the whole square, and 51.47 in NVIDIA's tables."""
     shape = replace(FORMS["llama"], num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8)
     vocab, seq = 128256, 8192
-    config = replace(complete(replace(shape, ffn_hidden_size=14336)), vocab_size=vocab)
+    config = replace(resolve_with_vocab(replace(shape, ffn_hidden_size=14336)), vocab_size=vocab)
     model = MetaModel(config)
     weights = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) + 4096 * vocab
     # Megatron-Core 0.19, num_floating_point_operations: 3 x 2 x (weights + query width x s / 2 x 2) for each token.
     assert causal_flops_per_token(model, seq) == 6 * (weights + 32 * 4096 * seq // 2 * 2) == 51_470_401_536
     assert flops_per_token(model, seq) == 6 * (weights + 32 * 4096 * seq * 2) == 57_912_852_480
     assert round(57_912_852_480 / 51_470_401_536 - 1, 3) == 0.125
-    odd = MetaModel(complete(replace(PLAIN, num_layers=1, hidden_size=6, num_attention_heads=2)))
+    odd = MetaModel(resolve_with_vocab(replace(PLAIN, num_layers=1, hidden_size=6, num_attention_heads=2)))
     core = 3 * 2 * 2 * 5 * 6
     assert causal_flops_per_token(odd, 5) == flops_per_token(odd, 5) - core // 2 and core % 2 == 0
     assert causal_flops_per_token(MetaModel(replace(config, architecture="bert")), seq) is None
@@ -263,7 +263,7 @@ def test_flops_with_the_square_and_the_causal_half_of_attention() -> None:
 def test_flops_are_the_published_formula() -> None:
     # arXiv 2104.04473 without recomputation: 72 B s l h^2 (1 + s / 6h + V / 12 l h)
     s, vocab, batch = 1024, 51200, 512
-    model = MetaModel(replace(complete(ModelSettings(**PRESETS["gpt-8.3b"])), vocab_size=vocab))
+    model = MetaModel(replace(resolve_with_vocab(ModelSettings(**PRESETS["gpt-8.3b"])), vocab_size=vocab))
     layers, h = 72, 3072
     published = 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (12 * layers * h))
     assert flops_per_token(model, s) * s * batch == pytest.approx(published, rel=1e-12)
@@ -272,7 +272,7 @@ def test_flops_are_the_published_formula() -> None:
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
 def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool) -> None:
     # arXiv 2205.05198, equations 1 to 4, for 16 bit.
-    model, s, b = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4
+    model, s, b = resolve_with_vocab(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4
     h, a, layers = 3072, 32, 72
     per_layer = s * b * h * ((34 + 5 * a * s / h) / tp if sequence_parallel else 10 + 24 / tp + 5 * a * s / (h * tp))
     stage, how = StagePart(range(layers), False, False), dict(tp=tp, seq=s, rows=b, sequence_parallel=sequence_parallel)
@@ -286,7 +286,7 @@ def test_activations_are_the_published_formula(tp: int, sequence_parallel: bool)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (8, False), (8, True)])
 def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool) -> None:
     # arXiv 2205.05198, equation 6 and section 5, for 16 bit: 34 s b h / t, and 2 s b h for what is run again whole.
-    model, s, b, h, a = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4, 3072, 32
+    model, s, b, h, a = resolve_with_vocab(ModelSettings(**PRESETS["gpt-8.3b"])), 1024, 4, 3072, 32
     stage = StagePart(range(1, 73), False, False)
 
     def counted(in_flight: int = 1, **memory: object) -> tuple[int, int]:
@@ -312,7 +312,7 @@ def test_recomputation_is_the_published_formula(tp: int, sequence_parallel: bool
 
 def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> None:
     # h = 3072, 16 bit: inputs h, h, h, 4 h and gradients 3 h, h, 4 h, h of the four linear layers.
-    model, stage, tokens = complete(ModelSettings(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
+    model, stage, tokens = resolve_with_vocab(ModelSettings(**PRESETS["gpt-8.3b"])), StagePart(range(1, 2), False, False), 1024
     found = count_activations(model, stage, seq=tokens, memory=MemoryConfig("full", "uniform"))
     assert found.held(5, split=2) == tokens * 3072 * (3 * 2 + 2 * 32)
     plain = count_activations(model, stage, seq=tokens)
@@ -320,7 +320,7 @@ def test_factors_of_weight_gradients_are_kept_even_where_inputs_are_not() -> Non
 
 
 def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
-    model = complete(PLAIN)
+    model = resolve_with_vocab(PLAIN)
     first, last, memory = StagePart(range(1), True, False), StagePart(range(1, 3), False, False), MemoryConfig("full", "block")
     alone = [memory_on_a_rank(model, stage, memory=memory) for stage in (first, last)]
     both = memory_on_a_rank(model, first, last, memory=memory)
@@ -330,7 +330,7 @@ def test_the_stages_of_a_rank_run_again_one_at_a_time() -> None:
 
 def test_the_head_is_counted_with_one_chunk_of_logits() -> None:
     # Tokens in chunks of 2^27 // 25216 = 5322; on each of 2 ranks 50432 / 2 = 25216 rows; bf16.
-    model, tokens, hidden, held = complete(ModelSettings(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
+    model, tokens, hidden, held = resolve_with_vocab(ModelSettings(**PRESETS["gpt-8.3b"])), 16 * 1024, 3072, 25216
     loss = 2 * 2 * tokens * hidden + (4 + 2) * held * hidden + (2 + 4 + 4) * (2**27 // held) * held
     model = replace(model, vocab_size=50257)
     assert fused_linear_cross_entropy_bytes(tokens, hidden, held, 2) == loss

@@ -20,7 +20,7 @@ TRAIN = "--task MNLI --pretrained-checkpoint ck --train-data a --valid-data b --
 ASK = "--task WIKITEXT103 --load ck --valid-data b"
 
 
-def read(text: str, world: int = 1, files: bool = False) -> Parsed:
+def parse_task(text: str, world: int = 1, files: bool = False) -> Parsed:
     saved = lambda checkpoint: to_json(RunSettings(model=MODEL))  # noqa: E731
     defaults = {"batch.micro_batch_size": 8}
     return parse(
@@ -48,7 +48,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_settings_follow_from_the_task(text: str, loads: str, finetune: bool, trains: bool) -> None:
-    config = read(text).config
+    config = parse_task(text).config
     assert (config.checkpoint.load, config.checkpoint.finetune, not config.eval.skip_train) == (loads, finetune, trains)
     kind = TASKS[config.task.task or ""]
     assert (config.model.architecture, config.model.task_head, config.model.labels) == (
@@ -60,13 +60,13 @@ def test_settings_follow_from_the_task(text: str, loads: str, finetune: bool, tr
 
 
 def test_results_lie_beside_checkpoints() -> None:
-    assert read(f"{ASK} --save s").config.task.results_path == "s/results.json"
-    assert read(f"{ASK} --save s --results-path r").config.task.results_path == "r"
-    assert read(ASK).config.task.results_path is None
+    assert parse_task(f"{ASK} --save s").config.task.results_path == "s/results.json"
+    assert parse_task(f"{ASK} --save s --results-path r").config.task.results_path == "r"
+    assert parse_task(ASK).config.task.results_path is None
 
 
 def test_a_given_size_is_kept_and_checked_later() -> None:
-    assert read(f"{TRAIN} --seq-length 32 --num-layers 3").config.model.num_layers == 3
+    assert parse_task(f"{TRAIN} --seq-length 32 --num-layers 3").config.model.num_layers == 3
 
 
 CASES = [
@@ -96,14 +96,14 @@ CASES = [
 )
 def test_one_mistake_is_told_once(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read(text)
+        parse_task(text)
     assert [str(p)[: len(says)] for p in caught.value.problems] == [says]
 
 
 @pytest.mark.parametrize(("rule", "text", "messages"), CASES)
 def test_a_rule_has_its_message(rule: str, text: str, messages: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        read(text, world=2 if "parallel" in text else 1)
+        parse_task(text, world=2 if "parallel" in text else 1)
     found = [str(p) for p in caught.value.problems if "--num-layers" not in str(p) and "hidden-size" not in str(p)]
     found = [p for p in found if "heads" not in p and "max-position" not in p]  # of a model that no checkpoint names
     assert len(found) >= len(messages) and all(any(p.startswith(m) for p in found) for m in messages), found
@@ -132,5 +132,5 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        read("--task MNLI --load ck --epochs 2 --train-iters 3 --micro-batch-size 0", files=True)
+        parse_task("--task MNLI --load ck --epochs 2 --train-iters 3 --micro-batch-size 0", files=True)
     assert len(caught.value.problems) == 4

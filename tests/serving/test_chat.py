@@ -33,7 +33,7 @@ WITH_TOOLS = [
 ]
 
 
-def opened(folder, longest=100_000, **about) -> ChatTemplate:
+def open_chat_template(folder, longest=100_000, **about) -> ChatTemplate:
     tokenizer = open_tokenizer(write_tokenizer(folder, **about))
     return ChatTemplate(ChatFiles.from_directory(folder, tokenizer), tokenizer, longest)
 
@@ -46,7 +46,7 @@ def reply_in(client, **fields):
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    chat = opened(tmp_path_factory.mktemp("chat"))
+    chat = open_chat_template(tmp_path_factory.mktemp("chat"))
     yield chat
     chat.close()
 
@@ -68,7 +68,7 @@ def client(model, chat):
 def test_a_conversation_is_what_transformers_makes_of_it(tmp_path, template, talks, as_file) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    chat = opened(tmp_path, template=template, as_file=as_file)
+    chat = open_chat_template(tmp_path, template=template, as_file=as_file)
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for talk in talks:
         plain = [{name: value for name, value in message.items() if value is not None} for message in talk]
@@ -172,7 +172,7 @@ def test_wrong_chat_requests_are_refused(client, fields, param, words) -> None:
 
 
 def test_chats_without_a_template_are_refused(tmp_path) -> None:
-    chat = opened(tmp_path, template=None)
+    chat = open_chat_template(tmp_path, template=None)
     for held in ({"chat": chat}, {}):
         with served(endless_model(), Letters(), **held) as client:
             status, body = client("POST", "/v1/chat/completions", {"messages": TALKS[0]})
@@ -198,7 +198,9 @@ BAD = (
 def test_a_template_is_kept_in_bounds(tmp_path, monkeypatch) -> None:
     """It ends with words, and so that the next conversation is answered."""
     cases = "".join(f"{{% elif messages[0].content == '{i}' %}}{bad}" for i, (bad, _) in enumerate(BAD))
-    chat = opened(tmp_path, template="{% if messages[0].content == 'ok' %}fine" + cases + "{% endif %}", longest=1000)
+    chat = open_chat_template(
+        tmp_path, template="{% if messages[0].content == 'ok' %}fine" + cases + "{% endif %}", longest=1000
+    )
     for i, (_, words) in enumerate(BAD):
         monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.7 if "did not" in words else 60.0)
         with pytest.raises(RequestError, match=words):
@@ -209,7 +211,7 @@ def test_a_template_is_kept_in_bounds(tmp_path, monkeypatch) -> None:
 
 
 def test_files_that_hold_no_template(tmp_path, monkeypatch) -> None:
-    broken = opened(tmp_path / "broken", template="{% if %}")
+    broken = open_chat_template(tmp_path / "broken", template="{% if %}")
     with pytest.raises(RequestError, match=r"chat template cannot be used.*--chat-template FILE"):
         broken.text(TALKS[0])
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]

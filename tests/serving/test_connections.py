@@ -24,7 +24,7 @@ def connect(client: Client, *sent: bytes) -> socket.socket:
     return connection
 
 
-def rest(connection: socket.socket) -> bytes:
+def read_to_end(connection: socket.socket) -> bytes:
     """All that comes until the server closes the connection."""
     found = b""
     while piece := connection.recv(1 << 16):
@@ -44,11 +44,11 @@ def test_what_is_silent_or_half_sent_is_closed(quick: Client) -> None:
     silent, half_head, half_body = connect(quick), connect(quick, length), connect(quick, length, b"\r\n", BODY[:-1])
     between = connect(quick, length, b"\r\n", BODY)
     chunks = connect(quick, HEAD, b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
-    assert rest(silent) == b""
+    assert read_to_end(silent) == b""
     for half in (half_head, half_body, chunks):
-        reply = rest(half)
+        reply = read_to_end(half)
         assert reply.startswith(b"HTTP/1.1 408 Request Timeout\r\n") and b"--request-timeout" in reply
-    answered = rest(between)  # keeps its connection after a reply, and then says nothing
+    answered = read_to_end(between)  # keeps its connection after a reply, and then says nothing
     assert answered.startswith(b"HTTP/1.1 200 OK\r\n") and b'"usage"' in answered
 
 
@@ -88,7 +88,7 @@ def test_requests_that_run_fill_the_server() -> None:
     endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
     with served(endless_model(), Letters(), limits=limits) as client, client.connected(endless) as running:
         assert b"200" in running.recv(100)
-        reply = rest(connect(client))
+        reply = read_to_end(connect(client))
         assert reply.startswith(b"HTTP/1.1 503 Service Unavailable\r\n") and b"--max-connections" in reply
 
 
@@ -115,11 +115,13 @@ def test_what_is_no_http_is_answered_in_words(quick: Client) -> None:
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "illegal chunk"),
         (HEAD + b"Content-Length: -1\r\n\r\n", 400, "Content-Length"),
     ):
-        head, _, body = rest(connect(quick, sent)).partition(b"\r\n\r\n")
+        head, _, body = read_to_end(connect(quick, sent)).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d " % status) and words in json.loads(body)["error"]["message"]
     told = [line for line in quick.log if "the request is no HTTP" in line]
     assert len(told) == 5 and all(line.isprintable() for line in told)
-    upgraded = rest(connect(quick, b"GET /health HTTP/1.1\r\nHost: x.y\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"))
+    upgraded = read_to_end(
+        connect(quick, b"GET /health HTTP/1.1\r\nHost: x.y\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+    )
     assert upgraded.startswith(b"HTTP/1.1 403")
 
 

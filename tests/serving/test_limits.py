@@ -22,7 +22,7 @@ def client():
         yield client
 
 
-def logged(client, what: str) -> str:
+def wait_for_log_line(client, what: str) -> str:
     """The log's only line, once it is there."""
     deadline = time.monotonic() + 10
     while not client.log and time.monotonic() < deadline:
@@ -32,7 +32,7 @@ def logged(client, what: str) -> str:
     return line
 
 
-def stuck(client) -> str:
+def wait_for_unhealthy(client) -> str:
     """Wait until /health says that something is wrong, and return its words."""
     deadline = time.monotonic() + 30
     while (found := client("GET", "/health"))[0] == 200 and time.monotonic() < deadline:
@@ -67,13 +67,13 @@ def test_a_client_that_goes_before_it_has_said_all(client):
     with socket.create_connection(("127.0.0.1", client.port)) as connection:
         connection.sendall(HEAD + b"Content-Length: 999\r\n\r\n{")
         time.sleep(0.1)
-    logged(client, "status 499, the client has gone")
+    wait_for_log_line(client, "status 499, the client has gone")
 
 
 def test_a_line_of_the_log_is_one_line_whatever_is_sent(client):
     client.log.clear()
     client("POST", "/v1/completions", {"prompt": "x", "\n10.0.0.1 PUT /api: status 200\x1b[2J" + "y" * 1000: 1})
-    line = logged(client, "?10.0.0.1 PUT")
+    line = wait_for_log_line(client, "?10.0.0.1 PUT")
     assert line.isprintable() and len(line) < 400
 
 
@@ -110,7 +110,7 @@ def test_health_tells_when_the_model_is_stuck():
     with served(model, Letters(), patience=0.2) as client:
         assert client("GET", "/health") == (200, {"status": "ok"})
         with client.connected(asked):
-            assert "no progress for 0 s, while reading the prompts of a request for 1 texts" in stuck(client)
+            assert "no progress for 0 s, while reading the prompts of a request for 1 texts" in wait_for_unhealthy(client)
             go_on.set()
             assert client.complete(**asked)["usage"]["completion_tokens"] == 3
             assert client("GET", "/health")[0] == 200
@@ -127,7 +127,7 @@ def test_health_tells_when_another_rank_is_gone():
             return exchange(*told, **asked)
 
         client.engine.control.exchange = blocked
-        assert "while waiting for a request" in stuck(client)
+        assert "while waiting for a request" in wait_for_unhealthy(client)
         go_on.set()
 
 

@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(root: Path, count: int, *flags: str) -> Iterator[tuple[list[subprocess.Popen[str]], Client]]:
+def start_tool(root: Path, count: int, *flags: str) -> Iterator[tuple[list[subprocess.Popen[str]], Client]]:
     """The tool on `count` processes, and a client of its first; all are gone afterwards."""
     port, master = free_port(), free_port()
     job = {
@@ -71,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def greedy(prompts: list[str], count: int) -> list[str]:
+def generate_greedily(prompts: list[str], count: int) -> list[str]:
     texts = [GeneratedText.from_prompt(prompt.encode()) for prompt in prompts]
     for _ in extend_texts(as_pipeline(endless_model()), texts, max_new_tokens=count, sampling=Sampling(0.0)):
         pass
@@ -80,20 +80,20 @@ def greedy(prompts: list[str], count: int) -> list[str]:
 
 def test_two_ranks_serve_and_end_together(root: Path) -> None:
     """Equal to one process; a client that leaves a long stream stops both ranks; so does a signal to one of them."""
-    with started(root, 2, "--pipeline-model-parallel-size", "2") as (processes, client):
+    with start_tool(root, 2, "--pipeline-model-parallel-size", "2") as (processes, client):
         wait_until_up(processes, client)
         asked = {"prompts": ["Hello", "Go"], "tokens_to_generate": 8, "top_k": 1}
-        assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
+        assert client("PUT", "/api", asked)[1]["text"] == generate_greedily(["Hello", "Go"], 8)
         seeded = dict(prompt=["Hello", "Go"], max_tokens=8, seed=4)
         assert client.complete(**seeded)["choices"] == client.complete(**seeded)["choices"]
         talk = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}
         status, reply = client("POST", "/v1/chat/completions", {**talk, "stop": list("\0\1\2\3\4")})
-        assert status == 200 and "Hello" + reply["choices"][0]["message"]["content"] == greedy(["Hello"], 8)[0]
+        assert status == 200 and "Hello" + reply["choices"][0]["message"]["content"] == generate_greedily(["Hello"], 8)[0]
         assert client("GET", "/health") == (200, {"status": "ok"})
         with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}) as leaving:
             assert b"200" in leaving.recv(100)
         began = time.monotonic()
-        assert client("PUT", "/api", asked)[1]["text"] == greedy(["Hello", "Go"], 8)
+        assert client("PUT", "/api", asked)[1]["text"] == generate_greedily(["Hello", "Go"], 8)
         assert time.monotonic() - began < 15
         processes[1].send_signal(signal.SIGTERM)
         ended = [process.communicate(timeout=60) for process in processes]
@@ -102,7 +102,7 @@ def test_two_ranks_serve_and_end_together(root: Path) -> None:
 
 
 def test_a_taken_port_and_ctrl_c(root: Path) -> None:
-    with started(root, 1) as (processes, client):
+    with start_tool(root, 1) as (processes, client):
         wait_until_up(processes, client)
         command = [sys.executable, str(TOOL), "--load", str(root), "--port", str(client.port)]
         second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)

@@ -25,11 +25,11 @@ def words(tmp_path_factory):
     return BertWordPieceLowerCase(str(toys.write_vocabulary(tmp_path_factory.mktemp("vocab"))), 0)
 
 
-def spelled(words, row) -> str:
+def tokens_in_words(words, row) -> str:
     return " ".join(words.piece(int(token)) for token in row.tokens)
 
 
-def marks(row) -> dict[int, int]:
+def scored_labels(row) -> dict[int, int]:
     return {int(place): int(row.labels[place]) for place in row.loss_mask.nonzero()[0]}
 
 
@@ -37,10 +37,10 @@ def test_a_pair_and_how_it_is_cut(words):
     task = PairClassification(words, 8, MNLI, CLASSES)
     first, second = words.tokenize("tom has a hat"), words.tokenize("it is red")
     row = task.build_pair(first, second, 2)
-    assert spelled(words, row) == "[CLS] tom has a hat [SEP] it [SEP]"
-    assert (row.first_length, marks(row)) == (6, {0: 2})
-    assert spelled(words, task.build_pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
-    assert spelled(words, task.build_pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
+    assert tokens_in_words(words, row) == "[CLS] tom has a hat [SEP] it [SEP]"
+    assert (row.first_length, scored_labels(row)) == (6, {0: 2})
+    assert tokens_in_words(words, task.build_pair(first * 3, second, 0)) == "[CLS] tom has a hat tom has [SEP]"
+    assert tokens_in_words(words, task.build_pair(first, [], 0)) == "[CLS] tom has a hat [SEP]"
 
 
 def test_mnli_and_qqp(words, tmp_path):
@@ -49,7 +49,7 @@ def test_mnli_and_qqp(words, tmp_path):
     items = task.read(str(path), training=True)
     lines = [line.split("\t") for line in path.read_text().splitlines()[1:]]
     assert [(item.name, item.truth) for item in items] == [(line[2], line[6]) for line in lines]
-    assert spelled(words, items[0].rows[0]) == f"[CLS] {lines[0][4]} [SEP] {lines[0][5]} [SEP]"
+    assert tokens_in_words(words, items[0].rows[0]) == f"[CLS] {lines[0][4]} [SEP] {lines[0][5]} [SEP]"
     assert task.decode(items[0], torch.tensor([0.0, 3.0, 1.0])) == "entailment"
     score = task.score(items, [items[0].truth, *["nothing"] * 4])
     assert score.metrics == {"accuracy": 20.0} and score.counts == {"correct": 1, "total": 5}
@@ -64,7 +64,7 @@ def test_mnli_and_qqp(words, tmp_path):
     (item,) = task.read(str(tmp_path / "test.tsv"), training=False)
     assert (
         item.truth is None
-        and marks(item.rows[0]) == {}
+        and scored_labels(item.rows[0]) == {}
         and task.score([item], ["1"]) == TaskScore({}, {"correct": 0, "total": 0})
     )
     with pytest.raises(DataError, match="a test file cannot be trained on"):
@@ -77,7 +77,7 @@ def test_what_windows_programs_leave_in_a_file(words, tmp_path):
     (tmp_path / "qqp.tsv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     task = PairClassification(words, 32, QQP, ("0", "1"))
     (item,) = task.read(str(tmp_path / "qqp.tsv"), training=True)
-    assert spelled(words, item.rows[0]) == "[CLS] who is tom ? [SEP] who ? [SEP]" and task.notes == []
+    assert tokens_in_words(words, item.rows[0]) == "[CLS] who is tom ? [SEP] who ? [SEP]" and task.notes == []
     (tmp_path / "ner.txt").write_bytes(b"\xef\xbb\xbf-DOCSTART-\tO\r\n\r\ntom\tB-PER\r\n\r\nann\tO\r\n")
     assert list(read_sentences(str(tmp_path / "ner.txt"))) == [[("tom", "B-PER")], [("ann", "O")]]
 
@@ -94,10 +94,10 @@ def test_race_puts_the_choice_into_the_blank(words, tmp_path):
     made["options"] = [["blue", "red", "green", "black"], ["a cup", "a book", "a ball", "a hat"]]
     (tmp_path / "high1.txt").write_text(json.dumps(made))
     first, second = Race(words, 32, "ABCD").read(str(tmp_path), training=True)
-    assert spelled(words, first.rows[1]) == "[CLS] the hat is red . [SEP] tom has a red hat . [SEP]"
-    assert spelled(words, second.rows[3]) == "[CLS] what has tom ? a hat [SEP] tom has a red hat . [SEP]"
+    assert tokens_in_words(words, first.rows[1]) == "[CLS] the hat is red . [SEP] tom has a red hat . [SEP]"
+    assert tokens_in_words(words, second.rows[3]) == "[CLS] what has tom ? a hat [SEP] tom has a red hat . [SEP]"
     assert (first.truth, second.truth, second.name) == ("B", "D", "high1-1")
-    assert [marks(row) for row in first.rows] == [{0: 1}, {}, {}, {}]  # one row stands for all
+    assert [scored_labels(row) for row in first.rows] == [{0: 1}, {}, {}, {}]  # one row stands for all
 
 
 def squad_file(path, context: str, answers: list[tuple[str, int]], impossible: bool | None = None):
@@ -114,12 +114,12 @@ def test_squad_looks_through_windows(words, tmp_path, monkeypatch):
     path = squad_file(tmp_path / "s.json", context, [("red hat", context.index("red"))])
     task = Squad(words, 16)
     items = task.read(path, training=True)  # question and its ends take 7 tokens of a row of 16, 9 are left
-    assert [spelled(words, item.rows[0]).split("[SEP]")[1].strip() for item in items] == [
+    assert [tokens_in_words(words, item.rows[0]).split("[SEP]")[1].strip() for item in items] == [
         "ann holds a cup then tom has a red", "then tom has a red hat .",
     ]  # fmt: skip
-    assert marks(items[0].rows[0]) == {0: 0, 1: 0}  # not in this window
+    assert scored_labels(items[0].rows[0]) == {0: 0, 1: 0}  # not in this window
     start = items[1].detail.first + 4
-    assert marks(items[1].rows[0]) == {0: start, 1: start + 1}
+    assert scored_labels(items[1].rows[0]) == {0: start, 1: start + 1}
     logits = torch.zeros(2, 16)
     logits[0, start], logits[1, start + 1], logits[:, 0] = 5.0, 5.0, 9.0
     best = task.decode(items[1], logits)
@@ -145,7 +145,7 @@ def test_squads_windows_leave_no_gap(words, seq_length, tmp_path):
     assert all(len(item.rows[0].tokens) <= seq_length for item in items)
     seen = {span for item in items for span in item.detail.offsets}
     assert len(seen) == len(words.tokenize(context))
-    assert any(marks(item.rows[0])[0] > 0 for item in items) or seq_length == 8  # which holds no answer of two words
+    assert any(scored_labels(item.rows[0])[0] > 0 for item in items) or seq_length == 8  # which holds no answer of two words
 
 
 def test_squads_answer_is_found_where_it_does_not_begin_with_a_token(words, tmp_path):
@@ -153,7 +153,7 @@ def test_squads_answer_is_found_where_it_does_not_begin_with_a_token(words, tmp_
     path = squad_file(tmp_path / "s.json", context, [(" red hat ", context.index(" red"))])
     (item,) = Squad(words, 32).read(path, training=True)
     begin = item.detail.first + 3
-    assert marks(item.rows[0]) == {0: begin, 1: begin + 1}
+    assert scored_labels(item.rows[0]) == {0: begin, 1: begin + 1}
 
 
 def test_squads_words_are_compared_as_its_script_does():
@@ -168,7 +168,7 @@ def test_tags_stand_at_first_pieces(words, tmp_path):
     assert labels == ("O", "B-OBJ", "B-PER")
     task = Tagging(words, 4, labels)
     first, second = task.read(str(tmp_path / "t.txt"), training=True)
-    assert spelled(words, first.rows[0]) == "[CLS] tom [UNK] [SEP]" and marks(first.rows[0]) == {1: 2, 2: 0}
+    assert tokens_in_words(words, first.rows[0]) == "[CLS] tom [UNK] [SEP]" and scored_labels(first.rows[0]) == {1: 2, 2: 0}
     assert task.notes == [f"{tmp_path}/t.txt: 1 words lie beyond --seq-length 4"]
     logits = torch.zeros(4, 3)
     logits[1, 2] = logits[2, 1] = 1.0
@@ -208,7 +208,7 @@ def test_a_sentence_that_is_too_long_loses_its_end(words, tmp_path):
     (tmp_path / "t.txt").write_text("tom O\nhas-a-red-hat O\nnow O\n")
     task = Tagging(words, 5, ("O",))
     (item,) = task.read(str(tmp_path / "t.txt"), training=False)
-    assert spelled(words, item.rows[0]) == "[CLS] tom [SEP]" and list(item.detail) == [0]
+    assert tokens_in_words(words, item.rows[0]) == "[CLS] tom [SEP]" and list(item.detail) == [0]
     assert task.notes == [f"{tmp_path}/t.txt: 2 words lie beyond --seq-length 5"]
 
 

@@ -6,7 +6,7 @@ from megatron.tasks.wikitext import detokenize, word_count
 from megatron.tasks.windows import split_windows
 
 
-def cut(length, seq_length, overlap, **options):
+def cut_windows(length, seq_length, overlap, **options):
     return [(list(w.tokens), w.num_scored) for w in split_windows(range(length), seq_length, overlap, **options)]
 
 
@@ -14,7 +14,7 @@ def cut(length, seq_length, overlap, **options):
 @pytest.mark.parametrize("overlap", [1, 2, 3, 5, 7, 8])
 def test_every_token_but_the_first_is_counted_once(overlap, full):
     for length in range(40):
-        found = cut(length, 8, overlap, full=full)
+        found = cut_windows(length, 8, overlap, full=full)
         assert [t for tokens, counted in found for t in tokens[len(tokens) - counted :]] == list(range(1, length))
         for tokens, counted in found:
             assert 1 <= counted < len(tokens) <= 9 and tokens == list(range(tokens[0], tokens[-1] + 1))
@@ -31,13 +31,13 @@ def test_windows_are_those_of_the_definition(seq_length, overlap):
             new = places[1:] if number == 0 else places[-overlap:]
             if counted := sum(place < length for place in new):
                 expected.append(([place for place in places if place < length], counted))
-        assert cut(length, seq_length, overlap) == expected
+        assert cut_windows(length, seq_length, overlap) == expected
 
 
 def test_the_last_window_can_have_all_its_context():
-    assert cut(12, 4, 4) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([8, 9, 10, 11], 3)]
-    assert cut(12, 4, 4, full=True) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([7, 8, 9, 10, 11], 3)]
-    assert cut(3, 4, 4, full=True) == [([0, 1, 2], 2)]
+    assert cut_windows(12, 4, 4) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([8, 9, 10, 11], 3)]
+    assert cut_windows(12, 4, 4, full=True) == [([0, 1, 2, 3, 4], 4), ([4, 5, 6, 7, 8], 4), ([7, 8, 9, 10, 11], 3)]
+    assert cut_windows(3, 4, 4, full=True) == [([0, 1, 2], 2)]
 
 
 @pytest.mark.parametrize(

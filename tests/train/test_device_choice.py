@@ -94,7 +94,7 @@ def test_the_odd_host_comes_first_and_many_are_counted():
     ]
 
 
-def told(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
+def agree_as_threads(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[int, str] | None]:
     """Run `agree_on_devices` on each rank, as threads over one store; return how each ended, None for an absent rank."""
     store, ends = dist.HashStore(), [None] * len(said)
 
@@ -114,19 +114,19 @@ def told(said: list[DeviceChoice | None], seconds: float = 20.0) -> list[tuple[i
 
 
 def test_all_ranks_end_with_the_same_conflict():
-    assert told([GPU, GPU, GPU]) == [(0, "")] * 3
-    ends = told([GPU, CPU, GPU])
+    assert agree_as_threads([GPU, GPU, GPU]) == [(0, "")] * 3
+    ends = agree_as_threads([GPU, CPU, GPU])
     assert ends == [(2, device_conflict([GPU, CPU, GPU]))] * 3
 
 
 def test_a_rank_that_does_not_come_is_named():
-    (end,) = told([GPU, None, None], 0.6)[:1]
+    (end,) = agree_as_threads([GPU, None, None], 0.6)[:1]
     assert end is not None and end == (1, "ranks 1, 2 did not join the job in 0.01 minutes")
 
 
 def test_one_process_that_cannot_do_as_told():
-    told = pytest.raises(JobError, match="nccl needs one GPU per process; this host has 0 for 1")
-    with told as caught, job(LaunchEnvironment(), "nccl", look=lambda: Hardware(0, "no driver")):
+    expected = pytest.raises(JobError, match="nccl needs one GPU per process; this host has 0 for 1")
+    with expected as caught, job(LaunchEnvironment(), "nccl", look=lambda: Hardware(0, "no driver")):
         pass
     assert caught.value.status == 2
 

@@ -37,7 +37,7 @@ def tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 0.0)
 
 
-def refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool = False) -> str:
+def memory_refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool = False) -> str:
     """Return the message of a run where so many bytes are free; nothing where the run may begin."""
     try:
         check_memory(config, env, lambda config, env: Room(free, "there is what there is", own))
@@ -50,19 +50,19 @@ def test_what_is_needed_and_what_is_there() -> None:
     config = parse_config()
     need = state(config, 1)
     assert 16 * 8.2e9 < need < 16 * 8.5e9  # weights, gradients and two moments in fp32
-    said = refusal(config, LaunchEnvironment(), need - 1)
+    said = memory_refusal(config, LaunchEnvironment(), need - 1)
     assert said.startswith(f"out of memory before the start: one process would hold {need / GIB:.1f} GiB without activations")
     assert f"weights {need / 4 / GIB:.1f} GiB" in said and "there is what there is" in said
     for flag in ("--num-layers", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--dry-run"):
         assert flag in said
-    assert refusal(config, LaunchEnvironment(), need) == ""
+    assert memory_refusal(config, LaunchEnvironment(), need) == ""
 
 
 def test_an_evaluation_holds_weights_alone() -> None:
     config = parse_config()
     only = replace(config, eval=replace(config.eval, skip_train=True))
     assert state(only, 1) == state(config, 1) // 4
-    assert "gradients" not in refusal(only, LaunchEnvironment(), 1)
+    assert "gradients" not in memory_refusal(only, LaunchEnvironment(), 1)
 
 
 def test_the_ranks_of_a_host_share_its_memory() -> None:
@@ -72,10 +72,12 @@ def test_the_ranks_of_a_host_share_its_memory() -> None:
     assert first != second
     for rank, need in ((0, 2 * first), (2, 2 * second)):
         env = LaunchEnvironment(rank, 4, 0, 2, "torchrun")
-        assert "the 2 ranks of this host" in refusal(config, env, need - 1) and refusal(config, env, need) == ""
-        assert refusal(config, LaunchEnvironment(rank + 1, 4, 1, 2, "torchrun"), 0) == ""
+        assert "the 2 ranks of this host" in memory_refusal(config, env, need - 1) and memory_refusal(config, env, need) == ""
+        assert memory_refusal(config, LaunchEnvironment(rank + 1, 4, 1, 2, "torchrun"), 0) == ""
         srun = replace(env, launcher="srun")  # which may have dealt its ranks out: the least that they can be
-        assert refusal(config, srun, 2 * min(first, second)) == "" and refusal(config, srun, 2 * min(first, second) - 1)
+        assert memory_refusal(config, srun, 2 * min(first, second)) == "" and memory_refusal(
+            config, srun, 2 * min(first, second) - 1
+        )
 
 
 def test_a_gpu_is_one_ranks_own() -> None:
@@ -83,8 +85,10 @@ def test_a_gpu_is_one_ranks_own() -> None:
     need = state(config, 2)
     for rank in (0, 1):
         env = LaunchEnvironment(rank, 2, rank, 2, "torchrun")
-        assert refusal(config, env, need - 1, own=True).startswith("out of memory before the start: this rank would hold")
-        assert refusal(config, env, need, own=True) == ""
+        assert memory_refusal(config, env, need - 1, own=True).startswith(
+            "out of memory before the start: this rank would hold"
+        )
+        assert memory_refusal(config, env, need, own=True) == ""
 
 
 def test_what_a_dying_process_gives_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,13 +51,13 @@ class StartedJob:
         """The combined stderr, when all ranks and the launcher have ended in time."""
         deadline = time.monotonic() + within
         self.statuses, text = self.launcher.communicate(timeout=within)
-        while any(map(alive, self.pids())):
+        while any(map(is_alive, self.pids())):
             assert time.monotonic() < deadline, "a rank is still there"
             time.sleep(0.05)
         return text
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -99,7 +99,7 @@ class JobStarter:
             job.launcher.kill()
             job.launcher.wait()
         for mark in self.marks.glob("pid*"):
-            if alive(pid := int(mark.read_text())):
+            if is_alive(pid := int(mark.read_text())):
                 os.kill(pid, signal.SIGKILL)
 
 
@@ -197,7 +197,7 @@ def test_the_launcher_freezes(start):
     job.ready()
     job.launcher.send_signal(signal.SIGSTOP)
     deadline = time.monotonic() + 15.0
-    while any(map(alive, job.pids())):
+    while any(map(is_alive, job.pids())):
         assert time.monotonic() < deadline, "a rank is still there"
         time.sleep(0.1)
     job.launcher.kill()

@@ -28,7 +28,7 @@ GREEDY = Sampling(temperature=0.0)
 PROMPT = [5, 99, 17, 3]
 
 
-def written(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
+def generated(model: GPT, sampling: Sampling = GREEDY, count: int = 32, **options) -> list[int]:
     return list(generate_tokens(as_pipeline(model), PROMPT, max_new_tokens=count, sampling=sampling, **options))
 
 
@@ -42,7 +42,7 @@ def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
     text = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ours = written(model)
+    ours = generated(model)
     assert ours == text[0, len(PROMPT) :].tolist()
     assert len(ours) == 32 and len(set(ours)) > 8  # more than one answer repeated
 
@@ -51,40 +51,40 @@ def test_greedy_text_is_that_of_hugging_face(form, tmp_path):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8, 20, 0.9)], ids=["greedy", "sampled"])
 def test_the_cache_changes_nothing(form, sampling):
     model = build_random_gpt(form)
-    assert written(model, sampling) == written(model, sampling, use_cache=False)
+    assert generated(model, sampling) == generated(model, sampling, use_cache=False)
 
 
 def test_sampled_text_depends_on_the_seed_only():
     model = build_random_gpt(LLAMA)
-    first = written(model, Sampling(), seed=1)
+    first = generated(model, Sampling(), seed=1)
     torch.manual_seed(99)
     torch.rand(5)
-    assert written(model, Sampling(), seed=1) == first
-    assert written(model, Sampling(), seed=2) != first
+    assert generated(model, Sampling(), seed=1) == first
+    assert generated(model, Sampling(), seed=2) != first
 
 
 def test_the_one_most_probable_token_is_the_greedy_one():
     model = build_random_gpt(LLAMA)
     for only in (Sampling(1.0, 1), Sampling(1.0, 0, 1e-9), Sampling(1e-40), Sampling(5e-324)):
-        assert written(model, only, seed=3) == written(model)
+        assert generated(model, only, seed=3) == generated(model)
     tied = torch.tensor([0.0, 2.0, 2.0, 2.0])
-    assert drawn(Sampling(1.0, 1), tied) == drawn(GREEDY, tied) == {1}
+    assert drawn_tokens(Sampling(1.0, 1), tied) == drawn_tokens(GREEDY, tied) == {1}
 
 
-def drawn(sampling: Sampling, logits: torch.Tensor) -> set[int]:
+def drawn_tokens(sampling: Sampling, logits: torch.Tensor) -> set[int]:
     generator = torch.Generator().manual_seed(0)
     return {sampling.choose(logits, generator) for _ in range(300)}
 
 
 def test_top_k_and_top_p_keep_the_fewest_that_suffice():
     logits = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log()
-    assert drawn(Sampling(), logits) == drawn(Sampling(1.0, 9, 1.0), logits) == {0, 1, 2, 3, 4}
-    assert drawn(Sampling(1.0, 3), logits) == {1, 3, 4}
-    assert drawn(Sampling(1.0, 0, 0.39), logits) == {1}
-    assert drawn(Sampling(1.0, 0, 0.41), logits) == drawn(Sampling(1.0, 0, 0.69), logits) == {1, 3}
-    assert drawn(Sampling(1.0, 0, 0.71), logits) == {1, 3, 4}
+    assert drawn_tokens(Sampling(), logits) == drawn_tokens(Sampling(1.0, 9, 1.0), logits) == {0, 1, 2, 3, 4}
+    assert drawn_tokens(Sampling(1.0, 3), logits) == {1, 3, 4}
+    assert drawn_tokens(Sampling(1.0, 0, 0.39), logits) == {1}
+    assert drawn_tokens(Sampling(1.0, 0, 0.41), logits) == drawn_tokens(Sampling(1.0, 0, 0.69), logits) == {1, 3}
+    assert drawn_tokens(Sampling(1.0, 0, 0.71), logits) == {1, 3, 4}
     # Of the three most probable, 0.4 / 0.85 and 0.3 / 0.85 are 0.82 together; without the cut to three they are 0.7.
-    assert drawn(Sampling(1.0, 3, 0.8), logits) == {1, 3} and drawn(Sampling(1.0, 0, 0.8), logits) == {1, 3, 4}
+    assert drawn_tokens(Sampling(1.0, 3, 0.8), logits) == {1, 3} and drawn_tokens(Sampling(1.0, 0, 0.8), logits) == {1, 3, 4}
 
 
 def test_samples_follow_the_probabilities():
@@ -104,18 +104,18 @@ def test_padding_rows_are_never_sampled(form):
     with torch.no_grad():  # the padding row would win: its logit is the largest of all
         x = model.hidden(None, batch_of_rows([PROMPT], 0, torch.device("cpu")))[-1, 0]
         weight[127] = 100 * x
-    assert max(written(model)) < 127
-    assert max(written(model, Sampling(50.0), 44)) < 127
+    assert max(generated(model)) < 127
+    assert max(generated(model, Sampling(50.0), 44)) < 127
 
 
 def test_the_stop_token_and_the_last_position_end_the_text():
     model = build_random_gpt(GPT2)
-    free = written(model, count=1000)
+    free = generated(model, count=1000)
     assert len(free) == POSITIONS - len(PROMPT)
     at = free.index(free[20])
-    assert written(model, stop=free[20]) == free[:at]
-    assert written(model, count=7) == free[:7]
-    assert len(written(build_random_gpt(LLAMA), count=60)) == 60  # rotary positions do not end
+    assert generated(model, stop=free[20]) == free[:at]
+    assert generated(model, count=7) == free[:7]
+    assert len(generated(build_random_gpt(LLAMA), count=60)) == 60  # rotary positions do not end
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_damaged_model_is_refused():
     with torch.no_grad():
         model.embedding.word.weight[PROMPT[-1]] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        written(model)
+        generated(model)
 
 
 def test_the_device_of_generation_is_chosen_or_refused():
@@ -241,7 +241,7 @@ def test_a_model_cut_over_ranks_writes_the_same_text(form, world, tp, tmp_path):
     form, layers = replace(form, num_layers=5), 5
     save_model(build_random_gpt(form), tmp_path)
     for sampling, use_cache in ((GREEDY, True), (GREEDY, False), (Sampling(0.8, 20, 0.9), True)):
-        alone = written(build_random_gpt(form), sampling)
+        alone = generated(build_random_gpt(form), sampling)
         assert len(set(alone)) > 4
         results = on_ranks(world, written_by_several, str(tmp_path), tp, sampling, use_cache)
         assert all(text == alone for text, _ in results)

@@ -26,14 +26,14 @@ PROMPTS = ([5, 99, 17, 3], [8], [40, 41, 42, 43, 44, 45, 46, 47, 1], [5, 99, 17,
 COUNT = 12
 
 
-def together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[GeneratedText]:
+def generate_together(model, sampling=GREEDY, prompts=PROMPTS, **options) -> list[GeneratedText]:
     texts = [GeneratedText.from_prompt(prompt) for prompt in prompts]
     for _ in extend_texts(as_pipeline(model), texts, **{"max_new_tokens": COUNT, "sampling": sampling, **options}):
         pass
     return texts
 
 
-def alone(model, prompt, **options) -> list[int]:
+def generate_alone(model, prompt, **options) -> list[int]:
     return [*prompt, *generate_tokens(as_pipeline(model), prompt, max_new_tokens=COUNT, sampling=GREEDY, **options)]
 
 
@@ -41,11 +41,11 @@ def alone(model, prompt, **options) -> list[int]:
 def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
     model = build_random_gpt(form)
     for use_cache in (True, False):
-        texts = together(model, use_cache=use_cache)
-        assert [text.tokens for text in texts] == [alone(model, prompt) for prompt in PROMPTS]
+        texts = generate_together(model, use_cache=use_cache)
+        assert [text.tokens for text in texts] == [generate_alone(model, prompt) for prompt in PROMPTS]
         assert {text.end for text in texts} == {"length"}
     stop = texts[2].tokens[-4]
-    stopped = together(model, stops=lambda text: text.tokens[-1] == stop)
+    stopped = generate_together(model, stops=lambda text: text.tokens[-1] == stop)
     assert stopped[2].end == "stop" and stopped[2].tokens[-1] == stop
     for short, whole in zip(stopped, texts, strict=True):
         assert short.tokens == whole.tokens[: len(short.tokens)]
@@ -54,30 +54,30 @@ def test_each_text_of_a_batch_is_that_of_its_prompt_alone(form):
 
 def test_sampled_texts_follow_from_the_seed_and_their_place():
     model = build_random_gpt(LLAMA)
-    texts = together(model, SAMPLED, seed=3)
+    texts = generate_together(model, SAMPLED, seed=3)
     assert texts[0].tokens == [
         *PROMPTS[0],
         *generate_tokens(as_pipeline(model), PROMPTS[0], max_new_tokens=COUNT, sampling=SAMPLED, seed=3),
     ]
-    others = together(model, SAMPLED, seed=3, prompts=([9, 9], [8], [7, 6, 5, 4, 3, 2, 1], [5, 99, 17, 3]))
+    others = generate_together(model, SAMPLED, seed=3, prompts=([9, 9], [8], [7, 6, 5, 4, 3, 2, 1], [5, 99, 17, 3]))
     assert (others[1].tokens, others[3].tokens) == (texts[1].tokens, texts[3].tokens)
     assert texts[0].tokens != texts[3].tokens  # the same prompt at two places
-    assert together(model, SAMPLED, seed=3, use_cache=False)[2].tokens == texts[2].tokens
+    assert generate_together(model, SAMPLED, seed=3, use_cache=False)[2].tokens == texts[2].tokens
 
 
 def test_texts_end_at_the_last_position_each_for_itself():
-    texts = together(build_random_gpt(GPT2), max_new_tokens=1000)
+    texts = generate_together(build_random_gpt(GPT2), max_new_tokens=1000)
     assert {len(text.tokens) for text in texts} == {POSITIONS}
     assert list(generate_tokens(as_pipeline(build_random_gpt(GPT2)), [1, 2], max_new_tokens=0, sampling=GREEDY)) == []
     with pytest.raises(ValueError, match="48 tokens, the model 48 positions"):
-        together(build_random_gpt(GPT2), prompts=([1], [1] * POSITIONS))
+        generate_together(build_random_gpt(GPT2), prompts=([1], [1] * POSITIONS))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
     model = build_random_gpt(GPT2)
     for count in (COUNT, 0):
-        for text in together(model, max_new_tokens=count, top=3, use_cache=use_cache):
+        for text in generate_together(model, max_new_tokens=count, top=3, use_cache=use_cache):
             assert text.written == count and len(text.scores) == len(text.tokens) - 1
             expected = (
                 model.logits(model.hidden(None, batch_of_rows([text.tokens], 0, model.device))).detach()[:, 0].log_softmax(-1)
@@ -87,23 +87,23 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
                 assert score.log_prob == pytest.approx(float(expected[place, text.tokens[place + 1]]), abs=1e-4)
                 assert [token for token, _ in score.top] == ids.tolist()
                 assert [value for _, value in score.top] == pytest.approx(best.tolist(), abs=1e-4)
-    assert together(model)[0].scores == []
+    assert generate_together(model)[0].scores == []
 
 
 def test_a_long_prompt_is_scored_piece_by_piece(monkeypatch):
     model = build_random_gpt(LLAMA)
-    whole = [score.log_prob for score in together(model, top=0)[2].scores]
+    whole = [score.log_prob for score in generate_together(model, top=0)[2].scores]
     monkeypatch.setattr("megatron.inference.prediction.MAX_LOGITS", 3 * 127)
-    assert [score.log_prob for score in together(model, top=0)[2].scores] == pytest.approx(whole, abs=1e-5)
+    assert [score.log_prob for score in generate_together(model, top=0)[2].scores] == pytest.approx(whole, abs=1e-5)
     prompts = [PROMPTS[2]]
-    assert [s.log_prob for s in together(model, top=0, prompts=prompts)[0].scores] == pytest.approx(whole, abs=1e-4)
+    assert [s.log_prob for s in generate_together(model, top=0, prompts=prompts)[0].scores] == pytest.approx(whole, abs=1e-4)
 
 
 def test_banned_tokens_and_a_falling_top_p():
     model = build_random_gpt(GPT2)
-    first = together(model)[1].tokens[1]
-    without = together(model, banned=lambda last: [first] if last == 8 else [])
-    assert without[1].tokens[1] != first and without[2].tokens == together(model)[2].tokens
+    first = generate_together(model)[1].tokens[1]
+    without = generate_together(model, banned=lambda last: [first] if last == 8 else [])
+    assert without[1].tokens[1] != first and without[2].tokens == generate_together(model)[2].tokens
     logits, generator = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15]).log(), torch.Generator().manual_seed(0)
 
     def drawn(sampling: Sampling, written: int) -> set[int]:
@@ -117,7 +117,7 @@ def test_banned_tokens_and_a_falling_top_p():
 # Beam search.
 
 
-def last(search: BeamSearch, model, **options) -> list[Beam]:
+def last_beams(search: BeamSearch, model, **options) -> list[Beam]:
     *_, beams = search.run(as_pipeline(model), PROMPTS[0], **{"max_new_tokens": 16, **options})
     return beams
 
@@ -129,7 +129,7 @@ def test_beams_are_those_of_hugging_face(form, tmp_path):
     export_weights(save_model(model, tmp_path), tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").float().eval()
     prompt = torch.tensor([PROMPTS[0]])
-    early, late = (last(BeamSearch(4), model)[0].tokens[at] for at in (1, 9))
+    early, late = (last_beams(BeamSearch(4), model)[0].tokens[at] for at in (1, 9))
     ends = set()
     for width, penalty, stop in ((2, 1.0, None), (4, 1.0, late), (4, 0.0, early), (5, 2.0, early), (3, -1.0, late)):
         text = theirs.generate(
@@ -147,7 +147,7 @@ def test_beams_are_those_of_hugging_face(form, tmp_path):
         )
         rows = text.sequences[:, prompt.shape[1] :].tolist()
         for use_cache in (True, False):
-            beams = last(BeamSearch(width, penalty, stop), model, use_cache=use_cache)
+            beams = last_beams(BeamSearch(width, penalty, stop), model, use_cache=use_cache)
             assert [[*beam.tokens, *[126] * (len(rows[0]) - len(beam.tokens))] for beam in beams] == rows
             assert [beam.score for beam in beams] == pytest.approx(text.sequences_scores.tolist(), rel=1e-5)
             ends |= {beam.end for beam in beams}
@@ -156,12 +156,12 @@ def test_beams_are_those_of_hugging_face(form, tmp_path):
 
 def test_one_beam_is_the_greedy_text_and_wrong_searches_are_refused():
     model = build_random_gpt(GPT2)
-    assert [*PROMPTS[0], *last(BeamSearch(1), model, max_new_tokens=COUNT)[0].tokens] == alone(model, PROMPTS[0])
+    assert [*PROMPTS[0], *last_beams(BeamSearch(1), model, max_new_tokens=COUNT)[0].tokens] == generate_alone(model, PROMPTS[0])
     for wrong in (dict(width=0), dict(width=1001), dict(width=2, length_penalty=float("nan"))):
         with pytest.raises(ValueError, match="--"):
             BeamSearch(**wrong)
     with pytest.raises(ValueError, match="--beam-width 64 is too wide for a vocabulary of 127"):
-        last(BeamSearch(64), model)
+        last_beams(BeamSearch(64), model)
 
 
 # Several processes.
@@ -176,14 +176,23 @@ def on_a_layout(root: str, tp: int) -> tuple[list[GeneratedText], list[Generated
     model.channels.broadcast = lambda x, source: heard.append(x.numel()) or broadcast(x, source)
     next(extend_texts(model, [GeneratedText.from_prompt([1] * 30)], max_new_tokens=1, sampling=GREEDY))
     first = sum(heard)
-    return together(model, top=2), together(model, SAMPLED, seed=3), last(BeamSearch(3, 1.0, 7), model), first
+    return (
+        generate_together(model, top=2),
+        generate_together(model, SAMPLED, seed=3),
+        last_beams(BeamSearch(3, 1.0, 7), model),
+        first,
+    )
 
 
 @pytest.mark.parametrize(("form", "tp"), [(GPT2, 1), (LLAMA, 2)], ids=["pp 2", "tp 2"])
 def test_a_model_cut_over_ranks_writes_and_searches_the_same(form, tp, tmp_path):
     model = build_random_gpt(form)
     save_model(model, tmp_path)
-    texts, sampled, beams = together(model, top=2), together(model, SAMPLED, seed=3), last(BeamSearch(3, 1.0, 7), model)
+    texts, sampled, beams = (
+        generate_together(model, top=2),
+        generate_together(model, SAMPLED, seed=3),
+        last_beams(BeamSearch(3, 1.0, 7), model),
+    )
     for theirs, theirs_sampled, theirs_beams, first in on_ranks(2, on_a_layout, str(tmp_path), tp):
         assert [text.tokens for text in theirs] == [text.tokens for text in texts]
         assert [text.tokens for text in theirs_sampled] == [text.tokens for text in sampled]

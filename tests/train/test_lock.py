@@ -31,7 +31,7 @@ def other():
     process.wait()
 
 
-def held(root: Path, *ranks: Process, launcher: Process | None = None, ago: float = 0.0) -> Path:
+def write_lock(root: Path, *ranks: Process, launcher: Process | None = None, ago: float = 0.0) -> Path:
     """A lock as another run left it."""
     root.mkdir(exist_ok=True)
     (root / LOCK_FILE).write_text(LockHolder("2026-01-01 10:00:00", ranks, launcher).to_text())
@@ -56,7 +56,7 @@ def test_a_lock_is_taken_and_released(tmp_path):
 
 
 def test_a_living_run_is_named_and_left_alone(tmp_path, other):
-    held(tmp_path, other[1])
+    write_lock(tmp_path, other[1])
     text = (tmp_path / LOCK_FILE).read_text()
     said = rf"in use by another run, process {other[1].pid} on host \S+, since 2026-01-01 10:00:00"
     with pytest.raises(InputError, match=said):
@@ -101,7 +101,7 @@ def test_a_torn_lock_is_judged_by_its_age(tmp_path, text):
 
 def test_ranks_that_still_end_are_waited_for(tmp_path, other):
     """The first rank was killed, another one is on its way out."""
-    held(tmp_path, GONE, other[1])
+    write_lock(tmp_path, GONE, other[1])
     lines: list[str] = []
     threading.Timer(0.3, other[0].communicate).start()
     taken = acquire(tmp_path, ours(), lines.append)
@@ -110,13 +110,13 @@ def test_ranks_that_still_end_are_waited_for(tmp_path, other):
 
 
 def test_ranks_that_do_not_end_are_not_waited_for_for_ever(tmp_path, other):
-    held(tmp_path, GONE, other[1])
+    write_lock(tmp_path, GONE, other[1])
     with pytest.raises(InputError, match="in use by another run"):
         acquire(tmp_path, ours(), lambda line: None, patience=0.1)
 
 
 def test_a_touch_from_elsewhere_is_a_sign_of_life(tmp_path):
-    held(tmp_path, FAR, ago=20.0)
+    write_lock(tmp_path, FAR, ago=20.0)
     lines: list[str] = []
     threading.Timer(0.3, os.utime, [tmp_path / LOCK_FILE]).start()
     with pytest.raises(InputError, match="process 7 on host elsewhere"):
@@ -138,7 +138,7 @@ def test_it_is_touched_and_a_loss_is_noticed(tmp_path, monkeypatch):
     while not (tmp_path / LOCK_FILE).exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    held(tmp_path, FAR)
+    write_lock(tmp_path, FAR)
     assert lost.wait(20.0)
     taken.release()
     assert (tmp_path / LOCK_FILE).exists(), "it is another's"
@@ -153,7 +153,7 @@ def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
         "except InputError: print('refused', flush=True)\n"
     )
     for how in ("with", "without"):
-        root = held(tmp_path / how, GONE)
+        root = write_lock(tmp_path / how, GONE)
         command = [sys.executable, "-c", code, str(root), how]
         started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
         said = sorted(process.stdout.readline().strip() for process in started)
@@ -164,7 +164,7 @@ def test_of_two_starts_one_gets_a_dead_runs_lock(tmp_path):
 
 def test_a_lock_that_another_start_took_meanwhile_is_put_back(tmp_path):
     """Only the lock that was judged dead is taken out of the way."""
-    held(tmp_path, FAR)
+    write_lock(tmp_path, FAR)
     dead, text = LockReading(LockHolder("x", (GONE,)).to_text(), 0, 0.0), (tmp_path / LOCK_FILE).read_text()
     assert not lock._remove_dead_lock(tmp_path / LOCK_FILE, dead) and (tmp_path / LOCK_FILE).read_text() == text
     assert lock._remove_dead_lock(tmp_path / LOCK_FILE, LockReading(text, 0, 0.0)) and os.listdir(tmp_path) == []
@@ -201,7 +201,7 @@ def test_a_full_disk_is_left_as_it_was(tmp_path, monkeypatch, caplog):
 
 def test_a_touch_in_the_future_is_not_believed_for_ever(tmp_path, monkeypatch):
     """The disk's clock was set back since: the lock never grows old, but nobody touches it either."""
-    held(tmp_path, FAR, ago=-1e6)
+    write_lock(tmp_path, FAR, ago=-1e6)
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.2)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
     taken = acquire(tmp_path, ours(), lambda line: None)

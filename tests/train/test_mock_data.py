@@ -31,7 +31,7 @@ def run(*flags, model: str = "gpt") -> int:
     return pretrain([*FLAGS, *map(str, flags)], program=f"pretrain_{model}.py", defaults=defaults)
 
 
-def refusal(capsys, *flags) -> str:
+def run_and_fail(capsys, *flags) -> str:
     try:
         status = run(*flags)
     except SystemExit as ended:
@@ -109,7 +109,7 @@ def test_the_data_of_a_resumed_run_stay_what_they_were(tmp_path, capsys):
     assert "corpus` changes the training data of" in (error := capsys.readouterr().err)
     assert "which went through `--mock-data`; legal: --mock-data;" in error and error.count("error: ") == 1
     assert run(*more) == 0
-    assert "`--mock-data` and `--data-path x` exclude each other" in refusal(capsys, "--data-path", "x")
+    assert "`--mock-data` and `--data-path x` exclude each other" in run_and_fail(capsys, "--data-path", "x")
 
 
 def test_a_dry_run_says_that_the_data_are_made_up(capsys):

@@ -33,7 +33,7 @@ def flags(tmp_path: Path) -> list[str]:
     return [*SIZES.split(), "--data-path", str(tmp_path / "data")]
 
 
-def ended(*started: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
+def wait_for_ends(*started: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
     said = [process.communicate(timeout=120) for process in started]
     return [(process.returncode, *both) for process, both in zip(started, said, strict=True)]
 
@@ -49,7 +49,7 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
 def test_torchrun_reports_one_rank(flags: list[str]) -> None:
     """All that it prints is three lines of ours, one for each rank that it ends, and its own report of the first one."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3")
-    ((status, out, err),) = ended(start(*launcher, str(PROGRAM), *flags, "--tensor-model-paralel-size", "2"))
+    ((status, out, err),) = wait_for_ends(start(*launcher, str(PROGRAM), *flags, "--tensor-model-paralel-size", "2"))
     ours = [line for line in err.splitlines() if line.startswith(("error:", "pretrain_gpt.py:"))]
     assert status == 1 and out == "" and len(ours) == 2
     assert ours[0].startswith("error: `--tensor-model-paralel-size` is not a known flag; did you mean")
@@ -66,7 +66,7 @@ def on_two(flags: list[str], *second: str) -> list[tuple[int, str, str]]:
         port = str(free.getsockname()[1])
     job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     first = start(str(PROGRAM), *flags, **job, RANK="0")
-    return ended(first, start(str(PROGRAM), *flags, *second, **job, RANK="1"))
+    return wait_for_ends(first, start(str(PROGRAM), *flags, *second, **job, RANK="1"))
 
 
 def test_the_others_are_silent(flags: list[str]) -> None:
@@ -121,7 +121,7 @@ def test_torchrun_is_advised_in_the_users_own_words(
 
 def test_a_forgotten_torchrun(flags: list[str], tmp_path: Path) -> None:
     more = ["--save", str(tmp_path / "a b"), "--save-interval", "1", "--tensor-model-parallel-size", "2"]
-    ((status, out, err),) = ended(start("pretrain_gpt.py", *flags, *more))
+    ((status, out, err),) = wait_for_ends(start("pretrain_gpt.py", *flags, *more))
     assert status == 2 and out == "" and err.count("\n") == 3
     line = err.splitlines()[1]
     assert line.startswith("start 2 processes: ") and "torchrun --nproc_per_node 2 pretrain_gpt.py --num-layers 1 " in line

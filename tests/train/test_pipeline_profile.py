@@ -22,7 +22,7 @@ TOTAL = STEPS + 2
 ROUNDING = 1e-6  # ms
 
 
-def profiled(setting: Setting, directory: str, steps: int):
+def profile_run(setting: Setting, directory: str, steps: int):
     """Curve of a profiled run, and what it said."""
     run = start_run(setting, steps)
     said: list[str] = []
@@ -55,7 +55,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "world", "layout"), CASES)
 def test_a_profile_records_every_action_and_changes_no_loss(name, world, layout, tmp_path):
     setting = replace(SETTING, schedule=name, **layout)
-    results = on_ranks(world, profiled, setting, str(tmp_path / "profile"), TOTAL)
+    results = on_ranks(world, profile_run, setting, str(tmp_path / "profile"), TOTAL)
     assert [len(said) for _, said in results] == [1] + [0] * (world - 1)
     assert name in results[0][1][0] and str(tmp_path / "profile") in results[0][1][0]
     assert [curve for curve, _ in results] == on_ranks(world, plain_run, setting, TOTAL), "profiling changed the run"
@@ -94,7 +94,7 @@ def in_order(actions: list[dict], schedule) -> None:
 
 def test_a_short_run_is_profiled_as_well(tmp_path):
     """One step alone, and one process alone."""
-    ((_, said),) = [profiled(SETTING, str(tmp_path / "one"), 1)]
+    ((_, said),) = [profile_run(SETTING, str(tmp_path / "one"), 1)]
     assert "profile of 1 steps" in said[0]
     assert read_profile(tmp_path / "one")["measured"]["peak_activations"] == [1]
 

@@ -42,7 +42,7 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def timeless(lines: list[dict]) -> list[dict]:
+def without_times(lines: list[dict]) -> list[dict]:
     times = ("iteration_time_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal")
     return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
@@ -70,7 +70,7 @@ def test_flags_of_todays_and_old_scripts_train_as_ours_do(flags, tmp_path, capsy
     assert run([*old, *short, *theirs.split(), "--save", tmp_path / "theirs"]) == Exit.FINISHED
     notes = capsys.readouterr().out
     assert notes.count(" changes nothing: ") == 19 and notes.count(" is read as ") == 2
-    assert timeless(metrics(tmp_path / "ours")) == timeless(metrics(tmp_path / "theirs"))
+    assert without_times(metrics(tmp_path / "ours")) == without_times(metrics(tmp_path / "theirs"))
 
 
 def test_a_run_writes_what_the_contract_says(flags, tmp_path, capsys):
@@ -117,9 +117,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(flags, tmp_path, stop):
     assert run([*split, "--auto-resume", "--log-interval", "3"]) == Exit.FINISHED
     final, expected = tensors(tmp_path / "split" / "iter_0000012"), tensors(whole / "iter_0000012")
     assert set(final) == set(expected) and all(torch.equal(final[name], expected[name]) for name in final)
-    resumed = [line for line in timeless(metrics(tmp_path / "split")) if "split" not in line]
+    resumed = [line for line in without_times(metrics(tmp_path / "split")) if "split" not in line]
     assert [line["iteration"] for line in resumed] == [3, 6, 9, 12]
-    uninterrupted = {line["iteration"]: line for line in timeless(metrics(whole)) if "split" not in line}
+    uninterrupted = {line["iteration"]: line for line in without_times(metrics(whole)) if "split" not in line}
     for line in resumed:
         window = [uninterrupted[i]["lm_loss"] for i in range(line["iteration"] - 2, line["iteration"] + 1)]
         assert line.pop("lm_loss") == pytest.approx(sum(window) / 3, rel=1e-12)
@@ -229,11 +229,11 @@ def test_ramp_up_and_reshuffling_resume_exactly(flags, tmp_path):
     kept = [flag for name, flag in zip(["", *flags], flags, strict=False) if not {name, flag} & counted_in_steps]
     ramp = [*kept, "--rampup-batch-size", "2", "2", "8", "--train-samples", "40", "--dataloader-type", "cyclic"]
     assert run(ramp) == 0
-    whole = {line["iteration"]: line for line in timeless(metrics(tmp_path / "run")) if "split" not in line}
+    whole = {line["iteration"]: line for line in without_times(metrics(tmp_path / "run")) if "split" not in line}
     split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in ramp]
     assert run([*split, "--auto-resume", "--exit-interval", "4"]) == Exit.STOPPED
     assert run([*split, "--auto-resume"]) == 0
-    assert {line["iteration"]: line for line in timeless(metrics(tmp_path / "split")) if "split" not in line} == whole
+    assert {line["iteration"]: line for line in without_times(metrics(tmp_path / "split")) if "split" not in line} == whole
 
 
 def test_a_schedule_of_batch_sizes_resumes_exactly(flags, tmp_path):
@@ -252,14 +252,14 @@ def test_a_schedule_of_batch_sizes_resumes_exactly(flags, tmp_path):
     ]
     steps += ["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "2", "--lr-wsd-decay-style", "linear"]
     assert run(steps) == 0
-    whole = {line["iteration"]: line for line in timeless(metrics(tmp_path / "run")) if "split" not in line}
+    whole = {line["iteration"]: line for line in without_times(metrics(tmp_path / "run")) if "split" not in line}
     assert [line["consumed_samples"] for line in whole.values()] == [2, 4, 6, 10, 14, 18]
     rates = [5.5e-3, 1e-2, 1e-2, 1e-2, 5e-3, 0.0]  # of the step that follows
     assert [line["learning_rate"] for line in whole.values()] == pytest.approx(rates)
     split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in steps]
     assert run([*split, "--auto-resume", "--exit-interval", "2"]) == Exit.STOPPED
     assert run([*split, "--auto-resume"]) == 0
-    assert {line["iteration"]: line for line in timeless(metrics(tmp_path / "split")) if "split" not in line} == whole
+    assert {line["iteration"]: line for line in without_times(metrics(tmp_path / "split")) if "split" not in line} == whole
 
 
 def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path):
@@ -268,7 +268,7 @@ def test_the_fused_kernels_dropout_follows_the_seed_and_resumes(flags, tmp_path)
     split = [flag if flag != str(tmp_path / "run") else str(tmp_path / "split") for flag in fused]
     assert run([*split, "--exit-interval", "7"]) == Exit.STOPPED
     assert run([*split, "--auto-resume"]) == 0
-    assert timeless(metrics(tmp_path / "split")) == timeless(metrics(tmp_path / "run"))
+    assert without_times(metrics(tmp_path / "split")) == without_times(metrics(tmp_path / "run"))
 
 
 def test_an_optimizer_state_that_is_not_there(flags, tmp_path, capsys):

@@ -27,7 +27,7 @@ def run(iters: int = 4, size: int = 4, samples: int | None = None, **optim: obje
     return resolve(RunSettings(model=MODEL, data=DATA, optim=OptimSettings(**{"lr": 1e-3, **optim}), batch=batch))
 
 
-def saved(config: RunConfig, iteration: int = 4) -> StateSource:
+def saved_checkpoint(config: RunConfig, iteration: int = 4) -> StateSource:
     """The checkpoint of a run at an iteration."""
     done = iteration * config.batch.global_batch_size
     schedule = asdict(LRSchedule.from_config(config.optim, config.batch))
@@ -62,7 +62,7 @@ WSD_CHANGES = [
 @pytest.mark.parametrize(("asked", "what", "held", "wanted"), [*CHANGES, *WSD_CHANGES])
 def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, held, wanted):
     old_run = run(**WSD, lr_warmup_iters=1) if asked.optim.lr_decay_style == "WSD" else run()
-    source = saved(old_run)
+    source = saved_checkpoint(old_run)
     with pytest.raises(ConfigError) as caught:
         check_schedule(source, asked)
     (problem,) = map(str, caught.value.problems)
@@ -78,18 +78,18 @@ def test_what_differs_is_refused_until_somebody_says_which_counts(asked, what, h
 
 def test_changes_without_effect_on_the_schedule_are_silent():
     for config in (run(), run(lr_decay_iters=4), run(4, lr_warmup_fraction=0.0), run(start_weight_decay=0.01)):
-        check_schedule(saved(run()), config)
+        check_schedule(saved_checkpoint(run()), config)
     constant = {"lr_decay_style": "constant"}
-    check_schedule(saved(run(**constant)), run(8, **constant))  # the length of no decay
+    check_schedule(saved_checkpoint(run(**constant)), run(8, **constant))  # the length of no decay
     growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}
     with pytest.raises(ConfigError, match="length of the weight decay's change"):
-        check_schedule(saved(run(**constant, **growing)), run(8, **constant, **growing))
+        check_schedule(saved_checkpoint(run(**constant, **growing)), run(8, **constant, **growing))
     with pytest.raises(ConfigError, match=r"`--end-weight-decay` is 0\.2"):
-        check_schedule(saved(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
-    check_schedule(saved(run()), run(lr_wsd_decay_style="cosine", lr_warmup_init=1e-4))  # of no WSD, of no warm-up
-    check_schedule(replace(saved(run()), progress=False), run(8))  # --finetune
+        check_schedule(saved_checkpoint(run(**growing)), run(**growing | {"end_weight_decay": 0.2}))
+    check_schedule(saved_checkpoint(run()), run(lr_wsd_decay_style="cosine", lr_warmup_init=1e-4))  # of no WSD, of no warm-up
+    check_schedule(replace(saved_checkpoint(run()), progress=False), run(8))  # --finetune
     check_schedule(StateSource(state=TrainState(iteration=0)), run(8))  # imported weights
-    check_schedule(saved(run()), replace(run(8), eval=replace(run().eval, skip_train=True)))
+    check_schedule(saved_checkpoint(run()), replace(run(8), eval=replace(run().eval, skip_train=True)))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -99,7 +99,7 @@ def test_the_next_step_has_the_rate_of_the_schedule_that_counts(style):
     asked = run(20, size=8, lr=3e-3, min_lr=1e-4, lr_decay_style=style, lr_wsd_decay_iters=5, lr_warmup_iters=3)
     new = replace(asked, optim=replace(asked.optim, override_opt_param_scheduler=True))
     for iteration in range(1, 11):
-        source = saved(old, iteration)
+        source = saved_checkpoint(old, iteration)
         at = source.state.scheduled_samples
         assert choose_schedule(source, new).rate(at) == LRSchedule.from_config(asked.optim, asked.batch).rate(at)
         kept = replace(asked, optim=replace(asked.optim, use_checkpoint_opt_param_scheduler=True))
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_says_nothing_of_what_came_later():
     """Its weight decay went on growing as long as its learning rate fell, and does so."""
     growing = {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.2}
     config = run(8, lr_decay_iters=4, **growing)
-    source = saved(config)
+    source = saved_checkpoint(config)
     for name in ("decay_weights_over", "initial", "annealing", "annealing_style"):
         del source.state.schedule[name]
     kept = replace(config, optim=replace(config.optim, use_checkpoint_opt_param_scheduler=True))

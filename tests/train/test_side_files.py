@@ -107,19 +107,19 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def evaluated(sink: JsonLines, iteration: int) -> None:
+def write_evaluation(sink: JsonLines, iteration: int) -> None:
     sink.evaluation(Evaluation(iteration, "test", 1.0, 8), "")
 
 
 def test_no_line_is_half_written_and_none_is_lost(tmp_path, caplog):
     sink = JsonLines(tmp_path / "metrics.jsonl", None)
-    evaluated(sink, 0)
+    write_evaluation(sink, 0)
     whole = (tmp_path / "metrics.jsonl").read_text()
     with largest_file(len(whole) + 20):
         for iteration in (1, 2):
-            evaluated(sink, iteration)
+            write_evaluation(sink, iteration)
             assert (tmp_path / "metrics.jsonl").read_text() == whole
-    evaluated(sink, 3)
+    write_evaluation(sink, 3)
     assert [line["iteration"] for line in metrics(tmp_path)] == [0, 1, 2, 3]
     assert len(caplog.records) == 1 and "metrics cannot be written: File too large" in caplog.text
 
@@ -132,7 +132,7 @@ def test_a_torn_line_does_not_spoil_the_next(tmp_path, resume_at, tail):
     plot = [sys.executable, ROOT / "tools" / "plot_metrics.py", path, "--output", tmp_path / "loss.svg"]
     if resume_at is None and tail.endswith("lm"):  # also while it is there
         assert subprocess.run(plot, check=False).returncode == 0
-    evaluated(JsonLines(path, resume_at), 4)
+    write_evaluation(JsonLines(path, resume_at), 4)
     expected = [1, 2] if resume_at is not None else [1, 2, 3]
     expected += [2] if tail.endswith("}") else []
     assert [line["iteration"] for line in metrics(tmp_path)] == [*expected, 4]

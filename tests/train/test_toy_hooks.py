@@ -22,7 +22,7 @@ FLAGS = (
 LAST = re.compile(rf"the last {toy_hooks.NAME} is \d")
 
 
-def installed(site: Path, *entries: str) -> dict[str, str]:
+def install_toy_hooks(site: Path, *entries: str) -> dict[str, str]:
     """The environment in which a package with these entry points is installed."""
     about = site / "toy_hooks-1.0.dist-info"
     about.mkdir(parents=True)
@@ -48,7 +48,7 @@ def read_norms(save: Path, rank: int = 0) -> dict[int, float]:
 
 
 def test_an_installed_package_takes_part_in_a_run(tmp_path: Path) -> None:
-    environment = installed(tmp_path / "site", "norm = toy_hooks:EmbeddingNorm")
+    environment = install_toy_hooks(tmp_path / "site", "norm = toy_hooks:EmbeddingNorm")
     alone, several, plain = tmp_path / "alone", tmp_path / "several", tmp_path / "plain"
     done = pretrain(environment, alone)
     assert done.returncode == 0, done.stderr
@@ -82,6 +82,6 @@ def test_an_installed_package_takes_part_in_a_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_hook_is_refused_before_anything_is_done(entry: str, said: str, tmp_path: Path) -> None:
-    done = pretrain(installed(tmp_path / "site", f"bad = {entry}"), tmp_path / "save")
+    done = pretrain(install_toy_hooks(tmp_path / "site", f"bad = {entry}"), tmp_path / "save")
     assert done.returncode == 2 and f"error: the hook bad {said}" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "save").exists()

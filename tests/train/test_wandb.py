@@ -28,7 +28,7 @@ def wandb(monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
 
-def calls(folder: Path, name: str) -> list[dict]:
+def calls_named(folder: Path, name: str) -> list[dict]:
     path = folder / "calls.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line for line in lines if line["call"] == name]
@@ -41,13 +41,13 @@ def test_one_run_over_restarts_and_each_point_once(flags, tmp_path, wandb, capsy
     assert run([*wanted, "--exit-interval", 6]) == Exit.STOPPED
     (save / "latest_checkpointed_iteration.txt").write_text("4\n")  # what a kill after 6 would have left, too
     assert run(wanted) == Exit.FINISHED
-    begun = calls(folder, "init")
+    begun = calls_named(folder, "init")
     assert len({call["id"] for call in begun}) == 1 and len(begun) == 3
     assert {(c["project"], c["name"], c["entity"], c["resume"]) for c in begun} == {("p", "n", "e", "allow")}
     assert begun[0]["config"]["optim"]["lr"] == 1e-2 and begun[0]["config"]["world_size"] == 1
     state = json.loads((save / "iter_0000012" / "state.json").read_text())
     assert state["train"]["wandb_run"] == begun[0]["id"]
-    points = [(call["step"], tag, value) for call in calls(folder, "log") for tag, value in call["values"].items()]
+    points = [(call["step"], tag, value) for call in calls_named(folder, "log") for tag, value in call["values"].items()]
     assert [step for step, tag, _ in points if tag == "lm loss"] == list(range(1, 13))
     assert [step for step, tag, _ in points if tag == "lm loss validation"] == [5, 10, 12]
     assert [step for step, tag, _ in points if tag == "lm loss test"] == [12]
@@ -56,13 +56,13 @@ def test_one_run_over_restarts_and_each_point_once(flags, tmp_path, wandb, capsy
     # The curve is the run's own.
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [v for _, tag, v in points if tag == "lm loss"] == [line["lm_loss"] for line in lines if "split" not in line]
-    ends = [call["exit_code"] for call in calls(folder, "finish")]
-    assert ends == [75, 75, 0] and len(calls(folder, "mark_preempting")) == 2
+    ends = [call["exit_code"] for call in calls_named(folder, "finish")]
+    assert ends == [75, 75, 0] and len(calls_named(folder, "mark_preempting")) == 2
     assert f"W&B: run {begun[0]['id']}, https://wandb.example/run" in capsys.readouterr().out
     assert {call["process"] for call in begun}.isdisjoint({os.getpid()})
     # Weights alone are no reason to go on with it.
     assert run([*flags, "--load", save, "--finetune", "--save", tmp_path / "other", "--wandb-project", "p"]) == 0
-    assert calls(tmp_path / "other" / "wandb", "init")[0]["id"] != begun[0]["id"]
+    assert calls_named(tmp_path / "other" / "wandb", "init")[0]["id"] != begun[0]["id"]
 
 
 @pytest.mark.parametrize(("fault", "said"), [("log", "the server says no"), ("init", "no network"), ("hang", "0.2 s were not")])
@@ -75,7 +75,7 @@ def test_no_failure_of_it_ends_or_delays_a_run(flags, tmp_path, wandb, monkeypat
     warned = [record.getMessage() for record in caplog.records if record.getMessage().startswith("W&B: ")]
     assert any(said in line for line in warned) and len(warned) == (2 if fault == "init" else 1), warned
     if fault == "log":
-        assert calls(tmp_path / "run" / "wandb", "finish")[0]["exit_code"] == 0
+        assert calls_named(tmp_path / "run" / "wandb", "finish")[0]["exit_code"] == 0
 
 
 def test_a_run_that_is_killed_has_failed(tmp_path, wandb):
@@ -87,8 +87,8 @@ def test_a_run_that_is_killed_has_failed(tmp_path, wandb):
     link._socket.close()  # as the kernel does for a process that is gone
     link.process.wait(60)
     # The validation comes late to a step that is closed, and stands at the next.
-    assert [call["step"] for call in calls(tmp_path, "log")] == [3, 3]
-    assert calls(tmp_path, "finish")[0]["exit_code"] == 1
+    assert [call["step"] for call in calls_named(tmp_path, "log")] == [3, 3]
+    assert calls_named(tmp_path, "finish")[0]["exit_code"] == 1
     kept = read_wandb_run(tmp_path / "wandb.json")
     assert (kept.id, kept.iteration, kept.evaluations) == ("x", 3, {"validation": 2})
 

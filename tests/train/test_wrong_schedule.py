@@ -39,7 +39,7 @@ def wrong(request, monkeypatch) -> str:
     return WRONG[request.param]
 
 
-def refusal(capsys, *flags: str) -> str:
+def run_and_fail(capsys, *flags: str) -> str:
     try:
         status = pretrain([*FLAGS, "--pipeline-schedule", "gpipe", *flags], program="pretrain_gpt.py", defaults={})
     except SystemExit as ended:
@@ -50,10 +50,12 @@ def refusal(capsys, *flags: str) -> str:
 
 
 def test_a_run_and_a_dry_run_refuse_it(wrong, tmp_path, capsys):
-    said = refusal(capsys, "--save", str(tmp_path / "save"), "--save-interval", "2")
+    said = run_and_fail(capsys, "--save", str(tmp_path / "save"), "--save-interval", "2")
     assert "error: `--pipeline-schedule gpipe` cannot be run: gpipe: " in said and wrong in said
     assert not (tmp_path / "save").exists()
-    said = refusal(capsys, "--dry-run", "--world-size", "2", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "4")
+    said = run_and_fail(
+        capsys, "--dry-run", "--world-size", "2", "--pipeline-model-parallel-size", "2", "--micro-batch-size", "4"
+    )
     assert "error: `--pipeline-schedule gpipe` cannot be run: gpipe: " in said and wrong in said
 
 
