@@ -23,8 +23,8 @@ SETTERS = {"setattr", "delattr", "object"}  # monkeypatch.setattr(module, "name"
 BY_NAME = {"setattr", "delattr", "patch", "import_module", "find_spec"}  # patch("megatron.a.name")
 WITHOUT_MEMBERS = {"object", "ABC", "Protocol", "Generic", "Exception", "ValueError", "RuntimeError", "NamedTuple"}
 OTHERS = {  # packages that are not ours; what is neither of these nor Python's own is to be found in the repository
-    "hypothesis", "lm_eval", "markdown2", "numpy", "pdoc", "pytest", "safetensors", "sentencepiece", "setuptools", "tokenizers", "torch",
-    "transformers", "zstandard",
+    "hypothesis", "lm_eval", "markdown2", "numpy", "pdoc", "pytest", "safetensors", "sentencepiece", "setuptools",
+    "tokenizers", "torch", "transformers", "zstandard",
 }  # fmt: skip
 INHERITED = {
     "_fields",
