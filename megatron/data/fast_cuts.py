@@ -1,11 +1,11 @@
 """Find where a text can be cut for a tokenizer of the `tokenizers` package, from the tokenizer's steps.
 
-Such a tokenizer finds added tokens, normalizes what is between them, splits it into words, and looks at each word by itself. A
-cut changes nothing if no added token is near, if every step decides about a place by the characters around it, and if the text
-around the place gives the same words cut and whole. The first is looked up, the second is known of the steps below, the third
-is tried at each place. Where a word goes on beyond the place (a tokenizer that does not split at spaces, as Llama 2's), a cut
-changes nothing if the model is a BPE and no piece of its vocabulary holds the two characters that would be parted: a merge
-across the place would make such a piece.
+Such a tokenizer finds added tokens, normalizes the text between them, splits it into words, and tokenizes each word by itself.
+A cut does not change the tokens under three conditions: no added token is near; every step of the tokenizer depends only on the
+characters around the place; and the text around the place has the same words when it is cut. The first is checked by a search,
+the second is known for the steps below, the third is tried at each place. A word can also continue beyond the place, for
+tokenizers that do not split at spaces, such as Llama 2's. Then a cut is safe if the model is a BPE and no piece of its
+vocabulary contains the two characters on either side, since a merge across the place would form such a piece.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ LOCAL_NORMALIZERS = frozenset(
 LOCAL_SPLITTERS = frozenset(
     ["BertPreTokenizer", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "Whitespace", "WhitespaceSplit"]
 )
-# One character or one class of them, alone or in runs. An expression with more to it may look far to either side.
+# One character or one class of characters, alone or repeated. More complex expressions may depend on distant characters.
 CLASS = r"\[(?:[^\[\]&\\]|\\.|\[[^\[\]&]+\])+\]"
 RUN = re.compile(rf"(?: \?)?(?:[^\\\[\](){{}}|.^$*+?]|\\[sSdDnrt]|\\[^\w\s]|\\p\{{\w+\}}|{CLASS})(?:\+|\{{2,\}})?")
 # Alternatives of the expressions that split words for GPT-2, GPT-4, GPT-4o, Llama 3, Qwen and DeepSeek. None matches a letter
-# or a digit together with a separator after it. One looks beyond what it matches: at white space after white space.
+# or a digit together with a separator after it. One of them has a lookahead: for white space after white space.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 LEAD = r"[^\r\n\p{L}\p{N}]?"

@@ -1,6 +1,6 @@
-"""Unpack text files while they are read. The first bytes of a file tell its kind, whatever its name ends in.
+"""Decompress text files while they are read. The kind of compression follows from a file's first bytes, not from its name.
 
-gzip, zstandard, bzip2 and xz are unpacked in bounded memory; a file without text is refused as `recognize_bytes` names it.
+gzip, zstandard, bzip2 and xz are decompressed in bounded memory; files that are not text are refused by `recognize_bytes`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from megatron.files.foreign import HEAD_BYTES, PACKED, packing, recognize_bytes
 from megatron.launch.packages import install_command
 
 BLOCK_BYTES = 1 << 20
-PACKED_BYTES = 1 << 10  # unpacked at once; 4 bytes of zstandard can stand for 128 KB
-MAX_XZ_BYTES = 1 << 28  # of memory for one; `xz -9` takes 65 MB
-MAX_PACKINGS = 3  # one in another
+PACKED_BYTES = 1 << 10  # compressed bytes that are processed at once; 4 bytes of zstandard can hold 128 KB
+MAX_XZ_BYTES = 1 << 28  # memory limit of the xz decompressor; `xz -9` needs 65 MB
+MAX_PACKINGS = 3  # levels of nested compression
 DAMAGE_ERRORS = (OSError, EOFError, zlib.error)  # raised when the bytes of a damaged file are read
 
-# The kind of a packed file, by the suffix of its name.
+# The kind of compression by the suffix of a file's name.
 PACKED_SUFFIXES: Mapping[str, str] = MappingProxyType(
     {".gz": "gzip", ".zst": "zstandard", ".bz2": "bzip2", ".xz": "xz", ".lzma": "lzma"}
 )
 
 
 class UnpackedFile(io.RawIOBase):
-    """The unpacked bytes of a file of any number of streams, one after the other. EOFError if the last one is cut off.
+    """The decompressed bytes of a file with one or several compressed streams. EOFError if the last one is cut off.
 
-    A stream is a decompressor of bz2, lzma or zstandard: the packages' own files end without a word where one is cut off, or
-    bound no memory. OSError for bytes that are none.
+    It uses the decompressors of bz2, lzma and zstandard, since the file objects of these packages do not report a truncated
+    stream, or do not bound the memory. OSError for invalid bytes.
     """
 
     def __init__(self, file: IO[bytes], new_stream: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
@@ -43,13 +43,13 @@ class UnpackedFile(io.RawIOBase):
         self._packed, self._ready = b"", b""
 
     def readable(self) -> bool:
-        """Return True, as a reader of Python's `io` asks."""
+        """Return True; required by Python's `io`."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with unpacked bytes; return their number, 0 at the end."""
+        """Fill `buffer` with decompressed bytes; return their number, 0 at the end."""
         while not self._ready:
-            # A bounded decompressor may hold more bytes than it gave; only then no more packed ones are needed.
+            # A decompressor with bounded output may hold more of it; only then it needs no further input.
             holds_more = self._stream is not None and not getattr(self._stream, "needs_input", True)
             if not holds_more and not self._packed:
                 self._packed = self._file.read(PACKED_BYTES)
@@ -105,29 +105,29 @@ class _Rejoined(io.RawIOBase):
 
 
 def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
-    """Return the unpacked bytes of an open file; it is closed with them.
+    """Return a file with the decompressed bytes of an open file; closing it closes both.
 
     Args:
-        name: of the file, for messages, and for its suffix where the file is too short to tell its kind.
-        file: at its beginning; may be a pipe.
+        name: the file's name, for messages; its suffix is used if the file is too short to recognize its kind.
+        file: the open file, at its beginning; may be a pipe.
 
     Raises:
-        DataError: for a file that is no text, under the name of what it is; for one that is cut off in its first bytes.
+        DataError: the file is not text, or is cut off within its first bytes.
     """
     for _ in range(MAX_PACKINGS):
-        head, file = _look(name, file)
+        head, file = _peek(name, file)
         kind = packing(head)
         if kind is None:
             if (found := recognize_bytes(head, name)) is not None:
                 raise DataError(f"{name}: it is {found}")
-            _refuse_cut_off(name, head)
+            _check_truncated(name, head)
             return file
         file = _unpack(kind, name, file)
     raise DataError(f"{name}: it is compressed more than {MAX_PACKINGS - 1} times over; unpack it")
 
 
-def _look(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
-    """Return the first bytes of a file, and a file that still has them."""
+def _peek(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
+    """Return the first bytes of a file, and a file that begins with them again."""
     head = b""
     try:
         while len(head) < HEAD_BYTES and (more := file.read(HEAD_BYTES - len(head))):
@@ -137,19 +137,19 @@ def _look(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
     return head, io.BufferedReader(_Rejoined(head, file), BLOCK_BYTES)
 
 
-def _refuse_cut_off(name: str, head: bytes) -> None:
-    """Raise a DataError for a packed file, by its name, that ends before its kind can be told."""
+def _check_truncated(name: str, head: bytes) -> None:
+    """Raise a DataError for a file with the suffix of a compressed one that ends before its kind can be recognized."""
     kind = next((kind for suffix, kind in PACKED_SUFFIXES.items() if name.endswith(suffix)), None)
     if kind and any(mark.startswith(head) for mark, known in PACKED if known == kind):
         raise damaged_error(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
 
 
 def _unpack(kind: str, name: str, file: IO[bytes]) -> IO[bytes]:
-    """Return the unpacked bytes of a file of one of the kinds of `PACKED_SUFFIXES`."""
+    """Return a file with the decompressed bytes of a file of one of the kinds of `PACKED_SUFFIXES`."""
     match kind:
         case "gzip":
             plain: Any = gzip.GzipFile(fileobj=file, mode="rb")
-            plain.myfileobj = file  # closed with it
+            plain.myfileobj = file  # makes `close` close the file, too
             return cast(IO[bytes], plain)
         case "bzip2":
             raw = UnpackedFile(file, bz2.BZ2Decompressor, (OSError, ValueError))
@@ -172,16 +172,16 @@ def _zstandard(name: str, file: IO[bytes]) -> UnpackedFile:
 
 
 def damaged_error(name: str, line: int, why: object) -> DataError:
-    """Return the error for a file whose bytes cannot be read any further.
+    """Return the error for a file that cannot be read any further.
 
     Args:
-        name: of the file.
-        line: last one that was read, from 1 on.
-        why: the reason, as an exception or in words.
+        name: the file's name.
+        line: number of the last line that was read, from 1.
+        why: the reason, an exception or text.
     """
     return DataError(f"{name}: damaged after line {line} ({why}); get the file again")
 
 
 def bare_name(name: str) -> str:
-    """Return a file's name without the suffix of its packing."""
+    """Return a file's name without the suffix of its compression."""
     return next((name.removesuffix(suffix) for suffix in PACKED_SUFFIXES if name.endswith(suffix)), name)

@@ -98,11 +98,11 @@ def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separator
     """Write a value as JSON; unlike jinja's own filter without HTML's escapes.
 
     Args:
-        value: what is written.
-        ensure_ascii: other characters are escaped.
-        indent: as of `json.dumps`.
-        separators: as of `json.dumps`.
-        sort_keys: fields are in the order of their names.
+        value: the value.
+        ensure_ascii: escape all characters beyond ASCII.
+        indent: see `json.dumps`.
+        separators: see `json.dumps`.
+        sort_keys: sort the fields by name.
     """
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -1,4 +1,4 @@
-"""Keep a text as the client's side knows it so far, and tell what of it can be shown."""
+"""Collect the updates of a completion, and return the parts of its text that can be sent to the client."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron.serving.task import GenerationTask
 
 
 class CompletionText:
-    """A prompt and the updates about it, and how much of it has been shown.
+    """A prompt with its completion, and how much of it has been sent.
 
     Attributes:
-        tokens: of the prompt and after it.
+        tokens: the tokens of the prompt and the generated ones.
         start: number of tokens of the prompt.
-        scores: of the tokens, from the second one on.
-        end: why the text has ended; empty while it goes on.
+        scores: scores of the tokens, from the second one on.
+        end: `stop` or `length` when the text has ended; otherwise empty.
     """
 
     def __init__(self, task: GenerationTask, prompt: Sequence[int], tokenizer: Tokenizer, *, echo: bool = False) -> None:
@@ -29,11 +29,11 @@ class CompletionText:
         self._task, self._tokenizer = task, tokenizer
         self._scan: StopScan | None = None
         self._first = 0 if echo else self.start
-        self._text = self._places = 0  # how many characters and tokens have been shown
-        self._offsets, self._width = list[int](), 0  # where each token's text begins in what is shown, and where the next one
+        self._text = self._places = 0  # numbers of characters and tokens that have been returned by `show`
+        self._offsets, self._width = list[int](), 0  # position of each token's text, and of the next token's
 
     def add(self, update: TextUpdate) -> None:
-        """Add the tokens that a step of the engine gave this text."""
+        """Add the tokens and scores of an update of the engine."""
         self.tokens += update.tokens
         self.scores += update.scores
         self.end = update.end
@@ -44,10 +44,10 @@ class CompletionText:
         return len(self.tokens) - self.start
 
     def show(self) -> tuple[str, dict[str, list[Any]] | None]:
-        """Return the text that can be shown and has not been, and the log-probabilities of its tokens; None where nobody asked.
+        """Return the new part of the text that can be sent, and the log-probabilities of its tokens, None if not requested.
 
-        Neither the token that ends the text nor a stop text, nor what comes after one, is ever shown; but the token that ends
-        it has a log-probability, since who asks for one more token than a text has takes away the last of them.
+        The token that ends the text, a stop text and the text after it are never returned. The token that ends the text has a
+        log-probability, however: clients that request one token more than a text has drop the last entry.
         """
         ended_by_run = self.end == "stop" and any(tuple(self.tokens[-len(run) :]) == run for run in self._task.stop_runs)
         tokens = self.tokens[: len(self.tokens) - ended_by_run]
@@ -58,19 +58,19 @@ class CompletionText:
         text, self._text = whole[self._text :], max(self._text, len(whole))
         if self._task.top is None:
             return text, None
-        # Only new tokens are measured: their text depends on those before, and on none behind.
+        # Only new tokens are measured, since the text of a token depends only on those before it.
         for place in range(self._first + len(self._offsets), len(self.tokens)):
             self._offsets.append(self._width)
             self._width += token_width(self._tokenizer, self.tokens, place)
-        # At the end all tokens are told, also those that add no text; before it, those whose text is shown.
+        # At the end all tokens are returned, even those without text; before it, those whose text is returned.
         everything = bool(self.end) and shown == written
         until = len(self._offsets) if everything else bisect_left(self._offsets, len(whole))
         places, self._places = range(self._places, until), max(self._places, until)
         return text, self._log_probs(places)
 
     def _certain(self, written: str) -> str:
-        """Return the part of what is written that cannot change any more, and neither is nor begins a stop text."""
-        # The bytes of a last character may not all be there yet.
+        """Return the part of the generated text that cannot change any more, up to a stop text or the beginning of one."""
+        # The last character may be incomplete.
         certain = written if self.end else written.rstrip(REPLACEMENT_CHARACTER)
         if not self._task.stop_texts:
             return certain
@@ -79,11 +79,11 @@ class CompletionText:
         self._scan.read(certain)
         if self._scan.found is not None:
             return certain[: self._scan.found]
-        # What may begin a stop text waits for the tokens that tell.
+        # The possible beginning of a stop text is held back until the next tokens decide.
         return certain if self.end else certain[: len(certain) - self._scan.num_pending]
 
     def _log_probs(self, places: range) -> dict[str, list[Any]]:
-        """Return log-probabilities in OpenAI's form, of the tokens with these places. A text's first token has none."""
+        """Return log-probabilities of the tokens at these positions, in OpenAI's form. A text's first token has none."""
         scores = [self.scores[self._first + place - 1] if self._first + place else None for place in places]
         own = [token_text(self._tokenizer, self.tokens[self._first + place]) for place in places]
         return {
@@ -94,5 +94,5 @@ class CompletionText:
         }
 
     def _best(self, score: TokenScore) -> dict[str, float]:
-        """Return the most probable tokens by their text; of those that are spelt alike the most probable one counts."""
+        """Return the log-probabilities of the most probable tokens, by their text; of equal texts, the most probable counts."""
         return {token_text(self._tokenizer, token): log_prob for token, log_prob in reversed(score.top)}

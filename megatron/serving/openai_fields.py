@@ -1,4 +1,4 @@
-"""Read the fields that OpenAI's completions and chats share, and describe a model as OpenAI does."""
+"""Read the fields that OpenAI's completions and chat APIs share, and describe a model in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron.inference.generate import Sampling
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.task import GenerationTask
 
-MAX_STOP_CHARACTERS = 65_536  # of all stop texts of a request
+MAX_STOP_CHARACTERS = 65_536  # total length of the stop texts of a request
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop")
 COMMON = frozenset(("model", "user", "n", "stream", "stream_options", *SAMPLING))
 NEUTRAL: tuple[tuple[str, Any], ...] = (("frequency_penalty", 0), ("presence_penalty", 0), ("logit_bias", {}))
@@ -19,17 +19,17 @@ NEUTRAL: tuple[tuple[str, Any], ...] = (("frequency_penalty", 0), ("presence_pen
 
 @dataclass(frozen=True)
 class OpenAIRequest:
-    """A request: the task, and how it is answered.
+    """A request: the task, and the form of the reply.
 
     Attributes:
         task: the task.
-        samples: texts for each prompt.
-        stream: the reply is a stream.
-        usage: a last chunk of a stream tells the number of tokens.
-        model: its name for clients.
-        id: of the reply.
-        created: seconds since 1970.
-        echo: the prompt is shown too.
+        samples: number of completions of each prompt.
+        stream: the reply is streamed.
+        usage: the last chunk of a stream has the numbers of tokens.
+        model: the model's name for clients.
+        id: id of the reply.
+        created: time of the request, in seconds since 1970.
+        echo: the reply begins with the prompt.
     """
 
     task: GenerationTask
@@ -43,12 +43,12 @@ class OpenAIRequest:
 
 
 def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[str, Any]], model: str) -> None:
-    """Raise RequestError for a field that is not offered, and for another model than the one that is served.
+    """Raise RequestError for an unknown or unsupported field, and for another model than the one that is served.
 
     Args:
-        fields: the request.
-        known: names of all fields that there are.
-        neutral: fields that are not offered, with the value that asks for nothing.
+        fields: the fields of the request.
+        known: names of all known fields.
+        neutral: unsupported fields, each with the value that has no effect, which is accepted.
         model: the name of the model that is served.
     """
     fields.only(frozenset(known))
@@ -57,7 +57,7 @@ def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[st
         raise no_model(asked, model)
     for name, value in neutral:
         given = fields.values.get(name, value)
-        # False equals 0, and is no number.
+        # False equals 0 in Python, but is not a number in JSON.
         if given != value or isinstance(given, bool) is not isinstance(value, bool):
             raise RequestError(f"{name} is not offered: leave it out", name)
     if not isinstance(fields.values.get("user", ""), str):
@@ -65,19 +65,19 @@ def check_names(fields: Fields, known: Iterable[str], neutral: Iterable[tuple[st
 
 
 def no_model(asked: object, model: str) -> RequestError:
-    """Return the error for a client that asked for another model than `model`."""
+    """Return the error for a request for another model than `model`."""
     return RequestError(f"the model {asked!r} is not here; there is {model!r}", "model", 404, "model_not_found")
 
 
 def read_sampling(fields: Fields) -> tuple[Sampling, int]:
-    """Return how tokens are chosen, and the seed."""
+    """Return the rule by which tokens are chosen, and the seed."""
     temperature, top_k = fields.number("temperature", 1.0, 0.0, 100.0), fields.integer("top_k", 0, 0, 1_000_000)
     top_p = fields.number("top_p", 1.0, 0.0, 1.0, above=True)
     return Sampling(temperature, top_k, top_p), fields.integer("seed", secrets.randbits(62), -(2**63), 2**63 - 1)
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
-    """Return whether the reply is a stream, and whether its end tells the usage."""
+    """Return whether the reply is streamed, and whether its last chunk has the numbers of tokens."""
     stream, options = fields.boolean("stream"), fields.values.get("stream_options")
     if options is None:
         return stream, False
@@ -102,5 +102,5 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
 
 
 def model_body(model: str, created: int) -> dict[str, Any]:
-    """Return a model as OpenAI's routes describe it. created: seconds since 1970."""
+    """Return the description of a model in OpenAI's form. created: seconds since 1970."""
     return {"id": model, "object": "model", "created": created, "owned_by": "megatron"}
