@@ -36,6 +36,7 @@ def continues_run(source: StateSource, config: RunConfig) -> bool:
         return False
     if source.directory is None:  # the run was killed before its first checkpoint
         return config.checkpoint.auto_resume or config.checkpoint.load is not None
+    # Resolved, since --load and --save may name the same directory by different paths.
     return source.progress and source.directory.resolve().parent == Path(save).resolve()
 
 

@@ -73,6 +73,7 @@ class Ending:
             raise TrainingError(f"{where}: {why}; {failure}")
         text = f"{where}: {why}; {self._describe_saved()}"
         training.log(text)
+        # torchrun reports a rank with status 75 as failed; with this text it names the reason.
         if self._saver is not None:
             write_error_file(text)
         return Exit.STOPPED if can_resume else Exit.FINISHED

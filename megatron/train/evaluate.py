@@ -57,4 +57,5 @@ def evaluate(
         with torch.no_grad():
             step_loss, step_tokens, _, step_order = reduce_losses(pipeline.evaluate(batches), mesh)
         loss, tokens, order = loss + step_loss, tokens + step_tokens, order + step_order
+    # At least 1, since all tokens may be masked.
     return loss / max(tokens, 1.0), order / max(steps * global_batch_size, 1)

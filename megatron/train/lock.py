@@ -264,7 +264,7 @@ def read_lock(path: Path) -> LockReading | None:
 def _read(path: Path) -> tuple[str, int] | None:
     """Return the text of a lock file and the time of its last touch in nanoseconds; None when there is no file."""
     # Opened for each reading, since NFS asks the server for the current state only on open (close-to-open consistency).
-    try:
+    try:  # O_NONBLOCK, so that a pipe of this name does not block
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None

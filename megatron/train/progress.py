@@ -46,6 +46,7 @@ class Progress:
             with suppress(OSError, ValueError):
                 values = read_json(self._path)
         if isinstance(values, dict):
+            # Types are compared exactly, since bool is a subclass of int.
             finished, idle = values.get("finished"), values.get("slices_without_a_step")
             self.finished = finished if type(finished) is int else None
             self.idle = idle if type(idle) is int and idle > 0 else 0

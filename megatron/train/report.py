@@ -124,6 +124,7 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)
+    # Longer names first, since `H100` is also a part of `H100 PCIe`.
     known = [peak for part, peak in sorted(PEAKS.items(), key=lambda item: -len(item[0])) if part in name]
     return known[0] if known else None
 

@@ -127,6 +127,7 @@ class Stopping:
         """Encode the signal and this rank in a number, largest on the lowest rank; 0 without a signal."""
         names = [number.name for number in STOP_SIGNALS]
         name = self._signals.name
+        # Lower ranks have larger numbers, so the maximum over the ranks is the lowest rank's signal.
         return 0 if name is None else (self._mesh.world.size - self._mesh.rank) * len(names) + names.index(name)
 
     def _decoded(self, vote: int) -> str:

@@ -29,7 +29,7 @@ class WandbLink:
 
     def __init__(self, setup: Mapping[str, Any], log: Callable[[str], None]) -> None:
         self._log, self._unread = log, b""
-        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)  # when it is full, the oldest messages are dropped
         self._rest = b""  # the unsent part of a message that the socket took in part
         self._socket: socket.socket | None = None
         self.done = False

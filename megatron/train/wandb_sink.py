@@ -73,7 +73,7 @@ def wandb_sink(run: Run, save: str | None, continues: bool, resumed: bool) -> Ca
     """
     config, state = run.config, run.state
     if not continues:
-        state.wandb_run = ""
+        state.wandb_run = ""  # the id in a checkpoint from elsewhere belongs to that run
     if config.log.wandb_project is None:
         return None
     record = None if save is None else Path(save) / WANDB_FILE

@@ -49,6 +49,7 @@ def open_wandb_run(setup: Mapping[str, Any], reply: Reply) -> Any:
     """Open the W&B run; without a network, an offline run whose points stay on the disk. Raises any exception of W&B."""
     import wandb
 
+    # With resume="allow", W&B continues the run of this id if there is one, and creates it otherwise.
     wanted = {name: value for name, value in setup["init"].items() if value is not None}
     try:
         return wandb.init(**wanted, resume="allow", settings={"console": "off"})
