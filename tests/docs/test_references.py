@@ -1,4 +1,4 @@
-"""What the documentation refers to is there: names in docstrings, and in the pages that `make docs` builds, every link."""
+"""Names in docstrings are those of the code, and every link of the pages that `make docs` builds leads somewhere."""
 
 from __future__ import annotations
 
