@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from forked import Attempt, Case  # noqa: E402
 
-from megatron.checkpoint.layout import CheckpointError, iterations, verify  # noqa: E402
+from megatron.checkpoint.layout import CheckpointError, iteration_directories, verify  # noqa: E402
 from megatron.data.indexed import IndexedWriter, token_dtype  # noqa: E402
 
 MODEL = (
@@ -108,7 +108,7 @@ def samples(folder: Path) -> set[tuple[int, str]]:
 def committed(folder: Path) -> dict[int, Path]:
     """Return the checkpoints that are whole, byte for byte, by iteration."""
     whole = {}
-    for iteration, path in iterations(folder / "save").items():
+    for iteration, path in iteration_directories(folder / "save").items():
         try:
             verify(path)
         except CheckpointError:

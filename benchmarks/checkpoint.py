@@ -35,7 +35,7 @@ import torch.distributed as dist
 from cases import Case, Dims
 from ours import build_config, micro_batches_from_text
 
-from megatron.checkpoint.content import shard_name
+from megatron.checkpoint.save_plan import shard_name
 from megatron.config.schema import CheckpointConfig
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import job

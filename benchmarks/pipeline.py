@@ -33,7 +33,7 @@ from train import WARM_UP, Answer, Contest, Failure, Turns, measure, random_text
 
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.profile import Stopwatch
-from megatron.pipeline.schedules.schedule import Action, Schedule, make
+from megatron.pipeline.schedules.schedule import Action, Schedule, make_schedule
 from megatron.pipeline.schedules.simulate import MeasuredCosts, simulate
 
 STEPS, GRADIENTS, PROFILE = "steps", "gradients", "profile"
@@ -133,7 +133,7 @@ def profile(executor: Executor, case: Case, text: tuple[torch.Tensor, torch.Tens
 
 def build_schedule(case: Case, contender: str) -> Schedule:
     """Return the schedule that a contender runs in a case."""
-    return make(OUR_SCHEDULES[contender], case.pp, case.micro_batches, build_plan(case, contender).chunks)
+    return make_schedule(OUR_SCHEDULES[contender], case.pp, case.micro_batches, build_plan(case, contender).chunks)
 
 
 def elapsed(ranks: Sequence[Pass]) -> float:

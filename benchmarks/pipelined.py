@@ -31,8 +31,8 @@ from megatron.model.init import initialize
 from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.executor import Executor, StepOutput
-from megatron.pipeline.partition import cut
-from megatron.plan.stages import StagePlan, stages_of
+from megatron.pipeline.partition import ranges_from_counts
+from megatron.plan.stages import StagePlan, plan_stages
 from megatron.train.run import Run, build_run
 
 OUR_SCHEDULES = {f"ours-{name}": name for name in ("1f1b", "zb-h1", "zb-h2", "zb-v")}
@@ -65,11 +65,11 @@ def without_broken(case: Case, torch_version: str = torch.__version__) -> Case:
 def build_plan(case: Case, contender: str) -> StagePlan:
     """Return the layers of each stage for a contender: cut as ours are, except where layers are counted out evenly."""
     schedule = "zb-v" if contender.endswith("zb-v") else OUR_SCHEDULES.get(contender, "1f1b")
-    plan = stages_of(ours.build_config(case, schedule))
+    plan = plan_stages(ours.build_config(case, schedule))
     if not contender.endswith("even"):
         return plan
     counts = [(case.dims.layers + stage) // case.pp for stage in range(case.pp)]
-    parts = tuple(StagePart(layers, s == 0, s == case.pp - 1) for s, layers in enumerate(cut(counts)))
+    parts = tuple(StagePart(layers, s == 0, s == case.pp - 1) for s, layers in enumerate(ranges_from_counts(counts)))
     return StagePlan(plan.placement, parts, plan.chunks)
 
 
@@ -234,7 +234,7 @@ def torch_pipeline(case: Case, contender: str) -> Iterator[Pipelined]:
     with baselines.process(case) as device:
         rank, plan = dist.get_rank(), build_plan(case, contender)
         model = plain_model(case)
-        numbers = plan.of_rank(rank)
+        numbers = plan.stages_on(rank)
         modules = [PlainStage(model, plan.parts[number]) for number in numbers]
         del model  # this rank keeps its own part
         stages = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.command_line.saved import to_json
@@ -80,7 +80,7 @@ def train_and_export(root: Path, steps: int, **change: Any) -> Path:
     saved = to_json(RunSettings(model=config))
     save(root / "run", steps, content, Mesh.single(), config=saved, assets=ByteTokenizer().files())
     if config.architecture == "gpt":
-        export_weights(find(root / "run"), root / "hf")
+        export_weights(find_checkpoint(root / "run"), root / "hf")
         ByteTokenizer().hf_files(root / "hf", POSITIONS)
     return root
 

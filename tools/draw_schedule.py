@@ -27,7 +27,7 @@ with loading():
     from megatron.files.pending import write_whole
     from megatron.launch.tool_parser import ToolParser, non_empty_path
     from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
-    from megatron.pipeline.schedules.schedule import SCHEDULES, Schedule, make
+    from megatron.pipeline.schedules.schedule import SCHEDULES, Schedule, make_schedule
     from megatron.pipeline.schedules.simulate import Costs, Timeline, simulate
 
 
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of drawing in the terminal")
     given = parser.parse_args()
     try:
-        schedule = make(given.schedule, given.stages, given.microbatches, given.chunks)
+        schedule = make_schedule(given.schedule, given.stages, given.microbatches, given.chunks)
         timeline = simulate(schedule, parse_costs(given.costs))
         if not math.isfinite(timeline.makespan):  # each is finite, their sum need not be
             raise ValueError(f"--costs {given.costs} add up to more than a number can hold")

@@ -41,9 +41,9 @@ def main() -> int:
     """Run the tool, and return its exit status."""
     given = parse_arguments()
 
-    from megatron.checkpoint.find import find
+    from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.layout import CheckpointError, read_manifest
-    from megatron.checkpoint.model_config import model_config
+    from megatron.checkpoint.model_config import read_model_config
     from megatron.checkpoint.tokenizer import open_tokenizer
     from megatron.data.errors import DataError
     from megatron.files.outputs import OutputError, check_folder
@@ -51,9 +51,9 @@ def main() -> int:
     from megatron.interop.whole_tensors import read_weights
 
     try:
-        directory = find(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
+        directory = find_checkpoint(given.load, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
         check_folder("--save", given.save, [given.load, directory, directory.parent])
-        tokenizer, config = open_tokenizer(directory), model_config(directory)
+        tokenizer, config = open_tokenizer(directory), read_model_config(directory)
         made = write_megatron(
             given.save,
             read_manifest(directory).iteration,

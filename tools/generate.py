@@ -22,7 +22,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     import torch
 
-    from megatron.checkpoint.find import find
+    from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.layout import CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         prompts = args.prompt or read_prompts(Path(args.prompt_file))
         check_limits(args.max_new_tokens, args.micro_batch_size)
         # A mistake in --load is said before the ranks meet.
-        find(
+        find_checkpoint(
             Path(args.load),
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,

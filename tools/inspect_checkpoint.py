@@ -19,8 +19,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.checkpoint.find import find
-    from megatron.checkpoint.layout import CheckpointError, iterations, read_config, read_manifest, read_state
+    from megatron.checkpoint.find import find_checkpoint
+    from megatron.checkpoint.layout import CheckpointError, iteration_directories, read_config, read_manifest, read_state
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
@@ -74,12 +74,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
     try:
-        directory = find(given.directory, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
+        directory = find_checkpoint(given.directory, given.load_iteration, lambda line: print(f"note: {line}", file=sys.stderr))
         checkpoint = describe_checkpoint(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    beside = [n for n in iterations(directory.parent) if n != checkpoint["iteration"]]
+    beside = [n for n in iteration_directories(directory.parent) if n != checkpoint["iteration"]]
     print(json.dumps(checkpoint, indent=1) if given.json else "\n".join(format_checkpoint(checkpoint, beside)))
     return 0
 

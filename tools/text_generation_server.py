@@ -21,7 +21,7 @@ from megatron.launch.entry import loading, run_main
 with loading():
     import torch
 
-    from megatron.checkpoint.find import find
+    from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.layout import TOKENIZER, CheckpointError
     from megatron.config.errors import ConfigError
     from megatron.data.errors import DataError
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         access = Access.for_server(args.host, args.allow_host, args.allow_origin, check_key(args.api_key, os.environ))
         require_packages()
         # A mistake in --load is said before the ranks meet.
-        find(
+        find_checkpoint(
             Path(args.load),
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,

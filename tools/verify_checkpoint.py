@@ -17,8 +17,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # this checkout, a
 from megatron.launch.entry import loading, run_main
 
 with loading():
-    from megatron.checkpoint.find import find
-    from megatron.checkpoint.layout import CheckpointError, NoCheckpoint, verify
+    from megatron.checkpoint.find import find_checkpoint
+    from megatron.checkpoint.layout import CheckpointError, CheckpointNotFound, verify
     from megatron.launch.tool_parser import ToolParser, non_empty_path
 
 
@@ -32,11 +32,11 @@ def main() -> int:
     given = parser.parse_args()
     try:
         tell = lambda line: print(f"note: {line}", file=sys.stderr)  # noqa: E731
-        directory = find(given.directory, given.load_iteration, tell, whole=False)
+        directory = find_checkpoint(given.directory, given.load_iteration, tell, whole=False)
         manifest = verify(directory)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, NoCheckpoint) else 1
+        return 2 if isinstance(error, CheckpointNotFound) else 1
     size = sum(record.bytes for record in manifest.files.values())
     print(
         f"{directory}: {len(manifest.files)} files, {len(manifest.tensors)} tensors, {size:,} bytes, all as the manifest says"

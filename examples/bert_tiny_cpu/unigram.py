@@ -21,7 +21,7 @@ with loading():
     import numpy as np
     from numpy.typing import NDArray
 
-    from megatron.checkpoint.find import find
+    from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.layout import CheckpointError, read_config
     from megatron.config.command_line.saved import from_json
     from megatron.data.build import build_datasets
@@ -63,7 +63,7 @@ def main() -> int:
     parser = ToolParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, help="SAVE of a run of pretrain_bert.py, or one iter_ directory")
     try:
-        config = from_json(read_config(find(parser.parse_args().checkpoints)))
+        config = from_json(read_config(find_checkpoint(parser.parse_args().checkpoints)))
         if config.model.architecture != "bert":
             raise DataError("this is a checkpoint of a GPT, which masks nothing")
         tokenizer = build_tokenizer(config.tokenizer)

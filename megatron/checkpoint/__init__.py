@@ -1,1 +1,1 @@
-"""Weights and training state on disk, in a form no layout shows in; and Hugging Face's form."""
+"""Weights and training state on disk, in a form that any parallel layout loads."""

@@ -1,4 +1,4 @@
-"""The checkpoint directory that a path means, and what to say to somebody whose path means none."""
+"""Find the checkpoint directory that a path means, and say what is there instead where it means none."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megatron.checkpoint.layout import (
     NO_MANIFEST,
     TRACKER,
     CheckpointError,
-    Newest,
-    NoCheckpoint,
-    iterations,
-    iterations_there,
+    CheckpointNotFound,
+    NewestCheckpoint,
+    describe_iterations,
+    iteration_directories,
     newest_complete,
     read_manifest,
     trial_order,
@@ -24,10 +24,10 @@ from megatron.checkpoint.layout import (
 from megatron.files.foreign import recognize
 
 
-def find(
+def find_checkpoint(
     path: Path, iteration: int | None = None, tell: Callable[[str], None] = lambda line: None, *, whole: bool = True
 ) -> Path:
-    """The checkpoint directory that `path` means: itself, or under it the newest whole one, or the given iteration.
+    """Return the checkpoint directory that `path` means: itself, or under it the newest whole one, or the given iteration.
 
     Args:
         path: a directory of checkpoints, or one iter_ directory.
@@ -36,26 +36,27 @@ def find(
         whole: False: the one that is meant, damaged or not; nothing is passed over, also not a tracker that names none.
 
     Raises:
-        NoCheckpoint: when there is none, naming near candidates.
-        CheckpointError: when none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
+        CheckpointNotFound: there is none; the message names near candidates.
+        CheckpointError: none is whole, as far as `newest_complete` looks. Of one that is named, as itself or by its
             iteration, only the manifest's presence is tested.
     """
     if (why := _unusable(path)) is not None:
-        raise NoCheckpoint(f"{path}: {why}")
+        raise CheckpointNotFound(f"{path}: {why}")
     if (path / MANIFEST).is_file():
         if iteration is not None and (held := read_manifest(path).iteration) != iteration:
-            raise NoCheckpoint(f"{path}: it is of iteration {held}, not {iteration}")
+            raise CheckpointNotFound(f"{path}: it is of iteration {held}, not {iteration}")
         return path
     if iteration is not None:
         return _numbered(path, iteration)
     if DIRECTORY.fullmatch(path.name):
         raise CheckpointError(f"{path}: {NO_MANIFEST}")
+    # Which one `path` means is left open only here, so only here may a damaged one be passed over for an older one.
     newest = newest_complete(path) if whole else _meant(path)
     if newest.path is None:
-        if not iterations(path) and not newest.skipped:
-            raise NoCheckpoint(f"{path}: no checkpoint here, there is no {TRACKER}. {iterations_there(path)}")
+        if not iteration_directories(path) and not newest.skipped:
+            raise CheckpointNotFound(f"{path}: no checkpoint here, there is no {TRACKER}. {describe_iterations(path)}")
         what = "no checkpoint is whole" if whole else "which checkpoint is meant is not clear"
-        raise CheckpointError(f"{path}: {what}: {'; '.join(newest.skipped)}. {iterations_there(path)}")
+        raise CheckpointError(f"{path}: {what}: {'; '.join(newest.skipped)}. {describe_iterations(path)}")
     for line in newest.lines:
         tell(line)
     return newest.path
@@ -70,6 +71,7 @@ def _unusable(path: Path) -> str | None:
         return f"expected a directory of checkpoints, {what}"
     if not os.access(path, os.R_OK | os.X_OK):
         return "it cannot be read: permission denied"
+    # Asked last, and where no checkpoint of ours lies: a directory may hold exports for other programs beside its checkpoints.
     if not _any_finished(path) and (found := recognize(path)) is not None:
         return f"it is {found}"
     return None
@@ -88,18 +90,18 @@ def _absence(path: Path) -> str:
 
 
 def _any_finished(path: Path) -> bool:
-    return any((each / MANIFEST).is_file() for each in (path, *iterations(path).values()))
+    return any((each / MANIFEST).is_file() for each in (path, *iteration_directories(path).values()))
 
 
-def _meant(root: Path) -> Newest:
+def _meant(root: Path) -> NewestCheckpoint:
     order = trial_order(root)
-    return Newest(None if order.lines or not order.paths else order.paths[0], order.lines, order.note)
+    return NewestCheckpoint(None if order.lines or not order.paths else order.paths[0], order.lines, order.note)
 
 
 def _numbered(root: Path, iteration: int) -> Path:
-    present = iterations(root)
+    present = iteration_directories(root)
     if iteration not in present:
-        raise NoCheckpoint(f"{root}: there is no iteration {iteration}. {iterations_there(root)}")
+        raise CheckpointNotFound(f"{root}: there is no iteration {iteration}. {describe_iterations(root)}")
     if not (present[iteration] / MANIFEST).is_file():
-        raise CheckpointError(f"{present[iteration]}: {NO_MANIFEST}. {iterations_there(root)}")
+        raise CheckpointError(f"{present[iteration]}: {NO_MANIFEST}. {describe_iterations(root)}")
     return present[iteration]

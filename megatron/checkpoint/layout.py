@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk, which one is the latest, and whether one is whole.
+"""The files of a checkpoint on disk: reading and checking them, and choosing the latest checkpoint that is whole.
 
     SAVE/
       latest_checkpointed_iteration.txt      the tracker: the number of the last one that was finished; replaced last
@@ -29,14 +29,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, plain_json
-from megatron.checkpoint.storage import record_of
+from megatron.checkpoint.manifest import Manifest, Piece, TensorRecord, parse_strict_json
+from megatron.checkpoint.storage import hash_file
 from megatron.files.regular import read_bytes, read_text
 
 __all__ = [
-    "CheckpointError", "Manifest", "Newest", "NoCheckpoint", "Piece", "TensorRecord", "TrialOrder", "announced", "check_bytes",
-    "check_sizes", "directory_name", "iterations", "iterations_there", "newest_complete", "others", "path_in", "read_config",
-    "read_json", "read_manifest", "read_state", "read_tracker", "trial_order", "verify",
+    "CheckpointError", "CheckpointNotFound", "Manifest", "NewestCheckpoint", "Piece", "TensorRecord", "TrialOrder",
+    "check_bytes", "check_sizes", "checked_path", "describe_iterations", "describe_other_iterations", "directory_name",
+    "iteration_directories", "latest_iteration", "newest_complete", "read_config", "read_json", "read_manifest", "read_state",
+    "read_tracker", "trial_order", "verify",
 ]  # fmt: skip
 
 MANIFEST, CONFIG, STATE, TOKENIZER = "manifest.json", "config.json", "state.json", "tokenizer"
@@ -45,16 +46,16 @@ NEXT_TRACKER = f".{TRACKER}.tmp"
 NO_MANIFEST = f"it has no {MANIFEST}, so it is unfinished or not a checkpoint of this program"
 DIRECTORY = re.compile(r"iter_(\d{7,15})(\.replaced)?")
 MAX_TRACKER_BYTES = 1000
-MAX_JSON = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
-NONE: Mapping[Path, str] = MappingProxyType({})
+MAX_JSON_BYTES = 1 << 30  # bytes of a JSON file; the manifest of a thousand ranks has a few hundred million
+NONE_DAMAGED: Mapping[Path, str] = MappingProxyType({})
 
 
 class CheckpointError(Exception):
     """A checkpoint cannot be found, read or written. The message names the path and what is wrong with it."""
 
 
-class NoCheckpoint(CheckpointError):
-    """There is none where one was looked for; nothing is damaged."""
+class CheckpointNotFound(CheckpointError):
+    """There is no checkpoint where one was looked for; nothing is damaged."""
 
 
 def directory_name(iteration: int) -> str:
@@ -62,13 +63,11 @@ def directory_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def iterations(root: Path) -> dict[int, Path]:
-    """Every checkpoint directory under `root`, whole or not, in ascending order of iteration.
-
-    `iter_0000100.replaced` is the one that a second save of the same iteration set aside: it counts only while its
-    successor is not there yet.
-    """
+def iteration_directories(root: Path) -> dict[int, Path]:
+    """Return every checkpoint directory under `root` by its iteration, whole or not, in ascending order."""
     found: dict[int, Path] = {}
+    # `iter_0000100.replaced` is the one that a second save of the same iteration set aside. It sorts behind its successor,
+    # and so counts only while that is not there yet.
     for path in sorted(root.iterdir(), key=lambda p: p.name) if root.is_dir() else []:
         match = DIRECTORY.fullmatch(path.name)
         if match and path.is_dir():
@@ -76,10 +75,14 @@ def iterations(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def path_in(directory: Path, name: str) -> Path:
-    """A regular file of a checkpoint. CheckpointError when it is not there, none, or a link to outside the directory."""
+def checked_path(directory: Path, name: str) -> Path:
+    """Return the path of a checkpoint's file, which was looked at.
+
+    CheckpointError when it is not there, no regular file, or a link to outside the directory.
+    """
     path = directory / name
     try:
+        # Links within the directory are followed: some storages keep one copy of equal files. A pipe would be read for ever.
         real = path.resolve(strict=True)
         if not real.is_relative_to(directory.resolve()):
             raise CheckpointError(f"{path}: it is a link that leads outside the checkpoint, to {real}")
@@ -90,20 +93,20 @@ def path_in(directory: Path, name: str) -> Path:
     return path
 
 
-def _bytes(path: Path) -> bytes:
-    """A file that is to be JSON. OSError when it is too large to be one of ours."""
-    return read_bytes(path, MAX_JSON)
+def _read_json_bytes(path: Path) -> bytes:
+    """Read a file that is to be JSON. OSError when it is too large to be one of ours."""
+    return read_bytes(path, MAX_JSON_BYTES)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint directory. CheckpointError names the file and what is wrong with it."""
+    """Read the manifest of a checkpoint directory. CheckpointError names the file and what is wrong with it."""
     path = directory / MANIFEST
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such directory")
     if not os.path.lexists(path):
         raise CheckpointError(f"{directory}: {NO_MANIFEST}")
     try:
-        return Manifest.from_text(_bytes(path_in(directory, MANIFEST)).decode("utf-8"))
+        return Manifest.from_text(_read_json_bytes(checked_path(directory, MANIFEST)).decode("utf-8"))
     except KeyError as error:
         raise CheckpointError(f"{path}: not a usable manifest: {error} is missing") from error
     except (OSError, ValueError, TypeError) as error:
@@ -111,9 +114,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_sizes(directory: Path, manifest: Manifest) -> None:
-    """CheckpointError for the first file that is not there, leads elsewhere, or has another size than the manifest says."""
+    """Compare the size of every file with the manifest.
+
+    CheckpointError for the first that is not there, leads elsewhere, or has another size; and for a directory whose name says
+    another iteration.
+    """
     for name, record in manifest.files.items():
-        size = path_in(directory, name).stat().st_size
+        size = checked_path(directory, name).stat().st_size
         if size != record.bytes:
             raise CheckpointError(f"{directory / name}: {size} bytes, the manifest says {record.bytes}")
     match = DIRECTORY.fullmatch(directory.resolve().name)
@@ -124,14 +131,21 @@ def check_sizes(directory: Path, manifest: Manifest) -> None:
 def check_bytes(
     directory: Path, manifest: Manifest, names: Iterable[str], tell: Callable[[str], None] = lambda what: None
 ) -> None:
-    """Read these files to the end. CheckpointError for the first whose bytes are not those that were written.
+    """Read files to the end, and compare their bytes with the manifest.
 
-    tell: is told how far it has come, in words.
+    Args:
+        directory: of the checkpoint.
+        manifest: the checkpoint's.
+        names: of the files, which the manifest lists.
+        tell: is called with a line about how far it has come, after every chunk.
+
+    Raises:
+        CheckpointError: for the first file whose bytes are not those that were written.
     """
     for name in names:
-        path = path_in(directory, name)
+        path = checked_path(directory, name)
         try:
-            same = record_of(path, tell) == manifest.files[name]
+            same = hash_file(path, tell) == manifest.files[name]
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from error
         if not same:
@@ -147,16 +161,16 @@ def verify(directory: Path) -> Manifest:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """One of a checkpoint's JSON files, compared with the manifest. CheckpointError names the file."""
+    """Read one of a checkpoint's JSON files, compared with the manifest. CheckpointError names the file."""
     record = read_manifest(directory).files.get(name)
     if record is None:
         raise CheckpointError(f"{directory / MANIFEST}: it lists no {name}")
-    path = path_in(directory, name)
+    path = checked_path(directory, name)
     try:
-        raw = _bytes(path)
+        raw = _read_json_bytes(path)  # read once, then hashed and parsed: the file may change meanwhile
         if hashlib.sha256(raw).hexdigest() != record.sha256:
             raise CheckpointError(f"{path}: its bytes do not match the manifest's sha256")
-        value = plain_json(raw)
+        value = parse_strict_json(raw)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(value, dict):
@@ -165,12 +179,12 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The merged configuration of the run that saved the checkpoint."""
+    """Read the merged configuration of the run that saved the checkpoint."""
     return read_json(directory, CONFIG)
 
 
 def read_state(directory: Path) -> dict[str, dict[str, Any]]:
-    """The scalars of every part, by the part's name."""
+    """Read the scalars of every part, by the part's name."""
     state = read_json(directory, STATE)
     for part, values in state.items():
         if not isinstance(values, dict):
@@ -179,13 +193,15 @@ def read_state(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_tracker(root: Path) -> int | None:
-    """The iteration that `root` announces as its latest; None when there is no tracker. CheckpointError for a bad one."""
+    """Read the iteration that the tracker of `root` names; None when there is no tracker. CheckpointError for a bad one."""
     text = _tracker_text(root, TRACKER)
     if text is None:
         return None
     text = text.strip()
     if not re.fullmatch(r"[0-9]{1,15}", text):
-        raise CheckpointError(f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}. {iterations_there(root)}")
+        raise CheckpointError(
+            f"{root / TRACKER}: expected an iteration number, found {text[:40]!r}. {describe_iterations(root)}"
+        )
     return int(text)
 
 
@@ -193,13 +209,13 @@ def _tracker_text(root: Path, name: str) -> str | None:
     if not os.path.lexists(root / name):
         return None
     try:
-        return read_text(path_in(root, name), MAX_TRACKER_BYTES)
+        return read_text(checked_path(root, name), MAX_TRACKER_BYTES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{root / name}: {error}") from error
 
 
-def announced(root: Path) -> int | None:
-    """The iteration of the last save that was finished; None when there was none. CheckpointError for a bad tracker.
+def latest_iteration(root: Path) -> int | None:
+    """Return the iteration of the last save that was finished; None when there was none. CheckpointError for a bad tracker.
 
     It is the tracker's, unless a save died after its directory had its name and before the tracker was replaced.
     """
@@ -208,7 +224,8 @@ def announced(root: Path) -> int | None:
 
 
 def _unannounced(root: Path) -> int | None:
-    """The iteration of a whole save that the tracker could not name any more: its next tracker is still there."""
+    """Return the iteration of a whole save that the tracker could not name any more; None where there is none."""
+    # A save writes the next tracker, names its directory, replaces the tracker. Dead between the last two, it left both.
     try:
         text = _tracker_text(root, NEXT_TRACKER) or ""
     except CheckpointError:
@@ -218,9 +235,9 @@ def _unannounced(root: Path) -> int | None:
     return int(text) if (root / directory_name(int(text)) / MANIFEST).is_file() else None
 
 
-def iterations_there(root: Path) -> str:
+def describe_iterations(root: Path) -> str:
     """Say in words which iterations are under `root`, for somebody who must choose one."""
-    numbers = list(iterations(root))
+    numbers = list(iteration_directories(root))
     if not numbers:
         return "No iter_ directory is there"
     listed = ", ".join(map(str, numbers[-10:]))
@@ -229,8 +246,9 @@ def iterations_there(root: Path) -> str:
 
 @dataclass(frozen=True)
 class TrialOrder:
-    """paths: the checkpoints of a directory, the one to take first, then those to fall back to. lines: what is odd about it.
+    """Order in which the checkpoints of a directory are tried.
 
+    paths: the one to take, then those to fall back to. lines: for a user, what is odd about the directory.
     later: the iterations that come last, though they are newer. note: says that the tracker and the newest iteration differ,
     and that none of `later` is taken; None where they do not differ.
     """
@@ -242,13 +260,12 @@ class TrialOrder:
 
 
 def trial_order(root: Path) -> TrialOrder:
-    """Order the checkpoints under `root` as every program and tool tries them.
+    """Return the order in which every program and tool tries the checkpoints under `root`.
 
-    The one that was finished last, as the tracker says: whoever writes an older number into it goes back, as in
-    Megatron-LM, and later iterations of a run that was wound back do not count. Then the older ones, from the newest. The
-    later ones come last: better than nothing, where all others are lost. Without a tracker the newest counts.
+    First the one that was finished last, as the tracker says, then older ones from the newest on, then later ones. Without a
+    tracker the newest is the first.
     """
-    present, unannounced = iterations(root), _unannounced(root)
+    present, unannounced = iteration_directories(root), _unannounced(root)
     tracked, lines = None, []
     try:
         tracked = read_tracker(root)
@@ -257,6 +274,8 @@ def trial_order(root: Path) -> TrialOrder:
     latest = tracked if unannounced is None else unannounced
     if latest is not None and latest not in present:
         lines.append(f"{root / TRACKER}: it names iteration {latest}, which is not there")
+    # Whoever writes an older number into the tracker goes back, as in Megatron-LM: later iterations are of a run that was wound
+    # back. They come last: better than nothing, where all others are lost.
     later = tuple(number for number in present if latest is not None and number > latest)
     earlier = [number for number in present if number not in later]
     # A second save of an iteration may be damaged where the first, which it has set aside, is whole.
@@ -284,8 +303,8 @@ def _tracker_note(root: Path, tracked: int | None, unannounced: int | None, late
 
 
 @dataclass(frozen=True)
-class Newest:
-    """path: the newest whole checkpoint, or None. skipped: one line for each that was passed over.
+class NewestCheckpoint:
+    """Newest whole checkpoint of a directory, as `path`; None where there is none. skipped: a line for each passed over.
 
     note: as in `TrialOrder`, None where one of `later` was taken. empty: no checkpoint was ever finished here, so there is
     nothing to lose.
@@ -298,15 +317,16 @@ class Newest:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Everything that a user is to be told."""
+        """Lines for the user: what was passed over, and what is odd about the directory."""
         return (*(f"passed over: {line}" for line in self.skipped), *([self.note] if self.note else []))
 
 
-def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
-    """The first checkpoint in `trial_order` that is whole, as far as a glance tells: all sizes, and the bytes of small files.
+def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE_DAMAGED) -> NewestCheckpoint:
+    """Find the first checkpoint in `trial_order` that is whole: all sizes are right, and the bytes of small files.
 
     damaged: those that are known to be, and why.
     """
+    # The bytes of tensors are not read here: that takes minutes, and all ranks share it when they load.
     order = trial_order(root)
     skipped = [f"{path}: a save that was interrupted" for path in sorted(root.glob(".iter_*.tmp"))]
     skipped += order.lines
@@ -320,14 +340,14 @@ def newest_complete(root: Path, damaged: Mapping[Path, str] = NONE) -> Newest:
         except (CheckpointError, OSError) as error:
             skipped.append(str(error))
             continue
-        return Newest(path, tuple(skipped), None if manifest.iteration in order.later else order.note)
-    return Newest(None, tuple(skipped), empty=not order.paths and not os.path.lexists(root / TRACKER))
+        return NewestCheckpoint(path, tuple(skipped), None if manifest.iteration in order.later else order.note)
+    return NewestCheckpoint(None, tuple(skipped), empty=not order.paths and not os.path.lexists(root / TRACKER))
 
 
-def others(directory: Path) -> str:
-    """What to say to somebody whose choice, `directory`, is damaged: which iterations lie beside it."""
+def describe_other_iterations(directory: Path) -> str:
+    """Say in words which iterations lie beside `directory`, for somebody whose choice it is and who finds it damaged."""
     match = DIRECTORY.fullmatch(directory.resolve().name)
-    numbers = [n for n in iterations(directory.resolve().parent) if not match or n != int(match[1])]
+    numbers = [n for n in iteration_directories(directory.resolve().parent) if not match or n != int(match[1])]
     listed = ", ".join(map(str, numbers[-10:]))
     return (
         f"Other iterations there: {'..., ' if len(numbers) > 10 else ''}{listed}" if numbers else "No other iteration is there"

@@ -1,4 +1,4 @@
-"""Load: from any layout into any layout, in place.
+"""Load a checkpoint, saved under any parallel layout, into the tensors of any other, in place.
 
 First every byte is compared with the manifest, each file by one of the ranks. Then each rank finds the saved pieces that
 its own rectangles touch and reads those slices alone; no tensor data travels between ranks. Everything that can be known
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron.checkpoint.agreement import together
+from megatron.checkpoint.agreement import run_on_all_ranks
 from megatron.checkpoint.layout import (
     STATE,
     CheckpointError,
@@ -29,33 +29,43 @@ from megatron.checkpoint.layout import (
     TensorRecord,
     check_bytes,
     check_sizes,
-    path_in,
+    checked_path,
     read_manifest,
     read_state,
 )
-from megatron.checkpoint.shards import Copy, assign, copies
+from megatron.checkpoint.shards import Copy, assign_evenly, find_copies
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.files.regular import check_regular, error_reason
 from megatron.launch.watchdog import Watchdog
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.spec import Checkpointable, Part, Shard
 
-SHOWN = 20
+MAX_NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """iteration: of the checkpoint. missing: asked for and not in it. unexpected: in it, and asked for by no rank."""
+class LoadReport:
+    """Report of a load.
+
+    iteration: of the checkpoint. missing: tensors that were asked for and are not in it. unexpected: tensors in it that no rank
+    asked for.
+    """
 
     iteration: int
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
 
-def verify_together(directory: Path, world: Axis, watch: Watchdog | None = None) -> None:
-    """Compare every byte of a checkpoint with its manifest; each file is read by one rank, so they share the work. Collective.
+def verify_on_all_ranks(directory: Path, world: Axis, watch: Watchdog | None = None) -> None:
+    """Compare every byte of a checkpoint with its manifest. Collective; the ranks share the files, and each reads its own.
 
-    CheckpointError on all ranks, naming the file, when one of them finds a difference. watch: is told what this rank does.
+    Args:
+        directory: of the checkpoint, which every rank sees.
+        world: the ranks that share the work.
+        watch: learns what this rank is busy with.
+
+    Raises:
+        CheckpointError: on all ranks, naming the file, when one of them finds a difference.
     """
     ranks = range(world.size)
 
@@ -63,13 +73,13 @@ def verify_together(directory: Path, world: Axis, watch: Watchdog | None = None)
         manifest = read_manifest(directory)
         check_sizes(directory, manifest)
         names = sorted(manifest.files)
-        readers = assign([manifest.files[name].bytes for name in names], [ranks] * len(names))
+        readers = assign_evenly([manifest.files[name].bytes for name in names], [ranks] * len(names))
         own = [name for name, reader in zip(names, readers, strict=True) if reader == world.rank]
         # Said anew for every chunk: a large file is not one that hangs.
         tell = None if watch is None else partial(watch.doing, alone=True)
         check_bytes(directory, manifest, own, tell or (lambda what: None))
 
-    together(world, mine, watch, f"comparing {directory} with its checksums")
+    run_on_all_ranks(world, mine, watch, f"comparing {directory} with its checksums")
 
 
 def load(
@@ -79,21 +89,30 @@ def load(
     *,
     strict: bool = True,
     verified: bool = False,
-) -> Loaded:
-    """Fill `parts` from one checkpoint directory, as `find` gives it, and hand them their scalars.
+) -> LoadReport:
+    """Fill `parts` from one checkpoint directory, in place. Collective over the mesh.
 
-    Parts of the checkpoint that are not asked for are left alone: {"model": ...} takes the weights only. Values are cast to
-    the type of the tensor they go to.
-    mesh: of the run, so that what one rank does not ask for another may, and all ranks fail together (collective); without
-    one this process is the whole run. strict: missing or unexpected tensors are an error; else they are only reported, and
-    missing ones keep their values. verified: `verify_together` has just been through it, so that it is not done again.
-    CheckpointError says what does not fit, with the checkpoint's value and the requested one.
+    Args:
+        directory: as `find_checkpoint` returns it.
+        parts: what to fill, by the prefix of its tensors' names. Other parts of the checkpoint are left alone: {"model": ...}
+            takes the weights only. Values are cast to the dtype of the tensor they go to.
+        mesh: of the run, so that what one rank does not ask for another may; None: this process is the whole run.
+        strict: take missing and unexpected tensors for an error; else they are only reported, and missing ones keep their
+            values.
+        verified: every byte was just compared by `verify_on_all_ranks`, so that it is not done again.
+
+    Returns:
+        The iteration, and the tensors that are missing or unexpected.
+
+    Raises:
+        CheckpointError: on all ranks; the message says what does not fit, with the checkpoint's value and the requested one.
     """
     if mesh is None:
         mesh = Mesh.single()
     world = mesh.world
-    manifest, jobs, missing = together(world, lambda: _prepare(directory, parts, strict))
-    state = together(world, lambda: _scalars(directory, parts, strict))
+    manifest, tasks, missing = run_on_all_ranks(world, lambda: _prepare(directory, parts, strict))
+    state = run_on_all_ranks(world, lambda: _scalars(directory, parts, strict))
+    # A tensor is unexpected where no rank asks for it: each rank knows only the names of its own stages.
     mine = sorted({f"{prefix}.{s.name}" for prefix, part in parts.items() for s in part.shards()})
     asked = [mine]
     if world.group is not None:
@@ -103,17 +122,18 @@ def load(
     unexpected = tuple(n for n in manifest.tensors if n.split(".", 1)[0] in parts and n not in known)
     if strict and unexpected:
         hint = "the configuration of this run has no such tensors; compare it with the checkpoint's config.json"
-        raise CheckpointError(f"{directory}: {len(unexpected)} unexpected tensors: {first(unexpected)}: {hint}")
+        raise CheckpointError(f"{directory}: {len(unexpected)} unexpected tensors: {shorten_list(unexpected)}: {hint}")
+    # The last check, and the longest. After it values change.
     if not verified:
-        verify_together(directory, world)
-    together(world, lambda: _fill(directory, jobs))
-    together(world, lambda: _load_scalars(directory, parts, state))
-    return Loaded(manifest.iteration, missing, unexpected)
+        verify_on_all_ranks(directory, world)
+    run_on_all_ranks(world, lambda: _fill(directory, tasks))
+    run_on_all_ranks(world, lambda: _load_scalars(directory, parts, state))
+    return LoadReport(manifest.iteration, missing, unexpected)
 
 
 @dataclass(frozen=True)
-class Job:
-    """Slices of one piece, and the tensor that takes them. dtype: the safetensors code of what is saved."""
+class ReadTask:
+    """Slices of one saved piece to be read, and the tensor that takes them. dtype: safetensors code of the saved piece."""
 
     piece: Piece
     dtype: str
@@ -121,16 +141,18 @@ class Job:
     target: Tensor
 
 
-def first(names: Iterable[str]) -> str:
-    """The first names of many, for a message."""
+def shorten_list(names: Iterable[str]) -> str:
+    """Return the first names of many, for a message."""
     listed = list(names)
-    return ", ".join(listed[:SHOWN]) + (", ..." if len(listed) > SHOWN else "")
+    return ", ".join(listed[:MAX_NAMES_SHOWN]) + (", ..." if len(listed) > MAX_NAMES_SHOWN else "")
 
 
-def _prepare(directory: Path, parts: Mapping[str, Checkpointable], strict: bool) -> tuple[Manifest, list[Job], tuple[str, ...]]:
+def _prepare(
+    directory: Path, parts: Mapping[str, Checkpointable], strict: bool
+) -> tuple[Manifest, list[ReadTask], tuple[str, ...]]:
     manifest = read_manifest(directory)
     check_sizes(directory, manifest)
-    jobs: list[Job] = []
+    tasks: list[ReadTask] = []
     missing: list[str] = []
     wrong: list[str] = []
     for prefix, part in parts.items():
@@ -142,45 +164,47 @@ def _prepare(directory: Path, parts: Mapping[str, Checkpointable], strict: bool)
             elif why := _misfit(record, shard):
                 wrong.append(f"{name}: {why}")
             elif not shard.part.empty:
-                jobs += _jobs(record, shard.part, shard.data)
+                tasks += _read_tasks(record, shard.part, shard.data)
     if wrong:
-        raise CheckpointError(f"{directory}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:SHOWN]))
+        raise CheckpointError(f"{directory}: {len(wrong)} tensors do not fit: " + "; ".join(wrong[:MAX_NAMES_SHOWN]))
     if missing and strict:
-        raise CheckpointError(f"{directory}: {len(missing)} tensors are not in the checkpoint: {first(missing)}")
-    return manifest, jobs, tuple(missing)
+        raise CheckpointError(f"{directory}: {len(missing)} tensors are not in the checkpoint: {shorten_list(missing)}")
+    return manifest, tasks, tuple(missing)
 
 
 def _misfit(record: TensorRecord, shard: Shard) -> str | None:
     if record.shape != shard.shape:
         return f"the checkpoint has shape {list(record.shape)}, requested is {list(shard.shape)}"
+    # Between floating-point types values are cast, as a run may change its precision. An integer is a count, and is not.
     if TORCH_DTYPES[record.dtype].is_floating_point != shard.dtype.is_floating_point:
         return f"the checkpoint has {TORCH_DTYPES[record.dtype]}, requested is {shard.dtype}"
     return None
 
 
-def _jobs(record: TensorRecord, wanted: Part, target: Tensor) -> list[Job]:
-    found = copies(wanted, [p.part for p in record.pieces])
-    return [Job(record.pieces[c.piece], record.dtype, c, target) for c in found]
+def _read_tasks(record: TensorRecord, wanted: Part, target: Tensor) -> list[ReadTask]:
+    found = find_copies(wanted, [p.part for p in record.pieces])
+    return [ReadTask(record.pieces[c.piece], record.dtype, c, target) for c in found]
 
 
-def _fill(directory: Path, jobs: Iterable[Job]) -> None:
-    by_file: dict[str, list[Job]] = defaultdict(list)
-    for job in jobs:
-        by_file[job.piece.file].append(job)
+def _fill(directory: Path, tasks: Iterable[ReadTask]) -> None:
+    # File by file, so that each is opened once, however many slices this rank takes from it.
+    by_file: dict[str, list[ReadTask]] = defaultdict(list)
+    for task in tasks:
+        by_file[task.piece.file].append(task)
     with torch.no_grad():
         for name, listed in sorted(by_file.items()):
-            with opened(path_in(directory, name)) as file:
+            with open_safetensors(checked_path(directory, name)) as file:
                 keys = set(file.keys())
-                for job in listed:
-                    if job.piece.key not in keys:
-                        raise CheckpointError(f"{directory / name}: it has no {job.piece.key!r}, which the manifest lists")
-                    job.target[job.copy.target].copy_(_read(directory / name, file, job))
+                for task in listed:
+                    if task.piece.key not in keys:
+                        raise CheckpointError(f"{directory / name}: it has no {task.piece.key!r}, which the manifest lists")
+                    task.target[task.copy.target].copy_(_read(directory / name, file, task))
 
 
 def _scalars(directory: Path, parts: Mapping[str, Checkpointable], strict: bool) -> dict[str, dict[str, Any]]:
     state = read_state(directory)
     if lacking := [prefix for prefix in parts if strict and prefix not in state]:
-        raise CheckpointError(f"{directory / STATE}: it has no {first(lacking)}")
+        raise CheckpointError(f"{directory / STATE}: it has no {shorten_list(lacking)}")
     return state
 
 
@@ -196,30 +220,43 @@ def _load_scalars(directory: Path, parts: Mapping[str, Checkpointable], state: M
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever is wrong with it becomes a CheckpointError that names it."""
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; whatever is wrong with it becomes a CheckpointError that names it."""
     try:
-        check_regular(path)
+        check_regular(path)  # safe_open maps it: a pipe or a device would block, or worse
         with safe_open(str(path), framework="pt") as file:
             yield file
     except (OSError, MemoryError, SafetensorError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error_reason(error)}") from error
 
 
-def _read(path: Path, file: Any, job: Job) -> Tensor:
-    """The wanted slices of one piece. CheckpointError when the file's own header contradicts the manifest."""
-    saved = file.get_slice(job.piece.key)
+def _read(path: Path, file: Any, task: ReadTask) -> Tensor:
+    """Read the wanted slices of one piece. CheckpointError when the file's own header contradicts the manifest."""
+    saved = file.get_slice(task.piece.key)
     shape, dtype = tuple(saved.get_shape()), saved.get_dtype()
-    if (shape, dtype) != (job.piece.part.shape, job.dtype):
-        listed = f"{job.piece.part.shape} {job.dtype}"
-        raise CheckpointError(f"{path}: {job.piece.key!r} is {shape} {dtype}, the manifest says {listed}")
-    tensor: Tensor = saved[job.copy.source] if shape else file.get_tensor(job.piece.key)
+    if (shape, dtype) != (task.piece.part.shape, task.dtype):
+        listed = f"{task.piece.part.shape} {task.dtype}"
+        raise CheckpointError(f"{path}: {task.piece.key!r} is {shape} {dtype}, the manifest says {listed}")
+    # A scalar has no slices.
+    tensor: Tensor = saved[task.copy.source] if shape else file.get_tensor(task.piece.key)
     return tensor
 
 
 def read_tensor(directory: Path, manifest: Manifest, name: str) -> Tensor:
-    """One whole tensor, put together from its pieces. CheckpointError as `load`, but the bytes are not compared."""
+    """Read one whole tensor, put together from its pieces; its bytes are not compared with the manifest.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: the checkpoint's.
+        name: global name of the tensor, with its part in front.
+
+    Returns:
+        The tensor `[*shape]` in the dtype that it was saved in, on the CPU.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
     record = manifest.tensors[name]
     whole = torch.empty(record.shape, dtype=TORCH_DTYPES[record.dtype])
-    _fill(directory, _jobs(record, Part.whole(record.shape), whole))
+    _fill(directory, _read_tasks(record, Part.whole(record.shape), whole))
     return whole

@@ -16,20 +16,20 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any
 
-from megatron.checkpoint.shards import fault
+from megatron.checkpoint.shards import coverage_error
 from megatron.checkpoint.storage import TORCH_DTYPES, FileRecord
 from megatron.files.regular import MAX_VALUES, count_values
 from megatron.parallel.spec import Part
 
 FORMAT, VERSION = "megatron-checkpoint", 1
-DIMENSIONS = 8
-BYTES_OF_A_VALUE = 16  # at least, in a manifest of many pieces; one takes as much as 64 in memory
-LARGEST = 1 << 62  # of a count: products of a few of them are still printed, never allocated
+MAX_DIMENSIONS = 8  # a check of coverage looks at 2^n corners of each piece
+MIN_BYTES_PER_VALUE = 16  # of the text of a manifest of many pieces; a value takes as much as 64 in memory
+MAX_COUNT = 1 << 62  # products of a few counts are still printed, never allocated
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One rectangle of a tensor: which file holds it, under which key."""
+    """One rectangle of a tensor, in `file` under `key`."""
 
     file: str
     key: str
@@ -38,7 +38,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor of a checkpoint. dtype: a safetensors code ("F32"). shape: of the whole. pieces: a disjoint cover."""
+    """One tensor of a checkpoint. dtype: a safetensors code ("F32"). shape: of the whole. pieces: cover it, without overlap."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Manifest:
     tensors: Mapping[str, TensorRecord]
 
     def to_text(self) -> str:
-        """Canonical JSON, with a checksum over itself."""
+        """Return canonical JSON, with a checksum over itself."""
         body = {
             "format": FORMAT,
             "version": VERSION,
@@ -69,28 +69,30 @@ class Manifest:
                 for name, t in sorted(self.tensors.items())
             },
         }
+        # The checksum is that of the text without it, so it is made from the same JSON twice.
         plain = json.dumps(body, indent=1)
         return json.dumps({**body, "checksum": hashlib.sha256(plain.encode()).hexdigest()}, indent=1) + "\n"
 
     @classmethod
     def from_text(cls, text: str) -> Manifest:
-        """ValueError, KeyError or TypeError when this is no manifest, was damaged, or contradicts itself."""
-        body = plain_json(text)
+        """Read a manifest. ValueError, KeyError or TypeError when it is none, was damaged, or contradicts itself."""
+        body = parse_strict_json(text)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(f'it does not say "format": "{FORMAT}"')
         if body.get("version") != VERSION:
             raise ValueError(f"it has format version {body.get('version')!r}, this program reads {VERSION}")
         files = {_inside(name): _file(r) for name, r in _table(body["files"]).items()}
         tensors = {_text(name): _tensor(name, _table(record), files) for name, record in _table(body["tensors"]).items()}
-        _fits(files, tensors)
+        _check_file_sizes(files, tensors)
         manifest = cls(_count(body["iteration"]), files, tensors)
+        # Byte for byte, not the checksum alone: keys that are not read, or another way to write a number, count as well.
         if manifest.to_text() != text:
             raise ValueError("its checksum does not match: it was damaged or edited")
         return manifest
 
 
-def plain_json(text: str | bytes) -> Any:
-    """The value of a JSON text, as strict as what writes it.
+def parse_strict_json(text: str | bytes) -> Any:
+    """Parse a JSON text, as strict as what writes it.
 
     ValueError for anything but JSON in UTF-8: also for NaN and Infinity, a number out of range, a key that stands twice in
     one object, more nesting than Python reads, and more values than a checkpoint's files hold.
@@ -114,7 +116,8 @@ def plain_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        if count_values(text) > max(MAX_VALUES, len(text) // BYTES_OF_A_VALUE):
+        # Counted before it is parsed: a small text of empty lists would take many times its size in memory.
+        if count_values(text) > max(MAX_VALUES, len(text) // MIN_BYTES_PER_VALUE):
             raise ValueError("it holds more values than a checkpoint of its size has")
         return json.loads(text, parse_float=number, parse_constant=constant, object_pairs_hook=unique)
     except RecursionError:
@@ -132,19 +135,20 @@ def _tensor(name: str, record: dict[str, Any], files: Mapping[str, FileRecord]) 
         for p in map(_table, _list(record["pieces"]))
     )
     tensor = TensorRecord(_text(record["dtype"]), _counts(record["shape"]), pieces)
-    if len(tensor.shape) > DIMENSIONS:
-        raise ValueError(f"{name} has {len(tensor.shape)} dimensions, at most {DIMENSIONS} are read")
+    if len(tensor.shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {len(tensor.shape)} dimensions, at most {MAX_DIMENSIONS} are read")
     if tensor.dtype not in TORCH_DTYPES:
         raise ValueError(f"{name} has the unknown type {tensor.dtype!r}")
     if unknown := {p.file for p in pieces} - files.keys():
         raise ValueError(f"{name} lies in {min(unknown)!r}, which is not listed")
-    if why := fault(tensor.shape, [p.part for p in pieces]):
+    if why := coverage_error(tensor.shape, [p.part for p in pieces]):
         raise ValueError(f"{name}: {why}")
     return tensor
 
 
-def _fits(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord]) -> None:
-    """ValueError when a file is too small for what lies in it. So no shape asks for more memory than there is on the disk."""
+def _check_file_sizes(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord]) -> None:
+    """Check that each file is large enough for what lies in it. ValueError where one is not."""
+    # So no shape that is read later asks for more memory than there is on the disk.
     held = dict.fromkeys(files, 0)
     for tensor in tensors.values():
         width = TORCH_DTYPES[tensor.dtype].itemsize
@@ -156,7 +160,7 @@ def _fits(files: Mapping[str, FileRecord], tensors: Mapping[str, TensorRecord]) 
 
 
 def _inside(name: object) -> str:
-    """A file name that stays inside the checkpoint; ValueError for every other."""
+    """Return a file name that stays inside the checkpoint; ValueError for every other."""
     text = _text(name)
     path = PurePosixPath(text)
     if not text or path.is_absolute() or ".." in path.parts or "\\" in text or "\0" in text or str(path) != text or text == ".":
@@ -185,7 +189,7 @@ def _text(value: object) -> str:
 
 
 def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MAX_COUNT:
         raise TypeError(f"expected a count, got {_short(value)}")
     return value
 
@@ -197,6 +201,6 @@ def _counts(values: object) -> tuple[int, ...]:
 
 
 def _short(value: object) -> str:
-    """A value in an error message: a line of it."""
+    """Return a value as text of at most 80 characters, for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""The model that a checkpoint holds, as its own config.json says."""
+"""Read the architecture of a checkpoint's model from its own config.json."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig
 
 
-def model_config(directory: Path) -> ModelConfig:
-    """The architecture that a checkpoint was saved with. CheckpointError when its config.json does not say."""
+def read_model_config(directory: Path) -> ModelConfig:
+    """Return the architecture that a checkpoint was saved with. CheckpointError when its config.json does not say."""
     saved = read_config(directory)
     try:
         model = from_json({"model": saved["model"]}).model

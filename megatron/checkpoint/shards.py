@@ -1,4 +1,4 @@
-"""Saved rectangles, wanted rectangles, and what to copy between them. Pure: numbers in, numbers out.
+"""Arithmetic of the rectangles that tensors are saved in: what to copy where, who writes what. Pure: numbers in, numbers out.
 
 A tensor lies in a checkpoint as disjoint rectangles ("pieces") that together are the whole. A rank that loads wants one
 rectangle of its own, cut for another layout. Everything about going from any layout to any other is here.
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from megatron.parallel.spec import Part
 
 Slices = tuple[slice, ...]
-COMPARED = 1_000_000  # pairs that are compared to name the two that overlap
+MAX_COMPARISONS = 1_000_000  # pairs that are compared to name the two that overlap
 
 
 @dataclass(frozen=True)
 class Copy:
-    """`target` of the wanted rectangle is `source` of saved piece number `piece`; both relative to their own start."""
+    """Copy from `source` of saved piece number `piece` to `target` of the wanted rectangle, each relative to its own start."""
 
     piece: int
     source: Slices
@@ -36,8 +36,15 @@ class Copy:
 
 
 def overlap(piece: int, saved: Part, wanted: Part) -> Copy | None:
-    """What saved piece number `piece` holds of `wanted`; None when they have no element in common."""
+    """Return the copy of what one saved piece holds of a wanted rectangle; None when they have no element in common.
+
+    Args:
+        piece: number of the saved piece.
+        saved: its rectangle of the whole tensor.
+        wanted: another rectangle of it.
+    """
     source, target = [], []
+    # Rectangles meet where their intervals [a, a + n) and [b, b + m) do in every dimension; two scalars always meet.
     for a, n, b, m in zip(saved.start, saved.shape, wanted.start, wanted.shape, strict=True):
         low, high = max(a, b), min(a + n, b + m)
         if low >= high:
@@ -47,19 +54,20 @@ def overlap(piece: int, saved: Part, wanted: Part) -> Copy | None:
     return Copy(piece, tuple(source), tuple(target))
 
 
-def copies(wanted: Part, saved: Sequence[Part]) -> list[Copy]:
-    """The copies that fill `wanted` from pieces that tile the whole tensor (see `fault`).
+def find_copies(wanted: Part, saved: Sequence[Part]) -> list[Copy]:
+    """Return the copies that fill `wanted` from pieces that tile the whole tensor (see `coverage_error`).
 
     ValueError when the pieces leave some of it open.
     """
+    # Since pieces are disjoint, the elements that they give are different ones, and counting them is enough.
     found = [c for c in (overlap(i, piece, wanted) for i, piece in enumerate(saved)) if c is not None]
     if sum(c.elements for c in found) != prod(wanted.shape):
         raise ValueError(f"the pieces do not cover {wanted.shape} at {wanted.start}")
     return found
 
 
-def fault(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
-    """Why `pieces` are no disjoint cover of a tensor of `shape`; None when they are one.
+def coverage_error(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
+    """Return why `pieces` are no disjoint cover of a tensor of `shape`; None when they are one.
 
     Takes a time in proportion to the pieces, however they lie: the list can come from a hostile file.
     """
@@ -70,6 +78,7 @@ def fault(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
             return f"the piece {piece.shape} at {piece.start} lies outside {shape}"
     if _corners((p.start, p.shape) for p in pieces) == _corners([((0,) * len(shape), shape)]):
         return None
+    # Only the message is left to find. Naming two that overlap can take long, so that search is bounded.
     for first, second in _overlapping(pieces):
         return f"the pieces at {first.start} and {second.start} overlap"
     held, whole = sum(prod(p.shape) for p in pieces), prod(shape)
@@ -77,12 +86,10 @@ def fault(shape: tuple[int, ...], pieces: Sequence[Part]) -> str | None:
 
 
 def _corners(rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[tuple[int, ...], int]:
-    """The corners of rectangles (start, shape), each +1 or -1 by the number of its upper bounds, added up; no zeros.
-
-    In one dimension a piece is a step up where it starts and a step down where it ends, and the steps say how often every
-    place is covered. The same holds in several. So pieces cover a rectangle once, and nothing else, exactly when their sums
-    are its own.
-    """
+    """Add up the corners of rectangles (start, shape), each +1 or -1 by the number of its upper bounds; without zeros."""
+    # In one dimension a piece is a step up where it starts and a step down where it ends, and the steps added up say how often
+    # each place is covered. In n dimensions the 2^n corners do: they are the finite differences of the indicator function, and
+    # sums of these give it back. So pieces cover a rectangle once, and nothing else, exactly when their corners are its own.
     total: Counter[tuple[int, ...]] = Counter()
     for start, shape in rectangles:
         for upper in product((0, 1), repeat=len(shape)):
@@ -92,9 +99,10 @@ def _corners(rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> d
 
 
 def _overlapping(pieces: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
-    """Pairs with an element in common, among those that a bounded search compares: a sweep along the first dimension."""
+    """Yield pairs with an element in common, among those that a bounded search compares."""
+    # A sweep along the first dimension: `live` are the pieces that reach as far as the current one begins.
     live: list[Part] = []
-    left = COMPARED
+    left = MAX_COMPARISONS
     for piece in sorted(pieces, key=lambda p: p.start):
         if piece.start:
             live = [p for p in live if p.start[0] + p.shape[0] > piece.start[0]]
@@ -107,13 +115,13 @@ def _overlapping(pieces: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
         live.append(piece)
 
 
-def assign(sizes: Sequence[int], holders: Sequence[Sequence[int]]) -> list[int]:
-    """Which holder writes each piece, so that the bytes are spread evenly: the heaviest first, to the least loaded.
+def assign_evenly(sizes: Sequence[int], holders: Sequence[Sequence[int]]) -> list[int]:
+    """Choose one holder of each piece, so that bytes are spread evenly. The same input gives the same answer everywhere.
 
-    sizes: bytes of each piece. holders: the ranks that hold each. Returns one of the holders for each piece. The same
-    input gives the same answer everywhere. Pieces with the same holders share one heap, so a thousand replicas cost a
-    logarithm.
+    sizes: bytes of each piece. holders: the ranks that hold each. Returns a rank for each piece.
     """
+    # The heaviest piece first, to the least loaded of its holders (Graham's LPT rule for list scheduling). Pieces with the same
+    # holders share one heap of (load, rank), so a thousand replicas cost a logarithm.
     load: dict[int, int] = {}
     queues: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     writers = [0] * len(sizes)

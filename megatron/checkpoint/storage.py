@@ -1,4 +1,4 @@
-"""The few things a checkpoint does to a file system, each durable when it returns, and safetensors files in a stream.
+"""Operations of a checkpoint on a file system, each durable when it returns, and safetensors files as a stream of bytes.
 
 One object stands between the checkpoint and the disk, so that a test can fail or die at every single step.
 """
@@ -39,8 +39,8 @@ DTYPES: dict[torch.dtype, str] = {
 }
 TORCH_DTYPES = {code: dtype for dtype, code in DTYPES.items()}
 
-CHUNK = 1 << 24
-WORTH_A_THREAD = 1 << 18
+CHUNK_BYTES = 1 << 24  # 16 MiB: what is hashed and written at once fits into a processor's cache
+MIN_THREADED_BYTES = 1 << 18  # below it, handing a chunk to another thread takes longer than hashing it
 
 
 @dataclass(frozen=True)
@@ -52,35 +52,33 @@ class FileRecord:
 
 
 class Storage:
-    """A local or mounted POSIX file system. OSError passes through."""
+    """Local or mounted POSIX file system. OSError passes through."""
 
     def make_directory(self, path: Path) -> None:
         """Create `path` and its parents; no error when it is there."""
         path.mkdir(parents=True, exist_ok=True)
 
-    def free(self, path: Path) -> int | None:
-        """Bytes that may still be written under `path`; None when the file system does not say."""
+    def free_bytes(self, path: Path) -> int | None:
+        """Return the bytes that may still be written under `path`; None when the file system does not say."""
         about = os.statvfs(path)
         return about.f_bavail * about.f_frsize if about.f_blocks else None
 
     def write(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-        """Write a file and wait until the disk has it.
-
-        A second thread makes the checksum of a large chunk while this one writes it. Neither holds Python's lock meanwhile.
-        """
+        """Write a file and wait until the disk has it. Returns its size and checksum."""
+        # A second thread hashes a large chunk while this one writes it. Neither holds Python's lock meanwhile.
         digest, size = hashlib.sha256(), 0
         with open(path, "wb", buffering=0, opener=_no_link) as file, ThreadPoolExecutor(1) as hasher:
             hashed: Future[None] | None = None
-            for chunk in _of_size(chunks):
+            for chunk in _split_chunks(chunks):
                 if hashed is not None:
-                    hashed.result()
+                    hashed.result()  # in order: a digest takes the chunks as they follow one another
                 hashed = None
-                if len(chunk) < WORTH_A_THREAD:
+                if len(chunk) < MIN_THREADED_BYTES:
                     digest.update(chunk)
                 else:
                     hashed = hasher.submit(digest.update, chunk)
                 left = chunk
-                while left:
+                while left:  # an unbuffered file may take a part
                     left = left[file.write(left) or 0 :]
                 size += len(chunk)
             if hashed is not None:
@@ -110,23 +108,24 @@ class Storage:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Open a file itself: where many may write, somebody else can have put a link in its place."""
+    """Open a file itself, never what a link points to: where many may write, somebody can have put a link in its place."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _of_size(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
-    """The same bytes in chunks of at most CHUNK: with both threads at work all the time, and what both need in the cache."""
+def _split_chunks(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """Yield the same bytes in chunks of at most CHUNK_BYTES."""
+    # So both threads are at work all the time, and what both need is in the cache.
     for chunk in chunks:
         view = memoryview(chunk)
-        for start in range(0, len(view), CHUNK):
-            yield view[start : start + CHUNK]
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield view[start : start + CHUNK_BYTES]
 
 
-def record_of(path: Path, tell: Callable[[str], None] = lambda what: None) -> FileRecord:
-    """Size and sha256 of a file that exists. OSError when it cannot be read. tell: is told how far it has come, in words."""
+def hash_file(path: Path, tell: Callable[[str], None] = lambda what: None) -> FileRecord:
+    """Return size and sha256 of a file. OSError when it cannot be read. tell: is called with a line after every chunk."""
     digest, size = hashlib.sha256(), 0
     with open_regular(path) as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
             tell(f"comparing {path} with its checksum, after {size} bytes")
@@ -134,8 +133,8 @@ def record_of(path: Path, tell: Callable[[str], None] = lambda what: None) -> Fi
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor of a safetensors file to be. `data` is called when its turn comes, so one tensor is held at a time."""
+class TensorEntry:
+    """Tensor of a safetensors file to be. `data` is called when its turn comes, so that one tensor is held at a time."""
 
     key: str
     dtype: torch.dtype
@@ -148,26 +147,26 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
-    """As they follow one another in a file: the widest types first, so that every tensor is aligned."""
+def sort_for_file(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    """Return the entries as they follow one another in a file: the widest types first, so that every tensor is aligned."""
     return sorted(entries, key=lambda e: (-e.dtype.itemsize, e.key))
 
 
-def safetensors(entries: Sequence[Entry], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, one tensor after the other (format: huggingface/safetensors, README).
+def stream_safetensors(entries: Sequence[TensorEntry], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a safetensors file, one tensor after the other (format: huggingface/safetensors, README).
 
-    Written here, not by the package, because that one wants all tensors in memory at once. The header is padded, so
-    that the tensors are aligned (see `in_file_order`). ValueError when `data` gives another shape or type.
+    ValueError when `data` gives another shape or type.
     """
+    # Not by the package, which wants all tensors in memory at once.
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     offset = 0
-    ordered = in_file_order(entries)
+    ordered = sort_for_file(entries)
     for entry in ordered:
         end = offset + entry.bytes
         header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the header is padded, so that the tensors behind it are aligned
     yield len(text).to_bytes(8, "little")
     yield text
     for entry in ordered:

@@ -1,4 +1,4 @@
-"""A module's parameters as one part of a checkpoint."""
+"""The parameters of modules as one part of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.parallel.spec import Shard, param_spec
 
 
 class ModuleWeights:
-    """The `Checkpointable` of one or several modules (a rank's stages) whose parameters know their ParameterSpec."""
+    """Part of a checkpoint that holds the parameters of one or several modules: a rank's stages, without an optimizer."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -20,13 +20,14 @@ class ModuleWeights:
     def shards(self) -> Iterator[Shard]:
         for parameter in self.parameters:
             spec = param_spec(parameter)
+            # The part alone, without the rows that pad a vocabulary, shares the parameter's memory: loading fills it in place.
             yield Shard(spec.name, spec.shape, spec.part, spec.split_over, spec.local(parameter.detach()))
 
     def scalars(self) -> dict[str, Any]:
         return {}
 
     def load_scalars(self, values: Mapping[str, Any]) -> None:
-        """Called when the shards are filled: what is no part of the parameter, its padding, becomes zero."""
+        """Zero the parameters' padding, which no checkpoint holds. Called when the shards are filled."""
         with torch.no_grad():
             for parameter in self.parameters:
                 spec = param_spec(parameter)

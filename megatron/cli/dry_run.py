@@ -72,11 +72,11 @@ def dry_run(parsed: Parsed, program: str, read_task: TaskReader | None = None) -
     # Without the number of iterations that a task derives from its data: the printed file gives the same epochs.
     repeatable = replace(parsed.config, eval=config.eval)
     lines += ["# The resolved configuration, as a file for --config", to_toml(repeatable)]
-    from megatron.plan.tables import report  # imports torch, so only after all mistakes have been reported
+    from megatron.plan.tables import report_plan  # imports torch, so only after all mistakes have been reported
 
     config = replace(config, model=replace(config.model, vocab_size=found.vocab_size))
     try:
-        lines += report(config, parsed.world_size, found.source, found.lines)
+        lines += report_plan(config, parsed.world_size, found.source, found.lines)
     except ConfigError as error:
         report_and_exit(error, program)
     sys.stdout.write("\n".join(lines) + "\n")

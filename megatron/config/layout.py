@@ -11,7 +11,7 @@ from megatron.config.batch import global_batch, ramp_up
 from megatron.config.check import ConfigCheck, Rules, divisors
 from megatron.config.errors import Problem
 from megatron.config.option import LAYERS, NOT_NEGATIVE, POSITIVE, option
-from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, SCHEDULES
+from megatron.pipeline.schedules.schedule import DEFAULT_SCHEDULE, DEFAULT_WITH_CHUNKS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LayoutSettings:
     )
     pipeline_schedule: str | None = option(
         None,
-        f"pipeline schedule (default: {DEFAULT}, or {DEFAULT_WITH_CHUNKS} with virtual stages)",
+        f"pipeline schedule (default: {DEFAULT_SCHEDULE}, or {DEFAULT_WITH_CHUNKS} with virtual stages)",
         choices=tuple(SCHEDULES),
     )
     num_layers_per_virtual_pipeline_stage: int | None = option(

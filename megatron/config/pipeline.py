@@ -21,7 +21,7 @@ from megatron.config.check import ConfigCheck, Rules
 from megatron.config.errors import Problem
 from megatron.config.layout import LayoutConfig, LayoutSettings
 from megatron.config.notation import parse_layout
-from megatron.pipeline.schedules.schedule import DEFAULT, DEFAULT_WITH_CHUNKS, schedule_kind, schedule_names
+from megatron.pipeline.schedules.schedule import DEFAULT_SCHEDULE, DEFAULT_WITH_CHUNKS, schedule_kind, schedule_names
 
 PP = "layout.pipeline_model_parallel_size"
 VIRTUAL_LAYERS = "layout.num_layers_per_virtual_pipeline_stage"
@@ -42,7 +42,8 @@ def derive_layout(layout: LayoutSettings) -> LayoutSettings:
     return replace(
         layout,
         sequence_parallel=layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
-        pipeline_schedule=layout.pipeline_schedule or (DEFAULT_WITH_CHUNKS if wants_virtual_stages(layout) else DEFAULT),
+        pipeline_schedule=layout.pipeline_schedule
+        or (DEFAULT_WITH_CHUNKS if wants_virtual_stages(layout) else DEFAULT_SCHEDULE),
     )
 
 

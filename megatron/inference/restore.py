@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 
 import torch
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CONFIG, CheckpointError, Manifest, read_manifest
 from megatron.checkpoint.load import load
-from megatron.checkpoint.model_config import model_config
+from megatron.checkpoint.model_config import read_model_config
 from megatron.checkpoint.storage import TORCH_DTYPES
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
@@ -26,7 +26,7 @@ from megatron.model.transformer import Transformer
 from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.pipeline.transfer import Channels
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import stages_of_model
+from megatron.plan.stages import plan_model_stages
 
 Model = TypeVar("Model")
 
@@ -111,8 +111,8 @@ def text_tokenizer(opened: OpenedModel[Transformer] | OpenedModel[Pipeline]) -> 
 
 
 def _find(checkpoint: Path | str, iteration: int | None) -> tuple[Path, Manifest, ModelConfig]:
-    directory = find(Path(checkpoint), iteration)
-    return directory, read_manifest(directory), model_config(directory)
+    directory = find_checkpoint(Path(checkpoint), iteration)
+    return directory, read_manifest(directory), read_model_config(directory)
 
 
 def _stages(
@@ -124,7 +124,7 @@ def _stages(
         raise CheckpointError(f"{directory}: it holds no model, there is no model.embedding.word.weight")
     _check_size(directory, manifest, config)
     try:
-        plan = stages_of_model(config, mesh.pp.size)
+        plan = plan_model_stages(config, mesh.pp.size)
         stages = build_stages(
             config,
             plan.placement,

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.hugging_face_files import kept_config, kept_token_ids, read_kept_files
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.model_config import model_config
-from megatron.checkpoint.side_files import in_checkpoint, kept_config, token_ids
+from megatron.checkpoint.model_config import read_model_config
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
 from megatron.config.schema import ModelConfig
@@ -101,7 +101,7 @@ def export_hf(
         CheckpointError, DataError: for a bad checkpoint.
         ExportError: when the verification fails, and then what was written is `output` with `.failed` behind its name.
     """
-    directory = find(Path(checkpoint), iteration, lambda line: say(f"note: {line}"))
+    directory = find_checkpoint(Path(checkpoint), iteration, lambda line: say(f"note: {line}"))
     output = check_replaceable("--output", Path(output), [directory], overwrite=overwrite)
     failed = check_replaceable("--output", output.with_name(output.name + ".failed"), [directory], overwrite=True)
     if verify:
@@ -139,17 +139,17 @@ def _write_directory(
         The tokenizer whose files are in it, or None, and the type of the tensors.
     """
     tokenizer = open_tokenizer(directory)
-    imported = in_checkpoint(directory)
+    imported = read_kept_files(directory)
     files = with_chosen_eod(imported, tokenizer)
     say(f"writing {directory} as a Hugging Face directory")
-    ids = token_ids(files)
+    ids = kept_token_ids(files)
     ids = _special_token_ids(tokenizer) if ids is None else ids
     # Weights that came from a family go back to it, where several families can express the model.
     source = str((kept_config(imported) or {}).get("model_type"))
     written = export_weights(
         directory, out, dtype, model_type=source, token_ids=ids, generation=legacy_generation_settings(files)
     )
-    config = model_config(directory)
+    config = read_model_config(directory)
     for setting, why in family_for_export(config, source).unwritten_settings.items():
         if getattr(config, setting):
             say(f"{why}, so {getattr(config, setting):g} is not written")

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from megatron.checkpoint.hugging_face_files import checkpoint_assets
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.side_files import assets
 from megatron.config.rules import out_of_range
 from megatron.config.schema import ModelConfig, RunSettings, TokenizerConfig
 from megatron.data.errors import DataError
@@ -19,7 +19,7 @@ from megatron.interop.whole_tensors import check_save_root, write_weights
 from megatron.model.build import build_stages
 from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.stages import stages_of_model
+from megatron.plan.stages import plan_model_stages
 
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
 
@@ -51,7 +51,7 @@ def write_imported(
     check_save_root(root, iteration)
     check_weights(config, weights)
     run = RunSettings(model=config, tokenizer=TokenizerConfig(tokenizer_type=tokenizer.kind if tokenizer else None))
-    return write_weights(root, iteration, run, weights, assets(tokenizer, kept))
+    return write_weights(root, iteration, run, weights, checkpoint_assets(tokenizer, kept))
 
 
 def vocabulary_mismatch(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
@@ -86,7 +86,7 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     try:
         if problems := [problem for _, problem in out_of_range(RunSettings(model=config))]:
             raise ValueError("; ".join(map(str, problems)))
-        plan = stages_of_model(config)
+        plan = plan_model_stages(config)
         stages = build_stages(
             config, plan.placement, plan.parts, TensorParallel.alone(), 0, device="meta"
         )  # shapes alone, in no memory

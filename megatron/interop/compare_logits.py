@@ -30,7 +30,7 @@ from megatron.model.task_heads import FineTuned
 from megatron.model.transformer import Transformer
 from megatron.parallel.random import derive_seed
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.stages import stages_of_model
+from megatron.plan.stages import plan_model_stages
 
 LOGIT_TOLERANCE = 1e-4  # absolute, for logits up to 10; above, relative to a tenth of the largest
 RANDOM_TOLERANCE = 2e-5  # of the largest logit; rounding makes up to 3e-6, the tanh approximation of GELU 4e-5 and more
@@ -135,7 +135,7 @@ def compare_with_source(directory: Path, config: ModelConfig, weights: Mapping[s
 
 def model_from_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> Transformer:
     """Return a whole model in evaluation mode, fp32, with these weights, by our names."""
-    plan = stages_of_model(config)
+    plan = plan_model_stages(config)
     model = build_stages(config, plan.placement, plan.parts, TensorParallel.alone(), 0)[0].eval()
     for shard in ModuleWeights(model).shards():
         shard.data.copy_(weights[shard.name])

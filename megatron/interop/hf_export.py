@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError, Manifest, verify
 from megatron.checkpoint.load import read_tensor
-from megatron.checkpoint.model_config import model_config
-from megatron.checkpoint.storage import TORCH_DTYPES, Entry, Storage, safetensors
+from megatron.checkpoint.model_config import read_model_config
+from megatron.checkpoint.storage import TORCH_DTYPES, Storage, TensorEntry, stream_safetensors
 from megatron.config.schema import ModelConfig
 from megatron.interop.families.family import HFClass
 from megatron.interop.families.table import family_for_export
@@ -34,7 +34,7 @@ SHARD_BYTES = 2_000_000_000  # of a file
 class TensorGroup:
     """The tensors that one of ours becomes; they are kept in one file, so that it is read once."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorEntry, ...]
 
     @property
     def bytes(self) -> int:
@@ -92,7 +92,9 @@ def plan_tensors(
             raise CheckpointError(f"{directory}: {row.native} of shape {shape} does not fit its config.json") from error
         source = _ConvertedTensor(_converter(directory, manifest, config, row, shape, dtype), row.hf)
         named = zip(row.hf, tensors, strict=True)
-        groups.append(TensorGroup(tuple(Entry(n, dtype, tuple(like.shape), partial(source.take, n)) for n, like in named)))
+        groups.append(
+            TensorGroup(tuple(TensorEntry(n, dtype, tuple(like.shape), partial(source.take, n)) for n, like in named))
+        )
     return groups
 
 
@@ -159,7 +161,7 @@ def export_weights(
         CheckpointError: when the checkpoint is damaged, or when no family of transformers has its architecture: then with
             everything that stands in the way.
     """
-    config, manifest = model_config(checkpoint), verify(checkpoint)
+    config, manifest = read_model_config(checkpoint), verify(checkpoint)
     try:
         family = family_for_export(config, model_type)
     except ValueError as error:
@@ -202,7 +204,9 @@ def write_tensor_files(storage: Storage, out: Path, groups: list[TensorGroup], l
     for i, packed in enumerate(files):
         name = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         entries = [entry for group in packed for entry in group.entries]
-        storage.write(out / name, safetensors(entries, {"format": "pt"}))  # a file that does not say so transformers 4 refuses
+        storage.write(
+            out / name, stream_safetensors(entries, {"format": "pt"})
+        )  # a file that does not say so transformers 4 refuses
         weight_map |= {entry.key: name for entry in entries}
     if len(files) > 1:
         total = sum(group.bytes for group in groups)

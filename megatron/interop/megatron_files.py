@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iterations
+from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iteration_directories
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
 from megatron.files.foreign import reason_unfit
@@ -251,7 +251,7 @@ def write_megatron(
     final = root / directory_name(iteration)
     if final.exists():
         raise CheckpointError(f"{final}: it is there already; choose another place, or take it away")
-    if later := [n for n, path in iterations(root).items() if n > iteration or not holds_other_files(path)]:
+    if later := [n for n, path in iteration_directories(root).items() if n > iteration or not holds_other_files(path)]:
         listed = ", ".join(map(str, later[-5:]))
         raise CheckpointError(
             f"--save {root} holds checkpoints of iteration {listed}: they are later, or not Megatron-LM's, and the tracker "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.storage import DTYPES, Entry, Storage
+from megatron.checkpoint.storage import DTYPES, Storage, TensorEntry
 from megatron.config.resolve import resolve_model
 from megatron.config.schema import ModelConfig, ModelSettings
 from megatron.files.regular import check_regular, error_reason, read_json
@@ -351,8 +351,8 @@ def _tensor_groups(model: ReleasedModel, kind: ReleasedKind) -> list[TensorGroup
     return groups
 
 
-def _tensor_entry(name: str, tensor: Tensor) -> Entry:
+def _tensor_entry(name: str, tensor: Tensor) -> TensorEntry:
     """Return the entry of a tensor in a safetensors file. CheckpointError for a type that the format does not have."""
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{name}: {tensor.dtype} cannot be written")
-    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)

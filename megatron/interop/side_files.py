@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.side_files import GENERATION, SETTINGS, TEMPLATES, TOKENIZER_FILES, kept_config, kept_object
+from megatron.checkpoint.hugging_face_files import CHAT_TEMPLATES, GENERATION, SETTINGS, TOKENIZER_FILES, kept_config, kept_json
 from megatron.data.hugging_face import VOCABULARIES
 from megatron.data.tokenizer_base import Tokenizer, read_tokenizer_file
 
@@ -32,7 +32,7 @@ def read_side_files(directory: Path, *, tokenizer: bool) -> dict[str, bytes]:
     names = [*SETTINGS, *(TOKENIZER_FILES if tokenizer else ())]
     paths = [directory / name for name in names]
     if tokenizer:
-        paths += sorted((directory / TEMPLATES).glob("*.jinja"))
+        paths += sorted((directory / CHAT_TEMPLATES).glob("*.jinja"))
     return {p.relative_to(directory).as_posix(): read_tokenizer_file(str(p), "--input") for p in paths if os.path.lexists(p)}
 
 
@@ -40,7 +40,7 @@ def with_chosen_eod(kept: Mapping[str, bytes], tokenizer: Tokenizer | None) -> d
     """Return the kept files in which the token that --eod-token chose ends a text too, before those that did already."""
     files, end = dict(kept), tokenizer.chosen.get("eod") if tokenizer is not None else None
     for name in SETTINGS:
-        held = kept_object(files, name)
+        held = kept_json(files, name)
         if end is None or held is None:
             continue
         ends = held.get("eos_token_id")

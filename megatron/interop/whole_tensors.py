@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron.checkpoint.content import Assets
-from megatron.checkpoint.layout import CheckpointError, holds_weights_alone, iterations, verify
+from megatron.checkpoint.layout import CheckpointError, holds_weights_alone, iteration_directories, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.checkpoint.save import save
+from megatron.checkpoint.save_plan import Assets
 from megatron.config.command_line.saved import to_json
 from megatron.config.schema import RunSettings
 from megatron.mesh.mesh import Mesh
@@ -66,7 +66,7 @@ def check_save_root(root: Path, iteration: int) -> None:
 
     An import alone may be repeated: nothing but the same weights is replaced.
     """
-    present = iterations(root)
+    present = iteration_directories(root)
     with suppress(CheckpointError):  # a damaged checkpoint is no import that may be repeated
         if list(present) == [iteration] and holds_weights_alone(present[iteration]):
             return

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron.config.optimizers import rule_for
 from megatron.mesh.mesh import Axis, Mesh
-from megatron.optim.sharding import owned, param_ranges, rectangles
+from megatron.optim.sharding import owned_slice, param_ranges, rectangles
 from megatron.parallel.buckets import Bucket, buckets
 from megatron.parallel.collectives import CollectiveWork, gather_slices_async
 from megatron.parallel.spec import ParameterSpec, Part, Shard, param_spec
@@ -45,7 +45,7 @@ class FlatBuffer:
     ) -> None:
         self.parameters, self.bucket, self.data_axis = list(parameters), bucket, data_axis
         self.owners = data_axis if sharded else Axis.alone(data_axis.name)
-        self.own = owned(bucket.length, self.owners.size, self.owners.rank)
+        self.own = owned_slice(bucket.length, self.owners.size, self.owners.rank)
         example = self.parameters[0]
         self.weights = torch.zeros(bucket.length, dtype=example.dtype, device=example.device)  # [length]
         self.grads = torch.zeros(bucket.length, dtype=grad_dtype, device=example.device)  # [length]
@@ -56,7 +56,7 @@ class FlatBuffer:
             if p.dtype == grad_dtype:
                 p.grad = grad  # autograd adds to it in place
             else:
-                p.register_post_accumulate_grad_hook(_adder(grad))  # type: ignore[no-untyped-call]
+                p.register_post_accumulate_grad_hook(_make_grad_hook(grad))  # type: ignore[no-untyped-call]
         own_weights = self.weights[self.own]  # [own]
         self.main = own_weights if example.dtype == torch.float32 else own_weights.float()  # [own]
         self.own_grads = self.grads[self.own]  # [own]
@@ -117,7 +117,7 @@ class FlatBuffer:
         self.all_gather_params_async().wait()
 
 
-def _adder(total: Tensor) -> Any:
+def _make_grad_hook(total: Tensor) -> Any:
     def add(parameter: Tensor) -> None:
         if parameter.grad is not None:
             total.add_(parameter.grad)
@@ -126,7 +126,7 @@ def _adder(total: Tensor) -> Any:
     return add
 
 
-class Weights:
+class MainWeights:
     """The model's weights as a checkpoint keeps them: fp32 main weights under global names."""
 
     def __init__(self, buffers: Sequence[FlatBuffer]) -> None:

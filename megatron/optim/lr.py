@@ -106,9 +106,9 @@ class LRSchedule:
             return max(floor, peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
         if self.style == "WSD":
             begin = self.decay - self.annealing
-            left = 1.0 if samples <= begin else _left(self.annealing_style, (samples - begin) / self.annealing)
+            left = 1.0 if samples <= begin else _remaining_share(self.annealing_style, (samples - begin) / self.annealing)
         else:
-            left = _left(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
+            left = _remaining_share(self.style, (samples - self.warmup) / max(1, self.decay - self.warmup))
         return floor + left * (peak - floor)
 
     def weight_decay(self, samples: int) -> float:
@@ -116,18 +116,18 @@ class LRSchedule:
         if self.decay_weights_style == "constant" or samples >= self.decay_weights_over:
             return self.decay_weights_to
         gap = self.decay_weights_to - self.decay_weights_from
-        return self.decay_weights_from + _eased(self.decay_weights_style, samples / self.decay_weights_over) * gap
+        return self.decay_weights_from + _elapsed_share(self.decay_weights_style, samples / self.decay_weights_over) * gap
 
 
-def _eased(style: str, share: float) -> float:
+def _elapsed_share(style: str, share: float) -> float:
     """0 -> 1 over a run, in a straight line or half a cosine."""
     return share if style == "linear" else 0.5 * (1.0 - math.cos(math.pi * share))
 
 
-def _left(style: str, share: float) -> float:
+def _remaining_share(style: str, share: float) -> float:
     """1 -> 0 over a decay: the part of the peak that is left above the floor."""
     if style == "exponential":  # it halves, and is stretched to end at 0
         return 2.0 * math.pow(0.5, share) - 1.0
     if style == "minus_sqrt":
         return 1.0 - math.sqrt(share)
-    return 1.0 - _eased(style, share)
+    return 1.0 - _elapsed_share(style, share)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron.config.schema import PrecisionConfig
-from megatron.optim.scaler import Constant, Dynamic, Scaler
+from megatron.optim.scaler import ConstantScaler, DynamicScaler, Scaler
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Precision:
         """Return a new loss scaler, at its beginning."""
         config = self.config
         if config.loss_scale:
-            return Constant(config.loss_scale)
+            return ConstantScaler(config.loss_scale)
         if not config.fp16:
-            return Constant()
-        return Dynamic(config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis)
+            return ConstantScaler()
+        return DynamicScaler(config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis)

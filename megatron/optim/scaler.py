@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-GROWTH = 2.0
-BACK_OFF = 0.5
+GROWTH_FACTOR = 2.0
+BACKOFF_FACTOR = 0.5
 
 
 class Scaler(Protocol):
@@ -43,7 +43,7 @@ class Scaler(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantScaler:
     """The same scale for ever; 1 where no scale is needed."""
 
     scale: float = 1.0
@@ -59,15 +59,15 @@ class Constant:
 
 
 @dataclass
-class Dynamic:
+class DynamicScaler:
     """The largest power-of-two multiple of the initial scale that does not overflow, found by trying.
 
-    scale: at first the initial one. least: it never falls below. window: updates in a row that double it. hysteresis:
+    scale: at first the initial one. min_scale: it never falls below. window: updates in a row that double it. hysteresis:
     the overflow that halves it, counted from when it last grew. updates: in a row so far. patience: overflows left.
     """
 
     scale: float
-    least: float
+    min_scale: float
     window: float
     hysteresis: int
     updates: int = field(default=0, init=False)
@@ -81,12 +81,12 @@ class Dynamic:
             self.updates = 0
             self.patience -= 1
             if self.patience <= 0:
-                self.scale = max(self.scale * BACK_OFF, self.least)
+                self.scale = max(self.scale * BACKOFF_FACTOR, self.min_scale)
             return
         self.updates += 1
         if self.updates >= self.window:
             self.updates, self.patience = 0, self.hysteresis
-            self.scale *= GROWTH
+            self.scale *= GROWTH_FACTOR
 
     def scalars(self) -> dict[str, Any]:
         return {"scale": self.scale, "updates": self.updates, "patience": self.patience}

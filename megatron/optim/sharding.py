@@ -43,7 +43,7 @@ class ParamRange:
     place: int
 
 
-def owned(length: int, shards: int, shard: int) -> slice:
+def owned_slice(length: int, shards: int, shard: int) -> slice:
     """Return the slice of a bucket that one rank owns.
 
     Args:

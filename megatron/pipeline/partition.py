@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def split(costs: Sequence[float], placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
+def split_by_cost(costs: Sequence[float], placement: Sequence[int], first: float = 0.0, last: float = 0.0) -> tuple[range, ...]:
     """Return the layers of each stage, in order: one contiguous range a stage, at least one layer each.
 
     For layers of equal cost no other cut gives the busiest rank less work. Otherwise each stage ends where the work up to there
@@ -68,7 +68,7 @@ def even_counts(layers: int, layer: float, placement: Sequence[int], first: floa
     return counts
 
 
-def cut(counts: Sequence[int]) -> tuple[range, ...]:
+def ranges_from_counts(counts: Sequence[int]) -> tuple[range, ...]:
     """Return the layers of each stage where their numbers are given; a stage may have none."""
     ends = list(accumulate(counts))
     return tuple(range(end - count, end) for count, end in zip(counts, ends, strict=True))

@@ -19,13 +19,13 @@ from megatron.mesh.mesh import Axis, naming_communicator
 class PendingReceive:
     """A tensor that is being received. `wait()` gives it."""
 
-    def __init__(self, work: Any, room: Tensor, device: torch.device) -> None:
-        self._work, self._room, self._device = work, room, device
+    def __init__(self, work: Any, buffer: Tensor, device: torch.device) -> None:
+        self._work, self._buffer, self._device = work, buffer, device
 
     def wait(self) -> Tensor:
         """Wait for the tensor, and return it on the device of the stage, `[...]` of the shape that was asked for."""
         self._work.wait()
-        return self._room.to(self._device, non_blocking=True)
+        return self._buffer.to(self._device, non_blocking=True)
 
 
 class Channels:
@@ -84,10 +84,10 @@ class Channels:
             peer: pipeline rank that it comes from.
             number: of the transfer, the same on both sides.
         """
-        room = torch.empty(shape, dtype=dtype, device=self.memory)
+        buffer = torch.empty(shape, dtype=dtype, device=self.memory)
         axis = self._axis(peer, self.up.rank)
-        work = dist.irecv(room, axis.ranks[peer], group=axis.group, tag=number)
-        return PendingReceive(work, room, self.device)
+        work = dist.irecv(buffer, axis.ranks[peer], group=axis.group, tag=number)
+        return PendingReceive(work, buffer, self.device)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """Give every rank of the pipeline the tensor of rank `source`, in place. Collective."""

@@ -20,7 +20,7 @@ from megatron.plan.state_size import StateBytes, state_bytes
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. activations is an estimate; the others are exact for `optim/buffers.py`."""
+    """Bytes on one rank. activations: an estimate; the others are exact for `optim/buffers.py`."""
 
     weights: int
     gradients: int
@@ -29,16 +29,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def shards(config: RunConfig, grid: Grid) -> int:
-    """Ranks that each own a slice of main weights and optimizer state."""
+def optimizer_shards(config: RunConfig, grid: Grid) -> int:
+    """Return the number of ranks that each own a slice of main weights and optimizer state."""
+    # Ranks of one context-parallel group hold the same weights too, so they share the state as data-parallel ones do.
     return grid.dp * grid.cp if config.layout.use_distributed_optimizer else 1
 
 
-def state_of(config: RunConfig, own: Iterable[ParameterSize], owners: int = 1) -> StateBytes:
+def parameter_state(config: RunConfig, own: Iterable[ParameterSize], owners: int = 1) -> StateBytes:
     """Return the bytes of weights, gradients and optimizer state of the parameters `own` on one rank.
 
     Args:
@@ -58,16 +59,24 @@ def state_of(config: RunConfig, own: Iterable[ParameterSize], owners: int = 1) -
     )
 
 
-def state_of_rank(config: RunConfig, model: MetaModel, plan: StagePlan, rank: int, owners: int = 1) -> StateBytes:
-    """Return the same of all stages of pipeline rank `rank`, which hold a tied matrix once."""
-    return state_of(
-        config, {p.name: p for stage in plan.of_rank(rank) for p in model.parameters(plan.parts[stage])}.values(), owners
-    )
+def rank_state(config: RunConfig, model: MetaModel, plan: StagePlan, rank: int, owners: int = 1) -> StateBytes:
+    """Return the bytes of weights, gradients and optimizer state of all stages of a pipeline rank.
+
+    Args:
+        config: of the run.
+        model: the run's.
+        plan: the run's stages.
+        rank: the pipeline rank.
+        owners: ranks that each own a slice of main weights and optimizer state.
+    """
+    # By name: a rank with both ends of the model holds a tied matrix once, though two of its stages list it.
+    own = {p.name: p for stage in plan.stages_on(rank) for p in model.parameters(plan.parts[stage])}
+    return parameter_state(config, own.values(), owners)
 
 
 @dataclass(frozen=True)
 class StageActivations:
-    """Bytes of a stage's activations, an estimate after arXiv 2205.05198.
+    """Bytes of a stage's activations, an estimate after arXiv 2205.05198, section 4.
 
     micro_batch: what the layers and the embedding take for one micro-batch. output: of the input of the final norm, where the
     stage has the heads; the gradient of its output is as large. transient: while one action runs, at most.
@@ -78,8 +87,14 @@ class StageActivations:
     transient: int
 
     @classmethod
-    def of(cls, config: RunConfig, model: MetaModel, part: StagePart) -> StageActivations:
-        """Return those of a stage of a run."""
+    def from_config(cls, config: RunConfig, model: MetaModel, part: StagePart) -> StageActivations:
+        """Return the activations of a stage of a run.
+
+        Args:
+            config: of the run.
+            model: the run's, as its layout cuts it.
+            part: the stage.
+        """
         shape, ends = micro_batch_shape(config, model), model.ends(part)
         recompute = Recompute.from_config(config.memory, model.tp.axis, draws=False)
         each = {layer: module_activation_bytes(layer, shape) for layer in model.layers(part)}
@@ -89,6 +104,7 @@ class StageActivations:
             saved += module_activation_bytes(ends.embedding, shape).saved
         elif recompute.distribute is not None:  # the executor holds what came from another rank
             saved += shape.hidden_bytes
+        # The heads' own activations never wait: the loss and its gradient are made at once, and the norm's input is kept.
         output = 0 if ends.final_norm is None else module_activation_bytes(ends.final_norm, shape).saved
         loss = module_activation_bytes(ends, shape).transient
         return cls(replace(layers, saved=saved), output, max(layers.transient, loss))
@@ -102,14 +118,16 @@ class StageActivations:
                 gradients, however little they kept.
         """
         each = self.micro_batch
+        # Between I and W the factors of the weight gradients wait; under recomputation they are more than a forward pass keeps.
         layers = each.saved * (in_flight - split) + max(each.saved, each.weight_grad) * split
+        # The norm's input for each, and as large a gradient of its output for each but the last, whose loss is still to come.
         return layers + (self.output * (2 * in_flight - 1) if in_flight else 0)
 
 
 def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
     """Return the micro-batch of a run as a rank sees it."""
     return MicroBatchShape(
-        rows=config.batch.micro_batch_size * config.model.rows_per_sample,
+        rows=config.batch.micro_batch_size * config.model.rows_per_sample,  # a multiple-choice sample is several rows
         seq=config.data.seq_length // config.layout.context_parallel_size,
         hidden=config.model.hidden_size,
         element=2 if config.precision.is_16bit else 4,
@@ -117,23 +135,30 @@ def micro_batch_shape(config: RunConfig, model: MetaModel) -> MicroBatchShape:
     )
 
 
-# By an action: of micro-batches in flight, and of those between the parts of a split backward pass.
-CHANGES: Mapping[Op, tuple[int, int]] = MappingProxyType({Op.F: (1, 0), Op.I: (0, 1), Op.B: (-1, 0), Op.W: (-1, -1)})
+# What an action adds to: micro-batches in flight, and those of them that are between the parts of a split backward pass.
+IN_FLIGHT_CHANGES: Mapping[Op, tuple[int, int]] = MappingProxyType({Op.F: (1, 0), Op.I: (0, 1), Op.B: (-1, 0), Op.W: (-1, -1)})
 
 
-def memory_of(config: RunConfig, model: MetaModel, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> Memory:
-    """Return what each rank of pipeline rank `rank` holds when its activations take most. owners: of a slice of the state each.
+def peak_memory(config: RunConfig, model: MetaModel, plan: StagePlan, schedule: Schedule, rank: int, owners: int = 1) -> Memory:
+    """Return what each rank of a pipeline rank holds when its activations take most.
 
-    Those of a stage and micro-batch are there from its F until its B or W.
+    Args:
+        config: of the run.
+        model: the run's, as its layout cuts it.
+        plan: its stages.
+        schedule: of a step.
+        rank: the pipeline rank.
+        owners: ranks that each own a slice of main weights and optimizer state.
     """
-    own = {stage: StageActivations.of(config, model, plan.parts[stage]) for stage in plan.of_rank(rank)}
+    own = {stage: StageActivations.from_config(config, model, plan.parts[stage]) for stage in plan.stages_on(rank)}
     in_flight, split = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
     most = 0
-    for action in schedule.programs[rank]:
-        waiting, halfway = CHANGES[action.op]
+    for action in schedule.programs[rank]:  # activations are there from a micro-batch's F on until its B or W
+        waiting, halfway = IN_FLIGHT_CHANGES[action.op]
         in_flight[action.stage] += waiting
         split[action.stage] += halfway
         held = sum(stage.held(in_flight[number], split[number]) for number, stage in own.items())
+        # One action runs at a time, and nothing says which stage's is the next: the largest that has work counts.
         most = max(most, held + max(stage.transient if in_flight[number] else 0 for number, stage in own.items()))
-    state = state_of_rank(config, model, plan, rank, owners)
+    state = rank_state(config, model, plan, rank, owners)
     return Memory(state.weights, state.gradients, state.optimizer, most)

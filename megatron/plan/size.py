@@ -62,7 +62,7 @@ class MetaModel:
         self._layers: dict[Hashable, nn.Module] = {}
 
     @classmethod
-    def of(cls, config: RunConfig) -> MetaModel:
+    def from_config(cls, config: RunConfig) -> MetaModel:
         """Return the model of a run, as its layout cuts it."""
         layout = config.layout
         sequence_parallel, cp = layout.sequence_parallel, layout.context_parallel_size
@@ -70,7 +70,7 @@ class MetaModel:
 
     def ends(self, part: StagePart) -> Transformer:
         """Return a stage without its layers."""
-        key = (part.embedding, part.head)
+        key = (part.embedding, part.head)  # all that the modules beside the layers depend on
         if key not in self._ends:
             self._ends[key] = self._build(StagePart(range(0), *key))
         return self._ends[key]
@@ -103,11 +103,12 @@ class MetaModel:
                 continue
             for number in part.layers:
                 for size in _sizes(self.layer(number)):
+                    # The layer stands for its likes, so its parameters' names carry its own number: "layers.N.<place>".
                     place = size.name.split(".", 2)[2]
                     yield ParameterSize(replace(size.spec, name=f"{name}.{number}.{place}"), size.local)
 
     def count(self, part: StagePart | None = None) -> int:
-        """Return the parameters of a stage, by default of the whole model; without padding, whatever the layout."""
+        """Return the number of parameters of a stage, by default of the whole model; without padding, whatever the layout."""
         return sum(p.count for p in self.parameters(part))
 
     def _build(self, part: StagePart) -> Transformer:

@@ -1,8 +1,8 @@
 """Bytes of weights, gradients and optimizer state on one rank: exact for `optim/buffers.py`. Pure arithmetic.
 
-With d ranks that own a slice each, a parameter takes 6 + 12 / d bytes where the model computes in 16 bit, 8 + 8 / d in fp32:
-weights and fp32 gradients whole; of the slice fp32 main weights (the weights themselves in an fp32 run) and AdamW's two fp32
-moments. Another rule of `config/optimizers.py` keeps as many as it says.
+ZeRO-1 (arXiv 1910.02054, figure 1, P_os): with d ranks that own a slice each, a parameter takes 6 + 12 / d bytes where the
+model computes in 16 bit, 8 + 8 / d in fp32: weights and fp32 gradients whole; of the slice fp32 main weights (the weights
+themselves in an fp32 run) and AdamW's two fp32 moments. Another rule of `config/optimizers.py` keeps as many as it says.
 With bf16 gradients it takes 4 + 12 / d. Then the update makes an fp32 copy of the slice's gradients, one bucket after the
 other, when activations are gone already: it is not counted.
 """
@@ -23,6 +23,11 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All bytes of the state."""
+        return self.weights + self.gradients + self.optimizer
 
 
 def state_bytes(

@@ -12,15 +12,15 @@ from megatron.pipeline.schedules.draw import draw_text
 from megatron.pipeline.schedules.schedule import Schedule
 from megatron.pipeline.schedules.simulate import simulate
 from megatron.plan.flops import causal_flops_per_token, flops_per_token
-from megatron.plan.memory import memory_of, shards, state_of
+from megatron.plan.memory import optimizer_shards, parameter_state, peak_memory
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import StagePlan, schedule_of, stages_of
+from megatron.plan.stages import StagePlan, build_schedule, plan_stages
 from megatron.plan.time import flop_costs
 
-MEMORY = ("weights", "gradients", "optimizer", "activations", "total")
+MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
-def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> Iterator[str]:
+def report_plan(config: RunConfig, world: int, source: str, found: Iterable[str]) -> Iterator[str]:
     """Yield the lines of a dry run that follow the configuration.
 
     Args:
@@ -28,6 +28,9 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
         world: the number of ranks.
         source: where the vocabulary's size comes from.
         found: lines about what the run will read.
+
+    Raises:
+        ConfigError: the schedule cannot be run.
     """
     layout, vocab = config.layout, config.model.known_vocab_size
     grid = Grid.from_layout(layout, world)
@@ -36,8 +39,8 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
     padded = padded_vocab_size(vocab, grid.tp, config.model.make_vocab_size_divisible_by)
     yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({source})"
     yield ""
-    plan = stages_of(config)
-    schedule = schedule_of(config, grid.dp)
+    plan = plan_stages(config)
+    schedule = build_schedule(config, grid.dp)
     yield from stage_table(config, grid, plan)
     if config.task.task is not None and config.model.task_head is None:  # the rest is about training
         return
@@ -50,46 +53,66 @@ def report(config: RunConfig, world: int, source: str, found: Iterable[str]) -> 
 
 
 def _ranks(grid: Grid, rank: int) -> str:
-    """The ranks of the job that are pipeline rank `rank`: neighbours, since the pipeline is the slowest axis."""
+    """Return the ranks of the job that are pipeline rank `rank`, as text: "8-15"."""
+    # Neighbours, since the pipeline is the slowest axis of the grid.
     first, count = grid.rank(pp=rank), grid.world_size // grid.pp
     return f"{first}-{first + count - 1}" if count > 1 else str(first)
 
 
 def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
-    """A row for each stage. A tied word embedding counts on each rank that holds it, and in all once."""
-    model, owners = MetaModel.of(config), shards(config, grid)
+    """Yield a row for each stage. A tied word embedding counts on each rank that holds it, and in all once.
+
+    Args:
+        config: of the run.
+        grid: of all its ranks.
+        plan: its stages.
+    """
+    model, owners = MetaModel.from_config(config), optimizer_shards(config, grid)
     yield f"# Parameters: {model.count():,} in all, without padding"
     yield f"{'stage':>5} {'ranks':>11} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
-    held: set[tuple[int, str]] = set()
+    held: set[tuple[int, str]] = set()  # (pipeline rank, parameter) that an earlier row has counted
     for stage, (rank, part) in enumerate(zip(plan.placement, plan.parts, strict=True)):
         own = [p for p in model.parameters(part) if (rank, p.name) not in held]
         held |= {(rank, p.name) for p in own}
         layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
         ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
         count, local = sum(p.count for p in own), sum(p.local for p in own)
-        state = state_of(config, own, owners)
+        state = parameter_state(config, own, owners)
         yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {state.weights:>16,}"
 
 
 def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
-    """Yield what each pipeline rank holds at its fullest, and the fullest of them in detail."""
-    model, owners = MetaModel.of(config), shards(config, grid)
-    every = [memory_of(config, model, plan, schedule, rank, owners) for rank in range(grid.pp)]
+    """Yield what each pipeline rank holds at its fullest, in bytes, and the fullest of them in detail.
+
+    Args:
+        config: of the run.
+        grid: of all its ranks.
+        plan: its stages.
+        schedule: of a step.
+    """
+    model, owners = MetaModel.from_config(config), optimizer_shards(config, grid)
+    every = [peak_memory(config, model, plan, schedule, rank, owners) for rank in range(grid.pp)]
     fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
     which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
     yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"
-    for name in MEMORY:
+    for name in MEMORY_COLUMNS:
         value = getattr(every[fullest], name)
         yield f"{name:<12} {value:>18,}  ({value / 2**30:.2f} GiB)"
     if grid.pp > 1:
         yield ""
-        yield f"{'ranks':>11}" + "".join(f" {name:>18}" for name in MEMORY)
+        yield f"{'ranks':>11}" + "".join(f" {name:>18}" for name in MEMORY_COLUMNS)
         for rank, memory in enumerate(every):
-            yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY)
+            yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY_COLUMNS)
 
 
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
-    """Yield how samples become batches over the run, and what an iteration computes."""
+    """Yield how samples become batches over the run, and what an iteration computes.
+
+    Args:
+        config: of the run.
+        grid: of all its ranks.
+        micro_batches: of a step with the full global batch, on each data-parallel rank.
+    """
     batch, seq, model = config.batch, config.data.seq_length, MetaModel(config.model)
     full = max(all_batch_sizes(batch))
     rows = full * config.model.rows_per_sample
@@ -108,11 +131,11 @@ def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[s
     per_token = flops_per_token(model, seq)
     total = per_token * seq * rows
     yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
-    yield flops_in_words(model, seq)
+    yield describe_flops(model, seq)
 
 
-def flops_in_words(model: MetaModel, seq: int) -> str:
-    """By which convention FLOPs are counted, and what a token takes by it and by the other one."""
+def describe_flops(model: MetaModel, seq: int) -> str:
+    """Return by which convention FLOPs are counted, and what a token takes by it and by the other one, as one line."""
     whole, causal = flops_per_token(model, seq), causal_flops_per_token(model, seq)
     text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
     if causal is None:
@@ -121,6 +144,12 @@ def flops_in_words(model: MetaModel, seq: int) -> str:
 
 
 def schedule_table(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
-    """The schedule of a full global batch: what it idles and holds, and its picture."""
+    """Yield the schedule of a full global batch: what it idles and holds, and its picture.
+
+    Args:
+        config: of the run.
+        plan: its stages.
+        schedule: of a step.
+    """
     yield "# Schedule, if FLOPs alone took time, in units of the mean stage's forward pass"
     yield draw_text(schedule, simulate(schedule, flop_costs(config, plan)))

@@ -11,9 +11,10 @@ from megatron.plan.stages import StagePlan
 
 
 def flop_costs(config: RunConfig, plan: StagePlan) -> MeasuredCosts:
-    """The durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
+    """Return the durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
     model = MetaModel(config.model)
     stages = [stage_flops(model, config.data.seq_length, part) for part in plan.parts]
+    # Rates do not matter for a bubble's share, so no device is named: only how the stages compare.
     unit = sum(stage.forward for stage in stages) / len(stages)
     times: dict[tuple[Op, int], float] = {}
     for number, stage in enumerate(stages):

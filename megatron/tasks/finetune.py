@@ -26,7 +26,7 @@ from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.files.pending import write_whole
 from megatron.inference.pipeline import Pipeline
 from megatron.launch.watchdog import Watchdog
-from megatron.plan.stages import stages_of
+from megatron.plan.stages import plan_stages
 from megatron.tasks.glue import MNLI, QQP, PairClassification
 from megatron.tasks.race import Race
 from megatron.tasks.samples import Example, ExampleCollator, PaddedExamples, ShuffledEpochs, Task, TaskScore
@@ -147,7 +147,7 @@ class TaskEvaluator:
 
     def __init__(self, task: Task, batches: ExampleCollator, files: Sequence[EvaluationFile], run: Run) -> None:
         self.task, self.batches, self.files, self.run = task, batches, files, run
-        placement = stages_of(run.config).placement
+        placement = plan_stages(run.config).placement
         self.model = Pipeline(run.config.model, run.stages, placement, run.pipeline.channels)
 
     def __call__(self, training: Training) -> dict[str, Any] | None:

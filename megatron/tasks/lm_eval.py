@@ -27,7 +27,7 @@ with loading():
 
     from megatron.launch.tool_parser import ToolParser
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> int:
         grid, device = choose_layout(args, env)
         if find_spec("lm_eval") is None:
             raise ValueError(f"lm-evaluation-harness is not installed: {install_command('lm_eval')}")
-        find(
+        find_checkpoint(
             Path(args.load),
             args.load_iteration,
             lambda line: print(f"note: {line}", file=sys.stderr) if env.rank == 0 else None,

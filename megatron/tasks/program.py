@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from megatron.checkpoint.model_config import model_config
+from megatron.checkpoint.model_config import read_model_config
 from megatron.config.command_line.parse import Parsed
 from megatron.config.errors import ConfigError, Problem
 from megatron.config.schema import RunConfig
@@ -42,7 +42,7 @@ def preview(parsed: Parsed) -> tuple[RunConfig, list[str]]:
             return prepared.config, [*prepared.source.lines, *prepared.notes[len(parsed.notes) :]]
         source = check_inputs(config)
         with as_input_error():
-            model = config.model if source.directory is None else model_config(source.directory)
+            model = config.model if source.directory is None else read_model_config(source.directory)
     except InputError as error:
         raise ConfigError([Problem("what the command names", f"cannot be used: {error}")]) from error
     return replace(config, model=model), list(source.lines)

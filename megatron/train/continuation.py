@@ -9,8 +9,8 @@ from typing import TextIO
 
 import torch
 
-from megatron.checkpoint.agreement import together
-from megatron.checkpoint.layout import CheckpointError, announced
+from megatron.checkpoint.agreement import run_on_all_ranks
+from megatron.checkpoint.layout import CheckpointError, latest_iteration
 from megatron.config.schema import RunConfig
 from megatron.parallel.collectives import all_reduce
 from megatron.train.job_runner import print_lines
@@ -66,7 +66,7 @@ def set_other_run_aside(run: Run, source: StateSource, out: TextIO | None) -> No
     if save is not None and starts_beside_another_run(source, config):
         # The first rank moves the files; `together` raises its error on all ranks.
         aside = partial(set_run_aside, Path(save), config.log.metrics_path)
-        print_lines(out, *filter(None, [together(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
+        print_lines(out, *filter(None, [run_on_all_ranks(run.mesh.world, lambda: aside() if run.job.is_main else None)]))
 
 
 def run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, evaluated: bool) -> list[Sink]:
@@ -92,5 +92,5 @@ def run_sinks(run: Run, source: StateSource, out: TextIO, *, continues: bool, ev
 def latest_announced(save: str | None) -> int | None:
     """Return the iteration in the tracker file of --save; None when there is none, or it cannot be read."""
     with suppress(CheckpointError):
-        return announced(Path(save)) if save is not None else None
+        return latest_iteration(Path(save)) if save is not None else None
     return None

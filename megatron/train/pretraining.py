@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from megatron.checkpoint.side_files import carried
+from megatron.checkpoint.hugging_face_files import inherited_assets
 from megatron.config.command_line.parse import Parsed
 from megatron.config.schema import RunConfig
 from megatron.data.build import build_datasets
@@ -32,8 +32,8 @@ from megatron.mesh.grid import Grid
 from megatron.parallel.embedding import padded_vocab_size
 from megatron.plan.enough_memory import check_memory
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import schedule_of, stages_of
-from megatron.plan.tables import flops_in_words, stage_table
+from megatron.plan.stages import build_schedule, plan_stages
+from megatron.plan.tables import describe_flops, stage_table
 from megatron.train.continuation import (
     continues_run,
     first_rank_decides,
@@ -141,7 +141,7 @@ def run_prepared(
     def prepare_and_check(watch: Watchdog) -> Prepared:
         prepared = prepare(parsed, watch)
         with as_input_error():
-            schedule_of(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
+            build_schedule(prepared.config, Grid.from_layout(prepared.config.layout, env.world_size).dp)
         check_memory(prepared.config, env)
         hooks = installed_hooks()
         notes = (*prepared.notes, *(f"> hook of a package: {name}" for name in hooks))
@@ -220,7 +220,7 @@ def run_job(prepared: Prepared, started: Job, began: float, signals: StopSignals
         run.step = ProfiledStep(run, Path(config.log.profile_pipeline), partial(print_lines, out))
     evaluated = not (run.state.evaluation_due or trained)
     sinks = [] if out is None else run_sinks(run, source, out, continues=continues, evaluated=evaluated)
-    files = partial(carried, prepared.tokenizer, source.directory, partial(print_lines, out))
+    files = partial(inherited_assets, prepared.tokenizer, source.directory, partial(print_lines, out))
     saver = Saver(run, files, partial(print_lines, out)) if save is not None else None
     open_training, held_out = data_openers(run, prepared)
     training = Training(
@@ -339,8 +339,8 @@ def announce(prepared: Prepared, started: Job, out: TextIO | None) -> None:
         f"using world size: {started.env.world_size}, data-parallel-size: {started.env.world_size // (tp * pp)}, "
         f"tensor-model-parallel size: {tp}, pipeline-model-parallel size: {pp} ",
         f" > padded vocab (size: {vocab}) with {padded - vocab} dummy tokens (new size: {padded})",
-        *stage_table(config, Grid.from_layout(layout, started.env.world_size), stages_of(config)),
-        " > throughput and MFU: " + flops_in_words(MetaModel(config.model), config.data.seq_length),
+        *stage_table(config, Grid.from_layout(layout, started.env.world_size), plan_stages(config)),
+        " > throughput and MFU: " + describe_flops(MetaModel(config.model), config.data.seq_length),
     ]
     print_lines(out, *lines)
 

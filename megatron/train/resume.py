@@ -18,23 +18,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron.checkpoint.agreement import together
-from megatron.checkpoint.find import find
+from megatron.checkpoint.agreement import run_on_all_ranks
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import (
     CONFIG,
     DIRECTORY,
     MANIFEST,
-    MAX_JSON,
+    MAX_JSON_BYTES,
     STATE,
     CheckpointError,
+    describe_other_iterations,
     holds_weights_alone,
     newest_complete,
-    others,
     read_config,
     read_manifest,
     read_state,
 )
-from megatron.checkpoint.load import load, verify_together
+from megatron.checkpoint.load import load, verify_on_all_ranks
 from megatron.config.checkpoint import starts_fresh
 from megatron.config.command_line.saved import from_json
 from megatron.config.compare import head_differences, model_differences
@@ -111,9 +111,11 @@ def _find_load(config: CheckpointConfig, lines: list[str], damaged: Mapping[Path
     path = Path(config.load or ".")
     one = (path / MANIFEST).is_file() or DIRECTORY.fullmatch(path.name) is not None
     if config.load_iteration is not None or one or not path.is_dir():
-        directory = find(path, config.load_iteration)
+        directory = find_checkpoint(path, config.load_iteration)
         if directory in damaged:
-            raise CheckpointError(f"{damaged[directory]}. {others(directory)}; choose one with --load-iteration")
+            raise CheckpointError(
+                f"{damaged[directory]}. {describe_other_iterations(directory)}; choose one with --load-iteration"
+            )
         return directory
     newest = newest_complete(path, damaged)
     if newest.path is None:
@@ -301,11 +303,11 @@ def verify_source(source: StateSource, config: RunConfig, job: Job) -> StateSour
         if source.directory is None:
             return source
         try:
-            verify_together(source.directory, world, job.watch)
+            verify_on_all_ranks(source.directory, world, job.watch)
             return replace(source, verified=True)
         except CheckpointError as error:  # the same on all ranks
             damaged[source.directory] = str(error)
-        source = together(world, lambda: find_source(config.checkpoint, damaged))
+        source = run_on_all_ranks(world, lambda: find_source(config.checkpoint, damaged))
         try:
             check_source(source, config)
             check_schedule(source, config)
@@ -326,7 +328,7 @@ def require_same_checkpoint(source: StateSource, world: Axis) -> None:
     seen = None
     if source.directory is not None:
         try:
-            digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MAX_JSON)).hexdigest()[:16]
+            digest = hashlib.sha256(read_bytes(source.directory / MANIFEST, MAX_JSON_BYTES)).hexdigest()[:16]
         except OSError as error:
             digest = f"that cannot be read: {error.strerror}"
         seen = f"{source.directory.name}, manifest {digest}"

@@ -19,7 +19,7 @@ from megatron.model.attention import CoreAttention, bidirectional_attention, cau
 from megatron.model.build import build_stages
 from megatron.model.init import fill_parameters
 from megatron.model.transformer import Transformer
-from megatron.optim.buffers import FlatBuffer, Weights, flat_buffers
+from megatron.optim.buffers import FlatBuffer, MainWeights, flat_buffers
 from megatron.optim.gather import wait_in_turn
 from megatron.optim.lr import LRSchedule
 from megatron.optim.optimizer import Optimizer
@@ -31,9 +31,9 @@ from megatron.parallel.tensor_parallel import TensorParallel
 from megatron.parallel.weight_grad import WeightGradStore, attach_weight_grad_store, supports_fused_weight_grad
 from megatron.pipeline.executor import Executor
 from megatron.pipeline.schedules.lower import EARLY
-from megatron.pipeline.schedules.schedule import make, schedule_kind
+from megatron.pipeline.schedules.schedule import make_schedule, schedule_kind
 from megatron.pipeline.transfer import Channels
-from megatron.plan.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, plan_stages
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
 from megatron.train.step import ScaledLoss, Step
@@ -60,7 +60,7 @@ class Run:
     job: Job
     mesh: Mesh
     stages: dict[int, Transformer]
-    weights: Weights
+    weights: MainWeights
     optimizer: Optimizer
     pipeline: Executor
     step: Callable[[Sequence[Batch], TrainState], StepReport]
@@ -85,7 +85,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         job: the process group and device of this rank.
         schedule: the schedule of a resumed run, in place of the configuration's.
     """
-    plan, grid = stages_of(config), Grid.from_layout(config.layout, job.env.world_size)
+    plan, grid = plan_stages(config), Grid.from_layout(config.layout, job.env.world_size)
     mesh = Mesh.build(grid, job.env.rank, job.timeout, (plan.placement[0], plan.placement[-1]), job.watch)
     job.watch.waiting("building the model")
     schedule = schedule or LRSchedule.from_config(config.optim, config.batch)
@@ -123,7 +123,7 @@ def build_run(config: RunConfig, job: Job, *, schedule: LRSchedule | None = None
         job=job,
         mesh=mesh,
         stages=stages,
-        weights=Weights(buffers),
+        weights=MainWeights(buffers),
         optimizer=optimizer,
         pipeline=pipeline,
         step=step,
@@ -266,7 +266,7 @@ def build_pipeline(
             attach_weight_grad_store(stage, weight_grad_store)
     return Executor(
         stages,
-        partial(make, name, mesh.pp.size, chunks=plan.chunks),
+        partial(make_schedule, name, mesh.pp.size, chunks=plan.chunks),
         plan.placement,
         Channels(mesh.pp, mesh.pp_back, job.device),
         scaled_loss,

@@ -23,8 +23,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.checkpoint.layout import DIRECTORY, MANIFEST, NEXT_TRACKER, TRACKER, CheckpointError, iterations, read_manifest
-from megatron.checkpoint.save import put_aside
+from megatron.checkpoint.layout import (
+    DIRECTORY,
+    MANIFEST,
+    NEXT_TRACKER,
+    TRACKER,
+    CheckpointError,
+    iteration_directories,
+    read_manifest,
+)
+from megatron.checkpoint.save import rename_for_deletion
 from megatron.checkpoint.storage import Storage
 from megatron.config.directories import checkpoint_entries, same_directory
 from megatron.config.errors import ConfigError, Problem
@@ -57,11 +65,15 @@ def check_save(source: StateSource, config: RunConfig) -> list[str]:
     if checkpoint.overwrite:
         return _announce_overwrite(root)
     if starts_beside_another_run(source, config):
-        held = _format_iterations(list(iterations(root))) if iterations(root) else "the traces of checkpoints"
+        held = (
+            _format_iterations(list(iteration_directories(root)))
+            if iteration_directories(root)
+            else "the traces of checkpoints"
+        )
         instead = "--auto-resume would go on with them instead"
         where = f"{root} holds {held}, of another run than --load {checkpoint.load}"
         return [f"note: {where}: {instead}. {_announce_set_aside(root)}"]
-    later = [number for number in iterations(root) if number > source.state.iteration]
+    later = [number for number in iteration_directories(root) if number > source.state.iteration]
     if not checkpoint.auto_resume and _names_one(checkpoint) and later:
         held = _format_iterations(later)
         return [f"going back to iteration {source.state.iteration}: {held} in {root} stay until this run comes there"]
@@ -121,11 +133,11 @@ def _format_iterations(numbers: list[int]) -> str:
 
 def _announce_overwrite(root: Path) -> list[str]:
     """Return the line that announces --overwrite. ConfigError if --save holds anything that this program did not write."""
-    for path in iterations(root).values():
+    for path in iteration_directories(root).values():
         if foreign := _describe_foreign(path):
             rule = f"cannot be written over with --overwrite: {foreign}"
             raise ConfigError([Problem(flag_text("checkpoint.save", str(root)), rule, "move it away, or another --save")])
-    numbers = list(iterations(root))
+    numbers = list(iteration_directories(root))
     listed = _format_iterations(numbers) if numbers else "the traces of checkpoints"
     return [f"--overwrite: {listed} in {root} stay until this run's first one is whole, and are removed then"]
 
@@ -168,7 +180,7 @@ class CheckpointsToReplace:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._old: dict[int, _Directory] = {}
-        for number, path in iterations(root).items():
+        for number, path in iteration_directories(root).items():
             about = os.lstat(path)
             self._old[number] = _Directory(path, about.st_dev, about.st_ino)
 
@@ -177,7 +189,7 @@ class CheckpointsToReplace:
         # Checked again, since a user may have moved one away, or put a file into it, since the start.
         for number, directory in list(self._old.items()):
             if directory.still_there() and _describe_foreign(directory.path) is None:
-                put_aside(directory.path, number, self._root, storage)
+                rename_for_deletion(directory.path, number, self._root, storage)
             if not directory.still_there():
                 del self._old[number]
 
@@ -199,7 +211,7 @@ def set_run_aside(root: Path, metrics: str | None) -> str | None:
     """
     if not checkpoint_entries(root):
         return None
-    numbers, aside = list(iterations(root)), _next_aside(root)
+    numbers, aside = list(iteration_directories(root)), _next_aside(root)
     aside.mkdir()
     # The tracker first: if the move is interrupted, it must not announce a checkpoint that has been moved.
     names = [NEXT_TRACKER, TRACKER, PROGRESS, *(name for name in sorted(os.listdir(root)) if DIRECTORY.fullmatch(name))]

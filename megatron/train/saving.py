@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.checkpoint.agreement import DiskError, saving_axis, together
-from megatron.checkpoint.content import Assets, Content, Contents, read_assets
+from megatron.checkpoint.agreement import DiskError, run_on_all_ranks, saving_axis
 from megatron.checkpoint.layout import CheckpointError, directory_name
-from megatron.checkpoint.save import delete, set_aside, write
+from megatron.checkpoint.save import delete_retired, retire_old_checkpoints, write_checkpoint
+from megatron.checkpoint.save_plan import Assets, Planner, SavePlan, read_assets
 from megatron.checkpoint.snapshot import Snapshot
 from megatron.checkpoint.storage import Storage
 from megatron.config.command_line.saved import to_json
@@ -107,9 +107,9 @@ class Saver:
         self._checkpoint, self._root = checkpoint, Path(checkpoint.save)
         # A process group of its own: collectives of a thread must not mix with those of the training step.
         self._axis = saving_axis(run.mesh.world)
-        self._assets = together(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
+        self._assets = run_on_all_ranks(self._axis, lambda: read_assets(tokenizer_assets) if self._axis.first else {})
         self._overwritten = CheckpointsToReplace(self._root) if checkpoint.overwrite and self._axis.first else None
-        self._contents = Contents(self._axis, Snapshot(run.job.device) if checkpoint.async_save else None)
+        self._planner = Planner(self._axis, Snapshot(run.job.device) if checkpoint.async_save else None)
         self._saving: PendingSave | None = None
         self._committed: int | None = None
         self._deletion: threading.Thread | None = None
@@ -131,17 +131,17 @@ class Saver:
         self._log(f"saving checkpoint at iteration {saving.iteration:7d} to {self._root}")
         parts = run.parts(optimizer=not self._checkpoint.no_save_optim)
         try:
-            content = self._contents.take(saving.iteration, parts, to_json(run.config), self._assets)
+            plan = self._planner.plan(saving.iteration, parts, to_json(run.config), self._assets)
         except CheckpointError as error:
             where = self._root / directory_name(saving.iteration)
             raise type(error)(f"{where}: could not be saved: {error}") from error
         self._saving, self.saved = saving, saving.iteration
         if self._checkpoint.async_save:
-            arguments = (content, saving, saving.watch)  # the thread releases them at its end
+            arguments = (plan, saving, saving.watch)  # the thread releases them at its end
             saving.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             saving.thread.start()
         else:
-            self._write(content, saving, run.job.watch)
+            self._write(plan, saving, run.job.watch)
             self._finish_pending()
         run.job.watch.idle()
 
@@ -163,10 +163,10 @@ class Saver:
             self._deletion.join(MAX_DELETION_SECONDS)
         self._run.job.watch.idle()
 
-    def _write(self, content: Content, saving: PendingSave, watch: Watchdog) -> None:
+    def _write(self, plan: SavePlan, saving: PendingSave, watch: Watchdog) -> None:
         """Write and commit a checkpoint, in the background thread or in the main thread."""
         try:
-            write(self._root, content, self._axis, self._storage, watch)
+            write_checkpoint(self._root, plan, self._axis, self._storage, watch)
             saving.seconds = time.monotonic() - saving.began
             if self._axis.first:
                 self._delete_old(saving.iteration)
@@ -180,13 +180,13 @@ class Saver:
             if self._overwritten is not None:
                 self._overwritten.put_aside(self._storage)
             # Renamed first, deleted later, so that a directory named like a checkpoint is always a complete one.
-            aside = set_aside(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
+            aside = retire_old_checkpoints(self._root, newest, keep.keep_last, keep.keep_every, self._storage)
         except OSError as error:
             logging.getLogger(__name__).warning("%s: nothing could be deleted: %s", self._root, error.strerror)
             return
         # If earlier ones are still being deleted, these keep their new names until the next save deletes them.
         if aside and (self._deletion is None or not self._deletion.is_alive()):
-            self._deletion = threading.Thread(target=delete, args=(aside, self._storage), name="deletion", daemon=True)
+            self._deletion = threading.Thread(target=delete_retired, args=(aside, self._storage), name="deletion", daemon=True)
             self._deletion.start()
 
     def _finish_pending(self) -> None:

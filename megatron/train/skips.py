@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.config.optim import OptimConfig
-from megatron.optim.scaler import Dynamic
+from megatron.optim.scaler import DynamicScaler
 from megatron.train.errors import TrainingError
 from megatron.train.report import StepReport
 from megatron.train.state import TrainState
@@ -71,7 +71,7 @@ def learning_failure(state: TrainState) -> str | None:
         state: the counters at the end, which include the slices before this one.
     """
     last = state.consecutive_skips
-    dynamic = isinstance(state.scaler, Dynamic)
+    dynamic = isinstance(state.scaler, DynamicScaler)
     no_update = last and not state.scheduled_samples  # the whole run was without an update
     if not no_update and last < (MIN_FAILED_STEPS_DYNAMIC if dynamic else MIN_FAILED_STEPS):
         return None

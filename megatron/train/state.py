@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from megatron.optim.scaler import Constant, Scaler
+from megatron.optim.scaler import ConstantScaler, Scaler
 from megatron.parallel.spec import Shard
 
 
@@ -41,7 +41,7 @@ class TrainState:
     skipped_samples: int = 0
     scheduled_samples: int = 0
     consecutive_skips: int = 0
-    scaler: Scaler = field(default_factory=Constant)
+    scaler: Scaler = field(default_factory=ConstantScaler)
     schedule: dict[str, Any] = field(default_factory=dict)
     training_samples: int = 0
     order: dict[str, str] = field(default_factory=dict)

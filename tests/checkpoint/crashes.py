@@ -50,8 +50,8 @@ class FaultyStorage(Storage):
         self.step()
         return result
 
-    def free(self, path):
-        return self.around(super().free, path)
+    def free_bytes(self, path):
+        return self.around(super().free_bytes, path)
 
     def make_directory(self, path):
         self.around(super().make_directory, path)

@@ -23,8 +23,8 @@ from crashes import (
 from ranks import on_ranks
 from sharded_state import build_mesh, build_state, load_and_compare, save_on_ranks
 
-from megatron.checkpoint.find import find
-from megatron.checkpoint.layout import CheckpointError, iterations, newest_complete, verify
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.layout import CheckpointError, iteration_directories, newest_complete, verify
 from megatron.checkpoint.save import prune, save
 
 MODES = pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
@@ -71,11 +71,11 @@ def test_killed_at_every_step(tmp_path, again, async_save):
         died = killed_at(step, root, iteration, async_save=async_save)
         outcomes.add((died, assert_newest_is_whole(root, 100, iteration) == f"iter_{iteration:07d}"))
         if not again:
-            assert find(root) in (root / "iter_0000100", root / "iter_0000200")
-            verify(find(root))
+            assert find_checkpoint(root) in (root / "iter_0000100", root / "iter_0000200")
+            verify(find_checkpoint(root))
         save_once(root, 300, async_save=async_save)
-        assert not list(root.glob(".iter*")) and find(root).name == "iter_0000300"
-        assert set(iterations(root)) >= {100, 300}, "nothing that was committed is lost"
+        assert not list(root.glob(".iter*")) and find_checkpoint(root).name == "iter_0000300"
+        assert set(iteration_directories(root)) >= {100, 300}, "nothing that was committed is lost"
         if not died:
             break
     assert (False, True) in outcomes, "the loop must reach the end of a save"
@@ -105,15 +105,15 @@ def test_an_error_at_every_step(tmp_path, number, for_ever, async_save):
             assert f"iter_0000200: could not be saved: the disk: {os.strerror(number)}" in said[1]
             assert "Training goes on without this checkpoint, as --on-save-error continue says" in said[1]
             assert for_ever or not list(root.glob(".iter*"))
-            assert 100 in iterations(root), "nothing older goes before the new one is there"
+            assert 100 in iteration_directories(root), "nothing older goes before the new one is there"
         else:
             assert saver.saved == 200 and "successfully saved checkpoint at iteration     200" in said[1]
         assert len(said) == 2
-        verify(find(root))
+        verify(find_checkpoint(root))
         assert_newest_is_whole(root, 100, 200)
         storage.at = None
         save_at(run, saver, 300)
-        assert saver.saved == 300 and assert_newest_is_whole(root, 300) and find(root).name == "iter_0000300"
+        assert saver.saved == 300 and assert_newest_is_whole(root, 300) and find_checkpoint(root).name == "iter_0000300"
         assert sorted(p.name for p in root.iterdir()) == ["iter_0000300", "latest_checkpointed_iteration.txt"]
     assert failed > 30
 
@@ -130,8 +130,8 @@ def test_an_error_stops_the_run_unless_it_was_told_otherwise(tmp_path, async_sav
 class NearlyFullStorage(FaultyStorage):
     """A disk with 5,000 bytes left."""
 
-    def free(self, path):
-        super().free(path)
+    def free_bytes(self, path):
+        super().free_bytes(path)
         return 5000
 
 
@@ -149,7 +149,7 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path):
     junk = tmp_path / ".iter_0000050.deleted"
     junk.mkdir()
     storage = NearlyFullStorage()
-    storage.free = lambda path: 5000 if junk.exists() else 1 << 30
+    storage.free_bytes = lambda path: 5000 if junk.exists() else 1 << 30
     save_once(tmp_path, 200, storage)
     assert assert_newest_is_whole(tmp_path, 200), "room is made where a crash has left something"
 
@@ -187,9 +187,13 @@ def test_one_of_two_is_killed(tmp_path, async_save):
         statuses = run_in_forks(2, two_and_one_dies, str(root), step, mortal, async_save)
         assert statuses[mortal] == -9 and statuses[1 - mortal] in (0, 1), "the other one ends, too"
         outcomes.add(assert_newest_is_whole(root, 100, 200))
-        verify(find(root))
+        verify(find_checkpoint(root))
         save_once(root, 300)
-        assert not list(root.glob(".iter*")) and assert_newest_is_whole(root, 300) and set(iterations(root)) >= {100, 300}
+        assert (
+            not list(root.glob(".iter*"))
+            and assert_newest_is_whole(root, 300)
+            and set(iteration_directories(root)) >= {100, 300}
+        )
     assert outcomes == {"iter_0000100", "iter_0000200"}
 
 
@@ -206,8 +210,8 @@ def fail_one_of_two(root: str, async_save: bool, counts: list[int]) -> list[str]
             saver._storage = FaultyStorage(step if mesh.rank == mortal else None, os_error_raiser(errno.EIO))
             save_at(run, saver, 2 * number + 1)
             dist.barrier()
-            verify(find(Path(root))) if number else None
-            assert number == 0 or find(Path(root)).name >= f"iter_{2 * number:07d}"
+            verify(find_checkpoint(Path(root))) if number else None
+            assert number == 0 or find_checkpoint(Path(root)).name >= f"iter_{2 * number:07d}"
             dist.barrier()
             lines.append(said[1])
             saver._storage = FaultyStorage()
@@ -230,7 +234,7 @@ def test_an_error_on_one_of_two_is_known_on_both(tmp_path, async_save):
         "every step of the second rank is before the commit"
     )
     assert_newest_is_whole(tmp_path / "run", 2 * sum(counts))
-    assert len(iterations(tmp_path / "run")) == 2 and not list((tmp_path / "run").glob(".iter*"))
+    assert len(iteration_directories(tmp_path / "run")) == 2 and not list((tmp_path / "run").glob(".iter*"))
 
 
 def test_a_killed_pruning_leaves_no_half_checkpoint(tmp_path):
@@ -242,11 +246,11 @@ def test_a_killed_pruning_leaves_no_half_checkpoint(tmp_path):
         for n in (100, 200, 300):
             save_once(root, n)
         assert killed_at(step, root, 400, keep_last=1)
-        for path in iterations(root).values():
+        for path in iteration_directories(root).values():
             verify(path)
         assert_newest_is_whole(root, 400)
         save_once(root, 500, keep_last=1)
-        assert list(iterations(root)) == [500] and not list(root.glob(".iter*"))
+        assert list(iteration_directories(root)) == [500] and not list(root.glob(".iter*"))
 
 
 def test_everything_is_synced_before_its_name_counts(tmp_path, synced):
@@ -303,15 +307,15 @@ def test_what_a_damaged_successor_replaced_is_found_and_stays(tmp_path):
 def test_keep_last_and_keep_every_choose_the_checkpoints_that_stay(tmp_path):
     for n in range(100, 800, 100):
         save(tmp_path, n, build_state(1, 0), build_mesh(1, 1), config={}, keep_last=2, keep_every=300)
-    assert list(iterations(tmp_path)) == [300, 600, 700]
+    assert list(iteration_directories(tmp_path)) == [300, 600, 700]
     # An unfinished one is no checkpoint: it is neither counted nor deleted. Later ones are not older.
     (tmp_path / "iter_0000650").mkdir()
     save(tmp_path, 690, build_state(1, 0), build_mesh(1, 1), config={}, keep_last=1)
-    assert list(iterations(tmp_path)) == [650, 690, 700]
+    assert list(iteration_directories(tmp_path)) == [650, 690, 700]
     prune(tmp_path, 700, None, 3)
-    assert list(iterations(tmp_path)) == [650, 690, 700]
+    assert list(iteration_directories(tmp_path)) == [650, 690, 700]
     prune(tmp_path, 700, 1, None)
-    assert list(iterations(tmp_path)) == [650, 700]
+    assert list(iteration_directories(tmp_path)) == [650, 700]
 
 
 def test_a_damaged_checkpoint_is_not_counted_among_those_that_stay(tmp_path):
@@ -320,7 +324,7 @@ def test_a_damaged_checkpoint_is_not_counted_among_those_that_stay(tmp_path):
         save_once(tmp_path, n)
     (tmp_path / "iter_0000300" / "shard_00000.safetensors").write_bytes(b"short")
     save_once(tmp_path, 400, keep_last=2)
-    assert list(iterations(tmp_path)) == [200, 300, 400]
+    assert list(iteration_directories(tmp_path)) == [200, 300, 400]
 
 
 def test_the_newest_complete_one(tmp_path):

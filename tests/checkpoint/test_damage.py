@@ -13,7 +13,7 @@ import pytest
 import torch
 from sharded_state import ShardedState, build_state, save_on_ranks
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import (
     CheckpointError,
     Manifest,
@@ -201,33 +201,38 @@ def test_a_part_without_saved_scalars(directory):
 def test_a_near_name_comes_before_a_name_on_the_hub(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="hub"):
-        find(Path("gpt2-large"))
+        find_checkpoint(Path("gpt2-large"))
     shutil.copytree(saved, tmp_path / "gpt2-large-1")
     with pytest.raises(CheckpointError, match=r"there is no such directory\. Near it: gpt2-large-1"):
-        find(Path("gpt2-large"))
+        find_checkpoint(Path("gpt2-large"))
 
 
 def test_find_says_what_is_there(saved, tmp_path):
-    assert find(saved) == find(saved, 100) == find(saved / "iter_0000100") == saved / "iter_0000100"
+    assert (
+        find_checkpoint(saved)
+        == find_checkpoint(saved, 100)
+        == find_checkpoint(saved / "iter_0000100")
+        == saved / "iter_0000100"
+    )
     run = tmp_path / "gpt-345m"
     shutil.copytree(saved, run)
     shutil.copytree(run / "iter_0000100", run / "iter_0000200")
     with pytest.raises(CheckpointError, match=r"gpt-345: there is no such directory\. Near it: .*gpt-345m"):
-        find(tmp_path / "gpt-345")
+        find_checkpoint(tmp_path / "gpt-345")
     with pytest.raises(CheckpointError, match=r"there is no iteration 300\. Iterations there: 100, 200; choose one with"):
-        find(run, 300)
+        find_checkpoint(run, 300)
     with pytest.raises(CheckpointError, match="it is of iteration 100, not 300"):
-        find(run / "iter_0000100", 300)
+        find_checkpoint(run / "iter_0000100", 300)
     with pytest.raises(CheckpointError, match="this is a file"):
-        find(run / "iter_0000100" / "config.json")
+        find_checkpoint(run / "iter_0000100" / "config.json")
     (run / "iter_0000200" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"iter_0000200: it has no manifest.json.*Iterations there: 100, 200"):
-        find(run, 200)
+        find_checkpoint(run, 200)
     with pytest.raises(CheckpointError, match=r"iter_0000200: it has no manifest.json, so it is unfinished"):
-        find(run / "iter_0000200")
+        find_checkpoint(run / "iter_0000200")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="No iter_ directory is there"):
-        find(tmp_path / "empty")
+        find_checkpoint(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("text", ["", "release", "-5", "1e3", "99999999999999999999", "150", "200", None])
@@ -240,15 +245,15 @@ def test_find_takes_the_newest_whole_one_and_says_what_it_passed_over(saved, tmp
     tracker = run / "latest_checkpointed_iteration.txt"
     tracker.unlink() if text is None else tracker.write_text(text)
     said = []
-    assert find(run, tell=said.append) == run / "iter_0000100"
+    assert find_checkpoint(run, tell=said.append) == run / "iter_0000100"
     why = {None: "", "150": "it names iteration 150, which is not there", "200": ""}.get(text, "expected an iteration number")
     first, last = said if why else ("", *said)
     assert why in first and ("iter_0000200: it has no manifest.json" if text != "150" else "150; 200 is later") in last
     with pytest.raises(CheckpointError, match=why or "no manifest.json"):  # what is meant, and it is not whole
-        verify(find(run, whole=False))
+        verify(find_checkpoint(run, whole=False))
     shutil.rmtree(run / "iter_0000100")
     with pytest.raises(CheckpointError, match=f"no checkpoint is whole: .*{why}.*has no manifest.json.*Iterations there: 200"):
-        find(run)
+        find_checkpoint(run)
 
 
 def test_inspect_and_verify_name_the_damage(directory, monkeypatch, capsys):

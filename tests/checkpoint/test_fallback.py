@@ -14,7 +14,7 @@ from ranks import on_ranks
 from sharded_state import ShardedState, build_state
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.load import load, verify_together
+from megatron.checkpoint.load import load, verify_on_all_ranks
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
 from megatron.config.errors import ConfigError
@@ -192,13 +192,13 @@ def test_all_ranks_go_back_together(root):
 def hashed(directory: str) -> list[str]:
     from megatron.checkpoint import layout
 
-    read, record_of = [], layout.record_of
-    layout.record_of = lambda path, tell: read.append(path.name) or record_of(path, tell)
+    read, hash_file = [], layout.hash_file
+    layout.hash_file = lambda path, tell: read.append(path.name) or hash_file(path, tell)
     try:
         world = Mesh.build(Grid(dp=2), torch.distributed.get_rank()).world
-        verify_together(Path(directory), world)
+        verify_on_all_ranks(Path(directory), world)
     finally:
-        layout.record_of = record_of
+        layout.hash_file = hash_file
     return read
 
 

@@ -14,7 +14,7 @@ from models import BASE, LLAMA, build, list_family, max_difference, save_model, 
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError
 from megatron.checkpoint.save import save
 from megatron.checkpoint.weights import ModuleWeights
@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     config = ModelConfig(**CASES[case])
     tp = 2 if config.num_query_groups % 2 == 0 else 1
     save_small_model(tmp_path / "run", CASES[case], tp)
-    export_weights(find(tmp_path / "run"), tmp_path / "hf")
+    export_weights(find_checkpoint(tmp_path / "run"), tmp_path / "hf")
     theirs = open_in_transformers(tmp_path / "hf")
     tokens = torch.arange(2 * 48).reshape(2, 48) * 5 % 127
     assert max_difference(*gpt_logits(build(config, Axis.alone("tp")).eval(), theirs, tokens)) <= 1e-4
@@ -112,7 +112,7 @@ def make_batch(row):
 
 def test_large_models_are_cut_into_files_with_an_index(tmp_path):
     save_small_model(tmp_path / "run", LLAMA)
-    export_weights(find(tmp_path / "run"), tmp_path / "hf", shard_bytes=20_000)
+    export_weights(find_checkpoint(tmp_path / "run"), tmp_path / "hf", shard_bytes=20_000)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     assert len(files) > 3 and set(index["weight_map"].values()) == {f.name for f in files}
@@ -120,7 +120,9 @@ def test_large_models_are_cut_into_files_with_an_index(tmp_path):
     held = [load_file(f) for f in files]
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held for t in tensors.values())
     assert all(sum(t.nbytes for t in tensors.values()) <= 20_000 for tensors in held)
-    whole = export_weights(find(tmp_path / "run"), tmp_path / "one") and load_file(tmp_path / "one" / "model.safetensors")
+    whole = export_weights(find_checkpoint(tmp_path / "run"), tmp_path / "one") and load_file(
+        tmp_path / "one" / "model.safetensors"
+    )
     joined = {name: tensor for tensors in held for name, tensor in tensors.items()}
     assert joined.keys() == whole.keys() and all(torch.equal(joined[n], whole[n]) for n in whole)
     open_in_transformers(tmp_path / "hf")

@@ -9,7 +9,7 @@ from models import BERT, build, list_family, max_difference, save_model, with_ro
 from ranks import on_ranks
 from safetensors.torch import load_file
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.config.schema import ModelConfig, TokenizerConfig
 from megatron.data.tokenizer import build_tokenizer
 from megatron.inference.restore import open_model
@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_model_that_was_saved(tmp_path, case):
     """Saved with tp 2; compared with the model itself, not with what was read back. Rows of several lengths, two segments."""
     config = ModelConfig(**CASES[case])
     save_small_model(tmp_path / "run", CASES[case], 2)
-    export_weights(find(tmp_path / "run"), tmp_path / "hf")
+    export_weights(find_checkpoint(tmp_path / "run"), tmp_path / "hf")
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
     name = "MegatronBertForPreTraining" if config.bert_binary_head else "MegatronBertForMaskedLM"
     assert about["architectures"] == [name] and about["tie_word_embeddings"] is True and about["vocab_size"] == 127
@@ -91,7 +91,7 @@ CLASSES = {
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     save_small_model(folder / "run", BERT)
-    export_weights(find(folder / "run"), folder / "hf")
+    export_weights(find_checkpoint(folder / "run"), folder / "hf")
     return folder / "hf"
 
 

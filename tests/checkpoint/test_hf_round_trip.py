@@ -12,10 +12,10 @@ import pytest
 import torch
 from hf_directories import CHAT, SOURCES, bert_words_cased, byte_vocabulary, gpt2_added_tokens, gpt2_decoder, write_files
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.hugging_face_files import checkpoint_assets, inherited_assets, read_kept_files
 from megatron.checkpoint.layout import CheckpointError, read_manifest
 from megatron.checkpoint.save import save
-from megatron.checkpoint.side_files import assets, carried, in_checkpoint
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.cli.program import pretrain
 from megatron.data.errors import DataError
@@ -72,7 +72,7 @@ def test_nothing_is_lost(sources, tmp_path, monkeypatch, name):
     assert not changed and after.keys() - before.keys() <= {"generation_config.json"}
     ids = [{k: v for k, v in json.loads(f["config.json"]).items() if k.endswith("_token_id")} for f in (before, after)]
     assert ids[0] == ids[1] and ids[0]
-    here, there = open_tokenizer(find(tmp_path / "ours")), transformers_tokenizer(source)
+    here, there = open_tokenizer(find_checkpoint(tmp_path / "ours")), transformers_tokenizer(source)
     assert tokenizer_difference(here, there) is None and tokenizer_difference(here, transformers_tokenizer(out)) is None
     assert (
         there.special_tokens_map == transformers_tokenizer(out).special_tokens_map
@@ -163,7 +163,7 @@ def test_more_tokens_than_rows(sources, tmp_path, monkeypatch, capsys):
     assert "token 257 of the prompt is outside of the vocabulary of 257" in capsys.readouterr().err
     assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", tmp_path / "grown", "--vocab-size", "258") == 0
     assert "note" not in capsys.readouterr().err
-    old, new = (read_weights(find(tmp_path / name)) for name in ("as it is", "grown"))
+    old, new = (read_weights(find_checkpoint(tmp_path / name)) for name in ("as it is", "grown"))
     for name in ("embedding.word.weight", "head.weight"):
         assert torch.equal(new[name][:257], old[name]) and torch.allclose(new[name][257], old[name].mean(dim=0), atol=1e-7)
     assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "grown", "--output", tmp_path / "hf") == 0
@@ -232,29 +232,29 @@ def test_training_on_from_an_import(sources, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     for name, more in (("import_hf.py", ("--input", source)), ("export_megatron.py", ("--load", ours))):
         assert tool(monkeypatch, name, *more, "--save", run) == 2
-        assert f"--save {run} holds checkpoints" in capsys.readouterr().err and find(run).name == "iter_0000002"
+        assert f"--save {run} holds checkpoints" in capsys.readouterr().err and find_checkpoint(run).name == "iter_0000002"
     assert tool(monkeypatch, "import_hf.py", "--input", source, "--save", ours) == 0  # again is no harm
     # A run that saves where its import lies starts from it, too.
-    assert train(1, ours) == 0 and find(ours).name == "iter_0000001"
+    assert train(1, ours) == 0 and find_checkpoint(ours).name == "iter_0000001"
 
 
 def test_another_tokenizer_does_not_carry_the_files(sources, tmp_path):
     source, said = sources / "gpt2_added_tokens", []
     tokenizer = import_tokenizer(source, print)
-    own = assets(tokenizer, read_side_files(source, tokenizer=True))
+    own = checkpoint_assets(tokenizer, read_side_files(source, tokenizer=True))
     directory = save(tmp_path / "run", 1, {}, Mesh.single(), config={}, assets=own)
-    assert carried(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
+    assert inherited_assets(load_tokenizer(directory / "tokenizer"), directory, said.append) == own
     assert not said
     size = byte_vocabulary(tmp_path, ("<pad>", "<sep>"))
     other = read_hf_tokenizer(tmp_path)
     assert other.vocab_size == size == tokenizer.vocab_size  # as many tokens, but in text `<pad>` is none
-    left = carried(other, directory, said.append)
+    left = inherited_assets(other, directory, said.append)
     assert not any(name.startswith("hugging_face") for name in left)
     assert len(said) == 1 and "are of another tokenizer and are not kept on: added_tokens.json, config.json, gener" in said[0]
     directory = save(tmp_path / "bad", 1, {}, Mesh.single(), config={}, assets={"hugging_face/model.safetensors": b"x"})
     assert "tokenizer/hugging_face/model.safetensors" in read_manifest(directory).files
     with pytest.raises(CheckpointError, match="nothing of that name is kept"):
-        in_checkpoint(directory)
+        read_kept_files(directory)
 
 
 def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
@@ -271,7 +271,7 @@ def test_end_tokens_of_another_tokenizer_do_not_go_on(tmp_path):
     ):
         content, said = json.dumps({"eos_token_id": ends}).encode(), []
         directory = save(tmp_path, iteration, {}, Mesh.single(), config={}, assets={"hugging_face/config.json": content})
-        assert ("hugging_face/config.json" in carried(tokenizer, directory, said.append)) == stay
+        assert ("hugging_face/config.json" in inherited_assets(tokenizer, directory, said.append)) == stay
         assert ["are of another tokenizer and are not kept on: config.json" in line for line in said] == [True] * (not stay)
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from models import BASE, build
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError, newest_complete, read_config, read_state, verify
 from megatron.checkpoint.load import load
-from megatron.checkpoint.manifest import plain_json
+from megatron.checkpoint.manifest import parse_strict_json
 from megatron.checkpoint.save import save
 from megatron.checkpoint.tokenizer import open_tokenizer
 from megatron.checkpoint.weights import ModuleWeights
@@ -66,7 +66,7 @@ def ways_to_use(run: Path, tmp_path: Path):
     directory = run / "iter_0000010"
     yield lambda: find_source(CheckpointConfig(load=str(run)))
     yield lambda: find_source(CheckpointConfig(save=str(run), auto_resume=True))
-    yield lambda: open_model(find(run))
+    yield lambda: open_model(find_checkpoint(run))
     yield lambda: open_tokenizer(directory)
     yield lambda: export_weights(directory, tmp_path / "hf")
     yield lambda: verify(directory)
@@ -101,7 +101,7 @@ def test_a_pickle_under_any_name_is_not_run(run, tmp_path, name, form):
         torch.save({"model": Canary(canary)}, path)
     if name.startswith("../"):
         said: list[str] = []
-        assert newest_complete(run).path == find(run, tell=said.append) == directory
+        assert newest_complete(run).path == find_checkpoint(run, tell=said.append) == directory
         assert "latest_checkpointed_iteration.txt: " in said[0]
     else:
         for vouched in (False, True)[: 1 if name == "manifest.json" else 2]:
@@ -147,7 +147,7 @@ def test_a_link_within_the_checkpoint_and_to_it_is_fine(run, tmp_path):
     shard.rename(shard.with_name("data"))
     shard.symlink_to("data")
     (tmp_path / "link").symlink_to(run)
-    verify(find(tmp_path / "link"))
+    verify(find_checkpoint(tmp_path / "link"))
 
 
 def test_a_tokenizer_file_that_nobody_saved(run):
@@ -206,15 +206,15 @@ def test_json_that_is_none_of_ours(run, text, name, read):
 def test_json_of_nothing_but_brackets_is_not_built(monkeypatch):
     """A manifest may have a gigabyte: as empty lists, of 3 bytes each, it would take twenty in memory."""
     monkeypatch.setattr("megatron.checkpoint.manifest.MAX_VALUES", 100)
-    assert len(plain_json("[" + "[]," * 40 + "[]]")) == 41
-    assert len(plain_json("[" + "         1234567," * 200 + "1]")) == 201
+    assert len(parse_strict_json("[" + "[]," * 40 + "[]]")) == 41
+    assert len(parse_strict_json("[" + "         1234567," * 200 + "1]")) == 201
     with pytest.raises(ValueError, match="more values than a checkpoint of its size"):
-        plain_json("[" + "[]," * 200 + "[]]")
+        parse_strict_json("[" + "[]," * 200 + "[]]")
 
 
 def test_plain_json_still_reads_json():
     value = {"a": [1, 2.5, -3, True, None, "ü"], "b": {"c": 1e-300}}
-    assert plain_json(json.dumps(value)) == value == plain_json(json.dumps(value).encode())
+    assert parse_strict_json(json.dumps(value)) == value == parse_strict_json(json.dumps(value).encode())
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 10**9}, {"hidden_size": 10**7}, {"ffn_hidden_size": 10**9}])

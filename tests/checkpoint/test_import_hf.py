@@ -11,7 +11,7 @@ from archives import build, named_weights, small_config
 from models import max_difference
 from safetensors.torch import load_file, save_file
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.restore import open_model
@@ -66,9 +66,9 @@ def run_import(source, save, monkeypatch, *more):
 def test_export_import_export_gives_equal_bytes(tmp_path, monkeypatch, case, dtype):
     config = small_config(**CASES[case])
     write_imported(tmp_path / "ours", config, {n: t.to(dtype) for n, t in named_weights(build(config)).items()}, iteration=10)
-    export_weights(find(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
+    export_weights(find_checkpoint(tmp_path / "ours"), tmp_path / "hf", shard_bytes=20_000)
     assert run_import(tmp_path / "hf", tmp_path / "back", monkeypatch) == 0
-    export_weights(find(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
+    export_weights(find_checkpoint(tmp_path / "back"), tmp_path / "again", shard_bytes=20_000)
     files = sorted(p.name for p in (tmp_path / "hf").iterdir())
     assert len(files) > 4 and files == sorted(p.name for p in (tmp_path / "again").iterdir())
     for name in files:
@@ -121,14 +121,14 @@ def test_names_of_the_bare_model_and_its_constants(tmp_path):
 def test_the_tokenizer_comes_along(tmp_path, monkeypatch, capsys):
     config = small_config(vocab_size=300)
     write_imported(tmp_path / "ours", config, named_weights(build(config)))
-    export_weights(find(tmp_path / "ours"), tmp_path / "hf")
+    export_weights(find_checkpoint(tmp_path / "ours"), tmp_path / "hf")
     ByteTokenizer().hf_files(tmp_path / "hf", 48)
     assert run_import(tmp_path / "hf", tmp_path / "all", monkeypatch) == 0
     assert "the tokenizer has 257 tokens, the model 300" in capsys.readouterr().err
     assert run_import(tmp_path / "hf", tmp_path / "cut", monkeypatch, "--vocab-size", "257") == 0
     opened = open_model(tmp_path / "cut")
     assert opened.tokenizer.tokenize("Hé") == [72, 195, 169] and opened.config.vocab_size == 257
-    assert read_weights(find(tmp_path / "cut"))["embedding.word.weight"].shape == (257, 32)
+    assert read_weights(find_checkpoint(tmp_path / "cut"))["embedding.word.weight"].shape == (257, 32)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from reference import GPT2, Setting, start_run, train_steps, with_dropout
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import verify
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
@@ -26,7 +26,7 @@ from megatron.config.command_line.saved import to_json
 from megatron.config.schema import OptimSettings, RunConfig
 from megatron.interop.hf_export import export_weights
 from megatron.optim.precision import Precision
-from megatron.optim.scaler import Dynamic
+from megatron.optim.scaler import DynamicScaler
 from megatron.parallel.spec import param_spec
 from megatron.train.run import Run
 
@@ -82,7 +82,7 @@ def run_on(layout: str, function, *args, bf16: bool = False):
 
 def begin(setting: ShardedSetting) -> Run:
     """A run with a dynamic loss scale, which is exact in fp32, and grows with every second step."""
-    with mock.patch.object(Precision, "scaler", lambda _: Dynamic(16.0, 1.0, 2, 2)):
+    with mock.patch.object(Precision, "scaler", lambda _: DynamicScaler(16.0, 1.0, 2, 2)):
         return start_run(setting, BEFORE + AFTER)
 
 
@@ -118,7 +118,7 @@ def load_and_train(setting: ShardedSetting, sources: list[SavedRun], steps: int)
     """From each source in turn; only the first finds a run that is fresh. Names held, and the curve, of each."""
     run, results = begin(setting), []
     for source in sources:
-        loaded = load(find(Path(source.root)), run.parts(), run.mesh)
+        loaded = load(find_checkpoint(Path(source.root)), run.parts(), run.mesh)
         assert loaded.iteration == BEFORE and not loaded.missing and not loaded.unexpected
         mine = saved_rectangles(run)
         for name, _, where, values in mine:
@@ -197,12 +197,12 @@ def test_main_weights_of_a_bf16_run(saved, source, wanted):
 def test_what_is_on_the_disk_does_not_show_the_layout(saved, layout):
     """The names, types, shapes and bytes of one process, every rank writes a part; a tied matrix has its one name."""
     given, world = saved(layout), LAYOUTS[layout][0]
-    manifest, alone = verify(find(Path(given.root))), verify(find(Path(saved("one process").root)))
+    manifest, alone = verify(find_checkpoint(Path(given.root))), verify(find_checkpoint(Path(saved("one process").root)))
     assert {n: (r.dtype, r.shape) for n, r in manifest.tensors.items()} == {
         n: (r.dtype, r.shape) for n, r in alone.tensors.items()
     }
     assert manifest.tensors.keys() == given.whole.keys() and "model.head.weight" not in manifest.tensors
-    files = sorted(find(Path(given.root)).glob("shard_*.safetensors"))
+    files = sorted(find_checkpoint(Path(given.root)).glob("shard_*.safetensors"))
     assert len(files) == world
     held_there = sum(t.numel() for file in files for t in load_file(file).values())
     assert held_there == sum(t.numel() for t in given.whole.values())
@@ -212,7 +212,7 @@ def test_what_is_on_the_disk_does_not_show_the_layout(saved, layout):
 
 def resave(setting: ShardedSetting, source: str, root: str) -> None:
     run = begin(setting)
-    load(find(Path(source)), run.parts(), run.mesh)
+    load(find_checkpoint(Path(source)), run.parts(), run.mesh)
     save(Path(root), BEFORE, run.parts(), run.mesh, config=to_json(run.config))
 
 
@@ -222,6 +222,6 @@ def test_the_export_is_that_of_one_process(saved, layout, tmp_path):
     resave(TIED, root, str(tmp_path / "alone"))
     files = []
     for name, source in (("pipeline", root), ("one", tmp_path / "alone")):
-        export_weights(find(Path(source)), tmp_path / name)
+        export_weights(find_checkpoint(Path(source)), tmp_path / name)
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1] and len(files[0]) > 4 * 127 * 32

@@ -9,11 +9,11 @@ from ranks import on_ranks
 from safetensors import safe_open
 from sharded_state import ShardedState, build_mesh, build_state, load_and_compare, save_on_ranks, state_bytes
 
-from megatron.checkpoint.content import Held, make_plan
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import load, read_tensor
 from megatron.checkpoint.save import save
+from megatron.checkpoint.save_plan import HeldPiece, make_global_plan
 from megatron.checkpoint.storage import Storage
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
@@ -27,7 +27,7 @@ def run(layout, function, *args):
 @pytest.mark.parametrize("saved", LAYOUTS, ids=str)
 def test_any_layout_loads_what_any_layout_saved(tmp_path, saved):
     (directory,) = set(run(saved, save_on_ranks, str(tmp_path), 100))
-    assert Path(directory).name == "iter_0000100" and find(tmp_path) == Path(directory)
+    assert Path(directory).name == "iter_0000100" and find_checkpoint(tmp_path) == Path(directory)
     manifest = verify(Path(directory))
     for wanted in LAYOUTS:
         assert set(run(wanted, load_and_compare, directory)) == {100}
@@ -51,26 +51,26 @@ def test_replicas_share_the_writing():
     held = []
     for rank in range(128):
         cut = ShardedState(8, rank % 8, tensors={f"layers.{i}.weight": ((64, 48), 0, torch.float32) for i in range(64)})
-        held.append([Held(s.name, s.dtype, s.shape, s.part) for s in cut.shards()])
-    plan = make_plan(held)
+        held.append([HeldPiece(s.name, s.dtype, s.shape, s.part) for s in cut.shards()])
+    plan = make_global_plan(held)
     assert sum(len(w) for w in plan.writes) == 64 * 8
     assert {len(w) for w in plan.writes} == {4}
 
 
 def test_ranks_that_contradict_each_other_are_refused():
     cut = ShardedState(2, 0)
-    held = [Held(s.name, s.dtype, s.shape, s.part) for s in cut.shards()]
+    held = [HeldPiece(s.name, s.dtype, s.shape, s.part) for s in cut.shards()]
     with pytest.raises(CheckpointError, match=r"embedding.word.weight: the ranks do not hold it .* 768 of 1524"):
-        make_plan([held])
-    other = [Held("steps", torch.int32, (), held[-1].part)]
+        make_global_plan([held])
+    other = [HeldPiece("steps", torch.int32, (), held[-1].part)]
     with pytest.raises(CheckpointError, match=r"steps: .*int32 on rank 1, .*int64 on another"):
-        make_plan([[held[-1]], other])
+        make_global_plan([[held[-1]], other])
 
 
 def test_a_slice_reads_from_several_pieces(tmp_path):
     """Rectangles that fit no grid: a third of the rows from pieces cut over columns."""
     on_ranks(4, save_on_ranks, str(tmp_path), 1, 4, 1)
-    directory = find(tmp_path)
+    directory = find_checkpoint(tmp_path)
     record = read_manifest(directory).tensors["model.layers.0.attention.dense.weight"]
     assert len(record.pieces) == 4
     whole = read_tensor(directory, read_manifest(directory), "model.layers.0.attention.dense.weight")
@@ -90,7 +90,7 @@ def test_values_are_cast_to_the_type_of_the_tensor_that_takes_them(tmp_path):
 
 def test_what_does_not_fit_is_named_before_anything_changes(tmp_path):
     save_on_ranks(str(tmp_path), 100, 1, 1)
-    directory = find(tmp_path)
+    directory = find_checkpoint(tmp_path)
     ours = {"layers.0.mlp_norm.weight": ((12,), None, torch.float32)}
     other = ShardedState(1, 0, tensors={**ours, "steps": ((3,), None, torch.int64)}, filled=False)
     with pytest.raises(
@@ -124,7 +124,7 @@ def split_over_stages(root: str) -> None:
 
 def test_ranks_with_different_tensors(tmp_path):
     on_ranks(2, split_over_stages, str(tmp_path))
-    assert sorted(read_manifest(find(tmp_path)).tensors) == [
+    assert sorted(read_manifest(find_checkpoint(tmp_path)).tensors) == [
         "model.embedding",
         "model.layers.0.weight",
         "model.layers.1.weight",
@@ -154,14 +154,14 @@ def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_previous_one(tmp_path)
     (message,) = set(on_ranks(4, fail_to_save, str(tmp_path)))
     assert "iter_0000200: could not be saved: rank 1: " in message and "No space left on device" in message
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iter_0000100", "latest_checkpointed_iteration.txt"]
-    assert find(tmp_path).name == "iter_0000100"
+    assert find_checkpoint(tmp_path).name == "iter_0000100"
 
 
 def fail_to_load(root: str) -> str:
     mesh = build_mesh(2, 1)
     parts = build_state(2, mesh.tp.rank, filled=False)
     try:
-        load(find(Path(root)), parts, mesh)
+        load(find_checkpoint(Path(root)), parts, mesh)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -170,7 +170,7 @@ def fail_to_load(root: str) -> str:
 def test_a_bad_file_that_one_rank_reads_fails_all(tmp_path):
     """Only the second rank needs the spoilt file, yet the first must not wait for it in vain."""
     on_ranks(2, save_on_ranks, str(tmp_path), 100, 2, 1)
-    directory = find(tmp_path)
+    directory = find_checkpoint(tmp_path)
     manifest = json.loads((directory / "manifest.json").read_text())
     spoilt = manifest["tensors"]["model.layers.0.attention.qkv.weight"]["pieces"][1]["file"]
     size = (directory / spoilt).stat().st_size

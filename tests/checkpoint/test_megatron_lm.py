@@ -9,9 +9,9 @@ import pytest
 import torch
 from archives import build, named_weights, read_files, released_state, small_config, write_archive
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError
-from megatron.checkpoint.model_config import model_config
+from megatron.checkpoint.model_config import read_model_config
 from megatron.interop.checked_import import write_imported
 from megatron.interop.megatron_files import read_megatron, write_megatron
 from megatron.interop.safe_pickle import read_pickled
@@ -76,8 +76,8 @@ def test_export_import_export_gives_the_same_bytes(tmp_path, monkeypatch, capsys
     names = {f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}" for t in range(tp) for p in range(pp)}
     assert {p.name for p in (tmp_path / "theirs" / "iter_0000010").iterdir()} == names
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "theirs", "--save", tmp_path / "back") == 0
-    back = find(tmp_path / "back")
-    assert back.name == "iter_0000010" and equal_weights(read_weights(back), weights) and model_config(back) == config
+    back = find_checkpoint(tmp_path / "back")
+    assert back.name == "iter_0000010" and equal_weights(read_weights(back), weights) and read_model_config(back) == config
     assert tool("export_megatron.py", monkeypatch, "--load", tmp_path / "back", "--save", tmp_path / "again", *cut) == 0
     assert read_files(tmp_path / "again") == read_files(tmp_path / "theirs")
 
@@ -112,10 +112,13 @@ def test_files_that_others_wrote(tmp_path, version, architecture, monkeypatch, c
     write_archive(path, released_state(config, weights, version, 160, half=False), version, ARGS)
     flags = ("--load", tmp_path / "run", "--save", tmp_path / "ours")
     assert tool("import_megatron.py", monkeypatch, *flags, "--vocab-size", 127) == 0
-    assert equal_weights(read_weights(find(tmp_path / "ours")), weights) and model_config(find(tmp_path / "ours")) == config
+    assert (
+        equal_weights(read_weights(find_checkpoint(tmp_path / "ours")), weights)
+        and read_model_config(find_checkpoint(tmp_path / "ours")) == config
+    )
     assert tool("import_megatron.py", monkeypatch, "--load", tmp_path / "run", "--save", tmp_path / "padded") == 0
     assert "has 160 rows with its padding" in capsys.readouterr().err
-    assert model_config(find(tmp_path / "padded")).vocab_size == 160
+    assert read_model_config(find_checkpoint(tmp_path / "padded")).vocab_size == 160
 
 
 def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
@@ -123,7 +126,7 @@ def test_the_tokenizer_goes_along(tmp_path, monkeypatch, capsys):
     write_megatron(tmp_path / "theirs", 3, config, named_weights(build(config)), tp=1, pp=1, tokenizer_type=None)
     flags = ("--load", tmp_path / "theirs", "--save", tmp_path / "ours", "--tokenizer-type", "ByteTokenizer")
     assert tool("import_megatron.py", monkeypatch, *flags) == 0
-    assert (find(tmp_path / "ours") / "tokenizer" / "megatron_tokenizer.json").is_file()
+    assert (find_checkpoint(tmp_path / "ours") / "tokenizer" / "megatron_tokenizer.json").is_file()
     assert tool("import_megatron.py", monkeypatch, *flags[:4], "--vocab-file", "x") == 2
     assert "the tokenizer's files need --tokenizer-type" in capsys.readouterr().err
 

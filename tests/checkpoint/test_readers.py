@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from sharded_state import save_on_ranks
 from stand_ins import STAND_INS, make_stand_in
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError, read_config, read_manifest, read_state, verify
 from megatron.checkpoint.load import read_tensor
 from megatron.config.command_line.data_args import expand_data_args
@@ -128,7 +128,7 @@ def task(kind: Any, path: str, *more: Any) -> Read:
 
 def checkpoint(folder: Path) -> object:
     """Everything that is read of a checkpoint."""
-    directory = find(folder / "run")
+    directory = find_checkpoint(folder / "run")
     manifest = verify(directory)
     read_config(directory), read_state(directory)
     return [read_tensor(directory, manifest, name) for name in manifest.tensors]

@@ -17,9 +17,9 @@ from crashes import ASSETS, FaultyStorage, build_saver, os_error_raiser, run_in_
 from ranks import on_ranks
 from sharded_state import ShardedState, build_mesh, build_state, load_and_compare
 
-from megatron.checkpoint.find import find
-from megatron.checkpoint.layout import CheckpointError, iterations, read_manifest, read_state, verify
-from megatron.checkpoint.load import verify_together
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.layout import CheckpointError, iteration_directories, read_manifest, read_state, verify
+from megatron.checkpoint.load import verify_on_all_ranks
 from megatron.checkpoint.storage import Storage
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.heartbeat import WatchdogTimeouts
@@ -74,7 +74,7 @@ def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     saver.finish()
     assert load_and_compare(str(tmp_path / "iter_0000100"), 1, 1) == 100
     assert saver.seconds > 0.0
-    buffer = saver._contents._snapshot._buffer.data_ptr()
+    buffer = saver._planner._snapshot._buffer.data_ptr()
     for prefix, part in build_state(1, 0).items():
         for shard, original in zip(run.held[prefix].shards(), part.shards(), strict=True):
             shard.data.copy_(original.data)
@@ -86,7 +86,7 @@ def test_the_snapshot_is_the_states_of_its_step(tmp_path):
     storage.opened.set()
     saver.finish()
     assert load_and_compare(str(tmp_path / "iter_0000200"), 1, 1) == 200
-    assert saver._contents._snapshot._buffer.data_ptr() == buffer
+    assert saver._planner._snapshot._buffer.data_ptr() == buffer
     save_at(run, saver, 300)
     with pytest.raises(AssertionError):
         load_and_compare(str(tmp_path / "iter_0000300"), 1, 1)
@@ -95,7 +95,7 @@ def test_the_snapshot_is_the_states_of_its_step(tmp_path):
 
 def find_or_none(root):
     try:
-        return find(root)
+        return find_checkpoint(root)
     except CheckpointError:
         return None
 
@@ -158,7 +158,7 @@ def test_a_failure_in_the_background_is_seen_at_the_next_step(tmp_path):
     for call in (saver.check, saver.check, saver.finish):
         with pytest.raises(CheckpointError, match="iter_0000200: could not be saved: the disk: Input/output error"):
             call()
-    assert find(tmp_path).name == "iter_0000100" and saver.saved is None
+    assert find_checkpoint(tmp_path).name == "iter_0000100" and saver.saved is None
     # Continued, the numbers change at points that all ranks share, not in `check`.
     run = small_run(tmp_path, async_save=True, on_save_error="continue")
     saver = build_saver(run, FaultyStorage(12, os_error_raiser(errno.EIO)))
@@ -193,7 +193,7 @@ def test_nobody_waits_for_a_deletion(tmp_path, async_save):
         run.state.iteration = iteration
         saver.save()
         saver._finish_pending()
-        assert list(iterations(tmp_path)) == [iteration]
+        assert list(iteration_directories(tmp_path)) == [iteration]
     assert len(list(tmp_path.glob(".iter_*.deleted"))) == 3
     storage.opened.set()
     saver.finish()
@@ -242,7 +242,7 @@ class RecordingWatchdog(Watchdog):
 def test_comparing_says_how_far_it_has_come(tmp_path):
     """One phase for all of a rank's bytes would count as a hang where the disk is slow."""
     directory, heard = save_once(tmp_path, 100), RecordingWatchdog()
-    verify_together(directory, Mesh.single().world, heard)
+    verify_on_all_ranks(directory, Mesh.single().world, heard)
     read = {
         name
         for name in read_manifest(directory).files

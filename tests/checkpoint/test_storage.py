@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 
 from megatron.checkpoint import storage
 from megatron.checkpoint.snapshot import Snapshot
-from megatron.checkpoint.storage import DTYPES, Entry, Storage, record_of, safetensors
+from megatron.checkpoint.storage import DTYPES, Storage, TensorEntry, hash_file, stream_safetensors
 
 
 def entry(key, tensor):
-    return Entry(key, tensor.dtype, tuple(tensor.shape), tensor.detach)
+    return TensorEntry(key, tensor.dtype, tuple(tensor.shape), tensor.detach)
 
 
 def test_every_type_and_shape_comes_back(tmp_path):
     """Odd numbers of narrow elements come between wide ones: each must still start at a multiple of its own width."""
     tensors = {f"{i}{DTYPES[d]}": (torch.randn(3, 5) * 9).to(d) for i, d in enumerate(DTYPES)}
     tensors |= {"scalar": torch.tensor(7), "empty": torch.zeros(0, 3), "view": torch.arange(12.0).reshape(3, 4).t()[1:, :2]}
-    record = Storage().write(tmp_path / "x", safetensors([entry(k, t) for k, t in tensors.items()], {"format": "pt"}))
-    assert record == record_of(tmp_path / "x") and record.bytes == (tmp_path / "x").stat().st_size
+    record = Storage().write(tmp_path / "x", stream_safetensors([entry(k, t) for k, t in tensors.items()], {"format": "pt"}))
+    assert record == hash_file(tmp_path / "x") and record.bytes == (tmp_path / "x").stat().st_size
     loaded = load_file(tmp_path / "x")
     assert loaded.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -46,7 +46,7 @@ def test_a_tensor_is_asked_for_when_its_turn_comes(tmp_path):
         asked.append(i)
         return torch.full((4,), float(i))
 
-    stream = safetensors([Entry(str(i), torch.float32, (4,), lambda i=i: give(i)) for i in range(3)])
+    stream = stream_safetensors([TensorEntry(str(i), torch.float32, (4,), lambda i=i: give(i)) for i in range(3)])
     next(stream), next(stream)
     assert asked == []
     next(stream)
@@ -54,18 +54,19 @@ def test_a_tensor_is_asked_for_when_its_turn_comes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "announced", [Entry("w", torch.float32, (3,), lambda: torch.zeros(4)), Entry("w", torch.int8, (4,), lambda: torch.zeros(4))]
+    "announced",
+    [TensorEntry("w", torch.float32, (3,), lambda: torch.zeros(4)), TensorEntry("w", torch.int8, (4,), lambda: torch.zeros(4))],
 )
 def test_a_tensor_that_is_not_as_announced(announced):
     with pytest.raises(ValueError, match="w was announced as"):
-        list(safetensors([announced]))
+        list(stream_safetensors([announced]))
 
 
 @pytest.mark.parametrize("worth", [1, 300, 10_000])
 def test_a_large_file_goes_in_chunks_with_the_checksum_made_beside(tmp_path, monkeypatch, worth):
     """Chunks of all sizes around the limits, for the second thread and not, on a disk that takes a part at a time."""
-    monkeypatch.setattr(storage, "CHUNK", 1000)
-    monkeypatch.setattr(storage, "WORTH_A_THREAD", worth)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(storage, "MIN_THREADED_BYTES", worth)
     chunks = [torch.randint(256, (n,), dtype=torch.uint8).numpy().data for n in (5, 999, 1000, 1001, 2000, 0, 12_345, 299, 300)]
 
     class Slow(io.FileIO):
@@ -76,7 +77,7 @@ def test_a_large_file_goes_in_chunks_with_the_checksum_made_beside(tmp_path, mon
     record = Storage().write(tmp_path / "x", chunks)
     monkeypatch.undo()
     assert (tmp_path / "x").read_bytes() == b"".join(chunks)
-    assert record == record_of(tmp_path / "x") and record.bytes == sum(map(len, chunks))
+    assert record == hash_file(tmp_path / "x") and record.bytes == sum(map(len, chunks))
 
 
 def test_two_may_delete_the_same(tmp_path):
@@ -100,10 +101,10 @@ def test_two_may_delete_the_same(tmp_path):
 
 
 def test_free_space_is_that_of_the_disk_or_unknown(tmp_path, monkeypatch):
-    free = Storage().free(tmp_path)
+    free = Storage().free_bytes(tmp_path)
     assert 0 < free < shutil.disk_usage(tmp_path).total
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096))
-    assert Storage().free(tmp_path) is None, "a file system that does not say is not full"
+    assert Storage().free_bytes(tmp_path) is None, "a file system that does not say is not full"
 
 
 def test_a_snapshot_of_every_type():
@@ -117,9 +118,9 @@ def test_a_snapshot_of_every_type():
         "e": torch.zeros(0, 4),
         "f": torch.tensor([True, False, True]),
     }
-    entries = [Entry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
+    entries = [TensorEntry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
     for some in (entries, entries[:3], entries[:3]):
-        taken = {entry.key: entry.data() for entry in snapshot.take(some)}
+        taken = {entry.key: entry.data() for entry in snapshot.copy(some)}
         assert snapshot.bytes == sum(entry.bytes for entry in some)
         assert all(torch.equal(taken[e.key], tensors[e.key]) and taken[e.key].dtype == e.dtype for e in some)
     tensors["c"].add_(1)

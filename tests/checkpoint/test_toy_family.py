@@ -27,9 +27,9 @@ from source_files import ROOT  # noqa: E402
 from test_hf_compared import save_untrained_model  # noqa: E402
 from toy_families import TOY_LLAMA  # noqa: E402
 
-from megatron.checkpoint.find import find  # noqa: E402
+from megatron.checkpoint.find import find_checkpoint  # noqa: E402
+from megatron.checkpoint.hugging_face_files import read_kept_files  # noqa: E402
 from megatron.checkpoint.layout import CheckpointError  # noqa: E402
-from megatron.checkpoint.side_files import in_checkpoint  # noqa: E402
 from megatron.config.schema import ModelConfig  # noqa: E402
 from megatron.data.tokenizer import ByteTokenizer  # noqa: E402
 from megatron.interop.checked_export import ExportError, export_hf  # noqa: E402
@@ -152,7 +152,7 @@ def test_from_the_toy_to_four_ranks_and_back(sources, listed, tmp_path, monkeypa
     assert tool(monkeypatch, "export_hf.py", "--load", tmp_path / "several", "--output", tmp_path / "trained") == 0
     assert NO_CLASS in capsys.readouterr().out
     config, weights = read_hf(tmp_path / "trained")
-    held = read_weights(find(tmp_path / "several"))
+    held = read_weights(find_checkpoint(tmp_path / "several"))
     assert held.keys() == weights.keys() and all(held[name].equal(weights[name]) for name in held)
     assert (config.rotary_base, config.layernorm_epsilon, config.num_query_groups) == (500.0, 3e-3, 2)
     trained = load_file(tmp_path / "trained" / "model.safetensors")
@@ -173,7 +173,7 @@ def test_a_model_goes_back_to_the_family_that_it_came_from(sources, listed, tmp_
         config, weights = read_hf(source)
         kept = {"config.json": (source / "config.json").read_bytes()}
         made = write_imported(tmp_path / kind / "run", config, weights, kept=kept)
-        assert in_checkpoint(made) == kept
+        assert read_kept_files(made) == kept
         export_hf(tmp_path / kind / "run", tmp_path / kind / "hf", say=lambda line: None)
         assert json.loads((tmp_path / kind / "hf" / "config.json").read_text())["model_type"] == kind
     with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot express --norm.*; ToyLlamaForCausalLM cannot express"):
@@ -184,7 +184,7 @@ def test_a_hidden_dropout_is_named(listed, tmp_path) -> None:
     kept = {"config.json": b'{"model_type": "toy_llama"}'}
     config = ModelConfig(**LLAMA)
     save_untrained_model(tmp_path / "fresh", LLAMA)
-    write_imported(tmp_path / "run", config, read_weights(find(tmp_path / "fresh")), kept=kept)
+    write_imported(tmp_path / "run", config, read_weights(find_checkpoint(tmp_path / "fresh")), kept=kept)
     said: list[str] = []
     export_hf(tmp_path / "run", tmp_path / "hf", say=said.append)
     assert "a toy has no hidden dropout, so 0.1 is not written" in said

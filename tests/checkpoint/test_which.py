@@ -14,7 +14,7 @@ import pytest
 from archives import build, named_weights, small_config
 from crashes import FaultyStorage, count_steps, kill_itself, run_in_forks, save_once
 
-from megatron.checkpoint.layout import Newest, announced, newest_complete, read_tracker
+from megatron.checkpoint.layout import NewestCheckpoint, latest_iteration, newest_complete, read_tracker
 from megatron.config.schema import CheckpointConfig, RunSettings
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.interop.whole_tensors import write_weights
@@ -41,7 +41,7 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
     assert run_in_forks(1, lambda rank: save_once(tmp_path, 400, FaultyStorage(last_rename(400), kill_itself))) == [
         -signal.SIGKILL
     ]
-    assert read_tracker(tmp_path) == 200 and announced(tmp_path) == 400
+    assert read_tracker(tmp_path) == 200 and latest_iteration(tmp_path) == 400
     copy_without_times(tmp_path, tmp_path / "copy")
     for root in (tmp_path, tmp_path / "copy"):
         newest = newest_complete(root)
@@ -50,7 +50,7 @@ def test_the_newest_of_a_run_that_was_wound_back(tmp_path):
     newest = newest_complete(tmp_path)
     assert newest.path == tmp_path / "iter_0000400" and "expected an iteration number, found ''" in newest.skipped[0]
     save_once(tmp_path, 500)
-    assert newest_complete(tmp_path) == Newest(tmp_path / "iter_0000500", ())
+    assert newest_complete(tmp_path) == NewestCheckpoint(tmp_path / "iter_0000500", ())
 
 
 def last_rename(iteration):

@@ -24,7 +24,7 @@ from reference import (
     worst,
 )
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.load import load
 from megatron.checkpoint.save import save
 from megatron.config.command_line.saved import to_json
@@ -201,7 +201,7 @@ def train_and_save(setting: Setting, root: str):
 
 def load_and_train(setting: Setting, root: str):
     run = start_run(setting, 8)
-    loaded = load(find(Path(root)), run.parts(), run.mesh)
+    loaded = load(find_checkpoint(Path(root)), run.parts(), run.mesh)
     assert loaded.iteration == 3 and not loaded.missing and not loaded.unexpected
     return train_steps(run, setting, 5)
 

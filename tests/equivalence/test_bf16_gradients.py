@@ -17,7 +17,7 @@ from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.grid import Grid
 from megatron.optim.precision import Precision
 from megatron.parallel.spec import param_spec
-from megatron.plan.enough_memory import states
+from megatron.plan.enough_memory import rank_states
 
 BF16 = PrecisionConfig(bf16=True)
 HALF = PrecisionConfig(bf16=True, grad_reduce_in_bf16=True)
@@ -89,7 +89,7 @@ def test_bytes_are_those_of_the_formula(layout, sharded):
     config = setting.config(2, 1)
     grid = Grid.from_layout(config.layout, 2)
     for found, given, pp_rank in on_ranks(2, bytes_and_formats, setting):
-        (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
+        (memory,) = rank_states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == (memory.weights, memory.gradients, memory.optimizer)
         assert given and all(given), "the update works in fp32, on the slice alone"
 

@@ -21,7 +21,7 @@ from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
 from megatron.parallel import collectives
 from megatron.parallel.spec import ParameterSpec, Part, Shard, describe, param_spec
-from megatron.plan.enough_memory import states
+from megatron.plan.enough_memory import rank_states
 from megatron.train.run import Run
 
 STEPS = 8
@@ -296,7 +296,7 @@ def test_bytes_are_those_of_the_formula(layout, sharded, bf16):
     config = setting.config(world, 1)
     grid, dp = Grid.from_layout(config.layout, world), world // (setting.tp * setting.pp)
     for weights, gradients, moments, pp_rank in on_ranks(world, held_bytes, setting):
-        (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
+        (memory,) = rank_states(config, grid, [grid.rank(pp=pp_rank)])
         assert (weights, gradients, moments) == (memory.weights, memory.gradients, memory.optimizer)
         elements = gradients // 4
         assert moments == 8 * elements // (dp if sharded else 1)

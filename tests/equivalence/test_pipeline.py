@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron.config.schema import OptimSettings
 from megatron.parallel.spec import param_spec
-from megatron.pipeline.schedules.schedule import SCHEDULES, Op, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, Op, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, simulate
 from megatron.train.evaluate import evaluate
 from megatron.train.run import Run
@@ -346,4 +346,4 @@ def test_every_schedule_of_one_stage_is_the_plain_run():
     expected = one_process(setting, 3)[0]
     for name in ("gpipe", "1f1b", "zb-h1", "zb-h2"):
         assert trajectory(replace(setting, schedule=name), 3)[0] == expected
-        assert make(name, 1, 4).ranks == 1
+        assert make_schedule(name, 1, 4).ranks == 1

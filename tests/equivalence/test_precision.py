@@ -15,7 +15,7 @@ from reference import GPT2, Setting, advance, micro_batches, start_run, train_st
 from megatron.config.schema import OptimSettings, PrecisionConfig
 from megatron.mesh.mesh import Axis
 from megatron.optim.precision import Precision
-from megatron.optim.scaler import Constant, Dynamic
+from megatron.optim.scaler import ConstantScaler, DynamicScaler
 from megatron.parallel.cross_entropy import fused_linear_cross_entropy
 from megatron.parallel.embedding import VocabShard
 
@@ -35,8 +35,8 @@ def test_a_precision_is_a_value():
     assert [Precision.from_config(PrecisionConfig()).compute, of["bf16"].compute, of["fp16"].compute] == [
         torch.float32, torch.bfloat16, torch.float16,
     ]  # fmt: skip
-    assert of["fp16"].scaler() == Dynamic(2.0**32, 1.0, 1000, 2) and of["bf16"].scaler() == Constant()
-    assert Precision.from_config(PrecisionConfig(fp16=True, loss_scale=64.0)).scaler() == Constant(64.0)
+    assert of["fp16"].scaler() == DynamicScaler(2.0**32, 1.0, 1000, 2) and of["bf16"].scaler() == ConstantScaler()
+    assert Precision.from_config(PrecisionConfig(fp16=True, loss_scale=64.0)).scaler() == ConstantScaler(64.0)
     assert Precision.from_config(PrecisionConfig(fp16=True, loss_scale=0.0)).scaler() == of["fp16"].scaler()
 
 

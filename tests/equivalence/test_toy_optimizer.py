@@ -25,7 +25,7 @@ from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
 from megatron.optim.buffers import flat_buffers
 from megatron.optim.optimizer import Optimizer
-from megatron.plan.enough_memory import states
+from megatron.plan.enough_memory import rank_states
 
 STEPS = 4
 TOY = OptimSettings(optimizer="toy", lr=5e-3, clip_grad=1.0, lr_decay_style="constant")
@@ -120,7 +120,7 @@ def test_the_plan_knows_its_bytes(layout):
     grid = Grid.from_layout(config.layout, world)
     for *found, pp_rank in on_ranks(world, rank_state, setting):
         with registered():
-            (memory,) = states(config, grid, [grid.rank(pp=pp_rank)])
+            (memory,) = rank_states(config, grid, [grid.rank(pp=pp_rank)])
         assert found == [memory.weights, memory.gradients, memory.optimizer]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.snapshot import Snapshot, _host_memory
-from megatron.checkpoint.storage import Entry
+from megatron.checkpoint.storage import TensorEntry
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -15,10 +15,10 @@ def test_a_snapshot_of_a_gpu() -> None:
     device = torch.device("cuda")
     tensors = {f"w{i}": torch.randn(1000, 1001, device=device).to(t) for i, t in enumerate((torch.float32, torch.bfloat16))}
     before = {name: t.clone() for name, t in tensors.items()}
-    entries = [Entry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
+    entries = [TensorEntry(name, t.dtype, tuple(t.shape), t.detach) for name, t in tensors.items()]
     snapshot = Snapshot(device)
     for _ in range(2):
-        taken = snapshot.take(entries)
+        taken = snapshot.copy(entries)
         for tensor in tensors.values():
             tensor.zero_()
         torch.cuda.synchronize()
@@ -29,7 +29,7 @@ def test_a_snapshot_of_a_gpu() -> None:
         for name, tensor in tensors.items():
             tensor.copy_(before[name])
     assert snapshot.bytes == sum(t.nbytes for t in tensors.values())
-    taken = Snapshot(device).take(entries[:1])  # a second one, and after it the first goes
+    taken = Snapshot(device).copy(entries[:1])  # a second one, and after it the first goes
     del snapshot
     assert torch.equal(taken[0].data(), before[taken[0].key].cpu())
 

@@ -30,12 +30,12 @@ from megatron.parallel.cost import ActivationBytes, MicroBatchShape
 from megatron.parallel.linear import ColumnLinear
 from megatron.parallel.spec import param_spec
 from megatron.parallel.tensor_parallel import TensorParallel
-from megatron.plan.enough_memory import states
+from megatron.plan.enough_memory import rank_states
 from megatron.plan.flops import flops_per_token, stage_flops
 from megatron.plan.memory import StageActivations
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import stages_of
-from megatron.plan.tables import report
+from megatron.plan.stages import plan_stages
+from megatron.plan.tables import report_plan
 
 LAYERS, HIDDEN = 4, 32
 PLAIN = replace(GPT2, num_layers=LAYERS)
@@ -106,7 +106,7 @@ def build_config(model: ModelConfig, tp: int, pp: int) -> RunConfig:
 
 def counted_parameters(config: RunConfig, world: int) -> int:
     """The parameters that a dry run shows."""
-    (line,) = (line for line in report(config, world, "", ()) if line.startswith("# Parameters: "))
+    (line,) = (line for line in report_plan(config, world, "", ()) if line.startswith("# Parameters: "))
     return int(line.split()[2].replace(",", ""))
 
 
@@ -115,12 +115,12 @@ def test_what_the_package_does_not_know_is_counted(toy: tuple[ModelConfig, int],
     model, parameters = toy
     config, world = build_config(model, tp, pp), tp * pp
     assert counted_parameters(config, world) == parameters
-    plan, axis = stages_of(config), Axis("tp", tp, 0, tuple(range(tp)))
+    plan, axis = plan_stages(config), Axis("tp", tp, 0, tuple(range(tp)))
     grid = Grid.from_layout(config.layout, world)
     for rank in range(pp):
         stages = build_stages(config.model, plan.placement, plan.parts, TensorParallel(axis), rank)
         buffers = flat_buffers(nn.ModuleList(stages.values()).parameters())
-        (state,) = states(config, grid, [grid.rank(pp=rank)])
+        (state,) = rank_states(config, grid, [grid.rank(pp=rank)])
         assert state.gradients == sum(buffer.grads.nbytes for buffer in buffers)
 
 
@@ -142,7 +142,7 @@ def test_what_a_layer_keeps_it_says_itself(toy: tuple[ModelConfig, int]) -> None
     wide output.
     """
     run = build_config(toy[0], 1, 1)
-    found = StageActivations.of(run, MetaModel.of(run), StagePart(range(1, 3), False, False)).micro_batch
+    found = StageActivations.from_config(run, MetaModel.from_config(run), StagePart(range(1, 3), False, False)).micro_batch
     saved, weight_grad = (4, 0) if toy[0].normalization == "toy" else (1, 3)
     hidden = 4 * 16 * HIDDEN
     assert (found.saved, found.weight_grad) == ((32 + saved) * hidden, (32 + weight_grad) * hidden)
@@ -162,7 +162,7 @@ def test_a_rate_of_its_own_is_a_bucket_of_its_own() -> None:
         model = build.model_class(config.model)(config.model, StagePart(range(LAYERS)), TensorParallel.alone())
         specs = [param_spec(p) if optim.decoupled_lr is None else param_spec(p).with_own_rate() for p in model.parameters()]
         real = buckets([p.numel() for p in model.parameters()], [s.bucket_kind for s in specs], None, world)
-        (state,) = states(config, Grid.from_layout(config.layout, world), [0])
+        (state,) = rank_states(config, Grid.from_layout(config.layout, world), [0])
         assert state.gradients == 4 * sum(bucket.length for bucket in real)
         counted.append(state.gradients)
     assert counted[0] < counted[1]

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron.pipeline.schedules.draw import Panel, draw_svg, draw_text
-from megatron.pipeline.schedules.schedule import SCHEDULES, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, measured_timeline, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -19,12 +19,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 def draw_lines(
     name: str, ranks: int, micro_batches: int, width: int = 120, costs: Costs | None = None, chunks: int | None = None
 ):
-    schedule = make(name, ranks, micro_batches, chunks)
+    schedule = make_schedule(name, ranks, micro_batches, chunks)
     return draw_text(schedule, simulate(schedule, costs or Costs()), width).splitlines()
 
 
 def build_panel(name: str, ranks: int, micro_batches: int, costs: Costs | None = None) -> Panel:
-    schedule = make(name, ranks, micro_batches)
+    schedule = make_schedule(name, ranks, micro_batches)
     return Panel(f"{name} <predicted> & more", schedule, simulate(schedule, costs or Costs()))
 
 
@@ -73,7 +73,7 @@ def test_text_that_is_cut_says_so():
 
 
 def test_text_of_a_measurement_starts_at_its_first_action():
-    schedule = make("1f1b", 3, 3)
+    schedule = make_schedule("1f1b", 3, 3)
     made = simulate(schedule, Costs())
     moved = measured_timeline(schedule, {a: t + 64 for a, t in made.start.items()}, {a: t + 64 for a, t in made.end.items()})
     assert draw_text(schedule, moved, 80) == draw_text(schedule, made, 80)

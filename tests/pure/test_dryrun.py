@@ -26,11 +26,11 @@ from megatron.data.indexed import IndexedWriter
 from megatron.mesh.mesh import Axis, Mesh
 from megatron.parallel.cost import MicroBatchShape
 from megatron.parallel.ring import RingAttention
-from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, simulate
-from megatron.plan.memory import StageActivations, memory_of
+from megatron.plan.memory import StageActivations, peak_memory
 from megatron.plan.size import MetaModel
-from megatron.plan.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, plan_stages
 from megatron.plan.time import flop_costs
 
 SMALL = shlex.split(
@@ -122,8 +122,8 @@ def pipeline(schedule: str, ranks: int, *more: str) -> tuple[RunConfig, StagePla
     )
     config = parse([*words.split(), *more], program="test", files=False).config
     config = replace(config, model=replace(config.model, vocab_size=1))
-    plan = stages_of(config)
-    return config, plan, make(schedule, ranks, 8, plan.chunks)
+    plan = plan_stages(config)
+    return config, plan, make_schedule(schedule, ranks, 8, plan.chunks)
 
 
 LAYER = 64 * 2 * 768 * (34 + 5 * 12 * 64 // 768)  # activation bytes, arXiv 2205.05198, equation 1
@@ -137,9 +137,9 @@ def test_activations_are_those_of_the_micro_batches_in_flight(schedule: str, in_
     config, plan, made = pipeline(schedule, 4)
     assert [len(part.layers) for part in plan.parts] == [3, 3, 3, 3]
     for rank in (1, 2):  # those without the ends of the model
-        assert memory_of(config, MetaModel.of(config), plan, made, rank).activations == in_flight[rank] * 3 * LAYER
+        assert peak_memory(config, MetaModel.from_config(config), plan, made, rank).activations == in_flight[rank] * 3 * LAYER
     mask = 64 * 2 * 768  # of the dropout after the embedding
-    assert memory_of(config, MetaModel.of(config), plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
+    assert peak_memory(config, MetaModel.from_config(config), plan, made, 0).activations == in_flight[0] * (3 * LAYER + mask)
 
 
 def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,10 +151,10 @@ def test_the_memory_of_each_kind_of_recomputation(capsys: pytest.CaptureFixture[
         ("--recompute-granularity full --recompute-method uniform", start, LAYER - start),
     ):
         config, plan, made = pipeline("1f1b", 4, *flags.split())
-        assert memory_of(config, MetaModel.of(config), plan, made, 1).activations == 3 * 3 * layers + passing, flags
+        assert peak_memory(config, MetaModel.from_config(config), plan, made, 1).activations == 3 * 3 * layers + passing, flags
     # Zero bubble: what I made again waits for W as 32 bytes for each feature, in the worst case of one micro-batch in four.
     config, plan, made = pipeline("zb-h1", 4, "--recompute-granularity", "full", "--recompute-method", "uniform")
-    assert memory_of(config, MetaModel.of(config), plan, made, 1).activations > 4 * 3 * start + 3 * 16 * start
+    assert peak_memory(config, MetaModel.from_config(config), plan, made, 1).activations > 4 * 3 * start + 3 * 16 * start
     words = [*BIG, "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "36"]
     printed = [re.search(r"activations +([\d,]+)", output(argv, capsys)) for argv in (BIG, words)]
     plain, block = (int(found[1].replace(",", "")) for found in printed if found)
@@ -169,12 +169,14 @@ def test_each_context_parallel_rank_has_its_part_of_the_tokens() -> None:
     assert (passing := ring.transient) > 0
     layer = 32 * 2 * (34 * 768 + 4 * 12)  # no attention weights, but a number for each token and head
     for rank in (1, 2):
-        assert memory_of(config, MetaModel.of(config), plan, made, rank).activations == (4 - rank) * 3 * layer + passing
+        assert (
+            peak_memory(config, MetaModel.from_config(config), plan, made, rank).activations == (4 - rank) * 3 * layer + passing
+        )
 
     def transient(seq: int, cp: int) -> int:
         layout = replace(config.layout, context_parallel_size=cp, tensor_model_parallel_size=2)
         run = replace(config, layout=layout, data=replace(config.data, seq_length=seq))
-        return StageActivations.of(run, MetaModel.of(run), plan.parts[1]).transient
+        return StageActivations.from_config(run, MetaModel.from_config(run), plan.parts[1]).transient
 
     # A rank's share of a sequence decides, not the sequence.
     assert transient(8 * 1024, 8) == transient(2 * 1024, 2) > 0
@@ -188,7 +190,7 @@ def test_stages_of_one_rank_share_its_memory(schedule: str, more: list[str]) -> 
     config, plan, made = pipeline(schedule, 3, *more)
     (layers,) = {len(part.layers) for part in plan.parts}
     peaks = simulate(made, Costs()).peak_activations
-    assert memory_of(config, MetaModel.of(config), plan, made, 1).activations == peaks[1] * layers * LAYER
+    assert peak_memory(config, MetaModel.from_config(config), plan, made, 1).activations == peaks[1] * layers * LAYER
 
 
 def test_a_tied_matrix_is_there_once_on_a_rank_and_copied_to_another() -> None:
@@ -196,12 +198,12 @@ def test_a_tied_matrix_is_there_once_on_a_rank_and_copied_to_another() -> None:
     matrix = 128 * 768  # one token, padded
     for schedule, copies in (("1f1b", 2), ("zb-v", 1)):
         config, plan, made = pipeline(schedule, 2)
-        held = [memory_of(config, MetaModel.of(config), plan, made, rank).gradients // 4 for rank in (0, 1)]
+        held = [peak_memory(config, MetaModel.from_config(config), plan, made, rank).gradients // 4 for rank in (0, 1)]
         assert sum(held) == 12 * layer + ends + copies * matrix, schedule
     config, plan, made = pipeline("zb-v", 2)
     # The last stage and its loss are on rank 0, and count there.
-    assert len(plan.of_rank(0)) == 2 and plan.parts[plan.of_rank(0)[1]].head
-    assert memory_of(config, MetaModel.of(config), plan, made, 0).weights == 6 * held[0]
+    assert len(plan.stages_on(0)) == 2 and plan.parts[plan.stages_on(0)[1]].head
+    assert peak_memory(config, MetaModel.from_config(config), plan, made, 0).weights == 6 * held[0]
 
 
 def test_costs_are_shares_of_the_flops() -> None:

@@ -8,7 +8,7 @@ import pytest
 from gpu_waits import Device, Programs, stuck, unsafe_transfers
 
 from megatron.pipeline.schedules.lower import Instruction, Receive, forward_only, lower
-from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Schedule, make_schedule
 
 RANKS, MICRO_BATCHES = range(2, 9), range(1, 17)
 EVERY = Device(whole=lambda rank, action: True)
@@ -19,7 +19,7 @@ def schedules(name: str, ranks: range = RANKS, micro_batches: range = MICRO_BATC
     for p in ranks:
         for m in micro_batches:
             for v in (2, 3) if SCHEDULES[name].chunks is None else (None,):  # interleaved with one chunk is 1f1b
-                schedule = make(name, p, m, v)
+                schedule = make_schedule(name, p, m, v)
                 yield schedule
                 if m % 8 == 3:
                     yield forward_only(schedule)
@@ -76,7 +76,7 @@ def test_the_rule_is_what_the_model_does(name, by):
 
 def test_an_early_wait_hangs_gpipe_at_its_peak():
     """The first gradient was awaited before the last forward, which it depends on: an allocator's retry there never ended."""
-    schedule = make("gpipe", 4, 8)
+    schedule = make_schedule("gpipe", 4, 8)
     programs = move_receives(lower(schedule), 1)
     assert stuck(programs, Device(whole=lambda rank, action: str(action) == "F0.7"))
     assert unsafe_transfers(schedule, programs)
@@ -85,7 +85,7 @@ def test_an_early_wait_hangs_gpipe_at_its_peak():
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "gpipe"])
 def test_early_receives_survive_neither_blocking_calls_nor_two_waits(name):
     """There are two ways to lower because of this. gpipe is only ever early where its sender is ahead."""
-    programs = lower(make(name, 4, 8))
+    programs = lower(make_schedule(name, 4, 8))
     assert stuck(programs, Device(blocking=True))
     if name != "zb-h2":  # which has so much in hand that each rank gets its input in time
         assert stuck(programs, Device(blocking=True, eager=True)) and stuck(programs, EVERY)
@@ -93,7 +93,7 @@ def test_early_receives_survive_neither_blocking_calls_nor_two_waits(name):
 
 def test_receiving_only_when_needed_is_not_enough():
     """If each call blocks until the other end is there, neighbours that send to each other first wait for ever."""
-    programs = lower(make("1f1b", 2, 4))
+    programs = lower(make_schedule("1f1b", 2, 4))
     late: Programs = []
     for items in programs:
         receives = {(i.stage, i.produced.micro_batch, i.produced.op.value == "F"): i for i in items if isinstance(i, Receive)}

@@ -23,7 +23,7 @@ from megatron.pipeline.schedules.lower import (
     forward_only,
     lower,
 )
-from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 
 SIZES = list(itertools.product(range(1, 7), range(1, 13)))
@@ -33,7 +33,7 @@ SIZES = list(itertools.product(range(1, 7), range(1, 13)))
 def grid(name: str) -> list[Schedule]:
     """Up to 6 ranks, 12 micro-batches and 3 chunks; training, and the forward passes alone."""
     chunks = [1, 2, 3] if SCHEDULES[name].chunks is None else [None]
-    made = [make(name, p, m, v) for p, m in SIZES for v in chunks]
+    made = [make_schedule(name, p, m, v) for p, m in SIZES for v in chunks]
     return made + [forward_only(schedule) for schedule in made]
 
 
@@ -232,7 +232,7 @@ def test_why_every_channel_needs_a_communicator_of_its_own(name, early):
 
 def test_receives_in_another_order_get_stuck():
     """The check above sees it: two receives of a channel change places."""
-    schedule = make("1f1b", 2, 4)
+    schedule = make_schedule("1f1b", 2, 4)
     programs = lower(schedule)
     places = [i for i, item in enumerate(programs[1]) if isinstance(item, Receive)]
     a, b = places[1], places[2]
@@ -256,7 +256,7 @@ def test_channels_join_neighbouring_stages_both_ways():
 
 def test_forward_only_keeps_the_order_of_the_forwards():
     for name in SCHEDULES:
-        schedule = make(name, 3, 5)
+        schedule = make_schedule(name, 3, 5)
         bare = forward_only(schedule)
         assert replace(bare, programs=schedule.programs) == schedule
         assert bare.programs == tuple(tuple(a for a in p if a.op is Op.F) for p in schedule.programs)
@@ -283,14 +283,14 @@ def most_unsettled(schedule: Schedule) -> int:
 def test_sent_tensors_are_let_go_while_the_step_runs(name):
     """The number of waiting tensors depends on the ranks, not on the number of micro-batches."""
     for ranks in (2, 4):
-        few, many = (most_unsettled(make(name, ranks, m)) for m in (8 * ranks, 32 * ranks))
+        few, many = (most_unsettled(make_schedule(name, ranks, m)) for m in (8 * ranks, 32 * ranks))
         assert few == many <= 8 * ranks, (ranks, few, many)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_finished_send_was_used_by_its_receiver(name):
     """The action that uses a tensor has ended when its sender is told that the send is done, whatever time anything takes."""
-    schedule = make(name, 4, 7)
+    schedule = make_schedule(name, 4, 7)
     told = 0
     for costs in (Costs(1, 1, 1, 0), Costs(1, 7, 0.1, 3), Costs(5, 0.2, 3, 0.5)):
         timeline = simulate(schedule, costs)

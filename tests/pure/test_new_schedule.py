@@ -137,7 +137,7 @@ def test_chunks_of_its_own_and_chosen_ones_do_not_go_together():
 def test_a_row_that_does_not_say_what_its_function_does_is_refused(monkeypatch):
     def made(kind: ScheduleKind) -> Schedule:
         monkeypatch.setattr(book, "SCHEDULES", {"toy": kind})
-        return book.make("toy", 2, 2)
+        return book.make_schedule("toy", 2, 2)
 
     assert made(ScheduleKind(lambda p, m, v: gpipe(p, m))).name == "toy"
     with pytest.raises(ValueError, match="toy: its stages are on ranks"):

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from megatron.config.notation import parse_iteration_ranges
-from megatron.optim.scaler import Constant, Dynamic, Scaler
+from megatron.optim.scaler import ConstantScaler, DynamicScaler, Scaler
 
 # window 4, hysteresis 2: steps (. an update, x an overflow) and the scale after each of them
 TABLE = [
@@ -33,26 +33,26 @@ def scales(scaler: Scaler, steps: str) -> list[float]:
 
 @pytest.mark.parametrize(("steps", "expected"), TABLE)
 def test_the_scale_after_each_step(steps: str, expected: list[float]) -> None:
-    assert scales(Dynamic(8.0, 0.5, 4, 2), steps) == expected
+    assert scales(DynamicScaler(8.0, 0.5, 4, 2), steps) == expected
 
 
 def test_the_defaults_of_megatron() -> None:
-    scaler = Dynamic(2.0**32, 1.0, 1000, 2)
+    scaler = DynamicScaler(2.0**32, 1.0, 1000, 2)
     assert scales(scaler, "xxx") == [2.0**32, 2.0**31, 2.0**30]
     assert set(scales(scaler, "." * 999)) == {2.0**30}
     assert scales(scaler, ".xx") == [2.0**31, 2.0**31, 2.0**30]
-    assert scales(Dynamic(2.0**32, 1.0, 1000, 1), "xx") == [2.0**31, 2.0**30]
+    assert scales(DynamicScaler(2.0**32, 1.0, 1000, 1), "xx") == [2.0**31, 2.0**30]
 
 
 def test_a_constant_scale_is_constant() -> None:
-    scaler = Constant(128.0)
-    assert scales(scaler, "x.xx.") == [128.0] * 5 and Constant().scale == 1.0 and scaler.scalars() == {}
+    scaler = ConstantScaler(128.0)
+    assert scales(scaler, "x.xx.") == [128.0] * 5 and ConstantScaler().scale == 1.0 and scaler.scalars() == {}
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
 def test_a_saved_scaler_goes_on_as_if_nothing_had_been(cut: int) -> None:
     steps = "".join(random.Random(cut).choices(".x", weights=(4, 1), k=60))
-    whole, first, second = (Dynamic(1024.0, 1.0, 4, 2) for _ in range(3))
+    whole, first, second = (DynamicScaler(1024.0, 1.0, 4, 2) for _ in range(3))
     expected = scales(whole, steps)
     before = scales(first, steps[:cut])
     second.load_scalars(json.loads(json.dumps(first.scalars())))
@@ -61,10 +61,10 @@ def test_a_saved_scaler_goes_on_as_if_nothing_had_been(cut: int) -> None:
 
 
 def test_what_another_kind_of_scaler_saved_changes_nothing() -> None:
-    dynamic, constant = Dynamic(1024.0, 1.0, 4, 2), Constant(2.0)
+    dynamic, constant = DynamicScaler(1024.0, 1.0, 4, 2), ConstantScaler(2.0)
     dynamic.load_scalars(constant.scalars())
     constant.load_scalars(dynamic.scalars())
-    assert dynamic == Dynamic(1024.0, 1.0, 4, 2) and constant == Constant(2.0)
+    assert dynamic == DynamicScaler(1024.0, 1.0, 4, 2) and constant == ConstantScaler(2.0)
 
 
 def test_sets_of_iterations() -> None:

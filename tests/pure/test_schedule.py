@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.pipeline.schedules.schedule import SCHEDULES, Op, Schedule, looped, make, v_shaped
+from megatron.pipeline.schedules.schedule import SCHEDULES, Op, Schedule, looped, make_schedule, v_shaped
 from megatron.pipeline.schedules.simulate import Costs, simulate, validate
 
 
@@ -17,7 +17,7 @@ def everywhere(name: str, ranks: range, micro_batches: range):
     chunks = [1, 2, 3, 4] if SCHEDULES[name].chunks is None else [None]
     for p in ranks:
         for m in micro_batches:
-            yield from (make(name, p, m, v) for v in chunks)
+            yield from (make_schedule(name, p, m, v) for v in chunks)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -54,8 +54,8 @@ def test_a_kind_tells_what_its_schedules_are(name):
 
 
 def test_gpipe_and_1f1b():
-    assert programs(make("gpipe", 2, 2)) == ["F0.0 F0.1 B0.0 B0.1", "F1.0 F1.1 B1.0 B1.1"]
-    assert programs(make("1f1b", 3, 4)) == [
+    assert programs(make_schedule("gpipe", 2, 2)) == ["F0.0 F0.1 B0.0 B0.1", "F1.0 F1.1 B1.0 B1.1"]
+    assert programs(make_schedule("1f1b", 3, 4)) == [
         "F0.0 F0.1 F0.2 B0.0 F0.3 B0.1 B0.2 B0.3",
         "F1.0 F1.1 B1.0 F1.2 B1.1 F1.3 B1.2 B1.3",
         "F2.0 B2.0 F2.1 B2.1 F2.2 B2.2 F2.3 B2.3",
@@ -63,7 +63,7 @@ def test_gpipe_and_1f1b():
 
 
 def test_interleaved_takes_groups_of_micro_batches_through_its_chunks():
-    assert programs(make("interleaved", 2, 4, 2)) == [
+    assert programs(make_schedule("interleaved", 2, 4, 2)) == [
         "F0.0 F0.1 F2.0 F2.1 F0.2 B2.0 F0.3 B2.1 F2.2 B0.0 F2.3 B0.1 B2.2 B2.3 B0.2 B0.3",
         "F1.0 F1.1 F3.0 B3.0 F3.1 B3.1 F1.2 B1.0 F1.3 B1.1 F3.2 B3.2 F3.3 B3.3 B1.2 B1.3",
     ]
@@ -71,7 +71,7 @@ def test_interleaved_takes_groups_of_micro_batches_through_its_chunks():
 
 def test_interleaved_with_a_smaller_last_group():
     """Three micro-batches on two ranks: the program of four without the fourth."""
-    assert programs(make("interleaved", 2, 3, 2)) == [
+    assert programs(make_schedule("interleaved", 2, 3, 2)) == [
         "F0.0 F0.1 F2.0 F2.1 F0.2 B2.0 B2.1 F2.2 B0.0 B0.1 B2.2 B0.2",
         "F1.0 F1.1 F3.0 B3.0 F3.1 B3.1 F1.2 B1.0 B1.1 F3.2 B3.2 B1.2",
     ]
@@ -79,11 +79,11 @@ def test_interleaved_with_a_smaller_last_group():
 
 @pytest.mark.parametrize("micro_batches", [1, 3, 4, 9])
 def test_interleaved_with_one_chunk_is_1f1b(micro_batches):
-    assert make("interleaved", 4, micro_batches, 1).programs == make("1f1b", 4, micro_batches).programs
+    assert make_schedule("interleaved", 4, micro_batches, 1).programs == make_schedule("1f1b", 4, micro_batches).programs
 
 
 def test_zb_h1_keeps_as_many_weight_gradients_back_as_ranks_stand_in_front():
-    assert programs(make("zb-h1", 3, 4)) == [
+    assert programs(make_schedule("zb-h1", 3, 4)) == [
         "F0.0 F0.1 F0.2 I0.0 W0.0 F0.3 I0.1 W0.1 I0.2 W0.2 I0.3 W0.3",
         "F1.0 F1.1 I1.0 F1.2 I1.1 W1.0 F1.3 I1.2 W1.1 I1.3 W1.2 W1.3",
         "F2.0 I2.0 F2.1 I2.1 F2.2 I2.2 W2.0 F2.3 I2.3 W2.1 W2.2 W2.3",
@@ -91,14 +91,14 @@ def test_zb_h1_keeps_as_many_weight_gradients_back_as_ranks_stand_in_front():
 
 
 def test_zb_h2_stands_twice_as_far_apart():
-    assert programs(make("zb-h2", 2, 4)) == [
+    assert programs(make_schedule("zb-h2", 2, 4)) == [
         "F0.0 F0.1 F0.2 I0.0 W0.0 F0.3 I0.1 W0.1 I0.2 W0.2 I0.3 W0.3",
         "F1.0 I1.0 F1.1 I1.1 F1.2 I1.2 W1.0 F1.3 I1.3 W1.1 W1.2 W1.3",
     ]
 
 
 def test_zb_v_goes_down_the_ranks_and_back_up():
-    schedule = make("zb-v", 2, 3)
+    schedule = make_schedule("zb-v", 2, 3)
     assert schedule.placement == (0, 1, 1, 0)
     assert programs(schedule) == [
         "F0.0 F0.1 F0.2 F3.0 I3.0 W3.0 F3.1 I3.1 W3.1 I0.0 W0.0 F3.2 I3.2 W3.2 I0.1 W0.1 I0.2 W0.2",
@@ -109,13 +109,13 @@ def test_zb_v_goes_down_the_ranks_and_back_up():
 def test_stages_lie_looped_or_in_a_v():
     assert looped(3, 2) == (0, 1, 2, 0, 1, 2)
     assert v_shaped(3) == (0, 1, 2, 2, 1, 0)
-    assert make("zb-v", 3, 1).chunk == (0, 0, 0, 1, 1, 1)
-    assert make("interleaved", 2, 1, 3).chunk == (0, 0, 1, 1, 2, 2)
+    assert make_schedule("zb-v", 3, 1).chunk == (0, 0, 0, 1, 1, 1)
+    assert make_schedule("interleaved", 2, 1, 3).chunk == (0, 0, 1, 1, 2, 2)
 
 
 def test_the_number_of_chunks_has_a_default():
-    assert [make(name, 2, 2).stages for name in SCHEDULES] == [2, 2, 4, 2, 2, 4]
-    assert make("zb-v", 2, 2, 2) == make("zb-v", 2, 2)
+    assert [make_schedule(name, 2, 2).stages for name in SCHEDULES] == [2, 2, 4, 2, 2, 4]
+    assert make_schedule("zb-v", 2, 2, 2) == make_schedule("zb-v", 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -131,5 +131,5 @@ def test_the_number_of_chunks_has_a_default():
 )
 def test_what_cannot_be_made_is_refused(arguments, message):
     with pytest.raises(ValueError) as raised:
-        make(*arguments)
+        make_schedule(*arguments)
     assert str(raised.value) == message

@@ -9,7 +9,7 @@ from math import prod
 import pytest
 
 from megatron.config.optimizers import SGD
-from megatron.optim.sharding import owned, param_ranges, rectangles
+from megatron.optim.sharding import owned_slice, param_ranges, rectangles
 from megatron.parallel.buckets import ALIGN, buckets, round_up
 from megatron.plan.state_size import state_bytes
 
@@ -88,7 +88,7 @@ def test_slices_share_a_bucket_without_gap_or_overlap() -> None:
         inside = [draw.randint(0, sizes[i]) for i in bucket.members]  # without padding at the end
         seen: list[tuple[int, int]] = []
         for shard in range(shards):
-            own = owned(bucket.length, shards, shard)
+            own = owned_slice(bucket.length, shards, shard)
             assert own.stop - own.start == bucket.length // shards
             for s in param_ranges(bucket.offsets, inside, own):
                 assert bucket.offsets[s.member] + s.low == own.start + s.place
@@ -124,7 +124,7 @@ def test_parameters_that_must_stay_whole_are_cut_by_no_slice() -> None:
 
 def test_ranks_that_cannot_share_evenly_are_refused() -> None:
     with pytest.raises(ValueError, match="130 elements do not divide over 4 ranks"):
-        owned(130, 4, 0)
+        owned_slice(130, 4, 0)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])

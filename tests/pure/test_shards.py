@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from megatron.checkpoint.shards import assign, copies, fault, overlap
+from megatron.checkpoint.shards import assign_evenly, coverage_error, find_copies, overlap
 
 
 class Part(NamedTuple):
@@ -43,11 +43,11 @@ def test_any_tiling_fills_any_other(seed):
     shape = tuple(rng.randrange(1, 12) for _ in range(rng.randrange(1, 4)))
     whole = np.arange(prod(shape)).reshape(shape)
     saved, wanted = random_tiling(rng, shape, rng.randrange(12)), random_tiling(rng, shape, rng.randrange(12))
-    assert fault(shape, saved) is None and fault(shape, wanted) is None
+    assert coverage_error(shape, saved) is None and coverage_error(shape, wanted) is None
     held = [slice_part(whole, p) for p in saved]
     for part in wanted:
         target = np.full(part.shape, -1)
-        for copy in copies(part, saved):
+        for copy in find_copies(part, saved):
             assert (target[copy.target] == -1).all()  # nothing is copied twice
             target[copy.target] = held[copy.piece][copy.source]
         np.testing.assert_array_equal(target, slice_part(whole, part))
@@ -60,20 +60,20 @@ def test_a_spoilt_tiling_is_found(seed):
     saved = random_tiling(rng, shape, 8)
     i = rng.randrange(len(saved))
     start, size = saved[i]
-    assert "hold" in fault(shape, saved[:i] + saved[i + 1 :])
-    assert "overlap" in fault(shape, [*saved, Part(start, (1, 1))])
-    assert "outside" in fault(shape, [*saved[:i], Part(start, (size[0] + 9, size[1])), *saved[i + 1 :]])
-    assert "outside" in fault(shape, [*saved[:i], Part((-1, 0), (1, 1)), *saved[i + 1 :]])
-    assert "dimensions" in fault(shape, [Part((0,), (9,))])
+    assert "hold" in coverage_error(shape, saved[:i] + saved[i + 1 :])
+    assert "overlap" in coverage_error(shape, [*saved, Part(start, (1, 1))])
+    assert "outside" in coverage_error(shape, [*saved[:i], Part(start, (size[0] + 9, size[1])), *saved[i + 1 :]])
+    assert "outside" in coverage_error(shape, [*saved[:i], Part((-1, 0), (1, 1)), *saved[i + 1 :]])
+    assert "dimensions" in coverage_error(shape, [Part((0,), (9,))])
     with pytest.raises(ValueError, match="do not cover"):
-        copies(Part((0, 0), shape), saved[:i] + saved[i + 1 :])
+        find_copies(Part((0, 0), shape), saved[:i] + saved[i + 1 :])
 
 
 def test_a_scalar_is_one_piece():
     scalar = Part((), ())
-    assert fault((), [scalar]) is None
-    assert [c.elements for c in copies(scalar, [scalar])] == [1]
-    assert "overlap" in fault((), [scalar, scalar])
+    assert coverage_error((), [scalar]) is None
+    assert [c.elements for c in find_copies(scalar, [scalar])] == [1]
+    assert "overlap" in coverage_error((), [scalar, scalar])
 
 
 def test_touching_rectangles_do_not_overlap():
@@ -83,15 +83,15 @@ def test_touching_rectangles_do_not_overlap():
 
 def test_a_thousand_row_slices_are_cheap():
     rows = [Part((i, 0), (1, 8)) for i in range(5000)]
-    assert fault((5000, 8), rows) is None
+    assert coverage_error((5000, 8), rows) is None
 
 
 def test_a_hostile_list_of_pieces_takes_no_longer():
     """Columns all lie side by side in a sweep along the rows: comparing each with each would take minutes."""
     columns = [Part((0, i), (8, 1)) for i in range(20000)]
     began = time.process_time()
-    assert fault((8, 20000), columns) is None
-    assert "overlap" in fault((8, 20000), [*columns[:-1], Part((0, 9999), (8, 1))])
+    assert coverage_error((8, 20000), columns) is None
+    assert "overlap" in coverage_error((8, 20000), [*columns[:-1], Part((0, 9999), (8, 1))])
     assert time.process_time() - began < 20
 
 
@@ -108,17 +108,17 @@ def test_writers_are_holders_and_share_evenly(tp, dp):
         else:  # equal everywhere
             sizes.append(size)
             holders.append(list(range(tp * dp)))
-    writers = assign(sizes, holders)
+    writers = assign_evenly(sizes, holders)
     assert all(w in h for w, h in zip(writers, holders, strict=True))
     load = [sum(s for s, w in zip(sizes, writers, strict=True) if w == r) for r in range(tp * dp)]
     assert max(load) - min(load) <= max(sizes)
-    assert writers == assign(sizes, [list(reversed(h)) for h in holders]), "the order of the holders must not matter"
+    assert writers == assign_evenly(sizes, [list(reversed(h)) for h in holders]), "the order of the holders must not matter"
 
 
 def test_a_piece_with_one_holder_counts_in_that_holders_load():
-    assert assign([100, 10, 10], [[0], [0, 1], [0, 1]]) == [0, 1, 1]
+    assert assign_evenly([100, 10, 10], [[0], [0, 1], [0, 1]]) == [0, 1, 1]
 
 
 def test_the_heaviest_pieces_are_given_first():
-    writers = assign([1, 1, 1, 1, 4], [[0, 1]] * 5)
+    writers = assign_evenly([1, 1, 1, 1, 4], [[0, 1]] * 5)
     assert writers[:4] == [1] * 4 and writers[4] == 0

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, looped, make
+from megatron.pipeline.schedules.schedule import SCHEDULES, Action, Op, Schedule, looped, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, MeasuredCosts, dependencies, measured_timeline, simulate, validate
 
 UNEQUAL = [Costs(1, 1, 1), Costs(1, 2, 0.5), Costs(3, 2, 1.5), Costs(2, 2.5, 2), Costs(0.7, 0.6, 0.1)]
@@ -31,7 +31,7 @@ def schedule_from_text(*programs: str, micro_batches: int = 1) -> Schedule:
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 def test_the_bubble_of_gpipe_and_1f1b(name):
     for p, m, costs in itertools.product([1, 2, 3, 4, 8], [1, 2, 3, 4, 7, 8, 16], UNEQUAL):
-        timeline = simulate(make(name, p, m), costs)
+        timeline = simulate(make_schedule(name, p, m), costs)
         assert timeline.bubble_rate == pytest.approx((p - 1) / (m + p - 1), abs=1e-12), (p, m, costs)
         assert timeline.makespan == pytest.approx((m + p - 1) * total(costs))
 
@@ -39,7 +39,7 @@ def test_the_bubble_of_gpipe_and_1f1b(name):
 def test_the_bubble_of_interleaved():
     for p, groups, v, costs in itertools.product([1, 2, 3, 4, 8], [1, 2, 4], [1, 2, 3, 5], UNEQUAL):
         m = groups * p
-        timeline = simulate(make("interleaved", p, m, v), costs)
+        timeline = simulate(make_schedule("interleaved", p, m, v), costs)
         assert timeline.bubble_rate == pytest.approx((p - 1) / (v * m + p - 1), abs=1e-12), (p, m, v, costs)
 
 
@@ -48,7 +48,7 @@ def test_the_idle_time_of_zb_h1_and_zb_h2(name, weights, enough):
     """(p - 1) (F + B - W) and (p - 1) (F + B - 2 W), where W is no longer than F or B and there are micro-batches enough."""
     for p, more, costs in itertools.product([1, 2, 3, 4, 8], [0, 1, 9], UNEQUAL):
         m = enough(p) + more
-        timeline = simulate(make(name, p, m), costs)
+        timeline = simulate(make_schedule(name, p, m), costs)
         idle = (p - 1) * (costs.forward + costs.backward - weights * costs.weight)
         assert timeline.cost - m * total(costs) == pytest.approx(idle, abs=1e-9), (p, m, costs)
         assert timeline.bubble_rate == pytest.approx(idle / timeline.cost, abs=1e-12)
@@ -57,7 +57,7 @@ def test_the_idle_time_of_zb_h1_and_zb_h2(name, weights, enough):
 def test_zb_v_has_no_bubble():
     for p in range(1, 10):
         for m in (2 * p - 1, 2 * p, 2 * p + 1, 5 * p):
-            timeline = simulate(make("zb-v", p, m), Costs())
+            timeline = simulate(make_schedule("zb-v", p, m), Costs())
             assert timeline.bubble_rate == pytest.approx(0, abs=1e-12), (p, m)
             assert timeline.cost == 6 * m
             assert timeline.makespan == 6 * m + p - 1  # only the way to the last rank
@@ -66,7 +66,7 @@ def test_zb_v_has_no_bubble():
 def test_zb_v_is_never_behind_zb_h1():
     """With one chunk's half of the work per action, also where there are too few micro-batches for no bubble at all."""
     for p, m in itertools.product(range(1, 9), range(1, 20)):
-        v, h1 = simulate(make("zb-v", p, m), Costs(0.5, 0.5, 0.5)), simulate(make("zb-h1", p, m), Costs())
+        v, h1 = simulate(make_schedule("zb-v", p, m), Costs(0.5, 0.5, 0.5)), simulate(make_schedule("zb-h1", p, m), Costs())
         assert v.cost <= h1.cost + 1e-9, (p, m)
 
 
@@ -87,14 +87,14 @@ PUBLISHED = [
 @pytest.mark.parametrize(("p", "m", "costs", "rates"), PUBLISHED)
 def test_published_bubble_rates(p, m, costs, rates):
     """The table of bubble rates of arXiv 2401.10241, from its table of profiled times, to its four digits."""
-    found = [simulate(make(name, p, m), costs).bubble_rate for name in ("1f1b", "zb-h1", "zb-h2")]
+    found = [simulate(make_schedule(name, p, m), costs).bubble_rate for name in ("1f1b", "zb-h1", "zb-h2")]
     assert tuple(round(rate, 4) for rate in found) == rates
 
 
 def test_peak_activations():
     for p, m in itertools.product([1, 2, 3, 4, 8], [1, 2, 3, 5, 8, 16, 20]):
         ranks = range(p)
-        peaks = {name: simulate(make(name, p, m), PROFILED).peak_activations for name in SCHEDULES}
+        peaks = {name: simulate(make_schedule(name, p, m), PROFILED).peak_activations for name in SCHEDULES}
         assert peaks["gpipe"] == (m,) * p
         assert peaks["1f1b"] == tuple(min(m, p - r) for r in ranks)
         assert peaks["zb-h1"] == (min(m, p),) * p
@@ -107,7 +107,7 @@ def test_peak_activations():
 def test_peak_activations_of_interleaved():
     """Megatron-LM's warm-up, 2 (p - 1 - r) + (v - 1) p, and the one at work; no more than there are."""
     for p, groups, v in itertools.product([1, 2, 4, 8], [1, 2, 3], [2, 3, 4]):
-        peaks = simulate(make("interleaved", p, groups * p, v), PROFILED).peak_activations
+        peaks = simulate(make_schedule("interleaved", p, groups * p, v), PROFILED).peak_activations
         assert peaks == tuple(min(v * groups * p, 2 * (p - 1 - r) + (v - 1) * p + 1) for r in range(p))
 
 
@@ -128,24 +128,24 @@ def test_times_of_a_small_step():
 
 def test_communication_takes_no_time_on_one_rank():
     """The two stages in the middle of zb-v share the last rank."""
-    timeline = simulate(make("zb-v", 2, 1), Costs(1, 1, 1, 10))
+    timeline = simulate(make_schedule("zb-v", 2, 1), Costs(1, 1, 1, 10))
     start = {str(a): at for a, at in timeline.start.items()}
     assert (start["F1.0"], start["F2.0"], start["F3.0"], start["I3.0"]) == (11, 12, 23, 24)
 
 
 def test_measured_costs_differ_between_stages():
     times = {(Op.F, 0): 1.0, (Op.B, 0): 2.0, (Op.F, 1): 3.0, (Op.B, 1): 4.0}
-    timeline = simulate(make("1f1b", 2, 3), MeasuredCosts(times, communication=0.0))
+    timeline = simulate(make_schedule("1f1b", 2, 3), MeasuredCosts(times, communication=0.0))
     assert timeline.work == (9, 21)
     assert timeline.makespan == 1 + 21 + 2
     assert timeline.bubble_per_rank == pytest.approx((15 / 24, 3 / 24))
     assert timeline.bubble_rate == pytest.approx(9 / 24)
     with pytest.raises(ValueError, match="no time was measured for F of stage 2"):
-        simulate(make("1f1b", 3, 3), MeasuredCosts(times))
+        simulate(make_schedule("1f1b", 3, 3), MeasuredCosts(times))
 
 
 def test_a_measurement_is_read_like_a_simulation():
-    schedule = make("zb-h1", 3, 5)
+    schedule = make_schedule("zb-h1", 3, 5)
     made = simulate(schedule, PROFILED)
     moved = measured_timeline(schedule, {a: t + 1e3 for a, t in made.start.items()}, {a: t + 1e3 for a, t in made.end.items()})
     assert (made.origin, moved.origin) == (0, 1000)
@@ -167,7 +167,7 @@ def test_a_measurement_with_holes_is_refused():
 
 
 def test_actions_depend_on_their_neighbours():
-    whole, split = make("1f1b", 3, 2), make("zb-h1", 3, 2)
+    whole, split = make_schedule("1f1b", 3, 2), make_schedule("zb-h1", 3, 2)
 
     def needs(text, schedule):
         return " ".join(map(str, dependencies(action(text), schedule)))
@@ -222,11 +222,11 @@ def test_costs_that_are_no_times_are_refused(cost):
 
 
 def test_free_actions_have_no_bubble():
-    assert simulate(make("1f1b", 2, 2), Costs(0, 0, 0)).bubble_rate == 0
+    assert simulate(make_schedule("1f1b", 2, 2), Costs(0, 0, 0)).bubble_rate == 0
 
 
 def test_large_schedules_are_quick():
     """49152 actions take a fraction of a second; anything quadratic in them would take minutes."""
     before = time.process_time()
-    simulate(make("zb-v", 32, 256), Costs()).bubble_rate  # noqa: B018
+    simulate(make_schedule("zb-v", 32, 256), Costs()).bubble_rate  # noqa: B018
     assert time.process_time() - before < 5

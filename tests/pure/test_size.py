@@ -42,7 +42,7 @@ from megatron.plan.flops import (
     layer_flops,
     stage_flops,
 )
-from megatron.plan.memory import Memory, StageActivations, memory_of
+from megatron.plan.memory import Memory, StageActivations, peak_memory
 from megatron.plan.size import MetaModel
 from megatron.plan.stages import StagePlan
 
@@ -93,7 +93,7 @@ def run_config(
 
 def count_activations(model: ModelConfig, part: StagePart, **options: Any) -> StageActivations:
     run = run_config(model, **options)
-    return StageActivations.of(run, MetaModel.of(run), part)
+    return StageActivations.from_config(run, MetaModel.from_config(run), part)
 
 
 def activation_bytes(model: ModelConfig, part: StagePart, in_flight: int = 1, **options: Any) -> int:
@@ -113,7 +113,7 @@ def memory_on_a_rank(
     parts = parts or (StagePart(range(model.num_layers)),)
     plan = StagePlan((0,) * len(parts), parts, len(parts))
     forward = [Action(Op.F, stage, i) for stage, count in enumerate(in_flight or [1] * len(parts)) for i in range(count)]
-    return memory_of(run, MetaModel.of(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
+    return peak_memory(run, MetaModel.from_config(run), plan, Schedule("test", 1, plan.placement, (tuple(forward),)), 0)
 
 
 def resolve_with_vocab(model: ModelSettings) -> ModelConfig:

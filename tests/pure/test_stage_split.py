@@ -11,7 +11,7 @@ from megatron.config.command_line.parse import parse
 from megatron.config.command_line.saved import from_json, to_json
 from megatron.config.notation import parse_layout
 from megatron.config.resolve import resolve
-from megatron.plan.stages import StagePlan, stages_of
+from megatron.plan.stages import StagePlan, plan_stages
 
 PP = "--pipeline-model-parallel-size"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
@@ -24,7 +24,7 @@ def plan(change: str, ranks: int) -> tuple[str | None, StagePlan]:
     """Schedule and stages, with a head that would weigh as much as many layers if the stages were cut by work."""
     config = parse(argv(f"{PP} {ranks} {change}"), program="t", world_size=ranks, files=False).config
     assert resolve(from_json(to_json(config))) == config
-    return config.layout.pipeline_schedule, stages_of(replace(config, model=replace(config.model, vocab_size=10**6)))
+    return config.layout.pipeline_schedule, plan_stages(replace(config, model=replace(config.model, vocab_size=10**6)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.errors import InputError
 from megatron.mesh.grid import Grid
 from megatron.plan import enough_memory
-from megatron.plan.enough_memory import Room, check_memory, states, total
+from megatron.plan.enough_memory import FreeMemory, check_memory, rank_states
 from megatron.train.job_runner import explain_error
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def parse_config(flags: str = "", world: int = 1) -> RunConfig:
 
 
 def state(config: RunConfig, world: int, rank: int = 0) -> int:
-    return total(states(config, Grid.from_layout(config.layout, world), [rank])[0])
+    return rank_states(config, Grid.from_layout(config.layout, world), [rank])[0].total
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
 def memory_refusal(config: RunConfig, env: LaunchEnvironment, free: int, *, own: bool = False) -> str:
     """Return the message of a run where so many bytes are free; nothing where the run may begin."""
     try:
-        check_memory(config, env, lambda config, env: Room(free, "there is what there is", own))
+        check_memory(config, env, lambda config, env: FreeMemory(free, "there is what there is", own))
     except InputError as error:
         return str(error)
     return ""
@@ -93,7 +93,7 @@ def test_a_gpu_is_one_ranks_own() -> None:
 
 def test_what_a_dying_process_gives_back_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(enough_memory, "RELEASE_SECONDS", 5.0)
-    rooms = [Room(0, "", True), Room(0, "", True), Room(state(parse_config(), 1), "", True)]
+    rooms = [FreeMemory(0, "", True), FreeMemory(0, "", True), FreeMemory(state(parse_config(), 1), "", True)]
     check_memory(parse_config(), LaunchEnvironment(), lambda config, env: rooms.pop(0))
     assert not rooms
 

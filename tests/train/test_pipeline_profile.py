@@ -12,7 +12,7 @@ from ranks import on_ranks
 from reference import GPT2, Setting, start_run, train_steps
 
 from megatron.pipeline.profile import Recorder
-from megatron.pipeline.schedules.schedule import Action, Op, make
+from megatron.pipeline.schedules.schedule import Action, Op, make_schedule
 from megatron.pipeline.schedules.simulate import Costs, dependencies, simulate
 from megatron.train.pipeline_profile import STEPS, ProfiledStep, align_clocks, measured_costs
 
@@ -61,7 +61,7 @@ def test_a_profile_records_every_action_and_changes_no_loss(name, world, layout,
     assert [curve for curve, _ in results] == on_ranks(world, plain_run, setting, TOTAL), "profiling changed the run"
     record = read_profile(tmp_path / "profile")
     dp = world // setting.pp // setting.tp
-    schedule = make(name, setting.pp, setting.global_batch // dp)
+    schedule = make_schedule(name, setting.pp, setting.global_batch // dp)
     assert (record["schedule"], record["micro_batches"]) == (name, schedule.micro_batches)
     assert tuple(record["placement"]) == schedule.placement
     peaks = list(simulate(schedule, Costs()).peak_activations)
@@ -107,7 +107,7 @@ def test_only_some_steps_are_timed(tmp_path):
 
 
 def test_measured_costs_are_medians_and_the_shortest_way():
-    schedule = make("1f1b", 2, 1)
+    schedule = make_schedule("1f1b", 2, 1)
     f0, f1, b1, b0 = Action(Op.F, 0, 0), Action(Op.F, 1, 0), Action(Op.B, 1, 0), Action(Op.B, 0, 0)
     steps = [
         {f0: (0.0, 1.0), f1: (1.5, 3.0), b1: (3.0, 5.0), b0: (5.25, 7.0)},
@@ -122,7 +122,7 @@ def test_measured_costs_are_medians_and_the_shortest_way():
 @pytest.mark.parametrize(("name", "ranks", "chunks"), [("1f1b", 4, None), ("interleaved", 3, 2), ("zb-v", 3, None)])
 def test_clocks_that_were_started_apart_are_set(name, ranks, chunks):
     """Never against what depends on what; and what was possible stays as it was measured."""
-    schedule = make(name, ranks, 5, chunks)
+    schedule = make_schedule(name, ranks, 5, chunks)
     true = simulate(schedule, Costs(3.0, 3.0, 2.0, communication=0.25))
     spans = {a: (true.start[a], true.end[a]) for a in schedule.actions}
     assert align_clocks(schedule, spans) == spans

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from test_program import metrics, run
 
-from megatron.checkpoint.find import find
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import verify
 from megatron.files.side import SideFile, forgiving_streams
 from megatron.tasks.finetune import write_results
@@ -76,7 +76,7 @@ def test_a_run_outlives_every_side_file(flags, tmp_path, monkeypatch, caplog, co
     with caplog.at_level(logging.WARNING):
         assert run([*flags, *more, "--tensorboard-queue-size", 2]) == Exit.FINISHED
     monkeypatch.undo()
-    assert find(tmp_path / "run").name == "iter_0000012" and verify(find(tmp_path / "run"))
+    assert find_checkpoint(tmp_path / "run").name == "iter_0000012" and verify(find_checkpoint(tmp_path / "run"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "side").iterdir())
     assert {"tb", "profile", "cache", "metrics.jsonl"} <= {name.split("/")[0] for name in disk.seen}
     assert any(name.startswith("progress.json") for name in disk.seen)

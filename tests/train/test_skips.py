@@ -7,22 +7,22 @@ import json
 import pytest
 from test_program import run
 
-from megatron.optim.scaler import Constant, Dynamic
+from megatron.optim.scaler import ConstantScaler, DynamicScaler
 from megatron.train.report import StepReport
 from megatron.train.skips import SkipCounter, learning_failure
 from megatron.train.state import TrainState
 
-DYNAMIC = Dynamic(2.0**32, 1.0, 1000, 2)
+DYNAMIC = DynamicScaler(2.0**32, 1.0, 1000, 2)
 
 
 @pytest.mark.parametrize(
     ("scaler", "learnt", "last", "said"),
     [
-        (Constant(), 8, 0, None),
-        (Constant(), 8, 1, None),
-        (Constant(), 8, 2, "nothing was learnt in the last 2 steps, up to iteration 20"),
-        (Constant(128.0), 0, 1, "nothing was learnt at all: each of the 1 steps"),
-        (Constant(1e30), 0, 3, "The loss scale is 1e+30 throughout, as --loss-scale says: try a lower one"),
+        (ConstantScaler(), 8, 0, None),
+        (ConstantScaler(), 8, 1, None),
+        (ConstantScaler(), 8, 2, "nothing was learnt in the last 2 steps, up to iteration 20"),
+        (ConstantScaler(128.0), 0, 1, "nothing was learnt at all: each of the 1 steps"),
+        (ConstantScaler(1e30), 0, 3, "The loss scale is 1e+30 throughout, as --loss-scale says: try a lower one"),
         (DYNAMIC, 8, 4, None),
         (DYNAMIC, 8, 5, "nothing was learnt in the last 5 steps, up to iteration 20"),
         (DYNAMIC, 0, 0, None),

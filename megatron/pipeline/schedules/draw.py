@@ -18,7 +18,7 @@ from types import MappingProxyType
 from megatron.pipeline.schedules.schedule import Action, Op, Schedule
 from megatron.pipeline.schedules.simulate import Timeline
 
-MEANING: Mapping[Op, str] = MappingProxyType(
+OP_NAMES: Mapping[Op, str] = MappingProxyType(
     {
         Op.F: "forward",
         Op.B: "backward",
@@ -53,7 +53,7 @@ def draw_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
     shown = list(range(schedule.ranks))
     if schedule.ranks > MAX_ROWS:
         del shown[MAX_ROWS // 2 : -MAX_ROWS // 2]
-    lines = [f"{_numbers(schedule)}; {_results(timeline)}"]
+    lines = [f"{_describe_schedule(schedule)}; {_describe_timeline(timeline)}"]
     for above, rank in pairwise([-1, *shown]):
         if rank > above + 1:
             lines.append(f"...      {rank - above - 1} more ranks")
@@ -62,7 +62,7 @@ def draw_text(schedule: Schedule, timeline: Timeline, width: int = 120) -> str:
     if timeline.makespan * scale > columns + 0.5:
         lines.append(f"cut at time {columns / scale:.4g} of {timeline.makespan:.4g}; a wider drawing or the SVG shows the rest")
     ops = sorted({action.op for action in schedule.actions}, key=list(Op).index)
-    lines.append("; ".join([*(f"{op.value} {MEANING[op]}" for op in ops), "dots: bubble"]))
+    lines.append("; ".join([*(f"{op.value} {OP_NAMES[op]}" for op in ops), "dots: bubble"]))
     return "\n".join(lines)
 
 
@@ -97,7 +97,7 @@ def _label(schedule: Schedule, action: Action) -> str:
     return f"{action.op.value}{action.micro_batch}{chunk}"
 
 
-def _numbers(schedule: Schedule) -> str:
+def _describe_schedule(schedule: Schedule) -> str:
     chunks = schedule.stages // schedule.ranks
     words = ["1 rank" if schedule.ranks == 1 else f"{schedule.ranks} ranks"]
     if chunks > 1:
@@ -106,7 +106,7 @@ def _numbers(schedule: Schedule) -> str:
     return f"{schedule.name}: {', '.join(words)}"
 
 
-def _results(timeline: Timeline) -> str:
+def _describe_timeline(timeline: Timeline) -> str:
     peaks = timeline.peak_activations
     listed = ", ".join(map(str, peaks)) if len(peaks) <= 8 and len(set(peaks)) > 1 else str(max(peaks))
     return f"makespan {timeline.makespan:.4g}, bubble {timeline.bubble_rate:.1%}, peak activations {listed}"
@@ -145,7 +145,7 @@ def draw_svg(panels: Sequence[Panel]) -> str:
     if not panels:
         raise ValueError("there is nothing to draw: give at least one panel")
     longest = max(panel.timeline.makespan for panel in panels) or 1.0
-    wanted = max(BOX * longest / _typical(panel.timeline) for panel in panels)
+    wanted = max(BOX * longest / _median_duration(panel.timeline) for panel in panels)
     plot = min(max(wanted, MIN_PLOT), MAX_PLOT)
     scale = plot / longest
     body, y = [], 14.0
@@ -168,38 +168,40 @@ def draw_svg(panels: Sequence[Panel]) -> str:
     )
 
 
-def _typical(timeline: Timeline) -> float:
+def _median_duration(timeline: Timeline) -> float:
     durations = [d for d in (timeline.end[a] - timeline.start[a] for a in timeline.start) if d > 0]
     return median(durations) if durations else 1.0
 
 
 def _panel(panel: Panel, y: float, scale: float) -> list[str]:
     schedule, timeline = panel.schedule, panel.timeline
-    caption = f"{_numbers(schedule)}; {_results(timeline)}"
+    caption = f"{_describe_schedule(schedule)}; {_describe_timeline(timeline)}"
     out = [
-        _words(LEFT, y + 12, panel.title, size=15),
-        _words(LEFT, y + 31, caption, color=FAINT),
+        _svg_text(LEFT, y + 12, panel.title, size=15),
+        _svg_text(LEFT, y + 31, caption, color=FAINT),
     ]
     last_chunk = max(schedule.chunk)
     for rank, program in enumerate(schedule.programs):
         top = y + HEAD + rank * (ROW + GAP)
-        out.append(_words(LEFT - 10, top + 16, f"rank {rank}", color=FAINT, anchor="end"))
+        out.append(_svg_text(LEFT - 10, top + 16, f"rank {rank}", color=FAINT, anchor="end"))
         if not program:
             continue
         first = min(timeline.start[action] for action in program) - timeline.origin
-        out.append(_rect(LEFT + first * scale, top, timeline.span[rank] * scale, BUBBLE, "bubble"))
+        out.append(_svg_rect(LEFT + first * scale, top, timeline.span[rank] * scale, BUBBLE, "bubble"))
         for action in program:
             chunk = schedule.chunk[action.stage]
             depth = chunk / last_chunk if last_chunk else 0.0
             start = timeline.start[action] - timeline.origin
             duration = timeline.end[action] - timeline.start[action]
             x, width = LEFT + start * scale, duration * scale
-            when = f"{MEANING[action.op]}, micro-batch {action.micro_batch}, stage {action.stage}: {start:.4g} + {duration:.4g}"
-            out.append(_rect(x, top, width, _shade(action.op, depth), action.op.value, when))
+            when = (
+                f"{OP_NAMES[action.op]}, micro-batch {action.micro_batch}, stage {action.stage}: {start:.4g} + {duration:.4g}"
+            )
+            out.append(_svg_rect(x, top, width, _shade(action.op, depth), action.op.value, when))
             text = str(action.micro_batch)
             if width >= len(text) * DIGIT + 3:
                 color = PAPER if depth > 0.5 else INK
-                out.append(_words(x + width / 2, top + 16, text, size=11, color=color, anchor="middle"))
+                out.append(_svg_text(x + width / 2, top + 16, text, size=11, color=color, anchor="middle"))
     return out
 
 
@@ -212,8 +214,8 @@ def _axis(y: float, longest: float, scale: float) -> list[str]:
     for i in range(math.floor(longest / step + 1e-9) + 1):
         x = LEFT + i * step * scale
         out.append(f'<path d="M{x:.1f} {y:.1f}v4" stroke="{FAINT}" fill="none"/>')
-        out.append(_words(x, y + 17, f"{i * step:.6g}", size=11, color=FAINT, anchor="middle"))
-    out.append(_words(LEFT - 10, y + 17, "time", size=11, color=FAINT, anchor="end"))
+        out.append(_svg_text(x, y + 17, f"{i * step:.6g}", size=11, color=FAINT, anchor="middle"))
+    out.append(_svg_text(LEFT - 10, y + 17, "time", size=11, color=FAINT, anchor="end"))
     return out
 
 
@@ -221,17 +223,17 @@ def _legend(y: float, panels: Sequence[Panel]) -> list[str]:
     """One key for each kind of action that is drawn, in its shades, and one for the bubble."""
     used = {action.op for panel in panels for action in panel.schedule.actions}
     shades = 2 if any(max(panel.schedule.chunk) for panel in panels) else 1
-    keys = [(MEANING[op], [_shade(op, depth) for depth in range(shades)]) for op in Op if op in used]
+    keys = [(OP_NAMES[op], [_shade(op, depth) for depth in range(shades)]) for op in Op if op in used]
     keys.append(("bubble", [BUBBLE]))
     out, x = [], float(LEFT)
     for text, colors in keys:
         for color in colors:
             out.append(f'<rect x="{x:.1f}" y="{y - 10:.1f}" width="12" height="12" rx="2" fill="{color}"/>')
             x += 13
-        out.append(_words(x + 5, y, text, size=11))
+        out.append(_svg_text(x + 5, y, text, size=11))
         x += 5 + len(text) * 5.9 + 18
     if shades > 1:
-        out.append(_words(x, y, "darker: later chunk", size=11, color=FAINT))
+        out.append(_svg_text(x, y, "darker: later chunk", size=11, color=FAINT))
     return out
 
 
@@ -241,12 +243,12 @@ def _shade(op: Op, depth: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * depth):02x}" for a, b in zip(light, dark, strict=True))
 
 
-def _rect(x: float, y: float, width: float, color: str, kind: str, title: str = "") -> str:
+def _svg_rect(x: float, y: float, width: float, color: str, kind: str, title: str = "") -> str:
     hover = f"<title>{escape(title)}</title></rect>" if title else "</rect>"
     # A hair of the paper between neighbours; never so much that a short action vanishes.
     seam = min(0.8, width / 4) if title else 0.0
     return f'<rect class="{kind}" x="{x:.2f}" y="{y:.1f}" width="{width - seam:.2f}" height="{ROW}" fill="{color}">{hover}'
 
 
-def _words(x: float, y: float, text: str, *, size: int = 12, color: str = INK, anchor: str = "start") -> str:
+def _svg_text(x: float, y: float, text: str, *, size: int = 12, color: str = INK, anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{escape(text)}</text>'

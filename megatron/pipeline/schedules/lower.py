@@ -84,19 +84,19 @@ def lower(schedule: Schedule, early: int = EARLY) -> list[list[Instruction]]:
     early: actions between posting a receive and needing it, where nothing speaks against it; 0 for an order in which every
     call may block. ValueError when the programs wait for one another for ever.
     """
-    needed = [_needed(program) for program in schedule.programs]
+    needed = [_index_by_input(program) for program in schedule.programs]
     channels = _channels(schedule)
     start = simulate(schedule, Costs()).start
     behind: Places = [{} for _ in schedule.programs]
     if early:
-        behind = _sends(schedule, channels)
-        ahead = _receives(channels, needed, _ancestors(schedule, start), early)
+        behind = _place_sends(schedule, channels)
+        ahead = _place_receives(channels, needed, _ancestors(schedule, start), early)
     else:
-        ahead = _in_one_order(schedule, channels, needed, start)
+        ahead = _place_in_one_order(schedule, channels, needed, start)
     lowered = []
     for rank, program in enumerate(schedule.programs):
         incoming = {sender: channel for (sender, receiver), channel in channels.items() if receiver == rank}
-        done = _done(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
+        done = _completed_sends(rank, needed, incoming, {peer: channels.get((rank, peer), []) for peer in incoming}, schedule)
         items: list[Instruction] = []
         for index, action in enumerate(program):
             items += [*ahead[rank].get(index, ()), action, *behind[rank].get(index, ())]
@@ -106,7 +106,7 @@ def lower(schedule: Schedule, early: int = EARLY) -> list[list[Instruction]]:
     return lowered
 
 
-Need: TypeAlias = dict[tuple[int, int, bool], int]
+InputIndex: TypeAlias = dict[tuple[int, int, bool], int]
 Channel: TypeAlias = dict[tuple[int, int], list[Transfer]]  # (sender, receiver) -> its transfers, in the order they are made
 Places: TypeAlias = list[dict[int, list[Instruction]]]  # of each rank: index of an action -> what stands next to it
 
@@ -123,20 +123,20 @@ def _channels(schedule: Schedule) -> Channel:
     return channels
 
 
-def _needed(program: tuple[Action, ...]) -> Need:
+def _index_by_input(program: tuple[Action, ...]) -> InputIndex:
     """(stage, micro-batch, forward or not) -> the index of the action that takes this input."""
     return {(a.stage, a.micro_batch, a.op is Op.F): i for i, a in enumerate(program) if a.op is not Op.W}
 
 
-def _user(transfer: Transfer, needed: Need) -> int:
+def _user_index(transfer: Transfer, needed: InputIndex) -> int:
     """The index, in the receiver's program, of the action that uses what is transferred."""
     made = transfer.produced
     return needed[transfer.stage, made.micro_batch, made.op is Op.F]
 
 
-def _done(
+def _completed_sends(
     rank: int,
-    needed: list[Need],
+    needed: list[InputIndex],
     incoming: dict[int, list[Transfer]],
     outgoing: dict[int, list[Transfer]],
     schedule: Schedule,
@@ -145,15 +145,15 @@ def _done(
     done: dict[int, list[int]] = {}
     for peer, channel in incoming.items():
         made_at = {action: i for i, action in enumerate(schedule.programs[peer])}
-        waits = sorted((_user(t, needed[rank]), made_at[t.produced]) for t in channel)
-        open_sends = sorted((_user(t, needed[peer]), t.number) for t in outgoing[peer])
+        waits = sorted((_user_index(t, needed[rank]), made_at[t.produced]) for t in channel)
+        open_sends = sorted((_user_index(t, needed[peer]), t.number) for t in outgoing[peer])
         for index, made in waits:
             while open_sends and open_sends[0][0] <= made:
                 done.setdefault(index, []).append(open_sends.pop(0)[1])
     return {index: tuple(numbers) for index, numbers in done.items()}
 
 
-def _sends(schedule: Schedule, channels: Channel) -> Places:
+def _place_sends(schedule: Schedule, channels: Channel) -> Places:
     """Each send, to stand right behind the action that makes what is sent."""
     places: Places = [{} for _ in schedule.programs]
     made_at = [{action: index for index, action in enumerate(program)} for program in schedule.programs]
@@ -163,13 +163,13 @@ def _sends(schedule: Schedule, channels: Channel) -> Places:
     return places
 
 
-def _receives(channels: Channel, needed: list[Need], before: Mapping[Action, list[int]], early: int) -> Places:
+def _place_receives(channels: Channel, needed: list[InputIndex], before: Mapping[Action, list[int]], early: int) -> Places:
     """Each receive, to stand `early` actions ahead of the one that needs it, or later; before: see `_ancestors`."""
     places: Places = [{} for _ in needed]
     for (sender, receiver), channel in channels.items():
-        latest, posts = _user(channel[-1], needed[receiver]), []
+        latest, posts = _user_index(channel[-1], needed[receiver]), []
         for transfer in reversed(channel):  # none later than one that the sender sends after it
-            latest = min(latest, _user(transfer, needed[receiver]) - early)
+            latest = min(latest, _user_index(transfer, needed[receiver]) - early)
             latest = max(latest, before[transfer.produced][receiver])
             posts.append((latest, _receive(transfer, sender)))
         for place, receive in reversed(posts):
@@ -192,7 +192,9 @@ def _ancestors(schedule: Schedule, start: Mapping[Action, float]) -> dict[Action
     return counts
 
 
-def _in_one_order(schedule: Schedule, channels: Channel, needed: list[Need], start: Mapping[Action, float]) -> Places:
+def _place_in_one_order(
+    schedule: Schedule, channels: Channel, needed: list[InputIndex], start: Mapping[Action, float]
+) -> Places:
     """Both ends of a transfer right before the start of the action that needs it, on a clock that all ranks share.
 
     The order is (time, transfers before actions, number): every rank's program is sorted by it, and no two are alike in it.
@@ -201,7 +203,7 @@ def _in_one_order(schedule: Schedule, channels: Channel, needed: list[Need], sta
     due: list[list[tuple[float, int, Instruction]]] = [[] for _ in schedule.programs]
     for (sender, receiver), channel in channels.items():
         for transfer in channel:
-            time = starts[receiver][_user(transfer, needed[receiver])]
+            time = starts[receiver][_user_index(transfer, needed[receiver])]
             due[sender].append((time, transfer.number, _send(transfer)))
             due[receiver].append((time, transfer.number, _receive(transfer, sender)))
     places: Places = [{} for _ in schedule.programs]

@@ -30,7 +30,7 @@ from types import MappingProxyType
 
 
 class Op(Enum):
-    """ScheduleKind of work of a stage on a micro-batch. B is I and W at once."""
+    """Kind of work of a stage on a micro-batch. B is I and W at once."""
 
     F = "F"  # forward
     B = "B"  # backward: gradients of the stage's input and of its weights
@@ -128,7 +128,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
         # A rank meets the next chunk p actions later, so ranks that alternate must stand two actions apart, not one.
         stride = 1 if chunks == 1 else 2
         warm_up = stride * (ranks - 1 - rank) + (chunks - 1) * ranks
-        programs.append(_only(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
+        programs.append(_drop_missing(micro_batches, _warm_up_then_alternate(forwards, backwards, warm_up)))
     return _schedule("interleaved", micro_batches, looped(ranks, chunks), programs)
 
 
@@ -173,7 +173,7 @@ def zero_bubble_v(ranks: int, micro_batches: int) -> Schedule:
         order += [(Op.I, down), (Op.I, up)] * rank
         order += [(Op.I, down), (Op.W, down)] * remaining
         order += [(Op.W, up)] * rank + [(Op.W, down)] * rank
-        programs.append(_only(micro_batches, _number(order)))
+        programs.append(_drop_missing(micro_batches, _number_micro_batches(order)))
     return _schedule("zb-v", micro_batches, v_shaped(ranks), programs)
 
 
@@ -216,7 +216,7 @@ SCHEDULES: Mapping[str, ScheduleKind] = MappingProxyType(
         "zb-v": ScheduleKind(lambda p, m, v: zero_bubble_v(p, m), place=v_shaped, chunks=2, splits=True),
     }
 )
-DEFAULT = "1f1b"
+DEFAULT_SCHEDULE = "1f1b"
 DEFAULT_WITH_CHUNKS = "interleaved"  # where the user asks for virtual stages and names no schedule
 DEFAULT_CHUNKS = 2  # where the user may choose and did not
 
@@ -232,7 +232,7 @@ def schedule_names(wanted: Callable[[ScheduleKind], bool]) -> str:
     return f"{', '.join(names)} or {last}" if names else last
 
 
-def make(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
+def make_schedule(name: str, ranks: int, micro_batches: int, chunks: int | None = None) -> Schedule:
     """Return the schedule called `name`.
 
     Args:
@@ -305,7 +305,7 @@ def _defer_weight_grads(ranks: int, micro_batches: int, stride: int) -> list[lis
     return programs
 
 
-def _number(order: Sequence[tuple[Op, int]]) -> list[Action]:
+def _number_micro_batches(order: Sequence[tuple[Op, int]]) -> list[Action]:
     """(op, stage) in order -> actions: each of one kind takes the next micro-batch."""
     following: dict[tuple[Op, int], int] = {}
     program = []
@@ -316,7 +316,7 @@ def _number(order: Sequence[tuple[Op, int]]) -> list[Action]:
     return program
 
 
-def _only(micro_batches: int, program: Sequence[Action]) -> list[Action]:
+def _drop_missing(micro_batches: int, program: Sequence[Action]) -> list[Action]:
     """A program without the micro-batches that do not exist. The others never wait for those, so they cannot get stuck."""
     return [action for action in program if action.micro_batch < micro_batches]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, path_in, read_manifest
+from megatron.checkpoint.layout import TOKENIZER, CheckpointError, check_bytes, checked_path, read_manifest
 from megatron.checkpoint.tokenizer import KEPT, open_tokenizer
 from megatron.data.errors import DataError
 from megatron.data.hugging_face import VOCABULARIES
@@ -25,28 +25,32 @@ TOKENIZER_FILES = (
     *VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-TEMPLATES = "additional_chat_templates"
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
-def assets(tokenizer: Tokenizer | None, kept: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a checkpoint's tokenizer, and the kept ones beside them."""
+def checkpoint_assets(tokenizer: Tokenizer | None, kept: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files of a checkpoint's tokenizer, and the kept ones beside them, by name."""
     own = {} if tokenizer is None else tokenizer.files()
     return own | {f"{KEPT}/{name}": content for name, content in kept.items()}
 
 
-def in_checkpoint(directory: Path) -> dict[str, bytes]:
-    """The files that were kept in a checkpoint directory, by name. CheckpointError when their bytes are not the manifest's."""
+def read_kept_files(directory: Path) -> dict[str, bytes]:
+    """Read the files that were kept in a checkpoint directory, by name.
+
+    CheckpointError when their bytes are not the manifest's, or for a name that is never kept.
+    """
     manifest, folder = read_manifest(directory), f"{TOKENIZER}/{KEPT}/"
     names = [name.removeprefix(folder) for name in manifest.files if name.startswith(folder)]
-    for name in names:  # whoever made the checkpoint, an export writes no other file for it
-        templates = PurePosixPath(name).parent.as_posix() == TEMPLATES and name.endswith(".jinja")
+    # Whoever made the checkpoint, an export writes no other file for it: one could be code, which a reader would run.
+    for name in names:
+        templates = PurePosixPath(name).parent.as_posix() == CHAT_TEMPLATES and name.endswith(".jinja")
         if name not in (*SETTINGS, *TOKENIZER_FILES) and not templates:
             raise CheckpointError(f"{directory}/{folder}{name}: nothing of that name is kept of a Hugging Face directory")
     check_bytes(directory, manifest, [folder + name for name in names])
-    return {name: read_bytes(path_in(directory, folder + name), MAX_VOCABULARY_BYTES) for name in names}
+    return {name: read_bytes(checked_path(directory, folder + name), MAX_VOCABULARY_BYTES) for name in names}
 
 
-def carried(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None]) -> dict[str, bytes]:
+def inherited_assets(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None]) -> dict[str, bytes]:
     """Return what a run's checkpoints hold beside the weights: its tokenizer, and what was kept in the one it starts from.
 
     Args:
@@ -57,35 +61,36 @@ def carried(tokenizer: Tokenizer, source: Path | None, say: Callable[[str], None
     Raises:
         CheckpointError, DataError: as `open_tokenizer`.
     """
-    kept = {} if source is None else in_checkpoint(source)
+    kept = {} if source is None else read_kept_files(source)
     if source is not None and kept:
         held = open_tokenizer(source)
         if not same_ids(held, tokenizer) if held is not None else not _ends_alike(tokenizer, kept):
             say(f"the files of Hugging Face in {source} are of another tokenizer and are not kept on: {', '.join(kept)}")
             kept = {}
-    return assets(tokenizer, kept)
+    return checkpoint_assets(tokenizer, kept)
 
 
 def _ends_alike(tokenizer: Tokenizer, kept: Mapping[str, bytes]) -> bool:
-    """Whether a tokenizer has one of the kept end tokens: the only sign that it is theirs, where none was imported."""
-    ends, end = (token_ids(kept) or {}).get("eos_token_id"), tokenizer.special.get("eod")
+    """Return whether a tokenizer has one of the kept end tokens; also where either does not say."""
+    # The only sign that the files are of this tokenizer, where none was imported with them.
+    ends, end = (kept_token_ids(kept) or {}).get("eos_token_id"), tokenizer.special.get("eod")
     unknown = ends is None or end is None or isinstance(tokenizer, NullTokenizer)
     return unknown or end == ends or (isinstance(ends, list) and end in ends)
 
 
-def token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The ids of special tokens that the kept config.json names, null and lists among them; None where none is kept."""
+def kept_token_ids(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """Return the ids of special tokens that the kept config.json names, null and lists among them; None where none is kept."""
     about = kept_config(kept)
     return None if about is None else {name: value for name, value in about.items() if name.endswith("_token_id")}
 
 
 def kept_config(kept: Mapping[str, bytes]) -> dict[str, Any] | None:
-    """The kept config.json as an object; None where none is kept."""
-    return kept_object(kept, "config.json")
+    """Return the kept config.json as an object; None where none is kept."""
+    return kept_json(kept, "config.json")
 
 
-def kept_object(kept: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
-    """The JSON object in a kept file; None where it is not kept."""
+def kept_json(kept: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
+    """Return the JSON object in a kept file; None where it is not kept. DataError where it is none."""
     if name not in kept:
         return None
     try:
