@@ -51,7 +51,7 @@ class FlatBuffer:
         self.grads = torch.zeros(bucket.length, dtype=grad_dtype, device=example.device)  # [length]
         for p, weight, grad in zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True):
             weight.copy_(p.detach())
-            p.data = weight
+            p.data = weight  # the module's own tensor is let go: from here on the buffer is the weight
             p.main_grad = grad  # type: ignore[attr-defined]  # for who adds to it without autograd
             if p.dtype == grad_dtype:
                 p.grad = grad  # autograd adds to it in place
@@ -94,6 +94,7 @@ class FlatBuffer:
             spec = param_spec(p)
             for piece in rectangles(spec.part.shape, low, low + values.numel()):
                 start = tuple(a + b for a, b in zip(spec.part.start, piece.start, strict=True))
+                # A view, so that loading a checkpoint fills the buffer in place.
                 data = values[piece.first - low : piece.first - low + piece.size].view(piece.shape)
                 yield Shard(prefix + spec.name, spec.shape, Part(start, piece.shape), spec.split_over, data)
 
@@ -103,13 +104,13 @@ class FlatBuffer:
 
     def load(self, whole: Tensor) -> None:
         """Take fp32 weights `[length]` of the whole bucket, equal on all ranks. No communication."""
-        self.weights.copy_(whole)
+        self.weights.copy_(whole)  # [length], rounded to the model's dtype
         self.main.copy_(whole[self.own])
 
     def all_gather_params_async(self) -> CollectiveWork:
         """Give the model the main weights, rounded to its dtype: this rank's slice at once, the others' as they come."""
         if self.weights.dtype != torch.float32:
-            self.weights[self.own].copy_(self.main)
+            self.weights[self.own].copy_(self.main)  # [own]; in an fp32 run `main` is this very memory
         return gather_slices_async(self.weights, self.owners)
 
     def all_gather_params(self) -> None:

@@ -59,6 +59,7 @@ class LRSchedule:
             decay, warmup = samples_for(batch, end), samples_for(batch, optim.lr_warmup_iters)
             annealing = decay - samples_for(batch, max(0, end - (optim.lr_wsd_decay_iters or 0)))
         if optim.lr_warmup_fraction is not None:
+            # Of the decay's length, not of the run's, as in Megatron-LM.
             warmup = int(optim.lr_warmup_fraction * decay)
         own_floor = optim.min_lr if optim.decoupled_min_lr is None else optim.decoupled_min_lr
         return cls(
@@ -100,11 +101,11 @@ class LRSchedule:
             return self.initial + (peak - self.initial) * samples / self.warmup
         if self.style == "constant":
             return peak
-        if samples > self.decay:
+        if samples > self.decay:  # also of a run that goes on for longer than its decay
             return floor
         if self.style == "inverse-square-root":
             return max(floor, peak * math.sqrt(max(self.warmup, 1)) / math.sqrt(max(samples, 1)))
-        if self.style == "WSD":
+        if self.style == "WSD":  # warm-up, stable, decay
             begin = self.decay - self.annealing
             left = 1.0 if samples <= begin else _remaining_share(self.annealing_style, (samples - begin) / self.annealing)
         else:

@@ -72,6 +72,7 @@ def global_norm(tensors: LocalTensors, everyone: Axis) -> Tensor:
         tensors: already summed over the ranks that sum them.
         everyone: all ranks of the run.
     """
+    # One all-reduce for both sums: [2], fp64.
     none = tensors.counted[0].new_zeros((), dtype=torch.float64)
     copies = _squares(tensors.copies) if tensors.copies else none
     squares, of_copies = all_reduce(torch.stack([_squares(tensors.counted), copies]), everyone)

@@ -95,15 +95,12 @@ class Optimizer:
             weight_decay: of the parameters that decay.
             scale: what the accumulated gradients are multiplied with before anything else.
             decoupled_lr: the learning rate of parameters that are decoupled; None: `lr`.
-
-        Returns:
-            What the step did.
         """
         self.gatherer.finish()
         self._reduce()
         norm = float(global_norm(self._grads, self.mesh.world)) * scale
         zeros = count_zeros(self._grads, self.mesh.world) if self.log_zeros else None
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm)  # equal on all ranks, so all take or skip the step
         if finite:
             rates = (lr, lr if decoupled_lr is None else decoupled_lr)
             self.update.begin(rates, weight_decay=weight_decay, multiplier=scale * self._clipping(norm))

@@ -48,6 +48,7 @@ class GradReducer:
             self._start(buffer)
         for each in self._pending:
             each.wait()
+        # The first step that says its number of micro-batches counts what one of them adds; later ones start early by it.
         if self.overlap and self._micro_batches and self._per_micro_batch is None:
             self._per_micro_batch = [self._each(added, self._micro_batches) for added in self._added]
         self._micro_batches, self._pending = None, []
@@ -62,6 +63,7 @@ class GradReducer:
         return added // micro_batches
 
     def _start(self, buffer: FlatBuffer) -> None:
+        # A rank that owns a slice needs the sum of that alone: half of an all-reduce's traffic.
         start = reduce_slices_async if buffer.owners.size > 1 else all_reduce_async
         self._pending.append(start(buffer.grads, buffer.data_axis))
 
@@ -72,6 +74,7 @@ class GradReducer:
                 return
             if number < len(self._pending):
                 raise RuntimeError("a gradient was added to a bucket whose sum is already under way; this is an error here")
+            # In the buckets' own order: one that is complete early waits for those before it.
             while len(self._pending) < len(self.buffers) and self._complete(len(self._pending)):
                 self._start(self.buffers[len(self._pending)])
 

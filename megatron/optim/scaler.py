@@ -79,7 +79,7 @@ class DynamicScaler:
     def update(self, finite: bool) -> None:
         if not finite:
             self.updates = 0
-            self.patience -= 1
+            self.patience -= 1  # Megatron-LM's hysteresis: one overflow may be chance
             if self.patience <= 0:
                 self.scale = max(self.scale * BACKOFF_FACTOR, self.min_scale)
             return

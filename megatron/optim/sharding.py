@@ -69,6 +69,7 @@ def param_ranges(offsets: Sequence[int], sizes: Sequence[int], own: slice) -> It
         own: the slice.
     """
     for member, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        # Relative to the parameter's begin; `size` leaves its padding out.
         low, high = max(own.start - offset, 0), min(own.stop - offset, size)
         if low < high:
             yield ParamRange(member, low, high, offset + low - own.start)

@@ -47,7 +47,7 @@ class Target:
 
     def join(self, spec: ParameterSpec, part: Tensor) -> Tensor:
         """Return the whole tensor of `spec.shape`, given each rank's part of it. Collective over the axes that split it."""
-        whole = part.new_zeros(spec.shape)
+        whole = part.new_zeros(spec.shape)  # zero where other ranks hold it, so that a sum joins the parts
         whole[spec.part.slices] = part
         for name in sorted(spec.split_over):
             whole = all_reduce(whole, self.axis(name))
@@ -78,7 +78,14 @@ class Method(Protocol):
     def steps(self, count: int) -> None: ...
 
     def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
-        """Update the target. grad: `[own]`, to be multiplied with `factor`, in place or as it is read."""
+        """Update the target.
+
+        Args:
+            grad: of the target, `[own]`, fp32.
+            factor: to be multiplied with `grad`, in place or as it is read.
+            lr: the learning rate.
+            weight_decay: 0 where none reaches the target.
+        """
         ...
 
 
@@ -153,7 +160,7 @@ class _AdamW:
         self._main, self._fused = main, config.adam_kernel == "fused"
         self._config = config
         self.state = {"exp_avg": torch.zeros_like(main), "exp_avg_sq": torch.zeros_like(main)}
-        self._count = torch.zeros((), device=main.device)
+        self._count = torch.zeros((), device=main.device)  # the fused kernel reads it on the device
 
     def step(self, grad: Tensor, factor: Factor, *, lr: float, weight_decay: float) -> None:
         if not self._fused and factor.inverse is not None:
@@ -214,7 +221,7 @@ class _ApexAdam:
         self._optimizer.param_groups[0].update(lr=lr, weight_decay=weight_decay)
         self._main.grad = grad
         self._optimizer.step()
-        self._main.grad = None
+        self._main.grad = None  # its memory is the buffer's, not the optimizer's
 
     @property
     def steps(self) -> int:

@@ -164,7 +164,7 @@ class Executor:
         self._inbox: dict[tuple[int, int, bool], Tensor | PendingReceive] = {}
         self._outbox: dict[Action, Tensor] = {}
         self._in_flight: dict[tuple[int, int], InFlight] = {}
-        self._totals = torch.zeros(4, device=self.device)
+        self._totals = torch.zeros(4, device=self.device)  # the fields of StepOutput, fp32
         self.peak_in_flight = 0
         for item in self._program(batches, backward):
             if isinstance(item, Receive):
@@ -234,7 +234,7 @@ class Executor:
         """
         count = self._counts[action.micro_batch]
         if torch.is_grad_enabled():
-            loss = stage.loss(x.requires_grad_(), batch)
+            loss = stage.loss(x.requires_grad_(), batch)  # x is a leaf of a graph of its own
             self.scaled_loss(replace(loss, tokens=count), len(self._batches)).backward()  # type: ignore[no-untyped-call]
             if x.grad is not None:
                 self._inbox[action.stage, action.micro_batch, False] = x.grad
@@ -259,7 +259,7 @@ class Executor:
         _run_backward(in_flight.edge, grad)
         if in_flight.x is not None and in_flight.x.grad is not None:
             self._send_output(action, in_flight.x.grad)
-        in_flight.x = in_flight.edge = None
+        in_flight.x = in_flight.edge = None  # frees the graph; `products` hold what W needs
 
     def _weight_grad(self, action: Action, _: Tensor | None) -> None:
         for product in self._in_flight.pop((action.stage, action.micro_batch)).products:

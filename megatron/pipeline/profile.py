@@ -34,6 +34,7 @@ class Stopwatch(Recorder):
     def mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
+        # On the stream, so that it marks when the GPU gets here, not when this process does.
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
@@ -49,5 +50,6 @@ class Stopwatch(Recorder):
 
     def _clock(self, moment: Any) -> float:
         if self.device.type == "cuda":
+            # elapsed_time is in milliseconds.
             return self._time + float(self._zero.elapsed_time(moment)) / 1000.0
         return self._time + float(moment - self._zero)

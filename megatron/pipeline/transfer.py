@@ -71,7 +71,7 @@ class Channels:
         """
         for done in [n for n, (work, _) in self._sending.items() if work.is_completed()]:
             del self._sending[done]
-        x = x.to(self.memory).contiguous()
+        x = x.to(self.memory).contiguous()  # [seq, batch, hidden]; gloo sends from host memory
         axis = self._axis(self.up.rank, peer)
         self._sending[number] = dist.isend(x, axis.ranks[peer], group=axis.group, tag=number), x
 
@@ -86,6 +86,7 @@ class Channels:
         """
         buffer = torch.empty(shape, dtype=dtype, device=self.memory)
         axis = self._axis(peer, self.up.rank)
+        # Backends that match by order take no notice of the tag; gloo matches by it.
         work = dist.irecv(buffer, axis.ranks[peer], group=axis.group, tag=number)
         return PendingReceive(work, buffer, self.device)
 

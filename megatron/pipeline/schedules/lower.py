@@ -148,6 +148,7 @@ def _completed_sends(
         waits = sorted((_user_index(t, needed[rank]), made_at[t.produced]) for t in channel)
         open_sends = sorted((_user_index(t, needed[peer]), t.number) for t in outgoing[peer])
         for index, made in waits:
+            # What the peer made at `made` came after its actions before that, and so after they had used what was sent to them.
             while open_sends and open_sends[0][0] <= made:
                 done.setdefault(index, []).append(open_sends.pop(0)[1])
     return {index: tuple(numbers) for index, numbers in done.items()}

@@ -119,7 +119,7 @@ def interleaved_1f1b(ranks: int, micro_batches: int, chunks: int) -> Schedule:
         micro_batches: m.
         chunks: v.
     """
-    groups = -(-micro_batches // ranks)
+    groups = -(-micro_batches // ranks)  # rounded up
     order = [(chunk, group * ranks + m) for group in range(groups) for chunk in range(chunks) for m in range(ranks)]
     programs = []
     for rank in range(ranks):

@@ -185,6 +185,7 @@ def validate(schedule: Schedule) -> None:
             seen.add(action)
     for stage in range(schedule.stages):
         for m in range(schedule.micro_batches):
+            # Backward is whole or split, never both: gradients of the weights would be added twice.
             ran = {op for op in Op if Action(op, stage, m) in seen}
             if ran not in ({Op.F, Op.B}, {Op.F, Op.I, Op.W}):
                 names = " ".join(op.value for op in Op if op in ran) or "nothing"
