@@ -105,34 +105,37 @@ def package() -> dict[str, ast.Module]:
 def test_docstrings_begin_with_sentences() -> None:
     found = [f"{place}:{line}: {text}" for place, module in package().items() for line, text in no_sentences(module)]
     everything = sum(1 for module in package().values() for _ in docstrings(module))
-    assert len(found) < 0.017 * everything, found
+    assert len(found) < 0.01 * everything, found
 
 
 def test_parameters_are_explained() -> None:
     found = [(place, *rest) for place, module in package().items() for rest in with_many_parameters(module)]
     silent = [f"{place}:{line}: {name}" for place, line, name, explained in found if not explained]
-    assert len(silent) <= 0.23 * len(found), silent
+    assert len(silent) <= 0.1 * len(found), silent
 
 
 def test_comments_say_why() -> None:
     pairs = [comments_and_code(path.read_text(), tree(path)) for path in sources("megatron")]
     comments, code = (sum(column) for column in zip(*pairs, strict=True))
-    assert comments >= 0.046 * code, f"{comments} comments on {code} lines of code"
+    assert comments >= 0.05 * code, f"{comments} comments on {code} lines of code"
 
 
 def test_tests_and_benchmarks_keep_the_same_rules() -> None:
-    """Docstrings are sentences, support modules explain their parameters, and no function is called `x_of`."""
+    """Docstrings are sentences, and support modules explain their parameters."""
     paths = sources("tests", "benchmarks", "examples")
     assert not [f"{shown(path)}:{line}: {text}" for path in paths for line, text in no_sentences(tree(path))]
-    assert not [f"{shown(path)}: {name}" for path in paths for name in attributes_as_functions(tree(path))]
     support = [path for path in paths if not path.name.startswith("test_")]
     found = [(shown(path), *rest) for path in support for rest in with_many_parameters(tree(path))]
     silent = [f"{place}:{line}: {name}" for place, line, name, explained in found if not explained]
     assert len(silent) <= 0.1 * len(found), silent
 
 
+def test_no_function_is_called_as_an_attribute_of_something() -> None:
+    assert not [f"{shown(path)}: {name}" for path in sources() for name in attributes_as_functions(tree(path))]
+
+
 def test_a_class_name_has_one_meaning() -> None:
-    assert len(public_classes(package())) <= 2
+    assert public_classes(package()) == {}
 
 
 def test_limits_are_called_max_and_min() -> None:
