@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.inference.generate import Predictor, batch_of_rows, check_prompt, free_positions, mask_banned
-from megatron.inference.kv_cache import KVCache
+from megatron.inference.kv_cache import KVCache, Piece
+from megatron.inference.sampling import mask_banned
+from megatron.inference.text_batch import PIECE
+from megatron.inference.texts import Predictor, check_prompt, free_positions
 
 MAX_BEAM_WIDTH = 1000
 MAX_LENGTH_PENALTY = 50  # so that the length to this power fits into a float
@@ -69,7 +71,7 @@ class BeamSearch:
         banned: Callable[[int], Sequence[int]] = lambda last: (),
         use_cache: bool = True,
     ) -> Iterator[list[Beam]]:
-        """Yield after every token the finished continuations so far, best first; at the end `width` of them. Collective.
+        """Yield after every pass the finished continuations so far, best first; at the end `width` of them. Collective.
 
         The search ends when the best unfinished continuation, scored at its present length, is no better than the worst of
         `width` finished ones. With positive penalties this is the rule of `early_stopping=False` in transformers.
@@ -88,16 +90,19 @@ class BeamSearch:
         room = free_positions(model, prompt)
         limit = max_new_tokens if room is None else min(max_new_tokens, room)
         model.eval()
-        cache = KVCache() if use_cache else None
+        cache, seen = (KVCache(self.width, len(prompt) + limit), 0) if use_cache else (None, 0)
         followed: list[tuple[int, ...]] = [()]  # the unfinished continuations
         sums = torch.zeros(1)  # [beams], their log-probabilities
         finished: list[Beam] = []
         for length in range(1, limit + 1):
-            seen = cache.length if cache is not None else 0
+            while cache is not None and len(prompt) - seen > PIECE:  # a long prompt is read in several passes
+                model.predict([Piece(cache, 0, seen, [prompt[seen : seen + PIECE]], logits=False)])
+                seen += PIECE
+                yield finished
             rows = [[*prompt, *tokens][seen:] for tokens in followed]  # [beams, new tokens]
-            logits = model.predict(batch_of_rows(rows, seen, model.device), cache).logits.cpu()
+            logits = model.predict([Piece(cache or KVCache(len(rows), len(rows[0])), 0, seen, rows)]).logits.cpu()
             if cache is not None:
-                cache.length = seen + len(rows[0])
+                seen += len(rows[0])
             # [beams, vocab]
             logits = torch.stack([mask_banned(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
             totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()  # [beams * vocab]
@@ -118,4 +123,4 @@ class BeamSearch:
                 return
             followed, sums = [tokens for _, tokens, _ in unfinished], torch.tensor([total for *_, total in unfinished])
             if cache is not None:
-                cache.select([row for row, *_ in unfinished])
+                cache.select([row for row, *_ in unfinished], seen)

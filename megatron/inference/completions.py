@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import BeamSearch
-from megatron.inference.generate import GeneratedText, Sampling, check_prompt, extend_texts, free_positions
+from megatron.inference.generate import extend_texts
 from megatron.inference.pipeline import Pipeline
 from megatron.inference.restore import OpenedModel, text_tokenizer
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText, check_prompt, free_positions
 from megatron.model.transformer import Transformer
 
 

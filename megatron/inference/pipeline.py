@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
-from megatron.inference.kv_cache import KVCache
+from megatron.inference.kv_cache import Pass, Piece
 from megatron.inference.prediction import Prediction, empty_prediction, predict
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
@@ -48,23 +48,24 @@ class Pipeline:
             stage.train(False)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, cache: KVCache | None = None, top: int | None = None) -> Prediction:
-        """Return the prediction on every rank, without the padding of the vocabulary. Collective.
+    def predict(self, pieces: Sequence[Piece], top: int = 0) -> Prediction:
+        """Compute the new tokens of any number of texts in one pass; return the prediction on every rank. Collective.
 
-        Only the requested values are sent: one row of logits for each sequence, and with `top` the log-probabilities.
+        Only what was asked for is sent, without the padding of the vocabulary: one row of logits for each text, and the
+        log-probabilities.
 
         Args:
-            batch: sequences of equal length; with a cache only their new tokens.
-            cache: keys and values of the tokens before.
-            top: also return the log-probabilities of the batch's tokens, and of this many alternatives at each position.
+            pieces: the new tokens; their keys and values are written into the caches.
+            top: number of most probable tokens at each position that is scored.
         """
-        x = self._final_hidden(batch, cache)  # [seq, batch, hidden] on the last stage's rank
-        (rows, seq), vocab = batch.tokens.shape, self.config.known_vocab_size
+        new = Pass(pieces, self.device)
+        x, vocab = self._final_hidden(new.batch, new), self.config.known_vocab_size  # [tokens, 1, hidden] on the last stage
         if x is not None:
-            found = predict(cast(GPT, self._last).logits, x, batch.tokens, vocab, top)
+            found = predict(cast(GPT, self._last).logits, x, new, vocab, top)
         else:
-            found = empty_prediction(seq, rows, vocab, top, self.device)
-        # A tensor without elements is empty on all ranks, so all skip its broadcast.
+            found = empty_prediction(new, vocab, top, self.device)
+        self.channels.wait_all_sends()
+        # A part without elements is the same on all ranks, so all leave out its broadcast.
         for part in (found.logits, found.log_probs, found.ids):
             if part.numel():
                 self._broadcast(part)
@@ -99,7 +100,7 @@ class Pipeline:
         """The stage with the heads; KeyError on other ranks than the last."""
         return self.stages[len(self.placement) - 1]
 
-    def _final_hidden(self, batch: Batch, cache: KVCache | None) -> Tensor | None:
+    def _final_hidden(self, batch: Batch, cache: Pass | None) -> Tensor | None:
         """Run one forward pass; return the final hidden states `[seq, batch, hidden]` on the last stage's rank, else None."""
         x: Tensor | None = None
         me, last = self.channels.up.rank, len(self.placement) - 1

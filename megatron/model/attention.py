@@ -5,6 +5,7 @@ Multi-head attention of arXiv 1706.03762; with fewer key-value heads than query 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,18 +23,19 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 
 class AttentionCache(Protocol):
-    """Interface of a key-value cache during generation; `inference/kv_cache.py` implements it."""
+    """Keys and values of earlier tokens; `inference/kv_cache.py` keeps them."""
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens, and return those of all tokens so far.
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, core_attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Append a layer's new keys and values; return the attended values of the new tokens, `[batch, heads, seq, head_dim]`.
 
         Args:
-            layer: global number of the layer.
-            key: `[batch, groups, new tokens, head_dim]`.
-            value: `[batch, groups, new tokens, head_dim]`.
-
-        Returns:
-            Keys and values, each `[batch, groups, all tokens, head_dim]`.
+            layer: number of the layer.
+            q: `[batch, heads, seq, head_dim]`.
+            k: `[batch, groups, seq, head_dim]`.
+            v: like k.
+            core_attention: attention of the new tokens' queries to all keys and values, aligned at their ends.
         """
         ...
 
@@ -129,6 +131,10 @@ def _attention(
     kernel_is_causal: bool,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v, `[batch, heads, seq, head_dim]`. mask: bool, broadcast to the scores, or None."""
+    if q.shape[2] == 1 and k.shape[1] != q.shape[1] and context.dropout_keys is None and mask is None:
+        # The only query sees all keys: the queries of a key-value head are as rows of one, and no key is copied for them.
+        grouped = q.view(*k.shape[:2], -1, q.shape[3])  # [batch, groups, heads per group, head_dim]
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(q.shape)  # [batch, heads, 1, head_dim]
     if k.shape[1] != q.shape[1]:  # grouped queries: each key-value head serves several query heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [batch, heads, keys, head_dim]
     if context.dropout_keys is None or context.dropout == 0.0 or context.fused_dropout:
@@ -218,9 +224,12 @@ class Attention(nn.Module):
             k, v = k.contiguous(), v.contiguous()
         q = q.permute(1, 2, 0, 3)  # [batch, heads, seq, head_dim]
         k, v = k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)  # [batch, groups, seq, head_dim]
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # [batch, groups, keys, head_dim]
-        y: Tensor = self.core_attention(q, k, v, context, self.get_buffer("head_keys"))  # [batch, heads, seq, head_dim]
+        keys = self.get_buffer("head_keys")
+        # [batch, heads, seq, head_dim]
+        if cache is None:
+            y: Tensor = self.core_attention(q, k, v, context, keys)
+        else:
+            y = cache.attend(self.layer, q, k, v, lambda q, k, v: self.core_attention(q, k, v, context, keys))
         y = y.permute(2, 0, 1, 3).reshape(seq, batch, self.heads * self.head_dim)  # [seq, batch, heads * head_dim]
         projected: Tensor = self.dense(y)  # [seq, batch, hidden]
         return projected

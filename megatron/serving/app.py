@@ -16,11 +16,12 @@ from megatron.serving.access import Access, with_access_checks
 from megatron.serving.chat_api import ChatRequest, read_messages
 from megatron.serving.chat_template import NO_TEMPLATE, ChatTemplate
 from megatron.serving.completion_text import CompletionText
-from megatron.serving.engine import Engine, QueuedTask, TaskResult, TextUpdate
+from megatron.serving.engine import Engine
 from megatron.serving.fields import Fields, RequestError, one_line
 from megatron.serving.openai_api import CompletionRequest
 from megatron.serving.openai_fields import model_body, no_model
 from megatron.serving.task import GenerationTask
+from megatron.serving.waiting import QueuedTask, TaskResult, TextUpdate
 
 if TYPE_CHECKING:
     from starlette.requests import Request

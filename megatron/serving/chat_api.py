@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron.inference.generate import Predictor
+from megatron.inference.texts import Predictor
 from megatron.serving.completion_text import CompletionText
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.openai_api import count_usage

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.generate import TokenScore
+from megatron.inference.texts import TokenScore
 from megatron.serving.detokenize import REPLACEMENT_CHARACTER, added_text, token_text, token_width
-from megatron.serving.engine import TextUpdate
 from megatron.serving.stops import StopScan
 from megatron.serving.task import GenerationTask
+from megatron.serving.waiting import TextUpdate
 
 
 class CompletionText:

@@ -15,20 +15,16 @@ import torch.distributed as dist
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
 
-NOTHING, CONTINUE, DROP, TASK = range(4)  # no work; continue the task; abandon it; begin the one in the payload
-
 
 @dataclass(frozen=True)
 class Command:
     """The outcome of one exchange, the same on all ranks.
 
     Attributes:
-        command: rank 0's command: NOTHING, CONTINUE, DROP or TASK.
-        payload: for TASK, the task.
+        payload: rank 0's data; empty for none.
         stop: some rank was asked to stop.
     """
 
-    command: int
     payload: bytes
     stop: bool
 
@@ -48,23 +44,22 @@ class Control:
         """True on the rank that the others follow."""
         return self.axis.first
 
-    def exchange(self, command: int = NOTHING, payload: bytes = b"", *, stop: bool = False) -> Command:
-        """Exchange rank 0's command and all ranks' requests to stop. Collective.
+    def exchange(self, payload: bytes = b"", *, stop: bool = False) -> Command:
+        """Exchange rank 0's data and all ranks' requests to stop. Collective.
 
         Args:
-            command: rank 0's command; ignored on the others.
-            payload: rank 0's data for the command; ignored on the others.
+            payload: rank 0's data; ignored on the others.
             stop: this rank was asked to stop.
         """
         if self.axis.size == 1:
-            return Command(command, payload, stop)
-        header = torch.tensor([command, len(payload), stop] if self.is_leader else [0, 0, stop], dtype=torch.int64)  # [3]
-        # The maximum: command and length are rank 0's, since the others have 0; one rank's stop is enough.
-        command, length, asked = map(int, all_reduce(header, self.axis, "max").tolist())
+            return Command(payload, stop)
+        header = torch.tensor([len(payload), stop] if self.is_leader else [0, stop], dtype=torch.int64)  # [2]
+        # The maximum: the length is rank 0's, since the others have 0; one rank's stop is enough.
+        length, asked = map(int, all_reduce(header, self.axis, "max").tolist())
         if length:
             buffer = torch.zeros(length, dtype=torch.uint8)  # [length]
             if self.is_leader:
                 buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
             dist.broadcast(buffer, self.axis.ranks[0], group=self.axis.group)
             payload = bytes(buffer.tolist())
-        return Command(command, payload, bool(asked))
+        return Command(payload, bool(asked))

@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import MAX_BEAM_WIDTH, MAX_LENGTH_PENALTY, BeamSearch
-from megatron.inference.generate import Sampling
+from megatron.inference.sampling import Sampling
 from megatron.serving.completion_text import CompletionText
 from megatron.serving.detokenize import token_text
-from megatron.serving.engine import TaskResult
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.task import MAX_PROMPTS, GenerationTask
+from megatron.serving.waiting import TaskResult
 
 # Fields of older versions and their present names; the server of Megatron-LM refuses the old names, too.
 REPLACED = (("max_len", "tokens_to_generate"), ("sentences", "prompts"))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.inference.generate import Sampling
+from megatron.inference.sampling import Sampling
 from megatron.serving.fields import Fields, RequestError
 from megatron.serving.task import GenerationTask
 

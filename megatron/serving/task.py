@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from megatron.data.tokenizer import Tokenizer
 from megatron.inference.beam_search import BeamSearch
-from megatron.inference.generate import GeneratedText, Predictor, Sampling, check_prompt, free_positions
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText, Predictor, check_prompt, free_positions
 from megatron.serving.detokenize import REPLACEMENT_CHARACTER, added_text
 from megatron.serving.fields import RequestError
 from megatron.serving.stops import StopScan, StopTexts
@@ -43,14 +44,10 @@ class GenerationTask:
     banned_after: tuple[tuple[int, int], ...] = ()
     beam: BeamSearch | None = None
 
-    def to_bytes(self) -> bytes:
-        """Return the task as JSON, for the other ranks."""
-        return json.dumps(asdict(self)).encode()
-
     @classmethod
-    def from_bytes(cls, data: bytes) -> GenerationTask:
-        """Read a task that `to_bytes` wrote."""
-        held = json.loads(data)
+    def from_json(cls, fields: dict[str, Any]) -> GenerationTask:
+        """Return the task whose fields `asdict` gave, and JSON handed on."""
+        held = dict(fields)
         pairs = [(before, banned) for before, banned in held.pop("banned_after")]
         beam = held.pop("beam")
         return cls(
@@ -83,11 +80,9 @@ class GenerationTask:
                 f"the longest prompt has {len(longest)} tokens and {self.max_new_tokens} are to be written, the model has "
                 f"{positions} positions: shorten the prompt or ask for {room} at most"
             )
-        # The key-value cache has a row for each text, of the length of the longest.
-        rows = len(self.prompts) if self.beam is None else self.beam.width
-        if (tokens := rows * (len(longest) + self.max_new_tokens)) > max_tokens_total:
+        if self.size > max_tokens_total:
             raise RequestError(
-                f"the request takes {tokens} tokens, this server allows {max_tokens_total} (--max-tokens-to-oom)"
+                f"the request takes {self.size} tokens, this server allows {max_tokens_total} (--max-tokens-to-oom)"
             )
         vocabulary = model.config.known_vocab_size
         if self.beam is not None and 2 * self.beam.width > vocabulary:
@@ -98,6 +93,16 @@ class GenerationTask:
             raise RequestError(f"stop_token {self.beam.stop} is outside of the vocabulary of {vocabulary}", "stop_token")
         if self.top is not None and self.top > vocabulary:
             raise RequestError(f"logprobs {self.top} is more than the vocabulary of {vocabulary}", "logprobs")
+
+    @property
+    def rows(self) -> int:
+        """Number of texts that are continued at once."""
+        return len(self.prompts) if self.beam is None else self.beam.width
+
+    @property
+    def size(self) -> int:
+        """Number of tokens of its key-value cache, which has a row for each text, of the length of the longest."""
+        return self.rows * (max(map(len, self.prompts)) + self.max_new_tokens)
 
     @cached_property
     def stop_automaton(self) -> StopTexts:

@@ -11,7 +11,9 @@ from typing import Protocol
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import Tokenizer
-from megatron.inference.generate import Predictor, Sampling, generate_tokens
+from megatron.inference.generate import generate_tokens
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import Predictor
 from megatron.mesh.mesh import Axis
 from megatron.tasks.scoring import ScoringModel, WindowScore, check_finite, check_vocabulary, score_windows
 from megatron.tasks.windows import Window, split_windows

@@ -31,9 +31,10 @@ from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.data.errors import DataError
-from megatron.inference.generate import Sampling, choose_device
+from megatron.inference.generate import choose_device
 from megatron.inference.model_flags import add_model_flags, choose_layout, parse_once, report_refusal
 from megatron.inference.restore import open_pipeline
+from megatron.inference.sampling import Sampling
 from megatron.launch.environment import LaunchEnvironment
 from megatron.launch.job import Job, job
 from megatron.launch.packages import install_command

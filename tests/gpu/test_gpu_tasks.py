@@ -9,8 +9,10 @@ import torch
 from trained_gpt import sentences, train_and_export
 
 from megatron.cli.program import run_task
-from megatron.inference.generate import GeneratedText, Sampling, extend_texts
+from megatron.inference.generate import extend_texts
 from megatron.inference.restore import open_pipeline
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText
 from megatron.mesh.mesh import Mesh
 from megatron.tasks.zeroshot import zero_shot
 

@@ -104,6 +104,7 @@ def served(
     tokenizer: Tokenizer,
     max_tokens_total: int = 12000,
     max_waiting: int = 256,
+    cache_tokens: int = 24000,
     limits: ConnectionLimits | None = None,
     buffer: int = 0,
     **service: Any,
@@ -115,12 +116,13 @@ def served(
         tokenizer: of the model.
         max_tokens_total: of a request, its prompt and its text.
         max_waiting: requests.
+        cache_tokens: of all requests that are carried out at once.
         limits: of connections.
         buffer: bytes that the system keeps of a reply that nobody reads; 0 for its own number.
         service: further fields of `Service`.
     """
     with patch("megatron.serving.engine.MAX_WAITING", max_waiting):
-        engine = Engine(as_pipeline(model), tokenizer, Control(Axis.alone("world")))
+        engine = Engine(as_pipeline(model), tokenizer, Control(Axis.alone("world")), cache_tokens=cache_tokens)
     port = open_port("127.0.0.1", 0)
     if buffer:
         port.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

@@ -12,7 +12,9 @@ from serving import VOCAB, Letters, endless_model, served
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import BeamSearch
-from megatron.inference.generate import GeneratedText, Sampling, extend_texts
+from megatron.inference.generate import extend_texts
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText
 from megatron.serving.detokenize import added_text, token_width
 from megatron.serving.fields import Fields
 from megatron.serving.megatron_api import read_task
@@ -308,22 +310,26 @@ def test_a_damaged_model_fails_each_request_and_not_the_server():
         assert "not finite" in client.events(prompt="x")[-1]["error"]["message"]
 
 
-def test_requests_queue_and_one_whose_client_leaves_ends(client):
-    """A request for a text that would take minutes is cut off, as a stream and without; those behind it are answered."""
-    for stream in (True, False):
-        with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": stream}) as leaving:
-            if stream:
-                assert b"200" in leaving.recv(100)
-            time.sleep(0.3)
-            behind, done = [], threading.Event()
+def test_requests_queue_for_room_and_one_whose_client_leaves_ends(model):
+    """A request for a text that would take minutes is cut off, as a stream and without, and gives its room to the next."""
+    with served(model, TOKENIZER, cache_tokens=12000) as client:
+        for stream in (True, False):
+            with client.connected({"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": stream}) as leaving:
+                if stream:
+                    assert b"200" in leaving.recv(100)
+                time.sleep(0.3)
+                behind, done = [], threading.Event()
 
-            def ask(found=behind, done=done):
-                found.append(client.complete(prompt="Hello", max_tokens=2))
-                done.set()
+                def ask(found=behind, done=done):
+                    found.append(client.complete(prompt="Hello", max_tokens=2000, stop="e"))
+                    done.set()
 
-            threading.Thread(target=ask).start()
-            assert not done.wait(0.4)
-        assert done.wait(15) and len(behind) == 1
+                threading.Thread(target=ask).start()
+                assert not done.wait(0.4)
+                # What finds room beside the first does not wait for the second.
+                assert client.complete(prompt="Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
+                assert not done.is_set()
+            assert done.wait(15) and len(behind) == 1
 
 
 def test_waiting_requests_are_refused_at_the_end(model):

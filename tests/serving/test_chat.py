@@ -11,7 +11,9 @@ from reference import LLAMA
 from serving import Letters, endless_model, served
 
 from megatron.data.errors import DataError
-from megatron.inference.generate import GeneratedText, Sampling, extend_texts
+from megatron.inference.generate import extend_texts
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText
 from megatron.serving import chat_template
 from megatron.serving.chat_template import ChatFiles, ChatTemplate
 from megatron.serving.fields import RequestError

@@ -102,15 +102,15 @@ def test_health_tells_when_the_model_is_stuck():
     model, go_on, asked = as_pipeline(endless_model()), threading.Event(), {"prompt": "x", "max_tokens": 3}
     predict = model.predict
 
-    def stalled(batch, cache=None, top=None):
+    def stalled(pieces, top=0):
         go_on.wait(60)
-        return predict(batch, cache, top)
+        return predict(pieces, top)
 
     model.predict = stalled
     with served(model, Letters(), patience=0.2) as client:
         assert client("GET", "/health") == (200, {"status": "ok"})
         with client.connected(asked):
-            assert "no progress for 0 s, while reading the prompts of a request for 1 texts" in wait_for_unhealthy(client)
+            assert "no progress for 0 s, while computing 1 texts of 1 requests" in wait_for_unhealthy(client)
             go_on.set()
             assert client.complete(**asked)["usage"]["completion_tokens"] == 3
             assert client("GET", "/health")[0] == 200
@@ -135,10 +135,10 @@ def test_too_little_memory_ends_the_request_and_not_the_server():
     model = as_pipeline(endless_model())
     predict = model.predict
 
-    def short(batch, cache=None, top=None):
-        if batch.tokens.shape[1] > 3:
+    def short(pieces, top=0):
+        if sum(piece.rows * piece.count for piece in pieces) > 3:
             raise torch.OutOfMemoryError("no memory")
-        return predict(batch, cache, top)
+        return predict(pieces, top)
 
     model.predict = short
     with served(model, Letters()) as client:

@@ -17,7 +17,9 @@ from random_gpts import as_pipeline
 from serving import Client, endless_model, save_endless_model
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import GeneratedText, Sampling, extend_texts
+from megatron.inference.generate import extend_texts
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText
 
 TOOL = Path(__file__).parents[2] / "tools" / "text_generation_server.py"
 

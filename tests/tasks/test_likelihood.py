@@ -11,7 +11,7 @@ from trained_gpt import POSITIONS, Reference, open_on_ranks, sentences, train_an
 
 from megatron.data.errors import DataError
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import Sampling
+from megatron.inference.sampling import Sampling
 from megatron.tasks.leader import LeaderModel, follow_leader
 from megatron.tasks.likelihood import Likelihoods
 from megatron.tasks.lm_eval import generate_answer, main

@@ -16,8 +16,9 @@ from ranks import on_ranks
 from reference import GPT2, LLAMA
 
 from megatron.data.tokenizer import ByteTokenizer
-from megatron.inference.generate import Sampling, batch_of_rows, choose_device, generate_tokens
+from megatron.inference.generate import batch_of_rows, choose_device, generate_tokens
 from megatron.inference.restore import open_pipeline
+from megatron.inference.sampling import Sampling
 from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
@@ -102,7 +103,7 @@ def test_padding_rows_are_never_sampled(form):
     weight = model.output.matrix
     assert weight.shape[0] == 128
     with torch.no_grad():  # the padding row would win: its logit is the largest of all
-        x = model.hidden(None, batch_of_rows([PROMPT], 0, torch.device("cpu")))[-1, 0]
+        x = model.hidden(None, batch_of_rows([PROMPT], torch.device("cpu")))[-1, 0]
         weight[127] = 100 * x
     assert max(generated(model)) < 127
     assert max(generated(model, Sampling(50.0), 44)) < 127

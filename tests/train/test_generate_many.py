@@ -15,8 +15,10 @@ from reference import GPT2, LLAMA
 
 from megatron.data.tokenizer import ByteTokenizer
 from megatron.inference.beam_search import Beam, BeamSearch
-from megatron.inference.generate import GeneratedText, Sampling, batch_of_rows, extend_texts, generate_tokens
+from megatron.inference.generate import batch_of_rows, extend_texts, generate_tokens
 from megatron.inference.restore import open_pipeline
+from megatron.inference.sampling import Sampling
+from megatron.inference.texts import GeneratedText
 from megatron.interop.hf_export import export_weights
 from megatron.mesh.grid import Grid
 from megatron.mesh.mesh import Mesh
@@ -80,7 +82,7 @@ def test_scores_are_the_log_probabilities_of_the_tokens(use_cache):
         for text in generate_together(model, max_new_tokens=count, top=3, use_cache=use_cache):
             assert text.written == count and len(text.scores) == len(text.tokens) - 1
             expected = (
-                model.logits(model.hidden(None, batch_of_rows([text.tokens], 0, model.device))).detach()[:, 0].log_softmax(-1)
+                model.logits(model.hidden(None, batch_of_rows([text.tokens], model.device))).detach()[:, 0].log_softmax(-1)
             )
             for place, score in enumerate(text.scores):
                 best, ids = expected[place].topk(3)
