@@ -85,7 +85,7 @@ def test_a_wrong_method_is_told_the_right_ones(client):
 
 
 def test_no_room_has_a_status_also_before_a_stream():
-    with served(endless_model(), Letters(), max_waiting=1) as client:
+    with served(endless_model(), Letters(), max_waiting=1, cache_tokens=12000) as client:
         endless = {"prompt": "x", "max_tokens": 11000, "temperature": 0, "stream": True}
         with client.connected(endless) as running:
             assert b"200" in running.recv(100)
