@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron.inference.kv_cache import KVCache, Piece
 from megatron.inference.sampling import mask_banned
@@ -90,19 +91,14 @@ class BeamSearch:
         room = free_positions(model, prompt)
         limit = max_new_tokens if room is None else min(max_new_tokens, room)
         model.eval()
-        cache, seen = (KVCache(self.width, len(prompt) + limit), 0) if use_cache else (None, 0)
+        reader = _Reader(model, prompt, KVCache(self.width, len(prompt) + limit) if use_cache else None)
         followed: list[tuple[int, ...]] = [()]  # the unfinished continuations
         sums = torch.zeros(1)  # [beams], their log-probabilities
         finished: list[Beam] = []
+        for _ in reader.read_beginning():
+            yield finished
         for length in range(1, limit + 1):
-            while cache is not None and len(prompt) - seen > PIECE:  # a long prompt is read in several passes
-                model.predict([Piece(cache, 0, seen, [prompt[seen : seen + PIECE]], logits=False)])
-                seen += PIECE
-                yield finished
-            rows = [[*prompt, *tokens][seen:] for tokens in followed]  # [beams, new tokens]
-            logits = model.predict([Piece(cache or KVCache(len(rows), len(rows[0])), 0, seen, rows)]).logits.cpu()
-            if cache is not None:
-                seen += len(rows[0])
+            rows, logits = reader.read(followed)
             # [beams, vocab]
             logits = torch.stack([mask_banned(found, banned(row[-1])) for found, row in zip(logits, rows, strict=True)])
             totals = (logits.log_softmax(dim=-1) + sums.unsqueeze(1)).flatten()  # [beams * vocab]
@@ -122,5 +118,38 @@ class BeamSearch:
             if not unfinished or (full and self.score(unfinished[0][2], length) <= finished[-1].score):
                 return
             followed, sums = [tokens for _, tokens, _ in unfinished], torch.tensor([total for *_, total in unfinished])
-            if cache is not None:
-                cache.select([row for row, *_ in unfinished], seen)
+            reader.select([row for row, *_ in unfinished])
+
+
+class _Reader:
+    """Reads a prompt and its continuations, with a cache or without.
+
+    Args:
+        model: the model.
+        prompt: the tokens of the prompt.
+        cache: of the continuations; None to compute all tokens in every pass.
+    """
+
+    def __init__(self, model: Predictor, prompt: Sequence[int], cache: KVCache | None) -> None:
+        self._model, self._prompt, self._cache = model, prompt, cache
+        self._seen = 0  # number of tokens in the cache
+
+    def read_beginning(self) -> Iterator[None]:
+        """Read all of the prompt but its last piece; yield after every pass."""
+        while self._cache is not None and len(self._prompt) - self._seen > PIECE:
+            start, self._seen = self._seen, self._seen + PIECE
+            self._model.predict([Piece(self._cache, 0, start, [self._prompt[start : self._seen]], logits=False)])
+            yield
+
+    def read(self, continuations: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
+        """Return the tokens of each continuation that were not in the cache, and the logits after them, `[beams, vocab]`."""
+        rows = [[*self._prompt, *tokens][self._seen :] for tokens in continuations]  # [beams, new tokens]
+        cache = self._cache or KVCache(len(rows), len(rows[0]))
+        logits = self._model.predict([Piece(cache, 0, self._seen, rows)]).logits.cpu()  # [beams, vocab]
+        self._seen += len(rows[0]) if self._cache else 0
+        return rows, logits
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these continuations of the last pass, in this order; one may be taken several times."""
+        if self._cache is not None:
+            self._cache.select(rows, self._seen)

@@ -50,7 +50,7 @@ TASKS = (
 
 
 class Answers:
-    """What each task's client hears, and when: each task after so many updates of all."""
+    """Clients that submit each task after so many updates of all tasks, and keep what they hear."""
 
     def __init__(self, tasks: Sequence[GenerationTask], begin: Sequence[int], drop: dict[int, int]) -> None:
         self.tasks, self.begin, self.drop = tasks, begin, drop
