@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.inference.kv_cache import KVCache, Piece
+from megatron.inference.kv_cache import KVCache, NewTokens
 from megatron.inference.sampling import mask_banned
 from megatron.inference.text_batch import PIECE
 from megatron.inference.texts import Predictor, check_prompt, free_positions
@@ -138,14 +138,14 @@ class _Reader:
         """Read all of the prompt but its last piece; yield after every pass."""
         while self._cache is not None and len(self._prompt) - self._seen > PIECE:
             start, self._seen = self._seen, self._seen + PIECE
-            self._model.predict([Piece(self._cache, 0, start, [self._prompt[start : self._seen]], logits=False)])
+            self._model.predict([NewTokens(self._cache, 0, start, [self._prompt[start : self._seen]], logits=False)])
             yield
 
     def read(self, continuations: Sequence[Sequence[int]]) -> tuple[list[list[int]], Tensor]:
         """Return the tokens of each continuation that were not in the cache, and the logits after them, `[beams, vocab]`."""
         rows = [[*self._prompt, *tokens][self._seen :] for tokens in continuations]  # [beams, new tokens]
         cache = self._cache or KVCache(len(rows), len(rows[0]))
-        logits = self._model.predict([Piece(cache, 0, self._seen, rows)]).logits.cpu()  # [beams, vocab]
+        logits = self._model.predict([NewTokens(cache, 0, self._seen, rows)]).logits.cpu()  # [beams, vocab]
         self._seen += len(rows[0]) if self._cache else 0
         return rows, logits
 

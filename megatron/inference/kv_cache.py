@@ -30,7 +30,7 @@ class KVCache:
         self.rows, self.room = rows, room
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def extend(self, layer: int, piece: Piece, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, piece: NewTokens, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's keys and values of new tokens.
 
         Args:
@@ -65,7 +65,7 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Piece:
+class NewTokens:
     """The new tokens of neighbouring texts of one cache, as many of each, at the same positions.
 
     Attributes:
@@ -105,7 +105,7 @@ class Pass:
         scored: places of the tokens whose successor in the pass is scored.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, pieces: Sequence[NewTokens], device: torch.device) -> None:
         self.pieces = pieces
         tokens, positions, self.last, self.scored = list[int](), list[int](), list[int](), list[int]()
         self._places: list[slice] = []

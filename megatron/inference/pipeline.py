@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron.config.schema import ModelConfig
 from megatron.contract import Batch
-from megatron.inference.kv_cache import Pass, Piece
+from megatron.inference.kv_cache import NewTokens, Pass
 from megatron.inference.prediction import Prediction, empty_prediction, predict
 from megatron.mesh.mesh import Axis
 from megatron.model.gpt import GPT
@@ -48,7 +48,7 @@ class Pipeline:
             stage.train(False)
 
     @torch.no_grad()
-    def predict(self, pieces: Sequence[Piece], top: int = 0) -> Prediction:
+    def predict(self, pieces: Sequence[NewTokens], top: int = 0) -> Prediction:
         """Compute the new tokens of any number of texts in one pass; return the prediction on every rank. Collective.
 
         Only what was asked for is sent, without the padding of the vocabulary: one row of logits for each text, and the

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron.inference.kv_cache import KVCache, Piece
+from megatron.inference.kv_cache import KVCache, NewTokens
 from megatron.inference.prediction import Prediction, log_probabilities
 from megatron.inference.sampling import NOT_FINITE, Sampling
 from megatron.inference.texts import GeneratedText, Predictor, TokenScore, check_prompt, free_positions
@@ -119,11 +119,11 @@ class _Run:
         """Return the run of its first texts."""
         return _Run(self.group, self.row, min(rows, self.rows), self.start, self.end, self.left)
 
-    def piece(self) -> Piece:
+    def piece(self) -> NewTokens:
         group, texts = self.group, self.texts
         cache = group.cache or KVCache(self.rows, self.end)
         scores = group.top is not None
-        return Piece(
+        return NewTokens(
             cache,
             self.row if group.cache else 0,
             self.start,

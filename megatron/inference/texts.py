@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron.config.schema import ModelConfig
-from megatron.inference.kv_cache import Piece
+from megatron.inference.kv_cache import NewTokens
 from megatron.inference.prediction import Prediction
 
 
@@ -21,7 +21,7 @@ class Predictor(Protocol):
 
     def eval(self) -> object: ...
 
-    def predict(self, pieces: Sequence[Piece], top: int = 0) -> Prediction:
+    def predict(self, pieces: Sequence[NewTokens], top: int = 0) -> Prediction:
         """Compute new tokens of any number of texts in one pass, and predict the tokens after them.
 
         Args:

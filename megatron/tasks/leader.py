@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron.contract import Batch
 from megatron.inference.generate import batch_of_rows
-from megatron.inference.kv_cache import KVCache, Piece
+from megatron.inference.kv_cache import KVCache, NewTokens
 from megatron.inference.prediction import Prediction
 from megatron.mesh.mesh import Axis
 from megatron.parallel.collectives import all_reduce
@@ -45,7 +45,7 @@ class LeaderModel:
         self._command([SCORES, rows, seq, 0], torch.stack([batch.tokens, batch.labels]))
         return self.model.scores(batch)
 
-    def predict(self, pieces: Sequence[Piece], top: int = 0) -> Prediction:
+    def predict(self, pieces: Sequence[NewTokens], top: int = 0) -> Prediction:
         """Return the model's prediction of a pass. The other ranks keep the caches of a pass until the next one.
 
         Args:
@@ -95,7 +95,7 @@ def follow_leader(model: LikelihoodModel, world: Axis) -> None:
             model.predict(pieces, top)
 
 
-def _pieces(told: list[int], number: int, caches: dict[int, KVCache]) -> tuple[dict[int, KVCache], list[Piece]]:
+def _pieces(told: list[int], number: int, caches: dict[int, KVCache]) -> tuple[dict[int, KVCache], list[NewTokens]]:
     """Return the caches and the pieces of the leader's next pass.
 
     Args:
@@ -104,11 +104,11 @@ def _pieces(told: list[int], number: int, caches: dict[int, KVCache]) -> tuple[d
         caches: of the pass before, by number.
     """
     kept: dict[int, KVCache] = {}
-    pieces, at = list[Piece](), number * NUMBERS
+    pieces, at = list[NewTokens](), number * NUMBERS
     for begin in range(0, at, NUMBERS):
         name, cache_rows, room, row, start, rows, length, logits, scored = told[begin : begin + NUMBERS]
         kept[name] = kept.get(name) or caches.get(name) or KVCache(cache_rows, room)
         tokens = [told[at + length * i : at + length * (i + 1)] for i in range(rows)]
-        pieces.append(Piece(kept[name], row, start, tokens, bool(logits), bool(scored)))
+        pieces.append(NewTokens(kept[name], row, start, tokens, bool(logits), bool(scored)))
         at += rows * length
     return kept, pieces
