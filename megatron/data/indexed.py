@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron.data.errors import DataError
-from megatron.files.foreign import POINTER, is_lfs_pointer
+from megatron.files.foreign import LFS_POINTER, is_lfs_pointer
 from megatron.files.pending import PendingFile, remove_leftovers
 from megatron.files.regular import check_regular, error_reason, open_regular, read_json
 
@@ -164,7 +164,7 @@ class IndexedDataset:
         if head.startswith(LEGACY_MAGIC):
             raise self._bad("it has the old lazy/cached format; preprocess the text again")
         if pointer := next(filter(is_lfs_pointer, (self.idx_path, self.bin_path)), None):
-            raise DataError(f"{pointer}: it is {POINTER}")
+            raise DataError(f"{pointer}: it is {LFS_POINTER}")
         if not head.startswith(MAGIC):
             raise self._bad("not an index of an indexed dataset (wrong first bytes)")
         if len(head) < HEADER.size:

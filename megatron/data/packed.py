@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import IO, Any, cast
 
 from megatron.data.errors import DataError
-from megatron.files.foreign import HEAD_BYTES, PACKED, packing, recognize_bytes
+from megatron.files.foreign import COMPRESSION_SIGNATURES, HEAD_BYTES, detect_compression, recognize_bytes
 from megatron.launch.packages import install_command
 
 BLOCK_BYTES = 1 << 20
@@ -116,7 +116,7 @@ def open_unpacked(name: str, file: IO[bytes]) -> IO[bytes]:
     """
     for _ in range(MAX_PACKINGS):
         head, file = _peek(name, file)
-        kind = packing(head)
+        kind = detect_compression(head)
         if kind is None:
             if (found := recognize_bytes(head, name)) is not None:
                 raise DataError(f"{name}: it is {found}")
@@ -140,7 +140,7 @@ def _peek(name: str, file: IO[bytes]) -> tuple[bytes, IO[bytes]]:
 def _check_truncated(name: str, head: bytes) -> None:
     """Raise a DataError for a file with the suffix of a compressed one that ends before its kind can be recognized."""
     kind = next((kind for suffix, kind in PACKED_SUFFIXES.items() if name.endswith(suffix)), None)
-    if kind and any(mark.startswith(head) for mark, known in PACKED if known == kind):
+    if kind and any(mark.startswith(head) for mark, known in COMPRESSION_SIGNATURES if known == kind):
         raise damaged_error(name, 0, f"of {kind} it has only {len(head)} bytes: it was cut off")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
 from megatron.config.schema import ModelConfig
-from megatron.files.foreign import POINTER, is_lfs_pointer, reason_unfit, recognize_file
+from megatron.files.foreign import LFS_POINTER, is_lfs_pointer, recognize_file, why_not_weights
 from megatron.files.regular import MAX_INDEX_BYTES, MAX_SETTINGS_BYTES, check_regular, error_reason, open_regular, read_json
 from megatron.interop.families.family import HFFamily
 from megatron.interop.families.table import family_named
@@ -154,7 +154,7 @@ def _convert_tensors(
 
 def _check_directory(directory: Path) -> None:
     """Raise CheckpointError where there is no such directory, or where it is that of the hub's cache above the model's."""
-    if (why := reason_unfit(directory, "Hugging Face")) is not None:
+    if (why := why_not_weights(directory, "Hugging Face")) is not None:
         raise CheckpointError(f"{directory}: {why}")
 
 
@@ -219,5 +219,5 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
     except Exception as error:  # the package raises its own kind and others
         if is_lfs_pointer(path):
-            raise CheckpointError(f"{path}: it is {POINTER}") from error
+            raise CheckpointError(f"{path}: it is {LFS_POINTER}") from error
         raise CheckpointError(f"{path}: not a readable safetensors file: {error_reason(error)}") from error

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron.checkpoint.layout import MAX_TRACKER_BYTES, TRACKER, CheckpointError, directory_name, iteration_directories
 from megatron.checkpoint.storage import Storage
 from megatron.config.schema import ModelConfig
-from megatron.files.foreign import reason_unfit
+from megatron.files.foreign import why_not_weights
 from megatron.files.outputs import holds_other_files
 from megatron.files.pending import PendingDirectory, write_whole
 from megatron.files.regular import error_reason, read_text
@@ -73,7 +73,7 @@ class ImportedModel:
 
 def find_rank_directories(root: Path) -> Path:
     """Return the directory that holds mp_rank_ directories: `root`, or the one its tracker names. CheckpointError without."""
-    if (why := reason_unfit(root, "Megatron-LM")) is not None:
+    if (why := why_not_weights(root, "Megatron-LM")) is not None:
         raise CheckpointError(f"{root}: {why}")
     if any(RANK_DIRECTORY.fullmatch(path.name) for path in root.iterdir()):
         return root

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.layout import CheckpointError
-from megatron.files.foreign import POINTER, is_lfs_pointer
+from megatron.files.foreign import LFS_POINTER, is_lfs_pointer
 from megatron.files.regular import open_regular
 
 MAX_DEPTH = 50  # of dictionaries in one another
@@ -84,7 +84,7 @@ def read_pickled(source: Path | bytes, name: str) -> dict[str, Any]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(source, Path) and is_lfs_pointer(source):
-            raise CheckpointError(f"{name}: it is {POINTER}") from error
+            raise CheckpointError(f"{name}: it is {LFS_POINTER}") from error
         said = ADVICE.split(" ".join(str(error).split()))[0].strip()
         why = getattr(error, "strerror", None) or said[:300] or type(error).__name__
         raise CheckpointError(f"{name}: not a readable file of torch.save: {why}") from error

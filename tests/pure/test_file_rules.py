@@ -61,7 +61,7 @@ HUB = (
     "from which nothing is downloaded; `huggingface-cli download openai-community/gpt2 --local-dir DIR`, then `python "
     "tools/import_hf.py --input DIR --save CKPT`, and give CKPT"
 )
-LOAD = "then --load CKPT (training begins from it with --finetune)"
+LOAD = "then --load CKPT (with --finetune to start training from it)"
 MAKE = "python tools/preprocess_data.py"
 NO_CORPUS = "names no dataset: corpus.bin and corpus.idx do not exist"
 

@@ -44,10 +44,10 @@ FORMS = {  # what lies in a directory, what it is called, what is to be done
     "the Trainer": (
         ["checkpoint-500/config.json"],
         "a directory of the Hugging Face Trainer",
-        "the model is in DIR/checkpoint-500",
+        "the latest model is in DIR/checkpoint-500",
     ),
     "PEFT": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter", "merge_and_unload"),
-    "nanoGPT": (["ckpt.pt"], "a directory with ckpt.pt, of another program", "import_hf.py"),
+    "nanoGPT": (["ckpt.pt"], "a directory with ckpt.pt, which another program wrote", "import_hf.py"),
 }
 
 
@@ -79,7 +79,7 @@ def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
     seen = {
         (name, reader): getattr(recognize_directory(tmp_path / name, reader), "what", None)
         for name in ("ours", "hf", "lm")
-        for reader in ("ours", "Hugging Face", "Megatron-LM")
+        for reader in ("native", "Hugging Face", "Megatron-LM")
     }
     own, hf, lm = (
         "a checkpoint of this program, which needs no import",
@@ -87,9 +87,9 @@ def test_each_reader_names_what_another_one_reads(tmp_path: Path) -> None:
         "a checkpoint of Megatron-LM",
     )
     assert seen == {
-        ("ours", "ours"): None, ("ours", "Hugging Face"): own, ("ours", "Megatron-LM"): own,
-        ("hf", "ours"): hf, ("hf", "Hugging Face"): None, ("hf", "Megatron-LM"): hf,
-        ("lm", "ours"): lm, ("lm", "Hugging Face"): lm, ("lm", "Megatron-LM"): None,
+        ("ours", "native"): None, ("ours", "Hugging Face"): own, ("ours", "Megatron-LM"): own,
+        ("hf", "native"): hf, ("hf", "Hugging Face"): None, ("hf", "Megatron-LM"): hf,
+        ("lm", "native"): lm, ("lm", "Hugging Face"): lm, ("lm", "Megatron-LM"): None,
     }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_files_by_their_first_bytes(tmp_path: Path) -> None:
         (LFS.encode(), "Git LFS"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard"), (bz2.compress(b"a"), "bzip2"),
         (b"\xfd7zXZ\x00", "xz"), (b"PK\x03\x04", "zip"), (b"PAR1\x15\x04", "Parquet"), (b"GGUF\x03\x00", "GGUF"),
         ("a b".encode("utf-16"), "UTF-16"), ("a b".encode("utf-16-be"), "UTF-16"), ("a b".encode("utf-16-le"), "UTF-16"),
-        ("a b".encode("utf-32"), "UTF-32"), (bytes(257) + b"ustar", "tar"), (b"ab\x00\x00\x00", "no text"),
+        ("a b".encode("utf-32"), "UTF-32"), (bytes(257) + b"ustar", "tar"), (b"ab\x00\x00\x00", "not text"),
     ):  # fmt: skip
         found = recognize_bytes(head)
         assert found is not None and what in found.what, head

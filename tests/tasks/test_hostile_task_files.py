@@ -138,7 +138,7 @@ BYTES = {
     "zip": (b"PK\x03\x04" + bytes(40), ": it is a zip archive; unpack it and name the files in it"),
     "a cut gzip": (gzip.compress(b"some text\n" * 9)[:-9], ": damaged after line "),
     "LZ4": (b"\x04\x22\x4d\x18" + bytes(40), ": it is compressed with LZ4; unpack it: `lz4 -d FILE`"),
-    "zeros": (b"text" + bytes(40), ": it is no text: many of its bytes are zeros; give a file of text in UTF-8"),
+    "zeros": (b"text" + bytes(40), ": it is not text: many of its bytes are zeros; give a text file in UTF-8"),
     "UTF-16": (
         "a b\n".encode("utf-16"),
         ": it is text in UTF-16, not UTF-8; convert it: `iconv -f UTF-16 -t UTF-8 FILE > NEW`",
