@@ -1,1 +1,1 @@
-"""A run on paper: stages, sizes, memory and time."""
+"""Predict a run from its configuration: stages, sizes, memory and time."""

@@ -1,8 +1,9 @@
-"""FLOPs of a model, whole and per stage, as its modules say them by `flops`.
+"""FLOPs of a model, whole and per stage, summed from the `flops` methods of its modules.
 
-A layer with a heads of width d, a d = h and f = 4 h takes 24 h^2 + 4 s h a token, as in the appendix of arXiv 2104.04473: there
-24 B s h^2 + 4 B s^2 h for a batch of B sequences. Attention counts the whole square, as there and in Megatron-LM of 2023,
-although causality needs only half of it; see `causal_flops_per_token`. In all functions `seq` is the tokens of a sample.
+A layer with `a` heads of width `d`, hidden size h = a d and MLP width 4 h takes 24 h^2 + 4 s h FLOPs per token of a sequence
+of length s. This is the formula in the appendix of arXiv 2104.04473, 24 B s h^2 + 4 B s^2 h for B sequences. All s x s
+attention scores count, as in that paper and in Megatron-LM of 2023, although causal attention needs only half of them; see
+`causal_flops_per_token`. In all functions `seq` is the sequence length in tokens.
 """
 
 from __future__ import annotations
@@ -18,34 +19,40 @@ def layer_flops(model: MetaModel, seq: int, part: StagePart) -> Flops:
     """Return the FLOPs of one token's forward pass through the layers of a stage.
 
     Args:
-        model: gives one layer of each kind.
-        seq: tokens of a sample, all of which attention looks at.
-        part: the stage's layers.
+        model: the model, which has one layer of each kind.
+        seq: the sequence length; each token attends to all of it.
+        part: the stage; only its layers count.
 
     Returns:
-        FLOPs a token: of products with weights, and of attention's scores and weighted sums.
+        FLOPs per token: `linear` for products with weights, `core` for attention's scores and weighted sums.
     """
-    found = Flops()
+    total = Flops()
     for layer, count in model.layers(part).items():
-        each = module_flops(layer, seq)
-        found += Flops(count * each.linear, count * each.core)
-    return found
+        per_layer = module_flops(layer, seq)
+        total += Flops(count * per_layer.linear, count * per_layer.core)
+    return total
 
 
 def head_flops(model: MetaModel, seq: int, part: StagePart) -> int:
-    """Return the FLOPs of one token's forward pass through what a stage has beside its layers: through the output layer.
+    """Return the FLOPs of one token's forward pass through a stage's output head; 0 if the stage has none.
 
     Args:
-        model: gives the stage's ends.
-        seq: tokens of a sample.
-        part: says which ends the stage has; 0 for one without the head.
+        model: the model.
+        seq: the sequence length.
+        part: the stage; only the modules beside its layers count.
     """
     return module_flops(model.ends(part), seq).total
 
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOPs of one token in a stage: forward; backward to the stage's input; backward to its weights."""
+    """FLOPs of one token in a stage.
+
+    Attributes:
+        forward: of the forward pass, and of the output layer's backward pass, which runs with it.
+        backward: of the gradients of the layers' inputs.
+        weight: of the gradients of the layers' weights.
+    """
 
     forward: int
     backward: int
@@ -53,30 +60,31 @@ class StageFlops:
 
 
 def stage_flops(model: MetaModel, seq: int, part: StagePart) -> StageFlops:
-    """Return what each action of a stage computes; over all stages the sum is `flops_per_token`.
+    """Return the FLOPs of each action of a stage; summed over all actions and stages they are `flops_per_token`.
 
     Args:
-        model: gives the stage's modules.
-        seq: tokens of a sample.
+        model: the model.
+        seq: the sequence length.
         part: the stage.
     """
     layers, head = layer_flops(model, seq, part), head_flops(model, seq, part)
-    # A product with a weight has one product for each gradient; scores and weighted sum have two inputs each, and no weight.
-    # The output layer does all three of its products in the forward pass: the loss comes with its gradients.
+    # The backward pass of a product with a weight is two products, for the input's and for the weight's gradient. Attention's
+    # products have two inputs and no weight, so both of their backward products count as `backward`. The output layer computes
+    # its gradients in the forward pass, together with the loss: three products.
     return StageFlops(layers.total + 3 * head, layers.linear + 2 * layers.core, layers.linear)
 
 
 def flops_per_token(model: MetaModel, seq: int) -> int:
     """Return the FLOPs of training on one token."""
-    # The backward pass has two products for each one of the forward pass. What recomputation runs again does not count, as in
-    # the model FLOPs of arXiv 2205.05198.
+    # The backward pass has two products for each one of the forward pass. Recomputed activations do not count: these are the
+    # model FLOPs of arXiv 2205.05198, not its hardware FLOPs.
     return 3 * (layer_flops(model, seq, model.whole).total + head_flops(model, seq, model.whole))
 
 
 def causal_flops_per_token(model: MetaModel, seq: int) -> int | None:
-    """Return `flops_per_token` with half of the scores and of the weighted sums, as the tables of Megatron-Core and NeMo count.
+    """Return `flops_per_token` with half of attention's FLOPs, the convention of Megatron-Core's and NeMo's tables.
 
-    Half means s / 2 of s positions, as there. None for BERT, whose tokens see one another in both directions.
+    A token then attends to s / 2 of s positions. None for BERT, whose attention is not causal.
     """
     if not model.causal:
         return None

@@ -1,7 +1,7 @@
 """Sizes of a model, read from its own modules.
 
-They are built on the meta device, where tensors have shapes and take no memory. One layer of each kind stands for its likes,
-so that a thousand layers cost no more than one.
+The modules are built on the meta device, where tensors have shapes but no storage. Only one layer of each kind is built, so
+that a thousand equal layers cost no more than one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron.parallel.tensor_parallel import TensorParallel
 
 @dataclass(frozen=True)
 class ParameterSize:
-    """A parameter of one rank. local: elements that the rank holds; of a vocabulary with the padding."""
+    """A parameter on one rank. local: elements that the rank holds, with the padding rows of a vocabulary."""
 
     spec: ParameterSpec
     local: int
 
     @property
     def name(self) -> str:
-        """Its global name."""
+        """The parameter's global name."""
         return self.spec.name
 
     @property
@@ -42,15 +42,18 @@ class ParameterSize:
 
 
 class MetaModel:
-    """A model on the meta device, as the first of `tp` ranks holds it: each pair of ends and each kind of layer built once."""
+    """A model on the meta device, as the first of `tp` ranks holds it.
+
+    Each kind of layer, and each combination of embedding and head beside the layers, is built once, when it is first needed.
+    """
 
     def __init__(self, config: ModelConfig, tp: int = 1, *, sequence_parallel: bool = False, cp: int = 1) -> None:
-        """Take the model's sizes.
+        """Prepare the model; its modules are built later.
 
         Args:
-            config: resolved, with vocab_size set.
+            config: the resolved configuration, with vocab_size set.
             tp: the tensor-parallel size.
-            sequence_parallel: whether activations between the parallel layers are cut as well.
+            sequence_parallel: whether activations between the tensor-parallel layers are sharded along the sequence.
             cp: the context-parallel size.
         """
         self.config, self.tp = config, TensorParallel(Axis("tp", tp, 0, tuple(range(tp))), sequence_parallel)
@@ -63,32 +66,32 @@ class MetaModel:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> MetaModel:
-        """Return the model of a run, as its layout cuts it."""
+        """Return the model of a run, as its layout shards it."""
         layout = config.layout
         sequence_parallel, cp = layout.sequence_parallel, layout.context_parallel_size
         return cls(config.model, layout.tensor_model_parallel_size, sequence_parallel=sequence_parallel, cp=cp)
 
     def ends(self, part: StagePart) -> Transformer:
-        """Return a stage without its layers."""
-        key = (part.embedding, part.head)  # all that the modules beside the layers depend on
+        """Return the modules of a stage beside its layers, as a model without layers."""
+        key = (part.embedding, part.head)  # the modules beside the layers depend on nothing else
         if key not in self._ends:
             self._ends[key] = self._build(StagePart(range(0), *key))
         return self._ends[key]
 
     def layer(self, number: int) -> nn.Module:
-        """Return a layer like that of this number."""
+        """Return the layer that was built for the kind of layer `number`; its own number may be another."""
         kind = self._model.layer_kind(self.config, number)
         if kind not in self._layers:
             self._layers[kind] = self._build(StagePart(range(number, number + 1), False, False)).layers[str(number)]
         return self._layers[kind]
 
     def layers(self, part: StagePart) -> Mapping[nn.Module, int]:
-        """Return the distinct layers of a stage, and how many are like each."""
+        """Return one layer of each kind in a stage -> the number of the stage's layers of that kind."""
         return Counter(self.layer(number) for number in part.layers)
 
     @property
     def causal(self) -> bool:
-        """True where its tokens see only what came before."""
+        """True if a token attends only to itself and to earlier ones."""
         return self._model.causal
 
     def parameters(self, part: StagePart | None = None) -> Iterator[ParameterSize]:
@@ -103,12 +106,12 @@ class MetaModel:
                 continue
             for number in part.layers:
                 for size in _sizes(self.layer(number)):
-                    # The layer stands for its likes, so its parameters' names carry its own number: "layers.N.<place>".
-                    place = size.name.split(".", 2)[2]
-                    yield ParameterSize(replace(size.spec, name=f"{name}.{number}.{place}"), size.local)
+                    # The layer was perhaps built for another number, N of the parameter's name "layers.N.<rest>".
+                    rest = size.name.split(".", 2)[2]
+                    yield ParameterSize(replace(size.spec, name=f"{name}.{number}.{rest}"), size.local)
 
     def count(self, part: StagePart | None = None) -> int:
-        """Return the number of parameters of a stage, by default of the whole model; without padding, whatever the layout."""
+        """Return the number of parameters of a stage, by default of the whole model, without padding and before sharding."""
         return sum(p.count for p in self.parameters(part))
 
     def _build(self, part: StagePart) -> Transformer:

@@ -1,4 +1,4 @@
-"""The pipeline stages of a run: which layers, on which rank. The same for all ranks, from the configuration alone."""
+"""The pipeline stages of a run: their layers and their ranks, computed from the configuration, so the same on all ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from megatron.plan.size import MetaModel
 class StagePlan:
     """Stages of a run.
 
-    placement: stage -> pipeline rank. parts: what each stage owns of the model. chunks: stages of each rank.
+    Attributes:
+        placement: the pipeline rank of each stage.
+        parts: the part of the model that each stage holds.
+        chunks: the number of stages on each pipeline rank.
     """
 
     placement: tuple[int, ...]
@@ -30,20 +33,20 @@ class StagePlan:
     chunks: int
 
     def stages_on(self, rank: int) -> tuple[int, ...]:
-        """Return the numbers of a pipeline rank's stages, ascending."""
+        """Return the numbers of the stages on pipeline rank `rank`, ascending."""
         return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
 
 
 def plan_stages(config: RunConfig) -> StagePlan:
-    """Return the stages of a legal configuration, with model.vocab_size set.
+    """Return the stages of a valid configuration, with model.vocab_size set.
 
-    Where the flags give the layers of each stage, these are taken; otherwise the ranks get equal FLOPs.
+    The layers of each stage are those that flags give; without such flags they are split so that FLOPs are balanced.
     """
     return _stages(config.model, config.layout, config.data.seq_length)
 
 
 def plan_model_stages(model: ModelConfig, ranks: int = 1) -> StagePlan:
-    """Return the stages of a model apart from a run, shared by so many pipeline ranks."""
+    """Return the stages of a model outside a run, on `ranks` pipeline ranks."""
     layout = LayoutConfig(pipeline_model_parallel_size=ranks, pipeline_schedule=DEFAULT_SCHEDULE)
     return _stages(model, layout, model.max_position_embeddings)
 
@@ -56,32 +59,32 @@ def _stages(model: ModelConfig, layout: LayoutConfig, seq_length: int) -> StageP
         ranges = ranges_from_counts(counts)
     else:
         meta = MetaModel(model)
-        each = {layer: module_flops(layer, seq_length).total for layer in meta.layers(meta.whole)}
-        # The embedding counts as nothing: it is a lookup, and its backward pass adds up a row a token, with no matrix product.
-        work = [each[meta.layer(number)] for number in meta.whole.layers]
-        ranges = split_by_cost(work, placement, last=head_flops(meta, seq_length, meta.whole))
+        flops = {layer: module_flops(layer, seq_length).total for layer in meta.layers(meta.whole)}
+        # The embedding costs nothing here: forward it is a lookup, backward an addition of one row per token.
+        costs = [flops[meta.layer(number)] for number in meta.whole.layers]
+        ranges = split_by_cost(costs, placement, last=head_flops(meta, seq_length, meta.whole))
     last = len(placement) - 1
     return StagePlan(placement, tuple(StagePart(r, s == 0, s == last) for s, r in enumerate(ranges)), chunks)
 
 
 def build_schedule(config: RunConfig, dp: int) -> Schedule:
-    """Return the schedule of a full global batch, which was checked: each action is there once, and none waits for ever.
+    """Return the schedule of a full global batch, checked: it has every action once and does not deadlock.
 
     Args:
-        config: resolved and legal.
-        dp: data-parallel ranks, which share the micro-batches.
+        config: a valid resolved configuration.
+        dp: the data-parallel size, which divides the micro-batches of the global batch.
 
     Raises:
-        ConfigError: the schedule's function makes another one than it should.
+        ConfigError: the schedule's function returned a schedule that fails these checks.
     """
     layout, name = config.layout, config.layout.pipeline_schedule
-    # Where the batch size ramps up, the full one: rules of the configuration have asked the schedule about the others.
+    # The largest batch of a ramp-up; the configuration's rules have checked the smaller ones.
     micro_batches = max(all_batch_sizes(config.batch)) // (config.batch.micro_batch_size * dp)
     chunks = pipeline_chunks(layout, config.model.num_layers)
     try:
         schedule = make_schedule(name, layout.pipeline_model_parallel_size, micro_batches, chunks)
         validate(schedule)
-        simulate(schedule, Costs())  # finds programs that wait for one another for ever
+        simulate(schedule, Costs())  # raises on a deadlock
     except ValueError as error:
         raise ConfigError([Problem(flag_text("layout.pipeline_schedule", name), f"cannot be run: {error}")]) from error
     return schedule

@@ -1,10 +1,15 @@
-"""Bytes of weights, gradients and optimizer state on one rank: exact for `optim/buffers.py`. Pure arithmetic.
+"""Bytes of weights, gradients and optimizer state on one rank: exactly what `optim/buffers.py` allocates.
 
-ZeRO-1 (arXiv 1910.02054, figure 1, P_os): with d ranks that own a slice each, a parameter takes 6 + 12 / d bytes where the
-model computes in 16 bit, 8 + 8 / d in fp32: weights and fp32 gradients whole; of the slice fp32 main weights (the weights
-themselves in an fp32 run) and AdamW's two fp32 moments. Another rule of `config/optimizers.py` keeps as many as it says.
-With bf16 gradients it takes 4 + 12 / d. Then the update makes an fp32 copy of the slice's gradients, one bucket after the
-other, when activations are gone already: it is not counted.
+The optimizer state is sharded over d ranks by ZeRO-1 (arXiv 1910.02054, figure 1, P_os). Each rank holds all weights and
+gradients, and for its slice the fp32 main weights (in an fp32 run these are the weights themselves) and AdamW's two fp32
+moments; other rules of `config/optimizers.py` have their own number of moments. Bytes per parameter with AdamW:
+
+    16-bit weights, fp32 gradients      6 + 12 / d
+    16-bit weights, bf16 gradients      4 + 12 / d
+    fp32 weights and gradients          8 + 8 / d
+
+With bf16 gradients the update makes an fp32 copy of its slice's gradients, one bucket at a time. This copy is not counted,
+because activations have been freed by then.
 """
 
 from __future__ import annotations
@@ -18,7 +23,13 @@ from megatron.parallel.buckets import buckets
 
 @dataclass(frozen=True)
 class StateBytes:
-    """weights: as the model computes with them, and the main weights beside them. optimizer: the moments."""
+    """Bytes on one rank.
+
+    Attributes:
+        weights: of the weights that the model computes with, and of the fp32 main weights of a 16-bit run.
+        gradients: of the gradients as they are accumulated.
+        optimizer: of the optimizer's moments.
+    """
 
     weights: int
     gradients: int
@@ -40,25 +51,25 @@ def state_bytes(
     shards: int = 1,
     bf16_gradients: bool = False,
 ) -> StateBytes:
-    """Return the bytes that one rank keeps for its parameters.
+    """Return the bytes that one rank stores for its parameters.
 
     Args:
-        sizes: elements of each parameter, as for `parallel.buckets.buckets`.
-        kinds: of each parameter, beside its rule.
+        sizes: elements of each parameter on this rank, in the order of `parallel.buckets.buckets`.
+        kinds: the `bucket_kind` of each parameter; only parameters of the same kind and rule share a bucket.
         is_16bit: whether the model computes in 16 bit.
-        rules: how each parameter is updated; None: all by AdamW.
-        bucket: --ddp-bucket-size.
-        shards: ranks that own a slice each.
+        rules: the update rule of each parameter; None for AdamW throughout.
+        bucket: the size of a bucket in elements, as --ddp-bucket-size; None for no limit.
+        shards: ranks that main weights and optimizer state are sharded over.
         bf16_gradients: whether gradients are accumulated and reduced in bf16.
     """
     rules = [ADAMW] * len(sizes) if rules is None else rules
-    full_kinds = list(zip(kinds, rules, strict=True))
-    whole = {(kind, rule) for kind, rule in full_kinds if rule.whole}
-    found = buckets(sizes, full_kinds, bucket, shards, whole)
-    held = sum(b.length for b in found)
-    own = held // shards
+    kinds_with_rules = list(zip(kinds, rules, strict=True))
+    unsplit = {(kind, rule) for kind, rule in kinds_with_rules if rule.whole}
+    laid_out = buckets(sizes, kinds_with_rules, bucket, shards, unsplit)
+    elements = sum(b.length for b in laid_out)
+    shard_elements = elements // shards
     return StateBytes(
-        weights=2 * held + 4 * own if is_16bit else 4 * held,
-        gradients=(2 if bf16_gradients else 4) * held,
-        optimizer=sum(4 * rules[b.members[0]].moments * (b.length // shards) for b in found),
+        weights=2 * elements + 4 * shard_elements if is_16bit else 4 * elements,
+        gradients=(2 if bf16_gradients else 4) * elements,
+        optimizer=sum(4 * rules[b.members[0]].moments * (b.length // shards) for b in laid_out),
     )

@@ -1,4 +1,4 @@
-"""A run in tables: its stages, its memory, its batches and its schedule."""
+"""The tables of a dry run: stages, memory, batches and schedule."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from megatron.plan.time import flop_costs
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
-def report_plan(config: RunConfig, world: int, source: str, found: Iterable[str]) -> Iterator[str]:
-    """Yield the lines of a dry run that follow the configuration.
+def report_plan(config: RunConfig, world_size: int, vocab_source: str, input_lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines that a dry run prints after the configuration.
 
     Args:
-        config: of the run, with model.vocab_size set.
-        world: the number of ranks.
-        source: where the vocabulary's size comes from.
-        found: lines about what the run will read.
+        config: the run's configuration, with model.vocab_size set.
+        world_size: the number of ranks.
+        vocab_source: where the vocabulary's size comes from, as text.
+        input_lines: lines about the files that the run will read.
 
     Raises:
         ConfigError: the schedule cannot be run.
     """
     layout, vocab = config.layout, config.model.known_vocab_size
-    grid = Grid.from_layout(layout, world)
-    yield f"# {world} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
-    yield from found
+    grid = Grid.from_layout(layout, world_size)
+    yield f"# {world_size} ranks: tensor {grid.tp} x pipeline {grid.pp} x context {grid.cp} x data {grid.dp}"
+    yield from input_lines
     padded = padded_vocab_size(vocab, grid.tp, config.model.make_vocab_size_divisible_by)
-    yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({source})"
+    yield f"vocabulary: {vocab} → {padded}, {padded - vocab} padding rows ({vocab_source})"
     yield ""
     plan = plan_stages(config)
     schedule = build_schedule(config, grid.dp)
     yield from stage_table(config, grid, plan)
-    if config.task.task is not None and config.model.task_head is None:  # the rest is about training
+    if config.task.task is not None and config.model.task_head is None:  # an evaluation: the rest is about training
         return
     yield ""
     yield from memory_table(config, grid, plan, schedule)
@@ -52,74 +52,74 @@ def report_plan(config: RunConfig, world: int, source: str, found: Iterable[str]
     yield from schedule_table(config, plan, schedule)
 
 
-def _ranks(grid: Grid, rank: int) -> str:
-    """Return the ranks of the job that are pipeline rank `rank`, as text: "8-15"."""
-    # Neighbours, since the pipeline is the slowest axis of the grid.
-    first, count = grid.rank(pp=rank), grid.world_size // grid.pp
+def _rank_range(grid: Grid, pp_rank: int) -> str:
+    """Return the global ranks of a pipeline rank as text, such as "8-15"."""
+    # They are consecutive, since the pipeline is the slowest axis of the grid.
+    first, count = grid.rank(pp=pp_rank), grid.world_size // grid.pp
     return f"{first}-{first + count - 1}" if count > 1 else str(first)
 
 
 def stage_table(config: RunConfig, grid: Grid, plan: StagePlan) -> Iterator[str]:
-    """Yield a row for each stage. A tied word embedding counts on each rank that holds it, and in all once.
+    """Yield a row for each stage. A tied word embedding counts on each rank that holds it, but once in the total.
 
     Args:
-        config: of the run.
-        grid: of all its ranks.
-        plan: its stages.
+        config: the run's configuration.
+        grid: the grid of all ranks.
+        plan: the run's stages.
     """
-    model, owners = MetaModel.from_config(config), optimizer_shards(config, grid)
+    model, shards = MetaModel.from_config(config), optimizer_shards(config, grid)
     yield f"# Parameters: {model.count():,} in all, without padding"
     yield f"{'stage':>5} {'ranks':>11} {'layers':>9} {'ends':>16} {'parameters':>16} {'of each rank':>16} {'weight bytes':>16}"
-    held: set[tuple[int, str]] = set()  # (pipeline rank, parameter) that an earlier row has counted
+    counted: set[tuple[int, str]] = set()  # (pipeline rank, parameter name) of the rows so far
     for stage, (rank, part) in enumerate(zip(plan.placement, plan.parts, strict=True)):
-        own = [p for p in model.parameters(part) if (rank, p.name) not in held]
-        held |= {(rank, p.name) for p in own}
+        own = [p for p in model.parameters(part) if (rank, p.name) not in counted]
+        counted |= {(rank, p.name) for p in own}
         layers = f"{part.layers.start}-{part.layers.stop - 1}" if part.layers else "none"
-        ends = ", ".join(name for name, here in (("embedding", part.embedding), ("head", part.head)) if here)
+        ends = ", ".join(name for name, present in (("embedding", part.embedding), ("head", part.head)) if present)
         count, local = sum(p.count for p in own), sum(p.local for p in own)
-        state = parameter_state(config, own, owners)
-        yield f"{stage:>5} {_ranks(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {state.weights:>16,}"
+        state = parameter_state(config, own, shards)
+        yield f"{stage:>5} {_rank_range(grid, rank):>11} {layers:>9} {ends:>16} {count:>16,} {local:>16,} {state.weights:>16,}"
 
 
 def memory_table(config: RunConfig, grid: Grid, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
-    """Yield what each pipeline rank holds at its fullest, in bytes, and the fullest of them in detail.
+    """Yield the peak memory of the pipeline rank that needs most, then a row for each pipeline rank, in bytes.
 
     Args:
-        config: of the run.
-        grid: of all its ranks.
-        plan: its stages.
-        schedule: of a step.
+        config: the run's configuration.
+        grid: the grid of all ranks.
+        plan: the run's stages.
+        schedule: the schedule of one step.
     """
-    model, owners = MetaModel.from_config(config), optimizer_shards(config, grid)
-    every = [peak_memory(config, model, plan, schedule, rank, owners) for rank in range(grid.pp)]
-    fullest = max(range(grid.pp), key=lambda rank: every[rank].total)
-    which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_ranks(grid, fullest)}"
+    model, shards = MetaModel.from_config(config), optimizer_shards(config, grid)
+    peaks = [peak_memory(config, model, plan, schedule, rank, shards) for rank in range(grid.pp)]
+    fullest = max(range(grid.pp), key=lambda rank: peaks[rank].total)
+    which = "each rank" if grid.pp == 1 else f"the fullest ranks, {_rank_range(grid, fullest)}"
     yield f"# Memory of {which}, bytes (activations are an estimate, after arXiv 2205.05198)"
     for name in MEMORY_COLUMNS:
-        value = getattr(every[fullest], name)
+        value = getattr(peaks[fullest], name)
         yield f"{name:<12} {value:>18,}  ({value / 2**30:.2f} GiB)"
     if grid.pp > 1:
         yield ""
         yield f"{'ranks':>11}" + "".join(f" {name:>18}" for name in MEMORY_COLUMNS)
-        for rank, memory in enumerate(every):
-            yield f"{_ranks(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY_COLUMNS)
+        for rank, memory in enumerate(peaks):
+            yield f"{_rank_range(grid, rank):>11}" + "".join(f" {getattr(memory, name):>18,}" for name in MEMORY_COLUMNS)
 
 
 def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[str]:
-    """Yield how samples become batches over the run, and what an iteration computes.
+    """Yield the batch sizes of the run, its samples and tokens, and the FLOPs of an iteration.
 
     Args:
-        config: of the run.
-        grid: of all its ranks.
-        micro_batches: of a step with the full global batch, on each data-parallel rank.
+        config: the run's configuration.
+        grid: the grid of all ranks.
+        micro_batches: the number of micro-batches per data-parallel rank in a step with the full global batch.
     """
     batch, seq, model = config.batch, config.data.seq_length, MetaModel(config.model)
     full = max(all_batch_sizes(batch))
     rows = full * config.model.rows_per_sample
     yield "# Batches"
     sizes = all_batch_sizes(batch)
-    for begin, now in zip(batch.batch_size_steps[::2], sizes, strict=False):
-        yield f"global batch {now} from sample {begin:,} on ({begin * seq:,} tokens)"
+    for begin, size in zip(batch.batch_size_steps[::2], sizes, strict=False):
+        yield f"global batch {size} from sample {begin:,} on ({begin * seq:,} tokens)"
     if len(sizes) > 1 and batch.rampup_batch_size:
         shown = ", ".join(map(str, sizes[:6])) + (", ..." if len(sizes) > 6 else "")
         yield f"global batch grows over {batch.rampup_batch_size[2]:,} samples: {shown} to {full}"
@@ -130,12 +130,12 @@ def batch_table(config: RunConfig, grid: Grid, micro_batches: int) -> Iterator[s
         yield f"{batch.train_iters:,} iterations, {samples:,} samples, {samples * config.model.rows_per_sample * seq:,} tokens"
     per_token = flops_per_token(model, seq)
     total = per_token * seq * rows
-    yield f"{total:.4g} FLOPs an iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} a token"
+    yield f"{total:.4g} FLOPs per iteration, {total / grid.world_size:.4g} on each rank, {per_token:.4g} per token"
     yield describe_flops(model, seq)
 
 
 def describe_flops(model: MetaModel, seq: int) -> str:
-    """Return by which convention FLOPs are counted, and what a token takes by it and by the other one, as one line."""
+    """Return as one line the FLOPs per token, with attention counted over all positions and over the causal half."""
     whole, causal = flops_per_token(model, seq), causal_flops_per_token(model, seq)
     text = f"attention counts over the whole square, {whole / 1e9:.4g} GFLOP a token"
     if causal is None:
@@ -144,12 +144,12 @@ def describe_flops(model: MetaModel, seq: int) -> str:
 
 
 def schedule_table(config: RunConfig, plan: StagePlan, schedule: Schedule) -> Iterator[str]:
-    """Yield the schedule of a full global batch: what it idles and holds, and its picture.
+    """Yield the schedule of a full global batch: the idle share, the micro-batches in flight, and a drawing.
 
     Args:
-        config: of the run.
-        plan: its stages.
-        schedule: of a step.
+        config: the run's configuration.
+        plan: the run's stages.
+        schedule: the schedule of one step.
     """
     yield "# Schedule, if FLOPs alone took time, in units of the mean stage's forward pass"
     yield draw_text(schedule, simulate(schedule, flop_costs(config, plan)))

@@ -1,4 +1,4 @@
-"""Durations of the actions of a step, as far as FLOPs say them."""
+"""Durations of the actions of a step, estimated from their FLOPs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megatron.plan.stages import StagePlan
 
 
 def flop_costs(config: RunConfig, plan: StagePlan) -> MeasuredCosts:
-    """Return the durations of all actions if FLOPs were all that takes time, in units of the mean stage's forward pass."""
+    """Return the durations of all actions in units of the mean stage's forward pass, proportional to their FLOPs."""
     model = MetaModel(config.model)
     stages = [stage_flops(model, config.data.seq_length, part) for part in plan.parts]
-    # Rates do not matter for a bubble's share, so no device is named: only how the stages compare.
+    # The share of the bubble depends only on the ratios between stages, so no device's FLOP rate is needed.
     unit = sum(stage.forward for stage in stages) / len(stages)
     times: dict[tuple[Op, int], float] = {}
     for number, stage in enumerate(stages):

@@ -86,7 +86,7 @@ def test_a_dry_run_reads_what_a_run_would(gpt, bert, tmp_path, capsys):
         "512 samples to train on, 128 iterations of 8" in said
         and f"128 iterations, 1,024 samples, {4 * 1024 * 32:,} tok" in said
     )
-    whole, token = (float(word) for word in re.search(r"(\S+) FLOPs an iteration.*, (\S+) a token", said).groups())
+    whole, token = (float(word) for word in re.search(r"(\S+) FLOPs per iteration.*, (\S+) per token", said).groups())
     assert whole == pytest.approx(8 * 4 * 32 * token, rel=1e-3)
     (tmp_path / "run.toml").write_text(said.partition("# 1 ranks")[0])
     assert task("--config", tmp_path / "run.toml", "--dry-run") == 0
