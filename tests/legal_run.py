@@ -23,16 +23,16 @@ def argv(text: str) -> list[str]:
     return [word for name, value in wanted.items() for word in (f"--{name}", *value.split())]
 
 
-def problems(text: str, world: int = 1, files: bool = False) -> list[str]:
+def problems(text: str, world: int = 1, check_disk: bool = False) -> list[str]:
     """Parse the legal run with flags changed, and return what is wrong with it.
 
     Args:
         text: flags as `argv` takes them.
         world: number of ranks.
-        files: check the files that are named, too.
+        check_disk: check also the files and directories that the flags name.
     """
     try:
-        parse(argv(text), program="test", world_size=world, files=files)
+        parse(argv(text), program="test", world_size=world, check_disk=check_disk)
     except ConfigError as error:
         return [str(p) for p in error.problems]
     return []

@@ -42,7 +42,7 @@ def parse_args(args: Sequence[str], *, architecture: Literal["gpt", "bert"] = "g
     """
     env = LaunchEnvironment.from_environ(os.environ)
     program, defaults = f"pretrain_{architecture}.py", PRETRAINING_DEFAULTS[architecture]
-    parsed = parse(args, program=program, defaults=defaults, world_size=env.world_size, saved=saved_config)
+    parsed = parse(args, program=program, defaults=defaults, world_size=env.world_size, read_saved=saved_config)
     if env.rank == 0:
         for note in parsed.notes:
             warnings.warn(note, stacklevel=2)

@@ -150,7 +150,7 @@ def read_command(argv: Sequence[str], env: LaunchEnvironment, program: str, defa
         SystemExit: with status 1, after an unexpected error.
     """
     try:
-        parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, saved=saved_config, task=task)
+        parsed = parse(argv, program=program, defaults=defaults, world_size=env.world_size, read_saved=saved_config, task=task)
     except (ConfigError, HelpRequested):
         raise
     except Exception as error:

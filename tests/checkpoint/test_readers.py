@@ -89,7 +89,7 @@ def data_paths(name: str) -> Read:
     setting = "data.data_args_path" if name.endswith(".txt") else "data.per_split_data_args_path"
 
     def read(folder: Path) -> None:
-        if problems := expand_data_args({setting: str(folder / name)}, files=False)[1]:
+        if problems := expand_data_args({setting: str(folder / name)}, check_datasets=False)[1]:
             raise ConfigError(problems)
 
     return read

@@ -34,7 +34,7 @@ OF_BERT = [
 
 def bert_problems(change: str) -> list[str]:
     try:
-        parse(argv(change), program="test", defaults={"model.architecture": "bert"}, files=False)
+        parse(argv(change), program="test", defaults={"model.architecture": "bert"}, check_disk=False)
     except ConfigError as error:
         return [str(p) for p in error.problems]
     return []
@@ -73,4 +73,4 @@ def test_bert_settings_out_of_range_are_refused() -> None:
 def test_a_model_has_one_architecture() -> None:
     """It is the program's, no setting of a user."""
     with pytest.raises(ConfigError, match="architecture"):
-        parse(argv("--architecture bert"), program="test", files=False)
+        parse(argv("--architecture bert"), program="test", check_disk=False)

@@ -23,7 +23,7 @@ def run(folder: Path, *flags: str, length: int | None = 32, tokenizer: Tokenizer
 
     (folder / "manifest.json").write_text("{}")
     argv = shlex.split(f"--micro-batch-size 1 --train-iters 1 --lr 1 --data-path d --load {folder} --use-checkpoint-args")
-    return parse([*argv, *flags], program="t", saved=saved, files=False, task=task)
+    return parse([*argv, *flags], program="t", read_saved=saved, check_disk=False, task=task)
 
 
 def test_length_and_tokenizer(tmp_path: Path) -> None:

@@ -30,12 +30,12 @@ BASE = shlex.split(
 
 
 def parse_with(*extra: str, **options_: Any) -> Parsed:
-    return parse([*BASE, *extra], program="test", files=False, **options_)
+    return parse([*BASE, *extra], program="test", check_disk=False, **options_)
 
 
 def mistakes(*argv: str, **options_: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(list(argv), program="test", **{"files": False, **options_})
+        parse(list(argv), program="test", **{"check_disk": False, **options_})
     return [str(p) for p in caught.value.problems]
 
 
@@ -75,7 +75,7 @@ def test_parsing_habits_of_megatron_scripts() -> None:
     assert parse_with("--data-path", "0.3", "a", "0.7", "b").config.data.data_path == ("0.3", "a", "0.7", "b")
     ramp = ("--rampup-batch-size", "2", "2", "100", "--global-batch-size", "8", "--train-samples", "1000")
     without_iterations = [w for w in BASE if w not in ("--train-iters", "10")]
-    assert parse([*without_iterations, *ramp], program="t", files=False).config.batch.rampup_batch_size == (2, 2, 100)
+    assert parse([*without_iterations, *ramp], program="t", check_disk=False).config.batch.rampup_batch_size == (2, 2, 100)
     assert mistakes(*BASE, "--seed", "-1") == ["`--seed -1` must be 0 or greater"]  # a value, not a flag
 
 
@@ -95,7 +95,7 @@ def test_a_value_may_be_left_out_where_the_flag_alone_means_something(tmp_path: 
     file.write_text("[log]\ntensorboard-dir = true\n")
     assert "cannot be true or false" in mistakes(*BASE, "--config", str(file))[0]
     assert "--profile-pipeline [DIR]" in help_text("x")
-    unwritable = mistakes(*BASE, "--profile-pipeline", str(file), files=True)
+    unwritable = mistakes(*BASE, "--profile-pipeline", str(file), check_disk=True)
     assert f"`--profile-pipeline {file}` cannot be written: {file} is a file, not a directory" in unwritable
 
 
@@ -183,7 +183,7 @@ def test_order_of_precedence(tmp_path: Path) -> None:
     defaults = {"eval.eval_iters": 9, "log.log_interval": 5, "model.num_layers": 8}
 
     def run(*extra: str) -> RunConfig:
-        return parse([*argv, *extra], program="t", saved=saved, defaults=defaults, files=False).config
+        return parse([*argv, *extra], program="t", read_saved=saved, defaults=defaults, check_disk=False).config
 
     assert run().model.num_layers == 11
     assert run("--config", str(file)).model.num_layers == 4
@@ -207,9 +207,9 @@ def test_an_unreadable_checkpoint_is_one_mistake(tmp_path: Path) -> None:
         "--seq-length 8 --micro-batch-size 2 --train-iters 10 --lr 1 --tokenizer-type ByteTokenizer --data-path d"
     )
     load = str(tmp_path / "iter_0000001")
-    assert mistakes(*rest, "--use-checkpoint-args", "--load", load, saved=saved) == ["`--load x` is broken"]
+    assert mistakes(*rest, "--use-checkpoint-args", "--load", load, read_saved=saved) == ["`--load x` is broken"]
     # A --load with nothing there is the file rules' to report, and the sizes it would have given are not asked for.
-    assert mistakes(*rest, "--use-checkpoint-args", "--load", "/no/such", saved=saved, files=True)[0].startswith(
+    assert mistakes(*rest, "--use-checkpoint-args", "--load", "/no/such", read_saved=saved, check_disk=True)[0].startswith(
         "`--data-path d`"
     )
 
@@ -218,7 +218,7 @@ def test_toml_and_json_round_trips(tmp_path: Path) -> None:
     config = parse_with("--swiglu", "--disable-bias-linear", "--data-path", "0.5", 'a "quoted" päth\\', "0.5", "b").config
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config), encoding="utf-8")
-    assert parse(["--config", str(file)], program="t", files=False).config == config
+    assert parse(["--config", str(file)], program="t", check_disk=False).config == config
     assert resolve(from_json(to_json(config))) == config
     assert resolve_model(from_json({"model": to_json(config)["model"]}).model) == config.model
 
@@ -239,7 +239,7 @@ def test_json_of_another_version_names_what_is_unknown() -> None:
         ),
         ("[model]\nseq-length = 2", "`seq-length` under [model] in FILE is not a known key; it belongs under [data]"),
         ("seq-length = 2", "`seq-length` before the first table in FILE is not a known key; it belongs under [data]"),
-        ("[modle]\nx = 2", "`[modle]` in FILE is not a table of a run; did you mean model?; legal: model, layout"),
+        ("[modle]\nx = 2", "`[modle]` in FILE is not a section of a run; did you mean model?; legal: model, layout"),
         ("[model]\nnum-layers = 'two'", "`num-layers = 'two'` in FILE is not an integer"),
         ("[model]\nnum-layers = 2.5", "`num-layers = 2.5` in FILE is not an integer"),
         ("[model]\nnum-layers = true", "`num-layers = true` in FILE cannot be true or false"),
@@ -320,7 +320,7 @@ def test_presets_are_fields_of_the_model() -> None:
 
 
 def test_world_size_belongs_to_the_dry_run() -> None:
-    assert "goes with --dry-run" in mistakes(*BASE, "--world-size", "8")[0]
+    assert "needs --dry-run" in mistakes(*BASE, "--world-size", "8")[0]
     assert parse_with("--dry-run", "--world-size", "8").config.batch.global_batch_size == 16
     assert parse_with("--dry-run").dry_run and not parse_with().dry_run
     assert parse_with(world_size=3).config.batch.global_batch_size == 6

@@ -13,7 +13,7 @@ from megatron.config.errors import ConfigError
 
 def mistakes(*words: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(words, program="t", files=False)
+        parse(words, program="t", check_disk=False)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -22,7 +22,7 @@ def test_a_file_of_settings_that_cannot_be_read_is_the_only_mistake(tmp_path: Pa
     file = tmp_path / "run.toml"
     for text, message in (
         ("[model\nnum-layers = 2\n", "`--config FILE` is not valid TOML: "),
-        ("[modle]\nnum-layers = 2\n", "`[modle]` in FILE is not a table of a run; did you mean model?; legal: "),
+        ("[modle]\nnum-layers = 2\n", "`[modle]` in FILE is not a section of a run; did you mean model?; legal: "),
         ("a = " + "[" * 500 + "]" * 500, "`--config FILE` is nested too deeply"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "`--config FILE` is a pointer of Git LFS"),
         ('{"model": {}}', "`--config FILE` is not valid TOML: "),
@@ -42,4 +42,4 @@ def test_a_file_of_settings_that_cannot_be_read_is_the_only_mistake(tmp_path: Pa
     lines = mistakes(*argv("--no:num-layers"), "--config", str(file))
     assert len(lines) == 1 and "is not a known key; did you mean num-layers" in lines[0], lines
     file.write_bytes(b"\xef\xbb\xbf[model]\nnum-layers = 2\n")
-    assert parse([*argv("--no:num-layers"), "--config", str(file)], program="t", files=False).config.model.num_layers == 2
+    assert parse([*argv("--no:num-layers"), "--config", str(file)], program="t", check_disk=False).config.model.num_layers == 2

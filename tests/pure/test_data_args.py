@@ -62,7 +62,7 @@ def test_a_json_file_is_the_flags_of_each_split(places, lists):
 
 
 BAD_TEXTS = {
-    "": "holds nothing; it should hold PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
+    "": "is empty; it should contain PREFIX, or WEIGHT PREFIX WEIGHT PREFIX ...",
     "0.3 a\n0.7": "line 2: mixes weights and prefixes;",
     "0.3 a\nb 0.7\n": "line 2: mixes weights and prefixes;",
     "a\nb\n0.7\n": "line 3: mixes weights and prefixes;",
@@ -80,9 +80,9 @@ def test_what_is_wrong_with_a_file_is_one_message_with_its_place(places, text):
 
 BAD_JSON = {
     "[": "is not JSON:",
-    '["a"]': "holds no JSON object;",
+    '["a"]': "is not a JSON object;",
     "{}": "names no dataset;",
-    '{"training": ["a"]}': "has the key 'training';",
+    '{"training": ["a"]}': "has the unknown key 'training';",
     '{"train": 1}': "has no list under 'train';",
     '{"train": ["a", true]}': "train, item 2: 'True' is neither a weight nor a prefix;",
     '{"train": ["a"], "valid": [["0.3", "a"]]}': "valid, item 1: \"['0.3', 'a']\" is neither a weight nor a prefix;",
@@ -136,5 +136,5 @@ def test_nothing_is_written_over_a_file_of_data_paths(places):
 
 def test_iterations_to_skip_is_another_spelling():
     for words in (["--iterations-to-skip", "3", "7-9"], ["--skip-train-iterations", "3", "7-9"]):
-        read_one = parse([*BASE, "--mock-data", *words], program="test", files=False)
+        read_one = parse([*BASE, "--mock-data", *words], program="test", check_disk=False)
         assert read_one.config.batch.skip_train_iterations == ("3", "7-9")

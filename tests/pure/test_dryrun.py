@@ -120,7 +120,7 @@ def pipeline(schedule: str, ranks: int, *more: str) -> tuple[RunConfig, StagePla
         "--bf16 --tokenizer-type GPT2BPETokenizer "
         f"--world-size {ranks} --pipeline-model-parallel-size {ranks} --pipeline-schedule {schedule}"
     )
-    config = parse([*words.split(), *more], program="test", files=False).config
+    config = parse([*words.split(), *more], program="test", check_disk=False).config
     config = replace(config, model=replace(config.model, vocab_size=1))
     plan = plan_stages(config)
     return config, plan, make_schedule(schedule, ranks, 8, plan.chunks)

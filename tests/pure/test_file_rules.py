@@ -67,7 +67,7 @@ NO_CORPUS = "names no dataset: corpus.bin and corpus.idx do not exist"
 
 
 def on_disk(disk: Path, change: str) -> list[str]:
-    return [line.replace(f"{disk}/", "") for line in problems(change.replace("@", f"{disk}/"), files=True)]
+    return [line.replace(f"{disk}/", "") for line in problems(change.replace("@", f"{disk}/"), check_disk=True)]
 
 
 FRESH = "; leave out --load to start from new weights, or use --auto-resume to go on from --save where there is something"

@@ -45,23 +45,23 @@ from megatron.config.resolve import resolve
 
 def problems(argv):
     try:
-        parse(argv, program="test", files=False)
+        parse(argv, program="test", check_disk=False)
     except ConfigError as error:
         return [str(p) for p in error.problems]
 
 def half(*more):
-    config = parse([*argv, "--global-batch-size", "6", *more], program="test", files=False).config
+    config = parse([*argv, "--global-batch-size", "6", *more], program="test", check_disk=False).config
     return config.batch.half_batch_size
 
 argv, toml = json.loads(sys.argv[1]), sys.argv[2]
-config = parse([*argv, "--eval-patience", "3"], program="test", files=False).config
+config = parse([*argv, "--eval-patience", "3"], program="test", check_disk=False).config
 open(toml, "w").write(to_toml(config))
 print(json.dumps({
     "help": [line for line in help_text("test").splitlines() if "--eval-patience" in line],
-    "default": parse(argv, program="test", files=False).config.eval.eval_patience,
+    "default": parse(argv, program="test", check_disk=False).config.eval.eval_patience,
     "value": config.eval.eval_patience,
     "saved": resolve(from_json(json.loads(json.dumps(to_json(config))))) == config,
-    "toml": parse(["--config", toml], program="test", files=False).config.eval.eval_patience,
+    "toml": parse(["--config", toml], program="test", check_disk=False).config.eval.eval_patience,
     "text": problems([*argv, "--eval-patience", "soon"]),
     "range": problems([*argv, "--eval-patience", "0"]),
     "rule": problems([*argv, "--eval-patience", "3", "--eval-interval", "0"]),

@@ -59,12 +59,12 @@ def command_lines() -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
 
 
 def parse_with(*extra: str) -> Parsed:
-    return parse([*BASE, *extra], program="test", files=False)
+    return parse([*BASE, *extra], program="test", check_disk=False)
 
 
 def mistakes(*argv: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse(list(argv), program="test", files=False)
+        parse(list(argv), program="test", check_disk=False)
     return [str(p) for p in caught.value.problems]
 
 
@@ -135,7 +135,7 @@ def test_a_switch_that_asks_for_nothing_is_no_mistake() -> None:
         "--data-parallel-sharding-strategy no_shard", "--recompute-modules core_attn", "--rope-type rope",
     ):  # fmt: skip
         (note,) = parse_with(*words.split()).notes
-        assert note == f"{words} changes nothing: it asks for nothing that is not there"
+        assert note == f"{words} changes nothing: it turns on nothing that is unavailable"
 
 
 def test_a_feature_is_refused_in_one_message() -> None:
@@ -169,9 +169,9 @@ def test_a_feature_is_refused_in_one_message() -> None:
 )  # fmt: skip
 def test_old_flags_are_read_as_the_new_ones(old: str, new: str) -> None:
     base = shlex.split(" ".join(BASE).replace(" --micro-batch-size 2", "")) if old.startswith("--batch-size") else BASE
-    parsed = parse([*base, *old.split()], program="t", files=False)
+    parsed = parse([*base, *old.split()], program="t", check_disk=False)
     assert (
-        parsed.config == parse([*base, *new.split()], program="t", files=False).config != parse_with().config
+        parsed.config == parse([*base, *new.split()], program="t", check_disk=False).config != parse_with().config
         or "model-par" in old
     )
     assert len(parsed.notes) == len([word for word in old.split() if word.startswith("--") and word != "--save"])
@@ -215,7 +215,7 @@ def test_other_flags_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[batch]\nbatch-size = 3\n[checkpoint]\nckpt-format = 'zarr'\nrecompute-modules = ['core_attn']\n")
     without = shlex.split(" ".join(BASE).replace(" --micro-batch-size 2", ""))
-    parsed = parse([*without, "--config", str(file)], program="t", files=False)
+    parsed = parse([*without, "--config", str(file)], program="t", check_disk=False)
     assert parsed.config.batch.micro_batch_size == 3
     assert parsed.notes[0] == f"batch-size 3 in {file} is read as --micro-batch-size 3"
     assert parsed.notes[1].startswith(f"ckpt-format zarr in {file} changes nothing: ") and len(parsed.notes) == 3
@@ -234,7 +234,7 @@ def test_values_as_scripts_and_yaml_files_hold_them() -> None:
     ramp = ["--rampup-batch-size", "[2", "2", "100]", "--global-batch-size", "8", "--train-samples", "1000"]
     without = shlex.split(" ".join(BASE).replace(" --train-iters 10", ""))
     for words in (ramp, ["--rampup-batch-size", "[2 2 100]", *ramp[4:]], ["--rampup-batch-size", "[2, 2, 100]", *ramp[4:]]):
-        assert parse([*without, *words], program="t", files=False).config.batch.rampup_batch_size == (2, 2, 100)
+        assert parse([*without, *words], program="t", check_disk=False).config.batch.rampup_batch_size == (2, 2, 100)
 
 
 def test_command_lines_of_megatron_are_legal_or_refused_for_a_feature() -> None:
@@ -244,7 +244,7 @@ def test_command_lines_of_megatron_are_legal_or_refused_for_a_feature() -> None:
         defaults = dict(zip(("model.architecture", "tokenizer.tokenizer_type"), own, strict=True))
         words = [*argv, "--dry-run", "--world-size", str(world)]
         try:
-            parse(words, program=program, defaults=defaults, files=False)
+            parse(words, program=program, defaults=defaults, check_disk=False)
             legal += times
         except ConfigError as error:
             text = str(error)

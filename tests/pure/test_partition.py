@@ -120,7 +120,7 @@ SIZES = "--hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-
 
 
 def plan(change: str, world: int, vocab: int = 1) -> StagePlan:
-    config = parse(argv(f"{SIZES} {change}"), program="t", world_size=world, files=False).config
+    config = parse(argv(f"{SIZES} {change}"), program="t", world_size=world, check_disk=False).config
     return plan_stages(with_vocabulary(config, vocab))
 
 
@@ -136,7 +136,7 @@ def test_one_rank_has_the_whole_model() -> None:
 def test_a_plan_has_the_head_at_its_end() -> None:
     found = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2)
     assert found == StagePlan((0, 1), (StagePart(range(3), True, False), StagePart(range(3, 6), False, True)), 1)
-    config = parse(argv(SIZES), program="t", files=False).config
+    config = parse(argv(SIZES), program="t", check_disk=False).config
     model = MetaModel(replace(config.model, vocab_size=1))
     layer, token = layer_flops(model, 8, StagePart(range(1))).total, head_flops(model, 8, model.whole)
     heavy = plan("--num-layers 6 --pipeline-model-parallel-size 2", 2, vocab=2 * layer // token)

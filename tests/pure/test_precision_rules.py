@@ -79,7 +79,7 @@ def test_gradients_are_in_one_format() -> None:
 
 
 def notes(change: str) -> tuple[str, ...]:
-    return parse(argv(change), program="test", files=False).notes
+    return parse(argv(change), program="test", check_disk=False).notes
 
 
 def test_settings_of_a_dynamic_scale_that_is_not_there_are_noted() -> None:

@@ -107,7 +107,7 @@ def test_a_ramp_up_and_a_schedule_exclude_each_other() -> None:
     ],
 )
 def test_what_is_legal_is_saved_and_read_again(change: str) -> None:
-    config = parse(argv(change), program="t", files=False).config
+    config = parse(argv(change), program="t", check_disk=False).config
     assert resolve(from_json(to_json(config))) == config
     text = to_toml(config)
     assert "batch-size-steps" not in text and "step-batch-size-schedule" in text
@@ -127,7 +127,7 @@ def test_smaller_sizes_may_lie_behind_a_run_that_goes_on() -> None:
 
 def test_what_has_no_effect_is_said() -> None:
     notes = parse(
-        argv("--lr-wsd-decay-iters 3 --lr-wsd-decay-style cosine --lr-warmup-init 1e-5"), program="t", files=False
+        argv("--lr-wsd-decay-iters 3 --lr-wsd-decay-style cosine --lr-warmup-init 1e-5"), program="t", check_disk=False
     ).notes
     assert notes == (
         "--lr-wsd-decay-style and --lr-wsd-decay-iters change nothing: --lr-decay-style is linear, not WSD",

@@ -22,7 +22,7 @@ DRAWN = "--pipeline-model-parallel-layout"
 
 def plan(change: str, ranks: int) -> tuple[str | None, StagePlan]:
     """Schedule and stages, with a head that would weigh as much as many layers if the stages were cut by work."""
-    config = parse(argv(f"{PP} {ranks} {change}"), program="t", world_size=ranks, files=False).config
+    config = parse(argv(f"{PP} {ranks} {change}"), program="t", world_size=ranks, check_disk=False).config
     assert resolve(from_json(to_json(config))) == config
     return config.layout.pipeline_schedule, plan_stages(replace(config, model=replace(config.model, vocab_size=10**6)))
 
@@ -180,7 +180,7 @@ def test_a_wrong_pipeline_layout_is_refused(text: str, wrong: str) -> None:
 
 def test_what_changes_nothing_is_said() -> None:
     def notes(change: str, world: int = 1) -> tuple[str, ...]:
-        return parse(argv(change), program="t", world_size=world, files=False).notes
+        return parse(argv(change), program="t", world_size=world, check_disk=False).notes
 
     assert notes(f"{EMBEDDING} {LOSS}") == (f"{EMBEDDING} and {LOSS} change nothing: {PP} is 1",)
     assert notes(f"{COUNT} 1 {PP} 2", 2) == (f"{COUNT} 1 changes nothing: a rank has one stage anyway",)

@@ -20,11 +20,17 @@ TRAIN = "--task MNLI --pretrained-checkpoint ck --train-data a --valid-data b --
 ASK = "--task WIKITEXT103 --load ck --valid-data b"
 
 
-def parse_task(text: str, world: int = 1, files: bool = False) -> Parsed:
+def parse_task(text: str, world: int = 1, check_disk: bool = False) -> Parsed:
     saved = lambda checkpoint: to_json(RunSettings(model=MODEL))  # noqa: E731
     defaults = {"batch.micro_batch_size": 8}
     return parse(
-        text.split(), program="tasks/main.py", defaults=defaults, world_size=world, saved=saved, files=files, task=True
+        text.split(),
+        program="tasks/main.py",
+        defaults=defaults,
+        world_size=world,
+        read_saved=saved,
+        check_disk=check_disk,
+        task=True,
     )
 
 
@@ -132,5 +138,5 @@ def test_files_are_looked_for(tmp_path: Path) -> None:
 
 def test_all_mistakes_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_task("--task MNLI --load ck --epochs 2 --train-iters 3 --micro-batch-size 0", files=True)
+        parse_task("--task MNLI --load ck --epochs 2 --train-iters 3 --micro-batch-size 0", check_disk=True)
     assert len(caught.value.problems) == 4

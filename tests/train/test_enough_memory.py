@@ -24,7 +24,7 @@ COMMAND = (
 
 def parse_config(flags: str = "", world: int = 1) -> RunConfig:
     words = f"{COMMAND} {flags}".split()
-    parsed = parse(words, program="p", world_size=world, files=False)
+    parsed = parse(words, program="p", world_size=world, check_disk=False)
     return replace(parsed.config, model=replace(parsed.config.model, vocab_size=50257))
 
 

@@ -174,7 +174,7 @@ def test_a_restart_by_torchrun_resumes(slices, command, flags, whole, tmp_path):
 def test_a_restart_repeats_a_command_that_has_saved_nothing(tmp_path):
     """A checkpoint in --save from an earlier job was not asked for. A job that was stopped on request stays stopped."""
     env = LaunchEnvironment(job="b", attempt=1, launcher="torchrun")
-    parsed = parse([*argv(""), "--save", str(tmp_path), "--save-interval", "5"], program="pretrain_gpt.py", files=False)
+    parsed = parse([*argv(""), "--save", str(tmp_path), "--save-interval", "5"], program="pretrain_gpt.py", check_disk=False)
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("12")
     progress = Progress(str(tmp_path))
@@ -267,7 +267,7 @@ def settings(*flags: str):
     needed = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --max-position-embeddings 32"
     needed += " --micro-batch-size 1 --train-iters 9 --lr 1e-3 --tokenizer-type ByteTokenizer --data-path x"
     needed += " --save /tmp/nowhere --save-interval 5"
-    config = parse(needed.split(), program="p", defaults={}, world_size=1, files=False).config
+    config = parse(needed.split(), program="p", defaults={}, world_size=1, check_disk=False).config
     values = dict(zip(flags[::2], flags[1::2], strict=True))
     minutes = values.get("minutes")
     batch = replace(config.batch, exit_duration_in_mins=None if minutes is None else float(minutes))

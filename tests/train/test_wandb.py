@@ -113,5 +113,5 @@ def test_a_missing_package_is_said_before_any_work(monkeypatch, tmp_path):
     folder = ModuleSpec("wandb", None, is_package=True)  # the directory that W&B leaves where it runs
     for spec in (None, folder):
         monkeypatch.setattr(outputs, "find_spec", lambda name, spec=spec: spec)
-        assert [line for line in problems(f"{wanted} --save {tmp_path}", files=True) if "wandb" in line] == [message]
-    assert not [line for line in problems("--wandb-project= --save x", files=True) if "wandb" in line]
+        assert [line for line in problems(f"{wanted} --save {tmp_path}", check_disk=True) if "wandb" in line] == [message]
+    assert not [line for line in problems("--wandb-project= --save x", check_disk=True) if "wandb" in line]

@@ -1,7 +1,7 @@
 """Read a command line into settings, collecting all mistakes instead of stopping at the first.
 
 It accepts what argparse accepts in Megatron-LM's scripts: `--flag value` and `--flag=value`, unambiguous prefixes of a flag,
-several values after `--data-path`; the last of two equal flags wins. The value of some flags is optional.
+and several values after `--data-path`. If a flag is repeated, the last value wins. The value of some flags is optional.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron.config.command_line.spelling import (
     did_you_mean,
     is_flag,
     known_flags,
-    name_here,
     normalize_flag,
+    our_name_for,
     spellings,
 )
 from megatron.config.errors import Problem
@@ -35,26 +35,26 @@ def read_arguments(argv: Sequence[str]) -> Reading:
         typed, has_value, attached = word.partition("=")
         found = _find(typed, reading)
         following = [attached] if has_value else leading_values(words)
-        if found is None:  # its values mean nothing either, and are no mistakes of their own
+        if found is None:  # the flag has been reported; skip its values, so that they are not reported as well
             del words[: 0 if has_value else len(following)]
             continue
         takes = found.takes if isinstance(found, OtherFlag) else _takes(found)
-        used = following if takes == "*" or has_value else following[: 1 if takes == "?" else int(takes)]
+        values = following if takes == "*" or has_value else following[: 1 if takes == "?" else int(takes)]
         if not has_value:
-            del words[: len(used)]
+            del words[: len(values)]
         if isinstance(found, OtherFlag):
-            reading.take_other(found, typed, used)
+            reading.take_other(found, typed, values)
         elif takes == "0" and has_value:
             reading.record_unreadable(found.option, f"`{word}`", "takes no value")
-        elif takes == "1" and not used:
+        elif takes == "1" and not values:
             reading.record_unreadable(found.option, f"`{found.flag}`", "needs a value after it")
         else:
-            reading.take(found, used)
+            reading.take(found, values)
     return reading.finish()
 
 
 def _takes(spelling: Spelling) -> str:
-    """Return the number of values of a flag, in the notation of `OtherFlag.takes`; "?" for an optional one."""
+    """Return the number of values that a flag takes: "0", "1", "*" for any number, or "?" for an optional value."""
     if spelling.value is not TAKES_VALUE:
         return "0"
     if spelling.option.bare is not None:
@@ -63,23 +63,24 @@ def _takes(spelling: Spelling) -> str:
 
 
 def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
-    """Return the flag that was typed, in full or as an unambiguous prefix; None, with a recorded mistake, for others."""
+    """Return the flag that was typed, in full or as an unambiguous prefix. Records a mistake and returns None for others."""
     word = normalize_flag(typed)
     if exact := spellings().get(word) or find_other(word):
         return exact
-    # Before prefixes: `--data` means something in other frameworks, and is the beginning of several flags here.
-    if answer := name_here(word.lstrip("-")):
+    # Before prefixes are tried: `--data` is a flag of other frameworks, and also a prefix of several flags here.
+    if answer := our_name_for(word.lstrip("-")):
         reading.record_unknown(f"`{typed}`", answer)
         return None
     known = (*spellings(), *other_flags())
-    begun = [key for key in known if word.startswith("--") and len(word) > 2 and key.startswith(word)]
-    if len({_meaning(key) for key in begun}) == 1:
-        found = spellings().get(begun[0]) or other_flags()[begun[0]]
+    matches = [key for key in known if word.startswith("--") and len(word) > 2 and key.startswith(word)]
+    if len({_meaning(key) for key in matches}) == 1:
+        found = spellings().get(matches[0]) or other_flags()[matches[0]]
         reading.notes.append(f"{typed} is read as {found.flag}")
         return found
-    if begun:
-        own = [key for key in begun if key in spellings()]  # rather than flags that are accepted without effect, or refused
-        shown = own if len(own) > 1 else begun
+    if matches:
+        # If several of them set a field, name only these, without those that have no effect or are refused.
+        own = [key for key in matches if key in spellings()]
+        shown = own if len(own) > 1 else matches
         reading.problems.append(Problem(f"`{typed}`", f"could be {', '.join(shown[:4])}{', ...' if len(shown) > 4 else ''}"))
     else:
         hint = did_you_mean(typed, known_flags()) or "; --help lists all"
@@ -88,6 +89,6 @@ def _find(typed: str, reading: Reading) -> Spelling | OtherFlag | None:
 
 
 def _meaning(key: str) -> tuple[str, str]:
-    """Return a key that is equal for two spellings of one flag."""
+    """Return the setting and the value of a flag as a tuple, which is equal for two flags that do the same."""
     spelling = spellings().get(key)
     return (key, "") if spelling is None else (spelling.option.name, repr(spelling.value))

@@ -1,4 +1,4 @@
-"""Text of `--help`: every flag by section, with its default and its legal values."""
+"""Build the text of `--help`: all flags by section, each with its default and its legal values."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ def help_text(program: str, *, task: bool = False) -> str:
         task: include the flags of tasks/main.py.
     """
     lines = [f"usage: {program} [--config run.toml] [--flag value ...]", "", "The command:"]
-    known = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
+    titles = {"command": "", **{name: (config.__doc__ or "").splitlines()[0] for name, config in sections().items()}}
     if not task:
-        del known["task"]
-    for section, doc in known.items():
+        del titles["task"]
+    for section, title in titles.items():
         if section != "command":
-            lines += ["", f"[{section}] {doc}"]
+            lines += ["", f"[{section}] {title}"]
         for option in options():
             if option.section == section:
                 lines += _describe(option)
     lines += ["", "Old flags of Megatron-LM, read as ours (with a note):"]
     lines += [f"  {row.flag:<40}  {' '.join(row.means)}" for row in other_flags().values() if row.means]
-    quiet = sorted(row.flag for row in other_flags().values() if not row.refused and not row.means)
+    ignored = sorted(row.flag for row in other_flags().values() if not row.refused and not row.means)
     lines += ["", "Accepted, and without effect (each says why when it is used):"]
-    lines += textwrap.wrap(", ".join(quiet), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    lines += textwrap.wrap(", ".join(ignored), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
     lines += ["", "Every other flag of Megatron-LM, 23.06 to Core 0.19, is an error that names the feature it belongs to."]
     lines += ["", "In a TOML file the names in brackets are tables, and keys are the flags without their dashes."]
     return "\n".join(lines) + "\n"
 
 
 def _describe(option: Option) -> list[str]:
-    """Return the lines of one flag."""
-    kind = option.metavar or {int: "N", float: "X", str: "TEXT", bool: ""}[option.kind]
-    argument = f" {kind} ..." if option.many else f" {kind}" if kind else ""
+    """Return the lines of the help text for one flag."""
+    metavar = option.metavar or {int: "N", float: "X", str: "TEXT", bool: ""}[option.kind]
+    argument = f" {metavar} ..." if option.many else f" {metavar}" if metavar else ""
     facts = []
     text, _, derived = option.help.partition(" (default: ")
     if option.choices:

@@ -5,8 +5,8 @@
     except ConfigError as error:
         report_and_exit(error, "pretrain_gpt.py")
 
-A setting has the value of the first of these that gives one: the flag, the file of `--config`, `--preset`, the checkpoint (with
---use-checkpoint-args), the program's own defaults, the schema. Imports no torch.
+A setting takes its value from the first of these sources that gives one: the flag, the file of `--config`, `--preset`, the
+checkpoint (with --use-checkpoint-args), the program's own defaults, the schema's defaults. Imports no torch.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Parsed:
     """A command without mistakes.
 
     Attributes:
-        config: the resolved configuration, but for `model.vocab_size`, which the tokenizer gives.
-        dry_run: only check and print.
+        config: the resolved configuration, except `model.vocab_size`, which comes from the tokenizer.
+        dry_run: the command is to be checked and printed, not run.
         world_size: number of ranks.
-        set_by_user: settings that flags or file give, by `section.field`.
-        notes: lines to print once, on what was read differently from how it was typed, and on what has no effect.
+        set_by_user: names, `section.field`, of the settings that flags or the file of --config give.
+        notes: lines to print once, about flags that were interpreted differently from how they were typed, or have no effect.
     """
 
     config: RunConfig
@@ -54,7 +54,7 @@ class Parsed:
 
 
 class HelpRequested(Exception):
-    """The command asks for `--help` or `--version`; holds the text to print. Not a mistake."""
+    """Raised for `--help` and `--version`, which are no mistakes. Its text is what the program should print."""
 
 
 def parse(
@@ -63,8 +63,8 @@ def parse(
     program: str,
     defaults: Mapping[str, Any] | None = None,
     world_size: int = 1,
-    saved: ReadSaved | None = None,
-    files: bool = True,
+    read_saved: ReadSaved | None = None,
+    check_disk: bool = True,
     task: bool = False,
 ) -> Parsed:
     """Parse and check a command line.
@@ -74,48 +74,48 @@ def parse(
         program: name of the program, for --help.
         defaults: defaults of the program, `section.field` -> value.
         world_size: number of ranks.
-        saved: reads the configuration of the checkpoint to load, as `to_json` wrote it, for --use-checkpoint-args; may
-            raise ConfigError, OSError or ValueError.
-        files: check files and directories too; files of settings are read in any case.
+        read_saved: function that reads the configuration of the checkpoint to load, as `to_json` wrote it, for
+            --use-checkpoint-args; it may raise ConfigError, OSError or ValueError.
+        check_disk: check also the files and directories that the settings name. Files that contain settings are always read.
         task: the program is tasks/main.py.
 
     Raises:
-        ConfigError: the command has mistakes; it holds all of them.
+        ConfigError: the command has mistakes; the error lists all of them.
         HelpRequested: the command is `--help` or `--version`.
     """
     if unknown := set(defaults or {}) - set(by_name()) - {"model.architecture"}:
         raise ValueError(f"defaults that are no `section.field` of a run: {sorted(unknown)}")
     flags = read_arguments(argv)
-    _answer_help(flags, program, task)  # before anything is checked: help is for those who do not know the flags yet
+    _raise_help(flags, program, task)  # before any check, so that --help is answered beside mistakes too
     file = _read_file(flags)
-    raw = _merge(flags, file, files=files, task=task)
-    checkpoint = checkpoint_settings(raw.values, saved, raw.set_by_user, files=files, task=task)
-    # Later ones win: the program's defaults, the checkpoint, the preset, and over all of them what the user gave.
-    base = {**(defaults or {}), **checkpoint.values, **_preset_values(raw.values)}
-    fallbacks, contradictions = _settle_fallbacks(base, raw.values, (flags, file))
-    settings = assemble({**base, **fallbacks, **raw.values})
-    dry_run = bool(raw.values.get("command.dry_run"))
-    ranks, wrong_ranks = _ranks(raw.values.get("command.world_size"), world_size, dry_run)
+    user = _merge(flags, file, check_disk=check_disk, task=task)
+    checkpoint = checkpoint_settings(user.values, read_saved, user.set_by_user, caller_checks_load=check_disk, task=task)
+    # In ascending precedence: the program's defaults, the checkpoint, the preset; the user's settings override all of them.
+    base = {**(defaults or {}), **checkpoint.values, **_preset_values(user.values)}
+    fallbacks, contradictions = _apply_fallbacks(base, user.values, (flags, file))
+    settings = assemble({**base, **fallbacks, **user.values})
+    dry_run = bool(user.values.get("command.dry_run"))
+    ranks, rank_problems = _ranks(user.values.get("command.world_size"), world_size, dry_run)
     rules = TASK_RULES if task else PRETRAINING_RULES
-    checked, broken = examine(settings, ranks, raw.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
-    problems = [*raw.problems, *checkpoint.problems, *contradictions, *wrong_ranks, *broken]
-    if files:
-        problems += mark_on_disk([*check_files(checked), *check_outputs(checked, raw.settings_files)])
-    if problems:  # a file that could not be read here may be sound on another host
+    checked, rule_problems = examine(settings, ranks, user.invalid | checkpoint.unknown, planning=dry_run, rules=rules)
+    problems = [*user.problems, *checkpoint.problems, *contradictions, *rank_problems, *rule_problems]
+    if check_disk:
+        problems += mark_on_disk([*check_files(checked), *check_outputs(checked, user.settings_files)])
+    if problems:  # the file of --config may differ between hosts, and its mistakes with it
         raise ConfigError(mark_on_disk(problems) if file.problems else problems)
-    taken = () if task else checkpoint.notes(raw.values)
-    notes = (*flags.notes, *file.notes, *taken, *remarks(checked))
+    checkpoint_notes = () if task else checkpoint.notes(user.values)
+    notes = (*flags.notes, *file.notes, *checkpoint_notes, *remarks(checked))
     config = resolve(checked.resolved, ranks)
-    return Parsed(config, dry_run, ranks, raw.set_by_user | fallbacks.keys(), tuple(dict.fromkeys(notes)))
+    return Parsed(config, dry_run, ranks, user.set_by_user | fallbacks.keys(), tuple(dict.fromkeys(notes)))
 
 
 def report_and_exit(error: ConfigError, program: str, rank: int | None = None, advice: Sequence[str] = ()) -> NoReturn:
-    """Print the mistakes on stderr, one a line, and exit with status 2. Only rank 0 prints; all exit.
+    """Print the mistakes on stderr, one per line, and exit with status 2. Rank 0 alone prints; every rank exits.
 
     Args:
         error: the mistakes.
         program: name of the program, for the last line.
-        rank: rank of this process; by default from the launcher's environment variables.
+        rank: rank of this process; if None, it is read from the launcher's environment variables.
         advice: lines to print after the mistakes.
     """
     if _is_first(rank):
@@ -127,13 +127,13 @@ def report_and_exit(error: ConfigError, program: str, rank: int | None = None, a
 
 
 def _is_first(rank: int | None) -> bool:
-    """Return whether this is rank 0, by torchrun's or SLURM's environment variables if `rank` is None."""
+    """Return whether this process is rank 0; if `rank` is None, torchrun's or SLURM's environment variables tell."""
     if rank is not None:
         return rank == 0
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _answer_help(flags: Reading, program: str, task: bool) -> None:
+def _raise_help(flags: Reading, program: str, task: bool) -> None:
     """Raise HelpRequested if the command line asks for help or for the version."""
     if flags.values.get("command.help"):
         raise HelpRequested(help_text(program, task=task))
@@ -142,10 +142,10 @@ def _answer_help(flags: Reading, program: str, task: bool) -> None:
 
 
 def _read_file(flags: Reading) -> Reading:
-    """Read the file of --config, if there is one.
+    """Read the file of --config; without the flag, return an empty reading.
 
     Raises:
-        ConfigError: the file cannot be read. It holds no mistakes of settings that the file might have given.
+        ConfigError: the file cannot be read. Settings are then not reported as missing, because the file may contain them.
     """
     path = flags.values.get("command.config")
     file = Reading() if path is None else read_toml(path)
@@ -156,13 +156,13 @@ def _read_file(flags: Reading) -> Reading:
 
 @dataclass(frozen=True)
 class _UserSettings:
-    """Settings of the user: flags and file merged.
+    """The user's settings, merged from flags and file.
 
     Attributes:
-        values: `section.field` -> value, with data paths read from their files, and with those that follow from a task.
-        set_by_user: names of the settings that were given.
-        settings_files: the files that settings were read from.
-        problems: mistakes so far.
+        values: `section.field` -> value, including data paths read from their files, and settings that follow from a task.
+        set_by_user: names of the settings that flags or file give.
+        settings_files: paths of the files that settings were read from.
+        problems: mistakes in flags, file and files of data paths.
         invalid: names of the settings whose value could not be read.
     """
 
@@ -173,32 +173,32 @@ class _UserSettings:
     invalid: frozenset[str]
 
 
-def _merge(flags: Reading, file: Reading, *, files: bool, task: bool) -> _UserSettings:
-    """Merge the settings of the command line and the file; see `parse` for `files` and `task`."""
-    given = {**file.values, **flags.values}  # a flag wins over the file
-    values, wrong_lists = (dict(given), []) if task else expand_data_args(given, files=files)
+def _merge(flags: Reading, file: Reading, *, check_disk: bool, task: bool) -> _UserSettings:
+    """Merge the settings of the command line and the file; see `parse` for `check_disk` and `task`."""
+    given = {**file.values, **flags.values}  # flags override the file
+    values, data_problems = (dict(given), []) if task else expand_data_args(given, check_datasets=check_disk)
     if task:
         values |= settings_from_task(values)
-    # Rules know only settings of the run, not those of the command.
+    # `examine` takes only names of a run's settings, not those of the command's.
     invalid = (flags.invalid | file.invalid) - {"command.config", "command.preset", "command.world_size"}
-    if wrong_lists:
+    if data_problems:
         invalid.add("data.data_path")
     return _UserSettings(
         values=values,
         set_by_user=frozenset(name for name in given if not name.startswith("command.")),
         settings_files=[given[name] for name in ("command.config", *FILES) if given.get(name) is not None],
-        problems=[*flags.problems, *file.problems, *wrong_lists],
+        problems=[*flags.problems, *file.problems, *data_problems],
         invalid=frozenset(invalid),
     )
 
 
-def _preset_values(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of --preset, by `section.field`."""
-    return {f"model.{key}": value for key, value in PRESETS.get(chosen.get("command.preset", ""), {}).items()}
+def _preset_values(user_values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of --preset, by `section.field`; empty without the flag."""
+    return {f"model.{key}": value for key, value in PRESETS.get(user_values.get("command.preset", ""), {}).items()}
 
 
 def _ranks(requested: int | None, world_size: int, dry_run: bool) -> tuple[int, list[Problem]]:
-    """Return the number of ranks, from --world-size in a dry run and else the launcher's, and mistakes in the flag.
+    """Return the number of ranks, and the mistakes in --world-size, which replaces the launcher's number in a dry run.
 
     Args:
         requested: value of --world-size.
@@ -208,35 +208,38 @@ def _ranks(requested: int | None, world_size: int, dry_run: bool) -> tuple[int, 
     if requested is None:
         return world_size, []
     if not dry_run:
-        return world_size, [Problem(f"`--world-size {requested}`", "goes with --dry-run; a run takes it from its launcher")]
+        rule = "needs --dry-run; a run takes its number of ranks from the launcher"
+        return world_size, [Problem(f"`--world-size {requested}`", rule)]
     if requested < 1:
         return world_size, [Problem(f"`--world-size {requested}`", "must be greater than 0")]
     return requested, []
 
 
-def _settle_fallbacks(
-    base: Mapping[str, Any], chosen: Mapping[str, Any], sources: Sequence[Reading]
+def _apply_fallbacks(
+    base: Mapping[str, Any], user_values: Mapping[str, Any], sources: Sequence[Reading]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """Apply the fallback flags, which hold only when nothing else sets their field.
+    """Apply the fallback flags, which set their field only if nothing else does.
 
-    `--no-position-embedding` is one: beside `--position-embedding-type rope` it means no learned table, which is so anyway.
+    An example is `--no-position-embedding`. In Megatron-LM it excludes a learned table, so scripts give it beside
+    `--position-embedding-type rope`, where it must not change the type to none.
 
     Args:
-        base: settings of preset, checkpoint and program.
-        chosen: settings of the user, by other flags.
-        sources: the command line and the file.
+        base: settings of preset, checkpoint and program, by `section.field`.
+        user_values: settings that the user gave by other flags.
+        sources: what was read from the command line and from the file.
 
     Returns:
-        The values of the fallbacks that hold, and a problem for each that contradicts a setting of the user.
+        The values of the fallback flags that apply, and a problem for each one that contradicts a setting of the user.
     """
-    alone: dict[str, Any] = {}
+    applied: dict[str, Any] = {}
     problems = []
     for source in sources:
         for name, spelling in source.fallbacks.items():
             default = spelling.option.default
-            if name not in chosen and base.get(name, default) == default:
-                alone.setdefault(name, spelling.value)
-            elif name in chosen and chosen[name] == default != spelling.value:  # the user gave the very default
+            if name not in user_values and base.get(name, default) == default:
+                applied.setdefault(name, spelling.value)
+            # The fallback gives way to a value, but contradicts a default that the user spelled out.
+            elif name in user_values and user_values[name] == default != spelling.value:
                 flag = next(s.spelled[name] for s in sources if name in s.spelled)
                 problems.append(Problem(f"`{flag}` and `{spelling.flag}`", "set the same thing to different values"))
-    return alone, problems
+    return applied, problems

@@ -1,4 +1,4 @@
-"""Collect the settings of one source, a command line or a file, with all mistakes in it."""
+"""Collect the settings of one source, which is a command line or a file, and all mistakes in it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from megatron.config.command_line.values import parse_value
 from megatron.config.errors import Problem
 from megatron.config.option import Option
 
-BELONGS = "belongs to "  # begins the message for a flag of a feature that is not available
+BELONGS = "belongs to "  # the start of the message for a flag of an unavailable feature; it recognizes these messages
 
 
 @dataclass
 class Reading:
-    """Settings of one source, as far as it has been read. Settings are named by `section.field`.
+    """Settings that have been read so far from one source. They are keyed by `section.field`.
 
     Attributes:
-        values: the settings.
-        fallbacks: flags that hold only when nothing else, in this source or another, sets their field.
+        values: value of each setting.
+        fallbacks: flags that apply only if nothing else, in this source or another, sets their field.
         spelled: the flag or key that gave each setting, as the user spelled it.
-        notes: lines on what was read differently from how it was typed.
+        notes: messages about flags that were interpreted differently from how they were typed, or that have no effect.
         problems: mistakes.
         invalid: settings whose value could not be read.
-        suggested: settings that an unknown flag seems to mean; that they are missing is not reported as well.
-        broken: tables could not be read, so that settings are missing through no mistake of their own.
+        suggested: settings that unknown flags probably meant; they are not reported as missing as well.
+        broken: the file, or one of its tables, could not be read; missing settings must then not be reported, because it may
+            contain them.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -42,23 +43,23 @@ class Reading:
     suggested: set[str] = field(default_factory=set)
     broken: bool = False
 
-    def assign(self, option: Option, value: Any, how: str) -> None:
-        """Set a value. Two spellings of one setting that disagree are a mistake; of two equal ones the last wins.
+    def assign(self, option: Option, value: Any, spelled: str) -> None:
+        """Set a value. It is a mistake if another spelling has set a different value; if the same one has, the last value wins.
 
         Args:
             option: the setting.
             value: its value, of the field's type.
-            how: the flag or key as the user spelled it.
+            spelled: the flag or key as the user spelled it.
         """
         before = self.values.get(option.name, value)
-        if before != value and self.spelled[option.name] != how:
-            both = f"`{self.spelled[option.name]}` and `{how}`"
+        if before != value and self.spelled[option.name] != spelled:
+            both = f"`{self.spelled[option.name]}` and `{spelled}`"
             self.problems.append(Problem(both, "set the same thing to different values"))
         self.values[option.name] = value
-        self.spelled[option.name] = how
+        self.spelled[option.name] = spelled
 
     def record_unreadable(self, option: Option, what: str, rule: str) -> None:
-        """Record a value that cannot be read.
+        """Record that the value of a setting cannot be read.
 
         Args:
             option: the setting.
@@ -69,51 +70,51 @@ class Reading:
         self.invalid.add(option.name)
 
     def finish(self) -> Reading:
-        """Finish at the end of the source: merge mistakes of one feature, and those of one cause. Returns self."""
+        """Finish after the last flag or key: merge the problems of one feature, and settle `invalid`. Returns self."""
         self.problems = merge_by_feature(self.problems)
         self.invalid |= self.suggested - self.values.keys()
         return self
 
     def record_unknown(self, what: str, rule: str) -> None:
-        """Record an unknown flag or key, and the settings that the message `rule` suggests instead."""
+        """Record an unknown flag or key, and the settings that its message `rule` suggests."""
         self.problems.append(Problem(what, rule))
         words = re.findall(r"--[a-z0-9-]+", rule) if rule.startswith((CALLED, HOW_LONG)) else []
-        words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")  # keys of a file have no dashes before them
-        named = (spellings().get("--" + word.lstrip("-")) for word in words)
-        self.suggested |= {spelling.option.name for spelling in named if spelling}
+        words += rule.partition("; did you mean ")[2].rstrip("?").split(" or ")
+        found = (spellings().get("--" + word.lstrip("-")) for word in words)  # suggested keys of a file have no dashes
+        self.suggested |= {spelling.option.name for spelling in found if spelling}
 
     def take_other(self, row: OtherFlag, typed: str, values: Sequence[str], where: str = "") -> None:
-        """Take a flag that sets no field: as the flags that replace it, as a note, or as a mistake.
+        """Handle a flag that sets no field: apply the flags that replace it, or record a note or a mistake.
 
         Args:
             row: the flag's row in the tables.
             typed: the flag or key as the user spelled it.
-            values: the words after it.
-            where: ` in FILE` for the key of a file, for messages.
+            values: its values, as text.
+            where: end of the messages about a key of a file, ` in FILE`.
         """
-        whole = " ".join([typed, *values]) + where
+        flag_and_values = " ".join([typed, *values]) + where
         if row.means and row.takes == "1" and not values:
             self.problems.append(Problem(f"`{typed}`{where}", "needs a value after it"))
         elif row.means:
             words = [values[0] if word == VALUE else word for word in row.means]
-            self.notes.append(f"{whole} is read as {' '.join(words)}")
+            self.notes.append(f"{flag_and_values} is read as {' '.join(words)}")
             while words:
                 spelling = dataclasses.replace(spellings()[normalize_flag(words.pop(0))], flag=typed)
                 following = leading_values(words)
                 del words[: len(following)]
                 self.take(spelling, following)
         elif row.accepts(values):
-            why = "it asks for nothing that is not there" if row.refused else row.text
-            self.notes.append(f"{whole} changes nothing: {why}")
+            why = "it turns on nothing that is unavailable" if row.refused else row.text
+            self.notes.append(f"{flag_and_values} changes nothing: {why}")
         elif row.legal and not row.refused:
-            self.problems.append(Problem(f"`{whole}`", f"is not available: {row.text}", " or ".join(row.legal)))
+            self.problems.append(Problem(f"`{flag_and_values}`", f"is not available: {row.text}", " or ".join(row.legal)))
         else:
-            self.problems.append(Problem(f"`{whole if row.legal else typed + where}`", row.text))
+            self.problems.append(Problem(f"`{flag_and_values if row.legal else typed + where}`", row.text))
 
     def take(self, spelling: Spelling, words: Sequence[str]) -> None:
-        """Set the value of a flag from the words after it, or record that they are not a legal one."""
+        """Set the field of a flag to the value that the words after it give, or record that they are not legal."""
         option = spelling.option
-        if spelling.is_fallback:  # decided when all sources have been read
+        if spelling.is_fallback:  # applied after all sources have been read, if none of them sets the field
             self.fallbacks[option.name] = spelling
             return
         if spelling.value is not TAKES_VALUE:
@@ -132,19 +133,19 @@ class Reading:
 
 
 def merge_by_feature(problems: Sequence[Problem]) -> list[Problem]:
-    """Merge the problems of flags that belong to the same unavailable feature into one that names all of them."""
-    merged: dict[str, list[str]] = {}
+    """Merge the problems of all flags that belong to the same unavailable feature into one, which names all of them."""
+    flags_by_rule: dict[str, list[str]] = {}
     for problem in problems:
-        merged.setdefault(problem.rule if problem.rule.startswith(BELONGS) else str(problem), []).append(problem.what)
-    rest = []
+        flags_by_rule.setdefault(problem.rule if problem.rule.startswith(BELONGS) else str(problem), []).append(problem.what)
+    merged = []
     for problem in problems:
-        same = list(dict.fromkeys(merged.pop(problem.rule, ())))
-        if len(same) > 1:
-            what = f"{', '.join(same[:-1])} and {same[-1]}"
-            rest.append(Problem(what, "belong to " + problem.rule.removeprefix(BELONGS)))
-        elif same or not problem.rule.startswith(BELONGS):
-            rest.append(problem)
-    return rest
+        flags = list(dict.fromkeys(flags_by_rule.pop(problem.rule, ())))  # empty if merged already, or not of a feature
+        if len(flags) > 1:
+            what = f"{', '.join(flags[:-1])} and {flags[-1]}"
+            merged.append(Problem(what, "belong to " + problem.rule.removeprefix(BELONGS)))
+        elif flags or not problem.rule.startswith(BELONGS):
+            merged.append(problem)
+    return merged
 
 
 def leading_values(words: Sequence[str]) -> list[str]:
@@ -154,6 +155,6 @@ def leading_values(words: Sequence[str]) -> list[str]:
 
 
 def _without_brackets(words: Sequence[str]) -> Sequence[str]:
-    """Split numbers as YAML files hold them, `[384 384 97656250]` in one word or several, into one word each."""
+    """Remove the brackets of a YAML list, `[384 384 97656250]` in one word or several, and return one word per number."""
     text = " ".join(words)
     return text[1:-1].replace(",", " ").split() if text.startswith("[") and text.endswith("]") else words

@@ -1,4 +1,4 @@
-"""Write a run's configuration as JSON, for checkpoints, and as TOML, for people to edit; read the JSON."""
+"""Write a run's configuration as JSON, for checkpoints, and as TOML, for users to edit; read the JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.config.schema import RunSettings, sections
 
 
 def to_json(config: RunSettings) -> dict[str, dict[str, Any]]:
-    """Return sections and fields as values for `json.dumps`."""
+    """Return the configuration as nested dictionaries of sections and fields that `json.dumps` accepts."""
     return {
         name: {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         for name, fields in dataclasses.asdict(config).items()
@@ -22,10 +22,10 @@ def to_json(config: RunSettings) -> dict[str, dict[str, Any]]:
 
 
 def from_json(data: Mapping[str, Any]) -> RunSettings:
-    """Read the settings that `to_json` wrote. Absent sections and fields have their defaults.
+    """Read the settings that `to_json` wrote. Absent sections and fields get their defaults.
 
     Raises:
-        ConfigError: sections and fields that this version does not know, and values of a wrong type; it holds all of them.
+        ConfigError: a section or field is unknown to this version, or a value has the wrong type; it lists all such mistakes.
     """
     if not isinstance(data, Mapping):
         raise ConfigError([Problem("the saved configuration", "is not a JSON object")])
@@ -36,27 +36,27 @@ def from_json(data: Mapping[str, Any]) -> RunSettings:
             problems.append(Problem(f"section `{name}` of the saved configuration", "is not known to this version"))
             continue
         defaults = {f.name: f.default for f in dataclasses.fields(sections()[name])}
-        taken = {}
+        read = {}
         for key, value in values.items():
             if key not in defaults:
                 problems.append(Problem(f"`{name}.{key}` of the saved configuration", "is not known to this version"))
                 continue
             option = by_name().get(f"{name}.{key}")
-            if option is None:  # no flag sets it, so only `to_json` has written it; JSON has lists in place of tuples
-                taken[key] = tuple(value) if isinstance(value, list) else value
+            if option is None:  # a field without a flag has no type to check; JSON turns its tuples into lists
+                read[key] = tuple(value) if isinstance(value, list) else value
                 continue
             try:
-                taken[key] = value if value is None else coerce(option, value)
+                read[key] = value if value is None else coerce(option, value)
             except ValueError as error:
                 problems.append(Problem(f"`{name}.{key} = {value!r}` of the saved configuration", str(error)))
-        built[name] = sections()[name](**taken)
+        built[name] = sections()[name](**read)
     if problems:
         raise ConfigError(problems)
     return RunSettings(**built)
 
 
 def to_toml(config: RunSettings) -> str:
-    """Return the text of a file for `--config` that gives this run. Settings that are None are left out."""
+    """Return this configuration as the text of a TOML file for `--config`, without settings that are None or have no flag."""
     lines: list[str] = []
     for section, values in to_json(config).items():
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
@@ -70,6 +70,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):
-        # TOML escapes as JSON does, but for DEL, which it forbids in a string and JSON lets pass.
+        # TOML strings have JSON's escapes. DEL must be escaped too: TOML forbids it in a string, and json.dumps leaves it.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
